@@ -1,0 +1,312 @@
+"""The project file `expertctl.yaml`: what may stand in it, and errors that name file, line and key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from .errors import UserError, closest
+
+Path_ = tuple[str | int, ...]
+Options = TypeVar("Options")
+Model = TypeVar("Model", bound=BaseModel)
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the project file: nothing unknown in it, nothing changed after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class TrainingConfig(Section):
+    """How one model trains. Every field has a default that works; experts and seed may override any."""
+
+    tokens: Positive = 150_000
+    """Budget of one run, in tokens."""
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    """Tokens per block."""
+    batch_size: Positive = 8
+    """Blocks per forward pass."""
+    accumulation: Positive = 1
+    """Forward passes per optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate."""
+    final_learning_rate: Share = 0.1
+    """Learning rate at the end of the schedule, as a share of the peak."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Share = 0.08
+    """Share of the whole schedule over which the learning rate rises from 0."""
+    schedule_begin: Share | None = None
+    """Where in the whole schedule the run begins. Not set: where the seed's run ended, else 0."""
+    schedule_end: Share = 1.0
+    """Where in the whole schedule the run ends; a seed that experts continue ends before 1."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Applied to matrices only."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the gradient; null switches clipping off."""
+    inherit_optimiser: bool = True
+    """Start from the seed's optimiser state when it has one (Branch-Train-Merge's code does)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 autocast on a GPU that has it, else float32."""
+    compile: bool = False
+    """Compile the model with torch.compile: slower start, faster steps."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
+    threads: Positive = 1
+    """CPU threads of the training process. Changing it may change the last bits of the result."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Random seed of the data order (and of the initial weights of a seed made from scratch)."""
+    log_every: Positive = 10
+    """Steps between two lines of metrics.jsonl."""
+    validate_every: Positive | None = None
+    """Steps between two looks at validation text. Not set: four looks per run."""
+    validation_blocks: Positive = 32
+    """Blocks of each domain that such a look reads."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds between two checkpoints."""
+
+    @model_validator(mode="after")
+    def _span_goes_forward(self) -> TrainingConfig:
+        if self.schedule_begin is not None and self.schedule_begin >= self.schedule_end:
+            raise ValueError("schedule_begin must be smaller than schedule_end")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that the budget pays for, at least one."""
+        return max(self.tokens // self.tokens_per_step, 1)
+
+
+class SeedConfig(Section):
+    """The seed: an imported checkpoint (`from`), or one pretrained here from a preset."""
+
+    from_: str | None = Field(default=None, alias="from")
+    """Folder of a Hugging Face causal language model."""
+    preset: str = "tiny"
+    """Size of a seed made from scratch."""
+    family: Literal["olmo2", "llama"] = "olmo2"
+    domains: tuple[str, ...] | None = None
+    """Domains it is pretrained on. Not set: all."""
+    training: TrainingConfig = TrainingConfig()
+    licence: str | None = None
+
+
+class DomainConfig(Section):
+    """A named body of text: bundled, or `train` and `valid` files, or one `path` that is split here."""
+
+    bundled: str | None = None
+    path: str | None = None
+    """File or folder whose documents are split into train and valid."""
+    train: str | None = None
+    valid: str | None = None
+    valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the documents that `path` gives to validation."""
+    text_field: str = "text"
+    """Field or column that holds the text."""
+    licence: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DomainConfig:
+        given = [name for name in ("bundled", "path", "train") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of 'bundled', 'path' or 'train'")
+        if (self.train is None) != (self.valid is None):
+            raise ValueError("'train' and 'valid' go together; 'path' splits one source by itself")
+        return self
+
+
+class ExpertConfig(Section):
+    """One expert: where it starts, what of it trains, on which domain."""
+
+    domain: str
+    from_: str | dict[str, float] = Field(default="seed", alias="from")
+    """`seed`, `auto` (average of the experts weighted by the posterior of the new domain), or weights."""
+    trains: str = "all"
+    """A trainer, or a shell-style pattern of tensor names."""
+    options: dict[str, Any] = {}
+    """Options of the trainer."""
+    training: TrainingConfig = TrainingConfig()
+    owner: str | None = None
+    licence: str | None = None
+
+
+class MergeConfig(Section):
+    """One generalist: method, experts, weights, and the method's own options."""
+
+    method: str
+    experts: tuple[str, ...] | None = None
+    """Not set: every finished expert."""
+    weights: Literal["uniform", "posterior"] | dict[str, float] = "uniform"
+    fit_on: tuple[str, ...] | None = None
+    """Domains whose validation text priors and posterior weights are fitted on. Not set: the experts' own."""
+    options: dict[str, Any] = {}
+
+
+class ProjectConfig(Section):
+    """All of `expertctl.yaml`."""
+
+    seed: SeedConfig = SeedConfig()
+    domains: dict[str, DomainConfig] = {}
+    training: TrainingConfig = TrainingConfig()
+    """What seed and experts share; each may override any field under its own `training`."""
+    experts: dict[str, ExpertConfig] = {}
+    merges: dict[str, MergeConfig] = {}
+    launcher: str = "local"
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> ProjectConfig:
+        for domain in self.seed.domains or ():
+            self._require_domain(domain, "seed.domains")
+        for name, expert in self.experts.items():
+            self._require_domain(expert.domain, f"experts.{name}.domain")
+        return self
+
+    def _require_domain(self, domain: str, where: str) -> None:
+        if domain not in self.domains:
+            guess = closest(domain, self.domains)
+            hint = f" (did you mean '{guess}'?)" if guess else f"; domains: {', '.join(self.domains) or 'none'}"
+            # custom, since a ValueError could not carry the place that the line number is looked up by
+            raise PydanticCustomError(
+                "unknown_domain", "there is no domain '{domain}'{hint}", {"domain": domain, "hint": hint, "at": where}
+            )
+
+    def training_of(self, own: TrainingConfig) -> TrainingConfig:
+        """Return the project's training settings with the fields that `own` sets laid over them."""
+        return overlay(self.training, own)
+
+
+def overlay(base: Model, own: Model) -> Model:
+    """Return `base` with every field that was given to `own` explicitly."""
+    given = {name: getattr(own, name) for name in own.model_fields_set}
+    return type(base).model_validate({**base.model_dump(by_alias=True, exclude_unset=True), **given})
+
+
+def load_project(path: Path) -> ProjectConfig:
+    """Read and check a project file; raises `UserError` with file, line, key and the nearest valid name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    content, lines = parse_yaml(text, path)
+    try:
+        return ProjectConfig.model_validate(content or {})
+    except ValidationError as error:
+        raise UserError(_first_problem(error, path, lines)) from None
+
+
+def parse_yaml(text: str, path: Path) -> tuple[Any, dict[Path_, int]]:
+    """Return a YAML document and the line of every key in it; raises `UserError` for bad or repeated keys."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[Path_, int] = {}
+        if node is not None:
+            _note_lines(node, (), lines, path)
+        return yaml.safe_load(text), lines
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _note_lines(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, key.value)
+            if here in lines:
+                raise UserError(f"{path}:{key.start_mark.line + 1}: '{key.value}' stands here twice")
+            lines[here] = key.start_mark.line + 1
+            _note_lines(value, here, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _note_lines(item, (*at, index), lines, path)
+
+
+def _first_problem(error: ValidationError, path: Path, lines: Mapping[Path_, int]) -> str:
+    problem = error.errors()[0]
+    if "at" in problem.get("ctx", {}):
+        problem["loc"] = tuple(problem["ctx"]["at"].split("."))
+        problem["input"] = {}
+    location: Path_ = tuple(problem["loc"])
+    while location not in lines and location:
+        location = location[:-1]
+    where = f"{path}:{lines.get(location, 1)}"
+    return f"{where}: {_say(problem, ProjectConfig)}"
+
+
+def _say(problem: Any, root: type[BaseModel]) -> str:
+    """Put one of pydantic's findings into a sentence that names the key."""
+    location = tuple(problem["loc"])
+    key = ".".join(str(part) for part in location) or "the file"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(root, location[:-1])
+        guess = closest(str(location[-1]), known)
+        hint = f"; did you mean '{guess}'?" if guess else f"; known here: {', '.join(sorted(known))}"
+        inside = ".".join(str(part) for part in location[:-1])
+        return f"unknown key '{location[-1]}'" + (f" in {inside}" if inside else "") + hint
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = "" if isinstance(value, dict | list) or problem["type"] == "missing" else f" (it is {value!r})"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(model: type[BaseModel], location: Path_) -> list[str]:
+    """Return the keys that are valid at a place of the file, for the did-you-mean."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            named = {field.alias or name: field.annotation for name, field in current.model_fields.items()}
+            current = named.get(str(part))
+        else:  # a mapping such as dict[str, DomainConfig]: its values
+            current = next((arg for arg in getattr(current, "__args__", ()) if arg is not str), None)
+        if getattr(current, "__origin__", None) is dict and part != location[-1]:
+            continue
+    if getattr(current, "__origin__", None) is dict:
+        current = current.__args__[1]
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return [field.alias or name for name, field in current.model_fields.items()]
+    return []
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """What a method without options takes."""
+
+
+def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: str) -> Any:
+    """Return `values` as the options dataclass of a plugin's offer.
+
+    Raises `UserError` for unknown names (with the nearest valid one) and for wrong types.
+    """
+    target: type = kind or NoOptions
+    assert is_dataclass(target), f"options of {what} must be a dataclass, not {target}"
+    known = [field.name for field in fields(target)]
+    for name in values:
+        if name not in known:
+            guess = closest(name, known)
+            hint = f" (did you mean '{guess}'?)" if guess else ""
+            raise UserError(f"{what} has no option '{name}'{hint}; it has: {', '.join(sorted(known)) or 'none'}")
+    try:
+        return TypeAdapter(target).validate_python(dict(values))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"]) or what
+        raise UserError(f"{what}: option {key}: {problem['msg'].removeprefix('Value error, ')}") from None

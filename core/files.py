@@ -1,0 +1,178 @@
+"""Writing so that nothing half-done can be mistaken for finished: temporary siblings, renames, locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+PARTIAL_MARK = ".partial"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically, keys in the given order, one final newline."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically: readers see the old content or the new, never a part."""
+    partial = partial_sibling(path)
+    with readable_os_errors(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises `UserError` for a file that is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); make the folder again or restore the file") from None
+    except OSError as error:
+        raise _user_error(path, error) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iterator[Path]:
+    """Give a temporary sibling to fill; it becomes `path` when the block ends, and is gone if it fails.
+
+    Raises `UserError` when `path` exists already, unless `force`, which then replaces it whole.
+    """
+    refuse_existing(path, force=force, what=what)
+    partial = partial_sibling(path)
+    with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What an earlier, killed process of the same number left; the caller's lock keeps living ones out.
+        remove_tree(partial)
+        partial.mkdir()
+        try:
+            yield partial
+            sync_tree(partial)
+            if path.exists():
+                discarded = path.with_name(f".{path.name}.discarded-{os.getpid()}")
+                path.rename(discarded)
+                partial.rename(path)
+                remove_tree(discarded)
+            else:
+                partial.rename(path)
+        except BaseException:
+            remove_tree(partial)
+            raise
+
+
+def refuse_existing(path: Path, *, force: bool, what: str = "folder") -> None:
+    """Raise `UserError` when finished work stands in the way."""
+    if path.exists() and not force:
+        raise UserError(f"{what} {path} exists already; use --force to replace it, or another name")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make sure that every regular file below has reached the disk before its folder is renamed."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Remove what killed processes left under way in `parent`; call only while holding its lock."""
+    for path in parent.glob(f".*{PARTIAL_MARK}-*"):
+        if not _alive(path.name.rpartition("-")[2]):
+            remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def partial_sibling(path: Path) -> Path:
+    """Return the temporary name under which `path` is written."""
+    return path.with_name(f".{path.name}{PARTIAL_MARK}-{os.getpid()}")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give `target` the content of `source` without copying it where the file system allows.
+
+    A hard link when both are on one file system, else a symbolic link. Finished files are never written in
+    place here, so sharing them is safe, and `verify` notices if somebody else does.
+    """
+    source = source.resolve()
+    with readable_os_errors(target):
+        try:
+            os.link(source, target)
+        except OSError:
+            # another file system, or one without hard links
+            target.symlink_to(source)
+
+
+@contextmanager
+def readable_os_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses (full disk, no permission) into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise _user_error(path, error) from error
+
+
+@contextmanager
+def exclusive(path: Path, what: str, *, patience_s: float = 5.0) -> Iterator[None]:
+    """Hold the lock file `path` for the block; the operating system drops it if the process dies.
+
+    Raises `UserError` when another process still holds it after `patience_s` seconds (long enough for the
+    workers of a killed command to notice and end).
+    """
+    from filelock import FileLock, Timeout
+
+    with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=patience_s)
+        except Timeout:
+            raise UserError(f"another process is working on {what}; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _user_error(path: Path, error: OSError) -> UserError:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"no space left while writing {path}; free some and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"{path} may not be written or read ({error.strerror}); check who owns the folder")
+    where = error.filename or path
+    return UserError(f"{where}: {error.strerror or error}")
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

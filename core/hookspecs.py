@@ -1,0 +1,81 @@
+"""The hooks a plugin may implement.
+
+Collecting hooks offer things and must be cheap (no torch, no reading of files); what they offer does the
+work. Each returns a list of the dataclass named in its annotation. Notifying hooks return nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from .types import (
+        Architecture,
+        CorpusFormat,
+        Evaluator,
+        ExpertFinished,
+        Launcher,
+        MergeFinished,
+        MergeMethod,
+        Trainer,
+        TrainingStep,
+    )
+
+PROJECT = "expertctl"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def merge_methods() -> list[MergeMethod]:  # type: ignore[empty-body]  # pluggy reads the signature only
+    """Ways from seed and experts to a generalist."""
+
+
+@hookspec
+def trainers() -> list[Trainer]:  # type: ignore[empty-body]
+    """Which part of a model trains, and how."""
+
+
+@hookspec
+def launchers() -> list[Launcher]:  # type: ignore[empty-body]
+    """Where training runs."""
+
+
+@hookspec
+def corpus_formats() -> list[CorpusFormat]:  # type: ignore[empty-body]
+    """Kinds of text files that can be read into documents."""
+
+
+@hookspec
+def evaluators() -> list[Evaluator]:  # type: ignore[empty-body]
+    """Ways to score a model on a domain."""
+
+
+@hookspec
+def architectures() -> list[Architecture]:  # type: ignore[empty-body]
+    """Where a model family keeps its feed-forward, attention, norm and embedding tensors."""
+
+
+@hookspec
+def training_step(event: TrainingStep) -> None:
+    """Called in the training process after every logged optimiser step."""
+
+
+@hookspec
+def expert_finished(event: ExpertFinished) -> None:
+    """Called in the training process once an expert's folder is complete."""
+
+
+@hookspec
+def merge_finished(event: MergeFinished) -> None:
+    """Called once a generalist's folder is complete."""
+
+
+@hookspec
+def register_commands(cli: click.Group) -> None:
+    """Add commands to the `expertctl` command line: `cli.add_command(...)`."""

@@ -1,0 +1,144 @@
+"""Loading any artefact as a transformers model: seed, expert, generalist, or a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .files import read_json
+from .lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest
+from .plugin_manager import installed_plugins
+from .safetensors_io import Checkpoint, TensorEntry, checkpoint_files
+from .workspace import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def register_auto_classes() -> None:
+    """Make transformers' `AutoModelForCausalLM` know every model class that merge methods bring along."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for method in installed_plugins().merge_methods().values():
+        if method.auto_classes is not None:
+            config_class, model_class = method.auto_classes()
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
+            AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def load_model(
+    folder: str | Path, *, seed: str | Path | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load any artefact as (model in evaluation mode, tokenizer).
+
+    `seed` is needed only for an expert that lies outside its workspace. `dtype` is `auto` (as stored) or a
+    torch dtype's name. Raises `UserError` for folders that are unfinished, damaged or of no known kind.
+    """
+    path = Path(folder)
+    manifest = _manifest_of(path)
+    if manifest is not None and manifest.kind == "expert":
+        base = seed_of(path, manifest, seed)
+        model = _from_pretrained(base, dtype)
+        overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
+        return model, load_tokenizer(base)
+    return _from_pretrained(path, dtype), load_tokenizer(path)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def tokenizer_folder(folder: Path, seed: Path | None = None) -> Path:
+    """Return the folder that holds the tokenizer of an artefact: an expert's is its seed's."""
+    manifest = _manifest_of(folder)
+    return seed_of(folder, manifest, seed) if manifest is not None and manifest.kind == "expert" else folder
+
+
+def _manifest_of(folder: Path) -> Manifest | None:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    return read_manifest(folder) if manifest_path(folder) else None
+
+
+def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    check_loadable(folder)
+    register_auto_classes()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.eval()
+
+
+def check_loadable(folder: Path) -> dict[str, Any]:
+    """Return the `config.json` of a model folder; raises `UserError` when it cannot be loaded.
+
+    Only headers are read: missing, truncated and pickled weights are found, changed bytes are not.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is no model folder, or an unfinished one")
+    config = read_json(folder / "config.json")
+    if not str(config.get("model_type", "")).startswith("expertctl_"):
+        for file in checkpoint_files(folder):
+            Checkpoint([file])
+    return config
+
+
+def seed_of(expert: Path, manifest: Manifest, given: str | Path | None = None) -> Path:
+    """Return the seed folder of an expert and check that it is the one the expert was branched from."""
+    parent = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
+    if parent is None:
+        raise UserError(f"{expert / MANIFEST_NAMES['expert']} names no seed")
+    folder = Path(given) if given is not None else Layout.find(expert).seed
+    if not (folder / MANIFEST_NAMES["seed"]).is_file():
+        raise UserError(f"expert '{manifest.name}' needs its seed, and {folder} is no seed folder; give it with seed=")
+    found = read_manifest(folder).digest
+    if found != parent.digest:
+        raise UserError(
+            f"expert '{manifest.name}' was branched from seed {parent.digest[:12]}, but {folder} is {found[:12]}"
+        )
+    return folder
+
+
+def overlay_tensors(model: PreTrainedModel, tensors: Checkpoint | Mapping[str, Tensor]) -> None:
+    """Copy tensors over those of the same name in a model; raises `UserError` for one it does not have."""
+    import torch
+
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name in tensors:
+            if name not in own:
+                raise UserError(f"the model has no tensor '{name}': the expert belongs to another architecture")
+            source = tensors.read(name) if isinstance(tensors, Checkpoint) else tensors[name]
+            own[name].copy_(source)
+
+
+class ExpertTensors:
+    """All tensors of one expert: its own where training changed them, the seed's elsewhere."""
+
+    def __init__(self, seed: Checkpoint, folder: Path) -> None:
+        self.seed = seed
+        self.changed = Checkpoint([folder / WEIGHTS_FILE])
+        for name, entry in self.changed.entries.items():
+            theirs = seed.entry(name)
+            if (entry.shape, entry.dtype) != (theirs.shape, theirs.dtype):
+                raise UserError(
+                    f"tensor '{name}' is {entry.dtype} {list(entry.shape)} in {folder}, "
+                    f"but {theirs.dtype} {list(theirs.shape)} in the seed"
+                )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.seed)
+
+    def entry(self, name: str) -> TensorEntry:
+        return self.changed.entries.get(name) or self.seed.entry(name)
+
+    def read(self, name: str) -> Tensor:
+        return self.changed.read(name) if name in self.changed else self.seed.read(name)

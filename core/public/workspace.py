@@ -1,0 +1,294 @@
+"""The verbs of expertctl on one workspace: what the command line and other programs call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertctl.core.config import ExpertConfig, MergeConfig, ProjectConfig, load_project
+from expertctl.core.errors import Interrupted, UserError, unknown_name
+from expertctl.core.lineage import Manifest, read_manifest
+from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.types import LaunchResult, RunReporter, ValidationText
+from expertctl.core.workspace import Layout
+
+if TYPE_CHECKING:
+    from expertctl.experts.corpora import PreparedDomain
+    from expertctl.experts.evaluation import EvaluationTable
+    from expertctl.experts.runs import RunSpec
+
+
+class _Silent:
+    """A reporter for callers that do not watch."""
+
+    def started(self, run: Path, total_steps: int) -> None: ...
+    def progressed(self, run: Path, record: Mapping[str, Any]) -> None: ...
+    def finished(self, result: LaunchResult) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training several runs ended."""
+
+    finished: tuple[str, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Name -> one-line error."""
+    interrupted: tuple[str, ...] = ()
+
+
+class Workspace:
+    """A project folder and everything that can be done in it.
+
+    >>> ws = Workspace("demo")                                   # doctest: +SKIP
+    >>> ws.branch("law", domain="law", trains="feed_forward")    # doctest: +SKIP
+    >>> ws.train("law")                                          # doctest: +SKIP
+    >>> ws.merge("forest", method="ensemble")                    # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.layout = Layout.find(Path(folder) if folder is not None else None)
+
+    @cached_property
+    def config(self) -> ProjectConfig:
+        """The checked content of `expertctl.yaml`."""
+        return load_project(self.layout.config_file)
+
+    @property
+    def root(self) -> Path:
+        return self.layout.root
+
+    @property
+    def experts(self) -> Path:
+        return self.layout.experts
+
+    @property
+    def generalists(self) -> Path:
+        return self.layout.generalists
+
+    # --- text ---
+
+    def prepare(
+        self,
+        domains: Sequence[str] | None = None,
+        *,
+        force: bool = False,
+        tell: Callable[[str, int], None] = lambda domain, documents: None,
+    ) -> list[PreparedDomain]:
+        """Tokenise domains (default: all) with the seed's tokenizer; what is done already costs nothing."""
+        from expertctl.experts.corpora import domain_config, prepare_domain
+
+        self._require_tokenizer()
+        return [
+            prepare_domain(
+                self.layout,
+                name,
+                domain_config(self.config, name),
+                self.layout.seed,
+                force=force,
+                tell=lambda documents, name=name: tell(name, documents),  # type: ignore[misc]
+            )
+            for name in domains or self.config.domains
+        ]
+
+    def _require_tokenizer(self) -> None:
+        if not (self.layout.seed / "config.json").exists():
+            raise UserError("text is tokenised with the seed's tokenizer, and there is no seed yet; run `expertctl seed`")
+
+    # --- seed and experts ---
+
+    def seed(
+        self,
+        source: str | Path | None = None,
+        *,
+        force: bool = False,
+        launcher: str | None = None,
+        reporter: RunReporter | None = None,
+    ) -> Manifest:
+        """Make the seed: import a Hugging Face folder (`source`, or `seed.from`), else pretrain from scratch."""
+        from expertctl.experts.seed import import_seed, start_pretraining
+
+        wanted = source if source is not None else self.config.seed.from_
+        if wanted is not None:
+            folder = Path(wanted).expanduser()
+            absolute = folder if folder.is_absolute() or source is not None else self.root / folder
+            return import_seed(self.layout, absolute, licence=self.config.seed.licence, force=force)
+        run = start_pretraining(self.layout, self.config, force=force)
+        self._raise_unless_finished(self._launch([run], 1, launcher, reporter))
+        return read_manifest(run)
+
+    def branch(self, name: str, *, force: bool = False, **settings: Any) -> RunSpec:
+        """Start an expert: `domain`, `trains`, `start` ('seed', 'auto' or weights by expert), `training` ...
+
+        What is not given comes from `experts.NAME` in `expertctl.yaml`, if it stands there.
+        """
+        from expertctl.experts.branching import branch
+
+        return branch(self.layout, self.config, name, self._expert_config(name, settings), force=force)
+
+    def _expert_config(self, name: str, settings: Mapping[str, Any]) -> ExpertConfig:
+        given = {("from" if key == "start" else key): value for key, value in settings.items() if value is not None}
+        declared = self.config.experts.get(name)
+        if declared is not None:
+            given = declared.model_dump(by_alias=True, exclude_unset=True) | given
+        if "domain" not in given:
+            raise UserError(f"expert '{name}' is not in expertctl.yaml; say which domain it is for: --domain DOMAIN")
+        return ExpertConfig.model_validate(given)
+
+    def train(
+        self,
+        *names: str,
+        jobs: int = 1,
+        launcher: str | None = None,
+        reporter: RunReporter | None = None,
+    ) -> TrainResult:
+        """Train experts that were branched or stand in `expertctl.yaml`; with no name, all of them.
+
+        Goes on where an earlier try stopped. One that fails does not touch the others: see the result.
+        """
+        from expertctl.experts.runs import RUN_FILE
+
+        wanted = names or self._all_experts()
+        if not wanted:
+            raise UserError("there is no expert to train; start one with `expertctl branch NAME --domain DOMAIN`")
+        for name in wanted:
+            if not (self.experts / name / RUN_FILE).is_file():
+                if name not in self.config.experts:
+                    known = {*self.config.experts, *self._all_experts()}
+                    raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
+                self.branch(name)
+        return self._launch([self.experts / name for name in wanted], jobs, launcher, reporter)
+
+    def _all_experts(self) -> tuple[str, ...]:
+        from expertctl.experts.runs import RUN_FILE
+
+        branched = {path.parent.name for path in self.experts.glob(f"*/{RUN_FILE}")}
+        return tuple(sorted({*branched, *self.config.experts}))
+
+    def _launch(
+        self, runs: Sequence[Path], jobs: int, launcher: str | None, reporter: RunReporter | None
+    ) -> TrainResult:
+        chosen = installed_plugins().launcher(launcher or self.config.launcher)
+        results = chosen.launch(runs, jobs, reporter or _Silent())
+        return TrainResult(
+            finished=tuple(result.run.name for result in results if not result.error and not result.interrupted),
+            failed={result.run.name: result.error for result in results if result.error},
+            interrupted=tuple(result.run.name for result in results if result.interrupted),
+        )
+
+    def _raise_unless_finished(self, result: TrainResult) -> None:
+        if result.interrupted:
+            raise Interrupted(f"{', '.join(result.interrupted)}: stopped, state saved; the same command goes on")
+        for name, error in result.failed.items():
+            raise UserError(f"{name}: {error}")
+
+    # --- generalists ---
+
+    def merge(
+        self,
+        name: str,
+        *,
+        method: str | None = None,
+        experts: Sequence[str] | None = None,
+        weights: str | Mapping[str, float] | None = None,
+        options: Mapping[str, Any] | None = None,
+        fit_on: Sequence[str] | None = None,
+        output: str | Path | None = None,
+        force: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Manifest:
+        """Merge experts into a generalist; what is not given comes from `merges.NAME` in `expertctl.yaml`.
+
+        `fit_on` names the domains whose validation text priors and posterior weights are fitted on (default:
+        those that the experts were trained on).
+        """
+        from expertctl.merge.merging import expert_folders, merge
+
+        given = {"method": method, "experts": experts, "weights": weights, "fit_on": fit_on}
+        settings = {key: value for key, value in given.items() if value is not None}
+        declared = self.config.merges.get(name)
+        base = declared.model_dump(exclude_unset=True) if declared is not None else {}
+        if options is not None:
+            settings["options"] = {**base.get("options", {}), **options}
+        if "method" not in base | settings:
+            raise UserError(f"merge '{name}' is not in expertctl.yaml; say how: --method METHOD")
+        config = MergeConfig.model_validate(base | settings)
+        installed_plugins().merge_method(config.method)
+        folders = expert_folders(self.layout, config.experts, self.experts)
+        domains = config.fit_on or self._trained_domains(list(folders.values()))
+        return merge(
+            self.layout,
+            name,
+            config,
+            output=Path(output) if output is not None else None,
+            validation=self._validation(domains),
+            force=force,
+            say=say,
+        )
+
+    def _trained_domains(self, experts: Sequence[Path]) -> list[str]:
+        """Return the domains that experts were trained on and that this project still has, sorted."""
+        found: set[str] = set()
+        for folder in experts:
+            found |= set(read_manifest(folder).data["domains"])
+        return sorted(found & set(self.config.domains))
+
+    def _validation(self, domains: Sequence[str]) -> list[ValidationText]:
+        from expertctl.core.token_store import TokenBlocks
+
+        size = self.config.training.sequence_length
+        return [
+            ValidationText(prepared.name, TokenBlocks(prepared.open("valid"), size))
+            for prepared in (self.prepare(domains) if domains else [])
+        ]
+
+    def evaluate(
+        self,
+        *models: str,
+        domains: Sequence[str] | None = None,
+        jobs: int | None = None,
+        tell: Callable[[str, str], None] = lambda model, domain: None,
+    ) -> EvaluationTable:
+        """Score models (names of this workspace, or folders; default: all there are) on domains."""
+        from expertctl.experts.evaluation import evaluate
+
+        names = models or tuple(folder.name for folder in self.layout.finished())
+        if not names:
+            raise UserError("there is no finished model to evaluate yet; make a seed with `expertctl seed`")
+        folders = {name: self.layout.artefact(name) for name in names}
+        return evaluate(self.layout, self.config, folders, domains, jobs=jobs, tell=tell)
+
+    # --- baselines ---
+
+    def dense_baseline(self, *, reporter: RunReporter | None = None, force: bool = False) -> Manifest:
+        """Train the compute-matched dense model: the seed goes on, on all domains, for the experts' tokens."""
+        from expertctl.experts.baselines import start_dense
+
+        run = start_dense(self.layout, force=force)
+        self._raise_unless_finished(self._launch([run], 1, None, reporter))
+        return read_manifest(run)
+
+    def random_split_baseline(
+        self, *, jobs: int = 1, reporter: RunReporter | None = None, force: bool = False
+    ) -> Manifest:
+        """Train as many experts as there are, on random slices of all text, and make their ensemble."""
+        from expertctl.experts.baselines import start_random_split
+        from expertctl.merge.merging import merge
+
+        runs = start_random_split(self.layout, force=force)
+        self._raise_unless_finished(self._launch(runs, jobs, None, reporter))
+        names = tuple(run.name for run in runs)
+        return merge(
+            self.layout,
+            "random-split",
+            MergeConfig(method="ensemble", experts=names),
+            output=self.layout.baselines / "random-split",
+            experts_folder=self.layout.baselines,
+            validation=self._validation(self._trained_domains(runs)),
+            force=force,
+        )
+
+
+__all__ = ["TrainResult", "Workspace"]

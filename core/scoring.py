@@ -1,0 +1,26 @@
+"""Log-probabilities of given tokens, from any causal language model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
+    """Return log p(x_t | x_<t) in float32 for all but the first token, shape (B, T).
+
+    A model that can score targets without the whole distribution (`target_log_probs`) is asked to.
+    """
+    import torch
+
+    if hasattr(model, "target_log_probs"):
+        scored: Tensor = model.target_log_probs(tokens_BT1)
+        return scored
+    logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
+    loss_BT = torch.nn.functional.cross_entropy(
+        logits_BTV.float().transpose(1, 2), tokens_BT1[:, 1:], reduction="none"
+    )
+    return -loss_BT

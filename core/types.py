@@ -1,0 +1,225 @@
+"""What plugins offer and what passes between the stages: frozen dataclasses and the shapes of their functions.
+
+This file and `hookspecs.py` are the surface that third-party plugins build on; everything else may move.
+Tensor shapes use B = batch, T = tokens, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from .token_store import TokenBlocks
+
+
+# --- corpora ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CorpusFormat:
+    """A kind of text file that can be read into documents."""
+
+    name: str
+    summary: str
+    suffixes: tuple[str, ...]
+    """Endings of the files it reads, with the leading dot, longest match first: `(".jsonl", ".jsonl.gz")`."""
+    read: Callable[[Path, str], Iterator[str]]
+    """`read(path, text_field)` yields the text of each document, in file order, without holding the file.
+
+    Raises `UserError` with the file and, where there are lines, the line number.
+    """
+
+
+# --- training --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainablePart:
+    """What one training run moves: the module that computes, and the parameters that change."""
+
+    module: nn.Module
+    """Called as `module(input_ids=..., use_cache=False)`, gives an object with `.logits` of shape (B, T, V)."""
+    parameters: Mapping[str, nn.Parameter]
+    """Everything that is trained, by its name in the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Which part of a model trains, and how."""
+
+    name: str
+    summary: str
+    prepare: Callable[[PreTrainedModel, Any], TrainablePart]
+    """`prepare(model, options)` freezes what stays and returns what moves."""
+    options: type | None = None
+    """A frozen dataclass with a default for every field, or None."""
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """How one run ended, as the launcher saw it."""
+
+    run: Path
+    error: str | None
+    """One line, or None when the run finished."""
+    interrupted: bool = False
+
+
+class RunReporter(Protocol):
+    """What a launcher tells about its runs while they go on."""
+
+    def started(self, run: Path, total_steps: int) -> None: ...
+    def progressed(self, run: Path, record: Mapping[str, Any]) -> None: ...
+    def finished(self, result: LaunchResult) -> None: ...
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Where training runs: a process here, a node of a cluster, a data owner."""
+
+    name: str
+    summary: str
+    launch: Callable[[Sequence[Path], int, RunReporter], list[LaunchResult]]
+    """`launch(runs, jobs, reporter)` trains every run folder, at most `jobs` at a time, and returns when all
+    have ended. One run that dies must not touch the others."""
+
+
+# --- merging ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """One tensor of the seed with the same tensor of every expert: all a per-tensor merge method sees."""
+
+    name: str
+    seed: Tensor
+    experts: tuple[Tensor, ...]
+    """In the order of `expert_names`; same shape and dtype as `seed`."""
+    expert_names: tuple[str, ...]
+    weights: tuple[float, ...]
+    """One for each expert, at least 0, summing to 1."""
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A way from seed and experts to a generalist.
+
+    Offer `merge` for a method that works tensor by tensor (the engine reads, streams and writes), or `build`
+    for one that makes a model of its own kind.
+    """
+
+    name: str
+    summary: str
+    merge: Callable[[TensorGroup, Any], Tensor] | None = None
+    """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor."""
+    build: Callable[[MergeInputs, Any, Path], None] | None = None
+    """`build(inputs, options, folder)` writes a loadable model folder into the empty `folder`."""
+    kind: str = "average"
+    """What comes out: `average`, `ensemble`, `moe` or `stitched`."""
+    options: type | None = None
+    """A frozen dataclass with a default for every field, or None."""
+    auto_classes: Callable[[], tuple[type, type]] | None = None
+    """For a `build` method whose model is no class of transformers: returns (config class, model class)."""
+
+
+@dataclass(frozen=True)
+class ValidationText:
+    """The validation part of one domain, cut into blocks."""
+
+    domain: str
+    blocks: TokenBlocks
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """Everything a `build` merge method may read."""
+
+    seed: Path
+    """The seed's folder."""
+    experts: Mapping[str, Path]
+    """Expert folders by name, in the order the user gave."""
+    weights: Mapping[str, float]
+    """One for each expert, summing to 1."""
+    validation: Sequence[ValidationText] = ()
+    """What priors, temperatures and weights may be fitted on; empty when the merge was given none."""
+    say: Callable[[str], None] = field(default=lambda line: None)
+    """Tells the user what is going on, a line at a time."""
+
+
+# --- architectures ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a model family keeps its parts. Patterns are shell-style, over tensor names."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """`model_type` values of `config.json` that belong to the family."""
+    feed_forward: tuple[str, ...]
+    attention: tuple[str, ...]
+    norms: tuple[str, ...]
+    embeddings: tuple[str, ...]
+    mixture_class: str | None = None
+    """The transformers class its feed-forwards turn into as experts of a mixture, or None."""
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one evaluator found for one model on one domain."""
+
+    values: Mapping[str, float]
+    """Metric name -> value, such as `{"bits_per_byte": 1.9}`."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores a model on the validation part of a domain."""
+
+    name: str
+    summary: str
+    metrics: tuple[str, ...]
+    """Names of the values that it gives, the first one being what tables show."""
+    evaluate: Callable[[PreTrainedModel, TokenBlocks], Score]
+
+
+# --- what notifying hooks are told -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimiser step of a run, as `training_step` hooks see it."""
+
+    run: str
+    folder: Path
+    step: int
+    total_steps: int
+    metrics: Mapping[str, float]
+    """`loss` in nats per token, `learning_rate`, `gradient_norm`, `tokens_per_second`."""
+
+
+@dataclass(frozen=True)
+class ExpertFinished:
+    """An expert folder that is complete."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class MergeFinished:
+    """A generalist folder that is complete."""
+
+    name: str
+    folder: Path
+    method: str

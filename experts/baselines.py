@@ -1,0 +1,79 @@
+"""The controls of Branch-Train-Merge: one dense model of the same compute, and experts of random splits.
+
+The dense model goes on from the seed on all domains, each giving the same number of tokens, for as many steps
+as one expert takes, with a batch as much larger as there are experts: the paper's protocol, where every
+expert has its share of the dense model's batch. The random-split experts train on equal random slices of the
+blocks of all domains; a forest of them shows what is owed to the domains and what to having several models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..core.errors import UserError
+from ..core.workspace import Layout
+from .branching import write_run
+from .runs import RUN_FILE, RunSpec, read_run
+
+DENSE = "dense"
+SLICE = "random-{index}"
+
+
+def start_dense(layout: Layout, *, force: bool = False) -> Path:
+    """Set up the dense baseline's run and return its folder; an unfinished one is gone on with."""
+    experts = trained_experts(layout)
+    training = experts[0].training
+    spec = RunSpec(
+        kind="expert",
+        name=DENSE,
+        domains=_all_domains(experts),
+        training=training.model_copy(
+            update={
+                "tokens": sum(expert.training.steps * expert.training.tokens_per_step for expert in experts),
+                "batch_size": training.batch_size * len(experts),
+            }
+        ),
+    )
+    return _start(layout, spec, force=force)
+
+
+def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
+    """Set up one run for each expert there is, on its random slice of all text; return their folders."""
+    experts = trained_experts(layout)
+    return [
+        _start(
+            layout,
+            RunSpec(
+                kind="expert",
+                name=SLICE.format(index=index),
+                domains=_all_domains(experts),
+                training=expert.training,
+                trains=expert.trains,
+                options=expert.options,
+                slice=(index, len(experts)),
+            ),
+            force=force,
+        )
+        for index, expert in enumerate(experts)
+    ]
+
+
+def trained_experts(layout: Layout) -> list[RunSpec]:
+    """Return the specifications of the finished experts; raises `UserError` when there is none."""
+    names = layout.finished_experts()
+    if not names:
+        raise UserError("a baseline is matched to the experts, and none is finished; train them first")
+    return [read_run(layout.experts / name) for name in names]
+
+
+def _all_domains(experts: list[RunSpec]) -> tuple[str, ...]:
+    return tuple(sorted({domain for expert in experts for domain in expert.domains}))
+
+
+def _start(layout: Layout, spec: RunSpec, *, force: bool) -> Path:
+    folder = layout.baselines / spec.name
+    if force or not (folder / RUN_FILE).is_file():
+        write_run(layout, folder, spec, force=force)
+    elif read_run(folder) != spec:
+        raise UserError(f"{folder} was made for other experts or settings; use --force to make it again")
+    return folder

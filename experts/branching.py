@@ -1,0 +1,118 @@
+"""Branching: starting an expert from the seed, from given experts, or from those nearest to its domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..core.config import ExpertConfig, ProjectConfig, TrainingConfig, parse_options
+from ..core.errors import UserError, unknown_name
+from ..core.files import exclusive, new_folder, refuse_existing
+from ..core.lineage import read_manifest
+from ..core.loading import ExpertTensors, overlay_tensors
+from ..core.plugin_manager import installed_plugins
+from ..core.safetensors_io import Checkpoint
+from ..core.token_store import TokenBlocks
+from ..core.workspace import Layout, check_name
+from .corpora import domain_config, prepare_domain
+from .runs import RunSpec, is_finished
+from .trainable import trainer_for
+
+AUTO_SAMPLE_BLOCKS = 32
+
+
+def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConfig, *, force: bool = False) -> RunSpec:
+    """Set up the run of a new expert in `experts/NAME` and return its specification.
+
+    Raises `UserError` when the seed is missing, a name is unknown, or the expert exists.
+    """
+    check_name(name, "an expert")
+    folder = layout.experts / name
+    refuse_existing(folder, force=force, what="expert")
+    if not is_finished(layout.seed):
+        raise UserError("there is no finished seed yet; make one with `expertctl seed`")
+    domain_config(project, expert.domain)
+    plugins = installed_plugins()
+    trainer = trainer_for(expert.trains, plugins)
+    parse_options(trainer.options, expert.options, f"trainer '{trainer.name}'")
+    spec = RunSpec(
+        kind="expert",
+        name=name,
+        domains=(expert.domain,),
+        training=expert_training(layout, project, expert.training),
+        trains=expert.trains,
+        options=expert.options,
+        start=start_weights(layout, project, expert),
+        owner=expert.owner,
+        licence=expert.licence,
+    )
+    write_run(layout, folder, spec, force=force)
+    return spec
+
+
+def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = False) -> None:
+    """Make the folder of a run, atomically."""
+    with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
+        with new_folder(folder, force=force, what=spec.kind) as partial:
+            spec.write(partial)
+
+
+def expert_training(layout: Layout, project: ProjectConfig, own: TrainingConfig) -> TrainingConfig:
+    """Return an expert's training settings, with the schedule going on where the seed's ended."""
+    training = project.training_of(own)
+    if training.schedule_begin is not None:
+        return training
+    seed_training = read_manifest(layout.seed).config.get("training") or {}
+    ended = float(seed_training.get("schedule_end", 0.0))
+    begin = ended if ended < training.schedule_end else 0.0
+    return training.model_copy(update={"schedule_begin": begin})
+
+
+def start_weights(layout: Layout, project: ProjectConfig, expert: ExpertConfig) -> dict[str, float]:
+    """Return where an expert starts: `seed` or finished experts, with weights that sum to 1."""
+    wanted = expert.from_
+    if wanted == "seed":
+        return {"seed": 1.0}
+    finished = layout.finished_experts()
+    if wanted == "auto":
+        if not finished:
+            return {"seed": 1.0}  # the first branch is a copy of the seed
+        return nearest_experts(layout, project, expert.domain, finished)
+    given: Mapping[str, float] = {wanted: 1.0} if isinstance(wanted, str) else wanted
+    for name, weight in given.items():
+        if name != "seed" and name not in finished:
+            raise unknown_name("finished expert", name, ["seed", *finished])
+        if weight < 0:
+            raise UserError(f"the weight of '{name}' is {weight}; weights are 0 or more")
+    total = sum(given.values())
+    if total <= 0:
+        raise UserError("the weights to start from sum to 0; give at least one that is positive")
+    return {name: weight / total for name, weight in given.items()}
+
+
+def nearest_experts(layout: Layout, project: ProjectConfig, domain: str, experts: list[str]) -> dict[str, float]:
+    """Return each expert's domain posterior on a sample of a new domain's training text.
+
+    Branch-Train-Merge's rule for a new branch (arXiv:2208.03306, section 3.1): start from the average of the
+    experts weighted by p(D = j | sample).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..core.posterior import cached_prior
+    from ..core.scoring import token_log_probs
+
+    prepared = prepare_domain(layout, domain, domain_config(project, domain), layout.seed)
+    size = project.training.sequence_length
+    batches = list(TokenBlocks(prepared.open("train"), size).batches(1, limit=AUTO_SAMPLE_BLOCKS))
+    seed = Checkpoint.of_folder(layout.seed)
+    scores = []
+    with torch.inference_mode():
+        for name in experts:
+            model = AutoModelForCausalLM.from_pretrained(layout.seed, dtype=torch.float32, local_files_only=True)
+            overlay_tensors(model.eval(), ExpertTensors(seed, layout.experts / name).changed)
+            scores.append([token_log_probs(model, torch.from_numpy(batch)) for batch in batches])
+            del model
+        together = [[torch.stack([of_expert[index] for of_expert in scores])] for index in range(len(batches))]
+        prior = cached_prior(together, len(experts), "prefix")
+    return {name: float(weight) for name, weight in zip(experts, prior, strict=True)}

@@ -1,0 +1,235 @@
+"""Domains: reading their documents, and preparing them into token shards for a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from ..core.config import DomainConfig, ProjectConfig
+from ..core.errors import UserError, unknown_name
+from ..core.files import exclusive, new_folder, read_json, write_json
+from ..core.lineage import digest_of_tokenizer, package_version
+from ..core.plugin_manager import installed_plugins
+from ..core.token_store import TokenPart, TokenStore, write_part
+from ..core.tokenizer import TextEncoder
+from ..core.types import CorpusFormat
+from ..core.workspace import Layout
+
+PARTS = ("train", "valid")
+DOMAIN_FILE = "domain.json"
+DOCUMENTS_PER_BATCH = 512
+
+Tell = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class PreparedDomain:
+    """A domain whose tokens lie in the corpora cache."""
+
+    name: str
+    folder: Path
+    train: TokenPart
+    valid: TokenPart
+    licence: str | None
+
+    def open(self, part: str) -> TokenStore:
+        return TokenStore(self.folder / part)
+
+    def statement(self) -> dict[str, object]:
+        """Return the data statement of the training part: counts and digest, never text."""
+        return {
+            "documents": self.train.documents,
+            "tokens": self.train.tokens,
+            "bytes": self.train.bytes,
+            "digest": self.train.digest,
+            "licence": self.licence,
+        }
+
+
+def domain_config(project: ProjectConfig, name: str) -> DomainConfig:
+    """Return a domain's configuration; raises `UserError` that lists the domains there are."""
+    if name not in project.domains:
+        raise unknown_name("domain", name, project.domains, listed_as="expertctl.yaml has")
+    return project.domains[name]
+
+
+def prepare_domain(
+    layout: Layout,
+    name: str,
+    domain: DomainConfig,
+    tokenizer_folder: Path,
+    *,
+    force: bool = False,
+    tell: Tell = lambda documents: None,
+) -> PreparedDomain:
+    """Tokenise a domain into the cache, unless its current text is there already.
+
+    `tell` hears how many documents were done so far. Raises `UserError` for text that cannot be read and for
+    a part without documents.
+    """
+    encoder_digest = digest_of_tokenizer(tokenizer_folder)
+    folder = layout.corpora / name / encoder_digest[:12]
+    fingerprint = _fingerprint(domain, layout.root)
+    with exclusive(layout.lock(f"domain-{name}"), f"domain '{name}'", patience_s=600):
+        if not force and (ready := _cached(folder, fingerprint)):
+            return ready
+        encoder = TextEncoder.of_folder(tokenizer_folder)
+        with new_folder(folder, force=True, what="corpus") as partial:
+            done = 0
+            for part in PARTS:
+                (partial / part).mkdir()
+                documents = _counted(domain_documents(domain, layout.root, part), done, tell)
+                written = write_part(
+                    partial / part,
+                    _encoded(documents, encoder),
+                    separator=encoder.separator,
+                    vocabulary=encoder.vocabulary,
+                )
+                if written.documents == 0:
+                    raise UserError(f"domain '{name}' has no documents in its {part} part ({_source(domain)})")
+                done += written.documents
+            write_json(
+                partial / DOMAIN_FILE,
+                {"name": name, "fingerprint": fingerprint, "tokenizer": encoder_digest, "licence": _licence(domain)},
+            )
+    prepared = _cached(folder, fingerprint)
+    assert prepared is not None
+    return prepared
+
+
+def _cached(folder: Path, fingerprint: str) -> PreparedDomain | None:
+    if not (folder / DOMAIN_FILE).is_file():
+        return None
+    content = read_json(folder / DOMAIN_FILE)
+    if content.get("fingerprint") != fingerprint:
+        return None
+    train, valid = (TokenStore(folder / part).part for part in PARTS)
+    return PreparedDomain(content["name"], folder, train, valid, content.get("licence"))
+
+
+def _encoded(documents: Iterable[str], encoder: TextEncoder) -> Iterator[tuple[str, list[int]]]:
+    iterator = iter(documents)
+    while batch := list(islice(iterator, DOCUMENTS_PER_BATCH)):
+        yield from zip(batch, encoder.encode(batch), strict=True)
+
+
+def _counted(documents: Iterable[str], before: int, tell: Tell) -> Iterator[str]:
+    for index, document in enumerate(documents, start=before + 1):
+        if index % DOCUMENTS_PER_BATCH == 0:
+            tell(index)
+        yield document
+
+
+def domain_documents(domain: DomainConfig, root: Path, part: str) -> Iterator[str]:
+    """Yield the documents of one part of a domain, in a fixed order, without holding them."""
+    if domain.bundled is not None:
+        from .bundled import read_bundled
+
+        yield from getattr(read_bundled(domain.bundled), part)
+    elif domain.path is not None:
+        for document in read_documents(root / Path(domain.path).expanduser(), domain.text_field):
+            if _is_validation(document, domain.valid_share) == (part == "valid"):
+                yield document
+    else:
+        source = domain.train if part == "train" else domain.valid
+        assert source is not None
+        yield from read_documents(root / Path(source).expanduser(), domain.text_field)
+
+
+def _is_validation(document: str, share: float) -> bool:
+    """Decide by the text itself, so that equal documents never stand on both sides of the split."""
+    state = hashlib.sha256(document.encode("utf-8", errors="surrogatepass")).digest()
+    return int.from_bytes(state[:8], "big") < share * 2**64
+
+
+def read_documents(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the documents of a file, or of all files of known formats below a folder, sorted by path."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file))
+        if not files:
+            raise UserError(f"{path} has no file of a known format; known endings: {', '.join(_suffixes())}")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise UserError(f"{path} does not exist")
+    for file in files:
+        corpus_format = _format_of(file)
+        if corpus_format is None:
+            raise UserError(f"{file} is of no known format; known endings: {', '.join(_suffixes())}")
+        yield from corpus_format.read(file, text_field)
+
+
+def _formats() -> Mapping[str, CorpusFormat]:
+    return {
+        suffix: corpus_format
+        for corpus_format in installed_plugins().corpus_formats().values()
+        for suffix in corpus_format.suffixes
+    }
+
+
+def _suffixes() -> list[str]:
+    return sorted(_formats())
+
+
+def _format_of(file: Path) -> CorpusFormat | None:
+    matching = [suffix for suffix in _formats() if file.name.lower().endswith(suffix)]
+    return _formats()[max(matching, key=len)] if matching else None
+
+
+def _source(domain: DomainConfig) -> str:
+    return domain.path or domain.train or f"bundled: {domain.bundled}"
+
+
+def _licence(domain: DomainConfig) -> str | None:
+    if domain.licence is None and domain.bundled is not None:
+        from .bundled import BUNDLED
+
+        return BUNDLED[domain.bundled].licence
+    return domain.licence
+
+
+def _fingerprint(domain: DomainConfig, root: Path) -> str:
+    """Return what changes when a domain's text does: its settings, and size and time of every file."""
+    content: dict[str, object] = {"domain": domain.model_dump()}
+    if domain.bundled is not None:
+        content["bundled"] = _installation()
+    for source in (domain.path, domain.train, domain.valid):
+        if source is not None:
+            content[source] = _stamps(root / Path(source).expanduser())
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _installation() -> dict[str, str]:
+    """Return the versions of what the bundled corpora are read from; finding them out reads no text."""
+    import platform
+
+    packages = ("expertctl", "torch", "numpy", "scipy", "scikit-learn")
+    return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
+
+
+def _stamps(path: Path) -> list[tuple[str, int, int]]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stamps = []
+    for file in files:
+        if file.is_file():
+            status = file.stat()
+            stamps.append((str(file.relative_to(path)), status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def prepare_domains(
+    layout: Layout, project: ProjectConfig, names: Iterable[str], tokenizer_folder: Path
+) -> list[PreparedDomain]:
+    """Prepare several domains; what is prepared already costs nothing."""
+    return [
+        prepare_domain(layout, name, domain_config(project, name), tokenizer_folder) for name in names
+    ]
+
+
+def prepared_summary(prepared: PreparedDomain) -> dict[str, object]:
+    """Return what `data list` shows of a domain."""
+    return {part: asdict(getattr(prepared, part)) for part in PARTS} | {"licence": prepared.licence}

@@ -1,0 +1,97 @@
+"""Scoring models on domains: every token of each validation part once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.compute import concurrently
+from ..core.config import ProjectConfig
+from ..core.lineage import manifest_path, read_manifest, require_intact
+from ..core.loading import load_model, seed_of, tokenizer_folder
+from ..core.plugin_manager import installed_plugins
+from ..core.token_store import TokenBlocks
+from ..core.types import Score
+from ..core.workspace import Layout
+from .corpora import domain_config, prepare_domain
+
+Tell = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class EvaluationTable:
+    """Scores of several models on several domains."""
+
+    domains: tuple[str, ...]
+    scores: Mapping[str, Mapping[str, Score]]
+    """Model -> domain -> score."""
+
+    def mean(self, model: str, metric: str) -> float:
+        """Return the mean of a metric over the domains, each counting the same."""
+        values = [self.scores[model][domain].values[metric] for domain in self.domains]
+        return sum(values) / len(values)
+
+    def best(self, domain: str, metric: str) -> str:
+        """Return the model with the lowest value on a domain."""
+        return min(self.scores, key=lambda model: self.scores[model][domain].values[metric])
+
+    def as_json(self) -> dict[str, object]:
+        """Return what `eval --json` prints: metric -> domain -> value for each model, and token counts."""
+        models = {}
+        for name, by_domain in self.scores.items():
+            metrics = next(iter(by_domain.values())).values
+            models[name] = {
+                metric: {domain: by_domain[domain].values[metric] for domain in self.domains} for metric in metrics
+            } | {"tokens": {domain: by_domain[domain].tokens for domain in self.domains}}
+        return {"domains": list(self.domains), "models": models}
+
+
+def evaluate(
+    layout: Layout,
+    project: ProjectConfig,
+    models: Mapping[str, Path],
+    domains: Sequence[str] | None = None,
+    *,
+    evaluator: str = "perplexity",
+    jobs: int | None = None,
+    tell: Tell = lambda model, domain: None,
+) -> EvaluationTable:
+    """Score models (folders by the name they are shown under) on domains (default: all of the project).
+
+    Each model reads the text through its own tokenizer, so bits per byte compare across tokenizers. `tell`
+    hears (model, domain) after each score. Raises `UserError` for a damaged model or an unknown domain.
+    """
+    names = tuple(domains if domains is not None else project.domains)
+    scorer = installed_plugins().evaluator(evaluator)
+    size = project.training.sequence_length
+    blocks = {}
+    for model, folder in models.items():
+        _require_intact(folder)
+        tokenizer = tokenizer_folder(folder)
+        for name in names:
+            prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer)
+            blocks[model, name] = TokenBlocks(prepared.open("valid"), size)
+
+    def score(model: str) -> dict[str, Score]:
+        network, _ = load_model(models[model], dtype="float32")
+        found = {}
+        for name in names:
+            found[name] = scorer.evaluate(network, blocks[model, name])
+            tell(model, name)
+        return found
+
+    largest = max((_num_bytes(folder) for folder in models.values()), default=0)
+    return EvaluationTable(names, dict(zip(models, concurrently(score, models, bytes_each=largest, jobs=jobs), strict=True)))
+
+
+def _require_intact(folder: Path) -> None:
+    """Check the bytes of an artefact of ours, and of the seed that it stands on."""
+    if manifest_path(folder):
+        require_intact(folder)
+        if read_manifest(folder).kind == "expert":
+            require_intact(seed_of(folder, read_manifest(folder)))
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

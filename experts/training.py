@@ -1,0 +1,192 @@
+"""The one training loop: optimiser steps on a trainable part, and the state they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..core.config import TrainingConfig
+from ..core.errors import UserError
+from ..core.token_store import BalancedUnion, Blocks, Position, draw
+from ..core.types import TrainablePart
+from .schedule import learning_rate, progress_at
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did."""
+
+    step: int
+    """Steps done so far, this one included."""
+    loss: Tensor
+    """Mean cross-entropy in nats per token, shape (); left on its device until somebody asks."""
+    gradient_norm: Tensor
+    learning_rate: float
+
+
+class TrainingLoop:
+    """A trainable part, its optimiser, and a position in the data: everything a checkpoint must hold."""
+
+    def __init__(self, part: TrainablePart, blocks: Blocks | BalancedUnion, config: TrainingConfig) -> None:
+        import torch
+
+        if len(blocks) == 0:
+            raise UserError(f"the text is shorter than one block of {config.sequence_length} tokens; add text, or "
+                            "lower training.sequence_length")
+        self.config, self.blocks, self.part = config, blocks, part
+        self.device = resolve_device(config.device)
+        self.step = 0
+        self.position = Position()
+        self.parameters = dict(part.parameters)
+        self.module: nn.Module = part.module.to(self.device).train()
+        self._forward: Any = torch.compile(self.module) if config.compile else self.module
+        self.optimiser = make_optimiser(self.parameters, config)
+        self._autocast = autocast(config, self.device)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train to the end of the budget, yielding after each optimiser step."""
+        while self.step < self.config.steps:
+            rate = learning_rate(self.config, progress_at(self.config, self.step))
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            loss = self._accumulate()
+            norm = self._clip()
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            self.step += 1
+            yield StepReport(self.step, loss, norm, rate)
+
+    def _accumulate(self) -> Tensor:
+        """Run forward and backward over one step's blocks and return the mean loss."""
+        import torch
+
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.config.accumulation):
+            with self._autocast():
+                loss = next_token_loss(self._forward, self._batch())
+            (loss / self.config.accumulation).backward()
+            total += loss.detach() / self.config.accumulation
+        return total
+
+    def _batch(self) -> Tensor:
+        """Return the next (B, S + 1) tokens and move the position on."""
+        import numpy as np
+        import torch
+
+        drawn = []
+        for _ in range(self.config.batch_size):
+            drawn.append(draw(self.blocks, self.position, self.config.seed))
+            self.position = self.position.advanced(1, len(self.blocks))
+        return torch.from_numpy(np.stack(drawn)).to(self.device, non_blocking=True)
+
+    def _clip(self) -> Tensor:
+        import torch
+
+        limit = self.config.clip if self.config.clip is not None else float("inf")
+        return torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+
+    # --- state ---
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained parameters by name."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def optimiser_state(self) -> dict[str, Tensor]:
+        """Return AdamW's moments and step counts as `parameter name/field`."""
+        state = self.optimiser.state
+        return {
+            f"{name}/{field}": value
+            for name, parameter in self.parameters.items()
+            for field, value in state.get(parameter, {}).items()
+        }
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+
+    def load_optimiser_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over moments for every parameter that `tensors` knows; others start afresh."""
+        fields: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("/")
+            fields.setdefault(name, {})[field] = value
+        for name, parameter in self.parameters.items():
+            if name in fields:
+                self.optimiser.state[parameter] = {
+                    field: value.to(parameter.device, copy=True) for field, value in fields[name].items()
+                }
+
+
+def next_token_loss(forward: Any, tokens_BT1: Tensor) -> Tensor:
+    """Return the mean cross-entropy of predicting every token but the first, in nats, shape ()."""
+    import torch
+
+    logits_BTV = forward(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
+
+
+def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> Optimizer:
+    """Return fused AdamW; weight decay acts on matrices, not on norms and biases."""
+    import torch
+
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if members
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
+    )
+
+
+def resolve_device(wanted: str) -> Any:
+    """Return the torch device for a setting; `auto` takes a GPU when there is one."""
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"there is no kind of device '{wanted}'; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{wanted}' is asked for, but torch sees no GPU here; use device: auto or cpu")
+    return device
+
+
+def autocast(config: TrainingConfig, device: Any) -> Any:
+    """Return a factory of the autocast context that the precision setting means on this device."""
+    import torch
+
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if config.precision == "bfloat16" or (config.precision == "auto" and native):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext
+
+
+class Throughput:
+    """Tokens per second since it was last asked."""
+
+    def __init__(self) -> None:
+        self._since, self._tokens = time.perf_counter(), 0
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def take(self) -> float:
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._since, self._tokens = now, 0
+        return rate

@@ -1,0 +1,82 @@
+"""The process that trains one run: `python -m expertctl.experts.worker RUN_FOLDER`.
+
+It speaks JSON lines on standard output, stops after a checkpoint on SIGINT or SIGTERM, and ends at once when
+the process that started it is gone (its standard input closes), so that a killed command leaves nobody
+holding a lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..core.errors import Interrupted, UserError
+from ..core.files import exclusive
+from ..core.workspace import Layout
+from .runs import read_run
+
+
+def main(arguments: list[str]) -> int:
+    """Train the run in the given folder; return the exit status."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    stop = _stop_signal()
+    folder = Path(arguments[0])
+    try:
+        spec = read_run(folder)
+        layout = Layout.find(folder)
+        with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
+            _prepare_torch(spec.training.threads)
+            from .training_run import train_run
+
+            train_run(folder, _tell, stop.is_set)
+    except Interrupted as error:
+        _tell({"event": "interrupted", "message": str(error)})
+        return error.exit_status
+    except UserError as error:
+        _tell({"event": "error", "message": str(error)})
+        return error.exit_status
+    _tell({"event": "finished"})
+    return 0
+
+
+def _tell(record: Mapping[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def _stop_signal() -> threading.Event:
+    """Return an event that SIGINT or SIGTERM sets; a second signal ends the process the usual way."""
+    stop = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def _end_with_parent() -> None:
+    # A raw read: a buffered one holds a lock that interpreter shutdown would wait for.
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+def _prepare_torch(threads: int) -> None:
+    """Give torch its threads before it starts any; more of them than cores wait for each other."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""From experts to a generalist: the merge engine, dense methods, ensembles."""

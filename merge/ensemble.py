@@ -1,0 +1,391 @@
+"""The ensemble of experts as one transformers model (ELMforest of Branch-Train-Merge, arXiv:2208.03306).
+
+`forward` returns the log-probabilities of the mixture as logits; `generate()` keeps one key-value cache for
+each expert. Shapes: K = experts that run, B = batch, T = tokens, V = vocabulary.
+
+On disk an ensemble is a folder with `config.json`, `experts/NAME.safetensors` (what each expert changed) and,
+where experts leave tensors as they were, the seed's own files under `seed/`. All of these are links to files
+that exist already, so making an ensemble copies nothing; in memory, unchanged tensors exist once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from ..core.errors import UserError
+from ..core.files import read_json, write_json
+from ..core.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
+from ..core.safetensors_io import Checkpoint, checkpoint_files, write_tensors
+from ..core.scoring import token_log_probs
+
+MODEL_TYPE = "expertctl_ensemble"
+EXPERTS_FOLDER = "experts"
+SEED_FOLDER = "seed"
+# What generation and serving look up in a configuration, taken over from the experts' own.
+_SHARED_SETTINGS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+class EnsembleConfig(PretrainedConfig):
+    """Which experts there are, and how the text so far decides between them."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        member: Mapping[str, Any] | None = None,
+        experts: Sequence[str] = (),
+        prior: Sequence[float] = (),
+        prior_kind: str = "uniform",
+        posterior: PosteriorKind = "prefix",
+        top_k: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.member = dict(member or {})
+        """`config.json` of the seed, which every expert shares."""
+        self.experts = list(experts)
+        self.prior = list(prior)
+        """One probability for each expert, in the order of `experts`."""
+        self.prior_kind = prior_kind
+        """How the prior came about; `updating` keeps changing it while text is scored."""
+        self.posterior = posterior
+        self.top_k = top_k
+        for name in _SHARED_SETTINGS:
+            if name in self.member:
+                kwargs.setdefault(name, self.member[name])
+        super().__init__(**kwargs)
+
+
+class EnsembleCache(Cache):
+    """One key-value cache for each expert, and each expert's account of the text so far."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(layers=[])
+        self.members = [DynamicCache() for _ in range(num_experts)]
+        self.scores: list[Tensor | None] = [None] * num_experts
+        """Summed log-probability of the text so far, (B,) for each expert."""
+        self.last_log_probs: list[Tensor | None] = [None] * num_experts
+        """Log-probabilities of the token after the text so far, (B, V) for each expert."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.members[0].get_seq_length(layer_idx)) if self.members else 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for member in self.members:
+            member.reorder_cache(beam_idx)
+        self._choose(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for member in self.members:
+            member.batch_repeat_interleave(repeats)
+        self.scores = [_repeated(tensor, repeats) for tensor in self.scores]
+        self.last_log_probs = [_repeated(tensor, repeats) for tensor in self.last_log_probs]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for member in self.members:
+            member.batch_select_indices(indices)
+        self._choose(indices)
+
+    def _choose(self, rows: Tensor) -> None:
+        self.scores = [_chosen(tensor, rows) for tensor in self.scores]
+        self.last_log_probs = [_chosen(tensor, rows) for tensor in self.last_log_probs]
+
+
+def _repeated(tensor: Tensor | None, repeats: int) -> Tensor | None:
+    return None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
+
+
+def _chosen(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+
+
+@dataclass
+class EnsembleOutput(ModelOutput):
+    """What `forward` gives."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    """Log-probabilities of the mixture, (B, T, V), float32."""
+    past_key_values: EnsembleCache | None = None
+    expert_weights: Tensor | None = None
+    """p(expert | text up to and with token t), (B, T, K), for the experts that run."""
+
+
+class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+    """Experts of one seed, mixed by the domain posterior at every token."""
+
+    config_class = EnsembleConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None) -> None:
+        super().__init__(config)
+        self.active = active_experts(config)
+        """Indices of the experts that run: all, or those that `top_k` keeps."""
+        if members is None:
+            members = [_empty_member(config) for _ in self.active]
+        self.members = nn.ModuleList(members)
+        prior = _kept_prior(config)[self.active]
+        self.register_buffer("prior", prior, persistent=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `forward` makes its own, one for each expert
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts that run, in the order of weights and members."""
+        return [self.config.experts[index] for index in self.active]
+
+    # --- computing ---
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: EnsembleCache | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> EnsembleOutput:
+        """Return the mixture's log-probabilities for tokens (B, T), which may go on from a cache.
+
+        Padding, on either side, is what `attention_mask` (B, past + T) marks with 0.
+        """
+        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        cache = past_key_values if isinstance(past_key_values, EnsembleCache) else None
+        if cache is None and use_cache:
+            cache = EnsembleCache(len(self.members))
+        continues = cache is not None and cache.get_seq_length() > 0
+        if position_ids is None and attention_mask is not None:
+            position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
+        counts_BT = _counts(input_ids, attention_mask, continues)
+
+        evidence = []
+        total: Tensor | None = None
+        for index, member in enumerate(self.members):
+            logits = member(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache.members[index] if cache is not None else None,
+                use_cache=cache is not None,
+            ).logits
+            log_probs_BTV = logits.float().log_softmax(dim=-1)
+            account_BT = self._account(log_probs_BTV, input_ids, counts_BT, cache, index)
+            evidence.append(account_BT)
+            weighted = (self.prior[index].log() + account_BT[:, kept, None]) + log_probs_BTV[:, kept]
+            total = weighted if total is None else torch.logaddexp(total, weighted)
+        assert total is not None
+        joint_KBT = self.prior.log()[:, None, None] + torch.stack(evidence)
+        mixture_BTV = total - joint_KBT.logsumexp(dim=0)[:, kept, None]
+        return EnsembleOutput(
+            loss=None if labels is None else _loss(mixture_BTV, labels),
+            logits=mixture_BTV,
+            past_key_values=cache,
+            expert_weights=joint_KBT.softmax(dim=0).permute(1, 2, 0),
+        )
+
+    def _account(
+        self, log_probs_BTV: Tensor, input_ids: Tensor, counts_BT: Tensor, cache: EnsembleCache | None, index: int
+    ) -> Tensor:
+        """Return one expert's evidence after each token, (B, T), and note it in the cache."""
+        gained_BT = torch.zeros_like(counts_BT)
+        gained_BT[:, 1:] = log_probs_BTV[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        before = None if cache is None else cache.last_log_probs[index]
+        if before is not None:
+            gained_BT[:, :1] = before.gather(-1, input_ids[:, :1])
+        gained_BT = gained_BT * counts_BT
+        summed_BT = gained_BT.cumsum(dim=1)
+        if cache is not None:
+            score = cache.scores[index]
+            if score is not None:
+                summed_BT = summed_BT + score[:, None]
+            cache.scores[index] = summed_BT[:, -1]
+            cache.last_log_probs[index] = log_probs_BTV[:, -1]
+        return summed_BT if self.config.posterior == "prefix" else gained_BT
+
+    def target_log_probs(self, tokens_BT1: Tensor) -> Tensor:
+        """Return log p(x_t | x_<t) for all but the first token, (B, T), without the whole distribution.
+
+        With the `updating` prior, the prior moves on by one batch afterwards.
+        """
+        scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
+        prior = self.prior
+        if self.config.prior_kind == "updating":
+            self.prior = updated_prior(prior, [scores_KBT], self.config.posterior)
+            if self.config.top_k is not None:
+                prior = keep_top(prior, self.config.top_k)
+        return mixture_log_probs(scores_KBT, prior.log(), self.config.posterior)
+
+    def responsibilities(self, tokens_BT1: Tensor) -> Tensor:
+        """Return p(expert | text up to and with token t) / which expert carried it, (B, T, K), sums to 1."""
+        scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
+        carried = log_posterior(scores_KBT, self.prior.log(), self.config.posterior) + scores_KBT
+        return carried.softmax(dim=0).permute(1, 2, 0)
+
+    # --- files ---
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> EnsembleForCausalLM:
+        """Load an ensemble folder; takes transformers' `dtype` and `device_map`, no other option."""
+        root = Path(folder)
+        if not isinstance(config, EnsembleConfig):
+            config = EnsembleConfig.from_pretrained(root)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+        loader = _MemberLoader(root, config, dtype)
+        members = [loader.load(config.experts[index]) for index in active_experts(config)]
+        model = cls(config, members).eval()
+        device = kwargs.get("device_map")
+        return model.to(device) if isinstance(device, str | torch.device) and device != "auto" else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the ensemble as a folder that `from_pretrained` reads: every expert whole, nothing linked."""
+        root = Path(save_directory)
+        (root / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        for name, member in zip(self.expert_names, self.members, strict=True):
+            tied = set(getattr(member, "all_tied_weights_keys", None) or {})
+            state = {key: tensor for key, tensor in member.state_dict().items() if key not in tied}
+            write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", state)
+        config = EnsembleConfig.from_dict(self.config.to_dict())
+        config.experts, config.prior, config.top_k = self.expert_names, self.prior.tolist(), None
+        write_config(root, config)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(root)
+
+
+class _MemberLoader:
+    """Loads experts one after the other, giving all of them the same tensors where they are the seed's."""
+
+    def __init__(self, root: Path, config: EnsembleConfig, dtype: Any) -> None:
+        self._root, self._config, self._dtype = root, config, dtype
+        seed = root / SEED_FOLDER
+        self._seed = Checkpoint(checkpoint_files(seed)) if seed.is_dir() else None
+        self._shared: dict[str, Tensor] = {}
+
+    def load(self, name: str) -> PreTrainedModel:
+        path = self._root / EXPERTS_FOLDER / f"{name}.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the ensemble is incomplete; merge it again")
+        own = Checkpoint([path])
+        tensors = {key: self._cast(own.read(key)) for key in own}
+        for key in self._seed or ():
+            if key not in tensors:
+                tensors[key] = self._seed_tensor(key)
+        config = _member_config(self._config)
+        wanted = next(iter(tensors.values())).dtype if tensors else torch.float32
+        kind = type(_empty_member(self._config))
+        member: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=wanted)
+        return member.eval()
+
+    def _seed_tensor(self, name: str) -> Tensor:
+        assert self._seed is not None
+        if name not in self._shared:
+            self._shared[name] = self._cast(self._seed.read(name))
+        return self._shared[name]
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if self._dtype in (None, "auto") or not tensor.is_floating_point():
+            return tensor
+        wanted = getattr(torch, self._dtype) if isinstance(self._dtype, str) else self._dtype
+        return tensor.to(wanted)
+
+
+def write_config(folder: Path, config: EnsembleConfig) -> None:
+    """Write `config.json`, with the class that `AutoModelForCausalLM` resolves."""
+    config.architectures = [EnsembleForCausalLM.__name__]
+    write_json(folder / "config.json", config.to_dict())
+
+
+def active_experts(config: EnsembleConfig) -> list[int]:
+    """Return the indices of the experts that run.
+
+    `top_k` acts on the prior, so the others need not run at all; with the updating prior they must, since
+    their evidence is what the next prior is made of.
+    """
+    if config.prior_kind == "updating":
+        return list(range(len(config.experts)))
+    return [index for index, share in enumerate(_kept_prior(config).tolist()) if share > 0]
+
+
+def _kept_prior(config: EnsembleConfig) -> Tensor:
+    prior = torch.tensor(config.prior, dtype=torch.float32)
+    cut = config.top_k is not None and config.prior_kind != "updating"
+    return keep_top(prior, config.top_k) if cut and config.top_k else prior
+
+
+def _member_config(config: EnsembleConfig) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    settings = dict(config.member)
+    kind = settings.pop("model_type")
+    return AutoConfig.for_model(kind, **settings)
+
+
+def _empty_member(config: EnsembleConfig) -> PreTrainedModel:
+    """Return a member without memory: shapes only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_member_config(config))  # type: ignore[no-any-return]
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """Return the position of each token among those that are no padding, (B, past + T)."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _counts(input_ids: Tensor, attention_mask: Tensor | None, continues: bool) -> Tensor:
+    """Return 1 where a token was predicted from a real token before it, else 0, float32 (B, T)."""
+    batch, length = input_ids.shape
+    counts = torch.ones(batch, length, device=input_ids.device)
+    if not continues:
+        counts[:, 0] = 0
+    if attention_mask is not None:
+        mask = attention_mask.to(counts)
+        before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+        counts = counts * (mask * before)[:, -length:]
+    return counts
+
+
+def _loss(mixture_BTV: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean negative log-likelihood of the labels, each predicted from the tokens before it."""
+    return torch.nn.functional.nll_loss(mixture_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def ensemble_config(
+    seed: Path, experts: Iterable[str], prior: Sequence[float], prior_kind: str, posterior: PosteriorKind, top_k: int | None
+) -> EnsembleConfig:
+    """Return the configuration of an ensemble of a seed's experts."""
+    return EnsembleConfig(
+        member=read_json(seed / "config.json"),
+        experts=list(experts),
+        prior=list(prior),
+        prior_kind=prior_kind,
+        posterior=posterior,
+        top_k=top_k,
+    )
+

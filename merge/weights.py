@@ -1,0 +1,41 @@
+"""How much each expert counts in a merge: equally, as given, or by the domain posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..core.errors import UserError, unknown_name
+from ..core.types import ValidationText
+from .prior import fit_prior
+
+
+def resolve_weights(
+    wanted: str | Mapping[str, float],
+    seed: Path,
+    experts: Mapping[str, Path],
+    validation: Sequence[ValidationText],
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Return one weight for each expert, summing to 1.
+
+    `posterior` is the cached prior of Branch-Train-Merge (arXiv:2208.03306), its best weights for a parameter
+    average. Raises `UserError` for weights that are negative, sum to 0, or name experts that do not take part.
+    """
+    if wanted == "uniform":
+        return {name: 1 / len(experts) for name in experts}
+    if wanted == "posterior":
+        return fit_prior(seed, experts, validation, "prefix", say=say)
+    assert isinstance(wanted, Mapping), wanted
+    for name, weight in wanted.items():
+        if name not in experts:
+            raise unknown_name("expert", name, experts, listed_as="this merge takes")
+        if weight < 0:
+            raise UserError(f"the weight of '{name}' is {weight}; weights are 0 or more")
+    missing = [name for name in experts if name not in wanted]
+    if missing:
+        raise UserError(f"no weight is given for {', '.join(missing)}; name every expert, or leave it out of the merge")
+    total = sum(wanted.values())
+    if total <= 0:
+        raise UserError("the weights sum to 0; give at least one that is positive")
+    return {name: wanted[name] / total for name in experts}

@@ -1,0 +1,1 @@
+"""The built-in plugins, each wired up exactly as a third party's plugin would be."""

@@ -1,0 +1,121 @@
+"""Branch-Train-Merge (arXiv:2208.03306): experts of one seed as an ensemble, or averaged into one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..core.errors import UserError
+from ..core.files import link_or_copy
+from ..core.hookspecs import hookimpl
+from ..core.safetensors_io import Checkpoint, checkpoint_files
+from ..core.types import MergeInputs, MergeMethod, TensorGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AverageOptions:
+    """A weighted average has no options of its own: its weights are the merge's."""
+
+
+@dataclass(frozen=True)
+class EnsembleOptions:
+    """How an ensemble decides between its experts."""
+
+    posterior: Literal["prefix", "last_token"] = "prefix"
+    """Evidence for an expert: the whole text so far (the paper), or its last token (the released code)."""
+    prior: Literal["cached", "updating", "uniform", "given"] = "cached"
+    """`cached`: fitted on validation text and frozen; `updating`: moves while text is scored; `given`: the
+    merge's weights."""
+    top_k: int | None = None
+    """Run only the experts with the largest prior."""
+    samples: int = 100
+    """Validation blocks that the cached prior is fitted on."""
+
+
+def average(group: TensorGroup, options: AverageOptions) -> Tensor:
+    """Return the weighted mean of the experts, summed in float32 (arXiv:2208.03306, section 5)."""
+    import torch
+
+    total = torch.zeros_like(group.seed, dtype=torch.float32)
+    for weight, expert in zip(group.weights, group.experts, strict=True):
+        total.add_(expert.float(), alpha=weight)
+    return total.to(group.seed.dtype)
+
+
+def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> None:
+    """Write an ensemble that shares the experts' files and, where they need them, the seed's."""
+    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
+
+    prior = _prior(inputs, options)
+    (folder / EXPERTS_FOLDER).mkdir()
+    for name, expert in inputs.experts.items():
+        link_or_copy(expert / "model.safetensors", folder / EXPERTS_FOLDER / f"{name}.safetensors")
+    if _needs_seed(inputs):
+        (folder / SEED_FOLDER).mkdir()
+        for file in _seed_files(inputs.seed):
+            link_or_copy(file, folder / SEED_FOLDER / file.name)
+    config = ensemble_config(
+        inputs.seed, prior, list(prior.values()), options.prior, options.posterior, options.top_k
+    )
+    write_config(folder, config)
+
+
+def _prior(inputs: MergeInputs, options: EnsembleOptions) -> dict[str, float]:
+    from ..merge.prior import fit_prior
+
+    if options.top_k is not None:
+        if not 1 <= options.top_k <= len(inputs.experts):
+            raise UserError(f"top_k is {options.top_k}; with {len(inputs.experts)} experts it is 1 to {len(inputs.experts)}")
+        if options.prior == "uniform" and options.top_k < len(inputs.experts):
+            raise UserError("top_k keeps the experts with the largest prior, and a uniform prior has none; use prior: "
+                            "cached, updating or given")
+    if options.prior == "cached":
+        return fit_prior(
+            inputs.seed, inputs.experts, inputs.validation, options.posterior, samples=options.samples, say=inputs.say
+        )
+    if options.prior == "given":
+        return dict(inputs.weights)
+    return {name: 1 / len(inputs.experts) for name in inputs.experts}
+
+
+def _needs_seed(inputs: MergeInputs) -> bool:
+    """Tell whether any expert leaves a tensor as the seed's."""
+    names = set(Checkpoint.of_folder(inputs.seed))
+    return any(names - set(Checkpoint([path / "model.safetensors"])) for path in inputs.experts.values())
+
+
+def _seed_files(seed: Path) -> list[Path]:
+    files = checkpoint_files(seed)
+    index = seed / "model.safetensors.index.json"
+    return [*files, index] if len(files) > 1 else files
+
+
+def ensemble_classes() -> tuple[type, type]:
+    """Return what `AutoConfig` and `AutoModelForCausalLM` need to know to load an ensemble."""
+    from ..merge.ensemble import EnsembleConfig, EnsembleForCausalLM
+
+    return EnsembleConfig, EnsembleForCausalLM
+
+
+@hookimpl
+def merge_methods() -> list[MergeMethod]:
+    return [
+        MergeMethod(
+            name="average",
+            summary="one model: the weighted mean of the experts' tensors",
+            merge=average,
+            options=AverageOptions,
+        ),
+        MergeMethod(
+            name="ensemble",
+            summary="all experts side by side, mixed token by token by the domain posterior",
+            build=build_ensemble,
+            kind="ensemble",
+            options=EnsembleOptions,
+            auto_classes=ensemble_classes,
+        ),
+    ]

@@ -1,0 +1,202 @@
+"""Text files that can be read into documents: JSON lines, plain text, parquet.
+
+Every reader streams, skips texts that are empty or only white space, and raises a `UserError` that names
+the file and the line, row or byte where reading stopped.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.types import CorpusFormat
+
+PARQUET_ROWS_AT_A_TIME = 256
+PARQUET_BUFFER_BYTES = 1 << 20
+MAX_QUOTED = 200  # characters of a file's own words that an error message repeats
+JSON_KINDS = {
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+@hookimpl
+def corpus_formats() -> list[CorpusFormat]:
+    """Offer the formats that come with the package."""
+    return [
+        CorpusFormat(
+            "jsonl", "one JSON object a line, the text in one field", (".jsonl", ".jsonl.gz"), read_jsonl
+        ),
+        CorpusFormat("text", "each file is one document", (".txt", ".md"), read_text),
+        CorpusFormat("parquet", "one row a document, the text in one column", (".parquet",), read_parquet),
+    ]
+
+
+def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the text of each line of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped."""
+    for number, line in _numbered_lines(path):
+        if line.strip():
+            text = _text_of_line(line, text_field, where=f"{path}:{number}")
+            if text.strip():
+                yield text
+
+
+def read_text(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the whole file as one document; there is no field to pick, so `text_field` is unused."""
+    try:
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte offset {error.start}; save the file as UTF-8") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if text.strip():
+        yield text
+
+
+def read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the text column of a parquet file, a few rows in memory at a time."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(
+            f'{path}: reading parquet needs pyarrow; install it with: pip install "expertctl[parquet]"'
+        ) from error
+
+    row = 0
+    try:
+        # by default pyarrow fetches the column's chunks ahead of reading, and holds them all
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
+            _check_column(file.schema_arrow, text_field, path)
+            for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=[text_field]):
+                for value in batch.column(0):
+                    row += 1
+                    text = _checked_text(value.as_py(), text_field, where=f"{path}: row {row}")
+                    if text.strip():
+                        yield text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: row {row}: '{text_field}' is not UTF-8; write the file again as UTF-8"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own; pyarrow's carry no number
+            raise _unreadable(path, error) from error
+        raise UserError(
+            f"{path}: not a parquet file, or damaged after row {row} ({_quoted(error)}); copy or write it again"
+        ) from error
+
+
+# --- lines and their text ---
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, unpacked if it ends in `.gz`, counted from 1, without a byte-order mark."""
+    number = 0
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}:{number + 1}: the gzip data is cut short or damaged ({_quoted(error)}); copy or pack it again"
+        ) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _text_of_line(line: bytes, text_field: str, where: str) -> str:
+    try:
+        record = json.loads(
+            line.decode("utf-8").rstrip("\r\n")
+        )  # else an error at the end counts a line of its own
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise _bad_json(where, f"{error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise _bad_json(where, _quoted(error)) from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{where}: {_kind(record)}, not an object; write each line as {{{json.dumps(text_field)}: …}}"
+        )
+    if text_field not in record:
+        raise _no_field("field", text_field, list(record), where)
+    return _checked_text(record[text_field], text_field, where)
+
+
+def _checked_text(value: object, text_field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: '{text_field}' is {_kind(value)}, not a string; mend or drop it, or set text_field to another"
+        )
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair: "\ud83d"
+            raise UserError(
+                f"{where}: '{text_field}' has half a character (a lone surrogate) at position {error.start};"
+                " mend or drop it"
+            ) from error
+    return value
+
+
+def _check_column(schema: Any, text_field: str, path: Path) -> None:
+    """Raise `UserError` unless the parquet schema has a text column of that name."""
+    import pyarrow.types as kinds
+
+    if schema.names.count(text_field) != 1:
+        raise _no_field("column", text_field, schema.names, str(path))
+    kind = schema.field(text_field).type
+    plain = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(plain) or kinds.is_large_string(plain)):
+        raise UserError(
+            f"{path}: column '{text_field}' holds {kind}, not strings; set text_field to another column"
+        )
+
+
+# --- wording ---
+
+
+def _no_field(what: str, name: str, known: list[str], where: str) -> UserError:
+    choices = _quoted(", ".join(known)) if known else "none"
+    return UserError(
+        f"{where}: no {what} '{name}'; {what}s: {choices}; set text_field to the one with the text"
+    )
+
+
+def _bad_json(where: str, reason: str) -> UserError:
+    return UserError(f"{where}: not valid JSON ({reason}); each line must be one whole JSON object")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be read ({_quoted(error.strerror or error)}); check the path and its permissions"
+    )
+
+
+def _kind(value: object) -> str:
+    """Name a JSON value's type in JSON's words."""
+    return "null" if value is None else JSON_KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _quoted(words: object) -> str:
+    """Repeat a library's or a file's words on one line of bounded length."""
+    line = " ".join(str(words).split())
+    return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]}…"

@@ -1,0 +1,125 @@
+"""The `local` launcher: every run in a process of its own on this machine, a few at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event, Lock
+from typing import IO, Any
+
+from ..core.hookspecs import hookimpl
+from ..core.types import Launcher, LaunchResult, RunReporter
+
+LOG_FILE = "training.log"
+
+
+@hookimpl
+def launchers() -> list[Launcher]:
+    return [Launcher("local", "one process for each run on this machine", launch)]
+
+
+def launch(runs: Sequence[Path], jobs: int, reporter: RunReporter) -> list[LaunchResult]:
+    """Train every run, at most `jobs` at a time; one that dies does not touch the others.
+
+    On Ctrl-C every running process is asked to write a checkpoint and stop; those not begun stay as they are.
+    """
+    fleet = _Fleet(reporter)
+    with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
+        futures = [pool.submit(fleet.train, run) for run in runs]
+        try:
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            fleet.stop()
+            return [future.result() for future in futures]
+
+
+class _Fleet:
+    """The processes of one launch."""
+
+    def __init__(self, reporter: RunReporter) -> None:
+        self._reporter = reporter
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopping = Event()
+        self._lock = Lock()
+
+    def train(self, run: Path) -> LaunchResult:
+        """Train one run in a process and report how it ended."""
+        with (run / LOG_FILE).open("w", encoding="utf-8") as log:
+            process = self._start(run, log)
+            if process is None:
+                return LaunchResult(run, None, interrupted=True)
+            last = self._follow(run, process)
+            status = process.wait()
+            with self._lock:
+                self._running.discard(process)
+            assert process.stdin is not None
+            process.stdin.close()
+        result = _result(run, status, last)
+        if result.error is None and (run / LOG_FILE).stat().st_size == 0:
+            (run / LOG_FILE).unlink()
+        self._reporter.finished(result)
+        return result
+
+    def _start(self, run: Path, log: IO[str]) -> subprocess.Popen[str] | None:
+        with self._lock:
+            if self._stopping.is_set():
+                return None
+            process = subprocess.Popen(
+                [sys.executable, "-m", "expertctl.experts.worker", str(run)],
+                stdin=subprocess.PIPE,  # held open: its end tells the worker that we are gone
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches it once, through `stop`
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            )
+            self._running.add(process)
+            return process
+
+    def _follow(self, run: Path, process: subprocess.Popen[str]) -> Mapping[str, Any]:
+        """Pass on what the worker tells and return its last record."""
+        last: dict[str, Any] = {}
+        assert process.stdout is not None
+        for line in process.stdout:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # something a library printed
+            if not isinstance(record, dict):
+                continue
+            last = record
+            if record.get("event") == "started":
+                self._reporter.started(run, int(record["total_steps"]))
+            if record.get("event") in ("started", "progress"):
+                self._reporter.progressed(run, record)
+        return last
+
+    def stop(self) -> None:
+        """Ask every running process to save its state and end."""
+        with self._lock:
+            self._stopping.set()
+            for process in self._running:
+                process.send_signal(signal.SIGINT)
+
+
+def _result(run: Path, status: int, last: Mapping[str, Any]) -> LaunchResult:
+    event = last.get("event")
+    if status == 0 and event == "finished":
+        return LaunchResult(run, None)
+    if event == "interrupted":
+        return LaunchResult(run, None, interrupted=True)
+    if event == "error":
+        return LaunchResult(run, str(last["message"]))
+    how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    return LaunchResult(run, f"its process {how}: {_last_line(run / LOG_FILE)}")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1]} (all of it in {log})" if lines else "it said nothing"

@@ -1,0 +1,41 @@
+"""The built-in evaluator: bits per byte and perplexity, every token scored once."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..core.hookspecs import hookimpl
+from ..core.scoring import token_log_probs
+from ..core.types import Evaluator, Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..core.token_store import TokenBlocks
+
+BATCH_TOKENS = 4096
+
+
+def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
+    """Return bits per byte of the text and perplexity per token over one part.
+
+    Each block is predicted from its own beginning on; the token before it is given. Separators count as
+    tokens, not as bytes.
+    """
+    import torch
+
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in blocks.batches(max(BATCH_TOKENS // blocks.block_size, 1)):
+            scores = token_log_probs(model, torch.from_numpy(batch).to(model.device))
+            total -= float(scores.double().sum())
+            count += scores.numel()
+    values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": math.exp(total / count)}
+    return Score(values, count)
+
+
+@hookimpl
+def evaluators() -> list[Evaluator]:
+    summary = "bits per byte of text and perplexity per token"
+    return [Evaluator("perplexity", summary, ("bits_per_byte", "perplexity"), evaluate)]

@@ -1,0 +1,15 @@
+"""Built-in trainers: train everything, or the feed-forwards only."""
+
+from __future__ import annotations
+
+from ..core.hookspecs import hookimpl
+from ..core.types import Trainer
+from ..experts.trainable import all_parameters, feed_forward_parameters
+
+
+@hookimpl
+def trainers() -> list[Trainer]:
+    return [
+        Trainer("all", "every parameter", all_parameters),
+        Trainer("feed_forward", "the feed-forwards only; attention, norms and embeddings stay the seed's", feed_forward_parameters),
+    ]
