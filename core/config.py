@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .errors import UserError, closest
@@ -19,12 +30,22 @@ Model = TypeVar("Model", bound=BaseModel)
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# Tags keep errors to the kind that was given; a part of a location in parentheses is one of them, no key.
+_BY_KIND = Discriminator(lambda value: "(shares)" if isinstance(value, Mapping) else "(word)")
+Shares = Annotated[dict[str, float], Tag("(shares)")]
 
 
 class Section(BaseModel):
     """A part of the project file: nothing unknown in it, nothing changed after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        return value
 
 
 class TrainingConfig(Section):
@@ -134,7 +155,7 @@ class ExpertConfig(Section):
     """One expert: where it starts, what of it trains, on which domain."""
 
     domain: str
-    from_: str | dict[str, float] = Field(default="seed", alias="from")
+    from_: Annotated[Annotated[str, Tag("(word)")] | Shares, _BY_KIND] = Field(default="seed", alias="from")
     """`seed`, `auto` (average of the experts weighted by the posterior of the new domain), or weights."""
     trains: str = "all"
     """A trainer, or a shell-style pattern of tensor names."""
@@ -151,7 +172,9 @@ class MergeConfig(Section):
     method: str
     experts: tuple[str, ...] | None = None
     """Not set: every finished expert."""
-    weights: Literal["uniform", "posterior"] | dict[str, float] = "uniform"
+    weights: Annotated[Annotated[Literal["uniform", "posterior"], Tag("(word)")] | Shares, _BY_KIND] = (
+        "uniform"
+    )
     fit_on: tuple[str, ...] | None = None
     """Domains whose validation text priors and posterior weights are fitted on. Not set: the experts' own."""
     options: dict[str, Any] = {}
@@ -168,21 +191,33 @@ class ProjectConfig(Section):
     merges: dict[str, MergeConfig] = {}
     launcher: str = "local"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_not_set(cls, content: Any) -> Any:
+        """Take `experts:` with only comments below it as not set."""
+        if isinstance(content, dict):
+            return {key: value for key, value in content.items() if value is not None}
+        return content
+
     @model_validator(mode="after")
     def _names_exist(self) -> ProjectConfig:
         for domain in self.seed.domains or ():
-            self._require_domain(domain, "seed.domains")
+            self._require_domain(domain, "seed", "domains")
         for name, expert in self.experts.items():
-            self._require_domain(expert.domain, f"experts.{name}.domain")
+            self._require_domain(expert.domain, "experts", name, "domain")
         return self
 
-    def _require_domain(self, domain: str, where: str) -> None:
+    def _require_domain(self, domain: str, *where: str) -> None:
         if domain not in self.domains:
             guess = closest(domain, self.domains)
-            hint = f" (did you mean '{guess}'?)" if guess else f"; domains: {', '.join(self.domains) or 'none'}"
+            hint = (
+                f" (did you mean '{guess}'?)" if guess else f"; domains: {', '.join(self.domains) or 'none'}"
+            )
             # custom, since a ValueError could not carry the place that the line number is looked up by
             raise PydanticCustomError(
-                "unknown_domain", "there is no domain '{domain}'{hint}", {"domain": domain, "hint": hint, "at": where}
+                "unknown_domain",
+                "there is no domain '{domain}'{hint}",
+                {"domain": domain, "hint": hint, "at": where},
             )
 
     def training_of(self, own: TrainingConfig) -> TrainingConfig:
@@ -193,7 +228,7 @@ class ProjectConfig(Section):
 def overlay(base: Model, own: Model) -> Model:
     """Return `base` with every field that was given to `own` explicitly."""
     given = {name: getattr(own, name) for name in own.model_fields_set}
-    return type(base).model_validate({**base.model_dump(by_alias=True, exclude_unset=True), **given})
+    return checked(type(base), {**base.model_dump(by_alias=True, exclude_unset=True), **given}, "training")
 
 
 def load_project(path: Path) -> ProjectConfig:
@@ -206,9 +241,20 @@ def load_project(path: Path) -> ProjectConfig:
         raise UserError(f"{path}: {error.strerror}") from None
     content, lines = parse_yaml(text, path)
     try:
-        return ProjectConfig.model_validate(content or {})
+        return ProjectConfig.model_validate({} if content is None else content)
     except ValidationError as error:
         raise UserError(_first_problem(error, path, lines)) from None
+
+
+def checked(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
+    """Return settings that were given in code or on a command line as a section of the project file.
+
+    Raises `UserError` that names `what`, the key and the nearest valid name.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(f"{what}: {_say(_worst(error), kind)}") from None
 
 
 def parse_yaml(text: str, path: Path) -> tuple[Any, dict[Path_, int]]:
@@ -224,12 +270,16 @@ def parse_yaml(text: str, path: Path) -> tuple[Any, dict[Path_, int]]:
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # the 31st of February, a list that contains itself
+        raise UserError(f"{path}: not valid YAML: {error}") from None
 
 
 def _note_lines(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:
     lines.setdefault(at, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the loader refuses it
             here = (*at, key.value)
             if here in lines:
                 raise UserError(f"{path}:{key.start_mark.line + 1}: '{key.value}' stands here twice")
@@ -241,31 +291,39 @@ def _note_lines(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path)
 
 
 def _first_problem(error: ValidationError, path: Path, lines: Mapping[Path_, int]) -> str:
-    problem = error.errors()[0]
-    if "at" in problem.get("ctx", {}):
-        problem["loc"] = tuple(problem["ctx"]["at"].split("."))
-        problem["input"] = {}
-    location: Path_ = tuple(problem["loc"])
+    problem = _worst(error)
+    location: Path_ = problem["loc"]
     while location not in lines and location:
         location = location[:-1]
     where = f"{path}:{lines.get(location, 1)}"
     return f"{where}: {_say(problem, ProjectConfig)}"
 
 
+def _worst(error: ValidationError) -> Any:
+    """Return the finding to tell: a key that does not exist before one that is missing, since it may be that one."""
+    problems = error.errors()
+    problem: Any = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    if "at" in problem.get("ctx", {}):
+        return problem | {"loc": problem["ctx"]["at"], "input": {}}
+    return problem | {"loc": tuple(part for part in problem["loc"] if not str(part).startswith("("))}
+
+
 def _say(problem: Any, root: type[BaseModel]) -> str:
     """Put one of pydantic's findings into a sentence that names the key."""
     location = tuple(problem["loc"])
-    key = ".".join(str(part) for part in location) or "the file"
+    key = "".join(f"{part}: " for part in [".".join(map(str, location))] if part)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(root, location[:-1])
         guess = closest(str(location[-1]), known)
         hint = f"; did you mean '{guess}'?" if guess else f"; known here: {', '.join(sorted(known))}"
         inside = ".".join(str(part) for part in location[:-1])
         return f"unknown key '{location[-1]}'" + (f" in {inside}" if inside else "") + hint
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
+    if problem["type"] == "model_type":
+        message = "input should be keys with values"
     value = problem.get("input")
     shown = "" if isinstance(value, dict | list) or problem["type"] == "missing" else f" (it is {value!r})"
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{key}{message[0].lower()}{message[1:]}{shown}"
 
 
 def _known_keys(model: type[BaseModel], location: Path_) -> list[str]:
@@ -303,7 +361,9 @@ def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: s
         if name not in known:
             guess = closest(name, known)
             hint = f" (did you mean '{guess}'?)" if guess else ""
-            raise UserError(f"{what} has no option '{name}'{hint}; it has: {', '.join(sorted(known)) or 'none'}")
+            raise UserError(
+                f"{what} has no option '{name}'{hint}; it has: {', '.join(sorted(known)) or 'none'}"
+            )
     try:
         return TypeAdapter(target).validate_python(dict(values))
     except ValidationError as error:

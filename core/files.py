@@ -17,18 +17,27 @@ PARTIAL_MARK = ".partial"
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically, keys in the given order, one final newline."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """Return the text of a JSON file as everything here writes it."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically: readers see the old content or the new, never a part."""
     partial = partial_sibling(path)
-    with readable_os_errors(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    try:
+        with readable_os_errors(path):
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or nesting without end
         raise UserError(f"{path} is damaged ({error}); make the folder again or restore the file") from None
     except OSError as error:
         raise _user_error(path, error) from None
@@ -65,7 +74,11 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
             if path.exists():
                 discarded = path.with_name(f".{path.name}.discarded-{os.getpid()}")
                 path.rename(discarded)
-                partial.rename(path)
+                try:
+                    partial.rename(path)
+                except BaseException:
+                    discarded.rename(path)
+                    raise
                 remove_tree(discarded)
             else:
                 partial.rename(path)

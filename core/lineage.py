@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import read_json, write_json
+from .files import json_text, read_json, write_json
 from .safetensors_io import Checkpoint
 
 FORMAT = 1
 MANIFEST_NAMES = {"seed": "seed.json", "expert": "expert.json", "generalist": "generalist.json"}
+CHECKSUM = "checksum"
+"""Key of a manifest's own sha256: over its text with this value left empty."""
 TRAINING_FOLDER = "training"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,7 +70,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write the manifest; the last file of a folder, since its presence means complete."""
         content = asdict(self)
-        ordered = {"format": content.pop("format"), **content}
+        ordered = {"format": content.pop("format"), **content, CHECKSUM: ""}
+        ordered[CHECKSUM] = _sha256(json_text(ordered))
         write_json(folder / MANIFEST_NAMES[self.kind], ordered)
 
 
@@ -87,6 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise UserError(f"{path} has format {content.get('format')}; this version reads format {FORMAT}")
+    content.pop(CHECKSUM, None)
     try:
         parents = tuple(Parent(**parent) for parent in content.pop("parents", ()))
         return Manifest(parents=parents, **content)
@@ -111,7 +115,8 @@ def digest_of_file(path: Path) -> str:
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             prefix = file.read(8)
-            return hashlib.sha256(prefix + file.read(int.from_bytes(prefix, "little"))).hexdigest()
+            length = min(int.from_bytes(prefix, "little"), path.stat().st_size)
+            return hashlib.sha256(prefix + file.read(length)).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -173,7 +178,21 @@ def verify(folder: Path) -> list[str]:
     found += _verify_tensors(folder, manifest, files)
     if digest_of_tensors(manifest.tensors) != manifest.digest:
         found.append("the manifest's own list of tensors does not match its digest")
+    path = manifest_path(folder)
+    if path is not None and not _is_as_written(path):
+        found.append(f"{path.name} itself was changed")
     return found
+
+
+def _is_as_written(manifest: Path) -> bool:
+    """Tell whether a manifest's text has the checksum that it holds."""
+    checksum = read_json(manifest).get(CHECKSUM)
+    text = manifest.read_bytes().decode("utf-8")
+    return _sha256(text.replace(f'"{CHECKSUM}": "{checksum}"', f'"{CHECKSUM}": ""')) == checksum
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _verify_tensors(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -> list[str]:
@@ -209,7 +228,8 @@ def require_intact(folder: Path) -> Manifest:
 def tool_versions() -> dict[str, str]:
     """Return the versions that can change the bytes of a result."""
     return {
-        name: package_version(name) for name in ("expertctl", "torch", "transformers", "tokenizers", "safetensors")
+        name: package_version(name)
+        for name in ("expertctl", "torch", "transformers", "tokenizers", "safetensors")
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS_FILE = "model.safetensors"
+# Neither the first import of transformers nor `from_pretrained` (it changes torch's defaults) is safe in threads.
+_LOADING = RLock()
 
 
 def register_auto_classes() -> None:
@@ -41,12 +44,13 @@ def load_model(
     """
     path = Path(folder)
     manifest = _manifest_of(path)
-    if manifest is not None and manifest.kind == "expert":
-        base = seed_of(path, manifest, seed)
-        model = _from_pretrained(base, dtype)
-        overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
-        return model, load_tokenizer(base)
-    return _from_pretrained(path, dtype), load_tokenizer(path)
+    with _LOADING:
+        if manifest is not None and manifest.kind == "expert":
+            base = seed_of(path, manifest, seed)
+            model = _from_pretrained(base, dtype)
+            overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
+            return model, load_tokenizer(base)
+        return _from_pretrained(path, dtype), load_tokenizer(path)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -98,7 +102,9 @@ def seed_of(expert: Path, manifest: Manifest, given: str | Path | None = None) -
         raise UserError(f"{expert / MANIFEST_NAMES['expert']} names no seed")
     folder = Path(given) if given is not None else Layout.find(expert).seed
     if not (folder / MANIFEST_NAMES["seed"]).is_file():
-        raise UserError(f"expert '{manifest.name}' needs its seed, and {folder} is no seed folder; give it with seed=")
+        raise UserError(
+            f"expert '{manifest.name}' needs its seed, and {folder} is no seed folder; give it with seed="
+        )
     found = read_manifest(folder).digest
     if found != parent.digest:
         raise UserError(
@@ -115,9 +121,17 @@ def overlay_tensors(model: PreTrainedModel, tensors: Checkpoint | Mapping[str, T
     with torch.no_grad():
         for name in tensors:
             if name not in own:
-                raise UserError(f"the model has no tensor '{name}': the expert belongs to another architecture")
+                raise UserError(
+                    f"the model has no tensor '{name}': the expert belongs to another architecture"
+                )
             source = tensors.read(name) if isinstance(tensors, Checkpoint) else tensors[name]
             own[name].copy_(source)
+
+
+def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's tensors as they stand in its checkpoint: by their names in memory, each shared one once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 class ExpertTensors:

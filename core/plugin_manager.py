@@ -94,9 +94,10 @@ class PluginManager:
     def load_builtins(self, names: Iterable[str] = BUILTIN_PLUGINS) -> None:
         """Register the built-in plugins. A failure here is our bug and is raised."""
         package = __package__.rpartition(".")[0]
+        version = package_version(hookspecs.PROJECT)
         for name in names:
             module = importlib.import_module(f"{package}.plugins.{name}")
-            self._distributions[name] = (hookspecs.PROJECT, package_version(hookspecs.PROJECT))
+            self._distributions[name] = (hookspecs.PROJECT, version)
             self._pm.register(module, name)
 
     def load_entry_points(self) -> None:
@@ -104,7 +105,9 @@ class PluginManager:
         from importlib.metadata import entry_points
 
         selection = os.environ.get(SELECTION_VARIABLE)
-        wanted = None if selection is None else {name.strip() for name in selection.split(",") if name.strip()}
+        wanted = (
+            None if selection is None else {name.strip() for name in selection.split(",") if name.strip()}
+        )
         points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
         for point in points:
             if wanted is not None and point.name not in wanted:
@@ -277,7 +280,9 @@ class PluginManager:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
             except Exception as error:
                 plugin = implementation.plugin_name
-                self._add_problem(plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}")
+                self._add_problem(
+                    plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}"
+                )
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,24 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHUNK_BYTES = 1 << 22
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own parser
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+"""safetensors' name of a dtype -> (torch's name, bytes of one number)."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +73,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     with readable_os_errors(path), path.open("rb") as file:
         size = path.stat().st_size
         header, data_start = _parse_header(file, size, path)
-    entries: dict[str, TensorEntry] = {}
-    try:
-        for name, record in header.items():
-            if name != "__metadata__":
-                begin, end = record["data_offsets"]
-                entries[name] = TensorEntry(
-                    name, record["dtype"], tuple(record["shape"]), path, data_start + begin, data_start + end
-                )
-    except (KeyError, TypeError, ValueError):
-        raise _damaged(path, "its header is not that of a safetensors file") from None
+    entries = {
+        name: _entry(name, record, path, data_start)
+        for name, record in header.items()
+        if name != "__metadata__"
+    }
     expected = data_start
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != expected:
@@ -72,6 +86,28 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if expected != size:
         raise _damaged(path, f"it has {size:,} bytes where its header says {expected:,}")
     return entries
+
+
+def _entry(name: str, record: Any, path: Path, data_start: int) -> TensorEntry:
+    """Return one tensor's line of a header; raises `UserError` for one that makes no sense."""
+    try:
+        kind, shape, (begin, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path, "its header is not that of a safetensors file") from None
+    if not isinstance(kind, str) or any(
+        type(number) is not int or number < 0 for number in (*shape, begin, end)
+    ):
+        raise _damaged(path, f"what its header says of tensor '{name}' makes no sense")
+    if kind not in DTYPES:
+        raise UserError(
+            f"{path}: tensor '{name}' is of dtype {kind}, which is not read here; {', '.join(DTYPES)} are"
+        )
+    if end - begin != _num_bytes(kind, shape):
+        raise _damaged(
+            path,
+            f"tensor '{name}' has {end - begin:,} bytes; {kind} {list(shape)} needs {_num_bytes(kind, shape):,}",
+        )
+    return TensorEntry(name, kind, shape, path, data_start + begin, data_start + end)
 
 
 def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
@@ -83,7 +119,7 @@ def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any]
         raise _damaged(path, "it is truncated within its header, or no safetensors file")
     try:
         header = json.loads(file.read(length))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):  # also: a number of thousands of digits, brackets without end
         raise _damaged(path, "its header is not valid JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -103,17 +139,16 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise _damaged(index, "it has no 'weight_map'")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
         for file in files:
             if not file.exists():
                 raise UserError(f"{index} names {file.name}, which is not there; fetch the shard again")
         return files
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickled = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
     if pickled:
         raise UserError(
             f"{folder} has only pickled weights ({pickled[0]}), which can run code when loaded and are never "
@@ -121,6 +156,17 @@ def checkpoint_files(folder: Path) -> list[Path]:
             "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors"
         )
     raise UserError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}: not a checkpoint folder")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name -> file name, every file one beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise _damaged(index, "it has no 'weight_map'")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise _damaged(index, f"it says that '{tensor}' is in {file!r}, which is no file beside it")
+    return weight_map
 
 
 class Checkpoint:
@@ -132,13 +178,20 @@ class Checkpoint:
         for file in self.files:
             for name, entry in read_header(file).items():
                 if name in self.entries:
-                    raise UserError(f"tensor '{name}' stands in {self.entries[name].file} and again in {file}")
+                    raise UserError(
+                        f"tensor '{name}' stands in {self.entries[name].file} and again in {file}"
+                    )
                 self.entries[name] = entry
 
     @classmethod
     def of_folder(cls, folder: Path) -> Checkpoint:
         """Open a checkpoint folder by its headers; raises `UserError` when it is incomplete or damaged."""
-        return cls(checkpoint_files(folder))
+        found = cls(checkpoint_files(folder))
+        if found.files != (folder / SINGLE_FILE,):
+            for tensor, file in _weight_map(folder / INDEX_FILE).items():
+                if tensor not in found or found.entries[tensor].file.name != file:
+                    raise _damaged(folder, f"{INDEX_FILE} says that '{tensor}' is in {file}, and it is not")
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
@@ -215,7 +268,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_file(
@@ -267,38 +320,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _num_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    count = torch_dtype(kind).itemsize
-    for size in shape:
-        count *= size
-    return count
+    return DTYPES[kind][1] * math.prod(shape)
 
 
 def torch_dtype(name: str) -> dtype:
     """Return torch's dtype for safetensors' name of it."""
     import torch
 
-    known: dict[str, torch.dtype] = {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
-    if name not in known:
-        raise unknown_name("tensor dtype", name, known)
-    return known[name]
+    if name not in DTYPES:
+        raise unknown_name("tensor dtype", name, DTYPES)
+    kind: torch.dtype = getattr(torch, DTYPES[name][0])
+    return kind
 
 
 def dtype_name(kind: dtype) -> str:
     """Return safetensors' name for one of torch's dtypes."""
-    for name in ("F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"):
-        if torch_dtype(name) == kind:
+    for name, (torch_name, _) in DTYPES.items():
+        if str(kind) == f"torch.{torch_name}":
             return name
     raise UserError(f"tensors of dtype {kind} cannot be written to safetensors")

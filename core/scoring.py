@@ -20,7 +20,8 @@ def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
         scored: Tensor = model.target_log_probs(tokens_BT1)
         return scored
     logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
-    loss_BT = torch.nn.functional.cross_entropy(
-        logits_BTV.float().transpose(1, 2), tokens_BT1[:, 1:], reduction="none"
+    targets_BT = tokens_BT1[:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
     )
-    return -loss_BT
+    return -loss.view_as(targets_BT)

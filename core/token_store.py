@@ -88,7 +88,9 @@ def write_part(
             flush()
     if size or not shards:
         flush()
-    part = TokenPart(dtype, tuple(shards), counts["documents"], sum(shards), counts["bytes"], state.hexdigest())
+    part = TokenPart(
+        dtype, tuple(shards), counts["documents"], sum(shards), counts["bytes"], state.hexdigest()
+    )
     write_json(folder / PART_FILE, asdict(part))
     return part
 
@@ -101,7 +103,9 @@ class TokenStore:
         try:
             self.part = TokenPart(**{**content, "shard_tokens": tuple(content["shard_tokens"])})
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / PART_FILE} is damaged ({error}); delete {folder} and prepare it again") from None
+            raise UserError(
+                f"{folder / PART_FILE} is damaged ({error}); delete {folder} and prepare it again"
+            ) from None
         self.folder = folder
         for index, count in enumerate(self.part.shard_tokens):
             path = self._shard_path(index)
@@ -273,6 +277,8 @@ def shuffled(index: int, size: int, seed: int) -> int:
     A four-round Feistel network over the next even power of two, walked until it lands inside: no table, so
     memory does not grow with the corpus.
     """
+    if not 0 <= index < size:
+        raise IndexError(f"{index} is not in 0..{size - 1}")
     half = max((size - 1).bit_length() + 1, 2) // 2
     mask = (1 << half) - 1
     while True:

@@ -40,7 +40,9 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text; texts are encoded in parallel."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
 
 def _load(folder: Path) -> Tokenizer:
@@ -56,10 +58,13 @@ def _load(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        converted: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder} has no tokenizer that can be loaded ({first}); put its tokenizer.json there") from None
+        raise UserError(
+            f"{folder} has no tokenizer that can be loaded ({first}); put its tokenizer.json there"
+        ) from None
+    return converted
 
 
 def _separator(folder: Path, tokenizer: Tokenizer) -> int:
@@ -76,7 +81,9 @@ def _separator(folder: Path, tokenizer: Tokenizer) -> int:
             identity = identity[0]
         if isinstance(identity, int):
             return identity
-    raise UserError(f"the tokenizer in {folder} names no end-of-sequence token; add eos_token to tokenizer_config.json")
+    raise UserError(
+        f"the tokenizer in {folder} names no end-of-sequence token; add eos_token to tokenizer_config.json"
+    )
 
 
 def _optional(path: Path) -> dict[str, Any]:

@@ -25,7 +25,9 @@ class Layout:
         for folder in (first, *first.parents):
             if (folder / CONFIG_FILE).is_file():
                 return cls(folder)
-        raise UserError(f"no {CONFIG_FILE} in {first} or above; make a workspace with `expertctl init {first}`")
+        raise UserError(
+            f"no {CONFIG_FILE} in {first} or above; make a workspace with `expertctl init {first}`"
+        )
 
     @property
     def config_file(self) -> Path:
@@ -62,7 +64,12 @@ class Layout:
 
     def finished(self) -> Iterator[Path]:
         """Yield the folders of all finished artefacts: seed, experts, baselines, generalists."""
-        for folder in (self.seed, *_children(self.experts), *_children(self.baselines), *_children(self.generalists)):
+        for folder in (
+            self.seed,
+            *_children(self.experts),
+            *_children(self.baselines),
+            *_children(self.generalists),
+        ):
             if any((folder / name).is_file() for name in MANIFEST_NAMES.values()):
                 yield folder
 

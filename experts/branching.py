@@ -21,7 +21,9 @@ from .trainable import trainer_for
 AUTO_SAMPLE_BLOCKS = 32
 
 
-def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConfig, *, force: bool = False) -> RunSpec:
+def branch(
+    layout: Layout, project: ProjectConfig, name: str, expert: ExpertConfig, *, force: bool = False
+) -> RunSpec:
     """Set up the run of a new expert in `experts/NAME` and return its specification.
 
     Raises `UserError` when the seed is missing, a name is unknown, or the expert exists.
@@ -52,9 +54,11 @@ def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConf
 
 def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = False) -> None:
     """Make the folder of a run, atomically."""
-    with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
-        with new_folder(folder, force=force, what=spec.kind) as partial:
-            spec.write(partial)
+    with (
+        exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"),
+        new_folder(folder, force=force, what=spec.kind) as partial,
+    ):
+        spec.write(partial)
 
 
 def expert_training(layout: Layout, project: ProjectConfig, own: TrainingConfig) -> TrainingConfig:
@@ -90,7 +94,9 @@ def start_weights(layout: Layout, project: ProjectConfig, expert: ExpertConfig) 
     return {name: weight / total for name, weight in given.items()}
 
 
-def nearest_experts(layout: Layout, project: ProjectConfig, domain: str, experts: list[str]) -> dict[str, float]:
+def nearest_experts(
+    layout: Layout, project: ProjectConfig, domain: str, experts: list[str]
+) -> dict[str, float]:
     """Return each expert's domain posterior on a sample of a new domain's training text.
 
     Branch-Train-Merge's rule for a new branch (arXiv:2208.03306, section 3.1): start from the average of the
@@ -109,10 +115,14 @@ def nearest_experts(layout: Layout, project: ProjectConfig, domain: str, experts
     scores = []
     with torch.inference_mode():
         for name in experts:
-            model = AutoModelForCausalLM.from_pretrained(layout.seed, dtype=torch.float32, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                layout.seed, dtype=torch.float32, local_files_only=True
+            )
             overlay_tensors(model.eval(), ExpertTensors(seed, layout.experts / name).changed)
             scores.append([token_log_probs(model, torch.from_numpy(batch)) for batch in batches])
             del model
-        together = [[torch.stack([of_expert[index] for of_expert in scores])] for index in range(len(batches))]
+        together = [
+            [torch.stack([of_expert[index] for of_expert in scores])] for index in range(len(batches))
+        ]
         prior = cached_prior(together, len(experts), "prefix")
     return {name: float(weight) for name, weight in zip(experts, prior, strict=True)}

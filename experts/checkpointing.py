@@ -52,12 +52,17 @@ def restore_latest(loop: TrainingLoop, state_folder: Path) -> int:
     folder = folders[-1]
     try:
         state = read_json(folder / STATE_FILE)
-        tensors = {name: _read_checked(folder, name, state["digests"][name]) for name in ("weights", "optimiser", "random")}
+        tensors = {
+            name: _read_checked(folder, name, state["digests"][name])
+            for name in ("weights", "optimiser", "random")
+        }
         position = Position(**state["position"])
         step = int(state["step"])
     except (UserError, KeyError, TypeError) as error:
         before = f"step {int(folders[-2].name[5:])}" if len(folders) > 1 else "the start"
-        raise UserError(f"checkpoint {folder} is damaged ({error}); delete it to go on from {before}") from None
+        raise UserError(
+            f"checkpoint {folder} is damaged ({error}); delete it to go on from {before}"
+        ) from None
     loop.load_weights(tensors["weights"])
     loop.load_optimiser_state(tensors["optimiser"])
     loop.step, loop.position = step, position

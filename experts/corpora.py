@@ -90,15 +90,30 @@ def prepare_domain(
                     vocabulary=encoder.vocabulary,
                 )
                 if written.documents == 0:
-                    raise UserError(f"domain '{name}' has no documents in its {part} part ({_source(domain)})")
+                    raise UserError(
+                        f"domain '{name}' has no documents in its {part} part ({_source(domain)})"
+                    )
                 done += written.documents
             write_json(
                 partial / DOMAIN_FILE,
-                {"name": name, "fingerprint": fingerprint, "tokenizer": encoder_digest, "licence": _licence(domain)},
+                {
+                    "name": name,
+                    "fingerprint": fingerprint,
+                    "tokenizer": encoder_digest,
+                    "licence": _licence(domain),
+                },
             )
     prepared = _cached(folder, fingerprint)
     assert prepared is not None
     return prepared
+
+
+def prepared_domain(
+    layout: Layout, name: str, domain: DomainConfig, tokenizer_folder: Path
+) -> PreparedDomain | None:
+    """Return a domain whose current text lies in the cache, or None; reads no text."""
+    folder = layout.corpora / name / digest_of_tokenizer(tokenizer_folder)[:12]
+    return _cached(folder, _fingerprint(domain, layout.root))
 
 
 def _cached(folder: Path, fingerprint: str) -> PreparedDomain | None:
@@ -225,9 +240,7 @@ def prepare_domains(
     layout: Layout, project: ProjectConfig, names: Iterable[str], tokenizer_folder: Path
 ) -> list[PreparedDomain]:
     """Prepare several domains; what is prepared already costs nothing."""
-    return [
-        prepare_domain(layout, name, domain_config(project, name), tokenizer_folder) for name in names
-    ]
+    return [prepare_domain(layout, name, domain_config(project, name), tokenizer_folder) for name in names]
 
 
 def prepared_summary(prepared: PreparedDomain) -> dict[str, object]:

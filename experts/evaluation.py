@@ -42,7 +42,8 @@ class EvaluationTable:
         for name, by_domain in self.scores.items():
             metrics = next(iter(by_domain.values())).values
             models[name] = {
-                metric: {domain: by_domain[domain].values[metric] for domain in self.domains} for metric in metrics
+                metric: {domain: by_domain[domain].values[metric] for domain in self.domains}
+                for metric in metrics
             } | {"tokens": {domain: by_domain[domain].tokens for domain in self.domains}}
         return {"domains": list(self.domains), "models": models}
 
@@ -82,7 +83,9 @@ def evaluate(
         return found
 
     largest = max((_num_bytes(folder) for folder in models.values()), default=0)
-    return EvaluationTable(names, dict(zip(models, concurrently(score, models, bytes_each=largest, jobs=jobs), strict=True)))
+    return EvaluationTable(
+        names, dict(zip(models, concurrently(score, models, bytes_each=largest, jobs=jobs), strict=True))
+    )
 
 
 def _require_intact(folder: Path) -> None:

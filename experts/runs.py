@@ -59,7 +59,9 @@ def read_run(folder: Path) -> RunSpec:
         )
     except (KeyError, TypeError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{folder / RUN_FILE} is damaged ({first}); delete {folder} and branch again") from None
+        raise UserError(
+            f"{folder / RUN_FILE} is damaged ({first}); delete {folder} and branch again"
+        ) from None
 
 
 def is_finished(folder: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core.config import ProjectConfig
 from ..core.errors import UserError
@@ -17,16 +16,13 @@ from ..core.lineage import (
     digests_of_folder,
     tool_versions,
 )
-from ..core.loading import WEIGHTS_FILE
+from ..core.loading import WEIGHTS_FILE, checkpoint_tensors
 from ..core.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
 from ..core.tokenizer import TextEncoder, train_tokenizer
 from ..core.workspace import Layout
 from .corpora import domain_config, domain_documents
 from .presets import model_config, preset
 from .runs import RUN_FILE, RunSpec, is_finished
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MODEL_FILES = ("config.json", "generation_config.json")
 
@@ -83,8 +79,7 @@ def _names_in_memory(source: Path) -> set[str]:
     except (ValueError, KeyError, OSError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{source} is no causal language model that transformers knows: {first}") from None
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name for name in model.state_dict() if name not in tied}
+    return set(checkpoint_tensors(model))
 
 
 def _rewrite(source: Path, target: Path) -> None:
@@ -96,9 +91,7 @@ def _rewrite(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    state: dict[str, Tensor] = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    write_tensors(target / WEIGHTS_FILE, state)
+    write_tensors(target / WEIGHTS_FILE, checkpoint_tensors(model))
 
 
 def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = False) -> Path:
@@ -117,7 +110,9 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
         licence=settings.licence,
     )
     if not spec.domains:
-        raise UserError("there is no domain to pretrain the seed on; add one under 'domains' in expertctl.yaml")
+        raise UserError(
+            "there is no domain to pretrain the seed on; add one under 'domains' in expertctl.yaml"
+        )
     size = preset(settings.preset)
     if spec.training.sequence_length > size.max_position_embeddings:
         raise UserError(

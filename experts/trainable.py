@@ -70,5 +70,7 @@ def matching_parameters(model: PreTrainedModel, patterns: Iterable[str]) -> Trai
             chosen[name] = parameter
     if not chosen:
         guess = closest(wanted[0], names) or names[0]
-        raise UserError(f"no tensor matches '{', '.join(wanted)}'; the model has {len(names)}, such as '{guess}'")
+        raise UserError(
+            f"no tensor matches '{', '.join(wanted)}'; the model has {len(names)}, such as '{guess}'"
+        )
     return TrainablePart(model, chosen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,8 +37,10 @@ class TrainingLoop:
         import torch
 
         if len(blocks) == 0:
-            raise UserError(f"the text is shorter than one block of {config.sequence_length} tokens; add text, or "
-                            "lower training.sequence_length")
+            raise UserError(
+                f"the text is shorter than one block of {config.sequence_length} tokens; add text, or lower "
+                "training.sequence_length"
+            )
         self.config, self.blocks, self.part = config, blocks, part
         self.device = resolve_device(config.device)
         self.step = 0
@@ -71,7 +72,7 @@ class TrainingLoop:
         for _ in range(self.config.accumulation):
             with self._autocast():
                 loss = next_token_loss(self._forward, self._batch())
-            (loss / self.config.accumulation).backward()
+            torch.autograd.backward(loss / self.config.accumulation)
             total += loss.detach() / self.config.accumulation
         return total
 
@@ -162,7 +163,9 @@ def resolve_device(wanted: str) -> Any:
     except RuntimeError:
         raise UserError(f"there is no kind of device '{wanted}'; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device '{wanted}' is asked for, but torch sees no GPU here; use device: auto or cpu")
+        raise UserError(
+            f"device '{wanted}' is asked for, but torch sees no GPU here; use device: auto or cpu"
+        )
     return device
 
 
@@ -174,19 +177,3 @@ def autocast(config: TrainingConfig, device: Any) -> Any:
     if config.precision == "bfloat16" or (config.precision == "auto" and native):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext
-
-
-class Throughput:
-    """Tokens per second since it was last asked."""
-
-    def __init__(self) -> None:
-        self._since, self._tokens = time.perf_counter(), 0
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def take(self) -> float:
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
-        return rate

@@ -42,7 +42,9 @@ def _merged(
         group = TensorGroup(
             name=name,
             seed=base,
-            experts=tuple(expert.read(name) if name in expert.changed else base for expert in experts.values()),
+            experts=tuple(
+                expert.read(name) if name in expert.changed else base for expert in experts.values()
+            ),
             expert_names=tuple(experts),
             weights=tuple(weights.values()),
         )

@@ -17,12 +17,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
+from ..core.loading import checkpoint_tensors
 from ..core.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
 from ..core.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ..core.scoring import token_log_probs
@@ -55,7 +62,7 @@ class EnsembleConfig(PretrainedConfig):
         prior: Sequence[float] = (),
         prior_kind: str = "uniform",
         posterior: PosteriorKind = "prefix",
-        top_k: int | None = None,
+        top_experts: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.member = dict(member or {})
@@ -66,7 +73,8 @@ class EnsembleConfig(PretrainedConfig):
         self.prior_kind = prior_kind
         """How the prior came about; `updating` keeps changing it while text is scored."""
         self.posterior = posterior
-        self.top_k = top_k
+        self.top_experts = top_experts
+        """Run only so many experts, those with the largest prior. Not called `top_k`: generation has one."""
         for name in _SHARED_SETTINGS:
             if name in self.member:
                 kwargs.setdefault(name, self.member[name])
@@ -136,6 +144,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     """Experts of one seed, mixed by the domain posterior at every token."""
 
     config_class = EnsembleConfig
+    prior: Tensor
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -143,7 +152,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None) -> None:
         super().__init__(config)
         self.active = active_experts(config)
-        """Indices of the experts that run: all, or those that `top_k` keeps."""
+        """Indices of the experts that run: all, or those that `top_experts` keeps."""
         if members is None:
             members = [_empty_member(config) for _ in self.active]
         self.members = nn.ModuleList(members)
@@ -161,6 +170,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return [self.config.experts[index] for index in self.active]
 
     # --- computing ---
+
+    def _log_prior(self) -> Tensor:
+        """Return the log prior that mixes now, (K,): of an updating one only its `top_experts` largest entries."""
+        cut = self.config.prior_kind == "updating" and self.config.top_experts is not None
+        prior: Tensor = keep_top(self.prior, self.config.top_experts) if cut else self.prior
+        return prior.log()
 
     def forward(
         self,
@@ -186,6 +201,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
         counts_BT = _counts(input_ids, attention_mask, continues)
 
+        log_prior_K = self._log_prior()
         evidence = []
         total: Tensor | None = None
         for index, member in enumerate(self.members):
@@ -199,10 +215,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             log_probs_BTV = logits.float().log_softmax(dim=-1)
             account_BT = self._account(log_probs_BTV, input_ids, counts_BT, cache, index)
             evidence.append(account_BT)
-            weighted = (self.prior[index].log() + account_BT[:, kept, None]) + log_probs_BTV[:, kept]
+            weighted = (log_prior_K[index] + account_BT[:, kept, None]) + log_probs_BTV[:, kept]
             total = weighted if total is None else torch.logaddexp(total, weighted)
         assert total is not None
-        joint_KBT = self.prior.log()[:, None, None] + torch.stack(evidence)
+        joint_KBT = log_prior_K[:, None, None] + torch.stack(evidence)
         mixture_BTV = total - joint_KBT.logsumexp(dim=0)[:, kept, None]
         return EnsembleOutput(
             loss=None if labels is None else _loss(mixture_BTV, labels),
@@ -212,7 +228,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _account(
-        self, log_probs_BTV: Tensor, input_ids: Tensor, counts_BT: Tensor, cache: EnsembleCache | None, index: int
+        self,
+        log_probs_BTV: Tensor,
+        input_ids: Tensor,
+        counts_BT: Tensor,
+        cache: EnsembleCache | None,
+        index: int,
     ) -> Tensor:
         """Return one expert's evidence after each token, (B, T), and note it in the cache."""
         gained_BT = torch.zeros_like(counts_BT)
@@ -236,23 +257,23 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         With the `updating` prior, the prior moves on by one batch afterwards.
         """
         scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
-        prior = self.prior
+        log_prior = self._log_prior()
         if self.config.prior_kind == "updating":
-            self.prior = updated_prior(prior, [scores_KBT], self.config.posterior)
-            if self.config.top_k is not None:
-                prior = keep_top(prior, self.config.top_k)
-        return mixture_log_probs(scores_KBT, prior.log(), self.config.posterior)
+            self.prior = updated_prior(self.prior, [scores_KBT], self.config.posterior)
+        return mixture_log_probs(scores_KBT, log_prior, self.config.posterior)
 
     def responsibilities(self, tokens_BT1: Tensor) -> Tensor:
         """Return p(expert | text up to and with token t) / which expert carried it, (B, T, K), sums to 1."""
         scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
-        carried = log_posterior(scores_KBT, self.prior.log(), self.config.posterior) + scores_KBT
+        carried = log_posterior(scores_KBT, self._log_prior(), self.config.posterior) + scores_KBT
         return carried.softmax(dim=0).permute(1, 2, 0)
 
     # --- files ---
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> EnsembleForCausalLM:
+    def from_pretrained(
+        cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> EnsembleForCausalLM:
         """Load an ensemble folder; takes transformers' `dtype` and `device_map`, no other option."""
         root = Path(folder)
         if not isinstance(config, EnsembleConfig):
@@ -260,20 +281,22 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         loader = _MemberLoader(root, config, dtype)
         members = [loader.load(config.experts[index]) for index in active_experts(config)]
-        model = cls(config, members).eval()
+        model: EnsembleForCausalLM = cls(config, members).eval()
         device = kwargs.get("device_map")
-        return model.to(device) if isinstance(device, str | torch.device) and device != "auto" else model
+        if isinstance(device, str | torch.device) and device != "auto":
+            model.to(device)
+        return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the ensemble as a folder that `from_pretrained` reads: every expert whole, nothing linked."""
         root = Path(save_directory)
         (root / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
         for name, member in zip(self.expert_names, self.members, strict=True):
-            tied = set(getattr(member, "all_tied_weights_keys", None) or {})
-            state = {key: tensor for key, tensor in member.state_dict().items() if key not in tied}
-            write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", state)
+            write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", checkpoint_tensors(member))
         config = EnsembleConfig.from_dict(self.config.to_dict())
-        config.experts, config.prior, config.top_k = self.expert_names, self.prior.tolist(), None
+        config.experts, config.prior = self.expert_names, self.prior.tolist()
+        if config.prior_kind != "updating":
+            config.top_experts = None  # the others are not here
         write_config(root, config)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(root)
@@ -297,10 +320,15 @@ class _MemberLoader:
         for key in self._seed or ():
             if key not in tensors:
                 tensors[key] = self._seed_tensor(key)
+        empty = _empty_member(self._config)
+        for key in sorted(checkpoint_tensors(empty).keys() - tensors.keys()):
+            # transformers would make it up, with no more than a warning
+            raise UserError(f"{self._root} has no tensor '{key}' for expert '{name}'; merge it again")
         config = _member_config(self._config)
-        wanted = next(iter(tensors.values())).dtype if tensors else torch.float32
-        kind = type(_empty_member(self._config))
-        member: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=wanted)
+        wanted = next((one.dtype for one in tensors.values() if one.is_floating_point()), torch.float32)
+        member: PreTrainedModel = type(empty).from_pretrained(
+            None, config=config, state_dict=tensors, dtype=wanted
+        )
         return member.eval()
 
     def _seed_tensor(self, name: str) -> Tensor:
@@ -325,7 +353,7 @@ def write_config(folder: Path, config: EnsembleConfig) -> None:
 def active_experts(config: EnsembleConfig) -> list[int]:
     """Return the indices of the experts that run.
 
-    `top_k` acts on the prior, so the others need not run at all; with the updating prior they must, since
+    `top_experts` acts on the prior, so the others need not run at all; with the updating prior they must, since
     their evidence is what the next prior is made of.
     """
     if config.prior_kind == "updating":
@@ -335,8 +363,8 @@ def active_experts(config: EnsembleConfig) -> list[int]:
 
 def _kept_prior(config: EnsembleConfig) -> Tensor:
     prior = torch.tensor(config.prior, dtype=torch.float32)
-    cut = config.top_k is not None and config.prior_kind != "updating"
-    return keep_top(prior, config.top_k) if cut and config.top_k else prior
+    cut = config.top_experts is not None and config.prior_kind != "updating"
+    return keep_top(prior, config.top_experts) if cut and config.top_experts else prior
 
 
 def _member_config(config: EnsembleConfig) -> PretrainedConfig:
@@ -350,7 +378,8 @@ def _member_config(config: EnsembleConfig) -> PretrainedConfig:
 def _empty_member(config: EnsembleConfig) -> PreTrainedModel:
     """Return a member without memory: shapes only."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_member_config(config))  # type: ignore[no-any-return]
+        member: PreTrainedModel = AutoModelForCausalLM.from_config(_member_config(config))
+    return member
 
 
 def _positions(attention_mask: Tensor) -> Tensor:
@@ -373,11 +402,18 @@ def _counts(input_ids: Tensor, attention_mask: Tensor | None, continues: bool) -
 
 def _loss(mixture_BTV: Tensor, labels: Tensor) -> Tensor:
     """Return the mean negative log-likelihood of the labels, each predicted from the tokens before it."""
-    return torch.nn.functional.nll_loss(mixture_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    return torch.nn.functional.nll_loss(
+        mixture_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
 
 
 def ensemble_config(
-    seed: Path, experts: Iterable[str], prior: Sequence[float], prior_kind: str, posterior: PosteriorKind, top_k: int | None
+    seed: Path,
+    experts: Iterable[str],
+    prior: Sequence[float],
+    prior_kind: str,
+    posterior: PosteriorKind,
+    top_k: int | None,
 ) -> EnsembleConfig:
     """Return the configuration of an ensemble of a seed's experts."""
     return EnsembleConfig(
@@ -386,6 +422,5 @@ def ensemble_config(
         prior=list(prior),
         prior_kind=prior_kind,
         posterior=posterior,
-        top_k=top_k,
+        top_experts=top_k,
     )
-

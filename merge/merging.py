@@ -137,7 +137,9 @@ def _make(method: MergeMethod, inputs: MergeInputs, options: Any, folder: Path) 
     merge_tensors(method, inputs, options, folder)
 
 
-def _parents(seed: Manifest, experts: Mapping[str, Manifest], weights: Mapping[str, float]) -> tuple[Parent, ...]:
+def _parents(
+    seed: Manifest, experts: Mapping[str, Manifest], weights: Mapping[str, float]
+) -> tuple[Parent, ...]:
     return (
         Parent("seed", "seed", seed.digest),
         *(Parent("expert", name, manifest.digest, weights[name]) for name, manifest in experts.items()),

@@ -42,15 +42,22 @@ def fit_prior(
     import torch
 
     if not validation:
-        raise UserError("the prior is fitted on validation text and there is none; run `expertctl data prepare`")
+        raise UserError(
+            "the prior is fitted on validation text and there is none; run `expertctl data prepare`"
+        )
     batches = _sample(validation, samples)
     count = sum(len(batch) for batch in batches)
-    say(f"fitting the prior of {len(experts)} experts on {count} blocks of {', '.join(v.domain for v in validation)}")
+    say(
+        f"fitting the prior of {len(experts)} experts on {count} blocks of {', '.join(v.domain for v in validation)}"
+    )
 
     def scores_of(folder: Path) -> list[list[Tensor]]:
         model, _ = load_model(folder, seed=seed, dtype="float32")
         with torch.inference_mode():
-            return [[token_log_probs(model, torch.from_numpy(block)[None]) for block in batch] for batch in batches]
+            return [
+                [token_log_probs(model, torch.from_numpy(block)[None]) for block in batch]
+                for batch in batches
+            ]
 
     size = sum(file.stat().st_size for file in seed.glob("*.safetensors"))
     by_expert = concurrently(scores_of, experts.values(), bytes_each=size)

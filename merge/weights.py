@@ -34,7 +34,9 @@ def resolve_weights(
             raise UserError(f"the weight of '{name}' is {weight}; weights are 0 or more")
     missing = [name for name in experts if name not in wanted]
     if missing:
-        raise UserError(f"no weight is given for {', '.join(missing)}; name every expert, or leave it out of the merge")
+        raise UserError(
+            f"no weight is given for {', '.join(missing)}; name every expert, or leave it out of the merge"
+        )
     total = sum(wanted.values())
     if total <= 0:
         raise UserError("the weights sum to 0; give at least one that is positive")

@@ -69,13 +69,22 @@ def _prior(inputs: MergeInputs, options: EnsembleOptions) -> dict[str, float]:
 
     if options.top_k is not None:
         if not 1 <= options.top_k <= len(inputs.experts):
-            raise UserError(f"top_k is {options.top_k}; with {len(inputs.experts)} experts it is 1 to {len(inputs.experts)}")
+            raise UserError(
+                f"top_k is {options.top_k}; with {len(inputs.experts)} experts it is 1 to {len(inputs.experts)}"
+            )
         if options.prior == "uniform" and options.top_k < len(inputs.experts):
-            raise UserError("top_k keeps the experts with the largest prior, and a uniform prior has none; use prior: "
-                            "cached, updating or given")
+            raise UserError(
+                "top_k keeps the experts with the largest prior, and a uniform prior has none; use prior: "
+                "cached, updating or given"
+            )
     if options.prior == "cached":
         return fit_prior(
-            inputs.seed, inputs.experts, inputs.validation, options.posterior, samples=options.samples, say=inputs.say
+            inputs.seed,
+            inputs.experts,
+            inputs.validation,
+            options.posterior,
+            samples=options.samples,
+            say=inputs.say,
         )
     if options.prior == "given":
         return dict(inputs.weights)

@@ -54,12 +54,11 @@ class _Fleet:
             process = self._start(run, log)
             if process is None:
                 return LaunchResult(run, None, interrupted=True)
-            last = self._follow(run, process)
-            status = process.wait()
+            with process:  # closes both pipes in the end
+                last = self._follow(run, process)
+                status = process.wait()
             with self._lock:
                 self._running.discard(process)
-            assert process.stdin is not None
-            process.stdin.close()
         result = _result(run, status, last)
         if result.error is None and (run / LOG_FILE).stat().st_size == 0:
             (run / LOG_FILE).unlink()
@@ -121,5 +120,9 @@ def _result(run: Path, status: int, last: Mapping[str, Any]) -> LaunchResult:
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     return f"{lines[-1]} (all of it in {log})" if lines else "it said nothing"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..core.token_store import TokenBlocks
 
 BATCH_TOKENS = 4096
+BATCH_LOGITS = 1 << 26  # 256 MiB of float32, whatever the vocabulary
 
 
 def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
@@ -27,12 +28,17 @@ def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
 
     total, count = 0.0, 0
     with torch.inference_mode():
-        for batch in blocks.batches(max(BATCH_TOKENS // blocks.block_size, 1)):
+        for batch in blocks.batches(_batch_size(model, blocks.block_size)):
             scores = token_log_probs(model, torch.from_numpy(batch).to(model.device))
             total -= float(scores.double().sum())
             count += scores.numel()
     values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": math.exp(total / count)}
     return Score(values, count)
+
+
+def _batch_size(model: PreTrainedModel, block_size: int) -> int:
+    tokens = min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size))
+    return max(tokens // block_size, 1)
 
 
 @hookimpl

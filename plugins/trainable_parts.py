@@ -11,5 +11,9 @@ from ..experts.trainable import all_parameters, feed_forward_parameters
 def trainers() -> list[Trainer]:
     return [
         Trainer("all", "every parameter", all_parameters),
-        Trainer("feed_forward", "the feed-forwards only; attention, norms and embeddings stay the seed's", feed_forward_parameters),
+        Trainer(
+            "feed_forward",
+            "the feed-forwards only; attention, norms and embeddings stay the seed's",
+            feed_forward_parameters,
+        ),
     ]

@@ -57,7 +57,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605  # one list, above, for both
+__all__ = sorted(_HOME_OF)  # one list, above, for both
 
 
 def __getattr__(name: str) -> Any:

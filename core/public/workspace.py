@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertctl.core.config import ExpertConfig, MergeConfig, ProjectConfig, load_project
+from expertctl.core.config import ExpertConfig, MergeConfig, ProjectConfig, checked, load_project
 from expertctl.core.errors import Interrupted, UserError, unknown_name
 from expertctl.core.lineage import Manifest, read_manifest
 from expertctl.core.plugin_manager import installed_plugins
@@ -16,6 +16,7 @@ from expertctl.core.types import LaunchResult, RunReporter, ValidationText
 from expertctl.core.workspace import Layout
 
 if TYPE_CHECKING:
+    from expertctl.core.generation import Generation
     from expertctl.experts.corpora import PreparedDomain
     from expertctl.experts.evaluation import EvaluationTable
     from expertctl.experts.runs import RunSpec
@@ -93,9 +94,20 @@ class Workspace:
             for name in domains or self.config.domains
         ]
 
+    def prepared(self) -> dict[str, PreparedDomain | None]:
+        """Return every domain of the project, with its tokens if its current text lies in the cache."""
+        from expertctl.experts.corpora import prepared_domain
+
+        return {
+            name: prepared_domain(self.layout, name, domain, self.layout.seed)
+            for name, domain in self.config.domains.items()
+        }
+
     def _require_tokenizer(self) -> None:
         if not (self.layout.seed / "config.json").exists():
-            raise UserError("text is tokenised with the seed's tokenizer, and there is no seed yet; run `expertctl seed`")
+            raise UserError(
+                "text is tokenised with the seed's tokenizer, and there is no seed yet; run `expertctl seed`"
+            )
 
     # --- seed and experts ---
 
@@ -103,19 +115,27 @@ class Workspace:
         self,
         source: str | Path | None = None,
         *,
+        scratch: bool = False,
+        preset: str | None = None,
         force: bool = False,
         launcher: str | None = None,
         reporter: RunReporter | None = None,
     ) -> Manifest:
-        """Make the seed: import a Hugging Face folder (`source`, or `seed.from`), else pretrain from scratch."""
+        """Make the seed: import a Hugging Face folder (`source`, or `seed.from`), else pretrain from scratch.
+
+        `scratch` pretrains even where `seed.from` is set; `preset` goes before `seed.preset`.
+        """
         from expertctl.experts.seed import import_seed, start_pretraining
 
-        wanted = source if source is not None else self.config.seed.from_
+        wanted = source if source is not None or scratch else self.config.seed.from_
         if wanted is not None:
             folder = Path(wanted).expanduser()
             absolute = folder if folder.is_absolute() or source is not None else self.root / folder
             return import_seed(self.layout, absolute, licence=self.config.seed.licence, force=force)
-        run = start_pretraining(self.layout, self.config, force=force)
+        project = self.config
+        if preset is not None:
+            project = project.model_copy(update={"seed": project.seed.model_copy(update={"preset": preset})})
+        run = start_pretraining(self.layout, project, force=force)
         self._raise_unless_finished(self._launch([run], 1, launcher, reporter))
         return read_manifest(run)
 
@@ -129,13 +149,17 @@ class Workspace:
         return branch(self.layout, self.config, name, self._expert_config(name, settings), force=force)
 
     def _expert_config(self, name: str, settings: Mapping[str, Any]) -> ExpertConfig:
-        given = {("from" if key == "start" else key): value for key, value in settings.items() if value is not None}
+        given = {
+            ("from" if key == "start" else key): value for key, value in settings.items() if value is not None
+        }
         declared = self.config.experts.get(name)
         if declared is not None:
-            given = declared.model_dump(by_alias=True, exclude_unset=True) | given
+            given = _laid_over(declared.model_dump(by_alias=True, exclude_unset=True), given)
         if "domain" not in given:
-            raise UserError(f"expert '{name}' is not in expertctl.yaml; say which domain it is for: --domain DOMAIN")
-        return ExpertConfig.model_validate(given)
+            raise UserError(
+                f"expert '{name}' is not in expertctl.yaml; say which domain it is for: --domain DOMAIN"
+            )
+        return checked(ExpertConfig, given, f"expert '{name}'")
 
     def train(
         self,
@@ -150,22 +174,43 @@ class Workspace:
         """
         from expertctl.experts.runs import RUN_FILE
 
-        wanted = names or self._all_experts()
+        wanted = names or self.expert_names()
         if not wanted:
-            raise UserError("there is no expert to train; start one with `expertctl branch NAME --domain DOMAIN`")
+            raise UserError(
+                "there is no expert to train; start one with `expertctl branch NAME --domain DOMAIN`"
+            )
         for name in wanted:
             if not (self.experts / name / RUN_FILE).is_file():
                 if name not in self.config.experts:
-                    known = {*self.config.experts, *self._all_experts()}
+                    known = {*self.config.experts, *self.expert_names()}
                     raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
                 self.branch(name)
         return self._launch([self.experts / name for name in wanted], jobs, launcher, reporter)
 
-    def _all_experts(self) -> tuple[str, ...]:
+    def expert_names(self) -> tuple[str, ...]:
+        """Return the experts that `train` without names trains: branched or in `expertctl.yaml`, sorted."""
         from expertctl.experts.runs import RUN_FILE
 
         branched = {path.parent.name for path in self.experts.glob(f"*/{RUN_FILE}")}
         return tuple(sorted({*branched, *self.config.experts}))
+
+    def unfinished(self) -> dict[str, str]:
+        """Return the runs that were begun and have not ended, each with the command that goes on with it."""
+        from expertctl.experts.baselines import DENSE
+        from expertctl.experts.runs import RUN_FILE, is_finished
+
+        commands = {self.layout.seed: "expertctl seed"}
+        commands |= {
+            path.parent: f"expertctl train {path.parent.name}" for path in self.experts.glob(f"*/{RUN_FILE}")
+        }
+        for path in self.layout.baselines.glob(f"*/{RUN_FILE}"):
+            kind = DENSE if path.parent.name == DENSE else "random-split"
+            commands[path.parent] = f"expertctl baseline {kind}"
+        return {
+            folder.name: command
+            for folder, command in sorted(commands.items())
+            if (folder / RUN_FILE).is_file() and not is_finished(folder)
+        }
 
     def _launch(
         self, runs: Sequence[Path], jobs: int, launcher: str | None, reporter: RunReporter | None
@@ -173,14 +218,18 @@ class Workspace:
         chosen = installed_plugins().launcher(launcher or self.config.launcher)
         results = chosen.launch(runs, jobs, reporter or _Silent())
         return TrainResult(
-            finished=tuple(result.run.name for result in results if not result.error and not result.interrupted),
+            finished=tuple(
+                result.run.name for result in results if not result.error and not result.interrupted
+            ),
             failed={result.run.name: result.error for result in results if result.error},
             interrupted=tuple(result.run.name for result in results if result.interrupted),
         )
 
     def _raise_unless_finished(self, result: TrainResult) -> None:
         if result.interrupted:
-            raise Interrupted(f"{', '.join(result.interrupted)}: stopped, state saved; the same command goes on")
+            raise Interrupted(
+                f"{', '.join(result.interrupted)}: stopped, state saved; the same command goes on"
+            )
         for name, error in result.failed.items():
             raise UserError(f"{name}: {error}")
 
@@ -214,7 +263,7 @@ class Workspace:
             settings["options"] = {**base.get("options", {}), **options}
         if "method" not in base | settings:
             raise UserError(f"merge '{name}' is not in expertctl.yaml; say how: --method METHOD")
-        config = MergeConfig.model_validate(base | settings)
+        config = checked(MergeConfig, base | settings, f"merge '{name}'")
         installed_plugins().merge_method(config.method)
         folders = expert_folders(self.layout, config.experts, self.experts)
         domains = config.fit_on or self._trained_domains(list(folders.values()))
@@ -260,6 +309,30 @@ class Workspace:
         folders = {name: self.layout.artefact(name) for name in names}
         return evaluate(self.layout, self.config, folders, domains, jobs=jobs, tell=tell)
 
+    def generate(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        seed: int = 0,
+        shares: bool = False,
+    ) -> Generation:
+        """Sample a continuation of `prompt`; with `shares`, also which expert of an ensemble carried each token."""
+        from expertctl.core.generation import generate
+
+        return generate(
+            self.layout.artefact(model),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            shares=shares,
+        )
+
     # --- baselines ---
 
     def dense_baseline(self, *, reporter: RunReporter | None = None, force: bool = False) -> Manifest:
@@ -289,6 +362,14 @@ class Workspace:
             validation=self._validation(self._trained_domains(runs)),
             force=force,
         )
+
+
+def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with what `own` gives; `training` and `options` key by key, since each is a section."""
+    sections = {
+        key: {**base[key], **own[key]} for key in ("training", "options") if key in base and key in own
+    }
+    return {**base, **own, **sections}
 
 
 __all__ = ["TrainResult", "Workspace"]

@@ -1,0 +1,32 @@
+# Everything a newcomer needs: `make quickstart` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test quick-test check clean
+
+quickstart: $(READY)  ## the whole story on text that every installation has, in a few minutes
+	$(BIN)/expertctl quickstart quickstart
+
+test: quick-test  ## every test: the quick ones first, then the slow ones
+	$(BIN)/python -m pytest -m slow
+
+quick-test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(READY)  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	sh tests/structure/typed_tree.sh build/typed
+	MYPYPATH=build/typed $(BIN)/mypy -p expertctl
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info quickstart

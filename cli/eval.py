@@ -1,0 +1,113 @@
+"""`expertctl eval`: the table of models and domains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .context import Session, pass_session
+from .group import cli_command
+from .output import Table
+from .parsing import gate, names
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from expertctl.workspace import Workspace
+
+    from ..experts.evaluation import EvaluationTable
+
+GATE_FAILED = 3
+TITLES = {"bits_per_byte": "bits per byte (lower is better, * best)", "perplexity": "perplexity per token"}
+
+
+@cli_command("eval", example='expertctl eval seed law forest --domains law,code --require "forest < seed"')
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--domains", type=names, metavar="A,B", help="Which domains. Default: all of the project.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Models to score at a time. Default: what the machine takes.",
+)
+@click.option(
+    "--require",
+    "gates",
+    type=gate,
+    multiple=True,
+    metavar='"A < B"',
+    help="Exit with status 3 unless the mean bits per byte of A is below that of B.",
+)
+@pass_session
+def command(
+    session: Session,
+    models: tuple[str, ...],
+    domains: tuple[str, ...] | None,
+    jobs: int | None,
+    gates: tuple[tuple[str, str], ...],
+) -> int:
+    """Score models on the validation text of domains.
+
+    Every token is scored once. MODEL is a name of this workspace or the folder of any Hugging Face causal language model; default: all
+    models there are. Bits per byte compare across tokenizers, perplexity only within one.
+    """
+    workspace = session.open()
+    chosen = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
+    _require_models(gates, chosen)
+    with session.count("evaluating", "scores", _num_scores(workspace, chosen, domains)) as count:
+        table = workspace.evaluate(
+            *chosen, domains=domains, jobs=jobs, tell=lambda model, domain: count.next()
+        )
+    session.finish(table.as_json(), score_table(table, "bits_per_byte"), "", score_table(table, "perplexity"))
+    failed = [(lower, upper) for lower, upper in gates if not _holds(table, lower, upper)]
+    for lower, upper in failed:
+        click.echo(
+            f"Error: {lower} < {upper} does not hold: {table.mean(lower, 'bits_per_byte'):.4f} and "
+            f"{table.mean(upper, 'bits_per_byte'):.4f} bits per byte",
+            err=True,
+        )
+    return GATE_FAILED if failed else 0
+
+
+def score_table(table: EvaluationTable, metric: str) -> Table:
+    """Return the table of one metric: a row for each model, a column for each domain, and the mean."""
+    best = [table.best(domain, metric) for domain in table.domains]
+    best.append(min(table.scores, key=lambda model: table.mean(model, metric)))
+    rows = []
+    for model, scores in table.scores.items():
+        values = [scores[domain].values[metric] for domain in table.domains] + [table.mean(model, metric)]
+        rows.append(
+            (
+                model,
+                *(
+                    f"{value:.4f}{'*' if model == winner else ' '}"
+                    for value, winner in zip(values, best, strict=True)
+                ),
+            )
+        )
+    strong = frozenset(
+        (row, column)
+        for row, cells in enumerate(rows)
+        for column, cell in enumerate(cells)
+        if column and cell[-1] == "*"
+    )
+    columns = ("model", *(f"{heading} " for heading in (*table.domains, "mean")))
+    return Table(columns, rows, title=TITLES[metric], right=frozenset(range(1, len(columns))), strong=strong)
+
+
+def _num_scores(workspace: Workspace, models: Sequence[str], domains: Sequence[str] | None) -> int:
+    return len(models) * len(workspace.config.domains if domains is None else domains)
+
+
+def _require_models(gates: Sequence[tuple[str, str]], models: Sequence[str]) -> None:
+    """Refuse a gate on a model that will not be scored, before anything is."""
+    from ..core.errors import unknown_name
+
+    for name in (name for pair in gates for name in pair):
+        if name not in models:
+            raise unknown_name("model", name, models, listed_as="evaluated here")
+
+
+def _holds(table: EvaluationTable, lower: str, upper: str) -> bool:
+    return table.mean(lower, "bits_per_byte") < table.mean(upper, "bits_per_byte")

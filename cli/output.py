@@ -1,0 +1,104 @@
+"""How results look: tables that fit a terminal or a pipe, one JSON object, short digests, counts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+SHORT_DIGEST = 12
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings."""
+
+    columns: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
+    title: str | None = None
+    right: frozenset[int] = frozenset()
+    """Columns that stand to the right: numbers."""
+    headings: bool = True
+    strong: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of cells that stand out where the terminal can show it."""
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print the one JSON object of a command."""
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def print_part(part: str | Table) -> None:
+    """Print a text, or a table: with rich on a terminal, as aligned plain text elsewhere."""
+    if isinstance(part, str):
+        click.echo(part)
+    elif sys.stdout.isatty():
+        _print_rich(part)
+    else:
+        click.echo(plain_table(part))
+
+
+def plain_table(table: Table) -> str:
+    """Return a table as aligned text; nothing is cut off, whatever the width."""
+    lines = [list(row) for row in table.rows]
+    if table.headings:
+        lines.insert(0, list(table.columns))
+    if not lines:
+        return ""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
+    text = [table.title] if table.title else []
+    for line in lines:
+        cells = [
+            cell.rjust(width) if column in table.right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def _print_rich(table: Table) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    rich_table = RichTable(
+        box=box.SIMPLE_HEAD if table.headings else None,
+        title=table.title,
+        title_justify="left",
+        show_header=table.headings,
+        pad_edge=False,
+    )
+    for column, heading in enumerate(table.columns):
+        rich_table.add_column(
+            heading,
+            justify="right" if column in table.right else "left",
+            overflow="fold",
+            no_wrap=column == 0,
+        )
+    for row, cells in enumerate(table.rows):
+        styled = (
+            Text(cell, style="bold green" if (row, column) in table.strong else "")
+            for column, cell in enumerate(cells)
+        )
+        rich_table.add_row(*styled)
+    Console().print(rich_table)
+
+
+def short(digest: str) -> str:
+    """Return the beginning of a digest, enough to tell artefacts apart."""
+    return digest[:SHORT_DIGEST]
+
+
+def shares(weights: Mapping[str, float], *, digits: int = 2) -> str:
+    """Return figures by name on one line: `law 0.60, code 0.40`."""
+    return ", ".join(f"{name} {weight:.{digits}f}" for name, weight in weights.items())
+
+
+def number(value: int) -> str:
+    """Return a count with separators: `1,234,567`."""
+    return f"{value:,}"

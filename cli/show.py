@@ -1,0 +1,127 @@
+"""`expertctl show`: one artefact, or what is in the workspace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .context import Session, pass_session
+from .group import cli_command
+from .output import Table, number, shares, short
+from .summaries import origin
+
+if TYPE_CHECKING:
+    from expertctl.workspace import Workspace
+
+    from ..core.lineage import Manifest
+
+
+@cli_command("show", example="expertctl show forest")
+@click.argument("name", metavar="[NAME]", required=False)
+@pass_session
+def command(session: Session, name: str | None) -> None:
+    """Show one artefact, or all that is in the workspace.
+
+    NAME is one of this workspace, or a folder.
+    """
+    if name is not None:
+        _show_artefact(session, session.artefact(name))
+    else:
+        _show_workspace(session, session.open())
+
+
+def _show_artefact(session: Session, folder: Path) -> None:
+    from dataclasses import asdict
+
+    from ..core.lineage import read_manifest
+
+    manifest = read_manifest(folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    facts = Table(
+        ("", ""), [*_facts(folder, manifest), ("weights on disk", f"{number(size)} bytes")], headings=False
+    )
+    session.finish({"folder": str(folder), **asdict(manifest)}, facts)
+
+
+def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
+    """Return what is worth knowing of an artefact, leaving out what it does not have."""
+    parents = [
+        f"{parent.kind} {parent.name} {short(parent.digest)}"
+        + (f" (weight {parent.weight:.3f})" if parent.weight is not None else "")
+        for parent in manifest.parents
+    ]
+    facts = [
+        ("name", manifest.name),
+        ("kind", manifest.kind),
+        ("folder", str(folder)),
+        ("digest", manifest.digest),
+        ("made", origin(manifest)),
+        *(("parent", parent) for parent in parents),
+        *_training_facts(manifest),
+        *((f"option {key}", str(value)) for key, value in manifest.config.get("options", {}).items()),
+        ("tensors", f"{len(manifest.tensors)}"),
+        ("tokenizer", short(manifest.tokenizer)),
+        ("owner", manifest.owner),
+        ("licence", manifest.licence),
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+    ]
+    return [(key, value) for key, value in facts if value]
+
+
+def _training_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    data, metrics = manifest.data, manifest.metrics
+    facts = []
+    for name, statement in data.get("domains", {}).items():
+        counts = f"{number(statement['documents'])} documents, {number(statement['tokens'])} tokens"
+        facts.append((f"domain {name}", f"{counts}, digest {short(statement['digest'])}"))
+    if "trained_tokens" in data:
+        facts.append(("trained tokens", number(data["trained_tokens"])))
+    if metrics.get("validation_loss"):
+        facts.append(("validation loss", shares(metrics["validation_loss"], digits=3) + " nats per token"))
+    return facts
+
+
+def _show_workspace(session: Session, workspace: Workspace) -> None:
+    from ..core.lineage import read_manifest
+
+    finished = {folder: read_manifest(folder) for folder in workspace.layout.finished()}
+    unfinished = workspace.unfinished()
+    content: dict[str, Any] = {
+        "workspace": str(workspace.root),
+        "domains": list(workspace.config.domains),
+        "artefacts": [
+            {
+                "name": one.name,
+                "kind": one.kind,
+                "folder": str(folder),
+                "digest": one.digest,
+                "made": origin(one),
+            }
+            for folder, one in finished.items()
+        ],
+        "unfinished": unfinished,
+        "not_begun": _not_begun(workspace),
+    }
+    rows = [(one.name, one.kind, short(one.digest), origin(one)) for one in finished.values()]
+    rows += [(name, "unfinished", "", f"go on with: {how}") for name, how in unfinished.items()]
+    rows += [
+        (name, "not begun", "", f"in expertctl.yaml; begin with: {how}")
+        for name, how in content["not_begun"].items()
+    ]
+    domains = ", ".join(workspace.config.domains) or "none yet"
+    table = Table(("name", "kind", "digest", "made"), rows)
+    session.finish(content, f"workspace {workspace.root}", f"domains   {domains}", "", table)
+
+
+def _not_begun(workspace: Workspace) -> dict[str, str]:
+    """Return what `expertctl.yaml` names and nobody has begun, with the command that begins it."""
+    begin = {"seed": "expertctl seed"} if not workspace.layout.seed.exists() else {}
+    for name in workspace.config.experts:
+        if not (workspace.experts / name).exists():
+            begin[name] = f"expertctl train {name}"
+    for name in workspace.config.merges:
+        if not (workspace.generalists / name).exists():
+            begin[name] = f"expertctl merge {name}"
+    return begin

@@ -1,0 +1,12 @@
+"""The test kit: what expertctl and its plugins are tested with. Works on a CPU, downloads nothing.
+
+>>> from expertctl.core.testing import assert_merge_ok, fresh_plugins, tiny_model_folder
+"""
+
+from __future__ import annotations
+
+from .merging import assert_merge_ok, tensor_group
+from .models import tiny_model_folder
+from .registering import fresh_plugins
+
+__all__ = ["assert_merge_ok", "fresh_plugins", "tensor_group", "tiny_model_folder"]

@@ -1,0 +1,94 @@
+"""Turning a run that came to its end into an artefact: weights first, the manifest last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import UserError
+from ..core.lineage import (
+    TRAINING_FOLDER,
+    Manifest,
+    Parent,
+    digest_of_tensors,
+    digest_of_tokenizer,
+    digests_of_folder,
+    read_manifest,
+    tool_versions,
+)
+from ..core.loading import WEIGHTS_FILE, checkpoint_tensors
+from ..core.safetensors_io import Checkpoint, tensor_digest, torch_dtype, write_tensors
+from .run_inputs import RunInputs
+from .training import TrainingLoop
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+OPTIMISER_FILE = Path(TRAINING_FOLDER) / "optimiser.safetensors"
+
+
+def write_artefact(
+    run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, metrics: Mapping[str, Any]
+) -> None:
+    """Write the weights, then the manifest, whose presence means that the folder is complete."""
+    if run.from_scratch:
+        write_tensors(run.folder / WEIGHTS_FILE, checkpoint_tensors(model))
+        (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
+        write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
+    else:
+        write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, model))
+    _manifest(run, metrics).write(run.folder)
+
+
+def _changed_tensors(run: RunInputs, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the tensors that differ from the seed's, in the seed's dtype."""
+    seed = Checkpoint.of_folder(run.layout.seed)
+    digests = read_manifest(run.layout.seed).tensors
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name in seed:
+            stored = tensor.to("cpu", torch_dtype(seed.entry(name).dtype))
+            if tensor_digest(stored) != digests[name]:
+                found[name] = stored
+    if not found:
+        raise UserError(f"training changed no tensor of '{run.spec.name}'; is its learning rate zero?")
+    return found
+
+
+def _manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
+    spec = run.spec
+    tensors, files = digests_of_folder(run.folder)
+    return Manifest(
+        kind=spec.kind,
+        name=spec.name,
+        digest=digest_of_tensors(tensors),
+        tensors=tensors,
+        files=files,
+        tokenizer=digest_of_tokenizer(run.tokenizer_folder),
+        parents=_parents(run),
+        config=asdict(spec) | {"training": spec.training.model_dump(mode="json")},
+        data={
+            "domains": {domain.name: domain.statement() for domain in run.domains},
+            "trained_tokens": spec.training.steps * spec.training.tokens_per_step,
+        },
+        metrics=metrics,
+        trainable=spec.trains,
+        owner=spec.owner,
+        licence=spec.licence,
+        versions=tool_versions(),
+    )
+
+
+def _parents(run: RunInputs) -> tuple[Parent, ...]:
+    if run.from_scratch:
+        return ()
+    seed = Parent("seed", "seed", read_manifest(run.layout.seed).digest, run.spec.start.get("seed"))
+    experts = [
+        Parent("expert", name, read_manifest(run.layout.experts / name).digest, weight)
+        for name, weight in run.spec.start.items()
+        if name != "seed"
+    ]
+    return (seed, *experts)

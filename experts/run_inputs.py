@@ -1,0 +1,41 @@
+"""A run with everything that it reads: specification, prepared text, plugins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.config import load_project
+from ..core.plugin_manager import PluginManager, installed_plugins
+from ..core.workspace import Layout
+from .corpora import PreparedDomain, prepare_domains
+from .runs import RunSpec, read_run
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a training process knows of its run."""
+
+    folder: Path
+    layout: Layout
+    spec: RunSpec
+    domains: tuple[PreparedDomain, ...]
+    plugins: PluginManager
+
+    @property
+    def from_scratch(self) -> bool:
+        return self.spec.kind == "seed"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.folder if self.from_scratch else self.layout.seed
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> RunInputs:
+        """Read a run folder and prepare its domains' text; raises `UserError` for what is missing."""
+        spec = read_run(folder)
+        layout = Layout.find(folder)
+        project = load_project(layout.config_file)
+        tokenizer = folder if spec.kind == "seed" else layout.seed
+        domains = tuple(prepare_domains(layout, project, spec.domains, tokenizer))
+        return cls(folder, layout, spec, domains, installed_plugins())

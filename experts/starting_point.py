@@ -1,0 +1,78 @@
+"""Where a run starts: the model in float32, its optimiser state, and the blocks it will read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.errors import UserError
+from ..core.lineage import require_intact
+from ..core.loading import ExpertTensors, overlay_tensors
+from ..core.safetensors_io import Checkpoint
+from ..core.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, TokenBlocks
+from .finishing import OPTIMISER_FILE
+from .run_inputs import RunInputs
+from .training import TrainingLoop
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def starting_model(run: RunInputs) -> PreTrainedModel:
+    """Return the model to train, in float32: new, the seed, or an average of experts."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if run.from_scratch:
+        torch.manual_seed(run.spec.training.seed)
+        config = AutoConfig.from_pretrained(run.folder, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    require_intact(run.layout.seed)
+    torch.manual_seed(run.spec.training.seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        run.layout.seed, dtype=torch.float32, local_files_only=True
+    )
+    if set(run.spec.start) != {"seed"}:
+        overlay_tensors(model, _average_of(run))
+    return model
+
+
+def _average_of(run: RunInputs) -> dict[str, Tensor]:
+    """Return the weighted average of the experts a run starts from, where they differ from the seed."""
+    seed = Checkpoint.of_folder(run.layout.seed)
+    experts = {}
+    for name in run.spec.start:
+        if name != "seed":
+            require_intact(run.layout.experts / name)
+            experts[name] = ExpertTensors(seed, run.layout.experts / name)
+    changed = sorted({name for expert in experts.values() for name in expert.changed})
+    return {
+        name: sum(
+            weight * (seed if parent == "seed" else experts[parent]).read(name).float()
+            for parent, weight in run.spec.start.items()
+        )  # type: ignore[misc]
+        for name in changed
+    }
+
+
+def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
+    """Take over the seed's optimiser state, which Branch-Train-Merge's branches keep."""
+    path = run.layout.seed / OPTIMISER_FILE
+    if run.spec.kind == "expert" and run.spec.training.inherit_optimiser and path.is_file():
+        state = Checkpoint([path])
+        loop.load_optimiser_state({name: state.read(name) for name in state})
+
+
+def training_blocks(run: RunInputs) -> Blocks | BalancedUnion:
+    size = run.spec.training.sequence_length
+    parts = [TokenBlocks(domain.open("train"), size) for domain in run.domains]
+    for domain, blocks in zip(run.domains, parts, strict=True):
+        if len(blocks) == 0:
+            raise UserError(
+                f"domain '{domain.name}' has {domain.train.tokens} tokens of training text, less than one block of "
+                f"{size}; add text, or lower training.sequence_length"
+            )
+    if run.spec.slice is not None:
+        index, count = run.spec.slice
+        return RandomSlice(Concatenation(parts), index, count, run.spec.training.seed)
+    return BalancedUnion(parts) if len(parts) > 1 else parts[0]

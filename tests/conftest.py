@@ -1,0 +1,188 @@
+"""What many tests share: no network, no foreign plugins, and workspaces that are made without training."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers, and for the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["EXPERTCTL_PLUGINS"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import inspect
+import json
+import random
+import shutil
+import textwrap
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from expertctl.core.testing import tiny_model_folder
+from expertctl.workspace import Workspace
+
+FEED_FORWARD = "model.layers.*.mlp.*"
+
+
+class MakeWorkspace(Protocol):
+    def __call__(
+        self,
+        folder: Path,
+        experts: Sequence[str] = ...,
+        *,
+        family: str = ...,
+        tied: bool = ...,
+        dtype: str = ...,
+        changed: str = ...,
+        seed: int = ...,
+        config: str = ...,
+    ) -> Path: ...
+
+
+def make_workspace(
+    folder: Path,
+    experts: Sequence[str] = ("code", "law", "news"),
+    *,
+    family: str = "olmo2",
+    tied: bool = False,
+    dtype: str = "float32",
+    changed: str = "*",
+    seed: int = 0,
+    config: str = "training: {sequence_length: 16}\n",
+) -> Path:
+    """Make a workspace with a finished seed and finished experts; no training: experts are the seed plus noise.
+
+    `changed` is the pattern of the tensors in which the experts differ from the seed.
+    """
+    from expertctl.core.workspace import Layout
+    from expertctl.experts.seed import import_seed
+
+    folder.mkdir(parents=True)
+    (folder / "expertctl.yaml").write_text(config, encoding="utf-8")
+    origin = tiny_model_folder(folder / ".origin", family, seed=seed, tied=tied, dtype=dtype)
+    import_seed(Layout(folder), origin)
+    for number, name in enumerate(experts, start=1):
+        write_expert(folder, name, changed=changed, seed=1000 * seed + number)
+    return folder
+
+
+def write_expert(
+    workspace: Path, name: str, *, changed: str = "*", seed: int = 1, scale: float = 0.5
+) -> Path:
+    """Write a finished expert of a workspace's seed: the seed plus noise in the tensors that `changed` matches."""
+    import torch
+
+    from expertctl.core.lineage import (
+        Manifest,
+        Parent,
+        digest_of_tensors,
+        digests_of_folder,
+        read_manifest,
+        tool_versions,
+    )
+    from expertctl.core.safetensors_io import Checkpoint, write_tensors
+
+    origin = read_manifest(workspace / "seed")
+    base = Checkpoint.of_folder(workspace / "seed")
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for tensor_name in sorted(base):
+        tensor = base.read(tensor_name)
+        if fnmatchcase(tensor_name, changed) and tensor.is_floating_point():
+            step = (
+                torch.randn(tensor.shape, generator=noise)
+                * scale
+                * tensor.float().std(correction=0).clamp(min=0.1)
+            )
+            tensors[tensor_name] = (tensor.float() + step).to(tensor.dtype)
+    folder = workspace / "experts" / name
+    folder.mkdir(parents=True)
+    write_tensors(folder / "model.safetensors", tensors)
+    digests, files = digests_of_folder(folder)
+    Manifest(
+        kind="expert",
+        name=name,
+        digest=digest_of_tensors(digests),
+        tensors=digests,
+        files=files,
+        tokenizer=origin.tokenizer,
+        parents=(Parent("seed", "seed", origin.digest, 1.0),),
+        data={"domains": {name: {"documents": 1, "tokens": 10, "bytes": 30, "digest": "0" * 64}}},
+        trainable=changed,
+        licence="CC0-1.0",
+        versions=tool_versions(),
+    ).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def new_workspace() -> MakeWorkspace:
+    """Makes workspaces; see `make_workspace`."""
+    return make_workspace
+
+
+@pytest.fixture(scope="session")
+def new_expert() -> object:
+    """Adds an expert to a workspace; see `write_expert`."""
+    return write_expert
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OLMo-2-style Hugging Face folder. Read it, do not write to it."""
+    return tiny_model_folder(tmp_path_factory.mktemp("model") / "olmo2")
+
+
+@pytest.fixture(scope="session")
+def shared_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with experts code, law and news, which differ from the seed everywhere. Only read it."""
+    return make_workspace(tmp_path_factory.mktemp("shared") / "workspace")
+
+
+# --- projects that really train ---
+
+TRAINING = {"tokens": 2_560, "sequence_length": 32, "batch_size": 4, "log_every": 5, "checkpoint_seconds": 0}
+
+
+def write_domain(folder: Path, module: object, *, documents: int = 24) -> None:
+    """Write the source of a module as `train.jsonl` and `valid.jsonl`, a few lines a document."""
+    lines = inspect.getsource(module).splitlines()
+    size = len(lines) // documents
+    texts = ["\n".join(lines[index * size : (index + 1) * size]) for index in range(documents)]
+    folder.mkdir(parents=True)
+    for name, part in (("train", texts[: documents * 3 // 4]), ("valid", texts[documents * 3 // 4 :])):
+        content = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
+
+
+def write_project(root: Path, training: dict[str, object] | None = None) -> Path:
+    """Write a project of the domains `prose` (textwrap) and `chance` (random)."""
+    write_domain(root / "text" / "prose", textwrap)
+    write_domain(root / "text" / "chance", random)
+    content = {
+        "seed": {"preset": "tiny", "training": {"tokens": 1_280, "schedule_end": 0.5}},
+        "training": {**TRAINING, **(training or {})},
+        "domains": {
+            name: {"train": f"text/{name}/train.jsonl", "valid": f"text/{name}/valid.jsonl"}
+            for name in ("prose", "chance")
+        },
+    }
+    (root / "expertctl.yaml").write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+    return root
+
+
+@pytest.fixture(scope="session")
+def seeded_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose seed was pretrained from scratch; to be copied, not changed."""
+    root = write_project(tmp_path_factory.mktemp("project"))
+    Workspace(root).seed()
+    return root
+
+
+@pytest.fixture
+def project(seeded_project: Path, tmp_path: Path) -> Workspace:
+    """A copy of the project with its seed."""
+    return Workspace(shutil.copytree(seeded_project, tmp_path / "project"))
