@@ -86,10 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         if session.json:
-            print_json({"error": error.format_message()})
+            print_json({"error": error.format_message().splitlines()[0]})
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail(session, "interrupted; the same command goes on", INTERRUPTED)
+        return _fail(session, "interrupted; run the same command again", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read the output has gone; the interpreter's last flush must not complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

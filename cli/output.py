@@ -68,8 +68,6 @@ def _print_rich(table: Table) -> None:
 
     rich_table = RichTable(
         box=box.SIMPLE_HEAD if table.headings else None,
-        title=table.title,
-        title_justify="left",
         show_header=table.headings,
         pad_edge=False,
     )
@@ -86,6 +84,8 @@ def _print_rich(table: Table) -> None:
             for column, cell in enumerate(cells)
         )
         rich_table.add_row(*styled)
+    if table.title:
+        click.secho(table.title, bold=True)
     Console().print(rich_table)
 
 

@@ -25,6 +25,12 @@ class Interrupted(UserError):
         super().__init__(message, exit_status=130)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, or at least the kind of its error."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that `name` was probably meant to be, or None."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, first_line, unknown_name
 from .files import read_json
 from .lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest
 from .plugin_manager import installed_plugins
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS_FILE = "model.safetensors"
-# Neither the first import of transformers nor `from_pretrained` (it changes torch's defaults) is safe in threads.
+DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32", "float64")
+# transformers switches process-wide settings while it loads: two loads at once have left tied heads untied. Its
+# first import is not safe in threads either.
 _LOADING = RLock()
 
 
@@ -43,7 +45,11 @@ def load_model(
     torch dtype's name. Raises `UserError` for folders that are unfinished, damaged or of no known kind.
     """
     path = Path(folder)
+    if dtype not in DTYPE_NAMES:
+        raise unknown_name("dtype", dtype, DTYPE_NAMES)
     manifest = _manifest_of(path)
+    if manifest is None and (path / "run.json").is_file():
+        raise UserError(f"{path} is not finished: it has a run.json and no manifest; train it to its end")
     with _LOADING:
         if manifest is not None and manifest.kind == "expert":
             base = seed_of(path, manifest, seed)
@@ -54,10 +60,16 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder."""
+    """Load the tokenizer of a checkpoint folder; raises `UserError` when it has none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(
+            f"{folder} has no tokenizer that can be loaded ({first_line(error)}); put its tokenizer.json there"
+        ) from None
+    return tokenizer
 
 
 def tokenizer_folder(folder: Path, seed: Path | None = None) -> Path:
@@ -73,11 +85,27 @@ def _manifest_of(folder: Path) -> Manifest | None:
 
 
 def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     check_loadable(folder)
-    register_auto_classes()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    with _LOADING:
+        register_auto_classes()
+        try:
+            AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} is no model that transformers knows: {first_line(error)}") from None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    if not isinstance(loaded, tuple):  # a class of ours, which checks by itself
+        model: PreTrainedModel = loaded
+        return model.eval()
+    model, report = loaded
+    for name in sorted(report["missing_keys"]):
+        # transformers makes it up, with no more than a warning
+        raise UserError(
+            f"{folder} has no tensor '{name}', which its config.json asks for; fetch or make it again"
+        )
     return model.eval()
 
 

@@ -62,7 +62,7 @@ class Job:
         if self.tokens_per_unit and self.speed(now) > 0:
             found.append(f"{self.speed(now) * self.tokens_per_unit:,.0f} tokens/s")
         left = self.seconds_left(now)
-        if left is not None:
+        if left:
             found.append(f"{duration(left)} left")
         return found
 
@@ -230,7 +230,7 @@ class Count(_Shown):
     def __init__(
         self, name: str, unit: str, total: int | None, where: Display, clock: Clock = time.monotonic
     ) -> None:
-        super().__init__(where, (), clock)
+        super().__init__(where, () if total is None else (name,), clock)
         self._name, self._unit, self._total = name, unit, total
         self._jobs: dict[str, Job] = {}
 

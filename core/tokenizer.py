@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .files import read_json
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def _load(folder: Path) -> Tokenizer:
     try:
         converted: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{folder} has no tokenizer that can be loaded ({first}); put its tokenizer.json there"
+            f"{folder} has no tokenizer that can be loaded ({first_line(error)}); put its tokenizer.json there"
         ) from None
     return converted
 

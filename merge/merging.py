@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def merge(
                     "method": method.name,
                     "kind": method.kind,
                     "weights": weights,
-                    "options": vars(options),
+                    "options": asdict(options),
                     "validation": [text.domain for text in validation],
                 },
                 data={parent: one.data for parent, one in expert_manifests.items()},

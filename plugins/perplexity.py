@@ -32,7 +32,9 @@ def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
             scores = token_log_probs(model, torch.from_numpy(batch).to(model.device))
             total -= float(scores.double().sum())
             count += scores.numel()
-    values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": math.exp(total / count)}
+    # a broken model may lie beyond what exp can hold
+    perplexity = math.exp(total / count) if total / count < 700 else math.inf
+    values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": perplexity}
     return Score(values, count)
 
 

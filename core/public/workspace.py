@@ -281,7 +281,7 @@ class Workspace:
         """Return the domains that experts were trained on and that this project still has, sorted."""
         found: set[str] = set()
         for folder in experts:
-            found |= set(read_manifest(folder).data["domains"])
+            found |= set(read_manifest(folder).data.get("domains", ()))
         return sorted(found & set(self.config.domains))
 
     def _validation(self, domains: Sequence[str]) -> list[ValidationText]:

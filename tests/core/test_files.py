@@ -160,9 +160,13 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [UserError("no"), ValueError("bug"), KeyboardInterrupt(), SystemExit(1)])
 def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), new_folder(tmp_path / "x") as partial:
-        (partial / "a").write_text("1")
-        raise error
+    def fail() -> None:
+        with new_folder(tmp_path / "x") as partial:
+            (partial / "a").write_text("1")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     assert names(tmp_path) == []
 
 
@@ -293,11 +297,11 @@ def test_a_lock_keeps_another_process_out_until_it_dies_by_whatever_means(
 ) -> None:
     lock = tmp_path / "locks" / "x.lock"
     begun = time.monotonic()
-    with pytest.raises(
-        UserError, match="another process is working on expert 'law'; wait for it, or stop it"
+    with (
+        pytest.raises(UserError, match="another process is working on expert 'law'; wait for it, or stop it"),
+        exclusive(lock, "expert 'law'", patience_s=0.2),
     ):
-        with exclusive(lock, "expert 'law'", patience_s=0.2):
-            pytest.fail("the lock is held")
+        pytest.fail("the lock is held")
     assert time.monotonic() - begun < 5
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()

@@ -382,7 +382,7 @@ def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_named(tmp_path: 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": torch.ones(2)}, TWO: {"b": torch.ones(2)}})
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / TWO)
-    with pytest.raises(UserError, match="tensor 'a' stands in .* and again in"):
+    with pytest.raises(UserError, match=r"tensor 'a' stands in .* and again in"):
         Checkpoint.of_folder(tmp_path)
 
 

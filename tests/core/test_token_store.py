@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_every_token_but_the_first_is_a_target_exactly_once(
         for row in batch:
             assert len(row) >= 2
     rows = [row.tolist() for batch in batches for row in batch]
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         assert before[-1] == after[0], "the last target is the next block's first input"
 
 
@@ -168,7 +169,7 @@ def test_shuffling_mixes_and_depends_on_the_seed() -> None:
     """Neighbours do not stay neighbours, and two seeds agree about as often as chance has it (once)."""
     size = 1000
     one, two = ([shuffled(index, size, seed) for index in range(size)] for seed in (1, 2))
-    assert sum(abs(a - b) == 1 for a, b in zip(one, one[1:], strict=False)) < 15
+    assert sum(abs(a - b) == 1 for a, b in pairwise(one)) < 15
     assert sum(a == b for a, b in zip(one, two, strict=True)) < 15
     thirds = Counter(position * 3 // size for position in one[: size // 3])
     assert min(thirds.values()) > 80

@@ -18,7 +18,13 @@ from expertctl.experts.trainable import all_parameters, matching_parameters
 from expertctl.experts.training import TrainingLoop
 
 CONFIG = TrainingConfig(
-    tokens=8 * 2 * 16, sequence_length=16, batch_size=2, learning_rate=1e-2, weight_decay=0.1, clip=0.5, device="cpu"
+    tokens=8 * 2 * 16,
+    sequence_length=16,
+    batch_size=2,
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    clip=0.5,
+    device="cpu",
 )
 
 
@@ -92,7 +98,9 @@ def test_accumulation_equals_one_larger_batch(blocks: TokenBlocks) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7])
-def test_going_on_from_a_checkpoint_gives_the_same_bits(blocks: TokenBlocks, tmp_path: Path, stop: int) -> None:
+def test_going_on_from_a_checkpoint_gives_the_same_bits(
+    blocks: TokenBlocks, tmp_path: Path, stop: int
+) -> None:
     whole = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
     losses = run(whole)
 
@@ -121,7 +129,10 @@ def test_only_two_checkpoints_are_kept(blocks: TokenBlocks, tmp_path: Path) -> N
     loop = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
     for _ in loop.steps():
         save_checkpoint(loop, tmp_path / "state")
-    assert [path.name for path in sorted((tmp_path / "state").iterdir())] == ["step-00000007", "step-00000008"]
+    assert [path.name for path in sorted((tmp_path / "state").iterdir())] == [
+        "step-00000007",
+        "step-00000008",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state"])
@@ -140,7 +151,9 @@ def test_a_damaged_checkpoint_is_one_clear_error(blocks: TokenBlocks, tmp_path: 
         weights.unlink()
     else:
         (folder / "state.json").write_text('{"step": 2')
-    with pytest.raises(UserError, match=r"checkpoint .*step-00000002 is damaged .*delete it to go on from the start"):
+    with pytest.raises(
+        UserError, match=r"checkpoint .*step-00000002 is damaged .*delete it to go on from the start"
+    ):
         restore_latest(loop, tmp_path / "state")
 
 

@@ -1,0 +1,92 @@
+"""Progress: what appears, where, and that short work shows nothing."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from expertctl.core import progress
+from expertctl.core.progress import Bars, Count, Lines, RunProgress, Silence, display, duration
+from expertctl.core.types import LaunchResult
+
+RUN = Path("experts/law")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_lines_come_after_two_seconds_and_then_every_five() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with RunProgress(Lines(stream, clock), ["law"], clock) as shown:
+        shown.started(RUN, 200)
+        shown.progressed(RUN, {"event": "started", "step": 40, "total_steps": 200, "tokens_per_step": 100})
+        for step in range(41, 81):
+            clock.now += 0.25
+            shown.progressed(RUN, {"event": "progress", "step": step, "loss": 2.5})
+        clock.now += 0.1
+        shown.finished(LaunchResult(RUN, None))
+    assert stream.getvalue().splitlines() == [
+        "law: 24%, 48 of 200 steps, loss 2.500, 400 tokens/s, 0:38 left",
+        "law: 34%, 68 of 200 steps, loss 2.500, 400 tokens/s, 0:33 left",
+    ]
+
+
+def test_work_under_two_seconds_shows_nothing() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Count("evaluating", "scores", 3, Lines(stream, clock), clock) as count:
+        for _ in range(3):
+            clock.now += 0.5
+            count.next()
+    assert stream.getvalue() == ""
+
+
+def test_work_of_unknown_size_is_counted() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with Count("documents", "documents", None, Lines(stream, clock), clock) as count:
+        count.to(512, "law")
+        clock.now += 3
+        count.to(2048, "law")
+    assert stream.getvalue() == "law: 2,048 documents\n"
+
+
+def test_bars_appear_after_the_silence_and_name_every_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    bars = Bars()
+    with RunProgress(bars, ["law", "code"]) as shown:
+        bars._timer.join(timeout=10)
+        shown.started(RUN, 10)
+        shown.progressed(RUN, {"event": "progress", "step": 5, "loss": 2.5})
+    err = capsys.readouterr().err
+    assert "law" in err
+    assert "code" in err
+    assert "5 of 10 steps" in err
+
+
+def test_bars_of_short_work_never_appear(capsys: pytest.CaptureFixture[str]) -> None:
+    with Count("evaluating", "scores", 3, Bars()) as count:
+        count.next()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_display_fits_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert isinstance(display(), Bars)
+    assert isinstance(display(plain=True), Lines)
+    assert isinstance(display(quiet=True), Silence)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert isinstance(display(), Lines)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (750, "12:30"), (3723, "1:02:03")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
