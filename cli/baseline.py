@@ -14,16 +14,24 @@ def command() -> None:
 
 
 @cli_command("dense", example="expertctl baseline dense && expertctl eval forest dense")
+@click.option(
+    "--same-batch",
+    is_flag=True,
+    help="Take an expert's batch and more steps, instead of its steps and a larger batch.",
+)
 @click.option("--force", is_flag=True, help="Make it again.")
 @pass_session
-def dense(session: Session, force: bool) -> None:
-    """Train one dense model on all domains for as many tokens as all experts together."""
+def dense(session: Session, same_batch: bool, force: bool) -> None:
+    """Train one dense model for as many tokens as all experts.
+
+    It goes on from the seed, on all domains of the experts.
+    """
     workspace = session.open()
-    with session.runs(["dense"]) as progress:
-        manifest = workspace.dense_baseline(reporter=progress, force=force)
+    with session.runs(()) as progress:
+        manifest = workspace.dense_baseline(same_batch=same_batch, reporter=progress, force=force)
     from .summaries import artefact_content, made
 
-    folder = workspace.layout.baselines / "dense"
+    folder = workspace.layout.baselines / manifest.name
     session.finish(artefact_content(folder, manifest), made(folder, manifest))
 
 
@@ -41,7 +49,10 @@ def dense(session: Session, force: bool) -> None:
 @click.option("--force", is_flag=True, help="Make them again.")
 @pass_session
 def random_split(session: Session, jobs: int, force: bool) -> None:
-    """Train as many experts on random slices of all text, and make their ensemble."""
+    """Train experts on random slices of all text; make their ensemble.
+
+    As many as there are experts. What the ensemble of the domains' experts is better by is owed to the domains.
+    """
     workspace = session.open()
     with session.runs(()) as progress:
         manifest = workspace.random_split_baseline(jobs=jobs, reporter=progress, force=force)

@@ -73,16 +73,20 @@ def _branches(items: Sequence[str]) -> list[str]:
 
 def _expert(manifest: Manifest, now: dict[str, str]) -> str:
     others = [parent for parent in manifest.parents if parent.kind == "expert"]
-    start = f", from {'; '.join(_parent(parent, now) for parent in others)}" if others else ""
+    starts = [f"{parent.name} {parent.weight or 0:.2f}{_since(parent, now)}" for parent in others]
+    start = f", from {', '.join(starts)}" if starts else ""
     seed = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
     foreign = f"  (of another seed, {short(seed.digest)})" if seed and seed.digest != now.get("seed") else ""
     return f"{manifest.name}  {short(manifest.digest)}  {origin(manifest)}{start}{foreign}"
 
 
 def _parent(parent: Parent, now: dict[str, str]) -> str:
-    """Return a parent with its weight; one that has been made again since, or is gone, says so."""
     weight = f"  {parent.weight:.3f}" if parent.weight is not None else ""
+    return f"{parent.name}  {short(parent.digest)}{weight}{_since(parent, now)}"
+
+
+def _since(parent: Parent, now: dict[str, str]) -> str:
+    """Return what has become of a parent: nothing to say, made again, or gone."""
     if parent.name not in now:
-        return f"{parent.name}  {short(parent.digest)}{weight}  (no longer here)"
-    changed = "  (made again since)" if now[parent.name] != parent.digest else ""
-    return f"{parent.name}  {short(parent.digest)}{weight}{changed}"
+        return " (no longer here)"
+    return "" if now[parent.name] == parent.digest else " (made again since)"

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import click
 
+from ..core.environment import prepare_libraries
 from ..core.errors import UserError
+from ..core.files import mendable
 from .context import Session
 from .group import LazyGroup, options_everywhere
 from .output import print_json
@@ -20,14 +22,6 @@ COMMANDS = {
     "Make": ("seed", "data", "branch", "train", "merge", "baseline"),
     "Use": ("eval", "generate"),
     "Trust": ("show", "log", "verify"),
-}
-# Set before any of these libraries is imported; what the user has set stays.
-LIBRARY_SETTINGS = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TOKENIZERS_PARALLELISM": "true",
 }
 INTERRUPTED = 130
 
@@ -69,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done; 1 something the user can mend; 2 usage; 3 done, but a gate that was asked for does not hold; 130
     interrupted. Anything unexpected is a bug and keeps its traceback.
     """
-    for name, value in LIBRARY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    prepare_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not end a command
     session = Session()
@@ -94,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone; the interpreter's last flush must not complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        trouble = mendable(error)
+        if trouble is None:
+            raise
+        return _fail(session, str(trouble), trouble.exit_status)
     return status if isinstance(status, int) else 0
 
 

@@ -15,7 +15,7 @@ from .summaries import origin
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
-    from ..core.lineage import Manifest
+    from ..core.lineage import Manifest, Parent
 
 
 @cli_command("show", example="expertctl show forest")
@@ -48,7 +48,7 @@ def _show_artefact(session: Session, folder: Path) -> None:
 def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
     """Return what is worth knowing of an artefact, leaving out what it does not have."""
     parents = [
-        f"{parent.kind} {parent.name} {short(parent.digest)}"
+        f"{_title(parent)} {short(parent.digest)}"
         + (f" (weight {parent.weight:.3f})" if parent.weight is not None else "")
         for parent in manifest.parents
     ]
@@ -68,6 +68,10 @@ def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     ]
     return [(key, value) for key, value in facts if value]
+
+
+def _title(parent: Parent) -> str:
+    return parent.name if parent.name == parent.kind else f"{parent.kind} {parent.name}"
 
 
 def _training_facts(manifest: Manifest) -> list[tuple[str, str]]:

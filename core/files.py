@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -171,14 +172,19 @@ def exclusive(path: Path, what: str, *, patience_s: float = 5.0) -> Iterator[Non
 
 
 def _user_error(path: Path, error: OSError) -> UserError:
-    import errno
+    return mendable(error, path) or UserError(f"{error.filename or path}: {error.strerror or error}")
 
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space left while writing {path}; free some and run the same command again")
+
+def mendable(error: OSError, path: Path | None = None) -> UserError | None:
+    """Return what a user can do about a full disk or a missing permission; None for any other trouble."""
+    where = error.filename or path or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(
+            f"no space left while writing {where} ({error.strerror}); free some, then run the same command again"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"{path} may not be written or read ({error.strerror}); check who owns the folder")
-    where = error.filename or path
-    return UserError(f"{where}: {error.strerror or error}")
+        return UserError(f"{where} may not be written or read ({error.strerror}); check who owns the folder")
+    return None
 
 
 def _alive(pid: str) -> bool:

@@ -87,6 +87,7 @@ class PluginManager:
         self._report = report
         self._offers: dict[str, dict[str, Any]] = {}
         self._owners: dict[tuple[str, str], str] = {}
+        self._failed: set[tuple[str, str]] = set()
         self.problems: list[PluginProblem] = []
 
     # --- finding ---
@@ -116,7 +117,7 @@ class PluginManager:
             version = point.dist.version if point.dist else "?"
             try:
                 module = point.load()
-            except Exception as error:  # whatever a plugin raises at import must not stop the others
+            except (Exception, SystemExit) as error:  # whatever it raises must not stop the others
                 self._add_problem(point.name, distribution, f"cannot be imported: {_one_line(error)}")
                 continue
             self.register(module, point.name, distribution=distribution, version=version)
@@ -129,7 +130,6 @@ class PluginManager:
         self, plugin: ModuleType | object, name: str, *, distribution: str = "local", version: str = "?"
     ) -> bool:
         """Check one plugin and take it in; what is wrong with it is reported, never raised."""
-        self._distributions.setdefault(name, (distribution, version))
         reason = self._why_not(plugin, name)
         if reason is None:
             try:
@@ -142,15 +142,22 @@ class PluginManager:
         if reason is not None:
             self._add_problem(name, distribution, reason)
             return False
+        self._distributions[name] = (distribution, version)
         self._offers.clear()
         return True
 
     def _why_not(self, plugin: object, name: str) -> str | None:
         if self._pm.has_plugin(name):
             return "a plugin of that name is already loaded"
-        known = {key for key in vars(hookspecs) if hasattr(self._pm.hook, key)}
-        implemented = [key for key in dir(plugin) if self._pm.parse_hookimpl_opts(plugin, key) is not None]
-        for hook in implemented:
+        known = {key for key in vars(hookspecs) if hasattr(self._pm.hook, key) and key[0] != "_"}
+        implemented = [
+            (options.get("specname") or key, options)
+            for key in dir(plugin)
+            if (options := self._pm.parse_hookimpl_opts(plugin, key)) is not None
+        ]
+        for hook, options in implemented:
+            if options.get("wrapper") or options.get("hookwrapper"):
+                return f"'{hook}' is a hook wrapper; plain hooks only"
             if hook not in known:
                 guess = closest(hook, known)
                 hint = f" (did you mean '{guess}'?)" if guess else f"; hooks: {', '.join(sorted(known))}"
@@ -220,7 +227,10 @@ class PluginManager:
         """Call one collecting hook, plugin by plugin, and keep what is of the right type and new."""
         if hook not in self._offers:
             offers: dict[str, Offer] = {}
-            for implementation in getattr(self._pm.hook, hook).get_hookimpls():
+            loaded = list(self._distributions)  # the built-ins first, whatever order a plugin asks for
+            for implementation in sorted(
+                getattr(self._pm.hook, hook).get_hookimpls(), key=lambda one: loaded.index(one.plugin_name)
+            ):
                 plugin = implementation.plugin_name
                 for item in self._offers_of(plugin, hook, implementation.function, offered):
                     name: str = item.name  # type: ignore[attr-defined]  # every offer has one
@@ -251,12 +261,18 @@ class PluginManager:
                 plugin, distribution, f"{hook} returned {_kind(items)}, not a list of {offered.__name__}"
             )
             return []
-        good = [item for item in items if isinstance(item, offered)]
+        good = []
         for item in items:
             if not isinstance(item, offered):
                 self._add_problem(
                     plugin, distribution, f"{hook} returned {_kind(item)} in its list, not {offered.__name__}"
                 )
+            elif not isinstance(name := item.name, str) or not name:  # type: ignore[attr-defined]  # all have one
+                self._add_problem(
+                    plugin, distribution, f"{hook} offers something called {name!r}, which is no name"
+                )
+            else:
+                good.append(item)
         return good
 
     # --- telling plugins ---
@@ -280,9 +296,11 @@ class PluginManager:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
             except Exception as error:
                 plugin = implementation.plugin_name
-                self._add_problem(
-                    plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}"
-                )
+                if (plugin, hook) not in self._failed:  # its next error may be worded otherwise
+                    self._failed.add((plugin, hook))
+                    self._add_problem(
+                        plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}"
+                    )
 
 
 @functools.cache

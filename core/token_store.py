@@ -8,11 +8,13 @@ block `i + 1`: inputs are all but the last, targets all but the first, so every 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from .errors import UserError
 from .files import read_json, readable_os_errors, write_json
@@ -56,43 +58,62 @@ def write_part(
     Beside each `tokens-*.bin` stands `documents-*.bin`: for every document that ends in the shard the number
     of its tokens and of its text's bytes, as two int64.
     """
-    import numpy as np
-
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     state = hashlib.sha256()
-    counts = {"documents": 0, "bytes": 0}
-    shards: list[int] = []
-    pending: list[NDArray[np.generic]] = [np.array([separator], dtype=dtype)]
-    ends: list[tuple[int, int]] = []
-    size = 1
-
-    def flush() -> None:
-        nonlocal size
-        with readable_os_errors(folder):
-            np.concatenate(pending).tofile(folder / f"tokens-{len(shards):05d}.bin")
-            np.array(ends, dtype="<i8").reshape(-1, 2).tofile(folder / f"documents-{len(shards):05d}.bin")
-        shards.append(size)
-        pending.clear()
-        ends.clear()
-        size = 0
-
-    for text, ids in documents:
-        encoded = text.encode("utf-8", errors="surrogatepass")
-        state.update(len(encoded).to_bytes(8, "little") + encoded)
-        pending.append(np.array([*ids, separator], dtype=dtype))
-        ends.append((len(ids) + 1, len(encoded)))
-        size += len(ids) + 1
-        counts["documents"] += 1
-        counts["bytes"] += len(encoded)
-        if size >= shard_tokens:
-            flush()
-    if size or not shards:
-        flush()
-    part = TokenPart(
-        dtype, tuple(shards), counts["documents"], sum(shards), counts["bytes"], state.hexdigest()
-    )
+    num_documents = num_bytes = 0
+    with _ShardWriter(folder, dtype, shard_tokens) as shards:
+        shards.add([separator])
+        for text, ids in documents:
+            encoded = text.encode("utf-8", errors="surrogatepass")
+            state.update(len(encoded).to_bytes(8, "little") + encoded)
+            shards.add([*ids, separator])
+            shards.end_document(len(ids) + 1, len(encoded))
+            num_documents += 1
+            num_bytes += len(encoded)
+    sizes = tuple(shards.sizes)
+    part = TokenPart(dtype, sizes, num_documents, sum(sizes), num_bytes, state.hexdigest())
     write_json(folder / PART_FILE, asdict(part))
     return part
+
+
+class _ShardWriter:
+    """Appends tokens to numbered shards, beginning a new one after a document when one is full."""
+
+    def __init__(self, folder: Path, dtype: str, shard_tokens: int) -> None:
+        self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
+        self._open_files = ExitStack()
+        self.sizes: list[int] = []
+
+    def __enter__(self) -> Self:
+        self._next_shard()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with readable_os_errors(self._folder):
+            self._open_files.close()
+
+    def _next_shard(self) -> None:
+        index = len(self.sizes)
+        with readable_os_errors(self._folder):
+            self._open_files.close()
+            self._tokens, self._ends = (
+                self._open_files.enter_context((self._folder / f"{kind}-{index:05d}.bin").open("wb"))
+                for kind in ("tokens", "documents")
+            )
+        self.sizes.append(0)
+
+    def add(self, ids: Sequence[int]) -> None:
+        import numpy as np
+
+        if self.sizes[-1] >= self._shard_tokens:
+            self._next_shard()
+        with readable_os_errors(self._folder):
+            self._tokens.write(np.array(ids, dtype=self._dtype).tobytes())
+        self.sizes[-1] += len(ids)
+
+    def end_document(self, num_tokens: int, num_bytes: int) -> None:
+        with readable_os_errors(self._folder):
+            self._ends.write(struct.pack("<qq", num_tokens, num_bytes))
 
 
 class TokenStore:

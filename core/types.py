@@ -7,7 +7,7 @@ Tensor shapes use B = batch, T = tokens, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,6 +59,9 @@ class Trainer:
     """`prepare(model, options)` freezes what stays and returns what moves."""
     options: type | None = None
     """A frozen dataclass with a default for every field, or None."""
+
+    def __post_init__(self) -> None:
+        _check_options(self.options, f"trainer '{self.name}'")
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,12 @@ class MergeMethod:
     """A frozen dataclass with a default for every field, or None."""
     auto_classes: Callable[[], tuple[type, type]] | None = None
     """For a `build` method whose model is no class of transformers: returns (config class, model class)."""
+
+    def __post_init__(self) -> None:
+        if (self.merge is None) == (self.build is None):
+            what = "neither 'merge' nor 'build'" if self.merge is None else "both 'merge' and 'build'"
+            raise ValueError(f"merge method '{self.name}' offers {what}")
+        _check_options(self.options, f"merge method '{self.name}'")
 
 
 @dataclass(frozen=True)
@@ -223,3 +232,8 @@ class MergeFinished:
     name: str
     folder: Path
     method: str
+
+
+def _check_options(options: type | None, what: str) -> None:
+    if options is not None and not is_dataclass(options):
+        raise ValueError(f"options of {what} are no dataclass")

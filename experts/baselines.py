@@ -2,7 +2,8 @@
 
 The dense model goes on from the seed on all domains, each giving the same number of tokens, for as many steps
 as one expert takes, with a batch as much larger as there are experts: the paper's protocol, where every
-expert has its share of the dense model's batch. The random-split experts train on equal random slices of the
+expert has its share of the dense model's batch. With few tokens more steps of a smaller batch teach more, so
+the same tokens can also be spent at an expert's batch size. The random-split experts train on equal random slices of the
 blocks of all domains; a forest of them shows what is owed to the domains and what to having several models.
 """
 
@@ -16,23 +17,24 @@ from .branching import write_run
 from .runs import RUN_FILE, RunSpec, read_run
 
 DENSE = "dense"
+DENSE_SAME_BATCH = "dense-same-batch"
 SLICE = "random-{index}"
 
 
-def start_dense(layout: Layout, *, force: bool = False) -> Path:
-    """Set up the dense baseline's run and return its folder; an unfinished one is gone on with."""
+def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False) -> Path:
+    """Set up the dense baseline's run and return its folder; an unfinished one is gone on with.
+
+    `same_batch`: an expert's batch and as many more steps, instead of its steps and as much larger a batch.
+    """
     experts = trained_experts(layout)
     training = experts[0].training
+    tokens = sum(expert.training.steps * expert.training.tokens_per_step for expert in experts)
+    batch = training.batch_size if same_batch else training.batch_size * len(experts)
     spec = RunSpec(
         kind="expert",
-        name=DENSE,
+        name=DENSE_SAME_BATCH if same_batch else DENSE,
         domains=_all_domains(experts),
-        training=training.model_copy(
-            update={
-                "tokens": sum(expert.training.steps * expert.training.tokens_per_step for expert in experts),
-                "batch_size": training.batch_size * len(experts),
-            }
-        ),
+        training=training.model_copy(update={"tokens": tokens, "batch_size": batch}),
     )
     return _start(layout, spec, force=force)
 

@@ -64,6 +64,7 @@ def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
 
 
 def training_blocks(run: RunInputs) -> Blocks | BalancedUnion:
+    """Return what the run draws from; raises `UserError` for a domain with less than one block of text."""
     size = run.spec.training.sequence_length
     parts = [TokenBlocks(domain.open("train"), size) for domain in run.domains]
     for domain, blocks in zip(run.domains, parts, strict=True):

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..core.environment import prepare_libraries
 from ..core.errors import Interrupted, UserError
-from ..core.files import exclusive
+from ..core.files import exclusive, mendable
 from ..core.workspace import Layout
 from .runs import read_run
 
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     """Train the run in the given folder; return the exit status."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stop = _stop_signal()
+    prepare_libraries()
     folder = Path(arguments[0])
     try:
         spec = read_run(folder)
@@ -40,10 +42,30 @@ def main(arguments: list[str]) -> int:
         _tell({"event": "interrupted", "message": str(error)})
         return error.exit_status
     except UserError as error:
-        _tell({"event": "error", "message": str(error)})
-        return error.exit_status
+        return _fail(str(error))
+    except Exception as error:
+        message = _what_to_do(error)
+        if message is None:
+            raise
+        return _fail(message)
     _tell({"event": "finished"})
     return 0
+
+
+def _fail(message: str) -> int:
+    _tell({"event": "error", "message": message})
+    return 1
+
+
+def _what_to_do(error: Exception) -> str | None:
+    """Return what a user can do about a full disk, a missing permission or too little memory; else None."""
+    if isinstance(error, OSError):
+        trouble = mendable(error)
+        return str(trouble) if trouble is not None else None
+    # torch names it differently on GPUs and on CPUs
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return "out of memory; lower training.batch_size (and raise accumulation), or sequence_length"
+    return None
 
 
 def _tell(record: Mapping[str, Any]) -> None:

@@ -196,16 +196,18 @@ class Workspace:
 
     def unfinished(self) -> dict[str, str]:
         """Return the runs that were begun and have not ended, each with the command that goes on with it."""
-        from expertctl.experts.baselines import DENSE
+        from expertctl.experts.baselines import DENSE, DENSE_SAME_BATCH
         from expertctl.experts.runs import RUN_FILE, is_finished
 
         commands = {self.layout.seed: "expertctl seed"}
         commands |= {
             path.parent: f"expertctl train {path.parent.name}" for path in self.experts.glob(f"*/{RUN_FILE}")
         }
-        for path in self.layout.baselines.glob(f"*/{RUN_FILE}"):
-            kind = DENSE if path.parent.name == DENSE else "random-split"
-            commands[path.parent] = f"expertctl baseline {kind}"
+        dense = {DENSE: "dense", DENSE_SAME_BATCH: "dense --same-batch"}
+        commands |= {
+            path.parent: f"expertctl baseline {dense.get(path.parent.name, 'random-split')}"
+            for path in self.layout.baselines.glob(f"*/{RUN_FILE}")
+        }
         return {
             folder.name: command
             for folder, command in sorted(commands.items())
@@ -335,11 +337,17 @@ class Workspace:
 
     # --- baselines ---
 
-    def dense_baseline(self, *, reporter: RunReporter | None = None, force: bool = False) -> Manifest:
-        """Train the compute-matched dense model: the seed goes on, on all domains, for the experts' tokens."""
+    def dense_baseline(
+        self, *, same_batch: bool = False, reporter: RunReporter | None = None, force: bool = False
+    ) -> Manifest:
+        """Train the compute-matched dense model: the seed goes on, on all domains, for the experts' tokens.
+
+        It takes an expert's steps with as much larger a batch as there are experts, or, with `same_batch`, an
+        expert's batch and as many more steps.
+        """
         from expertctl.experts.baselines import start_dense
 
-        run = start_dense(self.layout, force=force)
+        run = start_dense(self.layout, same_batch=same_batch, force=force)
         self._raise_unless_finished(self._launch([run], 1, None, reporter))
         return read_manifest(run)
 
@@ -348,16 +356,20 @@ class Workspace:
     ) -> Manifest:
         """Train as many experts as there are, on random slices of all text, and make their ensemble."""
         from expertctl.experts.baselines import start_random_split
+        from expertctl.experts.runs import is_finished
         from expertctl.merge.merging import merge
 
         runs = start_random_split(self.layout, force=force)
         self._raise_unless_finished(self._launch(runs, jobs, None, reporter))
         names = tuple(run.name for run in runs)
+        target = self.layout.baselines / "random-split"
+        if not force and is_finished(target):
+            return read_manifest(target)
         return merge(
             self.layout,
             "random-split",
             MergeConfig(method="ensemble", experts=names),
-            output=self.layout.baselines / "random-split",
+            output=target,
             experts_folder=self.layout.baselines,
             validation=self._validation(self._trained_domains(runs)),
             force=force,

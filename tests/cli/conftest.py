@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from expertctl.cli.main import LIBRARY_SETTINGS, main
+from expertctl.cli.main import main
+from expertctl.core.environment import LIBRARY_SETTINGS
 
 CONFIG = """\
 seed: {preset: tiny, training: {tokens: 2000, schedule_end: 0.5}}
@@ -53,6 +54,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
     """Calls the command line in this process: `run("eval", "seed", cwd=folder)`."""
     for name, value in LIBRARY_SETTINGS.items():
         monkeypatch.setenv(name, value)  # so that what `main` sets is taken back
+    _quiet_transformers(monkeypatch)
 
     def call(*arguments: str | Path, cwd: Path | None = None) -> Result:
         if cwd is not None:
@@ -63,6 +65,13 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
         return Result(status, out, err)
 
     return call
+
+
+def _quiet_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what the environment does in a process of its own: another test may have imported transformers before."""
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", False)
 
 
 def write_texts(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from expertctl.cli import main as main_module
+from expertctl.core.environment import LIBRARY_SETTINGS
 
 
 def test_no_workspace(run: Any, tmp_path: Path) -> None:
@@ -45,7 +45,6 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "cide"], "no expert 'cide' (did you mean 'code'?)"),
         (["eval", "forst"], "no model 'forst' (did you mean 'forest'?)"),
         (["eval", "seed", "--domains", "prosa"], "no domain 'prosa' (did you mean 'prose'?)"),
         (["data", "prepare", "cod"], "no domain 'cod' (did you mean 'code'?)"),
@@ -83,12 +82,14 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
             ["branch", "law", "--domain", "code", "--from", "cod"],
             "no finished expert 'cod' (did you mean 'code'?)",
         ),
-        (["train", "code", "--launcher", "slurm"], "no launcher 'slurm'; installed: local"),
-        (["seed", "--from", "nowhere"], "nowhere"),
+        (
+            ["seed", "--from", "nowhere", "--force"],
+            "nowhere has no config.json: it is no Hugging Face model folder",
+        ),
         (["generate", "forst", "x"], "no model 'forst' (did you mean 'forest'?)"),
         (["show", "forst"], "no model 'forst' (did you mean 'forest'?)"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_the_user_can_mend_is_one_line(words: list[str], said: str, run: Any, workspace: Path) -> None:
     result = run(*words)
@@ -99,6 +100,12 @@ def test_what_the_user_can_mend_is_one_line(words: list[str], said: str, run: An
     in_json = run("--json", *words)
     assert in_json.status == 1
     assert in_json.json == {"error": result.error}
+
+
+def test_training_what_or_where_nobody_knows(run: Any, workspace: Path) -> None:
+    run("branch", "tax", "--domain", "code")
+    assert "no expert 'taxx' (did you mean 'tax'?)" in run("train", "taxx").error
+    assert "no launcher 'slurm'; installed: local" in run("train", "tax", "--launcher", "slurm").error
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_what_the_user_can_mend_is_one_line(words: list[str], said: str, run: An
         (["show", "--nonsense"], "--nonsense"),
         (["generate", "seed", "x", "--temperature", "-1"], "--temperature"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_usage_errors_exit_2_before_anything_is_looked_at(
     words: list[str], said: str, run: Any, tmp_path: Path
@@ -179,7 +186,7 @@ def test_library_settings_of_the_user_stay(run: Any, monkeypatch: pytest.MonkeyP
     run("--version")
     assert os.environ["HF_HUB_OFFLINE"] == "0"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
-    assert set(main_module.LIBRARY_SETTINGS) <= set(os.environ)
+    assert set(LIBRARY_SETTINGS) <= set(os.environ)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_every_command_has_one_line_options_and_an_example(words: tuple[str, ...
     result = run(*words, "--help")
     assert result.status == 0
     lines = result.out.splitlines()
-    assert lines[2].strip().endswith((".", ":")), lines[2]
+    assert lines[2].endswith("."), lines[2]
+    assert lines[3] == ""
     assert "--json" in result.out
     assert "\nExample:\n  expertctl " in result.out
     example = result.out.partition("\nExample:\n")[2]
@@ -64,21 +66,14 @@ def test_every_command_has_one_line_options_and_an_example(words: tuple[str, ...
 
 
 @pytest.mark.parametrize("words", every_command(), ids=" ".join)
-def test_every_example_is_a_command_line_that_parses(words: tuple[str, ...]) -> None:
-    import shlex
-
+def test_every_example_names_options_that_exist(words: tuple[str, ...]) -> None:
     context = click.Context(cli)
     command: Any = cli
     for word in words:
         command = command.get_command(context, word)
-    for line in command.example.replace("&&", "\n").splitlines():
-        arguments = shlex.split(line)[1:]
-        with cli.make_context("expertctl", arguments, resilient_parsing=False) as root:
-            parsed: Any = root
-            while parsed._protected_args if hasattr(parsed, "_protected_args") else False:
-                group = parsed.command
-                name, child, rest = group.resolve_command(parsed, [*parsed._protected_args, *parsed.args])
-                parsed = child.make_context(name, rest, parent=parsed)
+    for line in command.example.split("&&"):
+        if shlex.split(line)[1 : 1 + len(words)] == list(words):
+            command.make_context(words[-1], shlex.split(line)[1 + len(words) :], parent=context)
 
 
 def test_version(run: Any) -> None:

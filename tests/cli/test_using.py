@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def test_generate_is_the_same_for_the_same_seed(run: Any, workspace: Path) -> No
     again = run("generate", "forest", "def ", "--max-new-tokens", "12", "--seed", "3")
     other = run("generate", "forest", "def ", "--max-new-tokens", "12", "--seed", "4")
     assert first.out == again.out != other.out
+
+
+def test_no_library_says_anything_in_a_process_of_its_own(workspace: Path) -> None:
+    script = "import sys; from expertctl.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "generate", "forest", "def", "--max-new-tokens", "2", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
+    assert done.stdout.startswith("def")
 
 
 def test_generate_works_on_a_folder_without_a_workspace(run: Any, model_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""Tables, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from expertctl.cli.output import Table, number, plain_table, print_part, shares
+
+TABLE = Table(
+    ("model", "law"),
+    [("seed", "2.5 "), ("forest", "10.25*")],
+    title="bits",
+    right=frozenset({1}),
+    strong=frozenset({(1, 1)}),
+)
+
+
+def test_plain_tables_are_aligned() -> None:
+    assert plain_table(TABLE).splitlines() == ["bits", "model      law", "seed      2.5", "forest  10.25*"]
+    assert plain_table(Table(("a",), [], headings=False)) == ""
+
+
+def test_a_terminal_gets_colours_and_keeps_whole_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    name = "a-rather-long-name-of-a-model"
+    print_part(Table(("model", "law"), [(name, "2.5*")], strong=frozenset({(0, 1)})))
+    out = capsys.readouterr().out
+    assert name in out
+    assert "\x1b[1;32m2.5*" in out
+
+
+def test_figures() -> None:
+    assert shares({"law": 0.256, "code": 0.744}) == "law 0.26, code 0.74"
+    assert number(1234567) == "1,234,567"

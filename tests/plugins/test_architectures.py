@@ -1,0 +1,40 @@
+"""What the built-in families say of their tensors, against the models that transformers builds."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import transformers
+
+from expertctl.core.safetensors_io import Checkpoint
+from expertctl.core.testing import fresh_plugins, tiny_model_folder
+from expertctl.core.types import Architecture
+
+PLUGINS = fresh_plugins()
+MODEL_TYPES = sorted(kind for family in PLUGINS.architectures().values() for kind in family.model_types)
+
+
+def matching(names: set[str], patterns: tuple[str, ...]) -> set[str]:
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_tensor_belongs_to_a_part_and_feed_forwards_to_no_other(
+    tmp_path: Path, model_type: str
+) -> None:
+    family = PLUGINS.architecture_of(model_type)
+    folder = tiny_model_folder(tmp_path / "m", model_type)
+    names = set(Checkpoint.of_folder(folder))
+    feed_forward = matching(names, family.feed_forward)
+    others = matching(names, (*family.attention, *family.norms, *family.embeddings))
+    assert feed_forward | others == names
+    assert not feed_forward & others
+    for part in ("feed_forward", "attention", "norms", "embeddings"):
+        assert matching(names, getattr(family, part)), f"no tensor is {part}"
+
+
+@pytest.mark.parametrize("family", PLUGINS.architectures().values(), ids=lambda family: family.name)
+def test_mixture_classes_exist(family: Architecture) -> None:
+    assert family.mixture_class is None or hasattr(transformers, family.mixture_class)
