@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .compute import best_device
 from .errors import UserError
-from .loading import load_model
+from .loading import load_model, require_intact_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,12 +63,13 @@ def generate(
     """
     import torch
 
+    require_intact_model(folder)
     model, tokenizer = load_model(folder)
     if shares and not hasattr(model, "responsibilities"):
         raise UserError(
             f"{folder.name} does not mix experts token by token, so no token has an expert; ask an ensemble"
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     prompt_1T = _prompt_tokens(model, tokenizer, prompt, max_new_tokens).to(model.device)
     torch.manual_seed(seed)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}

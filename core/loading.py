@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, first_line, unknown_name
 from .files import read_json
-from .lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest
+from .lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest, require_intact
 from .plugin_manager import installed_plugins
 from .safetensors_io import Checkpoint, TensorEntry, checkpoint_files
 from .workspace import Layout
@@ -107,6 +107,18 @@ def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
             f"{folder} has no tensor '{name}', which its config.json asks for; fetch or make it again"
         )
     return model.eval()
+
+
+def require_intact_model(folder: Path) -> None:
+    """Check every byte of an artefact, and of the seed that an expert stands on; raises `UserError`.
+
+    A plain Hugging Face folder has no manifest to be checked against.
+    """
+    manifest = _manifest_of(folder)
+    if manifest is not None:
+        require_intact(folder)
+        if manifest.kind == "expert":
+            require_intact(seed_of(folder, manifest))
 
 
 def check_loadable(folder: Path) -> dict[str, Any]:

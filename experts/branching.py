@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..core.compute import best_device
 from ..core.config import ExpertConfig, ProjectConfig, TrainingConfig, parse_options
 from ..core.errors import UserError, unknown_name
 from ..core.files import exclusive, new_folder, refuse_existing
 from ..core.lineage import read_manifest
-from ..core.loading import ExpertTensors, overlay_tensors
+from ..core.loading import load_model, require_intact_model
 from ..core.plugin_manager import installed_plugins
-from ..core.safetensors_io import Checkpoint
 from ..core.token_store import TokenBlocks
 from ..core.workspace import Layout, check_name
 from .corpora import domain_config, prepare_domain
@@ -103,7 +103,6 @@ def nearest_experts(
     experts weighted by p(D = j | sample).
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     from ..core.posterior import cached_prior
     from ..core.scoring import token_log_probs
@@ -111,18 +110,16 @@ def nearest_experts(
     prepared = prepare_domain(layout, domain, domain_config(project, domain), layout.seed)
     size = project.training.sequence_length
     batches = list(TokenBlocks(prepared.open("train"), size).batches(1, limit=AUTO_SAMPLE_BLOCKS))
-    seed = Checkpoint.of_folder(layout.seed)
     scores = []
-    with torch.inference_mode():
-        for name in experts:
-            model = AutoModelForCausalLM.from_pretrained(
-                layout.seed, dtype=torch.float32, local_files_only=True
+    for name in experts:
+        require_intact_model(layout.experts / name)
+        model, _ = load_model(layout.experts / name, dtype="float32")
+        model.to(best_device())
+        with torch.inference_mode():
+            scores.append(
+                [token_log_probs(model, torch.from_numpy(batch).to(model.device)).cpu() for batch in batches]
             )
-            overlay_tensors(model.eval(), ExpertTensors(seed, layout.experts / name).changed)
-            scores.append([token_log_probs(model, torch.from_numpy(batch)) for batch in batches])
-            del model
-        together = [
-            [torch.stack([of_expert[index] for of_expert in scores])] for index in range(len(batches))
-        ]
-        prior = cached_prior(together, len(experts), "prefix")
+        del model
+    together = [[torch.stack(by_expert)] for by_expert in zip(*scores, strict=True)]
+    prior = cached_prior(together, len(experts), "prefix")
     return {name: float(weight) for name, weight in zip(experts, prior, strict=True)}

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.compute import concurrently
+from ..core.compute import best_device, concurrently
 from ..core.config import ProjectConfig
-from ..core.lineage import manifest_path, read_manifest, require_intact
-from ..core.loading import load_model, seed_of, tokenizer_folder
+from ..core.loading import load_model, require_intact_model, tokenizer_folder
 from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenBlocks
 from ..core.types import Score
@@ -68,7 +67,7 @@ def evaluate(
     size = project.training.sequence_length
     blocks = {}
     for model, folder in models.items():
-        _require_intact(folder)
+        require_intact_model(folder)
         tokenizer = tokenizer_folder(folder)
         for name in names:
             prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer)
@@ -76,6 +75,7 @@ def evaluate(
 
     def score(model: str) -> dict[str, Score]:
         network, _ = load_model(models[model], dtype="float32")
+        network.to(best_device())
         found = {}
         for name in names:
             found[name] = scorer.evaluate(network, blocks[model, name])
@@ -86,14 +86,6 @@ def evaluate(
     return EvaluationTable(
         names, dict(zip(models, concurrently(score, models, bytes_each=largest, jobs=jobs), strict=True))
     )
-
-
-def _require_intact(folder: Path) -> None:
-    """Check the bytes of an artefact of ours, and of the seed that it stands on."""
-    if manifest_path(folder):
-        require_intact(folder)
-        if read_manifest(folder).kind == "expert":
-            require_intact(seed_of(folder, read_manifest(folder)))
 
 
 def _num_bytes(folder: Path) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.compute import concurrently
+from ..core.compute import best_device, concurrently
 from ..core.errors import UserError
 from ..core.loading import load_model
 from ..core.posterior import PosteriorKind, cached_prior
@@ -53,9 +53,13 @@ def fit_prior(
 
     def scores_of(folder: Path) -> list[list[Tensor]]:
         model, _ = load_model(folder, seed=seed, dtype="float32")
+        model.to(best_device())
         with torch.inference_mode():
             return [
-                [token_log_probs(model, torch.from_numpy(block)[None]) for block in batch]
+                [
+                    token_log_probs(model, torch.from_numpy(block)[None].to(model.device)).cpu()
+                    for block in batch
+                ]
                 for batch in batches
             ]
 

@@ -60,7 +60,7 @@ class _Fleet:
             with self._lock:
                 self._running.discard(process)
         result = _result(run, status, last)
-        if result.error is None and (run / LOG_FILE).stat().st_size == 0:
+        if (run / LOG_FILE).stat().st_size == 0:
             (run / LOG_FILE).unlink()
         self._reporter.finished(result)
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,20 +172,25 @@ class Workspace:
 
         Goes on where an earlier try stopped. One that fails does not touch the others: see the result.
         """
-        from expertctl.experts.runs import RUN_FILE
+        from expertctl.experts.runs import RUN_FILE, is_finished
 
         wanted = names or self.expert_names()
         if not wanted:
             raise UserError(
                 "there is no expert to train; start one with `expertctl branch NAME --domain DOMAIN`"
             )
+        finished = {name for name in wanted if is_finished(self.experts / name)}
         for name in wanted:
-            if not (self.experts / name / RUN_FILE).is_file():
+            if name not in finished and not (self.experts / name / RUN_FILE).is_file():
                 if name not in self.config.experts:
                     known = {*self.config.experts, *self.expert_names()}
                     raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
                 self.branch(name)
-        return self._launch([self.experts / name for name in wanted], jobs, launcher, reporter)
+        runs = [self.experts / name for name in wanted if name not in finished]
+        result = self._launch(runs, jobs, launcher, reporter)
+        return replace(
+            result, finished=tuple(name for name in wanted if name in {*finished, *result.finished})
+        )
 
     def expert_names(self) -> tuple[str, ...]:
         """Return the experts that `train` without names trains: branched or in `expertctl.yaml`, sorted."""

@@ -116,6 +116,11 @@ def test_a_checkpoint_digest_does_not_depend_on_sharding_or_order(tmp_path: Path
     assert digest_of_tensors(swapped) != digest_of_tensors(whole)
 
 
+def test_a_checkpoint_digest_covers_names() -> None:
+    digest = tensor_digest(torch.ones(2))
+    assert digest_of_tensors({"a": digest}) != digest_of_tensors({"b": digest})
+
+
 def test_optimiser_state_does_not_count_in_the_digest_but_is_checked(artefact: Path) -> None:
     manifest = read_manifest(artefact)
     weights_only = {name: digest for name, digest in manifest.tensors.items() if "/" not in name}

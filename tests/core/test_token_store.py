@@ -206,6 +206,15 @@ def test_a_balanced_union_gives_every_domain_the_same_share(sizes: list[int], se
         assert max(times.values()) - min(times[index] for index in range(size)) <= 2
 
 
+def test_domains_of_a_union_are_shuffled_each_for_itself() -> None:
+    union = BalancedUnion([Numbered(name, 100) for name in range(2)])
+    orders: dict[int, list[int]] = {0: [], 1: []}
+    for index in range(len(union)):
+        name, block = draw(union, Position(0, index), 3).tolist()
+        orders[name].append(block)
+    assert sum(one == other for one, other in zip(*orders.values(), strict=True)) < 10
+
+
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 6), seeds)
 @settings(deadline=None)
 def test_random_slices_part_the_blocks_among_them(sizes: list[int], count: int, seed: int) -> None:

@@ -233,6 +233,20 @@ def test_a_cache_goes_on_from_a_left_padded_batch(model: Any, naive: NaiveMixtur
         assert_close(second.expert_weights[index], weights[-2:])
 
 
+def test_left_padding_leaves_absolute_positions_as_they_are(new_workspace: Any, tmp_path: Path) -> None:
+    """Rotary embeddings would not notice a shift; GPT-2's learned positions do."""
+    workspace = new_workspace(tmp_path / "ws", EXPERTS, family="gpt2", tied=True)
+    model = loaded(make_ensemble(workspace))
+    naive = NaiveMixture(independent_members(workspace, EXPERTS), list(PRIOR.values()), "prefix")
+    batch = padded(ROWS, "left")
+    logits = model(**batch).logits
+    together = model.generate(**batch, max_new_tokens=4, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    for index, row in enumerate(ROWS):
+        assert_close(logits[index, -len(row) :].exp(), naive.after(row)[0])
+        alone = naive.continued(row, 4, stop=model.config.eos_token_id)[len(row) :]
+        assert together[index].tolist()[: len(alone)] == alone
+
+
 def test_logits_to_keep_gives_the_last_ones_only(model: Any) -> None:
     whole = model(input_ids=torch.tensor([TEXT])).logits
     assert torch.equal(model(input_ids=torch.tensor([TEXT]), logits_to_keep=2).logits, whole[:, -2:])
