@@ -90,7 +90,12 @@ def _rewrite(source: Path, target: Path) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", local_files_only=True, output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"{source} lacks {len(missing)} tensors of its model, such as '{missing[0]}'; fetch it again")
     write_tensors(target / WEIGHTS_FILE, checkpoint_tensors(model))
 
 

@@ -40,6 +40,8 @@ def average(group: TensorGroup, options: AverageOptions) -> Tensor:
     """Return the weighted mean of the experts, summed in float32 (arXiv:2208.03306, section 5)."""
     import torch
 
+    if all(expert is group.seed for expert in group.experts):
+        return group.seed  # nobody changed it: exact, where thirds of it would not sum to the whole
     total = torch.zeros_like(group.seed, dtype=torch.float32)
     for weight, expert in zip(group.weights, group.experts, strict=True):
         total.add_(expert.float(), alpha=weight)
