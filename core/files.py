@@ -14,6 +14,7 @@ from typing import Any
 from .errors import UserError
 
 PARTIAL_MARK = ".partial"
+DISCARDED_MARK = ".discarded"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -62,6 +63,7 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
 
     Raises `UserError` when `path` exists already, unless `force`, which then replaces it whole.
     """
+    _put_back(path)
     refuse_existing(path, force=force, what=what)
     partial = partial_sibling(path)
     with readable_os_errors(path):
@@ -73,7 +75,7 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
             yield partial
             sync_tree(partial)
             if path.exists():
-                discarded = path.with_name(f".{path.name}.discarded-{os.getpid()}")
+                discarded = path.with_name(f".{path.name}{DISCARDED_MARK}-{os.getpid()}")
                 path.rename(discarded)
                 try:
                     partial.rename(path)
@@ -86,6 +88,17 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
         except BaseException:
             remove_tree(partial)
             raise
+
+
+def _put_back(path: Path) -> None:
+    """Undo a replacement that was killed between its two renames, or finish one that was killed after them."""
+    for discarded in path.parent.glob(f".{path.name}{DISCARDED_MARK}-*"):
+        if _alive(discarded.name.rpartition("-")[2]):
+            continue
+        if path.exists():
+            remove_tree(discarded)
+        else:
+            discarded.rename(path)
 
 
 def refuse_existing(path: Path, *, force: bool, what: str = "folder") -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -305,6 +306,8 @@ def write_file(
                 state.update(content)
                 file.write(content)
                 digests[name] = state.hexdigest()
+            file.flush()
+            os.fsync(file.fileno())  # a manifest written after it must never outlive it
         with readable_os_errors(path):
             partial.replace(path)
     finally:

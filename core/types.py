@@ -155,8 +155,9 @@ class MergeInputs:
     """Expert folders by name, in the order the user gave."""
     weights: Mapping[str, float]
     """One for each expert, summing to 1."""
-    validation: Sequence[ValidationText] = ()
-    """What priors, temperatures and weights may be fitted on; empty when the merge was given none."""
+    validation: Callable[[], Sequence[ValidationText]] = tuple
+    """Returns what priors, temperatures and weights may be fitted on, preparing it when it is first asked for;
+    empty when the merge was given none."""
     say: Callable[[str], None] = field(default=lambda line: None)
     """Tells the user what is going on, a line at a time."""
 

@@ -95,7 +95,9 @@ def _rewrite(source: Path, target: Path) -> None:
     )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
-        raise UserError(f"{source} lacks {len(missing)} tensors of its model, such as '{missing[0]}'; fetch it again")
+        raise UserError(
+            f"{source} lacks {len(missing)} tensors of its model, such as '{missing[0]}'; fetch it again"
+        )
     write_tensors(target / WEIGHTS_FILE, checkpoint_tensors(model))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,9 @@ class TrainingLoop:
         self.position = Position()
         self.parameters = dict(part.parameters)
         self.module: nn.Module = part.module.to(self.device).train()
-        self._forward: Any = torch.compile(self.module) if config.compile else self.module
+        self._loss: Any = functools.partial(next_token_loss, self.module)
+        if config.compile:
+            self._loss = torch.compile(self._loss)  # the loss too, which fuses with the logits
         self.optimiser = make_optimiser(self.parameters, config)
         self._autocast = autocast(config, self.device)
 
@@ -71,7 +74,7 @@ class TrainingLoop:
         total = torch.zeros((), device=self.device)
         for _ in range(self.config.accumulation):
             with self._autocast():
-                loss = next_token_loss(self._forward, self._batch())
+                loss = self._loss(self._batch())
             torch.autograd.backward(loss / self.config.accumulation)
             total += loss.detach() / self.config.accumulation
         return total

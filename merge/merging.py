@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,14 +39,15 @@ def merge(
     *,
     output: Path | None = None,
     experts_folder: Path | None = None,
-    validation: Sequence[ValidationText] = (),
+    validation: Callable[[], Sequence[ValidationText]] = tuple,
     force: bool = False,
     say: Say = lambda line: None,
 ) -> Manifest:
     """Merge experts into `generalists/NAME` (or `output`) and return the manifest.
 
     Everything that can be refused is refused before any work: unknown method or option, experts that are
-    missing, of another seed, of another tokenizer, or not what their manifests say.
+    missing, of another seed, of another tokenizer, or not what their manifests say. `validation` gives the
+    text that priors and weights are fitted on, and is called only if something is.
     """
     plugins = installed_plugins()
     method = plugins.merge_method(config.method)
@@ -55,9 +57,16 @@ def merge(
     folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
     seed_manifest, expert_manifests = check_lineage(layout.seed, folders)
 
+    fitted_on: list[ValidationText] = []
+
+    @functools.cache
+    def texts() -> Sequence[ValidationText]:
+        fitted_on.extend(validation())
+        return tuple(fitted_on)
+
     with exclusive(layout.lock(f"generalist-{target.name}"), f"generalist '{name}'"):
-        weights = resolve_weights(config.weights, layout.seed, folders, validation, say)
-        inputs = MergeInputs(layout.seed, folders, weights, validation, say)
+        weights = resolve_weights(config.weights, layout.seed, folders, texts, say)
+        inputs = MergeInputs(layout.seed, folders, weights, texts, say)
         with new_folder(target, force=force, what="generalist") as partial:
             _make(method, inputs, options, partial)
             tensors, files = digests_of_folder(partial)
@@ -74,7 +83,7 @@ def merge(
                     "kind": method.kind,
                     "weights": weights,
                     "options": asdict(options),
-                    "validation": [text.domain for text in validation],
+                    "fitted_on": [text.domain for text in fitted_on],
                 },
                 data={parent: one.data for parent, one in expert_manifests.items()},
                 licence=_common([seed_manifest, *expert_manifests.values()]),

@@ -14,7 +14,7 @@ def resolve_weights(
     wanted: str | Mapping[str, float],
     seed: Path,
     experts: Mapping[str, Path],
-    validation: Sequence[ValidationText],
+    validation: Callable[[], Sequence[ValidationText]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Return one weight for each expert, summing to 1.
@@ -25,7 +25,7 @@ def resolve_weights(
     if wanted == "uniform":
         return {name: 1 / len(experts) for name in experts}
     if wanted == "posterior":
-        return fit_prior(seed, experts, validation, "prefix", say=say)
+        return fit_prior(seed, experts, validation(), "prefix", say=say)
     assert isinstance(wanted, Mapping), wanted
     for name, weight in wanted.items():
         if name not in experts:

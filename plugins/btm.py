@@ -83,7 +83,7 @@ def _prior(inputs: MergeInputs, options: EnsembleOptions) -> dict[str, float]:
         return fit_prior(
             inputs.seed,
             inputs.experts,
-            inputs.validation,
+            inputs.validation(),
             options.posterior,
             samples=options.samples,
             say=inputs.say,

@@ -260,6 +260,7 @@ class Workspace:
         `fit_on` names the domains whose validation text priors and posterior weights are fitted on (default:
         those that the experts were trained on).
         """
+        from expertctl.experts.corpora import domain_config
         from expertctl.merge.merging import expert_folders, merge
 
         given = {"method": method, "experts": experts, "weights": weights, "fit_on": fit_on}
@@ -273,13 +274,15 @@ class Workspace:
         config = checked(MergeConfig, base | settings, f"merge '{name}'")
         installed_plugins().merge_method(config.method)
         folders = expert_folders(self.layout, config.experts, self.experts)
+        for domain in config.fit_on or ():
+            domain_config(self.config, domain)
         domains = config.fit_on or self._trained_domains(list(folders.values()))
         return merge(
             self.layout,
             name,
             config,
             output=Path(output) if output is not None else None,
-            validation=self._validation(domains),
+            validation=lambda: self._validation(domains),
             force=force,
             say=say,
         )
@@ -376,7 +379,7 @@ class Workspace:
             MergeConfig(method="ensemble", experts=names),
             output=target,
             experts_folder=self.layout.baselines,
-            validation=self._validation(self._trained_domains(runs)),
+            validation=lambda: self._validation(self._trained_domains(runs)),
             force=force,
         )
 

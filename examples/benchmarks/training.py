@@ -36,26 +36,32 @@ sys.path.insert(0, {here!r})
 import training
 model, blocks = training.new_model(), training.new_blocks({folder!r})
 begun, begun_cpu = time.perf_counter(), time.process_time()
+def ready():
+    print("ready", time.perf_counter() - begun, time.process_time() - begun_cpu)
 """
 FIRST_STEP = {
     "expertctl": """
 from expertctl.experts.trainable import all_parameters
 from expertctl.experts.training import TrainingLoop
 loop = TrainingLoop(all_parameters(model, None), blocks, training.settings())
+ready()
 next(loop.steps())
 """,
     "transformers.Trainer": """
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+class Begin(TrainerCallback):
+    def on_step_begin(self, *arguments, **keywords):
+        ready()
 rows = [torch.from_numpy(blocks.block(index)[:-1]) for index in range(8)]
 arguments = TrainingArguments(
     {folder!r} + "/trainer", max_steps=1, per_device_train_batch_size=training.BATCH, report_to=[], use_cpu=True,
     disable_tqdm=True, save_strategy="no", logging_strategy="no",
 )
-Trainer(model, arguments, train_dataset=[{{"input_ids": row, "labels": row}} for row in rows]).train()
+data = [{{"input_ids": row, "labels": row}} for row in rows]
+Trainer(model, arguments, train_dataset=data, callbacks=[Begin()]).train()
 """,
 }
 REPORT = """
-print("built", time.perf_counter() - begun, time.process_time() - begun_cpu)
 print("process", time.process_time())
 """
 
@@ -161,7 +167,7 @@ def measure_first_step(folder: str, rounds: int) -> None:
         for name in names:
             found[name].append(first_step(name, folder))
     print(
-        "\n| to the end of the first step, median | wall s, model built | CPU s, model built | CPU s, whole process |"
+        "\n| seconds, median | built model to first step, wall | the same, CPU | process to end of first step, CPU |"
     )
     print("|---|---:|---:|---:|")
     for name, rows in found.items():
@@ -170,14 +176,14 @@ def measure_first_step(folder: str, rounds: int) -> None:
 
 
 def first_step(name: str, folder: str) -> tuple[float, float, float]:
-    """Return seconds to the end of the first step in a fresh process: (wall, CPU) from the built model, CPU in all."""
+    """Return what a fresh process takes: (wall, CPU) from the built model to the first step, CPU of all it did."""
     here = str(Path(__file__).parent)
     code = (SETUP + FIRST_STEP[name]).format(here=here, folder=folder) + REPORT
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     words = dict(
-        line.split(maxsplit=1) for line in result.stdout.splitlines() if line[:5] in ("built", "proce")
+        line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith(("ready", "process"))
     )
-    wall, cpu = words["built"].split()
+    wall, cpu = words["ready"].split()
     return float(wall), float(cpu), float(words["process"])
 
 

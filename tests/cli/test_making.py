@@ -151,6 +151,6 @@ def test_merge_takes_options_and_domains_to_fit_on(run: Any, workspace: Path) ->
     assert result.status == 0
     config = read_manifest(workspace / "generalists" / "narrow").config
     assert (config["options"]["samples"], config["options"]["top_k"]) == (2, 1)
-    assert config["validation"] == ["code"]
+    assert config["fitted_on"] == ["code"]
     assert "fitting the prior" in result.err
     assert run("-q", "merge", "narrow", "--method", "ensemble", "--force").err == ""

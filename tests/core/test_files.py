@@ -17,6 +17,7 @@ import pytest
 from expertctl.core import files
 from expertctl.core.errors import UserError
 from expertctl.core.files import (
+    DISCARDED_MARK,
     clear_leftovers,
     exclusive,
     link_or_copy,
@@ -321,3 +322,13 @@ def test_a_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
         raise ValueError("bug")
     with exclusive(tmp_path / "x.lock", "it", patience_s=0):
         pass
+
+
+def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
+    old = tmp_path / f".model{DISCARDED_MARK}-999999999"
+    old.mkdir()
+    (old / "weights").write_text("old")
+    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    assert not old.exists()

@@ -395,18 +395,18 @@ def test_posterior_weights_are_the_naive_cached_prior(workspace: Path, tmp_path:
     texts = [some_text(tmp_path, "a", 41, 1), some_text(tmp_path, "b", 17, 2)]
     said: list[str] = []
     config = MergeConfig(method="average", weights="posterior")
-    manifest = merge(Layout(workspace), "m", config, validation=texts, say=said.append)
+    manifest = merge(Layout(workspace), "m", config, validation=lambda: texts, say=said.append)
     found = manifest.config["weights"]
     assert sum(found.values()) == pytest.approx(1, abs=1e-9)
     assert list(found.values()) == pytest.approx(naive_prior(workspace, texts, 100), abs=1e-5)
-    assert manifest.config["validation"] == ["a", "b"]
+    assert manifest.config["fitted_on"] == ["a", "b"]
     assert said == ["fitting the prior of 3 experts on 10 blocks of a, b"]
 
 
 def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: Path) -> None:
     texts = [some_text(tmp_path, "a", 60, 3)]
     config = MergeConfig(method="ensemble", options={"samples": 4})
-    merge(Layout(workspace), "m", config, validation=texts)
+    merge(Layout(workspace), "m", config, validation=lambda: texts)
     stored = json.loads((workspace / "generalists" / "m" / "config.json").read_text())
     assert stored["prior"] == pytest.approx(naive_prior(workspace, texts, 4), abs=1e-5)
     model, _ = expertctl.load_model(workspace / "generalists" / "m")
@@ -418,7 +418,7 @@ def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: P
 def test_a_text_shorter_than_a_block_is_read_as_it_is(workspace: Path, tmp_path: Path) -> None:
     texts = [some_text(tmp_path, "a", 4, 3, block_size=16)]
     config = MergeConfig(method="average", weights="posterior")
-    found = merge(Layout(workspace), "m", config, validation=texts).config["weights"]
+    found = merge(Layout(workspace), "m", config, validation=lambda: texts).config["weights"]
     assert sum(found.values()) == pytest.approx(1, abs=1e-9)
 
 
