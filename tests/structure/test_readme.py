@@ -21,7 +21,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
     """Yield the words of every `expertctl ...` in the console blocks of a page."""
     for block in re.findall(r"```(?:console|sh|bash)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            text = line.removeprefix("$ ").partition("  #")[0]
+            text = line.removeprefix("$ ").partition("  #")[0].partition(" | ")[0]
             for part in text.split("&&"):
                 if part.strip().startswith("expertctl "):
                     yield shlex.split(part)[1:]
