@@ -65,6 +65,8 @@ def _what_to_do(error: Exception) -> str | None:
     # torch names it differently on GPUs and on CPUs
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return "out of memory; lower training.batch_size (and raise accumulation), or sequence_length"
+    if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
+        return "training.compile needs a C++ compiler, and there is none; install one, or set compile: false"
     return None
 
 
