@@ -32,12 +32,19 @@ TITLES = {"bits_per_byte": "bits per byte (lower is better, * best)", "perplexit
     help="Models to score at a time. Default: what the machine takes.",
 )
 @click.option(
+    "--evaluator",
+    default="perplexity",
+    show_default=True,
+    metavar="NAME",
+    help="How; `expertctl plugins` lists them.",
+)
+@click.option(
     "--require",
     "gates",
     type=gate,
     multiple=True,
     metavar='"A < B"',
-    help="Exit with status 3 unless the mean bits per byte of A is below that of B.",
+    help="Exit with status 3 unless the mean of A (bits per byte) is below that of B.",
 )
 @pass_session
 def command(
@@ -45,6 +52,7 @@ def command(
     models: tuple[str, ...],
     domains: tuple[str, ...] | None,
     jobs: int | None,
+    evaluator: str,
     gates: tuple[tuple[str, str], ...],
 ) -> int:
     """Score models on the validation text of domains.
@@ -57,14 +65,17 @@ def command(
     _require_models(gates, chosen)
     with session.count("evaluating", "scores", _num_scores(workspace, chosen, domains)) as count:
         table = workspace.evaluate(
-            *chosen, domains=domains, jobs=jobs, tell=lambda model, domain: count.next()
+            *chosen, domains=domains, evaluator=evaluator, jobs=jobs, tell=lambda model, domain: count.next()
         )
-    session.finish(table.as_json(), score_table(table, "bits_per_byte"), "", score_table(table, "perplexity"))
-    failed = [(lower, upper) for lower, upper in gates if not _holds(table, lower, upper)]
+    session.finish(
+        table.as_json(), *(part for metric in table.metrics for part in (score_table(table, metric), ""))
+    )
+    metric = table.metrics[0]
+    failed = [pair for pair in gates if not table.mean(pair[0], metric) < table.mean(pair[1], metric)]
     for lower, upper in failed:
         click.echo(
-            f"Error: {lower} < {upper} does not hold: {table.mean(lower, 'bits_per_byte'):.4f} and "
-            f"{table.mean(upper, 'bits_per_byte'):.4f} bits per byte",
+            f"Error: {lower} < {upper} does not hold: {table.mean(lower, metric):.4f} and "
+            f"{table.mean(upper, metric):.4f} {metric.replace('_', ' ')}",
             err=True,
         )
     return GATE_FAILED if failed else 0
@@ -93,7 +104,13 @@ def score_table(table: EvaluationTable, metric: str) -> Table:
         if column and cell[-1] == "*"
     )
     columns = ("model", *(f"{heading} " for heading in (*table.domains, "mean")))
-    return Table(columns, rows, title=TITLES[metric], right=frozenset(range(1, len(columns))), strong=strong)
+    return Table(
+        columns,
+        rows,
+        title=TITLES.get(metric, metric),
+        right=frozenset(range(1, len(columns))),
+        strong=strong,
+    )
 
 
 def _num_scores(workspace: Workspace, models: Sequence[str], domains: Sequence[str] | None) -> int:
@@ -107,7 +124,3 @@ def _require_models(gates: Sequence[tuple[str, str]], models: Sequence[str]) -> 
     for name in (name for pair in gates for name in pair):
         if name not in models:
             raise unknown_name("model", name, models, listed_as="evaluated here")
-
-
-def _holds(table: EvaluationTable, lower: str, upper: str) -> bool:
-    return table.mean(lower, "bits_per_byte") < table.mean(upper, "bits_per_byte")

@@ -113,6 +113,7 @@ def _domains(corpora: Path | None) -> Iterator[tuple[str, str]]:
     import json
 
     from ..core.errors import UserError
+    from ..core.workspace import check_name
 
     if corpora is None:
         from ..experts.bundled import BUNDLED
@@ -125,6 +126,7 @@ def _domains(corpora: Path | None) -> Iterator[tuple[str, str]]:
             f"{corpora} should hold a folder for each of two or more domains, with train.jsonl and valid.jsonl"
         )
     for path in found:
+        check_name(path.name, "the expert of a folder's text")
         files = {part: str(path / f"{part}.jsonl") for part in ("train", "valid")}
         yield path.name, json.dumps(files)
 

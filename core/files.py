@@ -70,6 +70,7 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
         path.parent.mkdir(parents=True, exist_ok=True)
         # What an earlier, killed process of the same number left; the caller's lock keeps living ones out.
         remove_tree(partial)
+        clear_leftovers(path.parent)
         partial.mkdir()
         try:
             yield partial

@@ -29,11 +29,9 @@ def register_auto_classes() -> None:
     """Make transformers' `AutoModelForCausalLM` know every model class that merge methods bring along."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for method in installed_plugins().merge_methods().values():
-        if method.auto_classes is not None:
-            config_class, model_class = method.auto_classes()
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
-            AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    for config_class, model_class in installed_plugins().auto_classes():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
 def load_model(
@@ -64,7 +62,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(
             f"{folder} has no tokenizer that can be loaded ({first_line(error)}); put its tokenizer.json there"
@@ -91,11 +91,11 @@ def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
     with _LOADING:
         register_auto_classes()
         try:
-            AutoConfig.from_pretrained(folder, local_files_only=True)
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} is no model that transformers knows: {first_line(error)}") from None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     if not isinstance(loaded, tuple):  # a class of ours, which checks by itself
         model: PreTrainedModel = loaded
@@ -119,6 +119,13 @@ def require_intact_model(folder: Path) -> None:
         require_intact(folder)
         if manifest.kind == "expert":
             require_intact(seed_of(folder, manifest))
+
+
+def max_positions(folder: Path) -> int:
+    """Return how many tokens a model can look at, by its `config.json`; a large number where it does not say."""
+    config = read_json(folder / "config.json")
+    found = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length")]
+    return min((value for value in found if isinstance(value, int)), default=1 << 40)
 
 
 def check_loadable(folder: Path) -> dict[str, Any]:

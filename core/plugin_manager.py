@@ -188,6 +188,23 @@ class PluginManager:
         """Return the merge method of that name; raises `UserError` that lists the choices."""
         return _pick("merge method", name, self.merge_methods())
 
+    def auto_classes(self) -> list[tuple[type, type]]:
+        """Return the (config, model) classes that merge methods bring; one that fails is reported and left out."""
+        found = []
+        for name, method in self.merge_methods().items():
+            if method.auto_classes is None:
+                continue
+            try:
+                found.append(method.auto_classes())
+            except Exception as error:
+                plugin = self.provider("merge_methods", name)
+                if plugin.distribution == hookspecs.PROJECT:
+                    raise
+                self._add_problem(
+                    plugin.name, plugin.distribution, f"auto_classes failed: {_one_line(error)}"
+                )
+        return found
+
     def trainers(self) -> Mapping[str, Trainer]:
         return self._collect("trainers", Trainer)
 

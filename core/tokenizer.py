@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, first_line
-from .files import read_json
+from .files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,7 +57,9 @@ def _load(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        converted: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        converted: Tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
     except Exception as error:
         raise UserError(
             f"{folder} has no tokenizer that can be loaded ({first_line(error)}); put its tokenizer.json there"
@@ -103,7 +104,7 @@ def train_tokenizer(texts: Any, vocabulary: int, folder: Path, *, max_length: in
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
@@ -112,4 +113,4 @@ def train_tokenizer(texts: Any, vocabulary: int, folder: Path, *, max_length: in
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)

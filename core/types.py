@@ -121,8 +121,9 @@ class MergeMethod:
     summary: str
     merge: Callable[[TensorGroup, Any], Tensor] | None = None
     """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor."""
-    build: Callable[[MergeInputs, Any, Path], None] | None = None
-    """`build(inputs, options, folder)` writes a loadable model folder into the empty `folder`."""
+    build: Callable[[MergeInputs, Any, Path], Mapping[str, float] | None] | None = None
+    """`build(inputs, options, folder)` writes a loadable model folder into `folder`, and returns how much each
+    expert counts in it where that is not the merge's weights."""
     kind: str = "average"
     """What comes out: `average`, `ensemble`, `moe` or `stitched`."""
     options: type | None = None
@@ -155,6 +156,8 @@ class MergeInputs:
     """Expert folders by name, in the order the user gave."""
     weights: Mapping[str, float]
     """One for each expert, summing to 1."""
+    weights_given: bool = False
+    """Whether the user asked for these weights, or they are the default."""
     validation: Callable[[], Sequence[ValidationText]] = tuple
     """Returns what priors, temperatures and weights may be fitted on, preparing it when it is first asked for;
     empty when the merge was given none."""

@@ -94,13 +94,23 @@ class Layout:
         raise unknown_name("model", name, known, listed_as="this workspace has")
 
 
+RESERVED = ("seed", "auto", "dense", "dense-same-batch", "random-split")
+
+
+def require_free(layout: Layout, name: str, own: Path) -> None:
+    """Raise `UserError` when an artefact of another kind has the name already: names are how models are called."""
+    for folder in (layout.experts / name, layout.baselines / name, layout.generalists / name):
+        if folder != own and folder.exists():
+            raise UserError(f"{folder} has the name '{name}' already; choose another")
+
+
 def check_name(name: str, what: str) -> str:
     """Return a name that is safe as a folder's; raises `UserError` for any other."""
     safe = name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name.isascii()
-    if not safe or name[0] in ".-" or name == "seed":
+    if not safe or name[0] in ".-" or name in RESERVED:
         raise UserError(
             f"{what} cannot be called '{name}': use letters, digits, '-', '_' and '.', beginning with a letter or "
-            "digit, and not the word 'seed'"
+            f"digit, and none of {', '.join(RESERVED)}"
         )
     return name
 

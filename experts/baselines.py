@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.workspace import Layout
-from .branching import write_run
+from .branching import parent_digests, write_run
 from .runs import RUN_FILE, RunSpec, read_run
 
 DENSE = "dense"
@@ -35,6 +35,7 @@ def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False
         name=DENSE_SAME_BATCH if same_batch else DENSE,
         domains=_all_domains(experts),
         training=training.model_copy(update={"tokens": tokens, "batch_size": batch}),
+        parents=parent_digests(layout, {"seed": 1.0}),
     )
     return _start(layout, spec, force=force)
 
@@ -52,6 +53,7 @@ def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
                 training=expert.training,
                 trains=expert.trains,
                 options=expert.options,
+                parents=parent_digests(layout, {"seed": 1.0}),
                 slice=(index, len(experts)),
             ),
             force=force,

@@ -10,10 +10,10 @@ from ..core.config import ExpertConfig, ProjectConfig, TrainingConfig, parse_opt
 from ..core.errors import UserError, unknown_name
 from ..core.files import exclusive, new_folder, refuse_existing
 from ..core.lineage import read_manifest
-from ..core.loading import load_model, require_intact_model
+from ..core.loading import load_model, max_positions, require_intact_model, seed_of
 from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenBlocks
-from ..core.workspace import Layout, check_name
+from ..core.workspace import Layout, check_name, require_free
 from .corpora import domain_config, prepare_domain
 from .runs import RunSpec, is_finished
 from .trainable import trainer_for
@@ -30,6 +30,7 @@ def branch(
     """
     check_name(name, "an expert")
     folder = layout.experts / name
+    require_free(layout, name, folder)
     refuse_existing(folder, force=force, what="expert")
     if not is_finished(layout.seed):
         raise UserError("there is no finished seed yet; make one with `expertctl seed`")
@@ -37,14 +38,22 @@ def branch(
     plugins = installed_plugins()
     trainer = trainer_for(expert.trains, plugins)
     parse_options(trainer.options, expert.options, f"trainer '{trainer.name}'")
+    start = start_weights(layout, project, expert)
+    training = expert_training(layout, project, expert.training)
+    if training.sequence_length > max_positions(layout.seed):
+        raise UserError(
+            f"training.sequence_length is {training.sequence_length}, and the seed looks at {max_positions(layout.seed)} "
+            "tokens at most; lower it"
+        )
     spec = RunSpec(
         kind="expert",
         name=name,
         domains=(expert.domain,),
-        training=expert_training(layout, project, expert.training),
+        training=training,
         trains=expert.trains,
         options=expert.options,
-        start=start_weights(layout, project, expert),
+        start=start,
+        parents=parent_digests(layout, start),
         owner=expert.owner,
         licence=expert.licence,
     )
@@ -59,6 +68,20 @@ def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = Fals
         new_folder(folder, force=force, what=spec.kind) as partial,
     ):
         spec.write(partial)
+
+
+def parent_digests(layout: Layout, start: Mapping[str, float]) -> dict[str, str]:
+    """Return the digests of the seed and of the experts that a run starts from.
+
+    Raises `UserError` for an expert of another seed.
+    """
+    digests = {"seed": read_manifest(layout.seed).digest}
+    for name in start:
+        if name != "seed":
+            manifest = read_manifest(layout.experts / name)
+            seed_of(layout.experts / name, manifest, layout.seed)
+            digests[name] = manifest.digest
+    return digests
 
 
 def expert_training(layout: Layout, project: ProjectConfig, own: TrainingConfig) -> TrainingConfig:
@@ -104,12 +127,16 @@ def nearest_experts(
     """
     import torch
 
-    from ..core.posterior import cached_prior
+    from ..core.posterior import mean_posterior
     from ..core.scoring import token_log_probs
 
     prepared = prepare_domain(layout, domain, domain_config(project, domain), layout.seed)
-    size = project.training.sequence_length
-    batches = list(TokenBlocks(prepared.open("train"), size).batches(1, limit=AUTO_SAMPLE_BLOCKS))
+    blocks = TokenBlocks(
+        prepared.open("train"), min(project.training.sequence_length, max_positions(layout.seed))
+    )
+    available = max(len(blocks), 1)
+    count = min(AUTO_SAMPLE_BLOCKS, available)  # evenly spread, since neighbours are of one document
+    sample = [blocks.block(index * available // count)[None] for index in range(count)]
     scores = []
     for name in experts:
         require_intact_model(layout.experts / name)
@@ -117,9 +144,10 @@ def nearest_experts(
         model.to(best_device())
         with torch.inference_mode():
             scores.append(
-                [token_log_probs(model, torch.from_numpy(batch).to(model.device)).cpu() for batch in batches]
+                [token_log_probs(model, torch.from_numpy(batch).to(model.device)).cpu() for batch in sample]
             )
         del model
-    together = [[torch.stack(by_expert)] for by_expert in zip(*scores, strict=True)]
-    prior = cached_prior(together, len(experts), "prefix")
-    return {name: float(weight) for name, weight in zip(experts, prior, strict=True)}
+    uniform = torch.full((len(experts),), 1 / len(experts)).log()
+    together = [torch.stack(by_expert) for by_expert in zip(*scores, strict=True)]
+    posterior = torch.stack([mean_posterior(block, uniform, "prefix") for block in together]).mean(dim=0)
+    return {name: float(weight) for name, weight in zip(experts, posterior, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,11 @@ KEPT = 2
 STATE_FILE = "state.json"
 
 
-def save_checkpoint(loop: TrainingLoop, state_folder: Path) -> Path:
-    """Write everything that going on needs into `state_folder/step-N`, and drop all but the newest two."""
+def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, str] | None = None) -> Path:
+    """Write everything that going on needs into `state_folder/step-N`, and drop all but the newest two.
+
+    `data` holds the digest of each domain's text, which must be the same when the run goes on.
+    """
     import torch
 
     folder = state_folder / f"step-{loop.step:08d}"
@@ -33,17 +37,22 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path) -> Path:
             ),
             "random": digest_of_tensors(write_tensors(partial / "random.safetensors", _random_states())),
         }
-        state = {"step": loop.step, "position": asdict(loop.position), "torch": torch.__version__}
+        state = {
+            "step": loop.step,
+            "position": asdict(loop.position),
+            "torch": torch.__version__,
+            "data": dict(data or {}),
+        }
         write_json(partial / STATE_FILE, state | {"digests": digests})
     for old in _checkpoints(state_folder)[:-KEPT]:
         remove_tree(old)
     return folder
 
 
-def restore_latest(loop: TrainingLoop, state_folder: Path) -> int:
+def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, str] | None = None) -> int:
     """Put the newest checkpoint into the loop and return its step; 0 when there is none.
 
-    Raises `UserError` for a damaged one, which is left where it is.
+    Raises `UserError` for a damaged one, which is left where it is, and for one of other text.
     """
     clear_leftovers(state_folder)
     folders = _checkpoints(state_folder)
@@ -63,6 +72,11 @@ def restore_latest(loop: TrainingLoop, state_folder: Path) -> int:
         raise UserError(
             f"checkpoint {folder} is damaged ({error}); delete it to go on from {before}"
         ) from None
+    if state.get("data", {}) != dict(data or {}):
+        raise UserError(
+            f"the text changed since checkpoint {folder} was written; put it back, or delete {state_folder} to "
+            "train from the start on the new text"
+        )
     loop.load_weights(tensors["weights"])
     loop.load_optimiser_state(tensors["optimiser"])
     loop.step, loop.position = step, position

@@ -90,8 +90,9 @@ def prepare_domain(
                     vocabulary=encoder.vocabulary,
                 )
                 if written.documents == 0:
+                    remedy = "; raise valid_share, or give train and valid files" if domain.path else ""
                     raise UserError(
-                        f"domain '{name}' has no documents in its {part} part ({_source(domain)})"
+                        f"domain '{name}' has no documents in its {part} part ({_source(domain)}){remedy}"
                     )
                 done += written.documents
             write_json(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..core.compute import best_device, concurrently
 from ..core.config import ProjectConfig
-from ..core.loading import load_model, require_intact_model, tokenizer_folder
+from ..core.errors import UserError
+from ..core.loading import load_model, max_positions, require_intact_model, tokenizer_folder
 from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenBlocks
 from ..core.types import Score
@@ -25,6 +26,11 @@ class EvaluationTable:
     domains: tuple[str, ...]
     scores: Mapping[str, Mapping[str, Score]]
     """Model -> domain -> score."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the values that the evaluator gave."""
+        return tuple(next(iter(next(iter(self.scores.values())).values())).values)
 
     def mean(self, model: str, metric: str) -> float:
         """Return the mean of a metric over the domains, each counting the same."""
@@ -63,6 +69,8 @@ def evaluate(
     hears (model, domain) after each score. Raises `UserError` for a damaged model or an unknown domain.
     """
     names = tuple(domains if domains is not None else project.domains)
+    if not names:
+        raise UserError("there is no domain to evaluate on; add one under 'domains' in expertctl.yaml")
     scorer = installed_plugins().evaluator(evaluator)
     size = project.training.sequence_length
     blocks = {}
@@ -71,13 +79,15 @@ def evaluate(
         tokenizer = tokenizer_folder(folder)
         for name in names:
             prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer)
-            blocks[model, name] = TokenBlocks(prepared.open("valid"), size)
+            blocks[model, name] = TokenBlocks(prepared.open("valid"), min(size, max_positions(tokenizer)))
 
     def score(model: str) -> dict[str, Score]:
         network, _ = load_model(models[model], dtype="float32")
         network.to(best_device())
         found = {}
         for name in names:
+            if hasattr(network, "begin_text"):
+                network.begin_text()  # a prior that moves begins anew, so that the order of domains says nothing
             found[name] = scorer.evaluate(network, blocks[model, name])
             tell(model, name)
         return found

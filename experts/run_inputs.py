@@ -30,6 +30,11 @@ class RunInputs:
     def tokenizer_folder(self) -> Path:
         return self.folder if self.from_scratch else self.layout.seed
 
+    @property
+    def data_digests(self) -> dict[str, str]:
+        """Digest of each domain's training text."""
+        return {domain.name: domain.train.digest for domain in self.domains}
+
     @classmethod
     def of_folder(cls, folder: Path) -> RunInputs:
         """Read a run folder and prepare its domains' text; raises `UserError` for what is missing."""

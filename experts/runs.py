@@ -32,6 +32,8 @@ class RunSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     start: Mapping[str, float] = field(default_factory=lambda: {"seed": 1.0})
     """Where it starts: `seed`, or experts with weights that sum to 1."""
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the seed and of the experts it starts from, as they were when it was branched."""
     slice: tuple[int, int] | None = None
     """(i, n): train on the i-th of n random slices of all domains together instead (a control)."""
     preset: str | None = None

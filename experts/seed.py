@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..core.config import ProjectConfig
 from ..core.errors import UserError
-from ..core.files import link_or_copy, new_folder, read_json, refuse_existing, remove_tree
+from ..core.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
 from ..core.lineage import (
     TOKENIZER_FILES,
     Manifest,
@@ -40,7 +40,10 @@ def import_seed(layout: Layout, source: Path, *, licence: str | None = None, for
     tensors = Checkpoint(weights)
     TextEncoder.of_folder(source)
     names = _names_in_memory(source)
-    with new_folder(layout.seed, force=force, what="seed") as partial:
+    with (
+        exclusive(layout.lock("run-seed"), "the seed"),
+        new_folder(layout.seed, force=force, what="seed") as partial,
+    ):
         for name in (*MODEL_FILES, *TOKENIZER_FILES):
             if (source / name).is_file():
                 link_or_copy(source / name, partial / name)
@@ -91,7 +94,7 @@ def _rewrite(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model, loading = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", local_files_only=True, output_loading_info=True
+        source, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -131,9 +134,10 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
     elif (layout.seed / RUN_FILE).is_file() and not force:
         _require_same(layout.seed, spec)
         return layout.seed
-    elif layout.seed.exists():
-        remove_tree(layout.seed)
-    with new_folder(layout.seed, force=True, what="seed") as partial:
+    with (
+        exclusive(layout.lock("run-seed"), "the seed"),
+        new_folder(layout.seed, force=True, what="seed") as partial,
+    ):
         texts = _training_texts(layout, project, spec.domains)
         train_tokenizer(texts, size.vocab_size, partial, max_length=size.max_position_embeddings)
         encoder = TextEncoder.of_folder(partial)

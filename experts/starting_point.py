@@ -9,6 +9,7 @@ from ..core.lineage import require_intact
 from ..core.loading import ExpertTensors, overlay_tensors
 from ..core.safetensors_io import Checkpoint
 from ..core.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, TokenBlocks
+from .branching import parent_digests
 from .finishing import OPTIMISER_FILE
 from .run_inputs import RunInputs
 from .training import TrainingLoop
@@ -25,16 +26,27 @@ def starting_model(run: RunInputs) -> PreTrainedModel:
 
     if run.from_scratch:
         torch.manual_seed(run.spec.training.seed)
-        config = AutoConfig.from_pretrained(run.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _require_same_parents(run)
     require_intact(run.layout.seed)
     torch.manual_seed(run.spec.training.seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        run.layout.seed, dtype=torch.float32, local_files_only=True
+        run.layout.seed, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     if set(run.spec.start) != {"seed"}:
         overlay_tensors(model, _average_of(run))
     return model
+
+
+def _require_same_parents(run: RunInputs) -> None:
+    """Refuse to train from a seed or an expert that was made again since the run was branched."""
+    found = parent_digests(run.layout, run.spec.start)
+    for name, digest in run.spec.parents.items():
+        if found.get(name) != digest:
+            raise UserError(
+                f"'{name}' was made again since '{run.spec.name}' was branched from it; branch again with --force"
+            )
 
 
 def _average_of(run: RunInputs) -> dict[str, Tensor]:

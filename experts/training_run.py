@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ..core.config import parse_options
-from ..core.errors import Interrupted
-from ..core.files import remove_tree
+from ..core.errors import Interrupted, UserError
+from ..core.files import clear_leftovers, remove_tree
 from ..core.scoring import token_log_probs
 from ..core.token_store import TokenBlocks
 from ..core.types import ExpertFinished
@@ -30,13 +31,14 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     if is_finished(folder):
         remove_tree(folder / STATE_FOLDER)
         return
+    clear_leftovers(folder)
     run = RunInputs.of_folder(folder)
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains, run.plugins)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
     loop = TrainingLoop(trainer.prepare(model, options), training_blocks(run), run.spec.training)
     inherit_optimiser(run, loop)
-    begun_at = restore_latest(loop, folder / STATE_FOLDER)
+    begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
     log = MetricsLog(folder, run.spec, run.plugins, tell)
     log.open(begun_at)
     last = _train(run, loop, log, stopped)
@@ -58,16 +60,28 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callabl
     for report in loop.steps():
         log.step(report)
         if report.step == config.steps:
+            _require_finite(report)
             return report
         if stopped():
-            save_checkpoint(loop, run.folder / STATE_FOLDER)
+            _require_finite(report)
+            save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
             raise Interrupted(f"stopped at step {report.step} of {config.steps}; the same command goes on")
         if time.monotonic() - saved_at >= config.checkpoint_seconds:
-            save_checkpoint(loop, run.folder / STATE_FOLDER)
+            _require_finite(report)
+            save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
             saved_at = time.monotonic()
         if report.step % every == 0:
             log.validation(report.step, _validation_losses(run, loop))
     raise AssertionError("a run has at least one step, and a checkpoint is never its last")
+
+
+def _require_finite(report: StepReport) -> None:
+    """Refuse to save what training blew up; the checkpoint before it stays."""
+    if not (math.isfinite(float(report.loss)) and math.isfinite(float(report.gradient_norm))):
+        raise UserError(
+            f"training diverged: loss {float(report.loss)}, gradient norm {float(report.gradient_norm)} at step "
+            f"{report.step}; branch again with a lower learning_rate, or with clip set"
+        )
 
 
 def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:

@@ -115,6 +115,9 @@ class EnsembleCache(Cache):
             member.batch_select_indices(indices)
         self._choose(indices)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("an ensemble cannot take back tokens; generate without an assistant")
+
     def _choose(self, rows: Tensor) -> None:
         self.scores = [_chosen(tensor, rows) for tensor in self.scores]
         self.last_log_probs = [_chosen(tensor, rows) for tensor in self.last_log_probs]
@@ -250,6 +253,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             cache.scores[index] = summed_BT[:, -1]
             cache.last_log_probs[index] = log_probs_BTV[:, -1]
         return summed_BT if self.config.posterior == "prefix" else gained_BT
+
+    def begin_text(self) -> None:
+        """Forget what the `updating` prior has seen; other priors do not move."""
+        self.prior.copy_(_kept_prior(self.config)[self.active].to(self.prior))
 
     def target_log_probs(self, tokens_BT1: Tensor) -> Tensor:
         """Return log p(x_t | x_<t) for all but the first token, (B, T), without the whole distribution.

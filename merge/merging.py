@@ -25,7 +25,7 @@ from ..core.lineage import (
 )
 from ..core.plugin_manager import PluginManager, installed_plugins
 from ..core.types import MergeFinished, MergeInputs, MergeMethod, ValidationText
-from ..core.workspace import Layout, check_name
+from ..core.workspace import Layout, check_name, require_free
 from .engine import merge_tensors
 from .weights import resolve_weights
 
@@ -53,6 +53,8 @@ def merge(
     method = plugins.merge_method(config.method)
     options = parse_options(method.options, config.options, f"merge method '{method.name}'")
     target = output if output is not None else layout.generalists / check_name(name, "a generalist")
+    if output is None:
+        require_free(layout, name, target)
     refuse_existing(target, force=force, what="generalist")
     folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
     seed_manifest, expert_manifests = check_lineage(layout.seed, folders)
@@ -66,9 +68,10 @@ def merge(
 
     with exclusive(layout.lock(f"generalist-{target.name}"), f"generalist '{name}'"):
         weights = resolve_weights(config.weights, layout.seed, folders, texts, say)
-        inputs = MergeInputs(layout.seed, folders, weights, texts, say)
+        asked = config.weights != "uniform"
+        inputs = MergeInputs(layout.seed, folders, weights, asked, texts, say)
         with new_folder(target, force=force, what="generalist") as partial:
-            _make(method, inputs, options, partial)
+            weights = dict(_make(method, inputs, options, partial) or weights)
             tensors, files = digests_of_folder(partial)
             manifest = Manifest(
                 kind="generalist",
@@ -135,16 +138,19 @@ def check_lineage(seed: Path, experts: Mapping[str, Path]) -> tuple[Manifest, di
     return origin, manifests
 
 
-def _make(method: MergeMethod, inputs: MergeInputs, options: Any, folder: Path) -> None:
-    """Fill the folder: tokenizer and generation settings, then what the method makes."""
+def _make(method: MergeMethod, inputs: MergeInputs, options: Any, folder: Path) -> Mapping[str, float] | None:
+    """Fill the folder: tokenizer and generation settings, then what the method makes.
+
+    Returns how much each expert counts where the method decided that.
+    """
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (inputs.seed / name).is_file():
             link_or_copy(inputs.seed / name, folder / name)
     if method.build is not None:
-        method.build(inputs, options, folder)
-        return
+        return method.build(inputs, options, folder)
     link_or_copy(inputs.seed / "config.json", folder / "config.json")
     merge_tensors(method, inputs, options, folder)
+    return None
 
 
 def _parents(

@@ -27,9 +27,9 @@ class EnsembleOptions:
 
     posterior: Literal["prefix", "last_token"] = "prefix"
     """Evidence for an expert: the whole text so far (the paper), or its last token (the released code)."""
-    prior: Literal["cached", "updating", "uniform", "given"] = "cached"
+    prior: Literal["cached", "updating", "uniform", "given"] | None = None
     """`cached`: fitted on validation text and frozen; `updating`: moves while text is scored; `given`: the
-    merge's weights."""
+    merge's weights. Not set: `given` when the merge was given weights, else `cached`."""
     top_k: int | None = None
     """Run only the experts with the largest prior."""
     samples: int = 100
@@ -48,11 +48,12 @@ def average(group: TensorGroup, options: AverageOptions) -> Tensor:
     return total.to(group.seed.dtype)
 
 
-def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> None:
-    """Write an ensemble that shares the experts' files and, where they need them, the seed's."""
+def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> dict[str, float]:
+    """Write an ensemble that shares the experts' files and, where they need them, the seed's; return its prior."""
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
-    prior = _prior(inputs, options)
+    kind = _prior_kind(inputs, options)
+    prior = _prior(inputs, options, kind)
     (folder / EXPERTS_FOLDER).mkdir()
     for name, expert in inputs.experts.items():
         link_or_copy(expert / "model.safetensors", folder / EXPERTS_FOLDER / f"{name}.safetensors")
@@ -60,26 +61,35 @@ def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) 
         (folder / SEED_FOLDER).mkdir()
         for file in _seed_files(inputs.seed):
             link_or_copy(file, folder / SEED_FOLDER / file.name)
-    config = ensemble_config(
-        inputs.seed, prior, list(prior.values()), options.prior, options.posterior, options.top_k
-    )
+    values = list(prior.values())
+    config = ensemble_config(inputs.seed, prior, values, kind, options.posterior, options.top_k)
     write_config(folder, config)
+    return prior
 
 
-def _prior(inputs: MergeInputs, options: EnsembleOptions) -> dict[str, float]:
-    from ..merge.prior import fit_prior
-
+def _prior_kind(inputs: MergeInputs, options: EnsembleOptions) -> str:
+    """Return how the prior comes about; raises `UserError` for settings that contradict each other."""
+    kind = options.prior or ("given" if inputs.weights_given else "cached")
+    if inputs.weights_given and kind != "given":
+        raise UserError(
+            f"weights are given, and a prior that is '{kind}' would ignore them; leave out one of the two"
+        )
     if options.top_k is not None:
-        if not 1 <= options.top_k <= len(inputs.experts):
-            raise UserError(
-                f"top_k is {options.top_k}; with {len(inputs.experts)} experts it is 1 to {len(inputs.experts)}"
-            )
-        if options.prior == "uniform" and options.top_k < len(inputs.experts):
+        count = len(inputs.experts)
+        if not 1 <= options.top_k <= count:
+            raise UserError(f"top_k is {options.top_k}; with {count} experts it is 1 to {count}")
+        if kind == "uniform" and options.top_k < count:
             raise UserError(
                 "top_k keeps the experts with the largest prior, and a uniform prior has none; use prior: "
                 "cached, updating or given"
             )
-    if options.prior == "cached":
+    return kind
+
+
+def _prior(inputs: MergeInputs, options: EnsembleOptions, kind: str) -> dict[str, float]:
+    from ..merge.prior import fit_prior
+
+    if kind == "cached":
         return fit_prior(
             inputs.seed,
             inputs.experts,
@@ -88,7 +98,7 @@ def _prior(inputs: MergeInputs, options: EnsembleOptions) -> dict[str, float]:
             samples=options.samples,
             say=inputs.say,
         )
-    if options.prior == "given":
+    if kind == "given":
         return dict(inputs.weights)
     return {name: 1 / len(inputs.experts) for name in inputs.experts}
 

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 from typing import IO, Any
 
+from ..core.files import mendable, write_text
 from ..core.hookspecs import hookimpl
 from ..core.types import Launcher, LaunchResult, RunReporter
 
@@ -50,7 +52,16 @@ class _Fleet:
 
     def train(self, run: Path) -> LaunchResult:
         """Train one run in a process and report how it ended."""
-        with (run / LOG_FILE).open("w", encoding="utf-8") as log:
+        try:
+            result = self._train(run)
+        except OSError as error:
+            result = LaunchResult(run, str(mendable(error, run) or error))
+        self._reporter.finished(result)
+        return result
+
+    def _train(self, run: Path) -> LaunchResult:
+        # What it writes to standard error is kept beside the run only if the process dies of something unexpected.
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
             process = self._start(run, log)
             if process is None:
                 return LaunchResult(run, None, interrupted=True)
@@ -59,18 +70,22 @@ class _Fleet:
                 status = process.wait()
             with self._lock:
                 self._running.discard(process)
-        result = _result(run, status, last)
-        if (run / LOG_FILE).stat().st_size == 0:
-            (run / LOG_FILE).unlink()
-        self._reporter.finished(result)
-        return result
+            event = last.get("event")
+            if status == 0 and event == "finished":
+                return LaunchResult(run, None)
+            if event == "interrupted" or self._stopping.is_set():
+                return LaunchResult(run, None, interrupted=True)
+            if event == "error":
+                return LaunchResult(run, str(last["message"]))
+            log.seek(0)
+            return LaunchResult(run, _how_it_died(status, log.read(), run / LOG_FILE))
 
     def _start(self, run: Path, log: IO[str]) -> subprocess.Popen[str] | None:
         with self._lock:
             if self._stopping.is_set():
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-m", "expertctl.experts.worker", str(run)],
+                [sys.executable, "-P", "-m", "expertctl.experts.worker", str(run)],
                 stdin=subprocess.PIPE,  # held open: its end tells the worker that we are gone
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -107,22 +122,11 @@ class _Fleet:
                 process.send_signal(signal.SIGINT)
 
 
-def _result(run: Path, status: int, last: Mapping[str, Any]) -> LaunchResult:
-    event = last.get("event")
-    if status == 0 and event == "finished":
-        return LaunchResult(run, None)
-    if event == "interrupted":
-        return LaunchResult(run, None, interrupted=True)
-    if event == "error":
-        return LaunchResult(run, str(last["message"]))
+def _how_it_died(status: int, said: str, log: Path) -> str:
+    """Return one line about a process that ended without a word, and keep what it wrote."""
     how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-    return LaunchResult(run, f"its process {how}: {_last_line(run / LOG_FILE)}")
-
-
-def _last_line(log: Path) -> str:
-    lines = [
-        line.strip()
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
-    return f"{lines[-1]} (all of it in {log})" if lines else "it said nothing"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if not lines:
+        return f"its process {how}: it said nothing"
+    write_text(log, said)
+    return f"its process {how}: {lines[-1]} (all of it in {log})"

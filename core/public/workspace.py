@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,25 +172,70 @@ class Workspace:
 
         Goes on where an earlier try stopped. One that fails does not touch the others: see the result.
         """
-        from expertctl.experts.runs import RUN_FILE, is_finished
+        from expertctl.core.files import remove_tree
+        from expertctl.experts.runs import STATE_FOLDER, is_finished
 
         wanted = names or self.expert_names()
         if not wanted:
             raise UserError(
                 "there is no expert to train; start one with `expertctl branch NAME --domain DOMAIN`"
             )
-        finished = {name for name in wanted if is_finished(self.experts / name)}
         for name in wanted:
-            if name not in finished and not (self.experts / name / RUN_FILE).is_file():
-                if name not in self.config.experts:
-                    known = {*self.config.experts, *self.expert_names()}
-                    raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
-                self.branch(name)
-        runs = [self.experts / name for name in wanted if name not in finished]
-        result = self._launch(runs, jobs, launcher, reporter)
-        return replace(
-            result, finished=tuple(name for name in wanted if name in {*finished, *result.finished})
+            if not (self.experts / name).is_dir() and name not in self.config.experts:
+                known = {*self.config.experts, *self.expert_names()}
+                raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
+        finished = [name for name in wanted if is_finished(self.experts / name)]
+        for name in finished:
+            remove_tree(
+                self.experts / name / STATE_FOLDER
+            )  # left by a kill after the last byte of the expert
+        pending = [name for name in wanted if name not in finished]
+        failed: dict[str, str] = {}
+        interrupted: list[str] = []
+        while pending and not interrupted:
+            wave = self._next_wave(pending)
+            pending = [name for name in pending if name not in wave]
+            runs = self._branched(wave, failed)
+            result = self._launch(runs, jobs, launcher, reporter) if runs else TrainResult(())
+            finished += result.finished
+            failed |= result.failed
+            interrupted += result.interrupted
+        return TrainResult(
+            tuple(name for name in wanted if name in finished), failed, (*interrupted, *pending)
         )
+
+    def _next_wave(self, pending: Sequence[str]) -> list[str]:
+        """Return the experts that can start now: those from the seed first, then those whose parents are done."""
+        from expertctl.experts.runs import RUN_FILE
+
+        ready = [
+            name
+            for name in pending
+            if (self.experts / name / RUN_FILE).is_file() or self.config.experts[name].from_ == "seed"
+        ]
+        if ready:
+            return ready
+        starts = {name: self.config.experts[name].from_ for name in pending}
+        ready = [
+            name
+            for name, start in starts.items()
+            if start != "auto" and not set([start] if isinstance(start, str) else start) & set(pending)
+        ]
+        return ready or list(pending[:1])  # `auto` one by one, so that each sees those before it
+
+    def _branched(self, names: Sequence[str], failed: dict[str, str]) -> list[Path]:
+        """Branch what is not branched yet and return the runs; what cannot be branched is noted in `failed`."""
+        from expertctl.experts.runs import RUN_FILE
+
+        runs = []
+        for name in names:
+            try:
+                if not (self.experts / name / RUN_FILE).is_file():
+                    self.branch(name)
+                runs.append(self.experts / name)
+            except UserError as error:
+                failed[name] = str(error)
+        return runs
 
     def expert_names(self) -> tuple[str, ...]:
         """Return the experts that `train` without names trains: branched or in `expertctl.yaml`, sorted."""
@@ -295,9 +340,10 @@ class Workspace:
         return sorted(found & set(self.config.domains))
 
     def _validation(self, domains: Sequence[str]) -> list[ValidationText]:
+        from expertctl.core.loading import max_positions
         from expertctl.core.token_store import TokenBlocks
 
-        size = self.config.training.sequence_length
+        size = min(self.config.training.sequence_length, max_positions(self.layout.seed))
         return [
             ValidationText(prepared.name, TokenBlocks(prepared.open("valid"), size))
             for prepared in (self.prepare(domains) if domains else [])
@@ -307,6 +353,7 @@ class Workspace:
         self,
         *models: str,
         domains: Sequence[str] | None = None,
+        evaluator: str = "perplexity",
         jobs: int | None = None,
         tell: Callable[[str, str], None] = lambda model, domain: None,
     ) -> EvaluationTable:
@@ -317,7 +364,7 @@ class Workspace:
         if not names:
             raise UserError("there is no finished model to evaluate yet; make a seed with `expertctl seed`")
         folders = {name: self.layout.artefact(name) for name in names}
-        return evaluate(self.layout, self.config, folders, domains, jobs=jobs, tell=tell)
+        return evaluate(self.layout, self.config, folders, domains, evaluator=evaluator, jobs=jobs, tell=tell)
 
     def generate(
         self,
