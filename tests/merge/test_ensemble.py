@@ -120,11 +120,12 @@ def make_ensemble(
     name = "-".join(str(part).replace("_", "") for part in ("e", *experts, *options.values()))
     folder = workspace / "generalists" / name
     if not folder.exists():
+        own_prior = options.get("prior", "given") != "given"
         config = MergeConfig(
             method="ensemble",
             experts=tuple(experts),
-            weights={expert: weights[expert] for expert in experts},
-            options={"prior": "given", **options},
+            weights="uniform" if own_prior else {expert: weights[expert] for expert in experts},
+            options=options,
         )
         merge(Layout(workspace), name, config)
     return folder
