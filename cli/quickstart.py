@@ -29,11 +29,11 @@ SETTINGS = """\
 seed:
   preset: tiny
   training:
-    tokens: 600000
+    tokens: {seed_tokens}
     schedule_end: 0.5     # experts go on with the learning-rate schedule from here
 
 training:
-  tokens: 150000
+  tokens: {expert_tokens}
   batch_size: 4
   learning_rate: 0.008
 
@@ -62,14 +62,24 @@ training:
     metavar="N",
     help="Experts to train at a time.",
 )
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1000),
+    default=1_200_000,
+    show_default=True,
+    metavar="N",
+    help="Tokens to train on in all: half for the seed, the rest in equal parts for the experts.",
+)
 @pass_session
-def command(session: Session, folder: Path, corpora: Path | None, baselines: bool, jobs: int) -> None:
+def command(
+    session: Session, folder: Path, corpora: Path | None, baselines: bool, jobs: int, tokens: int
+) -> None:
     """Branch, train, merge and evaluate, from nothing, in a few minutes.
 
     Prepares text, pretrains a tiny seed, trains an expert for each domain in a process of its own, merges them
     three ways and scores everything. Stopped at any point, the same command goes on.
     """
-    workspace = _workspace(folder, corpora)
+    workspace = _workspace(folder, corpora, tokens)
     domains = list(workspace.config.domains)
     session.note(f"workspace {workspace.root}: domains {', '.join(domains)}")
     _make_seed(session, workspace)
@@ -84,7 +94,7 @@ def command(session: Session, folder: Path, corpora: Path | None, baselines: boo
     _report(session, workspace, table)
 
 
-def _workspace(folder: Path, corpora: Path | None) -> Workspace:
+def _workspace(folder: Path, corpora: Path | None, tokens: int) -> Workspace:
     """Return the workspace in `folder`, made now or by an earlier call."""
     from expertctl.workspace import Workspace
 
@@ -92,8 +102,9 @@ def _workspace(folder: Path, corpora: Path | None) -> Workspace:
     from ..core.files import readable_os_errors, write_text
     from ..core.workspace import CONFIG_FILE
 
-    text = SETTINGS + _named("domains", dict(_domains(corpora)))
     names = [name for name, _ in _domains(corpora)]
+    text = SETTINGS.format(seed_tokens=tokens // 2, expert_tokens=tokens // 2 // len(names))
+    text += _named("domains", dict(_domains(corpora)))
     text += "\n" + _named("experts", {name: f"{{domain: {name}}}" for name in names})
     text += "\n" + _named("merges", {name: _flow(merge) for name, merge in MERGES.items()})
     target = folder / CONFIG_FILE

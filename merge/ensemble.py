@@ -256,7 +256,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def begin_text(self) -> None:
         """Forget what the `updating` prior has seen; other priors do not move."""
-        self.prior.copy_(_kept_prior(self.config)[self.active].to(self.prior))
+        self.prior = _kept_prior(self.config)[self.active].to(self.prior.device)
 
     def target_log_probs(self, tokens_BT1: Tensor) -> Tensor:
         """Return log p(x_t | x_<t) for all but the first token, (B, T), without the whole distribution.

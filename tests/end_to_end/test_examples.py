@@ -29,7 +29,17 @@ def corpora(seeded_project: Path) -> Path:
 
 def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path, tmp_path: Path) -> None:
     """With text this short the figures say nothing; what is made, and made once, does."""
-    call = ("-m", "expertctl.cli.main", "--json", "quickstart", tmp_path / "demo", "--corpora", corpora)
+    call = (
+        "-m",
+        "expertctl.cli.main",
+        "--json",
+        "quickstart",
+        tmp_path / "demo",
+        "--corpora",
+        corpora,
+        "--tokens",
+        "20000",
+    )
     found = json.loads(run(*call))
     models = ["seed", "chance", "prose", "uniform-average", "posterior-average", "ensemble"]
     assert list(found["models"]) == models
