@@ -31,18 +31,15 @@ def every_command() -> list[tuple[str, ...]]:
     return found
 
 
-def test_help_loads_nothing_heavy_and_costs_little() -> None:
+def test_help_loads_nothing_heavy() -> None:
     script = f"""
-import resource, sys
+import sys
 from expertctl.cli.main import main
 assert main(["--help"]) == 0
-used = resource.getrusage(resource.RUSAGE_SELF)
 print("LOADED", [name for name in {HEAVY!r} if name in sys.modules])
-print("SECONDS", used.ru_utime + used.ru_stime)
 """
-    runs = [_python(script) for _ in range(3)]  # the best of three: other work on the machine is not ours
-    assert all("LOADED []" in run.stdout for run in runs), runs[0].stdout
-    assert min(float(run.stdout.rpartition("SECONDS")[2]) for run in runs) < 0.2
+    run = _python(script)
+    assert "LOADED []" in run.stdout, run.stdout
 
 
 def test_help_lists_every_command_in_full(run: Any) -> None:
