@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from ..core.files import is_alive
 from .context import Session
 from .group import cli_command
 from .output import Table
@@ -177,7 +178,7 @@ def _state(workspace: Workspace) -> Iterator[Finding]:
             yield Finding("note", "at work", f"another process holds {lock.name}")
     for folder in (workspace.root, workspace.experts, workspace.generalists, workspace.layout.baselines):
         for path in sorted((*folder.glob(".*.partial-*"), *folder.glob(".*.discarded-*"))):
-            if not _alive(path.name.rpartition("-")[2]):
+            if not is_alive(path.name.rpartition("-")[2]):
                 yield Finding("note", "leftover", f"{path}, of a command that was killed; it may be deleted")
 
 
@@ -190,16 +191,6 @@ def _held(lock: Path) -> bool:
             return False
     except (Timeout, OSError):
         return True
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _one_line(error: BaseException) -> str:

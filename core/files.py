@@ -94,7 +94,7 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
 def _put_back(path: Path) -> None:
     """Undo a replacement that was killed between its two renames, or finish one that was killed after them."""
     for discarded in path.parent.glob(f".{path.name}{DISCARDED_MARK}-*"):
-        if _alive(discarded.name.rpartition("-")[2]):
+        if is_alive(discarded.name.rpartition("-")[2]):
             continue
         if path.exists():
             remove_tree(discarded)
@@ -122,7 +122,7 @@ def sync_tree(folder: Path) -> None:
 def clear_leftovers(parent: Path) -> None:
     """Remove what killed processes left under way in `parent`; call only while holding its lock."""
     for path in parent.glob(f".*{PARTIAL_MARK}-*"):
-        if not _alive(path.name.rpartition("-")[2]):
+        if not is_alive(path.name.rpartition("-")[2]):
             remove_tree(path)
 
 
@@ -201,7 +201,8 @@ def mendable(error: OSError, path: Path | None = None) -> UserError | None:
     return None
 
 
-def _alive(pid: str) -> bool:
+def is_alive(pid: str) -> bool:
+    """Tell whether a process of that number is running."""
     try:
         os.kill(int(pid), 0)
     except (ValueError, ProcessLookupError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,6 @@ from ..core.types import TrainablePart, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class NoChoice:
-    """The built-in trainers have no options."""
 
 
 def trainer_for(trains: str, plugins: PluginManager) -> Trainer:

@@ -18,8 +18,6 @@ from ..core.files import mendable, write_text
 from ..core.hookspecs import hookimpl
 from ..core.types import Launcher, LaunchResult, RunReporter
 
-LOG_FILE = "training.log"
-
 
 @hookimpl
 def launchers() -> list[Launcher]:
@@ -60,6 +58,8 @@ class _Fleet:
         return result
 
     def _train(self, run: Path) -> LaunchResult:
+        from ..experts.runs import LOG_FILE  # here, since it loads pydantic and plugins load for `--help`
+
         # What it writes to standard error is kept beside the run only if the process dies of something unexpected.
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
             process = self._start(run, log)
