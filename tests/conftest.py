@@ -13,6 +13,7 @@ import inspect
 import json
 import random
 import shutil
+import signal
 import textwrap
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -25,6 +26,9 @@ from expertctl.core.testing import tiny_model_folder
 from expertctl.workspace import Workspace
 
 FEED_FORWARD = "model.layers.*.mlp.*"
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; the tests send it on purpose.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class MakeWorkspace(Protocol):
