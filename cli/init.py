@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -40,5 +41,5 @@ def command(session: Session, folder: Path, seed: Path | None, bundled: bool) ->
     first = "" if bundled else "say in it where the text of each domain is, then "
     session.finish(
         {"workspace": str(folder.resolve()), "config": str(target.resolve())},
-        f"made {target}; {first}go on with: cd {folder} && expertctl seed",
+        f"made {target}; {first}go on with: cd {shlex.quote(str(folder))} && expertctl seed",
     )

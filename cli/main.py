@@ -20,8 +20,8 @@ from .output import print_json
 COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins"),
     "Make": ("seed", "data", "branch", "train", "merge", "baseline"),
-    "Use": ("eval", "generate"),
-    "Trust": ("show", "log", "verify"),
+    "Use": ("eval", "generate", "card"),
+    "Trust": ("show", "log", "verify", "reproduce"),
 }
 INTERRUPTED = 130
 

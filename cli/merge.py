@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .context import Session, pass_session
 from .group import cli_command
-from .output import shares
-from .parsing import as_dictionary, names, setting, weights
+from .output import Table, shares
+from .parsing import as_dictionary, byte_count, names, setting, weights
+
+if TYPE_CHECKING:
+    from ..core.lineage import Manifest
+    from ..merge.merging import MergeRun
+    from ..merge.plan import MergePlan
+
+MEGA = 1_000_000
 
 
 @cli_command("merge", example="expertctl merge forest --method ensemble --experts code,law --option top_k=1")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", required=False)
 @click.option("--method", metavar="METHOD", help="How to merge; `expertctl plugins` lists the methods.")
-@click.option("--experts", type=names, metavar="A,B", help="Which experts. Default: every finished one.")
+@click.option(
+    "--experts",
+    type=names,
+    metavar="A,B",
+    help="Which experts: names, or folders of models and of LoRA adapters. Default: every finished expert.",
+)
 @click.option(
     "--weights",
     "shares_",
@@ -31,7 +43,14 @@ from .parsing import as_dictionary, names, setting, weights
     "--fit-on",
     type=names,
     metavar="A,B",
-    help="Domains whose validation text priors and posterior weights are fitted on. Default: the experts' own.",
+    help="Domains whose validation text priors, posterior weights and searches use. Default: the experts' own.",
+)
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Merge what a mergekit file says, into -o DIR; needs no workspace.",
 )
 @click.option(
     "-o",
@@ -40,41 +59,177 @@ from .parsing import as_dictionary, names, setting, weights
     metavar="DIR",
     help="Where to. Default: generalists/NAME.",
 )
+@click.option(
+    "--plan", "plan_only", is_flag=True, help="Check everything, show what would be done, and stop."
+)
+@click.option("--resume", is_flag=True, help="Go on with what a killed or interrupted merge has written.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--dtype", metavar="DTYPE", help="What to write: bfloat16, float16, float32. Default: as the seed."
+)
+@click.option(
+    "--tokenizer",
+    metavar="POLICY",
+    help="Where tokenizers differ: refuse, base, union, or an expert's name. Default: refuse.",
+)
+@click.option(
+    "--shard-size",
+    type=byte_count,
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    help="Largest file: 500MB, 5GB.",
+)
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    help="Where to calculate: cpu, cuda, cuda:1.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tensors at a time. Default: one per core, up to 4.",
+)
+@click.option("--allow-unrelated", is_flag=True, help="Merge models that do not descend from one another.")
+@click.option("--allow-licences", is_flag=True, help="Merge models whose licences contradict each other.")
 @pass_session
 def command(
     session: Session,
-    name: str,
+    name: str | None,
     method: str | None,
     experts: tuple[str, ...] | None,
     shares_: str | dict[str, float] | None,
     options: tuple[tuple[str, Any], ...],
     fit_on: tuple[str, ...] | None,
+    file: Path | None,
     output: Path | None,
+    plan_only: bool,
+    resume: bool,
     force: bool,
+    dtype: str | None,
+    tokenizer: str | None,
+    shard_size: int,
+    device: str,
+    threads: int | None,
+    allow_unrelated: bool,
+    allow_licences: bool,
 ) -> None:
     """Merge the seed and its experts into a generalist.
 
     What is not given comes from `merges.NAME` in expertctl.yaml. Everything that can be refused is refused
-    before any work is done.
+    before any work is done; `--plan` stops there. With `--config` it merges what a mergekit file says.
     """
-    workspace = session.open()
-    manifest = workspace.merge(
-        name,
-        method=method,
-        experts=experts,
-        weights=shares_,
-        options=as_dictionary(options) or None,
-        fit_on=fit_on,
-        output=output,
+    from ..merge.engine import EngineSettings
+    from ..merge.merging import MergeRun
+    from ..merge.plan import Permissions
+
+    run = MergeRun(
         force=force,
+        resume=resume,
+        permissions=Permissions(unrelated=allow_unrelated, licences=allow_licences),
+        settings=EngineSettings(threads=threads, device=device),
+        shard_bytes=shard_size,
         say=session.note,
     )
+    given = {
+        "method": method,
+        "experts": experts,
+        "weights": shares_,
+        "fit_on": fit_on,
+        "options": options or None,
+    }
+    if file is not None:
+        _refuse_with_file(name, {**given, "tokenizer": tokenizer, "dtype": dtype})
+        _merge_file(session, file, output, run, plan_only)
+        return
+    if name is None:
+        raise click.UsageError("give the NAME of the merge, or --config FILE with -o DIR")
+    settings: dict[str, Any] = {
+        "method": method,
+        "experts": experts,
+        "weights": shares_,
+        "options": as_dictionary(options) or None,
+        "fit_on": fit_on,
+        "dtype": dtype,
+        "tokenizer": tokenizer,
+        "output": output,
+    }
+    workspace = session.open()
+    if plan_only:
+        _show_plan(session, workspace.plan(name, run=run, **settings), output or workspace.generalists / name)
+        return
+    with MergeProgress(session) as progress:
+        manifest = workspace.merge(name, run=progress.watched(run), **settings)
+    _finish(session, output or workspace.generalists / name, manifest)
+
+
+def _refuse_with_file(name: str | None, given: dict[str, Any]) -> None:
+    if name is not None:
+        raise click.UsageError("--config says what to merge; leave out NAME and say where to with -o DIR")
+    for option, value in given.items():
+        if value is not None:
+            raise click.UsageError(
+                f"--config says it all; leave out --{option.replace('_', '-').rstrip('s')}"
+            )
+
+
+def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun, plan_only: bool) -> None:
+    from ..merge.mergekit_file import read_mergekit
+    from ..merge.merging import merge_recipe, plan_recipe
+
+    recipe = read_mergekit(file)
+    if plan_only:
+        _show_plan(session, plan_recipe(recipe, output, run=run), output)
+        return
+    if output is None:
+        raise click.UsageError("--config needs -o DIR: where to write")
+    with MergeProgress(session) as progress:
+        manifest = merge_recipe(recipe, output, run=progress.watched(run))
+    _finish(session, output, manifest)
+
+
+class MergeProgress:
+    """Shows the megabytes that a merge has written."""
+
+    def __init__(self, session: Session) -> None:
+        self._count = session.count("merging", "MB")
+
+    def __enter__(self) -> MergeProgress:
+        self._count.__enter__()
+        return self
+
+    def __exit__(self, *what: Any) -> None:
+        self._count.__exit__(*what)
+
+    def watched(self, run: MergeRun) -> MergeRun:
+        """Return the run with its progress shown here."""
+        from dataclasses import replace
+
+        def tell(done: int, total: int) -> None:
+            self._count.total = total // MEGA
+            self._count.to(done // MEGA)
+
+        return replace(run, tell=tell)
+
+
+def _finish(session: Session, folder: Path, manifest: Manifest) -> None:
     from .summaries import artefact_content, made
 
-    folder = output if output is not None else workspace.generalists / name
     session.finish(
         artefact_content(folder, manifest),
         made(folder, manifest),
         f"{manifest.config['method']} of {shares(manifest.config['weights'])}",
     )
+
+
+def _show_plan(session: Session, plan: MergePlan, output: Path | None) -> None:
+    from ..merge.plan_report import plan_content, plan_rows, tensor_rows
+
+    parts = [Table(("", ""), plan_rows(plan, output), headings=False)]
+    if session.verbose:
+        columns = ("tensor", "shape", "dtype", "how", "from", "weights")
+        parts.append(Table(columns, tensor_rows(plan)))
+    session.finish(plan_content(plan, output), *parts)

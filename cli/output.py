@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,17 @@ class Table:
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print the one JSON object of a command."""
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    """Print the one JSON object of a command; a number that is not finite, which JSON has no word for, is null."""
+    click.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON content with None in the place of NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_part(part: str | Table) -> None:

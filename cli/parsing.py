@@ -1,13 +1,15 @@
-"""Kinds of values that options take: lists of names, weights by name, KEY=VALUE settings, gates."""
+"""Kinds of values that options take: lists of names, weights by name, KEY=VALUE settings, sizes, gates."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
 
+SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT])?(?P<binary>i)?B?\s*", re.IGNORECASE)
 GATE = re.compile(r"\s*(?P<lower>\S+)\s*<\s*(?P<upper>\S+)\s*")
 
 
@@ -48,6 +50,23 @@ def setting(value: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError:
         return key.strip(), text
+
+
+def named_folder(value: str) -> tuple[str, Path]:
+    """Read `NAME=DIR`."""
+    name, separator, folder = value.partition("=")
+    if not (separator and name.strip() and folder):
+        raise click.BadParameter(f"'{value}' is no NAME=DIR")
+    return name.strip(), Path(folder)
+
+
+def byte_count(value: str | int) -> int:
+    """Read `500MB`, `5GB`, `5GiB` or a plain number of bytes."""
+    match = SIZE.fullmatch(str(value))
+    if match is None or float(match["number"]) <= 0:
+        raise click.BadParameter(f"'{value}' is no size; write 500MB or 5GB")
+    base = 1024 if match["binary"] else 1000
+    return int(float(match["number"]) * base ** " KMGT".index((match["unit"] or " ").upper()))
 
 
 def gate(value: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,8 @@ def command(
     Prepares text, pretrains a tiny seed, trains an expert for each domain in a process of its own, merges them
     three ways and scores everything. Stopped at any point, the same command goes on.
     """
+    from ..merge.merging import MergeRun
+
     workspace = _workspace(folder, corpora, tokens)
     domains = list(workspace.config.domains)
     session.note(f"workspace {workspace.root}: domains {', '.join(domains)}")
@@ -87,7 +90,7 @@ def command(
     for name in MERGES:
         if not (workspace.generalists / name / "generalist.json").is_file():
             session.note(f"merging {len(domains)} experts: {name}")
-            workspace.merge(name, say=session.detail)
+            workspace.merge(name, run=MergeRun(say=session.detail))
     if baselines:
         _train_baselines(session, workspace, jobs)
     table = _evaluate(session, workspace, domains)
@@ -243,7 +246,7 @@ def _explanation(table: EvaluationTable) -> str:
 
 
 def _next_steps(workspace: Workspace) -> str:
-    folder = workspace.root
+    folder = shlex.quote(str(workspace.root))
     return "\n".join(
         (
             "Next:",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     TypeAdapter,
     ValidationError,
@@ -23,16 +25,29 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from .errors import UserError, closest
+from .numeric import dtype_of_word
 
 Path_ = tuple[str | int, ...]
 Options = TypeVar("Options")
 Model = TypeVar("Model", bound=BaseModel)
 
+DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 # Tags keep errors to the kind that was given; a part of a location in parentheses is one of them, no key.
 _BY_KIND = Discriminator(lambda value: "(shares)" if isinstance(value, Mapping) else "(word)")
 Shares = Annotated[dict[str, float], Tag("(shares)")]
+
+
+def _is_setting(value: Any) -> Any:
+    """Take a number, or numbers per layer and per module, which are checked where the layers are known."""
+    if isinstance(value, list | dict):
+        return value
+    return _NUMBER.validate_python(value)
+
+
+_NUMBER: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(allow_inf_nan=False)])
+Settings = Annotated[dict[str, Annotated[Any, PlainValidator(_is_setting)]], Tag("(shares)")]
 
 
 class Section(BaseModel):
@@ -172,12 +187,33 @@ class MergeConfig(Section):
     method: str
     experts: tuple[str, ...] | None = None
     """Not set: every finished expert."""
-    weights: Annotated[Annotated[Literal["uniform", "posterior"], Tag("(word)")] | Shares, _BY_KIND] = (
+    weights: Annotated[Annotated[Literal["uniform", "posterior"], Tag("(word)")] | Settings, _BY_KIND] = (
         "uniform"
     )
+    """For each expert a number, or numbers per layer and per module."""
     fit_on: tuple[str, ...] | None = None
     """Domains whose validation text priors and posterior weights are fitted on. Not set: the experts' own."""
     options: dict[str, Any] = {}
+    """The method's. Each may be a number, a gradient over the layers, `[{filter, value}]`, or one for each expert."""
+    tokenizer: str = "refuse"
+    """Where tokenizers differ: `refuse`, `base` (the seed's), `union`, or the name of an expert."""
+    dtype: str | None = None
+    """Of the result. Not set: the seed's."""
+
+    @field_validator("dtype")
+    @classmethod
+    def _is_a_dtype(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                dtype_of_word(value)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """The dtype as safetensors spells it."""
+        return dtype_of_word(self.dtype) if self.dtype is not None else None
 
 
 class ProjectConfig(Section):
@@ -198,6 +234,18 @@ class ProjectConfig(Section):
         if isinstance(content, dict):
             return {key: value for key, value in content.items() if value is not None}
         return content
+
+    @model_validator(mode="after")
+    def _domains_can_be_folders(self) -> ProjectConfig:
+        for name in self.domains:
+            if not DOMAIN_NAME.fullmatch(name):
+                raise PydanticCustomError(
+                    "domain_name",
+                    "a domain cannot be called '{name}': use letters, digits, '-', '_' and '.', beginning with a "
+                    "letter or digit",
+                    {"name": name, "at": ("domains", name)},
+                )
+        return self
 
     @model_validator(mode="after")
     def _names_exist(self) -> ProjectConfig:
@@ -349,6 +397,13 @@ class NoOptions:
     """What a method without options takes."""
 
 
+def unknown_option(what: str, name: str, known: Collection[str]) -> UserError:
+    """Return the error for an option that `what` does not have, with the nearest that it has."""
+    guess = closest(name, known)
+    hint = f" (did you mean '{guess}'?)" if guess else ""
+    return UserError(f"{what} has no option '{name}'{hint}; it has: {', '.join(sorted(known)) or 'none'}")
+
+
 def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: str) -> Any:
     """Return `values` as the options dataclass of a plugin's offer.
 
@@ -356,17 +411,15 @@ def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: s
     """
     target: type = kind or NoOptions
     assert is_dataclass(target), f"options of {what} must be a dataclass, not {target}"
-    known = [field.name for field in fields(target)]
+    # `lambda` is a word of Python's own: the field is `lambda_`, users leave the underscore out
+    own_names = {field.name.rstrip("_"): field.name for field in fields(target)}
+    known = list(own_names)
     for name in values:
         if name not in known:
-            guess = closest(name, known)
-            hint = f" (did you mean '{guess}'?)" if guess else ""
-            raise UserError(
-                f"{what} has no option '{name}'{hint}; it has: {', '.join(sorted(known)) or 'none'}"
-            )
+            raise unknown_option(what, name, known)
     try:
-        return TypeAdapter(target).validate_python(dict(values))
+        return TypeAdapter(target).validate_python({own_names[name]: value for name, value in values.items()})
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"]) or what
+        key = ".".join(str(part).rstrip("_") for part in problem["loc"]) or what
         raise UserError(f"{what}: option {key}: {problem['msg'].removeprefix('Value error, ')}") from None

@@ -15,6 +15,7 @@ from .errors import UserError
 
 PARTIAL_MARK = ".partial"
 DISCARDED_MARK = ".discarded"
+UNFINISHED_MARK = ".unfinished"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -74,21 +75,58 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
         partial.mkdir()
         try:
             yield partial
-            sync_tree(partial)
-            if path.exists():
-                discarded = path.with_name(f".{path.name}{DISCARDED_MARK}-{os.getpid()}")
-                path.rename(discarded)
-                try:
-                    partial.rename(path)
-                except BaseException:
-                    discarded.rename(path)
-                    raise
-                remove_tree(discarded)
-            else:
-                partial.rename(path)
+            _put_in_place(partial, path)
         except BaseException:
             remove_tree(partial)
             raise
+
+
+@contextmanager
+def resumable_folder(
+    path: Path, *, force: bool = False, resume: bool = False, what: str = "folder"
+) -> Iterator[Path]:
+    """Give a hidden sibling to fill that outlives a kill, an interruption and a full disk; see `unfinished_sibling`.
+
+    With `resume` it comes as the last try left it, else empty. It becomes `path` when the block ends, and is gone
+    if the block fails for any other reason. Raises `UserError` when `path` exists already, unless `force`. The
+    caller holds a lock.
+    """
+    _put_back(path)
+    refuse_existing(path, force=force, what=what)
+    partial = unfinished_sibling(path)
+    with readable_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            remove_tree(partial)
+        partial.mkdir(exist_ok=True)
+        try:
+            yield partial
+            _put_in_place(partial, path)
+        except Exception as error:
+            if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
+                remove_tree(partial)
+            raise
+
+
+def unfinished_sibling(path: Path) -> Path:
+    """Return where the content of `path` is gathered by a job that can be resumed."""
+    return path.with_name(f".{path.name}{UNFINISHED_MARK}")
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Make a complete folder appear under its name, in place of what was there; a kill at any point loses neither."""
+    sync_tree(partial)
+    if not path.exists():
+        partial.rename(path)
+        return
+    discarded = path.with_name(f".{path.name}{DISCARDED_MARK}-{os.getpid()}")
+    path.rename(discarded)
+    try:
+        partial.rename(path)
+    except BaseException:
+        discarded.rename(path)
+        raise
+    remove_tree(discarded)
 
 
 def _put_back(path: Path) -> None:

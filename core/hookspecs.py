@@ -37,27 +37,27 @@ def merge_methods() -> list[MergeMethod]:  # type: ignore[empty-body]  # pluggy 
 
 
 @hookspec
-def trainers() -> list[Trainer]:  # type: ignore[empty-body]
+def trainers() -> list[Trainer]:  # type: ignore[empty-body]  # as above
     """Which part of a model trains, and how."""
 
 
 @hookspec
-def launchers() -> list[Launcher]:  # type: ignore[empty-body]
+def launchers() -> list[Launcher]:  # type: ignore[empty-body]  # as above
     """Where training runs."""
 
 
 @hookspec
-def corpus_formats() -> list[CorpusFormat]:  # type: ignore[empty-body]
+def corpus_formats() -> list[CorpusFormat]:  # type: ignore[empty-body]  # as above
     """Kinds of text files that can be read into documents."""
 
 
 @hookspec
-def evaluators() -> list[Evaluator]:  # type: ignore[empty-body]
+def evaluators() -> list[Evaluator]:  # type: ignore[empty-body]  # as above
     """Ways to score a model on a domain."""
 
 
 @hookspec
-def architectures() -> list[Architecture]:  # type: ignore[empty-body]
+def architectures() -> list[Architecture]:  # type: ignore[empty-body]  # as above
     """Where a model family keeps its feed-forward, attention, norm and embedding tensors."""
 
 

@@ -129,11 +129,15 @@ def digest_of_tokenizer(folder: Path) -> str:
     return state.hexdigest()
 
 
-def digests_of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+def digests_of_folder(
+    folder: Path, known: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return (tensor digests, file digests) of everything in an artefact folder but its manifest.
 
-    Together they cover every byte: tensors theirs, file digests the headers and all other files.
+    Together they cover every byte: tensors theirs, file digests the headers and all other files. `known` holds
+    digests of tensors that were computed while they were written; those are not read again.
     """
+    given = known or {}
     tensors: dict[str, str] = {}
     files: dict[str, str] = {}
     for path in _content(folder):
@@ -141,7 +145,10 @@ def digests_of_folder(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         files[relative] = digest_of_file(path)
         if path.suffix == ".safetensors":
             prefix = tensor_prefix(folder, path)
-            tensors.update({prefix + name: digest for name, digest in Checkpoint([path]).digests().items()})
+            checkpoint = Checkpoint([path])
+            missing = [name for name in checkpoint if prefix + name not in given]
+            found = checkpoint.digests(missing)
+            tensors.update({prefix + name: given.get(prefix + name) or found[name] for name in checkpoint})
     return tensors, files
 
 
@@ -163,8 +170,11 @@ def _content(folder: Path) -> Iterable[Path]:
             yield path
 
 
-def verify(folder: Path) -> list[str]:
-    """Check every byte of an artefact and return what differs, a line each; empty when all is as written."""
+def verify(folder: Path, *, tensors: bool = True) -> list[str]:
+    """Check every byte of an artefact and return what differs, a line each; empty when all is as written.
+
+    Without `tensors` their bytes are left to whoever reads them: headers and all other files are checked.
+    """
     manifest = read_manifest(folder)
     found: list[str] = []
     files = {path.relative_to(folder).as_posix(): path for path in _content(folder)}
@@ -175,7 +185,8 @@ def verify(folder: Path) -> list[str]:
             found.append(f"file {name} was added")
         elif digest_of_file(files[name]) != manifest.files[name]:
             found.append(f"file {name} was changed")
-    found += _verify_tensors(folder, manifest, files)
+    if tensors:
+        found += _verify_tensors(folder, manifest, files)
     if digest_of_tensors(manifest.tensors) != manifest.digest:
         found.append("the manifest's own list of tensors does not match its digest")
     path = manifest_path(folder)
@@ -216,9 +227,9 @@ def _verify_tensors(folder: Path, manifest: Manifest, files: Mapping[str, Path])
     return found + [f"tensor {name} is missing" for name in sorted(manifest.tensors.keys() - seen)]
 
 
-def require_intact(folder: Path) -> Manifest:
-    """Return the manifest of an artefact whose every byte was checked; raises `UserError` naming what changed."""
-    problems = verify(folder)
+def require_intact(folder: Path, *, tensors: bool = True) -> Manifest:
+    """Return the manifest of an artefact that was checked (see `verify`); raises `UserError` naming what changed."""
+    problems = verify(folder, tensors=tensors)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{folder} is not what its manifest says: {problems[0]}{more}; restore or remake it")

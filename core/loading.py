@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from .environment import without_loading_bars
 from .errors import UserError, first_line, unknown_name
 from .files import read_json
 from .lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest, require_intact
@@ -30,7 +31,7 @@ def register_auto_classes() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for config_class, model_class in installed_plugins().auto_classes():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]  # all have it
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
@@ -48,7 +49,7 @@ def load_model(
     manifest = _manifest_of(path)
     if manifest is None and (path / "run.json").is_file():
         raise UserError(f"{path} is not finished: it has a run.json and no manifest; train it to its end")
-    with _LOADING:
+    with _LOADING, without_loading_bars():
         if manifest is not None and manifest.kind == "expert":
             base = seed_of(path, manifest, seed)
             model = _from_pretrained(base, dtype)
@@ -114,11 +115,26 @@ def require_intact_model(folder: Path) -> None:
 
     A plain Hugging Face folder has no manifest to be checked against.
     """
+    require_intact_models([folder])
+
+
+def require_intact_models(folders: Iterable[Path]) -> None:
+    """Check several artefacts as `require_intact_model` does, reading each folder once."""
+    done: set[Path] = set()  # experts share their seed, which may be large
+    for folder in folders:
+        for artefact in _with_its_seed(folder):
+            if artefact.resolve() not in done:
+                require_intact(artefact)
+                done.add(artefact.resolve())
+
+
+def _with_its_seed(folder: Path) -> Iterator[Path]:
+    """Yield the artefacts that a model is read from; none for a plain Hugging Face folder."""
     manifest = _manifest_of(folder)
     if manifest is not None:
-        require_intact(folder)
+        yield folder
         if manifest.kind == "expert":
-            require_intact(seed_of(folder, manifest))
+            yield seed_of(folder, manifest)
 
 
 def max_positions(folder: Path) -> int:

@@ -43,6 +43,7 @@ BUILTIN_PLUGINS = (
     "architectures",
     "btm",
     "corpus_files",
+    "dense_merges",
     "local_launcher",
     "perplexity",
     "trainable_parts",

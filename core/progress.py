@@ -231,7 +231,8 @@ class Count(_Shown):
         self, name: str, unit: str, total: int | None, where: Display, clock: Clock = time.monotonic
     ) -> None:
         super().__init__(where, () if total is None else (name,), clock)
-        self._name, self._unit, self._total = name, unit, total
+        self._name, self._unit, self.total = name, unit, total
+        """How much there is; may be set once it is known."""
         self._jobs: dict[str, Job] = {}
 
     def to(self, done: int, part: str | None = None) -> None:
@@ -239,8 +240,9 @@ class Count(_Shown):
         with self._lock:
             name = part if part is not None else self._name
             if name not in self._jobs:
-                self._jobs[name] = Job(name, self._unit, self._total, self._clock())
+                self._jobs[name] = Job(name, self._unit, self.total, self._clock())
             self._jobs[name].done = done
+            self._jobs[name].total = self.total
             self._display.show(self._jobs[name])
 
     def next(self) -> None:

@@ -241,7 +241,7 @@ class Checkpoint:
     def digest(self, name: str) -> str:
         """Return the digest of one tensor: sha256 over dtype, shape and bytes, whatever file it lies in."""
         entry = self.entry(name)
-        state = _digest_start(entry.dtype, entry.shape)
+        state = digest_start(entry.dtype, entry.shape)
         for chunk in self.chunks(name):
             state.update(chunk)
         return state.hexdigest()
@@ -255,12 +255,13 @@ class Checkpoint:
 
 def tensor_digest(tensor: Tensor) -> str:
     """Return the digest of a tensor in memory; equals that of the same tensor in a file."""
-    state = _digest_start(dtype_name(tensor.dtype), tuple(tensor.shape))
+    state = digest_start(dtype_name(tensor.dtype), tuple(tensor.shape))
     state.update(tensor_bytes(tensor))
     return state.hexdigest()
 
 
-def _digest_start(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+def digest_start(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+    """Return the running digest of one tensor, to be fed with its bytes in order."""
     return hashlib.sha256(f"{dtype}:{','.join(map(str, shape))}:".encode())
 
 
@@ -270,6 +271,26 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def header_of_file(
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the bytes with which a safetensors file begins, and where in it each tensor begins and ends."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (kind, shape) in shapes.items():
+        num_bytes = _num_bytes(kind, shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    begin = 8 + len(encoded)
+    places = {name: header[name]["data_offsets"] for name in shapes}
+    return (
+        struct.pack("<Q", len(encoded)) + encoded,
+        {name: (begin + first, begin + last) for name, (first, last) in places.items()},
+    )
 
 
 def write_file(
@@ -282,26 +303,17 @@ def write_file(
     `shapes` gives dtype (as safetensors spells it) and shape of every tensor, in file order; `tensors` yields
     them in that order, so only one needs to be in memory. The file appears when it is complete.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (kind, shape) in shapes.items():
-        num_bytes = _num_bytes(kind, shape)
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
-        offset += num_bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
+    header, _ = header_of_file(shapes)
     digests: dict[str, str] = {}
     partial = partial_sibling(path)
     try:
         with readable_os_errors(path), partial.open("wb") as file:
-            file.write(struct.pack("<Q", len(encoded)))
-            file.write(encoded)
+            file.write(header)
             for (name, tensor), (expected, (kind, shape)) in zip(tensors, shapes.items(), strict=True):
                 got = (name, dtype_name(tensor.dtype), tuple(tensor.shape))
                 if got != (expected, kind, tuple(shape)):
                     raise ValueError(f"announced {expected} {kind} {shape}, got {got}")
-                state = _digest_start(kind, tuple(shape))
+                state = digest_start(kind, tuple(shape))
                 content = tensor_bytes(tensor)
                 state.update(content)
                 file.write(content)

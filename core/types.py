@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,15 +98,34 @@ class Launcher:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """One tensor of the seed with the same tensor of every expert: all a per-tensor merge method sees."""
+    """One tensor of the seed with the same tensor of every expert: all a per-tensor merge method sees.
+
+    All of one shape, and float32 whatever the files hold (float64 where they hold that): the engine rounds once,
+    when it writes. They are torch tensors, or numpy arrays where the method takes any (`MergeMethod.arrays`).
+    A method must not change them.
+    """
 
     name: str
-    seed: Tensor
     experts: tuple[Tensor, ...]
-    """In the order of `expert_names`; same shape and dtype as `seed`."""
+    """In the order of `expert_names`."""
     expert_names: tuple[str, ...]
     weights: tuple[float, ...]
-    """One for each expert, at least 0, summing to 1."""
+    """One for each expert; what they mean says `MergeMethod.weights`."""
+    seed_or_none: Tensor | None = None
+    """None where the method does without (`MergeMethod.uses_seed`); all others read `seed`."""
+    statistics: tuple[Tensor | None, ...] = ()
+    """What `expertctl stats` gathered on this tensor, one for each expert, where the method asks for it."""
+
+    @property
+    def seed(self) -> Tensor:
+        """The seed's tensor."""
+        if self.seed_or_none is None:
+            raise ValueError(f"there is no seed for '{self.name}': the method says that it does without")
+        return self.seed_or_none
+
+
+PerExpert = float | tuple[float, ...]
+"""An option that may differ between experts: one number for all, or one for each, in their order."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +139,33 @@ class MergeMethod:
     name: str
     summary: str
     merge: Callable[[TensorGroup, Any], Tensor] | None = None
-    """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor."""
+    """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor, from
+    several threads at once."""
     build: Callable[[MergeInputs, Any, Path], Mapping[str, float] | None] | None = None
     """`build(inputs, options, folder)` writes a loadable model folder into `folder`, and returns how much each
     expert counts in it where that is not the merge's weights."""
     kind: str = "average"
     """What comes out: `average`, `ensemble`, `moe` or `stitched`."""
     options: type | None = None
-    """A frozen dataclass with a default for every field, or None."""
+    """A frozen dataclass with a default for every field, or None. Every number in it may be set per layer and per
+    module; a field annotated `PerExpert` per expert too. A trailing underscore (`lambda_`) is left out by users."""
     auto_classes: Callable[[], tuple[type, type]] | None = None
     """For a `build` method whose model is no class of transformers: returns (config class, model class)."""
+    uses_seed: bool | Callable[[Any], bool] = True
+    """Whether `merge` reads the seed's tensors; a function of the options where it depends on them."""
+    elementwise: bool = False
+    """Every number of the result depends only on the same place of the inputs, so that the engine may hand over a
+    tensor in pieces (flat ones) and never holds it whole."""
+    keeps_seed: bool = True
+    """Experts that all equal the seed give the seed, whatever the options; such tensors are copied unread."""
+    arrays: Literal["torch", "any"] = "torch"
+    """`any`: works on numpy arrays and torch tensors alike, and is spared the import of torch on a CPU."""
+    weights: Literal["shares", "factors"] = "shares"
+    """`shares`: at least 0, summing to 1. `factors`: as given, of any sign, 1 for each expert when not given."""
+    expert_count: tuple[int, int | None] = (1, None)
+    """Fewest and most experts that it can merge; None: no limit."""
+    statistics: str | None = None
+    """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
 
     def __post_init__(self) -> None:
         if (self.merge is None) == (self.build is None):

@@ -10,7 +10,7 @@ from ..core.config import ExpertConfig, ProjectConfig, TrainingConfig, parse_opt
 from ..core.errors import UserError, unknown_name
 from ..core.files import exclusive, new_folder, refuse_existing
 from ..core.lineage import read_manifest
-from ..core.loading import load_model, max_positions, require_intact_model, seed_of
+from ..core.loading import load_model, max_positions, require_intact_models, seed_of
 from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenBlocks
 from ..core.workspace import Layout, check_name, require_free
@@ -137,9 +137,9 @@ def nearest_experts(
     available = max(len(blocks), 1)
     count = min(AUTO_SAMPLE_BLOCKS, available)  # evenly spread, since neighbours are of one document
     sample = [blocks.block(index * available // count)[None] for index in range(count)]
+    require_intact_models(layout.experts / name for name in experts)
     scores = []
     for name in experts:
-        require_intact_model(layout.experts / name)
         model, _ = load_model(layout.experts / name, dtype="float32")
         model.to(best_device())
         with torch.inference_mode():

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 from ..core.config import DomainConfig, ProjectConfig
@@ -22,6 +21,7 @@ from ..core.workspace import Layout
 PARTS = ("train", "valid")
 DOMAIN_FILE = "domain.json"
 DOCUMENTS_PER_BATCH = 512
+CHARACTERS_PER_BATCH = 4 << 20  # of long documents fewer, so that memory stays flat
 
 Tell = Callable[[int], None]
 
@@ -90,7 +90,12 @@ def prepare_domain(
                     vocabulary=encoder.vocabulary,
                 )
                 if written.documents == 0:
-                    remedy = "; raise valid_share, or give train and valid files" if domain.path else ""
+                    remedy = (
+                        "; a path is split by document and needs two that differ: add text, or give train and "
+                        "valid files"
+                        if domain.path
+                        else ""
+                    )
                     raise UserError(
                         f"domain '{name}' has no documents in its {part} part ({_source(domain)}){remedy}"
                     )
@@ -128,9 +133,22 @@ def _cached(folder: Path, fingerprint: str) -> PreparedDomain | None:
 
 
 def _encoded(documents: Iterable[str], encoder: TextEncoder) -> Iterator[tuple[str, list[int]]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, DOCUMENTS_PER_BATCH)):
+    for batch in _batches(documents):
         yield from zip(batch, encoder.encode(batch), strict=True)
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Yield documents in lists that are encoded together; the size of a batch changes no token."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if len(batch) == DOCUMENTS_PER_BATCH or size >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _counted(documents: Iterable[str], before: int, tell: Tell) -> Iterator[str]:
@@ -147,8 +165,10 @@ def domain_documents(domain: DomainConfig, root: Path, part: str) -> Iterator[st
 
         yield from getattr(read_bundled(domain.bundled), part)
     elif domain.path is not None:
-        for document in read_documents(root / Path(domain.path).expanduser(), domain.text_field):
-            if _is_validation(document, domain.valid_share) == (part == "valid"):
+        path = root / Path(domain.path).expanduser()
+        border = _split_border(read_documents(path, domain.text_field), domain.valid_share)
+        for document in read_documents(path, domain.text_field):
+            if (_place(document) < border) == (part == "valid"):
                 yield document
     else:
         source = domain.train if part == "train" else domain.valid
@@ -156,10 +176,28 @@ def domain_documents(domain: DomainConfig, root: Path, part: str) -> Iterator[st
         yield from read_documents(root / Path(source).expanduser(), domain.text_field)
 
 
-def _is_validation(document: str, share: float) -> bool:
-    """Decide by the text itself, so that equal documents never stand on both sides of the split."""
+def _split_border(documents: Iterable[str], share: float) -> float:
+    """Return the place below which documents are validation text: as large a part of all places as `share`.
+
+    Of a few documents all may lie on one side of it; it then moves so far that the nearest of them stands alone on
+    the other. Reads no further than to the first document on each side.
+    """
+    border = share * 2**64
+    lowest, highest = 2**64, -1
+    for document in documents:
+        place = _place(document)
+        lowest, highest = min(lowest, place), max(highest, place)
+        if lowest < border <= highest:
+            return border
+    if lowest >= highest:
+        return border  # one document, or none: there is nothing to split
+    return lowest + 1 if lowest >= border else highest
+
+
+def _place(document: str) -> int:
+    """Return a number from 0 to 2**64 made of the text itself: equal documents stand on one side of the split."""
     state = hashlib.sha256(document.encode("utf-8", errors="surrogatepass")).digest()
-    return int.from_bytes(state[:8], "big") < share * 2**64
+    return int.from_bytes(state[:8], "big")
 
 
 def read_documents(path: Path, text_field: str) -> Iterator[str]:

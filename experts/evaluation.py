@@ -9,7 +9,7 @@ from pathlib import Path
 from ..core.compute import best_device, concurrently
 from ..core.config import ProjectConfig
 from ..core.errors import UserError
-from ..core.loading import load_model, max_positions, require_intact_model, tokenizer_folder
+from ..core.loading import load_model, max_positions, require_intact_models, tokenizer_folder
 from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenBlocks
 from ..core.types import Score
@@ -73,9 +73,9 @@ def evaluate(
         raise UserError("there is no domain to evaluate on; add one under 'domains' in expertctl.yaml")
     scorer = installed_plugins().evaluator(evaluator)
     size = project.training.sequence_length
+    require_intact_models(models.values())
     blocks = {}
     for model, folder in models.items():
-        require_intact_model(folder)
         tokenizer = tokenizer_folder(folder)
         for name in names:
             prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer)

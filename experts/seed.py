@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..core.config import ProjectConfig
+from ..core.environment import without_loading_bars
 from ..core.errors import UserError
 from ..core.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
 from ..core.lineage import (
@@ -93,9 +94,10 @@ def _rewrite(source: Path, target: Path) -> None:
     """
     from transformers import AutoModelForCausalLM
 
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
+    with without_loading_bars():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(

@@ -62,7 +62,7 @@ def _average_of(run: RunInputs) -> dict[str, Tensor]:
         name: sum(
             weight * (seed if parent == "seed" else experts[parent]).read(name).float()
             for parent, weight in run.spec.start.items()
-        )  # type: ignore[misc]
+        )  # type: ignore[misc]  # `sum` begins with a 0, so its type is int | Tensor
         for name in changed
     }
 

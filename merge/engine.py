@@ -1,64 +1,292 @@
-"""The streaming merge: tensor by tensor from seed and experts into one checkpoint, never a model in memory."""
+"""The streaming merge: reads, calculates and writes tensor by tensor, several at once, never a model in memory.
+
+Memory does not grow with the number of layers: element-wise methods hold a few pieces of a tensor, the others the
+same tensor of all experts, and tensors are worked on side by side only as far as they fit into what the largest one
+needs alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Condition, Event
 from typing import TYPE_CHECKING, Any
 
+from ..core.compute import available_cores
 from ..core.errors import UserError
-from ..core.loading import WEIGHTS_FILE, ExpertTensors
-from ..core.safetensors_io import Checkpoint, torch_dtype, write_file
-from ..core.types import MergeInputs, MergeMethod, TensorGroup
+from ..core.numeric import encode
+from ..core.safetensors_io import TensorEntry
+from ..core.types import MergeMethod, TensorGroup
+from .reading import PIECE_NUMBERS, Reader
+from .sources import StoredTensor
+from .tensor_plan import ShardPlan, TensorPlan
+from .writing import Writer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
+
+    from .tokenizers import VocabularyPlan
+
+MOST_THREADS = 4
+SIDE_BY_SIDE_BYTES = 64 << 20
+"""What tensors may always use together, however small the largest is."""
+Tell = Callable[[int], None]
 
 
-def merge_tensors(method: MergeMethod, inputs: MergeInputs, options: Any, folder: Path) -> None:
-    """Write `folder/model.safetensors`, each tensor merged by the method, in the seed's dtypes and order.
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to run, which never changes the result."""
 
-    Raises `UserError` when an expert's tensors do not fit the seed's, before anything is written.
-    """
-    seed = Checkpoint.of_folder(inputs.seed)
-    experts = {name: ExpertTensors(seed, path) for name, path in inputs.experts.items()}
-    shapes = {name: (entry.dtype, entry.shape) for name, entry in seed.entries.items()}
-    write_file(folder / WEIGHTS_FILE, shapes, _merged(method, seed, experts, inputs.weights, options))
+    threads: int | None = None
+    """None: one per core, up to 4."""
+    device: str = "cpu"
+    """Where methods calculate: `cpu`, `cuda`, `cuda:1` ..."""
+    piece_numbers: int = PIECE_NUMBERS
+    """Numbers that are handled at a time where a method allows it."""
 
 
-def _merged(
+@dataclass(frozen=True)
+class Written:
+    """What came out, and what was read for it."""
+
+    digests: dict[str, str]
+    """Of every tensor of the output."""
+    read: dict[TensorEntry, str]
+    """Digest of every stored tensor that was read."""
+    resumed: int
+    """Tensors that an earlier try had completed."""
+
+
+def run_merge(
     method: MergeMethod,
-    seed: Checkpoint,
-    experts: Mapping[str, ExpertTensors],
-    weights: Mapping[str, float],
-    options: Any,
-) -> Iterator[tuple[str, Tensor]]:
-    assert method.merge is not None
-    for name in seed:
-        base = seed.read(name)
-        if not base.is_floating_point():
-            yield name, _agreed(name, base, experts)
-            continue
-        group = TensorGroup(
-            name=name,
-            seed=base,
-            experts=tuple(
-                expert.read(name) if name in expert.changed else base for expert in experts.values()
-            ),
-            expert_names=tuple(experts),
-            weights=tuple(weights.values()),
+    shards: Sequence[ShardPlan],
+    folder: Path,
+    *,
+    fingerprint: str,
+    vocabulary: VocabularyPlan | None = None,
+    round_to: str | None = None,
+    settings: EngineSettings | None = None,
+    tell: Tell = lambda done: None,
+) -> Written:
+    """Write the planned shards into `folder`, going on where an earlier try of the same fingerprint stopped.
+
+    `tell` is called with the bytes written so far. Raises `UserError` for inputs that turn out damaged, a full
+    disk, and methods that give a wrong shape.
+    """
+    how = settings or EngineSettings()
+    with Reader(round_to, how.piece_numbers) as reader, Writer(folder, shards, fingerprint) as writer:
+        resumed = len(writer.digests)
+        calculator = Calculator(method, reader, vocabulary, how.device)
+        todo = [one for shard in shards for one in shard.tensors if one.name not in writer.digests]
+        done = sum(one.num_bytes for shard in shards for one in shard.tensors) - sum(
+            one.num_bytes for one in todo
         )
-        merged = method.merge(group, options)
-        if merged.shape != base.shape:
+        tell(done)
+        _run(todo, calculator, writer, how.threads or min(available_cores(), MOST_THREADS), done, tell)
+        writer.finish()
+        return Written(dict(writer.digests), dict(reader.digests), resumed)
+
+
+def _run(
+    todo: Sequence[TensorPlan],
+    calculator: Calculator,
+    writer: Writer,
+    threads: int,
+    done: int,
+    tell: Tell,
+) -> None:
+    budget = _Budget(max((calculator.bytes_needed(one) for one in todo), default=0))
+    stop = Event()
+    progress = _Progress(done, tell)
+
+    def work(one: TensorPlan) -> None:
+        with budget.share(calculator.bytes_needed(one)):
+            if not stop.is_set():
+                region = writer.region(one)
+                for piece in calculator.bytes_of(one):
+                    if stop.is_set():
+                        return
+                    region.write(piece)
+                region.close()
+                progress.add(one.num_bytes)
+
+    if threads == 1:
+        for one in todo:
+            work(one)
+        return
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        futures = [pool.submit(work, one) for one in todo]
+        try:
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Calculator:
+    """Turns planned tensors into the bytes that are written: reads inputs, calls the method, rounds once."""
+
+    def __init__(
+        self,
+        method: MergeMethod,
+        reader: Reader,
+        vocabulary: VocabularyPlan | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._method, self._reader, self._vocabulary, self._device = method, reader, vocabulary, device
+        self._in_torch = method.arrays == "torch" or device != "cpu"
+
+    def bytes_needed(self, one: TensorPlan) -> int:
+        """Return about how much memory one tensor takes while it is worked on."""
+        width = 8 if any(stored.dtype == "F64" for stored in one.inputs) else 4
+        if one.action != "merge" or self._goes_in_pieces(one):
+            return (len(one.inputs) + 3) * self._reader.piece_numbers * width
+        return (len(one.inputs) + 2) * one.num_numbers * width
+
+    def bytes_of(self, one: TensorPlan) -> Iterator[Any]:
+        """Yield the bytes of one tensor of the output, in pieces."""
+        if one.action == "merge":
+            yield from self._merged_bytes(one)
+        else:
+            if one.action == "agree":
+                self._check_agreement(one)
+            yield from self._copied(one)
+
+    def numbers_of(self, one: TensorPlan) -> NDArray[Any]:
+        """Return one merged tensor as float32 (or float64), before it is rounded to the output's dtype."""
+        if one.action != "merge":
+            return self._reader.whole(one.experts[0])
+        return self._on_whole(one)
+
+    def _merged_bytes(self, one: TensorPlan) -> Iterator[Any]:
+        if not self._goes_in_pieces(one):
+            yield encode(self._on_whole(one), one.dtype)
+            return
+        readers = {stored: self._reader.pieces(stored) for stored in one.inputs}
+        places = range(0, one.num_numbers, self._reader.piece_numbers)
+        for _ in places:
+            yield encode(self._call(one, {stored: next(each) for stored, each in readers.items()}), one.dtype)
+        for each in readers.values():  # to its end, where the digest is checked
+            next(each, None)
+
+    def _goes_in_pieces(self, one: TensorPlan) -> bool:
+        simple = not one.is_vocabulary and all(stored.adapter is None for stored in one.inputs)
+        return self._method.elementwise and simple and not one.statistics
+
+    def _on_whole(self, one: TensorPlan) -> NDArray[Any]:
+        arrays = {stored: self._reader.whole(stored) for stored in one.inputs}
+        if one.is_vocabulary:
+            arrays = self._rearranged(one, arrays)
+        return self._call(one, arrays)
+
+    def _rearranged(
+        self, one: TensorPlan, arrays: dict[StoredTensor, NDArray[Any]]
+    ) -> dict[StoredTensor, NDArray[Any]]:
+        """Return the inputs with the rows of the output's vocabulary."""
+        assert self._vocabulary is not None
+        stored = dict(zip(one.expert_names, one.experts, strict=True))
+        if one.seed is not None and one.seed_name is not None:
+            stored[one.seed_name] = one.seed
+        found = self._vocabulary.rearranged({name: arrays[each] for name, each in stored.items()})
+        return {each: found[name] for name, each in stored.items()}
+
+    def _call(self, one: TensorPlan, arrays: dict[StoredTensor, NDArray[Any]]) -> NDArray[Any]:
+        """Call the method on float arrays and check what it gives."""
+        given: Any = self._as_tensors(arrays) if self._in_torch else arrays
+        group = TensorGroup(
+            name=one.name,
+            experts=tuple(given[stored] for stored in one.experts),
+            expert_names=one.expert_names,
+            weights=one.weights,
+            seed_or_none=given[one.seed] if one.seed is not None else None,
+            statistics=self._statistics(one),
+        )
+        assert self._method.merge is not None
+        merged: Any = self._method.merge(group, one.options)
+        shape = group.experts[0].shape
+        if tuple(merged.shape) != tuple(shape):
             raise UserError(
-                f"merge method '{method.name}' made '{name}' {list(merged.shape)}; the seed's is {list(base.shape)}"
+                f"merge method '{self._method.name}' made '{one.name}' {list(merged.shape)} of {list(shape)}"
             )
-        yield name, merged.to(torch_dtype(seed.entry(name).dtype))
+        return self._as_array(merged, one) if self._in_torch else merged
+
+    def _statistics(self, one: TensorPlan) -> tuple[Any, ...]:
+        read = {each: self._reader.whole(each) for each in one.statistics if each is not None}
+        given = self._as_tensors(read) if self._in_torch else read
+        return tuple(given[each] if each is not None else None for each in one.statistics)
+
+    def _as_tensors(self, arrays: dict[StoredTensor, NDArray[Any]]) -> dict[StoredTensor, Any]:
+        import torch
+
+        return {stored: torch.from_numpy(array).to(self._device) for stored, array in arrays.items()}
+
+    def _as_array(self, merged: Any, one: TensorPlan) -> NDArray[Any]:
+        import torch
+
+        width = torch.float64 if merged.dtype == torch.float64 else torch.float32
+        array: NDArray[Any] = merged.detach().to("cpu", width).numpy()
+        return array
+
+    def _copied(self, one: TensorPlan) -> Iterator[Any]:
+        stored = one.experts[0]
+        if stored.dtype == one.dtype and stored.adapter is None:
+            yield from self._reader.raw(stored)
+        elif stored.adapter is None:
+            for piece in self._reader.pieces(stored):
+                yield encode(piece, one.dtype)
+        else:
+            yield encode(self._reader.whole(stored), one.dtype)
+
+    def _check_agreement(self, one: TensorPlan) -> None:
+        """Raise `UserError` unless all inputs are the same: counts and indices are never averaged."""
+        for stored in one.inputs:
+            for _ in self._reader.raw(stored):
+                pass
+        digests = {stored: self._reader.digests[stored.entry] for stored in one.inputs}
+        first = one.inputs[0]
+        for stored, digest in digests.items():
+            if digest != digests[first]:
+                raise UserError(
+                    f"tensor '{one.name}' holds {one.dtype} numbers, which are never averaged, and they differ "
+                    f"between {first.entry.file} and {stored.entry.file}"
+                )
 
 
-def _agreed(name: str, base: Tensor, experts: Mapping[str, ExpertTensors]) -> Tensor:
-    """Return an integer tensor that all agree on: counts and indices are never averaged."""
-    for expert_name, expert in experts.items():
-        if name in expert.changed and not bool((expert.read(name) == base).all()):
-            raise UserError(f"integer tensor '{name}' differs between the seed and expert '{expert_name}'")
-    return base
+class _Budget:
+    """Lets tensors be worked on side by side as far as their memory fits; one alone always may."""
+
+    def __init__(self, largest: int) -> None:
+        self._limit = max(largest, SIDE_BY_SIDE_BYTES)
+        self._used = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def share(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._limit)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
+
+
+class _Progress:
+    """Adds up what several threads have written."""
+
+    def __init__(self, done: int, tell: Tell) -> None:
+        self._done, self._tell = done, tell
+        self._lock = Condition()
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self._done += size
+            self._tell(self._done)

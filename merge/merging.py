@@ -1,16 +1,16 @@
-"""One merge from beginning to end: check everything first, make the generalist, write its manifest."""
+"""One merge from beginning to end: plan, lock, make the generalist, write where it comes from."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..core.config import MergeConfig, parse_options
 from ..core.errors import UserError, unknown_name
-from ..core.files import exclusive, link_or_copy, new_folder, refuse_existing
+from ..core.files import exclusive, link_or_copy, new_folder, refuse_existing, resumable_folder
 from ..core.lineage import (
     MANIFEST_NAMES,
     TOKENIZER_FILES,
@@ -26,10 +26,32 @@ from ..core.lineage import (
 from ..core.plugin_manager import PluginManager, installed_plugins
 from ..core.types import MergeFinished, MergeInputs, MergeMethod, ValidationText
 from ..core.workspace import Layout, check_name, require_free
-from .engine import merge_tensors
-from .weights import resolve_weights
+from .card import CARD_FILE, model_card
+from .engine import EngineSettings
+from .generalist import write_generalist
+from .licences import check_licences, require_compatible
+from .plan import MergePlan, Permissions, check_output, prepare_merge
+from .recipe import WEIGHT, Recipe, Scope, Setting, whole_models
+from .statistics import find_statistics
+from .tensor_plan import DEFAULT_SHARD_BYTES
+from .weights import check_weights, resolve_weights
 
+SEED = "seed"
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MergeRun:
+    """How a merge runs and what the user insists on; nothing here decides the bytes of the result but `shard_bytes`."""
+
+    force: bool = False
+    resume: bool = False
+    permissions: Permissions = field(default_factory=Permissions)
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    say: Say = lambda line: None
+    tell: Callable[[int, int], None] = lambda done, total: None
+    """Told the bytes written so far and in all."""
 
 
 def merge(
@@ -40,25 +62,181 @@ def merge(
     output: Path | None = None,
     experts_folder: Path | None = None,
     validation: Callable[[], Sequence[ValidationText]] = tuple,
-    force: bool = False,
-    say: Say = lambda line: None,
+    run: MergeRun | None = None,
 ) -> Manifest:
-    """Merge experts into `generalists/NAME` (or `output`) and return the manifest.
+    """Merge experts of a workspace into `generalists/NAME` (or `output`) and return the manifest.
 
-    Everything that can be refused is refused before any work: unknown method or option, experts that are
-    missing, of another seed, of another tokenizer, or not what their manifests say. `validation` gives the
-    text that priors and weights are fitted on, and is called only if something is.
+    Everything that can be refused is refused before any work. `validation` gives the text that priors and weights
+    are fitted on, and is called only if something is.
     """
-    plugins = installed_plugins()
-    method = plugins.merge_method(config.method)
-    options = parse_options(method.options, config.options, f"merge method '{method.name}'")
+    how = run or MergeRun()
+    method = installed_plugins().merge_method(config.method)
+    target = _target(layout, name, output, how)
+    folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
+    check_weights(config.weights, folders)
+    if method.build is not None:
+        return _build(layout, name, config, method, folders, target, validation, how)
+    return _stream(layout, name, config, folders, target, validation, how)
+
+
+def plan_merge(
+    layout: Layout,
+    name: str,
+    config: MergeConfig,
+    *,
+    output: Path | None = None,
+    experts_folder: Path | None = None,
+    run: MergeRun | None = None,
+) -> MergePlan:
+    """Return the plan of a workspace's merge; raises every `UserError` that `merge` would raise before its work.
+
+    Weights that have to be fitted first stand in it as equal ones.
+    """
+    how = run or MergeRun()
+    target = _target(layout, name, output, how)
+    folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
+    check_weights(config.weights, folders)
+    check_lineage(layout.seed, folders, tensors=False, unrelated=how.permissions.unrelated)
+    given = config.weights if not isinstance(config.weights, str) else {}
+    plan = _planned(recipe_of(layout.seed, folders, config, given), how, layout)
+    check_output(plan, target)
+    return plan
+
+
+def merge_recipe(
+    recipe: Recipe, output: Path, *, name: str | None = None, run: MergeRun | None = None
+) -> Manifest:
+    """Merge any folders into `output` as a recipe says, without a workspace, and return the manifest."""
+    how = run or MergeRun()
+    plan = plan_recipe(recipe, output, run=how)
+    lock = output.with_name(f".{output.name}.lock")
+    with exclusive(lock, f"generalist {output}"):
+        refuse_existing(output, force=how.force, what="generalist")
+        try:
+            return _written(plan, output, name or output.name, how)
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def plan_recipe(recipe: Recipe, output: Path | None, *, run: MergeRun | None = None) -> MergePlan:
+    """Return the plan of a merge outside a workspace; raises every `UserError` that comes before its work."""
+    how = run or MergeRun()
+    if output is not None:
+        refuse_existing(output, force=how.force, what="generalist")
+    plan = _planned(recipe, how, None)
+    if output is not None:
+        check_output(plan, output)
+    return plan
+
+
+def recipe_of(
+    seed: Path, experts: Mapping[str, Path], config: MergeConfig, weights: Mapping[str, Setting]
+) -> Recipe:
+    """Return the recipe of a project's merge; options given by expert become the experts' own."""
+    scopes: dict[str, dict[str, Setting]] = {name: {} for name in experts}
+    shared: dict[str, Setting] = {}
+    for name, weight in weights.items():
+        scopes[name][WEIGHT] = weight
+    for key, setting in config.options.items():
+        if isinstance(setting, Mapping) and setting and not {"filter", "value"} & set(setting):
+            for name, value in setting.items():
+                if name not in experts:
+                    raise unknown_name(
+                        f"expert in option '{key}'", name, experts, listed_as="this merge takes"
+                    )
+                scopes[name][key] = value
+        else:
+            shared[key] = setting
+    own: Mapping[str, Scope] = scopes
+    return Recipe(
+        method=config.method,
+        models={SEED: seed, **experts},
+        slices=whole_models(tuple(experts), own),
+        seed=SEED,
+        scopes=(shared,),
+        dtype=config.stored_dtype,
+        tokenizer=config.tokenizer,
+    )
+
+
+def _target(layout: Layout, name: str, output: Path | None, how: MergeRun) -> Path:
     target = output if output is not None else layout.generalists / check_name(name, "a generalist")
     if output is None:
         require_free(layout, name, target)
-    refuse_existing(target, force=force, what="generalist")
-    folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
-    seed_manifest, expert_manifests = check_lineage(layout.seed, folders)
+    refuse_existing(target, force=how.force, what="generalist")
+    return target
 
+
+def _planned(recipe: Recipe, how: MergeRun, layout: Layout | None) -> MergePlan:
+    method = installed_plugins().merge_method(recipe.method)
+    return prepare_merge(
+        recipe,
+        permissions=how.permissions,
+        settings=how.settings,
+        shard_bytes=how.shard_bytes,
+        statistics=find_statistics(method, recipe, layout),
+    )
+
+
+def _stream(
+    layout: Layout,
+    name: str,
+    config: MergeConfig,
+    folders: Mapping[str, Path],
+    target: Path,
+    validation: Callable[[], Sequence[ValidationText]],
+    how: MergeRun,
+) -> Manifest:
+    """Merge tensor by tensor; tensors are compared with the manifests' digests while they are read."""
+    check_lineage(layout.seed, folders, tensors=False, unrelated=how.permissions.unrelated)
+    fitted_on: list[str] = []
+    weights: Mapping[str, Setting] = config.weights if not isinstance(config.weights, str) else {}
+    plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
+    check_output(plan, target)
+    with _locked(layout, name, target):
+        if config.weights == "posterior":
+            texts = validation()
+            fitted_on = [text.domain for text in texts]
+            weights = resolve_weights(config.weights, layout.seed, folders, lambda: texts, how.say)
+            plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
+        return _written(plan, target, name, how, fitted_on)
+
+
+def _locked(layout: Layout, name: str, target: Path) -> AbstractContextManager[None]:
+    return exclusive(layout.lock(f"generalist-{target.name}"), f"generalist '{name}'")
+
+
+def _written(
+    plan: MergePlan, target: Path, name: str, how: MergeRun, fitted_on: Sequence[str] = ()
+) -> Manifest:
+    for note in plan.notes:
+        how.say(note)
+    with resumable_folder(target, force=how.force, resume=how.resume, what="generalist") as partial:
+        manifest = write_generalist(plan, partial, name, fitted_on=fitted_on, say=how.say, tell=how.tell)
+    installed_plugins().merge_finished(MergeFinished(name, target, plan.method.name))
+    return manifest
+
+
+def _build(
+    layout: Layout,
+    name: str,
+    config: MergeConfig,
+    method: MergeMethod,
+    folders: Mapping[str, Path],
+    target: Path,
+    validation: Callable[[], Sequence[ValidationText]],
+    how: MergeRun,
+) -> Manifest:
+    """Let the method make a model of its own kind from artefacts whose every byte was checked."""
+    options = parse_options(method.options, config.options, f"merge method '{method.name}'")
+    for expert, folder in folders.items():
+        if not (folder / MANIFEST_NAMES["expert"]).is_file():
+            raise UserError(
+                f"'{expert}' ({folder}) is no expert of ours; merge method '{method.name}' needs one"
+            )
+    seed, experts = check_lineage(layout.seed, folders)
+    licences = check_licences({SEED: seed.licence, **{one: found.licence for one, found in experts.items()}})
+    require_compatible(licences, how.permissions.licences)
     fitted_on: list[ValidationText] = []
 
     @functools.cache
@@ -66,109 +244,119 @@ def merge(
         fitted_on.extend(validation())
         return tuple(fitted_on)
 
-    with exclusive(layout.lock(f"generalist-{target.name}"), f"generalist '{name}'"):
-        weights = resolve_weights(config.weights, layout.seed, folders, texts, say)
-        asked = config.weights != "uniform"
-        inputs = MergeInputs(layout.seed, folders, weights, asked, texts, say)
-        with new_folder(target, force=force, what="generalist") as partial:
-            weights = dict(_make(method, inputs, options, partial) or weights)
-            tensors, files = digests_of_folder(partial)
-            manifest = Manifest(
-                kind="generalist",
-                name=name,
-                digest=digest_of_tensors(tensors),
-                tensors=tensors,
-                files=files,
-                tokenizer=digest_of_tokenizer(partial),
-                parents=_parents(seed_manifest, expert_manifests, weights),
-                config={
-                    "method": method.name,
-                    "kind": method.kind,
-                    "weights": weights,
-                    "options": asdict(options),
-                    "fitted_on": [text.domain for text in fitted_on],
-                },
-                data={parent: one.data for parent, one in expert_manifests.items()},
-                licence=_common([seed_manifest, *expert_manifests.values()]),
-                versions=tool_versions() | _plugin_version(plugins, method),
-            )
-            manifest.write(partial)
+    plugins = installed_plugins()
+    with _locked(layout, name, target), new_folder(target, force=how.force, what="generalist") as partial:
+        weights = resolve_weights(config.weights, layout.seed, folders, texts, how.say)
+        inputs = MergeInputs(layout.seed, folders, weights, config.weights != "uniform", texts, how.say)
+        for file in (*TOKENIZER_FILES, "generation_config.json"):
+            if (layout.seed / file).is_file():
+                link_or_copy(layout.seed / file, partial / file)
+        assert method.build is not None
+        weights = dict(method.build(inputs, options, partial) or weights)
+        manifest = Manifest(
+            kind="generalist",
+            name=name,
+            digest="",
+            tensors={},
+            files={},
+            tokenizer=digest_of_tokenizer(partial),
+            parents=_parents(seed, experts, weights),
+            config={
+                "method": method.name,
+                "kind": method.kind,
+                "weights": weights,
+                "options": asdict(options),
+                "fitted_on": [text.domain for text in fitted_on],
+                "merge": config.model_dump(mode="json"),
+            },
+            data={parent: one.data for parent, one in experts.items()},
+            licence=licences.result,
+            versions=tool_versions() | plugin_version(plugins, method),
+        )
+        card = model_card(manifest, parents={SEED: seed, **experts})
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+        tensors, files = digests_of_folder(partial)
+        manifest = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
+        manifest.write(partial)
     plugins.merge_finished(MergeFinished(name, target, method.name))
     return manifest
 
 
 def expert_folders(layout: Layout, names: Sequence[str] | None, parent: Path) -> dict[str, Path]:
-    """Return the folders of the named experts (default: every finished one), in the given order."""
+    """Return the folders of the named experts (default: every finished one), in the given order.
+
+    A name that is no expert of the workspace may be a folder: a model of the same family, or an adapter.
+    """
     finished = sorted(path.parent.name for path in parent.glob(f"*/{MANIFEST_NAMES['expert']}"))
     wanted = list(names) if names is not None else finished
     if not wanted:
         raise UserError("there is no finished expert to merge; train one with `expertctl train`")
-    repeated = {name for name in wanted if wanted.count(name) > 1}
-    if repeated:
-        raise UserError(f"expert '{sorted(repeated)[0]}' is named twice")
+    found: dict[str, Path] = {}
     for name in wanted:
+        folder = parent / name
         if name not in finished:
-            if (parent / name).is_dir():
+            if folder.is_dir():
                 raise UserError(f"expert '{name}' is not finished; go on with `expertctl train {name}`")
-            raise unknown_name("expert", name, finished, listed_as="finished")
-    return {name: parent / name for name in wanted}
+            folder = _outside_folder(layout, name)
+            if not folder.is_dir():
+                raise unknown_name("expert", name, finished, listed_as="finished")
+        if folder.name in found:
+            raise UserError(f"expert '{folder.name}' is named twice")
+        found[folder.name] = folder
+    return found
 
 
-def check_lineage(seed: Path, experts: Mapping[str, Path]) -> tuple[Manifest, dict[str, Manifest]]:
-    """Return all manifests once every byte is checked; refuse experts of another seed or tokenizer."""
+def _outside_folder(layout: Layout, name: str) -> Path:
+    given = Path(name).expanduser()
+    return given.resolve() if given.is_dir() or given.is_absolute() else (layout.root / given).resolve()
+
+
+def check_lineage(
+    seed: Path, experts: Mapping[str, Path], *, tensors: bool = True, unrelated: bool = False
+) -> tuple[Manifest, dict[str, Manifest]]:
+    """Return the manifests once they were checked; refuse experts of another seed or tokenizer.
+
+    With `tensors` every byte is read; without, headers and all other files, and tensors are left to whoever reads
+    them. Folders that are not ours have no manifest to check. `unrelated` lets experts of other seeds pass.
+    """
     if not (seed / MANIFEST_NAMES["seed"]).is_file():
         raise UserError(f"there is no finished seed in {seed}")
     origin = read_manifest(seed)
-    manifests = {name: read_manifest(folder) for name, folder in experts.items()}
+    ours = {name: folder for name, folder in experts.items() if (folder / MANIFEST_NAMES["expert"]).is_file()}
+    manifests = {name: read_manifest(folder) for name, folder in ours.items()}
     for name, manifest in manifests.items():
-        parent = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
-        if parent is None or parent.digest != origin.digest:
-            theirs = parent.digest[:12] if parent else "none"
-            raise UserError(
-                f"expert '{name}' was branched from seed {theirs}, but this workspace's seed is {origin.digest[:12]}; "
-                "experts of different seeds cannot be merged"
-            )
-        if manifest.tokenizer != origin.tokenizer:
-            raise UserError(
-                f"expert '{name}' was trained with tokenizer {manifest.tokenizer[:12]}, the seed has "
-                f"{origin.tokenizer[:12]}; their tensors mean different tokens"
-            )
-    for folder in (seed, *experts.values()):
-        require_intact(folder)
+        if not unrelated:
+            _require_same_seed(name, manifest, origin)
+    for folder in (seed, *ours.values()):
+        require_intact(folder, tensors=tensors)
     return origin, manifests
 
 
-def _make(method: MergeMethod, inputs: MergeInputs, options: Any, folder: Path) -> Mapping[str, float] | None:
-    """Fill the folder: tokenizer and generation settings, then what the method makes.
-
-    Returns how much each expert counts where the method decided that.
-    """
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (inputs.seed / name).is_file():
-            link_or_copy(inputs.seed / name, folder / name)
-    if method.build is not None:
-        return method.build(inputs, options, folder)
-    link_or_copy(inputs.seed / "config.json", folder / "config.json")
-    merge_tensors(method, inputs, options, folder)
-    return None
+def _require_same_seed(name: str, manifest: Manifest, origin: Manifest) -> None:
+    parent = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
+    if parent is None or parent.digest != origin.digest:
+        theirs = parent.digest[:12] if parent else "none"
+        raise UserError(
+            f"expert '{name}' was branched from seed {theirs}, but this workspace's seed is {origin.digest[:12]}; "
+            "experts of different seeds cannot be merged (insist with --allow-unrelated)"
+        )
+    if manifest.tokenizer != origin.tokenizer:
+        raise UserError(
+            f"expert '{name}' was trained with tokenizer {manifest.tokenizer[:12]}, the seed has "
+            f"{origin.tokenizer[:12]}; their tensors mean different tokens"
+        )
 
 
 def _parents(
     seed: Manifest, experts: Mapping[str, Manifest], weights: Mapping[str, float]
 ) -> tuple[Parent, ...]:
     return (
-        Parent("seed", "seed", seed.digest),
+        Parent("seed", SEED, seed.digest),
         *(Parent("expert", name, manifest.digest, weights[name]) for name, manifest in experts.items()),
     )
 
 
-def _common(manifests: Sequence[Manifest]) -> str | None:
-    """Return the licence that all parents share, or a list of the different ones."""
-    licences = sorted({manifest.licence for manifest in manifests if manifest.licence})
-    return "; ".join(licences) or None
-
-
-def _plugin_version(plugins: PluginManager, method: MergeMethod) -> dict[str, str]:
-    """Return the version of the distribution that brought the method, when it is not ours."""
+def plugin_version(plugins: PluginManager, method: MergeMethod) -> dict[str, str]:
+    """Return the version of the distribution that brought the method."""
     provider = plugins.provider("merge_methods", method.name)
     return {provider.distribution: provider.version}

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..core.errors import UserError
 from ..core.files import link_or_copy
 from ..core.hookspecs import hookimpl
 from ..core.safetensors_io import Checkpoint, checkpoint_files
-from ..core.types import MergeInputs, MergeMethod, TensorGroup
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class AverageOptions:
-    """A weighted average has no options of its own: its weights are the merge's."""
+from ..core.types import MergeInputs, MergeMethod
+from ..merge.dense.linear import average
 
 
 @dataclass(frozen=True)
@@ -34,18 +27,6 @@ class EnsembleOptions:
     """Run only the experts with the largest prior."""
     samples: int = 100
     """Validation blocks that the cached prior is fitted on."""
-
-
-def average(group: TensorGroup, options: AverageOptions) -> Tensor:
-    """Return the weighted mean of the experts, summed in float32 (arXiv:2208.03306, section 5)."""
-    import torch
-
-    if all(expert is group.seed for expert in group.experts):
-        return group.seed  # nobody changed it: exact, where thirds of it would not sum to the whole
-    total = torch.zeros_like(group.seed, dtype=torch.float32)
-    for weight, expert in zip(group.weights, group.experts, strict=True):
-        total.add_(expert.float(), alpha=weight)
-    return total.to(group.seed.dtype)
 
 
 def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> dict[str, float]:
@@ -129,7 +110,9 @@ def merge_methods() -> list[MergeMethod]:
             name="average",
             summary="one model: the weighted mean of the experts' tensors",
             merge=average,
-            options=AverageOptions,
+            uses_seed=False,
+            elementwise=True,
+            arrays="any",
         ),
         MergeMethod(
             name="ensemble",

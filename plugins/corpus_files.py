@@ -20,6 +20,9 @@ from ..core.types import CorpusFormat
 
 PARQUET_ROWS_AT_A_TIME = 256
 PARQUET_BUFFER_BYTES = 1 << 20
+TEXT_DOCUMENT_BYTES = 4 << 20  # no text document is longer, however large its file is
+# A blank line with either kind of line end, then what to make do with; each border belongs to what is before it.
+TEXT_BORDERS = ((b"\n\n", b"\n\r\n"), (b"\n",), (b" ",))
 MAX_QUOTED = 200  # characters of a file's own words that an error message repeats
 JSON_KINDS = {
     bool: "a boolean",
@@ -38,7 +41,7 @@ def corpus_formats() -> list[CorpusFormat]:
         CorpusFormat(
             "jsonl", "one JSON object a line, the text in one field", (".jsonl", ".jsonl.gz"), read_jsonl
         ),
-        CorpusFormat("text", "each file is one document", (".txt", ".md"), read_text),
+        CorpusFormat("text", "each file is one document, a large one several", (".txt", ".md"), read_text),
         CorpusFormat("parquet", "one row a document, the text in one column", (".parquet",), read_parquet),
     ]
 
@@ -53,15 +56,22 @@ def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
 
 
 def read_text(path: Path, text_field: str) -> Iterator[str]:
-    """Yield the whole file as one document; there is no field to pick, so `text_field` is unused."""
-    try:
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte offset {error.start}; save the file as UTF-8") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if text.strip():
-        yield text
+    """Yield a file as one document, or one of more than `TEXT_DOCUMENT_BYTES` as several, cut between paragraphs.
+
+    Together they are the text of the file. There is no field to pick, so `text_field` is unused.
+    """
+    offset = 0
+    for piece in _text_pieces(path):
+        try:
+            text = piece.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: not UTF-8 at byte offset {offset + error.start}; save the file as UTF-8"
+            ) from error
+        text = text if offset else text.removeprefix("\ufeff")
+        offset += len(piece)
+        if text.strip():
+            yield text
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str]:
@@ -95,6 +105,45 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(
             f"{path}: not a parquet file, or damaged after row {row} ({_quoted(error)}); copy or write it again"
         ) from error
+
+
+# --- pieces of a plain text ---
+
+
+def _text_pieces(path: Path) -> Iterator[bytes]:
+    """Yield a file's bytes in pieces of at most `TEXT_DOCUMENT_BYTES`, holding a few of them at most."""
+    rest = b""
+    try:
+        with path.open("rb") as stream:
+            while True:
+                window = rest + stream.read(TEXT_DOCUMENT_BYTES + 1 - len(rest))
+                if len(window) <= TEXT_DOCUMENT_BYTES:
+                    break
+                cut = _last_border(window, TEXT_DOCUMENT_BYTES)
+                yield window[:cut]
+                rest = window[cut:]
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if window:
+        yield window
+
+
+def _last_border(window: bytes, end: int) -> int:
+    """Return where to cut, at `end` or before: behind the last paragraph, line or word, else between characters."""
+    for borders in TEXT_BORDERS:
+        cut = max(_end_of(border, window, end) for border in borders)
+        if cut:
+            return cut
+    cut = end
+    while cut > end - 3 and window[cut] & 0xC0 == 0x80:  # inside a character of several bytes
+        cut -= 1
+    return cut
+
+
+def _end_of(border: bytes, window: bytes, end: int) -> int:
+    """Return where the last `border` before `end` ends; 0 if there is none."""
+    found = window.rfind(border, 0, end)
+    return found + len(border) if found >= 0 else 0
 
 
 # --- lines and their text ---

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from expertctl.core.lineage import verify as verify
     from expertctl.core.loading import load_model as load_model
     from expertctl.core.loading import register_auto_classes as register_auto_classes
+    from expertctl.core.token_store import TokenBlocks as TokenBlocks
     from expertctl.core.types import Architecture as Architecture
     from expertctl.core.types import CorpusFormat as CorpusFormat
     from expertctl.core.types import Evaluator as Evaluator
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from expertctl.core.types import MergeFinished as MergeFinished
     from expertctl.core.types import MergeInputs as MergeInputs
     from expertctl.core.types import MergeMethod as MergeMethod
+    from expertctl.core.types import RunReporter as RunReporter
     from expertctl.core.types import Score as Score
     from expertctl.core.types import TensorGroup as TensorGroup
     from expertctl.core.types import TrainablePart as TrainablePart
     from expertctl.core.types import Trainer as Trainer
     from expertctl.core.types import TrainingStep as TrainingStep
+    from expertctl.core.types import ValidationText as ValidationText
     from expertctl.workspace import Workspace as Workspace
 
 _HOMES = {
@@ -37,6 +40,7 @@ _HOMES = {
     "core.hookspecs": ("hookimpl",),
     "core.lineage": ("verify",),
     "core.loading": ("load_model", "register_auto_classes"),
+    "core.token_store": ("TokenBlocks",),
     "core.types": (
         "Architecture",
         "CorpusFormat",
@@ -47,11 +51,13 @@ _HOMES = {
         "MergeFinished",
         "MergeInputs",
         "MergeMethod",
+        "RunReporter",
         "Score",
         "TensorGroup",
         "TrainablePart",
         "Trainer",
         "TrainingStep",
+        "ValidationText",
     ),
     "workspace": ("Workspace",),
 }

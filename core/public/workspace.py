@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertctl.core.config import ExpertConfig, MergeConfig, ProjectConfig, checked, load_project
 from expertctl.core.errors import Interrupted, UserError, unknown_name
-from expertctl.core.lineage import Manifest, read_manifest
+from expertctl.core.lineage import Manifest, manifest_path, read_manifest
 from expertctl.core.plugin_manager import installed_plugins
 from expertctl.core.types import LaunchResult, RunReporter, ValidationText
 from expertctl.core.workspace import Layout
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from expertctl.experts.corpora import PreparedDomain
     from expertctl.experts.evaluation import EvaluationTable
     from expertctl.experts.runs import RunSpec
+    from expertctl.merge.merging import MergeRun
+    from expertctl.merge.plan import MergePlan
 
 
 class _Silent:
@@ -32,12 +34,24 @@ class _Silent:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training several runs ended."""
+    """How training several runs ended; `raise_for_failures` for callers that want all of them or an error."""
 
     finished: tuple[str, ...]
     failed: Mapping[str, str] = field(default_factory=dict)
     """Name -> one-line error."""
     interrupted: tuple[str, ...] = ()
+
+    def raise_for_failures(self) -> None:
+        """Raise `UserError` that names every run that failed, or `Interrupted` if runs were stopped.
+
+        Does nothing when all of them finished.
+        """
+        if self.interrupted:
+            raise Interrupted(
+                f"{', '.join(self.interrupted)}: stopped, state saved; the same command goes on"
+            )
+        if self.failed:
+            raise UserError("; ".join(f"{name}: {error}" for name, error in self.failed.items()))
 
 
 class Workspace:
@@ -89,7 +103,7 @@ class Workspace:
                 domain_config(self.config, name),
                 self.layout.seed,
                 force=force,
-                tell=lambda documents, name=name: tell(name, documents),  # type: ignore[misc]
+                tell=lambda documents, name=name: tell(name, documents),  # type: ignore[misc]  # mypy infers no lambda with a default
             )
             for name in domains or self.config.domains
         ]
@@ -136,7 +150,7 @@ class Workspace:
         if preset is not None:
             project = project.model_copy(update={"seed": project.seed.model_copy(update={"preset": preset})})
         run = start_pretraining(self.layout, project, force=force)
-        self._raise_unless_finished(self._launch([run], 1, launcher, reporter))
+        self._launch([run], 1, launcher, reporter).raise_for_failures()
         return read_manifest(run)
 
     def branch(self, name: str, *, force: bool = False, **settings: Any) -> RunSpec:
@@ -170,7 +184,8 @@ class Workspace:
     ) -> TrainResult:
         """Train experts that were branched or stand in `expertctl.yaml`; with no name, all of them.
 
-        Goes on where an earlier try stopped. One that fails does not touch the others: see the result.
+        Goes on where an earlier try stopped. One that fails does not touch the others, so nothing is raised for it:
+        the result says what finished, failed and was interrupted, and its `raise_for_failures()` raises as `seed` does.
         """
         from expertctl.core.files import remove_tree
         from expertctl.experts.runs import STATE_FOLDER, is_finished
@@ -249,7 +264,7 @@ class Workspace:
         from expertctl.experts.baselines import DENSE, DENSE_SAME_BATCH
         from expertctl.experts.runs import RUN_FILE, is_finished
 
-        commands = {self.layout.seed: "expertctl seed"}
+        commands = {self.layout.seed: self._seed_command()}
         commands |= {
             path.parent: f"expertctl train {path.parent.name}" for path in self.experts.glob(f"*/{RUN_FILE}")
         }
@@ -264,6 +279,20 @@ class Workspace:
             if (folder / RUN_FILE).is_file() and not is_finished(folder)
         }
 
+    def _seed_command(self) -> str:
+        """Return the command that goes on with a seed that was begun, with the options that it was begun with."""
+        from expertctl.experts.runs import RUN_FILE, read_run
+
+        if not (self.layout.seed / RUN_FILE).is_file():
+            return "expertctl seed"
+        try:
+            begun = read_run(self.layout.seed).preset
+        except UserError:
+            return "expertctl seed --force"  # its settings are lost: nothing can go on with it
+        if begun is not None and begun != self.config.seed.preset:
+            return f"expertctl seed --preset {begun}"
+        return "expertctl seed --scratch" if self.config.seed.from_ is not None else "expertctl seed"
+
     def _launch(
         self, runs: Sequence[Path], jobs: int, launcher: str | None, reporter: RunReporter | None
     ) -> TrainResult:
@@ -277,14 +306,6 @@ class Workspace:
             interrupted=tuple(result.run.name for result in results if result.interrupted),
         )
 
-    def _raise_unless_finished(self, result: TrainResult) -> None:
-        if result.interrupted:
-            raise Interrupted(
-                f"{', '.join(result.interrupted)}: stopped, state saved; the same command goes on"
-            )
-        for name, error in result.failed.items():
-            raise UserError(f"{name}: {error}")
-
     # --- generalists ---
 
     def merge(
@@ -293,50 +314,82 @@ class Workspace:
         *,
         method: str | None = None,
         experts: Sequence[str] | None = None,
-        weights: str | Mapping[str, float] | None = None,
+        weights: str | Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
         fit_on: Sequence[str] | None = None,
+        dtype: str | None = None,
+        tokenizer: str | None = None,
         output: str | Path | None = None,
         force: bool = False,
-        say: Callable[[str], None] = lambda line: None,
+        resume: bool = False,
+        run: MergeRun | None = None,
     ) -> Manifest:
         """Merge experts into a generalist; what is not given comes from `merges.NAME` in `expertctl.yaml`.
 
-        `fit_on` names the domains whose validation text priors and posterior weights are fitted on (default:
-        those that the experts were trained on).
+        `experts` are names of finished experts, or folders of models and LoRA adapters. `fit_on` names the domains
+        whose validation text priors and posterior weights are fitted on (default: those that the experts were
+        trained on). `run` says how it runs: threads, device, file size, progress, what the user insists on.
         """
-        from expertctl.experts.corpora import domain_config
-        from expertctl.merge.merging import expert_folders, merge
+        from expertctl.merge.merging import MergeRun, expert_folders, merge
 
-        given = {"method": method, "experts": experts, "weights": weights, "fit_on": fit_on}
-        settings = {key: value for key, value in given.items() if value is not None}
-        declared = self.config.merges.get(name)
-        base = declared.model_dump(exclude_unset=True) if declared is not None else {}
-        if options is not None:
-            settings["options"] = {**base.get("options", {}), **options}
-        if "method" not in base | settings:
-            raise UserError(f"merge '{name}' is not in expertctl.yaml; say how: --method METHOD")
-        config = checked(MergeConfig, base | settings, f"merge '{name}'")
-        installed_plugins().merge_method(config.method)
+        config = self._merge_config(
+            name,
+            method=method,
+            experts=experts,
+            weights=weights,
+            fit_on=fit_on,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            options=options,
+        )
         folders = expert_folders(self.layout, config.experts, self.experts)
-        for domain in config.fit_on or ():
-            domain_config(self.config, domain)
         domains = config.fit_on or self._trained_domains(list(folders.values()))
+        given = run or MergeRun()
+        how = replace(given, force=force or given.force, resume=resume or given.resume)
         return merge(
             self.layout,
             name,
             config,
             output=Path(output) if output is not None else None,
             validation=lambda: self._validation(domains),
-            force=force,
-            say=say,
+            run=how,
         )
+
+    def plan(
+        self, name: str, *, output: str | Path | None = None, run: MergeRun | None = None, **settings: Any
+    ) -> MergePlan:
+        """Return what `merge` with the same settings would do, once everything that can be refused was checked."""
+        from expertctl.merge.merging import plan_merge
+
+        config = self._merge_config(name, **settings)
+        target = Path(output) if output is not None else None
+        return plan_merge(self.layout, name, config, output=target, run=run)
+
+    def _merge_config(
+        self, name: str, *, options: Mapping[str, Any] | None = None, **settings: Any
+    ) -> MergeConfig:
+        """Return the settings of a merge: what is given, over what `expertctl.yaml` says; all names checked."""
+        from expertctl.experts.corpora import domain_config
+
+        given = {key: value for key, value in settings.items() if value is not None}
+        declared = self.config.merges.get(name)
+        base = declared.model_dump(exclude_unset=True) if declared is not None else {}
+        if options is not None:
+            given["options"] = {**base.get("options", {}), **options}
+        if "method" not in base | given:
+            raise UserError(f"merge '{name}' is not in expertctl.yaml; say how: --method METHOD")
+        config = checked(MergeConfig, base | given, f"merge '{name}'")
+        installed_plugins().merge_method(config.method)
+        for domain in config.fit_on or ():
+            domain_config(self.config, domain)
+        return config
 
     def _trained_domains(self, experts: Sequence[Path]) -> list[str]:
         """Return the domains that experts were trained on and that this project still has, sorted."""
         found: set[str] = set()
         for folder in experts:
-            found |= set(read_manifest(folder).data.get("domains", ()))
+            if manifest_path(folder) is not None:
+                found |= set(read_manifest(folder).data.get("domains", ()))
         return sorted(found & set(self.config.domains))
 
     def _validation(self, domains: Sequence[str]) -> list[ValidationText]:
@@ -403,7 +456,7 @@ class Workspace:
         from expertctl.experts.baselines import start_dense
 
         run = start_dense(self.layout, same_batch=same_batch, force=force)
-        self._raise_unless_finished(self._launch([run], 1, None, reporter))
+        self._launch([run], 1, None, reporter).raise_for_failures()
         return read_manifest(run)
 
     def random_split_baseline(
@@ -412,10 +465,10 @@ class Workspace:
         """Train as many experts as there are, on random slices of all text, and make their ensemble."""
         from expertctl.experts.baselines import start_random_split
         from expertctl.experts.runs import is_finished
-        from expertctl.merge.merging import merge
+        from expertctl.merge.merging import MergeRun, merge
 
         runs = start_random_split(self.layout, force=force)
-        self._raise_unless_finished(self._launch(runs, jobs, None, reporter))
+        self._launch(runs, jobs, None, reporter).raise_for_failures()
         names = tuple(run.name for run in runs)
         target = self.layout.baselines / "random-split"
         if not force and is_finished(target):
@@ -427,7 +480,7 @@ class Workspace:
             output=target,
             experts_folder=self.layout.baselines,
             validation=lambda: self._validation(self._trained_domains(runs)),
-            force=force,
+            run=MergeRun(force=force),
         )
 
 

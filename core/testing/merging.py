@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..types import TensorGroup
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Merge = Callable[[TensorGroup, Any], "Tensor"]
 
 SHAPES: tuple[tuple[int, ...], ...] = ((4, 6), (5,), (1, 1), ())
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "float64")
 
 
 def tensor_group(
@@ -34,18 +34,29 @@ def tensor_group(
     experts = tuple((base + torch.randn(tuple(shape), generator=source)).to(kind) for _ in range(num_experts))
     return TensorGroup(
         name="model.layers.0.mlp.up_proj.weight",
-        seed=base.to(kind),
         experts=experts,
         expert_names=tuple(f"expert{index}" for index in range(num_experts)),
         weights=tuple(weights) if weights is not None else (1 / num_experts,) * num_experts,
+        seed_or_none=base.to(kind),
     )
 
 
-def assert_merge_ok(merge: Merge, options: Any = None, *, num_experts: int = 3) -> None:
+def in_numpy(group: TensorGroup) -> TensorGroup:
+    """Return the group with numpy arrays, as methods for any arrays are given them on a CPU."""
+    arrays: Any = [tensor.numpy() for tensor in group.experts]
+    base: Any = group.seed.numpy()
+    known: Any = [None if one is None else one.numpy() for one in group.statistics]
+    return replace(group, experts=tuple(arrays), seed_or_none=base, statistics=tuple(known))
+
+
+def assert_merge_ok(
+    merge: Merge, options: Any = None, *, num_experts: int = 3, arrays: Literal["torch", "any"] = "torch"
+) -> None:
     """Check a per-tensor merge function as the engine will call it; raises `AssertionError` that says what fails.
 
     It must keep shape and dtype, leave its arguments alone, answer the same when asked again, give the seed
-    when every expert equals it, and not care in which order the experts come.
+    when every expert equals it, and not care in which order the experts come. With `arrays="any"` it must do so for
+    numpy arrays too, with the same result.
     """
     for shape in SHAPES:
         for dtype in DTYPES:
@@ -53,9 +64,27 @@ def assert_merge_ok(merge: Merge, options: Any = None, *, num_experts: int = 3) 
                 shape, num_experts=num_experts, dtype=dtype, weights=_uneven_weights(num_experts)
             )
             where = f"for {dtype} {list(shape)} with {num_experts} experts"
-            _check_result(merge, group, options, where)
-            _check_identity(merge, group, options, where)
-            _check_order(merge, group, options, where)
+            if arrays == "any":
+                found, expected = _as_tensor(merge(in_numpy(group), options)), merge(group, options)
+                assert _close(found, expected), (
+                    f"numpy arrays and torch tensors give different results {where}"
+                )
+                merge_numpy: Merge = lambda one, chosen: _as_tensor(merge(in_numpy(one), chosen))  # noqa: E731
+                _check(merge_numpy, group, options, f"{where} in numpy")
+            _check(merge, group, options, where)
+
+
+def _check(merge: Merge, group: TensorGroup, options: Any, where: str) -> None:
+    _check_result(merge, group, options, where)
+    _check_identity(merge, group, options, where)
+    _check_order(merge, group, options, where)
+
+
+def _as_tensor(array: Any) -> Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
 
 
 def _check_result(merge: Merge, group: TensorGroup, options: Any, where: str) -> None:
@@ -96,8 +125,7 @@ def _check_order(merge: Merge, group: TensorGroup, options: Any, where: str) -> 
 def _close(found: Tensor, expected: Tensor) -> bool:
     import torch
 
-    tolerance = 1e-5 if expected.dtype == torch.float32 else 2e-2  # bfloat16 has 8 bits
-    return torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
+    return torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
 def _uneven_weights(count: int) -> tuple[float, ...]:

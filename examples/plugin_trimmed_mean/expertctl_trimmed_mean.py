@@ -28,8 +28,8 @@ def trimmed_mean(group: TensorGroup, options: Options) -> Tensor:
         raise UserError(
             f"trim {options.trim} leaves nothing of {count} experts; it is 0 to {(count - 1) // 2}"
         )
-    ordered = torch.stack(group.experts).float().sort(dim=0).values
-    return ordered[options.trim : count - options.trim].mean(dim=0).to(group.seed.dtype)
+    ordered = torch.stack(group.experts).sort(dim=0).values
+    return ordered[options.trim : count - options.trim].mean(dim=0)
 
 
 @hookimpl

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from expertctl.cli.quickstart import _next_steps
 from expertctl.core.config import load_project
+from expertctl.workspace import Workspace
 
 
 def test_a_new_workspace_loads_and_is_empty(run: Any, tmp_path: Path) -> None:
@@ -84,3 +87,17 @@ def test_a_folder_without_a_model_is_no_seed(run: Any, tmp_path: Path) -> None:
     assert result.status == 1
     assert "has no config.json" in result.error
     assert not (tmp_path / "new").exists()
+
+
+def test_the_way_on_can_be_pasted_whatever_the_folder_is_called(run: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "it's my project"
+    said = run("init", folder, "--bundled").out.strip()
+    steps = said.partition("go on with: ")[2]
+    assert shlex.split(steps) == ["cd", str(folder), "&&", "expertctl", "seed"]
+
+
+def test_the_quickstart_ends_with_a_way_on_that_can_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "it's my project"
+    folder.mkdir()
+    (folder / "expertctl.yaml").write_text("", encoding="utf-8")
+    assert shlex.split(_next_steps(Workspace(folder)).splitlines()[1]) == ["cd", str(folder)]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from expertctl.core.lineage import read_manifest
+from expertctl.workspace import TrainResult, Workspace
 
 
 def test_show_lists_what_is_there_and_what_is_not_yet(run: Any, workspace: Path) -> None:
@@ -23,6 +24,33 @@ def test_show_lists_what_is_there_and_what_is_not_yet(run: Any, workspace: Path)
     assert "expertctl train tax" in out
     assert "expertctl merge soup" in out
     assert read_manifest(workspace / "seed").digest[:12] in out
+
+
+@pytest.mark.parametrize(
+    ("options", "source", "command"),
+    [
+        ([], "", "expertctl seed"),
+        (["--preset", "small"], "", "expertctl seed --preset small"),
+        (["--scratch"], "from: elsewhere, ", "expertctl seed --scratch"),
+    ],
+)
+def test_show_and_doctor_tell_the_command_that_goes_on_with_a_seed(
+    run: Any, fresh: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], source: str, command: str
+) -> None:
+    def stopped(self: Workspace, runs: list[Path], *others: object) -> TrainResult:
+        return TrainResult((), interrupted=tuple(folder.name for folder in runs))
+
+    monkeypatch.setattr(Workspace, "_launch", stopped)
+    config = (fresh / "expertctl.yaml").read_text(encoding="utf-8").replace("seed: {", f"seed: {{{source}")
+    (fresh / "expertctl.yaml").write_text(config, encoding="utf-8")
+    assert run("seed", *options, cwd=fresh).status == 130
+    assert run("--json", "show").json["unfinished"] == {"seed": command}
+    findings = {finding["what"]: finding["found"] for finding in run("--json", "doctor").json["findings"]}
+    assert findings["unfinished seed"] == f"go on with: {command}"
+    words = command.split()[1:]
+    assert run(*words).error == "seed: stopped, state saved; the same command goes on"
+    (fresh / "seed" / "run.json").write_text("{}", encoding="utf-8")
+    assert run("--json", "show").json["unfinished"] == {"seed": "expertctl seed --force"}
 
 
 def test_show_gives_the_whole_manifest_of_one_artefact(run: Any, workspace: Path) -> None:

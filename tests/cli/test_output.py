@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
+import numpy as np
 import pytest
 
-from expertctl.cli.output import Table, number, plain_table, print_part, shares
+from expertctl.cli.output import Table, number, plain_table, print_json, print_part, shares
 
 TABLE = Table(
     ("model", "law"),
@@ -39,3 +41,18 @@ def test_a_terminal_gets_colours_and_keeps_whole_names(
 def test_figures() -> None:
     assert shares({"law": 0.256, "code": 0.744}) == "law 0.26, code 0.74"
     assert number(1234567) == "1,234,567"
+
+
+def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = {
+        "a": float("nan"),
+        "b": [1.5, float("inf"), (float("-inf"), True)],
+        "c": {"d": np.float64("nan")},
+    }
+    print_json(broken)
+    out = capsys.readouterr().out
+    assert json.loads(out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, None, [None, True]],
+        "c": {"d": None},
+    }

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+
+from expertctl.core import loading
 
 
 def test_eval_prints_the_contract(run: Any, workspace: Path) -> None:
@@ -26,6 +31,46 @@ def test_eval_prints_the_contract(run: Any, workspace: Path) -> None:
 def test_eval_takes_any_model_folder(run: Any, workspace: Path, model_folder: Path) -> None:
     table = run("--json", "eval", "seed", str(model_folder), "--domains", "code", "--jobs", "1").json
     assert table["models"]["seed"] == table["models"][str(model_folder)]  # the seed is a copy of it
+
+
+def test_eval_of_a_broken_model_is_valid_json_all_the_same(
+    run: Any, workspace: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    out = run("--json", "eval", "seed", broken, "--domains", "code").out
+    models = json.loads(out, parse_constant=pytest.fail)["models"]
+    assert models[str(broken)]["bits_per_byte"] == {"code": None}
+    assert models["seed"]["bits_per_byte"]["code"] > 0
+
+
+def test_eval_reads_no_folder_twice_to_check_it(
+    run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str] = []
+    check = loading.require_intact
+
+    def noted(folder: Path) -> Any:
+        checked.append(folder.name)
+        return check(folder)
+
+    monkeypatch.setattr(loading, "require_intact", noted)
+    assert run("eval", "code", "prose", "seed", "--domains", "code").status == 0
+    assert sorted(checked) == ["code", "prose", "seed"]
+    checked.clear()
+    assert run("branch", "tax", "--domain", "code", "--from", "auto").status == 0
+    assert sorted(checked) == ["code", "prose", "seed"]
+
+
+def test_eval_refuses_a_damaged_model_before_any_is_scored(run: Any, workspace: Path) -> None:
+    (workspace / "experts" / "prose" / "notes.txt").write_text("mine", encoding="utf-8")
+    result = run("-v", "eval", "code", "prose")
+    assert result.status == 1
+    assert "file notes.txt was added" in result.error
+    assert result.out == ""
 
 
 def test_eval_marks_the_best_of_each_column_and_cuts_nothing_off(run: Any, workspace: Path) -> None:

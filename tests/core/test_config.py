@@ -64,6 +64,13 @@ def test_a_full_file_is_read_into_its_sections(load: Load) -> None:
     )
 
 
+def test_a_domain_may_be_called_what_an_expert_may_not(load: Load) -> None:
+    assert list(load("domains: {auto: {bundled: cpp}, v1.2_a-b: {bundled: python}}").domains) == [
+        "auto",
+        "v1.2_a-b",
+    ]
+
+
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "experts:\n  # none yet\n"])
 def test_an_empty_file_is_all_defaults(load: Load, text: str) -> None:
     assert load(text) == ProjectConfig()
@@ -125,6 +132,13 @@ WRONG = {
     + "experts:\n  v1.2:\n    domain: zz": "4: experts.v1.2.domain: there is no domain 'zz'; domains: law",
     LAW + "seed:\n  domains: [law, xyz]": "3: seed.domains: there is no domain 'xyz'; domains: law",
     "experts:\n  a:\n    domain: law": "3: experts.a.domain: there is no domain 'law'; domains: none",
+    # names that cannot be folders
+    "domains:\n  law: {bundled: python}\n  a/b: {bundled: cpp}": (
+        "3: domains.a/b: a domain cannot be called 'a/b': use letters, digits, '-', '_' and '.', beginning with …"
+    ),
+    "domains:\n  ..: {bundled: cpp}": "2: domains...: a domain cannot be called '..': use letters, …",
+    "domains:\n  'my law': {bundled: cpp}": "2: domains.my law: a domain cannot be called 'my law': use …",
+    "domains:\n  '': {bundled: cpp}": "2: domains.: a domain cannot be called '': use letters, …",
     # the same key twice
     "training:\n  tokens: 1\n  tokens: 2": "3: 'tokens' stands here twice",
     LAW + "'domains': {}": "2: 'domains' stands here twice",

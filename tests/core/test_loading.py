@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import expertctl
 from expertctl.core.errors import UserError
@@ -197,6 +198,29 @@ def test_a_tensor_that_the_model_does_not_have_is_refused(model_folder: Path) ->
     model, _ = expertctl.load_model(model_folder)
     with pytest.raises(UserError, match=r"the model has no tensor 'other\.weight'"):
         overlay_tensors(model, {"other.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_loading_shows_no_bar_and_leaves_the_users_setting_as_it_was(
+    shared_workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], shown: bool
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setattr(logging, "_tqdm_active", shown)
+    expertctl.load_model(shared_workspace / "experts" / "law")
+    assert logging.is_progress_bar_enabled() is shown
+    with pytest.raises(UserError):
+        expertctl.load_model(shared_workspace)
+    assert logging.is_progress_bar_enabled() is shown
+    assert capfd.readouterr().err == ""
+
+
+def test_who_asks_for_loading_bars_has_them(
+    shared_workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    expertctl.load_model(shared_workspace / "seed")
+    assert "Loading weights" in capfd.readouterr().err
 
 
 def test_classes_can_be_registered_twice() -> None:

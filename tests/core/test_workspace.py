@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from expertctl.core.errors import UserError
+import expertctl
+from expertctl.core import token_store
+from expertctl.core.errors import Interrupted, UserError
 from expertctl.core.workspace import Layout, check_name
+from expertctl.workspace import TrainResult, Workspace
 
 
 def test_a_workspace_is_found_upward_as_git_does(
@@ -63,3 +67,29 @@ def test_names_that_are_safe_as_folders_are_taken(name: str) -> None:
 def test_names_that_are_not_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="an expert cannot be called"):
         check_name(name, "an expert")
+
+
+# --- how training ended ---
+
+
+def test_a_result_raises_only_when_asked_and_only_for_what_did_not_finish() -> None:
+    TrainResult(("law",)).raise_for_failures()
+    with pytest.raises(UserError, match=r"^code: no space left; tax: out of memory$"):
+        TrainResult(("law",), {"code": "no space left", "tax": "out of memory"}).raise_for_failures()
+    with pytest.raises(Interrupted, match=r"^law, code: stopped, state saved; the same command goes on$"):
+        TrainResult((), {"tax": "out of memory"}, ("law", "code")).raise_for_failures()
+
+
+def test_train_leaves_raising_to_its_caller(new_workspace: Any, tmp_path: Path) -> None:
+    config = "domains: {tax: {path: nowhere}}\nexperts: {tax: {domain: tax, from: lwa}}\n"
+    result = Workspace(new_workspace(tmp_path / "ws", ("law",), config=config)).train("law", "tax")
+    assert result.finished == ("law",)
+    with pytest.raises(UserError, match=r"^tax: no finished expert 'lwa' \(did you mean 'law'\?\)"):
+        result.raise_for_failures()
+
+
+def test_the_names_that_plugins_speak_of_are_there_to_import() -> None:
+    reporter: type = expertctl.RunReporter
+    text = expertctl.ValidationText("law", expertctl.TokenBlocks)
+    assert {"started", "progressed", "finished"} <= set(vars(reporter))
+    assert (text.domain, text.blocks) == ("law", token_store.TokenBlocks)

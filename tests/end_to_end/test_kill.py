@@ -47,6 +47,20 @@ def run(code: str, root: Path) -> None:
     assert process.returncode == 0, errors.decode()
 
 
+def started_training(root: Path) -> subprocess.Popen[bytes]:
+    """Start to train the expert and return when its first checkpoint is there."""
+    process = start(TRAIN, root)
+    while not list((root / "experts" / "prose" / ".training").glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
 def worker_of(folder: Path) -> int | None:
     """Return the process id of the worker that trains in `folder`."""
     for entry in Path("/proc").glob("[0-9]*"):
@@ -119,8 +133,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
             time.sleep(0.01)
         time.sleep(moments.random() * 0.1)
         worker = worker_of(folder)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill(process)
         assert worker is None or gone(worker, 10), "a worker outlived the command that started it"
     assert len(reached) >= 3
     run(TRAIN, root)
@@ -133,10 +146,7 @@ def test_a_killed_worker_is_reported_and_the_same_command_goes_on(
 ) -> None:
     root = fresh(branched, tmp_path)
     folder = root / "experts" / "prose"
-    process = start(TRAIN, root)
-    while not list((folder / ".training").glob("step-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started_training(root)
     worker = worker_of(folder)
     assert worker is not None
     os.kill(worker, signal.SIGKILL)
@@ -152,10 +162,7 @@ def test_an_interrupted_run_saves_its_state_and_goes_on(
 ) -> None:
     root = fresh(branched, tmp_path)
     folder = root / "experts" / "prose"
-    process = start(TRAIN, root)
-    while not list((folder / ".training").glob("step-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = started_training(root)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert list((folder / ".training").glob("step-*"))
@@ -172,8 +179,7 @@ def test_a_killed_merge_leaves_nothing_or_everything(branched: Path, tmp_path: P
     assert not result.failed
     process = start(MERGE, root)
     time.sleep(delay_s)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process)
     folder = root / "generalists" / "forest"
     if folder.exists():
         assert verify(folder) == []
@@ -191,8 +197,7 @@ def test_a_seed_killed_in_every_phase_ends_with_the_same_bytes(seeded_project: P
     for delay_s in (0.2, 0.6, 1.5, 3.0, 5.0):
         process = start(SEED, root)
         time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill(process)
         if (root / "seed" / "seed.json").exists():
             break
     if not (root / "seed" / "seed.json").exists():

@@ -13,6 +13,7 @@ from expertctl.core.config import DomainConfig
 from expertctl.core.token_store import TokenBlocks
 from expertctl.core.tokenizer import TextEncoder
 from expertctl.core.workspace import Layout
+from expertctl.experts import corpora
 from expertctl.experts.corpora import PreparedDomain, domain_documents, prepare_domain
 
 TEXTS = [
@@ -103,6 +104,57 @@ def test_one_path_is_split_by_document_and_equal_documents_stay_together(
     assert sorted(train + valid) == sorted(many + many)
     assert not set(train) & set(valid)
     assert 0.05 < len(valid) / len(many + many) < 0.15
+
+
+def split_of(layout: Layout, texts: list[str], share: float) -> tuple[list[str], list[str]]:
+    config = DomainConfig(path=jsonl(layout.root / "all.jsonl", texts), valid_share=share)
+    train, valid = (list(domain_documents(config, layout.root, part)) for part in ("train", "valid"))
+    assert sorted(train + valid) == sorted(texts)
+    return train, valid
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.1, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_few_documents_are_split_so_that_no_part_is_empty(layout: Layout, share: float, count: int) -> None:
+    train, valid = split_of(layout, TEXTS[:count], share)
+    assert train
+    assert valid
+    if share == 1e-9:  # the one that comes first of all when the share grows
+        assert len(valid) == 1
+        assert set(valid) <= set(split_of(layout, TEXTS[:count], 0.5)[1])
+    if share == 1 - 1e-9:
+        assert len(train) == 1
+
+
+def test_copies_of_one_document_cannot_be_split(layout: Layout, model_folder: Path) -> None:
+    path = jsonl(layout.root / "one.jsonl", ["the same"] * 3)
+    assert 0 in map(len, split_of(layout, ["the same"] * 3, 0.1))
+    with pytest.raises(
+        UserError, match="split by document and needs two that differ: add text, or give train"
+    ):
+        prepare(layout, model_folder, path=path)
+
+
+def test_long_documents_are_encoded_in_smaller_batches_to_the_same_tokens(
+    layout: Layout, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(layout.root / "train.jsonl", TEXTS)
+    whole = prepare(layout, model_folder, train=path, valid=path)
+    tokens = whole.open("train").read(0, len(whole.open("train"))).tolist()
+    batches = []
+    encode = TextEncoder.encode
+
+    def counted(self: TextEncoder, texts: list[str]) -> list[list[int]]:
+        batches.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "encode", counted)
+    monkeypatch.setattr(corpora, "CHARACTERS_PER_BATCH", 100)
+    again = prepare_domain(layout, "law", DomainConfig(train=path, valid=path), model_folder, force=True)
+    assert again.train == whole.train
+    assert again.open("train").read(0, len(again.open("train"))).tolist() == tokens
+    assert len(batches) > 20
+    assert max(batches) < 100 + max(map(len, TEXTS))
 
 
 def test_a_folder_is_read_sorted_whatever_the_formats(layout: Layout) -> None:

@@ -1,184 +1,248 @@
-"""The streaming merge and the weighted average, against a plain loop in float64."""
+"""The streaming engine: what it reads, gives to methods, rounds and writes; against plain loops in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_models import Tensors, engine_merge, random_tensors, recipe, tensors_of, write_model
 
 from expertctl.core.errors import UserError
-from expertctl.core.safetensors_io import read_header
-from expertctl.core.testing import assert_merge_ok, fresh_plugins, tensor_group
-from expertctl.core.types import MergeInputs, MergeMethod, TensorGroup
-from expertctl.merge.engine import merge_tensors
+from expertctl.core.safetensors_io import Checkpoint, read_header
+from expertctl.core.types import MergeMethod, TensorGroup
 
-AVERAGE = fresh_plugins().merge_method("average")
-Tensors = dict[str, torch.Tensor]
+LINE = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture
-def merged(tmp_path: Path) -> Callable[..., Tensors]:
-    """Merge tensors given directly: a seed, and what each expert changed."""
-
-    def run(
-        seed: Tensors, experts: dict[str, Tensors], weights: list[float], method: Any = AVERAGE
-    ) -> Tensors:
-        for name, tensors in {"seed": seed, **experts}.items():
-            (tmp_path / name).mkdir()
-            save_file(tensors, tmp_path / name / "model.safetensors")
-        inputs = MergeInputs(
-            seed=tmp_path / "seed",
-            experts={name: tmp_path / name for name in experts},
-            weights=dict(zip(experts, weights, strict=True)),
-        )
-        (tmp_path / "out").mkdir()
-        merge_tensors(method, inputs, None, tmp_path / "out")
-        return load_file(tmp_path / "out" / "model.safetensors")
-
-    return run
+def mean(group: TensorGroup, options: Any) -> Any:
+    total = group.experts[0] * group.weights[0]
+    for weight, expert in zip(group.weights[1:], group.experts[1:], strict=True):
+        total = total + weight * expert
+    return total
 
 
-def naive_average(seed: Tensors, experts: dict[str, Tensors], weights: list[float]) -> Tensors:
-    result = {}
-    for name, base in seed.items():
-        total = [0.0] * base.numel()
-        for weight, tensors in zip(weights, experts.values(), strict=True):
-            for index, value in enumerate(tensors.get(name, base).double().flatten().tolist()):
-                total[index] += weight * value
-        result[name] = torch.tensor(total, dtype=torch.float64).reshape(base.shape)
-    return result
+MEAN = MergeMethod("mean", "", merge=mean, uses_seed=False, elementwise=True, arrays="any")
+WHOLE = MergeMethod("mean", "", merge=mean, uses_seed=False, arrays="any")
+IN_TORCH = MergeMethod("mean", "", merge=mean, uses_seed=False)
 
 
-def random_tensors(names: str, seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
-    source = torch.Generator().manual_seed(seed)
-    shapes = {"a": (3, 4), "b": (5,), "c": ()}
-    return {name: torch.randn(shapes[name], generator=source).to(dtype) for name in names}
+def folders(root: Path, count: int, **how: Any) -> dict[str, Path]:
+    return {
+        f"m{number}": write_model(root / f"m{number}", random_tensors(number, **how))
+        for number in range(count)
+    }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_an_average_is_the_weighted_sum_with_the_seed_where_an_expert_changed_nothing(
-    merged: Callable[..., Tensors], dtype: torch.dtype
-) -> None:
-    seed = random_tensors("abc", 0, dtype)
-    experts = {"one": random_tensors("ab", 1, dtype), "two": random_tensors("c", 2, dtype), "three": {}}
-    weights = [0.5, 0.2, 0.3]
-    found = merged(seed, experts, weights)
-    for name, expected in naive_average(seed, experts, weights).items():
-        assert found[name].dtype == dtype
-        # half a unit of the dtype's last place is all that the rounding at the end may cost
-        tolerance = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
-        torch.testing.assert_close(found[name].double(), expected, rtol=tolerance, atol=1e-6)
+def naive_mean(models: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+    return {
+        name: sum(weight * model[name].double() for weight, model in zip(weights, models, strict=True))
+        for name in models[0]
+    }
 
 
-def test_many_bfloat16_experts_are_summed_in_float32() -> None:
-    """Summed in bfloat16, 64 shares of 1/64 of a number near 1 end far off."""
-    group = tensor_group((50,), num_experts=64, dtype="bfloat16")
-    found = AVERAGE.merge(group, None)
-    exact = torch.stack(group.experts).double().mean(dim=0)
-    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
-
-
-def test_weights_one_and_zero_give_that_expert(merged: Callable[..., Tensors]) -> None:
-    seed, one, two = (random_tensors("abc", number) for number in range(3))
-    found = merged(seed, {"one": one, "two": two}, [0.0, 1.0])
-    assert all(torch.equal(found[name], two[name]) for name in seed)
-
-
-def test_the_average_has_the_properties_of_a_merge() -> None:
-    for num_experts in (1, 2, 5):
-        assert_merge_ok(AVERAGE.merge, num_experts=num_experts)
-
-
-def test_the_result_has_the_seeds_tensors_in_the_seeds_order(
-    merged: Callable[..., Tensors], tmp_path: Path
-) -> None:
-    merged(random_tensors("abc", 0), {"one": random_tensors("a", 1)}, [1.0])
-    before = read_header(tmp_path / "seed" / "model.safetensors")
-    after = read_header(tmp_path / "out" / "model.safetensors")
-    assert [(e.name, e.dtype, e.shape) for e in after.values()] == [
-        (e.name, e.dtype, e.shape) for e in before.values()
+@pytest.mark.parametrize("method", [MEAN, WHOLE, IN_TORCH], ids=["pieces", "whole", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_weighted_mean_equals_a_plain_loop(tmp_path: Path, dtype: torch.dtype, method: MergeMethod) -> None:
+    models = folders(tmp_path, 3, dtype=dtype)
+    weights = {"m0": 5, "m1": 2, "m2": 3}
+    engine_merge(recipe("mean", models, weights=weights), tmp_path / "out", method=method)
+    found = tensors_of(tmp_path / "out")
+    expected = naive_mean([tensors_of(folder) for folder in models.values()], [0.5, 0.2, 0.3])
+    assert found.keys() == expected.keys()
+    tolerance = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[
+        dtype
     ]
+    for name, tensor in expected.items():
+        assert found[name].dtype == dtype
+        torch.testing.assert_close(found[name].double(), tensor, rtol=tolerance, atol=1e-6)
 
 
-def test_the_same_merge_gives_the_same_bytes(merged: Callable[..., Tensors], tmp_path: Path) -> None:
-    seed, one = random_tensors("abc", 0), random_tensors("abc", 1)
-    merged(seed, {"one": one, "two": random_tensors("b", 2)}, [0.4, 0.6])
-    path = tmp_path / "out" / "model.safetensors"
-    first = path.read_bytes()
-    inputs = MergeInputs(
-        tmp_path / "seed", {"one": tmp_path / "one", "two": tmp_path / "two"}, {"one": 0.4, "two": 0.6}
-    )
-    merge_tensors(AVERAGE, inputs, None, tmp_path / "out")
-    assert path.read_bytes() == first
-
-
-# --- integers ---
-
-
-def test_integer_tensors_are_taken_from_the_seed_and_never_averaged(merged: Callable[..., Tensors]) -> None:
-    seed = {"count": torch.tensor([3, 4]), "flag": torch.tensor([True]), "w": torch.zeros(2)}
-    same = {"count": torch.tensor([3, 4]), "w": torch.ones(2)}
-    found = merged(seed, {"one": same, "two": {"w": torch.ones(2)}}, [0.5, 0.5])
-    assert found["count"].tolist() == [3, 4]
-    assert found["count"].dtype == torch.int64
-    assert found["flag"].tolist() == [True]
-    assert found["w"].tolist() == [1, 1]
-
-
-def test_integer_tensors_that_differ_are_refused_and_nothing_is_left(
-    merged: Callable[..., Tensors], tmp_path: Path
+@settings(deadline=None, max_examples=15)
+@given(
+    threads=st.integers(1, 4),
+    shard_bytes=st.integers(1, 600),
+    method=st.sampled_from([MEAN, WHOLE, IN_TORCH]),
+)
+def test_threads_shards_and_pieces_change_no_byte(
+    tmp_path_factory: pytest.TempPathFactory, threads: int, shard_bytes: int, method: MergeMethod
 ) -> None:
-    seed = {"a": torch.zeros(2), "count": torch.tensor([3])}
-    with pytest.raises(UserError, match="integer tensor 'count' differs between the seed and expert 'two'"):
-        merged(seed, {"one": {}, "two": {"count": torch.tensor([4])}}, [0.5, 0.5])
-    assert list((tmp_path / "out").iterdir()) == []
+    root = tmp_path_factory.mktemp("models")
+    models = folders(root, 3, dtype=torch.bfloat16)
+    what = recipe("mean", models, weights={"m0": 1, "m1": 2, "m2": 3})
+    plain = engine_merge(what, root / "plain", method=WHOLE, threads=1)
+    cut = engine_merge(what, root / "cut", method=method, threads=threads, shard_bytes=shard_bytes, pieces=3)
+    assert cut.digests == plain.digests
+    assert all(Checkpoint([file]) for file in (root / "cut").glob("*.safetensors"))
+
+
+def test_a_big_tensor_gets_a_shard_of_its_own_and_the_index_names_every_file(tmp_path: Path) -> None:
+    models = folders(tmp_path, 2, rows=50)
+    engine_merge(recipe("mean", models), tmp_path / "out", method=MEAN, shard_bytes=400)
+    checkpoint = Checkpoint.of_folder(tmp_path / "out")
+    assert set(checkpoint) == set(random_tensors(0, rows=50))
+    by_file: dict[str, int] = {}
+    for entry in checkpoint.entries.values():
+        by_file[entry.file.name] = by_file.get(entry.file.name, 0) + entry.num_bytes
+    big = {checkpoint.entry(name).file.name for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    assert all(size <= 400 for file, size in by_file.items() if file not in big)
+    assert sorted(by_file) == sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_digests_of_what_is_read_and_written_are_those_of_the_files(tmp_path: Path) -> None:
+    models = folders(tmp_path, 2)
+    written = engine_merge(recipe("mean", models), tmp_path / "out", method=MEAN)
+    assert written.digests == Checkpoint.of_folder(tmp_path / "out").digests()
+    for folder in models.values():
+        checkpoint = Checkpoint.of_folder(folder)
+        assert {
+            entry.name: written.read[entry] for entry in checkpoint.entries.values()
+        } == checkpoint.digests()
+
+
+def test_tensors_of_mixed_widths_are_aligned(tmp_path: Path) -> None:
+    odd = {**random_tensors(0, dtype=torch.bfloat16), "a": torch.ones(3, dtype=torch.bfloat16)}
+    odd["b"] = torch.ones(2, dtype=torch.float32)
+    odd["c"] = torch.tensor([7], dtype=torch.int64)
+    odd["d"] = torch.tensor([True, False, True])
+    models = {name: write_model(tmp_path / name, odd) for name in ("x", "y")}
+    engine_merge(recipe("mean", models), tmp_path / "out", method=MEAN)
+    header_bytes = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little")
+    for entry in read_header(tmp_path / "out" / "model.safetensors").values():
+        width = {"BF16": 2, "F32": 4, "I64": 8, "BOOL": 1}[entry.dtype]
+        assert (entry.begin - 8 - header_bytes) % width == 0
+    assert all(torch.equal(tensor, odd[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64"])
+def test_the_asked_dtype_is_written_rounded_once(tmp_path: Path, dtype: str) -> None:
+    models = folders(tmp_path, 2)
+    engine_merge(recipe("mean", models, dtype=dtype), tmp_path / "out", method=MEAN)
+    kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[dtype]
+    one, two = (tensors_of(folder) for folder in models.values())
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, (one[name] * 0.5 + 0.5 * two[name]).to(kind))
+
+
+def test_inputs_are_rounded_first_where_the_recipe_says_so(tmp_path: Path) -> None:
+    models = folders(tmp_path, 2)
+    what = recipe("mean", models, input_dtype="BF16", dtype="F32")
+    engine_merge(what, tmp_path / "out", method=MEAN)
+    one, two = (tensors_of(folder) for folder in models.values())
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert torch.equal(tensor, one[name].bfloat16().float() * 0.5 + 0.5 * two[name].bfloat16().float())
+
+
+def test_eight_bit_floats_are_merged_too(tmp_path: Path) -> None:
+    values = {"a": torch.tensor([0.5, -448.0, 2.0, 0.0]).to(torch.float8_e4m3fn)}
+    models = {name: write_model(tmp_path / name, values) for name in ("x", "y")}
+    engine_merge(recipe("mean", models), tmp_path / "out", method=MEAN)
+    assert torch.equal(tensors_of(tmp_path / "out")["a"].float(), values["a"].float())
+
+
+# --- what is copied, and what is never averaged ---
+
+
+def test_what_no_expert_changed_is_copied_without_asking_the_method(tmp_path: Path) -> None:
+    from expertctl.merge.engine import run_merge
+    from expertctl.merge.sources import Source, open_source
+    from expertctl.merge.tensor_plan import plan_shards, plan_tensors
+
+    seed = open_source("seed", write_model(tmp_path / "seed", random_tensors(0)))
+    changed = open_source("x", write_model(tmp_path / "x", random_tensors(1))).tensors[LINE]
+    expert = Source("law", seed.folder, seed.folder, {**seed.tensors, LINE: changed}, "expert")
+    asked: list[str] = []
+
+    def look(group: TensorGroup, options: Any) -> Any:
+        asked.append(group.name)
+        return group.experts[0]
+
+    method = MergeMethod("look", "", merge=look, arrays="any")
+    what = recipe("look", {"seed": seed.folder, "law": seed.folder}, seed="seed")
+    stack = plan_tensors(what, method, {"seed": seed, "law": expert})
+    (tmp_path / "out").mkdir()
+    run_merge(method, plan_shards(stack.tensors), tmp_path / "out", fingerprint="x")
+    assert asked == [LINE]
+    found, origin = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "seed")
+    assert all(torch.equal(found[name], origin[name]) for name in origin if name != LINE)
+    assert torch.equal(found[LINE], tensors_of(tmp_path / "x")[LINE])
+
+
+def test_integers_that_agree_are_copied_and_those_that_differ_are_refused(tmp_path: Path) -> None:
+    counted = {**random_tensors(0), "count": torch.tensor([3, 4])}
+    other = {**random_tensors(1), "count": torch.tensor([3, 4])}
+    models = {"x": write_model(tmp_path / "x", counted), "y": write_model(tmp_path / "y", other)}
+    engine_merge(recipe("mean", models), tmp_path / "out", method=MEAN)
+    assert tensors_of(tmp_path / "out")["count"].tolist() == [3, 4]
+    models["y"] = write_model(tmp_path / "z", {**other, "count": torch.tensor([3, 5])})
+    with pytest.raises(
+        UserError, match="tensor 'count' holds I64 numbers, which are never averaged, and they differ"
+    ):
+        engine_merge(recipe("mean", models), tmp_path / "two", method=MEAN)
 
 
 # --- what methods are given and may give ---
 
 
-def test_a_method_sees_every_expert_in_order_with_its_weight(merged: Callable[..., Tensors]) -> None:
+@pytest.mark.parametrize("method", [MEAN, IN_TORCH], ids=["numpy", "torch"])
+def test_a_method_sees_float32_of_every_expert_in_order_with_its_weight(
+    tmp_path: Path, method: MergeMethod
+) -> None:
     seen: list[TensorGroup] = []
 
-    def look(group: TensorGroup, options: Any) -> torch.Tensor:
+    def look(group: TensorGroup, options: Any) -> Any:
         seen.append(group)
-        return group.seed
+        return mean(group, options)
 
-    seed = random_tensors("ab", 0)
-    experts = {"z": random_tensors("a", 1), "y": random_tensors("b", 2)}
-    found = merged(seed, experts, [0.9, 0.1], MergeMethod("look", "", merge=look))
-    assert [group.name for group in seen] == ["a", "b"]
+    from dataclasses import replace
+
+    models = folders(tmp_path, 2, dtype=torch.bfloat16)
+    what = recipe("mean", {"m1": models["m1"], "m0": models["m0"]}, weights={"m0": 1, "m1": 9})
+    engine_merge(what, tmp_path / "out", method=replace(method, merge=look, elementwise=False), threads=1)
+    kind: Any = np.float32 if method is MEAN else torch.float32
+    values = {name: tensors_of(folder) for name, folder in models.items()}
+    assert {group.name for group in seen} == set(values["m0"])
     for group in seen:
-        assert (group.expert_names, group.weights) == (("z", "y"), (0.9, 0.1))
-        expected = [experts[name].get(group.name, seed[group.name]) for name in ("z", "y")]
-        assert all(torch.equal(*pair) for pair in zip(group.experts, expected, strict=True))
-    assert torch.equal(found["a"], seed["a"])
+        assert (group.expert_names, group.weights) == (("m1", "m0"), (0.9, 0.1))
+        assert all(expert.dtype == kind for expert in group.experts)
+        for name, expert in zip(group.expert_names, group.experts, strict=True):
+            assert torch.equal(torch.as_tensor(expert), values[name][group.name].float())
 
 
-def test_a_method_may_answer_in_another_dtype_and_the_seeds_is_written(
-    merged: Callable[..., Tensors],
-) -> None:
-    method = MergeMethod("up", "", merge=lambda group, options: group.seed.double() + 1)
-    found = merged(random_tensors("a", 0, torch.bfloat16), {"one": {}}, [1.0], method)
-    assert found["a"].dtype == torch.bfloat16
+def test_a_method_without_seed_says_so_when_it_asks_for_it(tmp_path: Path) -> None:
+    greedy = MergeMethod("greedy", "", merge=lambda group, options: group.seed, uses_seed=False)
+    with pytest.raises(ValueError, match="there is no seed for"):
+        engine_merge(recipe("greedy", folders(tmp_path, 2)), tmp_path / "out", method=greedy)
 
 
-def test_a_method_that_changes_a_shape_is_named_and_nothing_is_left(
-    merged: Callable[..., Tensors], tmp_path: Path
-) -> None:
-    method = MergeMethod("bad", "", merge=lambda group, options: group.seed[:1])
-    with pytest.raises(UserError, match=r"merge method 'bad' made 'a' \[1, 4\]; the seed's is \[3, 4\]"):
-        merged(random_tensors("a", 0), {"one": {}}, [1.0], method)
-    assert list((tmp_path / "out").iterdir()) == []
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_method_that_changes_a_shape_is_named(tmp_path: Path, threads: int) -> None:
+    bad = MergeMethod("bad", "", merge=lambda group, options: group.experts[0][:1], uses_seed=False)
+    with pytest.raises(UserError, match=r"merge method 'bad' made '.*' \[1(, 4)?\] of \["):
+        engine_merge(recipe("bad", folders(tmp_path, 2)), tmp_path / "out", method=bad, threads=threads)
 
 
-def test_tensors_that_do_not_fit_the_seed_are_refused_before_the_method_is_called(
-    merged: Callable[..., Tensors],
-) -> None:
-    method = MergeMethod("never", "", merge=lambda group, options: pytest.fail("called"))
-    with pytest.raises(UserError, match=r"tensor 'a' is F32 \[2\] in .*, but F32 \[3, 4\] in the seed"):
-        merged(random_tensors("ab", 0), {"one": {"a": torch.ones(2)}}, [1.0], method)
+def test_an_error_in_a_method_stops_all_threads_and_keeps_its_traceback(tmp_path: Path) -> None:
+    def fails(group: TensorGroup, options: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    broken = MergeMethod("broken", "", merge=fails, uses_seed=False)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        engine_merge(recipe("broken", folders(tmp_path, 2, layers=20)), tmp_path / "out", method=broken)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
+    from expertctl.merge.reading import Reader
+    from expertctl.merge.sources import open_source
+
+    source = open_source("x", write_model(tmp_path / "x", random_tensors(0)))
+    path = tmp_path / "x" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    last = max(source.tensors.values(), key=lambda one: one.entry.end)
+    with Reader() as reader, pytest.raises(UserError, match="ends within tensor"):
+        reader.whole(last)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from expertctl.core.errors import UserError
 from expertctl.core.types import CorpusFormat
+from expertctl.plugins import corpus_files
 from expertctl.plugins.corpus_files import corpus_formats, read_jsonl, read_parquet, read_text
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -179,6 +180,81 @@ def test_an_empty_text_file_has_no_documents(tmp_path: Path) -> None:
 def test_text_that_is_not_utf_8_names_the_byte(tmp_path: Path) -> None:
     message = error_of("text", written(tmp_path / "notes.txt", "café".encode("latin-1")))
     assert message == "notes.txt: not UTF-8 at byte offset 3; save the file as UTF-8"
+
+
+@pytest.fixture
+def short_documents(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Make text documents end after so few bytes that a test can show it."""
+    monkeypatch.setattr(corpus_files, "TEXT_DOCUMENT_BYTES", 24)
+    return 24
+
+
+def test_a_text_of_just_the_limit_is_one_document(tmp_path: Path, short_documents: int) -> None:
+    text = "a line\n\n" * (short_documents // 8)
+    assert list(read_text(written(tmp_path / "notes.txt", text), "text")) == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "documents"),
+    [
+        ("one\ntwo\n\nthree four\n\nfive six\n", ["one\ntwo\n\nthree four\n\n", "five six\n"]),
+        ("one\r\ntwo\r\n\r\nthree\r\nfour\r\nfive", ["one\r\ntwo\r\n\r\n", "three\r\nfour\r\nfive"]),
+        ("one\ntwo\nthree\nfour\nfive six", ["one\ntwo\nthree\nfour\n", "five six"]),
+        ("one two three four five six", ["one two three four five ", "six"]),
+        ("ü" * 20, ["ü" * 12, "ü" * 8]),
+        ("x" + "🌍" * 8, ["x" + "🌍" * 5, "🌍" * 3]),
+        ("\ufeff" + "x" * 30, ["x" * 21, "x" * 9]),
+    ],
+    ids=[
+        "paragraphs",
+        "paragraphs of Windows",
+        "lines",
+        "words",
+        "characters",
+        "longer characters",
+        "byte-order mark",
+    ],
+)
+def test_a_large_text_is_cut_between_paragraphs_or_as_near_to_that_as_can_be(
+    tmp_path: Path, short_documents: int, text: str, documents: list[str]
+) -> None:
+    assert list(read_text(written(tmp_path / "notes.txt", text), "text")) == documents
+
+
+@given(
+    st.lists(st.sampled_from(["\n\n", "\n", " ", "a", "ü", "世界", "🌍", "word"]), max_size=60).map("".join)
+)
+def test_the_documents_of_a_large_text_are_the_whole_text(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = written(tmp_path_factory.mktemp("text") / "notes.txt", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_files, "TEXT_DOCUMENT_BYTES", 9)
+        documents = list(read_text(path, "text"))
+    assert all(len(document.encode()) <= 9 for document in documents)
+    # a document that were nothing but white space is left out
+    assert "".join("".join(documents).split()) == "".join(text.split())
+
+
+def test_text_that_is_not_utf_8_names_the_byte_of_the_file_and_not_of_a_piece(
+    tmp_path: Path, short_documents: int
+) -> None:
+    content = b"a paragraph\n\n" * 5 + b"caf\xe9\n"
+    message = error_of("text", written(tmp_path / "notes.txt", content))
+    assert message == "notes.txt: not UTF-8 at byte offset 68; save the file as UTF-8"
+
+
+def test_reading_a_text_does_not_hold_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path / "book.txt", ("x" * 998 + "\n\n") * 40_000)
+    tracemalloc.start()
+    try:
+        sizes = [len(document) for document in read_text(path, "text")]
+        assert tracemalloc.get_traced_memory()[1] < 24_000_000
+    finally:
+        tracemalloc.stop()
+    assert sum(sizes) == 40_000_000
+    assert max(sizes) <= 4 << 20
+    assert all(size % 1000 == 0 for size in sizes)
 
 
 # --- parquet ---

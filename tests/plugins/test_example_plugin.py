@@ -83,7 +83,8 @@ def test_too_much_trimming_is_a_users_error_and_leaves_nothing(site: Path, works
 
 def test_an_empty_selection_hides_the_plugin(site: Path, workspace: Path) -> None:
     told = merge(site, workspace, "n", 1, EXPERTCTL_PLUGINS="")
-    assert told == {"error": "no merge method 'trimmed_mean'; installed: average, ensemble"}
+    assert told["error"].startswith("no merge method 'trimmed_mean'")
+    assert "average" in told["error"]
 
 
 def test_the_method_has_the_properties_of_a_merge(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

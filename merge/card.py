@@ -1,0 +1,172 @@
+"""The model card of an artefact: its README.md, with the metadata that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from ..core.lineage import Manifest
+
+CARD_FILE = "README.md"
+_SHORT = 12
+_LOADING = {
+    True: """```python
+import expertctl
+
+model, tokenizer = expertctl.load_model("FOLDER")
+```""",
+    False: """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+```""",
+}
+
+
+def model_card(
+    manifest: Manifest,
+    evaluation: Mapping[str, Any] | None = None,
+    parents: Mapping[str, Manifest] | None = None,
+) -> str:
+    """Return the text of a model card: what it is, what it was made from and how, and what is known of it.
+
+    `parents` are the manifests of what it was made from, by name, as far as there are any; `evaluation` is what
+    `expertctl eval --json` prints. The same manifest gives the same card: no time and no path is in it.
+    """
+    known = parents or {}
+    parts = [
+        _front_matter(manifest, known),
+        f"# {manifest.name}",
+        _introduction(manifest),
+        _parents_section(manifest, known),
+        _recipe_section(manifest),
+        _data_section(manifest),
+        _evaluation_section(evaluation),
+        "## How to load it",
+        _LOADING[manifest.config.get("kind") not in (None, "average", "moe") or manifest.kind == "expert"],
+        "## Lineage",
+        _lineage(manifest),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(manifest: Manifest, parents: Mapping[str, Manifest]) -> str:
+    content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    licences = (manifest.licence or "").split("; ")
+    if manifest.licence and len(licences) == 1:
+        content["license"] = manifest.licence.lower()
+    elif manifest.licence:
+        content |= {"license": "other", "license_name": " and ".join(licences)}
+    if manifest.parents:
+        content["base_model"] = [parent.name for parent in manifest.parents]
+        relation = {"generalist": "merge", "expert": "finetune"}.get(manifest.kind)
+        if relation:
+            content["base_model_relation"] = relation
+    method = manifest.config.get("method")
+    tags = ["expertctl", manifest.kind, *(["merge", method] if manifest.kind == "generalist" else [])]
+    content["tags"] = [tag for tag in tags if tag]
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
+
+
+def _introduction(manifest: Manifest) -> str:
+    if manifest.kind == "generalist":
+        names = [parent.name for parent in manifest.parents if parent.weight is not None]
+        return (
+            f"A language model merged with [expertctl](https://pypi.org/project/expertctl) by the method "
+            f"`{manifest.config.get('method')}` from {_listed(names)}. No training happened in the merge."
+        )
+    if manifest.kind == "expert":
+        domains = ", ".join(manifest.data.get("domains", {})) or "a domain that is not named"
+        return (
+            f"An expert of {domains}: the tensors (`{manifest.trainable}`) in which it differs from its seed after "
+            "training apart from all others."
+        )
+    return "The seed that experts are branched from."
+
+
+def _listed(names: Sequence[str]) -> str:
+    quoted = [f"`{name}`" for name in names]
+    return (
+        quoted[0]
+        if len(quoted) == 1
+        else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+        if quoted
+        else "its parents"
+    )
+
+
+def _parents_section(manifest: Manifest, parents: Mapping[str, Manifest]) -> str:
+    if not manifest.parents:
+        return ""
+    rows = []
+    for parent in manifest.parents:
+        one = parents.get(parent.name)
+        rows.append(
+            (
+                parent.name,
+                parent.kind,
+                f"{parent.weight:.4g}" if parent.weight is not None else "",
+                (one.owner if one else None) or "not known",
+                (one.licence if one else None) or "not known",
+                _tokens(one),
+                f"`{parent.digest[:_SHORT]}`",
+            )
+        )
+    head = ("model", "kind", "weight", "owner", "licence", "trained on", "digest")
+    return f"## Made from\n\n{_table(head, rows)}"
+
+
+def _tokens(manifest: Manifest | None) -> str:
+    domains = manifest.data.get("domains", {}) if manifest is not None else {}
+    return ", ".join(
+        f"{name} ({about.get('tokens', 0):,} tokens)" if isinstance(about, Mapping) else name
+        for name, about in domains.items()
+    )
+
+
+def _recipe_section(manifest: Manifest) -> str:
+    if manifest.kind != "generalist":
+        return ""
+    settings: dict[str, Any] = {"method": manifest.config.get("method")}
+    weights = manifest.config.get("weights")
+    if weights:
+        settings["weights"] = {name: float(f"{weight:.6g}") for name, weight in weights.items()}
+    options = manifest.config.get("options")
+    if options:
+        settings["options"] = dict(options)
+    text = yaml.safe_dump({"merges": {manifest.name: settings}}, sort_keys=False, allow_unicode=True)
+    return f"## Recipe\n\n```yaml\n{text}```"
+
+
+def _data_section(manifest: Manifest) -> str:
+    if manifest.kind == "generalist" or not manifest.data.get("domains"):
+        return ""
+    return f"## Trained on\n\n{_tokens(manifest)}"
+
+
+def _evaluation_section(evaluation: Mapping[str, Any] | None) -> str:
+    if evaluation is None:
+        return "## Evaluation\n\nNone was recorded here."
+    domains = list(evaluation["domains"])
+    rows = [
+        (name, *(f"{scores['bits_per_byte'][domain]:.3f}" for domain in domains))
+        for name, scores in evaluation["models"].items()
+    ]
+    return f"## Evaluation\n\nBits per byte on validation text; lower is better.\n\n{_table(('model', *domains), rows)}"
+
+
+def _lineage(manifest: Manifest) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
+    return (
+        f"Digests of every tensor and file are in the manifest beside this card; `expertctl verify` checks them. "
+        f"Tokenizer `{manifest.tokenizer[:_SHORT]}`. Made with {versions or 'tools that were not recorded'}."
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )

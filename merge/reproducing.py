@@ -1,0 +1,115 @@
+"""Making a generalist again from its manifest, and comparing every byte."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.lineage import MANIFEST_NAMES, Manifest
+from ..core.workspace import Layout
+from .merging import SEED, MergeRun, merge_recipe
+from .plan import Permissions
+from .recipe import Recipe, recipe_from_json
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came out of making a generalist again."""
+
+    same: bool
+    differences: tuple[str, ...]
+    """A sentence each; empty when every byte is the same."""
+    versions: tuple[str, ...]
+    """Tools whose versions are others than then: the likely reason for a difference."""
+
+
+def reproduce(
+    manifest: Manifest,
+    folder: Path,
+    *,
+    layout: Layout | None = None,
+    models: Mapping[str, Path] | None = None,
+    run: MergeRun | None = None,
+) -> Reproduction:
+    """Merge again what `manifest` describes, into a temporary folder beside `folder`, and compare.
+
+    `models` says where models are that are not found by their names: in the workspace, beside `folder`, or in the
+    current folder. Raises `UserError` for manifests of other artefacts and for models that are not found.
+    """
+    if manifest.kind != "generalist" or "recipe" not in manifest.config:
+        raise UserError(
+            f"{folder} cannot be made again from its manifest alone: it is "
+            + ("no generalist" if manifest.kind != "generalist" else "fitted on text; run its `merge` again")
+        )
+    recipe = locate(manifest.config["recipe"], folder, layout, models or {})
+    how = run or MergeRun()
+    insisted = MergeRun(
+        permissions=Permissions(unrelated=True, licences=True),  # it was merged like this once
+        settings=how.settings,
+        shard_bytes=int(manifest.config["shard_bytes"]),
+        say=how.say,
+        tell=how.tell,
+    )
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        again = merge_recipe(recipe, Path(scratch) / folder.name, run=insisted, name=manifest.name)
+    return compare(manifest, again)
+
+
+def compare(before: Manifest, after: Manifest) -> Reproduction:
+    """Return what differs between two makings of a generalist."""
+    found: list[str] = []
+    parents = {parent.name: parent.digest for parent in after.parents}
+    found += [
+        f"{parent.kind} '{parent.name}' is not what it was: {parent.digest[:12]} then, "
+        f"{parents.get(parent.name, 'none')[:12]} now"
+        for parent in before.parents
+        if parents.get(parent.name) != parent.digest
+    ]
+    for what, then, now in (
+        ("tensor", before.tensors, after.tensors),
+        ("file", before.files, after.files),
+    ):
+        found += [
+            f"{what} {name} is another"
+            if name in then and name in now
+            else f"{what} {name} is in one of the two only"
+            for name in sorted({*then, *now})
+            if then.get(name) != now.get(name)
+        ]
+    versions = tuple(
+        f"{name} {before.versions.get(name, 'none')} then, {after.versions.get(name, 'none')} now"
+        for name in sorted({*before.versions, *after.versions})
+        if before.versions.get(name) != after.versions.get(name)
+    )
+    return Reproduction(not found, tuple(found), versions)
+
+
+def locate(
+    recipe: Mapping[str, Any], folder: Path, layout: Layout | None, given: Mapping[str, Path]
+) -> Recipe:
+    """Return a manifest's recipe with the folders of its models; raises `UserError` for one that is not found."""
+    names = [*recipe["models"], *(f"base of {name}" for name in recipe["adapter_bases"])]
+    return recipe_from_json(recipe, {name: _find(name, folder, layout, given) for name in names})
+
+
+def _find(name: str, folder: Path, layout: Layout | None, given: Mapping[str, Path]) -> Path:
+    if name in given:
+        return given[name]
+    for place in _places(name, folder, layout):
+        if (place / "config.json").is_file() or any((place / file).is_file() for file in _MARKS):
+            return place
+    raise UserError(f"model '{name}' is not found; say where it is: --model {name}=DIR")
+
+
+_MARKS: Sequence[str] = (*MANIFEST_NAMES.values(), "adapter_config.json")
+
+
+def _places(name: str, folder: Path, layout: Layout | None) -> list[Path]:
+    beside = [folder.resolve().parent / name, Path.cwd() / name]
+    if layout is None:
+        return beside
+    return [layout.seed if name == SEED else layout.experts / name, layout.generalists / name, *beside]
