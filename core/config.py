@@ -291,7 +291,7 @@ def load_project(path: Path) -> ProjectConfig:
     try:
         return ProjectConfig.model_validate({} if content is None else content)
     except ValidationError as error:
-        raise UserError(_first_problem(error, path, lines)) from None
+        raise UserError(first_problem(error, path, lines, ProjectConfig)) from None
 
 
 def checked(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
@@ -338,13 +338,16 @@ def _note_lines(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path)
             _note_lines(item, (*at, index), lines, path)
 
 
-def _first_problem(error: ValidationError, path: Path, lines: Mapping[Path_, int]) -> str:
+def first_problem(
+    error: ValidationError, path: Path, lines: Mapping[Path_, int], root: type[BaseModel]
+) -> str:
+    """Return the sentence about what is wrong in a file: path, line, key, and the nearest valid name."""
     problem = _worst(error)
     location: Path_ = problem["loc"]
     while location not in lines and location:
         location = location[:-1]
     where = f"{path}:{lines.get(location, 1)}"
-    return f"{where}: {_say(problem, ProjectConfig)}"
+    return f"{where}: {_say(problem, root)}"
 
 
 def _worst(error: ValidationError) -> Any:

@@ -77,7 +77,7 @@ def decode(
         np.left_shift(wide, 16, out=wide)
         return wide.view("<f4").reshape(shape)
     if dtype in _EIGHT_BITS:
-        return _table(dtype)[np.frombuffer(raw, "u1")].reshape(shape)
+        return np.asarray(_table(dtype)[np.frombuffer(raw, "u1")]).reshape(shape)
     numbers: NDArray[Any] = np.frombuffer(raw, _NUMPY[dtype]).reshape(shape)
     return numbers.astype("<f4") if dtype == "F16" else numbers
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from expertctl.core.plugin_manager import installed_plugins
 from expertctl.core.types import MergeMethod
 from expertctl.merge.engine import EngineSettings, Written, run_merge
+from expertctl.merge.plan import open_sources
 from expertctl.merge.reading import PIECE_NUMBERS
 from expertctl.merge.recipe import Recipe, whole_models
-from expertctl.merge.sources import open_source
 from expertctl.merge.tensor_plan import plan_shards, plan_tensors
 
 Tensors = dict[str, torch.Tensor]
@@ -87,9 +87,7 @@ def engine_merge(
 ) -> Written:
     """Plan and run a merge with the engine alone: no checks of kinship, licences or tokenizers."""
     chosen = method or installed_plugins().merge_method(what.method)
-    stack = plan_tensors(
-        what, chosen, {name: open_source(name, folder) for name, folder in what.models.items()}
-    )
+    stack = plan_tensors(what, chosen, open_sources(what))
     shards = plan_shards(stack.tensors, shard_bytes)
     output.mkdir(exist_ok=True)
     return run_merge(

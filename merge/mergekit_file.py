@@ -1,0 +1,414 @@
+"""mergekit's YAML files as recipes: the same file means the same merge here.
+
+mergekit's own defaults are filled in where ours are the papers' (`density: 1.0`, rescaling to the old sum of magnitudes);
+what is not understood is refused by key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from ..core.config import Section, first_problem, parse_yaml
+from ..core.errors import UserError, unknown_name
+from ..core.numeric import dtype_of_word
+from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice, TokenSource, whole_models
+
+Parameters = dict[str, Any]
+
+
+class _Model(Section):
+    model: Any
+    parameters: Parameters | None = None
+
+
+class _Source(_Model):
+    layer_range: tuple[int, int]
+
+
+class _Slice(Section):
+    sources: tuple[_Source, ...]
+    base_model: Any = None
+    parameters: Parameters | None = None
+
+
+class _Module(Section):
+    slices: tuple[_Slice, ...] | None = None
+    models: tuple[_Model, ...] | None = None
+    parameters: Parameters | None = None
+
+
+class _Token(Section):
+    source: Any = None
+    force: bool = False
+
+
+class _Tokenizer(Section):
+    source: Any = "union"
+    tokens: dict[str, _Token] | None = None
+    pad_to_multiple_of: int | None = None
+
+
+class _File(Section):
+    merge_method: str
+    models: tuple[_Model, ...] | None = None
+    slices: tuple[_Slice, ...] | None = None
+    modules: dict[str, _Module] | None = None
+    base_model: Any = None
+    parameters: Parameters | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: Any = None
+    tokenizer: _Tokenizer | None = None
+    chat_template: str | None = None
+    name: str | None = None
+    """mergekit takes and ignores it."""
+
+
+@dataclass(frozen=True)
+class _Method:
+    """How one of mergekit's methods is said here."""
+
+    base: Literal["input", "first", "seed", "optional"]
+    """What becomes of base_model: an input like others, the first of two, the seed, or the seed if there is one."""
+    required: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ("int8_mask",)
+    """Parameters that change nothing in the result."""
+    rescales: bool = False
+    """Whether `rescale: true` is possible: our `rescale: l1`."""
+
+
+_TASK_VECTORS = {"normalize": False, "lambda": 1.0}
+METHODS: dict[str, _Method] = {
+    "linear": _Method("input", (WEIGHT,)),
+    "slerp": _Method("first", ("t",)),
+    "nuslerp": _Method("optional", (WEIGHT,)),
+    "multislerp": _Method("optional", (WEIGHT,)),
+    "karcher": _Method("input"),
+    "task_arithmetic": _Method("seed", (WEIGHT,), _TASK_VECTORS, ("int8_mask", "density", "rescale")),
+    "ties": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "normalize": True}),
+    "dare_linear": _Method(
+        "seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True
+    ),
+    "dare_ties": _Method(
+        "seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True
+    ),
+    "della": _Method(
+        "seed", (WEIGHT,), {"normalize": True, "lambda": 1.0, "density": 1.0, "rescale": "l1"}, rescales=True
+    ),
+    "della_linear": _Method(
+        "seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True
+    ),
+    "breadcrumbs": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0}),
+    "breadcrumbs_ties": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0}),
+    "sce": _Method("seed", (), {"select_topk": 1.0}),
+    "model_stock": _Method("seed"),
+    "nearswap": _Method("seed", ("t",)),
+    "arcee_fusion": _Method("seed"),
+    "passthrough": _Method("input"),
+}
+
+
+def read_mergekit(path: Path) -> Recipe:
+    """Return the recipe that a mergekit file describes.
+
+    Models are folders, looked for from the current folder and from the file's. Raises `UserError` with file, line
+    and key for what is not understood, not supported, or not there.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    content, lines = parse_yaml(text, path)
+    try:
+        file = _File.model_validate({} if content is None else content)
+    except ValidationError as error:
+        raise UserError(first_problem(error, path, lines, _File)) from None
+    return _Reader(path, lines, file).recipe()
+
+
+class _Reader:
+    """Turns a checked file into a recipe."""
+
+    def __init__(self, path: Path, lines: Mapping[Any, int], file: _File) -> None:
+        self.path, self.lines, self.file = path, lines, file
+        self.models: dict[str, Path] = {}
+        self.adapter_bases: dict[str, Path] = {}
+        if file.merge_method not in METHODS:
+            raise UserError(
+                f"{self._at('merge_method')}: "
+                + str(
+                    unknown_name(
+                        "merge method", file.merge_method, METHODS, listed_as="of mergekit's there are"
+                    )
+                )
+            )
+        self.method = METHODS[file.merge_method]
+
+    def recipe(self) -> Recipe:
+        """Return the recipe; raises `UserError` for what has no counterpart here."""
+        file = self.file
+        module = self._module()
+        base = self._model(file.base_model, ("base_model",)) if file.base_model is not None else None
+        if self.method.base in ("seed", "first") and base is None and not self._slices_name_bases(module):
+            raise UserError(f"{self.path}: merge method '{file.merge_method}' needs a base_model")
+        slices = (
+            self._slices(module, base)
+            if module.slices is not None
+            else self._whole(module.models or (), base)
+        )
+        scopes = [self._scope(module.parameters, ("modules",)), self._scope(file.parameters, ("parameters",))]
+        if self.method.base == "optional" and base is not None:
+            scopes.append({"task_vectors": True})
+        scopes.append(self.method.defaults)
+        self._require(slices, scopes[:2])
+        tokenizer, tokens = self._tokenizer()
+        seed = base if self.method.base in ("seed", "optional") else None
+        models = {base: self.models[base], **self.models} if base is not None and seed else self.models
+        return Recipe(
+            method=file.merge_method,
+            models=models,
+            slices=slices,
+            seed=seed,
+            adapter_bases=self.adapter_bases,
+            scopes=tuple(scopes),
+            dtype=self._dtype(file.out_dtype, "out_dtype") or self._dtype(file.dtype, "dtype"),
+            input_dtype=self._dtype(file.dtype, "dtype"),
+            tokenizer=tokenizer,
+            tokens=tokens,
+            pad_to_multiple_of=file.tokenizer.pad_to_multiple_of if file.tokenizer is not None else None,
+            chat_template=file.chat_template,
+        )
+
+    def _module(self) -> _Module:
+        """Return what is merged as one module, whichever of the three forms the file has."""
+        file = self.file
+        given = [key for key in ("models", "slices", "modules") if getattr(file, key)]
+        if len(given) != 1:
+            raise UserError(
+                f"{self.path}: give exactly one of 'models', 'slices' and 'modules'"
+                + (f", not {' and '.join(given)}" if given else "")
+            )
+        if file.modules is None:
+            return _Module(slices=file.slices, models=file.models)
+        if len(file.modules) > 1:
+            raise UserError(
+                f"{self._at('modules')}: models of several modules ({', '.join(file.modules)}) are not supported; "
+                "one module is"
+            )
+        (module,) = file.modules.values()
+        if (module.slices is None) == (module.models is None):
+            raise UserError(f"{self._at('modules')}: give exactly one of 'models' and 'slices'")
+        return module
+
+    def _slices_name_bases(self, module: _Module) -> bool:
+        return module.slices is not None and all(part.base_model is not None for part in module.slices)
+
+    def _whole(self, models: Sequence[_Model], base: str | None) -> tuple[OutputSlice, ...]:
+        named = [
+            (
+                self._model(one.model, ("models", number, "model")),
+                self._scope(one.parameters, ("models", number)),
+            )
+            for number, one in enumerate(models)
+        ]
+        self._require_different([name for name, _ in named], ("models",))
+        if base is not None and base not in dict(named) and self.method.base in ("input", "first"):
+            named.append((base, {}))
+        ordered = self._ordered(named, base)
+        return whole_models([name for name, _ in ordered], dict(ordered))
+
+    def _slices(self, module: _Module, base: str | None) -> tuple[OutputSlice, ...]:
+        found = []
+        for number, part in enumerate(module.slices or ()):
+            at: tuple[Any, ...] = ("slices", number)
+            own = self._model(part.base_model, (*at, "base_model")) if part.base_model is not None else base
+            named = [
+                (
+                    self._model(source.model, (*at, "sources", index, "model")),
+                    (source.layer_range, self._scope(source.parameters, (*at, "sources", index))),
+                )
+                for index, source in enumerate(part.sources)
+            ]
+            self._require_different([name for name, _ in named], at)
+            ordered = self._ordered(named, own, keep_seed=True)
+            found.append(
+                OutputSlice(
+                    tuple(SourceSlice(name, layers, parameters) for name, (layers, parameters) in ordered),
+                    self._scope(part.parameters, at),
+                    own if self.method.base == "seed" else None,
+                )
+            )
+        return tuple(found)
+
+    def _ordered(
+        self, named: Sequence[tuple[str, Any]], base: str | None, keep_seed: bool = False
+    ) -> list[tuple[str, Any]]:
+        """Return the sources in the order that our method takes them in, without the seed unless it is to stay."""
+        if base is None or self.method.base == "input":
+            return list(named)
+        if self.method.base == "first":
+            return sorted(named, key=lambda pair: pair[0] != base)
+        others = [pair for pair in named if pair[0] != base]
+        return [*others, *(pair for pair in named if pair[0] == base)] if keep_seed else others
+
+    def _require_different(self, names: Sequence[str], at: tuple[Any, ...]) -> None:
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{self._at(*at)}: model '{name}' is given twice")
+
+    def _scope(self, parameters: Parameters | None, at: tuple[Any, ...]) -> Scope:
+        """Return parameters as our method calls them."""
+        found = {}
+        for key, value in (parameters or {}).items():
+            if key in self.method.dropped:
+                continue
+            if key == "rescale":
+                value = self._rescale(value, at)
+                if value is None:
+                    continue
+            found[key] = value
+        return found
+
+    def _rescale(self, value: Any, at: tuple[Any, ...]) -> str | None:
+        if not isinstance(value, bool):
+            raise UserError(f"{self._at(*at)}: 'rescale' is true or false here, for all tensors alike")
+        if self.method.rescales:
+            return "l1" if value else "none"
+        if value:
+            raise UserError(
+                f"{self._at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
+            )
+        return None
+
+    def _require(self, slices: Sequence[OutputSlice], shared: Sequence[Scope]) -> None:
+        """Raise `UserError` where a parameter is missing that has no default."""
+        for key in self.method.required:
+            if any(key in scope for scope in shared):
+                continue
+            for part in slices:
+                seed = part.seed if part.seed is not None else self._seed_name()
+                for source in part.sources:
+                    if key in part.parameters or key in source.parameters or source.model == seed:
+                        continue
+                    if key == "t" and any(key in other.parameters for other in part.sources):
+                        continue
+                    raise UserError(
+                        f"{self.path}: merge method '{self.file.merge_method}' needs the parameter '{key}' for "
+                        f"'{source.model}'"
+                    )
+
+    def _seed_name(self) -> str | None:
+        if self.file.base_model is None or self.method.base in ("input", "first"):
+            return None
+        return self._model(self.file.base_model, ("base_model",))
+
+    def _tokenizer(self) -> tuple[str, dict[str, TokenSource]]:
+        """Return our policy, and where single tokens' rows come from."""
+        file = self.file
+        if file.tokenizer is not None and file.tokenizer_source is not None:
+            raise UserError(
+                f"{self._at('tokenizer_source')}: give 'tokenizer' or 'tokenizer_source', not both"
+            )
+        source = file.tokenizer.source if file.tokenizer is not None else file.tokenizer_source
+        tokens = (file.tokenizer.tokens if file.tokenizer is not None else None) or {}
+        if source is None:
+            return "refuse", {}
+        policy = source if source in ("base", "union") else self._model(source, ("tokenizer_source",))
+        found = {}
+        for token, given in tokens.items():
+            if given.source is None:
+                continue
+            if isinstance(given.source, dict) and "kind" in given.source:
+                raise UserError(
+                    f"{self._at('tokenizer', 'tokens', token)}: a source of kind '{given.source['kind']}' is not "
+                    "supported; name a model"
+                )
+            found[token] = TokenSource(self._model(given.source, ("tokenizer", "tokens", token)), given.force)
+        return policy, found
+
+    def _dtype(self, word: str | None, key: str) -> str | None:
+        if word is None:
+            return None
+        try:
+            return dtype_of_word(word)
+        except UserError as error:
+            raise UserError(f"{self._at(key)}: {error}") from None
+
+    # --- models ---
+
+    def _model(self, given: Any, at: tuple[Any, ...]) -> str:
+        """Return the name of a model, noting its folder; `A+B` and `{model, lora}` are an adapter B on A."""
+        path, adapter = self._parts(given, at)
+        folder = self._folder(path, at)
+        if adapter is None:
+            return self._named(folder, None)
+        return self._named(self._folder(adapter, at), folder)
+
+    def _parts(self, given: Any, at: tuple[Any, ...]) -> tuple[str, str | None]:
+        if isinstance(given, str):
+            if "+" in given and self._existing(given) is None:
+                path, _, adapter = given.partition("+")
+                return path, adapter
+            return given, None
+        if not isinstance(given, dict) or not isinstance(given.get("model"), dict | str):
+            raise UserError(f"{self._at(*at)}: a model is a folder, or {{model: {{path: FOLDER}}}}")
+        parts = []
+        for key in ("model", "lora"):
+            one = given.get(key)
+            if isinstance(one, dict):
+                for other in set(one) - {"path"}:
+                    if one[other] is not None:
+                        raise UserError(
+                            f"{self._at(*at)}: '{other}' of a model is not supported; name a folder"
+                        )
+                one = one.get("path")
+            parts.append(one)
+        return str(parts[0]), parts[1]
+
+    def _folder(self, path: str, at: tuple[Any, ...]) -> Path:
+        found = self._existing(path)
+        if found is None:
+            raise UserError(
+                f"{self._at(*at)}: there is no folder {path}; nothing is downloaded in a merge: fetch a model first "
+                f"with `hf download {path} --local-dir {Path(path).name}`"
+            )
+        return found
+
+    def _existing(self, path: str) -> Path | None:
+        places: list[Callable[[], Path]] = [
+            lambda: Path(path).expanduser(),
+            lambda: self.path.parent / path,
+        ]
+        return next((place() for place in places if place().is_dir()), None)
+
+    def _named(self, folder: Path, base: Path | None) -> str:
+        """Return the name of a folder: its own, with its parent's before it where that is taken."""
+        resolved = folder.resolve()
+        for name in (
+            resolved.name,
+            f"{resolved.parent.name}-{resolved.name}",
+            str(resolved).replace("/", "-"),
+        ):
+            known = self.models.get(name)
+            if known is None:
+                self.models[name] = resolved
+                if base is not None:
+                    self.adapter_bases[name] = base.resolve()
+                return name
+            if known == resolved and self.adapter_bases.get(name) == (
+                base.resolve() if base is not None else None
+            ):
+                return name
+        raise UserError(f"{self.path}: too many models are called '{resolved.name}'; rename a folder")
+
+    def _at(self, *key: Any) -> str:
+        place = key
+        while place and place not in self.lines:
+            place = place[:-1]
+        return f"{self.path}:{self.lines.get(place, 1)}"
