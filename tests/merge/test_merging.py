@@ -30,11 +30,6 @@ from expertctl.merge.weights import resolve_weights
 EXPERTS = ("code", "law", "news")
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, new_workspace: Any) -> Path:
-    return new_workspace(tmp_path / "ws", EXPERTS)
-
-
 def files_of(workspace: Path) -> dict[str, bytes]:
     return {
         path.relative_to(workspace).as_posix(): path.read_bytes()
