@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..core.config import MergeConfig, parse_options
-from ..core.errors import UserError, unknown_name
+from ..core.errors import Interrupted, UserError, unknown_name
 from ..core.files import exclusive, link_or_copy, new_folder, refuse_existing, resumable_folder
 from ..core.lineage import (
     MANIFEST_NAMES,
@@ -211,8 +211,13 @@ def _written(
 ) -> Manifest:
     for note in plan.notes:
         how.say(note)
-    with resumable_folder(target, force=how.force, resume=how.resume, what="generalist") as partial:
-        manifest = write_generalist(plan, partial, name, fitted_on=fitted_on, say=how.say, tell=how.tell)
+    try:
+        with resumable_folder(target, force=how.force, resume=how.resume, what="generalist") as partial:
+            manifest = write_generalist(plan, partial, name, fitted_on=fitted_on, say=how.say, tell=how.tell)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; what is written of {target} is kept: the same command with --resume goes on"
+        ) from None
     installed_plugins().merge_finished(MergeFinished(name, target, plan.method.name))
     return manifest
 
