@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import UserError, unknown_name
 from .lineage import MANIFEST_NAMES
+from .statistics_files import STATISTICS_FOLDER
 
 CONFIG_FILE = "expertctl.yaml"
 
@@ -53,6 +54,11 @@ class Layout:
     @property
     def generalists(self) -> Path:
         return self.root / "generalists"
+
+    @property
+    def statistics(self) -> Path:
+        """What was gathered on experts for the merges that need it: `statistics/EXPERT/KIND`."""
+        return self.root / STATISTICS_FOLDER
 
     @property
     def reports(self) -> Path:

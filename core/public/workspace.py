@@ -306,6 +306,58 @@ class Workspace:
             interrupted=tuple(result.run.name for result in results if result.interrupted),
         )
 
+    def statistics(
+        self,
+        name: str,
+        *,
+        kind: str = "gram",
+        domain: str | None = None,
+        samples: int = 256,
+        output: str | Path | None = None,
+        force: bool = False,
+        tell: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, Any]:
+        """Gather statistics on an expert (`gram` for RegMean, `fisher`), and return what was written and where.
+
+        The text is the training part of the expert's own domain, or of `domain`.
+        """
+        from expertctl.core.files import exclusive
+        from expertctl.core.loading import max_positions
+        from expertctl.core.token_store import TokenBlocks
+        from expertctl.experts.statistics import KINDS, write_statistics
+        from expertctl.merge.merging import expert_folders
+
+        if kind not in KINDS:
+            raise unknown_name("kind of statistics", kind, KINDS, listed_as="there are")
+        (expert,) = expert_folders(self.layout, (name,), self.experts).values()
+        domains = [domain] if domain is not None else self._trained_domains([expert])
+        if len(domains) != 1:
+            raise UserError(
+                f"expert '{name}' was trained on {', '.join(domains) or 'no domain of this project'}; choose one with --domain"
+            )
+        (prepared,) = self.prepare(domains)
+        size = min(self.config.training.sequence_length, max_positions(self.layout.seed))
+        folder = Path(output) if output is not None else self.layout.statistics / name
+        with exclusive(self.layout.lock(f"statistics-{name}"), f"statistics of '{name}'"):
+            written = write_statistics(
+                expert,
+                self.layout.seed,
+                TokenBlocks(prepared.open("train"), size),
+                kind,
+                folder,
+                domain={"name": prepared.name, "digest": prepared.train.digest},
+                samples=samples,
+                force=force,
+                tell=tell,
+            )
+        return {
+            "kind": kind,
+            "folder": str(folder / kind),
+            "domain": written["domain"],
+            "blocks": written["blocks"],
+            "digest": written["digest"],
+        }
+
     # --- generalists ---
 
     def merge(
