@@ -60,6 +60,25 @@ MEGA = 1_000_000
     help="Where to. Default: generalists/NAME.",
 )
 @click.option(
+    "--search",
+    is_flag=False,
+    flag_value="coordinate",
+    type=click.Choice(["coordinate", "cma"]),
+    help="Look for the weights that predict validation text best, from the posterior's on.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Merges that a search scores at most. Default: 40.",
+)
+@click.option(
+    "--layer-groups",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Weights that a search gives each expert, over the layers. Default: 1.",
+)
+@click.option(
     "--plan", "plan_only", is_flag=True, help="Check everything, show what would be done, and stop."
 )
 @click.option("--resume", is_flag=True, help="Go on with what a killed or interrupted merge has written.")
@@ -106,6 +125,9 @@ def command(
     fit_on: tuple[str, ...] | None,
     file: Path | None,
     output: Path | None,
+    search: str | None,
+    trials: int | None,
+    layer_groups: int | None,
     plan_only: bool,
     resume: bool,
     force: bool,
@@ -142,7 +164,7 @@ def command(
         "options": options or None,
     }
     if file is not None:
-        _refuse_with_file(name, {**given, "tokenizer": tokenizer, "dtype": dtype})
+        _refuse_with_file(name, {**given, "tokenizer": tokenizer, "dtype": dtype, "search": search})
         _merge_file(session, file, output, run, plan_only)
         return
     if name is None:
@@ -155,6 +177,7 @@ def command(
         "fit_on": fit_on,
         "dtype": dtype,
         "tokenizer": tokenizer,
+        "search": _search(search, trials, layer_groups),
         "output": output,
     }
     workspace = session.open()
@@ -164,6 +187,12 @@ def command(
     with MergeProgress(session) as progress:
         manifest = workspace.merge(name, run=progress.watched(run), **settings)
     _finish(session, output or workspace.generalists / name, manifest)
+
+
+def _search(strategy: str | None, trials: int | None, layer_groups: int | None) -> dict[str, Any] | None:
+    """Return the settings of a search, None where none is asked for here."""
+    given = {"strategy": strategy, "trials": trials, "layer_groups": layer_groups}
+    return {key: value for key, value in given.items() if value is not None} or None
 
 
 def _refuse_with_file(name: str | None, given: dict[str, Any]) -> None:

@@ -181,6 +181,21 @@ class ExpertConfig(Section):
     licence: str | None = None
 
 
+class SearchConfig(Section):
+    """How the weights of a merge are looked for."""
+
+    strategy: Literal["coordinate", "cma"] = "coordinate"
+    """`coordinate`: more and less of each weight in turn; `cma`: CMA-ES."""
+    trials: Positive = 40
+    """Merges that are scored at most, the start among them."""
+    layer_groups: Positive = 1
+    """Weights for each expert, spread evenly over the layers."""
+    blocks: Positive = 32
+    """Validation blocks of each domain that a trial is scored on."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Random seed of `cma`."""
+
+
 class MergeConfig(Section):
     """One generalist: method, experts, weights, and the method's own options."""
 
@@ -199,6 +214,8 @@ class MergeConfig(Section):
     """Where tokenizers differ: `refuse`, `base` (the seed's), `union`, or the name of an expert."""
     dtype: str | None = None
     """Of the result. Not set: the seed's."""
+    search: SearchConfig | None = None
+    """Look for the weights that predict validation text best, from the posterior's on."""
 
     @field_validator("dtype")
     @classmethod

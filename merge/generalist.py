@@ -22,6 +22,7 @@ from .card import CARD_FILE, model_card
 from .engine import run_merge
 from .plan import MergePlan, manifests_of
 from .recipe import recipe_as_json
+from .search import SearchResult
 from .sources import Source, head_name
 from .tokenizers import chat_template, write_tokenizer
 from .writing import fingerprint_of
@@ -35,6 +36,7 @@ def write_generalist(
     name: str,
     *,
     fitted_on: Sequence[str] = (),
+    found: SearchResult | None = None,
     say: Callable[[str], None] = lambda line: None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
@@ -67,7 +69,7 @@ def write_generalist(
         files={},
         tokenizer=digest_of_tokenizer(folder),
         parents=_parents(plan, written.read),
-        config=describe(plan, fitted_on),
+        config=describe(plan, fitted_on, found),
         data=_data_statements(plan),
         licence=plan.licence,
         versions=tool_versions() | _method_version(plan),
@@ -79,8 +81,11 @@ def write_generalist(
     return manifest
 
 
-def describe(plan: MergePlan, fitted_on: Sequence[str] = ()) -> dict[str, Any]:
+def describe(
+    plan: MergePlan, fitted_on: Sequence[str] = (), found: SearchResult | None = None
+) -> dict[str, Any]:
     """Return the resolved configuration of a merge, as its manifest keeps it."""
+    searched = {"search": asdict(found)} if found is not None else {}
     example = next((one for one in plan.stack.tensors if one.action == "merge"), None)
     return {
         "method": plan.method.name,
@@ -90,6 +95,7 @@ def describe(plan: MergePlan, fitted_on: Sequence[str] = ()) -> dict[str, Any]:
         "fitted_on": list(fitted_on),
         "recipe": recipe_as_json(plan.recipe),
         "shard_bytes": plan.shard_bytes,
+        **searched,
     }
 
 

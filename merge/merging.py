@@ -32,6 +32,7 @@ from .generalist import write_generalist
 from .licences import check_licences, require_compatible
 from .plan import MergePlan, Permissions, check_output, prepare_merge
 from .recipe import WEIGHT, Recipe, Scope, Setting, whole_models
+from .search import SearchResult, search_weights
 from .statistics import find_statistics
 from .tensor_plan import DEFAULT_SHARD_BYTES
 from .weights import check_weights, resolve_weights
@@ -194,12 +195,52 @@ def _stream(
     plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
     check_output(plan, target)
     with _locked(layout, name, target):
-        if config.weights == "posterior":
+        found: SearchResult | None = None
+        if config.weights == "posterior" or config.search is not None:
             texts = validation()
             fitted_on = [text.domain for text in texts]
-            weights = resolve_weights(config.weights, layout.seed, folders, lambda: texts, how.say)
+            weights, found = _fitted(layout, name, config, folders, texts, how)
             plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
-        return _written(plan, target, name, how, fitted_on)
+        return _written(plan, target, name, how, fitted_on, found)
+
+
+def _fitted(
+    layout: Layout,
+    name: str,
+    config: MergeConfig,
+    folders: Mapping[str, Path],
+    texts: Sequence[ValidationText],
+    how: MergeRun,
+) -> tuple[Mapping[str, Setting], SearchResult | None]:
+    """Return the weights that fit validation text: the posterior's, and where a search is asked for, its best."""
+    start = resolve_weights(
+        "posterior" if config.weights == "uniform" else config.weights,
+        layout.seed,
+        folders,
+        lambda: texts,
+        how.say,
+    )
+    if config.search is None:
+        return start, None
+    method = installed_plugins().merge_method(config.method)
+    if method.weights == "factors" and isinstance(config.weights, str):
+        start = {
+            expert: weight * len(start) for expert, weight in start.items()
+        }  # 1 on average: their default
+    found = search_weights(
+        lambda weights: _planned(recipe_of(layout.seed, folders, config, weights), how, layout),
+        layout.seed,
+        start,
+        texts,
+        config.search,
+        layout.reports / f"search-{name}.jsonl",
+        how.say,
+    )
+    how.say(
+        f"best of {found.trials} trials: {found.bits_per_byte:.4f} bits per byte, {found.start_bits_per_byte:.4f} at "
+        "the start"
+    )
+    return found.weights, found
 
 
 def _locked(layout: Layout, name: str, target: Path) -> AbstractContextManager[None]:
@@ -207,13 +248,20 @@ def _locked(layout: Layout, name: str, target: Path) -> AbstractContextManager[N
 
 
 def _written(
-    plan: MergePlan, target: Path, name: str, how: MergeRun, fitted_on: Sequence[str] = ()
+    plan: MergePlan,
+    target: Path,
+    name: str,
+    how: MergeRun,
+    fitted_on: Sequence[str] = (),
+    found: SearchResult | None = None,
 ) -> Manifest:
     for note in plan.notes:
         how.say(note)
     try:
         with resumable_folder(target, force=how.force, resume=how.resume, what="generalist") as partial:
-            manifest = write_generalist(plan, partial, name, fitted_on=fitted_on, say=how.say, tell=how.tell)
+            manifest = write_generalist(
+                plan, partial, name, fitted_on=fitted_on, found=found, say=how.say, tell=how.tell
+            )
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; what is written of {target} is kept: the same command with --resume goes on"
@@ -234,6 +282,8 @@ def _build(
 ) -> Manifest:
     """Let the method make a model of its own kind from artefacts whose every byte was checked."""
     options = parse_options(method.options, config.options, f"merge method '{method.name}'")
+    if config.search is not None:
+        raise UserError(f"merge method '{method.name}' has no weights to search for tensor by tensor")
     for expert, folder in folders.items():
         if not (folder / MANIFEST_NAMES["expert"]).is_file():
             raise UserError(

@@ -371,6 +371,7 @@ class Workspace:
         fit_on: Sequence[str] | None = None,
         dtype: str | None = None,
         tokenizer: str | None = None,
+        search: Mapping[str, Any] | None = None,
         output: str | Path | None = None,
         force: bool = False,
         resume: bool = False,
@@ -393,6 +394,7 @@ class Workspace:
             dtype=dtype,
             tokenizer=tokenizer,
             options=options,
+            search=search,
         )
         folders = expert_folders(self.layout, config.experts, self.experts)
         domains = config.fit_on or self._trained_domains(list(folders.values()))
@@ -426,6 +428,8 @@ class Workspace:
         given = {key: value for key, value in settings.items() if value is not None}
         declared = self.config.merges.get(name)
         base = declared.model_dump(exclude_unset=True) if declared is not None else {}
+        if "search" in given:
+            given["search"] = {**(base.get("search") or {}), **given["search"]}
         if options is not None:
             given["options"] = {**base.get("options", {}), **options}
         if "method" not in base | given:
