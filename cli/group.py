@@ -120,7 +120,7 @@ class LazyGroup(Group):
 
 def _load(name: str) -> click.Command:
     """Import the module of one command, `cli/NAME.py`, and return its `command`."""
-    module = importlib.import_module(f".{name}", __package__)
+    module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     command: click.Command = module.command
     return command
 

@@ -20,7 +20,7 @@ from .output import print_json
 COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins"),
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "baseline"),
-    "Use": ("eval", "generate", "card"),
+    "Use": ("eval", "generate", "card", "extract-adapter"),
     "Trust": ("show", "log", "verify", "reproduce"),
 }
 INTERRUPTED = 130
