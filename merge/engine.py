@@ -1,18 +1,17 @@
 """The streaming merge: reads, calculates and writes tensor by tensor, several at once, never a model in memory.
 
 Memory does not grow with the number of layers: element-wise methods hold a few pieces of a tensor, the others the
-same tensor of all experts, and tensors are worked on side by side only as far as they fit into what the largest one
-needs alone.
+same tensor of all experts; how much is worked on side by side has a limit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition, Event
+from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any
 
 from ..core.compute import available_cores
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from .tokenizers import VocabularyPlan
 
 MOST_THREADS = 4
-SIDE_BY_SIDE_BYTES = 64 << 20
-"""What tensors may always use together, however small the largest is."""
+BESIDE_BYTES = 160 << 20
+"""What other tensors may use beside the largest."""
 Tell = Callable[[int], None]
 
 
@@ -87,6 +86,7 @@ def run_merge(
         tell(done)
         _run(todo, calculator, writer, how.threads or min(available_cores(), MOST_THREADS), done, tell)
         writer.finish()
+        reader.remember()
         return Written(dict(writer.digests), dict(reader.digests), resumed)
 
 
@@ -98,35 +98,28 @@ def _run(
     done: int,
     tell: Tell,
 ) -> None:
-    budget = _Budget(max((calculator.bytes_needed(one) for one in todo), default=0))
-    stop = Event()
+    queue = _Queue(todo, calculator.bytes_needed)
     progress = _Progress(done, tell)
 
-    def work(one: TensorPlan) -> None:
-        with budget.share(calculator.bytes_needed(one)):
-            if not stop.is_set():
+    def work() -> None:
+        with queue.stopping_on_error():
+            while (one := queue.take()) is not None:
                 region = writer.region(one)
                 for piece in calculator.bytes_of(one):
-                    if stop.is_set():
+                    if queue.stopped:
                         return
                     region.write(piece)
                 region.close()
+                queue.give_back(one)
                 progress.add(one.num_bytes)
 
-    if threads == 1:
-        for one in todo:
-            work(one)
-        return
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        futures = [pool.submit(work, one) for one in todo]
+        workers = [pool.submit(work) for _ in range(threads)]
         try:
-            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in finished:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+            for worker in workers:
+                worker.result()
+        finally:
+            queue.stop()  # an interruption ends the others too
 
 
 class Calculator:
@@ -258,25 +251,51 @@ class Calculator:
                 )
 
 
-class _Budget:
-    """Lets tensors be worked on side by side as far as their memory fits; one alone always may."""
+class _Queue:
+    """Hands out tensors, the largest that fits beside those that are being worked on; one alone always fits.
 
-    def __init__(self, largest: int) -> None:
-        self._limit = max(largest, SIDE_BY_SIDE_BYTES)
+    Large ones first, so that threads do not wait for one of them at the end.
+    """
+
+    def __init__(self, todo: Sequence[TensorPlan], need: Callable[[TensorPlan], int]) -> None:
+        self._left = sorted(todo, key=need, reverse=True)
+        self._need = need
+        self._limit = (need(self._left[0]) if self._left else 0) + BESIDE_BYTES
         self._used = 0
         self._changed = Condition()
+        self.stopped = False
+
+    def take(self) -> TensorPlan | None:
+        """Return the next tensor to work on, waiting until there is room; None when there is none left."""
+        with self._changed:
+            while self._left and not self.stopped:
+                for one in self._left:
+                    if self._used == 0 or self._used + self._need(one) <= self._limit:
+                        self._left.remove(one)
+                        self._used += self._need(one)
+                        return one
+                self._changed.wait()
+            return None
+
+    def give_back(self, one: TensorPlan) -> None:
+        """Free the room of a tensor that is done."""
+        with self._changed:
+            self._used -= self._need(one)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let all threads end before their next piece."""
+        with self._changed:
+            self.stopped = True
+            self._changed.notify_all()
 
     @contextmanager
-    def share(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._limit)
-            self._used += size
+    def stopping_on_error(self) -> Iterator[None]:
         try:
             yield
-        finally:
-            with self._changed:
-                self._used -= size
-                self._changed.notify_all()
+        except BaseException:
+            self.stop()
+            raise
 
 
 class _Progress:
@@ -284,7 +303,7 @@ class _Progress:
 
     def __init__(self, done: int, tell: Tell) -> None:
         self._done, self._tell = done, tell
-        self._lock = Condition()
+        self._lock = Lock()
 
     def add(self, size: int) -> None:
         with self._lock:

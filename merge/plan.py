@@ -17,7 +17,7 @@ from ..core.lineage import Manifest, digest_of_tokenizer, package_version
 from ..core.numeric import FLOATING
 from ..core.plugin_manager import installed_plugins
 from ..core.types import MergeMethod, TensorGroup
-from .engine import MOST_THREADS, Calculator, EngineSettings
+from .engine import BESIDE_BYTES, MOST_THREADS, Calculator, EngineSettings
 from .kinship import require_related
 from .licences import LicenceReport, check_licences, licence_of_folder, require_compatible
 from .reading import Reader
@@ -89,7 +89,8 @@ class MergePlan:
             calculator = Calculator(self.method, reader, self.vocabulary)
             needs = [calculator.bytes_needed(one) for one in self.stack.tensors]
         base = BASE_BYTES if self.method.arrays == "any" and self.settings.device == "cpu" else TORCH_BYTES
-        return base + max(needs, default=0)
+        beside = min(sum(sorted(needs)[:-1][-self.threads + 1 :]), BESIDE_BYTES) if self.threads > 1 else 0
+        return base + max(needs, default=0) + beside
 
     def seconds(self) -> float:
         """Return about how long the merge takes: the method is timed on a small sample, the disk is guessed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from ..core.digest_cache import cached_digests, remember_digests
 from ..core.errors import UserError
 from ..core.files import readable_os_errors
 from ..core.numeric import decode, encode, working_dtype
@@ -29,6 +30,8 @@ class Reader:
         self.piece_numbers = piece_numbers
         self._round_to = round_to
         self._files: dict[Path, int] = {}
+        self._remembered: dict[Path, dict[str, str]] = {}
+        self._hashed: set[TensorEntry] = set()
         self._lock = Lock()
 
     def close(self) -> None:
@@ -49,7 +52,7 @@ class Reader:
         that the folder's manifest speaks of.
         """
         entry = one.entry
-        state = digest_start(entry.dtype, entry.shape) if entry not in self.digests else None
+        state = None if self._is_known(one) else digest_start(entry.dtype, entry.shape)
         size = self.piece_numbers * DTYPES[entry.dtype][1]
         buffer = memoryview(bytearray(min(size, entry.num_bytes)))
         place = entry.begin
@@ -107,6 +110,29 @@ class Reader:
                 self._files[path] = os.open(path, os.O_RDONLY)
             return self._files[path]
 
+    def remember(self) -> None:
+        """Keep the digests of files without a manifest for later merges of the same files."""
+        fresh: dict[Path, dict[str, str]] = {}
+        for entry in self._hashed:
+            fresh.setdefault(entry.file, {})[entry.name] = self.digests[entry]
+        for file, digests in fresh.items():
+            remember_digests(file, digests)
+
+    def _is_known(self, one: StoredTensor) -> bool:
+        """Tell whether a tensor needs no hashing: it was hashed, or nothing checks it and its file is untouched."""
+        entry = one.entry
+        if entry in self.digests:
+            return True
+        if one.expected is not None:
+            return False
+        with self._lock:
+            if entry.file not in self._remembered:
+                self._remembered[entry.file] = cached_digests(entry.file)
+            digest = self._remembered[entry.file].get(entry.name)
+            if digest is not None:
+                self.digests[entry] = digest
+        return digest is not None
+
     def _note(self, one: StoredTensor, digest: str) -> None:
         if one.expected is not None and digest != one.expected:
             raise UserError(
@@ -115,3 +141,5 @@ class Reader:
             )
         with self._lock:
             self.digests[one.entry] = digest
+            if one.expected is None:
+                self._hashed.add(one.entry)

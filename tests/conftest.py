@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before anything imports torch or transformers, and for the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["EXPERTCTL_PLUGINS"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="expertctl-tests-")
 
 import inspect
 import json

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from expertctl.core.types import MergeFinished as MergeFinished
     from expertctl.core.types import MergeInputs as MergeInputs
     from expertctl.core.types import MergeMethod as MergeMethod
+    from expertctl.core.types import PerExpert as PerExpert
     from expertctl.core.types import RunReporter as RunReporter
     from expertctl.core.types import Score as Score
     from expertctl.core.types import TensorGroup as TensorGroup
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from expertctl.core.types import Trainer as Trainer
     from expertctl.core.types import TrainingStep as TrainingStep
     from expertctl.core.types import ValidationText as ValidationText
+    from expertctl.merge.mergekit_file import read_mergekit as read_mergekit
+    from expertctl.merge.merging import MergeRun as MergeRun
+    from expertctl.merge.merging import merge_recipe as merge_recipe
     from expertctl.workspace import Workspace as Workspace
 
 _HOMES = {
@@ -52,6 +56,7 @@ _HOMES = {
         "MergeInputs",
         "MergeMethod",
         "RunReporter",
+        "PerExpert",
         "Score",
         "TensorGroup",
         "TrainablePart",
@@ -59,6 +64,8 @@ _HOMES = {
         "TrainingStep",
         "ValidationText",
     ),
+    "merge.mergekit_file": ("read_mergekit",),
+    "merge.merging": ("MergeRun", "merge_recipe"),
     "workspace": ("Workspace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...core.types import PerExpert, TensorGroup
-from .arrays import Array, check_range, each, in_pieces, random_mask
+from .arrays import Array, check_range, each, erase, pieces, random_mask
 from .task_vectors import EVERYTHING, Keep, add_task_vectors
 
 Rescale = Literal["density", "l1", "none"]
@@ -53,6 +54,8 @@ def _dare(group: TensorGroup, options: DareOptions, *, elect: bool) -> Any:
 def _thinned(group: TensorGroup, expert: int, density: float, options: DareOptions) -> Keep:
     if density >= 1:
         return EVERYTHING
+    if density <= 0:
+        return Keep(least=math.inf)
     mask = random_mask(group.seed, density, options.random_seed, group.name, group.expert_names[expert])
     return Keep(mask=mask, scale=rescaling(group, expert, mask, options.rescale, density))
 
@@ -69,13 +72,10 @@ def rescaling(group: TensorGroup, expert: int, mask: Array, rescale: Rescale, de
 
 def magnitudes(expert: Array, seed: Array, mask: Array) -> tuple[float, float]:
     """Return the sum of magnitudes of a task vector, and of its kept elements, in float64."""
-    sums = [0.0, 0.0]
-
-    def piece(one: Array, base: Array, kept: Array) -> Array:
+    whole = left = 0.0
+    for one, base, kept in pieces(expert, seed, mask):
         vector = abs(one - base)
-        sums[0] += float(vector.sum())
-        sums[1] += float((vector * kept).sum())
-        return vector
-
-    in_pieces(piece, expert, seed, mask)
-    return sums[0], sums[1]
+        whole += float(vector.sum())
+        erase(vector, kept)
+        left += float(vector.sum())
+    return whole, left

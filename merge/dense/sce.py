@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.types import TensorGroup
-from .arrays import Array, check_range, in_pieces, inner_products, is_numpy, kth_largest_magnitude, namespace
+from .arrays import (
+    Array,
+    check_range,
+    in_pieces,
+    inner_products,
+    is_numpy,
+    kth_largest_magnitude,
+    namespace,
+    pieces,
+)
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,9 @@ def _squares(group: TensorGroup, least: float) -> list[float]:
         return [products[number][number] for number in range(len(products))]
     sums = [0.0] * len(group.experts)
 
-    def piece(seed: Array, *experts: Array) -> Array:
+    for seed, *experts in pieces(group.seed, *group.experts):
         vectors = [expert - seed for expert in experts]
-        selected = _variance([vector + 0 for vector in vectors]) >= least
+        selected = _variance(vectors) >= least
         for number, vector in enumerate(vectors):
             sums[number] += float(((vector * selected) ** 2).sum())
-        return vectors[0]
-
-    in_pieces(piece, group.seed, *group.experts)
     return sums

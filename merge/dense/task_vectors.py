@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.types import TensorGroup
-from .arrays import Array, in_pieces, is_numpy, namespace
+from .arrays import Array, as_numbers, erase, in_pieces, namespace
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def add_task_vectors(
     def piece(seed: Array, *rest: Array) -> Array:
         parts = iter(rest[len(group.experts) :])
         vectors = [
-            _kept_vector(expert - seed, keep, parts) * weight
+            _weighted(_kept_vector(expert - seed, keep, parts), weight)
             for expert, keep, weight in zip(rest, kept, group.weights, strict=False)
         ]
         if elect:
@@ -73,11 +73,11 @@ def add_task_vectors(
 def _kept_vector(vector: Array, keep: Keep, parts: Any) -> Array:
     """Return a task vector with 0 where it is not kept; `parts` yields the pieces of mask and scale."""
     if keep.least > 0:
-        vector *= abs(vector) >= keep.least
+        erase(vector, abs(vector) >= keep.least)
     if keep.most < math.inf:
-        vector *= abs(vector) <= keep.most
+        erase(vector, abs(vector) <= keep.most)
     if keep.mask is not None:
-        vector *= next(parts)
+        erase(vector, next(parts))
     if not isinstance(keep.scale, float | int):
         vector *= next(parts)
     elif keep.scale != 1:
@@ -85,24 +85,31 @@ def _kept_vector(vector: Array, keep: Keep, parts: Any) -> Array:
     return vector
 
 
+def _weighted(vector: Array, weight: float) -> Array:
+    if weight != 1:
+        vector *= weight
+    return vector
+
+
 def _elected(vectors: Sequence[Array], weights: Sequence[float], normalize: bool) -> Array:
     """Return the sum of the elements that have the sign of the whole sum, over their weights if asked."""
     xp = namespace(vectors[0])
-    total = vectors[0] + 0
+    total = vectors[0] + 0.0
     for vector in vectors[1:]:
         total += vector
-    positive = total >= 0
+    total += 0.0  # -0.0, which would elect minus, becomes 0.0
+    sign = xp.copysign(xp.ones_like(total), total)
     mix = xp.zeros_like(total)
     divisor = xp.zeros_like(total)
     for vector, weight in zip(vectors, weights, strict=True):
-        agrees = xp.where(positive, vector > 0, vector < 0)
-        mix += vector * agrees
+        agreeing = vector * sign  # positive where an expert agrees
+        agreeing = xp.maximum(agreeing, xp.zeros_like(agreeing[:1]))
+        mix += agreeing
         if normalize:
-            divisor += agrees * _same_type(weight, total)
+            counted = as_numbers(agreeing > 0, total)
+            divisor += counted if weight == 1 else counted * weight
+    mix *= sign
     if normalize:
-        mix /= xp.where(divisor == 0, xp.ones_like(divisor), divisor)
+        divisor += as_numbers(divisor == 0, total)
+        mix /= divisor
     return mix
-
-
-def _same_type(weight: float, like: Array) -> Any:
-    return like.dtype.type(weight) if is_numpy(like) else weight

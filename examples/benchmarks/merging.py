@@ -1,0 +1,302 @@
+"""How long merges take and how much memory, beside the disk's own speed and, where there is one, mergekit.
+
+    python examples/benchmarks/merging.py --mergekit /path/to/other/environment/bin/mergekit-yaml
+
+Makes four related bf16 Llama checkpoints (220 million parameters each unless told otherwise), merges them by whole
+commands in fresh processes, and prints ratios within this run: medians of several rounds, warm (files in the page
+cache) and cold apart. mergekit belongs into an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from expertctl.core.numeric import encode
+from expertctl.core.safetensors_io import header_of_file
+
+METHODS = ("linear", "slerp", "ties", "dare_ties", "passthrough")
+WANTED = {"linear": 7.0, "slerp": 6.0, "ties": 6.0, "dare_ties": 6.0}
+"""How many times as long as ours mergekit should take."""
+ENGINE = """
+import sys, time
+from pathlib import Path
+from expertctl.core.plugin_manager import installed_plugins
+from expertctl.merge.engine import run_merge
+from expertctl.merge.mergekit_file import read_mergekit
+from expertctl.merge.plan import prepare_merge
+import expertctl.merge.dense.linear
+plan = prepare_merge(read_mergekit(Path(sys.argv[1])))
+output = Path(sys.argv[2]); output.mkdir()
+begin = time.perf_counter()
+run_merge(plan.method, plan.shards, output, fingerprint="benchmark")
+print(time.perf_counter() - begin)
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shape of a Llama."""
+
+    hidden: int
+    layers: int
+    vocabulary: int = 32000
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        width, inner = self.hidden, self.hidden * 11 // 4
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, width)}
+        for layer in range(self.layers):
+            at = f"model.layers.{layer}"
+            found |= {f"{at}.self_attn.{one}_proj.weight": (width, width) for one in "qkvo"}
+            found |= {f"{at}.mlp.{one}_proj.weight": (inner, width) for one in ("gate", "up")}
+            found[f"{at}.mlp.down_proj.weight"] = (width, inner)
+            found |= {f"{at}.{one}_layernorm.weight": (width,) for one in ("input", "post_attention")}
+        return {**found, "model.norm.weight": (width,), "lm_head.weight": (self.vocabulary, width)}
+
+    def config(self) -> dict[str, object]:
+        heads = max(self.hidden // 64, 1)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.hidden * 11 // 4,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process took."""
+
+    seconds: float
+    peak_mb: float
+
+
+def models_of(folder: Path, size: Size, count: int) -> list[Path]:
+    """Return the checkpoints, made in a process of their own: a child's peak memory begins with its parent's size."""
+    process = multiprocessing.get_context("spawn").Process(target=make_models, args=(folder, size, count))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit("the checkpoints could not be made")
+    return [folder / f"m{number}" for number in range(count)]
+
+
+def make_models(folder: Path, size: Size, count: int) -> None:
+    """Write related random checkpoints: one base, and what fine-tuning might have made of it."""
+    shapes = size.tensors()
+    header, _ = header_of_file({name: ("BF16", shape) for name, shape in shapes.items()})
+    for number in range(count):
+        model = folder / f"m{number}"
+        if (model / "model.safetensors").exists():
+            continue
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "config.json").write_text(json.dumps(size.config()))
+        base, change = np.random.default_rng(7), np.random.default_rng(100 + number)
+        with (model / "model.safetensors").open("wb") as file:
+            file.write(header)
+            for shape in shapes.values():
+                numbers = base.standard_normal(shape, dtype=np.float32) * 0.02 + (len(shape) == 1)
+                if number:
+                    numbers += change.standard_normal(shape, dtype=np.float32) * 0.002
+                file.write(encode(numbers, "BF16").tobytes())
+            os.fsync(file.fileno())
+
+
+def write_recipes(folder: Path, models: Sequence[Path]) -> dict[str, Path]:
+    """Write one mergekit file for each method."""
+    names = [model.name for model in models]
+    others = [{"model": name, "parameters": {"weight": 1.0, "density": 0.5}} for name in names[1:]]
+    plain = [{"model": name, "parameters": {"weight": 1.0}} for name in names]
+    recipes: dict[str, dict[str, object]] = {
+        "linear": {"models": plain},
+        "slerp": {
+            "models": [{"model": one} for one in names[:2]],
+            "base_model": names[0],
+            "parameters": {"t": 0.4},
+        },
+        "ties": {"models": others, "base_model": names[0]},
+        "dare_ties": {"models": others, "base_model": names[0]},
+        "passthrough": {"models": [{"model": names[0]}]},
+    }
+    found = {}
+    for method, content in recipes.items():
+        found[method] = folder / f"{method}.yml"
+        found[method].write_text(json.dumps({"merge_method": method, **content}))
+    return found
+
+
+def run(command: Sequence[str | Path], cwd: Path) -> tuple[Cost, str]:
+    """Run a command and return what it took, with its standard output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [str(one) for one in command], cwd=cwd, stdout=out, stderr=err, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        text = out.read()
+        # mergekit writes its model and then dies without a network, looking for the models' cards
+        if process.returncode and "mergekit" not in str(command[0]):
+            raise SystemExit(f"{command}: {err.read()}")
+    return Cost(seconds, usage.ru_maxrss / 1024), text
+
+
+def evict(files: Sequence[Path]) -> None:
+    """Drop files from the page cache."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+class Bench:
+    """One run: the models, the recipes, and rounds of everything that is compared."""
+
+    def __init__(
+        self, folder: Path, size: Size, rounds: int, mergekit: Path | None, mergekit_rounds: int
+    ) -> None:
+        self.folder, self.rounds, self.mergekit, self.mergekit_rounds = (
+            folder,
+            rounds,
+            mergekit,
+            mergekit_rounds,
+        )
+        self.models = models_of(folder, size, 4)
+        self.recipes = write_recipes(folder, self.models)
+        self.files = [model / "model.safetensors" for model in self.models]
+
+    def rounds_of(self, measure: Callable[[], Cost], rounds: int, cold: bool = False) -> Cost:
+        """Return medians."""
+        found = []
+        for _ in range(rounds):
+            shutil.rmtree(self.folder / "out", ignore_errors=True)
+            if cold:
+                evict(self.files)
+            found.append(measure())
+        shutil.rmtree(self.folder / "out", ignore_errors=True)
+        return Cost(statistics.median(one.seconds for one in found), max(one.peak_mb for one in found))
+
+    def floor(self) -> Cost:
+        """Read all four inputs, and copy one."""
+        (self.folder / "out").mkdir()
+        script = f"cat {' '.join(str(file) for file in self.files)} | cat > /dev/null && cp {self.files[0]} out/copy"
+        return run(["sh", "-c", script], self.folder)[0]
+
+    def ours(self, method: str) -> Cost:
+        command = [
+            sys.executable,
+            "-m",
+            "expertctl.cli.main",
+            "merge",
+            "--config",
+            self.recipes[method],
+            "-o",
+            "out",
+        ]
+        return run([*command, "--quiet"], self.folder)[0]
+
+    def engine(self) -> Cost:
+        cost, text = run([sys.executable, "-c", ENGINE, self.recipes["linear"], "out"], self.folder)
+        return Cost(float(text), cost.peak_mb)
+
+    def theirs(self, method: str) -> Cost:
+        assert self.mergekit is not None
+        return run([self.mergekit, self.recipes[method], "out"], self.folder)[0]
+
+
+def report(bench: Bench, methods: Sequence[str]) -> None:
+    """Measure and print the tables."""
+    for cold in (False, True):
+        floor = bench.rounds_of(bench.floor, bench.rounds, cold)
+        engine = bench.rounds_of(bench.engine, bench.rounds, cold)
+        print(
+            f"\n{'cold' if cold else 'warm'}: reading four inputs and copying one takes {floor.seconds:.2f} s"
+        )
+        print(
+            f"linear, engine only: {engine.seconds:.2f} s, {engine.seconds / floor.seconds:.2f} of that (at most 2.5)"
+        )
+        print("| method | expertctl s | peak MB | mergekit s | peak MB | mergekit / expertctl | wanted |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
+        for method in methods:
+            ours = bench.rounds_of(lambda method=method: bench.ours(method), bench.rounds, cold)  # type: ignore[misc]
+            row = f"| {method} | {ours.seconds:.2f} | {ours.peak_mb:.0f} |"
+            if bench.mergekit is not None:
+                theirs = bench.rounds_of(
+                    lambda method=method: bench.theirs(method),  # type: ignore[misc]
+                    bench.mergekit_rounds,
+                    cold,
+                )
+                row += f" {theirs.seconds:.2f} | {theirs.peak_mb:.0f} | {theirs.seconds / ours.seconds:.1f} |"
+            else:
+                row += " | | |"
+            print(f"{row} {WANTED.get(method, '')} |", flush=True)
+
+
+def report_memory(
+    folder: Path, hidden: int, vocabulary: int, layers: Sequence[int], methods: Sequence[str]
+) -> None:
+    """Print the peak memory of models that differ in nothing but their number of layers."""
+    print("\n| peak MB | " + " | ".join(f"{count} layers" for count in layers) + " |")
+    print("|---|" + "---:|" * len(layers))
+    peaks: dict[str, list[float]] = {method: [] for method in methods}
+    for count in layers:
+        bench = Bench(folder / f"layers{count}", Size(hidden, count, vocabulary), 1, None, 1)
+        for method in methods:
+            peaks[method].append(
+                bench.rounds_of(lambda bench=bench, method=method: bench.ours(method), 1).peak_mb
+            )  # type: ignore[misc]
+    for method, found in peaks.items():
+        print(f"| {method} | " + " | ".join(f"{peak:.0f}" for peak in found) + " |", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of another environment")
+    parser.add_argument("--mergekit-rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--memory-layers", type=int, nargs="*", default=[2, 24])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder"
+    )
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        size = Size(given.hidden, given.layers, given.vocabulary)
+        bench = Bench(folder, size, given.rounds, given.mergekit, given.mergekit_rounds)
+        report(bench, given.methods)
+        if given.memory_layers:
+            report_memory(folder, given.hidden // 2, given.vocabulary, given.memory_layers, given.methods)
+
+
+if __name__ == "__main__":
+    main()
