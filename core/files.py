@@ -113,6 +113,12 @@ def unfinished_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}{UNFINISHED_MARK}")
 
 
+def unfinished_names(parent: Path) -> list[str]:
+    """Return the names of the folders in `parent` whose making was stopped and can be resumed, sorted."""
+    found = parent.glob(f".*{UNFINISHED_MARK}")
+    return sorted(path.name[1 : -len(UNFINISHED_MARK)] for path in found if path.is_dir())
+
+
 def _put_in_place(partial: Path, path: Path) -> None:
     """Make a complete folder appear under its name, in place of what was there; a kill at any point loses neither."""
     sync_tree(partial)

@@ -260,7 +260,8 @@ class Workspace:
         return tuple(sorted({*branched, *self.config.experts}))
 
     def unfinished(self) -> dict[str, str]:
-        """Return the runs that were begun and have not ended, each with the command that goes on with it."""
+        """Return the runs and merges that were begun and have not ended, each with the command that goes on with it."""
+        from expertctl.core.files import unfinished_names
         from expertctl.experts.baselines import DENSE, DENSE_SAME_BATCH
         from expertctl.experts.runs import RUN_FILE, is_finished
 
@@ -273,11 +274,13 @@ class Workspace:
             path.parent: f"expertctl baseline {dense.get(path.parent.name, 'random-split')}"
             for path in self.layout.baselines.glob(f"*/{RUN_FILE}")
         }
-        return {
+        runs = {
             folder.name: command
             for folder, command in sorted(commands.items())
             if (folder / RUN_FILE).is_file() and not is_finished(folder)
         }
+        merges = unfinished_names(self.generalists)
+        return runs | {name: f"expertctl merge {name} --resume" for name in merges}
 
     def _seed_command(self) -> str:
         """Return the command that goes on with a seed that was begun, with the options that it was begun with."""

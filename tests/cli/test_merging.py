@@ -1,0 +1,124 @@
+"""The commands around merges: plans, verbose tensors, resuming, cards, reproducing, statistics, adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expertctl.core.lineage import read_manifest, verify
+
+
+def test_a_plan_is_a_table_and_with_verbose_a_row_for_each_tensor(workspace: Path, run: Any) -> None:
+    plain = run("merge", "m", "--method", "ties", "--plan")
+    assert plain.status == 0
+    for word in ("method", "ties", "reads", "writes", "memory", "time", "licence"):
+        assert word in plain.out
+    assert "model.norm.weight" not in plain.out
+    verbose = run("--verbose", "merge", "m", "--method", "ties", "--plan")
+    assert "model.norm.weight" in verbose.out
+    assert not (workspace / "generalists" / "m").exists()
+
+
+def test_options_per_layer_and_module_reach_the_tensors(workspace: Path, run: Any) -> None:
+    option = "density=[{filter: mlp, value: [0.1, 0.9]}, {value: 0.5}]"
+    plan = run("--json", "merge", "m", "--method", "ties", "--option", option, "--plan").json
+    found = {
+        name: one["options"]["density"] for name, one in plan["tensors"].items() if one["action"] == "merge"
+    }
+    layers = plan["layers"]
+    assert found["model.layers.0.mlp.up_proj.weight"] == 0.1
+    assert found[f"model.layers.{layers - 1}.mlp.up_proj.weight"] == 0.9
+    assert found["model.norm.weight"] == 0.5
+
+
+def test_settings_of_the_project_file_are_taken(workspace: Path, run: Any) -> None:
+    project = yaml.safe_load((workspace / "expertctl.yaml").read_text())
+    project["merges"] = {
+        "m": {
+            "method": "ties",
+            "weights": {"code": [0.5, 1.0], "prose": 1},
+            "options": {"density": {"code": 0.3, "prose": 0.6}},
+            "dtype": "bfloat16",
+        }
+    }
+    (workspace / "expertctl.yaml").write_text(yaml.safe_dump(project))
+    assert run("merge", "m").status == 0
+    manifest = read_manifest(workspace / "generalists" / "m")
+    assert manifest.config["options"]["density"] == [0.3, 0.6]
+    assert (
+        json.loads((workspace / "generalists" / "m" / "config.json").read_text()).get("dtype", "bfloat16")
+        == "bfloat16"
+    )
+    assert run("reproduce", "m").out.strip() == "m: every byte is the same"
+
+
+def test_a_result_that_was_changed_is_not_reproduced(workspace: Path, run: Any) -> None:
+    run("merge", "m", "--method", "average")
+    path = workspace / "generalists" / "m" / "generalist.json"
+    content = json.loads(path.read_text())
+    content["tensors"]["model.norm.weight"] = "0" * 64
+    path.write_text(json.dumps(content))
+    found = run("--json", "reproduce", "m")
+    assert found.status == 1
+    assert found.json["differences"] == ["tensor model.norm.weight is another"]
+
+
+def test_an_unfinished_merge_is_shown_with_the_command_that_goes_on(workspace: Path, run: Any) -> None:
+    (workspace / "generalists" / ".m.unfinished").mkdir(parents=True)
+    assert run("--json", "show").json["unfinished"] == {"m": "expertctl merge m --resume"}
+    assert run("merge", "m", "--method", "average", "--resume").status == 0
+    assert run("--json", "show").json["unfinished"] == {}
+
+
+def test_a_card_with_an_evaluation(workspace: Path, run: Any) -> None:
+    scores = {"domains": ["code"], "models": {"forest": {"bits_per_byte": {"code": 2.5}}}}
+    Path("scores.json").write_text(json.dumps(scores))
+    assert "| forest | 2.500 |" in run("card", "forest", "--evaluation", "scores.json").out
+    assert run("card", "code", "-o", "card.md").status == 0
+    assert Path("card.md").read_text().startswith("---\n")
+    Path("scores.json").write_text("{}")
+    assert (
+        "is not what `expertctl eval --json` prints"
+        in run("card", "forest", "--evaluation", "scores.json").error
+    )
+
+
+def test_statistics_and_the_merge_by_them(workspace: Path, run: Any) -> None:
+    told = run("merge", "m", "--method", "regmean").error
+    assert (
+        told
+        == "there are no gram statistics on expert 'code'; gather them with `expertctl stats code --kind gram`"
+    )
+    found = run("--json", "stats", "code", "prose", "--samples", "2").json["statistics"]
+    assert found["prose"]["domain"]["name"] == "prose"
+    assert run("merge", "m", "--method", "regmean").status == 0
+
+
+def test_an_adapter_is_extracted_and_merged(workspace: Path, run: Any) -> None:
+    found = run(
+        "--json", "extract-adapter", "code", "--base", "seed", "-o", "lora", "--energy", "0.9", "--save-rest"
+    )
+    assert found.status == 0, found.err
+    assert 0 < found.json["error"] < 0.33
+    assert run("merge", "m", "--method", "linear", "--experts", "prose,lora").status == 0
+    assert verify(workspace / "generalists" / "m") == []
+    kinds = {parent.name: parent.kind for parent in read_manifest(workspace / "generalists" / "m").parents}
+    assert kinds == {"seed": "seed", "prose": "expert", "lora": "adapter"}
+
+
+def test_a_config_file_says_it_all(workspace: Path, run: Any) -> None:
+    Path("m.yml").write_text("merge_method: linear\nmodels: []\n")
+    assert run("merge", "m", "--config", "m.yml", "-o", "out").status == 2
+    assert run("merge", "--config", "m.yml", "-o", "out", "--method", "ties").status == 2
+    assert run("merge", "--config", "m.yml").status in (1, 2)
+    assert run("merge").status == 2
+
+
+def test_a_search_on_the_command_line(workspace: Path, run: Any) -> None:
+    found = run("merge", "m", "--method", "average", "--search", "--trials", "3")
+    assert found.status == 0, found.err
+    assert "trial 3 of 3" in found.err
+    assert read_manifest(workspace / "generalists" / "m").config["search"]["trials"] == 3
