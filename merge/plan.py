@@ -163,6 +163,7 @@ def prepare_merge(
     names key, file or tensor and shows both sides.
     """
     allowed = permissions or Permissions()
+    _check_device((settings or EngineSettings()).device)
     method = installed_plugins().merge_method(recipe.method)
     if method.merge is None:
         raise UserError(
@@ -189,6 +190,24 @@ def prepare_merge(
         (*report.conflicts, *report.notes, *(vocabulary.notes if vocabulary else ())),
         settings or EngineSettings(),
     )
+
+
+def _check_device(device: str) -> None:
+    """Raise `UserError` for a device that is not there; for the CPU nothing has to be imported."""
+    if device == "cpu":
+        return
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise UserError(
+            f"there is no device '{device}'; merges calculate on cpu, cuda, or one of several: cuda:1"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise UserError(
+            f"there is no device '{device}': this machine has {count} GPUs that torch can use; use --device cpu"
+        )
 
 
 def open_sources(recipe: Recipe) -> dict[str, Source]:

@@ -267,6 +267,39 @@ def test_a_plan_says_what_it_will_cost_and_reads_no_tensor(models: Path) -> None
     assert not (models / "out").exists()
 
 
+def test_too_little_disk_is_told_with_both_figures(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    from expertctl.merge.mergekit_file import read_mergekit
+    from expertctl.merge.merging import merge_recipe
+
+    found = read_mergekit(recipe_file(models, "linear", ["a", "b"]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"needs 0\.00 GB, and its disk has 0\.00 GB left; free some"):
+        merge_recipe(found, models / "out")
+    assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "part"), [("tpu", "there is no device 'tpu'"), ("cuda:99", "there is no device 'cuda:99'")]
+)
+def test_a_device_that_is_not_there_is_refused(models: Path, device: str, part: str) -> None:
+    recipe_file(models, "linear", ["a", "b"])
+    told = run(models, "merge", "--config", "linear.yml", "-o", "out", "--device", device, status=1).stderr
+    assert part in told
+
+
+def test_one_model_passed_through_is_that_model(models: Path) -> None:
+    recipe_file(models, "passthrough", ["a"])
+    (models / "passthrough.yml").write_text(
+        json.dumps({"merge_method": "passthrough", "models": [{"model": "a"}]})
+    )
+    run(models, "merge", "--config", "passthrough.yml", "-o", "out", "--shard-size", "300")
+    found, expected = tensors_of(models / "out"), tensors_of(models / "a")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 # --- what other tools read ---
 
 
