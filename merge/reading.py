@@ -136,8 +136,8 @@ class Reader:
     def _note(self, one: StoredTensor, digest: str) -> None:
         if one.expected is not None and digest != one.expected:
             raise UserError(
-                f"tensor '{one.entry.name}' in {one.entry.file} is not what its manifest says; restore or remake "
-                "the folder"
+                f"tensor '{one.entry.name}' in {one.entry.file} was changed: it is not what its manifest says; restore "
+                "or remake the folder"
             )
         with self._lock:
             self.digests[one.entry] = digest

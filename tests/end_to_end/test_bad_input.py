@@ -144,6 +144,10 @@ def test_a_full_disk_while_merging_leaves_the_old_generalist(copied: Path) -> No
     assert "no space left while writing" in error
     assert (copied / "generalists" / "soup" / "model.safetensors").read_bytes() == before
     assert verify(copied / "generalists" / "soup") == []
+    assert {path.name for path in (copied / "generalists").iterdir()} == {"soup", ".soup.unfinished"}
+    resumed = expertctl(copied, "merge", "soup", "--method", "average", "--force", "--resume")
+    assert resumed.returncode == 0
+    assert (copied / "generalists" / "soup" / "model.safetensors").read_bytes() == before
     assert [path.name for path in (copied / "generalists").iterdir()] == ["soup"]
 
 

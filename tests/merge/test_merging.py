@@ -184,7 +184,7 @@ def test_a_flipped_bit_in_weights_that_are_read_is_refused(workspace: Path, plac
     path.write_bytes(content)
     expect_refusal(
         workspace,
-        rf"tensor '.*' in .*{place}/model.safetensors is not what its manifest says; restore or remake",
+        rf"tensor '.*' in .*{place}/model.safetensors was changed: it is not what its manifest says; restore or remake",
         method=method,
     )
 
