@@ -322,14 +322,23 @@ def checked(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
         raise UserError(f"{what}: {_say(_worst(error), kind)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, for which `1e-3` is a number too: it follows YAML 1.1, whose floats need a dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def parse_yaml(text: str, path: Path) -> tuple[Any, dict[Path_, int]]:
     """Return a YAML document and the line of every key in it; raises `UserError` for bad or repeated keys."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         lines: dict[Path_, int] = {}
         if node is not None:
             _note_lines(node, (), lines, path)
-        return yaml.safe_load(text), lines
+        return yaml.load(text, Loader=_Loader), lines  # a safe loader
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None

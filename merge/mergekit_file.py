@@ -33,6 +33,7 @@ class _Source(_Model):
 class _Slice(Section):
     sources: tuple[_Source, ...]
     base_model: Any = None
+    residual_weight: float | None = None
     parameters: Parameters | None = None
 
 
@@ -89,7 +90,7 @@ METHODS: dict[str, _Method] = {
     "slerp": _Method("first", ("t",)),
     "nuslerp": _Method("optional", (WEIGHT,)),
     "multislerp": _Method("optional", (WEIGHT,)),
-    "karcher": _Method("input"),
+    "karcher": _Method("input", dropped=(WEIGHT, "int8_mask")),
     "task_arithmetic": _Method("seed", (WEIGHT,), _TASK_VECTORS, ("int8_mask", "density", "rescale")),
     "ties": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "normalize": True}),
     "dare_linear": _Method(
@@ -166,7 +167,6 @@ class _Reader:
         if self.method.base == "optional" and base is not None:
             scopes.append({"task_vectors": True})
         scopes.append(self.method.defaults)
-        self._require(slices, scopes[:2])
         tokenizer, tokens = self._tokenizer()
         seed = base if self.method.base in ("seed", "optional") else None
         models = {base: self.models[base], **self.models} if base is not None and seed else self.models
@@ -177,6 +177,7 @@ class _Reader:
             seed=seed,
             adapter_bases=self.adapter_bases,
             scopes=tuple(scopes),
+            required=self.method.required,
             dtype=self._dtype(file.out_dtype, "out_dtype") or self._dtype(file.dtype, "dtype"),
             input_dtype=self._dtype(file.dtype, "dtype"),
             tokenizer=tokenizer,
@@ -227,6 +228,8 @@ class _Reader:
         found = []
         for number, part in enumerate(module.slices or ()):
             at: tuple[Any, ...] = ("slices", number)
+            if part.residual_weight is not None:
+                raise UserError(f"{self._at(*at, 'residual_weight')}: 'residual_weight' is not supported")
             own = self._model(part.base_model, (*at, "base_model")) if part.base_model is not None else base
             named = [
                 (
@@ -237,11 +240,13 @@ class _Reader:
             ]
             self._require_different([name for name, _ in named], at)
             ordered = self._ordered(named, own, keep_seed=True)
+            parameters = self._scope(part.parameters, at)
+            optional = self.method.base == "optional"
             found.append(
                 OutputSlice(
                     tuple(SourceSlice(name, layers, parameters) for name, (layers, parameters) in ordered),
-                    self._scope(part.parameters, at),
-                    own if self.method.base == "seed" else None,
+                    {**({"task_vectors": True} if own is not None and optional else {}), **parameters},
+                    own if optional or self.method.base == "seed" else None,
                 )
             )
         return tuple(found)
@@ -285,28 +290,6 @@ class _Reader:
                 f"{self._at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
             )
         return None
-
-    def _require(self, slices: Sequence[OutputSlice], shared: Sequence[Scope]) -> None:
-        """Raise `UserError` where a parameter is missing that has no default."""
-        for key in self.method.required:
-            if any(key in scope for scope in shared):
-                continue
-            for part in slices:
-                seed = part.seed if part.seed is not None else self._seed_name()
-                for source in part.sources:
-                    if key in part.parameters or key in source.parameters or source.model == seed:
-                        continue
-                    if key == "t" and any(key in other.parameters for other in part.sources):
-                        continue
-                    raise UserError(
-                        f"{self.path}: merge method '{self.file.merge_method}' needs the parameter '{key}' for "
-                        f"'{source.model}'"
-                    )
-
-    def _seed_name(self) -> str | None:
-        if self.file.base_model is None or self.method.base in ("input", "first"):
-            return None
-        return self._model(self.file.base_model, ("base_model",))
 
     def _tokenizer(self) -> tuple[str, dict[str, TokenSource]]:
         """Return our policy, and where single tokens' rows come from."""

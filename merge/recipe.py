@@ -59,6 +59,8 @@ class Recipe:
     """Folder of the model that an adapter changes, where that is not the seed."""
     scopes: tuple[Scope, ...] = ()
     """Parameters for all slices, the most particular first."""
+    required: tuple[str, ...] = ()
+    """Parameters that must be given for every tensor, because no default goes with this recipe."""
     dtype: str | None = None
     """Of the output, as safetensors spells it. None: that of the inputs."""
     input_dtype: str | None = None
@@ -112,6 +114,7 @@ def recipe_from_json(content: Mapping[str, Any], models: Mapping[str, Path]) -> 
         "adapter_bases": {name: models[f"base of {name}"] for name in content["adapter_bases"]},
         "slices": slices,
         "scopes": tuple(content["scopes"]),
+        "required": tuple(content.get("required", ())),
         "tokens": {token: TokenSource(**source) for token, source in content["tokens"].items()},
     }
     return Recipe(**given)

@@ -356,6 +356,7 @@ class _Settings:
         """Return the plan with the method's options, the weights, and the seed where the method reads it."""
         below = (part.parameters, *self.recipe.scopes)
         values = {key: resolve(key, below, plan.name, depth) for key in self.shared}
+        self._check_required(values, f"'{plan.name}'")
         for key in self.per_expert:
             each = [resolve(key, (one.parameters, *below), inputs[one.model], depth) for one in experts]
             values[key] = each[0] if len(set(each)) == 1 else self._completed(key, each)
@@ -368,10 +369,20 @@ class _Settings:
                 f"merge method '{self.method.name}' compares experts with the seed they started from, and this "
                 "merge names none; give it as base_model"
             )
+        for one, weight in zip(experts, given, strict=True):
+            self._check_required({WEIGHT: weight}, f"'{inputs[one.model]}' of '{one.model}'")
         weights = self._weights(given, [one.model for one in experts], plan.name)
         # rows that experts lack may come from the seed
         origin = seed if needs_seed or plan.is_vocabulary else None
         return replace(plan, options=options, weights=weights, seed=origin)
+
+    def _check_required(self, values: Mapping[str, Any], tensor: str) -> None:
+        for key, value in values.items():
+            if value is None and key in self.recipe.required:
+                raise UserError(
+                    f"merge method '{self.method.name}' needs the parameter '{key}', and none is given for tensor "
+                    f"{tensor}"
+                )
 
     def _completed(self, key: str, each: Sequence[Any]) -> tuple[Any, ...]:
         """Return one value for each expert, the method's default where none is given."""

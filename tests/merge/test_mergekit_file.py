@@ -97,8 +97,27 @@ def test_a_base_is_an_input_like_others_for_linear_and_must_have_a_weight(read: 
         models=[*TWO, {"model": "base", "parameters": {"weight": 3}}],
     )
     assert options_of(listed).weights == (1.0, 2.0, 3.0)
-    with pytest.raises(UserError, match="needs the parameter 'weight' for 'base'"):
-        read(merge_method="linear", base_model="base", models=TWO)
+    with pytest.raises(UserError, match=r"needs the parameter 'weight', .* of 'base'"):
+        options_of(read(merge_method="linear", base_model="base", models=TWO))
+
+
+def test_a_required_parameter_is_needed_for_every_tensor(read: Any) -> None:
+    only_mlp = [{"filter": "mlp", "value": 0.5}]
+    models = [{"model": "a", "parameters": {"weight": only_mlp}}, {"model": "b", "parameters": {"weight": 1}}]
+    with pytest.raises(UserError, match=r"'weight', .* tensor 'model\.embed_tokens\.weight' of 'a'"):
+        options_of(read(merge_method="linear", models=models))
+    slerp = {"merge_method": "slerp", "base_model": "base", "models": [{"model": "a"}]}
+    with pytest.raises(UserError, match=r"'t', and none is given for tensor 'model\.embed_tokens\.weight'"):
+        options_of(read(**slerp, parameters={"t": only_mlp}))
+
+
+def test_numbers_may_be_written_with_an_exponent_alone(read: Any) -> None:
+    text = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1e-3}}\n"
+    assert options_of(read(text=text)).weights == (0.001,)
+
+
+def test_a_mean_on_the_sphere_takes_no_weights(read: Any) -> None:
+    assert options_of(read(merge_method="karcher", models=TWO)).weights == (1.0, 1.0)
 
 
 def test_interpolation_of_task_vectors_where_there_is_a_base(read: Any) -> None:
@@ -106,6 +125,12 @@ def test_interpolation_of_task_vectors_where_there_is_a_base(read: Any) -> None:
     assert with_base.options.task_vectors
     assert with_base.expert_names == ("a", "b")
     assert not options_of(read(merge_method="multislerp", models=TWO)).options.task_vectors
+    sources = [
+        {"model": name, "layer_range": [0, 4], "parameters": {"weight": 1}} for name in ("a", "b", "base")
+    ]
+    in_slice = options_of(read(merge_method="nuslerp", slices=[{"sources": sources, "base_model": "base"}]))
+    assert in_slice.options.task_vectors
+    assert (in_slice.expert_names, in_slice.seed_name) == (("a", "b"), "base")
 
 
 def test_slices_with_gradients_and_bases_of_their_own(read: Any) -> None:
@@ -161,7 +186,6 @@ def test_adapters_are_named_by_their_base(read: Any, tmp_path: Path) -> None:
         ({"merge_method": "linaer", "models": TWO}, r":1: .*no merge method 'linaer' \(did you mean 'linear'"),
         ({"merge_method": "linear", "models": TWO, "modles": []}, r":\d+: unknown key 'modles'; did you mean 'modules'"),
         ({"merge_method": "linear"}, "give exactly one of 'models', 'slices' and 'modules'"),
-        ({"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]}, "needs the parameter 'weight' for 'a'"),
         ({"merge_method": "ties", "models": TWO}, "needs a base_model"),
         ({"merge_method": "linear", "models": [{"model": "org/name"}]}, "hf download org/name --local-dir name"),
         ({"merge_method": "linear", "models": [TWO[0], TWO[0]]}, "model 'a' is given twice"),
@@ -177,7 +201,7 @@ def test_adapters_are_named_by_their_base(read: Any, tmp_path: Path) -> None:
         ),
         (
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "residual_weight": 0.5}]},
-            "unknown key 'residual_weight'",
+            "'residual_weight' is not supported",
         ),
     ],
 )  # fmt: skip
