@@ -17,6 +17,7 @@ WORDS = {
     "launchers": "launcher",
     "corpus_formats": "corpus format",
     "evaluators": "evaluator",
+    "routers": "router",
     "architectures": "architecture",
 }
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Launcher,
         MergeFinished,
         MergeMethod,
+        Router,
         Trainer,
         TrainingStep,
     )
@@ -34,6 +35,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def merge_methods() -> list[MergeMethod]:  # type: ignore[empty-body]  # pluggy reads the signature only
     """Ways from seed and experts to a generalist."""
+
+
+@hookspec
+def routers() -> list[Router]:  # type: ignore[empty-body]  # as above
+    """Ways to begin the router of a mixture of experts."""
 
 
 @hookspec

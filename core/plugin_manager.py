@@ -28,6 +28,7 @@ from .types import (
     Launcher,
     MergeFinished,
     MergeMethod,
+    Router,
     Trainer,
     TrainingStep,
 )
@@ -42,9 +43,11 @@ SELECTION_VARIABLE = "EXPERTCTL_PLUGINS"
 BUILTIN_PLUGINS = (
     "architectures",
     "btm",
+    "btx",
     "corpus_files",
     "dense_merges",
     "local_launcher",
+    "mixtures",
     "perplexity",
     "trainable_parts",
 )
@@ -188,6 +191,13 @@ class PluginManager:
     def merge_method(self, name: str) -> MergeMethod:
         """Return the merge method of that name; raises `UserError` that lists the choices."""
         return _pick("merge method", name, self.merge_methods())
+
+    def routers(self) -> Mapping[str, Router]:
+        return self._collect("routers", Router)
+
+    def router(self, name: str) -> Router:
+        """Return the way to begin a router of that name; raises `UserError` that lists the choices."""
+        return _pick("router", name, self.routers())
 
     def auto_classes(self) -> list[tuple[type, type]]:
         """Return the (config, model) classes that merge methods bring; one that fails is reported and left out."""

@@ -132,8 +132,9 @@ PerExpert = float | tuple[float, ...]
 class MergeMethod:
     """A way from seed and experts to a generalist.
 
-    Offer `merge` for a method that works tensor by tensor (the engine reads, streams and writes), or `build`
-    for one that makes a model of its own kind.
+    Offer `merge` for a method that works tensor by tensor (the engine reads, streams and writes), `assemble` for one
+    that puts experts' tensors together as a model of another class (the engine copies), or `build` for one that
+    makes a model of its own kind.
     """
 
     name: str
@@ -149,8 +150,11 @@ class MergeMethod:
     options: type | None = None
     """A frozen dataclass with a default for every field, or None. Every number in it may be set per layer and per
     module; a field annotated `PerExpert` per expert too. A trailing underscore (`lambda_`) is left out by users."""
+    assemble: Callable[[Any, Any], Any] | None = None
+    """`assemble(inputs, options)` plans a model of another architecture from the tensors of the experts: takes
+    `merge.mixture.inputs.AssemblyInputs`, returns `merge.mixture.assembly.Assembly`; the engine reads and writes."""
     auto_classes: Callable[[], tuple[type, type]] | None = None
-    """For a `build` method whose model is no class of transformers: returns (config class, model class)."""
+    """For a method whose model is no class of transformers: returns (config class, model class)."""
     uses_seed: bool | Callable[[Any], bool] = True
     """Whether `merge` reads the seed's tensors; a function of the options where it depends on them."""
     elementwise: bool = False
@@ -168,9 +172,12 @@ class MergeMethod:
     """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
 
     def __post_init__(self) -> None:
-        if (self.merge is None) == (self.build is None):
-            what = "neither 'merge' nor 'build'" if self.merge is None else "both 'merge' and 'build'"
-            raise ValueError(f"merge method '{self.name}' offers {what}")
+        offered = [name for name in ("merge", "build", "assemble") if getattr(self, name) is not None]
+        if len(offered) != 1:
+            what = " and ".join(f"'{name}'" for name in offered) or "none"
+            raise ValueError(
+                f"merge method '{self.name}' offers {what} of 'merge', 'build' and 'assemble'; exactly one is needed"
+            )
         _check_options(self.options, f"merge method '{self.name}'")
 
 
@@ -201,7 +208,91 @@ class MergeInputs:
     """Tells the user what is going on, a line at a time."""
 
 
+@dataclass(frozen=True)
+class RouterInputs:
+    """Everything that the start of a mixture's router may be made from. L = layers, E = experts, d = width."""
+
+    seed: Path
+    """Folder of the model whose hidden states the router will see."""
+    experts: Mapping[str, Path | None]
+    """In the order of the router's rows; None for one that is in no folder of its own."""
+    num_layers: int
+    width: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What the merge says of single experts, such as `{code: {positive_prompts: [...]}}`."""
+    validation: Callable[[], Sequence[ValidationText]] = tuple
+    domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The domains that each expert was trained on, as far as is known."""
+    say: Callable[[str], None] = field(default=lambda line: None)
+
+
+@dataclass(frozen=True)
+class RouterStart:
+    """The rows and biases that a router begins with, float32 numpy arrays."""
+
+    rows: Any
+    """(L, E, d)."""
+    biases: Any = None
+    """(L, E), or None."""
+    unit: Any = None
+    """(L, d) vectors that give about 1 for any hidden state, by which a bias can be folded into rows; or None."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """A way to begin the router of a mixture of given experts."""
+
+    name: str
+    summary: str
+    start: Callable[[RouterInputs], RouterStart]
+    """`start(inputs)`; raises `UserError` for what it lacks."""
+    uses_model: bool = False
+    """Whether it runs the seed, which plans leave for later."""
+    uses_text: bool = False
+    """Whether it reads validation text, so that the merge cannot be repeated from its manifest alone."""
+
+
 # --- architectures ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MixtureShape:
+    """What a mixture of experts is like, whatever family it is of."""
+
+    num_experts: int
+    top_k: int
+    """Experts that each token passes through."""
+    normalized: bool = True
+    """Whether the gates of those experts sum to one."""
+    router_bias: bool = False
+    """Whether the router adds a bias to its logits."""
+
+
+@dataclass(frozen=True)
+class MixtureTarget:
+    """A model class that dense models of a family can become as a mixture of experts, and how tensors are called there.
+
+    Names of tensors are those within a layer: `mlp.up_proj.weight`.
+    """
+
+    name: str
+    model_class: str
+    """The class that `config.json` names."""
+    config: Callable[[Mapping[str, Any], MixtureShape], dict[str, Any]]
+    """`config(dense, shape)` returns the mixture's `config.json`, all it shares with the dense one taken over."""
+    expert: Callable[[str, int], str]
+    """`expert(name, number)` returns what the feed-forward's tensor `name` is called in expert `number`."""
+    router: str
+    """Name of the (experts, width) matrix of router rows."""
+    refusal: Callable[[Mapping[str, Any], MixtureShape], str | None] = lambda dense, shape: None
+    """`refusal(dense, shape)` returns the rule that a model breaks, in words, or None when it fits."""
+    router_bias: str | None = None
+    """Name of the router's bias (experts,), where the class has one."""
+    zeros: Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    """`zeros(config)` returns further tensors of every layer that are 0, by name, with their shapes."""
+    prefix: str = ""
+    """What stands before the dense model's names."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +306,8 @@ class Architecture:
     attention: tuple[str, ...]
     norms: tuple[str, ...]
     embeddings: tuple[str, ...]
-    mixture_class: str | None = None
-    """The transformers class its feed-forwards turn into as experts of a mixture, or None."""
+    mixtures: tuple[MixtureTarget, ...] = ()
+    """What its feed-forwards can become the experts of, the first choice first."""
 
 
 # --- evaluation ------------------------------------------------------------------------------------------

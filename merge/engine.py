@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.compute import available_cores
 from ..core.errors import UserError
-from ..core.numeric import encode
+from ..core.numeric import FLOATING, encode
 from ..core.safetensors_io import TensorEntry
 from ..core.types import MergeMethod, TensorGroup
 from .reading import PIECE_NUMBERS, Reader
@@ -146,10 +146,14 @@ class Calculator:
         """Yield the bytes of one tensor of the output, in pieces."""
         if one.action == "merge":
             yield from self._merged_bytes(one)
+        elif one.action == "given":
+            assert one.values is not None
+            yield encode(one.values, one.dtype)
         else:
             if one.action == "agree":
                 self._check_agreement(one)
-            yield from self._copied(one)
+            for stored in one.experts if one.action == "stack" else one.experts[:1]:
+                yield from self._copied(stored, one.dtype)
 
     def numbers_of(self, one: TensorPlan) -> NDArray[Any]:
         """Return one merged tensor as float32 (or float64), before it is rounded to the output's dtype."""
@@ -226,18 +230,17 @@ class Calculator:
         array: NDArray[Any] = merged.detach().to("cpu", width).numpy()
         return array
 
-    def _copied(self, one: TensorPlan) -> Iterator[Any]:
-        stored = one.experts[0]
-        if stored.dtype == one.dtype and stored.adapter is None:
+    def _copied(self, stored: StoredTensor, dtype: str) -> Iterator[Any]:
+        if stored.dtype == dtype and stored.adapter is None:
             yield from self._reader.raw(stored)
         elif stored.adapter is None:
             for piece in self._reader.pieces(stored):
-                yield encode(piece, one.dtype)
+                yield encode(piece, dtype)
         else:
-            yield encode(self._reader.whole(stored), one.dtype)
+            yield encode(self._reader.whole(stored), dtype)
 
     def _check_agreement(self, one: TensorPlan) -> None:
-        """Raise `UserError` unless all inputs are the same: counts and indices are never averaged."""
+        """Raise `UserError` unless all inputs are the same."""
         for stored in one.inputs:
             for _ in self._reader.raw(stored):
                 pass
@@ -245,9 +248,13 @@ class Calculator:
         first = one.inputs[0]
         for stored, digest in digests.items():
             if digest != digests[first]:
+                why = (
+                    "is taken from one model for all"
+                    if one.dtype in FLOATING
+                    else f"holds {one.dtype} numbers, which are never averaged"
+                )
                 raise UserError(
-                    f"tensor '{one.name}' holds {one.dtype} numbers, which are never averaged, and they differ "
-                    f"between {first.entry.file} and {stored.entry.file}"
+                    f"tensor '{one.name}' {why}, and it differs between {first.entry.file} and {stored.entry.file}"
                 )
 
 

@@ -46,7 +46,7 @@ def write_generalist(
     """
     total = plan.bytes_to_write
     written = run_merge(
-        plan.method,
+        plan.tensor_method,
         plan.shards,
         folder,
         fingerprint=fingerprint_of(plan.identity()),
@@ -86,17 +86,24 @@ def describe(
 ) -> dict[str, Any]:
     """Return the resolved configuration of a merge, as its manifest keeps it."""
     searched = {"search": asdict(found)} if found is not None else {}
-    example = next((one for one in plan.stack.tensors if one.action == "merge"), None)
     return {
         "method": plan.method.name,
         "kind": plan.method.kind,
         "weights": plan.weights(),
-        "options": as_options(example.options) if example is not None and example.options is not None else {},
+        "options": _options(plan),
         "fitted_on": list(fitted_on),
         "recipe": recipe_as_json(plan.recipe),
         "shard_bytes": plan.shard_bytes,
+        **({"mixture": dict(plan.assembly.record)} if plan.assembly is not None else {}),
         **searched,
     }
+
+
+def _options(plan: MergePlan) -> dict[str, Any]:
+    if plan.assembly is not None:
+        return dict(plan.assembly.record["options"])
+    example = next((one for one in plan.stack.tensors if one.action == "merge"), None)
+    return as_options(example.options) if example is not None and example.options is not None else {}
 
 
 def as_options(options: Any) -> dict[str, Any]:
@@ -111,11 +118,22 @@ def write_config(plan: MergePlan, folder: Path) -> None:
     """Write the `config.json`: the leading model's, with what the merge changed; unchanged it keeps its bytes."""
     source = plan.leading.model_folder / "config.json"
     config = plan.leading.config
+    if plan.assembly is not None:
+        write_json(folder / "config.json", _assembled_config(plan, plan.assembly.config))
+        return
     changed = config | _changes(plan, config)
     if changed == config:
         _copy(source, folder / "config.json")
     else:
         write_json(folder / "config.json", changed)
+
+
+def _assembled_config(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mixture's configuration with the vocabulary and dtype of the merge, in its dense part where it has one."""
+    if "member" in config:
+        member = config["member"]
+        return {**config, "member": {**member, **_changes(plan, member)}}
+    return {**config, **_changes(plan, config)}
 
 
 def _changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +155,7 @@ def _changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         changes[key] = DTYPES[dtype][0]
-    untied = any(head_name({one.name: one}) for one in plan.stack.tensors)
+    untied = any(head_name({one.name.removeprefix("network."): one}) for one in plan.stack.tensors)
     if untied and config.get("tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False
     return changes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -138,8 +138,11 @@ def recipe_of(
     shared: dict[str, Setting] = {}
     for name, weight in weights.items():
         scopes[name][WEIGHT] = weight
+    whole = _mapping_options(installed_plugins().merge_method(config.method))
     for key, setting in config.options.items():
-        if isinstance(setting, Mapping) and setting and not {"filter", "value"} & set(setting):
+        if key in whole:
+            shared[key] = setting
+        elif isinstance(setting, Mapping) and setting and not {"filter", "value"} & set(setting):
             for name, value in setting.items():
                 if name not in experts:
                     raise unknown_name(
@@ -160,6 +163,14 @@ def recipe_of(
     )
 
 
+def _mapping_options(method: MergeMethod) -> set[str]:
+    """Return the options of a method that are mappings themselves, not one value for each expert."""
+    if method.options is None:
+        return set()
+    hints = typing.get_type_hints(method.options)
+    return {key for key, hint in hints.items() if typing.get_origin(hint) is Mapping}
+
+
 def _target(layout: Layout, name: str, output: Path | None, how: MergeRun) -> Path:
     target = output if output is not None else layout.generalists / check_name(name, "a generalist")
     if output is None:
@@ -168,7 +179,12 @@ def _target(layout: Layout, name: str, output: Path | None, how: MergeRun) -> Pa
     return target
 
 
-def _planned(recipe: Recipe, how: MergeRun, layout: Layout | None) -> MergePlan:
+def _planned(
+    recipe: Recipe,
+    how: MergeRun,
+    layout: Layout | None,
+    validation: Callable[[], Sequence[ValidationText]] | None = None,
+) -> MergePlan:
     method = installed_plugins().merge_method(recipe.method)
     return prepare_merge(
         recipe,
@@ -176,6 +192,8 @@ def _planned(recipe: Recipe, how: MergeRun, layout: Layout | None) -> MergePlan:
         settings=how.settings,
         shard_bytes=how.shard_bytes,
         statistics=find_statistics(method, recipe, layout),
+        validation=validation,
+        say=how.say,
     )
 
 
@@ -190,18 +208,31 @@ def _stream(
 ) -> Manifest:
     """Merge tensor by tensor; tensors are compared with the manifests' digests while they are read."""
     check_lineage(layout.seed, folders, tensors=False, unrelated=how.permissions.unrelated)
-    fitted_on: list[str] = []
     weights: Mapping[str, Setting] = config.weights if not isinstance(config.weights, str) else {}
     plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
     check_output(plan, target)
     with _locked(layout, name, target):
         found: SearchResult | None = None
+        text = _Text(validation)
         if config.weights == "posterior" or config.search is not None:
-            texts = validation()
-            fitted_on = [text.domain for text in texts]
-            weights, found = _fitted(layout, name, config, folders, texts, how)
-            plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
+            weights, found = _fitted(layout, name, config, folders, text(), how)
+            plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout, text)
+        elif plan.method.assemble is not None:
+            plan = _planned(plan.recipe, how, layout, text)
+        fitted_on = [one.domain for one in text.read]
         return _written(plan, target, name, how, fitted_on, found)
+
+
+class _Text:
+    """The validation text of a merge, prepared when it is first asked for; knows whether it was."""
+
+    def __init__(self, prepare: Callable[[], Sequence[ValidationText]]) -> None:
+        self._prepare = prepare
+        self.read: Sequence[ValidationText] = ()
+
+    def __call__(self) -> Sequence[ValidationText]:
+        self.read = self.read or tuple(self._prepare())
+        return self.read
 
 
 def _fitted(
@@ -292,13 +323,7 @@ def _build(
     seed, experts = check_lineage(layout.seed, folders)
     licences = check_licences({SEED: seed.licence, **{one: found.licence for one, found in experts.items()}})
     require_compatible(licences, how.permissions.licences)
-    fitted_on: list[ValidationText] = []
-
-    @functools.cache
-    def texts() -> Sequence[ValidationText]:
-        fitted_on.extend(validation())
-        return tuple(fitted_on)
-
+    texts = _Text(validation)
     plugins = installed_plugins()
     with _locked(layout, name, target), new_folder(target, force=how.force, what="generalist") as partial:
         weights = resolve_weights(config.weights, layout.seed, folders, texts, how.say)
@@ -321,7 +346,7 @@ def _build(
                 "kind": method.kind,
                 "weights": weights,
                 "options": asdict(options),
-                "fitted_on": [text.domain for text in fitted_on],
+                "fitted_on": [text.domain for text in texts.read],
                 "merge": config.model_dump(mode="json"),
             },
             data={parent: one.data for parent, one in experts.items()},

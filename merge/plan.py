@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.compute import available_cores
+from ..core.config import parse_options
 from ..core.errors import UserError
 from ..core.lineage import Manifest, digest_of_tokenizer, package_version
 from ..core.numeric import FLOATING
 from ..core.plugin_manager import installed_plugins
-from ..core.types import MergeMethod, TensorGroup
+from ..core.types import MergeMethod, TensorGroup, ValidationText
 from .engine import BESIDE_BYTES, MOST_THREADS, Calculator, EngineSettings
 from .kinship import require_related
 from .licences import LicenceReport, check_licences, licence_of_folder, require_compatible
 from .reading import Reader
-from .recipe import Recipe
+from .recipe import WEIGHT, Recipe
 from .sources import Source, StoredTensor, embedding_name, head_name, open_source
 from .tensor_plan import DEFAULT_SHARD_BYTES, ShardPlan, Stack, plan_shards, plan_tensors
 from .tokenizers import ModelVocabulary, VocabularyPlan, plan_vocabulary
+
+if TYPE_CHECKING:
+    from .mixture.assembly import Assembly
 
 BASE_BYTES = 64 << 20
 """What Python and numpy take by themselves."""
@@ -60,6 +65,13 @@ class MergePlan:
     notes: tuple[str, ...]
     """What a user should know though nothing is refused."""
     settings: EngineSettings = field(default_factory=EngineSettings)
+    assembly: Assembly | None = None
+    """Where the result is of another class than its inputs: its configuration, and what its manifest says of it."""
+
+    @property
+    def tensor_method(self) -> MergeMethod:
+        """What merges single tensors: the method, or the mean where a method assembles a model."""
+        return self.method if self.method.merge is not None else installed_plugins().merge_method("average")
 
     @property
     def leading(self) -> Source:
@@ -86,9 +98,13 @@ class MergePlan:
     def peak_bytes(self) -> int:
         """About how much memory the merge takes at most; it does not depend on how many layers there are."""
         with Reader() as reader:
-            calculator = Calculator(self.method, reader, self.vocabulary)
+            calculator = Calculator(self.tensor_method, reader, self.vocabulary)
             needs = [calculator.bytes_needed(one) for one in self.stack.tensors]
-        base = BASE_BYTES if self.method.arrays == "any" and self.settings.device == "cpu" else TORCH_BYTES
+        base = (
+            BASE_BYTES
+            if self.tensor_method.arrays == "any" and self.settings.device == "cpu"
+            else TORCH_BYTES
+        )
         beside = min(sum(sorted(needs)[:-1][-self.threads + 1 :]), BESIDE_BYTES) if self.threads > 1 else 0
         return base + max(needs, default=0) + beside
 
@@ -129,6 +145,7 @@ class MergePlan:
                     asdict(one.options) if one.options is not None else None,
                     [[str(stored.entry.file), stored.entry.begin, stored.name] for stored in one.inputs],
                     [stored is not None for stored in one.statistics],
+                    hashlib.sha256(one.values.tobytes()).hexdigest() if one.values is not None else None,
                 ]
                 for one in self.stack.tensors
             ],
@@ -156,28 +173,38 @@ def prepare_merge(
     settings: EngineSettings | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     statistics: Mapping[str, Mapping[str, StoredTensor]] | None = None,
+    validation: Callable[[], Sequence[ValidationText]] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> MergePlan:
     """Open all models by their headers, check that they fit, and return what the merge will do.
 
-    No tensor is read (a few kilobytes of some are, to see whether models are related). Raises `UserError` that
-    names key, file or tensor and shows both sides.
+    No tensor is read (a few kilobytes of some are, to see whether models are related), unless `validation` is given:
+    then a mixture's router is fitted, where that takes a model. Raises `UserError` that names key, file or tensor and shows both sides.
     """
     allowed = permissions or Permissions()
     _check_device((settings or EngineSettings()).device)
     method = installed_plugins().merge_method(recipe.method)
-    if method.merge is None:
+    if method.build is not None:
         raise UserError(
             f"merge method '{method.name}' makes a model of its own kind, not one merged tensor by tensor"
         )
     sources = open_sources(recipe)
     vocabulary = _vocabulary(recipe, sources)
-    stack = plan_tensors(recipe, method, sources, vocabulary.size if vocabulary else None, statistics)
-    if not any(one.dtype in FLOATING for one in stack.tensors):
-        raise UserError("there is no tensor of floating-point numbers to merge")
+    rows = vocabulary.size if vocabulary else None
     if not allowed.unrelated:
         _require_relation(recipe, sources)
     report = licence_report(sources)
     require_compatible(report, allowed.licences)
+    assembly: Assembly | None = None
+    if method.assemble is not None:
+        assembly = _assembled(recipe, method, sources, rows, validation, say)
+        leading = recipe.seed or recipe.slices[0].sources[0].model
+        layers = tuple((leading, layer) for layer in range(sources[leading].num_layers))
+        stack = Stack(assembly.tensors, layers)
+    else:
+        stack = plan_tensors(recipe, method, sources, rows, statistics)
+    if not any(one.dtype in FLOATING for one in stack.tensors):
+        raise UserError("there is no tensor of floating-point numbers to merge")
     return MergePlan(
         recipe,
         method,
@@ -187,9 +214,47 @@ def prepare_merge(
         shard_bytes,
         vocabulary,
         report.result if not report.conflicts else None,
-        (*report.conflicts, *report.notes, *(vocabulary.notes if vocabulary else ())),
+        (
+            *report.conflicts,
+            *report.notes,
+            *(vocabulary.notes if vocabulary else ()),
+            *(assembly.notes if assembly else ()),
+        ),
         settings or EngineSettings(),
+        assembly,
     )
+
+
+def _assembled(
+    recipe: Recipe,
+    method: MergeMethod,
+    sources: Mapping[str, Source],
+    vocabulary_rows: int | None,
+    validation: Callable[[], Sequence[ValidationText]] | None,
+    say: Callable[[str], None],
+) -> Assembly:
+    """Let a method plan a model of another class."""
+    from .mixture.inputs import AssemblyInputs
+
+    given = {key: value for scope in reversed(recipe.scopes) for key, value in scope.items()}
+    options = parse_options(method.options, given, f"merge method '{method.name}'")
+    own = {
+        source.model: {key: value for key, value in source.parameters.items() if key != WEIGHT}
+        for part in recipe.slices
+        for source in part.sources
+    }
+    mean = installed_plugins().merge_method("average")
+    inputs = AssemblyInputs(
+        recipe,
+        sources,
+        lambda dense: plan_tensors(dense, mean, sources, vocabulary_rows).tensors,
+        own,
+        validation,
+        say,
+    )
+    assert method.assemble is not None
+    assembly: Assembly = method.assemble(inputs, options)
+    return assembly
 
 
 def _check_device(device: str) -> None:
@@ -324,7 +389,8 @@ def _seconds_per_number(plan: MergePlan) -> float:
     example = next((one for one in plan.stack.tensors if one.action == "merge"), None)
     if example is None:
         return 0.0
-    if plan.method.arrays != "any" or plan.settings.device != "cpu" or plan.method.statistics is not None:
+    method = plan.tensor_method
+    if method.arrays != "any" or plan.settings.device != "cpu" or method.statistics is not None:
         return _TORCH_SECONDS_PER_NUMBER
     import numpy as np
 
@@ -339,10 +405,10 @@ def _seconds_per_number(plan: MergePlan) -> float:
         example.weights,
         arrays[0] if example.seed is not None else None,
     )
-    assert plan.method.merge is not None
-    plan.method.merge(group, example.options)  # what is imported on the first call takes no part
+    assert method.merge is not None
+    method.merge(group, example.options)  # what is imported on the first call takes no part
     begin = time.perf_counter()
-    plan.method.merge(group, example.options)
+    method.merge(group, example.options)
     return (time.perf_counter() - begin) / (math.prod(_SAMPLE) * len(example.experts))
 
 

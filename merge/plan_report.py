@@ -39,6 +39,7 @@ def plan_rows(plan: MergePlan, output: Path | None) -> list[tuple[str, str]]:
     actions = Counter(one.action for one in plan.stack.tensors)
     shared = {repr(one.options) for one in plan.stack.tensors if one.action == "merge"}
     words = {"merge": "merged", "copy": "copied", "agree": "compared and copied"}
+    words |= {"stack": "put end to end", "given": "made here"}
     weights = plan.weights()
     vocabulary = plan.vocabulary
     rows = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.config import NoOptions, parse_options, unknown_option
 from ..core.errors import UserError
@@ -19,8 +19,11 @@ from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice
 from .sources import DERIVED, HEADS, Source, StoredTensor, embedding_name, head_name
 from .tensor_names import LayerNames, layer_names
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 DEFAULT_SHARD_BYTES = 5 * 10**9
-Action = Literal["merge", "copy", "agree"]
+Action = Literal["merge", "copy", "agree", "stack", "given"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class TensorPlan:
     """Of the output."""
     shape: tuple[int, ...]
     action: Action
-    """`merge` by the method; `copy` the first expert's, which all share; `agree`: numbers that are never averaged
-    (integers), copied once all were found equal."""
+    """`merge` by the method; `copy` the first expert's, which all share; `agree`: what must be the same in all
+    (integers, what training froze), copied once all were found equal; `stack`: all experts' end to end; `given`:
+    `values`, from no file."""
     experts: tuple[StoredTensor, ...]
     expert_names: tuple[str, ...]
     weights: tuple[float, ...] = ()
@@ -44,6 +48,7 @@ class TensorPlan:
     """What `expertctl stats` gathered on it for each expert, where the method asks for it."""
     is_vocabulary: bool = False
     """Its first axis is the vocabulary, which differs between the models."""
+    values: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_numbers(self) -> int:

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from expertctl.core.types import MergeFinished as MergeFinished
     from expertctl.core.types import MergeInputs as MergeInputs
     from expertctl.core.types import MergeMethod as MergeMethod
+    from expertctl.core.types import MixtureShape as MixtureShape
+    from expertctl.core.types import MixtureTarget as MixtureTarget
     from expertctl.core.types import PerExpert as PerExpert
+    from expertctl.core.types import Router as Router
+    from expertctl.core.types import RouterInputs as RouterInputs
+    from expertctl.core.types import RouterStart as RouterStart
     from expertctl.core.types import RunReporter as RunReporter
     from expertctl.core.types import Score as Score
     from expertctl.core.types import TensorGroup as TensorGroup
@@ -55,8 +60,13 @@ _HOMES = {
         "MergeFinished",
         "MergeInputs",
         "MergeMethod",
-        "RunReporter",
+        "MixtureShape",
+        "MixtureTarget",
         "PerExpert",
+        "Router",
+        "RouterInputs",
+        "RouterStart",
+        "RunReporter",
         "Score",
         "TensorGroup",
         "TrainablePart",

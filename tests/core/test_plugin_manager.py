@@ -117,7 +117,7 @@ def test_an_unknown_name_is_refused_with_the_choices(ask: Callable[[PluginManage
 
 
 def test_families_are_found_by_their_model_type() -> None:
-    assert fresh_plugins().architecture_of("olmo2").mixture_class == "FlexOlmoForCausalLM"
+    assert fresh_plugins().architecture_of("olmo2").mixtures[0].model_class == "FlexOlmoForCausalLM"
     assert fresh_plugins().architecture_of("gemma2").name == "gemma"
 
 
@@ -230,10 +230,13 @@ def test_a_hook_that_raises_is_named_and_the_rest_keeps_working() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: MergeMethod("x", ""), "merge method 'x' offers neither 'merge' nor 'build'"),
+        (
+            lambda: MergeMethod("x", ""),
+            "merge method 'x' offers none of 'merge', 'build' and 'assemble'; exactly one is needed",
+        ),
         (
             lambda: MergeMethod("x", "", merge=print, build=print),
-            "merge method 'x' offers both 'merge' and 'build'",
+            "merge method 'x' offers 'merge' and 'build' of 'merge', 'build' and 'assemble'; exactly one is needed",
         ),
         (
             lambda: MergeMethod("x", "", merge=print, options=dict),

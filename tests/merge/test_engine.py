@@ -181,7 +181,7 @@ def test_integers_that_agree_are_copied_and_those_that_differ_are_refused(tmp_pa
     assert tensors_of(tmp_path / "out")["count"].tolist() == [3, 4]
     models["y"] = write_model(tmp_path / "z", {**other, "count": torch.tensor([3, 5])})
     with pytest.raises(
-        UserError, match="tensor 'count' holds I64 numbers, which are never averaged, and they differ"
+        UserError, match="tensor 'count' holds I64 numbers, which are never averaged, and it differs"
     ):
         engine_merge(recipe("mean", models), tmp_path / "two", method=MEAN)
 

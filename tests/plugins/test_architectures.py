@@ -32,9 +32,11 @@ def test_every_tensor_belongs_to_a_part_and_feed_forwards_to_no_other(
     assert feed_forward | others == names
     assert not feed_forward & others
     for part in ("feed_forward", "attention", "norms", "embeddings"):
-        assert matching(names, getattr(family, part)), f"no tensor is {part}"
+        # OLMo's norms have no weights
+        assert matching(names, getattr(family, part)) or (family.name, part) == ("olmo", "norms"), part
 
 
 @pytest.mark.parametrize("family", PLUGINS.architectures().values(), ids=lambda family: family.name)
 def test_mixture_classes_exist(family: Architecture) -> None:
-    assert family.mixture_class is None or hasattr(transformers, family.mixture_class)
+    for target in family.mixtures:
+        assert hasattr(transformers, target.model_class)

@@ -1,0 +1,156 @@
+"""A mixture of experts for any family: its decoder as transformers has it, with experts in place of feed-forwards.
+
+For families without a mixture class of their own, and for mixtures that such a class cannot express. Shapes: B =
+batch, T = tokens, N = B T, E = experts, k = experts of a token, d = width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+
+from .targets import CONTAINER_TYPE
+
+# What generation and serving look up in a configuration, taken over from the dense model's.
+_SHARED_SETTINGS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+class MixtureConfig(PretrainedConfig):
+    """A dense model's configuration, and how many experts stand in place of each feed-forward."""
+
+    model_type = CONTAINER_TYPE
+
+    def __init__(
+        self,
+        member: Mapping[str, Any] | None = None,
+        feed_forward: str = "mlp",
+        num_experts: int = 1,
+        num_experts_per_tok: int = 1,
+        norm_topk_prob: bool = True,
+        router_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.member = dict(member or {})
+        """`config.json` of the dense model."""
+        self.feed_forward = feed_forward
+        """What its layers call their feed-forward."""
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.router_bias = router_bias
+        if self.member:
+            dense = self.dense()
+            for name in _SHARED_SETTINGS:
+                kwargs.setdefault(name, getattr(dense, name, None))
+        super().__init__(**kwargs)
+
+    def dense(self) -> PretrainedConfig:
+        """Return the dense model's configuration as its class reads it."""
+        settings = dict(self.member)
+        found: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return found
+
+
+class TopKRouter(nn.Module):
+    """Chooses k experts for each token by the largest of E logits."""
+
+    def __init__(self, config: MixtureConfig, width: int) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = config.num_experts_per_tok, config.num_experts
+        self.normalized = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, width))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
+
+    def forward(self, hidden_Nd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (logits (N, E), gates (N, k), experts (N, k)) as transformers' own routers do."""
+        logits_NE = nn.functional.linear(hidden_Nd, self.weight, self.bias)
+        gates_Nk, chosen_Nk = logits_NE.float().softmax(dim=-1).topk(self.top_k, dim=-1)
+        if self.normalized:
+            gates_Nk = gates_Nk / gates_Nk.sum(dim=-1, keepdim=True)
+        return logits_NE, gates_Nk.to(hidden_Nd.dtype), chosen_Nk
+
+
+class MixtureFeedForward(nn.Module):
+    """Experts side by side; each token passes through those that its router chooses."""
+
+    def __init__(self, experts: list[nn.Module], router: TopKRouter) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.router = router
+
+    def forward(self, hidden_BTd: Tensor) -> Tensor:
+        hidden_Nd = hidden_BTd.reshape(-1, hidden_BTd.shape[-1])
+        _, gates_Nk, chosen_Nk = self.router(hidden_Nd)
+        return mixed(self.experts, hidden_Nd, gates_Nk, chosen_Nk).view_as(hidden_BTd)
+
+
+def mixed(experts: nn.ModuleList, hidden_Nd: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor) -> Tensor:
+    """Return the gated sum of each token's experts, (N, d); tokens are sorted by expert, each of which runs once."""
+    order = chosen_Nk.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen_Nk.flatten(), minlength=len(experts)).tolist()
+    tokens = order // chosen_Nk.shape[1]
+    gates = gates_Nk.flatten()[order, None]
+    total_Nd = torch.zeros_like(hidden_Nd)
+    begin = 0
+    for expert, count in zip(experts, counts, strict=True):
+        if count:
+            mine = slice(begin, begin + count)
+            total_Nd.index_add_(0, tokens[mine], expert(hidden_Nd[tokens[mine]]) * gates[mine])
+        begin += count
+    return total_Nd
+
+
+class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
+    """A dense decoder whose feed-forwards are mixtures of experts."""
+
+    config_class = MixtureConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: MixtureConfig) -> None:
+        super().__init__(config)
+        dense = config.dense()
+        if config._attn_implementation not in (None, "sdpa"):  # the default here, which not every family has
+            dense._attn_implementation = config._attn_implementation
+        self.network: PreTrainedModel = AutoModelForCausalLM.from_config(dense)
+        for name, module in list(self.network.named_modules()):
+            if name.split(".")[-1] == config.feed_forward and name.count(".") >= 2:
+                parent = self.network.get_submodule(name.rpartition(".")[0])
+                experts = [module, *(copy.deepcopy(module) for _ in range(config.num_experts - 1))]
+                router = TopKRouter(config, int(dense.hidden_size))
+                setattr(parent, config.feed_forward, MixtureFeedForward(experts, router))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave everything as it was made: all weights are loaded."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        found: nn.Module = self.network.get_input_embeddings()
+        return found
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.network.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        found: nn.Module = self.network.get_output_embeddings()
+        return found
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Return what the dense model's class does; see there."""
+        return self.network(input_ids=input_ids, **kwargs)

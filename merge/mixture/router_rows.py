@@ -1,0 +1,202 @@
+"""Ways to begin a mixture's router: drawn, equal, from what experts bring, from prompts, from validation text.
+
+Shapes: L = layers, E = experts, d = width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import UserError
+from ...core.types import RouterInputs, RouterStart
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ROUTER_FILE = "router.safetensors"
+"""Beside an expert's weights: `rows` (L, d), `biases` (L,), and the mean hidden states `domain` and `public` (L, d)."""
+_SAMPLES = 64
+_RIDGE = 1e-3
+
+
+def options_of(inputs: RouterInputs, defaults: Mapping[str, Any], router: str) -> dict[str, Any]:
+    """Return a router start's options over its defaults; raises `UserError` for one that it does not have."""
+    for key, value in inputs.options.items():
+        if key not in defaults:
+            raise UserError(
+                f"router start '{router}' has no option '{key}'; it has {', '.join(defaults) or 'none'}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"option '{key}' of router start '{router}' is {value!r}, which is no number")
+    return {**defaults, **inputs.options}
+
+
+def random_rows(inputs: RouterInputs) -> RouterStart:
+    """Return normal rows of standard deviation 0.02, drawn by `seed` (Branch-Train-MiX, arXiv:2403.07816, 3.2)."""
+    import numpy as np
+
+    chosen = options_of(inputs, {"seed": 0, "deviation": 0.02}, "random")
+    source = np.random.Generator(np.random.PCG64(int(chosen["seed"])))
+    shape = (inputs.num_layers, len(inputs.experts), inputs.width)
+    return RouterStart((source.standard_normal(shape) * chosen["deviation"]).astype(np.float32))
+
+
+def uniform_rows(inputs: RouterInputs) -> RouterStart:
+    """Return rows of 0: every expert the same for every token; of a top-k the first experts are taken."""
+    import numpy as np
+
+    options_of(inputs, {}, "uniform")
+    return RouterStart(np.zeros((inputs.num_layers, len(inputs.experts), inputs.width), np.float32))
+
+
+def embedding_rows(inputs: RouterInputs) -> RouterStart:
+    """Return the rows and biases that experts bring along, 0 for the seed's own (FlexOlmo, arXiv:2507.07024, 3.3.2)."""
+    import numpy as np
+
+    options_of(inputs, {}, "embedding")
+    shape = (inputs.num_layers, len(inputs.experts), inputs.width)
+    rows, biases = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
+    means = []
+    for number, (name, folder) in enumerate(inputs.experts.items()):
+        if folder is None:
+            continue
+        brought = read_router(folder, name)
+        if brought["rows"].shape != (shape[0], shape[2]):
+            raise UserError(
+                f"the router rows of '{name}' are {list(brought['rows'].shape)}; the seed needs {[shape[0], shape[2]]}"
+            )
+        rows[:, number], biases[:, number] = brought["rows"], brought["biases"]
+        if "public" in brought:
+            means.append(brought["public"])
+    unit = None
+    if means:
+        mean = np.mean(means, axis=0)
+        unit = mean / (mean**2).sum(axis=-1, keepdims=True)
+    return RouterStart(rows, biases, unit)
+
+
+def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
+    """Return what an expert brings for a router; raises `UserError` for an expert that was trained without one."""
+    from ...core.safetensors_io import Checkpoint
+    from ..reading import Reader
+    from ..sources import StoredTensor
+
+    path = folder / ROUTER_FILE
+    if not path.is_file():
+        raise UserError(
+            f"expert '{name}' ({folder}) brings no router row ({ROUTER_FILE}); train it with --trains flexolmo, or choose "
+            "another start of the router: --option router=hidden"
+        )
+    with Reader() as reader:
+        return {
+            key: reader.whole(StoredTensor(entry, name=key))
+            for key, entry in Checkpoint([path]).entries.items()
+        }
+
+
+def prompt_rows(inputs: RouterInputs) -> RouterStart:
+    """Return the mean hidden state of each expert's positive prompts, less that of its negative ones, of length 1.
+
+    Prompts stand in the merge's options: `positive_prompts: {code: [...]}`. Hidden states are what the seed gives
+    its feed-forwards, averaged over a prompt's tokens; no padding is involved.
+    """
+    import numpy as np
+
+    from ...core.feed_forwards import input_moments
+    from ...core.loading import load_model
+
+    options_of(inputs, {}, "prompts")
+    model, tokenizer = load_model(inputs.seed, dtype="float32")
+
+    def mean_of(prompts: Sequence[str]) -> NDArray[Any]:
+        blocks = [np.asarray(tokenizer(text)["input_ids"], dtype=np.int64) for text in prompts]
+        means = [input_moments(model, [block]).mean.numpy() for block in blocks if block.size]
+        found: NDArray[Any] = np.mean(means, axis=0)
+        return found
+
+    rows = np.zeros((inputs.num_layers, len(inputs.experts), inputs.width))
+    for number, name in enumerate(inputs.experts):
+        given = inputs.own.get(name, {})
+        positive = prompts_of(given, "positive_prompts", name)
+        if not positive:
+            raise UserError(
+                f"router start 'prompts' needs positive_prompts for '{name}'; give them under the merge's options, or "
+                "choose another start"
+            )
+        rows[:, number] = _unit(mean_of(positive))
+        negative = prompts_of(given, "negative_prompts", name)
+        if negative:
+            rows[:, number] -= _unit(mean_of(negative))
+    return RouterStart(_unit(rows).astype(np.float32))
+
+
+def prompts_of(given: Mapping[str, Any], key: str, name: str) -> list[str]:
+    """Return an expert's prompts; raises `UserError` for anything but a list of texts."""
+    prompts = given.get(key, [])
+    if not isinstance(prompts, list | tuple) or not all(isinstance(one, str) and one for one in prompts):
+        raise UserError(f"{key} of '{name}' are no list of texts")
+    return list(prompts)
+
+
+def _unit(rows: NDArray[Any]) -> NDArray[Any]:
+    import numpy as np
+
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    scaled: NDArray[Any] = rows / np.where(lengths > 0, lengths, 1)
+    return scaled
+
+
+def hidden_rows(inputs: RouterInputs) -> RouterStart:
+    """Return linear discriminants of the hidden states of each expert's validation text.
+
+    Row e is S^-1 (m_e - m), with m_e the mean hidden state of the expert's domains, m that of all and S the pooled
+    covariance within the domains; the biases are those of Gaussians of equal covariance. The seed's own expert gets a
+    row of 0. Raises `UserError` for an expert whose domain is not among the texts.
+    """
+    import numpy as np
+    import torch
+
+    from ...core.feed_forwards import InputMoments, input_moments, spread_blocks
+    from ...core.loading import load_model
+
+    chosen = options_of(inputs, {"samples": _SAMPLES, "ridge": _RIDGE}, "hidden")
+    texts = {text.domain: text.blocks for text in inputs.validation()}
+    model, _ = load_model(inputs.seed, dtype="float32")
+    found: dict[int, InputMoments] = {}
+    for number, (name, folder) in enumerate(inputs.experts.items()):
+        if folder is None:
+            continue
+        domains = [domain for domain in inputs.domains.get(name, ()) if domain in texts] or (
+            [name] if name in texts else []
+        )
+        if not domains:
+            raise UserError(
+                f"router start 'hidden' needs validation text of the domain of '{name}'; name domains with --fit-on, or "
+                "choose another start"
+            )
+        blocks = [
+            block for domain in domains for block in spread_blocks(texts[domain], int(chosen["samples"]))
+        ]
+        found[number] = input_moments(model, blocks, full=True)
+        inputs.say(f"hidden states of '{name}': {found[number].tokens:,} tokens of {', '.join(domains)}")
+    moments = list(found.values())
+    mean = torch.stack([one.mean for one in moments]).mean(dim=0)
+    second = torch.stack([one.second for one in moments]).mean(dim=0)
+    within = second - torch.stack([one.mean[:, :, None] * one.mean[:, None, :] for one in moments]).mean(
+        dim=0
+    )
+    scale = within.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]
+    within += chosen["ridge"] * scale * torch.eye(inputs.width, dtype=within.dtype)
+    rows = torch.zeros(inputs.num_layers, len(inputs.experts), inputs.width, dtype=torch.float64)
+    biases = torch.zeros(rows.shape[:2], dtype=torch.float64)
+    for number, one in found.items():
+        away = one.mean - mean
+        rows[:, number] = torch.linalg.solve(within, away)
+        biases[:, number] = -(rows[:, number] * (one.mean + mean)).sum(dim=-1) / 2
+    power = second + 1e-6 * scale * torch.eye(inputs.width, dtype=second.dtype)
+    unit = torch.linalg.solve(power, mean)
+    return RouterStart(
+        rows.numpy().astype(np.float32), biases.numpy().astype(np.float32), unit.numpy().astype(np.float32)
+    )
