@@ -36,12 +36,13 @@ def register_auto_classes() -> None:
 
 
 def load_model(
-    folder: str | Path, *, seed: str | Path | None = None, dtype: str = "auto"
+    folder: str | Path, *, seed: str | Path | None = None, dtype: str = "auto", as_trained: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any artefact as (model in evaluation mode, tokenizer).
 
     `seed` is needed only for an expert that lies outside its workspace. `dtype` is `auto` (as stored) or a
-    torch dtype's name. Raises `UserError` for folders that are unfinished, damaged or of no known kind.
+    torch dtype's name. An expert that was trained as part of something larger (`flexolmo`: beside the public
+    feed-forward) comes back as that, or, without `as_trained`, as the dense model of its tensors. Raises `UserError` for folders that are unfinished, damaged or of no known kind.
     """
     path = Path(folder)
     if dtype not in DTYPE_NAMES:
@@ -53,8 +54,12 @@ def load_model(
         if manifest is not None and manifest.kind == "expert":
             base = seed_of(path, manifest, seed)
             model = _from_pretrained(base, dtype)
-            overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
-            return model, load_tokenizer(base)
+            trainer = installed_plugins().trainers().get(manifest.trainable or "")
+            if as_trained and trainer is not None and trainer.restore is not None:
+                model = trainer.restore(model, path)
+            else:
+                overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
+            return model.eval(), load_tokenizer(base)
         return _from_pretrained(path, dtype), load_tokenizer(path)
 
 

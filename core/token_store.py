@@ -292,6 +292,13 @@ def draw(blocks: Blocks | BalancedUnion, position: Position, seed: int) -> NDArr
     return blocks.block(shuffled(position.index, len(blocks), seed * 1_000_033 + position.epoch))
 
 
+def domain_at(blocks: Blocks | BalancedUnion, position: Position) -> int:
+    """Return which part of a union the block at a position is of; 0 where there is one."""
+    if isinstance(blocks, BalancedUnion):
+        return (position.epoch * len(blocks) + position.index) % len(blocks.parts)
+    return 0
+
+
 def shuffled(index: int, size: int, seed: int) -> int:
     """Return where `index` goes in the pseudo-random permutation of 0..size-1 that `seed` names.
 

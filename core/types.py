@@ -47,6 +47,32 @@ class TrainablePart:
     """Called as `module(input_ids=..., use_cache=False)`, gives an object with `.logits` of shape (B, T, V)."""
     parameters: Mapping[str, nn.Parameter]
     """Everything that is trained, by its name in the checkpoint."""
+    auxiliary_loss: Callable[[], Tensor] | None = None
+    """Called after each forward pass: what is added to its cross-entropy, shape ()."""
+    tensors: Callable[[], Mapping[str, Tensor]] | None = None
+    """Returns the trained tensors by the names that the starting model has for them; None: they have these names."""
+    beside: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None
+    """Returns further tensors of the artefact, by file and name, that the starting model has none of."""
+    tell_domains: Callable[[Sequence[int]], None] | None = None
+    """Told before each forward pass which domain of the run each row of the batch is of."""
+    tell_step: Callable[[int], None] | None = None
+    """Told before each optimiser step how many were done."""
+    finish: Callable[[Path], None] | None = None
+    """Writes the model's files into the folder of a generalist; None: it is saved as transformers saves it."""
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The text of a run, as a trainer may read it before training begins."""
+
+    domains: Mapping[str, TokenBlocks]
+    """Training parts of the run's own domains."""
+    other: Callable[[str], TokenBlocks]
+    """Returns the training part of another domain of the project; raises `UserError` for one that there is not."""
+    seed_domains: tuple[str, ...]
+    """Domains of the project that the seed was pretrained on."""
+    folder: Path
+    """Of the model that training starts from."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +81,17 @@ class Trainer:
 
     name: str
     summary: str
-    prepare: Callable[[PreTrainedModel, Any], TrainablePart]
-    """`prepare(model, options)` freezes what stays and returns what moves."""
+    prepare: Callable[..., TrainablePart]
+    """`prepare(model, options)` freezes what stays and returns what moves; with `uses_text` it is called as
+    `prepare(model, options, text)` with a `TrainingText`."""
     options: type | None = None
     """A frozen dataclass with a default for every field, or None."""
+    uses_text: bool = False
+    makes: Literal["expert", "generalist"] = "expert"
+    """What a run becomes: tensors that changed (`branch` and `train`), or a whole model (`tune`)."""
+    restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None
+    """`restore(model, folder)` makes the starting model into what was trained, from an expert's folder; None: the
+    expert's tensors go over those of the same name."""
 
     def __post_init__(self) -> None:
         _check_options(self.options, f"trainer '{self.name}'")

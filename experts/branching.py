@@ -37,6 +37,10 @@ def branch(
     domain_config(project, expert.domain)
     plugins = installed_plugins()
     trainer = trainer_for(expert.trains, plugins)
+    if trainer.makes != "expert":
+        raise UserError(
+            f"trainer '{trainer.name}' trains a whole {trainer.makes}; use it with `expertctl tune NAME --trains {trainer.name}`"
+        )
     parse_options(trainer.options, expert.options, f"trainer '{trainer.name}'")
     start = start_weights(layout, project, expert)
     training = expert_training(layout, project, expert.training)
@@ -70,12 +74,14 @@ def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = Fals
         spec.write(partial)
 
 
-def parent_digests(layout: Layout, start: Mapping[str, float]) -> dict[str, str]:
-    """Return the digests of the seed and of the experts that a run starts from.
+def parent_digests(layout: Layout, start: Mapping[str, float], base: str | None = None) -> dict[str, str]:
+    """Return the digests of the seed and of the experts, or of the generalist, that a run starts from.
 
     Raises `UserError` for an expert of another seed.
     """
     digests = {"seed": read_manifest(layout.seed).digest}
+    if base not in (None, "seed"):
+        digests[base] = read_manifest(layout.artefact(base)).digest
     for name in start:
         if name != "seed":
             manifest = read_manifest(layout.experts / name)
@@ -140,7 +146,7 @@ def nearest_experts(
     require_intact_models(layout.experts / name for name in experts)
     scores = []
     for name in experts:
-        model, _ = load_model(layout.experts / name, dtype="float32")
+        model, _ = load_model(layout.experts / name, dtype="float32", as_trained=False)
         model.to(best_device())
         with torch.inference_mode():
             scores.append(

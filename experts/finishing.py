@@ -22,6 +22,7 @@ from ..core.loading import WEIGHTS_FILE, checkpoint_tensors
 from ..core.safetensors_io import Checkpoint, tensor_digest, torch_dtype, write_tensors
 from .run_inputs import RunInputs
 from .training import TrainingLoop
+from .tuned_model import tuned_manifest, write_whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,17 +39,25 @@ def write_artefact(
         write_tensors(run.folder / WEIGHTS_FILE, checkpoint_tensors(model))
         (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
         write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
+    elif run.spec.kind == "generalist":
+        write_whole_model(run, model, loop)
+        tuned_manifest(run, metrics).write(run.folder)
+        return
     else:
-        write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, model))
+        part = loop.part
+        trained = part.tensors() if part.tensors is not None else model.state_dict()
+        write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, trained))
+        for file, tensors in (part.beside() if part.beside is not None else {}).items():
+            write_tensors(run.folder / file, tensors)
     _manifest(run, metrics).write(run.folder)
 
 
-def _changed_tensors(run: RunInputs, model: PreTrainedModel) -> dict[str, Tensor]:
+def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors that differ from the seed's, in the seed's dtype."""
     seed = Checkpoint.of_folder(run.layout.seed)
     digests = read_manifest(run.layout.seed).tensors
     found = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in trained.items():
         if name in seed:
             stored = tensor.to("cpu", torch_dtype(seed.entry(name).dtype))
             if tensor_digest(stored) != digests[name]:

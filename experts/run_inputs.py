@@ -27,8 +27,13 @@ class RunInputs:
         return self.spec.kind == "seed"
 
     @property
+    def base(self) -> Path:
+        """Folder of the model that training starts from."""
+        return base_folder(self.layout, self.spec)
+
+    @property
     def tokenizer_folder(self) -> Path:
-        return self.folder if self.from_scratch else self.layout.seed
+        return self.folder if self.from_scratch else self.base
 
     @property
     def data_digests(self) -> dict[str, str]:
@@ -41,6 +46,11 @@ class RunInputs:
         spec = read_run(folder)
         layout = Layout.find(folder)
         project = load_project(layout.config_file)
-        tokenizer = folder if spec.kind == "seed" else layout.seed
+        tokenizer = folder if spec.kind == "seed" else base_folder(layout, spec)
         domains = tuple(prepare_domains(layout, project, spec.domains, tokenizer))
         return cls(folder, layout, spec, domains, installed_plugins())
+
+
+def base_folder(layout: Layout, spec: RunSpec) -> Path:
+    """Return the folder of the model that a run starts from."""
+    return layout.seed if spec.base in (None, "seed") else layout.artefact(spec.base)

@@ -23,7 +23,7 @@ class RunSpec:
     """What one run trains. `run.json` in the folder that will become the seed or the expert."""
 
     kind: str
-    """`seed` or `expert`: what the folder becomes."""
+    """`seed`, `expert` or `generalist`: what the folder becomes."""
     name: str
     domains: tuple[str, ...]
     """Drawn in turn, one block each, when there are several."""
@@ -34,6 +34,8 @@ class RunSpec:
     """Where it starts: `seed`, or experts with weights that sum to 1."""
     parents: Mapping[str, str] = field(default_factory=dict)
     """Digests of the seed and of the experts it starts from, as they were when it was branched."""
+    base: str | None = None
+    """The generalist (or `seed`) that a generalist is trained from."""
     slice: tuple[int, int] | None = None
     """(i, n): train on the i-th of n random slices of all domains together instead (a control)."""
     preset: str | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..core.config import load_project
 from ..core.errors import UserError
-from ..core.lineage import require_intact
-from ..core.loading import ExpertTensors, overlay_tensors
+from ..core.lineage import read_manifest, require_intact
+from ..core.loading import ExpertTensors, load_model, max_positions, overlay_tensors
 from ..core.safetensors_io import Checkpoint
 from ..core.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, TokenBlocks
+from ..core.types import TrainingText
 from .branching import parent_digests
+from .corpora import domain_config, prepare_domain
 from .finishing import OPTIMISER_FILE
 from .run_inputs import RunInputs
 from .training import TrainingLoop
@@ -29,8 +32,10 @@ def starting_model(run: RunInputs) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _require_same_parents(run)
-    require_intact(run.layout.seed)
+    require_intact(run.base)
     torch.manual_seed(run.spec.training.seed)
+    if run.spec.kind == "generalist":
+        return load_model(run.base, dtype="float32")[0]
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         run.layout.seed, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
@@ -41,7 +46,7 @@ def starting_model(run: RunInputs) -> PreTrainedModel:
 
 def _require_same_parents(run: RunInputs) -> None:
     """Refuse to train from a seed or an expert that was made again since the run was branched."""
-    found = parent_digests(run.layout, run.spec.start)
+    found = parent_digests(run.layout, run.spec.start, run.spec.base)
     for name, digest in run.spec.parents.items():
         if found.get(name) != digest:
             raise UserError(
@@ -65,6 +70,25 @@ def _average_of(run: RunInputs) -> dict[str, Tensor]:
         )  # type: ignore[misc]  # `sum` begins with a 0, so its type is int | Tensor
         for name in changed
     }
+
+
+def training_text(run: RunInputs) -> TrainingText:
+    """Return the run's text as a trainer may read it."""
+    size = run.spec.training.sequence_length
+
+    def other(name: str) -> TokenBlocks:
+        project = load_project(run.layout.config_file)
+        prepared = prepare_domain(run.layout, name, domain_config(project, name), run.tokenizer_folder)
+        return TokenBlocks(prepared.open("train"), min(size, max_positions(run.base)))
+
+    manifest = read_manifest(run.layout.seed)
+    known = load_project(run.layout.config_file).domains
+    return TrainingText(
+        {domain.name: TokenBlocks(domain.open("train"), size) for domain in run.domains},
+        other,
+        tuple(name for name in manifest.data.get("domains", ()) if name in known),
+        run.base,
+    )
 
 
 def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:

@@ -151,7 +151,7 @@ def write_statistics(
     target = output / kind
     refuse_existing(target, force=force, what="statistics")
     manifest = read_manifest(expert)
-    model, _ = load_model(expert, seed=seed, dtype="float32")
+    model, _ = load_model(expert, seed=seed, dtype="float32", as_trained=False)
     model.to(best_device())
     count = min(samples, max(len(blocks), 1))
     chosen = (blocks.block(index * max(len(blocks), 1) // count) for index in range(count))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import TrainingConfig
 from ..core.errors import UserError
-from ..core.token_store import BalancedUnion, Blocks, Position, draw
+from ..core.token_store import BalancedUnion, Blocks, Position, domain_at, draw
 from ..core.types import TrainablePart
 from .schedule import learning_rate, progress_at
 
@@ -48,6 +48,8 @@ class TrainingLoop:
         self.position = Position()
         self.parameters = dict(part.parameters)
         self.module: nn.Module = part.module.to(self.device).train()
+        unknown = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        assert not unknown, f"the trainer froze what it says it trains: {unknown[0]}"
         self._loss: Any = functools.partial(next_token_loss, self.module)
         if config.compile:
             self._loss = torch.compile(self._loss)  # the loss too, which fuses with the logits
@@ -57,6 +59,8 @@ class TrainingLoop:
     def steps(self) -> Iterator[StepReport]:
         """Train to the end of the budget, yielding after each optimiser step."""
         while self.step < self.config.steps:
+            if self.part.tell_step is not None:
+                self.part.tell_step(self.step)
             rate = learning_rate(self.config, progress_at(self.config, self.step))
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
@@ -75,7 +79,8 @@ class TrainingLoop:
         for _ in range(self.config.accumulation):
             with self._autocast():
                 loss = self._loss(self._batch())
-            torch.autograd.backward(loss / self.config.accumulation)
+                whole = loss + self.part.auxiliary_loss() if self.part.auxiliary_loss is not None else loss
+            torch.autograd.backward(whole / self.config.accumulation)
             total += loss.detach() / self.config.accumulation
         return total
 
@@ -84,10 +89,13 @@ class TrainingLoop:
         import numpy as np
         import torch
 
-        drawn = []
+        drawn, domains = [], []
         for _ in range(self.config.batch_size):
+            domains.append(domain_at(self.blocks, self.position))
             drawn.append(draw(self.blocks, self.position, self.config.seed))
             self.position = self.position.advanced(1, len(self.blocks))
+        if self.part.tell_domains is not None:
+            self.part.tell_domains(domains)
         return torch.from_numpy(np.stack(drawn)).to(self.device, non_blocking=True)
 
     def _clip(self) -> Tensor:

@@ -18,7 +18,7 @@ from .finishing import write_artefact
 from .metrics_log import MetricsLog, Tell
 from .run_inputs import RunInputs
 from .runs import STATE_FOLDER, is_finished
-from .starting_point import inherit_optimiser, starting_model, training_blocks
+from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
 from .trainable import trainer_for
 from .training import StepReport, TrainingLoop, autocast
 
@@ -36,7 +36,8 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains, run.plugins)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
-    loop = TrainingLoop(trainer.prepare(model, options), training_blocks(run), run.spec.training)
+    text = (training_text(run),) if trainer.uses_text else ()
+    loop = TrainingLoop(trainer.prepare(model, options, *text), training_blocks(run), run.spec.training)
     inherit_optimiser(run, loop)
     begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
     log = MetricsLog(folder, run.spec, run.plugins, tell)
@@ -45,7 +46,8 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     validation = _validation_losses(run, loop)
     log.validation(loop.step, validation)
     write_artefact(run, model, loop, {"loss": float(last.loss), "validation_loss": validation})
-    run.plugins.expert_finished(ExpertFinished(run.spec.name, folder))
+    if run.spec.kind != "generalist":
+        run.plugins.expert_finished(ExpertFinished(run.spec.name, folder))
     remove_tree(folder / STATE_FOLDER)
 
 

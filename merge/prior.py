@@ -52,7 +52,7 @@ def fit_prior(
     )
 
     def scores_of(folder: Path) -> list[list[Tensor]]:
-        model, _ = load_model(folder, seed=seed, dtype="float32")
+        model, _ = load_model(folder, seed=seed, dtype="float32", as_trained=False)
         model.to(best_device())
         with torch.inference_mode():
             return [

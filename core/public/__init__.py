@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from expertctl.core.types import TrainablePart as TrainablePart
     from expertctl.core.types import Trainer as Trainer
     from expertctl.core.types import TrainingStep as TrainingStep
+    from expertctl.core.types import TrainingText as TrainingText
     from expertctl.core.types import ValidationText as ValidationText
     from expertctl.merge.mergekit_file import read_mergekit as read_mergekit
     from expertctl.merge.merging import MergeRun as MergeRun
@@ -72,6 +73,7 @@ _HOMES = {
         "TrainablePart",
         "Trainer",
         "TrainingStep",
+        "TrainingText",
         "ValidationText",
     ),
     "merge.mergekit_file": ("read_mergekit",),

@@ -8,7 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertctl.core.config import ExpertConfig, MergeConfig, ProjectConfig, checked, load_project
+from expertctl.core.config import (
+    ExpertConfig,
+    MergeConfig,
+    ProjectConfig,
+    TrainingConfig,
+    checked,
+    load_project,
+)
 from expertctl.core.errors import Interrupted, UserError, unknown_name
 from expertctl.core.lineage import Manifest, manifest_path, read_manifest
 from expertctl.core.plugin_manager import installed_plugins
@@ -269,6 +276,10 @@ class Workspace:
         commands |= {
             path.parent: f"expertctl train {path.parent.name}" for path in self.experts.glob(f"*/{RUN_FILE}")
         }
+        commands |= {
+            path.parent: f"expertctl tune {path.parent.name}"
+            for path in self.generalists.glob(f"*/{RUN_FILE}")
+        }
         dense = {DENSE: "dense", DENSE_SAME_BATCH: "dense --same-batch"}
         commands |= {
             path.parent: f"expertctl baseline {dense.get(path.parent.name, 'random-split')}"
@@ -362,6 +373,49 @@ class Workspace:
         }
 
     # --- generalists ---
+
+    def tune(
+        self,
+        name: str,
+        base: str | None = None,
+        *,
+        trains: str | None = None,
+        domains: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+        force: bool = False,
+        launcher: str | None = None,
+        reporter: RunReporter | None = None,
+    ) -> Manifest:
+        """Train a generalist further (its `router`, or a whole `mixture`) into a new one called `name`.
+
+        `base` is a generalist of this workspace, or `seed`. A tuning that was interrupted goes on when it is called again
+        with the name alone, or with the same settings.
+        """
+        from expertctl.experts.runs import RUN_FILE, is_finished
+        from expertctl.experts.tuning import start_tuning
+
+        folder = self.generalists / name
+        begun = (folder / RUN_FILE).is_file() and not is_finished(folder) and not force
+        if not begun:
+            if base is None or trains is None:
+                raise UserError(
+                    f"there is no unfinished tuning '{name}' to go on with; say what to train: --from GENERALIST "
+                    "--trains router --domains A,B"
+                )
+            folder = start_tuning(
+                self.layout,
+                self.config,
+                name,
+                base=base,
+                trains=trains,
+                domains=domains,
+                options=options or {},
+                training=checked(TrainingConfig, training or {}, "training"),
+                force=force,
+            )
+        self._launch([folder], 1, launcher, reporter).raise_for_failures()
+        return read_manifest(folder)
 
     def merge(
         self,

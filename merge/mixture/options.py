@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ...core.errors import UserError
 from ...core.types import MixtureShape
@@ -36,11 +36,12 @@ class MixtureOptions:
     """Model class: `auto` (the family's), its name (`mixtral`), or `container`."""
     layout: Literal["per_expert", "fused"] = "per_expert"
     """Expert tensors one by one, as checkpoints of these classes are published, or fused as transformers holds them."""
+    usual_top_k: ClassVar[int] = 2
 
 
-def shape_of(options: MixtureOptions, num_experts: int, default_top_k: int = 2) -> MixtureShape:
+def shape_of(options: MixtureOptions, num_experts: int) -> MixtureShape:
     """Return what the mixture will be like; raises `UserError` for a top-k that is not possible."""
-    top_k = options.top_k if options.top_k is not None else min(default_top_k, num_experts)
+    top_k = options.top_k if options.top_k is not None else min(options.usual_top_k, num_experts)
     if not 1 <= top_k <= num_experts:
         raise UserError(f"top_k is {top_k}; with {num_experts} experts it is 1 to {num_experts}")
     return MixtureShape(num_experts, top_k, options.normalized, options.bias == "carry")

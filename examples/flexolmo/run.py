@@ -1,0 +1,206 @@
+"""FlexOlmo against what else can be made of the same owners' text, over several random seeds.
+
+    python examples/flexolmo/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each owner: train.jsonl, valid.jsonl
+
+A share of every owner's documents is public; the seed is pretrained on that mix. Each owner then trains on the rest of
+its own, all for the same number of tokens. Each random seed is a workspace of its own below --out; stopped at any
+point, the same command goes on. Prints mean bits per byte over the owners' validation text; `rows.json` in each
+workspace has every owner's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from expertctl import Workspace
+
+PUBLIC = "public"
+KINDS: dict[str, dict[str, Any]] = {
+    "flex": {"trains": "flexolmo"},
+    "dense": {"trains": "all"},
+    "alone": {"trains": "flexolmo", "options": {"coordinate": False}},
+    "unembedded": {"trains": "flexolmo", "options": {"embedding": "none"}},
+    "unbiased": {"trains": "flexolmo", "options": {"bias": False}},
+}
+"""What each owner trains, once for every row that needs it."""
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform average": ("dense", {"method": "average"}),
+    "posterior average": ("dense", {"method": "average", "weights": "posterior"}),
+    "ensemble, cached prior": ("dense", {"method": "ensemble"}),
+    "btx": ("dense", {"method": "btx"}),
+    "flexolmo": ("flex", {"method": "flexolmo"}),
+    "flexolmo, top 1": ("flex", {"method": "flexolmo", "options": {"top_k": 1}}),
+    "flexolmo, top 2": ("flex", {"method": "flexolmo", "options": {"top_k": 2}}),
+    "flexolmo, all": ("flex", {"method": "flexolmo", "options": {"top_k": 7}}),
+    "flexolmo, bias folded": ("flex", {"method": "flexolmo", "options": {"bias": "fold"}}),
+    "flexolmo, no coordination": ("alone", {"method": "flexolmo"}),
+    "flexolmo, no embedding": ("unembedded", {"method": "flexolmo"}),
+    "flexolmo, no bias": ("unbiased", {"method": "flexolmo"}),
+}
+TUNED = {
+    "btx, router trained on public text": ("btx", "router"),
+    "flexolmo, router tuned on public text": ("flexolmo", "router"),
+}
+"""Row -> (the mixture that it is trained from, what of it trains), on public text."""
+FOLLOWED_BY_ALL = "btx, trained on all text"
+ROUTED = "prompt routing"
+ORDER = ("seed", "best single expert", *MERGES, *TUNED, FOLLOWED_BY_ALL, ROUTED)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    results = []
+    for seed in options.seeds:
+        print(f"random seed {seed}", file=sys.stderr)
+        root = options.out.resolve() / f"seed-{seed}"
+        rows = root / "rows.json"
+        root.mkdir(parents=True, exist_ok=True)
+        if not rows.exists():
+            rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
+        results.append(json.loads(rows.read_text()))
+    print(markdown(results, options.seeds))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
+    )
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--public-share", type=float, default=0.3, help="of every owner's documents")
+    parser.add_argument("--seed-tokens", type=int, default=2_000_000)
+    parser.add_argument("--owner-tokens", type=int, default=400_000)
+    parser.add_argument("--tuning-tokens", type=int, default=200_000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("flexolmo-runs"))
+    return parser.parse_args(arguments)
+
+
+def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Carry out everything for one random seed; return bits per byte by row and owner."""
+    workspace = make_workspace(root, seed, options)
+    if not (workspace.layout.seed / "seed.json").exists():
+        workspace.seed()
+    failed = workspace.train(jobs=options.jobs).failed
+    if failed:
+        sys.exit(f"failed: {failed}")
+    owners = owners_of(workspace)
+    folders = {row: merged(workspace, row, *settings, owners) for row, settings in MERGES.items()}
+    for row, (base, trains) in TUNED.items():
+        folders[row] = tuned(workspace, row, folders[base], trains, [PUBLIC], options.tuning_tokens)
+    # what nobody who keeps the owners' text apart could do: the same tokens for the router, from all text
+    folders[FOLLOWED_BY_ALL] = tuned(
+        workspace, FOLLOWED_BY_ALL, folders["btx"], "mixture", [PUBLIC, *owners], options.tuning_tokens
+    )
+    names = {"seed": "seed", **{f"dense-{owner}": f"dense-{owner}" for owner in owners}}
+    names |= {folder: row for row, folder in folders.items()}
+    table = workspace.evaluate(*names, domains=owners)
+    rows = {
+        row: {owner: table.scores[model][owner].values["bits_per_byte"] for owner in owners}
+        for model, row in names.items()
+    }
+    experts = {owner: rows.pop(f"dense-{owner}") for owner in owners}
+    rows["best single expert"] = min(experts.values(), key=lambda row: statistics.mean(row.values()))
+    # a router of prompts that never errs: each text goes to the model of its own owner
+    rows[ROUTED] = {owner: experts[owner][owner] for owner in owners}
+    return rows
+
+
+def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Workspace:
+    text = write_text(root / "text", options.corpora, options.public_share)
+    domains = {name: {part: str(path) for part, path in parts.items()} for name, parts in text.items()}
+    training = {"batch_size": 4, "learning_rate": 4e-3, "seed": seed}
+    config = {
+        "seed": {
+            "preset": options.preset,
+            "domains": [PUBLIC],
+            "training": {"tokens": options.seed_tokens, "schedule_end": 0.5, "learning_rate": 8e-3},
+        },
+        "training": {"tokens": options.owner_tokens, **training},
+        "domains": domains,
+        "experts": {
+            f"{kind}-{owner}": {"domain": owner, **settings}
+            for kind, settings in KINDS.items()
+            for owner in domains
+            if owner != PUBLIC
+        },
+    }
+    content = json.dumps(config, indent=2)  # JSON is YAML
+    path = root / "expertctl.yaml"
+    if path.exists() and path.read_text() != content:
+        sys.exit(f"{path} is of other settings; name another --out")
+    path.write_text(content)
+    return Workspace(root)
+
+
+def write_text(folder: Path, corpora: Path, public_share: float) -> dict[str, dict[str, Path]]:
+    """Divide every owner's documents into public and private ones; return the files by domain and part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Path]] = {PUBLIC: {}}
+    public: dict[str, list[str]] = {"train": [], "valid": []}
+    for source in sorted(path for path in corpora.resolve().iterdir() if (path / "train.jsonl").exists()):
+        lines = (source / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        count = round(len(lines) * public_share)
+        stride = len(lines) / count
+        chosen = {int(number * stride) for number in range(count)}  # evenly over the file
+        public["train"] += [line for number, line in enumerate(lines) if number in chosen]
+        private = folder / f"{source.name}.jsonl"
+        kept = [line for number, line in enumerate(lines) if number not in chosen]
+        private.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        held_out = (source / "valid.jsonl").read_text(encoding="utf-8").splitlines()
+        public["valid"] += held_out[:: max(len(held_out) // 20, 1)]
+        found[source.name] = {"train": private, "valid": source / "valid.jsonl"}
+    for part, lines in public.items():
+        path = folder / f"{PUBLIC}-{part}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        found[PUBLIC][part] = path
+    return found
+
+
+def owners_of(workspace: Workspace) -> list[str]:
+    return [name for name in workspace.config.domains if name != PUBLIC]
+
+
+def merged(workspace: Workspace, row: str, kind: str, settings: dict[str, Any], owners: list[str]) -> str:
+    """Make a generalist of the owners' experts of one kind, unless an earlier try did; return its folder's name."""
+    folder = folder_name(row)
+    if not (workspace.generalists / folder / "generalist.json").exists():
+        workspace.merge(folder, experts=[f"{kind}-{owner}" for owner in owners], **settings)
+    return folder
+
+
+def tuned(workspace: Workspace, row: str, base: str, trains: str, domains: list[str], tokens: int) -> str:
+    folder = folder_name(row)
+    if not (workspace.generalists / folder / "generalist.json").exists():
+        training = {"tokens": tokens, "learning_rate": 2e-3}
+        workspace.tune(folder, base, trains=trains, domains=domains, training=training)
+    return folder
+
+
+def folder_name(row: str) -> str:
+    return row.replace(", ", "-").replace(" ", "-")
+
+
+def markdown(results: list[dict[str, dict[str, float]]], seeds: list[int]) -> str:
+    """Return the table: a row for each model, a column for each random seed, mean and spread over them."""
+    heads = [*(f"seed {seed}" for seed in seeds), "mean", "std"]
+    lines = [
+        f"| bits per byte, mean over owners | {' | '.join(heads)} |",
+        "|---" + "|---:" * len(heads) + "|",
+    ]
+    for name in ORDER:
+        means = [statistics.mean(result[name].values()) for result in results]
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        cells = [*(f"{value:.4f}" for value in means), f"{statistics.mean(means):.4f}", f"{spread:.4f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
