@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
     from ..core.progress import Count, RunProgress
+    from ..core.workspace import Layout
 
 
 class Session:
@@ -43,6 +44,13 @@ class Session:
                 return Path(name).resolve()
             raise
         return layout.artefact(name)
+
+    def layout(self) -> Layout | None:
+        """Return where the workspace keeps its things; None outside of one."""
+        try:
+            return self.open().layout
+        except UserError:
+            return None
 
     # --- what is said ---
 

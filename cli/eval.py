@@ -14,6 +14,7 @@ from .parsing import gate, names
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from expertctl.comparison import Comparison
     from expertctl.workspace import Workspace
 
     from ..experts.evaluation import EvaluationTable
@@ -46,6 +47,13 @@ TITLES = {"bits_per_byte": "bits per byte (lower is better, * best)", "perplexit
     metavar='"A < B"',
     help="Exit with status 3 unless the mean of A (bits per byte) is below that of B.",
 )
+@click.option(
+    "--against",
+    type=names,
+    metavar="A,B",
+    help="Compare one generalist with these: seed, best-expert, average and ensemble of its experts (made for the "
+    "occasion), or other models. Exit with status 3 when it is worse than the best of them.",
+)
 @pass_session
 def command(
     session: Session,
@@ -54,6 +62,7 @@ def command(
     jobs: int | None,
     evaluator: str,
     gates: tuple[tuple[str, str], ...],
+    against: tuple[str, ...] | None,
 ) -> int:
     """Score models on the validation text of domains.
 
@@ -61,6 +70,10 @@ def command(
     models there are. Bits per byte compare across tokenizers, perplexity only within one.
     """
     workspace = session.open()
+    if against is not None:
+        if len(models) != 1 or gates:
+            raise click.UsageError("--against compares one MODEL, without --require")
+        return report_comparison(session, workspace, models[0], against, domains, jobs)[0]
     chosen = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
     _require_models(gates, chosen)
     with session.count("evaluating", "scores", _num_scores(workspace, chosen, domains)) as count:
@@ -79,6 +92,30 @@ def command(
             err=True,
         )
     return GATE_FAILED if failed else 0
+
+
+def report_comparison(
+    session: Session,
+    workspace: Workspace,
+    model: str,
+    against: Sequence[str] | None,
+    domains: Sequence[str] | None = None,
+    jobs: int | None = None,
+) -> tuple[int, Comparison]:
+    """Compare a model with its baselines and print the table; return the exit status and what was found."""
+    with session.count("evaluating", "scores") as count:
+        found = workspace.compare(
+            model, against, domains, jobs=jobs, say=session.note, tell=lambda model, domain: count.next()
+        )
+    session.finish(
+        {**found.table.as_json(), "holds": found.holds, "best_baseline": found.best},
+        score_table(found.table, found.metric),
+        "",
+        *([found.verdict()] if found.holds else []),
+    )
+    if not found.holds:
+        click.echo(f"Error: {found.verdict()}", err=True)
+    return (0 if found.holds else GATE_FAILED), found
 
 
 def score_table(table: EvaluationTable, metric: str) -> Table:

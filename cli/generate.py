@@ -10,6 +10,7 @@ import click
 
 from .context import Session, pass_session
 from .group import cli_command
+from .parsing import names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,6 +61,12 @@ COLOURS = (
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
 )
 @click.option(
+    "--without",
+    type=names,
+    metavar="A,B",
+    help="Switch off these experts of an ensemble or a mixture; its files stay as they are.",
+)
+@click.option(
     "--show-experts", is_flag=True, help="Mark each token with the expert that carried it (ensembles)."
 )
 @pass_session
@@ -71,6 +78,7 @@ def command(
     temperature: float,
     top_p: float,
     seed: int,
+    without: tuple[str, ...] | None,
     show_experts: bool,
 ) -> None:
     """Sample a continuation of a prompt.
@@ -89,6 +97,7 @@ def command(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            without=without or (),
             shares=show_experts,
             tell=count.to,
         )

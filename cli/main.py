@@ -19,7 +19,7 @@ from .output import print_json
 # In the order in which a project meets them; each is the module of that name in this folder.
 COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins"),
-    "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "baseline"),
+    "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline"),
     "Use": ("eval", "generate", "card", "extract-adapter"),
     "Trust": ("show", "log", "verify", "reproduce"),
 }

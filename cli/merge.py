@@ -13,6 +13,8 @@ from .output import Table, shares
 from .parsing import as_dictionary, byte_count, names, setting, weights
 
 if TYPE_CHECKING:
+    from expertctl.workspace import Workspace
+
     from ..core.lineage import Manifest
     from ..merge.merging import MergeRun
     from ..merge.plan import MergePlan
@@ -81,6 +83,11 @@ MEGA = 1_000_000
 @click.option(
     "--plan", "plan_only", is_flag=True, help="Check everything, show what would be done, and stop."
 )
+@click.option(
+    "--gate",
+    is_flag=True,
+    help="Compare the result with seed, best expert, average and ensemble; exit with status 3 if it is worse.",
+)
 @click.option("--resume", is_flag=True, help="Go on with what a killed or interrupted merge has written.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @click.option(
@@ -129,6 +136,7 @@ def command(
     trials: int | None,
     layer_groups: int | None,
     plan_only: bool,
+    gate: bool,
     resume: bool,
     force: bool,
     dtype: str | None,
@@ -138,7 +146,7 @@ def command(
     threads: int | None,
     allow_unrelated: bool,
     allow_licences: bool,
-) -> None:
+) -> int:
     """Merge the seed and its experts into a generalist.
 
     What is not given comes from `merges.NAME` in expertctl.yaml. Everything that can be refused is refused
@@ -165,8 +173,10 @@ def command(
     }
     if file is not None:
         _refuse_with_file(name, {**given, "tokenizer": tokenizer, "dtype": dtype, "search": search})
+        if gate:
+            raise click.UsageError("--gate compares experts of a workspace, and --config merges any folders")
         _merge_file(session, file, output, run, plan_only)
-        return
+        return 0
     if name is None:
         raise click.UsageError("give the NAME of the merge, or --config FILE with -o DIR")
     settings: dict[str, Any] = {
@@ -183,10 +193,25 @@ def command(
     workspace = session.open()
     if plan_only:
         _show_plan(session, workspace.plan(name, run=run, **settings), output or workspace.generalists / name)
-        return
+        return 0
     with MergeProgress(session) as progress:
         manifest = workspace.merge(name, run=progress.watched(run), **settings)
-    _finish(session, output or workspace.generalists / name, manifest)
+    folder = output or workspace.generalists / name
+    if not gate:
+        _finish(session, folder, manifest)
+        return 0
+    return _compare(session, workspace, folder)
+
+
+def _compare(session: Session, workspace: Workspace, folder: Path) -> int:
+    """Compare what was merged with its baselines, and write down how it came out."""
+    from ..merge.generalist import note_evaluation
+    from .eval import report_comparison
+
+    name = folder.name if folder.parent == workspace.generalists else str(folder)
+    status, found = report_comparison(session, workspace, name, None)
+    note_evaluation(folder, found.table.as_json(), found.verdict(), found.holds)
+    return status
 
 
 def _search(strategy: str | None, trials: int | None, layer_groups: int | None) -> dict[str, Any] | None:

@@ -28,24 +28,18 @@ def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...
     MANIFEST is a generalist by name, its folder, or its generalist.json. Nothing is kept of the second merge.
     The exit status is 1 when it came out otherwise.
     """
-    from ..core.errors import UserError
     from ..core.lineage import read_manifest
-    from ..core.workspace import Layout
     from ..merge.merging import MergeRun
     from ..merge.reproducing import reproduce
     from .merge import MergeProgress
 
     path = Path(manifest)
     folder = path.parent.resolve() if path.is_file() else session.artefact(manifest)
-    try:
-        layout: Layout | None = session.open().layout
-    except UserError:
-        layout = None
     with MergeProgress(session) as progress:
         found = reproduce(
             read_manifest(folder),
             folder,
-            layout=layout,
+            layout=session.layout(),
             models=dict(models),
             run=progress.watched(MergeRun(say=session.note)),
         )

@@ -10,6 +10,7 @@ import click
 from .context import Session, pass_session
 from .group import cli_command
 from .output import Table, number, shares, short
+from .parsing import names
 from .summaries import origin
 
 if TYPE_CHECKING:
@@ -20,13 +21,21 @@ if TYPE_CHECKING:
 
 @cli_command("show", example="expertctl show forest")
 @click.argument("name", metavar="[NAME]", required=False)
+@click.option("--routing", metavar="MODEL", help="Show how a mixture's routers spread text over its experts.")
+@click.option("--domains", type=names, metavar="A,B", help="Text for --routing. Default: all domains.")
 @pass_session
-def command(session: Session, name: str | None) -> None:
+def command(session: Session, name: str | None, routing: str | None, domains: tuple[str, ...] | None) -> None:
     """Show one artefact, or all that is in the workspace.
 
     NAME is one of this workspace, or a folder.
     """
-    if name is not None:
+    if domains is not None and routing is None:
+        raise click.UsageError("--domains goes with --routing")
+    if routing is not None:
+        if name is not None:
+            raise click.UsageError("give NAME or --routing MODEL, not both")
+        _show_routing(session, routing, domains)
+    elif name is not None:
         _show_artefact(session, session.artefact(name))
     else:
         _show_workspace(session, session.open())
@@ -43,6 +52,27 @@ def _show_artefact(session: Session, folder: Path) -> None:
         ("", ""), [*_facts(folder, manifest), ("weights on disk", f"{number(size)} bytes")], headings=False
     )
     session.finish({"folder": str(folder), **asdict(manifest)}, facts)
+
+
+def _show_routing(session: Session, model: str, domains: tuple[str, ...] | None) -> None:
+    report = session.open().routing(model, domains)
+    columns = ("domain", "tokens", *report.experts, "entropy")
+    rows = [
+        (
+            domain,
+            number(one.tokens),
+            *(f"{share:.3f}" for share in one.mean_load()),
+            f"{sum(one.entropy) / len(one.entropy):.3f}",
+        )
+        for domain, one in report.domains.items()
+    ]
+    title = "share of the tokens' choices, mean over layers; entropy of the router in nats"
+    dead = report.dead()
+    session.finish(
+        report.as_json(),
+        Table(columns, rows, title=title, right=frozenset(range(1, len(columns)))),
+        *([f"dead: {', '.join(f'{expert} in layer {layer}' for layer, expert in dead)}"] if dead else []),
+    )
 
 
 def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ Shapes: B = 1, T = tokens, K = experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,7 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 1.0,
     seed: int = 0,
+    without: Collection[str] = (),
     shares: bool = False,
     tell: Callable[[int], None] = lambda tokens: None,
 ) -> Generation:
@@ -64,7 +65,7 @@ def generate(
     import torch
 
     require_intact_model(folder)
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, without=without)
     if shares and not hasattr(model, "responsibilities"):
         raise UserError(
             f"{folder.name} does not mix experts token by token, so no token has an expert; ask an ensemble"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -36,15 +36,23 @@ def register_auto_classes() -> None:
 
 
 def load_model(
-    folder: str | Path, *, seed: str | Path | None = None, dtype: str = "auto", as_trained: bool = True
+    folder: str | Path,
+    *,
+    seed: str | Path | None = None,
+    dtype: str = "auto",
+    without: Collection[str] = (),
+    as_trained: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any artefact as (model in evaluation mode, tokenizer).
 
     `seed` is needed only for an expert that lies outside its workspace. `dtype` is `auto` (as stored) or a
-    torch dtype's name. An expert that was trained as part of something larger (`flexolmo`: beside the public
+    torch dtype's name. `without` names experts of an ensemble or a mixture that are switched off: their tensors take no
+    part, files stay as they are. An expert that was trained as part of something larger (`flexolmo`: beside the public
     feed-forward) comes back as that, or, without `as_trained`, as the dense model of its tensors. Raises `UserError` for folders that are unfinished, damaged or of no known kind.
     """
     path = Path(folder)
+    if isinstance(without, str):
+        without = (without,)
     if dtype not in DTYPE_NAMES:
         raise unknown_name("dtype", dtype, DTYPE_NAMES)
     manifest = _manifest_of(path)
@@ -60,7 +68,24 @@ def load_model(
             else:
                 overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
             return model.eval(), load_tokenizer(base)
-        return _from_pretrained(path, dtype), load_tokenizer(path)
+        model = _from_pretrained(path, dtype)
+        if without:
+            model = _without(model, path, manifest, without)
+        return model, load_tokenizer(path)
+
+
+def _without(
+    model: PreTrainedModel, folder: Path, manifest: Manifest | None, gone: Collection[str]
+) -> PreTrainedModel:
+    method = installed_plugins().merge_methods().get(manifest.config.get("method", "")) if manifest else None
+    if manifest is None or method is None or method.switch_off is None:
+        raise UserError(f"{folder} has no experts that can be switched off; ensembles and mixtures have")
+    mixture = manifest.config.get("mixture") or {}
+    experts = list(mixture.get("experts") or manifest.config.get("weights", ()))
+    for name in gone:
+        if name not in experts:
+            raise unknown_name("expert", name, experts, listed_as="the model has")
+    return method.switch_off(model, experts, gone).eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

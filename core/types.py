@@ -6,7 +6,7 @@ Tensor shapes use B = batch, T = tokens, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -201,6 +201,8 @@ class MergeMethod:
     """`shares`: at least 0, summing to 1. `factors`: as given, of any sign, 1 for each expert when not given."""
     expert_count: tuple[int, int | None] = (1, None)
     """Fewest and most experts that it can merge; None: no limit."""
+    switch_off: Callable[[Any, Sequence[str], Collection[str]], PreTrainedModel] | None = None
+    """`switch_off(model, experts, gone)` returns a loaded model without some of its `experts` (all, in order)."""
     statistics: str | None = None
     """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
 
@@ -269,7 +271,7 @@ class RouterStart:
     biases: Any = None
     """(L, E), or None."""
     unit: Any = None
-    """(L, d) vectors that give about 1 for any hidden state, by which a bias can be folded into rows; or None."""
+    """Vectors (L, E, d) that give about 1 for any hidden state, by which a bias can be folded into rows; or None."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def coordinate(model: nn.Module, rows_Ld: Tensor, *, bias: bool) -> list[Coordin
     """Put a coordinated feed-forward in place of each of a model's, freezing all else; return them, first layer first."""
     model.requires_grad_(False)
     found = []
-    for layer, part in enumerate(feed_forwards(model)):  # type: ignore[arg-type]  # a PreTrainedModel, which is Any
+    for layer, part in enumerate(feed_forwards(model)):
         joined = CoordinatedFeedForward(part.module, rows_Ld[layer], bias=bias)
         setattr(part.parent, part.attribute, joined)
         found.append(joined)

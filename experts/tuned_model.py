@@ -54,9 +54,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
     tuning = {
         "trains": spec.trains,
         "options": dict(spec.options),
-        "domains": {
-            name: statement["digest"] if "digest" in statement else None for name, statement in own.items()
-        },
+        "domains": {name: statement.get("digest") for name, statement in own.items()},
         "tokens": spec.training.steps * spec.training.tokens_per_step,
         "from": base.digest,
     }
@@ -65,6 +63,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
         key: value for key, value in base.config.items() if key not in ("recipe", "shard_bytes", "training")
     }
     mixture = dict(config.get("mixture") or {})
+    tuning["experts"] = list(mixture.get("experts", ()))
     mixture["tuned"] = [*mixture.get("tuned", ()), tuning]
     own_parent = Parent(base.kind, spec.base or "seed", base.digest)
     return Manifest(

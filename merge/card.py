@@ -43,7 +43,7 @@ def model_card(
         _parents_section(manifest, known),
         _recipe_section(manifest),
         _data_section(manifest),
-        _evaluation_section(evaluation),
+        _evaluation_section(evaluation, manifest.metrics.get("gate")),
         "## How to load it",
         _LOADING[manifest.config.get("kind") not in (None, "average", "moe") or manifest.kind == "expert"],
         "## Lineage",
@@ -75,7 +75,7 @@ def _introduction(manifest: Manifest) -> str:
         names = [parent.name for parent in manifest.parents if parent.weight is not None]
         return (
             f"A language model merged with [expertctl](https://pypi.org/project/expertctl) by the method "
-            f"`{manifest.config.get('method')}` from {_listed(names)}. No training happened in the merge."
+            f"`{manifest.config.get('method')}` from {_listed(names)}. {_trained_since(manifest)}"
         )
     if manifest.kind == "expert":
         domains = ", ".join(manifest.data.get("domains", {})) or "a domain that is not named"
@@ -84,6 +84,17 @@ def _introduction(manifest: Manifest) -> str:
             "training apart from all others."
         )
     return "The seed that experts are branched from."
+
+
+def _trained_since(manifest: Manifest) -> str:
+    """Return in a sentence or more what was trained of a generalist after its experts met, and who has left it."""
+    mixture = manifest.config.get("mixture") or {}
+    tuned = [
+        f"Its {one['trains']} was then trained on {', '.join(one['domains'])} ({one['tokens']:,} tokens)."
+        for one in mixture.get("tuned", ())
+    ]
+    changes = [f"`{one['expert']}` {one['what']} on {one['when']}." for one in mixture.get("history", ())]
+    return " ".join([*(tuned or ["No training happened in the merge."]), *changes])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -146,7 +157,7 @@ def _data_section(manifest: Manifest) -> str:
     return f"## Trained on\n\n{_tokens(manifest)}"
 
 
-def _evaluation_section(evaluation: Mapping[str, Any] | None) -> str:
+def _evaluation_section(evaluation: Mapping[str, Any] | None, gate: Mapping[str, Any] | None) -> str:
     if evaluation is None:
         return "## Evaluation\n\nNone was recorded here."
     domains = list(evaluation["domains"])
@@ -154,7 +165,8 @@ def _evaluation_section(evaluation: Mapping[str, Any] | None) -> str:
         (name, *(f"{scores['bits_per_byte'][domain]:.3f}" for domain in domains))
         for name, scores in evaluation["models"].items()
     ]
-    return f"## Evaluation\n\nBits per byte on validation text; lower is better.\n\n{_table(('model', *domains), rows)}"
+    verdict = f"\n\n**{gate['verdict']!s}.**" if gate is not None else ""
+    return f"## Evaluation\n\nBits per byte on validation text; lower is better.\n\n{_table(('model', *domains), rows)}{verdict}"
 
 
 def _lineage(manifest: Manifest) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from ..core.files import read_json, readable_os_errors, write_json, write_text
 from ..core.lineage import (
     Manifest,
     Parent,
+    digest_of_file,
     digest_of_tensors,
     digest_of_tokenizer,
     digests_of_folder,
+    read_manifest,
     tool_versions,
 )
 from ..core.plugin_manager import installed_plugins
@@ -30,11 +32,22 @@ from .writing import fingerprint_of
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
+@dataclass(frozen=True)
+class Descent:
+    """Where a generalist comes from, if that is not simply the models that its tensors are read from."""
+
+    parents: tuple[Parent, ...]
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    licence: str | None
+
+
 def write_generalist(
     plan: MergePlan,
     folder: Path,
     name: str,
     *,
+    descent: Descent | None = None,
     fitted_on: Sequence[str] = (),
     found: SearchResult | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -68,10 +81,10 @@ def write_generalist(
         tensors={},
         files={},
         tokenizer=digest_of_tokenizer(folder),
-        parents=_parents(plan, written.read),
-        config=describe(plan, fitted_on, found),
-        data=_data_statements(plan),
-        licence=plan.licence,
+        parents=descent.parents if descent is not None else _parents(plan, written.read),
+        config=descent.config if descent is not None else describe(plan, fitted_on, found),
+        data=descent.data if descent is not None else _data_statements(plan),
+        licence=descent.licence if descent is not None else plan.licence,
         versions=tool_versions() | _method_version(plan),
     )
     write_text(folder / CARD_FILE, model_card(manifest, parents=manifests_of(plan)))
@@ -79,6 +92,19 @@ def write_generalist(
     manifest = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
     manifest.write(folder)
     return manifest
+
+
+def note_evaluation(folder: Path, scores: Mapping[str, Any], verdict: str, holds: bool) -> None:
+    """Write into a generalist's manifest and card how it compares with its baselines.
+
+    `scores` is what `expertctl eval --json` prints. Tensors are not touched.
+    """
+    manifest = read_manifest(folder)
+    metrics = {**manifest.metrics, "evaluation": dict(scores), "gate": {"holds": holds, "verdict": verdict}}
+    manifest = replace(manifest, metrics=metrics)
+    write_text(folder / CARD_FILE, model_card(manifest, scores))
+    files = {**manifest.files, CARD_FILE: digest_of_file(folder / CARD_FILE)}
+    replace(manifest, files=files).write(folder)
 
 
 def describe(

@@ -76,8 +76,12 @@ class Source:
         raise UserError(f"{self.model_folder / 'config.json'} does not say how many layers the model has")
 
 
-def open_source(name: str, folder: Path, seed: Source | None = None) -> Source:
+def open_source(
+    name: str, folder: Path, seed: Source | None = None, *, allow_containers: bool = False
+) -> Source:
     """Open one model by its headers: an artefact of ours, a Hugging Face folder, or an adapter of `seed`.
+
+    Generalists of classes of ours hold several models and are refused, unless `allow_containers`.
 
     Raises `UserError` for folders that are unfinished, damaged, pickled or of no known kind.
     """
@@ -95,7 +99,8 @@ def open_source(name: str, folder: Path, seed: Source | None = None) -> Source:
     manifest = read_manifest(folder)
     if manifest.kind == "expert":
         return _open_expert(name, folder, manifest, seed)
-    if str(read_json(folder / "config.json").get("model_type", "")).startswith("expertctl_"):
+    kind = str(read_json(folder / "config.json").get("model_type", ""))
+    if kind.startswith("expertctl_") and not allow_containers:
         raise UserError(f"{folder} is a generalist of several models side by side; merge its experts instead")
     return _open_model(name, folder, manifest.kind, manifest)
 

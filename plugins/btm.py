@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..core.errors import UserError
 from ..core.files import link_or_copy
@@ -12,6 +13,9 @@ from ..core.hookspecs import hookimpl
 from ..core.safetensors_io import Checkpoint, checkpoint_files
 from ..core.types import MergeInputs, MergeMethod
 from ..merge.dense.linear import average
+
+if TYPE_CHECKING:
+    from ..merge.ensemble import EnsembleForCausalLM
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,24 @@ def ensemble_classes() -> tuple[type, type]:
     return EnsembleConfig, EnsembleForCausalLM
 
 
+def without_members(
+    model: EnsembleForCausalLM, experts: Sequence[str], gone: Collection[str]
+) -> EnsembleForCausalLM:
+    """Return an ensemble of fewer experts, the prior of the others scaled up; raises `UserError` where none is left."""
+    from ..merge.ensemble import EnsembleForCausalLM
+
+    kept = [number for number, name in enumerate(model.expert_names) if name not in gone]
+    prior = model.prior[kept]
+    if not kept or not float(prior.sum()) > 0:
+        raise UserError(f"no expert would be left without {', '.join(gone)}")
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.experts = [model.expert_names[number] for number in kept]
+    config.prior = (prior / prior.sum()).tolist()
+    if config.top_experts is not None:
+        config.top_experts = min(config.top_experts, len(kept))
+    return EnsembleForCausalLM(config, [model.members[number] for number in kept])
+
+
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
@@ -121,5 +143,6 @@ def merge_methods() -> list[MergeMethod]:
             kind="ensemble",
             options=EnsembleOptions,
             auto_classes=ensemble_classes,
+            switch_off=without_members,
         ),
     ]

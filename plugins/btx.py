@@ -13,6 +13,7 @@ from ..core.hookspecs import hookimpl
 from ..core.types import MergeMethod
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
+from ..merge.mixture.switching import without_experts
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ def merge_methods() -> list[MergeMethod]:
             summary="one mixture of experts: the experts' feed-forwards on their averaged attention",
             assemble=plan_mixture,
             kind="moe",
+            switch_off=without_experts,
             options=BtxOptions,
         )
     ]

@@ -19,9 +19,10 @@ from ..core.types import MergeMethod, TrainablePart, Trainer, TrainingText
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
 from ..merge.mixture.router_rows import ROUTER_FILE
+from ..merge.mixture.switching import without_experts
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from ..experts.domain_embeddings import DomainEmbedding
@@ -108,7 +109,7 @@ def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
-def _own_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+def _own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return the owners' feed-forwards' parameters by the seed's names."""
     from ..experts.coordinated import CoordinatedFeedForward
 
@@ -196,5 +197,6 @@ def merge_methods() -> list[MergeMethod]:
             assemble=plan_mixture,
             kind="moe",
             options=FlexOlmoMerge,
+            switch_off=without_experts,
         )
     ]

@@ -7,6 +7,7 @@ from ..core.types import MergeMethod, Router
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
 from ..merge.mixture.router_rows import embedding_rows, hidden_rows, prompt_rows, random_rows, uniform_rows
+from ..merge.mixture.switching import without_experts
 
 
 def mixture_classes() -> tuple[type, type]:
@@ -24,6 +25,7 @@ def merge_methods() -> list[MergeMethod]:
             summary="one mixture of experts: the experts' feed-forwards on the seed's attention",
             assemble=plan_mixture,
             kind="moe",
+            switch_off=without_experts,
             options=MixtureOptions,
             auto_classes=mixture_classes,
         )

@@ -23,11 +23,13 @@ from expertctl.core.types import LaunchResult, RunReporter, ValidationText
 from expertctl.core.workspace import Layout
 
 if TYPE_CHECKING:
+    from expertctl.comparison import Comparison
     from expertctl.core.generation import Generation
     from expertctl.experts.corpora import PreparedDomain
     from expertctl.experts.evaluation import EvaluationTable
     from expertctl.experts.runs import RunSpec
     from expertctl.merge.merging import MergeRun
+    from expertctl.merge.mixture.routing_report import RoutingReport
     from expertctl.merge.plan import MergePlan
 
 
@@ -344,7 +346,7 @@ class Workspace:
         if kind not in KINDS:
             raise unknown_name("kind of statistics", kind, KINDS, listed_as="there are")
         (expert,) = expert_folders(self.layout, (name,), self.experts).values()
-        domains = [domain] if domain is not None else self._trained_domains([expert])
+        domains = [domain] if domain is not None else self.trained_domains([expert])
         if len(domains) != 1:
             raise UserError(
                 f"expert '{name}' was trained on {', '.join(domains) or 'no domain of this project'}; choose one with --domain"
@@ -454,7 +456,7 @@ class Workspace:
             search=search,
         )
         folders = expert_folders(self.layout, config.experts, self.experts)
-        domains = config.fit_on or self._trained_domains(list(folders.values()))
+        domains = config.fit_on or self.trained_domains(list(folders.values()))
         given = run or MergeRun()
         how = replace(given, force=force or given.force, resume=resume or given.resume)
         return merge(
@@ -462,7 +464,7 @@ class Workspace:
             name,
             config,
             output=Path(output) if output is not None else None,
-            validation=lambda: self._validation(domains),
+            validation=lambda: self.validation(domains),
             run=how,
         )
 
@@ -497,7 +499,7 @@ class Workspace:
             domain_config(self.config, domain)
         return config
 
-    def _trained_domains(self, experts: Sequence[Path]) -> list[str]:
+    def trained_domains(self, experts: Sequence[Path]) -> list[str]:
         """Return the domains that experts were trained on and that this project still has, sorted."""
         found: set[str] = set()
         for folder in experts:
@@ -505,7 +507,8 @@ class Workspace:
                 found |= set(read_manifest(folder).data.get("domains", ()))
         return sorted(found & set(self.config.domains))
 
-    def _validation(self, domains: Sequence[str]) -> list[ValidationText]:
+    def validation(self, domains: Sequence[str]) -> list[ValidationText]:
+        """Return the validation parts of domains, prepared, in blocks that the seed can read."""
         from expertctl.core.loading import max_positions
         from expertctl.core.token_store import TokenBlocks
 
@@ -514,6 +517,42 @@ class Workspace:
             ValidationText(prepared.name, TokenBlocks(prepared.open("valid"), size))
             for prepared in (self.prepare(domains) if domains else [])
         ]
+
+    def compare(
+        self,
+        model: str,
+        against: Sequence[str] | None = None,
+        domains: Sequence[str] | None = None,
+        *,
+        jobs: int | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        tell: Callable[[str, str], None] = lambda model, domain: None,
+    ) -> Comparison:
+        """Score a generalist beside its seed, best expert, average and ensemble (or those that `against` names)."""
+        from expertctl.comparison import BASELINES, compare
+
+        return compare(self, model, against or BASELINES, domains, jobs=jobs, say=say, tell=tell)  # type: ignore[arg-type,unused-ignore]  # mypy sees this file under two names
+
+    def routing(self, model: str, domains: Sequence[str] | None = None, *, blocks: int = 32) -> RoutingReport:
+        """Return how a mixture's routers spread the validation text of domains (default: all) over its experts."""
+        from expertctl.core.compute import best_device
+        from expertctl.core.feed_forwards import spread_blocks
+        from expertctl.core.loading import load_model
+        from expertctl.merge.mixture.routing_report import RoutingReport, routing_of
+
+        folder = self.layout.artefact(model)
+        experts = (read_manifest(folder).config.get("mixture") or {}).get("experts")
+        if experts is None:
+            raise UserError(f"{folder} is no mixture of experts: its manifest names none")
+        network, _ = load_model(folder, dtype="float32")
+        network.to(best_device())
+        found = {
+            text.domain: routing_of(network, spread_blocks(text.blocks, blocks))
+            for text in self.validation(domains or list(self.config.domains))
+        }
+        if not found:
+            raise UserError("there is no domain to look at; add one under 'domains' in expertctl.yaml")
+        return RoutingReport(tuple(experts), found)
 
     def evaluate(
         self,
@@ -592,7 +631,7 @@ class Workspace:
             MergeConfig(method="ensemble", experts=names),
             output=target,
             experts_folder=self.layout.baselines,
-            validation=lambda: self._validation(self._trained_domains(runs)),
+            validation=lambda: self.validation(self.trained_domains(runs)),
             run=MergeRun(force=force),
         )
 

@@ -80,8 +80,9 @@ def plan_assembly(
         _check_alike(first, expert)
     names = layer_names([*shared, *first.feed_forward])
     config = target.config(dense, shape)
+    assert len(names.layers) == router.rows.shape[0], "a router row for each layer"
     kind = dtype or next(iter(first.feed_forward.values())).dtype
-    plans = [_renamed(shared[name], target) for name in names.before]
+    plans = [_renamed(shared[name], target) for name in sorted(names.before)]
     for layer, rests in enumerate(names.layers):
         whole = {rest: names.name(layer, rest) for rest in sorted(rests, key=_natural)}
         plans += [_renamed(shared[name], target) for name in whole.values() if name in shared]
@@ -101,7 +102,7 @@ def plan_assembly(
                     values=values,
                 )
             )
-    plans += [_renamed(shared[name], target) for name in names.after]
+    plans += [_renamed(shared[name], target) for name in sorted(names.after)]
     return tuple(plans), config
 
 

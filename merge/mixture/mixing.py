@@ -11,6 +11,7 @@ from ...core.plugin_manager import installed_plugins
 from ...core.types import Architecture, RouterInputs, RouterStart
 from ..recipe import WEIGHT, Recipe, whole_models
 from ..sources import Source
+from ..tensor_names import layer_names
 from ..tensor_plan import Action, TensorPlan
 from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly, split_feed_forward
 from .inputs import AssemblyInputs
@@ -71,6 +72,9 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
                 "uses_text": installed_plugins().router(options.router).uses_text,
             },
             "options": asdict(options),
+            "family": family.name,
+            "dense": dict(leading.config),
+            "feed_forward": sorted({rest for layer in layer_names(names).layers for rest in layer}),
             "tuned": [],
         },
         notes,
@@ -90,7 +94,7 @@ def settle_bias(start: RouterStart, choice: str) -> RouterParts:
         raise UserError(
             "this router start has no direction to fold its biases into; use bias: drop, or carry with the container"
         )
-    folded = rows + np.asarray(start.biases)[:, :, None] * np.asarray(start.unit)[:, None, :]
+    folded = rows + np.asarray(start.biases)[:, :, None] * np.asarray(start.unit)
     return RouterParts(folded.astype(np.float32))
 
 

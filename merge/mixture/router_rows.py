@@ -5,6 +5,7 @@ Shapes: L = layers, E = experts, d = width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,19 @@ def options_of(inputs: RouterInputs, defaults: Mapping[str, Any], router: str) -
 
 
 def random_rows(inputs: RouterInputs) -> RouterStart:
-    """Return normal rows of standard deviation 0.02, drawn by `seed` (Branch-Train-MiX, arXiv:2403.07816, 3.2)."""
+    """Return normal rows of standard deviation 0.02 (Branch-Train-MiX, arXiv:2403.07816, section 2.2).
+
+    An expert's row is drawn by `seed` and its name, so that it is the same whoever else is in the mixture.
+    """
     import numpy as np
 
     chosen = options_of(inputs, {"seed": 0, "deviation": 0.02}, "random")
-    source = np.random.Generator(np.random.PCG64(int(chosen["seed"])))
-    shape = (inputs.num_layers, len(inputs.experts), inputs.width)
-    return RouterStart((source.standard_normal(shape) * chosen["deviation"]).astype(np.float32))
+    rows = np.empty((inputs.num_layers, len(inputs.experts), inputs.width), np.float32)
+    for number, name in enumerate(inputs.experts):
+        key = hashlib.sha256(f"{int(chosen['seed'])}:{name}".encode()).digest()
+        source = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
+        rows[:, number] = source.standard_normal((inputs.num_layers, inputs.width)) * chosen["deviation"]
+    return RouterStart(rows)
 
 
 def uniform_rows(inputs: RouterInputs) -> RouterStart:
@@ -56,25 +63,34 @@ def embedding_rows(inputs: RouterInputs) -> RouterStart:
     import numpy as np
 
     options_of(inputs, {}, "embedding")
-    shape = (inputs.num_layers, len(inputs.experts), inputs.width)
+    found = [
+        brought_by(folder, name) if folder is not None else None for name, folder in inputs.experts.items()
+    ]
+    shape = (inputs.num_layers, len(found), inputs.width)
     rows, biases = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
-    means = []
-    for number, (name, folder) in enumerate(inputs.experts.items()):
-        if folder is None:
+    units = np.zeros(shape, np.float32)
+    for number, (name, one) in enumerate(zip(inputs.experts, found, strict=True)):
+        if one is None:
             continue
-        brought = read_router(folder, name)
-        if brought["rows"].shape != (shape[0], shape[2]):
+        if one.rows.shape != (shape[0], 1, shape[2]):
             raise UserError(
-                f"the router rows of '{name}' are {list(brought['rows'].shape)}; the seed needs {[shape[0], shape[2]]}"
+                f"the router rows of '{name}' are {[shape[0], one.rows.shape[-1]]}; the seed needs {[shape[0], shape[2]]}"
             )
-        rows[:, number], biases[:, number] = brought["rows"], brought["biases"]
-        if "public" in brought:
-            means.append(brought["public"])
+        rows[:, number], biases[:, number] = one.rows[:, 0], one.biases[:, 0]
+        if one.unit is not None:
+            units[:, number] = one.unit[:, 0]
+    known = all(one is None or one.unit is not None for one in found)
+    return RouterStart(rows, biases, units if known else None)
+
+
+def brought_by(folder: Path, name: str) -> RouterStart:
+    """Return what one expert brings, for a router of one: rows (L, 1, d), biases (L, 1)."""
+    brought = read_router(folder, name)
     unit = None
-    if means:
-        mean = np.mean(means, axis=0)
-        unit = mean / (mean**2).sum(axis=-1, keepdims=True)
-    return RouterStart(rows, biases, unit)
+    if "public" in brought:
+        mean = brought["public"]
+        unit = (mean / (mean**2).sum(axis=-1, keepdims=True))[:, None]
+    return RouterStart(brought["rows"][:, None], brought["biases"][:, None], unit)
 
 
 def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
@@ -198,5 +214,7 @@ def hidden_rows(inputs: RouterInputs) -> RouterStart:
     power = second + 1e-6 * scale * torch.eye(inputs.width, dtype=second.dtype)
     unit = torch.linalg.solve(power, mean)
     return RouterStart(
-        rows.numpy().astype(np.float32), biases.numpy().astype(np.float32), unit.numpy().astype(np.float32)
+        rows.numpy().astype(np.float32),
+        biases.numpy().astype(np.float32),
+        unit.numpy().astype(np.float32)[:, None],
     )

@@ -18,31 +18,35 @@ from ...core.errors import UserError
 class Decision:
     """What one router decided in one forward pass."""
 
-    logits_NE: Tensor
-    gates_Nk: Tensor
-    chosen_Nk: Tensor
+    logits: Tensor
+    """(N, E)."""
+    gates: Tensor
+    """(N, k)."""
+    chosen: Tensor
+    """(N, k)."""
 
     @property
     def num_experts(self) -> int:
-        return int(self.logits_NE.shape[-1])
+        return int(self.logits.shape[-1])
 
     def mean_gates(self) -> Tensor:
         """Return the mean over tokens of each expert's gate, (E,)."""
-        empty_NE = torch.zeros_like(self.logits_NE, dtype=torch.float32)
-        return empty_NE.scatter(-1, self.chosen_Nk, self.gates_Nk.float()).mean(dim=0)
+        empty_NE = torch.zeros_like(self.logits, dtype=torch.float32)
+        return empty_NE.scatter(-1, self.chosen, self.gates.float()).mean(dim=0)
 
     def mean_probabilities(self) -> Tensor:
         """Return the mean over tokens of the softmax over all experts, (E,)."""
-        return self.logits_NE.float().softmax(dim=-1).mean(dim=0)
+        return self.logits.float().softmax(dim=-1).mean(dim=0)
 
     def load(self) -> Tensor:
         """Return the share of the tokens' choices that each expert got, (E,)."""
-        counts = torch.bincount(self.chosen_Nk.flatten(), minlength=self.num_experts)
-        return counts.float() / self.chosen_Nk.numel()
+        counts = torch.bincount(self.chosen.flatten(), minlength=self.num_experts)
+        return counts.float() / self.chosen.numel()
 
     def entropy(self) -> Tensor:
         """Return the mean entropy of the softmax over all experts, in nats, shape ()."""
-        return torch.distributions.Categorical(logits=self.logits_NE.float()).entropy().mean()
+        log_probabilities = self.logits.float().log_softmax(dim=-1)
+        return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean()
 
 
 def routers_of(model: nn.Module) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def balance_loss(decisions: list[Decision]) -> Tensor:
 
 def z_loss(decisions: list[Decision]) -> Tensor:
     """Return the mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5)."""
-    return torch.stack([one.logits_NE.float().logsumexp(dim=-1).square().mean() for one in decisions]).mean()
+    return torch.stack([one.logits.float().logsumexp(dim=-1).square().mean() for one in decisions]).mean()
 
 
 class SampledTop1:

@@ -1,0 +1,125 @@
+"""Is a generalist worth it? Its scores beside those of the seed, the best expert, the experts' average and ensemble."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertctl.core.config import MergeConfig
+from expertctl.core.errors import UserError, unknown_name
+from expertctl.core.lineage import manifest_path, read_manifest
+
+if TYPE_CHECKING:
+    from expertctl.experts.evaluation import EvaluationTable
+    from expertctl.workspace import Workspace
+
+BASELINES = ("seed", "best-expert", "average", "ensemble")
+BEST_EXPERT = "best-expert"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model's scores beside those of its baselines."""
+
+    model: str
+    baselines: tuple[str, ...]
+    table: EvaluationTable
+    """A row for the model and for each baseline."""
+
+    @property
+    def metric(self) -> str:
+        return self.table.metrics[0]
+
+    @property
+    def best(self) -> str:
+        """The baseline with the lowest mean."""
+        return min(self.baselines, key=lambda name: self.table.mean(name, self.metric))
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model's mean is no worse than that of any baseline."""
+        return self.table.mean(self.model, self.metric) <= self.table.mean(self.best, self.metric)
+
+    def verdict(self) -> str:
+        """Return in a sentence how the model compares."""
+        own, other = (self.table.mean(name, self.metric) for name in (self.model, self.best))
+        word = "not worse than" if self.holds else "worse than"
+        return (
+            f"{self.model} is {word} the best of its baselines, {self.best}: {own:.4f} and {other:.4f} "
+            f"{self.metric.replace('_', ' ')} on average over {', '.join(self.table.domains)}"
+        )
+
+
+def compare(
+    workspace: Workspace,
+    model: str,
+    against: Sequence[str] = BASELINES,
+    domains: Sequence[str] | None = None,
+    *,
+    jobs: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str, str], None] = lambda model, domain: None,
+) -> Comparison:
+    """Score a generalist and its baselines; those that have to be merged first are made for the occasion.
+
+    `against` names baselines, or models of the workspace. Raises `UserError` for a model without experts where a
+    baseline needs them.
+    """
+    from expertctl.experts.evaluation import EvaluationTable, evaluate
+
+    folder = workspace.layout.artefact(model)
+    experts = _experts_of(workspace, folder)
+    with tempfile.TemporaryDirectory(prefix=".baselines-", dir=workspace.root) as scratch:
+        folders = {model: folder}
+        for name in against:
+            if name == BEST_EXPERT:
+                folders |= experts
+            elif name in ("average", "ensemble"):
+                say(f"making the {name} of {', '.join(experts)} to compare with")
+                folders[name] = _merged(workspace, name, experts, Path(scratch))
+            else:
+                folders[name] = workspace.layout.artefact(name)
+        table = evaluate(workspace.layout, workspace.config, folders, domains, jobs=jobs, tell=tell)
+    scores = dict(table.scores)
+    if BEST_EXPERT in against:
+        best = min(experts, key=lambda name: table.mean(name, table.metrics[0]))
+        say(f"the best expert is {best}")
+        scores[BEST_EXPERT] = scores[best]
+    rows = {name: scores[name] for name in (model, *against)}
+    return Comparison(model, tuple(against), EvaluationTable(table.domains, rows))
+
+
+def _experts_of(workspace: Workspace, folder: Path) -> dict[str, Path]:
+    """Return the experts that a generalist was made of, as far as they are in the workspace."""
+    if manifest_path(folder) is None:
+        raise UserError(
+            f"{folder} has no manifest, so that its experts are not known; name models to compare with"
+        )
+    found = {}
+    for parent in read_manifest(folder).parents:
+        if parent.kind == "expert":
+            expert = workspace.experts / parent.name
+            if manifest_path(expert) is None:
+                raise unknown_name("expert", parent.name, workspace.layout.finished_experts())
+            found[parent.name] = expert
+    if not found:
+        raise UserError(f"{folder} was made of no experts; name models to compare with")
+    return found
+
+
+def _merged(workspace: Workspace, method: str, experts: dict[str, Path], scratch: Path) -> Path:
+    from expertctl.merge.merging import merge
+
+    target = scratch / method
+    domains = workspace.trained_domains(list(experts.values()))
+    merge(
+        workspace.layout,
+        method,
+        MergeConfig(method=method, experts=tuple(experts)),
+        output=target,
+        validation=lambda: workspace.validation(domains),
+    )
+    return target

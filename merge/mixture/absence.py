@@ -1,0 +1,107 @@
+"""Proof that an expert is not in a model: no tensor of it is there, byte for byte; and who saw it, as far as is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import UserError
+from ...core.lineage import Manifest, digests_of_folder, manifest_path, read_manifest
+from ...core.safetensors_io import Checkpoint, TensorEntry
+from ..reading import Reader
+from ..sources import StoredTensor
+from .opened import slice_of
+
+_SMALLEST = 2
+"""Tensors of fewer numbers say nothing: many are equal by chance."""
+
+
+@dataclass(frozen=True)
+class Absence:
+    """What a search for an expert's tensors in a folder found."""
+
+    expert: str
+    compared: int
+    """Tensors of the expert that were looked for."""
+    found: tuple[str, ...]
+    """Those that are in the folder, by their names there."""
+    traces: tuple[str, ...]
+    """Sentences on what was trained while the expert was there."""
+
+
+def find_expert(folder: Path, expert: Path) -> Absence:
+    """Look for every tensor of an expert in a model's files, by digests; tensors that hold several are cut apart.
+
+    Raises `UserError` for folders without a manifest.
+    """
+    for place in (folder, expert):
+        if manifest_path(place) is None:
+            raise UserError(f"{place} has no manifest, so that it is not known what is in it")
+    theirs, manifest = read_manifest(expert), read_manifest(folder)
+    if theirs.kind != "expert":
+        raise UserError(f"{expert} is no expert, but a {theirs.kind}")
+    wanted = {digest: name for name, digest in _worth_looking_for(expert, theirs).items()}
+    found = [name for name, digest in _all_digests(folder, len(_slots(manifest))).items() if digest in wanted]
+    return Absence(theirs.name, len(wanted), tuple(sorted(found)), tuple(_traces(manifest, theirs)))
+
+
+def _worth_looking_for(expert: Path, manifest: Manifest) -> dict[str, str]:
+    entries: dict[str, TensorEntry] = {}
+    for file in sorted(expert.glob("*.safetensors")):
+        entries |= Checkpoint([file]).entries
+    # what an expert knows of public text is no part of it
+    return {
+        name: digest
+        for name, digest in manifest.tensors.items()
+        if name in entries and name != "public" and entries[name].num_bytes > _SMALLEST * 8
+    }
+
+
+def _all_digests(folder: Path, experts: int) -> dict[str, str]:
+    """Return the digests of a folder's tensors as they are, and of the pieces of those that hold several experts'."""
+    found, _ = digests_of_folder(folder)
+    with Reader() as reader:
+        for file in sorted(folder.rglob("*.safetensors")):
+            for name, entry in Checkpoint([file]).entries.items():
+                if len(entry.shape) == 3 and entry.shape[0] == experts:
+                    for count in (experts, 2 * experts):
+                        if entry.shape[1] * experts % count == 0:
+                            found |= _pieces(reader, name, entry, count)
+    return found
+
+
+def _pieces(reader: Reader, name: str, entry: TensorEntry, count: int) -> dict[str, str]:
+    digests = {}
+    for number in range(count):
+        piece = slice_of(StoredTensor(entry, name=name), number, count)
+        for _ in reader.raw(piece):
+            pass
+        digests[f"{name}[{number} of {count}]"] = reader.digests[piece.entry]
+    return digests
+
+
+def _slots(manifest: Manifest) -> list[str]:
+    return list((manifest.config.get("mixture") or {}).get("experts", ()))
+
+
+def _traces(manifest: Manifest, expert: Manifest) -> list[str]:
+    """Return what was trained, or fitted, jointly while the expert was one of the model's."""
+    record: Mapping[str, Any] = manifest.config.get("mixture") or {}
+    found = [
+        f"its {tuning['trains']} was trained on {', '.join(tuning['domains'])} while '{expert.name}' was one of the "
+        "experts: those tensors have seen it"
+        for tuning in record.get("tuned", ())
+        if expert.name in tuning.get("experts", ())
+    ]
+    for change in record.get("history", ()):
+        if change["expert"] == expert.name:
+            found.append(f"'{expert.name}' {change['what']} on {change['when']}")
+            if change["what"] != "joined" and (record.get("router") or {}).get("uses_text"):
+                found.append(
+                    "the router's rows were fitted on text of all experts together, that one included"
+                )
+    if any(parent.digest == expert.digest for parent in manifest.parents):
+        found.append(f"its manifest names '{expert.name}' as a parent")
+    return found
