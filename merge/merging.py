@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..core.config import MergeConfig, parse_options
 from ..core.errors import Interrupted, UserError, unknown_name
@@ -29,12 +30,12 @@ from ..core.workspace import Layout, check_name, require_free
 from .card import CARD_FILE, model_card
 from .engine import EngineSettings
 from .generalist import write_generalist
-from .licences import check_licences, require_compatible
-from .plan import MergePlan, Permissions, check_output, prepare_merge
+from .licences import LicenceReport, check_licences, require_compatible
+from .plan import MergePlan, Permissions, check_output, open_sources, prepare_merge
 from .recipe import WEIGHT, Recipe, Scope, Setting, whole_models
 from .search import SearchResult, search_weights
 from .statistics import find_statistics
-from .tensor_plan import DEFAULT_SHARD_BYTES
+from .tensor_plan import DEFAULT_SHARD_BYTES, Stack
 from .weights import check_weights, resolve_weights
 
 SEED = "seed"
@@ -98,6 +99,11 @@ def plan_merge(
     folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
     check_weights(config.weights, folders)
     check_lineage(layout.seed, folders, tensors=False, unrelated=how.permissions.unrelated)
+    method = installed_plugins().merge_method(config.method)
+    if method.build is not None:
+        plan = _build_plan(layout, config, method, folders, how)
+        check_output(plan, target)
+        return plan
     given = config.weights if not isinstance(config.weights, str) else {}
     plan = _planned(recipe_of(layout.seed, folders, config, given), how, layout)
     check_output(plan, target)
@@ -301,6 +307,53 @@ def _written(
     return manifest
 
 
+def _checked_build(
+    layout: Layout,
+    config: MergeConfig,
+    method: MergeMethod,
+    folders: Mapping[str, Path],
+    how: MergeRun,
+    *,
+    tensors: bool,
+) -> tuple[Any, Manifest, dict[str, Manifest], LicenceReport]:
+    """Return options, manifests and licences of a merge whose method makes its own kind of model, all checked."""
+    options = parse_options(method.options, config.options, f"merge method '{method.name}'")
+    if config.search is not None:
+        raise UserError(f"merge method '{method.name}' has no weights to search for tensor by tensor")
+    for expert, folder in folders.items():
+        if not (folder / MANIFEST_NAMES["expert"]).is_file():
+            raise UserError(
+                f"'{expert}' ({folder}) is no expert of ours; merge method '{method.name}' needs one"
+            )
+    seed, experts = check_lineage(layout.seed, folders, tensors=tensors)
+    licences = check_licences({SEED: seed.licence, **{one: found.licence for one, found in experts.items()}})
+    require_compatible(licences, how.permissions.licences)
+    return options, seed, experts, licences
+
+
+def _build_plan(
+    layout: Layout, config: MergeConfig, method: MergeMethod, folders: Mapping[str, Path], how: MergeRun
+) -> MergePlan:
+    """Return the plan of a merge that writes no tensors of its own: its files are links, or the method's to make."""
+    licences = _checked_build(layout, config, method, folders, how, tensors=False)[3]
+    recipe = Recipe(config.method, {SEED: layout.seed, **folders}, whole_models(tuple(folders)), seed=SEED)
+    return MergePlan(
+        recipe,
+        method,
+        open_sources(recipe),
+        Stack((), ()),
+        (),
+        how.shard_bytes,
+        None,
+        licences.result if not licences.conflicts else None,
+        (
+            f"'{method.name}' keeps its experts as they are: their files are linked, not copied, where the disk allows it",
+            *licences.conflicts,
+            *licences.notes,
+        ),
+    )
+
+
 def _build(
     layout: Layout,
     name: str,
@@ -312,17 +365,7 @@ def _build(
     how: MergeRun,
 ) -> Manifest:
     """Let the method make a model of its own kind from artefacts whose every byte was checked."""
-    options = parse_options(method.options, config.options, f"merge method '{method.name}'")
-    if config.search is not None:
-        raise UserError(f"merge method '{method.name}' has no weights to search for tensor by tensor")
-    for expert, folder in folders.items():
-        if not (folder / MANIFEST_NAMES["expert"]).is_file():
-            raise UserError(
-                f"'{expert}' ({folder}) is no expert of ours; merge method '{method.name}' needs one"
-            )
-    seed, experts = check_lineage(layout.seed, folders)
-    licences = check_licences({SEED: seed.licence, **{one: found.licence for one, found in experts.items()}})
-    require_compatible(licences, how.permissions.licences)
+    options, seed, experts, licences = _checked_build(layout, config, method, folders, how, tensors=True)
     texts = _Text(validation)
     plugins = installed_plugins()
     with _locked(layout, name, target), new_folder(target, force=how.force, what="generalist") as partial:

@@ -69,8 +69,9 @@ class Source:
     @cached_property
     def num_layers(self) -> int:
         """How many decoder layers it has, by its configuration; raises `UserError` where that does not say."""
+        dense = self.config.get("member", self.config)  # a container's says it within
         for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            found = self.config.get(key)
+            found = dense.get(key)
             if isinstance(found, int):
                 return found
         raise UserError(f"{self.model_folder / 'config.json'} does not say how many layers the model has")

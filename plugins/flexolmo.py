@@ -43,6 +43,8 @@ class FlexOlmoTraining:
     """Train beside the public feed-forward; without, the owner's trains alone and its row stays where it begins."""
     z_loss: float = 1e-3
     """Weight of the loss that keeps the router's logits small."""
+    logit_size: float = 1.0
+    """Root mean square of the router's logit, over tokens of both texts, where it begins."""
     samples: int = 64
     """Blocks of each text that the embedding looks at."""
 
@@ -54,7 +56,7 @@ def prepare(model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingTex
     from ..experts.coordinated import coordinate, z_loss
 
     embedding = _embedding(model, options, text)
-    parts = coordinate(model, _rows(model, embedding), bias=options.bias)
+    parts = coordinate(model, _rows(model, embedding, options.logit_size), bias=options.bias)
     parameters = _own_parameters(model)
     if options.coordinate:
         parameters |= {f"router.{layer}.row": part.row for layer, part in enumerate(parts)}
@@ -150,14 +152,14 @@ def _embedding(
     return sentence_embedding(model, Path(options.embedding).expanduser(), own, public, (texts[0], texts[1]))
 
 
-def _rows(model: PreTrainedModel, embedding: DomainEmbedding | None) -> Tensor:
+def _rows(model: PreTrainedModel, embedding: DomainEmbedding | None, size: float) -> Tensor:
     """Return the rows to begin with, (L, d); without an embedding the paper's: normal, deviation 0.002, never positive."""
     import torch
 
     from ..core.feed_forwards import feed_forwards
 
     if embedding is not None:
-        return embedding.rows
+        return embedding.rows * size
     shape = (len(feed_forwards(model)), int(model.config.hidden_size))
     return torch.nn.init.trunc_normal_(torch.empty(shape), std=0.002, a=-0.006, b=0.0)
 

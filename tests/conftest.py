@@ -192,3 +192,11 @@ def seeded_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(seeded_project: Path, tmp_path: Path) -> Workspace:
     """A copy of the project with its seed."""
     return Workspace(shutil.copytree(seeded_project, tmp_path / "project"))
+
+
+@pytest.fixture(scope="session")
+def flexolmo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with experts prose, chance and means, trained with `flexolmo`. Add generalists, change nothing else."""
+    from flexolmo_workspaces import make_flexolmo_workspace
+
+    return make_flexolmo_workspace(tmp_path_factory.mktemp("flexolmo") / "workspace")

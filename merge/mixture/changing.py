@@ -14,11 +14,13 @@ from typing import Any
 
 from ...core.errors import UserError, unknown_name
 from ...core.lineage import Manifest, Parent, read_manifest
+from ...core.loading import WEIGHTS_FILE
+from ...core.safetensors_io import Checkpoint
 from ...core.types import MixtureShape
 from ..generalist import Descent
 from ..plan import MergePlan
 from ..recipe import Recipe, whole_models
-from ..sources import open_source
+from ..sources import StoredTensor
 from ..tensor_plan import DEFAULT_SHARD_BYTES, Stack, plan_shards
 from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly
 from .mixing import PUBLIC, settle_bias
@@ -156,20 +158,30 @@ def _brought(mixture: OpenedMixture, name: str, folder: Path) -> tuple[ExpertPar
     """Return what an expert brings to this mixture; raises `UserError` for one of another seed."""
     manifest = read_manifest(folder)
     seed = next((parent.digest for parent in mixture.manifest.parents if parent.kind == "seed"), None)
-    own = next((parent.digest for parent in manifest.parents if parent.kind == "seed"), None)
-    if manifest.kind != "expert" or own != seed:
+    theirs = next((parent.digest for parent in manifest.parents if parent.kind == "seed"), None)
+    if manifest.kind != "expert" or theirs != seed:
         raise UserError(
-            f"'{name}' ({folder}) is {manifest.kind} of seed {str(own)[:12]}, and the mixture is of seed {str(seed)[:12]}"
+            f"'{name}' ({folder}) is {manifest.kind} of seed {str(theirs)[:12]}, and the mixture is of seed {str(seed)[:12]}"
         )
-    source = open_source(name, folder)
+    own = Checkpoint([folder / WEIGHTS_FILE]).entries
+    public = next((expert.feed_forward for expert in mixture.experts if expert.name == PUBLIC), {})
     feed_forward = {}
     for tensor in mixture.experts[0].feed_forward:
-        if tensor not in source.tensors:
-            raise UserError(f"'{name}' ({folder}) has no tensor '{tensor}'")
-        feed_forward[tensor] = source.tensors[tensor]
+        if tensor in own:
+            feed_forward[tensor] = StoredTensor(own[tensor], manifest.tensors.get(tensor), name=tensor)
+        elif tensor in public:
+            feed_forward[tensor] = public[tensor]
+        else:
+            raise UserError(
+                f"'{name}' ({folder}) did not change '{tensor}', and the mixture does not hold the seed's"
+            )
     choice = mixture.record["router"]["biases"]
-    row = settle_bias(brought_by(folder, name), choice if choice != "none" else "drop")
+    row = settle_bias(brought_by(folder, name, _scale(mixture)), choice if choice != "none" else "drop")
     return ExpertParts(name, feed_forward), row, manifest
+
+
+def _scale(mixture: OpenedMixture) -> float:
+    return float(mixture.record["options"]["router_options"].get("scale", 1.0))
 
 
 def _tensors(

@@ -59,12 +59,17 @@ def uniform_rows(inputs: RouterInputs) -> RouterStart:
 
 
 def embedding_rows(inputs: RouterInputs) -> RouterStart:
-    """Return the rows and biases that experts bring along, 0 for the seed's own (FlexOlmo, arXiv:2507.07024, 3.3.2)."""
+    """Return the rows and biases that experts bring along, 0 for the seed's own (FlexOlmo, arXiv:2507.07024, 3.3.2).
+
+    Option `scale` multiplies them: a row learned to tell its owner's text from public text, and with more experts
+    the softmax over them is flatter than between two.
+    """
     import numpy as np
 
-    options_of(inputs, {}, "embedding")
+    scale = float(options_of(inputs, {"scale": 1.0}, "embedding")["scale"])
     found = [
-        brought_by(folder, name) if folder is not None else None for name, folder in inputs.experts.items()
+        brought_by(folder, name, scale) if folder is not None else None
+        for name, folder in inputs.experts.items()
     ]
     shape = (inputs.num_layers, len(found), inputs.width)
     rows, biases = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
@@ -83,14 +88,14 @@ def embedding_rows(inputs: RouterInputs) -> RouterStart:
     return RouterStart(rows, biases, units if known else None)
 
 
-def brought_by(folder: Path, name: str) -> RouterStart:
-    """Return what one expert brings, for a router of one: rows (L, 1, d), biases (L, 1)."""
+def brought_by(folder: Path, name: str, scale: float = 1.0) -> RouterStart:
+    """Return what one expert brings, times `scale`, for a router of one: rows (L, 1, d), biases (L, 1)."""
     brought = read_router(folder, name)
     unit = None
     if "public" in brought:
         mean = brought["public"]
         unit = (mean / (mean**2).sum(axis=-1, keepdims=True))[:, None]
-    return RouterStart(brought["rows"][:, None], brought["biases"][:, None], unit)
+    return RouterStart(brought["rows"][:, None] * scale, brought["biases"][:, None] * scale, unit)
 
 
 def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
@@ -213,6 +218,7 @@ def hidden_rows(inputs: RouterInputs) -> RouterStart:
         biases[:, number] = -(rows[:, number] * (one.mean + mean)).sum(dim=-1) / 2
     power = second + 1e-6 * scale * torch.eye(inputs.width, dtype=second.dtype)
     unit = torch.linalg.solve(power, mean)
+    unit /= (unit * mean).sum(dim=-1, keepdim=True)  # 1 on average, and as near to it as can be everywhere
     return RouterStart(
         rows.numpy().astype(np.float32),
         biases.numpy().astype(np.float32),

@@ -1,0 +1,250 @@
+"""Experts that leave, join, take a place: the bytes of a merge that was done like this in the first place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tune_here
+from safetensors.torch import load_file
+
+from expertctl import UserError, load_model
+from expertctl.core.lineage import read_manifest, verify
+from expertctl.merge.expert_changes import change_experts
+from expertctl.merge.merging import MergeRun
+from expertctl.merge.mixture.absence import find_expert
+from expertctl.merge.mixture.changing import Change
+from expertctl.workspace import Workspace
+
+TOKENS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def model_files(folder: Path) -> dict[str, bytes]:
+    """Return everything of a model but its manifest and its card, which say how it came about."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.name not in ("generalist.json", "README.md")
+    }
+
+
+def merge(workspace: Workspace, name: str, experts: tuple[str, ...], **settings: Any) -> Path:
+    folder = workspace.generalists / name
+    if not folder.exists():
+        workspace.merge(name, experts=experts, **{"method": "flexolmo", **settings})
+    return folder
+
+
+def without(owners: tuple[str, ...], gone: str) -> tuple[str, ...]:
+    return tuple(name for name in owners if name != gone)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target": "container"},
+        {"layout": "fused"},
+        {"top_k": 2},
+        {"bias": "fold"},
+        {"target": "container", "bias": "carry"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("gone", OWNERS)
+def test_leaving_gives_the_bytes_of_a_merge_without(
+    flexolmo_workspace: Workspace, tmp_path: Path, gone: str, options: dict[str, Any]
+) -> None:
+    tag = "-".join(f"{key}{value}" for key, value in options.items()).replace("_", "") or "plain"
+    whole = merge(flexolmo_workspace, f"all-{tag}", OWNERS, options=options)
+    direct = merge(flexolmo_workspace, f"no-{gone}-{tag}", without(OWNERS, gone), options=options)
+    manifest = change_experts(whole, tmp_path / "smaller", Change(remove=(gone,)))
+    assert model_files(tmp_path / "smaller") == model_files(direct)
+    assert verify(tmp_path / "smaller") == []
+    assert manifest.config["mixture"]["experts"] == ["public", *without(OWNERS, gone)]
+    (entry,) = manifest.config["mixture"]["history"]
+    assert (entry["what"], entry["expert"]) == ("left", gone)
+    assert entry["from"] == read_manifest(whole).digest
+    assert gone not in {parent.name for parent in manifest.parents}
+    assert f"`{gone}` left on {entry['when']}" in (tmp_path / "smaller" / "README.md").read_text()
+    absence = find_expert(tmp_path / "smaller", flexolmo_workspace.experts / gone)
+    assert absence.found == ()
+    assert absence.compared > 0
+    present = find_expert(whole, flexolmo_workspace.experts / gone)
+    assert present.found
+    for stays in without(OWNERS, gone):
+        assert find_expert(tmp_path / "smaller", flexolmo_workspace.experts / stays).found
+
+
+@pytest.mark.parametrize("late", OWNERS)
+def test_joining_gives_the_bytes_of_a_merge_with(
+    flexolmo_workspace: Workspace, tmp_path: Path, late: str
+) -> None:
+    early = without(OWNERS, late)
+    small = merge(flexolmo_workspace, f"no-{late}-plain", early)
+    direct = merge(flexolmo_workspace, f"then-{late}", (*early, late))
+    change = Change(add={late: flexolmo_workspace.experts / late})
+    manifest = change_experts(small, tmp_path / "larger", change)
+    assert model_files(tmp_path / "larger") == model_files(direct)
+    assert manifest.config["mixture"]["history"][0]["what"] == "joined"
+    back = change_experts(tmp_path / "larger", tmp_path / "back", Change(remove=(late,)))
+    assert model_files(tmp_path / "back") == model_files(small)
+    assert [entry["what"] for entry in back.config["mixture"]["history"]] == ["joined", "left"]
+
+
+def test_taking_a_place_gives_the_bytes_of_a_merge_with_the_other(
+    flexolmo_workspace: Workspace, tmp_path: Path
+) -> None:
+    from shutil import copytree
+
+    other = tmp_path / "elsewhere" / "prose"
+    train_again(flexolmo_workspace, other)
+    whole = merge(flexolmo_workspace, "all-plain", OWNERS)
+    change_experts(whole, tmp_path / "renewed", Change(replace={"prose": other}))
+    second = tmp_path / "second"
+    copytree(flexolmo_workspace.root, second, ignore=lambda folder, names: {"generalists"} & set(names))
+    from shutil import rmtree
+
+    rmtree(second / "experts" / "prose")
+    copytree(other, second / "experts" / "prose")
+    direct = merge(Workspace(second), "direct", OWNERS)
+    assert model_files(tmp_path / "renewed") == model_files(direct)
+
+
+def train_again(workspace: Workspace, target: Path) -> None:
+    from shutil import copytree
+
+    if not (workspace.experts / "prose-again").exists():
+        train_here(
+            workspace,
+            "prose-again",
+            domain="prose",
+            trains="flexolmo",
+            options={"public": "public", "samples": 4},
+            training={"seed": 5},
+        )
+    copytree(workspace.experts / "prose-again", target)
+
+
+def test_a_change_can_be_reproduced_from_its_manifest(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    from expertctl.merge.reproducing import reproduce
+
+    whole = merge(flexolmo_workspace, "all-plain", OWNERS)
+    manifest = change_experts(whole, tmp_path / "smaller", Change(remove=("chance",)))
+    models = {"seed": flexolmo_workspace.layout.seed}
+    models |= {name: flexolmo_workspace.experts / name for name in OWNERS}
+    found = reproduce(manifest, tmp_path / "smaller", models=models)
+    assert [line for line in found.differences if "README.md" not in line] == []
+
+
+def test_others_are_what_they_were(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    """Every gate is a function of its own row, so that the logits are those of the mixture switched off at run time."""
+    whole = merge(flexolmo_workspace, "all-plain", OWNERS)
+    change_experts(whole, tmp_path / "smaller", Change(remove=("chance",)))
+    smaller, _ = load_model(tmp_path / "smaller", dtype="float32")
+    switched, _ = load_model(whole, dtype="float32", without=["chance"])
+    with torch.inference_mode():
+        torch.testing.assert_close(smaller(input_ids=TOKENS).logits, switched(input_ids=TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (Change(), "nothing is to be changed"),
+        (Change(remove=("chnace",)), "no expert 'chnace' .did you mean 'chance'"),
+        (Change(remove=("public",)), "'public' is the seed's own part"),
+        (Change(remove=("prose",), add={"chance": Path("x")}), "'chance' is in the mixture already"),
+    ],
+)
+def test_what_is_not_possible_is_refused_with_nothing_written(
+    flexolmo_workspace: Workspace, tmp_path: Path, change: Change, part: str
+) -> None:
+    whole = merge(flexolmo_workspace, "all-plain", OWNERS)
+    with pytest.raises(UserError, match=part):
+        change_experts(whole, tmp_path / "changed", change)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_of_another_seed_is_refused(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    other = make_flexolmo_workspace(tmp_path / "other", "llama", owners=("prose",))
+    whole = merge(flexolmo_workspace, "no-prose-plain", without(OWNERS, "prose"))
+    with pytest.raises(UserError, match="of seed"):
+        change_experts(whole, tmp_path / "changed", Change(add={"prose": other.experts / "prose"}))
+
+
+def test_a_used_folder_is_left_alone(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    whole = merge(flexolmo_workspace, "all-plain", OWNERS)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="exists"):
+        change_experts(whole, tmp_path / "used", Change(remove=("prose",)))
+    change_experts(whole, tmp_path / "used", Change(remove=("prose",)), run=MergeRun(force=True))
+    assert not (tmp_path / "used" / "mine.txt").exists()
+
+
+def test_a_mixture_on_averaged_attention_is_made_again(new_workspace: Any, tmp_path: Path) -> None:
+    workspace = Workspace(new_workspace(tmp_path / "w", ("a", "b", "c")))
+    options = {"router": "random"}
+    merge(workspace, "whole", ("a", "b", "c"), method="btx", options=options)
+    direct = merge(workspace, "direct", ("a", "c"), method="btx", options=options)
+    change_experts(
+        workspace.generalists / "whole", tmp_path / "smaller", Change(remove=("b",)), layout=workspace.layout
+    )
+    assert model_files(tmp_path / "smaller") == model_files(direct)
+    assert find_expert(tmp_path / "smaller", workspace.experts / "b").found == ()
+    average = merge(workspace, "soup", ("a", "b", "c"), method="ties")
+    direct = merge(workspace, "thin", ("a", "b"), method="ties")
+    change_experts(average, tmp_path / "thinner", Change(remove=("c",)), layout=workspace.layout)
+    assert model_files(tmp_path / "thinner") == model_files(direct)
+
+
+def test_what_was_trained_jointly_is_told(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    whole = merge(flexolmo_workspace, "all-plain", OWNERS)
+    tuned = flexolmo_workspace.generalists / "tuned"
+    if not tuned.exists():
+        tune_here(
+            flexolmo_workspace,
+            "tuned",
+            whole.name,
+            trains="router",
+            domains=["public"],
+            training={"tokens": 256},
+        )
+    said: list[str] = []
+    change_experts(tuned, tmp_path / "smaller", Change(remove=("means",)), run=MergeRun(say=said.append))
+    assert any("'means' was in the mixture when its router was trained on public" in line for line in said)
+    absence = find_expert(tmp_path / "smaller", flexolmo_workspace.experts / "means")
+    assert absence.found == ()
+    assert any(
+        "router was trained on public while 'means' was one of the experts" in line for line in absence.traces
+    )
+    assert any(line.startswith("'means' left on") for line in absence.traces)
+    smaller, _ = load_model(tmp_path / "smaller", dtype="float32")
+    switched, _ = load_model(tuned, dtype="float32", without=["means"])
+    with torch.inference_mode():
+        torch.testing.assert_close(smaller(input_ids=TOKENS).logits, switched(input_ids=TOKENS).logits)
+
+
+def test_tuning_moves_rows_only(flexolmo_workspace: Workspace) -> None:
+    whole = merge(flexolmo_workspace, "all-plain", OWNERS)
+    tuned = flexolmo_workspace.generalists / "tuned"
+    if not tuned.exists():
+        tune_here(
+            flexolmo_workspace,
+            "tuned",
+            whole.name,
+            trains="router",
+            domains=["public"],
+            training={"tokens": 256},
+        )
+    before, after = load_file(whole / "model.safetensors"), load_file(tuned / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)}
+    manifest = read_manifest(tuned)
+    assert verify(tuned) == []
+    assert manifest.config["mixture"]["tuned"][0]["domains"].keys() == {"public"}
+    assert {parent.name for parent in manifest.parents} == {"all-plain", "seed", *OWNERS}
+    assert "recipe" not in manifest.config
