@@ -248,13 +248,15 @@ class Calculator:
         first = one.inputs[0]
         for stored, digest in digests.items():
             if digest != digests[first]:
+                floating = one.dtype in FLOATING
                 why = (
                     "is taken from one model for all"
-                    if one.dtype in FLOATING
+                    if floating
                     else f"holds {one.dtype} numbers, which are never averaged"
                 )
+                mend = "; drop the others' with --option discard=true" if floating else ""
                 raise UserError(
-                    f"tensor '{one.name}' {why}, and it differs between {first.entry.file} and {stored.entry.file}"
+                    f"tensor '{one.name}' {why}, and it differs between {first.entry.file} and {stored.entry.file}{mend}"
                 )
 
 

@@ -6,7 +6,7 @@ what is not understood is refused by key.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from ..core.config import Section, first_problem, parse_yaml
 from ..core.errors import UserError, unknown_name
 from ..core.numeric import dtype_of_word
+from .mergekit_models import NamedModels
+from .mergekit_moe_file import read_mergekit_moe
 from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice, TokenSource, whole_models
 
 Parameters = dict[str, Any]
@@ -116,7 +118,7 @@ METHODS: dict[str, _Method] = {
 
 
 def read_mergekit(path: Path) -> Recipe:
-    """Return the recipe that a mergekit file describes.
+    """Return the recipe that a file of mergekit's, or of its mergekit-moe, describes.
 
     Models are folders, looked for from the current folder and from the file's. Raises `UserError` with file, line
     and key for what is not understood, not supported, or not there.
@@ -126,6 +128,8 @@ def read_mergekit(path: Path) -> Recipe:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
     content, lines = parse_yaml(text, path)
+    if isinstance(content, dict) and "experts" in content and "merge_method" not in content:
+        return read_mergekit_moe(content, lines, path)
     try:
         file = _File.model_validate({} if content is None else content)
     except ValidationError as error:
@@ -137,12 +141,11 @@ class _Reader:
     """Turns a checked file into a recipe."""
 
     def __init__(self, path: Path, lines: Mapping[Any, int], file: _File) -> None:
-        self.path, self.lines, self.file = path, lines, file
-        self.models: dict[str, Path] = {}
-        self.adapter_bases: dict[str, Path] = {}
+        self.path, self.file = path, file
+        self.named = NamedModels(path, lines)
         if file.merge_method not in METHODS:
             raise UserError(
-                f"{self._at('merge_method')}: "
+                f"{self.named.at('merge_method')}: "
                 + str(
                     unknown_name(
                         "merge method", file.merge_method, METHODS, listed_as="of mergekit's there are"
@@ -155,7 +158,7 @@ class _Reader:
         """Return the recipe; raises `UserError` for what has no counterpart here."""
         file = self.file
         module = self._module()
-        base = self._model(file.base_model, ("base_model",)) if file.base_model is not None else None
+        base = self.named.model(file.base_model, ("base_model",)) if file.base_model is not None else None
         if self.method.base in ("seed", "first") and base is None and not self._slices_name_bases(module):
             raise UserError(f"{self.path}: merge method '{file.merge_method}' needs a base_model")
         slices = (
@@ -169,13 +172,17 @@ class _Reader:
         scopes.append(self.method.defaults)
         tokenizer, tokens = self._tokenizer()
         seed = base if self.method.base in ("seed", "optional") else None
-        models = {base: self.models[base], **self.models} if base is not None and seed else self.models
+        models = (
+            {base: self.named.models[base], **self.named.models}
+            if base is not None and seed
+            else self.named.models
+        )
         return Recipe(
             method=file.merge_method,
             models=models,
             slices=slices,
             seed=seed,
-            adapter_bases=self.adapter_bases,
+            adapter_bases=self.named.adapter_bases,
             scopes=tuple(scopes),
             required=self.method.required,
             dtype=self._dtype(file.out_dtype, "out_dtype") or self._dtype(file.dtype, "dtype"),
@@ -199,12 +206,12 @@ class _Reader:
             return _Module(slices=file.slices, models=file.models)
         if len(file.modules) > 1:
             raise UserError(
-                f"{self._at('modules')}: models of several modules ({', '.join(file.modules)}) are not supported; "
+                f"{self.named.at('modules')}: models of several modules ({', '.join(file.modules)}) are not supported; "
                 "one module is"
             )
         (module,) = file.modules.values()
         if (module.slices is None) == (module.models is None):
-            raise UserError(f"{self._at('modules')}: give exactly one of 'models' and 'slices'")
+            raise UserError(f"{self.named.at('modules')}: give exactly one of 'models' and 'slices'")
         return module
 
     def _slices_name_bases(self, module: _Module) -> bool:
@@ -213,7 +220,7 @@ class _Reader:
     def _whole(self, models: Sequence[_Model], base: str | None) -> tuple[OutputSlice, ...]:
         named = [
             (
-                self._model(one.model, ("models", number, "model")),
+                self.named.model(one.model, ("models", number, "model")),
                 self._scope(one.parameters, ("models", number)),
             )
             for number, one in enumerate(models)
@@ -229,11 +236,17 @@ class _Reader:
         for number, part in enumerate(module.slices or ()):
             at: tuple[Any, ...] = ("slices", number)
             if part.residual_weight is not None:
-                raise UserError(f"{self._at(*at, 'residual_weight')}: 'residual_weight' is not supported")
-            own = self._model(part.base_model, (*at, "base_model")) if part.base_model is not None else base
+                raise UserError(
+                    f"{self.named.at(*at, 'residual_weight')}: 'residual_weight' is not supported"
+                )
+            own = (
+                self.named.model(part.base_model, (*at, "base_model"))
+                if part.base_model is not None
+                else base
+            )
             named = [
                 (
-                    self._model(source.model, (*at, "sources", index, "model")),
+                    self.named.model(source.model, (*at, "sources", index, "model")),
                     (source.layer_range, self._scope(source.parameters, (*at, "sources", index))),
                 )
                 for index, source in enumerate(part.sources)
@@ -265,7 +278,7 @@ class _Reader:
     def _require_different(self, names: Sequence[str], at: tuple[Any, ...]) -> None:
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"{self._at(*at)}: model '{name}' is given twice")
+                raise UserError(f"{self.named.at(*at)}: model '{name}' is given twice")
 
     def _scope(self, parameters: Parameters | None, at: tuple[Any, ...]) -> Scope:
         """Return parameters as our method calls them."""
@@ -282,12 +295,12 @@ class _Reader:
 
     def _rescale(self, value: Any, at: tuple[Any, ...]) -> str | None:
         if not isinstance(value, bool):
-            raise UserError(f"{self._at(*at)}: 'rescale' is true or false here, for all tensors alike")
+            raise UserError(f"{self.named.at(*at)}: 'rescale' is true or false here, for all tensors alike")
         if self.method.rescales:
             return "l1" if value else "none"
         if value:
             raise UserError(
-                f"{self._at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
+                f"{self.named.at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
             )
         return None
 
@@ -296,23 +309,25 @@ class _Reader:
         file = self.file
         if file.tokenizer is not None and file.tokenizer_source is not None:
             raise UserError(
-                f"{self._at('tokenizer_source')}: give 'tokenizer' or 'tokenizer_source', not both"
+                f"{self.named.at('tokenizer_source')}: give 'tokenizer' or 'tokenizer_source', not both"
             )
         source = file.tokenizer.source if file.tokenizer is not None else file.tokenizer_source
         tokens = (file.tokenizer.tokens if file.tokenizer is not None else None) or {}
         if source is None:
             return "refuse", {}
-        policy = source if source in ("base", "union") else self._model(source, ("tokenizer_source",))
+        policy = source if source in ("base", "union") else self.named.model(source, ("tokenizer_source",))
         found = {}
         for token, given in tokens.items():
             if given.source is None:
                 continue
             if isinstance(given.source, dict) and "kind" in given.source:
                 raise UserError(
-                    f"{self._at('tokenizer', 'tokens', token)}: a source of kind '{given.source['kind']}' is not "
+                    f"{self.named.at('tokenizer', 'tokens', token)}: a source of kind '{given.source['kind']}' is not "
                     "supported; name a model"
                 )
-            found[token] = TokenSource(self._model(given.source, ("tokenizer", "tokens", token)), given.force)
+            found[token] = TokenSource(
+                self.named.model(given.source, ("tokenizer", "tokens", token)), given.force
+            )
         return policy, found
 
     def _dtype(self, word: str | None, key: str) -> str | None:
@@ -321,77 +336,4 @@ class _Reader:
         try:
             return dtype_of_word(word)
         except UserError as error:
-            raise UserError(f"{self._at(key)}: {error}") from None
-
-    # --- models ---
-
-    def _model(self, given: Any, at: tuple[Any, ...]) -> str:
-        """Return the name of a model, noting its folder; `A+B` and `{model, lora}` are an adapter B on A."""
-        path, adapter = self._parts(given, at)
-        folder = self._folder(path, at)
-        if adapter is None:
-            return self._named(folder, None)
-        return self._named(self._folder(adapter, at), folder)
-
-    def _parts(self, given: Any, at: tuple[Any, ...]) -> tuple[str, str | None]:
-        if isinstance(given, str):
-            if "+" in given and self._existing(given) is None:
-                path, _, adapter = given.partition("+")
-                return path, adapter
-            return given, None
-        if not isinstance(given, dict) or not isinstance(given.get("model"), dict | str):
-            raise UserError(f"{self._at(*at)}: a model is a folder, or {{model: {{path: FOLDER}}}}")
-        parts = []
-        for key in ("model", "lora"):
-            one = given.get(key)
-            if isinstance(one, dict):
-                for other in set(one) - {"path"}:
-                    if one[other] is not None:
-                        raise UserError(
-                            f"{self._at(*at)}: '{other}' of a model is not supported; name a folder"
-                        )
-                one = one.get("path")
-            parts.append(one)
-        return str(parts[0]), parts[1]
-
-    def _folder(self, path: str, at: tuple[Any, ...]) -> Path:
-        found = self._existing(path)
-        if found is None:
-            raise UserError(
-                f"{self._at(*at)}: there is no folder {path}; nothing is downloaded in a merge: fetch a model first "
-                f"with `hf download {path} --local-dir {Path(path).name}`"
-            )
-        return found
-
-    def _existing(self, path: str) -> Path | None:
-        places: list[Callable[[], Path]] = [
-            lambda: Path(path).expanduser(),
-            lambda: self.path.parent / path,
-        ]
-        return next((place() for place in places if place().is_dir()), None)
-
-    def _named(self, folder: Path, base: Path | None) -> str:
-        """Return the name of a folder: its own, with its parent's before it where that is taken."""
-        resolved = folder.resolve()
-        for name in (
-            resolved.name,
-            f"{resolved.parent.name}-{resolved.name}",
-            str(resolved).replace("/", "-"),
-        ):
-            known = self.models.get(name)
-            if known is None:
-                self.models[name] = resolved
-                if base is not None:
-                    self.adapter_bases[name] = base.resolve()
-                return name
-            if known == resolved and self.adapter_bases.get(name) == (
-                base.resolve() if base is not None else None
-            ):
-                return name
-        raise UserError(f"{self.path}: too many models are called '{resolved.name}'; rename a folder")
-
-    def _at(self, *key: Any) -> str:
-        place = key
-        while place and place not in self.lines:
-            place = place[:-1]
-        return f"{self.path}:{self.lines.get(place, 1)}"
+            raise UserError(f"{self.named.at(key)}: {error}") from None

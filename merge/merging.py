@@ -116,6 +116,8 @@ def merge_recipe(
     """Merge any folders into `output` as a recipe says, without a workspace, and return the manifest."""
     how = run or MergeRun()
     plan = plan_recipe(recipe, output, run=how)
+    if plan.method.assemble is not None:
+        plan = _planned(recipe, how, None, tuple)  # what needs a model is fitted now
     lock = output.with_name(f".{output.name}.lock")
     with exclusive(lock, f"generalist {output}"):
         refuse_existing(output, force=how.force, what="generalist")

@@ -6,7 +6,14 @@ from ..core.hookspecs import hookimpl
 from ..core.types import MergeMethod, Router
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
-from ..merge.mixture.router_rows import embedding_rows, hidden_rows, prompt_rows, random_rows, uniform_rows
+from ..merge.mixture.router_rows import (
+    embedding_rows,
+    hidden_rows,
+    prompt_rows,
+    prompt_token_rows,
+    random_rows,
+    uniform_rows,
+)
 from ..merge.mixture.switching import without_experts
 
 
@@ -39,6 +46,12 @@ def routers() -> list[Router]:
         Router("uniform", "rows of 0: all experts alike", uniform_rows),
         Router("embedding", "the rows that experts were trained with (flexolmo)", embedding_rows),
         Router("prompts", "hidden states of positive and negative prompts", prompt_rows, uses_model=True),
+        Router(
+            "prompt_tokens",
+            "token embeddings of prompts, the same in every layer",
+            prompt_token_rows,
+            uses_model=True,
+        ),
         Router(
             "hidden",
             "linear discriminants of hidden states of validation text",

@@ -127,6 +127,12 @@ def _shared(
         f"{len(tensors)} tensors outside of the feed-forwards of '{name}' are dropped"
         for name, tensors in changed.items()
     )
+    if options.discard:
+        notes += tuple(
+            f"whatever '{name}' has of its own outside of its feed-forwards is dropped"
+            for name in inputs.recipe.experts
+            if inputs.sources[name].kind not in ("expert", "adapter")
+        )
     leading = inputs.leading.name
     everyone = [leading, *(name for name in inputs.recipe.experts if name != leading)]
     plans = inputs.dense(
@@ -137,7 +143,7 @@ def _shared(
         )
     )
     outside = _outside(plans, family)
-    return {name: _of_leading(plan, bool(changed)) for name, plan in outside.items()}, notes
+    return {name: _of_leading(plan, options.discard) for name, plan in outside.items()}, notes
 
 
 def _dense_recipe(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -6,7 +6,7 @@ Shapes: L = layers, E = experts, d = width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,18 +123,44 @@ def prompt_rows(inputs: RouterInputs) -> RouterStart:
     Prompts stand in the merge's options: `positive_prompts: {code: [...]}`. Hidden states are what the seed gives
     its feed-forwards, averaged over a prompt's tokens; no padding is involved.
     """
-    import numpy as np
-
     from ...core.feed_forwards import input_moments
     from ...core.loading import load_model
 
     options_of(inputs, {}, "prompts")
     model, tokenizer = load_model(inputs.seed, dtype="float32")
+    return _from_prompts(inputs, tokenizer, lambda ids: input_moments(model, [ids]).mean.numpy(), "prompts")
+
+
+def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
+    """Return the mean token embedding of each expert's prompts, of length 1, the same in every layer.
+
+    Cheap, since no model runs; says little of what deeper layers see.
+    """
+    from ...core.loading import load_tokenizer
+    from ...core.safetensors_io import Checkpoint
+    from ..reading import Reader
+    from ..sources import StoredTensor, embedding_name
+
+    options_of(inputs, {}, "prompt_tokens")
+    entries = Checkpoint.of_folder(inputs.seed).entries
+    name = embedding_name(entries)
+    if name is None:
+        raise UserError(f"{inputs.seed} has no token embedding that is known by its name")
+    with Reader() as reader:
+        embedding = reader.whole(StoredTensor(entries[name], name=name))
+    tokenizer = load_tokenizer(inputs.seed)
+    return _from_prompts(inputs, tokenizer, lambda ids: embedding[ids].mean(axis=0), "prompt_tokens")
+
+
+def _from_prompts(
+    inputs: RouterInputs, tokenizer: Any, embed: Callable[[NDArray[Any]], NDArray[Any]], router: str
+) -> RouterStart:
+    """Return rows from what `embed` makes of each prompt's tokens."""
+    import numpy as np
 
     def mean_of(prompts: Sequence[str]) -> NDArray[Any]:
         blocks = [np.asarray(tokenizer(text)["input_ids"], dtype=np.int64) for text in prompts]
-        means = [input_moments(model, [block]).mean.numpy() for block in blocks if block.size]
-        found: NDArray[Any] = np.mean(means, axis=0)
+        found: NDArray[Any] = np.mean([embed(block) for block in blocks if block.size], axis=0)
         return found
 
     rows = np.zeros((inputs.num_layers, len(inputs.experts), inputs.width))
@@ -143,7 +169,7 @@ def prompt_rows(inputs: RouterInputs) -> RouterStart:
         positive = prompts_of(given, "positive_prompts", name)
         if not positive:
             raise UserError(
-                f"router start 'prompts' needs positive_prompts for '{name}'; give them under the merge's options, or "
+                f"router start '{router}' needs positive_prompts for '{name}'; give them under the merge's options, or "
                 "choose another start"
             )
         rows[:, number] = _unit(mean_of(positive))

@@ -1,0 +1,106 @@
+"""mergekit-moe's YAML files as recipes of mixtures: the same experts, prompts and gates, in our way to begin routers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from ..core.config import Section, first_problem
+from ..core.errors import UserError, unknown_name
+from ..core.numeric import dtype_of_word
+from .mergekit_models import NamedModels
+from .recipe import Recipe, whole_models
+
+GATES = {"hidden": "prompts", "cheap_embed": "prompt_tokens", "random": "random", "uniform_random": "random"}
+"""Their gate modes, and the router starts that stand for them here."""
+ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+_SEED = "base"
+
+
+class _Expert(Section):
+    source_model: Any
+    positive_prompts: tuple[str, ...] | None = None
+    negative_prompts: tuple[str, ...] | None = None
+    noise_scale: float | None = None
+    residual_scale: float | None = None
+
+
+class _MoeFile(Section):
+    base_model: Any
+    experts: tuple[_Expert, ...]
+    gate_mode: str = "hidden"
+    dtype: str | None = None
+    experts_per_token: int = 2
+    shared_experts: list[Any] | None = None
+    architecture: str | None = None
+    tokenizer_source: Literal["base", "union"] | None = None
+
+
+def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path: Path) -> Recipe:
+    """Return the recipe of a mixture; raises `UserError` with file, line and key for what has no counterpart."""
+    try:
+        file = _MoeFile.model_validate(content)
+    except ValidationError as error:
+        raise UserError(first_problem(error, path, lines, _MoeFile)) from None
+    named = NamedModels(path, lines)
+    _refuse_unsupported(file, named)
+    if file.gate_mode not in GATES:
+        raise UserError(
+            f"{named.at('gate_mode')}: {unknown_name('gate_mode', file.gate_mode, GATES, listed_as='there are')}"
+        )
+    base = named.model(file.base_model, ("base_model",))
+    models = {_SEED: named.models[base]}
+    own: dict[str, dict[str, Any]] = {}
+    for number, expert in enumerate(file.experts):
+        name = _free(named.model(expert.source_model, ("experts", number, "source_model")), own)
+        models[name] = named.models[name.partition("#")[0]]
+        prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
+        own[name] = {key: list(value) for key, value in prompts.items() if value}
+    options = {
+        "router": GATES[file.gate_mode],
+        "top_k": file.experts_per_token,
+        "discard": True,  # attention, norms and embeddings are the base's there too
+        "target": _target(file, named),
+    }
+    return Recipe(
+        method="mixture",
+        models=models,
+        slices=whole_models(tuple(own), own),
+        seed=_SEED,
+        adapter_bases={_name: folder for _name, folder in named.adapter_bases.items() if _name in own},
+        scopes=(options,),
+        dtype=dtype_of_word(file.dtype) if file.dtype is not None else None,
+        tokenizer=file.tokenizer_source or "refuse",
+    )
+
+
+def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
+    if file.shared_experts:
+        raise UserError(
+            f"{named.at('shared_experts')}: 'shared_experts' is not supported; every expert is routed here"
+        )
+    for number, expert in enumerate(file.experts):
+        for key in ("noise_scale", "residual_scale"):
+            if getattr(expert, key) not in (None, 0 if key == "noise_scale" else 1):
+                raise UserError(f"{named.at('experts', number, key)}: '{key}' is not supported")
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Return a name for an expert: one model may be several, with prompts of its own for each."""
+    if name not in taken:
+        return name
+    return next(f"{name}#{number}" for number in range(2, len(taken) + 3) if f"{name}#{number}" not in taken)
+
+
+def _target(file: _MoeFile, named: NamedModels) -> str:
+    if file.architecture is None:
+        return "auto"
+    if file.architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{named.at('architecture')}: "
+            f"{unknown_name('architecture', file.architecture, ARCHITECTURES, listed_as='there are')}"
+        )
+    return ARCHITECTURES[file.architecture]

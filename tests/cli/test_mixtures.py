@@ -1,0 +1,172 @@
+"""The commands around mixtures: merging, plans, tuning, experts that come and go, proofs, reports, gates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flexolmo_workspaces import OWNERS
+
+from expertctl.core.lineage import read_manifest, verify
+from expertctl.workspace import Workspace
+
+
+@pytest.fixture
+def campus(flexolmo_workspace: Workspace, run: Any) -> Path:
+    """The root of a workspace with the mixture `campus` of all owners."""
+    root = flexolmo_workspace.root
+    if not (root / "generalists" / "campus").exists():
+        assert (
+            run("merge", "campus", "--method", "flexolmo", "--experts", ",".join(OWNERS), cwd=root).status
+            == 0
+        )
+    return root
+
+
+def test_a_mixture_is_planned_and_merged(campus: Path, run: Any) -> None:
+    plan = run("--json", "merge", "other", "--method", "flexolmo", "--plan", cwd=campus).json
+    actions = {one["action"] for one in plan["tensors"].values()}
+    assert actions == {"copy", "given"}
+    assert plan["bytes_to_write"] > 0
+    manifest = read_manifest(campus / "generalists" / "campus")
+    assert manifest.config["kind"] == "moe"
+    assert manifest.config["mixture"]["experts"] == ["public", *OWNERS]
+    assert verify(campus / "generalists" / "campus") == []
+    assert run("reproduce", "campus", cwd=campus).out.strip() == "campus: every byte is the same"
+
+
+def test_an_ensemble_is_planned_without_tensors(campus: Path, run: Any) -> None:
+    plan = run("--json", "merge", "forest", "--method", "ensemble", "--plan", cwd=campus).json
+    assert plan["tensors"] == {}
+    assert "linked, not copied" in plan["notes"][0]
+    assert (
+        run("merge", "forest", "--method", "ensemble", "--option", "top_q=1", "--plan", cwd=campus).status
+        == 1
+    )
+
+
+def test_experts_leave_and_join_and_are_proved_absent(campus: Path, run: Any) -> None:
+    done = run("--json", "expert", "remove", "chance", "-m", "campus", "-o", "quiet", "--force", cwd=campus)
+    assert done.json["experts"] == ["public", "prose", "means"]
+    absent = run("verify", "quiet", "--absent", "chance", cwd=campus)
+    assert absent.status == 0
+    assert "no tensor of 'chance' is in it" in absent.out
+    present = run("verify", "campus", "--absent", "chance", cwd=campus)
+    assert (present.status, present.error) == (1, "tensors of 'chance' are in campus")
+    joined = run("--json", "expert", "add", "chance", "-m", "quiet", "-o", "loud", "--force", cwd=campus)
+    assert joined.json["experts"][-1] == "chance"
+    assert run("expert", "remove", "chnace", "-m", "campus", "-o", "x", cwd=campus).error.startswith(
+        "no expert 'chnace' (did you mean 'chance'?)"
+    )
+    assert run("expert", "add", "chance", "-m", "campus", "-o", "x", cwd=campus).status == 1
+    assert not (campus / "generalists" / "x").exists()
+    renewed = run("expert", "replace", "prose", "-m", "campus", "-o", "x", "--by", "means", cwd=campus)
+    assert renewed.status == 0
+    assert run("verify", "x", "--absent", "prose", cwd=campus).status == 0
+    for name in ("quiet", "loud", "x"):
+        import shutil
+
+        shutil.rmtree(campus / "generalists" / name)
+
+
+def test_experts_are_switched_off_for_one_text(campus: Path, run: Any) -> None:
+    words = ("generate", "campus", "def ", "--max-new-tokens", "4", "--temperature", "0")
+    assert run(*words, "--without", "prose,means", cwd=campus).status == 0
+    assert "no expert 'news'" in run(*words, "--without", "news", cwd=campus).error
+    assert (
+        "has no experts that can be switched off"
+        in run("generate", "seed", "def ", "--without", "prose", cwd=campus).error
+    )
+
+
+def test_routing_is_shown_by_domain_and_expert(campus: Path, run: Any) -> None:
+    report = run("--json", "show", "--routing", "campus", "--domains", "prose,public", cwd=campus).json
+    assert report["experts"] == ["public", *OWNERS]
+    for one in report["domains"].values():
+        assert sum(one["load"].values()) == pytest.approx(1, abs=1e-4)
+        assert len(one["load_by_layer"]) == 2
+    shown = run("show", "--routing", "campus", "--domains", "prose", cwd=campus)
+    assert "entropy" in shown.out
+    assert "is no mixture of experts" in run("show", "--routing", "seed", cwd=campus).error
+    assert run("show", "campus", "--domains", "prose", cwd=campus).status == 2
+
+
+def test_a_gate_says_how_a_mixture_compares_and_writes_it_down(campus: Path, run: Any) -> None:
+    found = run("--json", "eval", "campus", "--against", "seed,best-expert,average,ensemble", cwd=campus)
+    assert found.json["models"].keys() == {"campus", "seed", "best-expert", "average", "ensemble"}
+    scores = {
+        name: sum(one["bits_per_byte"].values()) / len(found.json["domains"])
+        for name, one in found.json["models"].items()
+    }
+    own = scores.pop("campus")
+    assert found.json["holds"] == (own <= min(scores.values()))
+    assert found.status == (0 if found.json["holds"] else 3)
+    assert found.json["best_baseline"] == min(scores, key=lambda name: scores[name])
+    gated = run("merge", "gated", "--method", "flexolmo", "--gate", cwd=campus)
+    card = (campus / "generalists" / "gated" / "README.md").read_text()
+    assert gated.status == found.status
+    assert ("is worse than the best of its baselines" in card) == (gated.status == 3)
+    assert verify(campus / "generalists" / "gated") == []
+    assert run("reproduce", "gated", cwd=campus).status == 0
+    assert not list(campus.glob(".baselines-*"))
+
+
+def test_one_model_is_compared_at_a_time(campus: Path, run: Any) -> None:
+    assert run("eval", "campus", "seed", "--against", "seed", cwd=campus).status == 2
+    assert (
+        "no model 'sead' (did you mean 'seed'?)"
+        in run("eval", "campus", "--against", "sead", cwd=campus).error
+    )
+    assert "was made of no experts" in run("eval", "seed", "--against", "average", cwd=campus).error
+
+
+@pytest.mark.slow
+def test_a_mixture_is_tuned_in_a_process_of_its_own(campus: Path, run: Any) -> None:
+    words = ("--from", "campus", "--trains", "router", "--domains", "public", "--tokens", "256")
+    done = run("--json", "tune", "tuned-here", *words, cwd=campus)
+    assert done.status == 0, done.err
+    manifest = read_manifest(campus / "generalists" / "tuned-here")
+    assert manifest.config["mixture"]["tuned"][0]["trains"] == "router"
+    again = run("tune", "tuned-here", *words, cwd=campus)
+    assert "exists" in again.error
+    assert "cannot be made again from its manifest alone" in run("reproduce", "tuned-here", cwd=campus).error
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("tune", "y"), "there is no unfinished tuning 'y'"),
+        (("tune", "y", "--from", "campus", "--trains", "router"), "say what text to train on"),
+        (("tune", "y", "--from", "campus", "--trains", "ruoter", "--domains", "public"), "no trainer 'ruoter'"),
+        (("tune", "y", "--from", "nowhere", "--trains", "router", "--domains", "public"), "no model 'nowhere'"),
+        (("branch", "y", "--domain", "prose", "--trains", "router"), "use it with `expertctl tune NAME --trains router`"),
+        (("merge", "y", "--method", "mixture", "--option", "router=embeding"), "no router 'embeding'"),
+        (("merge", "y", "--method", "flexolmo", "--experts", "prose,means,chance", "--option", "top_k=9"), "top_k is 9; with 4 experts it is 1 to 4"),
+        (("merge", "y", "--method", "flexolmo", "--option", "target=mixtral"), "it can as 'flex_olmo', 'container'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_in_one_line(
+    campus: Path, run: Any, words: tuple[str, ...], part: str
+) -> None:
+    result = run(*words, cwd=campus)
+    assert result.status == 1
+    assert part in result.error
+    assert not (campus / "generalists" / "y").exists()
+
+
+def test_experts_with_attention_of_their_own_are_refused_by_name(
+    new_workspace: Any, tmp_path: Path, run: Any
+) -> None:
+    root = new_workspace(tmp_path / "w", ("a", "b"))
+    options = ("--option", "router=random")
+    refused = run("merge", "m", "--method", "mixture", *options, cwd=root)
+    assert refused.error.startswith("expert 'a' has its own 'lm_head.weight' and ")
+    assert "--method btx" in refused.error
+    insisted = run("merge", "m", "--method", "mixture", *options, "--option", "discard=true", cwd=root)
+    assert insisted.status == 0
+    assert "outside of the feed-forwards of 'a' are dropped" in insisted.err
+    assert run("merge", "n", "--method", "btx", cwd=root).status == 0
+    config = json.loads((root / "generalists" / "n" / "config.json").read_text())
+    assert config["architectures"] == ["FlexOlmoForCausalLM"]
