@@ -1,4 +1,4 @@
-"""`expertctl data`: the text of the domains, as tokens."""
+"""`expertctl data`: the text of the domains, as tokens, and public text that stands in for theirs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADINGS = ("domain", "part", "documents", "tokens", "bytes")
 
 @click.group("data", cls=Group)
 def command() -> None:
-    """Tokenise the domains' text, or show what there is."""
+    """Tokenise the domains' text, show what there is, or pick proxies for it."""
 
 
 @cli_command("prepare", example="expertctl data prepare law code")
@@ -67,6 +67,64 @@ def list_(session: Session) -> None:
     session.finish({"domains": content}, *parts)
 
 
+@cli_command("proxy", example="expertctl data proxy law-proxy --like law --from web --documents 500")
+@click.argument("name", metavar="NAME")
+@click.option("--like", required=True, metavar="DOMAIN", help="What the documents are to look like.")
+@click.option("--from", "source", required=True, metavar="PUBLIC", help="Domain that they are picked from.")
+@click.option(
+    "--documents",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many. Default: a tenth of what PUBLIC has, at most 1,000.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Random seed of the sample that the classifier learns from.",
+)
+@click.option("--force", is_flag=True, help="Replace a proxy of that name.")
+@pass_session
+def proxy(
+    session: Session, name: str, like: str, source: str, documents: int | None, seed: int, force: bool
+) -> None:
+    """Pick public documents that look like a domain's.
+
+    A router can be tuned on them where the domain's own text may not go. Nothing of that text is written.
+    """
+    workspace = session.open()
+    with session.count("documents", "documents") as count:
+        made = workspace.proxy(
+            name,
+            like=like,
+            source=source,
+            documents=documents,
+            seed=seed,
+            force=force,
+            tell=lambda work, done: count.to(done, work),
+        )
+    text = made.text
+    if documents is not None and text.documents < documents:
+        session.note(f"--documents: '{source}' has only {number(text.documents)} documents that differ")
+    session.finish(
+        {"file": str(made.path), **made.statement(), "domain": made.domain()},
+        f"{number(text.documents)} documents ({number(text.bytes)} bytes) of '{source}' that look like '{like}' are "
+        f"in {made.path}",
+        f"held-out accuracy {made.held_out_accuracy:.3f}, lowest score {made.lowest_score:.3f}",
+        *([] if name in workspace.config.domains else ["", *_lines_to_add(name, made.domain())]),
+    )
+
+
+def _lines_to_add(name: str, domain: Mapping[str, str]) -> list[str]:
+    """Return what the user adds to `expertctl.yaml`; JSON strings are YAML strings too."""
+    import json
+
+    settings = ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in domain.items())
+    return ["to use it, add to expertctl.yaml:", "domains:", f"  {json.dumps(name)}: {{{settings}}}"]
+
+
 def _content(domain: PreparedDomain | None) -> dict[str, Any] | None:
     if domain is None:
         return None
@@ -93,3 +151,4 @@ def _source(domain: DomainConfig) -> str:
 
 command.add_command(prepare)
 command.add_command(list_)
+command.add_command(proxy)

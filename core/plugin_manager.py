@@ -45,6 +45,7 @@ BUILTIN_PLUGINS = (
     "btm",
     "btx",
     "corpus_files",
+    "demix",
     "dense_merges",
     "flexolmo",
     "local_launcher",

@@ -57,6 +57,8 @@ class TrainablePart:
     """Told before each forward pass which domain of the run each row of the batch is of."""
     tell_step: Callable[[int], None] | None = None
     """Told before each optimiser step how many were done."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest of a generalist says besides: `method`, `kind`, `weights` ..."""
     finish: Callable[[Path], None] | None = None
     """Writes the model's files into the folder of a generalist; None: it is saved as transformers saves it."""
 

@@ -41,7 +41,7 @@ def write_artefact(
         write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
     elif run.spec.kind == "generalist":
         write_whole_model(run, model, loop)
-        tuned_manifest(run, metrics).write(run.folder)
+        tuned_manifest(run, metrics, loop.part.config).write(run.folder)
         return
     else:
         part = loop.part

@@ -45,7 +45,7 @@ def stored_dtype(folder: Path) -> Any:
     return torch_dtype(next(one.dtype for one in entries if one.dtype.startswith(("F", "BF"))))
 
 
-def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
+def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mapping[str, Any]) -> Manifest:
     """Return the manifest of a generalist that was trained from another, or from the seed."""
     spec = run.spec
     base = read_manifest(run.base)
@@ -62,7 +62,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
     config = {
         key: value for key, value in base.config.items() if key not in ("recipe", "shard_bytes", "training")
     }
-    mixture = dict(config.get("mixture") or {})
+    mixture = {**(config.get("mixture") or {}), **described.get("mixture", {})}
     tuning["experts"] = list(mixture.get("experts", ()))
     mixture["tuned"] = [*mixture.get("tuned", ()), tuning]
     own_parent = Parent(base.kind, spec.base or "seed", base.digest)
@@ -79,6 +79,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
             "kind": "moe",
             "weights": {},
             **config,
+            **described,
             "mixture": mixture,
             "run": asdict(spec) | {"training": spec.training.model_dump(mode="json")},
         },

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..core.errors import UserError
-from ..core.files import exclusive, refuse_existing, resumable_folder
-from ..core.lineage import Manifest, read_manifest, require_intact
+from ..core.errors import UserError, unknown_name
+from ..core.files import (
+    exclusive,
+    link_or_copy,
+    new_folder,
+    read_json,
+    refuse_existing,
+    resumable_folder,
+    write_json,
+    write_text,
+)
+from ..core.lineage import (
+    Manifest,
+    digest_of_tensors,
+    digests_of_folder,
+    read_manifest,
+    require_intact,
+)
 from ..core.workspace import Layout
+from .card import CARD_FILE, model_card
 from .generalist import write_generalist
 from .merging import MergeRun, merge_recipe
-from .mixture.changing import Change, plan_change, shares_its_rest_with_the_seed
+from .mixture.changing import Change, history, plan_change, shares_its_rest_with_the_seed
 from .plan import check_output
 from .recipe import recipe_from_json
 from .reproducing import locate
@@ -36,6 +54,8 @@ def change_experts(
     if manifest.kind != "generalist":
         raise UserError(f"{folder} is no generalist, but a {manifest.kind}")
     record = manifest.config.get("mixture") or {}
+    if manifest.config.get("kind") == "ensemble":
+        return _shrink_ensemble(folder, output, change, how)
     if record and (shares_its_rest_with_the_seed(manifest) or record.get("tuned")):
         return _change_mixture(folder, output, change, how)
     if "recipe" not in manifest.config:
@@ -63,6 +83,70 @@ def _change_mixture(folder: Path, output: Path, change: Change, how: MergeRun) -
                 )
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _shrink_ensemble(folder: Path, output: Path, change: Change, how: MergeRun) -> Manifest:
+    """Write an ensemble without some of its experts: the others' files are linked, their prior is scaled up."""
+    if change.add or change.replace:
+        raise UserError(
+            "experts join an ensemble by merging again, since their share in the prior is fitted; or, for a DEMix model, by "
+            "`expertctl tune --trains demix_dapt`"
+        )
+    require_intact(folder)
+    manifest = read_manifest(folder)
+    config = read_json(folder / "config.json")
+    for name in change.remove:
+        if name not in config["experts"]:
+            raise unknown_name("expert", name, config["experts"], listed_as="the ensemble has")
+    kept = {
+        name: share
+        for name, share in zip(config["experts"], config["prior"], strict=True)
+        if name not in change.remove
+    }
+    total = sum(kept.values())
+    if not kept or not total > 0:
+        raise UserError("no expert would be left")
+    top = config.get("top_experts")
+    config |= {
+        "experts": list(kept),
+        "prior": [share / total for share in kept.values()],
+        "top_experts": min(top, len(kept)) if top is not None else None,
+    }
+    with new_folder(output, force=how.force, what="generalist") as partial:
+        for file in sorted(folder.rglob("*")):
+            place = partial / file.relative_to(folder)
+            gone = file.parent.name == "experts" and file.stem in change.remove
+            if file.is_dir():
+                place.mkdir(exist_ok=True)
+            elif file.name not in ("config.json", "generalist.json", CARD_FILE) and not gone:
+                link_or_copy(file, place)
+        write_json(partial / "config.json", config)
+        changed = _without(manifest, change, output.name, config)
+        write_text(partial / CARD_FILE, model_card(changed))
+        tensors, files = digests_of_folder(partial)
+        changed = replace(changed, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
+        changed.write(partial)
+    return changed
+
+
+def _without(manifest: Manifest, change: Change, name: str, config: Mapping[str, Any]) -> Manifest:
+    """Return the manifest of an ensemble that some have left."""
+    record = dict(manifest.config.get("mixture") or {})
+    shares = dict(zip(config["experts"], config["prior"], strict=True))
+    record["experts"] = list(shares)
+    record["history"] = [*record.get("history", ()), *history(manifest, change)]
+    parents = tuple(
+        replace(parent, weight=shares[parent.name]) if parent.name in shares else parent
+        for parent in manifest.parents
+        if parent.name not in change.remove
+    )
+    return replace(
+        manifest,
+        name=name,
+        parents=parents,
+        config={**manifest.config, "weights": shares, "mixture": record},
+        data={key: value for key, value in manifest.data.items() if key not in change.remove},
+    )
 
 
 def recipe_without_and_with(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from expertctl.core.generation import Generation
     from expertctl.experts.corpora import PreparedDomain
     from expertctl.experts.evaluation import EvaluationTable
+    from expertctl.experts.proxy import Proxy
     from expertctl.experts.runs import RunSpec
     from expertctl.merge.merging import MergeRun
     from expertctl.merge.mixture.routing_report import RoutingReport
@@ -125,6 +126,35 @@ class Workspace:
             name: prepared_domain(self.layout, name, domain, self.layout.seed)
             for name, domain in self.config.domains.items()
         }
+
+    def proxy(
+        self,
+        name: str,
+        *,
+        like: str,
+        source: str,
+        documents: int | None = None,
+        seed: int = 0,
+        force: bool = False,
+        tell: Callable[[str, int], None] = lambda work, documents: None,
+    ) -> Proxy:
+        """Pick from the domain `source` the documents that look most like `like`, into `proxies/NAME.jsonl`.
+
+        No text of `like` is written. Not given, `documents` is a tenth of the source's, at most 1,000.
+        """
+        from expertctl.experts.proxy import ProxySettings, make_proxy
+
+        return make_proxy(
+            self.layout,
+            self.config,
+            name,
+            like=like,
+            source=source,
+            documents=documents,
+            settings=ProxySettings(seed=seed),
+            force=force,
+            tell=tell,
+        )
 
     def _require_tokenizer(self) -> None:
         if not (self.layout.seed / "config.json").exists():

@@ -63,7 +63,7 @@ def plan_change(folder: Path, change: Change, *, when: datetime | None = None) -
         **mixture.record,
         "experts": [expert.name for expert in experts],
         "top_k": shape.top_k,
-        "history": [*mixture.record.get("history", ()), *_history(mixture, change, when)],
+        "history": [*mixture.record.get("history", ()), *history(mixture.manifest, change, when)],
     }
     notes = tuple(_traces(mixture, change))
     plan = MergePlan(
@@ -211,13 +211,12 @@ def _tensors(
 # --- what is said of it ---
 
 
-def _history(mixture: OpenedMixture, change: Change, when: datetime | None) -> list[dict[str, Any]]:
+def history(manifest: Manifest, change: Change, when: datetime | None = None) -> list[dict[str, Any]]:
+    """Return what a manifest says of a change: who left, joined or was replaced, on which day, and from what."""
     now = (when or datetime.now(UTC)).date().isoformat()
     words = [("left", name) for name in change.remove]
     words += [("replaced", name) for name in change.replace] + [("joined", name) for name in change.add]
-    return [
-        {"what": what, "expert": name, "when": now, "from": mixture.manifest.digest} for what, name in words
-    ]
+    return [{"what": what, "expert": name, "when": now, "from": manifest.digest} for what, name in words]
 
 
 def _traces(mixture: OpenedMixture, change: Change) -> list[str]:

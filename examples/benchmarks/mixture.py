@@ -1,0 +1,179 @@
+"""How fast mixtures are put together, and how fast they run, beside mergekit-moe and a dense feed-forward.
+
+    python examples/benchmarks/mixture.py --mergekit-moe /path/to/other/environment/bin/mergekit-moe
+
+Puts four bf16 Llama checkpoints (220 million parameters each unless told otherwise) together by whole commands in fresh
+processes: medians of several rounds, files in the page cache. Then times one layer's mixture, forward and forward with backward, for
+each of the ways to run its experts: what a dense feed-forward takes for as many active operations, divided by that. One
+thread, rounds in turn, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from merging import Cost, Size, models_of, run
+
+from expertctl.core.tokenizer import train_tokenizer
+
+WANTED_RATIO = 6.0
+WANTED_PEAK_MB = 300
+
+
+def write_recipe(folder: Path, models: Sequence[Path]) -> Path:
+    experts = [{"source_model": model.name, "positive_prompts": [model.name]} for model in models]
+    recipe = folder / "moe.yml"
+    recipe.write_text(
+        json.dumps(
+            {"base_model": models[0].name, "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
+        )
+    )
+    return recipe
+
+
+def report_assembly(folder: Path, size: Size, rounds: int, other: Path | None, other_rounds: int) -> None:
+    """Print how long four experts take to become one mixture."""
+    models = models_of(folder, size, 4)
+    if not (models[0] / "tokenizer.json").exists():
+        train_tokenizer(["one two three"], 300, models[0], max_length=128)
+        for model in models[1:]:
+            for file in models[0].glob("tokenizer*"):
+                shutil.copy(file, model / file.name)
+    recipe = write_recipe(folder, models)
+    ours = [sys.executable, "-m", "expertctl.cli.main", "merge", "--config", recipe, "-o", "out", "--quiet"]
+    found = measured(folder, ours, rounds)
+    print("| four experts as one mixture, random router | s | peak MB |")
+    print("|---|---:|---:|")
+    print(f"| expertctl | {found.seconds:.2f} | {found.peak_mb:.0f} (at most {WANTED_PEAK_MB}) |", flush=True)
+    if other is not None:
+        theirs = measured(folder, [other, recipe, "out"], other_rounds)
+        print(f"| mergekit-moe | {theirs.seconds:.2f} | {theirs.peak_mb:.0f} |")
+        print(f"\nmergekit-moe / expertctl: {theirs.seconds / found.seconds:.1f} (at least {WANTED_RATIO:g})")
+
+
+def measured(folder: Path, command: Sequence[str | Path], rounds: int) -> Cost:
+    costs = []
+    for _ in range(rounds):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        costs.append(run(command, folder)[0])
+        assert (folder / "out").is_dir(), "nothing was written"
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    return Cost(statistics.median(one.seconds for one in costs), max(one.peak_mb for one in costs))
+
+
+# --- running ---
+
+
+def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
+    """Return a dense feed-forward, and the same mixture with each way to run its experts."""
+    import torch
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    from expertctl.merge.mixture.container import MixtureConfig, MixtureFeedForward, TopKRouter
+
+    def swiglu() -> torch.nn.Module:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        return LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=inner))
+
+    found: dict[str, Any] = {"dense": swiglu()}
+    for way in ("eager", "grouped_mm"):
+        config = MixtralConfig(
+            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k
+        )
+        config._experts_implementation = way
+        found[way] = MixtralSparseMoeBlock(config)
+    settings = MixtureConfig(num_experts=experts, num_experts_per_tok=top_k)
+    found["sorted loop (container)"] = MixtureFeedForward(
+        [swiglu() for _ in range(experts)], TopKRouter(settings, width)
+    )
+    for block in found.values():
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return found
+
+
+def seconds_of(block: Any, x: Any, *, backward: bool) -> float:
+    import torch
+
+    begin = time.process_time()
+    if backward:
+        block(x).sum().backward()
+        block.zero_grad(set_to_none=True)
+    else:
+        with torch.inference_mode():
+            block(x)
+    return time.process_time() - begin
+
+
+def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequence[str], rounds: int) -> None:
+    """Print the share of a dense feed-forward's speed that a mixture reaches for the same active operations."""
+    import torch
+
+    torch.set_num_threads(1)
+    print(
+        "\n| tokens | experts, top k | pass | "
+        + " | ".join(("eager", "grouped_mm", "sorted loop (container)"))
+        + " |"
+    )
+    print("|---:|---|---|---:|---:|---:|")
+    for count in tokens:
+        for shape in shapes:
+            experts, top_k = (int(part) for part in shape.split(","))
+            torch.manual_seed(0)
+            found = blocks(width, inner, experts, top_k)
+            x, many = torch.randn(1, count, width), torch.randn(1, count * top_k, width)
+            for backward in (False, True):
+                times: dict[str, list[float]] = {name: [] for name in found}
+                for _ in range(rounds + 1):
+                    for name, block in found.items():
+                        times[name].append(
+                            seconds_of(block, many if name == "dense" else x, backward=backward)
+                        )
+                median: Callable[[str], float] = lambda name: statistics.median(times[name][1:])  # noqa: B023, E731
+                cells = [f"{median('dense') / median(name):.2f}" for name in found if name != "dense"]
+                word = "forward and backward" if backward else "forward"
+                print(f"| {count} | {experts}, {top_k} | {word} | {' | '.join(cells)} |", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mergekit-moe", type=Path, help="mergekit-moe of another environment")
+    parser.add_argument("--mergekit-rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--width", type=int, default=256, help="of the layer that is timed")
+    parser.add_argument("--inner", type=int, default=704)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048])
+    parser.add_argument(
+        "--shapes", nargs="*", default=["4,1", "4,2", "8,1", "8,2", "8,4", "16,1", "16,2", "16,4"]
+    )
+    parser.add_argument("--layer-rounds", type=int, default=15)
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder"
+    )
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (given.folder or Path(temporary)).resolve()
+        size = Size(given.hidden, given.layers, given.vocabulary)
+        report_assembly(folder, size, given.rounds, given.mergekit_moe, given.mergekit_rounds)
+        report_running(given.width, given.inner, given.tokens, given.shapes, given.layer_rounds)
+
+
+if __name__ == "__main__":
+    main()

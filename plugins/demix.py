@@ -1,0 +1,220 @@
+"""DEMix layers (arXiv:2108.05036): a feed-forward for each domain, trained jointly over shared layers.
+
+Trainer `demix` makes a generalist from the seed (`tune NAME --from seed --trains demix --domains a,b,c`). Its experts share all
+but their feed-forwards, and are mixed by the domain posterior as an ensemble's are: no router has parameters. Trainer
+`demix_dapt` adds a domain later: the expert that the posterior finds nearest is copied, and its feed-forward alone trains.
+Experts leave with `expertctl expert remove`; the shared layers have seen their text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..core.errors import UserError
+from ..core.files import link_or_copy, read_json
+from ..core.hookspecs import hookimpl
+from ..core.types import TrainablePart, Trainer, TrainingText
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from ..merge.ensemble import EnsembleForCausalLM
+
+
+@dataclass(frozen=True)
+class DemixTraining:
+    """How domain feed-forwards train jointly, and how they are mixed afterwards."""
+
+    posterior: Literal["prefix", "last_token"] = "prefix"
+    prior: Literal["updating", "uniform"] = "updating"
+    """Of the domains, when the model is used."""
+
+
+@dataclass(frozen=True)
+class DemixAdaptation:
+    """How a domain joins a DEMix model."""
+
+    name: str | None = None
+    """What its expert is called. Not set: as the domain."""
+    samples: int = 32
+    """Blocks of the domain by which the nearest expert is found."""
+
+
+def prepare(model: PreTrainedModel, options: DemixTraining, text: TrainingText) -> TrainablePart:
+    """Give each domain its own feed-forwards and train everything; raises `UserError` for fewer than two domains."""
+    from ..experts.domain_feed_forwards import choose, divide
+
+    names = tuple(text.domains)
+    if len(names) < 2:
+        raise UserError(
+            "demix trains a feed-forward for each domain; name two domains or more: --domains A,B"
+        )
+    parts = divide(model, len(names))
+    model.requires_grad_(True)
+
+    def finish(folder: Path) -> None:
+        shared, own = _sorted_tensors(model, names)
+        _write(folder, text.folder, shared, own, options)
+
+    return TrainablePart(
+        model,
+        dict(model.named_parameters()),
+        tell_domains=lambda domains: choose(parts, domains),
+        finish=finish,
+        config=_described(names, options.prior),
+    )
+
+
+def _described(names: Sequence[str], prior: str) -> dict[str, Any]:
+    return {
+        "method": "ensemble",
+        "kind": "ensemble",
+        "weights": {name: 1 / len(names) for name in names},
+        "mixture": {"experts": list(names)},
+        "options": {"prior": prior},
+    }
+
+
+def _sorted_tensors(
+    model: PreTrainedModel, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Return (shared tensors, each domain's own), by the seed's names."""
+    from ..core.loading import checkpoint_tensors
+
+    shared: dict[str, Tensor] = {}
+    own: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, tensor in checkpoint_tensors(model).items():
+        before, marked, after = key.partition(".experts.")
+        if not marked:
+            shared[key] = tensor
+            continue
+        number, _, rest = after.partition(".")
+        own[names[int(number)]][f"{before}.{rest}"] = tensor
+    return shared, own
+
+
+def _write(
+    folder: Path,
+    seed: Path,
+    shared: Mapping[str, Tensor],
+    own: Mapping[str, Mapping[str, Tensor]],
+    options: DemixTraining,
+) -> None:
+    """Write the model as an ensemble whose experts share all but their feed-forwards."""
+    from ..core.safetensors_io import write_tensors
+    from ..experts.tuned_model import stored_dtype
+    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
+
+    dtype = stored_dtype(seed)
+    for place in (EXPERTS_FOLDER, SEED_FOLDER):
+        (folder / place).mkdir(exist_ok=True)
+    write_tensors(
+        folder / SEED_FOLDER / "model.safetensors", {key: one.to("cpu", dtype) for key, one in shared.items()}
+    )
+    for name, tensors in own.items():
+        cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
+        write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", cast)
+    prior = [1 / len(own)] * len(own)
+    write_config(folder, ensemble_config(seed, own, prior, options.prior, options.posterior, None))
+
+
+def prepare_adaptation(
+    model: EnsembleForCausalLM, options: DemixAdaptation, text: TrainingText
+) -> TrainablePart:
+    """Copy the expert that is nearest to the new domain and train its feed-forwards alone."""
+    import copy
+
+    from ..core.feed_forwards import feed_forwards
+
+    if not hasattr(model, "members"):
+        raise UserError("demix_dapt adds a domain to a DEMix model or an ensemble; name one with --from")
+    name = options.name or next(iter(text.domains))
+    if name in model.expert_names:
+        raise UserError(
+            f"the model has an expert '{name}' already; call the new one otherwise: --option name=NAME"
+        )
+    nearest = nearest_expert(model, text, options.samples)
+    member = copy.deepcopy(model.members[nearest])
+    member.requires_grad_(False)
+    parameters = {}
+    for part in feed_forwards(member):
+        for key, parameter in part.module.named_parameters():
+            parameter.requires_grad_(True)
+            parameters[f"{part.name}.{key}"] = parameter
+
+    def finish(folder: Path) -> None:
+        _write_joined(folder, text.folder, name, {key: one.detach() for key, one in parameters.items()})
+
+    names = (*model.expert_names, name)
+    described = _described(names, model.config.prior_kind)
+    described["options"]["starts_from"] = model.expert_names[nearest]
+    return TrainablePart(member, parameters, finish=finish, config=described)
+
+
+def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int) -> int:
+    """Return the number of the expert with the largest posterior on a sample of the run's text."""
+    import torch
+
+    from ..core.feed_forwards import spread_blocks
+    from ..core.posterior import mean_posterior
+    from ..core.scoring import token_log_probs
+
+    uniform = torch.full((len(model.members),), 1 / len(model.members)).log()
+    total = torch.zeros(len(model.members))
+    with torch.inference_mode():
+        for blocks in text.domains.values():
+            for block in spread_blocks(blocks, samples):
+                tokens = torch.from_numpy(block[None])
+                scores = torch.stack([token_log_probs(member, tokens) for member in model.members])
+                total += mean_posterior(scores, uniform, "prefix")
+    return int(total.argmax())
+
+
+def _write_joined(folder: Path, base: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write an ensemble with one more expert: all other files are the base's own."""
+    from ..core.files import write_json
+    from ..core.safetensors_io import write_tensors
+    from ..experts.tuned_model import stored_dtype
+    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER
+
+    for place in (EXPERTS_FOLDER, SEED_FOLDER):
+        (folder / place).mkdir(exist_ok=True)
+        for file in sorted((base / place).iterdir()):
+            link_or_copy(file, folder / place / file.name)
+    dtype = stored_dtype(base / SEED_FOLDER)
+    cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
+    write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", cast)
+    config = read_json(base / "config.json")
+    count = len(config["experts"]) + 1
+    # the newcomer gets the mean of the others' prior, which says nothing about it
+    prior = [share * (count - 1) / count for share in config["prior"]]
+    write_json(
+        folder / "config.json",
+        {**config, "experts": [*config["experts"], name], "prior": [*prior, 1 / count]},
+    )
+
+
+@hookimpl
+def trainers() -> list[Trainer]:
+    return [
+        Trainer(
+            "demix",
+            "a feed-forward for each domain over shared layers, all trained jointly",
+            prepare,
+            DemixTraining,
+            uses_text=True,
+            makes="generalist",
+        ),
+        Trainer(
+            "demix_dapt",
+            "one more domain's feed-forward for a DEMix model, from its nearest expert",
+            prepare_adaptation,
+            DemixAdaptation,
+            uses_text=True,
+            makes="generalist",
+        ),
+    ]
