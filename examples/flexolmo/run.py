@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from expertctl import Workspace
+from expertctl.merge.expert_changes import change_experts
+from expertctl.merge.mixture.changing import Change
 
 PUBLIC = "public"
 KINDS: dict[str, dict[str, Any]] = {
@@ -48,8 +51,9 @@ TUNED = {
 }
 """Row -> (the mixture that it is trained from, what of it trains), on public text."""
 FOLLOWED_BY_ALL = "btx, trained on all text"
-ROUTED = "prompt routing"
-ORDER = ("seed", "best single expert", *MERGES, *TUNED, FOLLOWED_BY_ALL, ROUTED)
+UNRESTRICTED = "unrestricted mixture"
+ROUTED = "prompt routing that never errs"
+ORDER = ("seed", "best single expert", *MERGES, *TUNED, FOLLOWED_BY_ALL, UNRESTRICTED, ROUTED)
 
 
 def main() -> None:
@@ -63,7 +67,12 @@ def main() -> None:
         if not rows.exists():
             rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
         results.append(json.loads(rows.read_text()))
+        leaving = root / "leaving.json"
+        if not leaving.exists():
+            leaving.write_text(json.dumps(without_each(Workspace(root)), indent=2) + "\n")
     print(markdown(results, options.seeds))
+    first = options.out.resolve() / f"seed-{options.seeds[0]}" / "leaving.json"
+    print(f"\n{leaving_table(json.loads(first.read_text()))}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -75,7 +84,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--public-share", type=float, default=0.3, help="of every owner's documents")
     parser.add_argument("--seed-tokens", type=int, default=2_000_000)
-    parser.add_argument("--owner-tokens", type=int, default=400_000)
+    parser.add_argument("--owner-tokens", type=int, default=600_000)
     parser.add_argument("--tuning-tokens", type=int, default=200_000)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("flexolmo-runs"))
@@ -94,10 +103,11 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, di
     folders = {row: merged(workspace, row, *settings, owners) for row, settings in MERGES.items()}
     for row, (base, trains) in TUNED.items():
         folders[row] = tuned(workspace, row, folders[base], trains, [PUBLIC], options.tuning_tokens)
-    # what nobody who keeps the owners' text apart could do: the same tokens for the router, from all text
+    # what nobody who keeps the owners' text apart could do: the tuning's tokens from all text, for all of the mixture
     folders[FOLLOWED_BY_ALL] = tuned(
         workspace, FOLLOWED_BY_ALL, folders["btx"], "mixture", [PUBLIC, *owners], options.tuning_tokens
     )
+    folders[UNRESTRICTED] = unrestricted(workspace, owners, options.owner_tokens * len(owners))
     names = {"seed": "seed", **{f"dense-{owner}": f"dense-{owner}" for owner in owners}}
     names |= {folder: row for row, folder in folders.items()}
     table = workspace.evaluate(*names, domains=owners)
@@ -175,12 +185,60 @@ def merged(workspace: Workspace, row: str, kind: str, settings: dict[str, Any], 
     return folder
 
 
-def tuned(workspace: Workspace, row: str, base: str, trains: str, domains: list[str], tokens: int) -> str:
+def unrestricted(workspace: Workspace, owners: list[str], tokens: int) -> str:
+    """Train a mixture of the seed's copies on everybody's text, for as many tokens as all owners together."""
+    start = workspace.generalists / "copies"
+    if not (start / "generalist.json").exists():
+        copies = [workspace.root / "copies" / f"copy-{number}" for number in range(len(owners) + 1)]
+        for copy in copies:
+            shutil.copytree(workspace.layout.seed, copy, dirs_exist_ok=True)
+        workspace.merge(start.name, method="btx", experts=[str(copy) for copy in copies], options={"top_k": 4})
+    return tuned(workspace, UNRESTRICTED, start.name, "mixture", [PUBLIC, *owners], tokens, learning_rate=4e-3)
+
+
+def tuned(
+    workspace: Workspace,
+    row: str,
+    base: str,
+    trains: str,
+    domains: list[str],
+    tokens: int,
+    learning_rate: float = 2e-3,
+) -> str:
     folder = folder_name(row)
     if not (workspace.generalists / folder / "generalist.json").exists():
-        training = {"tokens": tokens, "learning_rate": 2e-3}
+        training = {"tokens": tokens, "learning_rate": learning_rate}
         workspace.tune(folder, base, trains=trains, domains=domains, training=training)
     return folder
+
+
+def without_each(workspace: Workspace) -> dict[str, dict[str, float]]:
+    """Take each owner out of the mixture; return bits per byte by who left (`nobody`, an owner) and owner."""
+    owners = owners_of(workspace)
+    whole = workspace.generalists / folder_name("flexolmo")
+    folders = {"nobody": whole.name}
+    for owner in owners:
+        folders[owner] = f"without-{owner}"
+        target = workspace.generalists / folders[owner]
+        if not (target / "generalist.json").exists():
+            change_experts(whole, target, Change(remove=(f"flex-{owner}",)))
+    table = workspace.evaluate("seed", *folders.values(), domains=owners)
+    rows = {"everybody": "seed", **folders}
+    return {
+        left: {owner: table.scores[folder][owner].values["bits_per_byte"] for owner in owners}
+        for left, folder in rows.items()
+    }
+
+
+def leaving_table(rows: dict[str, dict[str, float]]) -> str:
+    """Return the opt-out matrix: how much worse each owner's text gets, in percent, by who left."""
+    owners = list(rows["nobody"])
+    lines = [f"| left | {' | '.join(owners)} |", "|---" + "|---:" * len(owners) + "|"]
+    for left, row in rows.items():
+        if left != "nobody":
+            cells = [f"{100 * (row[owner] / rows['nobody'][owner] - 1):+.1f}%" for owner in owners]
+            lines.append(f"| {left} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def folder_name(row: str) -> str:
