@@ -192,8 +192,12 @@ def unrestricted(workspace: Workspace, owners: list[str], tokens: int) -> str:
         copies = [workspace.root / "copies" / f"copy-{number}" for number in range(len(owners) + 1)]
         for copy in copies:
             shutil.copytree(workspace.layout.seed, copy, dirs_exist_ok=True)
-        workspace.merge(start.name, method="btx", experts=[str(copy) for copy in copies], options={"top_k": 4})
-    return tuned(workspace, UNRESTRICTED, start.name, "mixture", [PUBLIC, *owners], tokens, learning_rate=4e-3)
+        workspace.merge(
+            start.name, method="btx", experts=[str(copy) for copy in copies], options={"top_k": 4}
+        )
+    return tuned(
+        workspace, UNRESTRICTED, start.name, "mixture", [PUBLIC, *owners], tokens, learning_rate=4e-3
+    )
 
 
 def tuned(
