@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .files import write_text
+from .safetensors_io import Checkpoint
 
 SETTLED_SECONDS = 2.0
 
@@ -46,6 +47,23 @@ def remember_digests(file: Path, tensors: Mapping[str, str]) -> None:
         write_text(place, json.dumps({"stat": stat, "tensors": known | dict(tensors)}))
     except (OSError, UserError):
         return
+
+
+def digests_of_untouched(checkpoint: Checkpoint, known: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of all tensors of a checkpoint, hashing only those that are neither known nor remembered."""
+    files = {entry.file for entry in checkpoint.entries.values()}
+    remembered = {file: cached_digests(file) for file in files}
+    found = {
+        name: digest
+        for name, entry in checkpoint.entries.items()
+        if (digest := known.get(name) or remembered[entry.file].get(name)) is not None
+    }
+    hashed = checkpoint.digests(set(checkpoint.entries) - set(found))
+    for file in files:
+        remember_digests(
+            file, {name: hashed[name] for name in hashed if checkpoint.entries[name].file == file}
+        )
+    return found | hashed
 
 
 def _stat(file: Path) -> list[int]:

@@ -71,6 +71,10 @@ def load_model(
         model = _from_pretrained(path, dtype)
         if without:
             model = _without(model, path, manifest, without)
+        if model.device.type == "cpu":
+            from .sorted_loop import use_sorted_loop
+
+            use_sorted_loop(model)
         return model, load_tokenizer(path)
 
 

@@ -104,11 +104,12 @@ def _run(
     def work() -> None:
         with queue.stopping_on_error():
             while (one := queue.take()) is not None:
-                region = writer.region(one)
+                region = writer.region(one, calculator.known_digest(one))
                 for piece in calculator.bytes_of(one):
                     if queue.stopped:
                         return
                     region.write(piece)
+                calculator.note_copied(one, region.digest())
                 region.close()
                 queue.give_back(one)
                 progress.add(one.num_bytes)
@@ -153,7 +154,20 @@ class Calculator:
             if one.action == "agree":
                 self._check_agreement(one)
             for stored in one.experts if one.action == "stack" else one.experts[:1]:
-                yield from self._copied(stored, one.dtype)
+                yield from self._copied(stored, one)
+
+    def known_digest(self, one: TensorPlan) -> str | None:
+        """Return the digest of a tensor whose bytes are those of an untouched file that was hashed before."""
+        for stored in one.experts[:1]:
+            if self._is_same_bytes(stored, one):
+                return self._reader.known_digest(stored)
+        return None
+
+    def note_copied(self, one: TensorPlan, digest: str) -> None:
+        """Note what was read for a tensor whose bytes are its input's; raises `UserError` when they are not as promised."""
+        for stored in one.experts[:1]:
+            if self._is_same_bytes(stored, one):
+                self._reader.note(stored, digest)
 
     def numbers_of(self, one: TensorPlan) -> NDArray[Any]:
         """Return one merged tensor as float32 (or float64), before it is rounded to the output's dtype."""
@@ -230,14 +244,24 @@ class Calculator:
         array: NDArray[Any] = merged.detach().to("cpu", width).numpy()
         return array
 
-    def _copied(self, stored: StoredTensor, dtype: str) -> Iterator[Any]:
-        if stored.dtype == dtype and stored.adapter is None:
-            yield from self._reader.raw(stored)
+    def _copied(self, stored: StoredTensor, one: TensorPlan) -> Iterator[Any]:
+        if stored.dtype == one.dtype and stored.adapter is None:
+            # hashing takes longer than copying, and what is written is hashed anyway
+            yield from self._reader.raw(stored, hashed=not self._is_same_bytes(stored, one))
         elif stored.adapter is None:
             for piece in self._reader.pieces(stored):
-                yield encode(piece, dtype)
+                yield encode(piece, one.dtype)
         else:
-            yield encode(self._reader.whole(stored), dtype)
+            yield encode(self._reader.whole(stored), one.dtype)
+
+    @staticmethod
+    def _is_same_bytes(stored: StoredTensor, one: TensorPlan) -> bool:
+        """Tell whether a tensor of the output has the very digest of this input."""
+        return (
+            one.action in ("copy", "agree")
+            and stored.adapter is None
+            and (stored.entry.dtype, stored.entry.shape) == (one.dtype, one.shape)
+        )
 
     def _check_agreement(self, one: TensorPlan) -> None:
         """Raise `UserError` unless all inputs are the same."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.digest_cache import digests_of_untouched
 from ..core.files import read_json, readable_os_errors, write_json, write_text
 from ..core.lineage import (
     Manifest,
@@ -228,7 +229,7 @@ def _digest(source: Source, read: Mapping[TensorEntry, str]) -> str:
         return digest
     checkpoint = Checkpoint.of_folder(source.folder)
     known = {name: read[entry] for name, entry in checkpoint.entries.items() if entry in read}
-    return digest_of_tensors(known | checkpoint.digests(set(checkpoint) - set(known)))
+    return digest_of_tensors(digests_of_untouched(checkpoint, known))
 
 
 def _data_statements(plan: MergePlan) -> dict[str, Any]:

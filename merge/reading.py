@@ -45,14 +45,14 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def raw(self, one: StoredTensor) -> Iterator[memoryview]:
+    def raw(self, one: StoredTensor, *, hashed: bool = True) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in pieces, each valid until the next is asked for.
 
         Raises `UserError` when the file ends too early, and, after the last piece, when the bytes are not those
-        that the folder's manifest speaks of.
+        that the folder's manifest speaks of; not `hashed`, that is the caller's to `note`.
         """
         entry = one.entry
-        state = None if self._is_known(one) else digest_start(entry.dtype, entry.shape)
+        state = digest_start(entry.dtype, entry.shape) if hashed and self.known_digest(one) is None else None
         size = self.piece_numbers * DTYPES[entry.dtype][1]
         buffer = memoryview(bytearray(min(size, entry.num_bytes)))
         place = entry.begin
@@ -64,7 +64,7 @@ class Reader:
             place += len(piece)
             yield piece
         if state is not None:
-            self._note(one, state.hexdigest())
+            self.note(one, state.hexdigest())
 
     def pieces(self, one: StoredTensor) -> Iterator[NDArray[Any]]:
         """Yield the numbers of a tensor as flat float32 (or float64) pieces, each valid until the next; see `raw`."""
@@ -118,22 +118,21 @@ class Reader:
         for file, digests in fresh.items():
             remember_digests(file, digests)
 
-    def _is_known(self, one: StoredTensor) -> bool:
-        """Tell whether a tensor needs no hashing: it was hashed, or nothing checks it and its file is untouched."""
+    def known_digest(self, one: StoredTensor) -> str | None:
+        """Return the digest of a tensor that needs no hashing: it was hashed, or nothing checks it and its file is untouched."""
         entry = one.entry
-        if entry in self.digests:
-            return True
-        if one.expected is not None:
-            return False
+        if one.expected is not None or entry in self.digests:
+            return self.digests.get(entry)
         with self._lock:
             if entry.file not in self._remembered:
                 self._remembered[entry.file] = cached_digests(entry.file)
             digest = self._remembered[entry.file].get(entry.name)
             if digest is not None:
                 self.digests[entry] = digest
-        return digest is not None
+        return digest
 
-    def _note(self, one: StoredTensor, digest: str) -> None:
+    def note(self, one: StoredTensor, digest: str) -> None:
+        """Take a digest as that of a tensor that was read; raises `UserError` when its manifest says another."""
         if one.expected is not None and digest != one.expected:
             raise UserError(
                 f"tensor '{one.entry.name}' in {one.entry.file} was changed: it is not what its manifest says; restore "

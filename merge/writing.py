@@ -6,12 +6,13 @@ complete; they are hashed again before they are believed, since the journal may 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 from ..core.files import readable_os_errors
@@ -19,6 +20,7 @@ from ..core.safetensors_io import INDEX_FILE, digest_start, read_header
 from .tensor_plan import ShardPlan, TensorPlan, index_of
 
 JOURNAL_FILE = ".journal.jsonl"
+FLUSH_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 20
 
 
@@ -33,6 +35,7 @@ class Writer:
         self._files: dict[str, int] = {}
         self._lock = Lock()
         self._journal: int | None = None
+        self._flusher = _Flusher()
 
     def __enter__(self) -> Writer:
         """Take up what an earlier try of the very same merge completed, or begin anew."""
@@ -52,16 +55,18 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # told by `finish`, or something else is under way
+            self._flusher.stop()
         for descriptor in (*self._files.values(), *filter(None, [self._journal])):
             os.close(descriptor)
         self._files.clear()
         self._journal = None
 
-    def region(self, tensor: TensorPlan) -> Region:
-        """Return the place of one tensor, to be filled from its beginning to its end."""
+    def region(self, tensor: TensorPlan, digest: str | None = None) -> Region:
+        """Return the place of one tensor, to be filled from its beginning to its end; hashed unless `digest` is given."""
         shard = self._shard_of[tensor.name]
         begin, end = shard.layout[1][tensor.name]
-        return Region(self, tensor, self._files[shard.file], begin, end)
+        return Region(self, tensor, self._files[shard.file], (begin, end), digest)
 
     def complete(self, tensor: str, digest: str) -> None:
         """Note that a tensor is written."""
@@ -71,6 +76,8 @@ class Writer:
 
     def finish(self) -> None:
         """Write the index, where there are several files, and remove the journal."""
+        with readable_os_errors(self._folder):
+            self._flusher.stop()
         if len(self._shards) > 1:
             text = json.dumps(index_of(self._shards), indent=2) + "\n"
             with readable_os_errors(self._folder / INDEX_FILE):
@@ -120,9 +127,12 @@ class Writer:
 class Region:
     """The place of one tensor in its file."""
 
-    def __init__(self, writer: Writer, tensor: TensorPlan, descriptor: int, begin: int, end: int) -> None:
+    def __init__(
+        self, writer: Writer, tensor: TensorPlan, descriptor: int, place: tuple[int, int], digest: str | None
+    ) -> None:
         self._writer, self._tensor, self._descriptor = writer, tensor, descriptor
-        self._place, self._end = begin, end
+        self._place, self._end = place
+        self._digest = digest
         self._state = digest_start(tensor.dtype, tensor.shape)
 
     def write(self, content: Any) -> None:
@@ -131,15 +141,62 @@ class Region:
         assert self._place + len(view) <= self._end, f"too many bytes for '{self._tensor.name}'"
         with readable_os_errors(self._writer._folder):
             write_at(self._descriptor, view, self._place)
-        self._state.update(view)
+        self._writer._flusher.wrote(self._descriptor, len(view))
+        if self._digest is None:
+            self._state.update(view)
         self._place += len(view)
 
-    def close(self) -> str:
-        """Note the tensor as complete and return its digest."""
+    def digest(self) -> str:
+        """Return the digest of the tensor, once all of it is written."""
         assert self._place == self._end, f"too few bytes for '{self._tensor.name}'"
-        digest = self._state.hexdigest()
-        self._writer.complete(self._tensor.name, digest)
-        return digest
+        return self._digest or self._state.hexdigest()
+
+    def close(self) -> None:
+        """Note the tensor as complete."""
+        self._writer.complete(self._tensor.name, self.digest())
+
+
+class _Flusher:
+    """Sends what was written to the disk meanwhile, so that the disk is not waited for at the end."""
+
+    def __init__(self) -> None:
+        self._unsent: dict[int, int] = {}
+        self._lock = Lock()
+        self._wake, self._stopped = Event(), False
+        self._thread: Thread | None = None
+        self._failed: OSError | None = None
+
+    def wrote(self, descriptor: int, num_bytes: int) -> None:
+        with self._lock:
+            self._unsent[descriptor] = self._unsent.get(descriptor, 0) + num_bytes
+            if self._unsent[descriptor] < FLUSH_BYTES:
+                return
+            if self._thread is None:
+                self._thread = Thread(target=self._work, daemon=True)
+                self._thread.start()
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Return when nothing is being sent any more, so that files may be closed; raises `OSError` of what failed."""
+        self._stopped = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+
+    def _work(self) -> None:
+        while self._wake.wait() and not self._stopped:
+            self._wake.clear()
+            with self._lock:
+                full = [one for one, size in self._unsent.items() if size >= FLUSH_BYTES]
+                self._unsent.update(dict.fromkeys(full, 0))
+            for descriptor in full:
+                try:
+                    os.fdatasync(descriptor)
+                except OSError as error:  # the system tells it once only
+                    self._failed = error
+                    return
 
 
 def write_at(descriptor: int, content: memoryview, place: int) -> None:

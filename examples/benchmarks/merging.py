@@ -147,6 +147,7 @@ def write_recipes(folder: Path, models: Sequence[Path]) -> dict[str, Path]:
 def run(command: Sequence[str | Path], cwd: Path) -> tuple[Cost, str]:
     """Run a command and return what it took, with its standard output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody is to compile source anew in each round
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begin = time.perf_counter()
         process = subprocess.Popen(

@@ -77,8 +77,10 @@ def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
     """Return a dense feed-forward, and the same mixture with each way to run its experts."""
     import torch
     from transformers import MixtralConfig
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+    from expertctl.core.sorted_loop import NAME, fused_experts
     from expertctl.merge.mixture.container import MixtureConfig, MixtureFeedForward, TopKRouter
 
     def swiglu() -> torch.nn.Module:
@@ -88,12 +90,13 @@ def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
         return LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=inner))
 
     found: dict[str, Any] = {"dense": swiglu()}
-    for way in ("eager", "grouped_mm"):
+    ALL_EXPERTS_FUNCTIONS.register(NAME, fused_experts)
+    for way in ("eager", "grouped_mm", NAME):
         config = MixtralConfig(
             hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k
         )
         config._experts_implementation = way
-        found[way] = MixtralSparseMoeBlock(config)
+        found["sorted loop" if way == NAME else way] = MixtralSparseMoeBlock(config)
     settings = MixtureConfig(num_experts=experts, num_experts_per_tok=top_k)
     found["sorted loop (container)"] = MixtureFeedForward(
         [swiglu() for _ in range(experts)], TopKRouter(settings, width)
@@ -124,10 +127,10 @@ def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequen
     torch.set_num_threads(1)
     print(
         "\n| tokens | experts, top k | pass | "
-        + " | ".join(("eager", "grouped_mm", "sorted loop (container)"))
+        + " | ".join(("eager", "grouped_mm", "sorted loop", "sorted loop (container)"))
         + " |"
     )
-    print("|---:|---|---|---:|---:|---:|")
+    print("|---:|---|---|---:|---:|---:|---:|")
     for count in tokens:
         for shape in shapes:
             experts, top_k = (int(part) for part in shape.split(","))

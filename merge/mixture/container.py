@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
+from ...core.sorted_loop import mixed
 from .targets import CONTAINER_TYPE
 
 # What generation and serving look up in a configuration, taken over from the dense model's.
@@ -96,23 +97,7 @@ class MixtureFeedForward(nn.Module):
     def forward(self, hidden_BTd: Tensor) -> Tensor:
         hidden_Nd = hidden_BTd.reshape(-1, hidden_BTd.shape[-1])
         _, gates_Nk, chosen_Nk = self.router(hidden_Nd)
-        return mixed(self.experts, hidden_Nd, gates_Nk, chosen_Nk).view_as(hidden_BTd)
-
-
-def mixed(experts: nn.ModuleList, hidden_Nd: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor) -> Tensor:
-    """Return the gated sum of each token's experts, (N, d); tokens are sorted by expert, each of which runs once."""
-    order = chosen_Nk.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen_Nk.flatten(), minlength=len(experts)).tolist()
-    tokens = order // chosen_Nk.shape[1]
-    gates = gates_Nk.flatten()[order, None]
-    total_Nd = torch.zeros_like(hidden_Nd)
-    begin = 0
-    for expert, count in zip(experts, counts, strict=True):
-        if count:
-            mine = slice(begin, begin + count)
-            total_Nd.index_add_(0, tokens[mine], expert(hidden_Nd[tokens[mine]]) * gates[mine])
-        begin += count
-    return total_Nd
+        return mixed(list(self.experts), hidden_Nd, gates_Nk, chosen_Nk).view_as(hidden_BTd)
 
 
 class MixtureForCausalLM(PreTrainedModel, GenerationMixin):

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from expertctl.core import digest_cache
-from expertctl.core.digest_cache import cached_digests, remember_digests
+from expertctl.core.digest_cache import cached_digests, digests_of_untouched, remember_digests
+from expertctl.core.safetensors_io import Checkpoint, write_tensors
 
 
 @pytest.fixture
@@ -54,3 +56,18 @@ def test_a_damaged_cache_and_one_that_cannot_be_written_are_no_trouble(file: Pat
     place.parent.write_text("no folder")
     remember_digests(file, {"a": "1"})
     assert cached_digests(file) == {}
+
+
+def test_a_folder_is_hashed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensors(file, {"a": torch.ones(3), "b": torch.zeros(2)})
+    checkpoint = Checkpoint([file])
+    expected = checkpoint.digests()
+    hashed: list[str] = []
+    digest = Checkpoint.digest
+    monkeypatch.setattr(Checkpoint, "digest", lambda self, name: (hashed.append(name), digest(self, name))[1])
+    assert digests_of_untouched(checkpoint, {"a": expected["a"]}) == expected
+    assert hashed == ["b"]
+    assert digests_of_untouched(checkpoint, {"a": expected["a"]}) == expected
+    assert hashed == ["b"]
+    write_tensors(file, {"a": torch.ones(3), "b": torch.ones(2)})
+    assert digests_of_untouched(Checkpoint([file]), {})["b"] != expected["b"]

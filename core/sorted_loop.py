@@ -1,0 +1,74 @@
+"""A mixture's experts run one after the other, each on the tokens that were sent to it.
+
+Shapes: N = tokens, k = experts of a token, d = width, E = experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "expertctl_sorted_loop"
+"""What transformers' `experts_implementation` calls it."""
+
+
+def mixed(
+    experts: Sequence[Callable[[Tensor], Tensor]],
+    hidden_Nd: Tensor,
+    gates_Nk: Tensor,
+    chosen_Nk: Tensor,
+) -> Tensor:
+    """Return the gated sum of each token's experts, (N, d); tokens are sorted by expert, each of which runs once."""
+    order = chosen_Nk.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen_Nk.flatten(), minlength=len(experts)).tolist()
+    tokens = order // chosen_Nk.shape[1]
+    gates = gates_Nk.flatten()[order, None]
+    total_Nd = torch.zeros_like(hidden_Nd)
+    begin = 0
+    for expert, count in zip(experts, counts, strict=True):
+        if count:
+            mine = slice(begin, begin + count)
+            total_Nd.index_add_(0, tokens[mine], expert(hidden_Nd[tokens[mine]]) * gates[mine])
+        begin += count
+    return total_Nd
+
+
+def fused_experts(module: Any, hidden_Nd: Tensor, chosen_Nk: Tensor, gates_Nk: Tensor) -> Tensor:
+    """Run the experts of one of transformers' classes, which keep all of a layer in two tensors; as `mixed`.
+
+    What this is not made for goes to transformers' grouped kernel: other devices, compiling, other layouts.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if hidden_Nd.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(module):
+        found: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_Nd, chosen_Nk, gates_Nk)
+        return found
+    # taken apart once: the gradient of each slice of its own would be as large as the whole
+    weights = zip(module.gate_up_proj.unbind(), module.down_proj.unbind(), strict=True)
+    linear = nn.functional.linear
+
+    def expert(gate_up: Tensor, down: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: linear(module._apply_gate(linear(hidden, gate_up)), down)
+
+    return mixed([expert(*pair) for pair in weights], hidden_Nd, gates_Nk.to(hidden_Nd.dtype), chosen_Nk)
+
+
+def _is_plain(module: Any) -> bool:
+    others = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
+    return module.has_gate and module.is_concatenated and not any(getattr(module, name) for name in others)
+
+
+def use_sorted_loop(model: PreTrainedModel) -> None:
+    """Make a model's experts run like this on a CPU, where it is the faster way (`examples/benchmarks/mixture.py`)."""
+    if not model._can_set_experts_implementation():
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, fused_experts)
+    model.set_experts_implementation(NAME)

@@ -1,0 +1,101 @@
+"""Experts one after the other give what transformers' own ways give, forward and backward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from expertctl.core.sorted_loop import NAME, mixed, use_sorted_loop
+
+SIZE = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+}
+
+
+def mixture(family: str) -> PreTrainedModel:
+    key = "num_local_experts" if family == "mixtral" else "num_experts"
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZE, **{key: 4}))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def outcome(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    tokens = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    found = model(input_ids=tokens, labels=tokens)
+    found.loss.backward()
+    return found.logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo"])
+def test_logits_and_gradients_are_those_of_the_eager_experts(family: str) -> None:
+    model = mixture(family)
+    model.set_experts_implementation("eager")
+    logits, gradients = outcome(model)
+    use_sorted_loop(model)
+    assert model.config._experts_implementation == NAME
+    ours, our_gradients = outcome(model)
+    torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(our_gradients, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_the_choice_is_not_written_with_the_model(tmp_path: Path) -> None:
+    model = mixture("mixtral")
+    use_sorted_loop(model)
+    model.save_pretrained(tmp_path)
+    assert "expertctl" not in (tmp_path / "config.json").read_text()
+
+
+def test_experts_of_another_layout_go_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model = mixture("mixtral")
+    use_sorted_loop(model)
+    taken = []
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS._global_mapping,
+        "grouped_mm",
+        lambda module, hidden, *_: taken.append(module) or torch.zeros_like(hidden),
+    )
+    for layer in model.model.layers:
+        layer.mlp.experts.is_transposed = True
+    outcome(model)
+    assert len(taken) == SIZE["num_hidden_layers"]
+
+
+def test_a_dense_model_is_left_alone() -> None:
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    before = model.config._experts_implementation
+    use_sorted_loop(model)
+    assert model.config._experts_implementation == before
+
+
+def test_experts_that_get_no_token_are_not_run() -> None:
+    def never(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    hidden = torch.arange(6.0).reshape(3, 2)
+    gates, chosen = torch.full((3, 1), 2.0), torch.full((3, 1), 1)
+    assert mixed([never, lambda one: one + 1, never], hidden, gates, chosen).equal((hidden + 1) * 2)
