@@ -42,14 +42,15 @@ def mixed(
 def fused_experts(module: Any, hidden_Nd: Tensor, chosen_Nk: Tensor, gates_Nk: Tensor) -> Tensor:
     """Run the experts of one of transformers' classes, which keep all of a layer in two tensors; as `mixed`.
 
-    What this is not made for goes to transformers' grouped kernel: other devices, compiling, other layouts.
+    What this is not made for goes to transformers' grouped kernel: other devices, compiling, other layouts, and
+    training the experts, where putting the gradients of all slices together costs more than the loop saves.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if hidden_Nd.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(module):
+    trains = torch.is_grad_enabled() and module.gate_up_proj.requires_grad
+    if trains or hidden_Nd.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(module):
         found: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_Nd, chosen_Nk, gates_Nk)
         return found
-    # taken apart once: the gradient of each slice of its own would be as large as the whole
     weights = zip(module.gate_up_proj.unbind(), module.down_proj.unbind(), strict=True)
     linear = nn.functional.linear
 
@@ -65,7 +66,7 @@ def _is_plain(module: Any) -> bool:
 
 
 def use_sorted_loop(model: PreTrainedModel) -> None:
-    """Make a model's experts run like this on a CPU, where it is the faster way (`examples/benchmarks/mixture.py`)."""
+    """Make a model's experts run like this on a CPU, wherever it is the faster way (`examples/benchmarks/mixture.py`)."""
     if not model._can_set_experts_implementation():
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

@@ -44,9 +44,12 @@ def outcome(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return found.logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo"])
-def test_logits_and_gradients_are_those_of_the_eager_experts(family: str) -> None:
+def test_logits_and_gradients_are_those_of_the_eager_experts(family: str, trained: bool) -> None:
     model = mixture(family)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained or ".experts." not in name)
     model.set_experts_implementation("eager")
     logits, gradients = outcome(model)
     use_sorted_loop(model)
