@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "unbiased": {"trains": "flexolmo", "options": {"bias": False}},
 }
 """What each owner trains, once for every row that needs it."""
+ABLATED = ("alone", "unembedded", "unbiased")
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform average": ("dense", {"method": "average"}),
     "posterior average": ("dense", {"method": "average", "weights": "posterior"}),
@@ -86,6 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed-tokens", type=int, default=2_000_000)
     parser.add_argument("--owner-tokens", type=int, default=600_000)
     parser.add_argument("--tuning-tokens", type=int, default=200_000)
+    parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("flexolmo-runs"))
     return parser.parse_args(arguments)
@@ -100,7 +102,8 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, di
     if failed:
         sys.exit(f"failed: {failed}")
     owners = owners_of(workspace)
-    folders = {row: merged(workspace, row, *settings, owners) for row, settings in MERGES.items()}
+    merges = {row: what for row, what in MERGES.items() if options.ablations or what[0] not in ABLATED}
+    folders = {row: merged(workspace, row, *settings, owners) for row, settings in merges.items()}
     for row, (base, trains) in TUNED.items():
         folders[row] = tuned(workspace, row, folders[base], trains, [PUBLIC], options.tuning_tokens)
     # what nobody who keeps the owners' text apart could do: the tuning's tokens from all text, for all of the mixture
@@ -138,7 +141,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
             f"{kind}-{owner}": {"domain": owner, **settings}
             for kind, settings in KINDS.items()
             for owner in domains
-            if owner != PUBLIC
+            if owner != PUBLIC and (options.ablations or kind not in ABLATED)
         },
     }
     content = json.dumps(config, indent=2)  # JSON is YAML
@@ -257,9 +260,13 @@ def markdown(results: list[dict[str, dict[str, float]]], seeds: list[int]) -> st
         "|---" + "|---:" * len(heads) + "|",
     ]
     for name in ORDER:
-        means = [statistics.mean(result[name].values()) for result in results]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        cells = [*(f"{value:.4f}" for value in means), f"{statistics.mean(means):.4f}", f"{spread:.4f}"]
+        found = [statistics.mean(result[name].values()) if name in result else None for result in results]
+        means = [value for value in found if value is not None]
+        if not means:
+            continue
+        spread = f"{statistics.stdev(means):.4f}" if len(means) > 1 else ""
+        cells = [f"{value:.4f}" if value is not None else "" for value in found]
+        cells += [f"{statistics.mean(means):.4f}", spread]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
