@@ -32,31 +32,20 @@ from .group import cli_command
 def command(session: Session, model: str, evaluation: Path | None, output: Path | None) -> None:
     """Print the model card of a seed, expert or generalist.
 
-    What it was made from and how comes from its manifest and those of its parents, where they are at hand.
+    What it was made from and how comes from its manifest.
     """
     from ..core.errors import UserError
     from ..core.files import read_json, write_text
-    from ..core.lineage import manifest_path, read_manifest
+    from ..core.lineage import read_manifest
     from ..merge.card import model_card
 
     manifest = read_manifest(session.artefact(model))
-    try:
-        layout = session.open().layout
-        known = {
-            parent.name: layout.seed if parent.kind == "seed" else layout.experts / parent.name
-            for parent in manifest.parents
-        }
-    except UserError:
-        known = {}
-    parents = {
-        name: read_manifest(folder) for name, folder in known.items() if manifest_path(folder) is not None
-    }
     scores = read_json(evaluation) if evaluation is not None else None
     if scores is not None and not {"domains", "models"} <= scores.keys():
         raise UserError(
             f"{evaluation} is not what `expertctl eval --json` prints: it has no 'domains' and 'models'"
         )
-    text = model_card(manifest, scores, parents)
+    text = model_card(manifest, scores)
     if output is None:
         session.finish({"name": manifest.name, "card": text}, text.rstrip("\n"))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,6 +24,7 @@ output_options = [
         metavar="NAME",
         help="The new generalist: a name in this workspace, or a folder.",
     ),
+    click.option("--allow-licences", is_flag=True, help="Go on though licences contradict each other."),
     click.option("--force", is_flag=True, help="Replace what is there."),
     click.option("--resume", is_flag=True, help="Go on with what was interrupted."),
 ]
@@ -47,22 +49,18 @@ def command() -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @with_output
 @pass_session
-def remove(
-    session: Session, names: tuple[str, ...], model: str, output: Path, force: bool, resume: bool
-) -> None:
+def remove(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
     """Take experts out of a generalist."""
-    _change(session, model, output, force, resume, remove=names)
+    _change(session, remove=names, **how)
 
 
 @cli_command("add", example="expertctl expert add law -m campus -o campus-with-law")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @with_output
 @pass_session
-def add(
-    session: Session, names: tuple[str, ...], model: str, output: Path, force: bool, resume: bool
-) -> None:
+def add(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
     """Let finished experts (names, or folders) join a generalist."""
-    _change(session, model, output, force, resume, add=dict(_folder(session, name) for name in names))
+    _change(session, add=dict(_folder(session, name) for name in names), **how)
 
 
 @cli_command("replace", example="expertctl expert replace law -m campus -o campus-2 --by law-2027")
@@ -70,11 +68,9 @@ def add(
 @click.option("--by", required=True, metavar="EXPERT", help="What takes its place, under its name.")
 @with_output
 @pass_session
-def replace(
-    session: Session, name: str, by: str, model: str, output: Path, force: bool, resume: bool
-) -> None:
+def replace(session: Session, /, name: str, by: str, **how: Any) -> None:
     """Let another expert take the place of one."""
-    _change(session, model, output, force, resume, replace={name: _folder(session, by)[1]})
+    _change(session, replace={name: _folder(session, by)[1]}, **how)
 
 
 def _folder(session: Session, name: str) -> tuple[str, Path]:
@@ -84,11 +80,12 @@ def _folder(session: Session, name: str) -> tuple[str, Path]:
 
 def _change(
     session: Session,
+    *,
     model: str,
     output: Path,
+    allow_licences: bool,
     force: bool,
     resume: bool,
-    *,
     remove: tuple[str, ...] = (),
     add: Mapping[str, Path] | None = None,
     replace: Mapping[str, Path] | None = None,
@@ -97,6 +94,7 @@ def _change(
     from ..merge.expert_changes import change_experts
     from ..merge.merging import MergeRun
     from ..merge.mixture.changing import Change
+    from ..merge.plan import Permissions
     from .merge import MergeProgress
 
     folder = session.artefact(model)
@@ -105,7 +103,8 @@ def _change(
     if len(output.parts) == 1 and layout is not None:
         target = layout.generalists / check_name(output.name, "a generalist")
     change = Change(tuple(dict.fromkeys(remove)), add or {}, replace or {})
-    run = MergeRun(force=force, resume=resume, say=session.note)
+    allowed = Permissions(licences=allow_licences)
+    run = MergeRun(force=force, resume=resume, permissions=allowed, say=session.note)
     with MergeProgress(session) as progress:
         manifest = change_experts(folder, target, change, layout=layout, run=progress.watched(run))
     record = manifest.config.get("mixture") or {}

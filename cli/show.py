@@ -89,6 +89,7 @@ def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         ("digest", manifest.digest),
         ("made", origin(manifest)),
         *(("parent", parent) for parent in parents),
+        *_mixture_facts(manifest),
         *_training_facts(manifest),
         *((f"option {key}", str(value)) for key, value in manifest.config.get("options", {}).items()),
         ("tensors", f"{len(manifest.tensors)}"),
@@ -102,6 +103,21 @@ def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
 
 def _title(parent: Parent) -> str:
     return parent.name if parent.name == parent.kind else f"{parent.kind} {parent.name}"
+
+
+def _mixture_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    record = manifest.config.get("mixture") or {}
+    facts = []
+    if "target" in record:
+        facts.append(
+            ("mixture", f"{record['target']}, top {record['top_k']} of {', '.join(record['experts'])}")
+        )
+    facts += [
+        ("tuned", f"{one['trains']} on {', '.join(one['domains'])}, {number(one['tokens'])} tokens")
+        for one in record.get("tuned", ())
+    ]
+    facts += [(one["what"], f"{one['expert']} on {one['when']}") for one in record.get("history", ())]
+    return facts
 
 
 def _training_facts(manifest: Manifest) -> list[tuple[str, str]]:

@@ -39,6 +39,13 @@ class Parent:
     digest: str
     weight: float | None = None
     """Its share, where the making had weights."""
+    owner: str | None = None
+    licence: str | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest, name: str, weight: float | None = None) -> Parent:
+        """Return an artefact as the parent of another, which may know it by another name."""
+        return cls(manifest.kind, name, manifest.digest, weight, manifest.owner, manifest.licence)
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,9 @@ def _manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
 def _parents(run: RunInputs) -> tuple[Parent, ...]:
     if run.from_scratch:
         return ()
-    seed = Parent("seed", "seed", read_manifest(run.layout.seed).digest, run.spec.start.get("seed"))
+    seed = Parent.of(read_manifest(run.layout.seed), "seed", run.spec.start.get("seed"))
     experts = [
-        Parent("expert", name, read_manifest(run.layout.experts / name).digest, weight)
+        Parent.of(read_manifest(run.layout.experts / name), name, weight)
         for name, weight in run.spec.start.items()
         if name != "seed"
     ]

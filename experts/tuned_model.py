@@ -65,7 +65,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mappin
     mixture = {**(config.get("mixture") or {}), **described.get("mixture", {})}
     tuning["experts"] = list(mixture.get("experts", ()))
     mixture["tuned"] = [*mixture.get("tuned", ()), tuning]
-    own_parent = Parent(base.kind, spec.base or "seed", base.digest)
+    own_parent = Parent.of(base, spec.base or "seed")
     return Manifest(
         kind="generalist",
         name=spec.name,

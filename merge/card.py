@@ -28,19 +28,17 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer
 def model_card(
     manifest: Manifest,
     evaluation: Mapping[str, Any] | None = None,
-    parents: Mapping[str, Manifest] | None = None,
 ) -> str:
     """Return the text of a model card: what it is, what it was made from and how, and what is known of it.
 
-    `parents` are the manifests of what it was made from, by name, as far as there are any; `evaluation` is what
-    `expertctl eval --json` prints. The same manifest gives the same card: no time and no path is in it.
+    `evaluation` is what `expertctl eval --json` prints. The same manifest gives the same card: no time and no path is
+    in it.
     """
-    known = parents or {}
     parts = [
-        _front_matter(manifest, known),
+        _front_matter(manifest),
         f"# {manifest.name}",
         _introduction(manifest),
-        _parents_section(manifest, known),
+        _parents_section(manifest),
         _recipe_section(manifest),
         _data_section(manifest),
         _evaluation_section(evaluation, manifest.metrics.get("gate")),
@@ -52,7 +50,7 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(manifest: Manifest, parents: Mapping[str, Manifest]) -> str:
+def _front_matter(manifest: Manifest) -> str:
     content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     licences = (manifest.licence or "").split("; ")
     if manifest.licence and len(licences) == 1:
@@ -108,29 +106,28 @@ def _listed(names: Sequence[str]) -> str:
     )
 
 
-def _parents_section(manifest: Manifest, parents: Mapping[str, Manifest]) -> str:
+def _parents_section(manifest: Manifest) -> str:
     if not manifest.parents:
         return ""
-    rows = []
-    for parent in manifest.parents:
-        one = parents.get(parent.name)
-        rows.append(
-            (
-                parent.name,
-                parent.kind,
-                f"{parent.weight:.4g}" if parent.weight is not None else "",
-                (one.owner if one else None) or "not known",
-                (one.licence if one else None) or "not known",
-                _tokens(one),
-                f"`{parent.digest[:_SHORT]}`",
-            )
+    rows = [
+        (
+            parent.name,
+            parent.kind,
+            f"{parent.weight:.4g}" if parent.weight is not None else "",
+            parent.owner or "not known",
+            parent.licence or "not known",
+            _tokens(manifest.data.get(parent.name) or {}),
+            f"`{parent.digest[:_SHORT]}`",
         )
+        for parent in manifest.parents
+    ]
     head = ("model", "kind", "weight", "owner", "licence", "trained on", "digest")
     return f"## Made from\n\n{_table(head, rows)}"
 
 
-def _tokens(manifest: Manifest | None) -> str:
-    domains = manifest.data.get("domains", {}) if manifest is not None else {}
+def _tokens(data: Mapping[str, Any]) -> str:
+    """Return the domains of a data statement in a line."""
+    domains = data.get("domains", {})
     return ", ".join(
         f"{name} ({about.get('tokens', 0):,} tokens)" if isinstance(about, Mapping) else name
         for name, about in domains.items()
@@ -154,7 +151,7 @@ def _recipe_section(manifest: Manifest) -> str:
 def _data_section(manifest: Manifest) -> str:
     if manifest.kind == "generalist" or not manifest.data.get("domains"):
         return ""
-    return f"## Trained on\n\n{_tokens(manifest)}"
+    return f"## Trained on\n\n{_tokens(manifest.data)}"
 
 
 def _evaluation_section(evaluation: Mapping[str, Any] | None, gate: Mapping[str, Any] | None) -> str:

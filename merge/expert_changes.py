@@ -71,7 +71,7 @@ def _change_mixture(folder: Path, output: Path, change: Change, how: MergeRun) -
     require_intact(folder)
     lock = output.with_name(f".{output.name}.lock")
     refuse_existing(output, force=how.force, what="generalist")
-    changed = plan_change(folder, change)
+    changed = plan_change(folder, change, allow_licences=how.permissions.licences)
     check_output(changed.plan, output)
     with exclusive(lock, f"generalist {output}"):
         try:

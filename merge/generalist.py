@@ -23,6 +23,7 @@ from ..core.plugin_manager import installed_plugins
 from ..core.safetensors_io import DTYPES, Checkpoint, TensorEntry
 from .card import CARD_FILE, model_card
 from .engine import run_merge
+from .licences import licence_of_folder
 from .plan import MergePlan, manifests_of
 from .recipe import recipe_as_json
 from .search import SearchResult
@@ -88,7 +89,7 @@ def write_generalist(
         licence=descent.licence if descent is not None else plan.licence,
         versions=tool_versions() | _method_version(plan),
     )
-    write_text(folder / CARD_FILE, model_card(manifest, parents=manifests_of(plan)))
+    write_text(folder / CARD_FILE, model_card(manifest))
     tensors, files = digests_of_folder(folder, known=written.digests)
     manifest = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
     manifest.write(folder)
@@ -214,16 +215,17 @@ def _copy(source: Path, target: Path) -> None:
 
 def _parents(plan: MergePlan, read: Mapping[TensorEntry, str]) -> tuple[Parent, ...]:
     weights = plan.weights()
-    return tuple(
-        Parent(source.kind, name, _digest(source, read), weights.get(name))
-        for name, source in plan.sources.items()
-    )
+    return tuple(_parent(name, source, read, weights.get(name)) for name, source in plan.sources.items())
+
+
+def _parent(name: str, source: Source, read: Mapping[TensorEntry, str], weight: float | None) -> Parent:
+    if source.manifest is not None:
+        return replace(Parent.of(source.manifest, name, weight), kind=source.kind)
+    return Parent(source.kind, name, _digest(source, read), weight, licence=licence_of_folder(source.folder))
 
 
 def _digest(source: Source, read: Mapping[TensorEntry, str]) -> str:
-    """Return a model's digest; of a folder without a manifest, from what was read and hashed on the way."""
-    if source.manifest is not None:
-        return source.manifest.digest
+    """Return the digest of a model without a manifest, from what was read and hashed on the way."""
     if source.adapter is not None:
         digest: str = source.adapter.digest()
         return digest

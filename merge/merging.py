@@ -398,7 +398,7 @@ def _build(
             licence=licences.result,
             versions=tool_versions() | plugin_version(plugins, method),
         )
-        card = model_card(manifest, parents={SEED: seed, **experts})
+        card = model_card(manifest)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         tensors, files = digests_of_folder(partial)
         manifest = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
@@ -476,8 +476,8 @@ def _parents(
     seed: Manifest, experts: Mapping[str, Manifest], weights: Mapping[str, float]
 ) -> tuple[Parent, ...]:
     return (
-        Parent("seed", SEED, seed.digest),
-        *(Parent("expert", name, manifest.digest, weights[name]) for name, manifest in experts.items()),
+        Parent.of(seed, SEED),
+        *(Parent.of(manifest, name, weights[name]) for name, manifest in experts.items()),
     )
 
 

@@ -79,8 +79,7 @@ def compare(before: Manifest, after: Manifest) -> Reproduction:
             if name in then and name in now
             else f"{what} {name} is in one of the two only"
             for name in sorted({*then, *now})
-            # a card that an evaluation was written into later says more than the merge knew
-            if then.get(name) != now.get(name) and not (name == CARD_FILE and "gate" in before.metrics)
+            if then.get(name) != now.get(name) and not (name == CARD_FILE and _has_a_later_card(before))
         ]
     versions = tuple(
         f"{name} {before.versions.get(name, 'none')} then, {after.versions.get(name, 'none')} now"
@@ -88,6 +87,11 @@ def compare(before: Manifest, after: Manifest) -> Reproduction:
         if before.versions.get(name) != after.versions.get(name)
     )
     return Reproduction(not found, tuple(found), versions)
+
+
+def _has_a_later_card(manifest: Manifest) -> bool:
+    """Tell whether a card says more than a merge knows: how it was evaluated, or who left and joined since."""
+    return "gate" in manifest.metrics or bool((manifest.config.get("mixture") or {}).get("history"))
 
 
 def locate(

@@ -18,6 +18,7 @@ from ...core.loading import WEIGHTS_FILE
 from ...core.safetensors_io import Checkpoint
 from ...core.types import MixtureShape
 from ..generalist import Descent
+from ..licences import LicenceReport, check_licences, require_compatible
 from ..plan import MergePlan
 from ..recipe import Recipe, whole_models
 from ..sources import StoredTensor
@@ -48,7 +49,9 @@ class ChangedMixture:
     descent: Descent
 
 
-def plan_change(folder: Path, change: Change, *, when: datetime | None = None) -> ChangedMixture:
+def plan_change(
+    folder: Path, change: Change, *, when: datetime | None = None, allow_licences: bool = False
+) -> ChangedMixture:
     """Return the plan of a changed mixture; raises `UserError` for what is not possible, before anything is written."""
     mixture = open_mixture(folder)
     _check(mixture, change)
@@ -65,7 +68,9 @@ def plan_change(folder: Path, change: Change, *, when: datetime | None = None) -
         "top_k": shape.top_k,
         "history": [*mixture.record.get("history", ()), *history(mixture.manifest, change, when)],
     }
-    notes = tuple(_traces(mixture, change))
+    licences = _licences(mixture, change, joined)
+    require_compatible(licences, allow_licences)
+    notes = (*licences.conflicts, *licences.notes, *_traces(mixture, change))
     plan = MergePlan(
         recipe=_recipe(mixture, [expert.name for expert in experts if expert.name != PUBLIC]),
         method=_method(mixture),
@@ -76,11 +81,11 @@ def plan_change(folder: Path, change: Change, *, when: datetime | None = None) -
         ),
         shard_bytes=int(mixture.manifest.config.get("shard_bytes", DEFAULT_SHARD_BYTES)),
         vocabulary=None,
-        licence=mixture.manifest.licence,
+        licence=licences.result if not licences.conflicts else None,
         notes=notes,
         assembly=Assembly(tensors, config, tuple(record["experts"]), record, notes),
     )
-    return ChangedMixture(plan, _descent(mixture, change, joined, record))
+    return ChangedMixture(plan, _descent(mixture, change, joined, record, licences))
 
 
 # --- checks ---
@@ -211,6 +216,13 @@ def _tensors(
 # --- what is said of it ---
 
 
+def _licences(mixture: OpenedMixture, change: Change, joined: Mapping[str, Manifest]) -> LicenceReport:
+    """Return how the licences of those go together who make up the changed mixture."""
+    gone = {*change.remove, *change.replace}
+    left = {parent.name: parent.licence for parent in mixture.manifest.parents if parent.name not in gone}
+    return check_licences(left | {name: one.licence for name, one in joined.items()})
+
+
 def history(manifest: Manifest, change: Change, when: datetime | None = None) -> list[dict[str, Any]]:
     """Return what a manifest says of a change: who left, joined or was replaced, on which day, and from what."""
     now = (when or datetime.now(UTC)).date().isoformat()
@@ -246,19 +258,21 @@ def _recipe(mixture: OpenedMixture, experts: Sequence[str]) -> Recipe:
 
 
 def _descent(
-    mixture: OpenedMixture, change: Change, joined: Mapping[str, Manifest], record: Mapping[str, Any]
+    mixture: OpenedMixture,
+    change: Change,
+    joined: Mapping[str, Manifest],
+    record: Mapping[str, Any],
+    licences: LicenceReport,
 ) -> Descent:
     manifest = mixture.manifest
     gone = {*change.remove, *change.replace}
     parents = [parent for parent in manifest.parents if parent.name not in gone]
-    count = len(parents) + len(joined)
-    parents += [Parent("expert", name, one.digest) for name, one in joined.items()]
-    weights = {parent.name: 1 / max(count, 1) for parent in parents if parent.kind == "expert"}
-    total = sum(weights.values())
+    parents += [Parent.of(one, name) for name, one in joined.items()]
+    sharing = [parent.name for parent in parents if parent.weight is not None or parent.name in joined]
     config = {
         **manifest.config,
         "mixture": dict(record),
-        "weights": {name: weight / total for name, weight in weights.items()},
+        "weights": {name: 1 / len(sharing) for name in sharing},
     }
     if "recipe" in config:
         recipe = _changed_recipe(config["recipe"], change)
@@ -272,7 +286,7 @@ def _descent(
     ]
     data = {name: one for name, one in manifest.data.items() if name not in gone}
     data |= {name: one.data for name, one in joined.items()}
-    return Descent(tuple(parents), config, data, manifest.licence)
+    return Descent(tuple(parents), config, data, licences.result if not licences.conflicts else None)
 
 
 def _changed_recipe(recipe: Mapping[str, Any], change: Change) -> dict[str, Any] | None:

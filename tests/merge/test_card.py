@@ -38,18 +38,17 @@ def test_the_recipe_in_the_card_can_be_pasted_and_gives_the_same_model(folder: P
 
 
 def test_owners_licences_data_and_scores_are_told(folder: Path, workspace: Path) -> None:
-    parents = {name: read_manifest(workspace / "experts" / name) for name in ("code", "law", "news")}
     scores = {
         "domains": ["law"],
         "models": {
             "soup": {"bits_per_byte": {"law": 1.23456}, "perplexity": {"law": 3.0}, "tokens": {"law": 9}}
         },
     }
-    text = model_card(read_manifest(folder), scores, parents)
+    text = model_card(read_manifest(folder), scores)
     assert "| law | expert | 1 | not known | CC0-1.0 | law (10 tokens) |" in text
     assert "| soup | 1.235 |" in text
     assert str(workspace) not in text
-    assert text == model_card(read_manifest(folder), scores, parents)
+    assert text == model_card(read_manifest(folder), scores)
 
 
 def test_experts_and_seeds_have_cards_too(workspace: Path) -> None:
