@@ -20,7 +20,7 @@ from .parsing import as_dictionary, names, setting
 @click.option(
     "--trains",
     metavar="PART",
-    help="What of it trains: router, mixture, another trainer of generalists, or a pattern of tensor names.",
+    help="What of it trains: router (default), mixture, another trainer of generalists, or a pattern of tensor names.",
 )
 @click.option(
     "--domains", type=names, metavar="A,B", help="The text to train on, each giving the same share."

@@ -59,9 +59,9 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
     damaged = [name for name, problems in found.items() if problems]
     if damaged:
         click.echo(f"Error: not as made: {', '.join(damaged)}; restore or remake what changed", err=True)
-    present = [name for name, one in absences.items() if one.found]
+    present = [name for name, one in absences.items() if one.found or one.merged]
     if present:
-        click.echo(f"Error: tensors of '{absent}' are in {', '.join(present)}", err=True)
+        click.echo(f"Error: '{absent}' is in {', '.join(present)}", err=True)
     return 1 if damaged or present else 0
 
 
@@ -77,7 +77,8 @@ def _absence_lines(name: str, one: Absence) -> str:
         if not one.found
         else f"{name}: {len(one.found)} of {one.compared} tensors of '{one.expert}' are in it, such as {one.found[0]}"
     )
-    return "\n".join([verdict, *(f"  {trace}" for trace in one.traces)])
+    lines = [*([f"by its manifest, {one.merged}"] if one.merged else []), *one.traces]
+    return "\n".join([verdict, *(f"  {line}" for line in lines)])
 
 
 def _problems(folder: Path) -> list[str]:

@@ -56,7 +56,7 @@ def change_experts(
     record = manifest.config.get("mixture") or {}
     if manifest.config.get("kind") == "ensemble":
         return _shrink_ensemble(folder, output, change, how)
-    if record and (shares_its_rest_with_the_seed(manifest) or record.get("tuned")):
+    if record and _changes_by_itself(manifest, change):
         return _change_mixture(folder, output, change, how)
     if "recipe" not in manifest.config:
         raise UserError(
@@ -65,6 +65,26 @@ def change_experts(
         )
     recipe = recipe_without_and_with(manifest, folder, change, layout, models or {})
     return merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=how)
+
+
+def _changes_by_itself(manifest: Manifest, change: Change) -> bool:
+    """Tell whether a mixture's own files, and those who join, are all that a change needs.
+
+    Raises `UserError` where even the models that it was made of do not suffice.
+    """
+    record = manifest.config["mixture"]
+    if record.get("tuned"):
+        return True
+    if not shares_its_rest_with_the_seed(manifest):
+        return False
+    if record["router"]["start"] == "embedding" or not (change.add or change.replace):
+        return True
+    if record["router"].get("uses_text"):
+        raise UserError(
+            f"the router of '{manifest.name}' was fitted on text of all its experts together, so that none can join "
+            "or be replaced alone; merge again with all of them"
+        )
+    return False
 
 
 def _change_mixture(folder: Path, output: Path, change: Change, how: MergeRun) -> Manifest:

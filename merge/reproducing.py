@@ -42,10 +42,7 @@ def reproduce(
     current folder. Raises `UserError` for manifests of other artefacts and for models that are not found.
     """
     if manifest.kind != "generalist" or "recipe" not in manifest.config:
-        raise UserError(
-            f"{folder} cannot be made again from its manifest alone: it is "
-            + ("no generalist" if manifest.kind != "generalist" else "fitted on text; run its `merge` again")
-        )
+        raise UserError(f"{folder} cannot be made again from its manifest alone: it {_why_not(manifest)}")
     recipe = locate(manifest.config["recipe"], folder, layout, models or {})
     how = run or MergeRun()
     insisted = MergeRun(
@@ -58,6 +55,14 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         again = merge_recipe(recipe, Path(scratch) / folder.name, run=insisted, name=manifest.name)
     return compare(manifest, again)
+
+
+def _why_not(manifest: Manifest) -> str:
+    if manifest.kind != "generalist":
+        return "is no generalist"
+    if (manifest.config.get("mixture") or {}).get("tuned"):
+        return "was trained after its merge; run its `tune` again"
+    return "is fitted on text; run its `merge` again"
 
 
 def compare(before: Manifest, after: Manifest) -> Reproduction:

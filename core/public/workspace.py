@@ -419,7 +419,7 @@ class Workspace:
         launcher: str | None = None,
         reporter: RunReporter | None = None,
     ) -> Manifest:
-        """Train a generalist further (its `router`, or a whole `mixture`) into a new one called `name`.
+        """Train a generalist further (its `router`, the default, or a whole `mixture`) into a new one called `name`.
 
         `base` is a generalist of this workspace, or `seed`. A tuning that was interrupted goes on when it is called again
         with the name alone, or with the same settings.
@@ -430,17 +430,17 @@ class Workspace:
         folder = self.generalists / name
         begun = (folder / RUN_FILE).is_file() and not is_finished(folder) and not force
         if not begun:
-            if base is None or trains is None:
+            if base is None:
                 raise UserError(
                     f"there is no unfinished tuning '{name}' to go on with; say what to train: --from GENERALIST "
-                    "--trains router --domains A,B"
+                    "--domains A,B"
                 )
             folder = start_tuning(
                 self.layout,
                 self.config,
                 name,
                 base=base,
-                trains=trains,
+                trains=trains or "router",
                 domains=domains,
                 options=options or {},
                 training=checked(TrainingConfig, training or {}, "training"),

@@ -9,7 +9,8 @@ from typing import Any
 
 from ...core.errors import UserError
 from ...core.lineage import Manifest, digests_of_folder, manifest_path, read_manifest
-from ...core.safetensors_io import Checkpoint, TensorEntry
+from ...core.numeric import FLOATING, encode
+from ...core.safetensors_io import Checkpoint, TensorEntry, digest_start
 from ..reading import Reader
 from ..sources import StoredTensor
 from .opened import slice_of
@@ -27,6 +28,8 @@ class Absence:
     """Tensors of the expert that were looked for."""
     found: tuple[str, ...]
     """Those that are in the folder, by their names there."""
+    merged: str | None
+    """How the expert is part of the model all the same: as a share of a mean, or as an expert that trained on."""
     traces: tuple[str, ...]
     """Sentences on what was trained while the expert was there."""
 
@@ -42,21 +45,45 @@ def find_expert(folder: Path, expert: Path) -> Absence:
     theirs, manifest = read_manifest(expert), read_manifest(folder)
     if theirs.kind != "expert":
         raise UserError(f"{expert} is no expert, but a {theirs.kind}")
-    wanted = {digest: name for name, digest in _worth_looking_for(expert, theirs).items()}
+    entries = _worth_looking_for(expert, theirs)
+    wanted = {theirs.tensors[name] for name in entries} | _rounded(entries, _dtypes(folder))
     found = [name for name, digest in _all_digests(folder, len(_slots(manifest))).items() if digest in wanted]
-    return Absence(theirs.name, len(wanted), tuple(sorted(found)), tuple(_traces(manifest, theirs)))
+    return Absence(
+        theirs.name,
+        len(entries),
+        tuple(sorted(found)),
+        _merged(manifest, theirs),
+        tuple(_traces(manifest, theirs)),
+    )
 
 
-def _worth_looking_for(expert: Path, manifest: Manifest) -> dict[str, str]:
+def _worth_looking_for(expert: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for file in sorted(expert.glob("*.safetensors")):
         entries |= Checkpoint([file]).entries
     # what an expert knows of public text is no part of it
     return {
-        name: digest
-        for name, digest in manifest.tensors.items()
-        if name in entries and name != "public" and entries[name].num_bytes > _SMALLEST * 8
+        name: entry
+        for name, entry in entries.items()
+        if name in manifest.tensors and name != "public" and entry.num_bytes > _SMALLEST * 8
     }
+
+
+def _dtypes(folder: Path) -> set[str]:
+    files = folder.rglob("*.safetensors")
+    return {entry.dtype for file in files for entry in Checkpoint([file]).entries.values()} & set(FLOATING)
+
+
+def _rounded(entries: Mapping[str, TensorEntry], dtypes: set[str]) -> set[str]:
+    """Return the digests that tensors have in a model of another dtype."""
+    found = set()
+    with Reader() as reader:
+        for name, entry in entries.items():
+            for dtype in dtypes - {entry.dtype}:
+                state = digest_start(dtype, entry.shape)
+                state.update(memoryview(encode(reader.whole(StoredTensor(entry, name=name)), dtype)))
+                found.add(state.hexdigest())
+    return found
 
 
 def _all_digests(folder: Path, experts: int) -> dict[str, str]:
@@ -86,6 +113,15 @@ def _slots(manifest: Manifest) -> list[str]:
     return list((manifest.config.get("mixture") or {}).get("experts", ()))
 
 
+def _merged(manifest: Manifest, expert: Manifest) -> str | None:
+    """Return how the manifest says that the expert is part of the model; None where it does not."""
+    if all(parent.digest != expert.digest for parent in manifest.parents):
+        return None
+    if expert.name in _slots(manifest):
+        return f"'{expert.name}' is one of its experts"
+    return f"'{expert.name}' was merged into it"
+
+
 def _traces(manifest: Manifest, expert: Manifest) -> list[str]:
     """Return what was trained, or fitted, jointly while the expert was one of the model's."""
     record: Mapping[str, Any] = manifest.config.get("mixture") or {}
@@ -102,6 +138,4 @@ def _traces(manifest: Manifest, expert: Manifest) -> list[str]:
                 found.append(
                     "the router's rows were fitted on text of all experts together, that one included"
                 )
-    if any(parent.digest == expert.digest for parent in manifest.parents):
-        found.append(f"its manifest names '{expert.name}' as a parent")
     return found

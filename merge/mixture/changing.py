@@ -27,7 +27,7 @@ from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly
 from .mixing import PUBLIC, settle_bias
 from .opened import OpenedMixture, open_mixture
 from .options import MixtureOptions
-from .router_rows import brought_by
+from .router_rows import ROUTER_FILE, brought_by
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,17 @@ def _changed_parts(
         if name in change.replace:
             place = [expert.name for expert in experts].index(name)
             experts[place] = parts
+            if row is None:
+                continue  # it is the predecessor's, which `_traces` tells
             rows[:, place] = row.rows[:, 0]
             if biases is not None and row.biases is not None:
                 biases[:, place] = row.biases[:, 0]
         else:
+            if row is None:
+                raise UserError(
+                    f"'{name}' ({folder}) brings no router row ({ROUTER_FILE}), and this router was trained since its merge; "
+                    "train the expert with --trains flexolmo, or merge and tune again with all experts"
+                )
             experts.append(parts)
             rows = np.concatenate([rows, row.rows], axis=1)
             if biases is not None and row.biases is not None:
@@ -159,8 +166,10 @@ def _changed_parts(
     return experts, RouterParts(rows, biases), joined
 
 
-def _brought(mixture: OpenedMixture, name: str, folder: Path) -> tuple[ExpertParts, RouterParts, Manifest]:
-    """Return what an expert brings to this mixture; raises `UserError` for one of another seed."""
+def _brought(
+    mixture: OpenedMixture, name: str, folder: Path
+) -> tuple[ExpertParts, RouterParts | None, Manifest]:
+    """Return what an expert brings to this mixture, maybe a router row; raises `UserError` for one of another seed."""
     manifest = read_manifest(folder)
     seed = next((parent.digest for parent in mixture.manifest.parents if parent.kind == "seed"), None)
     theirs = next((parent.digest for parent in manifest.parents if parent.kind == "seed"), None)
@@ -180,6 +189,8 @@ def _brought(mixture: OpenedMixture, name: str, folder: Path) -> tuple[ExpertPar
             raise UserError(
                 f"'{name}' ({folder}) did not change '{tensor}', and the mixture does not hold the seed's"
             )
+    if not (folder / ROUTER_FILE).is_file():
+        return ExpertParts(name, feed_forward), None, manifest
     choice = mixture.record["router"]["biases"]
     row = settle_bias(brought_by(folder, name, _scale(mixture)), choice if choice != "none" else "drop")
     return ExpertParts(name, feed_forward), row, manifest
@@ -240,6 +251,11 @@ def _traces(mixture: OpenedMixture, change: Change) -> list[str]:
         for tuning in mixture.record.get("tuned", ())
         for name in gone
         if name in tuning.get("experts", ())
+    ]
+    found += [
+        f"the one that takes the place of '{name}' brings no router row and keeps that of '{name}'"
+        for name, folder in change.replace.items()
+        if not (folder / ROUTER_FILE).is_file()
     ]
     if gone and mixture.record["router"].get("uses_text"):
         found.append(

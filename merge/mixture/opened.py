@@ -58,8 +58,7 @@ def open_mixture(folder: Path) -> OpenedMixture:
     family = installed_plugins().architectures()[record["family"]]
     target = next(one for one in (*family.mixtures, container_target(family)) if one.name == record["target"])
     source = open_source(manifest.name, folder, allow_containers=True)
-    fused = record["options"]["layout"] == "fused" and not record.get("tuned")
-    parts = _Parts(source, record, target, fused)
+    parts = _Parts(source, record, target)
     return OpenedMixture(
         source, manifest, record, family, target, parts.experts(), parts.shared(), parts.router()
     )
@@ -68,11 +67,13 @@ def open_mixture(folder: Path) -> OpenedMixture:
 class _Parts:
     """Sorts the tensors of a mixture."""
 
-    def __init__(self, source: Source, record: Mapping[str, Any], target: MixtureTarget, fused: bool) -> None:
-        self.source, self.record, self.target, self.fused = source, record, target, fused
+    def __init__(self, source: Source, record: Mapping[str, Any], target: MixtureTarget) -> None:
+        self.source, self.record, self.target = source, record, target
         self.names: tuple[str, ...] = tuple(record["experts"])
         self.tensors = {name.removeprefix(target.prefix): stored for name, stored in source.tensors.items()}
         self.layers = layer_names(self.tensors)
+        # the options may say another layout: what trained on was written anew
+        self.fused = any(name.endswith(tuple(_FUSED)) for name in self.tensors)
 
     def experts(self) -> tuple[ExpertParts, ...]:
         return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
+from expertctl.merge.plan import Permissions
+from expertctl.merge.reproducing import reproduce
 from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -248,3 +251,72 @@ def test_tuning_moves_rows_only(flexolmo_workspace: Workspace) -> None:
     assert manifest.config["mixture"]["tuned"][0]["domains"].keys() == {"public"}
     assert {parent.name for parent in manifest.parents} == {"all-plain", "seed", *OWNERS}
     assert "recipe" not in manifest.config
+
+
+def test_random_rows_are_made_again_for_those_who_join(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    settings = {"method": "mixture", "options": {"router": "random"}}
+    whole = merge(flexolmo_workspace, "random-all", OWNERS, **settings)
+    two = merge(flexolmo_workspace, "random-two", OWNERS[:2], **settings)
+    join = Change(add={OWNERS[2]: flexolmo_workspace.experts / OWNERS[2]})
+    change_experts(two, tmp_path / "joined", join, layout=flexolmo_workspace.layout)
+    assert model_files(tmp_path / "joined") == model_files(whole)
+
+
+def test_rows_fitted_on_text_of_all_let_nobody_join_alone(
+    flexolmo_workspace: Workspace, tmp_path: Path
+) -> None:
+    two = merge(flexolmo_workspace, "hidden-two", OWNERS[:2], method="mixture")
+    join = Change(add={OWNERS[2]: flexolmo_workspace.experts / OWNERS[2]})
+    with pytest.raises(UserError, match="fitted on text of all its experts together"):
+        change_experts(two, tmp_path / "joined", join, layout=flexolmo_workspace.layout)
+    assert not (tmp_path / "joined").exists()
+
+
+def test_a_fused_mixture_is_taken_apart_after_tuning(tmp_path: Path) -> None:
+    workspace = make_flexolmo_workspace(tmp_path / "fused", "qwen2")
+    fused = merge(workspace, "fused", OWNERS, options={"layout": "fused"})
+    tuned = tune_here(workspace, "tuned", fused.name, trains="router", domains=["public"])
+    change_experts(tuned, tmp_path / "left", Change(remove=(OWNERS[0],)))
+    assert load_model(tmp_path / "left")[0].config.num_experts == len(OWNERS)
+    assert verify(tmp_path / "left") == []
+
+
+def test_a_tuned_expert_is_no_absent_one(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    base = merge(flexolmo_workspace, "flexolmo-all", OWNERS)
+    tuned = tune_here(flexolmo_workspace, "mixture-tuned", base.name, trains="mixture", domains=["public"])
+    expert = flexolmo_workspace.experts / OWNERS[0]
+    there = find_expert(tuned, expert)
+    assert not there.found  # every tensor of it moved
+    assert there.merged == f"'{OWNERS[0]}' is one of its experts"
+    change_experts(tuned, tmp_path / "left", Change(remove=(OWNERS[0],)))
+    gone = find_expert(tmp_path / "left", expert)
+    assert gone.merged is None
+    assert any("while 'prose' was one of the experts" in trace for trace in gone.traces)
+
+
+def test_rounded_tensors_are_found_too(flexolmo_workspace: Workspace) -> None:
+    folder = merge(flexolmo_workspace, "rounded", OWNERS, dtype="bfloat16")
+    assert find_expert(folder, flexolmo_workspace.experts / OWNERS[1]).found
+
+
+def test_cards_and_licences_follow_the_experts(tmp_path: Path) -> None:
+    workspace = make_flexolmo_workspace(tmp_path / "licences", "llama")
+    terms = dict(zip(OWNERS, ("mit", "cc-by-nc-4.0", "mit"), strict=True))
+    for name, licence in terms.items():
+        folder = workspace.experts / name
+        replace(read_manifest(folder), licence=licence, owner=f"{name} ltd").write(folder)
+    whole = merge(workspace, "all", OWNERS)
+    assert read_manifest(whole).licence == "cc-by-nc-4.0"
+    left = change_experts(whole, tmp_path / "left", Change(remove=(OWNERS[1],)))
+    assert left.licence == "mit"
+    card = (tmp_path / "left" / "README.md").read_text()
+    assert f"{OWNERS[0]} ltd | mit | {OWNERS[0]} (" in card
+    assert f"{OWNERS[1]} ltd" not in card
+    nobody = workspace.experts / OWNERS[1]
+    replace(read_manifest(nobody), licence="cc-by-nd-4.0").write(nobody)
+    join = Change(add={OWNERS[1]: nobody})
+    with pytest.raises(UserError, match="allows no derived models"):
+        change_experts(tmp_path / "left", tmp_path / "joined", join)
+    allowed = MergeRun(permissions=Permissions(licences=True))
+    assert change_experts(tmp_path / "left", tmp_path / "joined", join, run=allowed).licence is None
+    assert reproduce(left, tmp_path / "left", layout=workspace.layout).same
