@@ -32,6 +32,7 @@ from .types import (
     Trainer,
     TrainingStep,
 )
+from .usual_architecture import usual_architecture
 
 if TYPE_CHECKING:
     import click
@@ -244,9 +245,9 @@ class PluginManager:
         return self._collect("architectures", Architecture)
 
     def architecture_of(self, model_type: str) -> Architecture:
-        """Return the family that a `config.json` model type belongs to; raises `UserError`."""
+        """Return the family that a `config.json` model type belongs to; one that nobody describes keeps its parts as usual."""
         families = {kind: family for family in self.architectures().values() for kind in family.model_types}
-        return _pick("architecture for model type", model_type, families)
+        return families.get(model_type) or usual_architecture(model_type)
 
     def provider(self, hook: str, name: str) -> PluginInfo:
         """Return the plugin that brought one offer, such as merge method 'average'."""

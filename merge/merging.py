@@ -216,6 +216,10 @@ def _stream(
 ) -> Manifest:
     """Merge tensor by tensor; tensors are compared with the manifests' digests while they are read."""
     check_lineage(layout.seed, folders, tensors=False, unrelated=how.permissions.unrelated)
+    if config.search is not None and installed_plugins().merge_method(config.method).assemble is not None:
+        raise UserError(
+            f"merge method '{config.method}' is not searched; search with --method average, and give what it finds as weights"
+        )
     weights: Mapping[str, Setting] = config.weights if not isinstance(config.weights, str) else {}
     plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
     check_output(plan, target)
@@ -420,7 +424,7 @@ def expert_folders(layout: Layout, names: Sequence[str] | None, parent: Path) ->
     for name in wanted:
         folder = parent / name
         if name not in finished:
-            if folder.is_dir():
+            if folder.is_dir() and folder.parent == parent:
                 raise UserError(f"expert '{name}' is not finished; go on with `expertctl train {name}`")
             folder = _outside_folder(layout, name)
             if not folder.is_dir():

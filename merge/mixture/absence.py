@@ -81,7 +81,8 @@ def _rounded(entries: Mapping[str, TensorEntry], dtypes: set[str]) -> set[str]:
         for name, entry in entries.items():
             for dtype in dtypes - {entry.dtype}:
                 state = digest_start(dtype, entry.shape)
-                state.update(memoryview(encode(reader.whole(StoredTensor(entry, name=name)), dtype)))
+                content: Any = encode(reader.whole(StoredTensor(entry, name=name)), dtype)
+                state.update(content)
                 found.add(state.hexdigest())
     return found
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
+from ...core.errors import UserError
 from ...core.sorted_loop import mixed
 from .targets import CONTAINER_TYPE
 
@@ -91,6 +93,12 @@ class MixtureFeedForward(nn.Module):
 
     def __init__(self, experts: list[nn.Module], router: TopKRouter) -> None:
         super().__init__()
+        given = [one for one in signature(experts[0].forward).parameters.values() if one.default is one.empty]
+        if len(given) != 1:
+            raise UserError(
+                f"its feed-forward ({type(experts[0]).__name__}) takes {', '.join(one.name for one in given)}, and "
+                "experts are given hidden states alone: this family cannot become a mixture"
+            )
         self.experts = nn.ModuleList(experts)
         self.router = router
 

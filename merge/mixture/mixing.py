@@ -16,7 +16,7 @@ from ..tensor_plan import Action, TensorPlan
 from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly, split_feed_forward
 from .inputs import AssemblyInputs
 from .options import MixtureOptions, shape_of
-from .targets import choose_target
+from .targets import CONTAINER, choose_target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,10 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
     family = installed_plugins().architecture_of(str(leading.config.get("model_type")))
     names, _ = split_feed_forward(leading.tensors, family)
     if not names:
-        raise UserError(f"{leading.folder} has no feed-forwards where family '{family.name}' keeps them")
+        raise UserError(
+            f"{leading.folder} has no feed-forwards where family '{family.name}' keeps them "
+            f"({', '.join(family.feed_forward)}); a plugin can say where: hook `architectures`"
+        )
     experts = [
         ExpertParts(name, {one: _tensor(inputs.sources[name], one) for one in names})
         for name in inputs.recipe.experts
@@ -58,6 +61,8 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
         dtype=inputs.recipe.dtype,
         layout=options.layout,
     )
+    if target.name == CONTAINER and family.name not in installed_plugins().architectures():
+        require_runnable(config)  # of a family that nobody described
     return Assembly(
         tensors,
         config,
@@ -104,6 +109,16 @@ def _tensor(source: Source, name: str) -> Any:
     return source.tensors[name]
 
 
+def require_runnable(config: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless the container can hold such a model; weights are not needed."""
+    import torch
+
+    from .container import MixtureConfig, MixtureForCausalLM
+
+    with torch.device("meta"):
+        MixtureForCausalLM(MixtureConfig(**config))
+
+
 # --- what is shared ---
 
 
@@ -114,6 +129,11 @@ def _shared(
     if options.shared == "average":
         plans = inputs.dense(_dense_recipe(inputs.recipe, inputs.recipe.experts))
         return _outside(plans, family), ()
+    if any(WEIGHT in source.parameters for part in inputs.recipe.slices for source in part.sources):
+        raise UserError(
+            "weights say how much of each expert's tensors outside of its feed-forward is taken, and this mixture takes "
+            "those from the seed; leave them out, or average those tensors (--option shared=average)"
+        )
     changed = _changed_outside(inputs, family)
     if changed and not options.discard:
         name, tensors = next(iter(changed.items()))

@@ -55,7 +55,7 @@ def open_mixture(folder: Path) -> OpenedMixture:
     record = manifest.config.get("mixture")
     if not record or "experts" not in record:
         raise UserError(f"{folder} is no mixture of experts: its manifest names none")
-    family = installed_plugins().architectures()[record["family"]]
+    family = installed_plugins().architecture_of(record["dense"]["model_type"])
     target = next(one for one in (*family.mixtures, container_target(family)) if one.name == record["target"])
     source = open_source(manifest.name, folder, allow_containers=True)
     parts = _Parts(source, record, target)

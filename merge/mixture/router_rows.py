@@ -100,6 +100,9 @@ def brought_by(folder: Path, name: str, scale: float = 1.0) -> RouterStart:
 
 def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
     """Return what an expert brings for a router; raises `UserError` for an expert that was trained without one."""
+    import numpy as np
+
+    from ...core.lineage import manifest_path, read_manifest
     from ...core.safetensors_io import Checkpoint
     from ..reading import Reader
     from ..sources import StoredTensor
@@ -110,11 +113,18 @@ def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
             f"expert '{name}' ({folder}) brings no router row ({ROUTER_FILE}); train it with --trains flexolmo, or choose "
             "another start of the router: --option router=hidden"
         )
+    promised = read_manifest(folder).tensors if manifest_path(folder) is not None else {}
     with Reader() as reader:
-        return {
-            key: reader.whole(StoredTensor(entry, name=key))
+        found = {
+            key: reader.whole(StoredTensor(entry, promised.get(key), name=key))
             for key, entry in Checkpoint([path]).entries.items()
         }
+    for key in ("rows", "biases"):
+        if key not in found:
+            raise UserError(f"{path} has no tensor '{key}'; train the expert again with --trains flexolmo")
+        if not np.isfinite(found[key]).all():
+            raise UserError(f"the router {key} of expert '{name}' ({path}) are not finite; train it again")
+    return found
 
 
 def prompt_rows(inputs: RouterInputs) -> RouterStart:

@@ -105,10 +105,6 @@ def test_hooks_are_asked_once() -> None:
         ),
         (lambda m: m.launcher("slurm"), "no launcher 'slurm'; installed: local"),
         (lambda m: m.evaluator("x"), "no evaluator 'x'; installed: perplexity"),
-        (
-            lambda m: m.architecture_of("lama"),
-            r"no architecture for model type 'lama' \(did you mean 'llama'\?\)",
-        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_choices(ask: Callable[[PluginManager], Any], said: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from expertctl import load_model
+from expertctl import UserError, load_model
 from expertctl.core.lineage import read_manifest
 from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.merging import merge_recipe
@@ -26,6 +26,18 @@ NATIVE = {
     "qwen3": "Qwen3MoeForCausalLM",
 }
 CONTAINED = ["olmo", "gemma", "gemma2", "gemma3_text", "gpt2"]
+NOT_DESCRIBED = [
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "stablelm",
+    "starcoder2",
+    "granite",
+    "smollm3",
+    "glm4",
+    "cohere2",
+]
+"""Families that no plugin describes."""
 TOKENS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -194,3 +206,26 @@ def test_a_container_saved_by_transformers_is_loaded_again(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again"), logits(tmp_path / "mixture"))
+
+
+@pytest.mark.parametrize("family", NOT_DESCRIBED)
+def test_families_that_nobody_describes_run_in_the_container(tmp_path: Path, family: str) -> None:
+    models = copies(tmp_path, family, 3)
+    folder = mix(tmp_path, models, top_k=2)
+    torch.testing.assert_close(logits(folder), logits(models["base"]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("bloom", "BloomMLP\\) takes hidden_states, residual"),
+        ("opt", "no feed-forwards where family 'opt' keeps"),
+    ],
+)
+def test_families_without_feed_forwards_of_their_own_are_refused(
+    tmp_path: Path, family: str, said: str
+) -> None:
+    models = copies(tmp_path, family, 2)
+    with pytest.raises(UserError, match=said):
+        mix(tmp_path, models)
+    assert not (tmp_path / "mixture").exists()
