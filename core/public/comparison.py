@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BASELINES = ("seed", "best-expert", "average", "ensemble")
 BEST_EXPERT = "best-expert"
+_MERGED = ("average", "ensemble")
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ def compare(
     from expertctl.experts.evaluation import EvaluationTable, evaluate
 
     folder = workspace.layout.artefact(model)
-    experts = _experts_of(workspace, folder)
+    experts = _experts_of(workspace, folder) if {BEST_EXPERT, *_MERGED} & set(against) else {}
     with tempfile.TemporaryDirectory(prefix=".baselines-", dir=workspace.root) as scratch:
         folders = {model: folder}
         for name in against:
             if name == BEST_EXPERT:
                 folders |= experts
-            elif name in ("average", "ensemble"):
+            elif name in _MERGED:
                 say(f"making the {name} of {', '.join(experts)} to compare with")
                 folders[name] = _merged(workspace, name, experts, Path(scratch))
             else:

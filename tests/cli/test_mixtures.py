@@ -120,6 +120,7 @@ def test_one_model_is_compared_at_a_time(campus: Path, run: Any) -> None:
         in run("eval", "campus", "--against", "sead", cwd=campus).error
     )
     assert "was made of no experts" in run("eval", "seed", "--against", "average", cwd=campus).error
+    assert run("eval", "prose", "--against", "seed", "--domains", "prose", cwd=campus).status in (0, 3)
 
 
 @pytest.mark.slow
