@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import RLock
@@ -50,6 +51,20 @@ def load_model(
     part, files stay as they are. An expert that was trained as part of something larger (`flexolmo`: beside the public
     feed-forward) comes back as that, or, without `as_trained`, as the dense model of its tensors. Raises `UserError` for folders that are unfinished, damaged or of no known kind.
     """
+    model = load_network(folder, seed=seed, dtype=dtype, without=without, as_trained=as_trained)
+    with _LOADING:
+        return model, load_tokenizer(tokenizer_folder(Path(folder), Path(seed) if seed is not None else None))
+
+
+def load_network(
+    folder: str | Path,
+    *,
+    seed: str | Path | None = None,
+    dtype: str = "auto",
+    without: Collection[str] = (),
+    as_trained: bool = True,
+) -> PreTrainedModel:
+    """Load an artefact's model alone, as `load_model` does; a folder without a tokenizer will do."""
     path = Path(folder)
     if isinstance(without, str):
         without = (without,)
@@ -60,14 +75,13 @@ def load_model(
         raise UserError(f"{path} is not finished: it has a run.json and no manifest; train it to its end")
     with _LOADING, without_loading_bars():
         if manifest is not None and manifest.kind == "expert":
-            base = seed_of(path, manifest, seed)
-            model = _from_pretrained(base, dtype)
+            model = _from_pretrained(seed_of(path, manifest, seed), dtype)
             trainer = installed_plugins().trainers().get(manifest.trainable or "")
             if as_trained and trainer is not None and trainer.restore is not None:
                 model = trainer.restore(model, path)
             else:
                 overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
-            return model.eval(), load_tokenizer(base)
+            return model.eval()
         model = _from_pretrained(path, dtype)
         if without:
             model = _without(model, path, manifest, without)
@@ -75,7 +89,7 @@ def load_model(
             from .sorted_loop import use_sorted_loop
 
             use_sorted_loop(model)
-        return model, load_tokenizer(path)
+        return model
 
 
 def _without(
@@ -89,6 +103,13 @@ def _without(
     for name in gone:
         if name not in experts:
             raise unknown_name("expert", name, experts, listed_as="the model has")
+        for tuning in mixture.get("tuned", ()):
+            if name in tuning.get("experts", ()):
+                warnings.warn(
+                    f"its {tuning['trains']} trained on {', '.join(tuning['domains'])} while '{name}' was one of its "
+                    "experts",
+                    stacklevel=3,
+                )
     return method.switch_off(model, experts, gone).eval()
 
 

@@ -44,6 +44,7 @@ SELECTION_VARIABLE = "EXPERTCTL_PLUGINS"
 BUILTIN_PLUGINS = (
     "architectures",
     "btm",
+    "bts",
     "btx",
     "corpus_files",
     "demix",

@@ -235,6 +235,48 @@ class BalancedUnion:
         return self._largest * len(self.parts)
 
 
+class SharedUnion:
+    """Several domains, each giving its share of the blocks, spread evenly: at any point it is within one block of it.
+
+    The order of domains is the one in which each is as near to its share as can be; it begins again after `period`
+    blocks. An epoch is as many blocks as all domains have, rounded up to whole periods.
+    """
+
+    period = 1000
+
+    def __init__(self, parts: Sequence[Blocks], shares: Sequence[float]) -> None:
+        self.parts = tuple(parts)
+        self.block_size = parts[0].block_size
+        total = sum(shares)
+        self._order = _spread([share / total for share in shares], self.period)
+        self._before = [[0] * len(parts)]
+        """How many blocks of each domain come before each place of a period."""
+        for which in self._order:
+            counts = list(self._before[-1])
+            counts[which] += 1
+            self._before.append(counts)
+
+    def __len__(self) -> int:
+        return -(-sum(len(part) for part in self.parts) // self.period) * self.period
+
+    def part_at(self, number: int) -> tuple[int, int]:
+        """Return which domain the `number`-th block drawn is of, and how many of that domain came before it."""
+        periods, place = divmod(number, self.period)
+        which = self._order[place]
+        return which, periods * self._before[-1][which] + self._before[place][which]
+
+
+def _spread(shares: Sequence[float], count: int) -> list[int]:
+    """Return a sequence in which each index comes by its share: next is always the one furthest behind."""
+    given = [0] * len(shares)
+    order = []
+    for place in range(1, count + 1):
+        which = max(range(len(shares)), key=lambda one: shares[one] * place - given[one])
+        given[which] += 1
+        order.append(which)
+    return order
+
+
 class RandomSlice:
     """One of `count` equal random slices of some blocks: the same blocks for the same seed, none in two."""
 
@@ -282,8 +324,13 @@ class Position:
         return Position(self.epoch + epochs, index)
 
 
-def draw(blocks: Blocks | BalancedUnion, position: Position, seed: int) -> NDArray[np.int64]:
+def draw(blocks: Blocks | BalancedUnion | SharedUnion, position: Position, seed: int) -> NDArray[np.int64]:
     """Return the block at a position of the order that `seed` gives: a pure function of its arguments."""
+    if isinstance(blocks, SharedUnion):
+        which, turn = blocks.part_at(position.epoch * len(blocks) + position.index)
+        part = blocks.parts[which]
+        epoch, index = divmod(turn, len(part))
+        return draw(part, Position(epoch, index), seed + 1_000_003 * (which + 1))
     if isinstance(blocks, BalancedUnion):
         turn, which = divmod(position.epoch * len(blocks) + position.index, len(blocks.parts))
         part = blocks.parts[which]
@@ -292,8 +339,10 @@ def draw(blocks: Blocks | BalancedUnion, position: Position, seed: int) -> NDArr
     return blocks.block(shuffled(position.index, len(blocks), seed * 1_000_033 + position.epoch))
 
 
-def domain_at(blocks: Blocks | BalancedUnion, position: Position) -> int:
+def domain_at(blocks: Blocks | BalancedUnion | SharedUnion, position: Position) -> int:
     """Return which part of a union the block at a position is of; 0 where there is one."""
+    if isinstance(blocks, SharedUnion):
+        return blocks.part_at(position.epoch * len(blocks) + position.index)[0]
     if isinstance(blocks, BalancedUnion):
         return (position.epoch * len(blocks) + position.index) % len(blocks.parts)
     return 0

@@ -59,6 +59,8 @@ class TrainablePart:
     """Told before each optimiser step how many were done."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What the manifest of a generalist says besides: `method`, `kind`, `weights` ..."""
+    shares: Mapping[str, float] | None = None
+    """How much of the blocks each domain of the run gives; None: all the same."""
     finish: Callable[[Path], None] | None = None
     """Writes the model's files into the folder of a generalist; None: it is saved as transformers saves it."""
 
@@ -205,6 +207,8 @@ class MergeMethod:
     """Fewest and most experts that it can merge; None: no limit."""
     switch_off: Callable[[Any, Sequence[str], Collection[str]], PreTrainedModel] | None = None
     """`switch_off(model, experts, gone)` returns a loaded model without some of its `experts` (all, in order)."""
+    takes_models: bool = False
+    """Whether `build` takes any folder of a model with the seed's tokenizer, not only experts of the seed."""
     statistics: str | None = None
     """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..core.config import load_project
@@ -9,7 +10,7 @@ from ..core.errors import UserError
 from ..core.lineage import read_manifest, require_intact
 from ..core.loading import ExpertTensors, load_model, max_positions, overlay_tensors
 from ..core.safetensors_io import Checkpoint
-from ..core.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, TokenBlocks
+from ..core.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, SharedUnion, TokenBlocks
 from ..core.types import TrainingText
 from .branching import parent_digests
 from .corpora import domain_config, prepare_domain
@@ -99,7 +100,9 @@ def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
         loop.load_optimiser_state({name: state.read(name) for name in state})
 
 
-def training_blocks(run: RunInputs) -> Blocks | BalancedUnion:
+def training_blocks(
+    run: RunInputs, shares: Mapping[str, float] | None = None
+) -> Blocks | BalancedUnion | SharedUnion:
     """Return what the run draws from; raises `UserError` for a domain with less than one block of text."""
     size = run.spec.training.sequence_length
     parts = [TokenBlocks(domain.open("train"), size) for domain in run.domains]
@@ -112,4 +115,6 @@ def training_blocks(run: RunInputs) -> Blocks | BalancedUnion:
     if run.spec.slice is not None:
         index, count = run.spec.slice
         return RandomSlice(Concatenation(parts), index, count, run.spec.training.seed)
+    if len(parts) > 1 and shares is not None:
+        return SharedUnion(parts, [shares[domain.name] for domain in run.domains])
     return BalancedUnion(parts) if len(parts) > 1 else parts[0]

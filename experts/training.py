@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.config import TrainingConfig
 from ..core.errors import UserError
-from ..core.token_store import BalancedUnion, Blocks, Position, domain_at, draw
+from ..core.token_store import BalancedUnion, Blocks, Position, SharedUnion, domain_at, draw
 from ..core.types import TrainablePart
 from .schedule import learning_rate, progress_at
 
@@ -34,7 +34,9 @@ class StepReport:
 class TrainingLoop:
     """A trainable part, its optimiser, and a position in the data: everything a checkpoint must hold."""
 
-    def __init__(self, part: TrainablePart, blocks: Blocks | BalancedUnion, config: TrainingConfig) -> None:
+    def __init__(
+        self, part: TrainablePart, blocks: Blocks | BalancedUnion | SharedUnion, config: TrainingConfig
+    ) -> None:
         import torch
 
         if len(blocks) == 0:

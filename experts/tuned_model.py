@@ -63,7 +63,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mappin
         key: value for key, value in base.config.items() if key not in ("recipe", "shard_bytes", "training")
     }
     mixture = {**(config.get("mixture") or {}), **described.get("mixture", {})}
-    tuning["experts"] = list(mixture.get("experts", ()))
+    tuning["experts"] = list(mixture.get("experts") or config.get("weights", ()))
     mixture["tuned"] = [*mixture.get("tuned", ()), tuning]
     own_parent = Parent.of(base, spec.base or "seed")
     return Manifest(

@@ -19,12 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    DynamicCache,
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from ..core.errors import UserError
@@ -33,6 +31,7 @@ from ..core.loading import checkpoint_tensors
 from ..core.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
 from ..core.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ..core.scoring import token_log_probs
+from .members_cache import MembersCache
 
 MODEL_TYPE = "expertctl_ensemble"
 EXPERTS_FOLDER = "experts"
@@ -81,38 +80,27 @@ class EnsembleConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class EnsembleCache(Cache):
+class EnsembleCache(MembersCache):
     """One key-value cache for each expert, and each expert's account of the text so far."""
 
     def __init__(self, num_experts: int) -> None:
-        super().__init__(layers=[])
-        self.members = [DynamicCache() for _ in range(num_experts)]
+        super().__init__(num_experts)
         self.scores: list[Tensor | None] = [None] * num_experts
         """Summed log-probability of the text so far, (B,) for each expert."""
         self.last_log_probs: list[Tensor | None] = [None] * num_experts
         """Log-probabilities of the token after the text so far, (B, V) for each expert."""
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(self.members[0].get_seq_length(layer_idx)) if self.members else 0
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        for member in self.members:
-            member.reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)
         self._choose(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for member in self.members:
-            member.batch_repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
         self.scores = [_repeated(tensor, repeats) for tensor in self.scores]
         self.last_log_probs = [_repeated(tensor, repeats) for tensor in self.last_log_probs]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        for member in self.members:
-            member.batch_select_indices(indices)
+        super().batch_select_indices(indices)
         self._choose(indices)
 
     def crop(self, tokens_to_remove: int) -> None:

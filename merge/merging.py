@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import MergeConfig, parse_options
+from ..core.digest_cache import digests_of_untouched
 from ..core.errors import Interrupted, UserError, unknown_name
 from ..core.files import exclusive, link_or_copy, new_folder, refuse_existing, resumable_folder
 from ..core.lineage import (
@@ -25,12 +26,13 @@ from ..core.lineage import (
     tool_versions,
 )
 from ..core.plugin_manager import PluginManager, installed_plugins
+from ..core.safetensors_io import Checkpoint
 from ..core.types import MergeFinished, MergeInputs, MergeMethod, ValidationText
 from ..core.workspace import Layout, check_name, require_free
 from .card import CARD_FILE, model_card
 from .engine import EngineSettings
 from .generalist import write_generalist
-from .licences import LicenceReport, check_licences, require_compatible
+from .licences import LicenceReport, check_licences, licence_of_folder, require_compatible
 from .plan import MergePlan, Permissions, check_output, open_sources, prepare_merge
 from .recipe import WEIGHT, Recipe, Scope, Setting, whole_models
 from .search import SearchResult, search_weights
@@ -327,12 +329,20 @@ def _checked_build(
     if config.search is not None:
         raise UserError(f"merge method '{method.name}' has no weights to search for tensor by tensor")
     for expert, folder in folders.items():
-        if not (folder / MANIFEST_NAMES["expert"]).is_file():
+        if (folder / MANIFEST_NAMES["expert"]).is_file():
+            continue
+        if not method.takes_models:
             raise UserError(
                 f"'{expert}' ({folder}) is no expert of ours; merge method '{method.name}' needs one"
             )
+        if digest_of_tokenizer(folder) != digest_of_tokenizer(layout.seed):
+            raise UserError(
+                f"'{expert}' ({folder}) has another tokenizer than the seed, so that both cannot read one text"
+            )
     seed, experts = check_lineage(layout.seed, folders, tensors=tensors)
-    licences = check_licences({SEED: seed.licence, **{one: found.licence for one, found in experts.items()}})
+    licences = check_licences(
+        {SEED: seed.licence, **{name: licence_of_folder(folder) for name, folder in folders.items()}}
+    )
     require_compatible(licences, how.permissions.licences)
     return options, seed, experts, licences
 
@@ -389,7 +399,7 @@ def _build(
             tensors={},
             files={},
             tokenizer=digest_of_tokenizer(partial),
-            parents=_parents(seed, experts, weights),
+            parents=_parents(seed, folders, experts, weights),
             config={
                 "method": method.name,
                 "kind": method.kind,
@@ -477,11 +487,18 @@ def _require_same_seed(name: str, manifest: Manifest, origin: Manifest) -> None:
 
 
 def _parents(
-    seed: Manifest, experts: Mapping[str, Manifest], weights: Mapping[str, float]
+    seed: Manifest, folders: Mapping[str, Path], experts: Mapping[str, Manifest], weights: Mapping[str, float]
 ) -> tuple[Parent, ...]:
+    def of_folder(name: str, folder: Path) -> Parent:
+        digest = digest_of_tensors(digests_of_untouched(Checkpoint.of_folder(folder), {}))
+        return Parent("model", name, digest, weights[name], licence=licence_of_folder(folder))
+
     return (
         Parent.of(seed, SEED),
-        *(Parent.of(manifest, name, weights[name]) for name, manifest in experts.items()),
+        *(
+            Parent.of(experts[name], name, weights[name]) if name in experts else of_folder(name, folder)
+            for name, folder in folders.items()
+        ),
     )
 
 

@@ -1,0 +1,1 @@
+"""Stitched models: frozen models side by side, joined by small trained layers."""
