@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .context import Session, pass_session
 from .group import Group, cli_command
 from .summaries import artefact_content, made
+
+if TYPE_CHECKING:
+    from ..core.lineage import Manifest
+    from ..merge.mixture.changing import Change
 
 output_options = [
     click.option(
@@ -30,6 +34,13 @@ output_options = [
 ]
 
 
+retrain_option = click.option(
+    "--retrain",
+    is_flag=True,
+    help="Of a stitched model: train the stitches again, from where they are, as they were trained before.",
+)
+
+
 def with_output(function: click.decorators.FC) -> click.decorators.FC:
     for option in reversed(output_options):
         function = option(function)
@@ -47,6 +58,7 @@ def command() -> None:
 
 @cli_command("remove", example="expertctl expert remove news -m campus -o campus-without-news")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@retrain_option
 @with_output
 @pass_session
 def remove(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
@@ -56,6 +68,7 @@ def remove(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
 
 @cli_command("add", example="expertctl expert add law -m campus -o campus-with-law")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@retrain_option
 @with_output
 @pass_session
 def add(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
@@ -86,6 +99,7 @@ def _change(
     allow_licences: bool,
     force: bool,
     resume: bool,
+    retrain: bool = False,
     remove: tuple[str, ...] = (),
     add: Mapping[str, Path] | None = None,
     replace: Mapping[str, Path] | None = None,
@@ -105,8 +119,16 @@ def _change(
     change = Change(tuple(dict.fromkeys(remove)), add or {}, replace or {})
     allowed = Permissions(licences=allow_licences)
     run = MergeRun(force=force, resume=resume, permissions=allowed, say=session.note)
+    start = target
+    if retrain:
+        if layout is None or target.parent != layout.generalists:
+            raise click.UsageError("--retrain makes a generalist of a workspace; give its name with -o")
+        _require_stitches(folder)
+        start = layout.generalists / f"{target.name}-untrained"
     with MergeProgress(session) as progress:
-        manifest = change_experts(folder, target, change, layout=layout, run=progress.watched(run))
+        manifest = change_experts(folder, start, change, layout=layout, run=progress.watched(run))
+    if retrain:
+        manifest = _retrained(session, target.name, start, change, force)
     record = manifest.config.get("mixture") or {}
     experts = record.get("experts") or [parent.name for parent in manifest.parents if parent.kind == "expert"]
     session.finish(
@@ -118,6 +140,47 @@ def _change(
         made(target, manifest),
         f"its experts: {', '.join(experts)}",
     )
+
+
+def _require_stitches(folder: Path) -> None:
+    from ..core.errors import UserError
+    from ..core.lineage import read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest.config.get("kind") != "stitched":
+        raise UserError(f"{folder} is not stitched, and --retrain trains stitches; leave it out")
+    if "run" not in manifest.config:
+        raise UserError(
+            f"the stitches of {folder} were never trained; leave out --retrain, then use `expertctl tune`"
+        )
+
+
+def _retrained(session: Session, name: str, start: Path, change: Change, force: bool) -> Manifest:
+    """Train the stitches of a changed model on the text of those who are there now, else as they were trained before."""
+    from ..core.lineage import read_manifest
+
+    manifest = read_manifest(start)
+    spec = manifest.config["run"]
+    workspace = session.open()
+    joined = [read_manifest(folder) for folder in (*change.add.values(), *change.replace.values())]
+    gone = {
+        domain
+        for left in (*change.remove, *change.replace)
+        for domain in workspace.trained_domains([workspace.experts / left])
+    }
+    domains = [domain for domain in spec["domains"] if domain not in gone]
+    domains += [domain for one in joined for domain in one.data.get("domains", {}) if domain not in domains]
+    with session.runs([name]) as progress:
+        return workspace.tune(
+            name,
+            start.name,
+            trains=spec["trains"],
+            domains=domains,
+            options=spec["options"],
+            training={key: value for key, value in spec["training"].items() if value is not None},
+            force=force,
+            reporter=progress,
+        )
 
 
 command.add_command(remove)

@@ -88,6 +88,11 @@ MEGA = 1_000_000
     is_flag=True,
     help="Compare the result with seed, best expert, average and ensemble; exit with status 3 if it is worse.",
 )
+@click.option(
+    "--self-contained",
+    is_flag=True,
+    help="Hold copies of all that a stitched model is made of, rather than refer to it.",
+)
 @click.option("--resume", is_flag=True, help="Go on with what a killed or interrupted merge has written.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @click.option(
@@ -137,6 +142,7 @@ def command(
     layer_groups: int | None,
     plan_only: bool,
     gate: bool,
+    self_contained: bool,
     resume: bool,
     force: bool,
     dtype: str | None,
@@ -164,6 +170,8 @@ def command(
         shard_bytes=shard_size,
         say=session.note,
     )
+    if self_contained:
+        options = (*options, ("self_contained", True))
     given = {
         "method": method,
         "experts": experts,

@@ -33,6 +33,7 @@ from .mixture.changing import Change, history, plan_change, shares_its_rest_with
 from .plan import check_output
 from .recipe import recipe_from_json
 from .reproducing import locate
+from .stitched.changing import change_stitched
 
 
 def change_experts(
@@ -56,6 +57,8 @@ def change_experts(
     record = manifest.config.get("mixture") or {}
     if manifest.config.get("kind") == "ensemble":
         return _shrink_ensemble(folder, output, change, how)
+    if manifest.config.get("kind") == "stitched":
+        return change_stitched(folder, output, change, force=how.force)
     if record and _changes_by_itself(manifest, change):
         return _change_mixture(folder, output, change, how)
     if "recipe" not in manifest.config:

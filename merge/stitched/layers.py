@@ -30,7 +30,7 @@ class Stitch(nn.Module):
 
         Projections pass states on as they are, as far as the widths allow; gates do not look at them yet.
         """
-        wanted = {_key(name) for name in names} if names is not None else None
+        wanted = {key_of(name) for name in names} if names is not None else None
         for key, gate in self.gates.items():
             if wanted is None or key in wanted:
                 nn.init.zeros_(gate.get_parameter("weight"))
@@ -41,7 +41,7 @@ class Stitch(nn.Module):
 
     def drop(self, gone: Collection[str]) -> None:
         """Take experts out."""
-        for key in _keys(gone):
+        for key in keys_of(gone):
             del self.gates[key], self.projections[key]
 
 
@@ -56,17 +56,17 @@ class ExpertsIntoHub(Stitch):
         super().__init__(dropout)
         self.gates["hub"] = nn.Linear(width, width)
         for name, inner in experts.items():
-            self.gates[_key(name)] = nn.Linear(width, width)
-            self.projections[_key(name)] = nn.Linear(inner, width, bias=False)
+            self.gates[key_of(name)] = nn.Linear(width, width)
+            self.projections[key_of(name)] = nn.Linear(inner, width, bias=False)
         self.strength = nn.Parameter(torch.zeros(width))
 
     def forward(self, hub_BTd: Tensor, experts_BTe: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the hub's new states, and those of the experts as the hub sees them (projected), both (B, T, d)."""
         if not experts_BTe:
             return hub_BTd, {}
-        logits = [self.dropout(self.gates[key](hub_BTd)) for key in ("hub", *_keys(experts_BTe))]
+        logits = [self.dropout(self.gates[key](hub_BTd)) for key in ("hub", *keys_of(experts_BTe))]
         gates = torch.stack(logits).float().softmax(dim=0).to(hub_BTd.dtype)
-        projected = {name: self.projections[_key(name)](states) for name, states in experts_BTe.items()}
+        projected = {name: self.projections[key_of(name)](states) for name, states in experts_BTe.items()}
         mean = gates[0] * hub_BTd
         for gate, states in zip(gates[1:], projected.values(), strict=True):
             mean = mean + gate * states
@@ -81,22 +81,23 @@ class HubIntoExperts(Stitch):
     def __init__(self, width: int, experts: Mapping[str, int], dropout: float = 0.0) -> None:
         super().__init__(dropout)
         for name, inner in experts.items():
-            self.gates[_key(name)] = nn.Linear(width, inner)
-            self.projections[_key(name)] = nn.Linear(width, inner, bias=False)
+            self.gates[key_of(name)] = nn.Linear(width, inner)
+            self.projections[key_of(name)] = nn.Linear(width, inner, bias=False)
 
     def forward(self, hub_BTd: Tensor, experts_BTe: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the experts' new states, (B, T, e) each."""
         found = {}
         for name, states in experts_BTe.items():
-            gate = self.dropout(self.gates[_key(name)](hub_BTd)).sigmoid()
-            found[name] = states + gate * (self.projections[_key(name)](hub_BTd) - states)
+            gate = self.dropout(self.gates[key_of(name)](hub_BTd)).sigmoid()
+            found[name] = states + gate * (self.projections[key_of(name)](hub_BTd) - states)
         return found
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """Return what a module of an expert is called: names may hold dots, which modules' may not."""
     return "expert_" + name.replace(".", "%2E")
 
 
-def _keys(names: Collection[str]) -> list[str]:
-    return [_key(name) for name in names]
+def keys_of(names: Collection[str]) -> list[str]:
+    """Return what the modules of several experts are called, in order."""
+    return [key_of(name) for name in names]

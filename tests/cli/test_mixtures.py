@@ -171,3 +171,18 @@ def test_experts_with_attention_of_their_own_are_refused_by_name(
     assert run("merge", "n", "--method", "btx", cwd=root).status == 0
     config = json.loads((root / "generalists" / "n" / "config.json").read_text())
     assert config["architectures"] == ["FlexOlmoForCausalLM"]
+
+
+@pytest.mark.slow
+def test_stitches_are_trained_again_when_an_expert_leaves(campus: Path, run: Any) -> None:
+    assert run("merge", "stitched", "--method", "stitch", cwd=campus).status == 0
+    never = run("expert", "remove", "prose", "-m", "stitched", "-o", "less", "--retrain", cwd=campus)
+    assert "were never trained" in never.error
+    words = ("--trains", "stitches", "--domains", "public,prose,chance", "--tokens", "256")
+    assert run("tune", "joined", "--from", "stitched", *words, cwd=campus).status == 0
+    done = run("--json", "expert", "remove", "prose", "-m", "joined", "-o", "less", "--retrain", cwd=campus)
+    assert done.status == 0, done.err
+    assert "prose" not in done.json["experts"]
+    manifest = json.loads((campus / "generalists" / "less" / "generalist.json").read_text())
+    assert list(manifest["config"]["mixture"]["tuned"][-1]["domains"]) == ["public", "chance"]
+    assert (campus / "generalists" / "less-untrained").is_dir()

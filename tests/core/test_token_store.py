@@ -21,8 +21,10 @@ from expertctl.core.token_store import (
     Concatenation,
     Position,
     RandomSlice,
+    SharedUnion,
     TokenBlocks,
     TokenStore,
+    domain_at,
     draw,
     shuffled,
     write_part,
@@ -204,6 +206,24 @@ def test_a_balanced_union_gives_every_domain_the_same_share(sizes: list[int], se
     for name, size in enumerate(sizes):
         times = Counter(index for of, index in drawn if of == name)
         assert max(times.values()) - min(times[index] for index in range(size)) <= 2
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=4), st.data(), seeds)
+@settings(deadline=None, max_examples=30)
+def test_domains_give_their_shares_at_any_point(sizes: list[int], data: st.DataObject, seed: int) -> None:
+    shares = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
+    union = SharedUnion([Numbered(name, size) for name, size in enumerate(sizes)], shares)
+    drawn = [draw(union, Position(0, index), seed).tolist() for index in range(300)]
+    for end in (1, 10, 100, 300):
+        counts = Counter(name for name, _ in drawn[:end])
+        for name, share in enumerate(shares):
+            assert abs(counts[name] - end * share / sum(shares)) <= len(sizes)
+    for name, size in enumerate(sizes):
+        mine = [index for of, index in drawn if of == name]
+        assert len(mine) < size or sorted(mine[:size]) == list(range(size))
+        assert [domain_at(union, Position(0, index)) == name for index in range(300)] == [
+            of == name for of, _ in drawn
+        ]
 
 
 def test_domains_of_a_union_are_shuffled_each_for_itself() -> None:
