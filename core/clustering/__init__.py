@@ -1,0 +1,1 @@
+"""Texts sorted into clusters by the words that they use."""
