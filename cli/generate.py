@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,7 +90,8 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     from ..core.generation import generate
 
-    with session.count("writing", "tokens", max_new_tokens) as count:
+    with session.count("writing", "tokens", max_new_tokens) as count, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: session.note(str(message))
         generation = generate(
             folder,
             text,
