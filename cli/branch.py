@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,9 +11,17 @@ from .group import cli_command
 from .output import shares
 from .parsing import as_dictionary, setting, weights
 
+if TYPE_CHECKING:
+    from ..experts.runs import RunSpec
+
 
 @cli_command("branch", example="expertctl branch law --domain law --trains feed_forward --tokens 200000")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="[NAME]", required=False)
+@click.option(
+    "--clusters",
+    metavar="SET",
+    help="Start an expert for each cluster of this set (`data discover`), dividing --tokens among them.",
+)
 @click.option(
     "--domain", metavar="DOMAIN", help="What it trains on. Default: what expertctl.yaml says of NAME."
 )
@@ -44,7 +52,8 @@ from .parsing import as_dictionary, setting, weights
 @pass_session
 def command(
     session: Session,
-    name: str,
+    name: str | None,
+    clusters: str | None,
     domain: str | None,
     trains: str | None,
     start: str | dict[str, float] | None,
@@ -60,25 +69,41 @@ def command(
     `expertctl train NAME` then trains it. What is not given comes from `experts.NAME` in expertctl.yaml.
     """
     training = as_dictionary([*settings, *([("tokens", tokens)] if tokens is not None else [])])
-    spec = session.open().branch(
-        name,
-        domain=domain,
-        trains=trains,
-        start=start,
-        training=training or None,
-        options=as_dictionary(options) or None,
-        owner=owner,
-        licence=licence,
-        force=force,
-    )
+    given: dict[str, Any] = {
+        "trains": trains,
+        "start": start,
+        "training": training or None,
+        "options": as_dictionary(options) or None,
+        "owner": owner,
+        "licence": licence,
+        "force": force,
+    }
+    if (name is None) == (clusters is None):
+        raise click.UsageError("give the NAME of one expert, or --clusters SET for one expert each")
+    if clusters is not None:
+        if domain is not None:
+            raise click.UsageError("--clusters says which domains; leave out --domain")
+        specs = session.open().branch_clusters(clusters, **given)
+        steps = sum(spec.training.steps for spec in specs)
+        session.finish(
+            {"experts": [_content(spec) for spec in specs]},
+            f"{len(specs)} experts, {specs[0].name} to {specs[-1].name}, {steps:,} steps in all; go on with: expertctl train",
+        )
+        return
+    assert name is not None
+    spec = session.open().branch(name, domain=domain, **given)
     session.finish(
-        {
-            "name": spec.name,
-            "domain": spec.domains[0],
-            "trains": spec.trains,
-            "from": dict(spec.start),
-            "training": spec.training.model_dump(mode="json"),
-        },
+        _content(spec),
         f"expert '{name}' starts from {shares(spec.start)} and trains {spec.trains} on {spec.domains[0]}, "
         f"{spec.training.steps:,} steps; go on with: expertctl train {name}",
     )
+
+
+def _content(spec: RunSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "domain": spec.domains[0],
+        "trains": spec.trains,
+        "from": dict(spec.start),
+        "training": spec.training.model_dump(mode="json"),
+    }

@@ -1,4 +1,4 @@
-"""`expertctl data`: the text of the domains, as tokens, and public text that stands in for theirs."""
+"""`expertctl data`: the text of the domains, as tokens, sorted into clusters, and public text that stands in for theirs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 from .context import Session, pass_session
 from .group import Group, cli_command
 from .output import Table, number
+from .parsing import names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,7 @@ HEADINGS = ("domain", "part", "documents", "tokens", "bytes")
 
 @click.group("data", cls=Group)
 def command() -> None:
-    """Tokenise the domains' text, show what there is, or pick proxies for it."""
+    """Tokenise the domains' text, show what there is, sort it into clusters, or pick proxies for it."""
 
 
 @cli_command("prepare", example="expertctl data prepare law code")
@@ -117,6 +118,84 @@ def proxy(
     )
 
 
+@cli_command("discover", example="expertctl data discover campus --clusters 8")
+@click.argument("name", metavar="NAME")
+@click.option("--clusters", type=click.IntRange(min=1), required=True, metavar="K", help="How many.")
+@click.option(
+    "--domains", type=names, metavar="A,B", help="Text that is sorted. Default: all that was not discovered."
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Documents that words and centres are learnt from. Default: 50,000.",
+)
+@click.option(
+    "--stop-words",
+    type=click.Choice(["english", "none"]),
+    default="english",
+    show_default=True,
+    help="Words that say nothing of a text.",
+)
+@click.option(
+    "--analyser",
+    type=click.Choice(["words", "characters"]),
+    help="What texts are told apart by. Default: words, or characters where scripts have no spaces.",
+)
+@click.option("--unbalanced", is_flag=True, help="Let clusters be of any size when centres are learnt.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
+)
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes. Default: one per core.")
+@click.option("--force", is_flag=True, help="Replace a set of that name.")
+@pass_session
+def discover(
+    session: Session,
+    name: str,
+    clusters: int,
+    domains: tuple[str, ...] | None,
+    sample: int | None,
+    stop_words: str,
+    analyser: str | None,
+    unbalanced: bool,
+    seed: int,
+    jobs: int | None,
+    force: bool,
+) -> None:
+    """Sort unlabelled text into clusters, which become domains NAME-0, NAME-1 ..."""
+    workspace = session.open()
+    with session.count("documents", "documents") as count:
+        found = workspace.discover(
+            name,
+            clusters,
+            domains=domains,
+            sample=sample,
+            jobs=jobs,
+            force=force,
+            say=session.note,
+            tell=lambda work, done: count.to(done, work),
+            stop_words=None if stop_words == "none" else stop_words,
+            analyser=analyser,
+            balanced=not unbalanced,
+            seed=seed,
+        )
+    rows = [
+        (
+            cluster.name,
+            number(cluster.documents["train"]),
+            number(cluster.documents["valid"]),
+            number(cluster.bytes["train"]),
+            ", ".join(cluster.top_words[:8]),
+        )
+        for cluster in found.clusters
+    ]
+    session.finish(
+        {"folder": str(found.folder), **found.statement()},
+        Table(("domain", "train", "valid", "bytes", "words"), rows, right=frozenset({1, 2, 3})),
+        f"go on with: expertctl branch --clusters {name}",
+    )
+
+
 def _lines_to_add(name: str, domain: Mapping[str, str]) -> list[str]:
     """Return what the user adds to `expertctl.yaml`; JSON strings are YAML strings too."""
     import json
@@ -152,3 +231,4 @@ def _source(domain: DomainConfig) -> str:
 command.add_command(prepare)
 command.add_command(list_)
 command.add_command(proxy)
+command.add_command(discover)

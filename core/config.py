@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .discovered import discovered_domains
 from .errors import UserError, closest
 from .numeric import dtype_of_word
 
@@ -306,9 +307,11 @@ def load_project(path: Path) -> ProjectConfig:
         raise UserError(f"{path}: {error.strerror}") from None
     content, lines = parse_yaml(text, path)
     try:
-        return ProjectConfig.model_validate({} if content is None else content)
+        project = ProjectConfig.model_validate({} if content is None else content)
     except ValidationError as error:
         raise UserError(first_problem(error, path, lines, ProjectConfig)) from None
+    found = discovered_domains(path.parent)
+    return project.model_copy(update={"domains": {**found, **project.domains}}) if found else project
 
 
 def checked(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:

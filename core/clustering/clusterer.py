@@ -7,10 +7,10 @@ grows needs only its new words. Shapes: N = texts, F = words known, d = width, K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from ..files import read_json, write_json
@@ -26,6 +26,7 @@ TENSORS_FILE = "clusterer.safetensors"
 SETTINGS_FILE = "clusterer.json"
 BATCH = 512
 """Texts that are looked at together."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +242,11 @@ def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
     return found
 
 
-def batches(texts: Iterable[str], size: int) -> Iterable[list[str]]:
-    """Yield lists of `size` texts, the last maybe shorter."""
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` items, the last maybe shorter."""
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
         if len(batch) == size:
             yield batch
             batch = []

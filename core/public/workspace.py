@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from expertctl.comparison import Comparison
     from expertctl.core.generation import Generation
     from expertctl.experts.corpora import PreparedDomain
+    from expertctl.experts.discovery import Discovery
     from expertctl.experts.evaluation import EvaluationTable
     from expertctl.experts.proxy import Proxy
     from expertctl.experts.runs import RunSpec
@@ -156,6 +157,41 @@ class Workspace:
             tell=tell,
         )
 
+    def discover(
+        self,
+        name: str,
+        clusters: int,
+        *,
+        domains: Sequence[str] | None = None,
+        sample: int | None = None,
+        jobs: int | None = None,
+        force: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+        tell: Callable[[str, int], None] = lambda work, documents: None,
+        **settings: Any,
+    ) -> Discovery:
+        """Sort the documents of domains into clusters, which become domains themselves: `NAME-0`, `NAME-1` ...
+
+        `settings` are those of `ClustererSettings`. Default: all domains that were not discovered.
+        """
+        from expertctl.core.clustering.clusterer import ClustererSettings
+        from expertctl.experts.discovery import SAMPLE, discover
+
+        found = discover(
+            self.layout,
+            self.config,
+            name,
+            ClustererSettings(clusters=clusters, **settings),
+            domains=domains,
+            sample=sample or SAMPLE,
+            jobs=jobs,
+            force=force,
+            say=say,
+            tell=tell,
+        )
+        self.__dict__.pop("config", None)  # which now has more domains
+        return found
+
     def _require_tokenizer(self) -> None:
         if not (self.layout.seed / "config.json").exists():
             raise UserError(
@@ -200,6 +236,25 @@ class Workspace:
         from expertctl.experts.branching import branch
 
         return branch(self.layout, self.config, name, self._expert_config(name, settings), force=force)
+
+    def branch_clusters(self, clusters: str, *, force: bool = False, **settings: Any) -> list[RunSpec]:
+        """Start an expert for each cluster of a set that `discover` made, all together with the budget of one.
+
+        The same total of tokens for any number of clusters is the protocol of Cluster-Branch-Train-Merge.
+        """
+        from expertctl.core.discovered import cluster_sets
+
+        sets = cluster_sets(self.root)
+        if clusters not in sets:
+            raise unknown_name("set of clusters", clusters, sets, listed_as="there are")
+        names = sets[clusters]
+        given = dict(settings.get("training") or {})
+        total = int(given.get("tokens") or self.config.training.tokens)
+        training = {**given, "tokens": max(total // len(names), 1)}
+        return [
+            self.branch(name, domain=name, force=force, **{**settings, "training": training})
+            for name in names
+        ]
 
     def _expert_config(self, name: str, settings: Mapping[str, Any]) -> ExpertConfig:
         given = {

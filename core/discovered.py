@@ -1,0 +1,46 @@
+"""Domains that `data discover` made: one for each cluster, known to the project without being written into its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+from .files import read_json
+
+if TYPE_CHECKING:
+    from .config import DomainConfig
+
+CLUSTERS_FOLDER = "clusters"
+CLUSTERS_FILE = "clusters.json"
+
+
+def discovered_domains(root: Path) -> dict[str, DomainConfig]:
+    """Return the domains of all cluster sets of a workspace by name; raises `UserError` for a set that cannot be read."""
+    from .config import DomainConfig
+
+    found = {}
+    for path in sorted((root / CLUSTERS_FOLDER).glob(f"*/{CLUSTERS_FILE}")):
+        content = read_json(path)
+        try:
+            for cluster in content["clusters"]:
+                parts = {
+                    part: f"{CLUSTERS_FOLDER}/{path.parent.name}/{cluster['name']}/{part}.jsonl"
+                    for part in ("train", "valid")
+                }
+                found[cluster["name"]] = DomainConfig.model_validate(
+                    {**parts, "licence": content.get("licence")}
+                )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is no list of clusters ({error}); run `expertctl data discover` again"
+            ) from None
+    return found
+
+
+def cluster_sets(root: Path) -> dict[str, tuple[str, ...]]:
+    """Return the names of the domains of each cluster set."""
+    return {
+        path.parent.name: tuple(cluster["name"] for cluster in read_json(path)["clusters"])
+        for path in sorted((root / CLUSTERS_FOLDER).glob(f"*/{CLUSTERS_FILE}"))
+    }

@@ -1,0 +1,38 @@
+"""`expertctl data discover` and `branch --clusters`: what they print, and that what is printed works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def test_clusters_are_listed_and_become_experts(run: Any, workspace: Path) -> None:
+    found = run("data", "discover", "campus", "--clusters", "2", "--analyser", "words", cwd=workspace)
+    assert found.status == 0, found.err
+    heading, first, second, last = found.out.splitlines()
+    assert heading.split() == ["domain", "train", "valid", "bytes", "words"]
+    assert (first.split()[0], second.split()[0]) == ("campus-0", "campus-1")
+    assert last == "go on with: expertctl branch --clusters campus"
+    listed = run("--json", "data", "list").json["domains"]
+    assert (
+        listed["campus-1"]["source"]
+        == "clusters/campus/campus-1/train.jsonl and clusters/campus/campus-1/valid.jsonl"
+    )
+    done = run("--json", "branch", "--clusters", "campus", "--tokens", "4000", "--set", "sequence_length=16")
+    assert [(one["name"], one["training"]["tokens"]) for one in done.json["experts"]] == [
+        ("campus-0", 2000),
+        ("campus-1", 2000),
+    ]
+
+
+def test_json_is_the_statement(run: Any, workspace: Path) -> None:
+    content = run("--json", "data", "discover", "campus", "--clusters", "2", cwd=workspace).json
+    assert content["folder"] == str(workspace / "clusters" / "campus")
+    assert len(content["clusters"]) == 2
+    assert content["settings"]["stop_words"] == "english"
+
+
+def test_what_contradicts_itself_is_refused(run: Any, workspace: Path) -> None:
+    assert run("branch", cwd=workspace).status == 2
+    assert run("branch", "law", "--clusters", "campus", cwd=workspace).status == 2
+    assert "no set of clusters 'campus'" in run("branch", "--clusters", "campus", cwd=workspace).error
