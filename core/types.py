@@ -59,6 +59,8 @@ class TrainablePart:
     """Told before each optimiser step how many were done."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What the manifest of a generalist says besides: `method`, `kind`, `weights` ..."""
+    measures: Callable[[], Mapping[str, float]] | None = None
+    """Returns what is worth logging of the last forward pass, beside its loss; called when a step is logged."""
     shares: Mapping[str, float] | None = None
     """How much of the blocks each domain of the run gives; None: all the same."""
     finish: Callable[[Path], None] | None = None

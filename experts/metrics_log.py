@@ -25,7 +25,15 @@ Tell = Callable[[Mapping[str, Any]], None]
 class MetricsLog:
     """The log of one run, which goes on where a checkpoint does."""
 
-    def __init__(self, folder: Path, spec: RunSpec, plugins: PluginManager, tell: Tell) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: RunSpec,
+        plugins: PluginManager,
+        tell: Tell,
+        measures: Callable[[], Mapping[str, float]] | None = None,
+    ) -> None:
+        self._measures = measures
         self._folder, self._spec, self._plugins, self._tell = folder, spec, plugins, tell
         self._path = folder / METRICS_FILE
         self._throughput = Throughput()
@@ -66,6 +74,7 @@ class MetricsLog:
             "learning_rate": report.learning_rate,
             "gradient_norm": float(report.gradient_norm),
             "tokens_per_second": self._throughput.take(),
+            **(self._measures() if self._measures is not None else {}),
         }
         self._losses.clear()
         self._write({"step": report.step, **record})

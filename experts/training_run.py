@@ -41,7 +41,7 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     loop = TrainingLoop(part, training_blocks(run, part.shares), run.spec.training)
     inherit_optimiser(run, loop)
     begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
-    log = MetricsLog(folder, run.spec, run.plugins, tell)
+    log = MetricsLog(folder, run.spec, run.plugins, tell, part.measures)
     log.open(begun_at)
     last = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)

@@ -45,7 +45,7 @@ class MixtureTraining:
 
 def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePart:
     """Freeze all but the routers' rows and biases; raises `UserError` for a model without routers."""
-    from ..merge.mixture.routing import attach_log, routers_of, train_with_all_experts
+    from ..merge.mixture.routing import attach_log, routers_of, routing_measures, train_with_all_experts
 
     model.requires_grad_(False)
     parameters = {}
@@ -56,12 +56,17 @@ def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePa
             parameter.requires_grad_(True)
             parameters[f"{name}.{key}"] = parameter
     log, _ = attach_log(model)
-    return TrainablePart(model, parameters, auxiliary_loss=_auxiliary(log, options.balance, options.z_loss))
+    return TrainablePart(
+        model,
+        parameters,
+        auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
+        measures=lambda: routing_measures(log.layers()),
+    )
 
 
 def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> TrainablePart:
     """Train all of a mixture, or all but its experts; raises `UserError` for a model without routers."""
-    from ..merge.mixture.routing import SampledTop1, attach_log, routers_of
+    from ..merge.mixture.routing import SampledTop1, attach_log, routers_of, routing_measures
 
     routers = routers_of(model)
     blocks = tuple(f"{name.rpartition('.')[0]}.experts." for name in routers)
@@ -90,6 +95,7 @@ def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> Trainab
         parameters,
         auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
         tell_step=tell,
+        measures=lambda: routing_measures(log.layers()),
     )
 
 

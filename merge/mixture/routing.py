@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
+from .routing_report import DEAD_SHARE
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,25 @@ def watching(model: nn.Module) -> Iterator[RoutingLog]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def routing_measures(decisions: list[Decision]) -> dict[str, float]:
+    """Return how the last tokens were spread: entropy in nats, highest and lowest load, experts that got next to nothing.
+
+    Means over layers but for the count of dead experts. Load is an expert's share of the gates, times the number of experts: 1 where
+    it is even. Loads are those of one batch, so that a dead expert may be one that its domain did not come up for.
+    """
+    with torch.no_grad():
+        loads = torch.stack(
+            [one.mean_gates() / one.mean_gates().sum() * one.num_experts for one in decisions]
+        )
+        entropy = torch.stack([one.entropy() for one in decisions]).mean()
+    return {
+        "router_entropy": float(entropy),
+        "router_highest_load": float(loads.amax(dim=1).mean()),
+        "router_lowest_load": float(loads.amin(dim=1).mean()),
+        "router_dead_experts": float((loads < DEAD_SHARE).sum()),
+    }
 
 
 def balance_loss(decisions: list[Decision]) -> Tensor:

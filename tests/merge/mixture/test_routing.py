@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from expertctl.merge.mixture.routing import (
     SampledTop1,
     balance_loss,
     routers_of,
+    routing_measures,
     train_with_all_experts,
     watching,
     z_loss,
@@ -217,3 +220,35 @@ def test_a_mixture_of_whole_experts_is_trained_further(
     assert any(".gate.weight" in name for name in changed)
     model, _ = load_model(tuned, dtype="float32")
     assert model.config.num_experts_per_tok == top_k
+
+
+def test_training_logs_how_tokens_are_spread(flexolmo_workspace: Workspace) -> None:
+    workspace = flexolmo_workspace
+    if not (workspace.generalists / "logged-base").exists():
+        workspace.merge("logged-base", method="flexolmo", options={"top_k": 2})
+    folder = tune_here(
+        workspace,
+        "logged",
+        "logged-base",
+        trains="mixture",
+        domains=["public"],
+        training={"tokens": 256, "log_every": 1},
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 2
+    for step in steps:
+        assert 0 <= step["router_entropy"] <= math.log(4) + 1e-6
+        assert 0 <= step["router_lowest_load"] <= 1 <= step["router_highest_load"] <= 4
+        assert step["router_dead_experts"] in range(9)
+
+
+def test_measures_are_those_of_the_definition() -> None:
+    logits = torch.tensor([[2.0, 0.0, -9.0], [0.0, 2.0, -9.0]])
+    gates, chosen = torch.ones(2, 1), torch.tensor([[0], [1]])
+    found = routing_measures([Decision(logits, gates, chosen)])
+    p = logits.softmax(dim=-1)
+    assert found["router_entropy"] == pytest.approx(float(-(p * p.log()).sum(dim=-1).mean()), rel=1e-5)
+    assert found["router_highest_load"] == pytest.approx(1.5)
+    assert found["router_lowest_load"] == 0
+    assert found["router_dead_experts"] == 1
