@@ -18,11 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools import PUBLIC, divided_text, table_over_seeds
+
 from expertctl import Workspace
 from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.mixture.changing import Change
 
-PUBLIC = "public"
 KINDS: dict[str, dict[str, Any]] = {
     "flex": {"trains": "flexolmo"},
     "dense": {"trains": "all"},
@@ -32,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """What each owner trains, once for every row that needs it."""
 ABLATED = ("alone", "unembedded", "unbiased")
+EVERYBODY = 10**6
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform average": ("dense", {"method": "average"}),
     "posterior average": ("dense", {"method": "average", "weights": "posterior"}),
@@ -40,7 +44,7 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "flexolmo": ("flex", {"method": "flexolmo"}),
     "flexolmo, top 1": ("flex", {"method": "flexolmo", "options": {"top_k": 1}}),
     "flexolmo, top 2": ("flex", {"method": "flexolmo", "options": {"top_k": 2}}),
-    "flexolmo, all": ("flex", {"method": "flexolmo", "options": {"top_k": 7}}),
+    "flexolmo, all": ("flex", {"method": "flexolmo", "options": {"top_k": EVERYBODY}}),
     "flexolmo, bias folded": ("flex", {"method": "flexolmo", "options": {"bias": "fold"}}),
     "flexolmo, no coordination": ("alone", {"method": "flexolmo"}),
     "flexolmo, no embedding": ("unembedded", {"method": "flexolmo"}),
@@ -71,7 +75,8 @@ def main() -> None:
         leaving = root / "leaving.json"
         if not leaving.exists():
             leaving.write_text(json.dumps(without_each(Workspace(root)), indent=2) + "\n")
-    print(markdown(results, options.seeds))
+    means = [{row: statistics.mean(scores.values()) for row, scores in rows.items()} for rows in results]
+    print(table_over_seeds("bits per byte, mean over owners", ORDER, means, options.seeds))
     first = options.out.resolve() / f"seed-{options.seeds[0]}" / "leaving.json"
     print(f"\n{leaving_table(json.loads(first.read_text()))}")
 
@@ -126,7 +131,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, di
 
 
 def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Workspace:
-    text = write_text(root / "text", options.corpora, options.public_share)
+    text = divided_text(root / "text", options.corpora, options.public_share)
     domains = {name: {part: str(path) for part, path in parts.items()} for name, parts in text.items()}
     training = {"batch_size": 4, "learning_rate": 4e-3, "seed": seed}
     config = {
@@ -152,30 +157,6 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
     return Workspace(root)
 
 
-def write_text(folder: Path, corpora: Path, public_share: float) -> dict[str, dict[str, Path]]:
-    """Divide every owner's documents into public and private ones; return the files by domain and part."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Path]] = {PUBLIC: {}}
-    public: dict[str, list[str]] = {"train": [], "valid": []}
-    for source in sorted(path for path in corpora.resolve().iterdir() if (path / "train.jsonl").exists()):
-        lines = (source / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        count = round(len(lines) * public_share)
-        stride = len(lines) / count
-        chosen = {int(number * stride) for number in range(count)}  # evenly over the file
-        public["train"] += [line for number, line in enumerate(lines) if number in chosen]
-        private = folder / f"{source.name}.jsonl"
-        kept = [line for number, line in enumerate(lines) if number not in chosen]
-        private.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        held_out = (source / "valid.jsonl").read_text(encoding="utf-8").splitlines()
-        public["valid"] += held_out[:: max(len(held_out) // 20, 1)]
-        found[source.name] = {"train": private, "valid": source / "valid.jsonl"}
-    for part, lines in public.items():
-        path = folder / f"{PUBLIC}-{part}.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        found[PUBLIC][part] = path
-    return found
-
-
 def owners_of(workspace: Workspace) -> list[str]:
     return [name for name in workspace.config.domains if name != PUBLIC]
 
@@ -183,6 +164,9 @@ def owners_of(workspace: Workspace) -> list[str]:
 def merged(workspace: Workspace, row: str, kind: str, settings: dict[str, Any], owners: list[str]) -> str:
     """Make a generalist of the owners' experts of one kind, unless an earlier try did; return its folder's name."""
     folder = folder_name(row)
+    top_k = settings.get("options", {}).get("top_k")
+    if top_k is not None:
+        settings = {**settings, "options": {"top_k": min(top_k, len(owners) + 1)}}
     if not (workspace.generalists / folder / "generalist.json").exists():
         workspace.merge(folder, experts=[f"{kind}-{owner}" for owner in owners], **settings)
     return folder
@@ -196,7 +180,10 @@ def unrestricted(workspace: Workspace, owners: list[str], tokens: int) -> str:
         for copy in copies:
             shutil.copytree(workspace.layout.seed, copy, dirs_exist_ok=True)
         workspace.merge(
-            start.name, method="btx", experts=[str(copy) for copy in copies], options={"top_k": 4}
+            start.name,
+            method="btx",
+            experts=[str(copy) for copy in copies],
+            options={"top_k": min(4, len(copies))},
         )
     return tuned(
         workspace, UNRESTRICTED, start.name, "mixture", [PUBLIC, *owners], tokens, learning_rate=4e-3
@@ -250,25 +237,6 @@ def leaving_table(rows: dict[str, dict[str, float]]) -> str:
 
 def folder_name(row: str) -> str:
     return row.replace(", ", "-").replace(" ", "-")
-
-
-def markdown(results: list[dict[str, dict[str, float]]], seeds: list[int]) -> str:
-    """Return the table: a row for each model, a column for each random seed, mean and spread over them."""
-    heads = [*(f"seed {seed}" for seed in seeds), "mean", "std"]
-    lines = [
-        f"| bits per byte, mean over owners | {' | '.join(heads)} |",
-        "|---" + "|---:" * len(heads) + "|",
-    ]
-    for name in ORDER:
-        found = [statistics.mean(result[name].values()) if name in result else None for result in results]
-        means = [value for value in found if value is not None]
-        if not means:
-            continue
-        spread = f"{statistics.stdev(means):.4f}" if len(means) > 1 else ""
-        cells = [f"{value:.4f}" if value is not None else "" for value in found]
-        cells += [f"{statistics.mean(means):.4f}", spread]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,51 @@ def test_the_branch_train_merge_example_prints_its_table(corpora: Path, tmp_path
     assert f"{mean:.4f}" in rows["seed"]
 
 
+def test_the_flexolmo_example_prints_its_tables(corpora: Path, tmp_path: Path) -> None:
+    budgets = ("--seed-tokens", "8192", "--owner-tokens", "4096", "--tuning-tokens", "2048")
+    call = (
+        ROOT / "examples/flexolmo/run.py",
+        "--corpora",
+        corpora,
+        "--seeds",
+        "0",
+        *budgets,
+        "--out",
+        tmp_path,
+    )
+    out = run(*call, "--no-ablations")
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| ")}
+    assert {"flexolmo", "flexolmo, router tuned on public text", "unrestricted mixture", "everybody"} <= set(
+        rows
+    )
+    assert "flexolmo, no bias" not in rows
+    scores = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
+    mean = sum(scores["flexolmo"].values()) / 2
+    assert f"{mean:.4f}" in rows["flexolmo"]
+    assert run(*call, "--no-ablations") == out
+
+
+def test_the_stitching_example_prints_its_tables(corpora: Path, tmp_path: Path) -> None:
+    budgets = ("--seed-tokens", "8192", "--expert-tokens", "4096", "--tuning-tokens", "2048")
+    call = (
+        ROOT / "examples/bts/run.py",
+        "--corpora",
+        corpora,
+        "--domains",
+        "chance,prose",
+        "--seeds",
+        "0",
+        *budgets,
+    )
+    out = run(*call, "--out", tmp_path)
+    found = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
+    assert found["scores"]["stitched"] == pytest.approx(found["scores"]["seed"], rel=1e-5)
+    assert found["scores"]["stitched, trained"] != found["scores"]["seed"]
+    assert found["costs"]["stitched, trained"]["trained"] > 0
+    assert "| bits per byte, crossed text |" in out
+    assert out.count("| stitched, trained |") == 3
+
+
 def test_the_training_benchmark_prints_its_tables() -> None:
     out = run(ROOT / "examples/benchmarks/training.py", "--rounds", "2", "--steps", "1", "--no-compile")
     assert "| expertctl |" in out

@@ -1,0 +1,218 @@
+"""Stitched experts against what else can be made of the same experts, over several random seeds.
+
+    python examples/bts/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each domain: train.jsonl, valid.jsonl
+
+The seed is pretrained on a share of everybody's text; each expert is trained whole on the rest of its domain. Then stitches, a
+BTX mixture and a FlexOlmo router train for the same number of tokens each. Each random seed is a workspace of its own
+below --out; stopped at any point, the same command goes on. One column is text of two domains, a passage of each in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools import PUBLIC, divided_text, table_over_seeds
+
+from expertctl import Workspace
+
+CROSSED = "crossed"
+"""The domain whose documents hold two domains; only measured on."""
+PASSAGE_LETTERS = 300
+STITCHED = "stitched"
+MERGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "uniform average": ("dense", {"method": "average"}),
+    "ensemble, cached prior": ("dense", {"method": "ensemble"}),
+    "btx": ("dense", {"method": "btx"}),
+    "flexolmo": ("flex", {"method": "flexolmo"}),
+    STITCHED: ("dense", {"method": "stitch"}),
+}
+TUNED = {
+    "btx, trained": ("btx", "mixture", 2e-3),
+    "flexolmo, router trained": ("flexolmo", "router", 2e-3),
+    "stitched, trained": (STITCHED, "stitches", 4e-3),
+}
+"""Row -> (what it is trained from, what of it trains, at which peak learning rate), on text of all domains."""
+ORDER = ("seed", "best single expert", *MERGES, *TUNED)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    results = []
+    for seed in options.seeds:
+        print(f"random seed {seed}", file=sys.stderr)
+        root = options.out.resolve() / f"seed-{seed}"
+        rows = root / "rows.json"
+        root.mkdir(parents=True, exist_ok=True)
+        if not rows.exists():
+            rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
+        results.append(json.loads(rows.read_text()))
+    for what, pick in (("own domains, mean", own_mean), (f"{CROSSED} text", lambda row: row[CROSSED])):
+        rows_ = [{name: pick(row) for name, row in result["scores"].items()} for result in results]
+        print(table_over_seeds(f"bits per byte, {what}", ORDER, rows_, options.seeds), end="\n\n")
+    print(costs_table(results))
+
+
+def own_mean(row: dict[str, float]) -> float:
+    return statistics.mean(value for name, value in row.items() if name != CROSSED)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    def split(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument(
+        "--domains",
+        type=split,
+        default=["python", "scripture", "speeches", "metamath"],
+        help="folders of --corpora",
+    )
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
+    )
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--public-share", type=float, default=0.3, help="of every domain's documents")
+    parser.add_argument("--seed-tokens", type=int, default=2_000_000)
+    parser.add_argument("--expert-tokens", type=int, default=600_000)
+    parser.add_argument("--tuning-tokens", type=int, default=400_000)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("bts-runs"))
+    return parser.parse_args(arguments)
+
+
+def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Carry out everything for one random seed; return bits per byte and costs by row."""
+    workspace = make_workspace(root, seed, options)
+    if not (workspace.layout.seed / "seed.json").exists():
+        workspace.seed()
+    failed = workspace.train(jobs=options.jobs).failed
+    if failed:
+        sys.exit(f"failed: {failed}")
+    folders = {}
+    for row, (kind, settings) in MERGES.items():
+        folders[row] = row.replace(", ", "-").replace(" ", "-")
+        if not (workspace.generalists / folders[row] / "generalist.json").exists():
+            experts = [f"{kind}-{domain}" for domain in options.domains]
+            workspace.merge(folders[row], experts=experts, **settings)
+    for row, (base, trains, rate) in TUNED.items():
+        folders[row] = row.replace(", ", "-").replace(" ", "-")
+        if not (workspace.generalists / folders[row] / "generalist.json").exists():
+            training = {"tokens": options.tuning_tokens, "learning_rate": rate}
+            domains = [PUBLIC, *options.domains]
+            workspace.tune(folders[row], folders[base], trains=trains, domains=domains, training=training)
+    experts = [f"dense-{domain}" for domain in options.domains]
+    table = workspace.evaluate("seed", *experts, *folders.values(), domains=[*options.domains, CROSSED])
+    scores = {
+        model: {domain: one.values["bits_per_byte"] for domain, one in found.items()}
+        for model, found in table.scores.items()
+    }
+    best = min(experts, key=lambda name: own_mean(scores[name]))
+    named = {"seed": "seed", "best single expert": best, **folders}
+    return {
+        "scores": {row: scores[model] for row, model in named.items()},
+        "costs": {row: costs(workspace, model, row in TUNED) for row, model in named.items()},
+    }
+
+
+def costs(workspace: Workspace, model: str, trained: bool) -> dict[str, float]:
+    """Return total and trained parameters, and tokens per second in scoring."""
+    import torch
+
+    from expertctl import load_model
+
+    network, _ = load_model(workspace.layout.artefact(model), dtype="float32")
+    tokens = torch.randint(0, 1000, (4, 256), generator=torch.Generator().manual_seed(0))
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(6):
+            begin = time.perf_counter()
+            network(input_ids=tokens, use_cache=False)
+            seconds.append(time.perf_counter() - begin)
+    unique = {one.data_ptr(): one.numel() for one in network.parameters()}
+    moved = moving_parameters(network, model) if trained else 0
+    return {
+        "total": sum(unique.values()),
+        "trained": moved,
+        "tokens_per_second": tokens.numel() / statistics.median(seconds[1:]),
+    }
+
+
+def moving_parameters(network: Any, model: str) -> int:
+    """Return how many parameters the tuning of a row moves."""
+    patterns = {"stitched-trained": "stitches.", "flexolmo-router-trained": ".mlp.gate."}
+    wanted = patterns.get(model, "")
+    return sum(one.numel() for name, one in network.named_parameters() if wanted in name)
+
+
+def costs_table(results: list[dict[str, Any]]) -> str:
+    """Return parameters and speed by row, of the first random seed."""
+    lines = [
+        "| | parameters | trained after the merge | tokens per second in scoring |",
+        "|---|---:|---:|---:|",
+    ]
+    for row, one in results[0]["costs"].items():
+        lines.append(
+            f"| {row} | {int(one['total']):,} | {int(one['trained']):,} | {int(one['tokens_per_second']):,} |"
+        )
+    return "\n".join(lines)
+
+
+def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Workspace:
+    text = divided_text(root / "text", options.corpora, options.public_share, options.domains)
+    text[CROSSED] = crossed_text(root / "text", options.corpora, options.domains)
+    training = {"batch_size": 4, "learning_rate": 4e-3, "seed": seed}
+    config = {
+        "seed": {
+            "preset": options.preset,
+            "domains": [PUBLIC],
+            "training": {"tokens": options.seed_tokens, "schedule_end": 0.5, "learning_rate": 8e-3},
+        },
+        "training": {"tokens": options.expert_tokens, **training},
+        "domains": {name: {part: str(path) for part, path in parts.items()} for name, parts in text.items()},
+        "experts": {
+            f"{kind}-{domain}": {"domain": domain, "trains": trains}
+            for kind, trains in (("dense", "all"), ("flex", "flexolmo"))
+            for domain in options.domains
+        },
+    }
+    content = json.dumps(config, indent=2)  # JSON is YAML
+    path = root / "expertctl.yaml"
+    if path.exists() and path.read_text() != content:
+        sys.exit(f"{path} is of other settings; name another --out")
+    path.write_text(content)
+    return Workspace(root)
+
+
+def crossed_text(folder: Path, corpora: Path, domains: list[str]) -> dict[str, Path]:
+    """Write documents that hold passages of two domains in turn, from validation text; both parts hold the same."""
+    held_out = {
+        domain: [
+            json.loads(line)["text"]
+            for line in (corpora / domain / "valid.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for domain in domains
+    }
+    lines = []
+    for number, first in enumerate(domains):
+        second = domains[(number + 1) % len(domains)]
+        for one, other in zip(held_out[first][:20], held_out[second][:20], strict=False):
+            pieces = []
+            for begin in range(0, min(len(one), len(other), 4 * PASSAGE_LETTERS), PASSAGE_LETTERS):
+                pieces += [one[begin : begin + PASSAGE_LETTERS], other[begin : begin + PASSAGE_LETTERS]]
+            lines.append(json.dumps({"text": "\n".join(pieces)}, ensure_ascii=False))
+    path = folder / f"{CROSSED}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"train": path, "valid": path}
+
+
+if __name__ == "__main__":
+    main()
