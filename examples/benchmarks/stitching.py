@@ -1,0 +1,116 @@
+"""What a training step of stitches costs, beside one of the hub alone.
+
+    python examples/benchmarks/stitching.py
+
+Builds a hub and experts of one shape with random weights, side by side as `merge --method stitch` does, and takes steps of AdamW on random
+tokens, each variant in a fresh process: seconds per step (median), the process's peak memory, trained parameters. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+def variants(experts: int) -> dict[str, dict[str, int]]:
+    return {
+        "hub alone, all of it": {"experts": 0, "stitches": 0},
+        "stitches, 1": {"experts": experts, "stitches": 1},
+        "stitches, 2": {"experts": experts, "stitches": 2},
+        "stitches, 4": {"experts": experts, "stitches": 4},
+    }
+
+
+def model_of(given: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """Return a model and what of it trains."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from expertctl.merge.stitched.container import StitchedConfig, StitchedForCausalLM
+
+    settings = LlamaConfig(
+        vocab_size=given.vocabulary,
+        hidden_size=given.width,
+        intermediate_size=given.width * 3,
+        num_hidden_layers=given.layers,
+        num_attention_heads=given.width // 64,
+        num_key_value_heads=given.width // 64,
+    )
+    torch.manual_seed(0)
+    hub = LlamaForCausalLM(settings)
+    if not given.stitches:
+        return hub, list(hub.parameters())
+    names = [f"expert{number}" for number in range(given.experts)]
+    members = [{"name": name, "width": given.width, "num_layers": given.layers} for name in ("hub", *names)]
+    config = StitchedConfig(settings.to_dict(), members, num_stitches=given.stitches)
+    model = StitchedForCausalLM(config, hub, {name: LlamaForCausalLM(settings) for name in names})
+    return model, list(model.stitches.parameters())
+
+
+def steps(given: argparse.Namespace) -> dict[str, float]:
+    """Take steps in this process and return what they cost."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, parameters = model_of(given)
+    model.train()
+    optimiser = torch.optim.AdamW(parameters, lr=1e-4)
+    tokens = torch.randint(0, given.vocabulary, (given.batch, given.length))
+    seconds = []
+    for _ in range(given.steps + 1):
+        begin = time.perf_counter()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "trained": sum(one.numel() for one in parameters),
+        "total": sum(one.numel() for one in model.parameters()),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--stitches", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.stitches is not None:
+        print(json.dumps(steps(given)))
+        return
+    print(f"| what trains, beside {given.experts} experts | s per step | peak MB | trained | total |")
+    print("|---|---:|---:|---:|---:|")
+    for name, one in variants(given.experts).items():
+        words = [
+            sys.executable,
+            __file__,
+            "--stitches",
+            str(one["stitches"]),
+            "--experts",
+            str(one["experts"]),
+        ]
+        for key in ("width", "layers", "vocabulary", "batch", "length", "steps"):
+            words += [f"--{key}", str(getattr(given, key))]
+        found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        print(
+            f"| {name} | {found['seconds']:.2f} | {found['peak_mb']:.0f} | {found['trained']:,} | {found['total']:,} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
