@@ -225,7 +225,7 @@ def test_a_mixture_of_whole_experts_is_trained_further(
 def test_training_logs_how_tokens_are_spread(flexolmo_workspace: Workspace) -> None:
     workspace = flexolmo_workspace
     if not (workspace.generalists / "logged-base").exists():
-        workspace.merge("logged-base", method="flexolmo", options={"top_k": 2})
+        workspace.merge("logged-base", method="flexolmo", experts=OWNERS, options={"top_k": 2})
     folder = tune_here(
         workspace,
         "logged",
