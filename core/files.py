@@ -163,9 +163,10 @@ def sync_tree(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def clear_leftovers(parent: Path) -> None:
-    """Remove what killed processes left under way in `parent`; call only while holding its lock."""
-    for path in parent.glob(f".*{PARTIAL_MARK}-*"):
+def clear_leftovers(parent: Path, *, below: bool = False) -> None:
+    """Remove what killed processes left under way in `parent` (and `below` it); call only while holding its lock."""
+    pattern = f".*{PARTIAL_MARK}-*"
+    for path in list(parent.rglob(pattern) if below else parent.glob(pattern)):
         if not is_alive(path.name.rpartition("-")[2]):
             remove_tree(path)
 

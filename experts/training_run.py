@@ -31,7 +31,7 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     if is_finished(folder):
         remove_tree(folder / STATE_FOLDER)
         return
-    clear_leftovers(folder)
+    clear_leftovers(folder, below=True)  # the optimiser's state stands in a folder of its own
     run = RunInputs.of_folder(folder)
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains, run.plugins)

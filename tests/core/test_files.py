@@ -332,3 +332,18 @@ def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> N
         pass
     assert (tmp_path / "model" / "weights").read_text() == "old"
     assert not old.exists()
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_leftovers_are_cleared_below_where_asked_to(tmp_path: Path, below: bool) -> None:
+    deep = tmp_path / "training"
+    deep.mkdir()
+    gone, alive = f".x.safetensors.partial-{2**30}", f".x.safetensors.partial-{os.getpid()}"
+    for place in (tmp_path, deep):
+        for name in (gone, alive):
+            (place / name).write_text("half")
+    clear_leftovers(tmp_path, below=below)
+    assert not (tmp_path / gone).exists()
+    assert (deep / gone).exists() is not below
+    assert (tmp_path / alive).exists()
+    assert (deep / alive).exists()
