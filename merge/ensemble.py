@@ -32,21 +32,11 @@ from ..core.posterior import PosteriorKind, keep_top, log_posterior, mixture_log
 from ..core.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ..core.scoring import token_log_probs
 from .members_cache import MembersCache
+from .shared_settings import SHARED_SETTINGS
 
 MODEL_TYPE = "expertctl_ensemble"
 EXPERTS_FOLDER = "experts"
 SEED_FOLDER = "seed"
-# What generation and serving look up in a configuration, taken over from the experts' own.
-_SHARED_SETTINGS = (
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 class EnsembleConfig(PretrainedConfig):
@@ -74,7 +64,7 @@ class EnsembleConfig(PretrainedConfig):
         self.posterior = posterior
         self.top_experts = top_experts
         """Run only so many experts, those with the largest prior. Not called `top_k`: generation has one."""
-        for name in _SHARED_SETTINGS:
+        for name in SHARED_SETTINGS:
             if name in self.member:
                 kwargs.setdefault(name, self.member[name])
         super().__init__(**kwargs)

@@ -58,7 +58,9 @@ def change_experts(
     if manifest.config.get("kind") == "ensemble":
         return _shrink_ensemble(folder, output, change, how)
     if manifest.config.get("kind") == "stitched":
-        return change_stitched(folder, output, change, force=how.force)
+        return change_stitched(
+            folder, output, change, force=how.force, allow_licences=how.permissions.licences
+        )
     if record and _changes_by_itself(manifest, change):
         return _change_mixture(folder, output, change, how)
     if "recipe" not in manifest.config:

@@ -48,7 +48,7 @@ def fit(
         moved = np.where(sizes > 0, sums / np.maximum(sizes, 1), centres)
         shift = float(np.linalg.norm(moved - centres, axis=1).sum())
         centres = moved
-        if shift**2 < 1e-3 * 1e-3:
+        if shift < 1e-3:
             break
     return Fit(centres, done, shift)
 

@@ -17,20 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 
 from ...core.errors import UserError
 from ...core.sorted_loop import mixed
+from ..shared_settings import SHARED_SETTINGS
 from .targets import CONTAINER_TYPE
-
-# What generation and serving look up in a configuration, taken over from the dense model's.
-_SHARED_SETTINGS = (
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 class MixtureConfig(PretrainedConfig):
@@ -58,7 +46,7 @@ class MixtureConfig(PretrainedConfig):
         self.router_bias = router_bias
         if self.member:
             dense = self.dense()
-            for name in _SHARED_SETTINGS:
+            for name in (*SHARED_SETTINGS, "tie_word_embeddings"):
                 kwargs.setdefault(name, getattr(dense, name, None))
         super().__init__(**kwargs)
 

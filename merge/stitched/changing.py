@@ -20,16 +20,19 @@ from ...core.lineage import (
     require_intact,
 )
 from ..card import CARD_FILE, model_card
+from ..licences import check_licences, require_compatible
 from ..mixture.changing import Change, history
 
 JOINING_GATE = -4.0
 """Logit of the hub's gate for who joins: the others were trained without, and are to be disturbed little at first."""
 
 
-def change_stitched(folder: Path, output: Path, change: Change, *, force: bool = False) -> Manifest:
+def change_stitched(
+    folder: Path, output: Path, change: Change, *, force: bool = False, allow_licences: bool = False
+) -> Manifest:
     """Write a stitched model with other experts to `output` and return its manifest; nothing is trained.
 
-    Raises `UserError` for names that do not fit and experts of another seed.
+    Raises `UserError` for names that do not fit, experts of another seed, and licences that contradict each other.
     """
     from .container import StitchedConfig, write_config, write_stitches
     from .members import described, move_members
@@ -45,6 +48,9 @@ def change_stitched(folder: Path, output: Path, change: Change, *, force: bool =
     joined = {name: read_manifest(source) for name, source in joining.items()}
     _check_seed(old.members[0]["digest"], joined)
     gone = {*change.remove, *change.replace}
+    left = {parent.name: parent.licence for parent in manifest.parents if parent.name not in gone}
+    licences = check_licences(left | {name: one.licence for name, one in joined.items()})
+    require_compatible(licences, allow_licences)
     lock = output.with_name(f".{output.name}.lock")
     try:
         with (
@@ -64,7 +70,8 @@ def change_stitched(folder: Path, output: Path, change: Change, *, force: bool =
                     link_or_copy(folder / file, partial / file)
             write_config(partial, config)
             changed = _manifest(manifest, change, joined, output.name, list(config.expert_widths))
-            changed = replace(changed, tokenizer=digest_of_tokenizer(partial))
+            licence = licences.result if not licences.conflicts else None
+            changed = replace(changed, tokenizer=digest_of_tokenizer(partial), licence=licence)
             write_text(partial / CARD_FILE, model_card(changed))
             tensors, files = digests_of_folder(partial)
             changed = replace(changed, tensors=tensors, files=files, digest=digest_of_tensors(tensors))

@@ -19,6 +19,7 @@ from ...core.errors import UserError
 from ...core.files import write_json
 from ...core.safetensors_io import Checkpoint, write_tensors
 from ..members_cache import MembersCache
+from ..shared_settings import SHARED_SETTINGS
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
 from .points import hub_points, joins_hub, matched_points
 from .stepwise import Stepwise, decoder_layers, first_of
@@ -26,17 +27,6 @@ from .stepwise import Stepwise, decoder_layers, first_of
 MODEL_TYPE = "expertctl_stitched"
 STITCHES_FILE = "stitches.safetensors"
 HUB = "hub"
-# What generation and serving look up in a configuration, taken over from the hub's.
-_SHARED_SETTINGS = (
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 class StitchedConfig(PretrainedConfig):
@@ -61,7 +51,7 @@ class StitchedConfig(PretrainedConfig):
         self.projected = projected
         """Experts go on with what the hub took from them (the paper's equations), not with their own states (its prose)."""
         self.dropout = dropout
-        for name in _SHARED_SETTINGS:
+        for name in SHARED_SETTINGS:
             if name in self.hub:
                 kwargs.setdefault(name, self.hub[name])
         super().__init__(**kwargs)

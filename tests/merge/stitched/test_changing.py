@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,14 @@ def test_an_expert_of_another_seed_is_refused(workspace: Workspace, tmp_path: Pa
     change_experts(workspace.generalists / "trained", left, Change(remove=("prose",)))
     with pytest.raises(UserError, match="and the hub is seed"):
         change_experts(left, tmp_path / "out", Change(add={"prose": other.experts / "prose"}))
+
+
+def test_licences_of_who_joins_are_looked_at(workspace: Workspace, tmp_path: Path) -> None:
+    left = tmp_path / "left"
+    change_experts(workspace.generalists / "trained", left, Change(remove=("prose",)))
+    expert = tmp_path / "prose"
+    shutil.copytree(workspace.experts / "prose", expert)
+    replace(read_manifest(expert), licence="cc-by-nd-4.0").write(expert)
+    with pytest.raises(UserError, match="allows no derived models"):
+        change_experts(left, tmp_path / "joined", Change(add={"prose": expert}))
+    assert not (tmp_path / "joined").exists()
