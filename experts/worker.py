@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..core.compute import keep_freed_memory
 from ..core.environment import prepare_libraries
 from ..core.errors import Interrupted, UserError
 from ..core.files import exclusive, mendable
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stop = _stop_signal()
     prepare_libraries()
+    keep_freed_memory()
     folder = Path(arguments[0])
     try:
         spec = read_run(folder)

@@ -23,6 +23,7 @@ from typing import Any
 
 from merging import Cost, Size, models_of, run
 
+from expertctl.core.compute import keep_freed_memory
 from expertctl.core.tokenizer import train_tokenizer
 
 WANTED_RATIO = 6.0
@@ -80,7 +81,7 @@ def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    from expertctl.core.sorted_loop import NAME, fused_experts
+    from expertctl.core.sorted_loop import NAME, fused_experts, lay_out_for_few_rows
     from expertctl.merge.mixture.container import MixtureConfig, MixtureFeedForward, TopKRouter
 
     def swiglu() -> torch.nn.Module:
@@ -104,6 +105,9 @@ def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
     for block in found.values():
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
+    for name in ("sorted loop", "sorted loop (container)"):
+        for parameter in found[name].experts.parameters():
+            lay_out_for_few_rows(parameter)
     return found
 
 
@@ -125,6 +129,7 @@ def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequen
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the processes that train do
     print(
         "\n| tokens | experts, top k | pass | "
         + " | ".join(("eager", "grouped_mm", "sorted loop", "sorted loop (container)"))

@@ -67,6 +67,19 @@ def test_the_choice_is_not_written_with_the_model(tmp_path: Path) -> None:
     assert "expertctl" not in (tmp_path / "config.json").read_text()
 
 
+def test_weights_keep_their_values_and_are_saved_as_before(tmp_path: Path) -> None:
+    model = mixture("mixtral")
+    model.save_pretrained(tmp_path / "before")
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    use_sorted_loop(model)
+    weight = model.model.layers[0].mlp.experts.gate_up_proj
+    assert weight.mT.is_contiguous()
+    assert all(one.equal(before[name]) for name, one in model.state_dict().items())
+    model.save_pretrained(tmp_path / "after")
+    saved = [(tmp_path / when / "model.safetensors").read_bytes() for when in ("before", "after")]
+    assert saved[0] == saved[1]
+
+
 def test_experts_of_another_layout_go_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
