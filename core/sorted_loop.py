@@ -74,7 +74,7 @@ def _is_plain(module: Any) -> bool:
 def use_sorted_loop(model: PreTrainedModel) -> None:
     """Make a model's experts run like this on a CPU, wherever it is the faster way (`examples/benchmarks/mixture.py`)."""
     for module in model.modules():
-        experts = getattr(module, "experts", None)
+        experts: Any = getattr(module, "experts", None)
         if isinstance(experts, nn.ModuleList) and hasattr(module, "router"):
             for part in experts.modules():
                 if isinstance(part, nn.Linear):
@@ -90,7 +90,7 @@ def use_sorted_loop(model: PreTrainedModel) -> None:
     model.set_experts_implementation(NAME)
 
 
-def lay_out_for_few_rows(weight: nn.Parameter) -> None:
+def lay_out_for_few_rows(weight: Tensor) -> None:
     """Store a weight, (..., out, in), with `out` innermost; its shape and its values stay.
 
     With a few hundred rows of x, `x @ weight.T` spends a sixth of its time on turning the weight over where it lies
