@@ -31,6 +31,7 @@ from ..core.loading import checkpoint_tensors
 from ..core.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
 from ..core.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ..core.scoring import token_log_probs
+from .cluster_router import ClusterRouter, RoutedText, routing_of_json
 from .members_cache import MembersCache
 from .shared_settings import SHARED_SETTINGS
 
@@ -52,6 +53,7 @@ class EnsembleConfig(PretrainedConfig):
         prior_kind: str = "uniform",
         posterior: PosteriorKind = "prefix",
         top_experts: int | None = None,
+        router: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.member = dict(member or {})
@@ -64,6 +66,8 @@ class EnsembleConfig(PretrainedConfig):
         self.posterior = posterior
         self.top_experts = top_experts
         """Run only so many experts, those with the largest prior. Not called `top_k`: generation has one."""
+        self.router = dict(router) if router is not None else None
+        """`ClusterRouting`, where clusters decide between experts in the place of prior and posterior."""
         for name in SHARED_SETTINGS:
             if name in self.member:
                 kwargs.setdefault(name, self.member[name])
@@ -79,6 +83,14 @@ class EnsembleCache(MembersCache):
         """Summed log-probability of the text so far, (B,) for each expert."""
         self.last_log_probs: list[Tensor | None] = [None] * num_experts
         """Log-probabilities of the token after the text so far, (B, V) for each expert."""
+        self.owed: list[Tensor | None] = [None] * num_experts
+        """Tokens (B, t) that an expert has not read, since it had no weight in any row."""
+        self.routed: list[RoutedText] | None = None
+        """The text so far of each row, where clusters decide."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        owed = self.owed[0]
+        return super().get_seq_length(layer_idx) + (0 if owed is None else owed.shape[1])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -88,6 +100,9 @@ class EnsembleCache(MembersCache):
         super().batch_repeat_interleave(repeats)
         self.scores = [_repeated(tensor, repeats) for tensor in self.scores]
         self.last_log_probs = [_repeated(tensor, repeats) for tensor in self.last_log_probs]
+        self.owed = [_repeated(tensor, repeats) for tensor in self.owed]
+        if self.routed is not None:
+            self.routed = [one for one in self.routed for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -99,6 +114,9 @@ class EnsembleCache(MembersCache):
     def _choose(self, rows: Tensor) -> None:
         self.scores = [_chosen(tensor, rows) for tensor in self.scores]
         self.last_log_probs = [_chosen(tensor, rows) for tensor in self.last_log_probs]
+        self.owed = [_chosen(tensor, rows) for tensor in self.owed]
+        if self.routed is not None:
+            self.routed = [self.routed[row] for row in rows.tolist()]
 
 
 def _repeated(tensor: Tensor | None, repeats: int) -> Tensor | None:
@@ -122,7 +140,7 @@ class EnsembleOutput(ModelOutput):
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
-    """Experts of one seed, mixed by the domain posterior at every token."""
+    """Experts of one seed, mixed at every token by the domain posterior, or by the clusters that the text is near to."""
 
     config_class = EnsembleConfig
     prior: Tensor
@@ -130,8 +148,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None) -> None:
+    def __init__(
+        self,
+        config: EnsembleConfig,
+        members: Sequence[PreTrainedModel] | None = None,
+        router: ClusterRouter | None = None,
+    ) -> None:
         super().__init__(config)
+        self.router = router
+        """Decides in the place of prior and posterior, where there is one."""
         self.active = active_experts(config)
         """Indices of the experts that run: all, or those that `top_experts` keeps."""
         if members is None:
@@ -182,30 +207,41 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
         counts_BT = _counts(input_ids, attention_mask, continues)
 
+        if self.router is not None:
+            mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+            texts = cache.routed if cache is not None else None
+            weights_BTK, routed = self.router(input_ids, mask, texts)
+            if cache is not None:
+                cache.routed = routed
+        else:
+            weights_BTK = None
         log_prior_K = self._log_prior()
         evidence = []
         total: Tensor | None = None
         for index, member in enumerate(self.members):
-            logits = member(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache.members[index] if cache is not None else None,
-                use_cache=cache is not None,
-            ).logits
+            if weights_BTK is not None and bool((weights_BTK[:, kept, index] == -torch.inf).all()):
+                if cache is not None:
+                    cache.owed[index] = _joined(cache.owed[index], input_ids)
+                continue
+            logits = _member_logits(member, index, input_ids, attention_mask, position_ids, cache)
             log_probs_BTV = logits.float().log_softmax(dim=-1)
-            account_BT = self._account(log_probs_BTV, input_ids, counts_BT, cache, index)
-            evidence.append(account_BT)
-            weighted = (log_prior_K[index] + account_BT[:, kept, None]) + log_probs_BTV[:, kept]
+            if weights_BTK is not None:
+                weighted = weights_BTK[:, kept, index, None] + log_probs_BTV[:, kept]
+            else:
+                account_BT = self._account(log_probs_BTV, input_ids, counts_BT, cache, index)
+                evidence.append(account_BT)
+                weighted = (log_prior_K[index] + account_BT[:, kept, None]) + log_probs_BTV[:, kept]
             total = weighted if total is None else torch.logaddexp(total, weighted)
         assert total is not None
-        joint_KBT = log_prior_K[:, None, None] + torch.stack(evidence)
-        mixture_BTV = total - joint_KBT.logsumexp(dim=0)[:, kept, None]
+        if weights_BTK is None:
+            joint_KBT = log_prior_K[:, None, None] + torch.stack(evidence)
+            total = total - joint_KBT.logsumexp(dim=0)[:, kept, None]
+            weights_BTK = joint_KBT.log_softmax(dim=0).permute(1, 2, 0)
         return EnsembleOutput(
-            loss=None if labels is None else _loss(mixture_BTV, labels),
-            logits=mixture_BTV,
+            loss=None if labels is None else _loss(total, labels),
+            logits=total,
             past_key_values=cache,
-            expert_weights=joint_KBT.softmax(dim=0).permute(1, 2, 0),
+            expert_weights=weights_BTK.exp(),
         )
 
     def _account(
@@ -241,6 +277,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
         With the `updating` prior, the prior moves on by one batch afterwards.
         """
+        if self.router is not None:
+            return self._routed_log_probs(tokens_BT1).logsumexp(dim=0)
         scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
         log_prior = self._log_prior()
         if self.config.prior_kind == "updating":
@@ -249,9 +287,20 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
     def responsibilities(self, tokens_BT1: Tensor) -> Tensor:
         """Return p(expert | text up to and with token t) / which expert carried it, (B, T, K), sums to 1."""
+        if self.router is not None:
+            return self._routed_log_probs(tokens_BT1).softmax(dim=0).permute(1, 2, 0)
         scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
         carried = log_posterior(scores_KBT, self._log_prior(), self.config.posterior) + scores_KBT
         return carried.softmax(dim=0).permute(1, 2, 0)
+
+    def _routed_log_probs(self, tokens_BT1: Tensor) -> Tensor:
+        """Return log(weight_k p_k(x_t | x_<t)), (K, B, T); an expert without any weight does not run."""
+        assert self.router is not None
+        joint_KBT = self.router(tokens_BT1[:, :-1])[0].permute(2, 0, 1).contiguous()
+        for index, member in enumerate(self.members):
+            if not bool((joint_KBT[index] == -torch.inf).all()):
+                joint_KBT[index] += token_log_probs(member, tokens_BT1)
+        return joint_KBT
 
     # --- files ---
 
@@ -266,7 +315,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         loader = _MemberLoader(root, config, dtype)
         members = [loader.load(config.experts[index]) for index in active_experts(config)]
-        model: EnsembleForCausalLM = cls(config, members).eval()
+        router = ClusterRouter.read(root, routing_of_json(config.router)) if config.router else None
+        model: EnsembleForCausalLM = cls(config, members, router).eval()
         device = kwargs.get("device_map")
         if isinstance(device, str | torch.device) and device != "auto":
             model.to(device)
@@ -282,6 +332,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config.experts, config.prior = self.expert_names, self.prior.tolist()
         if config.prior_kind != "updating":
             config.top_experts = None  # the others are not here
+        if self.router is not None:
+            self.router.write(root)
         write_config(root, config)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(root)
@@ -367,6 +419,37 @@ def _empty_member(config: EnsembleConfig) -> PreTrainedModel:
     return member
 
 
+def _member_logits(
+    member: nn.Module,
+    index: int,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: EnsembleCache | None,
+) -> Tensor:
+    """Return an expert's logits for the tokens, (B, T, V), after it has read those that it owes."""
+    new = input_ids.shape[1]
+    owed = None if cache is None else cache.owed[index]
+    if cache is not None and owed is not None:
+        input_ids = _joined(owed, input_ids)
+        cache.owed[index] = None
+        position_ids = (
+            None if attention_mask is None else _positions(attention_mask)[:, -input_ids.shape[1] :]
+        )
+    found: Tensor = member(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache.members[index] if cache is not None else None,
+        use_cache=cache is not None,
+    ).logits[:, -new:]
+    return found
+
+
+def _joined(before_Bt: Tensor | None, after_BT: Tensor) -> Tensor:
+    return after_BT if before_Bt is None else torch.cat([before_Bt, after_BT], dim=1)
+
+
 def _positions(attention_mask: Tensor) -> Tensor:
     """Return the position of each token among those that are no padding, (B, past + T)."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
@@ -399,6 +482,7 @@ def ensemble_config(
     prior_kind: str,
     posterior: PosteriorKind,
     top_k: int | None,
+    router: Mapping[str, Any] | None = None,
 ) -> EnsembleConfig:
     """Return the configuration of an ensemble of a seed's experts."""
     return EnsembleConfig(
@@ -408,4 +492,5 @@ def ensemble_config(
         prior_kind=prior_kind,
         posterior=posterior,
         top_experts=top_k,
+        router=router,
     )

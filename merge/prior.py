@@ -8,6 +8,7 @@ decide which domain the prior favours.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,8 @@ from ..core.scoring import token_log_probs
 from ..core.types import ValidationText
 
 if TYPE_CHECKING:
-    from numpy import int64
+    from numpy import float32, int64
     from numpy.typing import NDArray
-    from torch import Tensor
 
 SAMPLES = 100  # what the released evaluation reads
 
@@ -41,23 +41,55 @@ def fit_prior(
     """
     import torch
 
+    batches = validation_scores(
+        seed, experts, validation, samples, say=say, what=f"the prior of {len(experts)} experts"
+    )
+    together = [[torch.from_numpy(one.scores)[:, None] for one in batch] for batch in batches]
+    prior = cached_prior(together, len(experts), posterior).double()
+    return dict(zip(experts, (prior / prior.sum()).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class ScoredBlock:
+    """A block of validation text, and how well each expert predicts it."""
+
+    tokens: NDArray[int64]
+    """(T + 1,)."""
+    scores: NDArray[float32]
+    """Log-probabilities of all tokens but the first, (K, T)."""
+
+
+def validation_scores(
+    seed: Path,
+    experts: Mapping[str, Path],
+    validation: Sequence[ValidationText],
+    samples: int,
+    *,
+    say: Callable[[str], None],
+    what: str,
+) -> list[list[ScoredBlock]]:
+    """Return batches of one block of every domain, scored by all experts.
+
+    Raises `UserError` when there is no validation text; `what` is fitted on it.
+    """
+    import numpy as np
+    import torch
+
     if not validation:
         raise UserError(
-            "the prior is fitted on validation text and there is none; run `expertctl data prepare`"
+            f"{what.split(' of ')[0]} is fitted on validation text and there is none; run `expertctl data prepare`"
         )
     batches = _sample(validation, samples)
     count = sum(len(batch) for batch in batches)
-    say(
-        f"fitting the prior of {len(experts)} experts on {count} blocks of {', '.join(v.domain for v in validation)}"
-    )
+    say(f"fitting {what} on {count} blocks of {', '.join(v.domain for v in validation)}")
 
-    def scores_of(folder: Path) -> list[list[Tensor]]:
+    def scores_of(folder: Path) -> list[list[NDArray[float32]]]:
         model, _ = load_model(folder, seed=seed, dtype="float32", as_trained=False)
         model.to(best_device())
         with torch.inference_mode():
             return [
                 [
-                    token_log_probs(model, torch.from_numpy(block)[None].to(model.device)).cpu()
+                    token_log_probs(model, torch.from_numpy(block)[None].to(model.device))[0].cpu().numpy()
                     for block in batch
                 ]
                 for batch in batches
@@ -65,12 +97,13 @@ def fit_prior(
 
     size = sum(file.stat().st_size for file in seed.glob("*.safetensors"))
     by_expert = concurrently(scores_of, experts.values(), bytes_each=size)
-    together = [
-        [torch.stack(block_scores) for block_scores in zip(*batch_scores, strict=True)]
-        for batch_scores in zip(*by_expert, strict=True)
+    return [
+        [
+            ScoredBlock(block, np.stack([scores[step][place] for scores in by_expert]))
+            for place, block in enumerate(batch)
+        ]
+        for step, batch in enumerate(batches)
     ]
-    prior = cached_prior(together, len(experts), posterior).double()
-    return dict(zip(experts, (prior / prior.sum()).tolist(), strict=True))
 
 
 def _sample(validation: Sequence[ValidationText], samples: int) -> list[list[NDArray[int64]]]:

@@ -30,14 +30,32 @@ class EnsembleOptions:
     top_k: int | None = None
     """Run only the experts with the largest prior."""
     samples: int = 100
-    """Validation blocks that the cached prior is fitted on."""
+    """Validation blocks that the cached prior, or the temperature, is fitted on."""
+    router: Literal["posterior", "cluster"] = "posterior"
+    """`cluster`: experts weigh by how near the text so far is to the clusters that they were trained on."""
+    clusters: str | None = None
+    """Set of clusters that `data discover` made. Not set: the one that the experts' domains belong to."""
+    temperature: float | None = None
+    """Of the `cluster` router. Not set: fitted on validation text."""
+    distance: Literal["squared", "released"] = "squared"
+    """`squared`: exp(-distance^2 / T); `released`: exp(-distance^4 / T), what Cluster-Branch-Train-Merge's code does."""
+    every: int = 8
+    """Tokens after which the `cluster` router calculates weights anew."""
 
 
 def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> dict[str, float]:
     """Write an ensemble that shares the experts' files and, where they need them, the seed's; return its prior."""
+    from ..merge.cluster_router import routing_as_json
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
-    kind = _prior_kind(inputs, options)
+    if options.router == "cluster":
+        from .cbtm import cluster_router
+
+        router = cluster_router(inputs, options)
+        router.write(folder)
+        kind, routing = "uniform", routing_as_json(router.routing)
+    else:
+        kind, routing = _prior_kind(inputs, options), None
     prior = _prior(inputs, options, kind)
     (folder / EXPERTS_FOLDER).mkdir()
     for name, expert in inputs.experts.items():
@@ -47,7 +65,8 @@ def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) 
         for file in _seed_files(inputs.seed):
             link_or_copy(file, folder / SEED_FOLDER / file.name)
     values = list(prior.values())
-    config = ensemble_config(inputs.seed, prior, values, kind, options.posterior, options.top_k)
+    top_k = options.top_k if routing is None else None
+    config = ensemble_config(inputs.seed, prior, values, kind, options.posterior, top_k, routing)
     write_config(folder, config)
     return prior
 
@@ -111,6 +130,7 @@ def without_members(
     model: EnsembleForCausalLM, experts: Sequence[str], gone: Collection[str]
 ) -> EnsembleForCausalLM:
     """Return an ensemble of fewer experts, the prior of the others scaled up; raises `UserError` where none is left."""
+    from ..merge.cluster_router import routing_as_json
     from ..merge.ensemble import EnsembleForCausalLM
 
     kept = [number for number, name in enumerate(model.expert_names) if name not in gone]
@@ -122,7 +142,10 @@ def without_members(
     config.prior = (prior / prior.sum()).tolist()
     if config.top_experts is not None:
         config.top_experts = min(config.top_experts, len(kept))
-    return EnsembleForCausalLM(config, [model.members[number] for number in kept])
+    router = model.router.only(kept) if model.router is not None else None
+    if router is not None:
+        config.router = routing_as_json(router.routing)
+    return EnsembleForCausalLM(config, [model.members[number] for number in kept], router)
 
 
 @hookimpl
@@ -138,7 +161,7 @@ def merge_methods() -> list[MergeMethod]:
         ),
         MergeMethod(
             name="ensemble",
-            summary="all experts side by side, mixed token by token by the domain posterior",
+            summary="all experts side by side, mixed token by token by the domain posterior or by clusters",
             build=build_ensemble,
             kind="ensemble",
             options=EnsembleOptions,
