@@ -49,7 +49,7 @@ def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) 
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     if options.router == "cluster":
-        from .cbtm import cluster_router
+        from ..merge.cluster_ensemble import cluster_router
 
         router = cluster_router(inputs, options)
         router.write(folder)

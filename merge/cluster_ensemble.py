@@ -1,4 +1,4 @@
-"""Cluster-Branch-Train-Merge (arXiv:2303.14177): experts for text without labels.
+"""The router of an ensemble whose experts were trained on clusters (Cluster-Branch-Train-Merge, arXiv:2303.14177).
 
 `data discover` sorts text into clusters, `branch --clusters` starts an expert for each, and an ensemble with `router: cluster`
 weighs them by how near the text so far is to the centres that they were trained around.
@@ -7,7 +7,7 @@ weighs them by how near the text so far is to the centres that they were trained
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..core.discovered import CLUSTERS_FOLDER, cluster_sets
 from ..core.errors import UserError, unknown_name
@@ -16,11 +16,29 @@ from ..core.types import MergeInputs
 from ..core.workspace import Layout
 
 if TYPE_CHECKING:
-    from ..merge.cluster_router import ClusterRouter
-    from .btm import EnsembleOptions
+    from .cluster_router import ClusterRouter, DistanceForm
 
 
-def cluster_router(inputs: MergeInputs, options: EnsembleOptions) -> ClusterRouter:
+class RouterOptions(Protocol):
+    """What is asked of the router; see `EnsembleOptions`."""
+
+    @property
+    def prior(self) -> str | None: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def clusters(self) -> str | None: ...
+    @property
+    def temperature(self) -> float | None: ...
+    @property
+    def distance(self) -> DistanceForm: ...
+    @property
+    def every(self) -> int: ...
+
+
+def cluster_router(inputs: MergeInputs, options: RouterOptions) -> ClusterRouter:
     """Return the router over the clusters that the experts were trained on, its temperature fitted where none is given.
 
     Raises `UserError` for experts of no cluster, and for options that say otherwise.
@@ -30,8 +48,8 @@ def cluster_router(inputs: MergeInputs, options: EnsembleOptions) -> ClusterRout
     from ..core.clustering.clusterer import Clusterer
     from ..core.clustering.growing_text import Reader
     from ..core.tokenizer import TextEncoder
-    from ..merge.cluster_router import ClusterRouter, ClusterRouting, fitted_temperature
-    from ..merge.prior import validation_scores
+    from .cluster_router import ClusterRouter, ClusterRouting, fitted_temperature
+    from .prior import validation_scores
 
     _check(inputs, options)
     folder, clusters = _clusters_of(inputs, options.clusters)
@@ -56,7 +74,7 @@ def cluster_router(inputs: MergeInputs, options: EnsembleOptions) -> ClusterRout
     return replace(router, routing=replace(routing, temperature=temperature))
 
 
-def _check(inputs: MergeInputs, options: EnsembleOptions) -> None:
+def _check(inputs: MergeInputs, options: RouterOptions) -> None:
     if inputs.weights_given or options.prior is not None:
         raise UserError(
             "router: cluster weighs experts by their clusters, and weights or a prior would be ignored; leave them out"
