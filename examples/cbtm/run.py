@@ -1,0 +1,222 @@
+"""Experts of clusters that nobody labelled, against one dense model and experts of random splits, over several random seeds.
+
+    python examples/cbtm/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each set of text: train.jsonl, valid.jsonl
+
+The seed is pretrained on a share of all text. The rest is mixed, its labels hidden, sorted into clusters, and an expert is
+trained on each; all experts together get the tokens that the dense model gets (Cluster-Branch-Train-Merge,
+arXiv:2303.14177). Labels come back to measure: how pure clusters are, and bits per byte on each set. Temperatures
+are fitted on one half of the validation text, everything is measured on the other. Each random seed is a
+workspace of its own below --out; stopped at any point, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools import PUBLIC, divided_text, table_over_seeds
+
+from expertctl import Workspace
+from expertctl.core.clustering.clusterer import ClustererSettings, fit_clusterer
+
+MIXED = "mixed"
+PASSAGE_BYTES = 2000
+FOUND = "found"
+"""The set of clusters that experts are trained on."""
+SORTED = ("balanced k-means", "k-means", "random")
+TOP = (1, 2, 4, None)
+ENSEMBLES = {
+    **{
+        f"clusters, {'all' if top is None else f'top {top}'}": {"router": "cluster", "top_k": top}
+        for top in TOP
+    },
+    "clusters, posterior of the text": {"prior": "cached"},
+}
+BASELINES = {
+    "random splits, posterior of the text": "random-split",
+    "dense, steps of an expert": "dense",
+    "dense, batch of an expert": "dense-same-batch",
+}
+ORDER = ("seed", "best single expert", *BASELINES, *ENSEMBLES)
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    results = []
+    for seed in options.seeds:
+        print(f"random seed {seed}", file=sys.stderr)
+        root = options.out.resolve() / f"seed-{seed}"
+        rows = root / "rows.json"
+        root.mkdir(parents=True, exist_ok=True)
+        if not rows.exists():
+            rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
+        results.append(json.loads(rows.read_text()))
+    for measure, heading in (
+        ("purity", "purity of clusters"),
+        ("balance", "largest cluster, times the mean"),
+    ):
+        found = [{name: one[measure] for name, one in result["clusters"].items()} for result in results]
+        print(table_over_seeds(heading, SORTED, found, options.seeds), end="\n\n")
+    scores = [{name: statistics.mean(row.values()) for name, row in one["scores"].items()} for one in results]
+    print(table_over_seeds("bits per byte, mean over the sets", ORDER, scores, options.seeds), end="\n\n")
+    temperatures = [result["temperatures"] for result in results]
+    print(table_over_seeds("temperature", tuple(ENSEMBLES), temperatures, options.seeds))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpora", type=Path, required=True)
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
+    )
+    parser.add_argument("--clusters", type=int, default=6)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--public-share", type=float, default=0.3, help="of every set's documents")
+    parser.add_argument("--seed-tokens", type=int, default=1_500_000)
+    parser.add_argument("--tokens", type=int, default=1_800_000, help="of all experts together")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("cbtm-runs"))
+    return parser.parse_args(arguments)
+
+
+def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Carry out everything for one random seed; return clusters' figures, bits per byte by row and set, temperatures."""
+    workspace, labels = make_workspace(root, seed, options)
+    if not (root / "clusters" / FOUND / "clusters.json").exists():
+        workspace.discover(FOUND, options.clusters, domains=[MIXED], seed=seed)
+    if not (workspace.layout.seed / "seed.json").exists():
+        workspace.seed()
+    if not workspace.layout.finished_experts():
+        workspace.branch_clusters(FOUND, force=True)
+    failed = workspace.train(jobs=options.jobs).failed
+    if failed:
+        sys.exit(f"failed: {failed}")
+    workspace.dense_baseline()
+    workspace.dense_baseline(same_batch=True)
+    workspace.random_split_baseline(jobs=options.jobs)
+    experts = workspace.layout.finished_experts()
+    folders = {row: row.replace(", ", "-").replace(" ", "-") for row in ENSEMBLES}
+    for row, settings in ENSEMBLES.items():
+        if not (workspace.generalists / folders[row] / "generalist.json").exists():
+            given = {key: value for key, value in settings.items() if value is not None}
+            fitted_on = {"fit_on": [f"{FOUND}-{number}" for number in range(options.clusters)]}
+            workspace.merge(folders[row], method="ensemble", experts=experts, options=given, **fitted_on)
+    sets = [name for name in workspace.config.domains if name.startswith("set-")]
+    named = {"seed": "seed", **BASELINES, **folders}
+    table = workspace.evaluate(*named.values(), *experts, domains=sets)
+    scores = {
+        model: {domain: one.values["bits_per_byte"] for domain, one in found.items()}
+        for model, found in table.scores.items()
+    }
+    best = min(experts, key=lambda name: statistics.mean(scores[name].values()))
+    return {
+        "clusters": figures(labels, options.clusters, seed),
+        "scores": {row: scores[model] for row, model in (*named.items(), ("best single expert", best))},
+        "temperatures": {
+            row: read_json(workspace.generalists / folders[row] / "config.json")["router"]["temperature"]
+            for row, settings in ENSEMBLES.items()
+            if settings.get("router") == "cluster"
+        },
+    }
+
+
+def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[Workspace, dict[str, str]]:
+    """Return the workspace of a random seed, and the set that each training document is of."""
+    text = divided_text(root / "text", options.corpora, options.public_share)
+    domains, labels = {PUBLIC: text.pop(PUBLIC)}, {}
+    mixed: dict[str, list[str]] = {"train": [], "valid": []}
+    for name, parts in text.items():
+        lines = {part: passages(path) for part, path in parts.items()}
+        fitted, measured = lines["valid"][::2], lines["valid"][1::2]
+        mixed["train"] += lines["train"]
+        mixed["valid"] += fitted
+        labels |= {json.loads(line)["text"]: name for line in lines["train"]}
+        path = root / "text" / f"set-{name}.jsonl"
+        path.write_text("\n".join(measured) + "\n", encoding="utf-8")
+        domains[f"set-{name}"] = {"train": path, "valid": path}  # only measured on
+    domains[MIXED] = {}
+    for part, lines in mixed.items():
+        random.Random(seed).shuffle(lines)
+        path = root / "text" / f"{MIXED}-{part}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        domains[MIXED][part] = path
+    config = {
+        "seed": {
+            "preset": options.preset,
+            "domains": [PUBLIC],
+            "training": {"tokens": options.seed_tokens, "schedule_end": 0.5, "learning_rate": 8e-3},
+        },
+        "training": {
+            "tokens": options.tokens,
+            "batch_size": 4,
+            "learning_rate": options.learning_rate,
+            "seed": seed,
+        },
+        "domains": {
+            name: {part: str(path) for part, path in parts.items()} for name, parts in domains.items()
+        },
+    }
+    content = json.dumps(config, indent=2)  # JSON is YAML
+    path = root / "expertctl.yaml"
+    if path.exists() and path.read_text() != content:
+        sys.exit(f"{path} is of other settings; name another --out")
+    path.write_text(content)
+    return Workspace(root), labels
+
+
+def passages(path: Path) -> list[str]:
+    """Return a set's text as documents of about one size: long ones cut between lines, short ones joined."""
+    found, piece, size = [], [], 0
+    for record in path.read_text(encoding="utf-8").splitlines():
+        for line in json.loads(record)["text"].split("\n"):
+            piece.append(line)
+            size += len(line.encode()) + 1
+            if size >= PASSAGE_BYTES:
+                found.append("\n".join(piece))
+                piece, size = [], 0
+    if piece:
+        found.append("\n".join(piece))
+    return [json.dumps({"text": text}, ensure_ascii=False) for text in found]
+
+
+def figures(texts: dict[str, str], clusters: int, seed: int) -> dict[str, dict[str, float]]:
+    """Return purity and balance of texts sorted in three ways; `texts` has the label of each."""
+    source = random.Random(seed)
+    kinds = dict(zip(SORTED, (True, False, None), strict=True))
+    found = {}
+    for name, balanced in kinds.items():
+        if balanced is None:
+            chosen: Iterable[int] = [source.randrange(clusters) for _ in texts]
+        else:
+            settings = ClustererSettings(clusters=clusters, balanced=balanced, seed=seed)
+            chosen = fit_clusterer(list(texts), settings).assign(texts)
+        members: list[list[str]] = [[] for _ in range(clusters)]
+        for cluster, label in zip(chosen, texts.values(), strict=True):
+            members[cluster].append(label)
+        found[name] = purity_and_balance(members)
+    return found
+
+
+def purity_and_balance(clusters: list[list[str]]) -> dict[str, float]:
+    """Return the share of documents that are of their cluster's most frequent label, and how large the largest is."""
+    total = sum(map(len, clusters))
+    leading = sum(max(Counter(members).values(), default=0) for members in clusters)
+    return {"purity": leading / total, "balance": max(map(len, clusters)) * len(clusters) / total}
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
