@@ -4,8 +4,8 @@
 
 The seed is pretrained on a share of all text. The rest is mixed, its labels hidden, sorted into clusters, and an expert is
 trained on each; all experts together get the tokens that the dense model gets (Cluster-Branch-Train-Merge,
-arXiv:2303.14177). Labels come back to measure: how pure clusters are, and bits per byte on each set. Temperatures
-are fitted on one half of the validation text, everything is measured on the other. Each random seed is a
+arXiv:2303.14177). Labels come back to measure: how pure clusters are, and bits per byte on each set. What is
+fitted is fitted on one half of the validation text, everything is measured on the other. Each random seed is a
 workspace of its own below --out; stopped at any point, the same command goes on.
 """
 
@@ -34,11 +34,18 @@ FOUND = "found"
 """The set of clusters that experts are trained on."""
 SORTED = ("balanced k-means", "k-means", "random")
 TOP = (1, 2, 4, None)
+TEMPERATURE = 0.1
+"""Of the paper's evaluation; one row has a temperature fitted on validation text."""
 ENSEMBLES = {
     **{
-        f"clusters, {'all' if top is None else f'top {top}'}": {"router": "cluster", "top_k": top}
+        f"clusters, {'all' if top is None else f'top {top}'}": {
+            "router": "cluster",
+            "temperature": TEMPERATURE,
+            "top_k": top,
+        }
         for top in TOP
     },
+    "clusters, all, temperature fitted": {"router": "cluster"},
     "clusters, posterior of the text": {"prior": "cached"},
 }
 BASELINES = {
