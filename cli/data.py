@@ -9,7 +9,7 @@ import click
 from .context import Session, pass_session
 from .group import Group, cli_command
 from .output import Table, number
-from .parsing import names
+from .parsing import as_dictionary, names, setting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -120,7 +120,24 @@ def proxy(
 
 @cli_command("discover", example="expertctl data discover campus --clusters 8")
 @click.argument("name", metavar="NAME")
-@click.option("--clusters", type=click.IntRange(min=1), required=True, metavar="K", help="How many.")
+@click.option(
+    "--clusters", type=click.IntRange(min=1), metavar="K", help="How many; --by metadata needs no number."
+)
+@click.option(
+    "--by",
+    default="tfidf",
+    show_default=True,
+    metavar="DISCOVERER",
+    help="What documents are told apart by; `expertctl plugins` lists the choices.",
+)
+@click.option(
+    "--option",
+    "options",
+    type=setting,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the discoverer.",
+)
 @click.option(
     "--domains", type=names, metavar="A,B", help="Text that is sorted. Default: all that was not discovered."
 )
@@ -132,10 +149,8 @@ def proxy(
 )
 @click.option(
     "--stop-words",
-    type=click.Choice(["english", "none"]),
-    default="english",
-    show_default=True,
-    help="Words that say nothing of a text.",
+    metavar="WHICH",
+    help="Words that say nothing of a text: english (default), none, or a file with one on each line.",
 )
 @click.option(
     "--analyser",
@@ -152,10 +167,12 @@ def proxy(
 def discover(
     session: Session,
     name: str,
-    clusters: int,
+    clusters: int | None,
+    by: str,
+    options: tuple[tuple[str, Any], ...],
     domains: tuple[str, ...] | None,
     sample: int | None,
-    stop_words: str,
+    stop_words: str | None,
     analyser: str | None,
     unbalanced: bool,
     seed: int,
@@ -163,21 +180,26 @@ def discover(
     force: bool,
 ) -> None:
     """Sort unlabelled text into clusters, which become domains NAME-0, NAME-1 ..."""
+    flags = [
+        ("stop_words", None if stop_words == "none" else stop_words, stop_words is not None),
+        ("analyser", analyser, analyser is not None),
+        ("balanced", False, unbalanced),
+    ]
+    chosen = as_dictionary((*options, *((key, value) for key, value, given in flags if given)))
     workspace = session.open()
     with session.count("documents", "documents") as count:
         found = workspace.discover(
             name,
             clusters,
+            by=by,
             domains=domains,
             sample=sample,
+            seed=seed,
             jobs=jobs,
             force=force,
             say=session.note,
             tell=lambda work, done: count.to(done, work),
-            stop_words=None if stop_words == "none" else stop_words,
-            analyser=analyser,
-            balanced=not unbalanced,
-            seed=seed,
+            **chosen,
         )
     rows = [
         (

@@ -16,6 +16,7 @@ WORDS = {
     "trainers": "trainer",
     "launchers": "launcher",
     "corpus_formats": "corpus format",
+    "domain_discoverers": "domain discoverer",
     "evaluators": "evaluator",
     "routers": "router",
     "architectures": "architecture",

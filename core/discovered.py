@@ -38,6 +38,11 @@ def discovered_domains(root: Path) -> dict[str, DomainConfig]:
     return found
 
 
+def discoverer_of(root: Path, name: str) -> str:
+    """Return the name of the discoverer that found a set."""
+    return str(read_json(root / CLUSTERS_FOLDER / name / CLUSTERS_FILE).get("by", "tfidf"))
+
+
 def cluster_sets(root: Path) -> dict[str, tuple[str, ...]]:
     """Return the names of the domains of each cluster set."""
     return {

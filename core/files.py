@@ -113,6 +113,11 @@ def unfinished_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}{UNFINISHED_MARK}")
 
 
+def is_unfinished(path: Path) -> bool:
+    """Tell whether a folder is the content of a job that can be resumed, by its name."""
+    return path.name.startswith(".") and path.name.endswith(UNFINISHED_MARK)
+
+
 def unfinished_names(parent: Path) -> list[str]:
     """Return the names of the folders in `parent` whose making was stopped and can be resumed, sorted."""
     found = parent.glob(f".*{UNFINISHED_MARK}")

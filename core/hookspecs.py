@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .types import (
         Architecture,
         CorpusFormat,
+        DomainDiscoverer,
         Evaluator,
         ExpertFinished,
         Launcher,
@@ -55,6 +56,11 @@ def launchers() -> list[Launcher]:  # type: ignore[empty-body]  # as above
 @hookspec
 def corpus_formats() -> list[CorpusFormat]:  # type: ignore[empty-body]  # as above
     """Kinds of text files that can be read into documents."""
+
+
+@hookspec
+def domain_discoverers() -> list[DomainDiscoverer]:  # type: ignore[empty-body]  # as above
+    """Ways to sort unlabelled text into domains."""
 
 
 @hookspec

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .environment import without_loading_bars
 from .errors import UserError, first_line, unknown_name
-from .files import read_json
+from .files import is_unfinished, read_json
 from .lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest, require_intact
 from .plugin_manager import installed_plugins
 from .safetensors_io import Checkpoint, TensorEntry, checkpoint_files
@@ -70,6 +70,8 @@ def load_network(
         without = (without,)
     if dtype not in DTYPE_NAMES:
         raise unknown_name("dtype", dtype, DTYPE_NAMES)
+    if is_unfinished(path):  # whose files may look complete, while tensors are still to come
+        raise UserError(f"{path} is what a job has written that did not end; resume it")
     manifest = _manifest_of(path)
     if manifest is None and (path / "run.json").is_file():
         raise UserError(f"{path} is not finished: it has a run.json and no manifest; train it to its end")

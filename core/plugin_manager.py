@@ -23,6 +23,7 @@ from .lineage import package_version
 from .types import (
     Architecture,
     CorpusFormat,
+    DomainDiscoverer,
     Evaluator,
     ExpertFinished,
     Launcher,
@@ -46,6 +47,7 @@ BUILTIN_PLUGINS = (
     "btm",
     "bts",
     "btx",
+    "cbtm",
     "corpus_files",
     "demix",
     "dense_merges",
@@ -235,6 +237,12 @@ class PluginManager:
 
     def corpus_formats(self) -> Mapping[str, CorpusFormat]:
         return self._collect("corpus_formats", CorpusFormat)
+
+    def domain_discoverers(self) -> Mapping[str, DomainDiscoverer]:
+        return self._collect("domain_discoverers", DomainDiscoverer)
+
+    def domain_discoverer(self, name: str) -> DomainDiscoverer:
+        return _pick("domain discoverer", name, self.domain_discoverers())
 
     def evaluators(self) -> Mapping[str, Evaluator]:
         return self._collect("evaluators", Evaluator)

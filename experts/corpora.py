@@ -15,7 +15,7 @@ from ..core.lineage import digest_of_tokenizer, package_version
 from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenPart, TokenStore, write_part
 from ..core.tokenizer import TextEncoder
-from ..core.types import CorpusFormat
+from ..core.types import CorpusFormat, Document
 from ..core.workspace import Layout
 
 PARTS = ("train", "valid")
@@ -160,20 +160,28 @@ def _counted(documents: Iterable[str], before: int, tell: Tell) -> Iterator[str]
 
 def domain_documents(domain: DomainConfig, root: Path, part: str) -> Iterator[str]:
     """Yield the documents of one part of a domain, in a fixed order, without holding them."""
+    for document in domain_values(domain, root, part, None):
+        yield document.text
+
+
+def domain_values(domain: DomainConfig, root: Path, part: str, field: str | None) -> Iterator[Document]:
+    """Yield the same documents, each with what a field of its record says; `UserError` where records have no fields."""
     if domain.bundled is not None:
         from .bundled import read_bundled
 
-        yield from getattr(read_bundled(domain.bundled), part)
+        if field is not None:
+            raise UserError(f"bundled text has no field '{field}'; name domains that are read from files")
+        yield from map(Document, getattr(read_bundled(domain.bundled), part))
     elif domain.path is not None:
         path = root / Path(domain.path).expanduser()
         border = _split_border(read_documents(path, domain.text_field), domain.valid_share)
-        for document in read_documents(path, domain.text_field):
-            if (_place(document) < border) == (part == "valid"):
+        for document in _values(path, domain.text_field, field):
+            if (_place(document.text) < border) == (part == "valid"):
                 yield document
     else:
         source = domain.train if part == "train" else domain.valid
         assert source is not None
-        yield from read_documents(root / Path(source).expanduser(), domain.text_field)
+        yield from _values(root / Path(source).expanduser(), domain.text_field, field)
 
 
 def _split_border(documents: Iterable[str], share: float) -> float:
@@ -202,6 +210,11 @@ def _place(document: str) -> int:
 
 def read_documents(path: Path, text_field: str) -> Iterator[str]:
     """Yield the documents of a file, or of all files of known formats below a folder, sorted by path."""
+    for document in _values(path, text_field, None):
+        yield document.text
+
+
+def _values(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file))
         if not files:
@@ -214,7 +227,12 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
         corpus_format = _format_of(file)
         if corpus_format is None:
             raise UserError(f"{file} is of no known format; known endings: {', '.join(_suffixes())}")
-        yield from corpus_format.read(file, text_field)
+        if field is None:
+            yield from map(Document, corpus_format.read(file, text_field))
+        elif corpus_format.read_values is None:
+            raise UserError(f"{file}: documents of format '{corpus_format.name}' have no field '{field}'")
+        else:
+            yield from corpus_format.read_values(file, text_field, field)
 
 
 def _formats() -> Mapping[str, CorpusFormat]:

@@ -1,7 +1,7 @@
 """Domains for text that has no labels: its documents sorted into clusters, one domain for each.
 
-Words, points and centres are learnt from a sample (Cluster-Branch-Train-Merge, arXiv:2303.14177); then every document goes to its
-nearest centre. Text is read twice and never held, so that memory does not grow with it.
+A discoverer (a plugin's) learns what to tell documents apart by, most from a sample; then every document goes to the
+nearest cluster. Text is read twice and never held, so that memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.clustering.clusterer import BATCH, Clusterer, ClustererSettings, batches, fit_clusterer
+from ..core.clustering.clusterer import BATCH, batches
 from ..core.compute import available_cores
-from ..core.config import ProjectConfig
+from ..core.config import ProjectConfig, parse_options
 from ..core.discovered import CLUSTERS_FILE, CLUSTERS_FOLDER, cluster_sets
 from ..core.errors import UserError
 from ..core.files import exclusive, new_folder, refuse_existing, write_json
+from ..core.plugin_manager import installed_plugins
+from ..core.types import DiscoveryInputs, Document, DomainDiscoverer, FoundDomains
 from ..core.workspace import Layout, check_name
-from .corpora import domain_config, domain_documents
+from .corpora import domain_config, domain_values
 
 FORMAT = 1
 SAMPLE = 50_000
+CHARACTERS = 20_000
+"""How much of a document's beginning a discoverer sees."""
 PARALLEL_FROM = 20 * BATCH
 """Documents from which on several processes are worth their start."""
 EXAMPLES = 3
@@ -41,12 +45,14 @@ class Cluster:
     """One cluster, and the domain that it became."""
 
     name: str
+    label: str
+    """What it is called within its set: a number, or what it is about."""
     documents: Mapping[str, int]
     """By part."""
     bytes: Mapping[str, int]
     top_words: tuple[str, ...]
     examples: tuple[str, ...]
-    """Beginnings of the sampled documents nearest to the centre."""
+    """Beginnings of the sampled documents nearest to it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ class Discovery:
     source: Mapping[str, str]
     """sha256 over the texts of each domain that was sorted, in order."""
     clusters: tuple[Cluster, ...]
-    settings: ClustererSettings
+    by: str
+    """Name of the discoverer."""
+    settings: Mapping[str, Any]
     licence: str | None
 
     def statement(self) -> dict[str, Any]:
@@ -65,10 +73,11 @@ class Discovery:
         return {
             "format": FORMAT,
             "name": self.folder.name,
+            "by": self.by,
             "source": dict(self.source),
             "licence": self.licence,
             "clusters": [asdict(cluster) for cluster in self.clusters],
-            "settings": asdict(self.settings),
+            "settings": dict(self.settings),
         }
 
 
@@ -76,10 +85,13 @@ def discover(
     layout: Layout,
     project: ProjectConfig,
     name: str,
-    settings: ClustererSettings,
+    clusters: int | None,
     *,
+    by: str = "tfidf",
+    options: Mapping[str, Any] | None = None,
     domains: Sequence[str] | None = None,
     sample: int = SAMPLE,
+    seed: int = 0,
     jobs: int | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -90,23 +102,36 @@ def discover(
     Validation documents stay validation documents. Raises `UserError` for text that is too little for the clusters.
     """
     folder = layout.root / CLUSTERS_FOLDER / check_name(name, "a set of clusters")
-    chosen = _sources(layout, project, name, domains)
+    discoverer = installed_plugins().domain_discoverer(by)
+    chosen_options = parse_options(discoverer.options, options or {}, f"domain discoverer '{by}'")
+    field = discoverer.field(chosen_options) if discoverer.field is not None else None
+    text = _Text(layout, project, _sources(layout, project, name, domains), field)
     refuse_existing(folder, force=force, what="set of clusters")
     with exclusive(layout.lock(f"clusters-{name}"), f"clusters '{name}'"):
-        texts = _sampled(_documents(layout, project, chosen, "train"), sample, settings, tell)
-        clusterer = fit_clusterer(texts, settings, say)
+        sampled = _sampled(text("train"), sample, seed, tell)
+        inputs = DiscoveryInputs(
+            documents=lambda: (document for _, document in text("train")),
+            sample=lambda: [document.text for document in sampled],
+            clusters=clusters,
+            random_seed=seed,
+            root=layout.root,
+            seed=layout.seed,
+            say=say,
+        )
+        domains_found = discoverer.fit(inputs, chosen_options)
         with new_folder(folder, force=force, what="set of clusters") as partial:
-            clusterer.write(partial)
-            names = [
-                f"{name}-{number:0{len(str(settings.clusters - 1))}d}" for number in range(settings.clusters)
-            ]
-            counts, digests = _sorted(layout, project, chosen, clusterer, partial, names, jobs, tell)
+            domains_found.write(partial)
+            names = [check_name(f"{name}-{label}", "a cluster") for label in domains_found.labels]
+            counts, digests = _sorted(
+                text, _Assigner(discoverer, domains_found, partial, jobs), partial, names, tell
+            )
             found = Discovery(
                 folder,
                 digests,
-                _described(clusterer, names, counts, texts),
-                clusterer.settings,
-                _licence(project, chosen),
+                _described(domains_found, names, counts, sampled),
+                by,
+                {"clusters": len(names), "seed": seed, **asdict(chosen_options)},
+                _licence(project, text.domains),
             )
             _require_text(found)
             write_json(partial / CLUSTERS_FILE, found.statement())
@@ -132,52 +157,54 @@ def _sources(
     return chosen
 
 
-def _documents(
-    layout: Layout, project: ProjectConfig, domains: Iterable[str], part: str
-) -> Iterator[tuple[str, str]]:
-    """Yield (domain, text)."""
-    for domain in domains:
-        for text in domain_documents(project.domains[domain], layout.root, part):
-            yield domain, text
+@dataclass(frozen=True)
+class _Text:
+    """The documents that are sorted; called with a part, reads them anew as (domain, document)."""
+
+    layout: Layout
+    project: ProjectConfig
+    domains: tuple[str, ...]
+    field: str | None
+
+    def __call__(self, part: str) -> Iterator[tuple[str, Document]]:
+        for domain in self.domains:
+            config = self.project.domains[domain]
+            for document in domain_values(config, self.layout.root, part, self.field):
+                yield domain, document
 
 
-def _sampled(
-    documents: Iterable[tuple[str, str]], size: int, settings: ClustererSettings, tell: Tell
-) -> list[str]:
+def _beginning(document: Document) -> Document:
+    return Document(document.text[:CHARACTERS], document.value)
+
+
+def _sampled(documents: Iterable[tuple[str, Document]], size: int, seed: int, tell: Tell) -> list[Document]:
     """Return the beginnings of `size` documents, the same for the same text and random seed, whatever its order."""
-    key = settings.seed.to_bytes(8, "little", signed=False)
-    kept: list[tuple[int, str]] = []  # a heap with the largest key first
-    for number, (_, text) in enumerate(documents, start=1):
-        encoded = text.encode("utf-8", "surrogatepass")
+    key = seed.to_bytes(8, "little", signed=False)
+    kept: list[tuple[int, str, str | None]] = []  # a heap with the largest key first
+    for number, (_, document) in enumerate(documents, start=1):
+        encoded = document.text.encode("utf-8", "surrogatepass")
         place = -int.from_bytes(hashlib.blake2b(encoded, digest_size=8, key=key).digest(), "little")
         if len(kept) < size:
-            heapq.heappush(kept, (place, text[: settings.characters]))
+            heapq.heappush(kept, (place, document.text[:CHARACTERS], document.value))
         elif place > kept[0][0]:
-            heapq.heapreplace(kept, (place, text[: settings.characters]))
+            heapq.heapreplace(kept, (place, document.text[:CHARACTERS], document.value))
         if number % BATCH == 0:
             tell("sampling", number)
-    return [text for _, text in sorted(kept, reverse=True)]
+    return [Document(text, value) for _, text, value in sorted(kept, key=lambda one: (-one[0], one[1]))]
 
 
 # --- sorting ---
 
 
 def _sorted(
-    layout: Layout,
-    project: ProjectConfig,
-    domains: Sequence[str],
-    clusterer: Clusterer,
-    folder: Path,
-    names: Sequence[str],
-    jobs: int | None,
-    tell: Tell,
+    text: _Text, assigner: _Assigner, folder: Path, names: Sequence[str], tell: Tell
 ) -> tuple[dict[str, list[list[int]]], dict[str, str]]:
     """Write every document to its cluster's file; return ([documents, bytes] of each cluster by part, digests by domain)."""
     counts = {part: [[0, 0] for _ in names] for part in PARTS}
-    states = {domain: hashlib.sha256() for domain in domains}
+    states = {domain: hashlib.sha256() for domain in text.domains}
     done = 0
     with ExitStack() as stack:
-        assign = stack.enter_context(_Assigner(clusterer, folder, jobs))
+        assign = stack.enter_context(assigner)
         for cluster in names:
             (folder / cluster).mkdir()
         for part in PARTS:
@@ -185,11 +212,11 @@ def _sorted(
                 stack.enter_context((folder / cluster / f"{part}.jsonl").open("w", encoding="utf-8"))
                 for cluster in names
             ]
-            for batch, labels in assign(_documents(layout, project, domains, part)):
-                for (domain, text), label in zip(batch, labels, strict=True):
-                    encoded = text.encode("utf-8", "surrogatepass")
+            for batch, clusters in assign(text(part)):
+                for (domain, document), label in zip(batch, clusters, strict=True):
+                    encoded = document.text.encode("utf-8", "surrogatepass")
                     states[domain].update(len(encoded).to_bytes(8, "little") + encoded)
-                    files[label].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    files[label].write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
                     counts[part][label][0] += 1
                     counts[part][label][1] += len(encoded)
                 done += len(batch)
@@ -198,11 +225,13 @@ def _sorted(
 
 
 class _Assigner:
-    """Finds the clusters of documents, in this process for a few and in several for many."""
+    """Finds the clusters of documents, in this process for a few and in several for many where that can be."""
 
-    def __init__(self, clusterer: Clusterer, folder: Path, jobs: int | None) -> None:
-        self._clusterer, self._folder = clusterer, folder
-        self._jobs = jobs or available_cores()
+    def __init__(
+        self, discoverer: DomainDiscoverer, domains: FoundDomains, folder: Path, jobs: int | None
+    ) -> None:
+        self._name, self._domains, self._folder = discoverer.name, domains, folder
+        self._jobs = (jobs or available_cores()) if discoverer.read is not None else 1
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Assigner:
@@ -213,18 +242,18 @@ class _Assigner:
             self._pool.shutdown(cancel_futures=True)
 
     def __call__(
-        self, documents: Iterable[tuple[str, str]]
-    ) -> Iterator[tuple[list[tuple[str, str]], list[int]]]:
+        self, documents: Iterable[tuple[str, Document]]
+    ) -> Iterator[tuple[list[tuple[str, Document]], list[int]]]:
         """Yield batches of documents, in order, with their clusters."""
-        waiting: deque[tuple[list[tuple[str, str]], Any]] = deque()
+        waiting: deque[tuple[list[tuple[str, Document]], Any]] = deque()
         seen = 0
         for batch in batches(documents, BATCH):
             seen += len(batch)
-            texts = [text[: self._clusterer.settings.characters] for _, text in batch]
+            beginnings = [_beginning(document) for _, document in batch]
             if self._jobs < 2 or (seen <= PARALLEL_FROM and self._pool is None):
-                yield batch, list(self._clusterer.assign(texts))
+                yield batch, _nearest(self._domains, beginnings)
                 continue
-            waiting.append((batch, self._started().submit(_assign, texts)))
+            waiting.append((batch, self._started().submit(_assign, beginnings)))
             if len(waiting) > 4 * self._jobs:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -240,35 +269,42 @@ class _Assigner:
                 self._jobs,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_prepare,
-                initargs=(str(self._folder),),
+                initargs=(self._name, str(self._folder)),
             )
         return self._pool
 
 
-_OWN: dict[str, Clusterer] = {}
-"""The clusterer of a worker process."""
+_OWN: dict[str, FoundDomains] = {}
+"""What a worker process sorts by."""
 
 
-def _prepare(folder: str) -> None:
-    _OWN["clusterer"] = Clusterer.read(Path(folder))
+def _prepare(discoverer: str, folder: str) -> None:
+    read = installed_plugins().domain_discoverer(discoverer).read
+    assert read is not None
+    _OWN["domains"] = read(Path(folder))
 
 
-def _assign(texts: list[str]) -> list[int]:
-    return list(_OWN["clusterer"].assign(texts))
+def _assign(documents: list[Document]) -> list[int]:
+    return _nearest(_OWN["domains"], documents)
+
+
+def _nearest(domains: FoundDomains, documents: Sequence[Document]) -> list[int]:
+    found: list[int] = domains.distances(documents).argmin(axis=1).tolist()
+    return found
 
 
 # --- what is said of them ---
 
 
 def _described(
-    clusterer: Clusterer,
+    domains: FoundDomains,
     names: Sequence[str],
     counts: Mapping[str, Sequence[Sequence[int]]],
-    texts: Sequence[str],
+    sampled: Sequence[Document],
 ) -> tuple[Cluster, ...]:
     import numpy as np
 
-    distances = clusterer.distances(clusterer.points(texts))
+    distances = domains.distances(sampled)
     own = distances.argmin(axis=1)
     found = []
     for number, name in enumerate(names):
@@ -277,10 +313,11 @@ def _described(
         found.append(
             Cluster(
                 name,
+                domains.labels[number],
                 {part: counts[part][number][0] for part in PARTS},
                 {part: counts[part][number][1] for part in PARTS},
-                tuple(clusterer.top_words(number)),
-                tuple(" ".join(texts[place].split())[:EXAMPLE_LETTERS] for place in nearest),
+                tuple(domains.top_words(number)),
+                tuple(" ".join(sampled[place].text.split())[:EXAMPLE_LETTERS] for place in nearest),
             )
         )
     return tuple(found)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import UserError
 from ..core.feed_forwards import feed_forwards, input_moments
+from .embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,7 +61,7 @@ def sentence_embedding(
     """
     import torch
 
-    embed = _Embedder(folder)
+    embed = SentenceEmbedder(folder)
     away = torch.nn.functional.normalize(embed.mean(texts[0]), dim=0) - torch.nn.functional.normalize(
         embed.mean(texts[1]), dim=0
     )
@@ -99,28 +99,3 @@ def scaled_to_unit_logits(model: PreTrainedModel, away_Ld: Tensor, blocks: Seque
             handle.remove()
     size = (squares / max(tokens, 1)).sqrt()
     return away_Ld / torch.where(size > 0, size, torch.ones_like(size)).float()[:, None]
-
-
-class _Embedder:
-    """A sentence-embedding model from a local folder: the mean of its last hidden states."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no folder of a sentence-embedding model: it has no config.json")
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        self._model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
-
-    def mean(self, texts: Sequence[str]) -> Tensor:
-        """Return the mean embedding of some texts, (width of the embedder,)."""
-        import torch
-
-        found = []
-        with torch.inference_mode():
-            for text in texts:
-                ids = self._tokenizer(text, truncation=True, return_tensors="pt")
-                found.append(self._model(**ids).last_hidden_state[0].mean(dim=0))
-        return torch.stack(found).mean(dim=0)

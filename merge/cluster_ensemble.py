@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..core.discovered import CLUSTERS_FOLDER, cluster_sets
+from ..core.discovered import CLUSTERS_FOLDER, cluster_sets, discoverer_of
 from ..core.errors import UserError, unknown_name
 from ..core.lineage import read_manifest
 from ..core.types import MergeInputs
 from ..core.workspace import Layout
+
+FOLLOWED = "tfidf"
+"""The discoverer whose clusters can be told token by token."""
 
 if TYPE_CHECKING:
     from .cluster_router import ClusterRouter, DistanceForm
@@ -102,6 +105,11 @@ def _clusters_of(inputs: MergeInputs, wanted: str | None) -> tuple[Path, tuple[i
     for name in [wanted] if wanted is not None else sets:
         found = [places[name].get(domains[0]) if len(domains) == 1 else None for domains in trained.values()]
         if None not in found:
+            if (by := discoverer_of(root, name)) != FOLLOWED:
+                raise UserError(
+                    f"router: cluster follows a text by its words, and '{name}' was found by {by}; leave the router at "
+                    f"posterior, or sort the text by {FOLLOWED}"
+                )
             return root / CLUSTERS_FOLDER / name, tuple(number for number in found if number is not None)
     odd = next(
         (

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
-from ..core.types import CorpusFormat
+from ..core.types import CorpusFormat, Document
 
 PARQUET_ROWS_AT_A_TIME = 256
 PARQUET_BUFFER_BYTES = 1 << 20
@@ -39,20 +39,44 @@ def corpus_formats() -> list[CorpusFormat]:
     """Offer the formats that come with the package."""
     return [
         CorpusFormat(
-            "jsonl", "one JSON object a line, the text in one field", (".jsonl", ".jsonl.gz"), read_jsonl
+            "jsonl",
+            "one JSON object a line, the text in one field",
+            (".jsonl", ".jsonl.gz"),
+            read_jsonl,
+            read_jsonl_values,
         ),
         CorpusFormat("text", "each file is one document, a large one several", (".txt", ".md"), read_text),
-        CorpusFormat("parquet", "one row a document, the text in one column", (".parquet",), read_parquet),
+        CorpusFormat(
+            "parquet",
+            "one row a document, the text in one column",
+            (".parquet",),
+            read_parquet,
+            read_parquet_values,
+        ),
     ]
 
 
 def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """Yield the text of each line of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped."""
+    for where, record in _records(path, text_field):
+        text = _text_of_record(record, text_field, where)
+        if text.strip():
+            yield text
+
+
+def read_jsonl_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
+    """Yield the same texts, each with what another field of its line says."""
+    for where, record in _records(path, text_field):
+        text = _text_of_record(record, text_field, where)
+        if text.strip():
+            yield Document(text, _value_of_record(record, field, where))
+
+
+def _records(path: Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in _numbered_lines(path):
         if line.strip():
-            text = _text_of_line(line, text_field, where=f"{path}:{number}")
-            if text.strip():
-                yield text
+            where = f"{path}:{number}"
+            yield where, _record_of_line(line, text_field, where)
 
 
 def read_text(path: Path, text_field: str) -> Iterator[str]:
@@ -76,6 +100,16 @@ def read_text(path: Path, text_field: str) -> Iterator[str]:
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str]:
     """Yield the text column of a parquet file, a few rows in memory at a time."""
+    for document in _rows(path, text_field, None):
+        yield document.text
+
+
+def read_parquet_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
+    """Yield the same texts, each with what another column says."""
+    yield from _rows(path, text_field, field)
+
+
+def _rows(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -89,12 +123,18 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str]:
         # by default pyarrow fetches the column's chunks ahead of reading, and holds them all
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
             _check_column(file.schema_arrow, text_field, path)
-            for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=[text_field]):
-                for value in batch.column(0):
+            if field is not None and field not in file.schema_arrow.names:
+                raise _no_value(field, file.schema_arrow.names, str(path))
+            columns = [text_field] if field in (None, text_field) else [text_field, field]
+            for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=columns):
+                values = None if field is None else batch.column(field)
+                for place, one in enumerate(batch.column(text_field)):
                     row += 1
-                    text = _checked_text(value.as_py(), text_field, where=f"{path}: row {row}")
+                    where = f"{path}: row {row}"
+                    text = _checked_text(one.as_py(), text_field, where)
                     if text.strip():
-                        yield text
+                        value = values and _checked_value(values[place].as_py(), str(field), where)
+                        yield Document(text, value)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: row {row}: '{text_field}' is not UTF-8; write the file again as UTF-8"
@@ -168,7 +208,7 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _text_of_line(line: bytes, text_field: str, where: str) -> str:
+def _record_of_line(line: bytes, text_field: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(
             line.decode("utf-8").rstrip("\r\n")
@@ -185,9 +225,28 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> str:
         raise UserError(
             f"{where}: {_kind(record)}, not an object; write each line as {{{json.dumps(text_field)}: …}}"
         )
+    return record
+
+
+def _text_of_record(record: dict[str, Any], text_field: str, where: str) -> str:
     if text_field not in record:
         raise _no_field("field", text_field, list(record), where)
     return _checked_text(record[text_field], text_field, where)
+
+
+def _value_of_record(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise _no_value(field, list(record), where)
+    return _checked_value(record[field], field, where)
+
+
+def _checked_value(value: object, field: str, where: str) -> str:
+    """Return a text, number or truth value as JSON writes it, texts without quotes."""
+    if not isinstance(value, str | int | float):
+        raise UserError(
+            f"{where}: '{field}' is {_kind(value)}, which no domain can be called by; mend or drop it, or name another field"
+        )
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _checked_text(value: object, text_field: str, where: str) -> str:
@@ -228,6 +287,11 @@ def _no_field(what: str, name: str, known: list[str], where: str) -> UserError:
     return UserError(
         f"{where}: no {what} '{name}'; {what}s: {choices}; set text_field to the one with the text"
     )
+
+
+def _no_value(name: str, known: list[str], where: str) -> UserError:
+    choices = _quoted(", ".join(known)) if known else "none"
+    return UserError(f"{where}: no field '{name}' to sort by; there are: {choices}")
 
 
 def _bad_json(where: str, reason: str) -> UserError:

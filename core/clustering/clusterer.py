@@ -30,10 +30,9 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClustererSettings:
+class ClustererOptions:
     """How texts become points and points clusters."""
 
-    clusters: int
     width: int = 100
     """Of the points."""
     words: int = 100_000
@@ -41,7 +40,8 @@ class ClustererSettings:
     fewest_texts: int = 2
     """Texts that a word must be in to be told apart."""
     stop_words: str | None = "english"
-    """Words that say nothing of a text: scikit-learn's English list and all numbers, or none."""
+    """Words that say nothing of a text: `english` (scikit-learn's list and all numbers), a file with one on each line,
+    or none."""
     analyser: Analyser | None = None
     """Not set: words, or runs of letters where most text is in scripts that have no spaces."""
     characters: int = 20_000
@@ -49,6 +49,13 @@ class ClustererSettings:
     balanced: bool = True
     """Whether the fit makes clusters of equal size."""
     rounds: int = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClustererSettings(ClustererOptions):
+    """Everything that decides what a fit finds."""
+
+    clusters: int
     seed: int = 0
 
 
@@ -214,11 +221,18 @@ def _stop_words(settings: ClustererSettings) -> NDArray[np.uint64]:
 
     if settings.stop_words is None:
         return np.zeros(0, np.uint64)
-    if settings.stop_words != "english":
-        raise UserError(f"there are no stop words for '{settings.stop_words}'; take english, or none")
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+    if settings.stop_words == "english":
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    return np.array([hash_of(word) for word in (NUMBER, *sorted(ENGLISH_STOP_WORDS))], np.uint64)
+        words = [NUMBER, *sorted(ENGLISH_STOP_WORDS)]
+    else:
+        path = Path(settings.stop_words).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"there are no stop words for '{settings.stop_words}'; take english, none, or a file with a word on each line"
+            )
+        words = path.read_text(encoding="utf-8").lower().split()
+    return np.array([hash_of(word) for word in words], np.uint64)
 
 
 def find(

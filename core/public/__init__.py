@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from expertctl.core.token_store import TokenBlocks as TokenBlocks
     from expertctl.core.types import Architecture as Architecture
     from expertctl.core.types import CorpusFormat as CorpusFormat
+    from expertctl.core.types import DiscoveryInputs as DiscoveryInputs
+    from expertctl.core.types import Document as Document
+    from expertctl.core.types import DomainDiscoverer as DomainDiscoverer
     from expertctl.core.types import Evaluator as Evaluator
     from expertctl.core.types import ExpertFinished as ExpertFinished
+    from expertctl.core.types import FoundDomains as FoundDomains
     from expertctl.core.types import Launcher as Launcher
     from expertctl.core.types import LaunchResult as LaunchResult
     from expertctl.core.types import MergeFinished as MergeFinished
@@ -54,8 +58,12 @@ _HOMES = {
     "core.types": (
         "Architecture",
         "CorpusFormat",
+        "DiscoveryInputs",
+        "Document",
+        "DomainDiscoverer",
         "Evaluator",
         "ExpertFinished",
+        "FoundDomains",
         "LaunchResult",
         "Launcher",
         "MergeFinished",

@@ -160,30 +160,34 @@ class Workspace:
     def discover(
         self,
         name: str,
-        clusters: int,
+        clusters: int | None = None,
         *,
+        by: str = "tfidf",
         domains: Sequence[str] | None = None,
         sample: int | None = None,
+        seed: int = 0,
         jobs: int | None = None,
         force: bool = False,
         say: Callable[[str], None] = lambda line: None,
         tell: Callable[[str, int], None] = lambda work, documents: None,
-        **settings: Any,
+        **options: Any,
     ) -> Discovery:
         """Sort the documents of domains into clusters, which become domains themselves: `NAME-0`, `NAME-1` ...
 
-        `settings` are those of `ClustererSettings`. Default: all domains that were not discovered.
+        `by` names a discoverer, `options` are its own. Default: all domains that were not discovered.
         """
-        from expertctl.core.clustering.clusterer import ClustererSettings
         from expertctl.experts.discovery import SAMPLE, discover
 
         found = discover(
             self.layout,
             self.config,
             name,
-            ClustererSettings(clusters=clusters, **settings),
+            clusters,
+            by=by,
+            options=options,
             domains=domains,
             sample=sample or SAMPLE,
+            seed=seed,
             jobs=jobs,
             force=force,
             say=say,

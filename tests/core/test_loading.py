@@ -30,6 +30,12 @@ def test_a_plain_folder_loads_as_transformers_loads_it(tmp_path: Path, family: s
     assert tokenizer.decode(tokenizer("the lazy dog")["input_ids"]) == "the lazy dog"
 
 
+def test_what_an_unfinished_job_has_written_is_refused_even_where_no_file_is_missing(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path / ".merged.unfinished", "llama")
+    with pytest.raises(UserError, match="is what a job has written that did not end"):
+        expertctl.load_model(folder)
+
+
 def test_an_expert_is_the_seed_with_its_own_tensors_laid_over(shared_workspace: Path) -> None:
     model, tokenizer = expertctl.load_model(shared_workspace / "experts" / "law")
     seed = load_file(shared_workspace / "seed" / "model.safetensors")

@@ -98,6 +98,13 @@ def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspa
         ({"clusters": 5000}, "5000 clusters need as many texts"),
         ({"clusters": 2, "domains": ["nix"]}, "no domain 'nix'"),
         ({"clusters": 2, "stop_words": "klingon"}, "no stop words for 'klingon'"),
+        ({}, "say how many clusters there are to be"),
+        ({"clusters": 2, "by": "feeling"}, "no domain discoverer 'feeling'; installed: hidden_states"),
+        ({"clusters": 2, "colour": 1}, "domain discoverer 'tfidf' has no option 'colour'"),
+        ({"clusters": 2, "by": "hidden_states"}, "there is no seed yet"),
+        ({"clusters": 2, "by": "sentence_embeddings"}, "needs the folder of a model"),
+        ({"clusters": 2, "by": "sentence_embeddings", "folder": "nowhere"}, "has no config.json"),
+        ({"by": "metadata"}, "mixed.jsonl:1: no field 'source' to sort by; there are: text"),
     ],
 )
 def test_what_cannot_be_is_refused_with_nothing_left(
