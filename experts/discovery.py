@@ -109,6 +109,11 @@ def discover(
     refuse_existing(folder, force=force, what="set of clusters")
     with exclusive(layout.lock(f"clusters-{name}"), f"clusters '{name}'"):
         sampled = _sampled(text("train"), sample, seed, tell)
+        if not sampled:
+            raise UserError(
+                f"there is no training document to sort in {', '.join(text.domains)}: texts that are empty are left out, and a "
+                "path is split by document, so that it needs two that differ; add text"
+            )
         inputs = DiscoveryInputs(
             documents=lambda: (document for _, document in text("train")),
             sample=lambda: [document.text for document in sampled],

@@ -160,8 +160,8 @@ def fit_clusterer(
     used = np.flatnonzero(np.diff(counts.indptr))
     if len(used) < settings.clusters:
         raise UserError(
-            f"{settings.clusters} clusters need as many texts with words that occur in others, and there are {len(used)} "
-            f"among {len(texts)}; ask for fewer clusters, or add text"
+            f"{settings.clusters} clusters need at least as many texts with words that occur in others too, and of "
+            f"{len(texts)} texts {len(used)} have such words; ask for fewer clusters, or add text"
         )
     idf = TfidfTransformer().fit(counts)
     weighted = idf.transform(counts[used])

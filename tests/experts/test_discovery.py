@@ -95,7 +95,7 @@ def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspa
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"clusters": 5000}, "5000 clusters need as many texts"),
+        ({"clusters": 5000}, "5000 clusters need at least as many texts"),
         ({"clusters": 2, "domains": ["nix"]}, "no domain 'nix'"),
         ({"clusters": 2, "stop_words": "klingon"}, "no stop words for 'klingon'"),
         ({}, "say how many clusters there are to be"),
@@ -115,6 +115,55 @@ def test_what_cannot_be_is_refused_with_nothing_left(
     assert (
         not list((workspace.root / "clusters").glob("*")) if (workspace.root / "clusters").exists() else True
     )
+
+
+@pytest.mark.parametrize(
+    ("texts", "clusters", "said"),
+    [
+        ([""] * 20, 2, "there is no training document to sort in mixed"),
+        (["the same text over and over"] * 60, 1, "gets no (training|validation) document"),
+        (["the court held", "a poem of words"], 4, "4 clusters need at least as many texts"),
+        (
+            [f"word{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(60)],
+            3,
+            "of .. texts 0 have such words",
+        ),
+        (["law", "code", "poem", "song"] * 15, 2, "gets no (training|validation) document"),
+    ],
+    ids=["empty", "duplicates", "fewer", "strangers", "one word"],
+)
+def test_text_that_is_too_little_is_told_in_a_line(
+    workspace: Workspace, texts: list[str], clusters: int, said: str
+) -> None:
+    (workspace.root / "mixed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(UserError, match=said):
+        workspace.discover("campus", clusters)
+
+
+def test_empty_documents_among_others_are_left_out(workspace: Workspace) -> None:
+    texts = [("", f"court law judge {n}", f"python code function {n}")[n % 3] for n in range(120)]
+    (workspace.root / "mixed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = workspace.discover("campus", 2)
+    assert sum(one.documents["train"] + one.documents["valid"] for one in found.clusters) == 80
+    assert {word for one in found.clusters for word in one.top_words} >= {"court", "code"}
+
+
+def test_text_without_spaces_is_sorted_by_runs_of_letters(workspace: Workspace) -> None:
+    letters = "春風又綠江南白日依山盡黃"
+    source = random.Random(0)
+    texts = ["".join(source.choices(letters[:6] if n % 2 else letters[6:], k=14)) for n in range(120)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    (workspace.root / "mixed.jsonl").write_text("".join(lines))
+    found = workspace.discover("campus", 2)
+    for one in found.clusters:
+        members = texts_of(workspace, [one.name], "train")
+        assert len({text[0] in letters[:6] for text in members}) == 1
+
+
+def test_stop_words_can_be_a_file_of_any_language(workspace: Workspace) -> None:
+    (workspace.root / "stop.txt").write_text("random\nself\n")
+    found = workspace.discover("campus", 3, stop_words=str(workspace.root / "stop.txt"))
+    assert not {"random", "self"} & {word for one in found.clusters for word in one.top_words}
 
 
 def test_a_set_is_not_replaced_unasked_nor_made_of_itself(workspace: Workspace) -> None:

@@ -203,6 +203,17 @@ def test_what_cannot_be_is_refused(made: Workspace, options: dict[str, object], 
     assert not (made.generalists / "other").exists()
 
 
+def test_clusters_that_no_text_can_be_followed_by_are_refused(made: Workspace) -> None:
+    path = made.root / "clusters" / "campus" / "clusters.json"
+    before = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(before) | {"by": "hidden_states"}))
+        with pytest.raises(UserError, match="'campus' was found by hidden_states"):
+            made.merge("other", method="ensemble", options={"router": "cluster"})
+    finally:
+        path.write_text(before)
+
+
 def test_routing_is_due_early_and_then_regularly() -> None:
     routing = ClusterRouting((0, 1), 0.1, every=8)
     assert [count for count in range(1, 25) if routing.due(count)] == [1, 2, 4, 8, 16, 24]

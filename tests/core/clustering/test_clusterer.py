@@ -94,7 +94,7 @@ def test_a_text_of_which_no_word_is_known_goes_somewhere(clusterer: Clusterer, t
     ],
 )
 def test_too_few_texts_for_the_clusters_are_refused(texts: list[str]) -> None:
-    with pytest.raises(UserError, match="4 clusters need as many texts with words"):
+    with pytest.raises(UserError, match="4 clusters need at least as many texts with words"):
         fit_clusterer(texts, ClustererSettings(clusters=4))
 
 
