@@ -127,3 +127,15 @@ def test_the_training_benchmark_prints_its_tables() -> None:
     out = run(ROOT / "examples/benchmarks/training.py", "--rounds", "2", "--steps", "1", "--no-compile")
     assert "| expertctl |" in out
     assert "process to end of first step" in out
+
+
+def test_memory_of_a_discovery_stays_where_it_is_however_much_text_there_is() -> None:
+    """200,000 documents; the sample that is held has 50,000."""
+    sizes = (60_000, 200_000)
+    told = run(
+        ROOT / "examples" / "benchmarks" / "clustering.py",
+        *("--only", "memory", "--letters", "150", "--sizes", ",".join(map(str, sizes))),
+    )
+    peaks = [float(line.split("|")[-2]) for line in told.splitlines()[2:4]]
+    assert max(peaks) < 2000
+    assert peaks[1] < 1.1 * peaks[0]
