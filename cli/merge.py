@@ -9,7 +9,7 @@ import click
 
 from .context import Session, pass_session
 from .group import cli_command
-from .output import Table, shares
+from .output import Table
 from .parsing import as_dictionary, byte_count, names, setting, weights
 
 if TYPE_CHECKING:
@@ -278,12 +278,12 @@ class MergeProgress:
 
 
 def _finish(session: Session, folder: Path, manifest: Manifest) -> None:
-    from .summaries import artefact_content, made
+    from .summaries import artefact_content, made, origin
 
     session.finish(
         artefact_content(folder, manifest),
         made(folder, manifest),
-        f"{manifest.config['method']} of {shares(manifest.config['weights'])}",
+        origin(manifest),
     )
 
 

@@ -35,7 +35,10 @@ def origin(manifest: Manifest) -> str:
     """Return in a few words how an artefact came about."""
     if manifest.kind == "generalist":
         method, weights = manifest.config.get("method"), manifest.config.get("weights")
-        return f"{method} of {shares(weights)}" if weights else str(method)
+        if weights:
+            return f"{method} of {shares(weights)}"
+        experts = [parent.name for parent in manifest.parents if parent.kind == "expert"]
+        return f"{method} of {', '.join(experts)}" if experts else str(method)
     if manifest.kind == "expert":
         domains = ", ".join(manifest.data.get("domains", {}))
         return f"trained {manifest.trainable} on {domains}"

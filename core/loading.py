@@ -101,7 +101,8 @@ def _without(
     if manifest is None or method is None or method.switch_off is None:
         raise UserError(f"{folder} has no experts that can be switched off; ensembles and mixtures have")
     mixture = manifest.config.get("mixture") or {}
-    experts = list(mixture.get("experts") or manifest.config.get("weights", ()))
+    parents = [parent.name for parent in manifest.parents if parent.kind != "seed"]
+    experts = list(mixture.get("experts") or parents)
     for name in gone:
         if name not in experts:
             raise unknown_name("expert", name, experts, listed_as="the model has")

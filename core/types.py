@@ -239,6 +239,16 @@ PerExpert = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
+class BuiltModel:
+    """How a model came out that a merge method built."""
+
+    weights: Mapping[str, float] | None = None
+    """How much each expert counts; empty where that differs from text to text; None: the merge's weights."""
+    settled: Mapping[str, Any] = field(default_factory=dict)
+    """Options that the method chose by itself, as a user would give them to get the same model."""
+
+
+@dataclass(frozen=True)
 class MergeMethod:
     """A way from seed and experts to a generalist.
 
@@ -252,9 +262,8 @@ class MergeMethod:
     merge: Callable[[TensorGroup, Any], Tensor] | None = None
     """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor, from
     several threads at once."""
-    build: Callable[[MergeInputs, Any, Path], Mapping[str, float] | None] | None = None
-    """`build(inputs, options, folder)` writes a loadable model folder into `folder`, and returns how much each
-    expert counts in it where that is not the merge's weights."""
+    build: Callable[[MergeInputs, Any, Path], BuiltModel | None] | None = None
+    """`build(inputs, options, folder)` writes a loadable model folder into `folder`, and may say how it came out."""
     kind: str = "average"
     """What comes out: `average`, `ensemble`, `moe` or `stitched`."""
     options: type | None = None

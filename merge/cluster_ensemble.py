@@ -6,6 +6,7 @@ weighs them by how near the text so far is to the centres that they were trained
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,7 +42,15 @@ class RouterOptions(Protocol):
     def every(self) -> int: ...
 
 
-def cluster_router(inputs: MergeInputs, options: RouterOptions) -> ClusterRouter:
+@dataclass(frozen=True)
+class SettledRouter:
+    """A router, and the set of clusters that it is over."""
+
+    router: ClusterRouter
+    clusters: str
+
+
+def cluster_router(inputs: MergeInputs, options: RouterOptions) -> SettledRouter:
     """Return the router over the clusters that the experts were trained on, its temperature fitted where none is given.
 
     Raises `UserError` for experts of no cluster, and for options that say otherwise.
@@ -62,7 +71,7 @@ def cluster_router(inputs: MergeInputs, options: RouterOptions) -> ClusterRouter
     )
     router = ClusterRouter(routing, Reader(Clusterer.read(folder), encoder.tokenizer, encoder.separator))
     if options.temperature is not None:
-        return router
+        return SettledRouter(router, folder.name)
     batches = validation_scores(
         inputs.seed,
         inputs.experts,
@@ -74,7 +83,7 @@ def cluster_router(inputs: MergeInputs, options: RouterOptions) -> ClusterRouter
     texts = [(one.tokens.tolist(), one.scores.astype(float)) for batch in batches for one in batch]
     temperature = fitted_temperature(router, texts)
     inputs.say(f"temperature {temperature:.4g} ({options.distance} distance)")
-    return replace(router, routing=replace(routing, temperature=temperature))
+    return SettledRouter(replace(router, routing=replace(routing, temperature=temperature)), folder.name)
 
 
 def _check(inputs: MergeInputs, options: RouterOptions) -> None:

@@ -27,7 +27,7 @@ from ..core.lineage import (
 )
 from ..core.plugin_manager import PluginManager, installed_plugins
 from ..core.safetensors_io import Checkpoint
-from ..core.types import MergeFinished, MergeInputs, MergeMethod, ValidationText
+from ..core.types import BuiltModel, MergeFinished, MergeInputs, MergeMethod, ValidationText
 from ..core.workspace import Layout, check_name, require_free
 from .card import CARD_FILE, model_card
 from .engine import EngineSettings
@@ -391,7 +391,8 @@ def _build(
             if (layout.seed / file).is_file():
                 link_or_copy(layout.seed / file, partial / file)
         assert method.build is not None
-        weights = dict(method.build(inputs, options, partial) or weights)
+        built = method.build(inputs, options, partial) or BuiltModel()
+        weights = dict(weights if built.weights is None else built.weights)
         manifest = Manifest(
             kind="generalist",
             name=name,
@@ -404,7 +405,7 @@ def _build(
                 "method": method.name,
                 "kind": method.kind,
                 "weights": weights,
-                "options": asdict(options),
+                "options": asdict(options) | dict(built.settled),
                 "fitted_on": [text.domain for text in texts.read],
                 "merge": config.model_dump(mode="json"),
             },
@@ -491,12 +492,12 @@ def _parents(
 ) -> tuple[Parent, ...]:
     def of_folder(name: str, folder: Path) -> Parent:
         digest = digest_of_tensors(digests_of_untouched(Checkpoint.of_folder(folder), {}))
-        return Parent("model", name, digest, weights[name], licence=licence_of_folder(folder))
+        return Parent("model", name, digest, weights.get(name), licence=licence_of_folder(folder))
 
     return (
         Parent.of(seed, SEED),
         *(
-            Parent.of(experts[name], name, weights[name]) if name in experts else of_folder(name, folder)
+            Parent.of(experts[name], name, weights.get(name)) if name in experts else of_folder(name, folder)
             for name, folder in folders.items()
         ),
     )

@@ -11,7 +11,7 @@ from ..core.errors import UserError
 from ..core.files import link_or_copy
 from ..core.hookspecs import hookimpl
 from ..core.safetensors_io import Checkpoint, checkpoint_files
-from ..core.types import MergeInputs, MergeMethod
+from ..core.types import BuiltModel, MergeInputs, MergeMethod
 from ..merge.dense.linear import average
 
 if TYPE_CHECKING:
@@ -43,19 +43,21 @@ class EnsembleOptions:
     """Tokens after which the `cluster` router calculates weights anew."""
 
 
-def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> dict[str, float]:
-    """Write an ensemble that shares the experts' files and, where they need them, the seed's; return its prior."""
+def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> BuiltModel:
+    """Write an ensemble that shares the experts' files and, where they need them, the seed's."""
     from ..merge.cluster_router import routing_as_json
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     if options.router == "cluster":
         from ..merge.cluster_ensemble import cluster_router
 
-        router = cluster_router(inputs, options)
+        found = cluster_router(inputs, options)
+        router = found.router
         router.write(folder)
+        built = BuiltModel({}, {"clusters": found.clusters, "temperature": router.routing.temperature})
         kind, routing = "uniform", routing_as_json(router.routing)
     else:
-        kind, routing = _prior_kind(inputs, options), None
+        kind, routing, built = _prior_kind(inputs, options), None, None
     prior = _prior(inputs, options, kind)
     (folder / EXPERTS_FOLDER).mkdir()
     for name, expert in inputs.experts.items():
@@ -68,7 +70,7 @@ def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) 
     top_k = options.top_k if routing is None else None
     config = ensemble_config(inputs.seed, prior, values, kind, options.posterior, top_k, routing)
     write_config(folder, config)
-    return prior
+    return built or BuiltModel(prior)
 
 
 def _prior_kind(inputs: MergeInputs, options: EnsembleOptions) -> str:

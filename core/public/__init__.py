@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from expertctl.core.loading import register_auto_classes as register_auto_classes
     from expertctl.core.token_store import TokenBlocks as TokenBlocks
     from expertctl.core.types import Architecture as Architecture
+    from expertctl.core.types import BuiltModel as BuiltModel
     from expertctl.core.types import CorpusFormat as CorpusFormat
     from expertctl.core.types import DiscoveryInputs as DiscoveryInputs
     from expertctl.core.types import Document as Document
@@ -57,6 +58,7 @@ _HOMES = {
     "core.token_store": ("TokenBlocks",),
     "core.types": (
         "Architecture",
+        "BuiltModel",
         "CorpusFormat",
         "DiscoveryInputs",
         "Document",

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 import expertctl
 from expertctl import UserError, load_model
 from expertctl.core.clustering.clusterer import Clusterer, unit_rows
+from expertctl.core.files import read_json
+from expertctl.core.lineage import read_manifest
 from expertctl.core.testing import tiny_model_folder
 from expertctl.core.tokenizer import TextEncoder
 from expertctl.experts.training_run import train_run
@@ -201,6 +203,20 @@ def test_what_cannot_be_is_refused(made: Workspace, options: dict[str, object], 
     with pytest.raises(UserError, match=complaint):
         made.merge("other", method="ensemble", options={"router": "cluster", **options})
     assert not (made.generalists / "other").exists()
+
+
+def test_the_manifest_says_what_was_settled_so_that_the_same_can_be_merged_without_text(
+    made: Workspace,
+) -> None:
+    manifest = read_manifest(made.generalists / "forest")
+    options, config = manifest.config["options"], read_json(made.generalists / "forest" / "config.json")
+    assert options["clusters"] == "campus"
+    assert options["temperature"] == config["router"]["temperature"]
+    assert manifest.config["weights"] == {}
+    again = made.merge("again", method="ensemble", options=options)
+    assert again.config["fitted_on"] == []
+    assert read_json(made.generalists / "again" / "config.json") == config
+    assert again.digest == manifest.digest
 
 
 def test_clusters_that_no_text_can_be_followed_by_are_refused(made: Workspace) -> None:
