@@ -17,6 +17,7 @@ WORDS = {
     "launchers": "launcher",
     "corpus_formats": "corpus format",
     "domain_discoverers": "domain discoverer",
+    "document_orders": "document order",
     "evaluators": "evaluator",
     "routers": "router",
     "architectures": "architecture",

@@ -155,6 +155,8 @@ class DomainConfig(Section):
     """Share of the documents that `path` gives to validation."""
     text_field: str = "text"
     """Field or column that holds the text."""
+    order: str | None = None
+    """Order in which training documents are packed into blocks (`in_context`). Not set: that of the files."""
     licence: str | None = None
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .types import (
         Architecture,
         CorpusFormat,
+        DocumentOrder,
         DomainDiscoverer,
         Evaluator,
         ExpertFinished,
@@ -61,6 +62,11 @@ def corpus_formats() -> list[CorpusFormat]:  # type: ignore[empty-body]  # as ab
 @hookspec
 def domain_discoverers() -> list[DomainDiscoverer]:  # type: ignore[empty-body]  # as above
     """Ways to sort unlabelled text into domains."""
+
+
+@hookspec
+def document_orders() -> list[DocumentOrder]:  # type: ignore[empty-body]  # as above
+    """Orders in which documents are packed for training."""
 
 
 @hookspec

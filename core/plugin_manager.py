@@ -23,6 +23,7 @@ from .lineage import package_version
 from .types import (
     Architecture,
     CorpusFormat,
+    DocumentOrder,
     DomainDiscoverer,
     Evaluator,
     ExpertFinished,
@@ -52,6 +53,7 @@ BUILTIN_PLUGINS = (
     "demix",
     "dense_merges",
     "flexolmo",
+    "in_context_order",
     "local_launcher",
     "mixture_tuning",
     "mixtures",
@@ -243,6 +245,12 @@ class PluginManager:
 
     def domain_discoverer(self, name: str) -> DomainDiscoverer:
         return _pick("domain discoverer", name, self.domain_discoverers())
+
+    def document_orders(self) -> Mapping[str, DocumentOrder]:
+        return self._collect("document_orders", DocumentOrder)
+
+    def document_order(self, name: str) -> DocumentOrder:
+        return _pick("document order", name, self.document_orders())
 
     def evaluators(self) -> Mapping[str, Evaluator]:
         return self._collect("evaluators", Evaluator)

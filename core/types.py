@@ -50,6 +50,17 @@ class Document:
 
 
 @dataclass(frozen=True)
+class DocumentOrder:
+    """An order in which a domain's documents are packed into blocks for training."""
+
+    name: str
+    summary: str
+    order: Callable[[Sequence[str]], Sequence[int]]
+    """`order(texts)` returns the numbers of all texts, each once, in their new order. `texts` lie on disk: each access
+    reads one, and not all need fit into memory."""
+
+
+@dataclass(frozen=True)
 class DiscoveryInputs:
     """What domains can be found from. Only training text is seen."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..core.token_store import TokenPart, TokenStore, write_part
 from ..core.tokenizer import TextEncoder
 from ..core.types import CorpusFormat, Document
 from ..core.workspace import Layout
+from .spooled_texts import SpooledTexts
 
 PARTS = ("train", "valid")
 DOMAIN_FILE = "domain.json"
@@ -82,13 +84,13 @@ def prepare_domain(
             done = 0
             for part in PARTS:
                 (partial / part).mkdir()
-                documents = _counted(domain_documents(domain, layout.root, part), done, tell)
-                written = write_part(
-                    partial / part,
-                    _encoded(documents, encoder),
-                    separator=encoder.separator,
-                    vocabulary=encoder.vocabulary,
-                )
+                with _in_order(domain, layout.root, part, partial) as documents:
+                    written = write_part(
+                        partial / part,
+                        _encoded(_counted(documents, done, tell), encoder),
+                        separator=encoder.separator,
+                        vocabulary=encoder.vocabulary,
+                    )
                 if written.documents == 0:
                     remedy = (
                         "; a path is split by document and needs two that differ: add text, or give train and "
@@ -112,6 +114,23 @@ def prepare_domain(
     prepared = _cached(folder, fingerprint)
     assert prepared is not None
     return prepared
+
+
+@contextmanager
+def _in_order(domain: DomainConfig, root: Path, part: str, scratch: Path) -> Iterator[Iterator[str]]:
+    """Give the documents of a part as they are packed: those of the training part in the order that was asked for."""
+    documents = domain_documents(domain, root, part)
+    if domain.order is None or part != "train":
+        yield documents
+        return
+    order = installed_plugins().document_order(domain.order)
+    with SpooledTexts(documents, scratch) as texts:
+        numbers = [int(number) for number in order.order(texts)]
+        if sorted(numbers) != list(range(len(texts))):
+            raise RuntimeError(
+                f"document order '{order.name}' gives no permutation of {len(texts)} documents"
+            )
+        yield (texts[number] for number in numbers)
 
 
 def prepared_domain(

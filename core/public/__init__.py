@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from expertctl.core.types import CorpusFormat as CorpusFormat
     from expertctl.core.types import DiscoveryInputs as DiscoveryInputs
     from expertctl.core.types import Document as Document
+    from expertctl.core.types import DocumentOrder as DocumentOrder
     from expertctl.core.types import DomainDiscoverer as DomainDiscoverer
     from expertctl.core.types import Evaluator as Evaluator
     from expertctl.core.types import ExpertFinished as ExpertFinished
@@ -62,6 +63,7 @@ _HOMES = {
         "CorpusFormat",
         "DiscoveryInputs",
         "Document",
+        "DocumentOrder",
         "DomainDiscoverer",
         "Evaluator",
         "ExpertFinished",

@@ -1,0 +1,12 @@
+"""In-Context Pretraining (arXiv:2310.10638): related documents share context windows."""
+
+from __future__ import annotations
+
+from ..core.hookspecs import hookimpl
+from ..core.types import DocumentOrder
+from ..experts.in_context_order import in_context_order
+
+
+@hookimpl
+def document_orders() -> list[DocumentOrder]:
+    return [DocumentOrder("in_context", "each document beside those that are most like it", in_context_order)]
