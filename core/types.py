@@ -180,6 +180,8 @@ class Trainer:
     restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None
     """`restore(model, folder)` makes the starting model into what was trained, from an expert's folder; None: the
     expert's tensors go over those of the same name."""
+    changes: Literal["all", "feed_forward"] = "all"
+    """Which of the starting model's tensors can come out changed: an expert that someone else trained is held to it."""
 
     def __post_init__(self) -> None:
         _check_options(self.options, f"trainer '{self.name}'")

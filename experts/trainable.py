@@ -37,6 +37,19 @@ def trainer_for(trains: str, plugins: PluginManager) -> Trainer:
     )
 
 
+def changeable(trains: str, names: Iterable[str], model_type: str) -> set[str]:
+    """Return which of a model's tensors a trainer, or a pattern, can change; raises `UserError` for neither."""
+    plugins = installed_plugins()
+    trainer = trainer_for(trains, plugins)
+    if trainer.name not in plugins.trainers():
+        patterns: tuple[str, ...] = tuple(part.strip() for part in trains.split(",") if part.strip())
+    elif trainer.changes == "feed_forward":
+        patterns = plugins.architecture_of(model_type).feed_forward
+    else:
+        patterns = ("*",)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
 def all_parameters(model: PreTrainedModel, options: Any) -> TrainablePart:
     """Train every parameter."""
     return matching_parameters(model, ("*",))

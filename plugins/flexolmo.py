@@ -186,6 +186,7 @@ def trainers() -> list[Trainer]:
             FlexOlmoTraining,
             uses_text=True,
             restore=restore,
+            changes="feed_forward",
         )
     ]
 

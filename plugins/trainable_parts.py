@@ -15,5 +15,6 @@ def trainers() -> list[Trainer]:
             "feed_forward",
             "the feed-forwards only; attention, norms and embeddings stay the seed's",
             feed_forward_parameters,
+            changes="feed_forward",
         ),
     ]

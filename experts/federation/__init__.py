@@ -1,0 +1,1 @@
+"""Experts from owners who hand in weights and never text: everything but the transport."""

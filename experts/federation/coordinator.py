@@ -1,0 +1,319 @@
+"""The coordinator of a federation: asks, receives, judges, and keeps. All of it is on disk, so that a restart loses nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ...core.errors import UserError
+from ...core.files import exclusive, new_folder, read_json, remove_tree, write_json
+from ...core.lineage import read_manifest
+from ...core.workspace import Layout, check_name
+from .acceptance import Measure, Refusal, RefusalCode, Rules, refusal_of_expert, refusal_of_statement
+from .delivery import DELIVERY_FILE, Signed
+from .ledger import Entry, Ledger, State
+from .members import Members
+from .parts import FileParts, PartsWriter, parts_of, read_part
+from .progress import Progress
+from .requests import ExpertRequest, Recipe, is_identifier, new_identifier
+
+FOLDER = "federation"
+REQUEST_SUFFIX = ".json"
+
+
+@dataclass(frozen=True)
+class OwnerStatus:
+    """How one owner stands with one request, or with none."""
+
+    name: str
+    request: str | None
+    state: State | None
+    detail: str
+    progress: Progress | None
+    seen: datetime | None
+    """When the owner was last heard of."""
+    deadline: datetime | None
+
+
+class Coordinator:
+    """One federation, in `federation/` of a workspace."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        rules: Rules | None = None,
+        measure: Measure = lambda folder: None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.layout, self.rules, self._measure, self._now = layout, rules or Rules(), measure, now
+        self.root = layout.root / FOLDER
+        self.members = Members(self.root / "members.json")
+        self.ledger = Ledger(self.root / "ledger.jsonl")
+
+    # --- asking ---
+
+    def ask(self, names: Sequence[str], recipe: Recipe, deadline: datetime) -> list[ExpertRequest]:
+        """Ask the owners who have not delivered; a request that is still open is renewed with the later deadline.
+
+        Raises `UserError` for a name that was not invited and for a workspace without a seed.
+        """
+        members = [self.members.named(name) for name in names]
+        seed = self._seed_digest()
+        wanted = self.ledger.missing(seed, recipe.digest, [member.name for member in members])
+        files = self._seed_files()
+        found = []
+        for member in members:
+            if member.name not in wanted:
+                continue
+            old = self._latest(member.name, seed, recipe.digest)
+            request = ExpertRequest(
+                old.id if old is not None else new_identifier(),
+                member.name,
+                member.key.fingerprint,
+                seed,
+                files,
+                recipe,
+                max(deadline, old.deadline) if old is not None else deadline,
+            )
+            self._make_root()
+            write_json(self._request_path(request.id), request.as_json())
+            self._note("asked", request, request.deadline.isoformat(timespec="seconds"))
+            found.append(request)
+        return found
+
+    def requests(self) -> list[ExpertRequest]:
+        """Return every request that was ever made."""
+        paths = sorted((self.root / "requests").glob(f"*{REQUEST_SUFFIX}"))
+        return [ExpertRequest.of_json(read_json(path)) for path in paths]
+
+    def request(self, identifier: str) -> ExpertRequest:
+        """Return one request; raises `UserError` for one that was never made."""
+        path = self._request_path(identifier)
+        if not is_identifier(identifier) or not path.is_file():
+            raise UserError("there is no such request; ask the coordinator to ask again")
+        return ExpertRequest.of_json(read_json(path))
+
+    def open_requests(self, name: str) -> list[ExpertRequest]:
+        """Return what an owner is asked for and has not delivered, the deadline not having passed."""
+        states = self.ledger.states()
+        return [
+            request
+            for request in self.requests()
+            if request.owner == name
+            and request.deadline > self._now()
+            and (entry := states.get(request.id)) is not None
+            and entry.state != "accepted"
+        ]
+
+    def seed_part(self, file: str, index: int) -> bytes:
+        """Return a part of one of the seed's files."""
+        for parts in self._seed_files():
+            if parts.name == file:
+                return read_part(self.layout.seed / file, parts, index)
+        raise UserError("the seed has no such file")
+
+    # --- receiving ---
+
+    def note_progress(self, name: str, request_id: str, progress: Progress) -> None:
+        """Keep the last that an owner said of a training."""
+        self._own(name, request_id)
+        (self.root / "progress").mkdir(parents=True, exist_ok=True)
+        write_json(
+            self.root / "progress" / f"{request_id}.json",
+            {**progress.as_json(), "at": self._now().isoformat(timespec="seconds")},
+        )
+
+    def begin(self, name: str, request_id: str, signed: Signed) -> Refusal | dict[str, list[int]]:
+        """Judge a statement; return which parts of which files are still to come, or why none is wanted."""
+        request = self._own(name, request_id)
+        if self.ledger.state(request_id) == "accepted":  # and the owner has not heard of it
+            return {file.name: [] for file in signed.statement.files}
+        refusal = self._refusal_before(request, signed)
+        if refusal is not None:
+            self._refuse(request, refusal, signed)
+            return refusal
+        folder = self._incoming(request_id)
+        with exclusive(self.root / ".locks" / request_id, "this delivery"):
+            kept = folder / DELIVERY_FILE
+            if kept.is_file() and read_json(kept) != signed.as_json():
+                remove_tree(folder)  # the owner has trained again: nothing of the old one fits
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(kept, signed.as_json())
+        return {file.name: PartsWriter(folder, file).missing() for file in signed.statement.files}
+
+    def put(self, name: str, request_id: str, file: str, index: int, data: bytes) -> None:
+        """Take in one part; raises `UserError` for one that was not announced or whose bytes are others."""
+        self._own(name, request_id)
+        folder = self._incoming(request_id)
+        if not (folder / DELIVERY_FILE).is_file():
+            raise UserError("nothing was announced; begin the delivery first")
+        for parts in Signed.read(folder).statement.files:
+            if parts.name == file:
+                with exclusive(self.root / ".locks" / request_id, "this delivery"):
+                    PartsWriter(folder, parts).put(index, data)
+                return
+        raise UserError("no such file was announced")
+
+    def finish(self, name: str, request_id: str) -> Refusal | None:
+        """Judge an expert whose parts are all there: take it into `experts/`, or put it into quarantine.
+
+        Raises `UserError` while parts are missing. Called again after a success, it returns None again.
+        """
+        request = self._own(name, request_id)
+        folder = self._incoming(request_id)
+        with exclusive(self.root / ".locks" / request_id, "this delivery", patience_s=600):
+            if self.ledger.state(request_id) == "accepted":
+                return None
+            if not (folder / DELIVERY_FILE).is_file():
+                raise UserError("nothing was announced; begin the delivery first")
+            signed = Signed.read(folder)
+            refusal = self._refusal_before(request, signed)
+            if refusal is None:
+                for file in signed.statement.files:
+                    PartsWriter(folder, file).finish()
+                self._note("delivered", request, delivery=signed.statement.expert)
+                bare = folder.with_name(f"{request_id}-expert")
+                self._without_statement(folder, bare, signed)
+                refusal = refusal_of_expert(
+                    bare, signed, request, self.layout.seed, self.rules, self._measure
+                )
+                if refusal is None:
+                    expert = self._take(bare, request)
+                    self._note("accepted", request, expert, signed.statement.expert)
+                    write_json(self.root / "accepted" / f"{request_id}.json", signed.as_json())
+                    remove_tree(folder)
+                    return None
+                remove_tree(bare)
+            self._refuse(request, refusal, signed)
+            return refusal
+
+    def _refusal_before(self, request: ExpertRequest, signed: Signed) -> Refusal | None:
+        member = self.members.named(request.owner)
+        if self._now() > request.deadline:
+            return Refusal(RefusalCode.LATE)
+        seed_bytes = sum(file.size for file in request.seed_files)
+        refusal = refusal_of_statement(signed, request, member.key, seed_bytes, self.rules)
+        if refusal is None and self.ledger.was_delivered(signed.statement.expert):
+            return Refusal(RefusalCode.REPLAY)
+        return refusal
+
+    def _refuse(self, request: ExpertRequest, refusal: Refusal, signed: Signed) -> None:
+        """Note a refusal and keep what there is of the delivery apart, for a human to look at."""
+        self._note("refused", request, str(refusal), signed.statement.expert)
+        folder = self._incoming(request.id)
+        if not folder.is_dir():
+            return
+        quarantine = self.root / "quarantine"
+        quarantine.mkdir(exist_ok=True, mode=0o700)
+        number = sum(1 for _ in quarantine.glob(f"{request.id}-*"))
+        target = quarantine / f"{request.id}-{number}"
+        folder.rename(target)
+        write_json(
+            target / "reason.json",
+            {"code": refusal.code.name, "reason": str(refusal), "owner": request.owner},
+        )
+
+    def _without_statement(self, folder: Path, bare: Path, signed: Signed) -> None:
+        """Give an artefact's folder: the delivery's files without what belongs to the delivery."""
+        with new_folder(bare, force=True, what="delivery") as partial:
+            for file in signed.statement.files:
+                os.link(folder / file.name, partial / file.name)
+
+    def _take(self, bare: Path, request: ExpertRequest) -> str:
+        """Put an accepted expert into its place and return its name."""
+        name, number = request.owner, 2
+        while (self.layout.experts / name).exists():
+            name, number = f"{request.owner}-{number}", number + 1
+        self.layout.experts.mkdir(parents=True, exist_ok=True)
+        bare.rename(self.layout.experts / check_name(name, "an expert"))
+        return name
+
+    # --- telling ---
+
+    def status(self) -> list[OwnerStatus]:
+        """Return how every member stands, those without a request too."""
+        states = self.ledger.states()
+        found = []
+        for member in self.members.all():
+            own = [
+                request
+                for request in self.requests()
+                if request.owner == member.name and request.id in states
+            ]
+            if not own:
+                found.append(OwnerStatus(member.name, None, None, "", None, None, None))
+            for request in own:
+                entry = states[request.id]
+                progress, seen = self._progress(request.id)
+                late = entry.state == "asked" and request.deadline <= self._now()
+                detail = "the deadline has passed" if late else entry.detail if entry.state != "asked" else ""
+                found.append(
+                    OwnerStatus(
+                        member.name, request.id, entry.state, detail, progress, seen, request.deadline
+                    )
+                )
+        return found
+
+    def _progress(self, request_id: str) -> tuple[Progress | None, datetime | None]:
+        path = self.root / "progress" / f"{request_id}.json"
+        if not path.is_file():
+            return None, None
+        content = read_json(path)
+        seen = datetime.fromisoformat(content.pop("at"))
+        return Progress.of_json(content), seen
+
+    # --- places ---
+
+    def _own(self, name: str, request_id: str) -> ExpertRequest:
+        """Return a request if it is this owner's: nobody learns of another's."""
+        request = self.request(request_id)
+        if request.owner != name:
+            raise UserError("there is no such request; ask the coordinator to ask again")
+        return request
+
+    def _latest(self, name: str, seed: str, recipe: str) -> ExpertRequest | None:
+        """Return the request for the same thing that was not accepted yet."""
+        states = self.ledger.states()
+        for request in self.requests():
+            same = (request.owner, request.seed, request.recipe.digest) == (name, seed, recipe)
+            if same and request.id in states and states[request.id].state != "accepted":
+                return request
+        return None
+
+    def _note(self, state: State, request: ExpertRequest, detail: str = "", delivery: str = "") -> None:
+        at = self._now().isoformat(timespec="seconds")
+        self.ledger.add(
+            Entry(state, request.id, request.owner, request.seed, request.recipe.digest, at, detail, delivery)
+        )
+
+    def _seed_digest(self) -> str:
+        if not (self.layout.seed / "seed.json").is_file():
+            raise UserError("there is no finished seed to hand out; make one with `expertctl seed`")
+        return read_manifest(self.layout.seed).digest
+
+    def _seed_files(self) -> tuple[FileParts, ...]:
+        """Return the parts of what an owner needs of the seed: its files, without the state of its training."""
+        digest = self._seed_digest()
+        kept = self.root / f"seed-{digest[:16]}.json"
+        if kept.is_file():
+            return tuple(FileParts.of_json(file) for file in read_json(kept)["files"])
+        names = [*read_manifest(self.layout.seed).files, "seed.json"]
+        files = tuple(parts_of(self.layout.seed / name) for name in sorted(names) if "/" not in name)
+        self._make_root()
+        write_json(kept, {"files": [file.as_json() for file in files]})
+        return files
+
+    def _make_root(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in ("requests", "incoming", "accepted", ".locks"):
+            (self.root / name).mkdir(exist_ok=True, mode=0o700)
+
+    def _request_path(self, identifier: str) -> Path:
+        return self.root / "requests" / f"{identifier}{REQUEST_SUFFIX}"
+
+    def _incoming(self, request_id: str) -> Path:
+        return self.root / "incoming" / request_id

@@ -1,0 +1,81 @@
+"""Who belongs to a federation: names and public keys, in a file of the coordinator's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...core.errors import UserError, unknown_name
+from ...core.files import exclusive, read_json, write_json
+from ...core.workspace import check_name
+from .keys import PublicKey
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """An owner who was invited."""
+
+    name: str
+    key: PublicKey
+
+
+class Members:
+    """The members of one federation. Every call reads the file, so that several processes see the same."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self) -> list[Member]:
+        """Return them in order of their names."""
+        if not self.path.is_file():
+            return []
+        content = read_json(self.path)
+        try:
+            found = [Member(name, PublicKey.parse(line)) for name, line in content["members"].items()]
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({error}); restore it, or invite the owners again"
+            ) from None
+        return sorted(found, key=lambda member: member.name)
+
+    def named(self, name: str) -> Member:
+        """Return the member of that name; raises `UserError` that lists the choices."""
+        members = {member.name: member for member in self.all()}
+        if name not in members:
+            raise unknown_name("member", name, members, listed_as="invited were")
+        return members[name]
+
+    def with_key(self, fingerprint: str) -> Member | None:
+        """Return the member with that key, or None."""
+        return next((member for member in self.all() if member.key.fingerprint == fingerprint), None)
+
+    def add(self, name: str, key: PublicKey) -> Member:
+        """Invite an owner; raises `UserError` for a name or a key that another has."""
+        check_name(name, "a member")
+        with exclusive(self.path.with_suffix(".lock"), "the list of members"):
+            members = self.all()
+            for other in members:
+                if other.name == name and other.key == key:
+                    return other
+                if other.name == name:
+                    raise UserError(
+                        f"'{name}' was invited with another key ({other.key.fingerprint}); `expertctl federate remove {name}` "
+                        "first, or choose another name"
+                    )
+                if other.key == key:
+                    raise UserError(f"that key is '{other.name}''s; each owner needs one of their own")
+            self._write([*members, Member(name, key)])
+        return Member(name, key)
+
+    def remove(self, name: str) -> None:
+        """Take a member out; what was accepted stays."""
+        self.named(name)
+        with exclusive(self.path.with_suffix(".lock"), "the list of members"):
+            self._write([member for member in self.all() if member.name != name])
+
+    def _write(self, members: list[Member]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lines = {member.name: member.key.line for member in members}
+        write_json(self.path, {"format": FORMAT, "members": lines})

@@ -1,0 +1,291 @@
+"""An owner's side of a federation: requests are remembered, seeds kept, experts trained in a process of their own.
+
+Everything is in the owner's state folder, which nobody else can read:
+
+    owner.key owner.pub   settings.json (where the text is)   requests/ID.json   seeds/DIGEST/
+    runs/ID/ (a workspace)   deliveries/ID/   outcomes/ID.json
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import UserError
+from ...core.files import is_alive, new_folder, read_json, readable_os_errors, write_json
+from ...core.lineage import TRAINING_FOLDER, read_manifest, require_intact
+from ...core.safetensors_io import SINGLE_FILE, Checkpoint
+from .delivery import Signed, make_delivery
+from .keys import OwnerKey, read_key
+from .parts import PartsWriter, parts_of
+from .progress import Progress
+from .requests import ExpertRequest, is_identifier
+
+SETTINGS_FILE = "settings.json"
+LOG_FILE = "work.log"
+PROGRESS_FILE = "progress.json"
+PROCESS_FILE = "process.txt"
+
+
+@dataclass(frozen=True)
+class OwnerSettings:
+    """Where the owner's text is; never leaves."""
+
+    data: Path
+    text_field: str = "text"
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Review:
+    """What would leave, for the owner to look at."""
+
+    request: ExpertRequest
+    files: Mapping[str, int]
+    """Bytes."""
+    tensors: tuple[tuple[str, str, tuple[int, ...], int, str], ...]
+    """(name, dtype, shape, bytes, digest)."""
+    data: Mapping[str, Any]
+    privacy: Mapping[str, Any] | None
+
+
+class Owner:
+    """What one data owner has: a key, text, requests, and the experts trained for them."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+
+    # --- who and where ---
+
+    def configure(self, settings: OwnerSettings) -> None:
+        """Remember where the text is; raises `UserError` where there is none."""
+        data = settings.data.expanduser().resolve()
+        if not data.exists():
+            raise UserError(f"{data} does not exist; name the folder or file with your text")
+        with readable_os_errors(self.state):
+            self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.state.chmod(0o700)
+        content = {"data": str(data), "text_field": settings.text_field, "licence": settings.licence}
+        write_json(self.state / SETTINGS_FILE, content)
+
+    def settings(self) -> OwnerSettings:
+        """Return where the text is; raises `UserError` before it was told."""
+        path = self.state / SETTINGS_FILE
+        if not path.is_file():
+            raise UserError(f"{self.state} does not know where your text is; name it with --data")
+        content = read_json(path)
+        return OwnerSettings(Path(content["data"]), content["text_field"], content["licence"])
+
+    def key(self) -> OwnerKey:
+        return read_key(self.state)
+
+    # --- requests and seeds ---
+
+    def take(self, request: ExpertRequest) -> None:
+        """Remember a request; raises `UserError` for one that is not for this owner's key, or asks what is not done."""
+        if request.key != self.key().public.fingerprint:
+            raise UserError("the request is for another key than the one here")
+        check_recipe(request)
+        (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(self.state / "requests" / f"{request.id}.json", request.as_json())
+
+    def requests(self) -> list[ExpertRequest]:
+        """Return what was asked so far."""
+        paths = sorted((self.state / "requests").glob("*.json"))
+        return [ExpertRequest.of_json(read_json(path)) for path in paths]
+
+    def request(self, identifier: str) -> ExpertRequest:
+        path = self.state / "requests" / f"{identifier}.json"
+        if not is_identifier(identifier) or not path.is_file():
+            raise UserError(f"nothing was asked under '{identifier:.40}'")
+        return ExpertRequest.of_json(read_json(path))
+
+    def has_seed(self, request: ExpertRequest) -> bool:
+        return (self.seed_folder(request) / "seed.json").is_file()
+
+    def seed_folder(self, request: ExpertRequest) -> Path:
+        """Return where a request's seed is, or will be."""
+        return self.state / "seeds" / _safe(request.seed)
+
+    def seed_writers(self, request: ExpertRequest) -> list[PartsWriter]:
+        """Return what gathers the seed's files; `settle_seed` comes after the last part."""
+        folder = self.state / "seeds" / f"{_safe(request.seed)}.incoming"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return [PartsWriter(folder, file) for file in request.seed_files]
+
+    def settle_seed(self, request: ExpertRequest) -> Path:
+        """Check the seed that has arrived, against its digest and byte by byte, and keep it."""
+        if self.has_seed(request):
+            return self.seed_folder(request)
+        files = [writer.finish() for writer in self.seed_writers(request)]
+        return self._keep_seed(request, {path.name: path for path in files})
+
+    def use_seed(self, request: ExpertRequest, folder: Path) -> Path:
+        """Keep a seed that lies in a folder already; raises `UserError` for another one than was asked for."""
+        if self.has_seed(request):
+            return self.seed_folder(request)
+        found = read_manifest(folder)
+        if found.digest != request.seed:
+            raise UserError(
+                f"{folder} is seed {found.digest[:12]}, and {request.seed[:12]} is asked for; name another folder"
+            )
+        wanted = {file.name: file for file in request.seed_files}
+        for name, file in wanted.items():
+            if not (folder / name).is_file() or parts_of(folder / name, file.part_size).sha256 != file.sha256:
+                raise UserError(
+                    f"{folder / name} is not the seed's; fetch the seed again, or leave --seed out"
+                )
+        return self._keep_seed(request, {name: folder / name for name in wanted})
+
+    def _keep_seed(self, request: ExpertRequest, files: Mapping[str, Path]) -> Path:
+        from ...core.files import link_or_copy
+
+        target = self.seed_folder(request)
+        with new_folder(target, force=True, what="seed") as partial:
+            for name, path in files.items():
+                if name != "seed.json":
+                    link_or_copy(path, partial / name)
+            # the state of the seed's own training stays with the coordinator
+            manifest = read_manifest(next(iter(files.values())).parent)
+            replace(
+                manifest, tensors=_without_training(manifest.tensors), files=_without_training(manifest.files)
+            ).write(partial)
+            if require_intact(partial).digest != request.seed:
+                raise UserError(f"what arrived is not seed {request.seed[:12]}; fetch it again")
+        return target
+
+    # --- training ---
+
+    def run_folder(self, identifier: str) -> Path:
+        """Return the workspace in which a request is worked on."""
+        return self.state / "runs" / _safe(identifier)
+
+    def expert_folder(self, request: ExpertRequest) -> Path:
+        return self.run_folder(request.id) / "experts" / request.owner
+
+    def is_trained(self, request: ExpertRequest) -> bool:
+        return (self.expert_folder(request) / "expert.json").is_file()
+
+    def start(self, identifier: str) -> None:
+        """Train in a process of its own, which outlives this one and goes on where an earlier one stopped.
+
+        Does nothing while one is running, and after the expert is finished.
+        """
+        request = self.request(identifier)
+        if self.is_trained(request) or self.is_working(identifier):
+            return
+        folder = self.run_folder(identifier)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "expertctl.experts.federation.work",
+            str(self.state),
+            identifier,
+        ]
+        with (folder / LOG_FILE).open("ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
+            )
+        (folder / PROCESS_FILE).write_text(str(process.pid))
+
+    def is_working(self, identifier: str) -> bool:
+        """Tell whether a process is training for a request."""
+        path = self.run_folder(identifier) / PROCESS_FILE
+        if not path.is_file():
+            return False
+        pid = path.read_text().strip()
+        reap(pid)
+        return is_alive(pid)
+
+    def progress(self, identifier: str) -> Progress:
+        """Return how far a request has come."""
+        request = self.request(identifier)
+        path = self.run_folder(identifier) / PROGRESS_FILE
+        last = Progress.of_json(read_json(path)) if path.is_file() else Progress("waiting")
+        if self.is_trained(request):
+            return replace(last, state="ready", seconds_left=0.0, code="")
+        if last.state == "training" and not self.is_working(identifier):
+            return replace(last, state="failed", code="STOPPED", seconds_left=None)
+        return last
+
+    # --- what leaves ---
+
+    def review(self, identifier: str) -> Review:
+        """Make what would leave, and return what it is; nothing leaves by this."""
+        request = self.request(identifier)
+        signed = self.delivery(identifier)
+        folder = self.delivery_folder(identifier)
+        tensors = []
+        for file in sorted(folder.glob("*.safetensors")):
+            stored = Checkpoint([file])
+            prefix = "" if file.name == SINGLE_FILE else f"{file.stem}/"
+            for name, digest in stored.digests().items():
+                entry = stored.entry(name)
+                tensors.append((prefix + name, entry.dtype, entry.shape, entry.num_bytes, digest))
+        return Review(
+            request,
+            {file.name: file.size for file in signed.statement.files},
+            tuple(tensors),
+            signed.statement.data,
+            signed.statement.privacy,
+        )
+
+    def delivery_folder(self, identifier: str) -> Path:
+        return self.state / "deliveries" / _safe(identifier)
+
+    def delivery(self, identifier: str) -> Signed:
+        """Return the signed statement of what leaves, making it first where it was not made; raises before training ends."""
+        request = self.request(identifier)
+        folder = self.delivery_folder(identifier)
+        if (folder / "delivery.json").is_file():
+            return Signed.read(folder)
+        if not self.is_trained(request):
+            raise UserError(f"the expert of request {identifier} is not trained yet")
+        return make_delivery(self.expert_folder(request), request, self.key(), folder)
+
+    def note_outcome(self, identifier: str, refusal: str | None) -> None:
+        """Remember what became of a delivery: None for an accepted one, else the code of the refusal."""
+        (self.state / "outcomes").mkdir(exist_ok=True, mode=0o700)
+        write_json(self.state / "outcomes" / f"{_safe(identifier)}.json", {"refusal": refusal})
+
+    def outcome(self, identifier: str) -> str | None:
+        """Return `accepted`, the code of a refusal, or None where nothing was delivered."""
+        path = self.state / "outcomes" / f"{_safe(identifier)}.json"
+        return (read_json(path)["refusal"] or "accepted") if path.is_file() else None
+
+
+def _without_training(digests: Mapping[str, str]) -> dict[str, str]:
+    return {name: one for name, one in digests.items() if not name.startswith(f"{TRAINING_FOLDER}/")}
+
+
+def check_recipe(request: ExpertRequest) -> None:
+    """Refuse what a coordinator has no business to ask for: settings that name files or places of this machine."""
+    recipe = request.recipe
+    for name, value in {**recipe.options, **recipe.training}.items():
+        if isinstance(value, str) and any(mark in value for mark in "/\\~"):
+            raise UserError(
+                f"the request sets '{name:.40}' to a path, which is not the coordinator's to choose; it is not carried out"
+            )
+        if not isinstance(value, str | int | float | bool | list | None):
+            raise UserError(f"the request sets '{name:.40}' to something that no option takes")
+
+
+def reap(pid: str) -> None:
+    """Let a child that has ended go, so that its number does not seem alive."""
+    try:
+        os.waitpid(int(pid), os.WNOHANG)
+    except (ChildProcessError, ValueError):
+        return
+
+
+def _safe(identifier: str) -> str:
+    if not identifier or not all(letter in "0123456789abcdef" for letter in identifier):
+        raise UserError(f"'{identifier:.40}' is no identifier")
+    return identifier

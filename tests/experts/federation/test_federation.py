@@ -1,0 +1,426 @@
+"""From a request to an accepted expert, and every delivery that is not taken."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation_members import BTM, FLEXOLMO, MODULES, Clock, hand_in, trained
+from safetensors.torch import load_file, save_file
+
+from expertctl import UserError, Workspace, load_model, verify
+from expertctl.core.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
+from expertctl.experts.federation.coordinator import Coordinator
+from expertctl.experts.federation.delivery import Signed, Statement, rounded
+from expertctl.experts.federation.owner import Owner
+from expertctl.experts.federation.parts import parts_of
+from expertctl.experts.federation.requests import ExpertRequest, Recipe
+
+NewOwner = Callable[[str], Owner]
+
+
+def ask(coordinator: Coordinator, clock: Clock, *names: str, recipe: Recipe = BTM) -> list[ExpertRequest]:
+    return coordinator.ask(names, recipe, clock() + timedelta(hours=48))
+
+
+# --- what goes well ---
+
+
+@pytest.mark.parametrize("recipe", [BTM, FLEXOLMO], ids=["btm", "flexolmo"])
+def test_two_owners_train_apart_and_their_experts_merge(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock, recipe: Recipe
+) -> None:
+    owners = {name: new_owner(name) for name in MODULES}
+    for request in ask(coordinator, clock, *owners, recipe=recipe):
+        owner = owners[request.owner]
+        trained(coordinator, owner, request)
+        assert owner.progress(request.id).state == "ready"
+        signed = owner.delivery(request.id)
+        assert (
+            hand_in(coordinator, owner.delivery_folder(request.id), request.owner, request.id, signed) is None
+        )
+        assert coordinator.finish(request.owner, request.id) is None  # told twice, done once
+        assert coordinator.begin(request.owner, request.id, signed) == {
+            file.name: [] for file in signed.statement.files
+        }
+    assert {status.state for status in coordinator.status()} == {"accepted"}
+    assert ask(coordinator, clock, *owners, recipe=recipe) == []
+    workspace = Workspace(coordinator.layout.root)
+    assert workspace.layout.finished_experts() == sorted(owners)
+    for name in owners:
+        assert verify(workspace.experts / name) == []
+    method = "flexolmo" if recipe is FLEXOLMO else "average"
+    workspace.merge("together", method=method)
+    model, _ = load_model(workspace.generalists / "together")
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_nothing_of_the_owner_leaves_but_what_the_review_shows(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a", recipe=FLEXOLMO)
+    expert = trained(coordinator, owner, request)
+    review = owner.review(request.id)
+    folder = owner.delivery_folder(request.id)
+    assert set(review.files) == {path.name for path in folder.iterdir()} - {"delivery.json"}
+    assert {name for name, *_ in review.tensors} >= set(load_file(folder / "model.safetensors"))
+    exact = read_manifest(expert).data["domains"]["site-a"]
+    assert review.data["domains"]["site-a"] == {
+        **{name: rounded(exact[name]) for name in ("documents", "tokens", "bytes")},
+        "licence": None,
+    }
+    crossed = b"".join(path.read_bytes() for path in folder.iterdir())
+    lines = [
+        line.strip() for line in (owner.settings().data).read_text().split("\\n") if len(line.strip()) > 20
+    ]
+    assert len(lines) > 50
+    assert not [line for line in lines if line.encode() in crossed]
+    private = (exact["digest"], str(owner.state), str(owner.settings().data), "site-a.jsonl")
+    places = [word for word in (socket.gethostname(), f"/{getpass.getuser()}/") if len(word) > 5]
+    assert not [word for word in (*private, *places) if word.encode() in crossed]
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(0, 0), (7, 7), (12, 12), (12345, 12000), (995, 1000), (19999, 20000)]
+)
+def test_counts_are_told_to_two_digits(count: int, told: int) -> None:
+    assert rounded(count) == told
+
+
+def test_a_restarted_coordinator_and_owner_know_everything(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    trained(coordinator, owner, request)
+    signed = owner.delivery(request.id)
+    folder = owner.delivery_folder(request.id)
+    wanted = coordinator.begin("site-a", request.id, signed)
+    assert isinstance(wanted, dict)
+    first = signed.statement.files[0]
+    coordinator.put("site-a", request.id, first.name, 0, (folder / first.name).read_bytes())
+    again = Coordinator(coordinator.layout, now=clock)
+    owner = Owner(owner.state)
+    assert [one.id for one in again.open_requests("site-a")] == [request.id]
+    assert owner.delivery(request.id) == signed
+    left = again.begin("site-a", request.id, signed)
+    assert isinstance(left, dict)
+    assert left[first.name] == []
+    with pytest.raises(UserError, match="parts of"):
+        again.finish("site-a", request.id)
+    assert hand_in(again, folder, "site-a", request.id, signed) is None
+
+
+def test_a_late_owner_is_welcome_when_asked_again(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    trained(coordinator, owner, request)
+    clock.pass_hours(49)
+    assert coordinator.open_requests("site-a") == []
+    signed = owner.delivery(request.id)
+    refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
+    assert refusal is not None
+    assert refusal.code is RefusalCode.LATE
+    (renewed,) = ask(coordinator, clock, "site-a")
+    assert renewed.id == request.id
+    assert renewed.deadline > request.deadline
+    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
+
+
+def test_a_seed_that_lies_there_already_is_used(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock, tmp_path: Path
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    owner.take(request)
+    shutil.copytree(coordinator.layout.seed, tmp_path / "copy")
+    assert read_manifest(owner.use_seed(request, tmp_path / "copy")).digest == request.seed
+    other = tmp_path / "other"
+    shutil.copytree(coordinator.layout.seed, other)
+    (other / "config.json").write_text("{}")
+    fresh = Owner(tmp_path / "fresh")
+    with pytest.raises(UserError, match=r"config.json is not the seed's"):
+        fresh.use_seed(request, other)
+
+
+# --- what an owner does not do ---
+
+
+def test_an_owner_takes_only_what_is_meant_for_it(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner, other = new_owner("site-a"), new_owner("site-b")
+    (request,) = ask(coordinator, clock, "site-a")
+    with pytest.raises(UserError, match="for another key"):
+        other.take(request)
+    for options in ({"embedding": "/home/you/model"}, {"embedding": "~/x"}, {"public": "..\\x"}):
+        with pytest.raises(UserError, match="is not the coordinator's to choose"):
+            owner.take(replace(request, recipe=Recipe("flexolmo", options)))
+    assert owner.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("break_it", "code"),
+    [
+        (lambda owner: owner.settings().data.write_text("{}"), "DATA"),
+        (lambda owner: owner.settings().data.write_text('{"text": "a"}\n{"text": "b"}\n'), "TRAINING"),
+    ],
+)
+def test_what_fails_at_an_owner_is_told_outside_by_a_code_alone(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock, break_it: Any, code: str
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    break_it(owner)
+    with pytest.raises(UserError):
+        trained(coordinator, owner, request)
+    progress = owner.progress(request.id)
+    assert (progress.state, progress.code) == ("failed", code)
+    coordinator.note_progress("site-a", request.id, progress)
+    assert coordinator.status()[0].progress == progress
+
+
+# --- what a coordinator does not take ---
+
+
+@pytest.fixture
+def ready(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> tuple[Coordinator, Owner, ExpertRequest]:
+    """Return a coordinator and an owner whose FlexOlmo expert is trained and not delivered."""
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a", recipe=FLEXOLMO)
+    trained(coordinator, owner, request)
+    owner.delivery(request.id)
+    return coordinator, owner, request
+
+
+def rewritten(
+    owner: Owner, request: ExpertRequest, change: Callable[[Path], None], /, **manifest: Any
+) -> Signed:
+    """Change what is delivered and make it consistent again, as a dishonest owner would; return it signed anew."""
+    folder = owner.delivery_folder(request.id)
+    for path in list(folder.iterdir()):  # they share the expert's bytes
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    change(folder)
+    signed = Signed.read(folder)
+    (folder / "delivery.json").unlink()
+    tensors, files = digests_of_folder(folder)
+    made = replace(
+        read_manifest(folder), tensors=tensors, files=files, digest=digest_of_tensors(tensors), **manifest
+    )
+    made.write(folder)
+    names = [file.name for file in signed.statement.files]
+    statement = replace(
+        signed.statement, expert=made.digest, files=tuple(parts_of(folder / name) for name in names)
+    )
+    return Signed(statement, owner.key().sign(statement.signed_bytes))
+
+
+def with_tensors(
+    change: Callable[[dict[str, torch.Tensor]], None], file: str = "model.safetensors"
+) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        change(tensors)
+        save_file(tensors, folder / file)
+
+    return apply
+
+
+def first(tensors: dict[str, torch.Tensor]) -> str:
+    return next(name for name in sorted(tensors) if name.endswith("up_proj.weight"))
+
+
+def set_nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors)][0, 0] = float("nan")
+
+
+def scale_up(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors)] *= 10
+
+
+def cut(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors)] = tensors[first(tensors)][:-1].clone()
+
+
+def halve(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors)] = tensors[first(tensors)].half()
+
+
+def add_stranger(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.backdoor.weight"] = torch.ones(2)
+
+
+def move_frozen(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.embed_tokens.weight"] = torch.zeros(300, 16)
+
+
+def rows_of(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["rows"] = torch.full_like(tensors["rows"], value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "manifest", "code"),
+    [
+        (with_tensors(set_nan), {}, RefusalCode.NOT_FINITE),
+        (with_tensors(scale_up), {}, RefusalCode.NORM),
+        (with_tensors(cut), {}, RefusalCode.SHAPES),
+        (with_tensors(halve), {}, RefusalCode.DTYPES),
+        (with_tensors(add_stranger), {}, RefusalCode.SHAPES),
+        (with_tensors(move_frozen), {}, RefusalCode.FROZEN),
+        (with_tensors(lambda tensors: tensors.clear()), {}, RefusalCode.FILES),
+        (with_tensors(rows_of(float("inf")), "router.safetensors"), {}, RefusalCode.NOT_FINITE),
+        (with_tensors(rows_of(1e6), "router.safetensors"), {}, RefusalCode.NORM),
+        (lambda folder: None, {"owner": "site-b"}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"trainable": "all"}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"parents": ()}, RefusalCode.MANIFEST),
+        (lambda folder: (folder / "run.json").write_text("[]"), {}, RefusalCode.DIGEST),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 64), {}, RefusalCode.DIGEST),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_bad_expert_is_put_apart_with_a_reason(
+    ready: tuple[Coordinator, Owner, ExpertRequest],
+    change: Callable[[Path], None],
+    manifest: dict[str, Any],
+    code: RefusalCode,
+) -> None:
+    coordinator, owner, request = ready
+    good = Signed.read(owner.delivery_folder(request.id))
+    try:
+        signed = rewritten(owner, request, change, **manifest)
+    except UserError:  # it is no safetensors file any more: deliver it as it is
+        folder = owner.delivery_folder(request.id)
+        files = tuple(parts_of(folder / file.name) for file in good.statement.files)
+        statement = replace(good.statement, files=files)
+        signed = Signed(statement, owner.key().sign(statement.signed_bytes))
+    refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
+    assert refusal is not None
+    assert refusal.code is code
+    assert coordinator.layout.finished_experts() == []
+    (status,) = coordinator.status()
+    assert status.state == "refused"
+    assert "\n" not in status.detail
+    (kept,) = (coordinator.root / "quarantine").iterdir()
+    assert json.loads((kept / "reason.json").read_text())["code"] == code.name
+    # the good one is still welcome
+    shutil.rmtree(owner.delivery_folder(request.id))
+    again = owner.delivery(request.id)
+    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, again) is None
+    assert coordinator.layout.finished_experts() == ["site-a"]
+
+
+def restated(signed: Signed, key: Any, **change: Any) -> Signed:
+    statement: Statement = replace(signed.statement, **change)
+    return Signed(statement, key.sign(statement.signed_bytes))
+
+
+def test_statements_of_others_are_refused_before_a_byte_comes(
+    ready: tuple[Coordinator, Owner, ExpertRequest], new_owner: NewOwner, clock: Clock
+) -> None:
+    coordinator, owner, request = ready
+    other = new_owner("site-b")
+    good = Signed.read(owner.delivery_folder(request.id))
+    own = owner.key()
+    file = good.statement.files[0]
+    huge = replace(file, size=10 * 2**30, part_size=10 * 2**30, parts=("0" * 64,))
+    cases = {
+        "forged": (
+            Signed(good.statement, other.key().sign(good.statement.signed_bytes)),
+            RefusalCode.SIGNATURE,
+        ),
+        "unsigned": (Signed(good.statement, ""), RefusalCode.SIGNATURE),
+        "altered": (Signed(replace(good.statement, owner="site-b"), good.signature), RefusalCode.SIGNATURE),
+        "other owner": (restated(good, own, owner="site-b"), RefusalCode.SOMEONE_ELSES),
+        "other request": (restated(good, own, request="0" * 16), RefusalCode.SOMEONE_ELSES),
+        "other seed": (restated(good, own, seed="0" * 64), RefusalCode.SOMEONE_ELSES),
+        "other recipe": (restated(good, own, recipe="0" * 64), RefusalCode.SOMEONE_ELSES),
+        "no files": (restated(good, own, files=()), RefusalCode.FILES),
+        "more files": (
+            restated(good, own, files=(*good.statement.files, replace(file, name="x.py"))),
+            RefusalCode.FILES,
+        ),
+        "too large": (restated(good, own, files=(huge, *good.statement.files[1:])), RefusalCode.TOO_LARGE),
+    }
+    for name, (signed, code) in cases.items():
+        refusal = coordinator.begin("site-a", request.id, signed)
+        assert not isinstance(refusal, dict), name
+        assert refusal.code is code, name
+    with pytest.raises(UserError, match="there is no such request"):
+        coordinator.begin("site-b", request.id, good)
+    with pytest.raises(UserError, match="nothing was announced"):
+        coordinator.put("site-a", request.id, file.name, 0, b"")
+    assert not any((coordinator.root / "incoming").iterdir())
+    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, good) is None
+
+
+def test_a_replay_is_refused(ready: tuple[Coordinator, Owner, ExpertRequest], clock: Clock) -> None:
+    coordinator, owner, request = ready
+    good = Signed.read(owner.delivery_folder(request.id))
+    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, good) is None
+    longer = Recipe("flexolmo", FLEXOLMO.options, {**FLEXOLMO.training, "tokens": 640})
+    (second,) = ask(coordinator, clock, "site-a", recipe=longer)
+    refusal = coordinator.begin("site-a", second.id, good)
+    assert not isinstance(refusal, dict)
+    assert refusal.code is RefusalCode.SOMEONE_ELSES
+    signed = restated(good, owner.key(), request=second.id, recipe=longer.digest)
+    refusal = coordinator.begin("site-a", second.id, signed)
+    assert not isinstance(refusal, dict)
+    assert refusal.code is RefusalCode.REPLAY
+    assert coordinator.layout.finished_experts() == ["site-a"]
+
+
+def test_an_expert_that_forgot_public_text_is_refused(
+    ready: tuple[Coordinator, Owner, ExpertRequest],
+) -> None:
+    coordinator, owner, request = ready
+    signed = Signed.read(owner.delivery_folder(request.id))
+    seen: list[Path] = []
+
+    def measure(folder: Path) -> HeldOut:
+        seen.append(folder)
+        load_model(folder)  # it is a whole artefact, within the workspace
+        return HeldOut(2.0, [float("nan"), 4.1, 3.9][len(seen) - 1])
+
+    judge = Coordinator(coordinator.layout, measure=measure, now=coordinator._now)
+    for _ in range(2):
+        refusal = hand_in(judge, owner.delivery_folder(request.id), "site-a", request.id, signed)
+        assert refusal is not None
+        assert refusal.code is RefusalCode.HELD_OUT
+    assert hand_in(judge, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
+    assert len(list((coordinator.root / "quarantine").iterdir())) == 2
+
+
+def test_less_privacy_than_was_asked_for_is_refused(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    trained(coordinator, owner, request)
+    private = replace(request, recipe=replace(BTM, privacy={"epsilon": 8.0, "delta": 1e-6}))
+    path = coordinator.root / "requests" / f"{request.id}.json"
+    path.write_text(json.dumps(private.as_json()))
+    (owner.state / "requests" / f"{request.id}.json").write_text(json.dumps(private.as_json()))
+    signed = owner.delivery(request.id)
+    refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
+    assert refusal is not None
+    assert refusal.code is RefusalCode.PRIVACY

@@ -1,0 +1,82 @@
+"""Who is who: keys that sign, lines that others can read, and a list without doubles."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from expertctl import UserError
+from expertctl.experts.federation.keys import PublicKey, make_key, read_key
+from expertctl.experts.federation.members import Members
+
+
+def test_a_key_signs_what_its_public_part_verifies(tmp_path: Path) -> None:
+    key, other = make_key(tmp_path / "a"), make_key(tmp_path / "b")
+    signature = key.sign(b"an expert")
+    public = PublicKey.read(tmp_path / "a" / "owner.pub")
+    assert public == key.public == read_key(tmp_path / "a").public
+    assert public.verify(b"an expert", signature)
+    assert not public.verify(b"another", signature)
+    assert not other.public.verify(b"an expert", signature)
+    assert not public.verify(b"an expert", "no signature at all")
+    assert not public.verify(b"an expert", "")
+
+
+def test_the_private_part_is_its_owners_alone_and_is_not_replaced(tmp_path: Path) -> None:
+    make_key(tmp_path / "state")
+    path = tmp_path / "state" / "owner.key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        make_key(tmp_path / "state")
+    assert path.read_bytes() == before
+    path.chmod(0o644)
+    with pytest.raises(UserError, match="can be read by others; make it yours alone: chmod 600"):
+        read_key(tmp_path / "state")
+
+
+def test_other_keys_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no key in"):
+        read_key(tmp_path)
+    for line in ("", "ssh-ed25519 AAAA", "not a key", "ecdsa-sha2-nistp384 notbase64!"):
+        with pytest.raises(UserError, match=r"no public key of a data owner|is damaged"):
+            PublicKey.parse(line)
+    make_key(tmp_path / "a")
+    (tmp_path / "a" / "owner.key").write_text("garbage")
+    with pytest.raises(UserError, match="is damaged or locked"):
+        read_key(tmp_path / "a")
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
+def test_ssh_keygen_shows_the_same_fingerprint_and_its_keys_work(tmp_path: Path) -> None:
+    key = make_key(tmp_path / "a")
+    shown = subprocess.run(
+        ["ssh-keygen", "-l", "-f", tmp_path / "a" / "owner.pub"], capture_output=True, text=True, check=True
+    ).stdout
+    assert key.public.fingerprint in shown
+
+
+def test_members_have_one_name_and_one_key_each(tmp_path: Path) -> None:
+    members = Members(tmp_path / "federation" / "members.json")
+    first, second = make_key(tmp_path / "a").public, make_key(tmp_path / "b").public
+    assert members.all() == []
+    assert members.add("site-b", first).name == "site-b"
+    assert members.add("site-b", first).key == first  # again: nothing changes
+    with pytest.raises(UserError, match="'site-b' was invited with another key"):
+        members.add("site-b", second)
+    with pytest.raises(UserError, match="that key is 'site-b''s"):
+        members.add("site-c", first)
+    with pytest.raises(UserError, match=r"cannot be called '\.\./x'"):
+        members.add("../x", second)
+    members.add("site-a", second)
+    assert [member.name for member in Members(members.path).all()] == ["site-a", "site-b"]
+    assert members.with_key(second.fingerprint) == members.named("site-a")
+    members.remove("site-a")
+    assert members.with_key(second.fingerprint) is None
+    with pytest.raises(UserError, match="no member 'site-a'"):
+        members.named("site-a")

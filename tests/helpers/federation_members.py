@@ -1,0 +1,71 @@
+"""Owners and a coordinator in one process, for tests: text, clocks, and handing in."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import statistics
+import textwrap
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+
+from expertctl.experts.federation.acceptance import Refusal
+from expertctl.experts.federation.coordinator import Coordinator
+from expertctl.experts.federation.delivery import Signed
+from expertctl.experts.federation.owner import Owner
+from expertctl.experts.federation.parts import read_part
+from expertctl.experts.federation.requests import ExpertRequest, Recipe
+from expertctl.experts.federation.work import work
+
+TRAINING = {"tokens": 320, "sequence_length": 16, "batch_size": 2, "learning_rate": 0.003}
+BTM = Recipe("all", {}, TRAINING)
+FLEXOLMO = Recipe("flexolmo", {"embedding": "none"}, TRAINING)
+MODULES: dict[str, ModuleType] = {"site-a": textwrap, "site-b": statistics}
+
+
+def private_text(path: Path, module: ModuleType) -> Path:
+    lines = inspect.getsource(module).splitlines()
+    texts = ["\n".join(lines[begin : begin + 8]) for begin in range(0, min(len(lines), 400), 8)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+class Clock:
+    """A time that tests set."""
+
+    def __init__(self) -> None:
+        self.time = datetime(2030, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.time
+
+    def pass_hours(self, hours: float) -> None:
+        self.time += timedelta(hours=hours)
+
+
+def fetch_seed(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> None:
+    for writer in owner.seed_writers(request):
+        for index in writer.missing():
+            writer.put(index, coordinator.seed_part(writer.file.name, index))
+    owner.settle_seed(request)
+
+
+def trained(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> Path:
+    """Let an owner do what was asked; return the expert."""
+    owner.take(request)
+    fetch_seed(coordinator, owner, request)
+    return work(owner, request.id)
+
+
+def hand_in(
+    coordinator: Coordinator, folder: Path, name: str, request_id: str, signed: Signed
+) -> Refusal | None:
+    """Hand in a folder with a signed statement; return the refusal, or None."""
+    wanted = coordinator.begin(name, request_id, signed)
+    if not isinstance(wanted, dict):
+        return wanted
+    for file in signed.statement.files:
+        for index in wanted[file.name]:
+            coordinator.put(name, request_id, file.name, index, read_part(folder / file.name, file, index))
+    return coordinator.finish(name, request_id)
