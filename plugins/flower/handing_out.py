@@ -1,0 +1,91 @@
+"""The coordinator's Flower app: hands every open request to its owner's node, once in its life, and notes who has taken it.
+
+Runs as long as the server does. Experts do not come this way, so replies are codes of a few bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from ...core.files import write_json
+from ...core.workspace import Layout
+from ...experts.federation.coordinator import Coordinator
+from ...experts.federation.requests import ExpertRequest
+
+TAKE = "train.expert"
+ASK = "query.progress"
+PAUSE_S = 2.0
+AGAIN_S = 60.0
+"""After which a request that nobody has taken is handed out again."""
+SPARE_S = 3600.0
+"""How long messages live beyond a request's deadline."""
+RECORD = "expertctl"
+
+log = logging.getLogger("flwr")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Hand out requests until the run is stopped."""
+    coordinator = Coordinator(Layout(Path(str(context.run_config["workspace"]))))
+    handed: dict[str, tuple[ExpertRequest, float]] = {}
+    waiting: dict[str, str] = {}
+    while True:
+        nodes = {node.name: node.node_id for node in grid.get_nodes() if node.name}
+        messages, meant = [], []
+        for name in nodes:
+            for request in coordinator.open_requests(name):
+                if _is_due(request, handed):
+                    messages.append(message_for(request, nodes[name]))
+                    meant.append(request)
+        for identifier, request in zip(grid.push_messages(messages) if messages else [], meant, strict=False):
+            handed[request.id] = (request, time.monotonic())
+            waiting[identifier] = request.id
+        for reply in grid.pull_messages(list(waiting)) if waiting else []:
+            request_id = waiting.pop(reply.metadata.reply_to_message_id, "")
+            if request_id:
+                code = code_of(reply)
+                log.info("request %s: %s", request_id, code)
+                _note(coordinator.root, request_id, code)
+                if code == "TAKEN":
+                    handed[request_id] = (handed[request_id][0], float("inf"))
+        time.sleep(PAUSE_S)
+
+
+def _is_due(request: ExpertRequest, handed: dict[str, tuple[ExpertRequest, float]]) -> bool:
+    """Tell whether a request is new, was renewed, or was handed out long ago without an answer."""
+    before = handed.get(request.id)
+    return before is None or before[0] != request or time.monotonic() - before[1] > AGAIN_S
+
+
+def message_for(request: ExpertRequest, node: int) -> Message:
+    """Return what carries a request to a node; it lives longer than the request."""
+    left = (request.deadline - datetime.now(UTC)).total_seconds()
+    content = RecordDict({RECORD: ConfigRecord({"request": json.dumps(request.as_json())})})
+    return Message(content, node, TAKE, ttl=max(left, 0.0) + SPARE_S)
+
+
+def code_of(reply: Message) -> str:
+    """Return what an owner's node says: a code, whatever it sends."""
+    if reply.has_error():
+        reason = str(reply.error.reason or "")
+        return reason if reason.isupper() and len(reason) < 40 else f"FLOWER_{int(reply.error.code)}"
+    try:
+        code = str(reply.content.config_records[RECORD]["code"])
+    except (KeyError, AttributeError):
+        return "NO_ANSWER"
+    return code if code.replace("_", "").isupper() and len(code) < 40 else "NO_CODE"
+
+
+def _note(root: Path, request_id: str, code: str) -> None:
+    (root / "handed").mkdir(exist_ok=True, mode=0o700)
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(root / "handed" / f"{request_id}.json", {"code": code, "at": at})

@@ -1,0 +1,113 @@
+"""An owner's process: its Flower node, and the work on what is asked."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ...core.errors import UserError
+from ...core.files import exclusive
+from ...experts.federation.keys import PUBLIC_FILE
+from ...experts.federation.owner import Owner
+from .allowed_bundle import write_allowed
+from .child import require_flower
+from .coordinator_client import CoordinatorClient, Declined, Unreachable
+from .owner_work import Agree, OwnerWork
+from .serving import parse_address
+from .supernode import SuperNode
+
+TICK_S = 1.0
+HELLO_S = 10.0
+DUPLICATE_S = 45.0
+"""How long another process with the same key may be heard of before this one gives up: the last life of this one may have been killed."""
+
+
+def join(
+    owner: Owner,
+    server: str,
+    authority: Path,
+    *,
+    name: str | None,
+    agree: Agree,
+    tell: Callable[[str], None],
+    stop: threading.Event,
+    until_done: bool = False,
+) -> None:
+    """Be part of a federation until `stop` is set (or, with `until_done`, until what was asked is delivered or refused).
+
+    Raises `UserError` for a key that was not invited, for a name that is another's, and for a second process with the key.
+    """
+    require_flower()
+    parse_address(server)
+    key = owner.key()
+    owner.settings()
+    with exclusive(owner.state / ".locks" / "join", f"the owner's state {owner.state}"):
+        write_allowed(owner.state)
+        client = CoordinatorClient(server, authority, key)
+        node = SuperNode(owner.state, server, authority, key.path, tell)
+        member = _Member(owner, client, name, tell)
+        work = OwnerWork(owner, client, agree, tell, member.pulse)
+        try:
+            for request in owner.requests():  # training goes on before anybody is reached
+                if owner.has_seed(request) and not work.is_over(request):
+                    owner.start(request.id)
+            while not stop.is_set():
+                member.pulse()
+                if member.known:
+                    node.tick()
+                    work.step()
+                if until_done and owner.requests() and all(work.is_over(one) for one in owner.requests()):
+                    return
+                stop.wait(TICK_S)
+        finally:
+            node.stop()
+            client.close()
+
+
+class _Member:
+    """Says hello every few seconds, so that the coordinator knows who is there, and a second process is noticed."""
+
+    def __init__(self, owner: Owner, client: CoordinatorClient, name: str | None, tell: Callable[[str], None]) -> None:
+        self._owner, self._client, self._name, self._tell = owner, client, name, tell
+        self._next = 0.0
+        self._told = ""
+        self._duplicate_since: float | None = None
+        self.known = False
+
+    def pulse(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + HELLO_S
+        try:
+            found, _ = self._client.hello()
+        except Unreachable as error:
+            self._say(f"the coordinator cannot be reached ({error}); trying again")
+            return
+        except Declined as error:
+            self._declined(error)
+            return
+        if self._name is not None and found != self._name:
+            raise UserError(f"the coordinator knows this key as '{found}'; join with --name {found}")
+        self._duplicate_since = None
+        if not self.known:
+            self._say(f"joined as '{found}'")
+        self.known = True
+
+    def _declined(self, error: Declined) -> None:
+        sentence = error.sentence(self._owner.state / PUBLIC_FILE)
+        if error.code == "DUPLICATE":
+            self._duplicate_since = self._duplicate_since or time.monotonic()
+            if time.monotonic() - self._duplicate_since < DUPLICATE_S:
+                self._say(f"{sentence} (if it was killed just now, this one takes over in half a minute)")
+                return
+            raise UserError(sentence)
+        if error.code == "REPLAYED":  # the clocks differ by seconds, and the coordinator has just started
+            return
+        raise UserError(sentence)
+
+    def _say(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            self._tell(text)
