@@ -21,6 +21,7 @@ COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins"),
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline"),
     "Use": ("eval", "generate", "card", "extract-adapter"),
+    "Federate": ("federate",),
     "Trust": ("show", "log", "verify", "reproduce"),
 }
 INTERRUPTED = 130
