@@ -432,7 +432,7 @@ def _known_keys(model: type[BaseModel], location: Path_) -> list[str]:
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel):
             named = {field.alias or name: field.annotation for name, field in current.model_fields.items()}
-            current = named.get(str(part))
+            current = _without_none(named.get(str(part)))
         else:  # a mapping such as dict[str, DomainConfig]: its values
             current = next((arg for arg in getattr(current, "__args__", ()) if arg is not str), None)
         if getattr(current, "__origin__", None) is dict and part != location[-1]:
@@ -442,6 +442,13 @@ def _known_keys(model: type[BaseModel], location: Path_) -> list[str]:
     if isinstance(current, type) and issubclass(current, BaseModel):
         return [field.alias or name for name, field in current.model_fields.items()]
     return []
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return `X` for `X | None`."""
+    kinds = getattr(annotation, "__args__", ())
+    given = [kind for kind in kinds if kind is not type(None)]
+    return given[0] if len(given) == 1 and len(kinds) == 2 else annotation
 
 
 @dataclass(frozen=True)
