@@ -26,25 +26,30 @@ PROBE_TOKENS = 16
 RELATIVE_ERROR = 1e-2
 """Of float32 gradients, against the same in another order of summation."""
 
+ANOTHER_PART = "train another part of the model (--trains)"
+ONE_BY_ONE = (
+    "one block at a time (training.batch_size: 1 and a larger accumulation), which any layer can take"
+)
+
 Loss = Callable[[Tensor], Tensor]
 
 
-def attach_hooks(module: nn.Module) -> GradSampleHooks:
-    """Make backward passes leave each parameter's gradient per example in `grad_sample`, (B, *shape).
+def refuse_stateful(module: nn.Module) -> None:
+    """Raise `UserError` naming a layer that takes more from the text than a gradient: statistics, which get no noise."""
+    for name, layer in module.named_modules():
+        why = None
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            why = "batch normalisation, in which examples meet, keeps statistics of the text"
+        elif _trains(layer) and list(layer.buffers(recurse=False)):
+            why = "it keeps buffers, which are no gradients and get no noise"
+        if why is not None:
+            raise UserError(_of_layer(name, layer, f"{why}; {ANOTHER_PART}"))
 
-    Raises `UserError` that names the layer which cannot do so.
-    """
+
+def attach_hooks(module: nn.Module) -> GradSampleHooks:
+    """Make backward passes leave each parameter's gradient per example in `grad_sample`, (B, *shape)."""
     from opacus.grad_sample import GradSampleHooks
 
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise _refusal(
-                name,
-                layer,
-                "its result for one example depends on the others in the batch (batch normalisation)",
-            )
-        if list(layer.parameters(recurse=False)) and _trains(layer) and list(layer.buffers(recurse=False)):
-            raise _refusal(name, layer, "it keeps buffers, which are no gradients and get no noise")
     try:
         with quiet_hooks():
             return GradSampleHooks(module, batch_first=True, loss_reduction="mean", strict=True)
@@ -205,7 +210,7 @@ def _compare(
     if not float((found - wanted).abs().max()) <= tolerance:
         raise UserError(
             f"parameter '{name}' cannot train with differential privacy: its gradient does not all pass through "
-            "the layer that holds it; train another part of the model (--trains)"
+            f"the layer that holds it; {ANOTHER_PART}, or {ONE_BY_ONE}"
         )
 
 
@@ -245,7 +250,8 @@ def _trains(layer: nn.Module) -> bool:
 
 
 def _refusal(name: str, layer: nn.Module, why: str) -> UserError:
-    return UserError(
-        f"layer '{name}' ({type(layer).__name__}) cannot train with differential privacy: {why}; train another part of "
-        "the model (--trains)"
-    )
+    return UserError(_of_layer(name, layer, f"{why}; {ANOTHER_PART}, or {ONE_BY_ONE}"))
+
+
+def _of_layer(name: str, layer: nn.Module, why: str) -> str:
+    return f"layer '{name}' ({type(layer).__name__}) cannot train with differential privacy: {why}"

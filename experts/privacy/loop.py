@@ -2,6 +2,8 @@
 
 An example is one block. Each step draws every block with the same probability, cuts each drawn block's gradient to a norm,
 adds them up, adds noise, and divides by the expected number of blocks; AdamW then uses that in the place of a gradient.
+Where a forward pass is of several blocks, Opacus tells their gradients apart; of one block the gradient is what it is, and any
+layer will do.
 Shapes: B = blocks in a forward pass, S = block size.
 """
 
@@ -18,7 +20,14 @@ from ...core.token_store import Blocks
 from ...core.types import TrainablePart
 from ..training import TrainingLoop
 from .accounting import Mechanism, new_accountant, privacy_statement
-from .layers import attach_hooks, quiet_hooks, require_separable, take_grad_sample
+from .layers import (
+    ONE_BY_ONE,
+    attach_hooks,
+    quiet_hooks,
+    refuse_stateful,
+    require_separable,
+    take_grad_sample,
+)
 from .noise import NoiseSource
 
 if TYPE_CHECKING:
@@ -38,19 +47,25 @@ class PrivateTrainingLoop(TrainingLoop):
         source: NoiseSource,
     ) -> None:
         super().__init__(part, blocks, config)
-        if part.auxiliary_loss is not None and not part.auxiliary_per_example:
-            raise UserError(
-                "this trainer adds a loss over the whole batch, which cannot be told apart by example; switch it off by "
-                "the trainer's options, or train without differential privacy"
-            )
         self.dp, self.mechanism = dp, mechanism
         self._source, self._examples = source, blocks
         self.accountant = new_accountant(dp.accountant)
         self.accountant.history = list(mechanism.before)
+        refuse_stateful(self.module)
+        self._one_by_one = config.batch_size == 1
+        if not self._one_by_one:
+            self._tell_apart()
+
+    def _tell_apart(self) -> None:
+        """Have gradients of several blocks told apart; raises `UserError` for what cannot be."""
+        if self.part.auxiliary_loss is not None and not self.part.auxiliary_per_example:
+            raise UserError(
+                f"this trainer adds a loss over the whole batch, which cannot be told apart by example; {ONE_BY_ONE}"
+            )
         hooks = attach_hooks(self.module)
         vocabulary = int(getattr(getattr(self.module, "config", None), "vocab_size", 0)) or 2
         require_separable(
-            self.module, hooks, self.parameters, self._whole_loss, vocabulary, config.sequence_length
+            self.module, hooks, self.parameters, self._whole_loss, vocabulary, self.config.sequence_length
         )
 
     def _accumulate(self) -> Tensor:
@@ -83,11 +98,7 @@ class PrivateTrainingLoop(TrainingLoop):
         with quiet_hooks():
             loss: Tensor = self._loss(tokens_BT1)
             torch.autograd.backward(self._with_auxiliary(loss))
-        gradients = {}
-        for name, parameter in self.parameters.items():
-            parameter.grad = None  # the sum over the batch, which nobody may use
-            if (found := take_grad_sample(parameter)) is not None:
-                gradients[name] = found
+        gradients = self._gradients()
         squares_B = torch.stack(
             [one.reshape(len(one), -1).square().sum(dim=1) for one in gradients.values()]
         ).sum(dim=0)
@@ -95,6 +106,18 @@ class PrivateTrainingLoop(TrainingLoop):
         for name, gradient in gradients.items():
             sums[name].add_(torch.einsum("b,b...->...", factors_B, gradient))
         return loss.detach()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Return what the last backward pass left, by block: (B, *shape)."""
+        gradients = {}
+        for name, parameter in self.parameters.items():
+            found = parameter.grad[None] if self._one_by_one and parameter.grad is not None else None
+            parameter.grad = None  # of several blocks the sum, which nobody may use
+            if not self._one_by_one:
+                found = take_grad_sample(parameter)
+            if found is not None:
+                gradients[name] = found
+        return gradients
 
     def _with_auxiliary(self, loss: Tensor) -> Tensor:
         further = self.part.auxiliary_loss

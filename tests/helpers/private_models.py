@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -110,4 +109,4 @@ def changed(config: TrainingConfig, **settings: Any) -> TrainingConfig:
     return config.model_copy(update=settings)
 
 
-__all__ = ["CONFIG", "DP", "changed", "dataclasses", "drawn", "make_model", "naive_gradients", "private_loop"]
+__all__ = ["CONFIG", "DP", "changed", "drawn", "make_model", "naive_gradients", "private_loop"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from private_models import make_model, private_loop
+from private_models import CONFIG, changed, drawn, make_model, naive_gradients, private_loop
 from torch import nn
 
 from expertctl import UserError
@@ -16,6 +18,7 @@ from expertctl.core.token_store import TokenBlocks
 from expertctl.core.types import TrainablePart
 from expertctl.experts.coordinated import coordinate, z_loss
 from expertctl.experts.trainable import all_parameters, matching_parameters
+from expertctl.experts.training import next_token_loss
 
 
 class Small(nn.Module):
@@ -72,7 +75,7 @@ def batch_norm() -> Small:
 REFUSED = {
     "batch norm": (
         batch_norm,
-        "layer 'middle' (BatchNorm1d) cannot train with differential privacy: .*batch normalisation",
+        "layer 'middle' (BatchNorm1d) cannot train with differential privacy: batch normalisation.*keeps statistics",
     ),
     "used past its forward pass": (
         lambda: Small(Bare(), apply=lambda layer, hidden: hidden @ layer.weight),
@@ -102,7 +105,7 @@ REFUSED = {
         "layer 'model.layers.0.mlp.gate' (MixtralTopKRouter) .*for a batch of 3 it is given 48 rows",
     ),
     "positions for the whole batch": (
-        lambda: make_model("gpt2"),
+        lambda: make_model("gpt2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
         "layer 'transformer.wpe' (Embedding) .*for a batch of 3 it is given 1 rows",
     ),
 }
@@ -117,11 +120,54 @@ def test_refused_with_the_layer_and_the_reason(blocks: TokenBlocks, case: str) -
     assert len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize("case", sorted(set(REFUSED) - {"batch norm"}))
+def test_one_block_at_a_time_any_layer_can_train(blocks: TokenBlocks, case: str) -> None:
+    """And the gradient is that of a loop over single examples."""
+    model = REFUSED[case][0]()
+    twin = all_parameters(copy.deepcopy(model), None)
+    single = changed(CONFIG, batch_size=1, accumulation=8)
+    loop = private_loop(all_parameters(model, None), blocks, clip=0.25, config=single)
+    loop._accumulate()
+    tokens = torch.from_numpy(np.stack([blocks.block(index) for index in drawn(loop)]))
+    alone = naive_gradients(lambda one: next_token_loss(twin.module, one), dict(twin.parameters), tokens)
+    norms = [float(torch.stack([one.square().sum() for one in each.values()]).sum().sqrt()) for each in alone]
+    assert max(norms) > 0.25, "something is clipped"
+    for name, parameter in loop.parameters.items():
+        expected = sum(
+            min(1.0, 0.25 / (norm + 1e-6)) * each[name] for norm, each in zip(norms, alone, strict=True)
+        )
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected / 8, atol=1e-6, rtol=1e-3)
+
+
+def test_batch_normalisation_is_refused_for_single_blocks_too(blocks: TokenBlocks) -> None:
+    with pytest.raises(UserError, match="keeps statistics of the text"):
+        private_loop(all_parameters(batch_norm(), None), blocks, config=changed(CONFIG, batch_size=1))
+
+
+def test_one_block_at_a_time_gives_what_several_give(blocks: TokenBlocks) -> None:
+    several = private_loop(all_parameters(make_model("llama"), None), blocks, clip=0.5, noise=1.0)
+    single = private_loop(
+        all_parameters(make_model("llama"), None),
+        blocks,
+        clip=0.5,
+        noise=1.0,
+        config=changed(CONFIG, batch_size=1, accumulation=8),
+    )
+    assert float(several._accumulate()) == pytest.approx(float(single._accumulate()), rel=1e-5)
+    for name, parameter in several.parameters.items():
+        other = single.parameters[name].grad
+        assert parameter.grad is not None
+        assert other is not None
+        torch.testing.assert_close(parameter.grad, other, atol=1e-6, rtol=1e-4)
+
+
 def test_a_loss_over_the_whole_batch_is_refused(blocks: TokenBlocks) -> None:
     part = all_parameters(make_model("llama"), None)
     odd = TrainablePart(part.module, part.parameters, auxiliary_loss=lambda: torch.zeros(()))
     with pytest.raises(UserError, match="a loss over the whole batch"):
         private_loop(odd, blocks)
+    private_loop(odd, blocks, config=changed(CONFIG, batch_size=1))  # a batch is one example
 
 
 @pytest.mark.parametrize(
@@ -141,10 +187,6 @@ def test_dropout_does_not_look_like_a_layer_in_which_examples_meet(blocks: Token
 @pytest.mark.parametrize("clip", [float("inf"), 0.3])
 def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBlocks, clip: float) -> None:
     """FlexOlmo's part against a loop over single examples, the router's loss included."""
-    import numpy as np
-    from private_models import CONFIG, drawn, naive_gradients
-
-    from expertctl.experts.training import next_token_loss
 
     def part() -> TrainablePart:
         model = make_model("olmo2")
