@@ -71,7 +71,10 @@ class PrivateTrainingLoop(TrainingLoop):
     def _accumulate(self) -> Tensor:
         """Put the private gradient in place and return the mean loss of what was drawn, 0 where nothing was."""
         drawn = self._source.drawn(f"draw/{self.step}", len(self._examples), self.mechanism.rate)
-        sums = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        sums = {
+            name: torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            for name, parameter in self.parameters.items()
+        }
         total = torch.zeros((), device=self.device)
         for begin in range(0, len(drawn), self.config.batch_size):
             chosen = drawn[begin : begin + self.config.batch_size]
@@ -99,16 +102,16 @@ class PrivateTrainingLoop(TrainingLoop):
             loss: Tensor = self._loss(tokens_BT1)
             torch.autograd.backward(self._with_auxiliary(loss))
         gradients = self._gradients()
-        squares_B = torch.stack(
-            [one.reshape(len(one), -1).square().sum(dim=1) for one in gradients.values()]
-        ).sum(dim=0)
-        factors_B = (self.mechanism.clip / (squares_B.sqrt() + 1e-6)).clamp(max=1.0)
+        norms_B = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(one, dim=1) for one in gradients.values()]), dim=0
+        )
+        factors_B = (self.mechanism.clip / (norms_B + 1e-6)).clamp(max=1.0)
         for name, gradient in gradients.items():
-            sums[name].add_(torch.einsum("b,b...->...", factors_B, gradient))
+            sums[name].view(-1).addmv_(gradient.T, factors_B)
         return loss.detach()
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Return what the last backward pass left, by block: (B, *shape)."""
+        """Return what the last backward pass left, by block: (B, numbers)."""
         gradients = {}
         for name, parameter in self.parameters.items():
             found = parameter.grad[None] if self._one_by_one and parameter.grad is not None else None
@@ -116,7 +119,7 @@ class PrivateTrainingLoop(TrainingLoop):
             if not self._one_by_one:
                 found = take_grad_sample(parameter)
             if found is not None:
-                gradients[name] = found
+                gradients[name] = found.reshape(len(found), -1)
         return gradients
 
     def _with_auxiliary(self, loss: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class PrivateTrainingLoop(TrainingLoop):
         """Return a sum of clipped gradients with the step's noise."""
         if self.mechanism.noise_multiplier == 0:
             return total
-        noise = torch.from_numpy(self._source.normal(f"noise/{self.step}/{name}", total.shape))
+        noise = self._source.normal(f"noise/{self.step}/{name}", total.shape)
         return total + (noise * (self.mechanism.noise_multiplier * self.mechanism.clip)).to(total)
 
     def _clip(self) -> Tensor:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
 KEY_FILE = "privacy.key"
 KEY_BYTES = 32
@@ -42,16 +43,15 @@ class NoiseSource:
         numbers: NDArray[Any] = ((words >> 11).astype(np.float64) + 0.5) * 2.0**-53
         return numbers
 
-    def normal(self, purpose: str, shape: Sequence[int]) -> NDArray[Any]:
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Return standard normal numbers, float64, by Box and Muller's method."""
-        import numpy as np
+        import torch
 
         count = math.prod(shape)
-        half = -(-count // 2)
-        numbers = self.uniform(purpose, 2 * half)
-        radius = np.sqrt(-2.0 * np.log(numbers[:half]))
-        angle = 2.0 * np.pi * numbers[half:]
-        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        numbers = torch.from_numpy(self.uniform(purpose, 2 * -(-count // 2)))
+        first, second = numbers.chunk(2)
+        radius, angle = torch.sqrt(-2.0 * torch.log(first)), 2.0 * torch.pi * second
+        both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
         return both[:count].reshape(tuple(shape))
 
     def drawn(self, purpose: str, size: int, rate: float) -> NDArray[Any]:

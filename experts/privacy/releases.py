@@ -29,8 +29,6 @@ class Releases:
         Adding or removing one vector moves their sum by `clip` at most, which is what the noise is measured by. Their
         number counts as known, as it does everywhere else.
         """
-        import torch
-
         assert self._embedding_noise is not None, "no embedding may be released"
         total: Tensor | None = None
         count = 0
@@ -41,6 +39,6 @@ class Releases:
             count += 1
         assert total is not None, "a text has at least one block"
         purpose = f"embedding/{len(self.history)}"
-        noise_n = torch.from_numpy(self._source.normal(purpose, total.shape)).to(total.device)
+        noise_n = self._source.normal(purpose, total.shape).to(total.device)
         self.history.append((self._embedding_noise, 1.0, 1))
         return (total + self._embedding_noise * clip * noise_n) / count

@@ -18,7 +18,7 @@ SOURCE = NoiseSource(b"k" * 32)
 
 
 def test_it_is_normal() -> None:
-    numbers = SOURCE.normal("any", (300, 101)).flatten()
+    numbers = SOURCE.normal("any", (300, 101)).flatten().numpy()
     assert stats.kstest(numbers, "norm").pvalue > 0.01
     half = len(numbers) // 2
     assert abs(float(np.corrcoef(numbers[:half], numbers[half : 2 * half])[0, 1])) < 0.03, (

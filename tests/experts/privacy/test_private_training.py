@@ -115,7 +115,7 @@ def test_noise_is_as_large_as_it_should_be_and_new_in_each_step_and_parameter(bl
     drawn_noise = [
         loop._source.normal(f"noise/{step}/{name}", shape) for step in (0, 1) for name in loop.parameters
     ]
-    assert len({one.tobytes() for one in drawn_noise}) == len(drawn_noise)
+    assert len({one.numpy().tobytes() for one in drawn_noise}) == len(drawn_noise)
 
 
 def test_frozen_parts_get_no_gradient_and_never_move(blocks: TokenBlocks) -> None:
