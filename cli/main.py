@@ -22,7 +22,7 @@ COMMANDS = {
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline"),
     "Use": ("eval", "generate", "card", "extract-adapter"),
     "Federate": ("federate",),
-    "Trust": ("show", "log", "verify", "reproduce"),
+    "Trust": ("show", "log", "verify", "reproduce", "audit"),
 }
 INTERRUPTED = 130
 
