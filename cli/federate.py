@@ -26,7 +26,25 @@ STATE_FOLDER = Path("expertctl") / "owner"
 WATCH_SECONDS = 2.0
 
 
-@click.group("federate", cls=Group)
+NETWORK = ("serve", "ask", "join")
+
+
+class FederateGroup(Group):
+    """The commands for a network stand in a file of their own, which is imported when one of them is named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *NETWORK]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in NETWORK:
+            return super().get_command(ctx, name)
+        from . import federate_network
+
+        found: click.Command = getattr(federate_network, name)
+        return found
+
+
+@click.group("federate", cls=FederateGroup)
 def command() -> None:
     """Let data owners train experts on text that stays with them, and merge what they hand in.
 

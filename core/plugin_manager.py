@@ -53,6 +53,7 @@ BUILTIN_PLUGINS = (
     "demix",
     "dense_merges",
     "flexolmo",
+    "flower",
     "in_context_order",
     "local_launcher",
     "mixture_tuning",

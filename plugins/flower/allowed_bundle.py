@@ -33,7 +33,9 @@ def digest_of_bundle(content: bytes) -> str:
             found = {entry.filename: hashlib.sha256(archive.read(entry)).hexdigest() for entry in entries}
     except (zipfile.BadZipFile, RuntimeError, EOFError, NotImplementedError):
         raise UserError("the app bundle is no archive") from None
-    if len(found) != len(entries) or any(name.startswith("/") or ".." in name or "\\" in name for name in found):
+    if len(found) != len(entries) or any(
+        name.startswith("/") or ".." in name or "\\" in name for name in found
+    ):
         raise UserError("the app bundle names a file twice or outside of itself")
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 

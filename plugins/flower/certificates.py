@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -60,10 +61,8 @@ def reachable_names(host: str) -> list[str]:
     if host not in EVERYWHERE:
         return [host]
     names = [socket.gethostname(), socket.getfqdn()]
-    try:
+    with contextlib.suppress(OSError):  # a machine that does not know its own name is called by --name
         names += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)]
-    except OSError:
-        pass  # a machine that does not know its own name is called by --name
     return [name.partition("%")[0] for name in names if name]
 
 
@@ -148,7 +147,7 @@ def _make_server(folder: Path, found: Certificates, names: Sequence[str]) -> Non
         _builder(subject, authority.subject, key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(alternative, critical=False)
-        .add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
         )
@@ -158,9 +157,7 @@ def _make_server(folder: Path, found: Certificates, names: Sequence[str]) -> Non
     _write_certificate(found.certificate, certificate)
 
 
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey
-) -> x509.CertificateBuilder:
+def _builder(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:
     from cryptography import x509
 
     now = datetime.now(UTC)

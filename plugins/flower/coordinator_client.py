@@ -61,7 +61,11 @@ class CoordinatorClient:
         self.session = secrets.token_hex(8)
         context = ssl.create_default_context(cafile=str(authority))
         self._client = httpx.Client(
-            base_url=f"https://{server}", verify=context, timeout=TIMEOUT_S, trust_env=False, follow_redirects=False
+            base_url=f"https://{server}",
+            verify=context,
+            timeout=TIMEOUT_S,
+            trust_env=False,
+            follow_redirects=False,
         )
 
     def close(self) -> None:
@@ -116,7 +120,9 @@ class CoordinatorClient:
                 for piece in reply.iter_raw():
                     data += piece
                     if len(data) > most:
-                        raise UserError("the coordinator answers with more than was asked for; that is not its server")
+                        raise UserError(
+                            "the coordinator answers with more than was asked for; that is not its server"
+                        )
         except httpx.TransportError as error:
             raise Unreachable(type(error).__name__) from None
         if reply.status_code == 200:

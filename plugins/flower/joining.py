@@ -69,7 +69,9 @@ def join(
 class _Member:
     """Says hello every few seconds, so that the coordinator knows who is there, and a second process is noticed."""
 
-    def __init__(self, owner: Owner, client: CoordinatorClient, name: str | None, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, owner: Owner, client: CoordinatorClient, name: str | None, tell: Callable[[str], None]
+    ) -> None:
         self._owner, self._client, self._name, self._tell = owner, client, name, tell
         self._next = 0.0
         self._told = ""

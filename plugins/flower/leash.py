@@ -6,6 +6,7 @@ ended too; so a killed coordinator or owner leaves no server behind that holds a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -36,10 +37,8 @@ def main(command: list[str]) -> int:
         time.sleep(0.05)
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            pass
     _end_group(child.pid)
     status = child.wait()
     return status if status >= 0 else 128 - status

@@ -114,7 +114,9 @@ class OwnerWork:
         """Tell the coordinator how far the training is, when that has changed, and not too often."""
         progress, now = self._owner.progress(request.id), time.monotonic()
         at, before = self._told.get(request.id, (0.0, None))
-        if progress == before or (before is not None and progress.state == before.state and now - at < TELL_S):
+        if progress == before or (
+            before is not None and progress.state == before.state and now - at < TELL_S
+        ):
             return
         self._client.progress(request.id, progress)
         self._told[request.id] = (now, progress)
@@ -124,7 +126,10 @@ class OwnerWork:
     def _deliver(self, request: ExpertRequest) -> None:
         signed = self._delivery(request)
         if not self._agree(self._owner.review(request.id)):
-            self._say(request, "the expert is ready and waits for your yes: look at it with --review, let it go with --yes")
+            self._say(
+                request,
+                "the expert is ready and waits for your yes: look at it with --review, let it go with --yes",
+            )
             self._later[request.id] = time.monotonic() + TELL_S
             return
         found = self._client.begin(request.id, signed)

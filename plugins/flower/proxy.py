@@ -45,7 +45,17 @@ READ_S = 60.0
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 2000
 HOP_BY_HOP = frozenset(
-    {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"host", b"content-length", b"expect"}
+    {
+        b"connection",
+        b"keep-alive",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"host",
+        b"content-length",
+        b"expect",
+    }
     | {b"proxy-connection", b"proxy-authenticate", b"proxy-authorization"}
 )
 
@@ -69,11 +79,13 @@ class Gateway:
         target, method = raw.decode("latin-1"), scope["method"]
         try:
             if target.startswith(PATH) and not scope["query_string"]:
-                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+                headers = {
+                    name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+                }
                 answer = await self._endpoints.answer(method, target, headers, _reader(receive))
-            elif (method == "POST" and target.removeprefix(FLEET) in FLEET_CALLS and target.startswith(FLEET)) or (
-                method == "GET" and target == "/health"
-            ):
+            elif (
+                method == "POST" and target.removeprefix(FLEET) in FLEET_CALLS and target.startswith(FLEET)
+            ) or (method == "GET" and target == "/health"):
                 await self._pass_on(method, target, scope["headers"], receive, send)
                 return
             else:
@@ -193,7 +205,9 @@ class Door:
         while not self._server.started:
             self._thread.join(0.05)
             if not self._thread.is_alive():
-                raise UserError(f"cannot listen on {self._where}; is another server there? name another with --listen")
+                raise UserError(
+                    f"cannot listen on {self._where}; is another server there? name another with --listen"
+                )
         port: int = self._server.servers[0].sockets[0].getsockname()[1]
         return port
 

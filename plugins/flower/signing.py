@@ -41,7 +41,9 @@ class Signed:
     """Which process of the owner asks."""
 
 
-def signed_bytes(method: str, target: str, digest: str, at: str, nonce: str, session: str, audience: str) -> bytes:
+def signed_bytes(
+    method: str, target: str, digest: str, at: str, nonce: str, session: str, audience: str
+) -> bytes:
     """Return what a signature is over. None of the parts can hold a line break, so no two requests have the same bytes."""
     return "\n".join(("expertctl-1", method, target, digest, at, nonce, session, audience)).encode()
 
@@ -73,7 +75,10 @@ class Gatekeeper:
 
     def check(self, method: str, target: str, headers: Mapping[str, str]) -> Signed:
         """Return who asks; raises `NotSigned` for a request that is not signed by a member, now, and for the first time."""
-        values = [headers.get(f"{PREFIX}{name}", "") for name in ("key", "digest", "time", "nonce", "session", "signature")]
+        values = [
+            headers.get(f"{PREFIX}{name}", "")
+            for name in ("key", "digest", "time", "nonce", "session", "signature")
+        ]
         key, digest, at, nonce, session, signature = values
         if not all(values) or any(len(value) > 300 for value in values) or not _is_hex(digest, 64):
             raise NotSigned("NOT_SIGNED")
@@ -96,7 +101,9 @@ class Gatekeeper:
         if not abs(now - then) <= WINDOW_S:
             raise NotSigned("CLOCK")
         with self._lock:
-            if then < self._begun - 2 or nonce in self._used:  # what was used before a restart is not known any more
+            if (
+                then < self._begun - 2 or nonce in self._used
+            ):  # what was used before a restart is not known any more
                 raise NotSigned("REPLAYED")
             self._used = {one: until for one, until in self._used.items() if until > now}
             self._used[nonce] = then + 2 * WINDOW_S

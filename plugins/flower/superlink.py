@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ...core.errors import UserError
 from ...core.files import write_text
@@ -97,7 +98,9 @@ class SuperLink:
     def _is_healthy(self) -> bool:
         context = ssl.create_default_context(cafile=str(self._certificates.authority))
         try:
-            with urllib.request.urlopen(f"https://{self.address}/health", timeout=5, context=context) as reply:
+            with urllib.request.urlopen(
+                f"https://{self.address}/health", timeout=5, context=context
+            ) as reply:
                 return bool(reply.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -105,7 +108,11 @@ class SuperLink:
     def _register(self) -> None:
         """Tell the server who was invited since the last look, and who was taken out."""
         members = {member.name: member for member in self._members.all()}
-        for name in [name for name, line in self._lines.items() if name not in members or members[name].key.line != line]:
+        for name in [
+            name
+            for name, line in self._lines.items()
+            if name not in members or members[name].key.line != line
+        ]:
             self._control("supernode", "unregister", self._registered[name], CONNECTION)
             del self._registered[name], self._lines[name]
         for name, member in members.items():
@@ -139,7 +146,7 @@ class SuperLink:
         found = self._control("list", "--run-id", self._run, CONNECTION)
         return str(found["runs"][0]["status"]).partition(":")[0]
 
-    def _control(self, *arguments: str) -> dict[str, object]:
+    def _control(self, *arguments: str) -> dict[str, Any]:
         """Run one command of Flower's client and return what it prints; raises `UserError` when it fails."""
         command = [flower_command("flwr"), *arguments, "--format", "json"]
         try:
@@ -156,12 +163,14 @@ class SuperLink:
             raise UserError(f"`flwr {arguments[0]}` did not answer in {COMMAND_S} s") from None
         content = _json_in(done.stdout)
         if done.returncode != 0 or not content.get("success", True):
-            reason = content.get("error-message") or (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            reason = (
+                content.get("error-message") or (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            )
             raise UserError(f"`flwr {' '.join(arguments[:2])}` failed: {reason}")
         return content
 
 
-def _json_in(text: str) -> dict[str, object]:
+def _json_in(text: str) -> dict[str, Any]:
     """Return the JSON object that stands in what a command printed, other lines being before it."""
     begin = text.find("{")
     try:

@@ -21,7 +21,9 @@ after a node was killed it still counts as there."""
 class SuperNode:
     """The supervised node. `tick()` is called every second or so."""
 
-    def __init__(self, state: Path, server: str, authority: Path, key: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, state: Path, server: str, authority: Path, key: Path, tell: Callable[[str], None]
+    ) -> None:
         self._state, self._server, self._authority, self._key = state, server, authority, key
         self._tell = tell
         self._child = Child(state / "flower" / "supernode.log")

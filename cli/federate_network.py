@@ -1,0 +1,219 @@
+"""`expertctl federate serve`, `ask` and `join`: a federation over a network."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..core.errors import UserError
+from .context import Session, pass_session
+from .federate import agree, coordinator_of, default_state, recipe_from, state_option, with_recipe
+from .group import cli_command
+
+if TYPE_CHECKING:
+    from ..experts.federation.owner import Owner, Review
+    from ..plugins.flower.owner_work import Agree
+    from ..plugins.flower.serving import Listening
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Give an event that Ctrl-C and SIGTERM set."""
+    stop = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {one: signal.signal(one, lambda *_: stop.set()) for one in signals}
+    try:
+        yield stop
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler)
+
+
+@cli_command("serve", example="expertctl federate serve --listen 0.0.0.0:8443 --name hub.example.org")
+@click.option(
+    "--listen",
+    default="0.0.0.0:8443",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where owners reach this coordinator.",
+)
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="A name or address that owners use for it, where it differs from this machine's own.",
+)
+@pass_session
+def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
+    """Let owners join over a network, until Ctrl-C.
+
+    Makes an authority and a server certificate on first use; owners need its file ca.crt. What was asked and what has arrived
+    is on disk: stopped or killed at any point, the same command goes on, and owners come back by themselves.
+    """
+    from ..plugins.flower.serving import serve as run
+
+    def opened(listening: Listening) -> None:
+        certificates = listening.certificates
+        session.finish(
+            {
+                "listen": f"{listening.host}:{listening.port}",
+                "ca": str(certificates.authority),
+                "fingerprint": certificates.fingerprint,
+            },
+            f"listening on {listening.host}:{listening.port}",
+            f"owners need this file: {certificates.authority}",
+            f"its fingerprint (sha256): {certificates.fingerprint}",
+        )
+        sys.stdout.flush()
+
+    coordinator = coordinator_of(session)
+    with stopped_by_signals() as stop:
+        run(coordinator, listen, names, tell=session.note, opened=opened, stop=stop)
+
+
+@cli_command("ask", example="expertctl federate ask --experts site-a,site-b --recipe flexolmo --deadline 48h")
+@click.option("--experts", "owners", required=True, metavar="NAME,...", help="The owners that are asked.")
+@with_recipe
+@pass_session
+def ask(session: Session, /, owners: str, deadline: str, **recipe: Any) -> None:
+    """Ask owners for an expert each; `serve` hands the requests to those who are there, now or later.
+
+    Owners who have delivered for this seed and recipe are not asked again; a request that is open gets the later deadline.
+    """
+    from datetime import UTC, datetime
+
+    from ..experts.federation.requests import deadline_in
+
+    names = list(dict.fromkeys(name.strip() for name in owners.split(",") if name.strip()))
+    if not names:
+        raise UserError("--experts names nobody; write --experts site-a,site-b")
+    asked = coordinator_of(session).ask(
+        names, recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC))
+    )
+    have = sorted(set(names) - {request.owner for request in asked})
+    lines = [
+        f"'{request.owner}' is asked until {request.deadline:%Y-%m-%d %H:%M} UTC: request {request.id}"
+        for request in asked
+    ]
+    lines += [f"'{name}' has delivered what this recipe asks for" for name in have]
+    session.finish(
+        {
+            "requests": [
+                {"request": request.id, "owner": request.owner, "deadline": request.deadline.isoformat()}
+                for request in asked
+            ],
+            "delivered": have,
+        },
+        *lines,
+    )
+
+
+@cli_command(
+    "join",
+    example="expertctl federate join --server hub.example.org:8443 --ca ca.crt --data ./private --name site-a",
+)
+@click.option("--server", required=True, metavar="HOST:PORT", help="The coordinator.")
+@click.option(
+    "--ca",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The coordinator's ca.crt; compare its fingerprint on another way.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Your text: a folder or a file. Needed the first time.",
+)
+@click.option(
+    "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
+)
+@click.option("--licence", metavar="TEXT", help="Under which licence the text stands; told with the expert.")
+@click.option("--name", metavar="NAME", help="What the coordinator calls you; checked.")
+@click.option("--review", is_flag=True, help="Show every tensor that would leave, then ask.")
+@click.option("--yes", is_flag=True, help="Let experts leave without asking.")
+@click.option("--once", is_flag=True, help="End when all that was asked is delivered or refused.")
+@state_option
+@pass_session
+def join(
+    session: Session,
+    server: str,
+    ca: Path,
+    data: Path | None,
+    text_field: str,
+    licence: str | None,
+    name: str | None,
+    review: bool,
+    yes: bool,
+    once: bool,
+    state: Path | None,
+) -> None:
+    """Be a data owner of a federation, until Ctrl-C: take requests, train next to your text, deliver experts.
+
+    Training runs in a process of its own and goes on when this command ends. Before an expert leaves you are shown what it is,
+    and asked, unless --yes.
+    """
+    from ..experts.federation.owner import Owner, OwnerSettings
+    from ..plugins.flower.joining import join as run
+
+    owner = Owner(state or default_state())
+    owner.key()
+    if data is not None:
+        owner.configure(OwnerSettings(data, text_field, licence))
+    with stopped_by_signals() as stop:
+        run(
+            owner,
+            server,
+            ca,
+            name=name,
+            agree=_agreement(session, review=review, yes=yes),
+            tell=session.note,
+            stop=stop,
+            until_done=once,
+        )
+    session.finish(
+        {"outcomes": _outcomes(owner)}, *(f"{one}: {what}" for one, what in _outcomes(owner).items())
+    )
+
+
+def _agreement(session: Session, *, review: bool, yes: bool) -> Agree:
+    """Return what asks the owner; where there is nobody to ask, an expert waits."""
+    answers: dict[str, bool] = {}
+
+    def ask_owner(found: Review) -> bool:
+        identifier = found.request.id
+        if identifier not in answers:
+            answers[identifier] = True
+            try:
+                with _interruptible():
+                    agree(session, found, whole=review, yes=yes)
+            except UserError as error:  # the owner said no, or nobody is there to ask
+                answers[identifier] = False
+                session.note(str(error))
+        return answers[identifier]
+
+    return ask_owner
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the wait for an answer."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _outcomes(owner: Owner) -> dict[str, str]:
+    found = {request.id: owner.outcome(request.id) for request in owner.requests()}
+    return {identifier: outcome for identifier, outcome in found.items() if outcome is not None}
