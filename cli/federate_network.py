@@ -165,7 +165,7 @@ def join(
     from ..experts.federation.owner import Owner, OwnerSettings
     from ..plugins.flower.joining import join as run
 
-    owner = Owner(state or default_state())
+    owner = Owner((state or default_state()).expanduser().resolve())
     owner.key()
     if data is not None:
         owner.configure(OwnerSettings(data, text_field, licence))

@@ -186,7 +186,7 @@ class Owner:
             "-P",
             "-m",
             "expertctl.experts.federation.work",
-            str(self.state),
+            str(self.state.resolve()),
             identifier,
         ]
         with (folder / LOG_FILE).open("ab") as log:

@@ -72,6 +72,7 @@ class Endpoints:
         self._sessions: dict[str, tuple[str, float]] = {}
         self._finishing: dict[str, asyncio.Task[Refusal | None]] = {}
         self._parts = asyncio.Semaphore(PARTS_AT_ONCE)
+        self._judging = asyncio.Semaphore(1)  # a model is loaded for it
         self._routes: list[tuple[str, re.Pattern[str], Callable[..., Awaitable[Answer]]]] = [
             ("GET", re.compile("requests"), self._requests),
             ("GET", re.compile(f"seed/{_FILE}"), self._seed_part),
@@ -158,7 +159,7 @@ class Endpoints:
         name = signed.member.name
         task = self._finishing.get(request)
         if task is None:
-            task = asyncio.create_task(asyncio.to_thread(self._coordinator.finish, name, request))
+            task = asyncio.create_task(self._judge(name, request))
             self._finishing[request] = task
         await asyncio.wait({task}, timeout=FINISH_S)
         if not task.done():
@@ -171,6 +172,10 @@ class Endpoints:
             else f"the delivery of '{name}' is refused: {refusal}"
         )
         return _json({"state": "accepted"} if refusal is None else {"refusal": refusal.code.name})
+
+    async def _judge(self, name: str, request: str) -> Refusal | None:
+        async with self._judging:
+            return await asyncio.to_thread(self._coordinator.finish, name, request)
 
 
 def failed(code: str) -> Answer:

@@ -19,7 +19,6 @@ from .coordinator_client import CoordinatorClient, Declined, Unreachable
 TELL_S = 5.0
 """Between two messages about one training."""
 RETRY_S = (2.0, 5.0, 10.0, 30.0, 60.0)
-TRAIN_AGAIN_S = 60.0
 JUDGED_S = 2.0
 PARTS_OF_A_DELIVERY = 64
 SMALLEST_PART = 1 << 20
@@ -42,6 +41,7 @@ class OwnerWork:
         self._owner, self._client, self._agree, self._tell, self._pulse = owner, client, agree, tell, pulse
         self._later: dict[str, float] = {}
         self._tries: dict[str, int] = {}
+        self._starts: dict[str, int] = {}
         self._told: dict[str, tuple[float, Progress]] = {}
         self._said: dict[str, str] = {}
 
@@ -98,16 +98,20 @@ class OwnerWork:
     # --- training ---
 
     def _train(self, request: ExpertRequest) -> None:
-        progress = self._owner.progress(request.id)
+        """See to it that a process trains; one that ends again and again is started less and less often."""
         if not self._owner.is_working(request.id):
+            progress, starts = self._owner.progress(request.id), self._starts.get(request.id, 0)
+            log = self._owner.run_folder(request.id) / "work.log"
             if progress.state == "failed" and progress.code != "STOPPED":
                 self._report(request)
-                self._later[request.id] = time.monotonic() + TRAIN_AGAIN_S
-                log = self._owner.run_folder(request.id) / "work.log"
                 self._say(request, f"training failed ({progress.code}); {log} says why; it is tried again")
+            elif starts > 1:
+                self._say(request, f"training has ended early {starts} times; {log} says why; it is tried again")
             else:
                 self._say(request, "training")
             self._owner.start(request.id)
+            self._starts[request.id] = starts + 1
+            self._later[request.id] = time.monotonic() + RETRY_S[min(starts, len(RETRY_S) - 1)]
         self._report(request)
 
     def _report(self, request: ExpertRequest) -> None:
