@@ -106,7 +106,9 @@ class OwnerWork:
                 self._report(request)
                 self._say(request, f"training failed ({progress.code}); {log} says why; it is tried again")
             elif starts > 1:
-                self._say(request, f"training has ended early {starts} times; {log} says why; it is tried again")
+                self._say(
+                    request, f"training has ended early {starts} times; {log} says why; it is tried again"
+                )
             else:
                 self._say(request, "training")
             self._owner.start(request.id)

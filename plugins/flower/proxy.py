@@ -73,12 +73,18 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
             return
         raw = bytes(scope.get("raw_path") or scope["path"].encode("utf-8", "replace"))
         target, method = raw.decode("latin-1"), scope["method"]
         try:
-            if target.startswith(PATH) and not scope["query_string"]:
+            answer: Answer
+            if len(raw) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+                answer = 431, b"", "text/plain"
+            elif scope["query_string"]:
+                answer = 404, b"", "text/plain"
+            elif target.startswith(PATH):
                 headers = {
                     name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
                 }
@@ -95,6 +101,16 @@ class Gateway:
         except _Gone:
             return
         await _reply(send, answer)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """Close the connections to Flower's server when the door closes."""
+        while True:
+            event = await receive()
+            if event["type"] == "lifespan.shutdown" and self._client is not None:
+                await self._client.aclose()
+            await send({"type": f"{event['type']}.complete"})
+            if event["type"] == "lifespan.shutdown":
+                return
 
     async def _pass_on(
         self, method: str, target: str, headers: list[tuple[bytes, bytes]], receive: Receive, send: Send
@@ -179,7 +195,8 @@ class Door:
             ssl_keyfile=str(certificates.key),
             http="h11",
             ws="none",
-            lifespan="off",
+            lifespan="auto",
+            loop="asyncio",
             interface="asgi3",
             log_level="error",
             access_log=False,
