@@ -1,0 +1,285 @@
+"""Seed down and expert up through a coordinator's door, against a raw copy over TLS with sha256 at both ends, in the same run.
+
+    python examples/benchmarks/federation_transfer.py --megabytes 2048
+
+Coordinator, owner, and both ends of the raw copy are processes of their own; each says how much memory it had at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+PIECE = 1 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=2048)
+    parser.add_argument(
+        "--folder", type=Path, help="Where to work; about five times the size is needed. Default: /tmp."
+    )
+    parser.add_argument("--role", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role:
+        print(json.dumps(ROLES[options.role](options.folder)), flush=True)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        measure(Path(scratch), options.megabytes)
+
+
+def measure(folder: Path, megabytes: int) -> None:
+    """Make seed and expert, move them both ways, and print the table."""
+    (folder / "size").write_text(str(megabytes))
+    made = run("make", folder)
+    hub = start("hub", folder)
+    port = hub.stdout.readline().strip() if hub.stdout else ""
+    (folder / "port").write_text(port)
+    owner = run("owner", folder)
+    hub_said = finish(hub)
+    receiver = start("receive", folder)
+    (folder / "raw-port").write_text(receiver.stdout.readline().strip() if receiver.stdout else "")
+    sender = run("send", folder)
+    received = finish(receiver)
+    raw = sender["seconds"]
+    print(f"seed {made['seed_bytes']:,} bytes, expert {made['expert_bytes']:,} bytes")
+    print(f"{'':34}{'seconds':>9}{'MB/s':>8}{'times raw':>11}")
+    rows = [
+        ("raw copy over TLS, sha256 twice", raw, made["seed_bytes"]),
+        ("seed down, checked and kept", owner["down"], made["seed_bytes"]),
+        ("expert up, in parts", owner["up"], made["expert_bytes"]),
+    ]
+    for name, seconds, size in rows:
+        print(
+            f"{name:34}{seconds:9.1f}{size / seconds / 1e6:8.0f}{seconds / size * made['seed_bytes'] / raw:11.2f}"
+        )
+    print(f"{'expert judged tensor by tensor':34}{owner['judged']:9.1f}")
+    peaks = {"coordinator": hub_said, "owner": owner, "raw sender": sender, "raw receiver": received}
+    print("peak memory, MB: " + ", ".join(f"{name} {said['peak'] / 1e6:.0f}" for name, said in peaks.items()))
+
+
+def start(role: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, __file__, "--role", role, "--folder", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, float]:
+    """End a process that waits for its input to close; return what it says last."""
+    out, _ = process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    found: dict[str, float] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def run(role: str, folder: Path) -> dict[str, float]:
+    return finish(start(role, folder))
+
+
+def peak() -> float:
+    """Return the most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def make(folder: Path) -> dict[str, float]:
+    """Make a seed of bfloat16 tensors of 32 MB, an invited owner, a request, and an expert that differs everywhere."""
+    from transformers import AutoConfig
+
+    from expertctl.core.lineage import (
+        Manifest,
+        Parent,
+        digest_of_tensors,
+        digests_of_folder,
+        read_manifest,
+        tool_versions,
+    )
+    from expertctl.core.testing import tiny_model_folder
+    from expertctl.core.workspace import Layout
+    from expertctl.experts.federation.coordinator import Coordinator
+    from expertctl.experts.federation.keys import make_key
+    from expertctl.experts.federation.owner import Owner, OwnerSettings
+    from expertctl.experts.federation.requests import Recipe
+    from expertctl.experts.seed import import_seed
+    from expertctl.plugins.flower.certificates import certificates_for
+
+    hub, origin = folder / "hub", tiny_model_folder(folder / "origin")
+    hub.mkdir()
+    (hub / "expertctl.yaml").write_text("{}\n")
+    layers = max(int((folder / "size").read_text()) // 32, 1)
+    config = AutoConfig.from_pretrained(origin)
+    config.num_hidden_layers = layers
+    config.hidden_size, config.intermediate_size = 1024, 2048
+    config.num_attention_heads = config.num_key_value_heads = 8
+    config.head_dim = 128
+    config.save_pretrained(origin)
+    write_random(origin, config, 0)
+    import_seed(Layout(hub), origin)
+    coordinator = Coordinator(Layout(hub))
+    owner = Owner(folder / "owner")
+    key = make_key(owner.state)
+    coordinator.members.add("site-a", key.public)
+    (folder / "text.txt").write_text("nothing is trained here\n")
+    owner.configure(OwnerSettings(folder / "text.txt"))
+    (request,) = coordinator.ask(["site-a"], Recipe("all"), datetime.now(UTC) + timedelta(hours=5))
+    owner.take(request)
+    expert = owner.expert_folder(request)
+    expert.mkdir(parents=True)
+    (folder / "expert-origin").mkdir()
+    write_random(folder / "expert-origin", config, 1)
+    (folder / "expert-origin" / "model.safetensors").replace(expert / "model.safetensors")
+    (expert / "run.json").write_text('{"trains": "all"}')
+    seed = read_manifest(hub / "seed")
+    tensors, files = digests_of_folder(expert)
+    Manifest(
+        kind="expert",
+        name="site-a",
+        owner="site-a",
+        digest=digest_of_tensors(tensors),
+        tensors=tensors,
+        files=files,
+        tokenizer=seed.tokenizer,
+        parents=(Parent("seed", "seed", seed.digest, 1.0),),
+        data={"domains": {"site-a": {"documents": 1, "tokens": 10, "bytes": 30}}},
+        trainable="all",
+        versions=tool_versions(),
+    ).write(expert)
+    certificates_for(folder / "tls", [])
+    sizes = [sum(path.stat().st_size for path in where.iterdir()) for where in (hub / "seed", expert)]
+    return {"seed_bytes": sizes[0], "expert_bytes": sizes[1], "peak": peak()}
+
+
+def write_random(folder: Path, config: object, seed: int) -> None:
+    """Write the tensors of a model at random, in bfloat16."""
+    import torch
+    from accelerate import init_empty_weights
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        shapes = {
+            name: one.shape for name, one in AutoModelForCausalLM.from_config(config).state_dict().items()
+        }
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.randn(shape, generator=noise, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def hub(folder: Path) -> dict[str, float]:
+    """Be a coordinator behind its door until the input closes."""
+    from expertctl.core.workspace import Layout
+    from expertctl.experts.federation.coordinator import Coordinator
+    from expertctl.plugins.flower.certificates import certificates_for
+    from expertctl.plugins.flower.endpoints import Endpoints
+    from expertctl.plugins.flower.proxy import Door, Gateway
+
+    certificates = certificates_for(folder / "tls", [])
+    coordinator = Coordinator(Layout(folder / "hub"))
+    endpoints = Endpoints(coordinator, certificates.fingerprint, lambda text: print(text, file=sys.stderr))
+    door = Door(Gateway(lambda: "127.0.0.1:9", certificates, endpoints), "127.0.0.1", 0, certificates)
+    print(door.open(), flush=True)
+    sys.stdin.read()
+    door.close()
+    return {"peak": peak()}
+
+
+def owner(folder: Path) -> dict[str, float]:
+    """Be an owner: fetch the seed, deliver the expert."""
+    from expertctl.experts.federation.delivery import make_delivery
+    from expertctl.experts.federation.owner import Owner
+    from expertctl.experts.federation.parts import read_part
+    from expertctl.plugins.flower.coordinator_client import CoordinatorClient
+    from expertctl.plugins.flower.owner_work import part_size
+
+    one = Owner(folder / "owner")
+    client = CoordinatorClient(
+        f"127.0.0.1:{(folder / 'port').read_text()}", folder / "tls" / "ca.crt", one.key()
+    )
+    (request,) = one.requests()
+    client.hello()  # connected, as a joined owner is
+    begun = time.monotonic()
+    for writer in one.seed_writers(request):
+        for index in writer.missing():
+            writer.put(index, client.seed_part(writer.file, index))
+    for writer in one.seed_writers(request):
+        writer.finish()
+    down = time.monotonic() - begun
+    target, expert = one.delivery_folder(request.id), one.expert_folder(request)
+    size = part_size((expert / "model.safetensors").stat().st_size)
+    signed = make_delivery(expert, request, one.key(), target, part_size=size)
+    begun = time.monotonic()
+    missing = client.begin(request.id, signed)["missing"]
+    for file in signed.statement.files:
+        for index in missing[file.name]:
+            client.put(request.id, file, index, read_part(target / file.name, file, index))
+    up = time.monotonic() - begun
+    begun = time.monotonic()
+    while (verdict := client.finish(request.id)).get("state") == "judging":
+        time.sleep(0.2)
+    if verdict.get("state") != "accepted":
+        sys.exit(f"not accepted: {verdict}")
+    judged = time.monotonic() - begun
+    client.close()
+    return {"down": down, "up": up, "judged": judged, "peak": peak()}
+
+
+def receive(folder: Path) -> dict[str, float]:
+    """Take one file over TLS, write it down to the disk, and digest it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "tls" / "server.crt", folder / "tls" / "server.key")
+    digest, buffer = hashlib.sha256(), bytearray(PIECE)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        plain, _ = listener.accept()
+        with context.wrap_socket(plain, server_side=True) as connection, (folder / "copy").open("wb") as file:
+            while count := connection.recv_into(buffer):
+                digest.update(memoryview(buffer)[:count])
+                file.write(memoryview(buffer)[:count])
+                if file.tell() == (folder / "hub" / "seed" / "model.safetensors").stat().st_size:
+                    break
+            file.flush()
+            os.fsync(file.fileno())
+            connection.sendall(digest.digest())
+    return {"peak": peak()}
+
+
+def send(folder: Path) -> dict[str, float]:
+    """Send the seed's weights over TLS and wait for the digest."""
+    context = ssl.create_default_context(cafile=str(folder / "tls" / "ca.crt"))
+    begun, digest = time.monotonic(), hashlib.sha256()
+    with (
+        socket.create_connection(("127.0.0.1", int((folder / "raw-port").read_text()))) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+        (folder / "hub" / "seed" / "model.safetensors").open("rb") as file,
+    ):
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            connection.sendall(piece)
+        if connection.recv(32) != digest.digest():
+            sys.exit("the copy is not the file")
+    return {"seconds": time.monotonic() - begun, "peak": peak()}
+
+
+ROLES = {"make": make, "hub": hub, "owner": owner, "receive": receive, "send": send}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+#!/bin/sh
+# Three owners with text of their own, real processes on loopback: all deliver, FlexOlmo merges, a table compares.
+#
+#   sh examples/federation/run.sh [FOLDER]
+#
+# CORPORA names a folder with a folder for each owner (train.jsonl, valid.jsonl); the first three are taken. Without it, text that every
+# installation has on its disk is used. TOKENS is what each expert trains on.
+set -eu
+folder=${1:-federation-demo}
+tokens=${TOKENS:-200000}
+command=${EXPERTCTL:-expertctl}
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
+hub=$folder/hub
+python=${PYTHON:-python3}
+
+# The coordinator: public text, a seed, and a door.
+if [ ! -d "$hub/seed" ]; then
+    "$python" "$here/prepare.py" "$folder" --seed-tokens "${SEED_TOKENS:-400000}" ${CORPORA:+--corpora "$CORPORA"}
+    $command -w "$hub" seed
+fi
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+$command -w "$hub" federate serve --listen "127.0.0.1:$port" >"$folder/serve.log" 2>&1 &
+serving=$!
+trap 'kill $serving 2>/dev/null; wait' EXIT INT TERM
+until grep -q "owners can join" "$folder/serve.log"; do
+    kill -0 $serving || { cat "$folder/serve.log"; exit 1; }
+    sleep 1
+done
+
+# The owners: a key each, and text that stays where it is.
+names=$(cat "$folder/owners")
+for name in $names; do
+    $command federate keys --state "$folder/owner-$name" >/dev/null
+    $command -w "$hub" federate invite "$folder/owner-$name/owner.pub" --name "$name"
+done
+$command -w "$hub" federate ask --experts "$(echo "$names" | tr ' ' ',')" --recipe flexolmo --tokens "$tokens"
+joined=
+for name in $names; do
+    $command federate join --server "127.0.0.1:$port" --ca "$hub/federation/network/certificates/ca.crt" \
+        --data "$folder/private/$name.jsonl" --state "$folder/owner-$name" --name "$name" --yes --once &
+    joined="$joined $!"
+done
+for one in $joined; do wait "$one"; done
+$command -w "$hub" federate status
+
+# What came of it. Only here, on one machine, can the owners' held-out text be looked at.
+$command -w "$hub" merge campus --method flexolmo --force
+$command -w "$hub" eval seed $names campus
