@@ -8,7 +8,6 @@ import cProfile
 import ftplib
 import gettext
 import inspect
-import json
 import pprint
 import shutil
 import ssl
@@ -44,11 +43,11 @@ from expertctl.plugins.flower.superlink import APP
 
 pytestmark = [pytest.mark.slow, pytest.mark.federation, pytest.mark.timeout(400)]
 SHORT = {"tokens": 640, "sequence_length": 16, "batch_size": 2}
-LONG = {**SHORT, "tokens": 64_000, "checkpoint_seconds": 1.0}
+LONG = {**SHORT, "tokens": 96_000, "checkpoint_seconds": 1.0}
 FLEXOLMO = Recipe("flexolmo", {"embedding": "none"}, SHORT)
 BTM = Recipe("all", {}, SHORT)
 FLEXOLMO_LONG = Recipe("flexolmo", {"embedding": "none"}, LONG)
-"""Two thousand steps."""
+"""Three thousand steps."""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +73,11 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
+def checkpoint_of(owner: Owner, request: ExpertRequest) -> int:
+    """Return the step of a training's newest checkpoint."""
+    return max((int(path.name[5:]) for path in owner.run_folder(request.id).rglob("step-*")), default=0)
+
+
 # --- ends of processes ---
 
 
@@ -92,6 +96,7 @@ def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training
     first = content_of(federation.workspace / "experts" / "first")
     for name in ("second", "third"):
         wait_until(has_begun(owners[name], requests[name]), why=joined[name].said)
+    wait_until(lambda: checkpoint_of(owners["third"], requests["third"]) > 10)
 
     federation.server.kill()  # after one of three
     joined["third"].kill()  # and one owner with its training
@@ -102,18 +107,18 @@ def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training
     assert stopped_at.step > 0
     before = owners["second"].progress(requests["second"].id).step
     wait_until(
-        lambda: owners["second"].progress(requests["second"].id).step != before
+        lambda: owners["second"].progress(requests["second"].id).step > before
     )  # nobody is needed for it
+    wait_until(lambda: "the coordinator cannot be reached" in joined["second"].said())
+    kept = checkpoint_of(owners["third"], requests["third"])
 
     federation.server.again()
     joined["third"].again()
+    wait_until(lambda: owners["third"].progress(requests["third"].id) != stopped_at)
+    assert owners["third"].progress(requests["third"].id).step >= kept  # not from the start
     federation.wait_served(times=2)
     for name in ("second", "third"):
         assert joined[name].wait() == 0, joined[name].said()
-    assert "the coordinator cannot be reached" in joined["second"].said()
-    run = owners["third"].expert_folder(requests["third"])
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps, "the training keeps a log"
     assert federation.accepted() == {"first": "first", "second": "second", "third": "third"}
     assert content_of(federation.workspace / "experts" / "first") == first
     asked = [entry.owner for entry in federation.coordinator.ledger.entries() if entry.state == "asked"]
@@ -368,6 +373,7 @@ ALTERED_CLIENT = """
 import pathlib
 pathlib.Path({marker!r}).write_text("this coordinator's code ran beside the text")
 from expertctl.plugins.flower.taking_in import app
+__all__ = ["app"]
 """
 
 
@@ -388,7 +394,7 @@ def test_an_altered_app_bundle_is_refused_before_its_code_runs(
     done = subprocess.run(
         [*command, "--format", "json"], env=home, capture_output=True, text=True, check=False, timeout=90
     )
-    assert done.returncode == 0, done.stderr
+    assert '"success": true' in done.stdout, done.stdout
     wait_until(
         lambda: verdict.is_file() and verdict.read_text(), why=lambda: log.read_text(errors="replace")[-3000:]
     )
