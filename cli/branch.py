@@ -10,6 +10,7 @@ from .context import Session, pass_session
 from .group import cli_command
 from .output import shares
 from .parsing import as_dictionary, setting, weights
+from .parsing import settings as key_values
 
 if TYPE_CHECKING:
     from ..experts.runs import RunSpec
@@ -44,6 +45,12 @@ if TYPE_CHECKING:
 @click.option(
     "--option", "options", type=setting, multiple=True, metavar="KEY=VALUE", help="An option of the trainer."
 )
+@click.option(
+    "--dp",
+    type=key_values,
+    metavar="epsilon=E,delta=D",
+    help="Train with differential privacy: epsilon, delta, and perhaps clip, accountant, noise, embedding_noise.",
+)
 @click.option("--owner", metavar="TEXT", help="Who owns the data; noted in expert.json.")
 @click.option(
     "--licence", metavar="TEXT", help="Under which licence the expert stands; noted in expert.json."
@@ -60,6 +67,7 @@ def command(
     tokens: int | None,
     settings: tuple[tuple[str, Any], ...],
     options: tuple[tuple[str, Any], ...],
+    dp: dict[str, Any] | None,
     owner: str | None,
     licence: str | None,
     force: bool,
@@ -74,6 +82,7 @@ def command(
         "start": start,
         "training": training or None,
         "options": as_dictionary(options) or None,
+        "dp": dp,
         "owner": owner,
         "licence": licence,
         "force": force,
@@ -106,4 +115,5 @@ def _content(spec: RunSpec) -> dict[str, Any]:
         "trains": spec.trains,
         "from": dict(spec.start),
         "training": spec.training.model_dump(mode="json"),
+        **({"dp": spec.dp.model_dump(mode="json")} if spec.dp is not None else {}),
     }

@@ -21,7 +21,8 @@ COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins"),
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline"),
     "Use": ("eval", "generate", "card", "extract-adapter"),
-    "Trust": ("show", "log", "verify", "reproduce"),
+    "Federate": ("federate",),
+    "Trust": ("show", "log", "verify", "reproduce", "audit"),
 }
 INTERRUPTED = 130
 

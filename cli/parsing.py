@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT])?(?P<binary>i)?B?\s*", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 1e-6, which YAML 1.1 takes for a text
 GATE = re.compile(r"\s*(?P<lower>\S+)\s*<\s*(?P<upper>\S+)\s*")
 
 
@@ -50,6 +51,17 @@ def setting(value: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError:
         return key.strip(), text
+
+
+def settings(value: str) -> dict[str, Any]:
+    """Read `key=value,key=value`, each value as YAML does."""
+    found: dict[str, Any] = {}
+    for part in value.split(","):
+        key, content = setting(part)
+        if key in found:
+            raise click.BadParameter(f"'{key}' stands there twice")
+        found[key] = float(content) if isinstance(content, str) and _NUMBER.fullmatch(content) else content
+    return found
 
 
 def named_folder(value: str) -> tuple[str, Path]:

@@ -41,6 +41,7 @@ experts:
   # law: {domain: law}                           # starts from the seed, trains every parameter
   # code: {domain: code, trains: feed_forward}   # attention, norms and embeddings stay the seed's
   # tax: {domain: law, from: {law: 0.7, code: 0.3}, training: {tokens: 50000}}
+  # kept: {domain: law, dp: {epsilon: 8, delta: 1e-6}}   # with differential privacy: docs/privacy.md
 
 # Generalists that `expertctl merge NAME` makes.
 merges:

@@ -125,9 +125,14 @@ def _training_facts(manifest: Manifest) -> list[tuple[str, str]]:
     facts = []
     for name, statement in data.get("domains", {}).items():
         counts = f"{number(statement['documents'])} documents, {number(statement['tokens'])} tokens"
-        facts.append((f"domain {name}", f"{counts}, digest {short(statement['digest'])}"))
+        which = f", digest {short(statement['digest'])}" if statement.get("digest") else ", rounded"
+        facts.append((f"domain {name}", counts + which))
     if "trained_tokens" in data:
         facts.append(("trained tokens", number(data["trained_tokens"])))
+    if "privacy" in data:
+        from ..experts.privacy.accounting import say
+
+        facts.append(("privacy", say(data["privacy"])))
     if metrics.get("validation_loss"):
         facts.append(("validation loss", shares(metrics["validation_loss"], digits=3) + " nats per token"))
     return facts

@@ -129,6 +129,24 @@ class TrainingConfig(Section):
         return max(self.tokens // self.tokens_per_step, 1)
 
 
+class DpConfig(Section):
+    """Differential privacy of an expert: how much may be known of any one block of its text (docs/privacy.md)."""
+
+    epsilon: Annotated[float, Field(gt=0)]
+    """Budget of the whole run."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Chance that the budget does not hold; must be below one in the number of blocks."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of one block's gradient; longer ones are cut to it."""
+    accountant: Literal["rdp", "prv"] = "rdp"
+    """Opacus's accountant: `rdp` in closed form, `prv` numerical, a few percent less noise after some seconds."""
+    noise: Literal["secret", "seeded"] = "secret"
+    """`secret`: from a key that nobody has when the run is over. `seeded`: from `training.seed`, to repeat a run;
+    protects nobody, since whoever reads the seed can subtract the noise."""
+    embedding_noise: Annotated[float, Field(gt=0)] | None = None
+    """Noise multiplier of a private domain embedding, paid for out of epsilon. Not set: none is computed."""
+
+
 class SeedConfig(Section):
     """The seed: an imported checkpoint (`from`), or one pretrained here from a preset."""
 
@@ -180,6 +198,8 @@ class ExpertConfig(Section):
     options: dict[str, Any] = {}
     """Options of the trainer."""
     training: TrainingConfig = TrainingConfig()
+    dp: DpConfig | None = None
+    """Train with differential privacy."""
     owner: str | None = None
     licence: str | None = None
 
@@ -414,7 +434,7 @@ def _known_keys(model: type[BaseModel], location: Path_) -> list[str]:
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel):
             named = {field.alias or name: field.annotation for name, field in current.model_fields.items()}
-            current = named.get(str(part))
+            current = _without_none(named.get(str(part)))
         else:  # a mapping such as dict[str, DomainConfig]: its values
             current = next((arg for arg in getattr(current, "__args__", ()) if arg is not str), None)
         if getattr(current, "__origin__", None) is dict and part != location[-1]:
@@ -424,6 +444,13 @@ def _known_keys(model: type[BaseModel], location: Path_) -> list[str]:
     if isinstance(current, type) and issubclass(current, BaseModel):
         return [field.alias or name for name, field in current.model_fields.items()]
     return []
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return `X` for `X | None`."""
+    kinds = getattr(annotation, "__args__", ())
+    given = [kind for kind in kinds if kind is not type(None)]
+    return given[0] if len(given) == 1 and len(kinds) == 2 else annotation
 
 
 @dataclass(frozen=True)

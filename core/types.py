@@ -6,7 +6,7 @@ Tensor shapes use B = batch, T = tokens, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -131,6 +131,9 @@ class TrainablePart:
     """Everything that is trained, by its name in the checkpoint."""
     auxiliary_loss: Callable[[], Tensor] | None = None
     """Called after each forward pass: what is added to its cross-entropy, shape ()."""
+    auxiliary_per_example: bool = False
+    """Whether the auxiliary loss is a mean over the batch of what depends on one example each, as training with
+    differential privacy needs."""
     tensors: Callable[[], Mapping[str, Tensor]] | None = None
     """Returns the trained tensors by the names that the starting model has for them; None: they have these names."""
     beside: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None
@@ -149,6 +152,19 @@ class TrainablePart:
     """Writes the model's files into the folder of a generalist; None: it is saved as transformers saves it."""
 
 
+class PrivateReleases(Protocol):
+    """The only way to what a trainer may learn of private text before training; everything is paid for out of epsilon."""
+
+    @property
+    def releases_embedding(self) -> bool:
+        """Whether the owner wants an embedding released (`dp.embedding_noise` is set)."""
+        ...
+
+    def embedding_mean(self, rows: Iterable[Tensor], clip: float) -> Tensor:
+        """Return the mean of vectors (n,), one for each block of the text, each cut to norm `clip`, with noise."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingText:
     """The text of a run, as a trainer may read it before training begins."""
@@ -161,6 +177,8 @@ class TrainingText:
     """Domains of the project that the seed was pretrained on."""
     folder: Path
     """Of the model that training starts from."""
+    private: PrivateReleases | None = None
+    """Not None: the run is private, and nothing that depends on `domains` may be used unless it comes through this."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +193,8 @@ class Trainer:
     options: type | None = None
     """A frozen dataclass with a default for every field, or None."""
     uses_text: bool = False
+    private_text: bool = False
+    """With `uses_text`: whether it keeps to `TrainingText.private`; others are refused private runs."""
     makes: Literal["expert", "generalist"] = "expert"
     """What a run becomes: tensors that changed (`branch` and `train`), or a whole model (`tune`)."""
     restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None

@@ -15,6 +15,7 @@ from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenBlocks
 from ..core.workspace import Layout, check_name, require_free
 from .corpora import domain_config, prepare_domain
+from .privacy.starting import check_private
 from .runs import RunSpec, is_finished
 from .trainable import trainer_for
 
@@ -42,8 +43,9 @@ def branch(
             f"trainer '{trainer.name}' trains a whole {trainer.makes}; use it with `expertctl tune NAME --trains {trainer.name}`"
         )
     parse_options(trainer.options, expert.options, f"trainer '{trainer.name}'")
-    start = start_weights(layout, project, expert)
     training = expert_training(layout, project, expert.training)
+    check_private(expert, training, trainer)
+    start = start_weights(layout, project, expert)
     if training.sequence_length > max_positions(layout.seed):
         raise UserError(
             f"training.sequence_length is {training.sequence_length}, and the seed looks at {max_positions(layout.seed)} "
@@ -60,6 +62,7 @@ def branch(
         parents=parent_digests(layout, start),
         owner=expert.owner,
         licence=expert.licence,
+        dp=expert.dp,
     )
     write_run(layout, folder, spec, force=force)
     return spec

@@ -42,6 +42,7 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
             "position": asdict(loop.position),
             "torch": torch.__version__,
             "data": dict(data or {}),
+            **loop.further_state(),
         }
         write_json(partial / STATE_FILE, state | {"digests": digests})
     for old in _checkpoints(state_folder)[:-KEPT]:
@@ -67,7 +68,8 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
         }
         position = Position(**state["position"])
         step = int(state["step"])
-    except (UserError, KeyError, TypeError) as error:
+        loop.load_further_state(state)
+    except (UserError, KeyError, TypeError, ValueError) as error:
         before = f"step {int(folders[-2].name[5:])}" if len(folders) > 1 else "the start"
         raise UserError(
             f"checkpoint {folder} is damaged ({error}); delete it to go on from {before}"

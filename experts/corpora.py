@@ -41,8 +41,16 @@ class PreparedDomain:
     def open(self, part: str) -> TokenStore:
         return TokenStore(self.folder / part)
 
-    def statement(self) -> dict[str, object]:
-        """Return the data statement of the training part: counts and digest, never text."""
+    def statement(self, *, private: bool = False) -> dict[str, object]:
+        """Return the data statement of the training part: counts and digest, never text.
+
+        Of private text counts are rounded to two digits, and there is no digest, by which a guess could be confirmed.
+        """
+        if private:
+            counts = {
+                name: _two_digits(getattr(self.train, name)) for name in ("documents", "tokens", "bytes")
+            }
+            return {**counts, "rounded": True, "licence": self.licence}
         return {
             "documents": self.train.documents,
             "tokens": self.train.tokens,
@@ -50,6 +58,11 @@ class PreparedDomain:
             "digest": self.train.digest,
             "licence": self.licence,
         }
+
+
+def _two_digits(count: int) -> int:
+    """Return a count rounded to its first two digits."""
+    return round(count, 2 - len(str(count)))
 
 
 def domain_config(project: ProjectConfig, name: str) -> DomainConfig:

@@ -8,7 +8,7 @@ them gets the logit 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from ..core.token_store import Blocks
+    from ..core.types import PrivateReleases
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,35 @@ def hidden_state_embedding(
     away = torch.nn.functional.normalize(domain, dim=-1) - torch.nn.functional.normalize(elsewhere, dim=-1)
     rows = scaled_to_unit_logits(model, away.float(), [*own, *public])
     return DomainEmbedding(rows, domain.float(), elsewhere.float())
+
+
+def private_hidden_state_embedding(
+    model: PreTrainedModel,
+    own: Blocks,
+    public: Sequence[NDArray[Any]],
+    private: PrivateReleases,
+) -> DomainEmbedding:
+    """Return the embedding of a private domain by the seed's hidden states, with noise.
+
+    Of each block of the domain the mean input of every feed-forward counts, as its difference from the public mean in
+    units of that one's length, all layers in one vector cut to the square root of their number. Scale and public
+    mean are made of public text alone.
+    """
+    import torch
+
+    elsewhere_Ld = input_moments(model, public).mean
+    lengths_L1 = elsewhere_Ld.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    def rows() -> Iterator[Tensor]:
+        for index in range(len(own)):
+            mean_Ld = input_moments(model, [own.block(index)[:-1]]).mean
+            yield ((mean_Ld - elsewhere_Ld) / lengths_L1).flatten()
+
+    away = private.embedding_mean(rows(), clip=len(elsewhere_Ld) ** 0.5)
+    domain_Ld = elsewhere_Ld + away.reshape_as(elsewhere_Ld) * lengths_L1
+    direction_Ld = torch.nn.functional.normalize(domain_Ld, dim=-1) - elsewhere_Ld / lengths_L1
+    scaled = scaled_to_unit_logits(model, direction_Ld.float(), public)
+    return DomainEmbedding(scaled, domain_Ld.float(), elsewhere_Ld.float())
 
 
 def sentence_embedding(

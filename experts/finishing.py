@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,9 @@ def write_artefact(
         write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, trained))
         for file, tensors in (part.beside() if part.beside is not None else {}).items():
             write_tensors(run.folder / file, tensors)
-    _manifest(run, metrics).write(run.folder)
+    # how well it predicts private text is itself a function of that text, without noise
+    private = loop.statement()
+    _manifest(run, metrics if private is None else {}, private).write(run.folder)
 
 
 def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +68,7 @@ def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
-def _manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
+def _manifest(run: RunInputs, metrics: Mapping[str, Any], privacy: Mapping[str, Any] | None) -> Manifest:
     spec = run.spec
     tensors, files = digests_of_folder(run.folder)
     return Manifest(
@@ -78,10 +79,11 @@ def _manifest(run: RunInputs, metrics: Mapping[str, Any]) -> Manifest:
         files=files,
         tokenizer=digest_of_tokenizer(run.tokenizer_folder),
         parents=_parents(run),
-        config=asdict(spec) | {"training": spec.training.model_dump(mode="json")},
+        config=spec.content(),
         data={
-            "domains": {domain.name: domain.statement() for domain in run.domains},
+            "domains": {domain.name: domain.statement(private=spec.dp is not None) for domain in run.domains},
             "trained_tokens": spec.training.steps * spec.training.tokens_per_step,
+            **({"privacy": privacy} if privacy is not None else {}),
         },
         metrics=metrics,
         trainable=spec.trains,

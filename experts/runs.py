@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.config import TrainingConfig
+from ..core.config import DpConfig, TrainingConfig
 from ..core.errors import UserError
 from ..core.files import read_json, write_json
 from ..core.lineage import MANIFEST_NAMES
@@ -44,10 +44,17 @@ class RunSpec:
     """Style of a seed made from scratch."""
     owner: str | None = None
     licence: str | None = None
+    dp: DpConfig | None = None
+    """Set: trained with differential privacy."""
 
     def write(self, folder: Path) -> None:
+        write_json(folder / RUN_FILE, self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Return the specification as JSON."""
         content = asdict(self) | {"training": self.training.model_dump(mode="json")}
-        write_json(folder / RUN_FILE, content)
+        content.pop("dp")
+        return content | ({"dp": self.dp.model_dump(mode="json")} if self.dp is not None else {})
 
 
 def read_run(folder: Path) -> RunSpec:
@@ -55,7 +62,9 @@ def read_run(folder: Path) -> RunSpec:
     content = read_json(folder / RUN_FILE)
     try:
         cut = content.pop("slice")
+        private = content.pop("dp", None)
         return RunSpec(
+            dp=DpConfig.model_validate(private) if private is not None else None,
             training=TrainingConfig.model_validate(content.pop("training")),
             domains=tuple(content.pop("domains")),
             slice=tuple(cut) if cut else None,

@@ -11,7 +11,7 @@ from ..core.lineage import read_manifest, require_intact
 from ..core.loading import ExpertTensors, load_model, max_positions, overlay_tensors
 from ..core.safetensors_io import Checkpoint
 from ..core.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, SharedUnion, TokenBlocks
-from ..core.types import TrainingText
+from ..core.types import PrivateReleases, TrainingText
 from .branching import parent_digests
 from .corpora import domain_config, prepare_domain
 from .finishing import OPTIMISER_FILE
@@ -73,8 +73,8 @@ def _average_of(run: RunInputs) -> dict[str, Tensor]:
     }
 
 
-def training_text(run: RunInputs) -> TrainingText:
-    """Return the run's text as a trainer may read it."""
+def training_text(run: RunInputs, private: PrivateReleases | None = None) -> TrainingText:
+    """Return the run's text as a trainer may read it, in a private run through `private`."""
     size = run.spec.training.sequence_length
 
     def other(name: str) -> TokenBlocks:
@@ -89,6 +89,7 @@ def training_text(run: RunInputs) -> TrainingText:
         other,
         tuple(name for name in manifest.data.get("domains", ()) if name in known),
         run.base,
+        private,
     )
 
 

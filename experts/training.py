@@ -128,6 +128,17 @@ class TrainingLoop:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
+    def statement(self) -> dict[str, Any] | None:
+        """Return what a private run has cost; None for an ordinary one."""
+        return None
+
+    def further_state(self) -> dict[str, Any]:
+        """Return what else going on needs, as JSON."""
+        return {}
+
+    def load_further_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `further_state` gave, out of a checkpoint's whole state."""
+
     def load_optimiser_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over moments for every parameter that `tensors` knows; others start afresh."""
         fields: dict[str, dict[str, Tensor]] = {}

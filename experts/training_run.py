@@ -6,21 +6,28 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..core.config import parse_options
 from ..core.errors import Interrupted, UserError
 from ..core.files import clear_leftovers, remove_tree
 from ..core.scoring import token_log_probs
-from ..core.token_store import TokenBlocks
-from ..core.types import ExpertFinished
+from ..core.token_store import BalancedUnion, SharedUnion, TokenBlocks
+from ..core.types import ExpertFinished, Trainer
 from .checkpointing import restore_latest, save_checkpoint
 from .finishing import write_artefact
 from .metrics_log import MetricsLog, Tell
+from .privacy.accounting import require_opacus
+from .privacy.releases import Releases
+from .privacy.starting import noise_source, private_loop
 from .run_inputs import RunInputs
 from .runs import STATE_FOLDER, is_finished
 from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
 from .trainable import trainer_for
 from .training import StepReport, TrainingLoop, autocast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
@@ -36,9 +43,8 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains, run.plugins)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
-    text = (training_text(run),) if trainer.uses_text else ()
-    part = trainer.prepare(model, options, *text)
-    loop = TrainingLoop(part, training_blocks(run, part.shares), run.spec.training)
+    loop = _loop(run, trainer, model, options)
+    part = loop.part
     inherit_optimiser(run, loop)
     begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
     log = MetricsLog(folder, run.spec, run.plugins, tell, part.measures)
@@ -50,6 +56,23 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     if run.spec.kind != "generalist":
         run.plugins.expert_finished(ExpertFinished(run.spec.name, folder))
     remove_tree(folder / STATE_FOLDER)
+
+
+def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any) -> TrainingLoop:
+    """Return the loop over what the trainer says trains, private where the run is."""
+    dp, training = run.spec.dp, run.spec.training
+    if dp is None:
+        text = (training_text(run),) if trainer.uses_text else ()
+        part = trainer.prepare(model, options, *text)
+        return TrainingLoop(part, training_blocks(run, part.shares), training)
+    require_opacus()
+    source = noise_source(dp, training, run.folder / STATE_FOLDER)
+    releases = Releases(source, dp.embedding_noise)
+    text = (training_text(run, releases),) if trainer.uses_text else ()
+    part = trainer.prepare(model, options, *text)
+    blocks = training_blocks(run)
+    assert not isinstance(blocks, BalancedUnion | SharedUnion), "an expert is of one domain"
+    return private_loop(part, blocks, training, dp, source, releases)
 
 
 def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callable[[], bool]) -> StepReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mappin
             **config,
             **described,
             "mixture": mixture,
-            "run": asdict(spec) | {"training": spec.training.model_dump(mode="json")},
+            "run": spec.content(),
         },
         data={**(base.data if base.kind == "generalist" else {}), spec.name: {"domains": own}},
         metrics=metrics,

@@ -126,11 +126,18 @@ def _parents_section(manifest: Manifest) -> str:
 
 
 def _tokens(data: Mapping[str, Any]) -> str:
-    """Return the domains of a data statement in a line."""
+    """Return the domains of a data statement in a line, and what protects their text."""
     domains = data.get("domains", {})
-    return ", ".join(
+    named = ", ".join(
         f"{name} ({about.get('tokens', 0):,} tokens)" if isinstance(about, Mapping) else name
         for name, about in domains.items()
+    )
+    private = data.get("privacy") or {}
+    if private.get("epsilon") is None:
+        return named
+    return (
+        f"{named}; differential privacy: epsilon {private['epsilon']:.2f} at delta {private['delta']:g} for "
+        f"{private['protects']}"
     )
 
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
-from ..core.types import MergeMethod, TrainablePart, Trainer, TrainingText
+from ..core.types import MergeMethod, PrivateReleases, TrainablePart, Trainer, TrainingText
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
 from ..merge.mixture.router_rows import ROUTER_FILE
 from ..merge.mixture.switching import without_experts
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -34,9 +35,10 @@ class FlexOlmoTraining:
 
     public: str | None = None
     """Domain of public text, which the owner's is told apart from. Not set: what the seed was pretrained on."""
-    embedding: str = "hidden"
+    embedding: str | None = None
     """Where the router row begins: `hidden` (mean hidden states of the seed), `none` (small random numbers), or the
-    folder of a sentence-embedding model."""
+    folder of a sentence-embedding model. Not set: `hidden`; with differential privacy `none`, or `hidden` with noise
+    where `embedding_noise` is set."""
     bias: bool = True
     """Learn a bias of the owner's logit, never positive: the owner's part must win clearly."""
     coordinate: bool = True
@@ -85,6 +87,7 @@ def prepare(model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingTex
         model,
         parameters,
         auxiliary_loss=(lambda: options.z_loss * z_loss(parts)) if uses_z else None,
+        auxiliary_per_example=True,
         tensors=trained,
         beside=beside,
     )
@@ -128,9 +131,54 @@ def _embedding(
 ) -> DomainEmbedding | None:
     if options.embedding == "none":
         return None
+    if text.private is not None:
+        return _private_embedding(model, options, text, text.private)
     from ..core.feed_forwards import spread_blocks
     from ..core.loading import load_tokenizer
     from ..experts.domain_embeddings import hidden_state_embedding, sentence_embedding
+
+    public = _public_blocks(options, text)
+    own = [
+        block
+        for blocks in text.domains.values()
+        for block in spread_blocks(blocks, max(options.samples // len(text.domains), 1))
+    ]
+    if options.embedding in (None, "hidden"):
+        return hidden_state_embedding(model, own, public)
+    tokenizer = load_tokenizer(text.folder)
+    texts = tuple([str(tokenizer.decode(block)) for block in blocks] for blocks in (own, public))
+    return sentence_embedding(model, Path(options.embedding).expanduser(), own, public, (texts[0], texts[1]))
+
+
+def _private_embedding(
+    model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingText, private: PrivateReleases
+) -> DomainEmbedding | None:
+    """Return the embedding with noise, or None where none may be released; raises `UserError` if one is asked for."""
+    from ..experts.domain_embeddings import private_hidden_state_embedding
+
+    if options.embedding not in (None, "hidden"):
+        raise UserError(
+            "with differential privacy the router row begins with --option embedding=none or hidden; sentence embeddings "
+            "get no noise"
+        )
+    if options.embedding is None and not private.releases_embedding:
+        return None
+    if not private.releases_embedding:
+        raise UserError(
+            "the mean embedding of private text tells of that text; pay for it with --dp ...,embedding_noise=5, or begin "
+            "with --option embedding=none"
+        )
+    ((name, own),) = text.domains.items()
+    if name in (options.public, *text.seed_domains):
+        raise UserError(
+            f"'{name}' cannot be private and public text at once; name other public text with --option public=DOMAIN"
+        )
+    return private_hidden_state_embedding(model, own, _public_blocks(options, text), private)
+
+
+def _public_blocks(options: FlexOlmoTraining, text: TrainingText) -> list[NDArray[Any]]:
+    """Return blocks of public text; raises `UserError` where none is known."""
+    from ..core.feed_forwards import spread_blocks
 
     names = (options.public,) if options.public is not None else text.seed_domains
     if not names:
@@ -139,17 +187,7 @@ def _embedding(
             "domain of public text with --option public=DOMAIN, or begin with --option embedding=none"
         )
     share = max(options.samples // len(names), 1)
-    public = [block for name in names for block in spread_blocks(text.other(name), share)]
-    own = [
-        block
-        for blocks in text.domains.values()
-        for block in spread_blocks(blocks, max(options.samples // len(text.domains), 1))
-    ]
-    if options.embedding == "hidden":
-        return hidden_state_embedding(model, own, public)
-    tokenizer = load_tokenizer(text.folder)
-    texts = tuple([str(tokenizer.decode(block)) for block in blocks] for blocks in (own, public))
-    return sentence_embedding(model, Path(options.embedding).expanduser(), own, public, (texts[0], texts[1]))
+    return [block for name in names for block in spread_blocks(text.other(name), share)]
 
 
 def _rows(model: PreTrainedModel, embedding: DomainEmbedding | None, size: float) -> Tensor:
@@ -185,6 +223,7 @@ def trainers() -> list[Trainer]:
             prepare,
             FlexOlmoTraining,
             uses_text=True,
+            private_text=True,
             restore=restore,
             changes="feed_forward",
         )

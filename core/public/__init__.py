@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from expertctl.core.types import MixtureShape as MixtureShape
     from expertctl.core.types import MixtureTarget as MixtureTarget
     from expertctl.core.types import PerExpert as PerExpert
+    from expertctl.core.types import PrivateReleases as PrivateReleases
     from expertctl.core.types import Router as Router
     from expertctl.core.types import RouterInputs as RouterInputs
     from expertctl.core.types import RouterStart as RouterStart
@@ -76,6 +77,7 @@ _HOMES = {
         "MixtureShape",
         "MixtureTarget",
         "PerExpert",
+        "PrivateReleases",
         "Router",
         "RouterInputs",
         "RouterStart",

@@ -266,8 +266,12 @@ def _without_training(digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_recipe(request: ExpertRequest) -> None:
-    """Refuse what a coordinator has no business to ask for: settings that name files or places of this machine."""
+    """Refuse what a coordinator has no business to ask for: paths of this machine, noise that can be subtracted."""
     recipe = request.recipe
+    if recipe.privacy is not None and recipe.privacy.get("noise", "secret") != "secret":
+        raise UserError(
+            "the request asks for noise that can be made again, which protects nobody; it is not carried out"
+        )
     for name, value in {**recipe.options, **recipe.training}.items():
         if isinstance(value, str) and any(mark in value for mark in "/\\~"):
             raise UserError(

@@ -58,3 +58,17 @@ def test_experts_and_seeds_have_cards_too(workspace: Path) -> None:
     seed = ModelCard(model_card(read_manifest(workspace / "seed")))
     assert "base_model" not in seed.data.to_dict()
     assert "AutoModelForCausalLM" in seed.text
+
+
+def test_the_card_says_what_protects_private_text(workspace: Path) -> None:
+    from dataclasses import replace
+
+    law = read_manifest(workspace / "experts" / "law")
+    spent = {"epsilon": 7.991, "delta": 1e-6, "protects": "one block of 32 tokens, added or removed"}
+    text = model_card(replace(law, data={**law.data, "privacy": spent}))
+    assert (
+        "law (10 tokens); differential privacy: epsilon 7.99 at delta 1e-06 for one block of 32 tokens, added or removed"
+        in text
+    )
+    seeded = model_card(replace(law, data={**law.data, "privacy": {**spent, "epsilon": None}}))
+    assert "differential privacy" not in seeded

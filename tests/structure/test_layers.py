@@ -38,6 +38,8 @@ HEAVY = {
     "tokenizers",
     "safetensors",
     "pandas",
+    "opacus",
+    "rapidfuzz",
 }
 
 

@@ -169,6 +169,10 @@ def test_an_owner_takes_only_what_is_meant_for_it(
     for options in ({"embedding": "/home/you/model"}, {"embedding": "~/x"}, {"public": "..\\x"}):
         with pytest.raises(UserError, match="is not the coordinator's to choose"):
             owner.take(replace(request, recipe=Recipe("flexolmo", options)))
+    with pytest.raises(UserError, match="which protects nobody"):
+        owner.take(
+            replace(request, recipe=replace(BTM, privacy={"epsilon": 8, "delta": 1e-6, "noise": "seeded"}))
+        )
     assert owner.requests() == []
 
 
@@ -424,3 +428,19 @@ def test_less_privacy_than_was_asked_for_is_refused(
     refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
     assert refusal is not None
     assert refusal.code is RefusalCode.PRIVACY
+
+
+def test_privacy_that_was_asked_for_is_spent_told_and_judged(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner = new_owner("site-a")
+    recipe = replace(FLEXOLMO, privacy={"epsilon": 8.0, "delta": 1e-5})
+    (request,) = ask(coordinator, clock, "site-a", recipe=recipe)
+    trained(coordinator, owner, request)
+    spent = owner.review(request.id).privacy
+    assert spent is not None
+    assert 0 < spent["epsilon"] <= 8
+    assert spent["delta"] == 1e-5
+    signed = owner.delivery(request.id)
+    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
+    assert read_manifest(coordinator.layout.experts / "site-a").data["privacy"] == spent

@@ -1,0 +1,127 @@
+"""What a step of private training costs, beside an ordinary one: several blocks in a forward pass, or one.
+
+    python examples/benchmarks/privacy.py
+
+A Llama with random weights takes steps on random tokens, every block of which is drawn each time. Times are taken in turn in one process,
+so that ratios hold on a busy machine; memory is the peak of a fresh process for each. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+LOOPS = ("ordinary", "ordinary, one block at a time", "private", "private, one block at a time")
+
+
+def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], Any]:
+    """Return what takes one step of a loop, optimiser included."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from expertctl.core.config import DpConfig, TrainingConfig
+    from expertctl.core.plugin_manager import installed_plugins
+    from expertctl.core.token_store import TokenBlocks, TokenStore, write_part
+    from expertctl.experts.privacy.accounting import Mechanism
+    from expertctl.experts.privacy.loop import PrivateTrainingLoop
+    from expertctl.experts.privacy.noise import seeded_source
+    from expertctl.experts.training import TrainingLoop
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    heads = given.width // 64
+    settings = LlamaConfig(
+        vocab_size=given.vocabulary,
+        hidden_size=given.width,
+        intermediate_size=given.width * 3,
+        num_hidden_layers=given.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    part = installed_plugins().trainer(trains).prepare(LlamaForCausalLM(settings), None)
+    folder = Path(tempfile.mkdtemp())
+    ids = torch.randint(1, given.vocabulary, (given.batch * given.length,)).tolist()
+    write_part(folder, [("x", ids)], separator=0, vocabulary=given.vocabulary)
+    blocks = TokenBlocks(TokenStore(folder), given.length)
+    assert len(blocks) == given.batch
+    single = loop.endswith("one block at a time")
+    config = TrainingConfig(
+        tokens=10**9,
+        sequence_length=given.length,
+        batch_size=1 if single else given.batch,
+        accumulation=given.batch if single else 1,
+        learning_rate=1e-4,
+        device="cpu",
+    )
+    if loop.startswith("private"):
+        mechanism = Mechanism(1.0, 1.0, 1.0, config.steps)
+        dp = DpConfig(epsilon=8, delta=1e-6)
+        steps = PrivateTrainingLoop(part, blocks, config, dp, mechanism, seeded_source(0)).steps()
+    else:
+        steps = TrainingLoop(part, blocks, config).steps()
+    return lambda: float(next(steps).loss)
+
+
+def times(given: argparse.Namespace, trains: str) -> dict[str, float]:
+    """Return the median seconds of a step of each loop, taken in turn."""
+    steps = {loop: step_of(given, loop, trains) for loop in LOOPS}
+    seconds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
+    for round_number in range(given.rounds + 1):
+        for loop, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if round_number:
+                seconds[loop].append(time.perf_counter() - begin)
+    return {loop: statistics.median(found) for loop, found in seconds.items()}
+
+
+def peak(given: argparse.Namespace, loop: str, trains: str) -> float:
+    """Return the peak memory in MB of a fresh process that takes two steps."""
+    words = [sys.executable, __file__, "--loop", loop, "--trains", trains]
+    for key in ("width", "layers", "vocabulary", "batch", "length"):
+        words += [f"--{key}", str(getattr(given, key))]
+    return float(json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loop", help=argparse.SUPPRESS)
+    parser.add_argument("--trains", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.loop is not None:
+        step = step_of(given, given.loop, given.trains)
+        step(), step()
+        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        return
+    parts = ("all", "feed_forward")
+    # before this process grows: a child's peak begins with its parent's
+    peaks = {(trains, loop): peak(given, loop, trains) for trains in parts for loop in LOOPS}
+    print("| trains | loop | s per step | times ordinary | peak MB |")
+    print("|---|---|---:|---:|---:|")
+    for trains in parts:
+        found = times(given, trains)
+        for loop in LOOPS:
+            ratio = found[loop] / found["ordinary"]
+            print(
+                f"| {trains} | {loop} | {found[loop]:.2f} | {ratio:.2f} | {peaks[trains, loop]:.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How well a delivered expert does on public text, beside the seed: `python -m expertctl.experts.federation.held_out ROOT EXPERT`.
+
+Models are loaded in a process of their own, so that whoever receives deliveries stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ...core.config import ProjectConfig, load_project
+from ...core.environment import prepare_libraries
+from ...core.errors import UserError
+from ...core.lineage import read_manifest
+from ...core.workspace import Layout
+from .acceptance import HeldOut, Measure
+
+METRIC = "bits_per_byte"
+
+
+def held_out_measure(layout: Layout) -> Measure:
+    """Return what measures experts on the workspace's public text: the seed's own domains, or all there are.
+
+    Where there is no text it returns None, and the bound is not checked.
+    """
+
+    def measure(folder: Path) -> HeldOut | None:
+        if not public_domains(layout, load_project(layout.config_file)):
+            return None
+        command = [sys.executable, "-P", "-m", __name__, str(layout.root), str(folder)]
+        found = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if found.returncode != 0:
+            return HeldOut(1.0, float("nan"))  # it cannot even be loaded
+        content = json.loads(found.stdout.splitlines()[-1])
+        return HeldOut(content["seed"], content["expert"])
+
+    return measure
+
+
+def public_domains(layout: Layout, project: ProjectConfig) -> tuple[str, ...]:
+    """Return the domains that a seed was made from, as far as they are here; else all that were not discovered."""
+    made_from = read_manifest(layout.seed).data.get("domains", {})
+    known = tuple(name for name in project.domains if name in made_from)
+    return known or tuple(project.domains)
+
+
+def main(arguments: list[str]) -> int:
+    """Print both losses as JSON; return the exit status."""
+    from ..evaluation import evaluate
+
+    prepare_libraries()
+    layout, folder = Layout(Path(arguments[0])), Path(arguments[1])
+    project = load_project(layout.config_file)
+    try:
+        table = evaluate(
+            layout,
+            project,
+            {"seed": layout.seed, "expert": folder},
+            public_domains(layout, project),
+            jobs=1,
+        )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps({name: table.mean(name, METRIC) for name in ("seed", "expert")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
