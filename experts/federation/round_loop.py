@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ...core.errors import Interrupted, UserError
-from .rounds import RoundReport, Rounds
+from .round_plan import RoundReport
+from .rounds import Rounds
 
 
 @dataclass(frozen=True)

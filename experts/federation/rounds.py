@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,8 @@ from ...core.files import (
 )
 from ...core.lineage import digest_of_tensors
 from ...core.safetensors_io import SINGLE_FILE, Checkpoint
-from ...core.workspace import check_name
 from .acceptance import Refusal, RefusalCode
 from .averaging import (
-    AveragingRules,
     Contribution,
     Examined,
     average_round,
@@ -36,71 +34,12 @@ from .averaging import (
     outer_recipe,
     shares_of,
 )
+from .round_plan import Delivery, RoundPlan, RoundReport, read_plan, write_plan
 
-FORMAT = 1
-PLAN_FILE, ROUND_FILE, CLOSING_FILE, OUTER_FILE = (
-    "plan.json",
-    "round.json",
-    "closing.json",
-    "outer.safetensors",
-)
+ROUND_FILE, CLOSING_FILE, OUTER_FILE = "round.json", "closing.json", "outer.safetensors"
 DELIVERY_FILE = "delivery.json"
 KEPT = 2
 """Rounds whose weights are kept: the one that is open, and the one before it."""
-
-
-@dataclass(frozen=True)
-class RoundPlan:
-    """What does not change from round to round."""
-
-    owners: tuple[str, ...]
-    recipe: str
-    """`diloco` or `fedavg`."""
-    quorum: float = 1.0
-    """Share of the owners without whom a round does not count."""
-    round_seconds: float = 86_400.0
-    """From the beginning of a round to its deadline."""
-    rules: AveragingRules = field(default_factory=AveragingRules)
-
-    def __post_init__(self) -> None:
-        outer_recipe(self.recipe)
-        if not self.owners or len(set(self.owners)) != len(self.owners):
-            raise UserError("rounds need at least one owner, and each of them once")
-        for owner in self.owners:
-            check_name(owner, "an owner")
-        if not 0 < self.quorum <= 1 or not self.round_seconds > 0:
-            raise UserError("the quorum is a share between 0 and 1, and a round lasts more than 0 seconds")
-
-    @property
-    def needed(self) -> int:
-        """Owners that must have delivered."""
-        return max(math.ceil(self.quorum * len(self.owners) - 1e-9), 1)
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """Weights of one owner that passed."""
-
-    digest: str
-    weight: float
-    """Tokens that they were trained on."""
-    change: float
-    """How far they moved, as a share of the shared weights' length."""
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """How one round ended."""
-
-    number: int
-    digest: str
-    """Of the shared weights that came out."""
-    shares: Mapping[str, float]
-    """How much each owner counted."""
-    refused: Mapping[str, str]
-    """Why owners did not count."""
-    missing: tuple[str, ...]
-    """Owners who did not deliver."""
 
 
 RoundState = Literal["waiting", "ready", "short"]
@@ -111,18 +50,7 @@ class Rounds:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        content = read_json(root / PLAN_FILE)
-        if content.get("format") != FORMAT:
-            raise UserError(
-                f"{root / PLAN_FILE} has format {content.get('format')}; this version reads {FORMAT}"
-            )
-        try:
-            self._start: str = content["start"]
-            plan = dict(content["plan"])
-            rules = AveragingRules(**plan.pop("rules"))
-            self.plan = RoundPlan(owners=tuple(plan.pop("owners")), rules=rules, **plan)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{root / PLAN_FILE} is damaged ({error}); restore it from a copy") from None
+        self.plan, self._start = read_plan(root)
         self.recipe = outer_recipe(self.plan.recipe)
 
     @classmethod
@@ -140,7 +68,7 @@ class Rounds:
                 )
             return found
         with new_folder(root, what="rounds") as partial:
-            write_json(partial / PLAN_FILE, {"format": FORMAT, "start": digest, "plan": asdict(plan)})
+            write_plan(partial, plan, digest)
             first = partial / _name(0)
             first.mkdir()
             link_or_copy(start, first / SINGLE_FILE)

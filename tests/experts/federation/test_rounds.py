@@ -21,7 +21,8 @@ from expertctl.experts.federation.acceptance import RefusalCode
 from expertctl.experts.federation.averaging import AveragingRules
 from expertctl.experts.federation.inner_training import InnerTraining
 from expertctl.experts.federation.round_loop import OwnerTask, run_rounds
-from expertctl.experts.federation.rounds import RoundPlan, Rounds
+from expertctl.experts.federation.round_plan import RoundPlan
+from expertctl.experts.federation.rounds import Rounds
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 OWNERS = ("clinic", "court", "press")
