@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,19 @@ def test_help_has_an_example() -> None:
     result = CliRunner().invoke(cli, ["federate", "simulate", "--help"])
     assert result.exit_code == 0
     assert "expertctl federate simulate --owners 1000" in result.output
+
+
+@pytest.mark.slow
+def test_the_example_prints_a_row_for_each_size() -> None:
+    example = Path(__file__).parents[2] / "examples" / "federation" / "simulate.py"
+    done = subprocess.run(
+        [sys.executable, example, "--sizes", "2,4", "--seed-size", "0", "-q"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    heading, rule, *rows = done.stdout.splitlines()
+    assert heading.startswith("| owners | 80% accepted after |")
+    assert [row.split("|")[1].strip() for row in rows] == ["2", "4"]
+    assert len({line.count("|") for line in (heading, rule, *rows)}) == 1

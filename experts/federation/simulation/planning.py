@@ -192,7 +192,7 @@ class _Federation:
     def report(self, seconds: float, cpu_seconds: float) -> Report:
         """Sum up, once it has run."""
         outcomes = Counter(owner.outcome for owner in self.owners if owner.outcome != "accepted")
-        late, never = outcomes.pop("late", 0), outcomes.pop("never", 0) + outcomes.pop("gone", 0)
+        late, never = outcomes.pop("late", 0), outcomes.pop("never", 0)
         count = len(self.owners)
         names = [owner.traits.name for owner in self.owners]
         missing = self.coordinator.ledger.missing(self.stand_ins.seed_digest, RECIPE.digest, names)

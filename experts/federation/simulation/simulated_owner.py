@@ -54,6 +54,8 @@ class SimulatedOwner:
     world: World
     phase: Phase = "away"
     online: bool = False
+    gone: bool = False
+    """Whether it has left for good."""
     outcome: str = "never"
     """`accepted`, `late`, `never`, or the code of a refusal."""
     request: ExpertRequest | None = None
@@ -83,6 +85,8 @@ class SimulatedOwner:
 
     def ask_again(self) -> None:
         """Hear of a new deadline: one who was too late hands in again, one who never heard of it begins."""
+        if self.gone:
+            return
         if self.outcome == "late":
             self.outcome, self.phase = "never", "sending"
             self.left = self.world.plan.expert_bytes
@@ -95,7 +99,7 @@ class SimulatedOwner:
 
     def _come(self) -> None:
         is_away = self.world.clock.seconds < self._away_until
-        if not (self.online or is_away or self.outcome == "gone"):
+        if not (self.online or is_away or self.gone):
             self.online = True
             self._go_on()
 
@@ -105,7 +109,7 @@ class SimulatedOwner:
             self.world.events.at(span[0], lambda: self._drop_out(span[1]))
 
     def _drop_out(self, back_at: float) -> None:
-        if self.outcome == "gone" or self.phase == "done":
+        if self.gone or self.phase == "done":
             return
         self._break_off()
         self._away_until = back_at
@@ -113,9 +117,9 @@ class SimulatedOwner:
         self.world.events.at(back_at, self._plan_leave)
 
     def _go_for_good(self) -> None:
+        self.gone = True
         if self.phase != "done":
             self._break_off()
-            self.outcome = "gone"
             self.world.settled(self)
 
     def _break_off(self) -> None:

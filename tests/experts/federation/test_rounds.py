@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -316,3 +320,82 @@ def test_a_round_trained_twice_gives_the_same_bytes(
     task.result.unlink()
     training(task)
     assert task.result.read_bytes() == first
+
+
+PROCESS = """
+import sys, torch
+from datetime import datetime, UTC
+from pathlib import Path
+from expertctl.core.safetensors_io import Checkpoint, write_tensors
+from expertctl.experts.federation.round_loop import run_rounds
+from expertctl.experts.federation.rounds import Rounds
+
+def nudge(task):
+    shared = Checkpoint([task.shared])
+    step = torch.randn(3, 4, generator=torch.Generator().manual_seed(100 * task.round + len(task.owner)))
+    write_tensors(task.result, {"w": shared.read("w") + 0.1 * step, "n": shared.read("n")})
+    return 1000
+
+run_rounds(Rounds(Path(sys.argv[1])), nudge, int(sys.argv[2]), now=lambda: datetime(2026, 1, 1, tzinfo=UTC))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    whole, rounds = begin(tmp_path / "whole"), begin(tmp_path / "killed")
+    run_rounds(whole, nudge, 40, now=lambda: NOW)
+    command = [sys.executable, "-c", PROCESS, rounds.root, "40"]
+    for kill in range(3):
+        process = subprocess.Popen(command)
+        while rounds.number < 8 * (kill + 1) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert rounds.number < 40
+    assert subprocess.run(command, check=False).returncode == 0
+    assert content(rounds) == content(whole)
+
+
+MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from expertctl.core.safetensors_io import Checkpoint, write_tensors
+from expertctl.experts.federation.averaging import *
+
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
+recipe, shared = OUTER_RECIPES["diloco"], Checkpoint([folder / "shared.safetensors"])
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def round_of(owners, state):
+    given = []
+    for owner in range(owners):
+        found = examine_weights(folder / f"owner-{owner}.safetensors", shared, AveragingRules(max_change=9.0))
+        given.append(Contribution(str(owner), folder / f"owner-{owner}.safetensors", found.digest, 1 / owners))
+    average_round(shared, given, state, recipe, folder / "after.safetensors", folder / "outer.safetensors")
+
+round_of(1, None)
+before = peak()
+round_of(count, Checkpoint([folder / "outer.safetensors"]))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in other units")
+def test_memory_grows_neither_with_owners_nor_with_the_model(tmp_path: Path) -> None:
+    names = [f"layers.{number}.weight" for number in range(24)]
+    size = 1 << 21  # of one tensor; the model has 24
+    for number in range(6):
+        source = torch.Generator().manual_seed(number)
+        tensors = {name: torch.randn(size // 2, generator=source).bfloat16() for name in names}
+        write_tensors(tmp_path / f"owner-{number}.safetensors", tensors)
+    (tmp_path / "owner-5.safetensors").rename(tmp_path / "shared.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path, "5"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        int(done.stdout) < 12 * size
+    )  # momentum, master copy and difference are float32; half a model at most
