@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: quickstart test quick-test check clean
@@ -10,10 +11,10 @@ quickstart: $(READY)  ## the whole story on text that every installation has, in
 	$(BIN)/expertctl quickstart quickstart
 
 test: quick-test  ## every test: the quick ones first, then the slow ones
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 quick-test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(READY)  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import click
 
 from ..core.errors import UserError
 from .context import Session, pass_session
+from .federate_simulate import simulate_command
 from .group import Group, cli_command
 from .output import Table, number, short
 from .parsing import as_dictionary, setting
@@ -478,5 +479,5 @@ def _status_content(one: OwnerStatus) -> dict[str, Any]:
     }
 
 
-for _one in (keys, invite, remove, pack, work, deliver, status):
+for _one in (keys, invite, remove, pack, work, deliver, status, simulate_command):
     command.add_command(_one)

@@ -249,6 +249,8 @@ class Checkpoint:
     def digests(self, names: Iterable[str] | None = None) -> dict[str, str]:
         """Return the digests of the named tensors (default: all), sorted by name; two threads hash."""
         wanted = sorted(self.entries if names is None else names)
+        if sum(self.entry(name).num_bytes for name in wanted) < CHUNK_BYTES:  # starting threads takes longer
+            return {name: self.digest(name) for name in wanted}
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashing and reading release the interpreter lock
             return dict(zip(wanted, pool.map(self.digest, wanted), strict=True))
 

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/privacy.py
 
-A Llama with random weights takes steps on random tokens, every block of which is drawn each time. Times are taken in turn in one process,
+A Llama with random weights takes steps on random tokens, every block of which is drawn each time. Times are of the processor, taken in turn in one process,
 so that ratios hold on a busy machine; memory is the peak of a fresh process for each. One thread.
 """
 
@@ -77,10 +77,10 @@ def times(given: argparse.Namespace, trains: str) -> dict[str, float]:
     seconds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
     for round_number in range(given.rounds + 1):
         for loop, step in steps.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             step()
             if round_number:
-                seconds[loop].append(time.perf_counter() - begin)
+                seconds[loop].append(time.process_time() - begin)
     return {loop: statistics.median(found) for loop, found in seconds.items()}
 
 
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = ("all", "feed_forward")
     # before this process grows: a child's peak begins with its parent's
     peaks = {(trains, loop): peak(given, loop, trains) for trains in parts for loop in LOOPS}
-    print("| trains | loop | s per step | times ordinary | peak MB |")
+    print("| trains | loop | CPU s per step | times ordinary | peak MB |")
     print("|---|---|---:|---:|---:|")
     for trains in parts:
         found = times(given, trains)

@@ -29,7 +29,6 @@ from expertctl import Workspace
 from expertctl.core.clustering.clusterer import ClustererSettings, fit_clusterer
 
 MIXED = "mixed"
-PASSAGE_BYTES = 2000
 FOUND = "found"
 """The set of clusters that experts are trained on."""
 SORTED = ("balanced k-means", "k-means", "random")
@@ -86,6 +85,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
     )
     parser.add_argument("--clusters", type=int, default=6)
+    parser.add_argument("--passage-bytes", type=int, default=2000, help="of a document")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--public-share", type=float, default=0.3, help="of every set's documents")
     parser.add_argument("--seed-tokens", type=int, default=1_500_000)
@@ -112,8 +112,13 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     workspace.dense_baseline(same_batch=True)
     workspace.random_split_baseline(jobs=options.jobs)
     experts = workspace.layout.finished_experts()
-    folders = {row: row.replace(", ", "-").replace(" ", "-") for row in ENSEMBLES}
-    for row, settings in ENSEMBLES.items():
+    ensembles = {
+        row: settings
+        for row, settings in ENSEMBLES.items()
+        if (settings.get("top_k") or 0) <= options.clusters
+    }
+    folders = {row: row.replace(", ", "-").replace(" ", "-") for row in ensembles}
+    for row, settings in ensembles.items():
         if not (workspace.generalists / folders[row] / "generalist.json").exists():
             given = {key: value for key, value in settings.items() if value is not None}
             fitted_on = {"fit_on": [f"{FOUND}-{number}" for number in range(options.clusters)]}
@@ -131,7 +136,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
         "scores": {row: scores[model] for row, model in (*named.items(), ("best single expert", best))},
         "temperatures": {
             row: read_json(workspace.generalists / folders[row] / "config.json")["router"]["temperature"]
-            for row, settings in ENSEMBLES.items()
+            for row, settings in ensembles.items()
             if settings.get("router") == "cluster"
         },
     }
@@ -143,7 +148,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[
     domains, labels = {PUBLIC: text.pop(PUBLIC)}, {}
     mixed: dict[str, list[str]] = {"train": [], "valid": []}
     for name, parts in text.items():
-        lines = {part: passages(path) for part, path in parts.items()}
+        lines = {part: passages(path, options.passage_bytes) for part, path in parts.items()}
         fitted, measured = lines["valid"][::2], lines["valid"][1::2]
         mixed["train"] += lines["train"]
         mixed["valid"] += fitted
@@ -181,14 +186,14 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[
     return Workspace(root), labels
 
 
-def passages(path: Path) -> list[str]:
+def passages(path: Path, bytes_each: int) -> list[str]:
     """Return a set's text as documents of about one size: long ones cut between lines, short ones joined."""
     found, piece, size = [], [], 0
     for record in path.read_text(encoding="utf-8").splitlines():
         for line in json.loads(record)["text"].split("\n"):
             piece.append(line)
             size += len(line.encode()) + 1
-            if size >= PASSAGE_BYTES:
+            if size >= bytes_each:
                 found.append("\n".join(piece))
                 piece, size = [], 0
     if piece:

@@ -10,15 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...core.errors import UserError, first_line
 from ...core.files import read_json
 from ...core.lineage import MANIFEST_NAMES, Manifest, read_manifest, verify
-from ...core.safetensors_io import SINGLE_FILE, Checkpoint, TensorEntry, torch_dtype
+from ...core.safetensors_io import SINGLE_FILE, Checkpoint, torch_dtype
 from ..trainable import changeable
 from .delivery import Signed
 from .keys import PublicKey
 from .requests import ExpertRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_BESIDE = 4
 """Files of tensors beside the expert's own: a router row, a domain embedding."""
@@ -207,40 +211,44 @@ def relative_change(own: Checkpoint, base: Checkpoint, name: str) -> float:
 
     A seed's tensor without length counts as one of ones. Reads both in pieces.
     """
-    import torch
-
-    kind = torch_dtype(own.entry(name).dtype)
     moved = length = count = 0.0
+    kind = own.entry(name).dtype
     for mine, theirs in zip(own.chunks(name), base.chunks(name), strict=True):
-        numbers, others = (
-            torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(kind).double()
-            for piece in (mine, theirs)
-        )
-        if not bool(torch.isfinite(numbers).all()):
-            raise _Refused(RefusalCode.NOT_FINITE, f"'{name}'")
-        moved += float((numbers - others).square().sum())
-        length += float(others.square().sum())
+        numbers, others = _numbers(mine, kind, f"'{name}'"), _numbers(theirs, kind, f"the seed's '{name}'")
+        moved += _squares(numbers - others)
+        length += _squares(others)
         count += numbers.numel()
     return float((moved / (length or count or 1.0)) ** 0.5)
 
 
-def _check_beside(folder: Path, rules: Rules) -> None:
-    """Hold the files beside the expert's tensors to what rows, biases and embeddings are like."""
+def _numbers(piece: memoryview, kind: str, what: str) -> Tensor:
+    """Return a piece of a tensor in float32, or float64 where it is that; refuses what is not finite."""
     import torch
 
+    stored = torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(torch_dtype(kind))
+    found = stored if stored.dtype == torch.float64 else stored.float()
+    if not bool(torch.isfinite(found.abs().max() if found.numel() else torch.zeros(()))):
+        raise _Refused(RefusalCode.NOT_FINITE, what)
+    return found
+
+
+def _squares(numbers: Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(numbers, dtype=torch.float64).square())
+
+
+def _check_beside(folder: Path, rules: Rules) -> None:
+    """Hold the files beside the expert's tensors to what rows, biases and embeddings are like."""
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == SINGLE_FILE:
             continue
         stored = Checkpoint([path])
         for name in stored:
-            entry: TensorEntry = stored.entry(name)
-            kind = torch_dtype(entry.dtype)
-            squares = 0.0
+            what, squares, count = f"'{name:.100}' of {path.name:.100}", 0.0, 0
             for piece in stored.chunks(name):
-                numbers = torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(kind).double()
-                if not bool(torch.isfinite(numbers).all()):
-                    raise _Refused(RefusalCode.NOT_FINITE, f"'{name:.100}' of {path.name:.100}")
-                squares += float(numbers.square().sum())
-            count = max(entry.num_bytes // max(torch.empty(0, dtype=kind).element_size(), 1), 1)
-            if (squares / count) ** 0.5 > rules.max_beside:
-                raise _Refused(RefusalCode.NORM, f"'{name:.100}' of {path.name:.100}")
+                numbers = _numbers(piece, stored.entry(name).dtype, what)
+                squares += _squares(numbers)
+                count += numbers.numel()
+            if (squares / max(count, 1)) ** 0.5 > rules.max_beside:
+                raise _Refused(RefusalCode.NORM, what)

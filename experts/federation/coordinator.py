@@ -99,14 +99,10 @@ class Coordinator:
 
     def open_requests(self, name: str) -> list[ExpertRequest]:
         """Return what an owner is asked for and has not delivered, the deadline not having passed."""
-        states = self.ledger.states()
         return [
             request
-            for request in self.requests()
-            if request.owner == name
-            and request.deadline > self._now()
-            and (entry := states.get(request.id)) is not None
-            and entry.state != "accepted"
+            for entry in self.ledger.states_of(name).values()
+            if entry.state != "accepted" and (request := self.request(entry.request)).deadline > self._now()
         ]
 
     def seed_part(self, file: str, index: int) -> bytes:
@@ -236,18 +232,13 @@ class Coordinator:
 
     def status(self) -> list[OwnerStatus]:
         """Return how every member stands, those without a request too."""
-        states = self.ledger.states()
         found = []
         for member in self.members.all():
-            own = [
-                request
-                for request in self.requests()
-                if request.owner == member.name and request.id in states
-            ]
+            own = self.ledger.states_of(member.name)
             if not own:
                 found.append(OwnerStatus(member.name, None, None, "", None, None, None))
-            for request in own:
-                entry = states[request.id]
+            for entry in own.values():
+                request = self.request(entry.request)
                 progress, seen = self._progress(request.id)
                 late = entry.state == "asked" and request.deadline <= self._now()
                 detail = "the deadline has passed" if late else entry.detail if entry.state != "asked" else ""
@@ -277,11 +268,9 @@ class Coordinator:
 
     def _latest(self, name: str, seed: str, recipe: str) -> ExpertRequest | None:
         """Return the request for the same thing that was not accepted yet."""
-        states = self.ledger.states()
-        for request in self.requests():
-            same = (request.owner, request.seed, request.recipe.digest) == (name, seed, recipe)
-            if same and request.id in states and states[request.id].state != "accepted":
-                return request
+        for entry in self.ledger.states_of(name).values():
+            if (entry.seed, entry.recipe) == (seed, recipe) and entry.state != "accepted":
+                return self.request(entry.request)
         return None
 
     def _note(self, state: State, request: ExpertRequest, detail: str = "", delivery: str = "") -> None:

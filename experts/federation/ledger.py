@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Literal, get_args
 
 from ...core.errors import UserError
@@ -34,11 +35,44 @@ class Entry:
     """Digest of what was delivered."""
 
 
+@dataclass
+class _Known:
+    """What was read of a ledger so far."""
+
+    file: int = 0
+    """Number of the file, which changes when another takes its place."""
+    offset: int = 0
+    """Bytes that were read."""
+    lines: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    last: dict[str, Entry] = field(default_factory=dict)
+    """The last line of each request."""
+    of_owner: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    """The last line of each request of each owner."""
+    accepted: set[tuple[str, str, str]] = field(default_factory=set)
+    """(seed, recipe, owner)."""
+    deliveries: set[str] = field(default_factory=set)
+    """Digests of what was accepted."""
+
+    def take(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        self.last[entry.request] = entry
+        self.of_owner.setdefault(entry.owner, {})[entry.request] = entry
+        if entry.state == "accepted":
+            self.accepted.add((entry.seed, entry.recipe, entry.owner))
+            self.deliveries.add(entry.delivery)
+
+
 class Ledger:
-    """The ledger of one federation. Every call reads the file, so that several processes see the same."""
+    """The ledger of one federation. Every call reads what was added to the file, so that several processes see the same.
+
+    What was read before is kept: with ten thousand owners, reading it all for every delivery would take most of the time.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._known = _Known()
+        self._lock = Lock()
 
     def add(self, entry: Entry) -> None:
         """Add a line; when this returns, it is on the disk."""
@@ -59,49 +93,67 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """Return all lines, in order; one that a kill cut short is left out."""
-        return list(self._read())
-
-    def _read(self) -> Iterator[Entry]:
-        if not self.path.is_file():
-            return
-        with readable_os_errors(self.path):
-            lines = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            if not line:
-                continue
-            try:
-                entry = Entry(**json.loads(line))
-            except (ValueError, TypeError):
-                if number >= len(lines) - 1 or not line.rstrip().endswith(b"}"):
-                    continue  # cut short
-                raise UserError(f"{self.path}:{number} is damaged; restore the file from a copy") from None
-            if entry.state not in get_args(State):
-                raise UserError(
-                    f"{self.path}:{number} has the state '{entry.state}', which this version does not know"
-                )
-            yield entry
+        return list(self._read().entries)
 
     def state(self, request: str) -> State | None:
         """Return how far a request has come, or None for one that was never made."""
-        found: State | None = None
-        for entry in self._read():
-            if entry.request == request:
-                found = entry.state
-        return found
+        entry = self._read().last.get(request)
+        return entry.state if entry is not None else None
 
     def states(self) -> dict[str, Entry]:
         """Return the last line of each request."""
-        return {entry.request: entry for entry in self._read()}
+        return dict(self._read().last)
+
+    def states_of(self, owner: str) -> Mapping[str, Entry]:
+        """Return the last line of each request that an owner was sent, in the order in which they were made."""
+        return dict(self._read().of_owner.get(owner, {}))
 
     def missing(self, seed: str, recipe: str, owners: Iterable[str]) -> list[str]:
         """Return the owners from whom no expert of this seed and recipe was accepted, in their order."""
-        have = {
-            entry.owner
-            for entry in self._read()
-            if entry.state == "accepted" and (entry.seed, entry.recipe) == (seed, recipe)
-        }
-        return [owner for owner in owners if owner not in have]
+        accepted = self._read().accepted
+        return [owner for owner in owners if (seed, recipe, owner) not in accepted]
 
     def was_delivered(self, delivery: str) -> bool:
         """Tell whether something with this digest was accepted before, for whatever request."""
-        return any(entry.state == "accepted" and entry.delivery == delivery for entry in self._read())
+        return delivery in self._read().deliveries
+
+    def _read(self) -> _Known:
+        """Read what was added since the last call, by whichever process."""
+        with self._lock:
+            if not self.path.is_file():
+                self._known = _Known()
+                return self._known
+            with readable_os_errors(self.path), self.path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                if about.st_ino != self._known.file or about.st_size < self._known.offset:
+                    self._known = _Known(about.st_ino)
+                if about.st_size > self._known.offset:
+                    file.seek(self._known.offset)
+                    self._take(file.read())
+            return self._known
+
+    def _take(self, added: bytes) -> None:
+        """Take in lines; the last one only if all of it is there, since a kill may have cut it or another process writes it."""
+        lines = added.splitlines(keepends=True)
+        for number, line in enumerate(lines):
+            if line.strip():
+                entry = self._entry(line, last=number == len(lines) - 1)
+                if entry is not None:
+                    self._known.take(entry)
+                elif number == len(lines) - 1:
+                    return
+            self._known.offset += len(line)
+            self._known.lines += line.endswith(b"\n")
+
+    def _entry(self, line: bytes, *, last: bool) -> Entry | None:
+        """Read a line; None for one that was cut short, `UserError` for one that was damaged otherwise."""
+        where = f"{self.path}:{self._known.lines + 1}"
+        try:
+            entry = Entry(**json.loads(line))
+        except (ValueError, TypeError):
+            if last or not line.rstrip().endswith(b"}"):
+                return None
+            raise UserError(f"{where} is damaged; restore the file from a copy") from None
+        if entry.state not in get_args(State):
+            raise UserError(f"{where} has the state '{entry.state}', which this version does not know")
+        return entry

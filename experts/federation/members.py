@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,25 @@ class Members:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._seen: tuple[int, ...] = ()
+        self._known: dict[str, Member] = {}
 
     def all(self) -> list[Member]:
         """Return them in order of their names."""
+        return list(self._by_name().values())
+
+    def _by_name(self) -> dict[str, Member]:
+        """Return them by name, in its order; the file is read again only when it is another one."""
         if not self.path.is_file():
-            return []
+            return {}
+        about = self.path.stat()
+        seen = (about.st_ino, about.st_mtime_ns, about.st_size)
+        if seen != self._seen:
+            self._known = {member.name: member for member in self._read()}
+            self._seen = seen
+        return self._known
+
+    def _read(self) -> list[Member]:
         content = read_json(self.path)
         try:
             found = [Member(name, PublicKey.parse(line)) for name, line in content["members"].items()]
@@ -42,7 +57,7 @@ class Members:
 
     def named(self, name: str) -> Member:
         """Return the member of that name; raises `UserError` that lists the choices."""
-        members = {member.name: member for member in self.all()}
+        members = self._by_name()
         if name not in members:
             raise unknown_name("member", name, members, listed_as="invited were")
         return members[name]
@@ -53,21 +68,26 @@ class Members:
 
     def add(self, name: str, key: PublicKey) -> Member:
         """Invite an owner; raises `UserError` for a name or a key that another has."""
-        check_name(name, "a member")
+        return self.add_all({name: key})[0]
+
+    def add_all(self, keys: Mapping[str, PublicKey]) -> list[Member]:
+        """Invite several owners at once, all or none; raises `UserError` as `add` does."""
+        for name in keys:
+            check_name(name, "a member")
         with exclusive(self.path.with_suffix(".lock"), "the list of members"):
-            members = self.all()
-            for other in members:
-                if other.name == name and other.key == key:
-                    return other
-                if other.name == name:
+            members = dict(self._by_name())
+            names = {member.key: member.name for member in members.values()}
+            for name, key in keys.items():
+                if name in members and members[name].key != key:
                     raise UserError(
-                        f"'{name}' was invited with another key ({other.key.fingerprint}); `expertctl federate remove {name}` "
-                        "first, or choose another name"
+                        f"'{name}' was invited with another key ({members[name].key.fingerprint}); "
+                        f"`expertctl federate remove {name}` first, or choose another name"
                     )
-                if other.key == key:
-                    raise UserError(f"that key is '{other.name}''s; each owner needs one of their own")
-            self._write([*members, Member(name, key)])
-        return Member(name, key)
+                if names.setdefault(key, name) != name:
+                    raise UserError(f"that key is '{names[key]}''s; each owner needs one of their own")
+                members[name] = Member(name, key)
+            self._write(list(members.values()))
+        return [members[name] for name in keys]
 
     def remove(self, name: str) -> None:
         """Take a member out; what was accepted stays."""
@@ -79,3 +99,4 @@ class Members:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         lines = {member.name: member.key.line for member in members}
         write_json(self.path, {"format": FORMAT, "members": lines})
+        self._seen = ()

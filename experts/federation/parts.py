@@ -75,8 +75,8 @@ def _is_digest(text: object) -> bool:
     return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-def parts_of(path: Path, part_size: int = PART_BYTES, name: str | None = None) -> FileParts:
-    """Return a file's parts (under another name, if one is given); it is read once."""
+def parts_of(path: Path, part_size: int = PART_BYTES) -> FileParts:
+    """Return a file's parts; it is read once."""
     whole, digests = hashlib.sha256(), []
     size = 0
     with readable_os_errors(path), path.open("rb") as file:
@@ -90,7 +90,7 @@ def parts_of(path: Path, part_size: int = PART_BYTES, name: str | None = None) -
                 break
             size += part_size - left
             digests.append(part.hexdigest())
-    return FileParts(name or path.name, size, whole.hexdigest(), tuple(digests), part_size)
+    return FileParts(path.name, size, whole.hexdigest(), tuple(digests), part_size)
 
 
 def read_part(path: Path, file: FileParts, index: int) -> bytes:
@@ -142,8 +142,9 @@ class PartsWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.file.parts:
                 self._partial.touch()
-            found = parts_of(self._partial, self.file.part_size, self.file.name)
-            if found.sha256 != self.file.sha256:
+            with self._partial.open("rb") as file:
+                whole = hashlib.file_digest(file, "sha256").hexdigest()
+            if whole != self.file.sha256:
                 self._partial.unlink()
                 self._marks.unlink(missing_ok=True)
                 raise UserError(f"{self.file.name} is not what was announced; send it again")

@@ -55,7 +55,7 @@ def work(
     """
     request = owner.request(identifier)
     folder = owner.run_folder(identifier)
-    note = _Note(folder, tell)
+    note = _Note(folder, tell, private=request.recipe.privacy is not None)
     with exclusive(folder / ".locks" / "work", f"request {identifier}"):
         if owner.is_trained(request):
             return owner.expert_folder(request)
@@ -119,8 +119,8 @@ def _train(layout: Layout, request: ExpertRequest, note: _Note, stopped: Callabl
 class _Note:
     """What is told of a training, on disk and to whoever listens."""
 
-    def __init__(self, folder: Path, tell: Tell) -> None:
-        self._path, self._tell = folder / PROGRESS_FILE, tell
+    def __init__(self, folder: Path, tell: Tell, *, private: bool) -> None:
+        self._path, self._tell, self._private = folder / PROGRESS_FILE, tell, private
         self.phase: FailureCode = "TRAINING"
         """What it would be that failed."""
         self._begun: tuple[float, int] | None = None
@@ -136,7 +136,7 @@ class _Note:
             self._begun = (now, step)
         since, first = self._begun
         left = (now - since) / (step - first) * (steps - step) if step > first else None
-        loss = record.get("loss")
+        loss = None if self._private else record.get("loss")  # a function of the text that no noise covers
         self.write(
             Progress(
                 "training",

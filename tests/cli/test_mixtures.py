@@ -141,7 +141,7 @@ def test_a_mixture_is_tuned_in_a_process_of_its_own(campus: Path, run: Any) -> N
         (("tune", "y"), "there is no unfinished tuning 'y'"),
         (("tune", "y", "--from", "campus", "--trains", "router"), "say what text to train on"),
         (("tune", "y", "--from", "campus", "--trains", "ruoter", "--domains", "public"), "no trainer 'ruoter'"),
-        (("tune", "y", "--from", "nowhere", "--trains", "router", "--domains", "public"), "no model 'nowhere'"),
+        (("tune", "y", "--from", "absent", "--trains", "router", "--domains", "public"), "no model 'absent'"),
         (("branch", "y", "--domain", "prose", "--trains", "router"), "use it with `expertctl tune NAME --trains router`"),
         (("merge", "y", "--method", "mixture", "--option", "router=embeding"), "no router 'embeding'"),
         (("merge", "y", "--method", "flexolmo", "--experts", "prose,means,chance", "--option", "top_k=9"), "top_k is 9; with 4 experts it is 1 to 4"),

@@ -123,6 +123,21 @@ def test_the_stitching_example_prints_its_tables(corpora: Path, tmp_path: Path) 
     assert out.count("| stitched, trained |") == 3
 
 
+def test_the_clusters_example_prints_its_tables(corpora: Path, tmp_path: Path) -> None:
+    budgets = ("--seed-tokens", "8192", "--tokens", "8192", "--passage-bytes", "300")
+    out = run(
+        *(ROOT / "examples/cbtm/run.py", "--corpora", corpora, "--clusters", "2", "--seeds", "0"),
+        *(*budgets, "--out", tmp_path),
+    )
+    found = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
+    sorted_by = found["clusters"]
+    assert sorted_by["balanced k-means"]["purity"] > sorted_by["random"]["purity"]
+    assert set(found["scores"]["clusters, top 1"]) == {"set-chance", "set-prose"}
+    assert found["scores"]["clusters, top 1"] != found["scores"]["clusters, all"]
+    assert found["temperatures"]["clusters, top 2"] == 0.1
+    assert out.count("| dense, batch of an expert |") == 1
+
+
 def test_the_training_benchmark_prints_its_tables() -> None:
     out = run(ROOT / "examples/benchmarks/training.py", "--rounds", "2", "--steps", "1", "--no-compile")
     assert "| expertctl |" in out

@@ -80,7 +80,7 @@ def test_windows_line_ends_and_a_byte_order_mark_are_fine(tmp_path: Path) -> Non
 
 
 def test_gzipped_jsonl_reads_as_the_plain_one_does(tmp_path: Path) -> None:
-    path = written(tmp_path / "law.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+    path = written(tmp_path / "law.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n', mtime=0))
     assert list(read_jsonl(path, "text")) == ["a", "b"]
 
 
@@ -148,7 +148,9 @@ def test_a_gzip_file_that_is_cut_short_says_so_with_the_line(tmp_path: Path) -> 
     assert int(message.split(":")[1]) > 1
 
 
-@pytest.mark.parametrize("content", [b'{"text": "plain"}\n', gzip.compress(b"x" * 99)[:10] + b"\xff" * 40])
+@pytest.mark.parametrize(
+    "content", [b'{"text": "plain"}\n', gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 40]
+)
 def test_what_is_no_gzip_data_says_so(tmp_path: Path, content: bytes) -> None:
     message = error_of("jsonl", written(tmp_path / "law.jsonl.gz", content))
     assert message.startswith("law.jsonl.gz:1: the gzip data is cut short or damaged")

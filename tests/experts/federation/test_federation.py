@@ -437,6 +437,7 @@ def test_privacy_that_was_asked_for_is_spent_told_and_judged(
     recipe = replace(FLEXOLMO, privacy={"epsilon": 8.0, "delta": 1e-5})
     (request,) = ask(coordinator, clock, "site-a", recipe=recipe)
     trained(coordinator, owner, request)
+    assert owner.progress(request.id).loss is None
     spent = owner.review(request.id).privacy
     assert spent is not None
     assert 0 < spent["epsilon"] <= 8

@@ -80,3 +80,18 @@ def test_members_have_one_name_and_one_key_each(tmp_path: Path) -> None:
     assert members.with_key(second.fingerprint) is None
     with pytest.raises(UserError, match="no member 'site-a'"):
         members.named("site-a")
+
+
+def test_several_are_invited_together_or_not_at_all(tmp_path: Path) -> None:
+    members, others = Members(tmp_path / "members.json"), Members(tmp_path / "members.json")
+    first, second = make_key(tmp_path / "a").public, make_key(tmp_path / "b").public
+    with pytest.raises(UserError, match="that key is 'site-a''s"):
+        members.add_all({"site-a": first, "site-b": first})
+    assert members.all() == []
+    assert [member.name for member in members.add_all({"site-b": first, "site-a": second})] == [
+        "site-b",
+        "site-a",
+    ]
+    assert others.named("site-b").key == first
+    members.remove("site-b")
+    assert [member.name for member in others.all()] == ["site-a"]

@@ -73,3 +73,31 @@ def test_several_processes_add_lines_whole(tmp_path: Path) -> None:
     assert sorted(one.request for one in Ledger(path).entries()) == sorted(
         f"{name}{number}" for name in "xyz" for number in range(20)
     )
+
+
+def test_what_another_process_adds_is_seen_and_what_was_read_is_not_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    mine, others = Ledger(path), Ledger(path)
+    mine.add(entry("asked", "1", owner="a"))
+    assert mine.state("1") == "asked"
+    others.add(entry("accepted", "1", owner="a", delivery="d"))
+    others.add(entry("asked", "2", owner="b"))
+    assert (mine.state("1"), mine.state("2")) == ("accepted", "asked")
+    assert list(mine.states_of("a")) == ["1"]
+    assert mine.states_of("c") == {}
+    before = mine.entries()
+    path.write_bytes(b"\x00" * path.stat().st_size)  # in the same file: only what comes after counts
+    assert mine.entries() == before
+
+
+def test_a_ledger_that_was_restored_from_a_copy_is_read_afresh(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.add(entry("asked", "1"))
+    copy = path.read_bytes()
+    ledger.add(entry("accepted", "1"))
+    assert ledger.state("1") == "accepted"
+    path.write_bytes(copy)
+    assert ledger.state("1") == "asked"
+    path.unlink()
+    assert ledger.entries() == []

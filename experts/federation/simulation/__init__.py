@@ -1,0 +1,1 @@
+"""Planning a federation: the coordinator's own code against owners that are a model on a clock."""

@@ -1,0 +1,138 @@
+"""Stand-ins for what owners hand in: experts of a few bytes that pass, or fail, the same checks as large ones.
+
+Their keys and signatures are real, and so are manifests and digests; only the tensors are tiny, and nobody trained them. What a
+large expert would take on the line is reckoned apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ....core.files import remove_tree, write_json
+from ....core.lineage import Manifest, Parent, digest_of_tensors, digests_of_folder, read_manifest
+from ....core.safetensors_io import SINGLE_FILE, Checkpoint, write_tensors
+from ....core.workspace import CONFIG_FILE, Layout
+from ..delivery import Signed, make_delivery
+from ..keys import OwnerKey, make_key, read_key
+from ..parts import FileParts
+from ..requests import ExpertRequest, Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Delivers = Literal[
+    "good", "not_finite", "wrong_shape", "scaled_up", "frozen_part", "forged", "someone_elses", "replay"
+]
+"""What an owner hands in: an expert, or one of the things that a coordinator must not take."""
+
+RECIPE = Recipe("feed_forward")
+_UP, _DOWN, _FROZEN = (
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.0.mlp.down_proj.weight",
+    "model.norm.weight",
+)
+
+
+def write_stand_in_seed(folder: Path) -> Layout:
+    """Write a workspace with a seed of a few numbers."""
+    import torch
+
+    layout = Layout(folder)
+    layout.seed.mkdir(parents=True)
+    layout.config_file.touch()
+    assert layout.config_file.name == CONFIG_FILE
+    write_json(layout.seed / "config.json", {"model_type": "llama", "num_hidden_layers": 1})
+    source = torch.Generator().manual_seed(0)
+    shapes = {_UP: (6, 4), _DOWN: (4, 6), _FROZEN: (4,)}
+    write_tensors(
+        layout.seed / SINGLE_FILE,
+        {name: torch.randn(shape, generator=source) for name, shape in shapes.items()},
+    )
+    tensors, files = digests_of_folder(layout.seed)
+    digest = digest_of_tensors(tensors)
+    Manifest("seed", "seed", digest, tensors, files, tokenizer="0" * 64).write(layout.seed)
+    return layout
+
+
+class StandIns:
+    """Makes owners' keys and deliveries, in folders that are gone again once they were handed in."""
+
+    def __init__(self, root: Path, layout: Layout) -> None:
+        self._root = root
+        self._seed = Checkpoint.of_folder(layout.seed)
+        self.seed_digest = read_manifest(layout.seed).digest
+        self._signed: dict[str, Signed] = {}
+        self.last_accepted: int | None = None
+        """Number of an owner whose expert was taken, for whoever replays it."""
+
+    def new_key(self, name: str) -> OwnerKey:
+        """Make an owner's keys."""
+        return make_key(self._root / name)
+
+    def made(self, request: ExpertRequest, number: int, delivers: Delivers) -> tuple[Path, Signed]:
+        """Return what the owner of that number hands in, made when it is first asked for: its folder and signed statement."""
+        folder = self._root / request.owner / "delivery"
+        if request.owner not in self._signed:
+            self._signed[request.owner] = self._make(folder, request, number, delivers)
+        return folder, self._signed[request.owner]
+
+    def files(self, owner: str) -> dict[str, FileParts]:
+        """Return the files of what an owner hands in."""
+        return {file.name: file for file in self._signed[owner].statement.files}
+
+    def _make(self, folder: Path, request: ExpertRequest, number: int, delivers: Delivers) -> Signed:
+        key, expert = read_key(folder.parent), folder.parent / "expert"
+        self._write_expert(expert, request, self._tensors(number, delivers))
+        signed = make_delivery(expert, request, key, folder)
+        if delivers == "forged":
+            statement = replace(signed.statement, privacy={"epsilon": 0.1})
+            return Signed(statement, signed.signature)
+        if delivers == "someone_elses":
+            statement = replace(signed.statement, owner=f"{request.owner}-x")
+            return Signed(statement, key.sign(statement.signed_bytes))
+        return signed
+
+    def forget(self, name: str) -> None:
+        """Remove what an owner kept."""
+        self._signed.pop(name, None)
+        remove_tree(self._root / name)
+
+    def _tensors(self, number: int, delivers: Delivers) -> dict[str, Tensor]:
+        import torch
+
+        if delivers == "replay" and self.last_accepted is not None:
+            number = self.last_accepted
+        source = torch.Generator().manual_seed(number)
+        tensors = {}
+        for name in (_UP, _DOWN):
+            tensor = self._seed.read(name)
+            tensors[name] = tensor + 0.01 * torch.randn(tensor.shape, generator=source)
+        if delivers == "not_finite":
+            tensors[_UP][0, 0] = float("nan")
+        elif delivers == "wrong_shape":
+            tensors[_UP] = tensors[_UP].T.contiguous()
+        elif delivers == "scaled_up":
+            tensors[_UP] = 100 * tensors[_UP]
+        elif delivers == "frozen_part":
+            tensors[_FROZEN] = self._seed.read(_FROZEN) + 0.1
+        return tensors
+
+    def _write_expert(self, folder: Path, request: ExpertRequest, tensors: dict[str, Tensor]) -> None:
+        folder.mkdir()
+        write_tensors(folder / SINGLE_FILE, tensors)
+        write_json(folder / "run.json", {"kind": "expert", "trains": request.recipe.trains})
+        digests, files = digests_of_folder(folder)
+        Manifest(
+            kind="expert",
+            name=request.owner,
+            digest=digest_of_tensors(digests),
+            tensors=digests,
+            files=files,
+            tokenizer="0" * 64,
+            parents=(Parent("seed", "seed", self.seed_digest, 1.0),),
+            data={"domains": {request.owner: {"documents": 100, "tokens": 10_000, "bytes": 40_000}}},
+            trainable=request.recipe.trains,
+            owner=request.owner,
+        ).write(folder)

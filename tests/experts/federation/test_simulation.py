@@ -1,0 +1,247 @@
+"""A simulated federation: times that can be reckoned by hand, and the real coordinator's judgement of what is handed in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from expertctl import UserError
+from expertctl.experts.federation.acceptance import RefusalCode
+from expertctl.experts.federation.parts import PART_BYTES
+from expertctl.experts.federation.simulation.deliveries import Delivers
+from expertctl.experts.federation.simulation.events import Events, Line, SimulatedClock
+from expertctl.experts.federation.simulation.owners import OwnerTraits, drawn_owners, read_trace
+from expertctl.experts.federation.simulation.planning import Plan, Report, simulate
+
+HOUR = 3600
+# 1 Mbit/s is 125,000 bytes a second: 450 MB an hour. Training takes ten hours.
+PLAN = Plan(expert_bytes=450_000_000, seed_bytes=900_000_000, tokens=36_000_000, line_gbit=1000.0, quorum=1.0)
+
+
+def owner(name: str = "a", **traits: Any) -> OwnerTraits:
+    return OwnerTraits(
+        **{"name": name, "tokens_per_second": 1000.0, "download_mbit": 1.0, "upload_mbit": 1.0, **traits}
+    )
+
+
+def hours_to_all(owners: Sequence[OwnerTraits], plan: Plan = PLAN) -> float:
+    report = simulate(owners, plan)
+    assert report.hours_to_all is not None, report
+    return report.hours_to_all
+
+
+def test_events_happen_in_order_of_time_and_then_of_planning() -> None:
+    clock = SimulatedClock(datetime(2031, 1, 1, tzinfo=UTC))
+    events, seen = Events(clock), []
+    for name, seconds in (("late", 20.0), ("a", 10.0), ("b", 10.0)):
+        events.at(seconds, lambda name=name: seen.append((name, clock())))  # type: ignore[misc]
+    events.at(10.0, lambda: events.after(5.0, lambda: seen.append(("after", clock()))))
+    events.run(until=15.0)
+    begin = clock.begin
+    assert seen == [
+        ("a", begin + timedelta(seconds=10)),
+        ("b", begin + timedelta(seconds=10)),
+        ("after", begin + timedelta(seconds=15)),
+    ]
+    assert events.done == 4
+
+
+def test_a_line_carries_parts_one_after_the_other() -> None:
+    line = Line(bytes_per_second=100.0)
+    assert line.arrival(0.0, 200, 1e9) == 2.0
+    assert line.arrival(0.0, 100, 1e9) == 3.0  # behind the first
+    assert line.arrival(10.0, 100, 10.0) == 20.0  # the owner is slower
+    assert (line.carried, line.busy_seconds) == (400, 4.0)
+
+
+def test_one_owner_takes_what_fetching_training_and_sending_take() -> None:
+    assert hours_to_all([owner()]) == pytest.approx(2 + 10 + 1)
+    assert hours_to_all([owner(joins_hours=3.0)]) == pytest.approx(16)
+    assert hours_to_all([owner(upload_mbit=0.5)]) == pytest.approx(14)
+    assert hours_to_all([owner()], replace(PLAN, seed_bytes=0)) == pytest.approx(11)
+    assert hours_to_all([owner(tokens_per_second=2000.0)]) == pytest.approx(8)
+
+
+def test_the_coordinators_line_is_shared() -> None:
+    """Eight owners with lines that are no limit, behind one that carries 450 MB an hour each way."""
+    fast = [owner(f"o{number}", download_mbit=1e6, upload_mbit=1e6) for number in range(8)]
+    report = simulate(fast, replace(PLAN, line_gbit=0.001, deadline=timedelta(hours=100)))
+    assert report.hours_to_all == pytest.approx(8 * 2 + 10 + 8 * 1, abs=1.5)
+    assert (report.line_hours_down, report.line_hours_up) == pytest.approx((16.0, 8.0))
+    assert (report.bytes_down, report.bytes_up) == (8 * 900_000_000, 8 * 450_000_000)
+
+
+def test_training_goes_on_from_the_checkpoint_after_a_dropout() -> None:
+    every = replace(PLAN, checkpoint_seconds=3600.0)
+    # Training begins at 2.0; at 5.5 three and a half hours are done, and three of them are in a checkpoint.
+    assert hours_to_all([owner(offline=((5.5, 8.0),))], every) == pytest.approx(8.0 + 7 + 1)
+    assert hours_to_all([owner(offline=((5.5, 8.0), (8.5, 20.0)))], every) == pytest.approx(20.0 + 7 + 1)
+
+
+def test_a_part_that_was_on_the_line_is_sent_again_and_what_arrived_is_not() -> None:
+    part = PART_BYTES / 450_000_000  # hours
+    cut_at = 12 + 2.5 * part
+    report = simulate([owner(offline=((cut_at, 20.0),))], PLAN)
+    assert report.hours_to_all == pytest.approx(20.0 + 1 - 2 * part)
+    assert report.bytes_lost == PART_BYTES
+    assert report.bytes_up == 450_000_000 + PART_BYTES
+
+
+def test_an_owner_that_is_away_when_it_would_join_joins_when_it_is_back() -> None:
+    assert hours_to_all([owner(joins_hours=1.0, offline=((0.0, 3.0),))]) == pytest.approx(3 + 13)
+    assert hours_to_all([owner(joins_hours=4.0, offline=((0.0, 3.0),))]) == pytest.approx(4 + 13)
+
+
+CODES = {
+    "good": None,
+    "not_finite": RefusalCode.NOT_FINITE,
+    "wrong_shape": RefusalCode.SHAPES,
+    "scaled_up": RefusalCode.NORM,
+    "frozen_part": RefusalCode.FROZEN,
+    "forged": RefusalCode.SIGNATURE,
+    "someone_elses": RefusalCode.SOMEONE_ELSES,
+    "replay": RefusalCode.REPLAY,
+}
+
+
+def test_the_real_checks_judge_what_is_handed_in() -> None:
+    assert set(CODES) == set(get_args(Delivers))
+    bad = [owner(kind.replace("_", "-"), delivers=kind, joins_hours=1.0) for kind in CODES if kind != "good"]
+    report = simulate([owner(), *bad], replace(PLAN, quorum=0.1))
+    assert report.accepted == 1
+    assert report.refused == {code.name: 1 for code in CODES.values() if code is not None}
+    assert report.hours_to_quorum == pytest.approx(13)
+    assert report.hours_to_all is None
+    # What is forged, somebody else's or a replay is refused before a byte of the expert is sent.
+    assert report.bytes_up == 5 * 450_000_000
+
+
+def test_who_is_late_or_gone_is_counted_and_asked_again() -> None:
+    owners = [owner("a"), owner("b", tokens_per_second=300.0), owner("c", leaves_hours=5.0)]
+    plan = replace(PLAN, deadline=timedelta(hours=30), quorum=0.6)
+    once = simulate(owners, plan)
+    assert (once.accepted, once.late, once.never, once.hours_to_quorum) == (1, 1, 1, None)
+    again = simulate(owners, replace(plan, ask_again=2))
+    assert (again.accepted, again.late, again.never, again.asked_again) == (2, 0, 1, 1)
+    assert again.hours_to_quorum == pytest.approx(2 + 10 / 0.3 + 1, rel=1e-3)
+
+
+def test_one_who_was_told_late_hands_in_again_when_asked_again() -> None:
+    slow = owner("b", upload_mbit=0.1)  # announces at 12 h, has sent it all at 22 h
+    plan = replace(PLAN, deadline=timedelta(hours=20), ask_again=1)
+    report = simulate([slow], plan)
+    assert (report.accepted, report.asked_again) == (1, 1)
+    assert report.bytes_up == 450_000_000  # the new deadline came while it was sending
+    announced_late = replace(PLAN, deadline=timedelta(hours=11), ask_again=1, quorum=1.0)
+    assert hours_to_all([owner()], announced_late) == pytest.approx(13)
+
+
+def without_cost(report: Report) -> dict[str, Any]:
+    costs = {"seconds", "cpu_seconds", "events_per_second", "peak_memory_bytes"}
+    return {name: value for name, value in asdict(report).items() if name not in costs}
+
+
+def test_the_same_seed_gives_the_same_federation() -> None:
+    plan = Plan(expert_bytes=200_000_000, seed_bytes=0)
+    first, second = (simulate(drawn_owners(30, 7), plan) for _ in range(2))
+    assert without_cost(first) == without_cost(second)
+    assert first.accepted > 20
+    assert first.peak_memory_bytes > 1_000_000
+    assert first.accepted + sum(first.refused.values()) + first.late + first.never == 30
+    assert drawn_owners(40, 7)[:30] == drawn_owners(30, 7)
+    assert drawn_owners(30, 8) != drawn_owners(30, 7)
+
+
+def test_nothing_is_left_behind_and_what_a_killed_one_left_is_cleared(tmp_path: Path) -> None:
+    alive, dead = (tmp_path / f"expertctl-simulation-{pid}-x" for pid in (os.getpid(), 2**22 + 1))
+    for folder in (alive, dead):
+        (folder / "coordinator").mkdir(parents=True)
+    simulate([owner()], PLAN, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == [alive]
+
+
+def test_impossible_plans_are_refused() -> None:
+    for wrong in ({"quorum": 0.0}, {"tokens": 0}, {"line_gbit": -1.0}, {"seed_bytes": -1}):
+        with pytest.raises(UserError):
+            Plan(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at least one owner"):
+        simulate([], PLAN)
+
+
+# --- traces ---
+
+TRACE = """\
+name,tokens_per_second,download_mbit,upload_mbit,joins_hours,offline,delivers
+clinic,1500,100,20,0.5,3-5.5;20-22,
+court,800,50,10,,,forged
+"""
+
+
+def test_a_trace_is_read_from_csv_and_json_lines(tmp_path: Path) -> None:
+    table, lines = tmp_path / "owners.csv", tmp_path / "owners.jsonl"
+    table.write_text(TRACE)
+    lines.write_text(
+        json.dumps(
+            {
+                "name": "clinic",
+                "tokens_per_second": 1500,
+                "download_mbit": 100,
+                "upload_mbit": 20,
+                "joins_hours": 0.5,
+                "offline": [[3, 5.5], [20, 22]],
+            }
+        )
+        + "\n\n"
+        + json.dumps(
+            {
+                "name": "court",
+                "tokens_per_second": 800,
+                "download_mbit": 50,
+                "upload_mbit": 10,
+                "delivers": "forged",
+            }
+        )
+    )
+    found = read_trace(table)
+    assert found == read_trace(lines)
+    assert found[0].offline == ((3.0, 5.5), (20.0, 22.0))
+    assert (found[1].delivers, found[1].joins_hours, found[0].delivers) == ("forged", 0.0, "good")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("court,800", "court,fast"), r"owner 2: tokens_per_second is 'fast', and should be a number"),
+        (("court,800", "court,0"), r"owner 2: tokens_per_second of 'court' has to be more than 0"),
+        (("court,800", "clinic,800"), r"has 'clinic' twice"),
+        (("upload_mbit", "upload_mbits"), r"no column 'upload_mbits' \(did you mean 'upload_mbit'\?\)"),
+        (("3-5.5;20-22", "3 to 5"), r"offline is '3 to 5', and should be such as 3-5.5;20-22"),
+        (("3-5.5;20-22", "5-3"), r"the hours in which 'clinic' was offline do not follow each other"),
+        (("forged", "nonsense"), r"'court' delivers 'nonsense'; it can be good, not_finite"),
+        (("court,800,50", "court,800,"), r"owner 2: it has no download_mbit"),
+        (("court,800", "../court,800"), r"an owner cannot be called '\.\./court'"),
+        ((TRACE[TRACE.index("clinic") :], ""), r"has no owner"),
+    ],
+)
+def test_a_damaged_trace_is_one_clear_error(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "owners.csv"
+    path.write_text(TRACE.replace(*change))
+    with pytest.raises(UserError, match=message):
+        read_trace(path)
+
+
+def test_lines_that_are_no_json_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "owners.jsonl"
+    path.write_text('{"name": \n')
+    with pytest.raises(UserError, match=r"owners.jsonl:1 is no JSON"):
+        read_trace(path)
+    path.write_text("[1]\n")
+    with pytest.raises(UserError, match="a row has to be a JSON object"):
+        read_trace(path)
