@@ -84,9 +84,9 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
 @with_recipe
 @pass_session
 def ask(session: Session, /, owners: str, deadline: str, **recipe: Any) -> None:
-    """Ask owners for an expert each; `serve` hands the requests to those who are there, now or later.
+    """Ask owners for an expert each.
 
-    Owners who have delivered for this seed and recipe are not asked again; a request that is open gets the later deadline.
+    `serve` hands the requests to those who are there, now or later. Owners who have delivered for this seed and recipe are not asked again; a request that is open gets the later deadline.
     """
     from datetime import UTC, datetime
 
@@ -157,9 +157,9 @@ def join(
     once: bool,
     state: Path | None,
 ) -> None:
-    """Be a data owner of a federation, until Ctrl-C: take requests, train next to your text, deliver experts.
+    """Be a data owner of a federation, until Ctrl-C.
 
-    Training runs in a process of its own and goes on when this command ends. Before an expert leaves you are shown what it is,
+    Takes requests, trains next to your text, delivers experts. Training runs in a process of its own and goes on when this command ends. Before an expert leaves you are shown what it is,
     and asked, unless --yes.
     """
     from ..experts.federation.owner import Owner, OwnerSettings

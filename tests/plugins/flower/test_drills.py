@@ -8,6 +8,7 @@ import cProfile
 import ftplib
 import gettext
 import inspect
+import optparse
 import pprint
 import shutil
 import ssl
@@ -380,7 +381,7 @@ __all__ = ["app"]
 def test_an_altered_app_bundle_is_refused_before_its_code_runs(
     federation: Federation, tmp_path: Path
 ) -> None:
-    federation.owner("guarded", textwrap)
+    federation.owner("guarded", optparse)
     joined = federation.join("guarded", once=False)
     state = federation.state("guarded")
     log = state / "flower" / "supernode.log"
