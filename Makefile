@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test quick-test check clean
+.PHONY: quickstart test test-all quick-test check clean
 
 quickstart: $(READY)  ## the whole story on text that every installation has, in a few minutes
 	$(BIN)/expertctl quickstart quickstart
 
-test: quick-test  ## every test: the quick ones first, then the slow ones
-	$(PYTEST) -m slow
+test: quick-test  ## the quick tests first, then the slow ones
+	$(PYTEST) -m "slow and not federation"
+
+test-all: test  ## and the drills of a federation: Flower's real processes, killed, cut off and lied to, one after the other
+	$(BIN)/python -m pytest -m federation
 
 quick-test: $(READY)
 	$(PYTEST) -m "not slow"

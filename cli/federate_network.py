@@ -86,7 +86,8 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
 def ask(session: Session, /, owners: str, deadline: str, **recipe: Any) -> None:
     """Ask owners for an expert each.
 
-    `serve` hands the requests to those who are there, now or later. Owners who have delivered for this seed and recipe are not asked again; a request that is open gets the later deadline.
+    `serve` hands the requests to those who are there, now or later. Owners who have delivered for this seed and recipe are
+    not asked again; a request that is open gets the later deadline.
     """
     from datetime import UTC, datetime
 
@@ -159,8 +160,8 @@ def join(
 ) -> None:
     """Be a data owner of a federation, until Ctrl-C.
 
-    Takes requests, trains next to your text, delivers experts. Training runs in a process of its own and goes on when this command ends. Before an expert leaves you are shown what it is,
-    and asked, unless --yes.
+    Takes requests, trains next to your text, delivers experts. Training runs in a process of its own and goes on when this
+    command ends. Before an expert leaves you are shown what it is, and asked, unless --yes.
     """
     from ..experts.federation.owner import Owner, OwnerSettings
     from ..plugins.flower.joining import join as run
