@@ -17,7 +17,7 @@ from ...experts.federation.keys import OwnerKey
 from ...experts.federation.parts import FileParts
 from ...experts.federation.progress import Progress
 from .certificates import fingerprint_of
-from .endpoints import PATH
+from .endpoints import PATH, STATUS
 from .signing import EMPTY, signed_headers
 
 PIECE = 1 << 18
@@ -127,7 +127,7 @@ class CoordinatorClient:
             raise Unreachable(type(error).__name__) from None
         if reply.status_code == 200:
             return bytes(data)
-        if reply.status_code in (502, 503, 504):
+        if reply.status_code >= 500 and reply.status_code != STATUS["DISK"]:
             raise Unreachable(f"status {reply.status_code}")
         try:
             raise Declined(str(_object(bytes(data))["code"])[:40])

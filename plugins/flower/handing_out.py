@@ -18,6 +18,7 @@ from ...core.files import write_json
 from ...core.workspace import Layout
 from ...experts.federation.coordinator import Coordinator
 from ...experts.federation.requests import ExpertRequest
+from .superlink import SIGN_OF_LIFE
 
 TAKE = "train.expert"
 ASK = "query.progress"
@@ -36,19 +37,27 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Hand out requests until the run is stopped."""
     coordinator = Coordinator(Layout(Path(str(context.run_config["workspace"]))))
+    sign = coordinator.root / "network" / SIGN_OF_LIFE
     handed: dict[str, tuple[ExpertRequest, float]] = {}
     waiting: dict[str, str] = {}
+    seen: object = None
+    looked = 0.0
     while True:
         nodes = {node.name: node.node_id for node in grid.get_nodes() if node.name}
-        messages, meant = [], []
-        for name in nodes:
-            for request in coordinator.open_requests(name):
-                if _is_due(request, handed):
-                    messages.append(message_for(request, nodes[name]))
-                    meant.append(request)
-        for identifier, request in zip(grid.push_messages(messages) if messages else [], meant, strict=False):
-            handed[request.id] = (request, time.monotonic())
-            waiting[identifier] = request.id
+        now_seen = (nodes, _stamp(coordinator))
+        if now_seen != seen or time.monotonic() - looked > AGAIN_S:
+            seen, looked = now_seen, time.monotonic()
+            due = [
+                (request, node)
+                for name, node in nodes.items()
+                for request in coordinator.open_requests(name)
+                if _is_due(request, handed)
+            ]
+            messages = [message_for(request, node) for request, node in due]
+            sent = grid.push_messages(messages) if messages else []
+            for identifier, (request, _) in zip(sent, due, strict=False):
+                handed[request.id] = (request, time.monotonic())
+                waiting[identifier] = request.id
         for reply in grid.pull_messages(list(waiting)) if waiting else []:
             request_id = waiting.pop(reply.metadata.reply_to_message_id, "")
             if request_id:
@@ -57,7 +66,15 @@ def main(grid: Grid, context: Context) -> None:
                 _note(coordinator.root, request_id, code)
                 if code == "TAKEN":
                     handed[request_id] = (handed[request_id][0], float("inf"))
+        sign.touch()
         time.sleep(PAUSE_S)
+
+
+def _stamp(coordinator: Coordinator) -> tuple[int, int]:
+    """Return what changes with every line of the ledger."""
+    path = coordinator.ledger.path
+    found = path.stat() if path.is_file() else None
+    return (found.st_mtime_ns, found.st_size) if found is not None else (0, 0)
 
 
 def _is_due(request: ExpertRequest, handed: dict[str, tuple[ExpertRequest, float]]) -> bool:

@@ -20,6 +20,7 @@ from .supernode import SuperNode
 
 TICK_S = 1.0
 HELLO_S = 10.0
+FINAL = ("UNKNOWN_KEY", "BAD_SIGNATURE", "CLOCK")
 DUPLICATE_S = 45.0
 """How long another process with the same key may be heard of before this one gives up: the last life of this one may have been killed."""
 
@@ -105,9 +106,9 @@ class _Member:
                 self._say(f"{sentence} (if it was killed just now, this one takes over in half a minute)")
                 return
             raise UserError(sentence)
-        if error.code == "REPLAYED":  # the clocks differ by seconds, and the coordinator has just started
-            return
-        raise UserError(sentence)
+        if error.code in FINAL:
+            raise UserError(sentence)
+        self._say(f"{sentence}; trying again")
 
     def _say(self, text: str) -> None:
         if text != self._told:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import ssl
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from .child import Child, environment, flower_command, free_port
 
 CONNECTION = "here"
 COMMAND_S = 120
+SILENT_S = 30.0
+SIGN_OF_LIFE = "app-alive"
+"""A file that the app touches."""
 APP = Path(__file__).parent / "app"
 
 
@@ -39,7 +43,7 @@ class SuperLink:
         """Name -> node, of this life of the server."""
         self._lines: dict[str, str] = {}
         self._run = ""
-        self._checked = 0
+        self._asked = 0.0
         self._environment = environment(folder / "flower")
 
     @property
@@ -129,22 +133,25 @@ class SuperLink:
 
     def _keep_running(self) -> None:
         """Start the app that hands requests to owners, unless it runs."""
-        if self._run and self._run_status() in ("pending", "starting", "running"):
+        if self._run and self._app_runs():
             return
-        again, self._run = bool(self._run), ""
-        if again:
+        if self._run:
             self._tell("the app that hands out requests has ended; it is started again")
+        self._run = ""
         settings = f"workspace={json.dumps(str(self.folder.parent.parent.resolve()))}"
         found = self._control("run", str(APP), CONNECTION, "--run-config", settings)
-        self._run, self._checked = str(found["run-id"]), 0
+        self._run, self._asked = str(found["run-id"]), time.monotonic()
 
-    def _run_status(self) -> str:
-        """Return how the app's run stands; asked for rarely, since each question starts a process."""
-        self._checked += 1
-        if self._checked % 30:
-            return "running"
+    def _app_runs(self) -> bool:
+        """Tell whether the app has shown itself lately; only where it has not is Flower asked, which starts a process."""
+        sign, now = self.folder / SIGN_OF_LIFE, time.monotonic()
+        if sign.is_file() and time.time() - sign.stat().st_mtime < SILENT_S:
+            return True
+        if now - self._asked < SILENT_S:
+            return True
+        self._asked = now
         found = self._control("list", "--run-id", self._run, CONNECTION)
-        return str(found["runs"][0]["status"]).partition(":")[0]
+        return not str(found["runs"][0]["status"]).startswith("finished")
 
     def _control(self, *arguments: str) -> dict[str, Any]:
         """Run one command of Flower's client and return what it prints; raises `UserError` when it fails."""

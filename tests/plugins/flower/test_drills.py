@@ -404,5 +404,7 @@ def test_an_altered_app_bundle_is_refused_before_its_code_runs(
     assert joined.process.poll() is None
     request = federation.ask("guarded", FLEXOLMO)  # and the right app goes on
     wait_until(lambda: federation.accepted().get("guarded") == "guarded", why=joined.said)
-    assert Owner(state).outcome(request.id) == "accepted"
+    wait_until(
+        lambda: Owner(state).outcome(request.id) == "accepted", why=joined.said
+    )  # it hears of it a moment later
     joined.stop()

@@ -120,6 +120,20 @@ def test_what_flower_s_client_prints_before_its_json_does_not_matter() -> None:
     assert _json_in('Loading...\n{"success": true, "run-id": "7"}\n') == {"success": True, "run-id": "7"}
 
 
+def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "expertctl\[federation\]"'):
+        child.require_flower()
+
+
+def test_flower_s_commands_that_are_not_there_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UserError, match="not installed here"):
+        child.flower_command("flwr")
+
+
 # --- the owner's app ---
 
 
