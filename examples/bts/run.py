@@ -124,7 +124,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
 
 
 def costs(workspace: Workspace, model: str, trained: bool) -> dict[str, float]:
-    """Return total and trained parameters, and tokens per second in scoring."""
+    """Return total, active and trained parameters, and tokens per second in scoring."""
     import torch
 
     from expertctl import load_model
@@ -141,9 +141,20 @@ def costs(workspace: Workspace, model: str, trained: bool) -> dict[str, float]:
     moved = moving_parameters(network, model) if trained else 0
     return {
         "total": sum(unique.values()),
+        "active": sum(unique.values()) - idle_parameters(network),
         "trained": moved,
         "tokens_per_second": tokens.numel() / statistics.median(seconds[1:]),
     }
+
+
+def idle_parameters(network: Any) -> int:
+    """Return how many parameters a token passes by: those of the experts of a mixture that it is not sent to."""
+    config = network.config
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if not count:
+        return 0  # every member of an ensemble or a stitched model works on every token
+    inside = sum(one.numel() for name, one in network.named_parameters() if ".experts." in name)
+    return inside - inside * int(config.num_experts_per_tok) // int(count)
 
 
 def moving_parameters(network: Any, model: str) -> int:
@@ -156,12 +167,13 @@ def moving_parameters(network: Any, model: str) -> int:
 def costs_table(results: list[dict[str, Any]]) -> str:
     """Return parameters and speed by row, of the first random seed."""
     lines = [
-        "| | parameters | trained after the merge | tokens per second in scoring |",
-        "|---|---:|---:|---:|",
+        "| | parameters | active at a token | trained after the merge | tokens per second in scoring |",
+        "|---|---:|---:|---:|---:|",
     ]
     for row, one in results[0]["costs"].items():
         lines.append(
-            f"| {row} | {int(one['total']):,} | {int(one['trained']):,} | {int(one['tokens_per_second']):,} |"
+            f"| {row} | {int(one['total']):,} | {int(one['active']):,} | {int(one['trained']):,} | "
+            f"{int(one['tokens_per_second']):,} |"
         )
     return "\n".join(lines)
 
