@@ -99,7 +99,10 @@ def test_what_is_too_large_or_no_http_ends_the_connection_and_nothing_reaches_fl
     with hub.browser() as browser:
         reply = browser.post("/v1/fleet/push-object", content=bytes(proxy.MAX_FLEET_BODY + 1))
         assert (reply.status_code, reply.json()) == (413, {"code": "TOO_LARGE"})
-    assert raw_request(hub, call, "x-long: " + "a" * 100_000) == 431
+    assert raw_request(hub, call, "x-long: " + "a" * 100_000) in (
+        400,
+        431,
+    )  # as it arrives: in pieces, or whole
     assert raw_request(hub, "nonsense") == 400
     two_lengths = raw_request(hub, call, "content-length: 3", "content-length: 5", body=b"abc")
     assert two_lengths == 400  # smuggling

@@ -238,7 +238,7 @@ def altered(
     old = owner.delivery(request.id).statement
     names = [file.name for file in old.files]
     statement = replace(
-        old, expert=changed.digest, files=tuple(parts_of(folder / name, 1 << 20, name) for name in names)
+        old, expert=changed.digest, files=tuple(parts_of(folder / name, 1 << 20) for name in names)
     )
     return folder, Signed(statement, owner.key().sign(statement.signed_bytes))
 
