@@ -98,7 +98,7 @@ def peak() -> float:
 
 
 def make(folder: Path) -> dict[str, float]:
-    """Make a seed of bfloat16 tensors of 32 MB, an invited owner, a request, and an expert that differs everywhere."""
+    """Make a seed of bfloat16 layers, an invited owner, a request, and an expert that differs everywhere."""
     from transformers import AutoConfig
 
     from expertctl.core.lineage import (
@@ -121,7 +121,7 @@ def make(folder: Path) -> dict[str, float]:
     hub, origin = folder / "hub", tiny_model_folder(folder / "origin")
     hub.mkdir()
     (hub / "expertctl.yaml").write_text("{}\n")
-    layers = max(int((folder / "size").read_text()) // 32, 1)
+    layers = max(int((folder / "size").read_text()) // 20, 1)  # of 21 MB each
     config = AutoConfig.from_pretrained(origin)
     config.num_hidden_layers = layers
     config.hidden_size, config.intermediate_size = 1024, 2048
