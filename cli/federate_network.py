@@ -14,7 +14,8 @@ import click
 
 from ..core.errors import UserError
 from .context import Session, pass_session
-from .federate import agree, coordinator_of, default_state, recipe_from, state_option, with_recipe
+from .federate_options import coordinator_of, default_state, recipe_from, state_option, with_recipe
+from .federate_review import agree
 from .group import cli_command
 
 if TYPE_CHECKING:

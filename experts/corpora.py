@@ -25,6 +25,9 @@ DOMAIN_FILE = "domain.json"
 DOCUMENTS_PER_BATCH = 512
 CHARACTERS_PER_BATCH = 4 << 20  # of long documents fewer, so that memory stays flat
 
+SPLIT = b"expertctl split\n"
+"""What the digest that decides on a document's side begins with."""
+
 Tell = Callable[[int], None]
 
 
@@ -235,8 +238,12 @@ def _split_border(documents: Iterable[str], share: float) -> float:
 
 
 def _place(document: str) -> int:
-    """Return a number from 0 to 2**64 made of the text itself: equal documents stand on one side of the split."""
-    state = hashlib.sha256(document.encode("utf-8", errors="surrogatepass")).digest()
+    """Return a number from 0 to 2**64 made of the text itself: equal documents stand on one side of the split.
+
+    Text that was sampled by its plain sha256, as corpora often are, would all stand on one side of it; so the digest
+    is one that nothing else takes.
+    """
+    state = hashlib.sha256(SPLIT + document.encode("utf-8", errors="surrogatepass")).digest()
     return int.from_bytes(state[:8], "big")
 
 

@@ -21,7 +21,9 @@ from ...core.files import exclusive, mendable, write_json, write_text
 from ...core.workspace import CONFIG_FILE, Layout
 from ..branching import branch
 from ..corpora import prepare_domain
+from ..run_inputs import RunInputs
 from ..runs import RUN_FILE, read_run
+from ..starting_point import training_blocks
 from .owner import PROCESS_FILE, PROGRESS_FILE, Owner
 from .progress import FailureCode, Progress
 from .requests import ExpertRequest
@@ -67,6 +69,11 @@ def work(
             prepare_domain(layout, request.owner, project.domains[request.owner], layout.seed)
             note.phase = "TRAINING"
             _branch(layout, project, request)
+            note.phase = "DATA"
+            training_blocks(
+                RunInputs.of_folder(layout.experts / request.owner)
+            )  # refuses text of less than a block
+            note.phase = "TRAINING"
             _train(layout, request, note, stopped)
         except Exception as error:
             note.failed(error)

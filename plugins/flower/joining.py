@@ -59,12 +59,21 @@ def join(
                 if member.known:
                     node.tick()
                     work.step()
-                if until_done and owner.requests() and all(work.is_over(one) for one in owner.requests()):
+                if until_done and _is_done(owner, work):
                     return
                 stop.wait(TICK_S)
         finally:
             node.stop()
             client.close()
+
+
+def _is_done(owner: Owner, work: OwnerWork) -> bool:
+    """Tell whether all that was asked is over; raises `UserError` where what is left fails time after time."""
+    left = [request for request in owner.requests() if not work.is_over(request)]
+    reasons = [work.gave_up(request) for request in left]
+    if left and None not in reasons:
+        raise UserError(f"request {left[0].id}: {reasons[0]}; the same command tries again")
+    return bool(owner.requests()) and not left
 
 
 class _Member:

@@ -19,6 +19,8 @@ from .coordinator_client import CoordinatorClient, Declined, Unreachable
 TELL_S = 5.0
 """Between two messages about one training."""
 RETRY_S = (2.0, 5.0, 10.0, 30.0, 60.0)
+TRIES = 3
+"""Times that a training may fail before `join --once` gives up on it."""
 JUDGED_S = 2.0
 PARTS_OF_A_DELIVERY = 64
 SMALLEST_PART = 1 << 20
@@ -63,6 +65,14 @@ class OwnerWork:
     def is_over(self, request: ExpertRequest) -> bool:
         """Tell whether nothing is to be done for a request: delivered, refused, or too late."""
         return self._owner.outcome(request.id) is not None or request.deadline < datetime.now(UTC)
+
+    def gave_up(self, request: ExpertRequest) -> str | None:
+        """Return why a training that failed time after time is not worth waiting for, or None."""
+        progress = self._owner.progress(request.id)
+        failed = progress.state == "failed" and progress.code != "STOPPED"
+        if not failed or self._starts.get(request.id, 0) < TRIES or self._owner.is_working(request.id):
+            return None
+        return f"training failed ({progress.code}) {TRIES} times; {self._owner.run_folder(request.id) / 'work.log'} says why"
 
     def _advance(self, request: ExpertRequest) -> None:
         if not self._owner.has_seed(request):

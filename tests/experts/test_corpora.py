@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_one_path_is_split_by_document_and_equal_documents_stay_together(
     assert sorted(train + valid) == sorted(many + many)
     assert not set(train) & set(valid)
     assert 0.05 < len(valid) / len(many + many) < 0.15
+
+
+def test_text_that_was_sampled_by_its_digest_is_split_like_any_other(layout: Layout) -> None:
+    """Corpora are often cut to size by keeping the documents whose sha256 is low."""
+    texts = [f"document {number}" for number in range(20_000)]
+    sampled = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 8]
+    train, valid = split_of(layout, sampled, 0.1)
+    assert 0.05 < len(valid) / (len(train) + len(valid)) < 0.15
 
 
 def split_of(layout: Layout, texts: list[str], share: float) -> tuple[list[str], list[str]]:

@@ -180,7 +180,7 @@ def test_an_owner_takes_only_what_is_meant_for_it(
     ("break_it", "code"),
     [
         (lambda owner: owner.settings().data.write_text("{}"), "DATA"),
-        (lambda owner: owner.settings().data.write_text('{"text": "a"}\n{"text": "b"}\n'), "TRAINING"),
+        (lambda owner: owner.settings().data.write_text('{"text": "a"}\n{"text": "b"}\n'), "DATA"),
     ],
 )
 def test_what_fails_at_an_owner_is_told_outside_by_a_code_alone(

@@ -1,0 +1,193 @@
+"""`expertctl federate pack`, `work` and `deliver`: a federation by folders and files that are carried."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..core.errors import UserError
+from .context import Session, pass_session
+from .federate_options import (
+    coordinator_of,
+    default_state,
+    force_option,
+    recipe_from,
+    state_option,
+    with_recipe,
+)
+from .federate_review import agree, review_content
+from .group import cli_command
+
+if TYPE_CHECKING:
+    from ..experts.federation.owner import Owner
+
+
+@cli_command(
+    "pack", example="expertctl federate pack site-a --recipe flexolmo --tokens 2000000 -o for-site-a.tar"
+)
+@click.argument("name", metavar="NAME")
+@with_recipe
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder, or a file that ends in .tar.",
+)
+@click.option("--without-seed", is_flag=True, help="The owner has the seed already.")
+@force_option
+@pass_session
+def pack(
+    session: Session,
+    /,
+    name: str,
+    output: Path,
+    without_seed: bool,
+    force: bool,
+    deadline: str,
+    **recipe: Any,
+) -> None:
+    """Ask an owner for an expert by a folder or file that is carried there."""
+    from datetime import UTC
+
+    from ..experts.federation.packs import write_pack
+    from ..experts.federation.requests import deadline_in
+
+    coordinator = coordinator_of(session)
+    asked = coordinator.ask([name], recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC)))
+    if not asked:
+        raise UserError(f"'{name}' has delivered what this recipe asks for; ask for another recipe")
+    write_pack(coordinator, asked[0], output, with_seed=not without_seed, force=force)
+    session.finish(
+        {
+            "request": asked[0].id,
+            "owner": name,
+            "output": str(output),
+            "deadline": asked[0].deadline.isoformat(),
+        },
+        f"request {asked[0].id} for '{name}' is in {output}, until {asked[0].deadline:%Y-%m-%d %H:%M} UTC",
+        f"there: expertctl federate work {output.name} --data FOLDER -o delivery.tar",
+    )
+
+
+@cli_command("work", example="expertctl federate work for-site-a.tar --data ./private -o delivery.tar")
+@click.argument("pack_path", metavar="PACK", type=click.Path(path_type=Path))
+@click.option(
+    "--data", type=click.Path(path_type=Path), metavar="PATH", help="Your text: a folder or a file."
+)
+@click.option(
+    "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
+)
+@click.option("--licence", metavar="TEXT", help="Under which licence the text stands; told with the expert.")
+@click.option(
+    "--seed",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="The seed, where the pack has none.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="What goes to the coordinator: a folder, or a file that ends in .tar.",
+)
+@click.option("--review", is_flag=True, help="Show every tensor that would leave, then ask.")
+@click.option("--yes", is_flag=True, help="Write the delivery without asking.")
+@state_option
+@force_option
+@pass_session
+def work(
+    session: Session,
+    pack_path: Path,
+    data: Path | None,
+    text_field: str,
+    licence: str | None,
+    seed: Path | None,
+    output: Path,
+    review: bool,
+    yes: bool,
+    state: Path | None,
+    force: bool,
+) -> None:
+    """Train what a pack asks for, next to your text, and write what goes back.
+
+    Stopped at any point, the same command goes on. Before anything is written for the coordinator you are shown what it
+    is, and asked.
+    """
+    from ..core.files import refuse_existing
+    from ..experts.federation.owner import Owner, OwnerSettings
+    from ..experts.federation.packs import SEED_FOLDER, opened, read_request, write_delivery
+
+    refuse_existing(output, force=force, what="delivery")
+    owner = Owner(state or default_state())
+    owner.key()
+    if data is not None:
+        owner.configure(OwnerSettings(data, text_field, licence))
+    owner.settings()
+    with opened(pack_path, owner.state) as folder:
+        request = read_request(folder)
+        owner.take(request)
+        if not owner.has_seed(request):
+            source = seed or folder / SEED_FOLDER
+            if not source.is_dir():
+                raise UserError("the pack has no seed; name its folder with --seed")
+            owner.use_seed(request, source)
+    _train(session, owner, request.id)
+    found = owner.review(request.id)
+    agree(session, found, whole=review, yes=yes)
+    write_delivery(owner.delivery_folder(request.id), output, force=force)
+    session.finish(
+        {"request": request.id, "output": str(output), **review_content(found)},
+        f"the expert is in {output}; hand it to the coordinator: expertctl federate deliver {output.name}",
+    )
+
+
+def _train(session: Session, owner: Owner, identifier: str) -> None:
+    """Train in this process, showing how far it is; Ctrl-C leaves a checkpoint."""
+    import signal
+    import threading
+
+    from ..experts.federation.progress import Progress
+    from ..experts.federation.work import work as train
+
+    stop = threading.Event()
+    previous = {one: signal.signal(one, lambda *_: stop.set()) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with session.count("training", "steps") as count:
+
+            def tell(progress: Progress) -> None:
+                count.total = progress.steps or None
+                count.to(progress.step)
+
+            train(owner, identifier, tell, stop.is_set)
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler)
+
+
+@cli_command("deliver", example="expertctl federate deliver delivery.tar")
+@click.argument("delivery", metavar="DELIVERY", type=click.Path(path_type=Path))
+@pass_session
+def deliver(session: Session, delivery: Path) -> None:
+    """Take in what an owner has sent as a folder or file.
+
+    Every check that can be made without the owner's text is made first. A delivery that is refused is put apart with the reason, and the command exits 1.
+    """
+    from ..experts.federation.packs import hand_in, opened
+
+    coordinator = coordinator_of(session)
+    with opened(delivery, coordinator.root) as folder:
+        request, refusal = hand_in(coordinator, folder)
+    if refusal is not None:
+        raise UserError(f"the delivery of '{request.owner}' is refused: {refusal}")
+    expert = coordinator.ledger.states()[request.id].detail
+    session.finish(
+        {"request": request.id, "owner": request.owner, "expert": expert},
+        f"the expert of '{request.owner}' is accepted: experts/{expert}",
+    )

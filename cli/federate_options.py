@@ -1,0 +1,106 @@
+"""What the commands of `expertctl federate` share: an owner's state, the coordinator at hand, and options that say what is asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .context import Session
+from .parsing import as_dictionary, setting
+
+if TYPE_CHECKING:
+    from ..experts.federation.coordinator import Coordinator
+    from ..experts.federation.requests import Recipe
+
+STATE_FOLDER = Path("expertctl") / "owner"
+
+
+def default_state() -> Path:
+    """Return where an owner's state is kept unless another folder is named."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / STATE_FOLDER
+
+
+state_option = click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The owner's state folder. Default: ~/.local/state/expertctl/owner",
+)
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+
+recipe_options = [
+    click.option(
+        "--recipe",
+        "recipe_name",
+        default="flexolmo",
+        show_default=True,
+        metavar="NAME",
+        help="flexolmo (a feed-forward beside the frozen public one), btm (the whole model), or a trainer.",
+    ),
+    click.option(
+        "--tokens", type=click.IntRange(min=1), metavar="N", help="Tokens that each expert trains on."
+    ),
+    click.option(
+        "--set",
+        "settings",
+        type=setting,
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A setting of the training.",
+    ),
+    click.option(
+        "--option",
+        "options",
+        type=setting,
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An option of the trainer.",
+    ),
+    click.option(
+        "--dp",
+        metavar="epsilon=E,delta=D",
+        help="Ask for training with differential privacy, and refuse what spent more.",
+    ),
+    click.option(
+        "--deadline",
+        default="14d",
+        show_default=True,
+        metavar="TIME",
+        help="Time until the deadline: 48h, 14d.",
+    ),
+]
+
+
+def with_recipe(function: click.decorators.FC) -> click.decorators.FC:
+    """Add the options that say what is asked for."""
+    for option in reversed(recipe_options):
+        function = option(function)
+    return function
+
+
+def recipe_from(
+    recipe_name: str,
+    tokens: int | None,
+    settings: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+    dp: str | None,
+) -> Recipe:
+    """Return the recipe that the options of `with_recipe` describe."""
+    from ..experts.federation.recipes import recipe_of
+
+    training = as_dictionary((*settings, *((("tokens", tokens),) if tokens is not None else ())))
+    privacy = as_dictionary(setting(part) for part in dp.split(",")) if dp is not None else None
+    return recipe_of(recipe_name, as_dictionary(options), training, privacy)
+
+
+def coordinator_of(session: Session) -> Coordinator:
+    """Return the coordinator of the workspace at hand."""
+    from ..experts.federation.coordinator import Coordinator
+    from ..experts.federation.held_out import held_out_measure
+
+    layout = session.open().layout
+    return Coordinator(layout, measure=held_out_measure(layout))

@@ -1,0 +1,65 @@
+"""When `join --once` ends: what was asked is over, or fails time after time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from federation_members import BTM, fetch_seed
+
+from expertctl import UserError
+from expertctl.core.files import write_json
+from expertctl.experts.federation.owner import Owner
+from expertctl.experts.federation.progress import FailureCode, Progress
+from expertctl.plugins.flower import owner_work
+from expertctl.plugins.flower.joining import _is_done
+from expertctl.plugins.flower.owner_work import TRIES, OwnerWork
+
+
+@pytest.mark.parametrize(("code", "ends"), [("DATA", True), ("STOPPED", False)])
+def test_a_training_that_fails_time_after_time_ends_it_in_one_line(
+    hub: Any,
+    new_owner: Callable[[str], Owner],
+    monkeypatch: pytest.MonkeyPatch,
+    code: FailureCode,
+    ends: bool,
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
+    owner.take(request)
+    fetch_seed(hub.coordinator, owner, request)
+    starts = []
+
+    def fail(self: Owner, identifier: str) -> None:
+        starts.append(identifier)
+        self.run_folder(identifier).mkdir(parents=True, exist_ok=True)
+        write_json(self.run_folder(identifier) / "progress.json", Progress("failed", code=code).as_json())
+
+    monkeypatch.setattr(Owner, "start", fail)
+    monkeypatch.setattr(owner_work, "RETRY_S", (0.0,))
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    for _ in range(TRIES - 1):
+        work.step()
+        assert not _is_done(owner, work)
+    work.step()
+    assert len(starts) == TRIES
+    if ends:
+        with pytest.raises(
+            UserError, match=f"training failed \\({code}\\) {TRIES} times; .*work.log says why"
+        ):
+            _is_done(owner, work)
+    else:
+        assert not _is_done(owner, work)
+
+
+def test_it_ends_when_everything_is_over(hub: Any, new_owner: Callable[[str], Owner]) -> None:
+    owner = new_owner("site-a")
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    assert not _is_done(owner, work)  # nothing was asked yet
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
+    owner.take(request)
+    assert not _is_done(owner, work)
+    owner.note_outcome(request.id, None)
+    assert _is_done(owner, work)
