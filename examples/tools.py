@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PUBLIC = "public"
 
@@ -38,6 +42,34 @@ def divided_text(
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         found[PUBLIC][part] = path
     return found
+
+
+def results_over_seeds(
+    options: argparse.Namespace, one_seed: Callable[[Path, int, argparse.Namespace], Any]
+) -> list[Any]:
+    """Carry an example out for each of `options.seeds`, in a workspace of its own below `options.out`; return what it gives.
+
+    What is finished stands in `rows.json` and is not done again.
+    """
+    results = []
+    for seed in options.seeds:
+        print(f"random seed {seed}", file=sys.stderr)
+        root = options.out.resolve() / f"seed-{seed}"
+        rows = root / "rows.json"
+        root.mkdir(parents=True, exist_ok=True)
+        if not rows.exists():
+            rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
+        results.append(json.loads(rows.read_text()))
+    return results
+
+
+def write_config(root: Path, config: Mapping[str, Any]) -> None:
+    """Write a workspace's `expertctl.yaml`; ends the example where one of other settings is there."""
+    content = json.dumps(config, indent=2)  # JSON is YAML
+    path = root / "expertctl.yaml"
+    if path.exists() and path.read_text() != content:
+        sys.exit(f"{path} is of other settings; name another --out")
+    path.write_text(content)
 
 
 def table_over_seeds(

@@ -11,10 +11,13 @@ Prints the table of mean bits per byte over the domains; `rows.json` in each wor
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools import results_over_seeds, write_config
 
 from expertctl import Workspace
 from expertctl.core.lineage import read_manifest
@@ -51,15 +54,7 @@ ORDER = (
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    results = []
-    for seed in options.seeds:
-        print(f"random seed {seed}", file=sys.stderr)
-        root = options.out / f"seed-{seed}"
-        rows = root / "rows.json"
-        root.mkdir(parents=True, exist_ok=True)
-        if not rows.exists():
-            rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
-        results.append(json.loads(rows.read_text()))
+    results = results_over_seeds(options, one_seed)
     print(markdown(results, options.seeds))
 
 
@@ -100,11 +95,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
         "experts": {name: {"domain": name} for name in domains},
     }
     root.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2)  # JSON is YAML
-    path = root / "expertctl.yaml"
-    if path.exists() and path.read_text() != text:
-        sys.exit(f"{path} is of other settings; name another --out")
-    path.write_text(text)
+    write_config(root, config)
     return Workspace(root)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import PUBLIC, divided_text, table_over_seeds
+from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
 
 from expertctl import Workspace
 
@@ -45,15 +45,7 @@ ORDER = ("seed", "best single expert", *MERGES, *TUNED)
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    results = []
-    for seed in options.seeds:
-        print(f"random seed {seed}", file=sys.stderr)
-        root = options.out.resolve() / f"seed-{seed}"
-        rows = root / "rows.json"
-        root.mkdir(parents=True, exist_ok=True)
-        if not rows.exists():
-            rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
-        results.append(json.loads(rows.read_text()))
+    results = results_over_seeds(options, one_seed)
     for what, pick in (("own domains, mean", own_mean), (f"{CROSSED} text", lambda row: row[CROSSED])):
         rows_ = [{name: pick(row) for name, row in result["scores"].items()} for result in results]
         print(table_over_seeds(f"bits per byte, {what}", ORDER, rows_, options.seeds), end="\n\n")
@@ -196,11 +188,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
             for domain in options.domains
         },
     }
-    content = json.dumps(config, indent=2)  # JSON is YAML
-    path = root / "expertctl.yaml"
-    if path.exists() and path.read_text() != content:
-        sys.exit(f"{path} is of other settings; name another --out")
-    path.write_text(content)
+    write_config(root, config)
     return Workspace(root)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import PUBLIC, divided_text, table_over_seeds
+from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
 
 from expertctl import Workspace
 from expertctl.merge.expert_changes import change_experts
@@ -63,15 +63,9 @@ ORDER = ("seed", "best single expert", *MERGES, *TUNED, FOLLOWED_BY_ALL, UNRESTR
 
 def main() -> None:
     options = parse(sys.argv[1:])
-    results = []
+    results = results_over_seeds(options, one_seed)
     for seed in options.seeds:
-        print(f"random seed {seed}", file=sys.stderr)
         root = options.out.resolve() / f"seed-{seed}"
-        rows = root / "rows.json"
-        root.mkdir(parents=True, exist_ok=True)
-        if not rows.exists():
-            rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
-        results.append(json.loads(rows.read_text()))
         leaving = root / "leaving.json"
         if not leaving.exists():
             leaving.write_text(json.dumps(without_each(Workspace(root)), indent=2) + "\n")
@@ -149,11 +143,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
             if owner != PUBLIC and (options.ablations or kind not in ABLATED)
         },
     }
-    content = json.dumps(config, indent=2)  # JSON is YAML
-    path = root / "expertctl.yaml"
-    if path.exists() and path.read_text() != content:
-        sys.exit(f"{path} is of other settings; name another --out")
-    path.write_text(content)
+    write_config(root, config)
     return Workspace(root)
 
 
