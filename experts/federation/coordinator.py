@@ -112,6 +112,12 @@ class Coordinator:
                 return read_part(self.layout.seed / file, parts, index)
         raise UserError("the seed has no such file")
 
+    def note_handed(self, request_id: str, code: str) -> None:
+        """Keep what an owner's machine answered when it was handed a request: `TAKEN`, or why not."""
+        (self.root / "handed").mkdir(exist_ok=True, mode=0o700)
+        at = self._now().isoformat(timespec="seconds")
+        write_json(self.root / "handed" / f"{request_id}.json", {"code": code, "at": at})
+
     # --- receiving ---
 
     def note_progress(self, name: str, request_id: str, progress: Progress) -> None:
@@ -241,13 +247,20 @@ class Coordinator:
                 request = self.request(entry.request)
                 progress, seen = self._progress(request.id)
                 late = entry.state == "asked" and request.deadline <= self._now()
-                detail = "the deadline has passed" if late else entry.detail if entry.state != "asked" else ""
+                waiting = "the deadline has passed" if late else self._not_taken(request.id)
+                detail = waiting if entry.state == "asked" else entry.detail
                 found.append(
                     OwnerStatus(
                         member.name, request.id, entry.state, detail, progress, seen, request.deadline
                     )
                 )
         return found
+
+    def _not_taken(self, request_id: str) -> str:
+        """Return what an owner's machine answered if it did not take a request."""
+        path = self.root / "handed" / f"{request_id}.json"
+        code = read_json(path)["code"] if path.is_file() else "TAKEN"
+        return "" if code == "TAKEN" else f"the owner's machine answered {code}"
 
     def _progress(self, request_id: str) -> tuple[Progress | None, datetime | None]:
         path = self.root / "progress" / f"{request_id}.json"

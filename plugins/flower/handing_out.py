@@ -14,14 +14,12 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from ...core.files import write_json
 from ...core.workspace import Layout
 from ...experts.federation.coordinator import Coordinator
 from ...experts.federation.requests import ExpertRequest
 from .superlink import SIGN_OF_LIFE
 
 TAKE = "train.expert"
-ASK = "query.progress"
 PAUSE_S = 2.0
 AGAIN_S = 60.0
 """After which a request that nobody has taken is handed out again."""
@@ -63,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
             if request_id:
                 code = code_of(reply)
                 log.info("request %s: %s", request_id, code)
-                _note(coordinator.root, request_id, code)
+                coordinator.note_handed(request_id, code)
                 if code == "TAKEN":
                     handed[request_id] = (handed[request_id][0], float("inf"))
         sign.touch()
@@ -100,9 +98,3 @@ def code_of(reply: Message) -> str:
     except (KeyError, AttributeError):
         return "NO_ANSWER"
     return code if code.replace("_", "").isupper() and len(code) < 40 else "NO_CODE"
-
-
-def _note(root: Path, request_id: str, code: str) -> None:
-    (root / "handed").mkdir(exist_ok=True, mode=0o700)
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(root / "handed" / f"{request_id}.json", {"code": code, "at": at})

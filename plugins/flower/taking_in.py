@@ -29,12 +29,6 @@ def take(message: Message, context: Context) -> Message:
     return _answer(message, lambda: take_in(message, Path(str(context.node_config[STATE_SETTING]))))
 
 
-@app.query("progress")
-def progress(message: Message, context: Context) -> Message:
-    """Say how far a training is: the state of it, as one code."""
-    return _answer(message, lambda: tell_progress(message, Path(str(context.node_config[STATE_SETTING]))))
-
-
 def take_in(message: Message, state: Path) -> str:
     """Remember a request; one that was refused before and is asked for again is delivered again."""
     owner = Owner(state)
@@ -43,12 +37,6 @@ def take_in(message: Message, state: Path) -> str:
     if owner.outcome(request.id) not in (None, "accepted"):
         (state / "outcomes" / f"{request.id}.json").unlink()
     return "TAKEN"
-
-
-def tell_progress(message: Message, state: Path) -> str:
-    """Return the state of a request's training."""
-    found = Owner(state).progress(_text(message, "id"))
-    return found.state.upper() + (f"_{found.code}" if found.code else "")
 
 
 def _text(message: Message, name: str) -> str:

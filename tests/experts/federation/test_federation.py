@@ -122,6 +122,17 @@ def test_a_restarted_coordinator_and_owner_know_everything(
     assert hand_in(again, folder, "site-a", request.id, signed) is None
 
 
+def test_a_request_that_an_owners_machine_does_not_take_shows_in_the_status(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    coordinator.note_handed(request.id, "NOT_TAKEN")
+    assert coordinator.status()[0].detail == "the owner's machine answered NOT_TAKEN"
+    coordinator.note_handed(request.id, "TAKEN")
+    assert coordinator.status()[0].detail == ""
+
+
 def test_a_late_owner_is_welcome_when_asked_again(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
