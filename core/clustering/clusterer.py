@@ -169,9 +169,8 @@ def fit_clusterer(
     if width < 1:
         vectors = np.ones((len(vocabulary), 1), np.float32) * idf.idf_[:, None].astype(np.float32)
     else:
-        with np.errstate(
-            invalid="ignore"
-        ):  # duplicates only: of their variance 0 it takes shares, which nobody reads
+        # texts that are all the same have variance 0, of which scikit-learn takes shares that nobody reads
+        with np.errstate(invalid="ignore", divide="ignore"):
             svd = TruncatedSVD(n_components=width, random_state=settings.seed).fit(weighted)
         vectors = (idf.idf_[:, None] * svd.components_.T).astype(np.float32)
     points = unit_rows(counts[used].astype(np.float32) @ vectors)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertctl import DocumentOrder, UserError, Workspace
@@ -65,6 +65,7 @@ def test_the_path_is_that_of_the_papers_algorithm(size: int, count: int, seed: i
 
 
 @given(st.lists(st.text(alphabet="ab cd", max_size=12), max_size=30))
+@example(["aa ab", "aa ab", "aa ab"])
 @settings(max_examples=40, deadline=None)
 def test_any_texts_come_back_each_once(texts: list[str]) -> None:
     order = in_context_order(texts)
