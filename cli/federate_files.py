@@ -133,6 +133,7 @@ def work(
     with opened(pack_path, owner.state) as folder:
         request = read_request(folder)
         owner.take(request)
+        owner.drop_superseded()
         if not owner.has_seed(request):
             source = seed or folder / SEED_FOLDER
             if not source.is_dir():

@@ -50,7 +50,7 @@ def write_artefact(
             write_tensors(run.folder / file, tensors)
     # how well it predicts private text is itself a function of that text, without noise
     private = loop.statement()
-    _manifest(run, metrics if private is None else {}, private).write(run.folder)
+    run_manifest(run, metrics if private is None else {}, private).write(run.folder)
 
 
 def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,8 +68,16 @@ def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
-def _manifest(run: RunInputs, metrics: Mapping[str, Any], privacy: Mapping[str, Any] | None) -> Manifest:
+def run_manifest(
+    run: RunInputs,
+    metrics: Mapping[str, Any],
+    privacy: Mapping[str, Any] | None = None,
+    *,
+    trained_tokens: int | None = None,
+) -> Manifest:
+    """Return the manifest of a run's folder, whose tensors are written; `trained_tokens` default to the run's budget."""
     spec = run.spec
+    budget = spec.training.steps * spec.training.tokens_per_step
     tensors, files = digests_of_folder(run.folder)
     return Manifest(
         kind=spec.kind,
@@ -82,7 +90,7 @@ def _manifest(run: RunInputs, metrics: Mapping[str, Any], privacy: Mapping[str, 
         config=spec.content(),
         data={
             "domains": {domain.name: domain.statement(private=spec.dp is not None) for domain in run.domains},
-            "trained_tokens": spec.training.steps * spec.training.tokens_per_step,
+            "trained_tokens": budget if trained_tokens is None else trained_tokens,
             **({"privacy": privacy} if privacy is not None else {}),
         },
         metrics=metrics,

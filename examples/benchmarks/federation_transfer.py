@@ -219,7 +219,7 @@ def owner(folder: Path) -> dict[str, float]:
     begun = time.monotonic()
     for writer in one.seed_writers(request):
         for index in writer.missing():
-            writer.put(index, client.seed_part(writer.file, index))
+            writer.put(index, client.seed_part(request.id, writer.file, index))
     for writer in one.seed_writers(request):
         writer.finish()
     down = time.monotonic() - begun

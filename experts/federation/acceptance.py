@@ -83,8 +83,8 @@ class HeldOut:
     expert: float
 
 
-Measure = Callable[[Path], HeldOut | None]
-"""Scores an expert's folder; None where there is no public text."""
+Measure = Callable[[Path, Path], HeldOut | None]
+"""Scores the folders of a seed and of what was made of it; None where there is no public text."""
 
 
 class _Refused(Exception):
@@ -122,15 +122,15 @@ def refusal_of_expert(
     request: ExpertRequest,
     seed: Path,
     rules: Rules,
-    measure: Measure = lambda folder: None,
+    held_out: Callable[[], HeldOut | None] = lambda: None,
 ) -> Refusal | None:
-    """Judge an expert whose files are all there; None: it is taken."""
+    """Judge an expert whose files are all there; None: it is taken. `held_out` is called only if all else is good."""
     try:
         manifest = _checked_manifest(folder, signed, request)
         _check_privacy(manifest, request)
         _check_tensors(folder, manifest, seed, rules)
         _check_beside(folder, rules)
-        losses = measure(folder)
+        losses = held_out()
     except _Refused as refused:
         return refused.refusal
     if (

@@ -36,7 +36,7 @@ class OuterRecipe:
     learning_rate: float
     momentum: float
     by_tokens: bool
-    """Whether owners count by the tokens that they trained on, or all the same."""
+    """Whether owners count by the tokens of their text (n_k in the paper), or all the same."""
 
 
 OUTER_RECIPES = {

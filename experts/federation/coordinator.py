@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,14 +11,16 @@ from pathlib import Path
 from ...core.errors import UserError
 from ...core.files import exclusive, new_folder, read_json, remove_tree, write_json
 from ...core.lineage import read_manifest
-from ...core.workspace import Layout, check_name
-from .acceptance import Measure, Refusal, RefusalCode, Rules, refusal_of_expert, refusal_of_statement
+from ...core.workspace import Layout
+from .acceptance import Measure, Refusal, RefusalCode, Rules, refusal_of_statement
 from .delivery import DELIVERY_FILE, Signed
+from .destinations import AmongExperts, Destination, IntoRound
 from .ledger import Entry, Ledger, State
 from .members import Members
 from .parts import FileParts, PartsWriter, parts_of, read_part
 from .progress import Progress
-from .requests import ExpertRequest, Recipe, is_identifier, new_identifier
+from .requests import ExpertRequest, Recipe, is_identifier, new_identifier, without_superseded
+from .shared_model import SharedModel, shared_model, shared_models
 
 FOLDER = "federation"
 REQUEST_SUFFIX = ".json"
@@ -46,30 +48,34 @@ class Coordinator:
         layout: Layout,
         *,
         rules: Rules | None = None,
-        measure: Measure = lambda folder: None,
+        measure: Measure = lambda seed, folder: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.layout, self.rules, self._measure, self._now = layout, rules or Rules(), measure, now
+        self.layout, self.rules, self._measure, self.now = layout, rules or Rules(), measure, now
         self.root = layout.root / FOLDER
         self.members = Members(self.root / "members.json")
         self.ledger = Ledger(self.root / "ledger.jsonl")
 
     # --- asking ---
 
-    def ask(self, names: Sequence[str], recipe: Recipe, deadline: datetime) -> list[ExpertRequest]:
+    def ask(
+        self, names: Sequence[str], recipe: Recipe, deadline: datetime, seed_folder: Path | None = None
+    ) -> list[ExpertRequest]:
         """Ask the owners who have not delivered; a request that is still open is renewed with the later deadline.
 
-        Raises `UserError` for a name that was not invited and for a workspace without a seed.
+        They start from the workspace's seed, or from that in `seed_folder`. Raises `UserError` for a name that was not
+        invited and for a workspace without a seed.
         """
         members = [self.members.named(name) for name in names]
-        seed = self._seed_digest()
+        start = seed_folder or self.layout.seed
+        seed = digest_of_seed(start)
         wanted = self.ledger.missing(seed, recipe.digest, [member.name for member in members])
-        files = self._seed_files()
+        files = self._seed_files(start)
         found = []
         for member in members:
             if member.name not in wanted:
                 continue
-            old = self._latest(member.name, seed, recipe.digest)
+            old = self.latest(member.name, seed, recipe.digest)
             request = ExpertRequest(
                 old.id if old is not None else new_identifier(),
                 member.name,
@@ -99,23 +105,42 @@ class Coordinator:
 
     def open_requests(self, name: str) -> list[ExpertRequest]:
         """Return what an owner is asked for and has not delivered, the deadline not having passed."""
-        return [
-            request
+        found = [
+            self.request(entry.request)
             for entry in self.ledger.states_of(name).values()
-            if entry.state != "accepted" and (request := self.request(entry.request)).deadline > self._now()
+            if entry.state != "accepted"
         ]
+        return [request for request in found if request.deadline > self.now() and self._is_of_now(request)]
 
-    def seed_part(self, file: str, index: int) -> bytes:
-        """Return a part of one of the seed's files."""
-        for parts in self._seed_files():
+    def seed_folder(self, request: ExpertRequest) -> Path:
+        """Return where the seed of a request lies; raises `UserError` where another one has taken its place."""
+        folder = self._destination(request).seed
+        if digest_of_seed(folder) != request.seed:
+            raise UserError(
+                f"the seed of request {request.id} is not there any more: it was made again, or its round is over; ask again"
+            )
+        return folder
+
+    def seed_part(self, name: str, request_id: str, file: str, index: int) -> bytes:
+        """Return a part of one of the files of the seed that an owner was asked to start from."""
+        request = self._own(name, request_id)
+        for parts in request.seed_files:
             if parts.name == file:
-                return read_part(self.layout.seed / file, parts, index)
+                return read_part(self.seed_folder(request) / file, parts, index)
         raise UserError("the seed has no such file")
+
+    def shared_models(self) -> dict[str, SharedModel]:
+        """Return the models that owners train together, by name."""
+        return shared_models(self.shared_root)
+
+    @property
+    def shared_root(self) -> Path:
+        return self.root / "shared"
 
     def note_handed(self, request_id: str, code: str) -> None:
         """Keep what an owner's machine answered when it was handed a request: `TAKEN`, or why not."""
         (self.root / "handed").mkdir(exist_ok=True, mode=0o700)
-        at = self._now().isoformat(timespec="seconds")
+        at = self.now().isoformat(timespec="seconds")
         write_json(self.root / "handed" / f"{request_id}.json", {"code": code, "at": at})
 
     # --- receiving ---
@@ -126,7 +151,7 @@ class Coordinator:
         (self.root / "progress").mkdir(parents=True, exist_ok=True)
         write_json(
             self.root / "progress" / f"{request_id}.json",
-            {**progress.as_json(), "at": self._now().isoformat(timespec="seconds")},
+            {**progress.as_json(), "at": self.now().isoformat(timespec="seconds")},
         )
 
     def begin(self, name: str, request_id: str, signed: Signed) -> Refusal | dict[str, list[int]]:
@@ -180,11 +205,10 @@ class Coordinator:
                 self._note("delivered", request, delivery=signed.statement.expert)
                 bare = folder.with_name(f"{request_id}-expert")
                 self._without_statement(folder, bare, signed)
-                refusal = refusal_of_expert(
-                    bare, signed, request, self.layout.seed, self.rules, self._measure
-                )
+                destination = self._destination(request)
+                refusal = destination.judge(bare, signed, request)
                 if refusal is None:
-                    expert = self._take(bare, request)
+                    expert = destination.take(bare, request)
                     self._note("accepted", request, expert, signed.statement.expert)
                     write_json(self.root / "accepted" / f"{request_id}.json", signed.as_json())
                     remove_tree(folder)
@@ -195,7 +219,7 @@ class Coordinator:
 
     def _refusal_before(self, request: ExpertRequest, signed: Signed) -> Refusal | None:
         member = self.members.named(request.owner)
-        if self._now() > request.deadline:
+        if self.now() > request.deadline:
             return Refusal(RefusalCode.LATE)
         seed_bytes = sum(file.size for file in request.seed_files)
         refusal = refusal_of_statement(signed, request, member.key, seed_bytes, self.rules)
@@ -225,14 +249,24 @@ class Coordinator:
             for file in signed.statement.files:
                 os.link(folder / file.name, partial / file.name)
 
-    def _take(self, bare: Path, request: ExpertRequest) -> str:
-        """Put an accepted expert into its place and return its name."""
-        name, number = request.owner, 2
-        while (self.layout.experts / name).exists():
-            name, number = f"{request.owner}-{number}", number + 1
-        self.layout.experts.mkdir(parents=True, exist_ok=True)
-        bare.rename(self.layout.experts / check_name(name, "an expert"))
-        return name
+    def _destination(self, request: ExpertRequest) -> Destination:
+        part = request.recipe.round
+        if part is None:
+            return AmongExperts(self.layout, self.rules, self._measure)
+        return IntoRound(shared_model(self.shared_root, part.model), self.rules, self._measure, self.now)
+
+    def _is_of_now(self, request: ExpertRequest) -> bool:
+        """Tell whether a request is for an expert, or for a round that is open."""
+        part = request.recipe.round
+        found = self.shared_models().get(part.model) if part is not None else None
+        return part is None or (
+            found is not None and (found.identifier, found.rounds.number) == (part.rounds, part.number)
+        )
+
+    def accepted(self) -> Iterator[tuple[ExpertRequest, Signed]]:
+        """Yield every request whose delivery was taken, with what the owner signed."""
+        for path in sorted((self.root / "accepted").glob(f"*{REQUEST_SUFFIX}")):
+            yield self.request(path.stem), Signed.of_json(read_json(path))
 
     # --- telling ---
 
@@ -243,12 +277,18 @@ class Coordinator:
             own = self.ledger.states_of(member.name)
             if not own:
                 found.append(OwnerStatus(member.name, None, None, "", None, None, None))
+            requests = {entry.request: self.request(entry.request) for entry in own.values()}
+            current = {request.id for request in without_superseded(list(requests.values()))}
             for entry in own.values():
-                request = self.request(entry.request)
+                request = requests[entry.request]
+                if request.id not in current:
+                    continue
                 progress, seen = self._progress(request.id)
-                late = entry.state == "asked" and request.deadline <= self._now()
+                late = entry.state == "asked" and request.deadline <= self.now()
                 waiting = "the deadline has passed" if late else self._not_taken(request.id)
-                detail = waiting if entry.state == "asked" else entry.detail
+                detail = (
+                    (waiting or str(request.recipe.round or "")) if entry.state == "asked" else entry.detail
+                )
                 found.append(
                     OwnerStatus(
                         member.name, request.id, entry.state, detail, progress, seen, request.deadline
@@ -279,7 +319,7 @@ class Coordinator:
             raise UserError("there is no such request; ask the coordinator to ask again")
         return request
 
-    def _latest(self, name: str, seed: str, recipe: str) -> ExpertRequest | None:
+    def latest(self, name: str, seed: str, recipe: str) -> ExpertRequest | None:
         """Return the request for the same thing that was not accepted yet."""
         for entry in self.ledger.states_of(name).values():
             if (entry.seed, entry.recipe) == (seed, recipe) and entry.state != "accepted":
@@ -287,24 +327,19 @@ class Coordinator:
         return None
 
     def _note(self, state: State, request: ExpertRequest, detail: str = "", delivery: str = "") -> None:
-        at = self._now().isoformat(timespec="seconds")
+        at = self.now().isoformat(timespec="seconds")
         self.ledger.add(
             Entry(state, request.id, request.owner, request.seed, request.recipe.digest, at, detail, delivery)
         )
 
-    def _seed_digest(self) -> str:
-        if not (self.layout.seed / "seed.json").is_file():
-            raise UserError("there is no finished seed to hand out; make one with `expertctl seed`")
-        return read_manifest(self.layout.seed).digest
-
-    def _seed_files(self) -> tuple[FileParts, ...]:
-        """Return the parts of what an owner needs of the seed: its files, without the state of its training."""
-        digest = self._seed_digest()
+    def _seed_files(self, folder: Path) -> tuple[FileParts, ...]:
+        """Return the parts of what an owner needs of a seed: its files, without the state of its training."""
+        digest = digest_of_seed(folder)
         kept = self.root / f"seed-{digest[:16]}.json"
         if kept.is_file():
             return tuple(FileParts.of_json(file) for file in read_json(kept)["files"])
-        names = [*read_manifest(self.layout.seed).files, "seed.json"]
-        files = tuple(parts_of(self.layout.seed / name) for name in sorted(names) if "/" not in name)
+        names = [*read_manifest(folder).files, "seed.json"]
+        files = tuple(parts_of(folder / name) for name in sorted(names) if "/" not in name)
         self._make_root()
         write_json(kept, {"files": [file.as_json() for file in files]})
         return files
@@ -319,3 +354,10 @@ class Coordinator:
 
     def _incoming(self, request_id: str) -> Path:
         return self.root / "incoming" / request_id
+
+
+def digest_of_seed(folder: Path) -> str:
+    """Return the digest of a finished seed; raises `UserError` where there is none."""
+    if not (folder / "seed.json").is_file():
+        raise UserError("there is no finished seed to hand out; make one with `expertctl seed`")
+    return read_manifest(folder).digest

@@ -1,4 +1,4 @@
-"""How well a delivered expert does on public text, beside the seed: `python -m expertctl.experts.federation.held_out ROOT EXPERT`.
+"""How well a delivered expert does on public text, beside the seed: `python -m expertctl.experts.federation.held_out ROOT SEED EXPERT`.
 
 Models are loaded in a process of their own, so that whoever receives deliveries stays small.
 """
@@ -21,15 +21,15 @@ METRIC = "bits_per_byte"
 
 
 def held_out_measure(layout: Layout) -> Measure:
-    """Return what measures experts on the workspace's public text: the seed's own domains, or all there are.
+    """Return what measures models on the workspace's public text: the seed's own domains, or all there are.
 
     Where there is no text it returns None, and the bound is not checked.
     """
 
-    def measure(folder: Path) -> HeldOut | None:
+    def measure(seed: Path, folder: Path) -> HeldOut | None:
         if not public_domains(layout, load_project(layout.config_file)):
             return None
-        command = [sys.executable, "-P", "-m", __name__, str(layout.root), str(folder)]
+        command = [sys.executable, "-P", "-m", __name__, str(layout.root), str(seed), str(folder)]
         found = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if found.returncode != 0:
             return HeldOut(1.0, float("nan"))  # it cannot even be loaded
@@ -51,13 +51,13 @@ def main(arguments: list[str]) -> int:
     from ..evaluation import evaluate
 
     prepare_libraries()
-    layout, folder = Layout(Path(arguments[0])), Path(arguments[1])
+    layout, seed, folder = Layout(Path(arguments[0])), Path(arguments[1]), Path(arguments[2])
     project = load_project(layout.config_file)
     try:
         table = evaluate(
             layout,
             project,
-            {"seed": layout.seed, "expert": folder},
+            {"seed": seed, "expert": folder},
             public_domains(layout, project),
             jobs=1,
         )

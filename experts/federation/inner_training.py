@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.config import TrainingConfig
-from ...core.errors import UserError
+from ...core.errors import Interrupted, UserError
 from ...core.loading import checkpoint_tensors, overlay_tensors
 from ...core.safetensors_io import Checkpoint, torch_dtype, write_tensors
 from ...core.token_store import BalancedUnion, Blocks, SharedUnion
@@ -38,9 +38,14 @@ class InnerTraining:
     """Optimiser steps in a round (H in the paper)."""
     told: Callable[[int, float], None] = lambda step, loss: None
     """Hears the number and the loss, in nats per token, of every step."""
+    stopped: Callable[[], bool] = lambda: False
+    """Asked after every step; once it says yes, the state is saved and the training ends there."""
 
     def __call__(self, task: OwnerTask) -> int:
-        """Train one round; raises `UserError` where the owner is further than the round, or training diverges."""
+        """Train one round and return the tokens of the owner's text, by which FedAvg counts owners.
+
+        Raises `UserError` where the owner is further than the round, or training diverges, and `Interrupted` after a stop.
+        """
         import math
 
         import torch
@@ -67,6 +72,9 @@ class InnerTraining:
             if report.step == end:
                 save_checkpoint(loop, self.state)
                 break
+            if self.stopped():
+                save_checkpoint(loop, self.state)
+                raise Interrupted(f"stopped at step {report.step} of {end}; the same command goes on")
             if time.monotonic() - saved_at >= self.config.checkpoint_seconds:
                 save_checkpoint(loop, self.state)
                 saved_at = time.monotonic()
@@ -75,7 +83,7 @@ class InnerTraining:
             for name, tensor in checkpoint_tensors(model).items()
         }
         write_tensors(task.result, stored)
-        return self.steps * self.config.tokens_per_step
+        return len(self.blocks) * self.config.sequence_length
 
     def _go_on(self, loop: TrainingLoop, begin: int, end: int, shared: Checkpoint) -> None:
         """Put the owner's own state into the loop: in the middle of the round, at its end, or at its beginning."""

@@ -3,33 +3,37 @@
 Everything is in the owner's state folder, which nobody else can read:
 
     owner.key owner.pub   settings.json (where the text is)   requests/ID.json   seeds/DIGEST/
-    runs/ID/ (a workspace)   deliveries/ID/   outcomes/ID.json
+    runs/ID/ (a workspace)   deliveries/ID/   outcomes/ID.json   shared/ROUNDS/ (kept from round to round)
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import UserError
-from ...core.files import is_alive, new_folder, read_json, readable_os_errors, write_json
+from ...core.files import is_alive, new_folder, read_json, readable_os_errors, remove_tree, write_json
 from ...core.lineage import TRAINING_FOLDER, read_manifest, require_intact
 from ...core.safetensors_io import SINGLE_FILE, Checkpoint
 from .delivery import Signed, make_delivery
 from .keys import OwnerKey, read_key
 from .parts import PartsWriter, parts_of
 from .progress import Progress
-from .requests import ExpertRequest, is_identifier
+from .requests import ExpertRequest, is_identifier, without_superseded
 
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "work.log"
 PROGRESS_FILE = "progress.json"
 PROCESS_FILE = "process.txt"
+STOP_S = 10.0
+"""How long a training may take to end before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,33 @@ class Owner:
 
     def requests(self) -> list[ExpertRequest]:
         """Return what was asked so far."""
+        return without_superseded(self._all_requests())
+
+    def _all_requests(self) -> list[ExpertRequest]:
         paths = sorted((self.state / "requests").glob("*.json"))
         return [ExpertRequest.of_json(read_json(path)) for path in paths]
+
+    def drop_superseded(self) -> None:
+        """Let go of rounds of a shared model that a later one has taken the place of: their training, weights and seeds."""
+        everything, current = self._all_requests(), self.requests()
+        needed = {request.seed for request in current}
+        for request in everything:
+            if request in current:
+                continue
+            self.stop(request.id)
+            folders = [self.run_folder(request.id), self.delivery_folder(request.id)]
+            if request.seed not in needed:
+                folders += [self.seed_folder(request), self._incoming_seed(request)]
+            for folder in folders:
+                remove_tree(folder)
+            for name in ("outcomes", "requests"):
+                (self.state / name / f"{request.id}.json").unlink(missing_ok=True)
+
+    def shared_folder(self, request: ExpertRequest) -> Path:
+        """Return what is kept from one round of a shared model to the next: the text's tokens, and the optimiser's state."""
+        part = request.recipe.round
+        assert part is not None
+        return self.state / "shared" / _safe(part.rounds)
 
     def request(self, identifier: str) -> ExpertRequest:
         path = self.state / "requests" / f"{identifier}.json"
@@ -114,16 +143,21 @@ class Owner:
 
     def seed_writers(self, request: ExpertRequest) -> list[PartsWriter]:
         """Return what gathers the seed's files; `settle_seed` comes after the last part."""
-        folder = self.state / "seeds" / f"{_safe(request.seed)}.incoming"
+        folder = self._incoming_seed(request)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return [PartsWriter(folder, file) for file in request.seed_files]
+
+    def _incoming_seed(self, request: ExpertRequest) -> Path:
+        return self.state / "seeds" / f"{_safe(request.seed)}.incoming"
 
     def settle_seed(self, request: ExpertRequest) -> Path:
         """Check the seed that has arrived, against its digest and byte by byte, and keep it."""
         if self.has_seed(request):
             return self.seed_folder(request)
         files = [writer.finish() for writer in self.seed_writers(request)]
-        return self._keep_seed(request, {path.name: path for path in files})
+        kept = self._keep_seed(request, {path.name: path for path in files})
+        remove_tree(self._incoming_seed(request))
+        return kept
 
     def use_seed(self, request: ExpertRequest, folder: Path) -> Path:
         """Keep a seed that lies in a folder already; raises `UserError` for another one than was asked for."""
@@ -195,6 +229,14 @@ class Owner:
             )
         (folder / PROCESS_FILE).write_text(str(process.pid))
 
+    def stop(self, identifier: str) -> None:
+        """End the process that trains for a request, if there is one; what it has not saved is lost."""
+        path = self.run_folder(identifier) / PROCESS_FILE
+        end = time.monotonic() + STOP_S
+        while self.is_working(identifier):
+            os.kill(int(path.read_text()), signal.SIGTERM if time.monotonic() < end else signal.SIGKILL)
+            time.sleep(0.1)
+
     def is_working(self, identifier: str) -> bool:
         """Tell whether a process is training for a request."""
         path = self.run_folder(identifier) / PROCESS_FILE
@@ -254,6 +296,9 @@ class Owner:
         """Remember what became of a delivery: None for an accepted one, else the code of the refusal."""
         (self.state / "outcomes").mkdir(exist_ok=True, mode=0o700)
         write_json(self.state / "outcomes" / f"{_safe(identifier)}.json", {"refusal": refusal})
+        request = self.request(identifier)
+        if refusal is None and request.recipe.round is not None and request.recipe.round.is_last:
+            remove_tree(self.shared_folder(request))
 
     def outcome(self, identifier: str) -> str | None:
         """Return `accepted`, the code of a refusal, or None where nothing was delivered."""

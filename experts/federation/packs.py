@@ -35,8 +35,9 @@ def write_pack(
         write_json(folder / REQUEST_FILE, request.as_json())
         if with_seed:
             (folder / SEED_FOLDER).mkdir()
+            seed = coordinator.seed_folder(request)
             for file in request.seed_files:
-                link_or_copy(coordinator.layout.seed / file.name, folder / SEED_FOLDER / file.name)
+                link_or_copy(seed / file.name, folder / SEED_FOLDER / file.name)
 
 
 @contextmanager

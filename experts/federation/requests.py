@@ -6,17 +6,58 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ...core.errors import UserError
+from ...core.workspace import check_name
 from .parts import FileParts
 
 FORMAT = 1
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+@dataclass(frozen=True)
+class RoundOf:
+    """One round of a shared model, which an owner's part in it belongs to."""
+
+    model: str
+    """What the shared model is called."""
+    rounds: str
+    """Identifier of all its rounds: what an owner keeps from one to the next is kept under it."""
+    number: int
+    total: int
+    """Rounds that there will be."""
+    steps: int
+    """Optimiser steps in a round."""
+
+    def __post_init__(self) -> None:
+        numbers = (self.number, self.total, self.steps)
+        if not all(type(one) is int and 0 <= one < 10**9 for one in numbers) or not is_identifier(
+            self.rounds
+        ):
+            raise UserError("the round of a request makes no sense; ask for it again")
+        if not 0 <= self.number < self.total or self.steps < 1:
+            raise UserError("the round of a request is none of its rounds; ask for it again")
+        check_name(self.model, "a shared model")
+
+    def __str__(self) -> str:
+        return f"round {self.number + 1} of {self.total} of '{self.model}'"
+
+    @property
+    def is_last(self) -> bool:
+        return self.number + 1 == self.total
+
+    @classmethod
+    def of_json(cls, content: Any) -> RoundOf:
+        """Read what a recipe's `as_json` gives; raises `UserError` for anything else."""
+        _check_keys(content, {"model", "rounds", "number", "total", "steps"}, "a round")
+        if not isinstance(content["model"], str):
+            raise UserError("the round of a request has no name; ask for it again")
+        return cls(**content)
 
 
 @dataclass(frozen=True)
@@ -31,6 +72,8 @@ class Recipe:
     """Settings of the training loop that differ from the defaults: `tokens`, `learning_rate` ..."""
     privacy: Mapping[str, Any] | None = None
     """What differential privacy is asked for, or None."""
+    round: RoundOf | None = None
+    """Set: what is trained is not an expert, but the shared model for one round."""
 
     @property
     def digest(self) -> str:
@@ -43,12 +86,13 @@ class Recipe:
             "options": dict(self.options),
             "training": dict(self.training),
             "privacy": dict(self.privacy) if self.privacy is not None else None,
+            "round": asdict(self.round) if self.round is not None else None,
         }
 
     @classmethod
     def of_json(cls, content: Any) -> Recipe:
         """Read what `as_json` gives; raises `UserError` for anything else."""
-        _check_keys(content, {"trains", "options", "training", "privacy"}, "a recipe")
+        _check_keys(content, {"trains", "options", "training", "privacy", "round"}, "a recipe")
         privacy = content["privacy"]
         if (
             not isinstance(content["trains"], str)
@@ -57,7 +101,8 @@ class Recipe:
             or not (privacy is None or isinstance(privacy, dict))
         ):
             raise UserError("the recipe of a request makes no sense; ask for it again")
-        return cls(content["trains"], content["options"], content["training"], privacy)
+        part = RoundOf.of_json(content["round"]) if content["round"] is not None else None
+        return cls(content["trains"], content["options"], content["training"], privacy, part)
 
 
 @dataclass(frozen=True)
@@ -119,6 +164,19 @@ class ExpertRequest:
             Recipe.of_json(content["recipe"]),
             deadline,
         )
+
+
+def without_superseded(requests: Sequence[ExpertRequest]) -> list[ExpertRequest]:
+    """Return requests without those for a round of a shared model where a later round was asked for too."""
+    latest: dict[str, int] = {}
+    for request in requests:
+        if (part := request.recipe.round) is not None:
+            latest[part.rounds] = max(part.number, latest.get(part.rounds, 0))
+    return [
+        request
+        for request in requests
+        if (part := request.recipe.round) is None or part.number == latest[part.rounds]
+    ]
 
 
 def new_identifier() -> str:

@@ -25,7 +25,7 @@ class OwnerTask:
 
 
 TrainOwner = Callable[[OwnerTask], int]
-"""Trains one owner's weights into `task.result` and returns the tokens that it trained on. Called again for the same task after
+"""Trains one owner's weights into `task.result` and returns the tokens of the owner's text. Called again for the same task after
 a kill, it must give the same bytes. Raises `UserError` where the owner cannot deliver, who is then left out of the round."""
 
 

@@ -50,7 +50,7 @@ class Rounds:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.plan, self._start = read_plan(root)
+        self.plan, self.start = read_plan(root)  # the digest of the weights that round 0 starts from
         self.recipe = outer_recipe(self.plan.recipe)
 
     @classmethod
@@ -62,7 +62,7 @@ class Rounds:
         digest = digest_of_tensors(Checkpoint([start]).digests())
         if root.exists():
             found = cls(root)
-            if found.plan != plan or found._start != digest:
+            if found.plan != plan or found.start != digest:
                 raise UserError(
                     f"{root} holds rounds of another plan or model; choose another folder, or remove it"
                 )
@@ -126,14 +126,16 @@ class Rounds:
 
     # --- what moves it on ---
 
-    def deliver(self, owner: str, file: Path, weight: float, now: datetime) -> Refusal | None:
-        """Take in an owner's weights for the open round, trained on `weight` tokens, or say why not.
+    def deliver(
+        self, owner: str, file: Path, weight: float, now: datetime, *, number: int | None = None
+    ) -> Refusal | None:
+        """Take in an owner's weights for the open round, or say why not; `weight` is the tokens that the owner counts by.
 
-        Delivered again, the same weights change nothing, others replace the first. Raises `UserError` for somebody who is
-        no owner of these rounds.
+        Delivered again, the same weights change nothing, others replace the first. `number` is the round that they are meant
+        for. Raises `UserError` for somebody who is no owner of these rounds.
         """
         self._require_owner(owner)
-        number = self.number
+        number = self.number if number is None else number
         found: Refusal | Examined = Refusal(RefusalCode.MANIFEST, f"{weight:g} tokens")
         if math.isfinite(weight) and weight > 0:
             found = examine_weights(file, Checkpoint([self.shared]), self.plan.rules)

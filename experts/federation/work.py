@@ -74,7 +74,7 @@ def work(
                 RunInputs.of_folder(layout.experts / request.owner)
             )  # refuses text of less than a block
             note.phase = "TRAINING"
-            _train(layout, request, note, stopped)
+            _train(layout, owner, request, note, stopped)
         except Exception as error:
             note.failed(error)
             raise
@@ -93,6 +93,10 @@ def _workspace(owner: Owner, request: ExpertRequest) -> Layout:
     seed = root / "seed"
     if not seed.exists():
         seed.symlink_to(owner.seed_folder(request).resolve(), target_is_directory=True)
+    if request.recipe.round is not None and not (root / "corpora").exists():
+        corpora = owner.shared_folder(request) / "corpora"
+        corpora.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (root / "corpora").symlink_to(corpora.resolve(), target_is_directory=True)
     return Layout(root)
 
 
@@ -112,14 +116,20 @@ def _branch(layout: Layout, project: ProjectConfig, request: ExpertRequest) -> N
     branch(layout, project, request.owner, checked(ExpertConfig, settings, "the request's recipe"))
 
 
-def _train(layout: Layout, request: ExpertRequest, note: _Note, stopped: Callable[[], bool]) -> None:
+def _train(
+    layout: Layout, owner: Owner, request: ExpertRequest, note: _Note, stopped: Callable[[], bool]
+) -> None:
     import torch
 
     from ..training_run import train_run
+    from .round_training import train_round
 
     folder = layout.experts / request.owner
     torch.set_num_threads(read_run(folder).training.threads)
-    train_run(folder, note.hear, stopped)
+    if request.recipe.round is None:
+        train_run(folder, note.hear, stopped)
+    else:
+        train_round(folder, request.recipe.round, owner.shared_folder(request) / "state", note.hear, stopped)
     note.write(Progress("ready", note.last.steps, note.last.steps, note.last.loss, 0.0))
 
 

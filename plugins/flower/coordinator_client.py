@@ -76,10 +76,10 @@ class CoordinatorClient:
         found = self._ask("GET", "requests")
         return str(found["name"]), [str(one) for one in found["open"]]
 
-    def seed_part(self, file: FileParts, index: int) -> bytes:
+    def seed_part(self, request: str, file: FileParts, index: int) -> bytes:
         """Fetch one part of the seed; its digest is checked by who puts it in its place."""
         begin, end = file.span(index)
-        target = f"{PATH}seed/{quote(file.name, safe='')}/{index}"
+        target = f"{PATH}seed/{request}/{quote(file.name, safe='')}/{index}"
         data = self._send("GET", target, EMPTY, None, end - begin)
         if len(data) != end - begin:
             raise Unreachable("the part was cut short")

@@ -75,7 +75,7 @@ class Endpoints:
         self._judging = asyncio.Semaphore(1)  # a model is loaded for it
         self._routes: list[tuple[str, re.Pattern[str], Callable[..., Awaitable[Answer]]]] = [
             ("GET", re.compile("requests"), self._requests),
-            ("GET", re.compile(f"seed/{_FILE}"), self._seed_part),
+            ("GET", re.compile(f"seed/{_IDENTIFIER}/{_FILE}"), self._seed_part),
             ("POST", re.compile(f"progress/{_IDENTIFIER}"), self._progress),
             ("POST", re.compile(f"begin/{_IDENTIFIER}"), self._begin),
             ("PUT", re.compile(f"part/{_IDENTIFIER}/{_FILE}"), self._part),
@@ -124,10 +124,12 @@ class Endpoints:
         found = await asyncio.to_thread(self._coordinator.open_requests, signed.member.name)
         return _json({"name": signed.member.name, "open": [request.id for request in found]})
 
-    async def _seed_part(self, signed: Signed, read: Read, file: str, index: str) -> Answer:
+    async def _seed_part(self, signed: Signed, read: Read, request: str, file: str, index: str) -> Answer:
         await _body(signed, read, SMALL)
         async with self._parts:
-            data = await asyncio.to_thread(self._coordinator.seed_part, unquote(file), int(index))
+            data = await asyncio.to_thread(
+                self._coordinator.seed_part, signed.member.name, request, unquote(file), int(index)
+            )
         return 200, data, "application/octet-stream"
 
     async def _progress(self, signed: Signed, read: Read, request: str) -> Answer:

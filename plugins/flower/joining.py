@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ...core.errors import UserError
 from ...core.files import exclusive
 from ...experts.federation.keys import PUBLIC_FILE
 from ...experts.federation.owner import Owner
+from ...experts.federation.requests import ExpertRequest
 from .allowed_bundle import write_allowed
 from .child import require_flower
 from .coordinator_client import CoordinatorClient, Declined, Unreachable
@@ -73,7 +75,13 @@ def _is_done(owner: Owner, work: OwnerWork) -> bool:
     reasons = [work.gave_up(request) for request in left]
     if left and None not in reasons:
         raise UserError(f"request {left[0].id}: {reasons[0]}; the same command tries again")
-    return bool(owner.requests()) and not left
+    return bool(owner.requests()) and not left and not any(map(_has_successor, owner.requests()))
+
+
+def _has_successor(request: ExpertRequest) -> bool:
+    """Tell whether a later round of the same shared model is to be expected."""
+    part = request.recipe.round
+    return part is not None and not part.is_last and request.deadline > datetime.now(UTC)
 
 
 class _Member:

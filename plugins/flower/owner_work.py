@@ -49,6 +49,7 @@ class OwnerWork:
 
     def step(self) -> None:
         """Take every request one step further."""
+        self._owner.drop_superseded()
         for request in self._owner.requests():
             if time.monotonic() < self._later.get(request.id, 0.0) or self.is_over(request):
                 continue
@@ -101,7 +102,7 @@ class OwnerWork:
         self._say(request, f"fetching the seed, {sum(file.size for file in request.seed_files):,} bytes")
         for writer in self._owner.seed_writers(request):
             for index in writer.missing():
-                writer.put(index, self._client.seed_part(writer.file, index))
+                writer.put(index, self._client.seed_part(request.id, writer.file, index))
                 self._pulse()
         self._owner.settle_seed(request)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ...core.errors import UserError, first_line
 from ...core.files import exclusive
 from ...experts.federation.coordinator import Coordinator
+from ...experts.federation.round_keeper import keep_rounds
 from .certificates import Certificates, certificates_for, reachable_names
 from .child import require_flower
 from .endpoints import Endpoints
@@ -59,11 +60,15 @@ def serve(
         superlink = SuperLink(folder, certificates, coordinator.members, tell)
         endpoints = Endpoints(coordinator, certificates.fingerprint, tell)
         door = Door(Gateway(lambda: superlink.address, certificates, endpoints), host, port, certificates)
+        rounds = threading.Thread(target=keep_rounds, args=(coordinator, tell, stop))
         try:
             opened(Listening(host, door.open(), certificates))
+            rounds.start()
             _supervise(superlink, tell, stop)
         finally:
+            stop.set()
             door.close()
+            rounds.join()
             superlink.stop()
 
 

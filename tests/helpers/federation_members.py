@@ -47,7 +47,7 @@ class Clock:
 def fetch_seed(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> None:
     for writer in owner.seed_writers(request):
         for index in writer.missing():
-            writer.put(index, coordinator.seed_part(writer.file.name, index))
+            writer.put(index, coordinator.seed_part(request.owner, request.id, writer.file.name, index))
     owner.settle_seed(request)
 
 

@@ -411,12 +411,12 @@ def test_an_expert_that_forgot_public_text_is_refused(
     signed = Signed.read(owner.delivery_folder(request.id))
     seen: list[Path] = []
 
-    def measure(folder: Path) -> HeldOut:
+    def measure(seed: Path, folder: Path) -> HeldOut:
         seen.append(folder)
         load_model(folder)  # it is a whole artefact, within the workspace
         return HeldOut(2.0, [float("nan"), 4.1, 3.9][len(seen) - 1])
 
-    judge = Coordinator(coordinator.layout, measure=measure, now=coordinator._now)
+    judge = Coordinator(coordinator.layout, measure=measure, now=coordinator.now)
     for _ in range(2):
         refusal = hand_in(judge, owner.delivery_folder(request.id), "site-a", request.id, signed)
         assert refusal is not None

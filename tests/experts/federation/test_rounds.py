@@ -302,7 +302,7 @@ def test_an_owner_that_is_ahead_of_the_rounds_is_an_error(
 ) -> None:
     training = InnerTraining(tmp_path / "state", model, texts["court"], CONFIG, STEPS)
     task = OwnerTask("court", 1, model / "model.safetensors", tmp_path / "out.safetensors")
-    assert training(task) == STEPS * CONFIG.tokens_per_step
+    assert training(task) == len(texts["court"]) * CONFIG.sequence_length
     with pytest.raises(UserError, match="is at step 12, beyond this round's 6; it belongs to other rounds"):
         training(OwnerTask("court", 0, task.shared, task.result))
     with pytest.raises(UserError, match="round 4 goes beyond the 24 steps"):

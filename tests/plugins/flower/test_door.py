@@ -209,7 +209,7 @@ def test_seed_down_progress_and_expert_up_through_the_door(hub: Any, new_owner: 
     client = hub.client(owner)
     assert client.hello() == ("site-a", [request.id])
     for file in request.seed_files:
-        data = b"".join(client.seed_part(file, index) for index in range(len(file.parts)))
+        data = b"".join(client.seed_part(request.id, file, index) for index in range(len(file.parts)))
         assert hashlib.sha256(data).hexdigest() == file.sha256
     client.progress(request.id, Progress("training", 3, 10, 2.5, 4.0))
     assert hub.coordinator.status()[0].progress == Progress("training", 3, 10, 2.5, 4.0)

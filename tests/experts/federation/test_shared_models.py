@@ -1,0 +1,381 @@
+"""A model that owners train together, in rounds, through the same requests and deliveries as experts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation_members import MODULES, TRAINING, Clock, hand_in, private_text, trained
+from safetensors.torch import load_file, save_file
+
+from expertctl import UserError, Workspace, load_model, verify
+from expertctl.core.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from expertctl.core.workspace import Layout
+from expertctl.experts.federation import round_keeper
+from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
+from expertctl.experts.federation.averaging import AveragingRules, OuterRecipe, outer_step
+from expertctl.experts.federation.coordinator import Coordinator
+from expertctl.experts.federation.keys import make_key
+from expertctl.experts.federation.owner import Owner, OwnerSettings
+from expertctl.experts.federation.parts import parts_of
+from expertctl.experts.federation.requests import ExpertRequest, Recipe, RoundOf
+from expertctl.experts.federation.round_keeper import advance, begin_rounds, keep_rounds, status_of
+from expertctl.experts.federation.round_plan import RoundPlan
+from expertctl.experts.federation.shared_model import SharedModel, SharedSettings
+
+NewOwner = Callable[[str], Owner]
+ROUNDS = 2
+SETTINGS = SharedSettings(ROUNDS, TRAINING)
+HOUR = 3600.0
+
+
+def plan(recipe: str = "fedavg", **settings: object) -> RoundPlan:
+    return RoundPlan(tuple(MODULES), recipe, round_seconds=HOUR, **settings)  # type: ignore[arg-type]
+
+
+def open_request(coordinator: Coordinator, name: str) -> ExpertRequest:
+    (request,) = coordinator.open_requests(name)
+    return request
+
+
+def play(coordinator: Coordinator, owners: dict[str, Owner], *names: str) -> None:
+    """Let these owners train and deliver what is open."""
+    for name in names or owners:
+        request = open_request(coordinator, name)
+        trained(coordinator, owners[name], request)
+        owners[name].drop_superseded()
+        assert deliver(coordinator, owners[name], request) is None
+        owners[name].note_outcome(request.id, None)
+
+
+def deliver(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> object:
+    signed = owner.delivery(request.id)
+    return hand_in(coordinator, owner.delivery_folder(request.id), request.owner, request.id, signed)
+
+
+@pytest.fixture
+def owners(new_owner: NewOwner) -> dict[str, Owner]:
+    return {name: new_owner(name) for name in MODULES}
+
+
+@pytest.mark.parametrize("recipe", ["fedavg", "diloco"])
+def test_rounds_end_in_a_generalist_that_is_the_average_of_what_owners_made(
+    coordinator: Coordinator, owners: dict[str, Owner], recipe: str
+) -> None:
+    shared = begin_rounds(coordinator, "together", plan(recipe), SETTINGS)
+    seed = load_file(coordinator.layout.seed / "model.safetensors")
+    play(coordinator, owners)
+    made = [
+        load_file(owner.expert_folder(owner.requests()[0]) / "model.safetensors") for owner in owners.values()
+    ]
+    (report,) = advance(coordinator, shared)[:1]
+    assert report == "round 1 of 2 of 'together': site-a and site-b averaged"
+    shares = shared.rounds.report(0).shares
+    after = load_file(shared.rounds.shared)
+    outer = shared.rounds.recipe
+    for name, before in seed.items():
+        mean = sum(share * one[name].double() for share, one in zip(shares.values(), made, strict=True))
+        expected, _ = outer_step(before.double(), before.double() - mean, None, outer)
+        assert torch.allclose(after[name].double(), expected, atol=1e-5), name
+    assert isinstance(outer, OuterRecipe)
+    play(coordinator, owners)
+    assert advance(coordinator, shared)[-1] == "'together' is finished: generalists/together"
+    workspace = Workspace(coordinator.layout.root)
+    folder = workspace.generalists / "together"
+    assert verify(folder) == []
+    assert load_file(folder / "model.safetensors").keys() == seed.keys()
+    model, _ = load_model(folder)
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    manifest = read_manifest(folder)
+    assert manifest.parents[0].digest == read_manifest(coordinator.layout.seed).digest
+    assert [one["number"] for one in manifest.config["rounds"]] == [0, 1]
+    assert sorted(manifest.data) == sorted(MODULES)
+    assert coordinator.layout.finished_experts() == []
+    assert status_of(coordinator, shared).state == "finished"
+    assert advance(coordinator, shared) == []
+    assert [(one.state, one.detail) for one in coordinator.status()] == [
+        ("accepted", "round 2 of 2 of 'together'")
+    ] * 2
+
+
+def test_owners_keep_nothing_of_rounds_that_are_over(
+    coordinator: Coordinator, owners: dict[str, Owner]
+) -> None:
+    shared = begin_rounds(coordinator, "together", plan(), SETTINGS)
+    play(coordinator, owners)
+    advance(coordinator, shared)
+    first = owners["site-a"].requests()[0]
+    kept = owners["site-a"].shared_folder(first) / "state"
+    assert list(kept.glob("step-*"))
+    play(coordinator, owners)
+    owner = owners["site-a"]
+    (second,) = owner.requests()
+    assert (second.recipe.round, second.id != first.id) == (shared.recipe().round, True)
+    for name, kinds in {"runs": 1, "deliveries": 1, "seeds": 1, "requests": 1, "outcomes": 1}.items():
+        found = [path for path in (owner.state / name).iterdir() if not path.name.startswith(".")]
+        assert len(found) == kinds, name
+    assert not kept.exists()  # it was the last round
+    assert sorted(path.name for path in (shared.root / "seeds").iterdir()) == ["00001"]
+
+
+def test_the_optimiser_goes_on_where_the_round_before_ended(
+    coordinator: Coordinator, owners: dict[str, Owner]
+) -> None:
+    begin_rounds(coordinator, "together", plan(), replace(SETTINGS, total=5))
+    for number in range(2):
+        play(coordinator, owners)
+        advance(coordinator, coordinator.shared_models()["together"])
+        request = owners["site-a"].requests()[0]
+        steps = [path.name for path in (owners["site-a"].shared_folder(request) / "state").iterdir()]
+        assert f"step-{2 * (number + 1):08d}" in steps
+
+
+def test_after_the_deadline_a_quorum_is_enough_and_who_was_missing_comes_back(
+    coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
+) -> None:
+    shared = begin_rounds(coordinator, "together", plan(quorum=0.5), SETTINGS)
+    late = open_request(coordinator, "site-b")
+    trained(coordinator, owners["site-b"], late)
+    play(coordinator, owners, "site-a")
+    assert advance(coordinator, shared) == []
+    assert status_of(coordinator, shared).missing == ("site-b",)
+    clock.pass_hours(1.5)
+    said = advance(coordinator, shared)
+    assert said[0] == "round 1 of 2 of 'together': site-a averaged, without site-b"
+    refusal = deliver(coordinator, owners["site-b"], late)
+    assert refusal is not None
+    assert refusal.code is RefusalCode.LATE  # type: ignore[attr-defined]
+    play(coordinator, owners)
+    advance(coordinator, shared)
+    assert sorted(shared.rounds.report(1).shares) == sorted(MODULES)
+
+
+def test_too_few_owners_wait_for_more_time(
+    coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
+) -> None:
+    shared = begin_rounds(coordinator, "together", plan(), SETTINGS)
+    play(coordinator, owners, "site-a")
+    request = open_request(coordinator, "site-b")
+    clock.pass_hours(2)
+    (said,) = advance(coordinator, shared)
+    assert said.startswith("round 1 of 2 of 'together' has 1 of 2 owners and needs 2; give it more time")
+    assert status_of(coordinator, shared).state == "short"
+    begin_rounds(coordinator, "together", plan(), SETTINGS)
+    again = open_request(coordinator, "site-b")
+    assert (again.id, again.deadline > request.deadline) == (request.id, True)
+    play(coordinator, owners, "site-b")
+    assert advance(coordinator, shared)[0].endswith("site-a and site-b averaged")
+
+
+def altered(owner: Owner, request: ExpertRequest, factor: float) -> None:
+    """Deliver other weights than were trained, consistent and signed."""
+    folder = owner.delivery_folder(request.id)
+    signed = owner.delivery(request.id)
+    weights = {name: factor * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors")
+    manifest = read_manifest(folder)
+    (folder / "delivery.json").unlink()
+    (folder / "expert.json").unlink()
+    tensors, files = digests_of_folder(folder)
+    changed = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
+    changed.write(folder)
+    statement = replace(
+        signed.statement,
+        expert=changed.digest,
+        files=tuple(parts_of(folder / file.name) for file in signed.statement.files),
+    )
+    resigned = replace(signed, statement=statement, signature=owner.key().sign(statement.signed_bytes))
+    (folder / "delivery.json").write_text(json.dumps(resigned.as_json()))
+
+
+@pytest.mark.parametrize(
+    ("factor", "code"),
+    [(float("nan"), RefusalCode.NOT_FINITE), (2.5, RefusalCode.NORM), (9.0, RefusalCode.NORM)],
+)
+def test_bad_weights_are_left_out_and_the_round_goes_on(
+    coordinator: Coordinator, owners: dict[str, Owner], factor: float, code: RefusalCode
+) -> None:
+    """2.5: each tensor is within an expert's bound, and together they have moved further than a round's."""
+    shared = begin_rounds(coordinator, "together", plan(quorum=0.5), SETTINGS)
+    play(coordinator, owners, "site-a")
+    request = open_request(coordinator, "site-b")
+    trained(coordinator, owners["site-b"], request)
+    altered(owners["site-b"], request, factor)
+    refusal = deliver(coordinator, owners["site-b"], request)
+    assert refusal is not None
+    assert refusal.code is code  # type: ignore[attr-defined]
+    assert "site-b" in shared.rounds.refused()
+    said = advance(coordinator, shared)  # nobody is waited for
+    assert said[0] == "round 1 of 2 of 'together': site-a averaged, without site-b"
+    assert list((coordinator.root / "quarantine").iterdir())
+    assert len(coordinator.open_requests("site-b")) == 1  # that of the next round
+
+
+def test_weights_that_forgot_public_text_are_left_out(
+    coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
+) -> None:
+    seen: list[tuple[Path, Path]] = []
+
+    def measure(seed: Path, folder: Path) -> HeldOut:
+        seen.append((seed, folder))
+        load_model(folder)
+        return HeldOut(2.0, 4.1)
+
+    strict = Coordinator(coordinator.layout, measure=measure, now=clock)
+    shared = begin_rounds(strict, "together", plan(quorum=0.5), SETTINGS)
+    request = open_request(strict, "site-a")
+    trained(strict, owners["site-a"], request)
+    refusal = deliver(strict, owners["site-a"], request)
+    assert refusal is not None
+    assert refusal.code is RefusalCode.HELD_OUT  # type: ignore[attr-defined]
+    assert seen[0][0] == shared.seed_folder()
+
+
+def test_whoever_was_taken_out_is_not_waited_for(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
+    shared = begin_rounds(coordinator, "together", plan(quorum=0.5), SETTINGS)
+    play(coordinator, owners, "site-a")
+    coordinator.members.remove("site-b")
+    assert advance(coordinator, shared)[0].endswith("site-a averaged, without site-b")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+def killed_at(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> None:
+    """Deliver, and die when the round has the weights and the ledger does not know of it."""
+    note = coordinator._note
+
+    def dying(state: str, *rest: str, **more: str) -> None:
+        if state == "accepted":
+            raise Killed
+        note(state, *rest, **more)  # type: ignore[arg-type]
+
+    coordinator._note = dying  # type: ignore[method-assign, assignment]
+    with pytest.raises(Killed):
+        deliver(coordinator, owner, request)
+    coordinator._note = note  # type: ignore[method-assign]
+
+
+def test_kills_of_the_coordinator_end_in_the_same_weights(
+    tmp_path: Path, new_workspace: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after a delivery counted and before it was told, after the last average, and after the generalist stood."""
+    digests = []
+    for kind in ("whole", "killed"):
+        coordinator = Coordinator(Layout(new_workspace(tmp_path / kind, experts=())), now=clock)
+        owners = {}
+        for name, module in MODULES.items():
+            owners[name] = owner = Owner(tmp_path / kind / f"state-{name}")
+            coordinator.members.add(name, make_key(owner.state).public)
+            owner.configure(OwnerSettings(private_text(tmp_path / f"{name}.jsonl", module)))
+        shared = begin_rounds(coordinator, "together", plan("diloco"), SETTINGS)
+        for number in range(ROUNDS):
+            for name, owner in owners.items():
+                request = open_request(coordinator, name)
+                trained(coordinator, owner, request)
+                if kind == "killed":
+                    killed_at(coordinator, owner, request)
+                    if name == "site-b":  # the round is closed before the owner asks again
+                        for what in (
+                            f"{round_keeper.__name__}.write_shared_generalist",
+                            f"{SharedModel.__module__}.SharedModel.finish",
+                        ):
+                            with monkeypatch.context() as patch:
+                                patch.setattr(what, dies)
+                                with nullcontext() if number < ROUNDS - 1 else pytest.raises(Killed):
+                                    advance(coordinator, shared)
+                assert deliver(coordinator, owner, request) is None
+            advance(coordinator, SharedModel(shared.root))
+        assert shared.is_finished
+        folder = coordinator.layout.generalists / "together"
+        assert verify(folder) == []
+        digests.append(
+            (read_manifest(folder).digest, read_manifest(folder).config, read_manifest(folder).data)
+        )
+    assert digests[0] == digests[1]
+
+
+def dies(*_: object) -> None:
+    raise Killed
+
+
+def test_what_cannot_be_begun_is_refused_before_anything_is_asked(
+    coordinator: Coordinator, owners: dict[str, Owner]
+) -> None:
+    with pytest.raises(UserError, match="320 tokens are 10 steps of 32, too few for 11 rounds"):
+        begin_rounds(coordinator, "together", plan(), replace(SETTINGS, total=11))
+    stranger = RoundPlan(("site-a", "eve"), "diloco")
+    with pytest.raises(UserError, match="eve"):
+        begin_rounds(coordinator, "together", stranger, SETTINGS)
+    (coordinator.layout.generalists / "taken").mkdir(parents=True)
+    with pytest.raises(UserError, match="has the name 'taken' already"):
+        begin_rounds(coordinator, "taken", plan(), SETTINGS)
+    assert coordinator.requests() == []
+    begin_rounds(coordinator, "together", plan(), SETTINGS)
+    with pytest.raises(UserError, match="'together' is being trained with other owners or settings"):
+        begin_rounds(coordinator, "together", plan("diloco"), SETTINGS)
+
+
+def test_a_keeper_tells_what_happens_once(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
+    begin_rounds(coordinator, "together", plan(), SETTINGS)
+    told: list[str] = []
+    stop = threading.Event()
+    keeper = threading.Thread(target=keep_rounds, args=(coordinator, told.append, stop, 0.05))
+    keeper.start()
+    try:
+        for _ in range(ROUNDS):
+            while not all(coordinator.open_requests(name) for name in owners):
+                stop.wait(0.05)
+            play(coordinator, owners)
+        while not told or "finished" not in told[-1]:
+            stop.wait(0.05)
+    finally:
+        stop.set()
+        keeper.join()
+    assert [line.partition(":")[0] for line in told] == [
+        "round 1 of 2 of 'together'",
+        "round 2 of 2 of 'together'",
+        "round 2 of 2 of 'together'",
+        "'together' is finished",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"number": 2},
+        {"number": -1},
+        {"total": 0},
+        {"steps": 0},
+        {"steps": True},
+        {"rounds": "../../x"},
+        {"model": "../x"},
+        {"model": 3},
+        {"number": 1.0},
+    ],
+)
+def test_a_round_that_makes_no_sense_is_refused_by_its_owner(changed: dict[str, object]) -> None:
+    recipe = Recipe("all", round=RoundOf("together", "0" * 16, 1, 2, 5))
+    content = recipe.as_json()
+    assert Recipe.of_json(content) == recipe
+    with pytest.raises(UserError):
+        Recipe.of_json({**content, "round": {**content["round"], **changed}})
+    with pytest.raises(UserError):
+        Recipe.of_json({**content, "round": {**content["round"], "more": 1}})
+
+
+def test_rules_of_rounds_are_kept_on_disk(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
+    rules = AveragingRules(max_change=0.5)
+    shared = begin_rounds(coordinator, "together", plan(rules=rules), SETTINGS)
+    assert SharedModel(shared.root).rounds.plan.rules == rules
+    assert shared.rounds.deadline - timedelta(hours=1) == coordinator.now()
