@@ -11,8 +11,10 @@ import click
 
 from ..core.errors import UserError
 from .context import Session, pass_session
+from .federate_ask import ask
 from .federate_files import deliver, pack, work
 from .federate_options import coordinator_of, default_state, state_option
+from .federate_shared import shared_content, shared_table
 from .federate_simulate import simulate_command
 from .group import Group, cli_command
 from .output import Table, number
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ..experts.federation.coordinator import OwnerStatus
 
 WATCH_SECONDS = 2.0
-NETWORK = ("serve", "ask", "join")
+NETWORK = ("serve", "join")
 
 
 class FederateGroup(Group):
@@ -103,12 +105,22 @@ def remove(session: Session, name: str) -> None:
 @pass_session
 def status(session: Session, watch: bool) -> None:
     """Show how every owner stands: asked, training, accepted, or refused and why."""
+    from ..experts.federation.round_keeper import status_of
+
     coordinator = coordinator_of(session)
     while True:
         found = coordinator.status()
+        shared = [status_of(coordinator, one) for one in coordinator.shared_models().values()]
         if watch and sys.stdout.isatty():
             click.clear()
-        session.finish({"owners": [_status_content(one) for one in found]}, _status_table(found))
+        session.finish(
+            {
+                "owners": [_status_content(one) for one in found],
+                "shared": [shared_content(one) for one in shared],
+            },
+            *([shared_table(shared)] if shared else []),
+            _status_table(found),
+        )
         if not watch:
             return
         time.sleep(WATCH_SECONDS)
@@ -155,5 +167,5 @@ def _status_content(one: OwnerStatus) -> dict[str, Any]:
     }
 
 
-for _one in (keys, invite, remove, pack, work, deliver, status, simulate_command):
+for _one in (keys, invite, remove, ask, pack, work, deliver, status, simulate_command):
     command.add_command(_one)

@@ -19,10 +19,13 @@ from .federate_options import (
     with_recipe,
 )
 from .federate_review import agree, review_content
+from .federate_shared import shared_content, shared_line
 from .group import cli_command
 
 if TYPE_CHECKING:
+    from ..experts.federation.coordinator import Coordinator
     from ..experts.federation.owner import Owner
+    from ..experts.federation.requests import ExpertRequest
 
 
 @cli_command(
@@ -39,6 +42,11 @@ if TYPE_CHECKING:
     help="A folder, or a file that ends in .tar.",
 )
 @click.option("--without-seed", is_flag=True, help="The owner has the seed already.")
+@click.option(
+    "--shared",
+    metavar="MODEL",
+    help="The open round of a shared model that `ask` has begun, in place of an expert.",
+)
 @force_option
 @pass_session
 def pack(
@@ -47,30 +55,59 @@ def pack(
     name: str,
     output: Path,
     without_seed: bool,
+    shared: str | None,
     force: bool,
     deadline: str,
     **recipe: Any,
 ) -> None:
     """Ask an owner for an expert by a folder or file that is carried there."""
-    from datetime import UTC
-
     from ..experts.federation.packs import write_pack
-    from ..experts.federation.requests import deadline_in
 
     coordinator = coordinator_of(session)
+    asked = (
+        _asked(coordinator, name, deadline, recipe)
+        if shared is None
+        else _open_round(coordinator, name, shared)
+    )
+    write_pack(coordinator, asked, output, with_seed=not without_seed, force=force)
+    session.finish(
+        {"request": asked.id, "owner": name, "output": str(output), "deadline": asked.deadline.isoformat()},
+        f"request {asked.id} for '{name}' is in {output}, until {asked.deadline:%Y-%m-%d %H:%M} UTC",
+        f"there: expertctl federate work {output.name} --data FOLDER -o delivery.tar",
+    )
+
+
+def _asked(coordinator: Coordinator, name: str, deadline: str, recipe: dict[str, Any]) -> ExpertRequest:
+    from datetime import UTC
+
+    from ..experts.federation.averaging import OUTER_RECIPES
+    from ..experts.federation.requests import deadline_in
+
+    if recipe["recipe_name"] in OUTER_RECIPES:
+        raise UserError(
+            f"rounds are begun with `expertctl federate ask --recipe {recipe['recipe_name']}`; then pack the open one with "
+            "--shared MODEL"
+        )
     asked = coordinator.ask([name], recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC)))
     if not asked:
         raise UserError(f"'{name}' has delivered what this recipe asks for; ask for another recipe")
-    write_pack(coordinator, asked[0], output, with_seed=not without_seed, force=force)
-    session.finish(
-        {
-            "request": asked[0].id,
-            "owner": name,
-            "output": str(output),
-            "deadline": asked[0].deadline.isoformat(),
-        },
-        f"request {asked[0].id} for '{name}' is in {output}, until {asked[0].deadline:%Y-%m-%d %H:%M} UTC",
-        f"there: expertctl federate work {output.name} --data FOLDER -o delivery.tar",
+    return asked[0]
+
+
+def _open_round(coordinator: Coordinator, name: str, shared: str) -> ExpertRequest:
+    """Return what an owner is asked for in the open round of a shared model."""
+    from ..experts.federation.round_keeper import advance
+    from ..experts.federation.shared_model import shared_model
+
+    coordinator.members.named(name)
+    model = shared_model(coordinator.shared_root, shared)
+    advance(coordinator, model)
+    for request in coordinator.open_requests(name):
+        if request.recipe.round is not None and request.recipe.round.model == shared:
+            return request
+    raise UserError(
+        f"nothing of '{shared}' is open for '{name}': it has delivered, is no owner of it, or the deadline has passed; see "
+        "`expertctl federate status`"
     )
 
 
@@ -187,8 +224,28 @@ def deliver(session: Session, delivery: Path) -> None:
         request, refusal = hand_in(coordinator, folder)
     if refusal is not None:
         raise UserError(f"the delivery of '{request.owner}' is refused: {refusal}")
+    if request.recipe.round is not None:
+        _deliver_into_round(session, coordinator, request)
+        return
     expert = coordinator.ledger.states()[request.id].detail
     session.finish(
         {"request": request.id, "owner": request.owner, "expert": expert},
         f"the expert of '{request.owner}' is accepted: experts/{expert}",
+    )
+
+
+def _deliver_into_round(session: Session, coordinator: Coordinator, request: ExpertRequest) -> None:
+    """Say that an owner's weights count, and what that was the last thing missing for."""
+    from ..experts.federation.round_keeper import advance, status_of
+    from ..experts.federation.shared_model import shared_model
+
+    part = request.recipe.round
+    assert part is not None
+    model = shared_model(coordinator.shared_root, part.model)
+    said = advance(coordinator, model)
+    found = status_of(coordinator, model)
+    session.finish(
+        {"request": request.id, "owner": request.owner, "expert": None, "shared": shared_content(found)},
+        f"the weights of '{request.owner}' count in {part}",
+        *(said or [shared_line(found)]),
     )

@@ -1,4 +1,4 @@
-"""`expertctl federate serve`, `ask` and `join`: a federation over a network."""
+"""`expertctl federate serve` and `join`: a federation over a network."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..core.errors import UserError
 from .context import Session, pass_session
-from .federate_options import coordinator_of, default_state, recipe_from, state_option, with_recipe
+from .federate_options import coordinator_of, default_state, state_option
 from .federate_review import agree
 from .group import cli_command
 
@@ -78,44 +78,6 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
     coordinator = coordinator_of(session)
     with stopped_by_signals() as stop:
         run(coordinator, listen, names, tell=session.note, opened=opened, stop=stop)
-
-
-@cli_command("ask", example="expertctl federate ask --experts site-a,site-b --recipe flexolmo --deadline 48h")
-@click.option("--experts", "owners", required=True, metavar="NAME,...", help="The owners that are asked.")
-@with_recipe
-@pass_session
-def ask(session: Session, /, owners: str, deadline: str, **recipe: Any) -> None:
-    """Ask owners for an expert each.
-
-    `serve` hands the requests to those who are there, now or later. Owners who have delivered for this seed and recipe are
-    not asked again; a request that is open gets the later deadline.
-    """
-    from datetime import UTC, datetime
-
-    from ..experts.federation.requests import deadline_in
-
-    names = list(dict.fromkeys(name.strip() for name in owners.split(",") if name.strip()))
-    if not names:
-        raise UserError("--experts names nobody; write --experts site-a,site-b")
-    asked = coordinator_of(session).ask(
-        names, recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC))
-    )
-    have = sorted(set(names) - {request.owner for request in asked})
-    lines = [
-        f"'{request.owner}' is asked until {request.deadline:%Y-%m-%d %H:%M} UTC: request {request.id}"
-        for request in asked
-    ]
-    lines += [f"'{name}' has delivered what this recipe asks for" for name in have]
-    session.finish(
-        {
-            "requests": [
-                {"request": request.id, "owner": request.owner, "deadline": request.deadline.isoformat()}
-                for request in asked
-            ],
-            "delivered": have,
-        },
-        *lines,
-    )
 
 
 @cli_command(

@@ -39,10 +39,14 @@ recipe_options = [
         default="flexolmo",
         show_default=True,
         metavar="NAME",
-        help="flexolmo (a feed-forward beside the frozen public one), btm (the whole model), or a trainer.",
+        help="flexolmo (a feed-forward beside the frozen public one), btm (the whole model), a trainer, or diloco or fedavg "
+        "(one shared model, in rounds).",
     ),
     click.option(
-        "--tokens", type=click.IntRange(min=1), metavar="N", help="Tokens that each expert trains on."
+        "--tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Tokens that each owner trains on (in all rounds together).",
     ),
     click.option(
         "--set",
@@ -70,7 +74,7 @@ recipe_options = [
         default="14d",
         show_default=True,
         metavar="TIME",
-        help="Time until the deadline: 48h, 14d.",
+        help="Time until the deadline (of each round): 48h, 14d.",
     ),
 ]
 

@@ -36,9 +36,9 @@ def review_lines(review: Review, *, whole: bool) -> list[str]:
     from .output import plain_table
 
     domains = review.data.get("domains", {})
-    lines = [
-        f"request {review.request.id}: {review.request.recipe.trains} for seed {short(review.request.seed)}"
-    ]
+    recipe = review.request.recipe
+    what = f"{recipe.round}, weights" if recipe.round is not None else f"{recipe.trains} for seed"
+    lines = [f"request {review.request.id}: {what} {short(review.request.seed)}"]
     for about in domains.values():
         lines.append(
             f"told of your text: about {number(about['documents'])} documents, {number(about['tokens'])} tokens, "

@@ -35,6 +35,10 @@ def origin(manifest: Manifest) -> str:
     """Return in a few words how an artefact came about."""
     if manifest.kind == "generalist":
         method, weights = manifest.config.get("method"), manifest.config.get("weights")
+        if manifest.config.get("kind") == "shared":
+            return (
+                f"{len(manifest.config.get('rounds', ()))} rounds of {method} by {', '.join(manifest.data)}"
+            )
         if weights:
             return f"{method} of {shares(weights)}"
         experts = [parent.name for parent in manifest.parents if parent.kind == "expert"]

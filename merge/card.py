@@ -43,7 +43,9 @@ def model_card(
         _data_section(manifest),
         _evaluation_section(evaluation, manifest.metrics.get("gate")),
         "## How to load it",
-        _LOADING[manifest.config.get("kind") not in (None, "average", "moe") or manifest.kind == "expert"],
+        _LOADING[
+            manifest.config.get("kind") not in (None, "average", "moe", "shared") or manifest.kind == "expert"
+        ],
         "## Lineage",
         _lineage(manifest),
     ]
@@ -60,6 +62,8 @@ def _front_matter(manifest: Manifest) -> str:
     if manifest.parents:
         content["base_model"] = [parent.name for parent in manifest.parents]
         relation = {"generalist": "merge", "expert": "finetune"}.get(manifest.kind)
+        if manifest.config.get("kind") == "shared":
+            relation = "finetune"
         if relation:
             content["base_model_relation"] = relation
     method = manifest.config.get("method")
@@ -69,6 +73,8 @@ def _front_matter(manifest: Manifest) -> str:
 
 
 def _introduction(manifest: Manifest) -> str:
+    if manifest.config.get("kind") == "shared":
+        return _trained_together(manifest)
     if manifest.kind == "generalist":
         names = [parent.name for parent in manifest.parents if parent.weight is not None]
         return (
@@ -82,6 +88,16 @@ def _introduction(manifest: Manifest) -> str:
             "training apart from all others."
         )
     return "The seed that experts are branched from."
+
+
+def _trained_together(manifest: Manifest) -> str:
+    """Return in a sentence or two who trained a shared model, and how."""
+    rounds = manifest.config.get("rounds", ())
+    return (
+        f"A language model that {_listed(list(manifest.data))} trained together with "
+        f"[expertctl](https://pypi.org/project/expertctl), each next to its own text: {len(rounds)} rounds of "
+        f"`{manifest.config.get('method')}`. Nobody can be taken out of it."
+    )
 
 
 def _trained_since(manifest: Manifest) -> str:
@@ -151,11 +167,17 @@ def _recipe_section(manifest: Manifest) -> str:
     options = manifest.config.get("options")
     if options:
         settings["options"] = dict(options)
-    text = yaml.safe_dump({"merges": {manifest.name: settings}}, sort_keys=False, allow_unicode=True)
+    kind = "merges"
+    if manifest.config.get("kind") == "shared":
+        kind, settings = "shared", {**settings, "training": dict(manifest.config.get("training", {}))}
+    text = yaml.safe_dump({kind: {manifest.name: settings}}, sort_keys=False, allow_unicode=True)
     return f"## Recipe\n\n```yaml\n{text}```"
 
 
 def _data_section(manifest: Manifest) -> str:
+    if manifest.config.get("kind") == "shared":
+        rows = [(owner, _tokens(data)) for owner, data in manifest.data.items()]
+        return f"## Trained on\n\n{_table(('owner', 'text'), rows)}"
     if manifest.kind == "generalist" or not manifest.data.get("domains"):
         return ""
     return f"## Trained on\n\n{_tokens(manifest.data)}"

@@ -63,6 +63,11 @@ def change_experts(
         )
     if record and _changes_by_itself(manifest, change):
         return _change_mixture(folder, output, change, how)
+    if manifest.config.get("kind") == "shared":
+        raise UserError(
+            f"{folder} was trained by its owners together, in rounds of '{manifest.config.get('method')}': nobody can be taken "
+            "out of it or put into it"
+        )
     if "recipe" not in manifest.config:
         raise UserError(
             f"{folder} cannot be changed by itself: it is made by '{manifest.config.get('method')}', which keeps nothing "

@@ -60,6 +60,8 @@ def reproduce(
 def _why_not(manifest: Manifest) -> str:
     if manifest.kind != "generalist":
         return "is no generalist"
+    if manifest.config.get("kind") == "shared":
+        return "was trained in rounds, whose weights are with their owners"
     if (manifest.config.get("mixture") or {}).get("tuned"):
         return "was trained after its merge; run its `tune` again"
     return "is fitted on text; run its `merge` again"

@@ -136,7 +136,8 @@ def refusal_of_expert(
     if (
         losses is not None and not losses.expert <= rules.held_out * losses.seed
     ):  # also for one that is no number
-        return Refusal(RefusalCode.HELD_OUT, f"{losses.expert:.3f}; the seed has {losses.seed:.3f}")
+        own = f"{losses.expert:.3f}" if losses.expert == losses.expert else "it cannot be scored"
+        return Refusal(RefusalCode.HELD_OUT, f"{own}; the seed has {losses.seed:.3f}")
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...core.errors import UserError
 from ...core.files import exclusive, new_folder, read_json, remove_tree, write_json
-from ...core.lineage import read_manifest
+from ...core.lineage import digest_of_file, read_manifest
 from ...core.workspace import Layout
 from .acceptance import Measure, Refusal, RefusalCode, Rules, refusal_of_statement
 from .delivery import DELIVERY_FILE, Signed
@@ -334,8 +334,9 @@ class Coordinator:
 
     def _seed_files(self, folder: Path) -> tuple[FileParts, ...]:
         """Return the parts of what an owner needs of a seed: its files, without the state of its training."""
-        digest = digest_of_seed(folder)
-        kept = self.root / f"seed-{digest[:16]}.json"
+        digest_of_seed(folder)
+        manifest = digest_of_file(folder / "seed.json")  # the same tensors may stand beside other files
+        kept = self.root / f"seed-{manifest[:16]}.json"
         if kept.is_file():
             return tuple(FileParts.of_json(file) for file in read_json(kept)["files"])
         names = [*read_manifest(folder).files, "seed.json"]

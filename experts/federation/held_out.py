@@ -31,10 +31,11 @@ def held_out_measure(layout: Layout) -> Measure:
             return None
         command = [sys.executable, "-P", "-m", __name__, str(layout.root), str(seed), str(folder)]
         found = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if found.returncode != 0:
-            return HeldOut(1.0, float("nan"))  # it cannot even be loaded
+        if found.returncode != 0:  # of the seed or the machine; it says nothing of the expert
+            reason = (found.stderr.strip().splitlines() or [f"status {found.returncode}"])[-1]
+            raise UserError(f"public text cannot be scored, so no delivery can be judged: {reason}")
         content = json.loads(found.stdout.splitlines()[-1])
-        return HeldOut(content["seed"], content["expert"])
+        return HeldOut(content["seed"], float("nan") if content["expert"] is None else content["expert"])
 
     return measure
 
@@ -47,25 +48,30 @@ def public_domains(layout: Layout, project: ProjectConfig) -> tuple[str, ...]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print both losses as JSON; return the exit status."""
-    from ..evaluation import evaluate
-
+    """Print both losses as JSON, that of an expert that cannot be loaded as null; return the exit status."""
     prepare_libraries()
     layout, seed, folder = Layout(Path(arguments[0])), Path(arguments[1]), Path(arguments[2])
     project = load_project(layout.config_file)
     try:
-        table = evaluate(
-            layout,
-            project,
-            {"seed": seed, "expert": folder},
-            public_domains(layout, project),
-            jobs=1,
-        )
+        base = _loss(layout, project, seed)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps({name: table.mean(name, METRIC) for name in ("seed", "expert")}))
+    try:
+        own: float | None = _loss(layout, project, folder)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        own = None
+    print(json.dumps({"seed": base, "expert": own}))
     return 0
+
+
+def _loss(layout: Layout, project: ProjectConfig, folder: Path) -> float:
+    from ..evaluation import evaluate
+
+    return evaluate(layout, project, {"model": folder}, public_domains(layout, project), jobs=1).mean(
+        "model", METRIC
+    )
 
 
 if __name__ == "__main__":

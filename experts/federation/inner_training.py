@@ -54,7 +54,8 @@ class InnerTraining:
         torch.manual_seed(self.config.seed)
         config = AutoConfig.from_pretrained(self.model, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        shared = Checkpoint([task.shared])
+        folder = task.shared.is_dir()
+        shared = Checkpoint.of_folder(task.shared) if folder else Checkpoint([task.shared])
         overlay_tensors(model, shared)
         loop = TrainingLoop(all_parameters(model, None), self.blocks, self.config)
         begin, end = task.round * self.steps, (task.round + 1) * self.steps

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...core.errors import UserError, first_line
 from ...core.files import exclusive
-from ...core.workspace import require_free
+from ...core.workspace import check_name, require_free
 from .coordinator import Coordinator, digest_of_seed
 from .round_plan import RoundPlan, RoundReport
 from .shared_generalist import write_shared_generalist
@@ -49,7 +49,7 @@ def begin_rounds(
     now = _now(coordinator)
     for owner in plan.owners:
         coordinator.members.named(owner)
-    root = coordinator.shared_root / name
+    root = coordinator.shared_root / check_name(name, "a shared model")
     with exclusive(_lock(root), f"shared model '{name}'"):
         if not (root / SETTINGS_FILE).is_file():
             layout = coordinator.layout

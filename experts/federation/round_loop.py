@@ -19,7 +19,7 @@ class OwnerTask:
     owner: str
     round: int
     shared: Path
-    """Safetensors file of the weights to start from."""
+    """Safetensors file of the weights to start from, or a folder with them in shards."""
     result: Path
     """Safetensors file to write: the same tensors after training."""
 

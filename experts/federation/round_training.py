@@ -38,7 +38,7 @@ def train_round(folder: Path, part: RoundOf, state: Path, tell: Tell, stopped: C
         state, run.base, training_blocks(run), run.spec.training, part.steps, told, stopped
     )
     with exclusive(state.with_name("state.lock"), f"the rounds of '{part.model}'", patience_s=60):
-        training(OwnerTask(run.spec.name, part.number, run.base / SINGLE_FILE, folder / SINGLE_FILE))
+        training(OwnerTask(run.spec.name, part.number, run.base, folder / SINGLE_FILE))
     metrics = {"loss": last} if last == last else {}  # a kill after the last step leaves none to tell
     tokens = part.steps * run.spec.training.tokens_per_step
     run_manifest(run, metrics, trained_tokens=tokens).write(folder)

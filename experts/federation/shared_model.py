@@ -18,7 +18,7 @@ from ...core.errors import UserError, unknown_name
 from ...core.files import link_or_copy, new_folder, read_json, remove_tree, write_json
 from ...core.lineage import digest_of_tensors, digests_of_folder, read_manifest
 from ...core.safetensors_io import INDEX_FILE, SINGLE_FILE, Checkpoint
-from ...core.workspace import check_name
+from ..runs import RUN_FILE
 from .requests import Recipe, RoundOf, new_identifier
 from .round_plan import RoundPlan
 from .rounds import Rounds
@@ -39,18 +39,23 @@ class SharedSettings:
     training: Mapping[str, Any]
     """Settings of the training loop, as in a recipe; `tokens` are those of one owner in all rounds together."""
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps in a round; raises `UserError` where there is not one for each."""
-        config = ProjectConfig().training_of(
-            checked(TrainingConfig, dict(self.training), "the training of a recipe")
-        )
+    def __post_init__(self) -> None:
+        config = self._config
         if config.steps < self.total:
             raise UserError(
                 f"{config.tokens:,} tokens are {config.steps} steps of {config.tokens_per_step:,}, too few for "
                 f"{self.total} rounds; ask for more --tokens, or for fewer --rounds"
             )
-        return config.steps // self.total
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in a round."""
+        return self._config.steps // self.total
+
+    @property
+    def _config(self) -> TrainingConfig:
+        own = checked(TrainingConfig, dict(self.training), "the training of a recipe")
+        return ProjectConfig().training_of(own)
 
 
 class SharedModel:
@@ -71,8 +76,6 @@ class SharedModel:
         cls, root: Path, seed: Path, plan: RoundPlan, settings: SharedSettings, now: datetime
     ) -> SharedModel:
         """Begin with the weights of a seed's folder; what a kill has left of an earlier beginning goes."""
-        settings.steps  # noqa: B018  # refuses what no round could be made of
-        check_name(root.name, "a shared model")
         remove_tree(root)
         first = root / "seeds" / _folder_of(0)
         make_round_seed(seed, None, first)
@@ -112,9 +115,11 @@ class SharedModel:
         return folder
 
     def finish(self, digest: str) -> None:
-        """Note what came of it, and let go of what was there for owners to fetch."""
+        """Note what came of it, and let go of all weights; who delivered what in which round stays."""
         write_json(self.root / FINISHED_FILE, {"digest": digest})
         remove_tree(self.root / "seeds")
+        for weights in self.rounds.root.glob("round-*/*.safetensors"):
+            weights.unlink()
 
 
 def shared_models(folder: Path) -> dict[str, SharedModel]:
@@ -135,8 +140,10 @@ def make_round_seed(source: Path, weights: Path | None, target: Path) -> None:
     """Make a seed with the files of another and these weights in one file; without `weights` it has the other's own."""
     manifest = read_manifest(source)
     with new_folder(target, force=True, what="seed") as partial:
-        for name in manifest.files:  # and not the state of the seed's own training, which lies in a folder
-            if "/" not in name and name != INDEX_FILE and not name.endswith(".safetensors"):
+        for (
+            name
+        ) in manifest.files:  # and nothing of the seed's own training: its run, and its state in a folder
+            if "/" not in name and name not in (INDEX_FILE, RUN_FILE) and not name.endswith(".safetensors"):
                 link_or_copy(source / name, partial / name)
         if weights is not None:
             link_or_copy(weights, partial / SINGLE_FILE)

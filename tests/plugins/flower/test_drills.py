@@ -7,9 +7,11 @@ import configparser
 import cProfile
 import ftplib
 import gettext
+import heapq
 import inspect
 import optparse
 import pprint
+import sched
 import shutil
 import ssl
 import statistics
@@ -37,6 +39,9 @@ from expertctl.experts.federation.delivery import Signed, make_delivery
 from expertctl.experts.federation.owner import Owner
 from expertctl.experts.federation.parts import parts_of, read_part
 from expertctl.experts.federation.requests import ExpertRequest, Recipe
+from expertctl.experts.federation.round_keeper import begin_rounds
+from expertctl.experts.federation.round_plan import RoundPlan
+from expertctl.experts.federation.shared_model import SharedSettings
 from expertctl.experts.federation.work import work
 from expertctl.plugins.flower.child import environment, flower_command
 from expertctl.plugins.flower.coordinator_client import CoordinatorClient
@@ -160,6 +165,45 @@ def test_what_crosses_and_what_the_coordinator_keeps_holds_no_line_of_the_owner_
     assert any(path.name == "superlink.log" for path in files)
     kept = b"\0".join(path.read_bytes() for path in files)
     assert [line for line in (*lines, *private) if line in kept] == []
+
+
+def test_rounds_of_a_shared_model_survive_the_coordinator_and_an_owner_in_training(
+    federation: Federation,
+) -> None:
+    """DiLoCo over Flower: two owners, two rounds; kills in the first."""
+    modules = {"left": sched, "right": heapq}
+    owners = {name: federation.owner(name, module) for name, module in modules.items()}
+    plan = RoundPlan(tuple(modules), "diloco", round_seconds=3600.0)
+    training = {**SHORT, "tokens": 19_200, "checkpoint_seconds": 0.5}
+    shared = begin_rounds(federation.coordinator, "both", plan, SharedSettings(2, training))
+    seed = load_file(federation.workspace / "seed" / "model.safetensors")
+    joined = {name: federation.join(name) for name in modules}
+    for name, owner in owners.items():
+        wait_until(lambda owner=owner: bool(owner.requests()), why=joined[name].said)
+    (request,) = owners["left"].requests()
+    state = owners["left"].shared_folder(request) / "state"
+    wait_until(lambda: list(state.glob("step-*")), why=joined["left"].said)
+    served = federation.server.said().count("owners can join")
+    federation.server.kill()
+    joined["left"].kill()
+    kill_work(owners["left"], request)
+    kept = max(int(path.name[5:]) for path in state.glob("step-*"))
+    assert kept < 300  # in the first round
+    federation.server.again()
+    joined["left"].again()
+    federation.wait_served(times=served + 1)
+    for name in modules:
+        assert joined[name].wait() == 0, joined[name].said()
+    wait_until(lambda: shared.is_finished, why=federation.server.said)
+    assert "round 1 of 2 of 'both': left and right averaged" in federation.server.said()
+    assert [sorted(shared.rounds.report(number).shares) for number in range(2)] == [["left", "right"]] * 2
+    folder = federation.workspace / "generalists" / "both"
+    assert verify(folder) == []
+    model, _ = load_model(folder)
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+    after = load_file(folder / "model.safetensors")
+    assert any(not torch.equal(after[name], seed[name]) for name in seed)
+    assert not state.exists()  # the last round is over
 
 
 # --- links ---
