@@ -12,10 +12,10 @@ from ..core.errors import UserError
 from .context import Session, pass_session
 from .federate_options import (
     coordinator_of,
-    default_state,
     force_option,
+    owner_from,
     recipe_from,
-    state_option,
+    with_owner,
     with_recipe,
 )
 from .federate_review import agree, review_content
@@ -113,13 +113,7 @@ def _open_round(coordinator: Coordinator, name: str, shared: str) -> ExpertReque
 
 @cli_command("work", example="expertctl federate work for-site-a.tar --data ./private -o delivery.tar")
 @click.argument("pack_path", metavar="PACK", type=click.Path(path_type=Path))
-@click.option(
-    "--data", type=click.Path(path_type=Path), metavar="PATH", help="Your text: a folder or a file."
-)
-@click.option(
-    "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
-)
-@click.option("--licence", metavar="TEXT", help="Under which licence the text stands; told with the expert.")
+@with_owner
 @click.option(
     "--seed",
     type=click.Path(path_type=Path, file_okay=False),
@@ -136,21 +130,18 @@ def _open_round(coordinator: Coordinator, name: str, shared: str) -> ExpertReque
 )
 @click.option("--review", is_flag=True, help="Show every tensor that would leave, then ask.")
 @click.option("--yes", is_flag=True, help="Write the delivery without asking.")
-@state_option
 @force_option
 @pass_session
 def work(
     session: Session,
+    /,
     pack_path: Path,
-    data: Path | None,
-    text_field: str,
-    licence: str | None,
     seed: Path | None,
     output: Path,
     review: bool,
     yes: bool,
-    state: Path | None,
     force: bool,
+    **owner_options: Any,
 ) -> None:
     """Train what a pack asks for, next to your text, and write what goes back.
 
@@ -158,15 +149,10 @@ def work(
     is, and asked.
     """
     from ..core.files import refuse_existing
-    from ..experts.federation.owner import Owner, OwnerSettings
     from ..experts.federation.packs import SEED_FOLDER, opened, read_request, write_delivery
 
     refuse_existing(output, force=force, what="delivery")
-    owner = Owner(state or default_state())
-    owner.key()
-    if data is not None:
-        owner.configure(OwnerSettings(data, text_field, licence))
-    owner.settings()
+    owner = owner_from(**owner_options)
     with opened(pack_path, owner.state) as folder:
         request = read_request(folder)
         owner.take(request)

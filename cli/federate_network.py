@@ -8,13 +8,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..core.errors import UserError
 from .context import Session, pass_session
-from .federate_options import coordinator_of, default_state, state_option
+from .federate_options import coordinator_of, owner_from, with_owner
 from .federate_review import agree
 from .group import cli_command
 
@@ -92,47 +92,31 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
     metavar="FILE",
     help="The coordinator's ca.crt; compare its fingerprint on another way.",
 )
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Your text: a folder or a file. Needed the first time.",
-)
-@click.option(
-    "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
-)
-@click.option("--licence", metavar="TEXT", help="Under which licence the text stands; told with the expert.")
+@with_owner
 @click.option("--name", metavar="NAME", help="What the coordinator calls you; checked.")
 @click.option("--review", is_flag=True, help="Show every tensor that would leave, then ask.")
 @click.option("--yes", is_flag=True, help="Let experts leave without asking.")
 @click.option("--once", is_flag=True, help="End when all that was asked is delivered or refused.")
-@state_option
 @pass_session
 def join(
     session: Session,
+    /,
     server: str,
     ca: Path,
-    data: Path | None,
-    text_field: str,
-    licence: str | None,
     name: str | None,
     review: bool,
     yes: bool,
     once: bool,
-    state: Path | None,
+    **owner_options: Any,
 ) -> None:
     """Be a data owner of a federation, until Ctrl-C.
 
     Takes requests, trains next to your text, delivers experts. Training runs in a process of its own and goes on when this
     command ends. Before an expert leaves you are shown what it is, and asked, unless --yes.
     """
-    from ..experts.federation.owner import Owner, OwnerSettings
     from ..plugins.flower.joining import join as run
 
-    owner = Owner((state or default_state()).expanduser().resolve())
-    owner.key()
-    if data is not None:
-        owner.configure(OwnerSettings(data, text_field, licence))
+    owner = owner_from(**owner_options)
     with stopped_by_signals() as stop:
         run(
             owner,

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.errors import UserError
 from .context import Session
 from .parsing import as_dictionary, setting
+from .parsing import settings as key_values
 
 if TYPE_CHECKING:
     from ..experts.federation.coordinator import Coordinator
+    from ..experts.federation.owner import Owner
     from ..experts.federation.requests import Recipe
 
 STATE_FOLDER = Path("expertctl") / "owner"
@@ -30,6 +33,26 @@ state_option = click.option(
     metavar="DIR",
     help="The owner's state folder. Default: ~/.local/state/expertctl/owner",
 )
+owner_options = [
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Your text: a folder or a file. Needed the first time.",
+    ),
+    click.option(
+        "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
+    ),
+    click.option(
+        "--licence", metavar="TEXT", help="Under which licence the text stands; told with the expert."
+    ),
+    click.option(
+        "--dp",
+        metavar="epsilon=E,delta=D",
+        help="Train with differential privacy, whatever is asked for; remembered. `none` ends that.",
+    ),
+    state_option,
+]
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 
 recipe_options = [
@@ -86,6 +109,40 @@ def with_recipe(function: click.decorators.FC) -> click.decorators.FC:
     return function
 
 
+def with_owner(function: click.decorators.FC) -> click.decorators.FC:
+    """Add the options that say where an owner's text is, and how it may be trained on."""
+    for option in reversed(owner_options):
+        function = option(function)
+    return function
+
+
+def owner_from(
+    data: Path | None, text_field: str, licence: str | None, dp: str | None, state: Path | None
+) -> Owner:
+    """Return the owner that the options of `with_owner` describe; what is not given is as it was."""
+    from dataclasses import replace
+
+    from ..experts.federation.owner import Owner, OwnerSettings
+
+    owner = Owner((state or default_state()).expanduser().resolve())
+    owner.key()
+    found = owner.settings() if data is None else OwnerSettings(data, text_field, licence)
+    if data is not None and owner.is_configured:
+        found = replace(found, privacy=owner.settings().privacy)
+    if dp is not None:
+        found = replace(found, privacy=None if dp == "none" else privacy_from(dp))
+    owner.configure(found)
+    return owner
+
+
+def privacy_from(text: str) -> dict[str, Any]:
+    """Return what `--dp` says."""
+    try:
+        return key_values(text)
+    except click.BadParameter as error:
+        raise UserError(f"--dp: {error.message}; write epsilon=8,delta=1e-6") from None
+
+
 def recipe_from(
     recipe_name: str,
     tokens: int | None,
@@ -97,7 +154,7 @@ def recipe_from(
     from ..experts.federation.recipes import recipe_of
 
     training = as_dictionary((*settings, *((("tokens", tokens),) if tokens is not None else ())))
-    privacy = as_dictionary(setting(part) for part in dp.split(",")) if dp is not None else None
+    privacy = privacy_from(dp) if dp is not None else None
     return recipe_of(recipe_name, as_dictionary(options), training, privacy)
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ...core.lineage import TRAINING_FOLDER, read_manifest, require_intact
 from ...core.safetensors_io import SINGLE_FILE, Checkpoint
 from .delivery import Signed, make_delivery
 from .keys import OwnerKey, read_key
+from .owner_privacy import checked_privacy, is_private_enough, privacy_of
 from .parts import PartsWriter, parts_of
 from .progress import Progress
 from .requests import ExpertRequest, is_identifier, without_superseded
@@ -43,6 +44,8 @@ class OwnerSettings:
     data: Path
     text_field: str = "text"
     licence: str | None = None
+    privacy: Mapping[str, Any] | None = None
+    """Differential privacy that the owner insists on, whatever is asked for."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +70,39 @@ class Owner:
     # --- who and where ---
 
     def configure(self, settings: OwnerSettings) -> None:
-        """Remember where the text is; raises `UserError` where there is none."""
+        """Remember where the text is, and how private training has to be; raises `UserError` where there is no text."""
         data = settings.data.expanduser().resolve()
         if not data.exists():
             raise UserError(f"{data} does not exist; name the folder or file with your text")
         with readable_os_errors(self.state):
             self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.state.chmod(0o700)
-        content = {"data": str(data), "text_field": settings.text_field, "licence": settings.licence}
-        write_json(self.state / SETTINGS_FILE, content)
+        privacy = checked_privacy(settings.privacy) if settings.privacy is not None else None
+        write_json(self.state / SETTINGS_FILE, {**asdict(settings), "data": str(data), "privacy": privacy})
 
     def settings(self) -> OwnerSettings:
         """Return where the text is; raises `UserError` before it was told."""
-        path = self.state / SETTINGS_FILE
-        if not path.is_file():
+        if not self.is_configured:
             raise UserError(f"{self.state} does not know where your text is; name it with --data")
-        content = read_json(path)
-        return OwnerSettings(Path(content["data"]), content["text_field"], content["licence"])
+        content = read_json(self.state / SETTINGS_FILE)
+        return OwnerSettings(**{**content, "data": Path(content["data"])})
+
+    @property
+    def is_configured(self) -> bool:
+        """Tell whether it is known where the text is."""
+        return (self.state / SETTINGS_FILE).is_file()
+
+    def privacy(self, request: ExpertRequest) -> dict[str, Any] | None:
+        """Return how private the training for a request has to be; raises `UserError` where it cannot be as the owner insists."""
+        return privacy_of(request, self.settings().privacy if self.is_configured else None)
+
+    def why_not(self, request: ExpertRequest) -> str | None:
+        """Return why a request that was taken once is not carried out any more, or None."""
+        try:
+            self.privacy(request)
+        except UserError as error:
+            return str(error)
+        return None
 
     def key(self) -> OwnerKey:
         return read_key(self.state)
@@ -95,6 +114,7 @@ class Owner:
         if request.key != self.key().public.fingerprint:
             raise UserError("the request is for another key than the one here")
         check_recipe(request)
+        self.privacy(request)
         (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self.state / "requests" / f"{request.id}.json", request.as_json())
 
@@ -203,7 +223,17 @@ class Owner:
         return self.run_folder(request.id) / "experts" / request.owner
 
     def is_trained(self, request: ExpertRequest) -> bool:
-        return (self.expert_folder(request) / "expert.json").is_file()
+        finished = (self.expert_folder(request) / "expert.json").is_file()
+        return finished and self.is_private_enough(request)
+
+    def is_private_enough(self, request: ExpertRequest) -> bool:
+        """Tell whether what was begun for a request is as private as it has to be now."""
+        return is_private_enough(self.expert_folder(request), self.privacy(request))
+
+    def begin_anew(self, request: ExpertRequest) -> None:
+        """Let go of what was trained for a request, and of what was made ready to leave; nobody may be working on it."""
+        remove_tree(self.delivery_folder(request.id))
+        remove_tree(self.expert_folder(request))
 
     def start(self, identifier: str) -> None:
         """Train in a process of its own, which outlives this one and goes on where an earlier one stopped.
@@ -211,6 +241,9 @@ class Owner:
         Does nothing while one is running, and after the expert is finished.
         """
         request = self.request(identifier)
+        if not self.is_private_enough(request):
+            self.stop(identifier)
+            self.begin_anew(request)
         if self.is_trained(request) or self.is_working(identifier):
             return
         folder = self.run_folder(identifier)
@@ -286,6 +319,10 @@ class Owner:
         """Return the signed statement of what leaves, making it first where it was not made; raises before training ends."""
         request = self.request(identifier)
         folder = self.delivery_folder(identifier)
+        if not self.is_private_enough(request):
+            raise UserError(
+                f"the expert of request {identifier} has less privacy than was asked for, or than you insist on; train it again"
+            )
         if (folder / "delivery.json").is_file():
             return Signed.read(folder)
         if not self.is_trained(request):

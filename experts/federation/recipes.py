@@ -9,6 +9,7 @@ from ...core.config import TrainingConfig, checked, parse_options
 from ...core.errors import UserError
 from ...core.plugin_manager import installed_plugins
 from ..trainable import trainer_for
+from .owner_privacy import checked_privacy
 from .requests import Recipe
 
 NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -35,4 +36,5 @@ def recipe_of(
     chosen = {**usual, **(options or {})}
     parse_options(trainer.options, chosen, f"trainer '{trainer.name}'")
     checked(TrainingConfig, dict(training or {}), "the training of a recipe")
-    return Recipe(trains, chosen, dict(training or {}), privacy)
+    asked = checked_privacy(privacy) if privacy is not None else None
+    return Recipe(trains, chosen, dict(training or {}), asked)

@@ -57,10 +57,13 @@ def work(
     """
     request = owner.request(identifier)
     folder = owner.run_folder(identifier)
-    note = _Note(folder, tell, private=request.recipe.privacy is not None)
+    privacy = owner.privacy(request)
+    note = _Note(folder, tell, private=privacy is not None)
     with exclusive(folder / ".locks" / "work", f"request {identifier}"):
         if owner.is_trained(request):
             return owner.expert_folder(request)
+        if not owner.is_private_enough(request):
+            owner.begin_anew(request)
         try:
             note.phase = "SEED"
             layout = _workspace(owner, request)
@@ -68,7 +71,7 @@ def work(
             project = load_project(layout.config_file)
             prepare_domain(layout, request.owner, project.domains[request.owner], layout.seed)
             note.phase = "TRAINING"
-            _branch(layout, project, request)
+            _branch(layout, project, request, privacy)
             note.phase = "DATA"
             training_blocks(
                 RunInputs.of_folder(layout.experts / request.owner)
@@ -100,7 +103,9 @@ def _workspace(owner: Owner, request: ExpertRequest) -> Layout:
     return Layout(root)
 
 
-def _branch(layout: Layout, project: ProjectConfig, request: ExpertRequest) -> None:
+def _branch(
+    layout: Layout, project: ProjectConfig, request: ExpertRequest, privacy: Mapping[str, Any] | None
+) -> None:
     if (layout.experts / request.owner / RUN_FILE).is_file():
         return
     recipe = request.recipe
@@ -111,8 +116,8 @@ def _branch(layout: Layout, project: ProjectConfig, request: ExpertRequest) -> N
         "training": dict(recipe.training),
         "owner": request.owner,
     }
-    if recipe.privacy is not None:
-        settings["dp"] = dict(recipe.privacy)
+    if privacy is not None:
+        settings["dp"] = dict(privacy)
     branch(layout, project, request.owner, checked(ExpertConfig, settings, "the request's recipe"))
 
 

@@ -51,6 +51,8 @@ class OwnerWork:
         """Take every request one step further."""
         self._owner.drop_superseded()
         for request in self._owner.requests():
+            if (why := self._owner.why_not(request)) is not None:
+                self._say(request, why)
             if time.monotonic() < self._later.get(request.id, 0.0) or self.is_over(request):
                 continue
             try:
@@ -64,8 +66,12 @@ class OwnerWork:
                 self._wait(request, f"{error.sentence(self._owner.state / PUBLIC_FILE)}; trying again")
 
     def is_over(self, request: ExpertRequest) -> bool:
-        """Tell whether nothing is to be done for a request: delivered, refused, or too late."""
-        return self._owner.outcome(request.id) is not None or request.deadline < datetime.now(UTC)
+        """Tell whether nothing is to be done for a request: delivered, refused, too late, or not what the owner agrees to."""
+        return (
+            self._owner.outcome(request.id) is not None
+            or request.deadline < datetime.now(UTC)
+            or self._owner.why_not(request) is not None
+        )
 
     def gave_up(self, request: ExpertRequest) -> str | None:
         """Return why a training that failed time after time is not worth waiting for, or None."""
@@ -110,7 +116,7 @@ class OwnerWork:
 
     def _train(self, request: ExpertRequest) -> None:
         """See to it that a process trains; one that ends again and again is started less and less often."""
-        if not self._owner.is_working(request.id):
+        if not self._owner.is_working(request.id) or not self._owner.is_private_enough(request):
             progress, starts = self._owner.progress(request.id), self._starts.get(request.id, 0)
             log = self._owner.run_folder(request.id) / "work.log"
             if progress.state == "failed" and progress.code != "STOPPED":

@@ -21,7 +21,7 @@ from expertctl import UserError, Workspace, load_model, verify
 from expertctl.core.lineage import digest_of_tensors, digests_of_folder, read_manifest
 from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.coordinator import Coordinator
-from expertctl.experts.federation.delivery import Signed, Statement, rounded
+from expertctl.experts.federation.delivery import Signed, Statement, make_delivery, rounded
 from expertctl.experts.federation.owner import Owner
 from expertctl.experts.federation.parts import parts_of
 from expertctl.experts.federation.requests import ExpertRequest, Recipe
@@ -435,7 +435,10 @@ def test_less_privacy_than_was_asked_for_is_refused(
     path = coordinator.root / "requests" / f"{request.id}.json"
     path.write_text(json.dumps(private.as_json()))
     (owner.state / "requests" / f"{request.id}.json").write_text(json.dumps(private.as_json()))
-    signed = owner.delivery(request.id)
+    with pytest.raises(UserError, match="less privacy than was asked for"):
+        owner.delivery(request.id)  # an honest owner's machine does not even sign it
+    expert = owner.expert_folder(request)
+    signed = make_delivery(expert, private, owner.key(), owner.delivery_folder(request.id))
     refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
     assert refusal is not None
     assert refusal.code is RefusalCode.PRIVACY
