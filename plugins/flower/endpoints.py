@@ -45,6 +45,7 @@ STATUS = {
     "WRONG_BYTES": 409,
     "REFUSED_NOW": 409,
     "DISK": 507,
+    "BUSY": 503,
 }
 
 Read = Callable[[int], Awaitable[bytes]]

@@ -39,6 +39,10 @@ FLEET_CALLS = frozenset(
 )
 MAX_FLEET_BODY = 8 << 20
 """Flower cuts what it sends into objects of 5 MB."""
+SMALL_BODY = 64 << 10
+"""What every connection may hold; most of Flower's messages are smaller."""
+MAX_FLEET_BYTES = 256 << 20
+"""What all connections together may hold beyond that. Nobody has shown who he is before his message was read."""
 MAX_HEADERS = 64 << 10
 READ_S = 60.0
 """How long a client may be silent in the middle of a request."""
@@ -70,6 +74,7 @@ class Gateway:
     def __init__(self, upstream: Callable[[], str], certificates: Certificates, endpoints: Endpoints) -> None:
         self._upstream, self._certificates, self._endpoints = upstream, certificates, endpoints
         self._client: httpx.AsyncClient | None = None
+        self._left = MAX_FLEET_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -119,14 +124,25 @@ class Gateway:
         import httpx
 
         kept = [(name, value) for name, value in headers if name not in HOP_BY_HOP]
-        body = await _reader(receive)(MAX_FLEET_BODY)
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            more = max(size - SMALL_BODY, 0) - held
+            if more > self._left:
+                raise Failure("BUSY")
+            held, self._left = held + more, self._left - more
+
         try:
+            body = await _reader(receive, hold)(MAX_FLEET_BODY)
             reply = await self._connected().request(
                 method, f"https://{self._upstream()}{target}", headers=kept, content=body
             )
         except httpx.HTTPError:
             await _reply(send, (503, b"", "text/plain"))
             return
+        finally:
+            self._left += held
         back = [
             (name.lower(), value)
             for name, value in reply.headers.raw
@@ -150,7 +166,11 @@ class _Gone(Exception):
     """The client has closed the connection."""
 
 
-def _reader(receive: Receive) -> Callable[[int], Awaitable[bytes]]:
+def _reader(
+    receive: Receive, hold: Callable[[int], None] = lambda size: None
+) -> Callable[[int], Awaitable[bytes]]:
+    """Return what reads a body of at most so many bytes; `hold` hears how many there are, and may refuse."""
+
     async def read(most: int) -> bytes:
         body = bytearray()
         while True:
@@ -163,6 +183,7 @@ def _reader(receive: Receive) -> Callable[[int], Awaitable[bytes]]:
             body += event.get("body", b"")
             if len(body) > most:
                 raise Failure("TOO_LARGE")
+            hold(len(body))
             if not event.get("more_body", False):
                 return bytes(body)
 

@@ -51,6 +51,7 @@ class Hub:
     coordinator: Coordinator
     certificates: Certificates
     port: int
+    gateway: Gateway
     upstream: Upstream
     told: list[str]
     clients: list[CoordinatorClient]
@@ -77,8 +78,9 @@ def hub(tmp_path: Path, new_workspace: Any) -> Iterator[Hub]:
     behind = Door(upstream, "127.0.0.1", 0, certificates)  # type: ignore[arg-type]  # any application
     inner = behind.open()
     endpoints = Endpoints(coordinator, certificates.fingerprint, told.append)
-    door = Door(Gateway(lambda: f"127.0.0.1:{inner}", certificates, endpoints), "127.0.0.1", 0, certificates)
-    found = Hub(coordinator, certificates, door.open(), upstream, told, [])
+    gateway = Gateway(lambda: f"127.0.0.1:{inner}", certificates, endpoints)
+    door = Door(gateway, "127.0.0.1", 0, certificates)
+    found = Hub(coordinator, certificates, door.open(), gateway, upstream, told, [])
     yield found
     for client in found.clients:
         client.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -107,6 +108,29 @@ def test_what_is_too_large_or_no_http_ends_the_connection_and_nothing_reaches_fl
     two_lengths = raw_request(hub, call, "content-length: 3", "content-length: 5", body=b"abc")
     assert two_lengths == 400  # smuggling
     assert hub.upstream.seen == []
+
+
+def test_many_large_bodies_at_once_are_refused_and_small_ones_pass(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub.gateway, "_left", 3 << 20)
+    context = ssl.create_default_context(cafile=str(hub.certificates.authority))
+    size = 2 << 20
+    head = f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: hub\r\ncontent-length: {size}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), timeout=20))
+        held = stack.enter_context(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+        held.sendall(head + bytes(size - 1))  # and the last byte never comes
+        with hub.browser() as browser:
+            end = time.monotonic() + 20
+            while hub.gateway._left > 2 << 20 and time.monotonic() < end:
+                time.sleep(0.01)
+            reply = browser.post("/v1/fleet/push-object", content=bytes(size))
+            assert (reply.status_code, reply.json()) == (503, {"code": "BUSY"})
+            assert browser.post("/v1/fleet/push-object", content=bytes(60_000)).status_code == 200
+        held.sendall(b"x")
+        assert held.recv(100).startswith(b"HTTP/1.1 200")
+    assert hub.gateway._left == 3 << 20
 
 
 def test_plain_http_and_old_tls_are_not_spoken(hub: Any) -> None:
