@@ -203,10 +203,14 @@ def deliver(session: Session, delivery: Path) -> None:
 
     Every check that can be made without the owner's text is made first. A delivery that is refused is put apart with the reason, and the command exits 1.
     """
-    from ..experts.federation.packs import hand_in, opened
+    from ..experts.federation.packs import REQUEST_FILE, hand_in, opened
 
     coordinator = coordinator_of(session)
     with opened(delivery, coordinator.root) as folder:
+        if (folder / REQUEST_FILE).is_file():
+            raise UserError(
+                f"{delivery} is a pack for an owner; deliver what `expertctl federate work` has written"
+            )
         request, refusal = hand_in(coordinator, folder)
     if refusal is not None:
         raise UserError(f"the delivery of '{request.owner}' is refused: {refusal}")

@@ -10,7 +10,7 @@ import click
 from .context import Session, pass_session
 from .group import cli_command
 from .output import Table, number
-from .parsing import byte_count
+from .parsing import byte_count, optional_bytes, token_count
 
 if TYPE_CHECKING:
     from ..experts.federation.simulation.planning import Report
@@ -53,13 +53,24 @@ if TYPE_CHECKING:
     help="How often missing owners are asked again, for as long, when the deadline passes without the quorum.",
 )
 @click.option(
-    "--tokens", default="100M", show_default=True, metavar="COUNT", help="What each owner trains on."
+    "--tokens",
+    type=token_count,
+    default="100M",
+    show_default=True,
+    metavar="COUNT",
+    help="What each owner trains on.",
 )
 @click.option(
-    "--expert-size", default="2GB", show_default=True, metavar="SIZE", help="What each owner hands in."
+    "--expert-size",
+    type=byte_count,
+    default="2GB",
+    show_default=True,
+    metavar="SIZE",
+    help="What each owner hands in.",
 )
 @click.option(
     "--seed-size",
+    type=optional_bytes,
     metavar="SIZE",
     help="What each owner fetches; 0 if all have the seed. Default: as the expert.",
 )
@@ -83,9 +94,9 @@ def simulate_command(
     quorum: float,
     deadline: str,
     ask_again: int,
-    tokens: str,
-    expert_size: str,
-    seed_size: str | None,
+    tokens: int,
+    expert_size: int,
+    seed_size: int | None,
     line: float,
     seed: int,
 ) -> None:
@@ -103,15 +114,10 @@ def simulate_command(
     if owners is not None and trace is not None:
         raise click.UsageError("--owners draws owners and --trace reads them; give one of the two")
     who = read_trace(trace) if trace is not None else drawn_owners(100 if owners is None else owners, seed)
-    expert_bytes = byte_count(expert_size)
     plan = Plan(
-        expert_bytes=expert_bytes,
-        seed_bytes=expert_bytes
-        if seed_size is None
-        else 0
-        if seed_size.strip() == "0"
-        else byte_count(seed_size),
-        tokens=byte_count(tokens),
+        expert_bytes=expert_size,
+        seed_bytes=expert_size if seed_size is None else seed_size,
+        tokens=tokens,
         deadline=deadline_in(deadline, BEGIN) - BEGIN,
         quorum=quorum,
         line_gbit=line,

@@ -77,6 +77,23 @@ def byte_count(value: str | int) -> int:
     match = SIZE.fullmatch(str(value))
     if match is None or float(match["number"]) <= 0:
         raise click.BadParameter(f"'{value}' is no size; write 500MB or 5GB")
+    return _scaled(match)
+
+
+def optional_bytes(value: str | int) -> int:
+    """Read what `byte_count` reads, or 0."""
+    return 0 if str(value).strip() == "0" else byte_count(value)
+
+
+def token_count(value: str | int) -> int:
+    """Read `100M`, `2G` or a plain number of tokens."""
+    match = SIZE.fullmatch(str(value))
+    if match is None or float(match["number"]) <= 0 or str(value).strip()[-1] in "bB":
+        raise click.BadParameter(f"'{value}' is no count of tokens; write 2000000, 100M or 2G")
+    return _scaled(match)
+
+
+def _scaled(match: re.Match[str]) -> int:
     base = 1024 if match["binary"] else 1000
     return int(float(match["number"]) * base ** " KMGT".index((match["unit"] or " ").upper()))
 

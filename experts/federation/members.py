@@ -84,7 +84,7 @@ class Members:
                         f"`expertctl federate remove {name}` first, or choose another name"
                     )
                 if names.setdefault(key, name) != name:
-                    raise UserError(f"that key is '{names[key]}''s; each owner needs one of their own")
+                    raise UserError(f"'{names[key]}' has that key; each owner needs one of their own")
                 members[name] = Member(name, key)
             self._write(list(members.values()))
         return [members[name] for name in keys]

@@ -200,6 +200,8 @@ def deadline_in(text: str, now: datetime) -> datetime:
     if not found or _DURATION.sub("", text.lower()).strip():
         raise UserError(f"'{text}' is no time until a deadline; write 30m, 48h, 2d or 1d 12h")
     seconds = sum(float(number) * _SECONDS[unit] for number, unit in found)
+    if seconds <= 0:
+        raise UserError(f"'{text}' is over at once; write 30m, 48h, 2d or 1d 12h")
     if seconds > 10 * 365 * 86400:
         raise UserError(f"'{text}' is more than ten years")
     return now.astimezone(UTC) + timedelta(seconds=seconds)

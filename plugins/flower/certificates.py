@@ -80,8 +80,8 @@ def _read(path: Path) -> x509.Certificate:
         raise UserError(f"{path} does not exist; the coordinator hands out its ca.crt")
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is no certificate ({error}); fetch it again") from None
+    except ValueError:
+        raise UserError(f"{path} is no certificate; fetch the coordinator's ca.crt again") from None
 
 
 def _covers(found: Certificates, names: Sequence[str]) -> bool:

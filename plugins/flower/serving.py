@@ -68,8 +68,9 @@ def serve(
         finally:
             stop.set()
             door.close()
-            rounds.join()
             superlink.stop()
+            if rounds.ident is not None:
+                rounds.join()
 
 
 def _supervise(superlink: SuperLink, tell: Callable[[str], None], stop: threading.Event) -> None:

@@ -41,6 +41,8 @@ def test_a_small_federation_is_told_and_printed_as_json(
         (["--quorum", "1.5"], 2, "1.5 is not in the range"),
         (["--deadline", "soon"], 1, "'soon' is no time until a deadline"),
         (["--expert-size", "big"], 2, "'big' is no size"),
+        (["--tokens", "5GB"], 2, "'5GB' is no count of tokens"),
+        (["--deadline", "0h"], 1, "'0h' is over at once"),
         (["--owners", "3", "--trace", "owners.csv"], 2, "give one of the two"),
         (["--trace", "owners.csv"], 1, "owner 1: it has no tokens_per_second"),
     ],

@@ -8,6 +8,7 @@ import hashlib
 import json
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -28,6 +29,7 @@ from expertctl.plugins.flower.certificates import certificates_for
 from expertctl.plugins.flower.child import free_port
 from expertctl.plugins.flower.coordinator_client import CoordinatorClient, Declined, Unreachable
 from expertctl.plugins.flower.owner_work import OwnerWork, part_size
+from expertctl.plugins.flower.serving import serve
 from expertctl.plugins.flower.signing import EMPTY, PREFIX, Gatekeeper, NotSigned, signed_headers
 
 NewOwner = Callable[..., Owner]
@@ -308,3 +310,15 @@ def test_parts_are_a_64th_within_bounds(tmp_path: Path) -> None:
     assert part_size(1 << 40) == 64 << 20
     (tmp_path / "file").write_bytes(json.dumps([1] * 100).encode())
     assert len(parts_of(tmp_path / "file", part_size(300)).parts) == 1
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path, hub: Any) -> None:
+    with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:\d+; is another server there"):
+        serve(
+            hub.coordinator,
+            hub.address,
+            [],
+            tell=hub.told.append,
+            opened=lambda listening: None,
+            stop=threading.Event(),
+        )
