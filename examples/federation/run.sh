@@ -4,10 +4,12 @@
 #   sh examples/federation/run.sh [FOLDER]
 #
 # CORPORA names a folder with a folder for each owner (train.jsonl, valid.jsonl); the first three are taken. Without it, text that every
-# installation has on its disk is used. TOKENS is what each expert trains on.
+# installation has on its disk is used. TOKENS is what each owner trains on. RECIPE=diloco or RECIPE=fedavg makes one shared model
+# in ROUNDS rounds instead of experts that are merged; run in the same folder, it stands in the table beside them.
 set -eu
 folder=${1:-federation-demo}
 tokens=${TOKENS:-200000}
+recipe=${RECIPE:-flexolmo}
 command=${EXPERTCTL:-expertctl}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
@@ -35,7 +37,12 @@ for name in $names; do
     $command federate keys --state "$folder/owner-$name" >/dev/null
     $command -w "$hub" federate invite "$folder/owner-$name/owner.pub" --name "$name"
 done
-$command -w "$hub" federate ask --experts "$(echo "$names" | tr ' ' ',')" --recipe flexolmo --tokens "$tokens"
+list=$(echo "$names" | tr ' ' ',')
+case $recipe in
+    diloco | fedavg) set -- --name "$recipe" --rounds "${ROUNDS:-5}" ;;
+    *) set -- ;;
+esac
+[ -d "$hub/generalists/$recipe" ] || $command -w "$hub" federate ask --experts "$list" --recipe "$recipe" --tokens "$tokens" "$@"
 joined=
 for name in $names; do
     $command federate join --server "127.0.0.1:$port" --ca "$hub/federation/network/certificates/ca.crt" \
@@ -46,5 +53,8 @@ for one in $joined; do wait "$one"; done
 $command -w "$hub" federate status
 
 # What came of it. Only here, on one machine, can the owners' held-out text be looked at.
-$command -w "$hub" merge campus --method flexolmo --force
-$command -w "$hub" eval seed $names campus
+case $recipe in
+    diloco | fedavg) while [ ! -f "$hub/generalists/$recipe/generalist.json" ]; do sleep 1; done ;;
+    *) $command -w "$hub" merge campus --method flexolmo --force ;;
+esac
+$command -w "$hub" eval seed $(ls "$hub/experts" 2>/dev/null) $(ls "$hub/generalists")

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from ...core.errors import UserError
+from ...core.errors import UserError, first_line
 from ...core.files import mendable
 from ...experts.federation.acceptance import Refusal
 from ...experts.federation.coordinator import Coordinator
@@ -178,7 +178,11 @@ class Endpoints:
 
     async def _judge(self, name: str, request: str) -> Refusal | None:
         async with self._judging:
-            return await asyncio.to_thread(self._coordinator.finish, name, request)
+            try:
+                return await asyncio.to_thread(self._coordinator.finish, name, request)
+            except UserError as error:  # the owner hears a code and tries again
+                self._tell(f"the delivery of '{name}' cannot be judged now: {first_line(error)}")
+                raise
 
 
 def failed(code: str) -> Answer:

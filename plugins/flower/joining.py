@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def join(
                 if member.known:
                     node.tick()
                     work.step()
-                if until_done and _is_done(owner, work):
+                if until_done and member.known and _is_done(owner, work, member.open):
                     return
                 stop.wait(TICK_S)
         finally:
@@ -69,13 +69,18 @@ def join(
             client.close()
 
 
-def _is_done(owner: Owner, work: OwnerWork) -> bool:
-    """Tell whether all that was asked is over; raises `UserError` where what is left fails time after time."""
+def _is_done(owner: Owner, work: OwnerWork, asked: Collection[str]) -> bool:
+    """Tell whether all that was asked is over; raises `UserError` where what is left fails time after time.
+
+    `asked` are the requests that the coordinator has open, some of which Flower may not have brought yet.
+    """
     left = [request for request in owner.requests() if not work.is_over(request)]
     reasons = [work.gave_up(request) for request in left]
     if left and None not in reasons:
         raise UserError(f"request {left[0].id}: {reasons[0]}; the same command tries again")
-    return bool(owner.requests()) and not left and not any(map(_has_successor, owner.requests()))
+    requests = owner.requests()
+    to_come = set(asked) - {request.id for request in requests}
+    return bool(requests) and not left and not to_come and not any(map(_has_successor, requests))
 
 
 def _has_successor(request: ExpertRequest) -> bool:
@@ -95,13 +100,15 @@ class _Member:
         self._told = ""
         self._duplicate_since: float | None = None
         self.known = False
+        self.open: list[str] = []
+        """Requests that the coordinator had open when it was last heard."""
 
     def pulse(self) -> None:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + HELLO_S
         try:
-            found, _ = self._client.hello()
+            found, self.open = self._client.hello()
         except Unreachable as error:
             self._say(f"the coordinator cannot be reached ({error}); trying again")
             return

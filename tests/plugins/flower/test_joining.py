@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from federation_members import BTM, fetch_seed
+from federation_members import BTM, FLEXOLMO, fetch_seed
 
 from expertctl import UserError
 from expertctl.core.files import write_json
 from expertctl.experts.federation.owner import Owner
 from expertctl.experts.federation.progress import FailureCode, Progress
+from expertctl.experts.federation.requests import RoundOf
 from expertctl.plugins.flower import owner_work
 from expertctl.plugins.flower.joining import _is_done
 from expertctl.plugins.flower.owner_work import TRIES, OwnerWork
@@ -42,24 +44,44 @@ def test_a_training_that_fails_time_after_time_ends_it_in_one_line(
     work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
     for _ in range(TRIES - 1):
         work.step()
-        assert not _is_done(owner, work)
+        assert not _is_done(owner, work, [])
     work.step()
     assert len(starts) == TRIES
     if ends:
         with pytest.raises(
             UserError, match=f"training failed \\({code}\\) {TRIES} times; .*work.log says why"
         ):
-            _is_done(owner, work)
+            _is_done(owner, work, [])
     else:
-        assert not _is_done(owner, work)
+        assert not _is_done(owner, work, [])
 
 
 def test_it_ends_when_everything_is_over(hub: Any, new_owner: Callable[[str], Owner]) -> None:
     owner = new_owner("site-a")
     work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
-    assert not _is_done(owner, work)  # nothing was asked yet
+    assert not _is_done(owner, work, [])  # nothing was asked yet
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
     owner.take(request)
-    assert not _is_done(owner, work)
+    assert not _is_done(owner, work, [])
     owner.note_outcome(request.id, None)
-    assert _is_done(owner, work)
+    assert _is_done(owner, work, [])
+
+
+def test_it_waits_for_what_the_coordinator_has_open_and_for_the_next_round(
+    hub: Any, new_owner: Callable[[str], Owner]
+) -> None:
+    owner = new_owner("site-a")
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    (first,) = hub.coordinator.ask(["site-a"], BTM, soon)
+    owner.take(first)
+    owner.note_outcome(first.id, None)
+    (second,) = hub.coordinator.ask(["site-a"], FLEXOLMO, soon)
+    assert not _is_done(owner, work, [second.id])  # Flower has not brought it yet
+    assert _is_done(owner, work, [])
+    for number, over in ((0, False), (1, True)):
+        part = RoundOf("campus", "0" * 16, number, 2, 5)
+        (request,) = hub.coordinator.ask(["site-a"], replace(BTM, round=part), soon)
+        owner.take(request)
+        owner.note_outcome(request.id, None)
+        assert _is_done(owner, work, []) == over
