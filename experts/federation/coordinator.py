@@ -223,9 +223,13 @@ class Coordinator:
             return Refusal(RefusalCode.LATE)
         seed_bytes = sum(file.size for file in request.seed_files)
         refusal = refusal_of_statement(signed, request, member.key, seed_bytes, self.rules)
-        if refusal is None and self.ledger.was_delivered(signed.statement.expert):
+        if refusal is None and self.ledger.deliverers(signed.statement.expert) - self._may_repeat(request):
             return Refusal(RefusalCode.REPLAY)
         return refusal
+
+    def _may_repeat(self, request: ExpertRequest) -> set[tuple[str, str]]:
+        """Return whose delivery may come once more: two shared models that begin alike have the same first round."""
+        return {(request.owner, request.seed)} if request.recipe.round is not None else set()
 
     def _refuse(self, request: ExpertRequest, refusal: Refusal, signed: Signed) -> None:
         """Note a refusal and keep what there is of the delivery apart, for a human to look at."""

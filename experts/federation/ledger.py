@@ -51,8 +51,8 @@ class _Known:
     """The last line of each request of each owner."""
     accepted: set[tuple[str, str, str]] = field(default_factory=set)
     """(seed, recipe, owner)."""
-    deliveries: set[str] = field(default_factory=set)
-    """Digests of what was accepted."""
+    deliveries: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    """Digest of what was accepted -> (owner, seed)."""
 
     def take(self, entry: Entry) -> None:
         self.entries.append(entry)
@@ -60,7 +60,7 @@ class _Known:
         self.of_owner.setdefault(entry.owner, {})[entry.request] = entry
         if entry.state == "accepted":
             self.accepted.add((entry.seed, entry.recipe, entry.owner))
-            self.deliveries.add(entry.delivery)
+            self.deliveries.setdefault(entry.delivery, set()).add((entry.owner, entry.seed))
 
 
 class Ledger:
@@ -113,9 +113,9 @@ class Ledger:
         accepted = self._read().accepted
         return [owner for owner in owners if (seed, recipe, owner) not in accepted]
 
-    def was_delivered(self, delivery: str) -> bool:
-        """Tell whether something with this digest was accepted before, for whatever request."""
-        return delivery in self._read().deliveries
+    def deliverers(self, delivery: str) -> frozenset[tuple[str, str]]:
+        """Return from whom, and made of which seed, something with this digest was accepted before, for whatever request."""
+        return frozenset(self._read().deliveries.get(delivery, ()))
 
     def _read(self) -> _Known:
         """Read what was added since the last call, by whichever process."""

@@ -26,8 +26,8 @@ def test_the_last_line_of_a_request_counts(tmp_path: Path) -> None:
     assert len(again.entries()) == 5
     assert again.missing("s", "r", ["a", "b", "c"]) == ["b", "c"]
     assert again.missing("s", "other", ["a", "b"]) == ["a", "b"]
-    assert again.was_delivered("d")
-    assert not again.was_delivered("e")
+    assert again.deliverers("d") == {("a", "s")}
+    assert again.deliverers("e") == frozenset()
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])

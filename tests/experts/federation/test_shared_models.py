@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from expertctl.experts.federation import round_keeper
 from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.averaging import AveragingRules, OuterRecipe, outer_step
 from expertctl.experts.federation.coordinator import Coordinator
+from expertctl.experts.federation.delivery import Signed
 from expertctl.experts.federation.keys import make_key
 from expertctl.experts.federation.owner import Owner, OwnerSettings
 from expertctl.experts.federation.parts import parts_of
@@ -195,6 +197,30 @@ def altered(owner: Owner, request: ExpertRequest, factor: float) -> None:
     )
     resigned = replace(signed, statement=statement, signature=owner.key().sign(statement.signed_bytes))
     (folder / "delivery.json").write_text(json.dumps(resigned.as_json()))
+
+
+def test_two_models_that_begin_alike_have_the_same_first_round_and_old_rounds_do_not_count_again(
+    coordinator: Coordinator, owners: dict[str, Owner]
+) -> None:
+    first = begin_rounds(coordinator, "first", plan(), SETTINGS)
+    old = open_request(coordinator, "site-a")
+    play(coordinator, owners)
+    kept = owners["site-a"].state / "kept"
+    shutil.copytree(owners["site-a"].delivery_folder(old.id), kept)
+    begin_rounds(coordinator, "second", plan("diloco"), SETTINGS)
+    play(coordinator, owners)
+    advance(coordinator, first)
+    request = next(
+        one for one in coordinator.open_requests("site-a") if str(one.recipe.round).endswith("of 'first'")
+    )
+    signed = Signed.read(kept)
+    statement = replace(signed.statement, request=request.id, seed=request.seed, recipe=request.recipe.digest)
+    again = replace(
+        signed, statement=statement, signature=owners["site-a"].key().sign(statement.signed_bytes)
+    )
+    refusal = hand_in(coordinator, kept, "site-a", request.id, again)
+    assert refusal is not None
+    assert refusal.code is RefusalCode.REPLAY
 
 
 @pytest.mark.parametrize(
