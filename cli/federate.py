@@ -20,7 +20,7 @@ from .group import Group, cli_command
 from .output import Table, number
 
 if TYPE_CHECKING:
-    from ..experts.federation.coordinator import OwnerStatus
+    from ..experts.federation.owner_status import OwnerStatus
 
 WATCH_SECONDS = 2.0
 NETWORK = ("serve", "join")
@@ -105,11 +105,12 @@ def remove(session: Session, name: str) -> None:
 @pass_session
 def status(session: Session, watch: bool) -> None:
     """Show how every owner stands: asked, training, accepted, or refused and why."""
+    from ..experts.federation.owner_status import owner_statuses
     from ..experts.federation.round_keeper import status_of
 
     coordinator = coordinator_of(session)
     while True:
-        found = coordinator.status()
+        found = owner_statuses(coordinator)
         shared = [status_of(coordinator, one) for one in coordinator.shared_models().values()]
         if watch and sys.stdout.isatty():
             click.clear()
@@ -145,6 +146,7 @@ def _status_table(found: list[OwnerStatus]) -> Table | str:
         rows.append(
             (
                 one.name,
+                "yes" if one.online else "",
                 one.state or "invited",
                 training,
                 f"{one.seen:%Y-%m-%d %H:%M}" if one.seen is not None else "",
@@ -152,12 +154,13 @@ def _status_table(found: list[OwnerStatus]) -> Table | str:
                 one.detail,
             )
         )
-    return Table(("owner", "state", "training", "last heard", "deadline", "detail"), rows)
+    return Table(("owner", "online", "state", "training", "last heard", "deadline", "detail"), rows)
 
 
 def _status_content(one: OwnerStatus) -> dict[str, Any]:
     return {
         "owner": one.name,
+        "online": one.online,
         "request": one.request,
         "state": one.state,
         "detail": one.detail,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,26 +17,13 @@ from .destinations import AmongExperts, Destination, IntoRound
 from .ledger import Entry, Ledger, State
 from .members import Members
 from .parts import FileParts, PartsWriter, parts_of, read_part
+from .presence import Presence
 from .progress import Progress
-from .requests import ExpertRequest, Recipe, is_identifier, new_identifier, without_superseded
+from .requests import ExpertRequest, Recipe, is_identifier, new_identifier
 from .shared_model import SharedModel, shared_model, shared_models
 
 FOLDER = "federation"
 REQUEST_SUFFIX = ".json"
-
-
-@dataclass(frozen=True)
-class OwnerStatus:
-    """How one owner stands with one request, or with none."""
-
-    name: str
-    request: str | None
-    state: State | None
-    detail: str
-    progress: Progress | None
-    seen: datetime | None
-    """When the owner was last heard of."""
-    deadline: datetime | None
 
 
 class Coordinator:
@@ -55,6 +41,7 @@ class Coordinator:
         self.root = layout.root / FOLDER
         self.members = Members(self.root / "members.json")
         self.ledger = Ledger(self.root / "ledger.jsonl")
+        self.presence = Presence(self.root / "network" / "heard.json")
 
     # --- asking ---
 
@@ -271,48 +258,6 @@ class Coordinator:
         """Yield every request whose delivery was taken, with what the owner signed."""
         for path in sorted((self.root / "accepted").glob(f"*{REQUEST_SUFFIX}")):
             yield self.request(path.stem), Signed.of_json(read_json(path))
-
-    # --- telling ---
-
-    def status(self) -> list[OwnerStatus]:
-        """Return how every member stands, those without a request too."""
-        found = []
-        for member in self.members.all():
-            own = self.ledger.states_of(member.name)
-            if not own:
-                found.append(OwnerStatus(member.name, None, None, "", None, None, None))
-            requests = {entry.request: self.request(entry.request) for entry in own.values()}
-            current = {request.id for request in without_superseded(list(requests.values()))}
-            for entry in own.values():
-                request = requests[entry.request]
-                if request.id not in current:
-                    continue
-                progress, seen = self._progress(request.id)
-                late = entry.state == "asked" and request.deadline <= self.now()
-                waiting = "the deadline has passed" if late else self._not_taken(request.id)
-                detail = (
-                    (waiting or str(request.recipe.round or "")) if entry.state == "asked" else entry.detail
-                )
-                found.append(
-                    OwnerStatus(
-                        member.name, request.id, entry.state, detail, progress, seen, request.deadline
-                    )
-                )
-        return found
-
-    def _not_taken(self, request_id: str) -> str:
-        """Return what an owner's machine answered if it did not take a request."""
-        path = self.root / "handed" / f"{request_id}.json"
-        code = read_json(path)["code"] if path.is_file() else "TAKEN"
-        return "" if code == "TAKEN" else f"the owner's machine answered {code}"
-
-    def _progress(self, request_id: str) -> tuple[Progress | None, datetime | None]:
-        path = self.root / "progress" / f"{request_id}.json"
-        if not path.is_file():
-            return None, None
-        content = read_json(path)
-        seen = datetime.fromisoformat(content.pop("at"))
-        return Progress.of_json(content), seen
 
     # --- places ---
 

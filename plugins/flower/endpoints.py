@@ -88,6 +88,9 @@ class Endpoints:
         try:
             signed = await asyncio.to_thread(self._gate.check, method, target, headers)
             self._only_one(signed)
+            await asyncio.to_thread(
+                self._coordinator.presence.note, signed.member.name, self._coordinator.now()
+            )
             for verb, pattern, work in self._routes:
                 found = pattern.fullmatch(target.removeprefix(PATH))
                 if verb == method and found is not None:
@@ -97,11 +100,6 @@ class Endpoints:
             return failed(error.code)
         except UserError as error:
             return failed(self._code_of(error))
-
-    def online(self) -> list[str]:
-        """Return the owners that were heard lately."""
-        now = time.monotonic()
-        return sorted(name for name, (_, at) in self._sessions.items() if now - at < ALIVE_S)
 
     def _only_one(self, signed: Signed) -> None:
         """Refuse a second process with the same key while the first is there."""

@@ -23,6 +23,7 @@ from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.coordinator import Coordinator
 from expertctl.experts.federation.delivery import Signed, Statement, make_delivery, rounded
 from expertctl.experts.federation.owner import Owner
+from expertctl.experts.federation.owner_status import owner_statuses
 from expertctl.experts.federation.parts import parts_of
 from expertctl.experts.federation.requests import ExpertRequest, Recipe
 
@@ -53,7 +54,7 @@ def test_two_owners_train_apart_and_their_experts_merge(
         assert coordinator.begin(request.owner, request.id, signed) == {
             file.name: [] for file in signed.statement.files
         }
-    assert {status.state for status in coordinator.status()} == {"accepted"}
+    assert {status.state for status in owner_statuses(coordinator)} == {"accepted"}
     assert ask(coordinator, clock, *owners, recipe=recipe) == []
     workspace = Workspace(coordinator.layout.root)
     assert workspace.layout.finished_experts() == sorted(owners)
@@ -128,9 +129,9 @@ def test_a_request_that_an_owners_machine_does_not_take_shows_in_the_status(
     new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a")
     coordinator.note_handed(request.id, "NOT_TAKEN")
-    assert coordinator.status()[0].detail == "the owner's machine answered NOT_TAKEN"
+    assert owner_statuses(coordinator)[0].detail == "the owner's machine answered NOT_TAKEN"
     coordinator.note_handed(request.id, "TAKEN")
-    assert coordinator.status()[0].detail == ""
+    assert owner_statuses(coordinator)[0].detail == ""
 
 
 def test_a_late_owner_is_welcome_when_asked_again(
@@ -205,7 +206,7 @@ def test_what_fails_at_an_owner_is_told_outside_by_a_code_alone(
     progress = owner.progress(request.id)
     assert (progress.state, progress.code) == ("failed", code)
     coordinator.note_progress("site-a", request.id, progress)
-    assert coordinator.status()[0].progress == progress
+    assert owner_statuses(coordinator)[0].progress == progress
 
 
 # --- what a coordinator does not take ---
@@ -332,7 +333,7 @@ def test_a_bad_expert_is_put_apart_with_a_reason(
     assert refusal is not None
     assert refusal.code is code
     assert coordinator.layout.finished_experts() == []
-    (status,) = coordinator.status()
+    (status,) = owner_statuses(coordinator)
     assert status.state == "refused"
     assert "\n" not in status.detail
     (kept,) = (coordinator.root / "quarantine").iterdir()

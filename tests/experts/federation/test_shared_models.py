@@ -27,6 +27,7 @@ from expertctl.experts.federation.coordinator import Coordinator
 from expertctl.experts.federation.delivery import Signed
 from expertctl.experts.federation.keys import make_key
 from expertctl.experts.federation.owner import Owner, OwnerSettings
+from expertctl.experts.federation.owner_status import owner_statuses
 from expertctl.experts.federation.parts import parts_of
 from expertctl.experts.federation.requests import ExpertRequest, Recipe, RoundOf
 from expertctl.experts.federation.round_keeper import advance, begin_rounds, keep_rounds, status_of
@@ -103,7 +104,7 @@ def test_rounds_end_in_a_generalist_that_is_the_average_of_what_owners_made(
     assert coordinator.layout.finished_experts() == []
     assert status_of(coordinator, shared).state == "finished"
     assert advance(coordinator, shared) == []
-    assert [(one.state, one.detail) for one in coordinator.status()] == [
+    assert [(one.state, one.detail) for one in owner_statuses(coordinator)] == [
         ("accepted", "round 2 of 2 of 'together'")
     ] * 2
 

@@ -22,6 +22,7 @@ from federation_members import BTM, trained
 from expertctl import UserError
 from expertctl.experts.federation import parts
 from expertctl.experts.federation.owner import Owner
+from expertctl.experts.federation.owner_status import owner_statuses
 from expertctl.experts.federation.parts import parts_of
 from expertctl.experts.federation.progress import Progress
 from expertctl.plugins.flower import proxy
@@ -233,12 +234,17 @@ def test_seed_down_progress_and_expert_up_through_the_door(hub: Any, new_owner: 
     owner, other = new_owner("site-a"), new_owner("site-b")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     client = hub.client(owner)
+    assert [one.online for one in owner_statuses(hub.coordinator)] == [False, False]
     assert client.hello() == ("site-a", [request.id])
+    assert {one.name: one.online for one in owner_statuses(hub.coordinator)} == {
+        "site-a": True,
+        "site-b": False,
+    }
     for file in request.seed_files:
         data = b"".join(client.seed_part(request.id, file, index) for index in range(len(file.parts)))
         assert hashlib.sha256(data).hexdigest() == file.sha256
     client.progress(request.id, Progress("training", 3, 10, 2.5, 4.0))
-    assert hub.coordinator.status()[0].progress == Progress("training", 3, 10, 2.5, 4.0)
+    assert owner_statuses(hub.coordinator)[0].progress == Progress("training", 3, 10, 2.5, 4.0)
     with pytest.raises(Declined, match="REFUSED_NOW"):
         hub.client(other).progress(request.id, Progress("failed"))
     trained(hub.coordinator, owner, request)

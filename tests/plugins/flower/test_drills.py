@@ -37,6 +37,7 @@ from expertctl.core.files import is_alive, read_json
 from expertctl.core.lineage import digest_of_tensors, digests_of_folder, read_manifest
 from expertctl.experts.federation.delivery import Signed, make_delivery
 from expertctl.experts.federation.owner import Owner
+from expertctl.experts.federation.owner_status import owner_statuses
 from expertctl.experts.federation.parts import parts_of, read_part
 from expertctl.experts.federation.requests import ExpertRequest, Recipe
 from expertctl.experts.federation.round_keeper import begin_rounds
@@ -129,7 +130,7 @@ def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training
     assert content_of(federation.workspace / "experts" / "first") == first
     asked = [entry.owner for entry in federation.coordinator.ledger.entries() if entry.state == "asked"]
     assert asked.count("first") == asked.count("second") == 1
-    late = next(one for one in federation.coordinator.status() if one.request == silent.id)
+    late = next(one for one in owner_statuses(federation.coordinator) if one.request == silent.id)
     assert (late.state, late.detail) == ("asked", "the deadline has passed")
     for request in requests.values():  # it was Flower that carried the requests
         assert read_json(federation.coordinator.root / "handed" / f"{request.id}.json")["code"] == "TAKEN"
