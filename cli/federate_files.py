@@ -157,11 +157,11 @@ def work(
         request = read_request(folder)
         owner.take(request)
         owner.drop_superseded()
-        if not owner.has_seed(request):
+        if not owner.seeds.has(request):
             source = seed or folder / SEED_FOLDER
             if not source.is_dir():
                 raise UserError("the pack has no seed; name its folder with --seed")
-            owner.use_seed(request, source)
+            owner.seeds.use(request, source)
     _train(session, owner, request.id)
     found = owner.review(request.id)
     agree(session, found, whole=review, yes=yes)

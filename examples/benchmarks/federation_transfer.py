@@ -217,10 +217,10 @@ def owner(folder: Path) -> dict[str, float]:
     (request,) = one.requests()
     client.hello()  # connected, as a joined owner is
     begun = time.monotonic()
-    for writer in one.seed_writers(request):
+    for writer in one.seeds.writers(request):
         for index in writer.missing():
             writer.put(index, client.seed_part(request.id, writer.file, index))
-    for writer in one.seed_writers(request):
+    for writer in one.seeds.writers(request):
         writer.finish()
     down = time.monotonic() - begun
     target, expert = one.delivery_folder(request.id), one.expert_folder(request)

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import UserError
-from ...core.files import is_alive, new_folder, read_json, readable_os_errors, remove_tree, write_json
-from ...core.lineage import TRAINING_FOLDER, read_manifest, require_intact
+from ...core.files import is_alive, read_json, readable_os_errors, remove_tree, write_json
 from ...core.safetensors_io import SINGLE_FILE, Checkpoint
 from .delivery import Signed, make_delivery
+from .kept_seeds import KeptSeeds
 from .keys import OwnerKey, read_key
 from .owner_privacy import checked_privacy, is_private_enough, privacy_of
-from .parts import PartsWriter, parts_of
 from .progress import Progress
 from .requests import ExpertRequest, is_identifier, without_superseded
 
@@ -66,6 +65,7 @@ class Owner:
 
     def __init__(self, state: Path) -> None:
         self.state = state
+        self.seeds = KeptSeeds(state / "seeds")
 
     # --- who and where ---
 
@@ -107,7 +107,7 @@ class Owner:
     def key(self) -> OwnerKey:
         return read_key(self.state)
 
-    # --- requests and seeds ---
+    # --- requests ---
 
     def take(self, request: ExpertRequest) -> None:
         """Remember a request; raises `UserError` for one that is not for this owner's key, or asks what is not done."""
@@ -135,10 +135,10 @@ class Owner:
                 continue
             self.stop(request.id)
             folders = [self.run_folder(request.id), self.delivery_folder(request.id)]
-            if request.seed not in needed:
-                folders += [self.seed_folder(request), self._incoming_seed(request)]
             for folder in folders:
                 remove_tree(folder)
+            if request.seed not in needed:
+                self.seeds.drop(request)
             for name in ("outcomes", "requests"):
                 (self.state / name / f"{request.id}.json").unlink(missing_ok=True)
 
@@ -153,65 +153,6 @@ class Owner:
         if not is_identifier(identifier) or not path.is_file():
             raise UserError(f"nothing was asked under '{identifier:.40}'")
         return ExpertRequest.of_json(read_json(path))
-
-    def has_seed(self, request: ExpertRequest) -> bool:
-        return (self.seed_folder(request) / "seed.json").is_file()
-
-    def seed_folder(self, request: ExpertRequest) -> Path:
-        """Return where a request's seed is, or will be."""
-        return self.state / "seeds" / _safe(request.seed)
-
-    def seed_writers(self, request: ExpertRequest) -> list[PartsWriter]:
-        """Return what gathers the seed's files; `settle_seed` comes after the last part."""
-        folder = self._incoming_seed(request)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return [PartsWriter(folder, file) for file in request.seed_files]
-
-    def _incoming_seed(self, request: ExpertRequest) -> Path:
-        return self.state / "seeds" / f"{_safe(request.seed)}.incoming"
-
-    def settle_seed(self, request: ExpertRequest) -> Path:
-        """Check the seed that has arrived, against its digest and byte by byte, and keep it."""
-        if self.has_seed(request):
-            return self.seed_folder(request)
-        files = [writer.finish() for writer in self.seed_writers(request)]
-        kept = self._keep_seed(request, {path.name: path for path in files})
-        remove_tree(self._incoming_seed(request))
-        return kept
-
-    def use_seed(self, request: ExpertRequest, folder: Path) -> Path:
-        """Keep a seed that lies in a folder already; raises `UserError` for another one than was asked for."""
-        if self.has_seed(request):
-            return self.seed_folder(request)
-        found = read_manifest(folder)
-        if found.digest != request.seed:
-            raise UserError(
-                f"{folder} is seed {found.digest[:12]}, and {request.seed[:12]} is asked for; name another folder"
-            )
-        wanted = {file.name: file for file in request.seed_files}
-        for name, file in wanted.items():
-            if not (folder / name).is_file() or parts_of(folder / name, file.part_size).sha256 != file.sha256:
-                raise UserError(
-                    f"{folder / name} is not the seed's; fetch the seed again, or leave --seed out"
-                )
-        return self._keep_seed(request, {name: folder / name for name in wanted})
-
-    def _keep_seed(self, request: ExpertRequest, files: Mapping[str, Path]) -> Path:
-        from ...core.files import link_or_copy
-
-        target = self.seed_folder(request)
-        with new_folder(target, force=True, what="seed") as partial:
-            for name, path in files.items():
-                if name != "seed.json":
-                    link_or_copy(path, partial / name)
-            # the state of the seed's own training stays with the coordinator
-            manifest = read_manifest(next(iter(files.values())).parent)
-            replace(
-                manifest, tensors=_without_training(manifest.tensors), files=_without_training(manifest.files)
-            ).write(partial)
-            if require_intact(partial).digest != request.seed:
-                raise UserError(f"what arrived is not seed {request.seed[:12]}; fetch it again")
-        return target
 
     # --- training ---
 
@@ -341,10 +282,6 @@ class Owner:
         """Return `accepted`, the code of a refusal, or None where nothing was delivered."""
         path = self.state / "outcomes" / f"{_safe(identifier)}.json"
         return (read_json(path)["refusal"] or "accepted") if path.is_file() else None
-
-
-def _without_training(digests: Mapping[str, str]) -> dict[str, str]:
-    return {name: one for name, one in digests.items() if not name.startswith(f"{TRAINING_FOLDER}/")}
 
 
 def check_recipe(request: ExpertRequest) -> None:

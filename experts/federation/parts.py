@@ -35,7 +35,7 @@ class FileParts:
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise UserError(f"{self.name!r} is no name of a file that is handed on")
         digests = [self.sha256, *self.parts]
-        if self.size < 0 or self.part_size < 1 or not all(_is_digest(digest) for digest in digests):
+        if self.size < 0 or self.part_size < 1 or not all(is_digest(digest) for digest in digests):
             raise UserError(f"what is said of the parts of {self.name} makes no sense")
         if len(self.parts) != -(-self.size // self.part_size):
             raise UserError(f"{self.name} of {self.size:,} bytes cannot have {len(self.parts)} parts")
@@ -71,7 +71,8 @@ class FileParts:
         return found
 
 
-def _is_digest(text: object) -> bool:
+def is_digest(text: object) -> bool:
+    """Tell whether a text is a sha256 in hexadecimal."""
     return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 

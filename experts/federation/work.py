@@ -88,14 +88,14 @@ def _workspace(owner: Owner, request: ExpertRequest) -> Layout:
     """Make the workspace of a request: the owner's text as its one domain, the seed as it was handed out."""
     settings = owner.settings()
     root = owner.run_folder(request.id)
-    if not owner.has_seed(request):
+    if not owner.seeds.has(request):
         raise UserError(f"seed {request.seed[:12]} is not here yet; fetch it first")
     domain = {"path": str(settings.data), "text_field": settings.text_field, "licence": settings.licence}
     content = json.dumps({"domains": {request.owner: domain}}, indent=2)  # JSON is YAML
     write_text(root / CONFIG_FILE, content)
     seed = root / "seed"
     if not seed.exists():
-        seed.symlink_to(owner.seed_folder(request).resolve(), target_is_directory=True)
+        seed.symlink_to(owner.seeds.folder(request).resolve(), target_is_directory=True)
     if request.recipe.round is not None and not (root / "corpora").exists():
         corpora = owner.shared_folder(request) / "corpora"
         corpora.mkdir(parents=True, exist_ok=True, mode=0o700)

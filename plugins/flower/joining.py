@@ -54,7 +54,7 @@ def join(
         work = OwnerWork(owner, client, agree, tell, member.pulse)
         try:
             for request in owner.requests():  # training goes on before anybody is reached
-                if not work.is_over(request) and owner.has_seed(request):
+                if not work.is_over(request) and owner.seeds.has(request):
                     owner.start(request.id)
             while not stop.is_set():
                 member.pulse()

@@ -82,7 +82,7 @@ class OwnerWork:
         return f"training failed ({progress.code}) {TRIES} times; {self._owner.run_folder(request.id) / 'work.log'} says why"
 
     def _advance(self, request: ExpertRequest) -> None:
-        if not self._owner.has_seed(request):
+        if not self._owner.seeds.has(request):
             self._fetch_seed(request)
         if not self._owner.is_trained(request):
             self._train(request)
@@ -106,11 +106,11 @@ class OwnerWork:
 
     def _fetch_seed(self, request: ExpertRequest) -> None:
         self._say(request, f"fetching the seed, {sum(file.size for file in request.seed_files):,} bytes")
-        for writer in self._owner.seed_writers(request):
+        for writer in self._owner.seeds.writers(request):
             for index in writer.missing():
                 writer.put(index, self._client.seed_part(request.id, writer.file, index))
                 self._pulse()
-        self._owner.settle_seed(request)
+        self._owner.seeds.settle(request)
 
     # --- training ---
 

@@ -45,10 +45,10 @@ class Clock:
 
 
 def fetch_seed(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> None:
-    for writer in owner.seed_writers(request):
+    for writer in owner.seeds.writers(request):
         for index in writer.missing():
             writer.put(index, coordinator.seed_part(request.owner, request.id, writer.file.name, index))
-    owner.settle_seed(request)
+    owner.seeds.settle(request)
 
 
 def trained(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> Path:

@@ -159,13 +159,13 @@ def test_a_seed_that_lies_there_already_is_used(
     (request,) = ask(coordinator, clock, "site-a")
     owner.take(request)
     shutil.copytree(coordinator.layout.seed, tmp_path / "copy")
-    assert read_manifest(owner.use_seed(request, tmp_path / "copy")).digest == request.seed
+    assert read_manifest(owner.seeds.use(request, tmp_path / "copy")).digest == request.seed
     other = tmp_path / "other"
     shutil.copytree(coordinator.layout.seed, other)
     (other / "config.json").write_text("{}")
     fresh = Owner(tmp_path / "fresh")
     with pytest.raises(UserError, match=r"config.json is not the seed's"):
-        fresh.use_seed(request, other)
+        fresh.seeds.use(request, other)
 
 
 # --- what an owner does not do ---

@@ -217,7 +217,7 @@ def test_a_delivery_over_a_slow_link_that_is_cut_three_times_arrives_and_sends_l
     owner = federation.owner("cut", cProfile)
     request = federation.ask("cut", BTM)
     owner.take(request)
-    owner.use_seed(request, federation.workspace / "seed")
+    owner.seeds.use(request, federation.workspace / "seed")
     work(owner, request.id)
     make_delivery(
         owner.expert_folder(request), request, owner.key(), owner.delivery_folder(request.id), part_size=4096
@@ -308,7 +308,7 @@ def test_bad_deliveries_are_refused_with_a_code_and_a_good_one_is_still_welcome(
     owner, other = federation.owner("bad", gettext), federation.owner("thief", pprint)
     request, theirs = federation.ask("bad", BTM), federation.ask("thief", BTM)
     owner.take(request)
-    owner.use_seed(request, federation.workspace / "seed")
+    owner.seeds.use(request, federation.workspace / "seed")
     work(owner, request.id)
     good = owner.delivery(request.id)
     client, thief = client_of(federation, owner), client_of(federation, other)
