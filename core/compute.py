@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,16 +50,3 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse freed memory of any size instead of handing it back, where the C library is glibc.
-
-    Gradients are made anew in every step. Above 32 MB, which the experts of one layer reach, each of them is
-    otherwise fresh memory from the system, page by page: a twelfth of a training step (`docs/log.md`).
-    """
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: no `mallopt`
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)

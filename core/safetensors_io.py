@@ -207,22 +207,32 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, in memory of its own."""
+        entry = self.entry(name)
+        return self._numbers(name, 0, entry.num_bytes).reshape(entry.shape)
+
+    def span(self, name: str, begin: int, end: int) -> Tensor:
+        """Return the numbers of one tensor from place `begin` to `end` of its row-major order, (end - begin,)."""
+        size = DTYPES[self.entry(name).dtype][1]
+        return self._numbers(name, begin * size, end * size)
+
+    def _numbers(self, name: str, begin: int, end: int) -> Tensor:
+        """Return the numbers in some bytes of one tensor, in memory of their own."""
         import torch
 
         entry = self.entry(name)
-        buffer = bytearray(entry.num_bytes)
+        buffer = bytearray(end - begin)
         with readable_os_errors(entry.file), entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
+            file.seek(entry.begin + begin)
             view, filled = memoryview(buffer), 0
-            while filled < entry.num_bytes:
+            while filled < len(buffer):
                 count = file.readinto(view[filled:])
                 if not count:
                     raise _damaged(entry.file, f"it ends within tensor '{name}'")
                 filled += count
         kind = torch_dtype(entry.dtype)
         if not buffer:
-            return torch.empty(entry.shape, dtype=kind)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(kind).reshape(entry.shape)
+            return torch.empty(0, dtype=kind)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(kind)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of one tensor in pieces; each piece is valid until the next is asked for."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..core.compute import keep_freed_memory
+from ..core.allocator import keep_freed_memory
 from ..core.environment import prepare_libraries
 from ..core.errors import Interrupted, UserError
 from ..core.files import exclusive, mendable

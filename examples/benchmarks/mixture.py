@@ -23,7 +23,7 @@ from typing import Any
 
 from merging import Cost, Size, models_of, run
 
-from expertctl.core.compute import keep_freed_memory
+from expertctl.core.allocator import keep_freed_memory
 from expertctl.core.tokenizer import train_tokenizer
 
 WANTED_RATIO = 6.0

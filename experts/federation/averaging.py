@@ -2,13 +2,14 @@
 
 DiLoCo (arXiv:2311.08105, algorithm 1) and FedAvg (arXiv:1602.05629, algorithm 1). theta are the shared weights of a round,
 theta_i what owner i made of them: Delta = sum_i w_i (theta - theta_i), and the outer optimiser takes Delta for a gradient.
-One tensor is in memory at a time, whatever the number of owners.
+A piece of one tensor is in memory at a time, whatever the number of owners and the size of the tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING
 from ...core.errors import UserError, first_line, unknown_name
 from ...core.lineage import digest_of_tensors
 from ...core.numeric import FLOATING
-from ...core.safetensors_io import Checkpoint, tensor_digest
+from ...core.safetensors_io import Checkpoint, digest_start, tensor_bytes
 from .acceptance import Refusal, RefusalCode
 from .tensor_stream import TensorStream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIECE = 1 << 22
+"""Numbers of a tensor that are in memory at a time."""
 MOMENTUM, MASTER = "momentum/", "master/"
 """What stands before a tensor's name in the outer optimiser's state."""
 
@@ -95,18 +98,21 @@ def examine_weights(file: Path, shared: Checkpoint, rules: AveragingRules) -> Ex
         digests: dict[str, str] = {}
         moved = length = 0.0
         for name in shared:
-            tensor = own.read(name)
-            digests[name] = tensor_digest(tensor)
-            before = shared.read(name)
-            if shared.entry(name).dtype not in FLOATING:
-                if not torch.equal(tensor, before):
-                    return Refusal(RefusalCode.FROZEN, f"'{name}' is no floating-point tensor")
-                continue
-            start, after = _wide(before), _wide(tensor)
-            if not bool(torch.isfinite(after).all()):
-                return Refusal(RefusalCode.NOT_FINITE, f"'{name}'")
-            moved += float((after - start).square().sum(dtype=torch.float64))
-            length += float(start.square().sum(dtype=torch.float64))
+            kind = shared.entry(name).dtype
+            state = digest_start(kind, shared.entry(name).shape)
+            for begin, end in spans_of(shared, name):
+                piece, before = own.span(name, begin, end), shared.span(name, begin, end)
+                state.update(tensor_bytes(piece))
+                if kind not in FLOATING:
+                    if not torch.equal(piece, before):
+                        return Refusal(RefusalCode.FROZEN, f"'{name}' is no floating-point tensor")
+                    continue
+                start, after = _wide(before), _wide(piece)
+                if not bool(torch.isfinite(after).all()):
+                    return Refusal(RefusalCode.NOT_FINITE, f"'{name}'")
+                moved += float((after - start).square().sum(dtype=torch.float64))
+                length += float(start.square().sum(dtype=torch.float64))
+            digests[name] = state.hexdigest()
     except UserError as error:
         return Refusal(RefusalCode.FILES, first_line(error).replace(str(file), "the file"))
     change = math.sqrt(moved / length) if length else math.sqrt(moved)
@@ -169,55 +175,102 @@ def average_round(
     fewer bits, which would otherwise lose small steps. `state` is what the round before wrote, None for the first. The same
     contributions give the same bytes. Raises `UserError` where weights are no longer what was examined.
     """
-    sources = [(one, Checkpoint([one.file])) for one in sorted(contributions, key=lambda one: one.owner)]
+    sources = [
+        _Source(one, Checkpoint([one.file])) for one in sorted(contributions, key=lambda one: one.owner)
+    ]
     kept = _state_shapes(shared, recipe)
-    found: dict[str, dict[str, str]] = {one.owner: {} for one in contributions}
     shapes = {name: (shared.entry(name).dtype, shared.entry(name).shape) for name in shared}
     with TensorStream(weights_file, shapes) as weights, TensorStream(state_file, kept) as outer:
         for name in shared:
-            sent = shared.read(name)
-            if shared.entry(name).dtype not in FLOATING:
-                weights.add(name, sent)
-                for one, source in sources:
-                    found[one.owner][name] = tensor_digest(source.read(name))
-                continue
-            difference = _mean_difference(sent, name, sources, found)
-            before = _kept(state, MASTER + name)
-            after, buffer = outer_step(
-                _wide(sent) if before is None else before,
-                difference,
-                _kept(state, MOMENTUM + name),
-                recipe,
-            )
-            weights.add(name, after.to(sent.dtype))
-            for prefix, tensor in ((MASTER, after), (MOMENTUM, buffer)):
-                if prefix + name in kept:
-                    outer.add(prefix + name, tensor)
-        for one in contributions:
-            if digest_of_tensors(found[one.owner]) != one.digest:
-                raise UserError(
-                    f"what '{one.owner}' delivered ({one.file}) was changed since it was examined; remove it and let the "
-                    "owner deliver again"
-                )
+            for source in sources:
+                source.begin(name)
+            _average_tensor(name, shared, sources, state, recipe, weights, outer)
+            for source in sources:
+                source.end()
+        for source in sources:
+            source.require_as_examined()
     return digest_of_tensors(weights.digests)
 
 
-def _mean_difference(
-    sent: Tensor,
+def _average_tensor(
     name: str,
-    sources: Iterable[tuple[Contribution, Checkpoint]],
-    found: Mapping[str, dict[str, str]],
-) -> Tensor:
-    """Return sum_i w_i (theta - theta_i) of one tensor; notes the digests of what was read in `found`."""
+    shared: Checkpoint,
+    sources: Sequence[_Source],
+    state: Checkpoint | None,
+    recipe: OuterRecipe,
+    weights: TensorStream,
+    outer: TensorStream,
+) -> None:
+    """Write one tensor of the shared weights after a round, and of the outer optimiser's state, piece by piece."""
+    for begin, end in spans_of(shared, name):
+        sent = shared.span(name, begin, end)
+        if shared.entry(name).dtype not in FLOATING:
+            weights.add(name, sent)
+            for source in sources:
+                source.read(begin, end)
+            continue
+        before = _kept(state, MASTER + name, begin, end)
+        after, buffer = outer_step(
+            _wide(sent) if before is None else before,
+            _mean_difference(sent, sources, begin, end),
+            _kept(state, MOMENTUM + name, begin, end),
+            recipe,
+        )
+        weights.add(name, after.to(sent.dtype))
+        for prefix, piece in ((MASTER, after), (MOMENTUM, buffer)):
+            if prefix + name in outer:
+                outer.add(prefix + name, piece)
+
+
+class _Source:
+    """One owner's weights as they are read, piece by piece and digested on the way."""
+
+    def __init__(self, one: Contribution, checkpoint: Checkpoint) -> None:
+        self.share = one.share
+        self._one, self._checkpoint = one, checkpoint
+        self._digests: dict[str, str] = {}
+        self._name, self._state = "", hashlib.sha256()
+
+    def begin(self, name: str) -> None:
+        """Go on with another tensor."""
+        entry = self._checkpoint.entry(name)
+        self._name, self._state = name, digest_start(entry.dtype, entry.shape)
+
+    def read(self, begin: int, end: int) -> Tensor:
+        """Return the next numbers of the tensor."""
+        piece = self._checkpoint.span(self._name, begin, end)
+        self._state.update(tensor_bytes(piece))
+        return piece
+
+    def end(self) -> None:
+        """Note the digest of the tensor, all of which was read."""
+        self._digests[self._name] = self._state.hexdigest()
+
+    def require_as_examined(self) -> None:
+        """Raise `UserError` where what was read is not what was examined."""
+        if digest_of_tensors(self._digests) != self._one.digest:
+            raise UserError(
+                f"what '{self._one.owner}' delivered ({self._one.file}) was changed since it was examined; remove it and let the "
+                "owner deliver again"
+            )
+
+
+def _mean_difference(sent: Tensor, sources: Sequence[_Source], begin: int, end: int) -> Tensor:
+    """Return sum_i w_i (theta - theta_i) of a piece of one tensor."""
     import torch
 
     start = _wide(sent)
     total = torch.zeros_like(start)
-    for one, source in sources:
-        tensor = source.read(name)
-        found[one.owner][name] = tensor_digest(tensor)
-        total.add_(start - _wide(tensor), alpha=one.share)
+    for source in sources:
+        total.add_(start - _wide(source.read(begin, end)), alpha=source.share)
     return total
+
+
+def spans_of(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, int]]:
+    """Yield where the pieces of a tensor begin and end, in numbers."""
+    count = math.prod(checkpoint.entry(name).shape)
+    for begin in range(0, count, PIECE):
+        yield begin, min(begin + PIECE, count)
 
 
 def _state_shapes(shared: Checkpoint, recipe: OuterRecipe) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -235,8 +288,8 @@ def _state_shapes(shared: Checkpoint, recipe: OuterRecipe) -> dict[str, tuple[st
     return kept
 
 
-def _kept(state: Checkpoint | None, name: str) -> Tensor | None:
-    return state.read(name) if state is not None and name in state else None
+def _kept(state: Checkpoint | None, name: str, begin: int, end: int) -> Tensor | None:
+    return state.span(name, begin, end) if state is not None and name in state else None
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ...core.files import link_or_copy, new_folder, read_json, remove_tree, writ
 from ...core.lineage import digest_of_tensors, digests_of_folder, read_manifest
 from ...core.safetensors_io import INDEX_FILE, SINGLE_FILE, Checkpoint
 from ..runs import RUN_FILE
+from .averaging import spans_of
 from .requests import Recipe, RoundOf, new_identifier
 from .round_plan import RoundPlan
 from .rounds import Rounds
@@ -163,7 +164,8 @@ def _gather(source: Path, target: Path) -> None:
     shapes = {name: (shards.entry(name).dtype, shards.entry(name).shape) for name in sorted(shards)}
     with TensorStream(target, shapes) as stream:
         for name in shapes:
-            stream.add(name, shards.read(name))
+            for begin, end in spans_of(shards, name):
+                stream.add(name, shards.span(name, begin, end))
 
 
 def _folder_of(number: int) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...core.compute import keep_freed_memory
+from ...core.allocator import keep_freed_memory
 from ...core.config import ExpertConfig, ProjectConfig, checked, load_project
 from ...core.environment import prepare_libraries
 from ...core.errors import Interrupted, UserError

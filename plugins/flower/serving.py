@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...core.allocator import hand_back_freed_memory
 from ...core.errors import UserError, first_line
 from ...core.files import exclusive
 from ...experts.federation.coordinator import Coordinator
@@ -51,6 +52,7 @@ def serve(
     Raises `UserError` where it cannot listen, where Flower is not installed, and where another process serves this workspace.
     """
     require_flower()
+    hand_back_freed_memory()
     host, port = parse_address(listen)
     folder = coordinator.root / "network"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

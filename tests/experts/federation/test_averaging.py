@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from expertctl import UserError
 from expertctl.core.safetensors_io import Checkpoint, write_tensors
+from expertctl.experts.federation import averaging
 from expertctl.experts.federation.acceptance import Refusal, RefusalCode
 from expertctl.experts.federation.averaging import (
     OUTER_RECIPES,
@@ -220,6 +221,30 @@ def test_the_order_of_owners_does_not_change_a_byte(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_pieces_of_any_size_give_the_same_bytes(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared.safetensors"
+    write_tensors(shared, shared_weights(dtype))
+    given = [
+        contribution(tmp_path, str(index), moved(shared_weights(dtype), index), 0.5, shared)
+        for index in range(2)
+    ]
+    found = []
+    for piece in (1 << 22, 5, 1):
+        monkeypatch.setattr(averaging, "PIECE", piece)
+        examined = examine_weights(given[0].file, Checkpoint([shared]), RULES)
+        assert isinstance(examined, Examined)
+        assert examined.digest == given[0].digest
+        files = [tmp_path / f"{name}-{piece}.safetensors" for name in ("first", "outer", "second", "last")]
+        average_round(Checkpoint([shared]), given, None, OUTER_RECIPES["diloco"], files[0], files[1])
+        state = Checkpoint([files[1]])
+        average_round(Checkpoint([files[0]]), given, state, OUTER_RECIPES["diloco"], files[2], files[3])
+        found.append([file.read_bytes() for file in files])
+    assert found[0] == found[1] == found[2]
+
+
 def test_an_unknown_recipe_is_named() -> None:
     with pytest.raises(UserError, match=r"no synchronous recipe 'dilco' .did you mean 'diloco'"):
         outer_recipe("dilco")
@@ -248,9 +273,13 @@ def test_a_stream_that_fails_leaves_no_file(tmp_path: Path) -> None:
         stream.add("a", Checkpoint([path]).read("a"))
     with pytest.raises(AssertionError, match="not every tensor"), TensorStream(path, {"a": ("F32", (2,))}):
         pass
-    with (
-        pytest.raises(AssertionError, match="announced a F32"),
-        TensorStream(path, {"a": ("F32", (2,))}) as stream,
+    for wrong, said in (
+        (torch.zeros(3), "there is more of a"),
+        (torch.zeros(2, dtype=torch.bfloat16), "announced F32 for a"),
     ):
-        stream.add("a", torch.zeros(3))
+        with (
+            pytest.raises(AssertionError, match=said),
+            TensorStream(path, {"a": ("F32", (2,))}) as stream,
+        ):
+            stream.add("a", wrong)
     assert list(tmp_path.iterdir()) == []
