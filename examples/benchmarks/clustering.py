@@ -23,6 +23,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from whole_numbers import at_least
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -33,11 +35,11 @@ CLUSTERS = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path)
-    parser.add_argument("--points", type=int, default=1_000_000)
+    parser.add_argument("--points", type=at_least(1), default=1_000_000)
     parser.add_argument(
         "--sizes", type=lambda text: [int(part) for part in text.split(",")], default=[20_000, 200_000]
     )
-    parser.add_argument("--letters", type=int, default=1000, help="of each document, for memory")
+    parser.add_argument("--letters", type=at_least(1), default=1000, help="of each document, for memory")
     parser.add_argument("--only", choices=["speed", "balance", "memory"], help="one of the tables")
     parser.add_argument("--discover", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -21,12 +21,14 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from whole_numbers import at_least
+
 PIECE = 1 << 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=2048)
+    parser.add_argument("--megabytes", type=at_least(1), default=2048)
     parser.add_argument(
         "--folder", type=Path, help="Where to work; about five times the size is needed. Default: /tmp."
     )

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from whole_numbers import at_least
 
 from expertctl import MergeRun, merge_recipe, read_mergekit
 
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mergekit", type=Path, required=True, help="mergekit-yaml of another environment")
-    parser.add_argument("--models", type=int, default=len(MODELS), help="how many of the models")
+    parser.add_argument("--models", type=at_least(1), default=len(MODELS), help="how many of the models")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     given = parser.parse_args(arguments)
     print(

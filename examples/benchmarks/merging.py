@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from whole_numbers import at_least
 
 from expertctl.core.numeric import encode
 from expertctl.core.safetensors_io import header_of_file
@@ -279,12 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of another environment")
-    parser.add_argument("--mergekit-rounds", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--memory-layers", type=int, nargs="*", default=[2, 24])
+    parser.add_argument("--mergekit-rounds", type=at_least(1), default=1)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--hidden", type=at_least(1), default=1024)
+    parser.add_argument("--layers", type=at_least(1), default=12)
+    parser.add_argument("--vocabulary", type=at_least(1), default=32000)
+    parser.add_argument("--memory-layers", type=at_least(1), nargs="*", default=[2, 24])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument(
         "--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder"

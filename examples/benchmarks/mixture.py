@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import Cost, Size, models_of, run
+from whole_numbers import at_least
 
 from expertctl.core.allocator import keep_freed_memory
 from expertctl.core.tokenizer import train_tokenizer
@@ -160,18 +161,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mergekit-moe", type=Path, help="mergekit-moe of another environment")
-    parser.add_argument("--mergekit-rounds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--width", type=int, default=256, help="of the layer that is timed")
-    parser.add_argument("--inner", type=int, default=704)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048])
+    parser.add_argument("--mergekit-rounds", type=at_least(1), default=3)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--hidden", type=at_least(1), default=1024)
+    parser.add_argument("--layers", type=at_least(1), default=12)
+    parser.add_argument("--vocabulary", type=at_least(1), default=32000)
+    parser.add_argument("--width", type=at_least(1), default=256, help="of the layer that is timed")
+    parser.add_argument("--inner", type=at_least(1), default=704)
+    parser.add_argument("--tokens", type=at_least(1), nargs="*", default=[1024, 2048])
     parser.add_argument(
         "--shapes", nargs="*", default=["4,1", "4,2", "8,1", "8,2", "8,4", "16,1", "16,2", "16,4"]
     )
-    parser.add_argument("--layer-rounds", type=int, default=15)
+    parser.add_argument("--layer-rounds", type=at_least(1), default=15)
     parser.add_argument(
         "--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder"
     )

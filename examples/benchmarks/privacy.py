@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from whole_numbers import at_least
+
 LOOPS = ("ordinary", "ordinary, one block at a time", "private", "private, one block at a time")
 
 
@@ -94,12 +96,12 @@ def peak(given: argparse.Namespace, loop: str, trains: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=at_least(1), default=256)
+    parser.add_argument("--layers", type=at_least(1), default=8)
+    parser.add_argument("--vocabulary", type=at_least(1), default=4096)
+    parser.add_argument("--batch", type=at_least(1), default=8)
+    parser.add_argument("--length", type=at_least(1), default=256)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--loop", help=argparse.SUPPRESS)
     parser.add_argument("--trains", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -18,10 +18,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from whole_numbers import at_least
+
 
 def variants(experts: int) -> dict[str, dict[str, int]]:
     return {
-        "hub alone, all of it": {"experts": 0, "stitches": 0},
+        "hub alone, all of it": {"experts": experts, "stitches": 0},
         "stitches, 1": {"experts": experts, "stitches": 1},
         "stitches, 2": {"experts": experts, "stitches": 2},
         "stitches, 4": {"experts": experts, "stitches": 4},
@@ -80,13 +82,14 @@ def steps(given: argparse.Namespace) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--width", type=at_least(1), default=256)
+    # as many as the variant with the most stitches has
+    parser.add_argument("--layers", type=at_least(4), default=8)
+    parser.add_argument("--vocabulary", type=at_least(1), default=4096)
+    parser.add_argument("--batch", type=at_least(1), default=4)
+    parser.add_argument("--length", type=at_least(1), default=256)
+    parser.add_argument("--steps", type=at_least(1), default=5)
+    parser.add_argument("--experts", type=at_least(1), default=3)
     parser.add_argument("--stitches", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.stitches is not None:

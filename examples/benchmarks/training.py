@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from whole_numbers import at_least
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -189,8 +191,8 @@ def first_step(name: str, folder: str) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="steps of each variant in a round")
+    parser.add_argument("--rounds", type=at_least(2), default=9)
+    parser.add_argument("--steps", type=at_least(1), default=4, help="steps of each variant in a round")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     import torch

@@ -144,6 +144,25 @@ def test_the_training_benchmark_prints_its_tables() -> None:
     assert "process to end of first step" in out
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "words"),
+    [
+        ("mixture", ("--rounds", "0")),
+        ("merging", ("--mergekit-rounds", "0")),
+        ("privacy", ("--rounds", "-1")),
+        ("stitching", ("--layers", "1")),
+        ("training", ("--rounds", "1")),
+        ("clustering", ("--points", "none")),
+        ("federation_transfer", ("--megabytes", "0")),
+    ],
+)
+def test_benchmarks_refuse_numbers_that_give_no_figure(benchmark: str, words: tuple[str, str]) -> None:
+    call = (sys.executable, ROOT / "examples" / "benchmarks" / f"{benchmark}.py", *words)
+    result = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert f"error: argument {words[0]}: '{words[1]}' is no whole number of" in result.stderr
+
+
 def test_memory_of_a_discovery_stays_where_it_is_however_much_text_there_is() -> None:
     """200,000 documents; the sample that is held has 50,000."""
     sizes = (60_000, 200_000)
