@@ -18,7 +18,7 @@ hub=$folder/hub
 python=${PYTHON:-python3}
 
 # The coordinator: public text, a seed, and a door.
-if [ ! -d "$hub/seed" ]; then
+if [ ! -f "$hub/seed/seed.json" ]; then
     "$python" "$here/prepare.py" "$folder" --seed-tokens "${SEED_TOKENS:-400000}" ${CORPORA:+--corpora "$CORPORA"}
     $command -w "$hub" seed
 fi
