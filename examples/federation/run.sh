@@ -9,6 +9,7 @@
 set -eu
 folder=${1:-federation-demo}
 tokens=${TOKENS:-200000}
+seed_tokens=${SEED_TOKENS:-400000}
 recipe=${RECIPE:-flexolmo}
 command=${EXPERTCTL:-expertctl}
 mkdir -p "$folder"
@@ -17,9 +18,17 @@ here=$(cd "$(dirname "$0")" && pwd)
 hub=$folder/hub
 python=${PYTHON:-python3}
 
+# A seed or experts of other settings would stand in the table under the same names.
+settings="TOKENS=$tokens SEED_TOKENS=$seed_tokens CORPORA=${CORPORA:-}"
+if [ -f "$folder/settings" ] && [ "$(cat "$folder/settings")" != "$settings" ]; then
+    echo "$folder was made with $(cat "$folder/settings"), not with $settings: name another folder" >&2
+    exit 1
+fi
+echo "$settings" >"$folder/settings"
+
 # The coordinator: public text, a seed, and a door.
 if [ ! -f "$hub/seed/seed.json" ]; then
-    "$python" "$here/prepare.py" "$folder" --seed-tokens "${SEED_TOKENS:-400000}" ${CORPORA:+--corpora "$CORPORA"}
+    "$python" "$here/prepare.py" "$folder" --seed-tokens "$seed_tokens" ${CORPORA:+--corpora "$CORPORA"}
     $command -w "$hub" seed
 fi
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
