@@ -34,9 +34,12 @@ fi
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 $command -w "$hub" federate serve --listen "127.0.0.1:$port" >"$folder/serve.log" 2>&1 &
 serving=$!
-trap 'kill $serving 2>/dev/null; wait' EXIT INT TERM
+joined=
+# owners would wait for ever for a coordinator that is gone; their training goes on with the next run
+trap 'kill $serving $joined 2>/dev/null || true; wait' EXIT
+trap 'exit 1' INT TERM
 until grep -q "owners can join" "$folder/serve.log"; do
-    kill -0 $serving || { cat "$folder/serve.log"; exit 1; }
+    kill -0 $serving 2>/dev/null || { cat "$folder/serve.log"; exit 1; }
     sleep 1
 done
 
@@ -52,7 +55,6 @@ case $recipe in
     *) set -- ;;
 esac
 [ -d "$hub/generalists/$recipe" ] || $command -w "$hub" federate ask --experts "$list" --recipe "$recipe" --tokens "$tokens" "$@"
-joined=
 for name in $names; do
     $command federate join --server "127.0.0.1:$port" --ca "$hub/federation/network/certificates/ca.crt" \
         --data "$folder/private/$name.jsonl" --state "$folder/owner-$name" --name "$name" --yes --once &
