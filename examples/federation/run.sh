@@ -55,9 +55,10 @@ case $recipe in
     *) set -- ;;
 esac
 [ -d "$hub/generalists/$recipe" ] || $command -w "$hub" federate ask --experts "$list" --recipe "$recipe" --tokens "$tokens" "$@"
+echo "the owners train now, for some minutes unless they have delivered; how far they are: $command -w $hub federate status"
 for name in $names; do
     $command federate join --server "127.0.0.1:$port" --ca "$hub/federation/network/certificates/ca.crt" \
-        --data "$folder/private/$name.jsonl" --state "$folder/owner-$name" --name "$name" --yes --once &
+        --data "$folder/private/$name.jsonl" --state "$folder/owner-$name" --name "$name" --yes --once >/dev/null &
     joined="$joined $!"
 done
 for one in $joined; do wait "$one"; done
