@@ -120,6 +120,13 @@ class Coordinator:
         """Return the models that owners train together, by name."""
         return shared_models(self.shared_root)
 
+    def has_more_for(self, name: str) -> bool:
+        """Tell whether an owner will be asked again by itself: for a later round of a shared model."""
+        return any(
+            name in shared.rounds.plan.owners and not shared.is_finished
+            for shared in self.shared_models().values()
+        )
+
     @property
     def shared_root(self) -> Path:
         return self.root / "shared"

@@ -86,13 +86,14 @@ class Recipe:
             "options": dict(self.options),
             "training": dict(self.training),
             "privacy": dict(self.privacy) if self.privacy is not None else None,
-            "round": asdict(self.round) if self.round is not None else None,
+            **({"round": asdict(self.round)} if self.round is not None else {}),
         }
 
     @classmethod
     def of_json(cls, content: Any) -> Recipe:
         """Read what `as_json` gives; raises `UserError` for anything else."""
-        _check_keys(content, {"trains", "options", "training", "privacy", "round"}, "a recipe")
+        optional = {"round"} if isinstance(content, dict) and "round" in content else set()
+        _check_keys(content, {"trains", "options", "training", "privacy"} | optional, "a recipe")
         privacy = content["privacy"]
         if (
             not isinstance(content["trains"], str)
@@ -101,7 +102,7 @@ class Recipe:
             or not (privacy is None or isinstance(privacy, dict))
         ):
             raise UserError("the recipe of a request makes no sense; ask for it again")
-        part = RoundOf.of_json(content["round"]) if content["round"] is not None else None
+        part = RoundOf.of_json(content["round"]) if "round" in content else None
         return cls(content["trains"], content["options"], content["training"], privacy, part)
 
 

@@ -7,6 +7,7 @@ import json
 import secrets
 import ssl
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,6 +52,18 @@ class Declined(Exception):
         return SENTENCES.get(self.code, f"the coordinator declined ({self.code})").format(public=public)
 
 
+@dataclass(frozen=True)
+class Hello:
+    """What a coordinator says to an owner who shows up."""
+
+    name: str
+    """What it calls the owner."""
+    open: tuple[str, ...] = ()
+    """Requests that are open."""
+    more: bool = False
+    """Whether others will follow by themselves: later rounds of a shared model."""
+
+
 class CoordinatorClient:
     """Speaks to one coordinator as one owner."""
 
@@ -71,10 +84,10 @@ class CoordinatorClient:
     def close(self) -> None:
         self._client.close()
 
-    def hello(self) -> tuple[str, list[str]]:
-        """Return what the coordinator calls this owner, and the requests that are open."""
+    def hello(self) -> Hello:
+        """Show up, and return what the coordinator says."""
         found = self._ask("GET", "requests")
-        return str(found["name"]), [str(one) for one in found["open"]]
+        return Hello(str(found["name"]), tuple(str(one) for one in found["open"]), bool(found["more"]))
 
     def seed_part(self, request: str, file: FileParts, index: int) -> bytes:
         """Fetch one part of the seed; its digest is checked by who puts it in its place."""

@@ -120,8 +120,10 @@ class Endpoints:
 
     async def _requests(self, signed: Signed, read: Read) -> Answer:
         await _body(signed, read, SMALL)
-        found = await asyncio.to_thread(self._coordinator.open_requests, signed.member.name)
-        return _json({"name": signed.member.name, "open": [request.id for request in found]})
+        name = signed.member.name
+        found = await asyncio.to_thread(self._coordinator.open_requests, name)
+        more = await asyncio.to_thread(self._coordinator.has_more_for, name)
+        return _json({"name": name, "open": [request.id for request in found], "more": more})
 
     async def _seed_part(self, signed: Signed, read: Read, request: str, file: str, index: str) -> Answer:
         await _body(signed, read, SMALL)

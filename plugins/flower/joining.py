@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 
 from ...core.errors import UserError
 from ...core.files import exclusive
 from ...experts.federation.keys import PUBLIC_FILE
 from ...experts.federation.owner import Owner
-from ...experts.federation.requests import ExpertRequest
 from .allowed_bundle import write_allowed
 from .child import require_flower
-from .coordinator_client import CoordinatorClient, Declined, Unreachable
+from .coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
 from .owner_work import Agree, OwnerWork
 from .serving import parse_address
 from .supernode import SuperNode
@@ -58,10 +56,10 @@ def join(
                     owner.start(request.id)
             while not stop.is_set():
                 member.pulse()
-                if member.known:
+                if member.said is not None:
                     node.tick()
                     work.step()
-                if until_done and member.known and _is_done(owner, work, member.open):
+                if until_done and member.said is not None and _is_done(owner, work, member.said):
                     return
                 stop.wait(TICK_S)
         finally:
@@ -69,24 +67,18 @@ def join(
             client.close()
 
 
-def _is_done(owner: Owner, work: OwnerWork, asked: Collection[str]) -> bool:
+def _is_done(owner: Owner, work: OwnerWork, said: Hello) -> bool:
     """Tell whether all that was asked is over; raises `UserError` where what is left fails time after time.
 
-    `asked` are the requests that the coordinator has open, some of which Flower may not have brought yet.
+    `said` is what the coordinator said last: some of what is open Flower may not have brought yet.
     """
-    left = [request for request in owner.requests() if not work.is_over(request)]
+    requests = owner.requests()
+    left = [request for request in requests if not work.is_over(request)]
     reasons = [work.gave_up(request) for request in left]
     if left and None not in reasons:
         raise UserError(f"request {left[0].id}: {reasons[0]}; the same command tries again")
-    requests = owner.requests()
-    to_come = set(asked) - {request.id for request in requests}
-    return bool(requests) and not left and not to_come and not any(map(_has_successor, requests))
-
-
-def _has_successor(request: ExpertRequest) -> bool:
-    """Tell whether a later round of the same shared model is to be expected."""
-    part = request.recipe.round
-    return part is not None and not part.is_last and request.deadline > datetime.now(UTC)
+    to_come = set(said.open) - {request.id for request in requests}
+    return bool(requests) and not (left or to_come or said.more)
 
 
 class _Member:
@@ -99,28 +91,29 @@ class _Member:
         self._next = 0.0
         self._told = ""
         self._duplicate_since: float | None = None
-        self.known = False
-        self.open: list[str] = []
-        """Requests that the coordinator had open when it was last heard."""
+        self.said: Hello | None = None
+        """What the coordinator said last; None before it let this owner in."""
 
     def pulse(self) -> None:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + HELLO_S
         try:
-            found, self.open = self._client.hello()
+            found = self._client.hello()
         except Unreachable as error:
             self._say(f"the coordinator cannot be reached ({error}); trying again")
             return
         except Declined as error:
             self._declined(error)
             return
-        if self._name is not None and found != self._name:
-            raise UserError(f"the coordinator knows this key as '{found}'; join with --name {found}")
+        if self._name is not None and found.name != self._name:
+            raise UserError(
+                f"the coordinator knows this key as '{found.name}'; join with --name {found.name}"
+            )
         self._duplicate_since = None
-        if not self.known:
-            self._say(f"joined as '{found}'")
-        self.known = True
+        if self.said is None:
+            self._say(f"joined as '{found.name}'")
+        self.said = found
 
     def _declined(self, error: Declined) -> None:
         sentence = error.sentence(self._owner.state / PUBLIC_FILE)

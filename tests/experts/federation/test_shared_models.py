@@ -395,6 +395,7 @@ def test_a_round_that_makes_no_sense_is_refused_by_its_owner(changed: dict[str, 
     recipe = Recipe("all", round=RoundOf("together", "0" * 16, 1, 2, 5))
     content = recipe.as_json()
     assert Recipe.of_json(content) == recipe
+    assert "round" not in Recipe("all").as_json()  # digests of other recipes are what they were
     with pytest.raises(UserError):
         Recipe.of_json({**content, "round": {**content["round"], **changed}})
     with pytest.raises(UserError):

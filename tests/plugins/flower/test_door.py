@@ -28,7 +28,7 @@ from expertctl.experts.federation.progress import Progress
 from expertctl.plugins.flower import proxy
 from expertctl.plugins.flower.certificates import certificates_for
 from expertctl.plugins.flower.child import free_port
-from expertctl.plugins.flower.coordinator_client import CoordinatorClient, Declined, Unreachable
+from expertctl.plugins.flower.coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
 from expertctl.plugins.flower.owner_work import OwnerWork, part_size
 from expertctl.plugins.flower.serving import serve
 from expertctl.plugins.flower.signing import EMPTY, PREFIX, Gatekeeper, NotSigned, signed_headers
@@ -174,7 +174,7 @@ def test_a_second_process_with_the_key_is_refused_while_the_first_is_there(
     hub: Any, new_owner: NewOwner
 ) -> None:
     owner = new_owner("site-a")
-    assert hub.client(owner).hello() == ("site-a", [])
+    assert hub.client(owner).hello() == Hello("site-a")
     with pytest.raises(Declined, match="DUPLICATE"):
         hub.client(owner).hello()
 
@@ -235,7 +235,7 @@ def test_seed_down_progress_and_expert_up_through_the_door(hub: Any, new_owner: 
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     client = hub.client(owner)
     assert [one.online for one in owner_statuses(hub.coordinator)] == [False, False]
-    assert client.hello() == ("site-a", [request.id])
+    assert client.hello() == Hello("site-a", (request.id,))
     assert {one.name: one.online for one in owner_statuses(hub.coordinator)} == {
         "site-a": True,
         "site-b": False,

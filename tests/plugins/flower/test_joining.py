@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from federation_members import BTM, FLEXOLMO, fetch_seed
+from federation_members import BTM, FLEXOLMO, TRAINING, fetch_seed
 
 from expertctl import UserError
 from expertctl.core.files import write_json
 from expertctl.experts.federation.owner import Owner
 from expertctl.experts.federation.progress import FailureCode, Progress
-from expertctl.experts.federation.requests import RoundOf
+from expertctl.experts.federation.round_keeper import begin_rounds
+from expertctl.experts.federation.round_plan import RoundPlan
+from expertctl.experts.federation.shared_model import SharedSettings
 from expertctl.plugins.flower import owner_work
+from expertctl.plugins.flower.coordinator_client import Hello
 from expertctl.plugins.flower.joining import _is_done
 from expertctl.plugins.flower.owner_work import TRIES, OwnerWork
+
+NOTHING = Hello("site-a")
 
 
 @pytest.mark.parametrize(("code", "ends"), [("DATA", True), ("STOPPED", False)])
@@ -44,27 +48,27 @@ def test_a_training_that_fails_time_after_time_ends_it_in_one_line(
     work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
     for _ in range(TRIES - 1):
         work.step()
-        assert not _is_done(owner, work, [])
+        assert not _is_done(owner, work, NOTHING)
     work.step()
     assert len(starts) == TRIES
     if ends:
         with pytest.raises(
             UserError, match=f"training failed \\({code}\\) {TRIES} times; .*work.log says why"
         ):
-            _is_done(owner, work, [])
+            _is_done(owner, work, NOTHING)
     else:
-        assert not _is_done(owner, work, [])
+        assert not _is_done(owner, work, NOTHING)
 
 
 def test_it_ends_when_everything_is_over(hub: Any, new_owner: Callable[[str], Owner]) -> None:
     owner = new_owner("site-a")
     work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
-    assert not _is_done(owner, work, [])  # nothing was asked yet
+    assert not _is_done(owner, work, NOTHING)  # nothing was asked yet
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
     owner.take(request)
-    assert not _is_done(owner, work, [])
+    assert not _is_done(owner, work, NOTHING)
     owner.note_outcome(request.id, None)
-    assert _is_done(owner, work, [])
+    assert _is_done(owner, work, NOTHING)
 
 
 def test_it_waits_for_what_the_coordinator_has_open_and_for_the_next_round(
@@ -77,11 +81,20 @@ def test_it_waits_for_what_the_coordinator_has_open_and_for_the_next_round(
     owner.take(first)
     owner.note_outcome(first.id, None)
     (second,) = hub.coordinator.ask(["site-a"], FLEXOLMO, soon)
-    assert not _is_done(owner, work, [second.id])  # Flower has not brought it yet
-    assert _is_done(owner, work, [])
-    for number, over in ((0, False), (1, True)):
-        part = RoundOf("campus", "0" * 16, number, 2, 5)
-        (request,) = hub.coordinator.ask(["site-a"], replace(BTM, round=part), soon)
-        owner.take(request)
-        owner.note_outcome(request.id, None)
-        assert _is_done(owner, work, []) == over
+    assert not _is_done(owner, work, Hello("site-a", (second.id,)))  # Flower has not brought it yet
+    assert _is_done(owner, work, NOTHING)
+    assert not _is_done(owner, work, Hello("site-a", (), more=True))
+
+
+def test_more_is_to_come_until_a_shared_model_is_finished(
+    hub: Any, new_owner: Callable[[str], Owner]
+) -> None:
+    owner, other = new_owner("site-a"), new_owner("site-b")
+    plan = RoundPlan(("site-a",), "fedavg", round_seconds=3600.0)
+    shared = begin_rounds(hub.coordinator, "campus", plan, SharedSettings(1, TRAINING))
+    (request,) = hub.coordinator.open_requests("site-a")
+    client = hub.client(owner)
+    assert client.hello() == Hello("site-a", (request.id,), more=True)
+    assert hub.client(other).hello() == Hello("site-b")
+    shared.finish("0" * 64)
+    assert not client.hello().more
