@@ -49,7 +49,7 @@ def ask(
     name: str | None,
     **recipe: Any,
 ) -> None:
-    """Ask owners for an expert each, or (recipes diloco and fedavg) for rounds of one shared model.
+    """Ask owners for an expert each, or for rounds of one shared model.
 
     `serve` hands the requests to those who are there, now or later. Owners who have delivered for this seed and recipe are
     not asked again; a request that is open gets the later deadline. Asked again, the open round of a shared model gets its
