@@ -115,6 +115,7 @@ def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
 def seconds_of(block: Any, x: Any, *, backward: bool) -> float:
     import torch
 
+    x = x.clone().requires_grad_(backward)  # as within a network, whose earlier layers want its gradient
     begin = time.process_time()
     if backward:
         block(x).sum().backward()

@@ -72,8 +72,9 @@ def test_weights_keep_their_values_and_are_saved_as_before(tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "before")
     before = {name: one.clone() for name, one in model.state_dict().items()}
     use_sorted_loop(model)
-    weight = model.model.layers[0].mlp.experts.gate_up_proj
-    assert weight.mT.is_contiguous()
+    experts = model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.mT.is_contiguous()
+    assert experts.down_proj.is_contiguous()
     assert all(one.equal(before[name]) for name, one in model.state_dict().items())
     model.save_pretrained(tmp_path / "after")
     saved = [(tmp_path / when / "model.safetensors").read_bytes() for when in ("before", "after")]
@@ -115,3 +116,23 @@ def test_experts_that_get_no_token_are_not_run() -> None:
     hidden = torch.arange(6.0).reshape(3, 2)
     gates, chosen = torch.full((3, 1), 2.0), torch.full((3, 1), 1)
     assert mixed([never, lambda one: one + 1, never], hidden, gates, chosen).equal((hidden + 1) * 2)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_no_token_at_all(top_k: int) -> None:
+    hidden = torch.zeros(0, 2, requires_grad=True)
+    nothing = torch.zeros(0, top_k)
+    found = mixed([lambda one: one], hidden, nothing, nothing.long())
+    found.sum().backward()
+    assert found.shape == hidden.grad.shape == (0, 2)
+
+
+def test_mixed_precision_trains_as_transformers_trains_it() -> None:
+    model = mixture("mixtral")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, gradients = outcome(model)
+        use_sorted_loop(model)
+        ours, our_gradients = outcome(model)
+    torch.testing.assert_close(ours, logits)
+    for mine, theirs in zip(our_gradients, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
