@@ -132,8 +132,9 @@ def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequen
 
     torch.set_num_threads(1)
     keep_freed_memory()  # as the processes that train do
+    print(f"\nOne layer of width {width}, inner width {inner}\n")
     print(
-        "\n| tokens | experts, top k | pass | "
+        "| tokens | experts, top k | pass | "
         + " | ".join(("eager", "grouped_mm", "sorted loop", "sorted loop (container)"))
         + " |"
     )
@@ -167,8 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hidden", type=at_least(1), default=1024)
     parser.add_argument("--layers", type=at_least(1), default=12)
     parser.add_argument("--vocabulary", type=at_least(1), default=32000)
-    parser.add_argument("--width", type=at_least(1), default=256, help="of the layer that is timed")
-    parser.add_argument("--inner", type=at_least(1), default=704)
+    parser.add_argument(
+        "--layers-timed",
+        nargs="*",
+        default=["256,704", "576,1536"],
+        metavar="WIDTH,INNER",
+        help="widths of the layers that are timed; the second is a pretrained model's of 135 million parameters",
+    )
     parser.add_argument("--tokens", type=at_least(1), nargs="*", default=[1024, 2048])
     parser.add_argument(
         "--shapes", nargs="*", default=["4,1", "4,2", "8,1", "8,2", "8,4", "16,1", "16,2", "16,4"]
@@ -182,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = (given.folder or Path(temporary)).resolve()
         size = Size(given.hidden, given.layers, given.vocabulary)
         report_assembly(folder, size, given.rounds, given.mergekit_moe, given.mergekit_rounds)
-        report_running(given.width, given.inner, given.tokens, given.shapes, given.layer_rounds)
+        for layer in given.layers_timed:
+            width, inner = (int(part) for part in layer.split(","))
+            report_running(width, inner, given.tokens, given.shapes, given.layer_rounds)
 
 
 if __name__ == "__main__":
