@@ -99,6 +99,9 @@ def resumable_folder(
         if not resume:
             remove_tree(partial)
         partial.mkdir(exist_ok=True)
+        clear_leftovers(
+            partial, below=True
+        )  # of a try that was killed while it wrote a file: they would be published
         try:
             yield partial
             _put_in_place(partial, path)

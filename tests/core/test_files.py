@@ -27,6 +27,7 @@ from expertctl.core.files import (
     readable_os_errors,
     refuse_existing,
     remove_tree,
+    resumable_folder,
     write_json,
     write_text,
 )
@@ -347,3 +348,24 @@ def test_leftovers_are_cleared_below_where_asked_to(tmp_path: Path, below: bool)
     assert (deep / gone).exists() is not below
     assert (tmp_path / alive).exists()
     assert (deep / alive).exists()
+
+
+def test_a_resumed_folder_does_not_publish_what_a_kill_left_half_written(tmp_path: Path) -> None:
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, signal, sys; from pathlib import Path; from expertctl.core import files\n"
+            "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "with files.resumable_folder(Path(sys.argv[1])) as folder:\n"
+            "    (folder / 'weights').write_text('kept')\n"
+            "    files.write_text(folder / 'manifest.json', '{}')",
+            str(tmp_path / "out"),
+        ]
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert len(names(files.unfinished_sibling(tmp_path / "out"))) == 2
+    with resumable_folder(tmp_path / "out", resume=True) as folder:
+        assert names(folder) == ["weights"]
+        write_text(folder / "manifest.json", "{}")
+    assert names(tmp_path / "out") == ["manifest.json", "weights"]
