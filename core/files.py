@@ -99,9 +99,8 @@ def resumable_folder(
         if not resume:
             remove_tree(partial)
         partial.mkdir(exist_ok=True)
-        clear_leftovers(
-            partial, below=True
-        )  # of a try that was killed while it wrote a file: they would be published
+        # what a try left that was killed while it wrote a file would be published
+        clear_leftovers(partial, below=True)
         try:
             yield partial
             _put_in_place(partial, path)

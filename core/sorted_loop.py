@@ -6,6 +6,7 @@ Shapes: N = tokens, k = experts of a token, S = N k rows sorted by expert, d = w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,8 +53,7 @@ def fused_experts(module: Any, hidden_Nd: Tensor, chosen_Nk: Tensor, gates_Nk: T
         return found
     gates_Nk = gates_Nk.to(hidden_Nd.dtype)
     if trains:
-        weights = (module.gate_up_proj, module.down_proj)
-        run = lambda rows, counts: swiglu_experts(rows, *weights, counts)  # noqa: E731
+        run = partial(swiglu_experts, gate_up=module.gate_up_proj, down=module.down_proj)
         return gated_sum(run, len(module.down_proj), hidden_Nd, gates_Nk, chosen_Nk)
     gates, ups = module.gate_up_proj.chunk(2, dim=1)
     each = zip(gates.unbind(), ups.unbind(), module.down_proj.unbind(), strict=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def swiglu_experts(x_Sd: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
+def swiglu_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
     """Return `down(silu(gate(x)) * up(x))` of each expert on its rows: gate_up (E, 2 i, d), down (E, d, i), counts (E)."""
     apply: Callable[..., Tensor] = _SwigluExperts.apply
     return apply(x_Sd, gate_up, down, counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -27,13 +27,12 @@ def test_finite_differences(trained: Sequence[int], turned: bool) -> None:
     given = [numbers(5, 4), numbers(3, 12, 4, turned=turned), numbers(3, 4, 6, turned=turned)]
     for place, one in enumerate(given):
         one.requires_grad_(place in trained)
-    function: Callable[..., Tensor] = lambda *three: swiglu_experts(*three, COUNTS)  # noqa: E731
-    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradcheck(lambda x, *weights: swiglu_experts(x, COUNTS, *weights), given)
 
 
 def test_an_expert_without_rows_gets_a_gradient_of_zero_stored_as_its_weight_is() -> None:
     x, gate_up, down = numbers(5, 4), numbers(3, 12, 4, turned=True), numbers(3, 4, 6)
-    swiglu_experts(x, gate_up, down, COUNTS).sum().backward()
+    swiglu_experts(x, COUNTS, gate_up, down).sum().backward()
     for weight in (gate_up, down):
         assert weight.grad is not None
         assert weight.grad.stride() == weight.stride()
@@ -50,7 +49,9 @@ def test_rows_return_to_their_tokens(top_k: int) -> None:
     def run(rows: Tensor, counts: list[int]) -> Tensor:
         return rows * factors.repeat_interleave(torch.tensor(counts))[:, None]
 
-    function: Callable[..., Tensor] = lambda *two: gated_sum(run, 3, *two, chosen)  # noqa: E731
+    def function(hidden: Tensor, gates: Tensor) -> Tensor:
+        return gated_sum(run, 3, hidden, gates, chosen)
+
     expected = (hidden[:, None] * (factors[chosen] * gates)[..., None]).sum(dim=1)
     torch.testing.assert_close(function(hidden, gates), expected)
     assert torch.autograd.gradcheck(function, (hidden, gates))
