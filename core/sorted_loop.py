@@ -6,14 +6,14 @@ Shapes: N = tokens, k = experts of a token, S = N k rows sorted by expert, d = w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .sorted_rows import gated_sum
-from .swiglu_experts import swiglu_experts
+from .swiglu_experts import gated_experts, swiglu_experts
+from .top_k_gates import choose_before_softmax
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,28 +41,37 @@ def mixed(
 def fused_experts(module: Any, hidden_Nd: Tensor, chosen_Nk: Tensor, gates_Nk: Tensor) -> Tensor:
     """Run the experts of one of transformers' classes, which keep all of a layer in two tensors; as `mixed`.
 
-    What this is not made for goes to transformers' grouped kernel: other devices, compiling, other layouts, and
-    training experts in mixed precision or with another activation than SiLU.
+    What this is not made for goes to transformers' grouped kernel: other devices, compiling, other layouts, mixed
+    precision, and gradients through another activation than SiLU.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    trains = torch.is_grad_enabled() and (module.gate_up_proj.requires_grad or module.down_proj.requires_grad)
-    ours = _is_plain(module) and (not trains or _trains_here(module, hidden_Nd))
-    if not ours or hidden_Nd.device.type != "cpu" or torch.compiler.is_compiling():
+    weights = module.gate_up_proj, module.down_proj
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden_Nd, *weights))
+    if not _runs_here(module, hidden_Nd) or (learns and not _is_silu(module.act_fn)):
         found: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_Nd, chosen_Nk, gates_Nk)
         return found
-    gates_Nk = gates_Nk.to(hidden_Nd.dtype)
-    if trains:
-        run = partial(swiglu_experts, gate_up=module.gate_up_proj, down=module.down_proj)
-        return gated_sum(run, len(module.down_proj), hidden_Nd, gates_Nk, chosen_Nk)
-    gates, ups = module.gate_up_proj.chunk(2, dim=1)
-    each = zip(gates.unbind(), ups.unbind(), module.down_proj.unbind(), strict=True)
-    linear = nn.functional.linear
 
-    def expert(gate: Tensor, up: Tensor, down: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda hidden: linear(module.act_fn(linear(hidden, gate)) * linear(hidden, up), down)
+    def run(sorted_Sd: Tensor, counts: list[int]) -> Tensor:
+        if learns:
+            return swiglu_experts(sorted_Sd, counts, *weights)
+        return gated_experts(sorted_Sd, counts, *weights, module.act_fn)
 
-    return mixed([expert(*three) for three in each], hidden_Nd, gates_Nk, chosen_Nk)
+    return gated_sum(run, len(module.down_proj), hidden_Nd, gates_Nk.to(hidden_Nd.dtype), chosen_Nk)
+
+
+def _runs_here(module: Any, hidden_Nd: Tensor) -> bool:
+    one_type = hidden_Nd.dtype == module.gate_up_proj.dtype and not torch.is_autocast_enabled("cpu")
+    return (
+        hidden_Nd.device.type == "cpu"
+        and one_type
+        and not torch.compiler.is_compiling()
+        and _is_plain(module)
+    )
+
+
+def _is_silu(activation: Any) -> bool:
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
 def _is_plain(module: Any) -> bool:
@@ -75,14 +84,10 @@ def _is_plain(module: Any) -> bool:
     return module.has_gate and module.is_concatenated and not any(getattr(module, name) for name in others)
 
 
-def _trains_here(module: Any, hidden_Nd: Tensor) -> bool:
-    one_type = hidden_Nd.dtype == module.gate_up_proj.dtype and not torch.is_autocast_enabled("cpu")
-    return one_type and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
-
-
 def use_sorted_loop(model: PreTrainedModel) -> None:
     """Make a model's experts run like this on a CPU, wherever it is the faster way (`examples/benchmarks/mixture.py`)."""
     for module in model.modules():
+        choose_before_softmax(module)
         experts: Any = getattr(module, "experts", None)
         if isinstance(experts, nn.ModuleList) and hasattr(module, "router"):
             for part in experts.modules():
@@ -103,8 +108,10 @@ def lay_out_for_few_rows(weight: Tensor) -> None:
     """Store a weight, (..., out, in), that has more outputs than inputs with `out` innermost; shape and values stay.
 
     With a few hundred rows of x, `x @ weight.T` spends a sixth of its time on turning the weight over where it lies
-    the other way. The second weight of an expert gains nothing, and its gradients lose (`docs/log.md`). Other numbers
-    than float32 are multiplied by another library, which arranges them itself.
+    the other way. The second weight of an expert gains nothing, and its gradients lose; with AVX-512 all of them lose
+    (`docs/log.md`). Other numbers than float32 are multiplied by another library, which arranges them itself.
     """
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return
     if weight.dtype == torch.float32 and weight.shape[-2] > weight.shape[-1]:
         weight.data = weight.data.mT.contiguous().mT

@@ -6,10 +6,36 @@ Shapes: N = tokens, k = experts of a token, S = N k rows sorted by expert, d = w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """The order of rows sorted by expert, and the way back."""
+
+    counts: list[int]
+    """How many rows each of the E experts has."""
+    order: Tensor
+    """Which of the N k choices, token by token, a row is, (S,)."""
+    token: Tensor
+    """Which token a row is of, (S,)."""
+    place: Tensor
+    """Where a token's rows lie, (N, k)."""
+
+
+def sorted_rows(chosen_Nk: Tensor, experts: int) -> SortedRows:
+    """Sort tokens by the experts that were chosen for them; an expert's rows stay in the order of tokens."""
+    order_S = chosen_Nk.flatten().argsort(stable=True)
+    place_S = torch.empty_like(order_S)
+    place_S.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+    counts: list[int] = torch.bincount(chosen_Nk.flatten(), minlength=experts).tolist()
+    return SortedRows(counts, order_S, order_S // chosen_Nk.shape[1], place_S.view_as(chosen_Nk))
 
 
 def gated_sum(
@@ -23,35 +49,53 @@ def gated_sum(
 
     `run` is given rows (S, d) sorted by expert, and how many of them each of the E experts has.
     """
-    order_S = chosen_Nk.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen_Nk.flatten(), minlength=experts).tolist()
-    place_S = torch.empty_like(order_S).scatter_(
-        0, order_S, torch.arange(len(order_S), device=order_S.device)
-    )
-    top_k = chosen_Nk.shape[1]
-    rows: Callable[..., Tensor] = _Rows.apply
-    found_Sd = run(rows(hidden_Nd, order_S // top_k, place_S, top_k), counts)
-    found_Nkd = rows(found_Sd, place_S, order_S, 1).view(*chosen_Nk.shape, hidden_Nd.shape[1])
-    gated_Nkd: Tensor = found_Nkd * gates_Nk[..., None]
-    return gated_Nkd.squeeze(1) if top_k == 1 else gated_Nkd.sum(dim=1)
+    rows = sorted_rows(chosen_Nk, experts)
+    to_experts: Callable[..., Tensor] = _ToExperts.apply
+    to_tokens: Callable[..., Tensor] = _ToTokens.apply
+    found_Sd = run(to_experts(hidden_Nd, rows), rows.counts)
+    dtype = torch.promote_types(found_Sd.dtype, gates_Nk.dtype)
+    return to_tokens(found_Sd.to(dtype), gates_Nk.to(dtype), rows)
 
 
-class _Rows(torch.autograd.Function):
-    """`x[index]`, whose gradient is read from known places: adding it up row by row takes several times as long.
-
-    `back` says where the gradients of x's rows lie, `times` of them one after the other for each row.
-    """
+class _ToExperts(torch.autograd.Function):
+    """`hidden[token]`, whose gradient is summed from known places: adding it up row by row takes several times as long."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, times: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.shape = (len(x), times)
-        return x.index_select(0, index)
+    def forward(ctx: Any, hidden_Nd: Tensor, rows: SortedRows) -> Tensor:
+        ctx.rows = rows
+        return hidden_Nd.index_select(0, rows.token)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        found = gradient.index_select(0, back)
-        if ctx.shape[1] > 1:
-            found = found.view(*ctx.shape, found.shape[1]).sum(dim=1)
-        return found, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, gradient_Sd: Tensor) -> tuple[Tensor | None, ...]:
+        return _summed(gradient_Sd, ctx.rows.place), None
+
+
+class _ToTokens(torch.autograd.Function):
+    """The gated sum of each token's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, found_Sd: Tensor, gates_Nk: Tensor, rows: SortedRows) -> Tensor:
+        ctx.save_for_backward(found_Sd, gates_Nk)
+        ctx.rows = rows
+        return _summed(found_Sd, rows.place, gates_Nk)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_Nd: Tensor) -> tuple[Tensor | None, ...]:
+        found_Sd, gates_Nk = ctx.saved_tensors
+        rows: SortedRows = ctx.rows
+        gradient_Sd = gradient_Nd.index_select(0, rows.token)
+        d_gates_Nk = None
+        if ctx.needs_input_grad[1]:
+            d_gates_S = (gradient_Sd * found_Sd).sum(dim=1)
+            d_gates_Nk = d_gates_S.index_select(0, rows.place.flatten()).view_as(gates_Nk)
+        d_found_Sd = gradient_Sd.mul_(gates_Nk.flatten().index_select(0, rows.order)[:, None])
+        return d_found_Sd, d_gates_Nk, None
+
+
+def _summed(x_Sd: Tensor, place_Nk: Tensor, gates_Nk: Tensor | None = None) -> Tensor:
+    """Return the sum of each token's rows in one pass over them, (N, d)."""
+    if not len(place_Nk):
+        return x_Sd
+    return embedding_bag(place_Nk, x_Sd, mode="sum", per_sample_weights=gates_Nk)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def swiglu_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
@@ -20,55 +21,77 @@ def swiglu_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tenso
     return apply(x_Sd, gate_up, down, counts)
 
 
+def gated_experts(
+    x_Sd: Tensor,
+    counts: list[int],
+    gate_up: Tensor,
+    down: Tensor,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return `down(activation(gate(x)) * up(x))`, as above, where nothing asks for gradients."""
+    found_Sd = torch.empty_like(x_Sd)
+    each = zip(
+        torch.split(x_Sd, counts), torch.split(found_Sd, counts), gate_up.unbind(), down.unbind(), strict=True
+    )
+    for x, found, to_gate_up, to_found in each:
+        if len(x):
+            gate, up = torch.mm(x, to_gate_up.t()).chunk(2, dim=1)
+            torch.mm(activation(gate) * up, to_found.t(), out=found)
+    return found_Sd
+
+
 class _SwigluExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_Sd: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
         found_Sd = torch.empty_like(x_Sd)
         kept: list[Tensor] = []
-        for e, (x, found) in enumerate(
-            zip(torch.split(x_Sd, counts), torch.split(found_Sd, counts), strict=True)
-        ):
-            to_gate, to_up = gate_up[e].chunk(2)
-            gate, up = x @ to_gate.T, x @ to_up.T
+        shares = torch.split(x_Sd, counts), torch.split(found_Sd, counts)
+        for x, found, to_gate, to_up, to_found in zip(*shares, *_halves(gate_up), down.unbind(), strict=True):
+            gate, up = torch.mm(x, to_gate.t()), torch.mm(x, to_up.t())
             activated = torch.nn.functional.silu(gate)
-            inner = activated * up
-            torch.mm(inner, down[e].T, out=found)
-            kept += (gate, up, activated, inner)
+            torch.mm(activated * up, to_found.t(), out=found)
+            kept += (gate, up, activated)
         ctx.save_for_backward(x_Sd, gate_up, down, *kept)
         ctx.counts = counts
         return found_Sd
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_found_Sd: Tensor) -> tuple[Tensor | None, ...]:
         x_Sd, gate_up, down, *kept = ctx.saved_tensors
-        wants_x, wants_gate_up, wants_down, _ = ctx.needs_input_grad
-        d_x_Sd = torch.empty_like(x_Sd) if wants_x else None
-        d_gate_up = torch.empty_like(gate_up) if wants_gate_up else None
-        d_down = torch.empty_like(down) if wants_down else None
-        begin = 0
-        for e, count in enumerate(ctx.counts):
-            mine = slice(begin, begin + count)
-            begin += count
-            gate, up, activated, inner = kept[4 * e : 4 * e + 4]
-            x, d_found = x_Sd[mine], d_found_Sd[mine]
-            if d_down is not None:
-                _product(d_found, inner, d_down[e])
-            d_inner = d_found @ down[e]
+        made = [
+            torch.empty_like(one) if wanted else None
+            for one, wanted in zip((x_Sd, gate_up, down), ctx.needs_input_grad, strict=False)
+        ]
+        into_x, into_gate_up, into_down = made
+        xs, d_founds = torch.split(x_Sd, ctx.counts), torch.split(d_found_Sd, ctx.counts)
+        d_xs = None if into_x is None else torch.split(into_x, ctx.counts)
+        d_halves = None if into_gate_up is None else _halves(into_gate_up)
+        to_gates, to_ups = _halves(gate_up)
+        for e, (x, d_found, to_found) in enumerate(zip(xs, d_founds, down.unbind(), strict=True)):
+            gate, up, activated = kept[3 * e : 3 * e + 3]
+            if into_down is not None:
+                _weight_gradient(d_found, activated * up, into_down[e])
+            d_inner = torch.mm(d_found, to_found)
             d_up = activated * d_inner
-            d_gate = torch.ops.aten.silu_backward(d_inner * up, gate)
-            if d_gate_up is not None:
-                for d_part, into in zip((d_gate, d_up), d_gate_up[e].chunk(2), strict=True):
-                    _product(d_part, x, into)
-            if d_x_Sd is not None:
-                to_gate, to_up = gate_up[e].chunk(2)
-                torch.mm(d_gate, to_gate, out=d_x_Sd[mine]).addmm_(d_up, to_up)
-        return d_x_Sd, d_gate_up, d_down, None
+            d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
+            if d_halves is not None:
+                _weight_gradient(d_gate, x, d_halves[0][e])
+                _weight_gradient(d_up, x, d_halves[1][e])
+            if d_xs is not None:
+                torch.mm(d_gate, to_gates[e], out=d_xs[e]).addmm_(d_up, to_ups[e])
+        return *made, None
 
 
-def _product(left: Tensor, right: Tensor, into: Tensor) -> None:
-    """Write `left.T @ right` into a matrix in the order in which it is stored; otherwise it is made elsewhere and copied."""
+def _halves(gate_up: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return each expert's two matrices (i, d) as views: all that lead to gates, all that lead to ups."""
+    gates, ups = gate_up.chunk(2, dim=1)
+    return gates.unbind(), ups.unbind()
+
+
+def _weight_gradient(d_output: Tensor, x: Tensor, into: Tensor) -> None:
+    """Write `d_output.T @ x` into a matrix in the order in which it is stored; otherwise it is made elsewhere and copied."""
     if into.stride(1) == 1:
-        torch.mm(left.T, right, out=into)
+        torch.mm(d_output.t(), x, out=into)
     else:
-        torch.mm(right.T, left, out=into.T)
+        torch.mm(x.t(), d_output, out=into.t())

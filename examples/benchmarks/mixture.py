@@ -4,8 +4,9 @@
 
 Puts four bf16 Llama checkpoints (220 million parameters each unless told otherwise) together by whole commands in fresh
 processes: medians of several rounds, files in the page cache. Then times one layer's mixture, forward and forward with backward, for
-each of the ways to run its experts: what a dense feed-forward takes for as many active operations, divided by that. One
-thread, rounds in turn, medians.
+each of the ways to run its experts: what a dense feed-forward takes for as many active operations, divided by that. "Not routed"
+are as many separate feed-forwards, each on an equal share of the rows: what is lost there is lost to small products and
+to weights that have to be read, not to the mixture. One thread, rounds in turn, medians.
 """
 
 from __future__ import annotations
@@ -76,40 +77,57 @@ def measured(folder: Path, command: Sequence[str | Path], rounds: int) -> Cost:
 
 
 def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
-    """Return a dense feed-forward, and the same mixture with each way to run its experts."""
+    """Return a dense feed-forward, and the same mixture with each way to run its experts, as loaded models have them."""
     import torch
-    from transformers import MixtralConfig
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaMLP
 
-    from expertctl.core.sorted_loop import NAME, fused_experts, lay_out_for_few_rows
-    from expertctl.merge.mixture.container import MixtureConfig, MixtureFeedForward, TopKRouter
+    from expertctl.core.sorted_loop import use_sorted_loop
+    from expertctl.merge.mixture.container import MixtureConfig, MixtureForCausalLM
 
-    def swiglu() -> torch.nn.Module:
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaMLP
-
-        return LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=inner))
-
-    found: dict[str, Any] = {"dense": swiglu()}
-    ALL_EXPERTS_FUNCTIONS.register(NAME, fused_experts)
-    for way in ("eager", "grouped_mm", NAME):
-        config = MixtralConfig(
-            hidden_size=width, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=top_k
-        )
-        config._experts_implementation = way
-        found["sorted loop" if way == NAME else way] = MixtralSparseMoeBlock(config)
-    settings = MixtureConfig(num_experts=experts, num_experts_per_tok=top_k)
-    found["sorted loop (container)"] = MixtureFeedForward(
-        [swiglu() for _ in range(experts)], TopKRouter(settings, width)
+    one_layer = {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 8,
+    }
+    dense = LlamaConfig(**one_layer)
+    models: dict[str, Any] = {}
+    for way in ("eager", "grouped_mm", "sorted loop"):
+        config = MixtralConfig(**one_layer, num_local_experts=experts, num_experts_per_tok=top_k)
+        models[way] = MixtralForCausalLM(config)
+    models["sorted loop (container)"] = MixtureForCausalLM(
+        MixtureConfig(dense.to_dict(), num_experts=experts, num_experts_per_tok=top_k)
     )
-    for block in found.values():
-        for parameter in block.parameters():
+    for name, model in models.items():
+        for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-    for name in ("sorted loop", "sorted loop (container)"):
-        for parameter in found[name].experts.parameters():
-            lay_out_for_few_rows(parameter)
+        if name.startswith("sorted loop"):
+            use_sorted_loop(model)
+        else:
+            model.set_experts_implementation(name)
+    found = {
+        "dense": LlamaMLP(dense),
+        "not routed": in_equal_shares([LlamaMLP(dense) for _ in range(experts)]),
+    }
+    for name, model in models.items():
+        network = model.network if isinstance(model, MixtureForCausalLM) else model
+        found[name] = network.model.layers[0].mlp
     return found
+
+
+def in_equal_shares(experts: Sequence[Any]) -> Any:
+    """Return feed-forwards as one module that sends as many rows through each, as they come."""
+    import torch
+
+    class EqualShares(torch.nn.ModuleList):
+        def forward(self, x_1Nd: torch.Tensor) -> torch.Tensor:
+            shares = x_1Nd.chunk(len(self), dim=1)
+            return torch.cat([expert(share) for expert, share in zip(self, shares, strict=True)], dim=1)
+
+    return EqualShares(experts)
 
 
 def seconds_of(block: Any, x: Any, *, backward: bool) -> float:
@@ -133,12 +151,9 @@ def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequen
     torch.set_num_threads(1)
     keep_freed_memory()  # as the processes that train do
     print(f"\nOne layer of width {width}, inner width {inner}\n")
-    print(
-        "| tokens | experts, top k | pass | "
-        + " | ".join(("eager", "grouped_mm", "sorted loop", "sorted loop (container)"))
-        + " |"
-    )
-    print("|---:|---|---|---:|---:|---:|---:|")
+    ways = ("not routed", "eager", "grouped_mm", "sorted loop", "sorted loop (container)")
+    print(f"| tokens | experts, top k | pass | {' | '.join(ways)} |")
+    print("|---:|---|---|" + "---:|" * len(ways))
     for count in tokens:
         for shape in shapes:
             experts, top_k = (int(part) for part in shape.split(","))
@@ -149,9 +164,8 @@ def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequen
                 times: dict[str, list[float]] = {name: [] for name in found}
                 for _ in range(rounds + 1):
                     for name, block in found.items():
-                        times[name].append(
-                            seconds_of(block, many if name == "dense" else x, backward=backward)
-                        )
+                        given = many if name in ("dense", "not routed") else x
+                        times[name].append(seconds_of(block, given, backward=backward))
                 median: Callable[[str], float] = lambda name: statistics.median(times[name][1:])  # noqa: B023, E731
                 cells = [f"{median('dense') / median(name):.2f}" for name in found if name != "dense"]
                 word = "forward and backward" if backward else "forward"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 
 from ...core.errors import UserError
 from ...core.sorted_loop import mixed
+from ...core.top_k_gates import top_k_gates
 from ..shared_settings import SHARED_SETTINGS
 from .targets import CONTAINER_TYPE
 
@@ -70,9 +71,7 @@ class TopKRouter(nn.Module):
     def forward(self, hidden_Nd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (logits (N, E), gates (N, k), experts (N, k)) as transformers' own routers do."""
         logits_NE = nn.functional.linear(hidden_Nd, self.weight, self.bias)
-        gates_Nk, chosen_Nk = logits_NE.float().softmax(dim=-1).topk(self.top_k, dim=-1)
-        if self.normalized:
-            gates_Nk = gates_Nk / gates_Nk.sum(dim=-1, keepdim=True)
+        gates_Nk, chosen_Nk = top_k_gates(logits_NE, self.top_k, normalized=self.normalized)
         return logits_NE, gates_Nk.to(hidden_Nd.dtype), chosen_Nk
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +28,18 @@ SIZE = {
 }
 
 
-def mixture(family: str) -> PreTrainedModel:
+def mixture(family: str, **settings: Any) -> PreTrainedModel:
     key = "num_local_experts" if family == "mixtral" else "num_experts"
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZE, **{key: 4}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZE, **settings, **{key: 4}))
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def outcome_without_gradients(model: PreTrainedModel) -> torch.Tensor:
+    tokens = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=tokens).logits
 
 
 def outcome(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -44,10 +50,15 @@ def outcome(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return found.logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo"])
-def test_logits_and_gradients_are_those_of_the_eager_experts(family: str, trained: bool) -> None:
-    model = mixture(family)
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "olmoe"])
+def test_logits_and_gradients_are_those_of_the_eager_experts(
+    family: str, normalized: bool, trained: bool, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = mixture(family, norm_topk_prob=normalized)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained or ".experts." not in name)
     model.set_experts_implementation("eager")
@@ -56,6 +67,8 @@ def test_logits_and_gradients_are_those_of_the_eager_experts(family: str, traine
     assert model.config._experts_implementation == NAME
     ours, our_gradients = outcome(model)
     torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(outcome_without_gradients(model), logits, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(our_gradients, gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
@@ -67,13 +80,17 @@ def test_the_choice_is_not_written_with_the_model(tmp_path: Path) -> None:
     assert "expertctl" not in (tmp_path / "config.json").read_text()
 
 
-def test_weights_keep_their_values_and_are_saved_as_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_weights_keep_their_values_and_are_saved_as_before(
+    capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = mixture("mixtral")
     model.save_pretrained(tmp_path / "before")
     before = {name: one.clone() for name, one in model.state_dict().items()}
     use_sorted_loop(model)
     experts = model.model.layers[0].mlp.experts
-    assert experts.gate_up_proj.mT.is_contiguous()
+    assert experts.gate_up_proj.mT.is_contiguous() == (capability == "AVX2")
     assert experts.down_proj.is_contiguous()
     assert all(one.equal(before[name]) for name, one in model.state_dict().items())
     model.save_pretrained(tmp_path / "after")

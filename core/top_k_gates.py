@@ -1,0 +1,41 @@
+"""Which k experts a token goes to, and how much of each. Shapes: N = tokens, E = experts, k = experts of a token."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def top_k_gates(logits_NE: Tensor, top_k: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
+    """Return the gates of the k largest logits, in float32, and their experts, both (N, k) and the largest first.
+
+    Gates are shares of the softmax over all experts; normalized, they sum to one, which makes them the softmax of the k
+    logits alone. That reads k numbers instead of E, and still tells experts apart whose shares are both below float32's
+    smallest number.
+    """
+    if normalized:
+        logits_Nk, chosen_Nk = logits_NE.topk(top_k, dim=-1)
+        return logits_Nk.float().softmax(dim=-1), chosen_Nk
+    gates_Nk, chosen_Nk = logits_NE.float().softmax(dim=-1).topk(top_k, dim=-1)
+    return gates_Nk, chosen_Nk
+
+
+def choose_before_softmax(router: nn.Module) -> None:
+    """Let a router of transformers whose gates sum to one choose by logits; others stay as they are.
+
+    A tenth of a narrow layer's time is its router's (`docs/log.md`).
+    """
+    name = type(router).__name__
+    if name == "MixtralTopKRouter" or (name in _MAY_NORMALIZE and getattr(router, "norm_topk_prob", False)):
+        router.forward = MethodType(_choose_and_normalize, router)
+
+
+_MAY_NORMALIZE = ("FlexOlmoTopKRouter", "OlmoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter")
+
+
+def _choose_and_normalize(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logits_NE = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+    gates_Nk, chosen_Nk = top_k_gates(logits_NE, router.top_k, normalized=True)
+    return logits_NE, gates_Nk, chosen_Nk
