@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import Cost, Size, models_of, run
-from whole_numbers import at_least
+from whole_numbers import at_least, pair_of
 
 from expertctl.core.allocator import keep_freed_memory
 from expertctl.core.tokenizer import train_tokenizer
@@ -144,7 +144,9 @@ def seconds_of(block: Any, x: Any, *, backward: bool) -> float:
     return time.process_time() - begin
 
 
-def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequence[str], rounds: int) -> None:
+def report_running(
+    width: int, inner: int, tokens: Sequence[int], shapes: Sequence[tuple[int, int]], rounds: int
+) -> None:
     """Print the share of a dense feed-forward's speed that a mixture reaches for the same active operations."""
     import torch
 
@@ -155,8 +157,7 @@ def report_running(width: int, inner: int, tokens: Sequence[int], shapes: Sequen
     print(f"| tokens | experts, top k | pass | {' | '.join(ways)} |")
     print("|---:|---|---|" + "---:|" * len(ways))
     for count in tokens:
-        for shape in shapes:
-            experts, top_k = (int(part) for part in shape.split(","))
+        for experts, top_k in shapes:
             torch.manual_seed(0)
             found = blocks(width, inner, experts, top_k)
             x, many = torch.randn(1, count, width), torch.randn(1, count * top_k, width)
@@ -184,14 +185,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=at_least(1), default=32000)
     parser.add_argument(
         "--layers-timed",
+        type=pair_of("WIDTH", "INNER"),
         nargs="*",
-        default=["256,704", "576,1536"],
+        default=[(256, 704), (576, 1536)],
         metavar="WIDTH,INNER",
         help="widths of the layers that are timed; the second is a pretrained model's of 135 million parameters",
     )
     parser.add_argument("--tokens", type=at_least(1), nargs="*", default=[1024, 2048])
     parser.add_argument(
-        "--shapes", nargs="*", default=["4,1", "4,2", "8,1", "8,2", "8,4", "16,1", "16,2", "16,4"]
+        "--shapes",
+        type=pair_of("EXPERTS", "TOP_K"),
+        nargs="*",
+        default=[(4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4)],
+        metavar="EXPERTS,TOP_K",
     )
     parser.add_argument("--layer-rounds", type=at_least(1), default=15)
     parser.add_argument(
@@ -202,8 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = (given.folder or Path(temporary)).resolve()
         size = Size(given.hidden, given.layers, given.vocabulary)
         report_assembly(folder, size, given.rounds, given.mergekit_moe, given.mergekit_rounds)
-        for layer in given.layers_timed:
-            width, inner = (int(part) for part in layer.split(","))
+        for width, inner in given.layers_timed:
             report_running(width, inner, given.tokens, given.shapes, given.layer_rounds)
 
 

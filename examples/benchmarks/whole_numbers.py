@@ -19,3 +19,16 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def pair_of(first: str, second: str) -> Callable[[str], tuple[int, int]]:
+    """Return what reads `8,2`: two whole numbers of at least 1, named for the message."""
+
+    def read(text: str) -> tuple[int, int]:
+        try:
+            one, other = (at_least(1)(part) for part in text.split(","))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise argparse.ArgumentTypeError(f"'{text}' is no {first},{second} such as 8,2") from error
+        return one, other
+
+    return read

@@ -134,8 +134,7 @@ class Owner:
             if request in current:
                 continue
             self.stop(request.id)
-            folders = [self.run_folder(request.id), self.delivery_folder(request.id)]
-            for folder in folders:
+            for folder in (self.run_folder(request.id), self.delivery_folder(request.id)):
                 remove_tree(folder)
             if request.seed not in needed:
                 self.seeds.drop(request)

@@ -141,9 +141,8 @@ def make_round_seed(source: Path, weights: Path | None, target: Path) -> None:
     """Make a seed with the files of another and these weights in one file; without `weights` it has the other's own."""
     manifest = read_manifest(source)
     with new_folder(target, force=True, what="seed") as partial:
-        for (
-            name
-        ) in manifest.files:  # and nothing of the seed's own training: its run, and its state in a folder
+        for name in manifest.files:
+            # Nothing of the seed's own training: its run, and its state in a folder.
             if "/" not in name and name not in (INDEX_FILE, RUN_FILE) and not name.endswith(".safetensors"):
                 link_or_copy(source / name, partial / name)
         if weights is not None:
