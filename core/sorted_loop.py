@@ -6,6 +6,7 @@ Shapes: N = tokens, k = experts of a token, S = N k rows sorted by expert, d = w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,14 +49,16 @@ def fused_experts(module: Any, hidden_Nd: Tensor, chosen_Nk: Tensor, gates_Nk: T
 
     weights = module.gate_up_proj, module.down_proj
     learns = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden_Nd, *weights))
-    if not _runs_here(module, hidden_Nd) or (learns and not _is_silu(module.act_fn)):
+    silu = type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    if not _runs_here(module, hidden_Nd) or (learns and not silu):
         found: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_Nd, chosen_Nk, gates_Nk)
         return found
 
     def run(sorted_Sd: Tensor, counts: list[int]) -> Tensor:
         if learns:
             return swiglu_experts(sorted_Sd, counts, *weights)
-        return gated_experts(sorted_Sd, counts, *weights, module.act_fn)
+        activation = partial(nn.functional.silu, inplace=True) if silu else module.act_fn
+        return gated_experts(sorted_Sd, counts, *weights, activation)
 
     return gated_sum(run, len(module.down_proj), hidden_Nd, gates_Nk.to(hidden_Nd.dtype), chosen_Nk)
 
@@ -68,10 +71,6 @@ def _runs_here(module: Any, hidden_Nd: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and _is_plain(module)
     )
-
-
-def _is_silu(activation: Any) -> bool:
-    return type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
 def _is_plain(module: Any) -> bool:

@@ -28,16 +28,28 @@ def gated_experts(
     down: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return `down(activation(gate(x)) * up(x))`, as above, where nothing asks for gradients."""
+    """Return `down(activation(gate(x)) * up(x))`, as above, where nothing asks for gradients; activation may work in place."""
     found_Sd = torch.empty_like(x_Sd)
-    each = zip(
-        torch.split(x_Sd, counts), torch.split(found_Sd, counts), gate_up.unbind(), down.unbind(), strict=True
-    )
-    for x, found, to_gate_up, to_found in each:
+    shares = torch.split(x_Sd, counts), torch.split(found_Sd, counts)
+    room = _Room(x_Sd, counts, down)
+    for x, found, to_gate, to_up, to_found in zip(*shares, *_halves(gate_up), down.unbind(), strict=True):
         if len(x):
-            gate, up = torch.mm(x, to_gate_up.t()).chunk(2, dim=1)
-            torch.mm(activation(gate) * up, to_found.t(), out=found)
+            gate, up = room.of(len(x))
+            torch.mm(x, to_gate.t(), out=gate)
+            torch.mm(x, to_up.t(), out=up)
+            torch.mm(activation(gate).mul_(up), to_found.t(), out=found)
     return found_Sd
+
+
+class _Room:
+    """Two matrices (rows, i) in which expert after expert computes: the processor's cache still has them."""
+
+    def __init__(self, x_Sd: Tensor, counts: list[int], down: Tensor) -> None:
+        self._both = x_Sd.new_empty(2, max(counts, default=0), down.shape[2])
+
+    def of(self, rows: int) -> tuple[Tensor, Tensor]:
+        first, second = self._both[:, :rows].unbind()
+        return first, second
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -46,10 +58,12 @@ class _SwigluExperts(torch.autograd.Function):
         found_Sd = torch.empty_like(x_Sd)
         kept: list[Tensor] = []
         shares = torch.split(x_Sd, counts), torch.split(found_Sd, counts)
+        room = _Room(x_Sd, counts, down)
         for x, found, to_gate, to_up, to_found in zip(*shares, *_halves(gate_up), down.unbind(), strict=True):
             gate, up = torch.mm(x, to_gate.t()), torch.mm(x, to_up.t())
             activated = torch.nn.functional.silu(gate)
-            torch.mm(activated * up, to_found.t(), out=found)
+            inner, _ = room.of(len(x))
+            torch.mm(torch.mul(activated, up, out=inner), to_found.t(), out=found)
             kept += (gate, up, activated)
         ctx.save_for_backward(x_Sd, gate_up, down, *kept)
         ctx.counts = counts
@@ -68,13 +82,15 @@ class _SwigluExperts(torch.autograd.Function):
         d_xs = None if into_x is None else torch.split(into_x, ctx.counts)
         d_halves = None if into_gate_up is None else _halves(into_gate_up)
         to_gates, to_ups = _halves(gate_up)
+        room = _Room(x_Sd, ctx.counts, down)
         for e, (x, d_found, to_found) in enumerate(zip(xs, d_founds, down.unbind(), strict=True)):
             gate, up, activated = kept[3 * e : 3 * e + 3]
+            d_up, d_gate = room.of(len(x))
             if into_down is not None:
-                _weight_gradient(d_found, activated * up, into_down[e])
-            d_inner = torch.mm(d_found, to_found)
-            d_up = activated * d_inner
-            d_gate = torch.ops.aten.silu_backward(d_inner.mul_(up), gate)
+                _weight_gradient(d_found, torch.mul(activated, up, out=d_up), into_down[e])
+            d_inner = torch.mm(d_found, to_found, out=d_gate)
+            torch.mul(activated, d_inner, out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d_inner.mul_(up), gate, grad_input=d_gate)
             if d_halves is not None:
                 _weight_gradient(d_gate, x, d_halves[0][e])
                 _weight_gradient(d_up, x, d_halves[1][e])
