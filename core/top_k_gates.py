@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def choose_before_softmax(router: nn.Module) -> None:
     """
     name = type(router).__name__
     if name == "MixtralTopKRouter" or (name in _MAY_NORMALIZE and getattr(router, "norm_topk_prob", False)):
-        router.forward = MethodType(_choose_and_normalize, router)
+        router.forward = partial(_choose_and_normalize, router)
 
 
 _MAY_NORMALIZE = ("FlexOlmoTopKRouter", "OlmoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter")

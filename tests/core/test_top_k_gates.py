@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,11 +50,14 @@ def routers() -> list[torch.nn.Module]:
 
 
 @pytest.mark.parametrize("router", routers(), ids=["always", "normalized", "not"])
-def test_a_router_decides_as_before_and_so_does_its_copy(router: torch.nn.Module) -> None:
+@pytest.mark.parametrize("copied_by", [copy.deepcopy, lambda router: pickle.loads(pickle.dumps(router))])
+def test_a_router_decides_as_before_and_so_does_its_copy(
+    router: torch.nn.Module, copied_by: Callable[[torch.nn.Module], torch.nn.Module]
+) -> None:
     hidden = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))
     before = router(hidden)
     choose_before_softmax(router)
-    copied = copy.deepcopy(router)
+    copied = copied_by(router)
     for decided in (router(hidden), copied(hidden)):
         torch.testing.assert_close(decided, before)
     with torch.no_grad():
