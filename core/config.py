@@ -1,14 +1,12 @@
-"""The project file `expertctl.yaml`: what may stand in it, and errors that name file, line and key."""
+"""The project file `expertctl.yaml`: what may stand in it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,12 +22,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .config_problems import first_problem, sentence_about
 from .discovered import discovered_domains
 from .errors import UserError, closest
 from .numeric import dtype_of_word
+from .yaml_lines import parse_yaml
 
-Path_ = tuple[str | int, ...]
-Options = TypeVar("Options")
 Model = TypeVar("Model", bound=BaseModel)
 
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -344,143 +342,4 @@ def checked(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(f"{what}: {_say(_worst(error), kind)}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for which `1e-3` is a number too: it follows YAML 1.1, whose floats need a dot."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def parse_yaml(text: str, path: Path) -> tuple[Any, dict[Path_, int]]:
-    """Return a YAML document and the line of every key in it; raises `UserError` for bad or repeated keys."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        lines: dict[Path_, int] = {}
-        if node is not None:
-            _note_lines(node, (), lines, path)
-        return yaml.load(text, Loader=_Loader), lines  # a safe loader
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, RecursionError) as error:  # the 31st of February, a list that contains itself
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-
-
-def _note_lines(node: yaml.Node, at: Path_, lines: dict[Path_, int], path: Path) -> None:
-    lines.setdefault(at, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue  # the loader refuses it
-            here = (*at, key.value)
-            if here in lines:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: '{key.value}' stands here twice")
-            lines[here] = key.start_mark.line + 1
-            _note_lines(value, here, lines, path)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _note_lines(item, (*at, index), lines, path)
-
-
-def first_problem(
-    error: ValidationError, path: Path, lines: Mapping[Path_, int], root: type[BaseModel]
-) -> str:
-    """Return the sentence about what is wrong in a file: path, line, key, and the nearest valid name."""
-    problem = _worst(error)
-    location: Path_ = problem["loc"]
-    while location not in lines and location:
-        location = location[:-1]
-    where = f"{path}:{lines.get(location, 1)}"
-    return f"{where}: {_say(problem, root)}"
-
-
-def _worst(error: ValidationError) -> Any:
-    """Return the finding to tell: a key that does not exist before one that is missing, since it may be that one."""
-    problems = error.errors()
-    problem: Any = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
-    if "at" in problem.get("ctx", {}):
-        return problem | {"loc": problem["ctx"]["at"], "input": {}}
-    return problem | {"loc": tuple(part for part in problem["loc"] if not str(part).startswith("("))}
-
-
-def _say(problem: Any, root: type[BaseModel]) -> str:
-    """Put one of pydantic's findings into a sentence that names the key."""
-    location = tuple(problem["loc"])
-    key = "".join(f"{part}: " for part in [".".join(map(str, location))] if part)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(root, location[:-1])
-        guess = closest(str(location[-1]), known)
-        hint = f"; did you mean '{guess}'?" if guess else f"; known here: {', '.join(sorted(known))}"
-        inside = ".".join(str(part) for part in location[:-1])
-        return f"unknown key '{location[-1]}'" + (f" in {inside}" if inside else "") + hint
-    message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
-    if problem["type"] == "model_type":
-        message = "input should be keys with values"
-    value = problem.get("input")
-    shown = "" if isinstance(value, dict | list) or problem["type"] == "missing" else f" (it is {value!r})"
-    return f"{key}{message[0].lower()}{message[1:]}{shown}"
-
-
-def _known_keys(model: type[BaseModel], location: Path_) -> list[str]:
-    """Return the keys that are valid at a place of the file, for the did-you-mean."""
-    current: Any = model
-    for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            named = {field.alias or name: field.annotation for name, field in current.model_fields.items()}
-            current = _without_none(named.get(str(part)))
-        else:  # a mapping such as dict[str, DomainConfig]: its values
-            current = next((arg for arg in getattr(current, "__args__", ()) if arg is not str), None)
-        if getattr(current, "__origin__", None) is dict and part != location[-1]:
-            continue
-    if getattr(current, "__origin__", None) is dict:
-        current = current.__args__[1]
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return [field.alias or name for name, field in current.model_fields.items()]
-    return []
-
-
-def _without_none(annotation: Any) -> Any:
-    """Return `X` for `X | None`."""
-    kinds = getattr(annotation, "__args__", ())
-    given = [kind for kind in kinds if kind is not type(None)]
-    return given[0] if len(given) == 1 and len(kinds) == 2 else annotation
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """What a method without options takes."""
-
-
-def unknown_option(what: str, name: str, known: Collection[str]) -> UserError:
-    """Return the error for an option that `what` does not have, with the nearest that it has."""
-    guess = closest(name, known)
-    hint = f" (did you mean '{guess}'?)" if guess else ""
-    return UserError(f"{what} has no option '{name}'{hint}; it has: {', '.join(sorted(known)) or 'none'}")
-
-
-def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: str) -> Any:
-    """Return `values` as the options dataclass of a plugin's offer.
-
-    Raises `UserError` for unknown names (with the nearest valid one) and for wrong types.
-    """
-    target: type = kind or NoOptions
-    assert is_dataclass(target), f"options of {what} must be a dataclass, not {target}"
-    # `lambda` is a word of Python's own: the field is `lambda_`, users leave the underscore out
-    own_names = {field.name.rstrip("_"): field.name for field in fields(target)}
-    known = list(own_names)
-    for name in values:
-        if name not in known:
-            raise unknown_option(what, name, known)
-    try:
-        return TypeAdapter(target).validate_python({own_names[name]: value for name, value in values.items()})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part).rstrip("_") for part in problem["loc"]) or what
-        raise UserError(f"{what}: option {key}: {problem['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(f"{what}: {sentence_about(error, kind)}") from None

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.compute import best_device
-from ..core.config import ExpertConfig, ProjectConfig, TrainingConfig, parse_options
+from ..core.config import ExpertConfig, ProjectConfig, TrainingConfig
 from ..core.errors import UserError, unknown_name
 from ..core.files import exclusive, new_folder, refuse_existing
 from ..core.lineage import read_manifest
 from ..core.loading import load_model, max_positions, require_intact_models, seed_of
+from ..core.options import parse_options
 from ..core.plugin_manager import installed_plugins
 from ..core.token_store import TokenBlocks
 from ..core.workspace import Layout, check_name, require_free

@@ -19,10 +19,11 @@ from typing import Any
 
 from ..core.clustering.clusterer import BATCH, batches
 from ..core.compute import available_cores
-from ..core.config import ProjectConfig, parse_options
+from ..core.config import ProjectConfig
 from ..core.discovered import CLUSTERS_FILE, CLUSTERS_FOLDER, cluster_sets
 from ..core.errors import UserError
 from ..core.files import exclusive, new_folder, refuse_existing, write_json
+from ..core.options import parse_options
 from ..core.plugin_manager import installed_plugins
 from ..core.types import DiscoveryInputs, Document, DomainDiscoverer, FoundDomains
 from ..core.workspace import Layout, check_name

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import parse_options
 from ..core.errors import Interrupted, UserError
 from ..core.files import clear_leftovers, remove_tree
+from ..core.options import parse_options
 from ..core.scoring import token_log_probs
 from ..core.token_store import BalancedUnion, SharedUnion, TokenBlocks
 from ..core.types import ExpertFinished, Trainer

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.config import ProjectConfig, TrainingConfig, parse_options
+from ..core.config import ProjectConfig, TrainingConfig
 from ..core.errors import UserError
 from ..core.files import refuse_existing
 from ..core.loading import check_loadable, max_positions
+from ..core.options import parse_options
 from ..core.plugin_manager import installed_plugins
 from ..core.workspace import Layout, check_name, require_free
 from .branching import parent_digests, write_run

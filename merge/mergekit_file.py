@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ..core.config import Section, first_problem, parse_yaml
+from ..core.config import Section
+from ..core.config_problems import first_problem
 from ..core.errors import UserError, unknown_name
 from ..core.numeric import dtype_of_word
+from ..core.yaml_lines import parse_yaml
 from .mergekit_models import NamedModels
 from .mergekit_moe_file import read_mergekit_moe
 from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice, TokenSource, whole_models

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ..core.config import Section, first_problem
+from ..core.config import Section
+from ..core.config_problems import first_problem
 from ..core.errors import UserError, unknown_name
 from ..core.numeric import dtype_of_word
 from .mergekit_models import NamedModels

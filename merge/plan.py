@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.compute import available_cores
-from ..core.config import parse_options
 from ..core.errors import UserError
 from ..core.lineage import Manifest, digest_of_tokenizer, package_version
 from ..core.numeric import FLOATING
+from ..core.options import parse_options
 from ..core.plugin_manager import installed_plugins
 from ..core.types import MergeMethod, TensorGroup, ValidationText
 from .engine import BESIDE_BYTES, MOST_THREADS, Calculator, EngineSettings

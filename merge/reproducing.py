@@ -12,7 +12,8 @@ from ..core.errors import UserError
 from ..core.lineage import MANIFEST_NAMES, Manifest
 from ..core.workspace import Layout
 from .card import CARD_FILE
-from .merging import SEED, MergeRun, merge_recipe
+from .merging import MergeRun, merge_recipe
+from .parents import SEED
 from .plan import Permissions
 from .recipe import Recipe, recipe_from_json
 

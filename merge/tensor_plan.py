@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.config import NoOptions, parse_options, unknown_option
 from ..core.errors import UserError
 from ..core.numeric import FLOATING
+from ..core.options import NoOptions, parse_options, unknown_option
 from ..core.safetensors_io import DTYPES, SINGLE_FILE, header_of_file
 from ..core.types import MergeMethod, PerExpert
 from .parameters import resolve

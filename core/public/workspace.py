@@ -430,7 +430,7 @@ class Workspace:
         from expertctl.core.loading import max_positions
         from expertctl.core.token_store import TokenBlocks
         from expertctl.experts.statistics import KINDS, write_statistics
-        from expertctl.merge.merging import expert_folders
+        from expertctl.merge.parents import expert_folders
 
         if kind not in KINDS:
             raise unknown_name("kind of statistics", kind, KINDS, listed_as="there are")
@@ -531,7 +531,8 @@ class Workspace:
         whose validation text priors and posterior weights are fitted on (default: those that the experts were
         trained on). `run` says how it runs: threads, device, file size, progress, what the user insists on.
         """
-        from expertctl.merge.merging import MergeRun, expert_folders, merge
+        from expertctl.merge.merging import MergeRun, merge
+        from expertctl.merge.parents import expert_folders
 
         config = self._merge_config(
             name,

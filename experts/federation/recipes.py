@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...core.config import TrainingConfig, checked, parse_options
+from ...core.config import TrainingConfig, checked
 from ...core.errors import UserError
+from ...core.options import parse_options
 from ...core.plugin_manager import installed_plugins
 from ..trainable import trainer_for
 from .owner_privacy import checked_privacy

@@ -19,9 +19,9 @@ from expertctl.core.config import (
     checked,
     load_project,
     overlay,
-    parse_options,
 )
 from expertctl.core.errors import UserError
+from expertctl.core.options import parse_options
 
 FULL = """
 seed: {preset: small, family: llama, domains: [law], training: {tokens: 1000}}

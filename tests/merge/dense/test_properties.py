@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from expertctl.core.config import parse_options
 from expertctl.core.errors import UserError
+from expertctl.core.options import parse_options
 from expertctl.core.plugin_manager import installed_plugins
 from expertctl.core.testing import assert_merge_ok, in_numpy, tensor_group
 from expertctl.core.types import TensorGroup

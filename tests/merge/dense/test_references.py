@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertctl.core.config import parse_options
+from expertctl.core.options import parse_options
 from expertctl.core.plugin_manager import installed_plugins
 from expertctl.core.testing import in_numpy
 from expertctl.core.types import TensorGroup
