@@ -28,9 +28,15 @@ _LOADING = RLock()
 
 
 def register_auto_classes() -> None:
-    """Make transformers' `AutoModelForCausalLM` know every model class that merge methods bring along."""
+    """Make transformers know every model class that merge methods bring along, and the way in which loaded mixtures run.
+
+    `AutoModelForCausalLM` then loads them, and a mixture that was pickled whole runs in another process.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from .sorted_loop import register_sorted_loop
+
+    register_sorted_loop()
     for config_class, model_class in installed_plugins().auto_classes():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]  # all have it
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

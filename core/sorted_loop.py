@@ -95,12 +95,16 @@ def use_sorted_loop(model: PreTrainedModel) -> None:
         elif isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter) and _is_plain(experts):
             lay_out_for_few_rows(experts.gate_up_proj)
             lay_out_for_few_rows(experts.down_proj)
-    if not model._can_set_experts_implementation():
-        return
+    if model._can_set_experts_implementation():
+        register_sorted_loop()
+        model.set_experts_implementation(NAME)
+
+
+def register_sorted_loop() -> None:
+    """Make transformers know the way by its name, as a model wants it that was pickled whole in another process."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, fused_experts)
-    model.set_experts_implementation(NAME)
 
 
 def lay_out_for_few_rows(weight: Tensor) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 
@@ -66,7 +65,6 @@ class _ToExperts(torch.autograd.Function):
         return hidden_Nd.index_select(0, rows.token)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient_Sd: Tensor) -> tuple[Tensor | None, ...]:
         return _summed(gradient_Sd, ctx.rows.place), None
 
@@ -81,7 +79,6 @@ class _ToTokens(torch.autograd.Function):
         return _summed(found_Sd, rows.place, gates_Nk)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient_Nd: Tensor) -> tuple[Tensor | None, ...]:
         found_Sd, gates_Nk = ctx.saved_tensors
         rows: SortedRows = ctx.rows
@@ -90,7 +87,7 @@ class _ToTokens(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_gates_S = (gradient_Sd * found_Sd).sum(dim=1)
             d_gates_Nk = d_gates_S.index_select(0, rows.place.flatten()).view_as(gates_Nk)
-        d_found_Sd = gradient_Sd.mul_(gates_Nk.flatten().index_select(0, rows.order)[:, None])
+        d_found_Sd = gradient_Sd * gates_Nk.flatten().index_select(0, rows.order)[:, None]
         return d_found_Sd, d_gates_Nk, None
 
 
@@ -98,4 +95,7 @@ def _summed(x_Sd: Tensor, place_Nk: Tensor, gates_Nk: Tensor | None = None) -> T
     """Return the sum of each token's rows in one pass over them, (N, d)."""
     if not len(place_Nk):
         return x_Sd
+    if torch.is_grad_enabled():  # a gradient that is to have one of its own, which the bag's has not
+        rows_Nkd = x_Sd[place_Nk]
+        return (rows_Nkd if gates_Nk is None else rows_Nkd * gates_Nk[..., None]).sum(dim=1)
     return embedding_bag(place_Nk, x_Sd, mode="sum", per_sample_weights=gates_Nk)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def swiglu_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
@@ -39,6 +38,16 @@ def gated_experts(
             torch.mm(x, to_up.t(), out=up)
             torch.mm(activation(gate).mul_(up), to_found.t(), out=found)
     return found_Sd
+
+
+def _plainly(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+    shares = zip(torch.split(x_Sd, counts), *_halves(gate_up), down.unbind(), strict=True)
+    return torch.cat(
+        [
+            (torch.nn.functional.silu(x @ to_gate.T) * (x @ to_up.T)) @ to_found.T
+            for x, to_gate, to_up, to_found in shares
+        ]
+    )
 
 
 class _Room:
@@ -70,9 +79,17 @@ class _SwigluExperts(torch.autograd.Function):
         return found_Sd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_found_Sd: Tensor) -> tuple[Tensor | None, ...]:
         x_Sd, gate_up, down, *kept = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+        ):  # gradients that are to have gradients of their own: by autograd's own ways
+            wanted = [
+                one for one, wants in zip((x_Sd, gate_up, down), ctx.needs_input_grad, strict=False) if wants
+            ]
+            found_Sd = _plainly(x_Sd, ctx.counts, gate_up, down)
+            found = iter(torch.autograd.grad(found_Sd, wanted, d_found_Sd, create_graph=True))
+            return *(next(found) if wants else None for wants in ctx.needs_input_grad[:3]), None
         made = [
             torch.empty_like(one) if wanted else None
             for one, wanted in zip((x_Sd, gate_up, down), ctx.needs_input_grad, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from expertctl.core.loading import register_auto_classes
 from expertctl.core.sorted_loop import NAME, mixed, use_sorted_loop
 
 SIZE = {
@@ -115,6 +117,18 @@ def test_experts_of_another_layout_go_to_transformers(monkeypatch: pytest.Monkey
     assert len(taken) == SIZE["num_hidden_layers"]
 
 
+def test_a_mixture_pickled_whole_runs_where_classes_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model = mixture("mixtral")
+    use_sorted_loop(model)
+    expected = outcome_without_gradients(model)
+    pickled = pickle.dumps(model)
+    monkeypatch.delitem(ALL_EXPERTS_FUNCTIONS._global_mapping, NAME)  # as in another process
+    register_auto_classes()
+    torch.testing.assert_close(outcome_without_gradients(pickle.loads(pickled)), expected)
+
+
 def test_a_dense_model_is_left_alone() -> None:
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
@@ -153,3 +167,21 @@ def test_mixed_precision_trains_as_transformers_trains_it() -> None:
     torch.testing.assert_close(ours, logits)
     for mine, theirs in zip(our_gradients, gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "flex_olmo"])
+def test_second_derivatives_are_those_of_the_eager_experts(family: str) -> None:
+    model = mixture(family, attn_implementation="eager").double()
+    tokens = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    parameters = list(model.parameters())
+
+    def curvature() -> list[torch.Tensor]:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        return list(torch.autograd.grad(sum(one.square().sum() for one in first), parameters))
+
+    model.set_experts_implementation("eager")
+    expected = curvature()
+    use_sorted_loop(model)
+    for ours, theirs in zip(curvature(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

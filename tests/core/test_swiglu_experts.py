@@ -27,7 +27,9 @@ def test_finite_differences(trained: Sequence[int], turned: bool) -> None:
     given = [numbers(5, 4), numbers(3, 12, 4, turned=turned), numbers(3, 4, 6, turned=turned)]
     for place, one in enumerate(given):
         one.requires_grad_(place in trained)
-    assert torch.autograd.gradcheck(lambda x, *weights: swiglu_experts(x, COUNTS, *weights), given)
+    function = lambda x, *weights: swiglu_experts(x, COUNTS, *weights)  # noqa: E731
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
 
 
 def test_an_expert_without_rows_gets_a_gradient_of_zero_stored_as_its_weight_is() -> None:
@@ -55,3 +57,4 @@ def test_rows_return_to_their_tokens(top_k: int) -> None:
     expected = (hidden[:, None] * (factors[chosen] * gates)[..., None]).sum(dim=1)
     torch.testing.assert_close(function(hidden, gates), expected)
     assert torch.autograd.gradcheck(function, (hidden, gates))
+    assert torch.autograd.gradgradcheck(function, (hidden, gates))
