@@ -108,6 +108,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         dense = config.dense()
         if config._attn_implementation not in (None, "sdpa"):  # the default here, which not every family has
             dense._attn_implementation = config._attn_implementation
+        dense.dtype = None  # the dense model's; this one is made in whatever it is loaded in
         self.network: PreTrainedModel = AutoModelForCausalLM.from_config(dense)
         for name, module in list(self.network.named_modules()):
             if name.split(".")[-1] == config.feed_forward and name.count(".") >= 2:
@@ -126,6 +127,9 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.network.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.network.set_output_embeddings(new_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
         found: nn.Module = self.network.get_output_embeddings()

@@ -200,6 +200,29 @@ def test_the_container_generates_with_a_cache_as_it_does_without(tmp_path: Path)
     assert torch.equal(cached, model.generate(TOKENS[:1, :6], use_cache=False, **settings))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "float32"])
+def test_a_container_is_loaded_in_any_precision_whatever_its_dense_models_was(
+    tmp_path: Path, dtype: str
+) -> None:
+    models = copies(tmp_path, "llama", 2, dtype="bfloat16")
+    for model in models.values():
+        config = json.loads((model / "config.json").read_text()) | {"dtype": "bfloat16"}
+        (model / "config.json").write_text(json.dumps(config))
+    model, _ = load_model(mix(tmp_path, models, target="container"), dtype=dtype)
+    assert {str(one.dtype) for one in model.parameters()} == {f"torch.{dtype}"}
+    assert model(input_ids=TOKENS).logits.isfinite().all()
+
+
+def test_a_containers_vocabulary_can_grow(tmp_path: Path) -> None:
+    model, _ = load_model(mix(tmp_path, copies(tmp_path, "llama", 2), target="container"))
+    before = model(input_ids=TOKENS).logits
+    size = before.shape[-1]
+    model.resize_token_embeddings(size + 3, mean_resizing=False)
+    after = model(input_ids=TOKENS).logits
+    assert after.shape[-1] == size + 3
+    torch.testing.assert_close(after[..., :size], before)
+
+
 def test_a_container_saved_by_transformers_is_loaded_again(tmp_path: Path) -> None:
     models = copies(tmp_path, "gemma2", 2, tied=True)
     model, tokenizer = load_model(mix(tmp_path, models), dtype="float32")
