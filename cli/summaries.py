@@ -16,7 +16,7 @@ def artefact_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "kind": manifest.kind,
-        "folder": str(folder),
+        "folder": str(folder.resolve()),
         "digest": manifest.digest,
         "method": manifest.config.get("method"),
         "weights": manifest.config.get("weights"),

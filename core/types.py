@@ -200,6 +200,8 @@ class Trainer:
     restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None
     """`restore(model, folder)` makes the starting model into what was trained, from an expert's folder; None: the
     expert's tensors go over those of the same name."""
+    require: Callable[[Path], None] | None = None
+    """Raises `UserError` for the folder of a generalist that it cannot train, before a run is set up."""
     changes: Literal["all", "feed_forward"] = "all"
     """Which of the starting model's tensors can come out changed: an expert that someone else trained is held to it."""
 

@@ -100,7 +100,7 @@ class Layout:
         raise unknown_name("model", name, known, listed_as="this workspace has")
 
 
-RESERVED = ("seed", "auto", "dense", "dense-same-batch", "random-split")
+RESERVED = ("seed", "public", "auto", "dense", "dense-same-batch", "random-split")
 
 
 def require_free(layout: Layout, name: str, own: Path) -> None:

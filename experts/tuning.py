@@ -15,8 +15,21 @@ from ..core.plugin_manager import installed_plugins
 from ..core.workspace import Layout, check_name, require_free
 from .branching import parent_digests, write_run
 from .corpora import domain_config
-from .runs import RunSpec
+from .runs import RunSpec, read_run
 from .trainable import trainer_for
+
+
+def require_same(folder: Path, base: str | None, trains: str | None, domains: Sequence[str]) -> None:
+    """Raise `UserError` where an unfinished tuning is another than the one that is asked for; None and nothing ask nothing."""
+    begun = read_run(folder)
+    asked = {"from": (base, begun.base), "trains": (trains, begun.trains)}
+    asked["domains"] = (",".join(domains) or None, ",".join(begun.domains))
+    for what, (now, then) in asked.items():
+        if now is not None and now != then:
+            raise UserError(
+                f"an unfinished tuning '{folder.name}' is there, with --{what} {then}, not {now}; go on with `expertctl tune "
+                f"{folder.name}`, or begin again with --force"
+            )
 
 
 def start_tuning(
@@ -47,6 +60,8 @@ def start_tuning(
         domain_config(project, domain)
     trainer = trainer_for(trains, installed_plugins())
     parse_options(trainer.options, options, f"trainer '{trainer.name}'")
+    if trainer.require is not None:
+        trainer.require(start)
     settings = project.training_of(training)
     if settings.schedule_begin is None:
         settings = settings.model_copy(update={"schedule_begin": 0.0})

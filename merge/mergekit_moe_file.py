@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ..core.config import Section
 from ..core.config_problems import first_problem
@@ -31,10 +31,11 @@ class _Expert(Section):
 
 class _MoeFile(Section):
     base_model: Any
-    experts: tuple[_Expert, ...]
+    experts: tuple[_Expert, ...] = Field(min_length=1)
     gate_mode: str = "hidden"
     dtype: str | None = None
-    experts_per_token: int = 2
+    experts_per_token: int | None = Field(default=None, ge=1)
+    """Two where there are so many."""
     shared_experts: list[Any] | None = None
     architecture: str | None = None
     tokenizer_source: Literal["base", "union"] | None = None
@@ -79,6 +80,11 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
 
 
 def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
+    if file.experts_per_token is not None and file.experts_per_token > len(file.experts):
+        raise UserError(
+            f"{named.at('experts_per_token')}: 'experts_per_token' is {file.experts_per_token}, and there are "
+            f"{len(file.experts)} experts"
+        )
     if file.shared_experts:
         raise UserError(
             f"{named.at('shared_experts')}: 'shared_experts' is not supported; every expert is routed here"

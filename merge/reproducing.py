@@ -42,7 +42,7 @@ def reproduce(
     `models` says where models are that are not found by their names: in the workspace, beside `folder`, or in the
     current folder. Raises `UserError` for manifests of other artefacts and for models that are not found.
     """
-    if manifest.kind != "generalist" or "recipe" not in manifest.config:
+    if manifest.kind != "generalist" or "recipe" not in manifest.config or _has_a_fitted_router(manifest):
         raise UserError(f"{folder} cannot be made again from its manifest alone: it {_why_not(manifest)}")
     recipe = locate(manifest.config["recipe"], folder, layout, models or {})
     how = run or MergeRun()
@@ -68,13 +68,28 @@ def _why_not(manifest: Manifest) -> str:
     return "is fitted on text; run its `merge` again"
 
 
+def _has_a_fitted_router(manifest: Manifest) -> bool:
+    """Tell whether a mixture's router began from text, which its recipe does not hold."""
+    return bool(((manifest.config.get("mixture") or {}).get("router") or {}).get("uses_text"))
+
+
 def compare(before: Manifest, after: Manifest) -> Reproduction:
     """Return what differs between two makings of a generalist."""
     found: list[str] = []
     parents = {parent.name: parent.digest for parent in after.parents}
+    replaced = {
+        event["expert"]
+        for event in (before.config.get("mixture") or {}).get("history", ())
+        if event["what"] == "replaced"
+    }
     found += [
         f"{parent.kind} '{parent.name}' is not what it was: {parent.digest[:12]} then, "
         f"{parents.get(parent.name, 'none')[:12]} now"
+        + (
+            f"; another had taken its place, say where that is: --model {parent.name}=DIR"
+            if parent.name in replaced
+            else ""
+        )
         for parent in before.parents
         if parents.get(parent.name) != parent.digest
     ]

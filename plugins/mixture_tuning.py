@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..core.errors import UserError
@@ -41,6 +42,18 @@ class MixtureTraining:
     """`sample`: draw one expert with Gumbel noise while training (Sample Top-1); for mixtures with top_k 1."""
     sample_rate: float = 1e-4
     """How fast the noise of `sample` cools down."""
+
+
+def require_mixture(folder: Path) -> None:
+    """Raise `UserError` for a folder that is no mixture of ours."""
+    from ..core.lineage import read_manifest
+
+    manifest = read_manifest(folder)
+    record = manifest.config.get("mixture") or {}
+    if "experts" not in record or "router" not in record:
+        raise UserError(
+            f"'{folder.name}' is no mixture of experts: it has no router to train; name one with --from"
+        )
 
 
 def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePart:
@@ -124,6 +137,7 @@ def trainers() -> list[Trainer]:
             prepare_router,
             RouterTuning,
             makes="generalist",
+            require=require_mixture,
         ),
         Trainer(
             "mixture",
@@ -131,5 +145,6 @@ def trainers() -> list[Trainer]:
             prepare_mixture,
             MixtureTraining,
             makes="generalist",
+            require=require_mixture,
         ),
     ]

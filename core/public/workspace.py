@@ -484,7 +484,7 @@ class Workspace:
         with the name alone, or with the same settings.
         """
         from expertctl.experts.runs import RUN_FILE, is_finished
-        from expertctl.experts.tuning import start_tuning
+        from expertctl.experts.tuning import require_same, start_tuning
 
         folder = self.generalists / name
         begun = (folder / RUN_FILE).is_file() and not is_finished(folder) and not force
@@ -505,6 +505,8 @@ class Workspace:
                 training=checked(TrainingConfig, training or {}, "training"),
                 force=force,
             )
+        else:
+            require_same(folder, base, trains, domains)
         self._launch([folder], 1, launcher, reporter).raise_for_failures()
         return read_manifest(folder)
 

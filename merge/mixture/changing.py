@@ -6,7 +6,7 @@ part is the experts' mean is made again from its experts instead, since that mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -155,9 +155,14 @@ def _changed_parts(
                 biases[:, place] = row.biases[:, 0]
         else:
             if row is None:
+                why = (
+                    "was trained since its merge"
+                    if mixture.record.get("tuned")
+                    else "is made of its experts' rows"
+                )
                 raise UserError(
-                    f"'{name}' ({folder}) brings no router row ({ROUTER_FILE}), and this router was trained since its merge; "
-                    "train the expert with --trains flexolmo, or merge and tune again with all experts"
+                    f"'{name}' ({folder}) brings no router row ({ROUTER_FILE}), and this router {why}; "
+                    "train the expert with --trains flexolmo, or merge again with all experts"
                 )
             experts.append(parts)
             rows = np.concatenate([rows, row.rows], axis=1)
@@ -178,6 +183,15 @@ def _brought(
             f"'{name}' ({folder}) is {manifest.kind} of seed {str(theirs)[:12]}, and the mixture is of seed {str(seed)[:12]}"
         )
     own = Checkpoint([folder / WEIGHTS_FILE]).entries
+    dropped = _dropped(mixture, own, manifest)
+    options = mixture.record["options"]
+    if dropped and options["shared"] == "seed" and not options["discard"]:
+        raise UserError(
+            f"'{name}' ({folder}) has its own '{dropped[0]}'"
+            + (f" and {len(dropped) - 1} more tensors" if len(dropped) > 1 else "")
+            + ", and this mixture has everything but feed-forwards from the seed; train it with --trains flexolmo or "
+            "feed_forward, or merge again with --option discard=true"
+        )
     public = next((expert.feed_forward for expert in mixture.experts if expert.name == PUBLIC), {})
     feed_forward = {}
     for tensor in mixture.experts[0].feed_forward:
@@ -194,6 +208,13 @@ def _brought(
     choice = mixture.record["router"]["biases"]
     row = settle_bias(brought_by(folder, name, _scale(mixture)), choice if choice != "none" else "drop")
     return ExpertParts(name, feed_forward), row, manifest
+
+
+def _dropped(mixture: OpenedMixture, own: Collection[str], manifest: Manifest) -> list[str]:
+    """Return the tensors outside of its feed-forwards in which an expert differs from the mixture, which has no place for them."""
+    inside = mixture.experts[0].feed_forward
+    shared = {name: plan.experts[0].expected for name, plan in mixture.shared.items()}
+    return [name for name in own if name not in inside and manifest.tensors.get(name) != shared.get(name)]
 
 
 def _scale(mixture: OpenedMixture) -> float:
@@ -257,6 +278,10 @@ def _traces(mixture: OpenedMixture, change: Change) -> list[str]:
         for name, folder in change.replace.items()
         if not (folder / ROUTER_FILE).is_file()
     ]
+    for name, folder in {**change.replace, **change.add}.items():
+        dropped = _dropped(mixture, Checkpoint([folder / WEIGHTS_FILE]).entries, read_manifest(folder))
+        if dropped:
+            found.append(f"{len(dropped)} tensors outside of the feed-forwards of '{name}' are dropped")
     if gone and mixture.record["router"].get("uses_text"):
         found.append(
             "the router's rows were fitted on text of all experts together, those who leave included"

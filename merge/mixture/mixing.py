@@ -35,6 +35,10 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
             f"{leading.folder} has no feed-forwards where family '{family.name}' keeps them "
             f"({', '.join(family.feed_forward)}); a plugin can say where: hook `architectures`"
         )
+    if PUBLIC in inputs.recipe.experts:
+        raise UserError(
+            f"an expert of a mixture cannot be called '{PUBLIC}': that is the seed's own feed-forward; rename its folder"
+        )
     experts = [
         ExpertParts(name, {one: _tensor(inputs.sources[name], one) for one in names})
         for name in inputs.recipe.experts

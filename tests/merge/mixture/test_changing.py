@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -100,8 +101,6 @@ def test_joining_gives_the_bytes_of_a_merge_with(
 def test_taking_a_place_gives_the_bytes_of_a_merge_with_the_other(
     flexolmo_workspace: Workspace, tmp_path: Path
 ) -> None:
-    from shutil import copytree
-
     other = tmp_path / "elsewhere" / "prose"
     train_again(flexolmo_workspace, other)
     whole = merge(flexolmo_workspace, "all-plain", OWNERS)
@@ -117,8 +116,6 @@ def test_taking_a_place_gives_the_bytes_of_a_merge_with_the_other(
 
 
 def train_again(workspace: Workspace, target: Path) -> None:
-    from shutil import copytree
-
     if not (workspace.experts / "prose-again").exists():
         train_here(
             workspace,
@@ -175,6 +172,33 @@ def test_an_expert_of_another_seed_is_refused(flexolmo_workspace: Workspace, tmp
     whole = merge(flexolmo_workspace, "no-prose-plain", without(OWNERS, "prose"))
     with pytest.raises(UserError, match="of seed"):
         change_experts(whole, tmp_path / "changed", Change(add={"prose": other.experts / "prose"}))
+
+
+def test_what_an_expert_has_outside_of_its_feed_forwards_is_not_lost_silently(
+    flexolmo_workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace = Workspace(copytree(flexolmo_workspace.root, tmp_path / "w"))
+    entire = train_here(workspace, "entire", domain="prose")
+    whole = merge(workspace, "all-plain", OWNERS)
+    for change in (Change(replace={"prose": entire}), Change(add={"entire": entire})):
+        with pytest.raises(UserError, match=r"has its own '.+' and \d+ more tensors, and this mixture"):
+            change_experts(whole, tmp_path / "changed", change)
+    dropping = merge(workspace, "dropping", OWNERS, options={"discard": True})
+    said: list[str] = []
+    change_experts(
+        dropping, tmp_path / "changed", Change(replace={"prose": entire}), run=MergeRun(say=said.append)
+    )
+    assert any("tensors outside of the feed-forwards of 'prose' are dropped" in line for line in said)
+
+
+def test_an_expert_without_rows_is_told_why_it_cannot_join(
+    flexolmo_workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace = Workspace(copytree(flexolmo_workspace.root, tmp_path / "w"))
+    inner = train_here(workspace, "inner", domain="prose", trains="feed_forward")
+    whole = merge(workspace, "all-plain", OWNERS)
+    with pytest.raises(UserError, match=r"brings no router row .* this router is made of its experts' rows"):
+        change_experts(whole, tmp_path / "changed", Change(add={"inner": inner}))
 
 
 def test_a_used_folder_is_left_alone(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
@@ -263,6 +287,49 @@ def test_random_rows_are_made_again_for_those_who_join(flexolmo_workspace: Works
     assert model_files(tmp_path / "joined") == model_files(whole)
 
 
+def test_the_name_of_the_seeds_own_part_is_no_experts(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an expert cannot be called 'public'"):
+        flexolmo_workspace.branch("public", domain="prose", trains="flexolmo", options={"public": "public"})
+    folder = copytree(flexolmo_workspace.experts / "prose", tmp_path / "public")
+    with pytest.raises(UserError, match="'public': that is the seed's own feed-forward"):
+        flexolmo_workspace.merge(
+            "named", experts=(str(folder),), method="mixture", options={"router": "random"}
+        )
+
+
+def test_a_refused_tuning_leaves_its_name_free(flexolmo_workspace: Workspace) -> None:
+    merge(flexolmo_workspace, "all-plain", OWNERS)
+    settings: dict[str, Any] = {"domains": ("public",), "training": {"tokens": 512}}
+    for trains in ("router", "mixture"):
+        with pytest.raises(UserError, match="'seed' is no mixture of experts"):
+            flexolmo_workspace.tune("tuned-late", "seed", trains=trains, **settings)
+    assert not (flexolmo_workspace.generalists / "tuned-late").exists()
+
+
+def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Workspace) -> None:
+    from expertctl.core.config import TrainingConfig
+    from expertctl.experts.tuning import start_tuning
+
+    merge(flexolmo_workspace, "all-plain", OWNERS)
+    start_tuning(
+        flexolmo_workspace.layout,
+        flexolmo_workspace.config,
+        "begun",
+        base="all-plain",
+        trains="router",
+        domains=("public",),
+        options={},
+        training=TrainingConfig(tokens=512),
+    )
+    for settings, part in (
+        ({"base": "seed"}, "with --from all-plain, not seed"),
+        ({"trains": "mixture"}, "with --trains router, not mixture"),
+        ({"domains": ("prose", "public")}, "with --domains public, not prose,public"),
+    ):
+        with pytest.raises(UserError, match=f"an unfinished tuning 'begun' is there, {part}.*--force"):
+            flexolmo_workspace.tune("begun", **settings)
+
+
 def test_rows_fitted_on_text_of_all_let_nobody_join_alone(
     flexolmo_workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -271,6 +338,8 @@ def test_rows_fitted_on_text_of_all_let_nobody_join_alone(
     with pytest.raises(UserError, match="fitted on text of all its experts together"):
         change_experts(two, tmp_path / "joined", join, layout=flexolmo_workspace.layout)
     assert not (tmp_path / "joined").exists()
+    with pytest.raises(UserError, match="is fitted on text; run its `merge` again"):
+        reproduce(read_manifest(two), two, layout=flexolmo_workspace.layout)
 
 
 def test_a_fused_mixture_is_taken_apart_after_tuning(tmp_path: Path) -> None:
