@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +12,7 @@ from .output import Table
 from .parsing import gate, names
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from expertctl.comparison import Comparison
     from expertctl.workspace import Workspace
@@ -101,14 +101,20 @@ def report_comparison(
     against: Sequence[str] | None,
     domains: Sequence[str] | None = None,
     jobs: int | None = None,
+    *,
+    made: Mapping[str, Any] | None = None,
 ) -> tuple[int, Comparison]:
-    """Compare a model with its baselines and print the table; return the exit status and what was found."""
+    """Compare a model with its baselines and print the table; return the exit status and what was found.
+
+    `made` is what `--json` says of a model that was made just now; its evaluation is then a part of that.
+    """
     with session.count("evaluating", "scores") as count:
         found = workspace.compare(
             model, against, domains, jobs=jobs, say=session.note, tell=lambda model, domain: count.next()
         )
+    content = {**found.table.as_json(), "holds": found.holds, "best_baseline": found.best}
     session.finish(
-        {**found.table.as_json(), "holds": found.holds, "best_baseline": found.best},
+        content if made is None else {**made, "evaluation": content},
         score_table(found.table, found.metric),
         "",
         *([found.verdict()] if found.holds else []),

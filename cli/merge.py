@@ -208,16 +208,17 @@ def command(
     if not gate:
         _finish(session, folder, manifest)
         return 0
-    return _compare(session, workspace, folder)
+    return _compare(session, workspace, folder, manifest)
 
 
-def _compare(session: Session, workspace: Workspace, folder: Path) -> int:
+def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Manifest) -> int:
     """Compare what was merged with its baselines, and write down how it came out."""
     from ..merge.generalist import note_evaluation
     from .eval import report_comparison
+    from .summaries import artefact_content
 
     name = folder.name if folder.parent == workspace.generalists else str(folder)
-    status, found = report_comparison(session, workspace, name, None)
+    status, found = report_comparison(session, workspace, name, None, made=artefact_content(folder, manifest))
     note_evaluation(folder, found.table.as_json(), found.verdict(), found.holds)
     return status
 

@@ -104,7 +104,10 @@ def test_a_gate_says_how_a_mixture_compares_and_writes_it_down(campus: Path, run
     assert found.json["holds"] == (own <= min(scores.values()))
     assert found.status == (0 if found.json["holds"] else 3)
     assert found.json["best_baseline"] == min(scores, key=lambda name: scores[name])
-    gated = run("merge", "gated", "--method", "flexolmo", "--gate", cwd=campus)
+    gated = run("--json", "merge", "gated", "--method", "flexolmo", "--gate", cwd=campus)
+    assert gated.json["name"] == "gated"
+    assert gated.json["folder"] == str((campus / "generalists" / "gated").resolve())
+    assert gated.json["evaluation"]["holds"] == (gated.status == 0)
     card = (campus / "generalists" / "gated" / "README.md").read_text()
     assert gated.status == found.status
     assert ("is worse than the best of its baselines" in card) == (gated.status == 3)
