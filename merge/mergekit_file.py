@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from ..core.config import Section
 from ..core.config_problems import first_problem
 from ..core.errors import UserError, unknown_name
-from ..core.numeric import dtype_of_word
 from ..core.yaml_lines import parse_yaml
 from .mergekit_models import NamedModels
 from .mergekit_moe_file import read_mergekit_moe
@@ -187,8 +186,8 @@ class _Reader:
             adapter_bases=self.named.adapter_bases,
             scopes=tuple(scopes),
             required=self.method.required,
-            dtype=self._dtype(file.out_dtype, "out_dtype") or self._dtype(file.dtype, "dtype"),
-            input_dtype=self._dtype(file.dtype, "dtype"),
+            dtype=self.named.dtype(file.out_dtype, "out_dtype") or self.named.dtype(file.dtype, "dtype"),
+            input_dtype=self.named.dtype(file.dtype, "dtype"),
             tokenizer=tokenizer,
             tokens=tokens,
             pad_to_multiple_of=file.tokenizer.pad_to_multiple_of if file.tokenizer is not None else None,
@@ -331,11 +330,3 @@ class _Reader:
                 self.named.model(given.source, ("tokenizer", "tokens", token)), given.force
             )
         return policy, found
-
-    def _dtype(self, word: str | None, key: str) -> str | None:
-        if word is None:
-            return None
-        try:
-            return dtype_of_word(word)
-        except UserError as error:
-            raise UserError(f"{self.named.at(key)}: {error}") from None

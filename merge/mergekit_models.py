@@ -1,4 +1,4 @@
-"""The models that a file of mergekit's names, as folders with names of their own."""
+"""What a file of mergekit's names: models, as folders with names of their own, and dtypes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
+from ..core.numeric import dtype_of_word
 
 
 class NamedModels:
@@ -24,6 +25,15 @@ class NamedModels:
         if adapter is None:
             return self._named(folder, None)
         return self._named(self._folder(adapter, at), folder)
+
+    def dtype(self, word: str | None, key: str) -> str | None:
+        """Return safetensors' name for the dtype that stands under a key."""
+        if word is None:
+            return None
+        try:
+            return dtype_of_word(word)
+        except UserError as error:
+            raise UserError(f"{self.at(key)}: {error}") from None
 
     def _parts(self, given: Any, at: tuple[Any, ...]) -> tuple[str, str | None]:
         if isinstance(given, str):

@@ -11,7 +11,6 @@ from pydantic import Field, ValidationError
 from ..core.config import Section
 from ..core.config_problems import first_problem
 from ..core.errors import UserError, unknown_name
-from ..core.numeric import dtype_of_word
 from .mergekit_models import NamedModels
 from .recipe import Recipe, whole_models
 
@@ -58,6 +57,8 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
     own: dict[str, dict[str, Any]] = {}
     for number, expert in enumerate(file.experts):
         name = _free(named.model(expert.source_model, ("experts", number, "source_model")), own)
+        if GATES[file.gate_mode] in ("prompts", "prompt_tokens"):
+            _require_prompts(expert, file.gate_mode, named.at("experts", number))
         models[name] = named.models[name.partition("#")[0]]
         prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
         own[name] = {key: list(value) for key, value in prompts.items() if value}
@@ -74,7 +75,7 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
         seed=_SEED,
         adapter_bases={_name: folder for _name, folder in named.adapter_bases.items() if _name in own},
         scopes=(options,),
-        dtype=dtype_of_word(file.dtype) if file.dtype is not None else None,
+        dtype=named.dtype(file.dtype, "dtype"),
         tokenizer=file.tokenizer_source or "refuse",
     )
 
@@ -93,6 +94,14 @@ def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
         for key in ("noise_scale", "residual_scale"):
             if getattr(expert, key) not in (None, 0 if key == "noise_scale" else 1):
                 raise UserError(f"{named.at('experts', number, key)}: '{key}' is not supported")
+
+
+def _require_prompts(expert: _Expert, mode: str, at: str) -> None:
+    if not any(prompt.strip() for prompt in expert.positive_prompts or ()):
+        raise UserError(
+            f"{at}: gate_mode '{mode}' needs positive_prompts for '{expert.source_model}', texts of what it is good at; or "
+            "take gate_mode: random"
+        )
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -108,8 +108,15 @@ def test_what_is_not_supported_is_refused_by_key(read: Any, content: dict[str, A
 def test_more_experts_than_there_are_and_missing_prompts_are_refused(read: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"moe.yml:\d+: 'experts_per_token' is 3, and there are 2 experts"):
         merge_recipe(read(gate_mode="random", experts_per_token=3), tmp_path / "out")
-    with pytest.raises(UserError, match="router start 'prompts' needs positive_prompts for 'b'"):
-        merge_recipe(read(experts=[PROMPTS[0], {"source_model": "b"}]), tmp_path / "out")
+    for prompts in ({}, {"positive_prompts": [" "]}):
+        with pytest.raises(
+            UserError, match=r"moe.yml:\d+: gate_mode 'hidden' needs positive_prompts for 'b'"
+        ):
+            read(experts=[PROMPTS[0], {"source_model": "b", **prompts}])
+    with pytest.raises(UserError, match=r"moe.yml:\d+: 'int8' is no dtype"):
+        read(dtype="int8")
+    with pytest.raises(UserError, match=r"moe.yml:\d+: experts: "):
+        read(experts=[])
     assert not (tmp_path / "out").exists()
 
 
