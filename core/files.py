@@ -171,10 +171,14 @@ def sync_tree(folder: Path) -> None:
 
 
 def clear_leftovers(parent: Path, *, below: bool = False) -> None:
-    """Remove what killed processes left under way in `parent` (and `below` it); call only while holding its lock."""
+    """Remove what killed processes left under way in `parent`; call only while holding its lock.
+
+    `below`: in all that is below it too, by whomever. That is for folders in which the lock's holder alone writes, and does not
+    ask whether a number belongs to a process by now that has nothing to do with it.
+    """
     pattern = f".*{PARTIAL_MARK}-*"
     for path in list(parent.rglob(pattern) if below else parent.glob(pattern)):
-        if not is_alive(path.name.rpartition("-")[2]):
+        if below or not is_alive(path.name.rpartition("-")[2]):
             remove_tree(path)
 
 
@@ -254,11 +258,16 @@ def mendable(error: OSError, path: Path | None = None) -> UserError | None:
 
 
 def is_alive(pid: str) -> bool:
-    """Tell whether a process of that number is running."""
+    """Tell whether a process of that number is running: no thread of another, and none that ended and waits to be noticed."""
     try:
         os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+    except (ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:
+        pass
+    try:
+        lines = Path(f"/proc/{int(pid)}/status").read_text(errors="replace").splitlines()
+    except OSError:  # no such folder on this system
         return True
-    return True
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return status.get("Tgid", pid) == str(int(pid)) and not status.get("State", "").startswith(("Z", "X"))

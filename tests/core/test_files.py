@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from expertctl.core.files import (
     DISCARDED_MARK,
     clear_leftovers,
     exclusive,
+    is_alive,
     link_or_copy,
     new_folder,
     partial_sibling,
@@ -346,8 +348,24 @@ def test_leftovers_are_cleared_below_where_asked_to(tmp_path: Path, below: bool)
     clear_leftovers(tmp_path, below=below)
     assert not (tmp_path / gone).exists()
     assert (deep / gone).exists() is not below
-    assert (tmp_path / alive).exists()
-    assert (deep / alive).exists()
+    assert (tmp_path / alive).exists() is not below  # the number may be another's by now
+    assert (deep / alive).exists() is not below
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_neither_a_thread_nor_a_process_that_ended_unnoticed_is_alive() -> None:
+    assert is_alive(str(os.getpid()))
+    assert is_alive("1")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(ended.pid, 0)  # it is there still
+    assert not is_alive(str(ended.pid))
+    ended.wait()
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(is_alive(str(threading.get_native_id()))))
+    thread.start()
+    thread.join()
+    assert found == [False]
 
 
 def test_a_resumed_folder_does_not_publish_what_a_kill_left_half_written(tmp_path: Path) -> None:
