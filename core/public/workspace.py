@@ -506,7 +506,7 @@ class Workspace:
                 force=force,
             )
         else:
-            require_same(folder, base, trains, domains)
+            require_same(folder, base, trains, domains, options or {})
         self._launch([folder], 1, launcher, reporter).raise_for_failures()
         return read_manifest(folder)
 

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,9 @@ def report_running(
                     for name, block in found.items():
                         given = many if name in ("dense", "not routed") else x
                         times[name].append(seconds_of(block, given, backward=backward))
-                median: Callable[[str], float] = lambda name: statistics.median(times[name][1:])  # noqa: B023, E731
-                cells = [f"{median('dense') / median(name):.2f}" for name in found if name != "dense"]
+                medians = {name: statistics.median(spent[1:]) for name, spent in times.items()}
+                dense = medians.pop("dense")
+                cells = [f"{dense / spent:.2f}" for spent in medians.values()]
                 word = "forward and backward" if backward else "forward"
                 print(f"| {count} | {experts}, {top_k} | {word} | {' | '.join(cells)} |", flush=True)
 

@@ -24,7 +24,7 @@ from ..recipe import Recipe, whole_models
 from ..sources import StoredTensor
 from ..tensor_plan import DEFAULT_SHARD_BYTES, Stack, plan_shards
 from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly
-from .mixing import PUBLIC, settle_bias
+from .mixing import PUBLIC, first_of, settle_bias
 from .opened import OpenedMixture, open_mixture
 from .options import MixtureOptions
 from .router_rows import ROUTER_FILE, brought_by
@@ -187,9 +187,7 @@ def _brought(
     options = mixture.record["options"]
     if dropped and options["shared"] == "seed" and not options["discard"]:
         raise UserError(
-            f"'{name}' ({folder}) has its own '{dropped[0]}'"
-            + (f" and {len(dropped) - 1} more tensors" if len(dropped) > 1 else "")
-            + ", and this mixture has everything but feed-forwards from the seed; train it with --trains flexolmo or "
+            f"'{name}' ({folder}) has its own {first_of(dropped)}, and this mixture has everything but feed-forwards from the seed; train it with --trains flexolmo or "
             "feed_forward, or merge again with --option discard=true"
         )
     public = next((expert.feed_forward for expert in mixture.experts if expert.name == PUBLIC), {})

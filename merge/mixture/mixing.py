@@ -142,9 +142,7 @@ def _shared(
     if changed and not options.discard:
         name, tensors = next(iter(changed.items()))
         raise UserError(
-            f"expert '{name}' has its own '{tensors[0]}'"
-            + (f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else "")
-            + ", and this mixture takes everything but feed-forwards from the seed; train it with --trains flexolmo or "
+            f"expert '{name}' has its own {first_of(tensors)}, and this mixture takes everything but feed-forwards from the seed; train it with --trains flexolmo or "
             "feed_forward, average those tensors (--method btx), or insist with --option discard=true"
         )
     notes = tuple(
@@ -168,6 +166,11 @@ def _shared(
     )
     outside = _outside(plans, family)
     return {name: _of_leading(plan, options.discard) for name, plan in outside.items()}, notes
+
+
+def first_of(tensors: Sequence[str]) -> str:
+    """Return words for some tensors: the first by name, and how many more."""
+    return f"'{tensors[0]}'" + (f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else "")
 
 
 def _dense_recipe(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -27,7 +27,10 @@ def test_finite_differences(trained: Sequence[int], turned: bool) -> None:
     given = [numbers(5, 4), numbers(3, 12, 4, turned=turned), numbers(3, 4, 6, turned=turned)]
     for place, one in enumerate(given):
         one.requires_grad_(place in trained)
-    function = lambda x, *weights: swiglu_experts(x, COUNTS, *weights)  # noqa: E731
+
+    def function(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return swiglu_experts(x, COUNTS, gate_up, down)
+
     assert torch.autograd.gradcheck(function, given)
     assert torch.autograd.gradgradcheck(function, given)
 
