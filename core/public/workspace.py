@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from expertctl.core.config import (
     checked,
     load_project,
 )
-from expertctl.core.errors import Interrupted, UserError, unknown_name
+from expertctl.core.errors import UserError, unknown_name
 from expertctl.core.lineage import Manifest, manifest_path, read_manifest
 from expertctl.core.plugin_manager import installed_plugins
-from expertctl.core.types import LaunchResult, RunReporter, ValidationText
+from expertctl.core.types import RunReporter, ValidationText
 from expertctl.core.workspace import Layout
+from expertctl.experts.launching import TrainResult, launch
 
 if TYPE_CHECKING:
     from expertctl.comparison import Comparison
@@ -33,36 +34,6 @@ if TYPE_CHECKING:
     from expertctl.merge.merging import MergeRun
     from expertctl.merge.mixture.routing_report import RoutingReport
     from expertctl.merge.plan import MergePlan
-
-
-class _Silent:
-    """A reporter for callers that do not watch."""
-
-    def started(self, run: Path, total_steps: int) -> None: ...
-    def progressed(self, run: Path, record: Mapping[str, Any]) -> None: ...
-    def finished(self, result: LaunchResult) -> None: ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How training several runs ended; `raise_for_failures` for callers that want all of them or an error."""
-
-    finished: tuple[str, ...]
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Name -> one-line error."""
-    interrupted: tuple[str, ...] = ()
-
-    def raise_for_failures(self) -> None:
-        """Raise `UserError` that names every run that failed, or `Interrupted` if runs were stopped.
-
-        Does nothing when all of them finished.
-        """
-        if self.interrupted:
-            raise Interrupted(
-                f"{', '.join(self.interrupted)}: stopped, state saved; the same command goes on"
-            )
-        if self.failed:
-            raise UserError("; ".join(f"{name}: {error}" for name, error in self.failed.items()))
 
 
 class Workspace:
@@ -287,6 +258,7 @@ class Workspace:
         """
         from expertctl.core.files import remove_tree
         from expertctl.experts.runs import STATE_FOLDER, is_finished
+        from expertctl.experts.waves import next_wave
 
         wanted = names or self.expert_names()
         if not wanted:
@@ -306,7 +278,7 @@ class Workspace:
         failed: dict[str, str] = {}
         interrupted: list[str] = []
         while pending and not interrupted:
-            wave = self._next_wave(pending)
+            wave = next_wave(pending, self.config.experts, self.experts)
             pending = [name for name in pending if name not in wave]
             runs = self._branched(wave, failed)
             result = self._launch(runs, jobs, launcher, reporter) if runs else TrainResult(())
@@ -316,25 +288,6 @@ class Workspace:
         return TrainResult(
             tuple(name for name in wanted if name in finished), failed, (*interrupted, *pending)
         )
-
-    def _next_wave(self, pending: Sequence[str]) -> list[str]:
-        """Return the experts that can start now: those from the seed first, then those whose parents are done."""
-        from expertctl.experts.runs import RUN_FILE
-
-        ready = [
-            name
-            for name in pending
-            if (self.experts / name / RUN_FILE).is_file() or self.config.experts[name].from_ == "seed"
-        ]
-        if ready:
-            return ready
-        starts = {name: self.config.experts[name].from_ for name in pending}
-        ready = [
-            name
-            for name, start in starts.items()
-            if start != "auto" and not set([start] if isinstance(start, str) else start) & set(pending)
-        ]
-        return ready or list(pending[:1])  # `auto` one by one, so that each sees those before it
 
     def _branched(self, names: Sequence[str], failed: dict[str, str]) -> list[Path]:
         """Branch what is not branched yet and return the runs; what cannot be branched is noted in `failed`."""
@@ -359,57 +312,14 @@ class Workspace:
 
     def unfinished(self) -> dict[str, str]:
         """Return the runs and merges that were begun and have not ended, each with the command that goes on with it."""
-        from expertctl.core.files import unfinished_names
-        from expertctl.experts.baselines import DENSE, DENSE_SAME_BATCH
-        from expertctl.experts.runs import RUN_FILE, is_finished
+        from expertctl.experts.unfinished import unfinished
 
-        commands = {self.layout.seed: self._seed_command()}
-        commands |= {
-            path.parent: f"expertctl train {path.parent.name}" for path in self.experts.glob(f"*/{RUN_FILE}")
-        }
-        commands |= {
-            path.parent: f"expertctl tune {path.parent.name}"
-            for path in self.generalists.glob(f"*/{RUN_FILE}")
-        }
-        dense = {DENSE: "dense", DENSE_SAME_BATCH: "dense --same-batch"}
-        commands |= {
-            path.parent: f"expertctl baseline {dense.get(path.parent.name, 'random-split')}"
-            for path in self.layout.baselines.glob(f"*/{RUN_FILE}")
-        }
-        runs = {
-            folder.name: command
-            for folder, command in sorted(commands.items())
-            if (folder / RUN_FILE).is_file() and not is_finished(folder)
-        }
-        merges = unfinished_names(self.generalists)
-        return runs | {name: f"expertctl merge {name} --resume" for name in merges}
-
-    def _seed_command(self) -> str:
-        """Return the command that goes on with a seed that was begun, with the options that it was begun with."""
-        from expertctl.experts.runs import RUN_FILE, read_run
-
-        if not (self.layout.seed / RUN_FILE).is_file():
-            return "expertctl seed"
-        try:
-            begun = read_run(self.layout.seed).preset
-        except UserError:
-            return "expertctl seed --force"  # its settings are lost: nothing can go on with it
-        if begun is not None and begun != self.config.seed.preset:
-            return f"expertctl seed --preset {begun}"
-        return "expertctl seed --scratch" if self.config.seed.from_ is not None else "expertctl seed"
+        return unfinished(self.layout, self.config)
 
     def _launch(
         self, runs: Sequence[Path], jobs: int, launcher: str | None, reporter: RunReporter | None
     ) -> TrainResult:
-        chosen = installed_plugins().launcher(launcher or self.config.launcher)
-        results = chosen.launch(runs, jobs, reporter or _Silent())
-        return TrainResult(
-            finished=tuple(
-                result.run.name for result in results if not result.error and not result.interrupted
-            ),
-            failed={result.run.name: result.error for result in results if result.error},
-            interrupted=tuple(result.run.name for result in results if result.interrupted),
-        )
+        return launch(runs, jobs, launcher or self.config.launcher, reporter)
 
     def statistics(
         self,
