@@ -20,8 +20,9 @@ from ..core.numeric import FLOATING, encode
 from ..core.safetensors_io import TensorEntry
 from ..core.types import MergeMethod, TensorGroup
 from .reading import PIECE_NUMBERS, Reader
+from .shards import ShardPlan
 from .sources import StoredTensor
-from .tensor_plan import ShardPlan, TensorPlan
+from .tensor_plan import TensorPlan
 from .writing import Writer
 
 if TYPE_CHECKING:

@@ -33,8 +33,9 @@ from .parents import SEED, check_lineage, expert_folders, parents_of
 from .plan import MergePlan, Permissions, check_output, open_sources, prepare_merge
 from .recipe import WEIGHT, Recipe, Scope, Setting, whole_models
 from .search import SearchResult, search_weights
+from .shards import DEFAULT_SHARD_BYTES
 from .statistics import find_statistics
-from .tensor_plan import DEFAULT_SHARD_BYTES, Stack
+from .tensor_planner import Stack
 from .weights import check_weights, resolve_weights
 
 Say = Callable[[str], None]

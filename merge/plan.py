@@ -24,8 +24,9 @@ from .kinship import require_related
 from .licences import LicenceReport, check_licences, licence_of_folder, require_compatible
 from .reading import Reader
 from .recipe import WEIGHT, Recipe
+from .shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
 from .sources import Source, StoredTensor, embedding_name, head_name, open_source
-from .tensor_plan import DEFAULT_SHARD_BYTES, ShardPlan, Stack, plan_shards, plan_tensors
+from .tensor_planner import Stack, plan_tensors
 from .tokenizers import ModelVocabulary, VocabularyPlan, plan_vocabulary
 
 if TYPE_CHECKING:

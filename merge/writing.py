@@ -17,7 +17,8 @@ from typing import Any
 
 from ..core.files import readable_os_errors
 from ..core.safetensors_io import INDEX_FILE, digest_start, read_header
-from .tensor_plan import ShardPlan, TensorPlan, index_of
+from .shards import ShardPlan, index_of
+from .tensor_plan import TensorPlan
 
 JOURNAL_FILE = ".journal.jsonl"
 FLUSH_BYTES = 64 << 20

@@ -21,8 +21,9 @@ from ..generalist import Descent
 from ..licences import LicenceReport, check_licences, require_compatible
 from ..plan import MergePlan
 from ..recipe import Recipe, whole_models
+from ..shards import DEFAULT_SHARD_BYTES, plan_shards
 from ..sources import StoredTensor
-from ..tensor_plan import DEFAULT_SHARD_BYTES, Stack, plan_shards
+from ..tensor_planner import Stack
 from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly
 from .mixing import PUBLIC, first_of, settle_bias
 from .opened import OpenedMixture, open_mixture

@@ -16,7 +16,8 @@ from expertctl.merge.engine import EngineSettings, Written, run_merge
 from expertctl.merge.plan import open_sources
 from expertctl.merge.reading import PIECE_NUMBERS
 from expertctl.merge.recipe import Recipe, whole_models
-from expertctl.merge.tensor_plan import plan_shards, plan_tensors
+from expertctl.merge.shards import plan_shards
+from expertctl.merge.tensor_planner import plan_tensors
 
 Tensors = dict[str, torch.Tensor]
 

@@ -150,8 +150,9 @@ def test_eight_bit_floats_are_merged_too(tmp_path: Path) -> None:
 
 def test_what_no_expert_changed_is_copied_without_asking_the_method(tmp_path: Path) -> None:
     from expertctl.merge.engine import run_merge
+    from expertctl.merge.shards import plan_shards
     from expertctl.merge.sources import Source, open_source
-    from expertctl.merge.tensor_plan import plan_shards, plan_tensors
+    from expertctl.merge.tensor_planner import plan_tensors
 
     seed = open_source("seed", write_model(tmp_path / "seed", random_tensors(0)))
     changed = open_source("x", write_model(tmp_path / "x", random_tensors(1))).tensors[LINE]

@@ -12,8 +12,9 @@ from toy_models import random_tensors, recipe, tensors_of, write_model
 from expertctl.core.types import MergeMethod, TensorGroup
 from expertctl.merge.engine import EngineSettings, Written, run_merge
 from expertctl.merge.recipe import Recipe
+from expertctl.merge.shards import ShardPlan, plan_shards
 from expertctl.merge.sources import open_source
-from expertctl.merge.tensor_plan import ShardPlan, plan_shards, plan_tensors
+from expertctl.merge.tensor_planner import plan_tensors
 from expertctl.merge.writing import JOURNAL_FILE, read_journal
 
 MOST = 7

@@ -14,8 +14,9 @@ from toy_models import Tensors, random_tensors, recipe, tensors_of, write_model
 from expertctl.core.errors import UserError
 from expertctl.core.types import MergeMethod, PerExpert, TensorGroup
 from expertctl.merge.recipe import OutputSlice, Recipe, SourceSlice
+from expertctl.merge.shards import index_of, plan_shards
 from expertctl.merge.sources import open_source
-from expertctl.merge.tensor_plan import Stack, index_of, plan_shards, plan_tensors
+from expertctl.merge.tensor_planner import Stack, plan_tensors
 
 
 @dataclass(frozen=True)
