@@ -16,6 +16,7 @@ from ..tensor_plan import Action, TensorPlan
 from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly, split_feed_forward
 from .inputs import AssemblyInputs
 from .options import MixtureOptions, shape_of
+from .stated_settings import with_all_stated
 from .targets import CONTAINER, choose_target
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
     if options.with_seed:
         experts.insert(0, ExpertParts(PUBLIC, {one: leading.tensors[one] for one in names}))
     shape = shape_of(options, len(experts))
-    target = choose_target(family, leading.config, shape, options.target)
+    dense = with_all_stated(leading.config) if family.mixtures else leading.config
+    target = choose_target(family, dense, shape, options.target)
     shared, notes = _shared(inputs, options, family)
     slots = tuple(expert.name for expert in experts)
     start = _router_start(inputs, options, slots)
@@ -55,7 +57,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
         bias = "drop" if start.unit is None else "fold"
     router = settle_bias(start, bias)
     tensors, config = plan_assembly(
-        leading.config,
+        dense,
         family,
         target,
         shape,
@@ -82,7 +84,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
             },
             "options": asdict(options),
             "family": family.name,
-            "dense": dict(leading.config),
+            "dense": dict(dense),
             "feed_forward": sorted({rest for layer in layer_names(names).layers for rest in layer}),
             "tuned": [],
         },

@@ -1,0 +1,89 @@
+"""What a dense configuration leaves out is what its own class makes of it, in a mixture too."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from expertctl.core.errors import UserError
+from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.types import MixtureShape
+from expertctl.merge.mixture.stated_settings import with_all_stated
+from expertctl.merge.mixture.targets import choose_target
+
+FAMILIES = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
+SHAPE = MixtureShape(num_experts=4, top_k=2)
+IGNORED = ("transformers_version", "architectures", "model_type")
+
+
+def whole(family: str) -> dict[str, Any]:
+    """Return a configuration in which every key says what its class would fill in."""
+    found: dict[str, Any] = AutoConfig.for_model(family).to_diff_dict()
+    return found
+
+
+def as_mixture(dense: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings of the mixture as its class in transformers reads them."""
+    family = installed_plugins().architecture_of(dense["model_type"])
+    stated = with_all_stated(dense)
+    settings = dict(choose_target(family, stated, SHAPE).config(stated, SHAPE))
+    found = AutoConfig.for_model(settings.pop("model_type"), **settings).to_dict()
+    return {key: value for key, value in found.items() if key not in IGNORED}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_key_that_is_left_out_is_the_dense_class_s_default(family: str) -> None:
+    dense = whole(family)
+    expected = as_mixture(dense)
+    keys = [key for key in dense if key not in IGNORED]
+    assert len(keys) > 12, "there is something to leave out"
+    # a head's width is made of two others where it is not given, by both classes
+    left_out = {
+        key: as_mixture({name: value for name, value in dense.items() if name != key}) for key in keys
+    }
+    for found in (expected, *left_out.values()):
+        if found.get("head_dim") is None:
+            found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    assert {key: found for key, found in left_out.items() if found != expected} == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_configuration_is_taken_as_it_is(family: str) -> None:
+    dense = whole(family)
+    assert with_all_stated(dense) is dense
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, None])
+def test_half_a_rope_is_completed(rope: dict[str, Any] | None) -> None:
+    found = with_all_stated(whole("llama") | {"rope_parameters": rope})
+    assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_rope_as_older_files_have_it_is_kept() -> None:
+    dense = whole("llama") | {"rope_theta": 5e5, "rope_scaling": None}
+    del dense["rope_parameters"]
+    assert as_mixture(dense)["rope_parameters"]["rope_theta"] == 5e5
+
+
+def test_layers_that_a_sliding_window_covers_are_said() -> None:
+    dense = whole("qwen2") | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    del dense["layer_types"]
+    wanted = AutoConfig.for_model(
+        "qwen2", **{k: v for k, v in dense.items() if k != "model_type"}
+    ).layer_types
+    assert len(set(wanted)) == 2
+    assert as_mixture(dense)["layer_types"] == wanted
+
+
+def test_a_configuration_that_its_class_refuses_is_told() -> None:
+    with pytest.raises(UserError, match=r"config\.json is not what transformers takes for 'llama'"):
+        with_all_stated({"model_type": "llama", "hidden_size": "wide"})
+
+
+def test_a_whole_configuration_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = whole("mistral")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert with_all_stated(dense) is dense
