@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,14 @@ def fused_experts(module: Any, hidden_Nd: Tensor, chosen_Nk: Tensor, gates_Nk: T
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    grouped = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    if not _runs_here(module, hidden_Nd):
+        return cast(Tensor, grouped(module, hidden_Nd, chosen_Nk, gates_Nk))
     weights = module.gate_up_proj, module.down_proj
     learns = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden_Nd, *weights))
     silu = type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
-    if not _runs_here(module, hidden_Nd) or (learns and not silu):
-        found: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_Nd, chosen_Nk, gates_Nk)
-        return found
+    if learns and not silu:
+        return cast(Tensor, grouped(module, hidden_Nd, chosen_Nk, gates_Nk))
 
     def run(sorted_Sd: Tensor, counts: list[int]) -> Tensor:
         if learns:
@@ -64,12 +66,12 @@ def fused_experts(module: Any, hidden_Nd: Tensor, chosen_Nk: Tensor, gates_Nk: T
 
 
 def _runs_here(module: Any, hidden_Nd: Tensor) -> bool:
-    one_type = hidden_Nd.dtype == module.gate_up_proj.dtype and not torch.is_autocast_enabled("cpu")
     return (
         hidden_Nd.device.type == "cpu"
-        and one_type
         and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
         and _is_plain(module)
+        and hidden_Nd.dtype == module.gate_up_proj.dtype
     )
 
 
@@ -85,6 +87,7 @@ def _is_plain(module: Any) -> bool:
 
 def use_sorted_loop(model: PreTrainedModel) -> None:
     """Make a model's experts run like this on a CPU, wherever it is the faster way (`examples/benchmarks/mixture.py`)."""
+    here = False
     for module in model.modules():
         choose_before_softmax(module)
         experts: Any = getattr(module, "experts", None)
@@ -93,9 +96,10 @@ def use_sorted_loop(model: PreTrainedModel) -> None:
                 if isinstance(part, nn.Linear):
                     lay_out_for_few_rows(part.weight)
         elif isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter) and _is_plain(experts):
+            here = True
             lay_out_for_few_rows(experts.gate_up_proj)
             lay_out_for_few_rows(experts.down_proj)
-    if model._can_set_experts_implementation():
+    if here and model._can_set_experts_implementation():
         register_sorted_loop()
         model.set_experts_implementation(NAME)
 

@@ -7,7 +7,7 @@ batch, T = tokens, N = B T, E = experts, k = experts of a token, d = width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -116,6 +116,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
                 experts = [module, *(copy.deepcopy(module) for _ in range(config.num_experts - 1))]
                 router = TopKRouter(config, int(dense.hidden_size))
                 setattr(parent, config.feed_forward, MixtureFeedForward(experts, router))
+        self.supports_gradient_checkpointing = self.network.supports_gradient_checkpointing
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,6 +136,40 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         found: nn.Module = self.network.get_output_embeddings()
         return found
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        """Return what the dense model's class does; see there."""
-        return self.network(input_ids=input_ids, **kwargs)
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Do as the dense model's class, and keep its new size in both configurations."""
+        resize: Callable[..., nn.Module] = self.network.resize_token_embeddings
+        found = resize(*args, **kwargs)
+        self.config.vocab_size = self.config.member["vocab_size"] = self.network.config.vocab_size
+        return found
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what the dense model's class does; see there. Named are those that transformers' tools look for by name."""
+        named = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+        }
+        given = {
+            name: value for name, value in named.items() if value is not None
+        }  # not all families take all
+        return self.network(input_ids=input_ids, **given, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the dense model's class does, which knows its own masks, positions and caches."""
+        self.network.generation_config = self.generation_config
+        generate: Callable[..., Any] = self.network.generate
+        return generate(*args, **kwargs)

@@ -117,6 +117,22 @@ def test_experts_of_another_layout_go_to_transformers(monkeypatch: pytest.Monkey
     assert len(taken) == SIZE["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h"])
+def test_families_whose_experts_are_others_run_as_transformers_has_them(family: str) -> None:
+    heads = {"head_dim": 4, "mamba_num_heads": 4, "mamba_head_dim": 4, "n_groups": 1, "ssm_state_size": 4}
+    blocks = {"layers_block_type": ["moe", "attention"]} if family == "nemotron_h" else {}
+    experts = {"num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 8, "topk_group": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**SIZE, **heads, **experts, **blocks, "num_experts_per_tok": 2})
+    ).eval()
+    expected = outcome_without_gradients(model)
+    way = model.config._experts_implementation
+    use_sorted_loop(model)
+    assert model.config._experts_implementation == way
+    torch.testing.assert_close(outcome_without_gradients(model), expected)
+
+
 def test_a_mixture_pickled_whole_runs_where_classes_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 

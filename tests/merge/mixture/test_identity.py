@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from mixtures_of_copies import TOKENS, copies, mix
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
 from expertctl.core.lineage import read_manifest
-from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.merging import merge_recipe
 from expertctl.merge.recipe import Recipe, whole_models
 
@@ -38,24 +37,6 @@ NOT_DESCRIBED = [
     "cohere2",
 ]
 """Families that no plugin describes."""
-TOKENS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def copies(folder: Path, family: str, count: int, **settings: Any) -> dict[str, Path]:
-    base = tiny_model_folder(folder / "base", family, **settings)
-    found = {"base": base}
-    for number in range(count):
-        found[f"copy{number}"] = shutil.copytree(base, folder / f"copy{number}")
-    return found
-
-
-def mix(folder: Path, models: dict[str, Path], **options: Any) -> Path:
-    names = [name for name in models if name != "base"]
-    given = {"router": "random", **options}
-    merge_recipe(
-        Recipe("mixture", models, whole_models(names), seed="base", scopes=(given,)), folder / "mixture"
-    )
-    return folder / "mixture"
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -211,16 +192,6 @@ def test_a_container_is_loaded_in_any_precision_whatever_its_dense_models_was(
     model, _ = load_model(mix(tmp_path, models, target="container"), dtype=dtype)
     assert {str(one.dtype) for one in model.parameters()} == {f"torch.{dtype}"}
     assert model(input_ids=TOKENS).logits.isfinite().all()
-
-
-def test_a_containers_vocabulary_can_grow(tmp_path: Path) -> None:
-    model, _ = load_model(mix(tmp_path, copies(tmp_path, "llama", 2), target="container"))
-    before = model(input_ids=TOKENS).logits
-    size = before.shape[-1]
-    model.resize_token_embeddings(size + 3, mean_resizing=False)
-    after = model(input_ids=TOKENS).logits
-    assert after.shape[-1] == size + 3
-    torch.testing.assert_close(after[..., :size], before)
 
 
 def test_a_container_saved_by_transformers_is_loaded_again(tmp_path: Path) -> None:
