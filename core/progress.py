@@ -81,6 +81,7 @@ class Display(Protocol):
         """Begin; `expected` names the jobs that are known to come."""
 
     def show(self, job: Job) -> None: ...
+    def say(self, line: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -89,6 +90,7 @@ class Silence:
 
     def open(self, expected: Sequence[str]) -> None: ...
     def show(self, job: Job) -> None: ...
+    def say(self, line: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -108,7 +110,10 @@ class Lines:
         if now >= due:
             self._told_at[job.name] = now
             share = "" if job.total is None else f"{job.done / max(job.total, 1):.0%}, "
-            print(f"{job.name}: {share}{', '.join(job.figures(now))}", file=self._stream, flush=True)
+            self.say(f"{job.name}: {share}{', '.join(job.figures(now))}")
+
+    def say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
 
     def close(self) -> None: ...
 
@@ -134,6 +139,13 @@ class Bars:
         with self._lock:
             self._jobs[job.name] = job
             self._draw(job)
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            if self._progress is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._progress.console.print(line, markup=False, highlight=False)
 
     def close(self) -> None:
         self._timer.cancel()
@@ -214,6 +226,8 @@ class RunProgress(_Shown):
             job.tokens_per_unit = int(record.get("tokens_per_step", job.tokens_per_unit))
             if record.get("event") == "started":
                 job.begun_done = job.done
+                for note in record.get("notes", ()):
+                    self._display.say(f"{run.name}: {note}")
             self._display.show(job)
 
     def finished(self, result: LaunchResult) -> None:

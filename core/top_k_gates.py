@@ -27,11 +27,18 @@ def choose_before_softmax(router: nn.Module) -> None:
 
     It saves 2 to 4 hundredths of a narrow layer's time (`docs/log.md`).
     """
-    name = type(router).__name__
-    if name == "MixtralTopKRouter" or (name in _MAY_NORMALIZE and getattr(router, "norm_topk_prob", False)):
+    if type(router).__name__ in (_ALWAYS_NORMALIZES, *_MAY_NORMALIZE) and gates_sum_to_one(router):
         router.forward = partial(_choose_and_normalize, router)
 
 
+def gates_sum_to_one(router: nn.Module) -> bool:
+    """Tell whether the gates of a token's experts do: those of a single one are then 1, whatever the router's logits."""
+    if type(router).__name__ == _ALWAYS_NORMALIZES:
+        return True
+    return bool(getattr(router, "norm_topk_prob", getattr(router, "normalized", False)))
+
+
+_ALWAYS_NORMALIZES = "MixtralTopKRouter"
 _MAY_NORMALIZE = ("FlexOlmoTopKRouter", "OlmoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter")
 
 

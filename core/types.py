@@ -148,6 +148,8 @@ class TrainablePart:
     """Returns what is worth logging of the last forward pass, beside its loss; called when a step is logged."""
     shares: Mapping[str, float] | None = None
     """How much of the blocks each domain of the run gives; None: all the same."""
+    notes: Sequence[str] = ()
+    """What whoever trains should know of it, a line each: shown when the run begins."""
     finish: Callable[[Path], None] | None = None
     """Writes the model's files into the folder of a generalist; None: it is saved as transformers saves it."""
 

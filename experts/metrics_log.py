@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.files import readable_os_errors
 from ..core.plugin_manager import PluginManager
-from ..core.types import TrainingStep
+from ..core.types import TrainablePart, TrainingStep
 from .runs import METRICS_FILE, RunSpec
 from .training import StepReport
 
@@ -31,9 +31,9 @@ class MetricsLog:
         spec: RunSpec,
         plugins: PluginManager,
         tell: Tell,
-        measures: Callable[[], Mapping[str, float]] | None = None,
+        part: TrainablePart,
     ) -> None:
-        self._measures = measures
+        self._measures, self._notes = part.measures, part.notes
         self._folder, self._spec, self._plugins, self._tell = folder, spec, plugins, tell
         self._path = folder / METRICS_FILE
         self._throughput = Throughput()
@@ -53,6 +53,7 @@ class MetricsLog:
                 "step": begun_at,
                 "total_steps": training.steps,
                 "tokens_per_step": training.tokens_per_step,
+                "notes": list(self._notes),
             }
         )
         self._throughput.take()

@@ -47,7 +47,7 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     part = loop.part
     inherit_optimiser(run, loop)
     begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
-    log = MetricsLog(folder, run.spec, run.plugins, tell, part.measures)
+    log = MetricsLog(folder, run.spec, run.plugins, tell, part)
     log.open(begun_at)
     last = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)

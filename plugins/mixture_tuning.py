@@ -74,7 +74,31 @@ def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePa
         parameters,
         auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
         measures=lambda: routing_measures(log.layers()),
+        notes=() if options.all_experts else _untaught(model),
     )
+
+
+def _untaught(model: PreTrainedModel, *, drawn: bool = False) -> tuple[str, ...]:
+    """Return a note where what text says does not reach the routers, because the size of the only gate says nothing."""
+    from ..core.top_k_gates import gates_sum_to_one
+    from ..merge.mixture.routing import routers_of
+
+    name, router = next(iter(routers_of(model).items()))
+    if router.top_k != 1 or router.weight.shape[0] == 1:
+        return ()
+    layer, _, block = name.rpartition(".")[0].rpartition(".")
+    behind = model.get_submodule(layer).named_children()
+    if any(part.startswith(("post_feedforward_", "post_mlp_")) for part, _ in behind):
+        return (
+            f"text does not teach its router: with top_k 1 the norm behind '{block}' undoes the size of the only gate; "
+            "merge with --option top_k=2",
+        )
+    if gates_sum_to_one(router) and not drawn:
+        return (
+            "text does not teach its router: with top_k 1 and gates that sum to one every gate is 1; train with --option "
+            "routing=sample, or merge with --option normalized=false",
+        )
+    return ()
 
 
 def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> TrainablePart:
@@ -109,6 +133,7 @@ def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> Trainab
         auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
         tell_step=tell,
         measures=lambda: routing_measures(log.layers()),
+        notes=_untaught(model, drawn=options.routing == "sample"),
     )
 
 

@@ -66,31 +66,38 @@ def compare(
 ) -> Comparison:
     """Score a generalist and its baselines; those that have to be merged first are made for the occasion.
 
-    `against` names baselines, or models of the workspace. Raises `UserError` for a model without experts where a
+    `against` names baselines, or else models of the workspace; a baseline that has the name of the model itself gets a row
+    of its own. Raises `UserError` for a model without experts where a
     baseline needs them.
     """
     from expertctl.experts.evaluation import EvaluationTable, evaluate
 
     folder = workspace.layout.artefact(model)
     experts = _experts_of(workspace, folder) if {BEST_EXPERT, *_MERGED} & set(against) else {}
+    rows = {name: f"{name} of its experts" if name == model in BASELINES else name for name in against}
     with tempfile.TemporaryDirectory(prefix=".baselines-", dir=workspace.root) as scratch:
         folders = {model: folder}
-        for name in against:
+        for name, row in rows.items():
             if name == BEST_EXPERT:
-                folders |= experts
+                folders |= {_row(expert): path for expert, path in experts.items()}
             elif name in _MERGED:
                 say(f"making the {name} of {', '.join(experts)} to compare with")
-                folders[name] = _merged(workspace, name, experts, Path(scratch))
+                folders[row] = _merged(workspace, name, experts, Path(scratch))
             else:
-                folders[name] = workspace.layout.artefact(name)
+                folders[row] = workspace.layout.artefact(name)
         table = evaluate(workspace.layout, workspace.config, folders, domains, jobs=jobs, tell=tell)
     scores = dict(table.scores)
     if BEST_EXPERT in against:
-        best = min(experts, key=lambda name: table.mean(name, table.metrics[0]))
+        best = min(experts, key=lambda expert: table.mean(_row(expert), table.metrics[0]))
         say(f"the best expert is {best}")
-        scores[BEST_EXPERT] = scores[best]
-    rows = {name: scores[name] for name in (model, *against)}
-    return Comparison(model, tuple(against), EvaluationTable(table.domains, rows))
+        scores[rows[BEST_EXPERT]] = scores[_row(best)]
+    shown = {row: scores[row] for row in (model, *rows.values())}
+    return Comparison(model, tuple(rows.values()), EvaluationTable(table.domains, shown))
+
+
+def _row(expert: str) -> str:
+    """Return what an expert's row is called while the best is looked for: no model's name has a blank."""
+    return f"expert {expert}"
 
 
 def _experts_of(workspace: Workspace, folder: Path) -> dict[str, Path]:

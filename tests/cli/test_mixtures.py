@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flexolmo_workspaces import OWNERS
 
+from expertctl import comparison
 from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.types import Score
+from expertctl.experts import evaluation
+from expertctl.experts.evaluation import EvaluationTable
 from expertctl.workspace import Workspace
 
 
@@ -66,8 +71,6 @@ def test_experts_leave_and_join_and_are_proved_absent(campus: Path, run: Any) ->
     assert renewed.status == 0
     assert run("verify", "x", "--absent", "prose", cwd=campus).status == 0
     for name in ("quiet", "loud", "x"):
-        import shutil
-
         shutil.rmtree(campus / "generalists" / name)
 
 
@@ -114,6 +117,43 @@ def test_a_gate_says_how_a_mixture_compares_and_writes_it_down(campus: Path, run
     assert verify(campus / "generalists" / "gated") == []
     assert run("reproduce", "gated", cwd=campus).status == 0
     assert not list(campus.glob(".baselines-*"))
+
+
+def test_a_model_that_is_called_like_a_baseline_is_compared_with_it(campus: Path, run: Any) -> None:
+    usual = run("--json", "eval", "campus", "--against", "average,best-expert", cwd=campus).json["models"]
+    assert (
+        run("merge", "average", "--method", "flexolmo", "--experts", ",".join(OWNERS), cwd=campus).status == 0
+    )
+    found = run("--json", "eval", "average", "--against", "average,best-expert", cwd=campus).json
+    shutil.rmtree(campus / "generalists" / "average")
+    assert usual["campus"]["bits_per_byte"] != usual["average"]["bits_per_byte"]
+    for row, same in (("average", "campus"), ("average of its experts", "average"), ("best-expert",) * 2):
+        assert found["models"][row] == usual[same]
+    assert len(found["models"]) == 3
+
+
+def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
+    campus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+
+    def evaluated(
+        layout: Any, project: Any, models: dict[str, Path], *args: Any, **kwargs: Any
+    ) -> EvaluationTable:
+        scored.extend(models)
+        values = {name: float(number) for number, name in enumerate(reversed(list(models)))}
+        return EvaluationTable(
+            ("prose",), {name: {"prose": Score({"bits_per_byte": values[name]}, 1)} for name in models}
+        )
+
+    experts = {"ensemble": campus / "experts" / "prose", "means": campus / "experts" / "means"}
+    monkeypatch.setattr(comparison, "_experts_of", lambda *args: experts)
+    monkeypatch.setattr(comparison, "_merged", lambda *args: campus / "seed")
+    monkeypatch.setattr(evaluation, "evaluate", evaluated)
+    found = comparison.compare(Workspace(campus), "campus", ("best-expert", "ensemble"))
+    assert len(set(scored)) == 4, "the model, two experts, and an ensemble"
+    means = {name: found.table.mean(name, "bits_per_byte") for name in found.table.scores}
+    assert means == {"campus": 3.0, "best-expert": 1.0, "ensemble": 0.0}
 
 
 def test_one_model_is_compared_at_a_time(campus: Path, run: Any) -> None:

@@ -39,6 +39,21 @@ def test_lines_come_after_two_seconds_and_then_every_five() -> None:
     ]
 
 
+@pytest.mark.parametrize("bars", [False, True])
+def test_notes_of_a_run_are_shown_at_once(
+    bars: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
+    where = Bars() if bars else Lines()
+    with RunProgress(where, ["law"]) as shown:
+        if isinstance(where, Bars):
+            where._timer.join(timeout=10)
+        shown.started(RUN, 10)
+        shown.progressed(RUN, {"event": "started", "step": 0, "notes": ["text does not teach [its] router"]})
+        shown.progressed(RUN, {"event": "progress", "step": 1, "loss": 2.5})
+    assert capsys.readouterr().err.count("law: text does not teach [its] router") == 1
+
+
 def test_work_under_two_seconds_shows_nothing() -> None:
     clock, stream = Clock(), io.StringIO()
     with Count("evaluating", "scores", 3, Lines(stream, clock), clock) as count:

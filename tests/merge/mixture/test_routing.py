@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -145,6 +145,30 @@ def test_experts_can_stay_frozen(tmp_path: Path) -> None:
 def test_sampling_is_for_mixtures_of_one_expert_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="routing 'sample' trains mixtures with top_k 1, and this one has 2"):
         prepare_mixture(mixture(tmp_path, top_k=2), MixtureTraining(routing="sample"))
+
+
+@pytest.mark.parametrize("routing", ["top_k", "sample"])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "qwen2", "gemma2", "gemma", "gpt2"])
+def test_a_router_that_text_does_not_teach_is_told(
+    tmp_path: Path, family: str, normalized: bool, routing: Literal["top_k", "sample"]
+) -> None:
+    model = mixture(tmp_path, family, top_k=1, normalized=normalized)
+    for expert, parameter in model.named_parameters():  # copies would all be worth the same
+        if ".experts." in expert:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    part = prepare_mixture(model, MixtureTraining(routing=routing))
+    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    largest = [float(router.weight.grad.abs().max()) for router in routers_of(model).values()]
+    if part.notes:
+        assert max(largest) < 1e-6
+    else:
+        assert min(largest) > 1e-6
+    assert bool(part.notes) == (family in ("olmo2", "gemma2") or (normalized and routing == "top_k"))
+
+
+def test_no_note_where_all_experts_teach_the_router(tmp_path: Path) -> None:
+    assert prepare_router(mixture(tmp_path, top_k=1), RouterTuning()).notes == ()
 
 
 def test_sampling_draws_by_the_softmax_and_cools_down(tmp_path: Path) -> None:
