@@ -104,8 +104,9 @@ def _change(
     add: Mapping[str, Path] | None = None,
     replace: Mapping[str, Path] | None = None,
 ) -> None:
-    from ..core.workspace import check_name
+    from ..core.workspace import check_name, require_free
     from ..merge.expert_changes import change_experts
+    from ..merge.history import history_of
     from ..merge.merging import MergeRun
     from ..merge.mixture.changing import Change
     from ..merge.plan import Permissions
@@ -116,6 +117,7 @@ def _change(
     target = output
     if len(output.parts) == 1 and layout is not None:
         target = layout.generalists / check_name(output.name, "a generalist")
+        require_free(layout, output.name, target)
     change = Change(tuple(dict.fromkeys(remove)), add or {}, replace or {})
     allowed = Permissions(licences=allow_licences)
     run = MergeRun(force=force, resume=resume, permissions=allowed, say=session.note)
@@ -135,7 +137,7 @@ def _change(
         {
             **artefact_content(target, manifest),
             "experts": list(experts),
-            "history": record.get("history", []),
+            "history": history_of(manifest),
         },
         made(target, manifest),
         f"its experts: {', '.join(experts)}",

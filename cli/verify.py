@@ -40,11 +40,7 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
         for name, folder in folders.items():
             found[name] = _problems(folder)
             count.next()
-    absences = (
-        {name: _absence(folder, session.artefact(absent)) for name, folder in folders.items()}
-        if absent
-        else {}
-    )
+    absences = {name: _absence(session, folder, absent) for name, folder in folders.items()} if absent else {}
     session.finish(
         {
             **({"absent": {name: asdict(one) for name, one in absences.items()}} if absences else {}),
@@ -65,15 +61,17 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
     return 1 if damaged or present else 0
 
 
-def _absence(folder: Path, expert: Path) -> Absence:
-    from ..merge.mixture.absence import find_expert
+def _absence(session: Session, folder: Path, expert: str) -> Absence:
+    from ..merge.mixture.absence import find_expert, find_own_expert
 
-    return find_expert(folder, expert)
+    return find_own_expert(folder, expert) or find_expert(folder, session.artefact(expert))
 
 
 def _absence_lines(name: str, one: Absence) -> str:
     verdict = (
-        f"{name}: no tensor of '{one.expert}' is in it ({one.compared} looked for)"
+        f"{name}: '{one.expert}' was trained in it, and {'is there' if one.merged else 'has left'}"
+        if not one.compared
+        else f"{name}: no tensor of '{one.expert}' is in it ({one.compared} looked for)"
         if not one.found
         else f"{name}: {len(one.found)} of {one.compared} tensors of '{one.expert}' are in it, such as {one.found[0]}"
     )

@@ -177,11 +177,12 @@ def _content(folder: Path) -> Iterable[Path]:
             yield path
 
 
-def verify(folder: Path, *, tensors: bool = True) -> list[str]:
+def verify(folder: str | Path, *, tensors: bool = True) -> list[str]:
     """Check every byte of an artefact and return what differs, a line each; empty when all is as written.
 
     Without `tensors` their bytes are left to whoever reads them: headers and all other files are checked.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     found: list[str] = []
     files = {path.relative_to(folder).as_posix(): path for path in _content(folder)}

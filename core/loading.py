@@ -83,6 +83,8 @@ def load_network(
         raise UserError(f"{path} is not finished: it has a run.json and no manifest; train it to its end")
     with _LOADING, without_loading_bars():
         if manifest is not None and manifest.kind == "expert":
+            if without:
+                raise UserError(f"{path} is an expert and has none that can be switched off")
             model = _from_pretrained(seed_of(path, manifest, seed), dtype)
             trainer = installed_plugins().trainers().get(manifest.trainable or "")
             if as_trained and trainer is not None and trainer.restore is not None:
@@ -108,12 +110,19 @@ def _without(
         raise UserError(f"{folder} has no experts that can be switched off; ensembles and mixtures have")
     mixture = manifest.config.get("mixture") or {}
     parents = [parent.name for parent in manifest.parents if parent.kind != "seed"]
+    averaged = (mixture.get("options") or {}).get("shared") == "average"
     experts = list(mixture.get("experts") or parents)
     for name in gone:
         if name not in experts:
             raise unknown_name("expert", name, experts, listed_as="the model has")
+        if averaged and name in parents:
+            warnings.warn(
+                f"all but its feed-forwards is the mean of its experts, '{name}' included; `expertctl expert remove` makes it "
+                "again without",
+                stacklevel=3,
+            )
         for tuning in mixture.get("tuned", ()):
-            if name in tuning.get("experts", ()):
+            if name in tuning.get("experts", ()) and "began_as" not in tuning:
                 warnings.warn(
                     f"its {tuning['trains']} trained on {', '.join(tuning['domains'])} while '{name}' was one of its "
                     "experts",

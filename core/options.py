@@ -42,5 +42,6 @@ def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: s
         return TypeAdapter(target).validate_python({own_names[name]: value for name, value in values.items()})
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part).rstrip("_") for part in problem["loc"]) or what
-        raise UserError(f"{what}: option {key}: {problem['msg'].removeprefix('Value error, ')}") from None
+        key = ".".join(str(part).rstrip("_") for part in problem["loc"])
+        where = f"{what}: option {key}" if key else what  # what a class checks by itself names it by itself
+        raise UserError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None

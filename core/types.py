@@ -143,7 +143,7 @@ class TrainablePart:
     tell_step: Callable[[int], None] | None = None
     """Told before each optimiser step how many were done."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What the manifest of a generalist says besides: `method`, `kind`, `weights` ..."""
+    """What the manifest of a generalist says besides: `method`, `kind`, `weights` ...; under `tuning`, of this training."""
     measures: Callable[[], Mapping[str, float]] | None = None
     """Returns what is worth logging of the last forward pass, beside its loss; called when a step is logged."""
     shares: Mapping[str, float] | None = None

@@ -94,9 +94,13 @@ class Layout:
         path = Path(name).expanduser()
         if path.is_dir():
             return path.resolve()
-        for parent in (self.experts, self.baselines, self.generalists):
+        for parent, how in (
+            (self.experts, f"`expertctl train {name}`"),
+            (self.baselines, "`expertctl baseline`"),
+            (self.generalists, f"`expertctl tune {name}`"),
+        ):
             if (parent / name).is_dir():
-                raise UserError(f"{parent / name} is not finished; `expertctl train {name}` goes on with it")
+                raise UserError(f"{parent / name} is not finished; {how} goes on with it")
         raise unknown_name("model", name, known, listed_as="this workspace has")
 
 

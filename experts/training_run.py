@@ -43,7 +43,12 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains, run.plugins)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
-    loop = _loop(run, trainer, model, options)
+    try:
+        loop = _loop(run, trainer, model, options)
+    except UserError:
+        if run.spec.kind == "generalist" and not (folder / STATE_FOLDER).exists():
+            remove_tree(folder)  # nothing was trained: its name is free for another try
+        raise
     part = loop.part
     inherit_optimiser(run, loop)
     begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)

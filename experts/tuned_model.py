@@ -62,7 +62,11 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mappin
         key: value for key, value in base.config.items() if key not in ("recipe", "shard_bytes", "training")
     }
     mixture = {**(config.get("mixture") or {}), **described.get("mixture", {})}
-    tuning["experts"] = list(mixture.get("experts") or config.get("weights", ()))
+    experts = list(mixture.get("experts") or config.get("weights", ()))
+    tuning["experts"] = experts
+    before = {*base.config.get("weights", ()), *(base.config.get("mixture") or {}).get("experts", ())}
+    tuning["made"] = [name for name in experts if name not in before]
+    tuning |= described.get("tuning", {})
     mixture["tuned"] = [*mixture.get("tuned", ()), tuning]
     own_parent = Parent.of(base, spec.base or "seed")
     return Manifest(
@@ -78,7 +82,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mappin
             "kind": "moe",
             "weights": {},
             **config,
-            **described,
+            **{key: value for key, value in described.items() if key != "tuning"},
             "mixture": mixture,
             "run": spec.content(),
         },

@@ -9,9 +9,11 @@ from typing import Any
 from ..core.config import ProjectConfig, TrainingConfig
 from ..core.errors import UserError
 from ..core.files import refuse_existing
+from ..core.lineage import manifest_path, read_manifest
 from ..core.loading import check_loadable, max_positions
 from ..core.options import parse_options
 from ..core.plugin_manager import installed_plugins
+from ..core.types import Trainer
 from ..core.workspace import Layout, check_name, require_free
 from .branching import parent_digests, write_run
 from .corpora import domain_config
@@ -56,12 +58,15 @@ def start_tuning(
     require_free(layout, name, folder)
     refuse_existing(folder, force=force, what="generalist")
     start = layout.artefact(base)
+    if start == folder:
+        raise UserError(f"'{name}' cannot be trained into itself; choose another name for what comes of it")
+    trainer = trainer_for(trains, installed_plugins())
+    _require_tunable(start, trainer)
     check_loadable(start)
     if not domains:
         raise UserError("say what text to train on: --domains A,B")
     for domain in domains:
         domain_config(project, domain)
-    trainer = trainer_for(trains, installed_plugins())
     parse_options(trainer.options, options, f"trainer '{trainer.name}'")
     if trainer.require is not None:
         trainer.require(start)
@@ -85,3 +90,24 @@ def start_tuning(
     )
     write_run(layout, folder, spec, force=force)
     return folder
+
+
+def _require_tunable(start: Path, trainer: Trainer) -> None:
+    """Raise `UserError` for what is no whole model, and for a trainer whose outcome is none."""
+    manifest = read_manifest(start) if manifest_path(start) is not None else None
+    if manifest is not None and manifest.kind == "expert":
+        raise UserError(
+            f"'{start.name}' is an expert, and whole models are tuned; branch a new one from it: `expertctl branch NAME "
+            f"--from {start.name}`"
+        )
+    if trainer.makes == "generalist":
+        return
+    if trainer.restore is not None:
+        raise UserError(
+            f"trainer '{trainer.name}' trains an expert; use it with `expertctl branch NAME --trains {trainer.name}`"
+        )
+    kind = manifest.config.get("kind") if manifest is not None else None
+    if kind in ("ensemble", "stitched"):
+        raise UserError(
+            f"'{start.name}' is {kind} and holds several models, and trainer '{trainer.name}' trains one; name another with --from"
+        )

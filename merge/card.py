@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..core.lineage import Manifest
+from .history import history_of
 
 CARD_FILE = "README.md"
 _SHORT = 12
@@ -107,7 +108,7 @@ def _trained_since(manifest: Manifest) -> str:
         f"Its {one['trains']} was then trained on {', '.join(one['domains'])} ({one['tokens']:,} tokens)."
         for one in mixture.get("tuned", ())
     ]
-    changes = [f"`{one['expert']}` {one['what']} on {one['when']}." for one in mixture.get("history", ())]
+    changes = [f"`{one['expert']}` {one['what']} on {one['when']}." for one in history_of(manifest)]
     return " ".join([*(tuned or ["No training happened in the merge."]), *changes])
 
 

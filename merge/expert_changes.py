@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..core.files import (
 )
 from ..core.lineage import (
     Manifest,
+    digest_of_file,
     digest_of_tensors,
     digests_of_folder,
     read_manifest,
@@ -28,6 +29,7 @@ from ..core.lineage import (
 from ..core.workspace import Layout
 from .card import CARD_FILE, model_card
 from .generalist import write_generalist
+from .history import history_of
 from .merging import MergeRun, merge_recipe
 from .mixture.changing import Change, history, plan_change, shares_its_rest_with_the_seed
 from .plan import check_output
@@ -53,7 +55,7 @@ def change_experts(
     how = run or MergeRun()
     manifest = read_manifest(folder)
     if manifest.kind != "generalist":
-        raise UserError(f"{folder} is no generalist, but a {manifest.kind}")
+        raise UserError(f"{folder} is no generalist, but of kind {manifest.kind}")
     record = manifest.config.get("mixture") or {}
     if manifest.config.get("kind") == "ensemble":
         return _shrink_ensemble(folder, output, change, how)
@@ -74,7 +76,8 @@ def change_experts(
             "of single experts; merge again with other --experts"
         )
     recipe = recipe_without_and_with(manifest, folder, change, layout, models or {})
-    return merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=how)
+    merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=how)
+    return _note_history(output, [*history_of(manifest), *history(manifest, change)])
 
 
 def _changes_by_itself(manifest: Manifest, change: Change) -> bool:
@@ -165,6 +168,8 @@ def _without(manifest: Manifest, change: Change, name: str, config: Mapping[str,
     shares = dict(zip(config["experts"], config["prior"], strict=True))
     record["experts"] = list(shares)
     record["history"] = [*record.get("history", ()), *history(manifest, change)]
+    if "tuned" in record:  # an expert that trained alone takes along all that has seen its text
+        record["tuned"] = [one for one in record["tuned"] if not _is_gone(one, change.remove)]
     parents = tuple(
         replace(parent, weight=shares[parent.name]) if parent.name in shares else parent
         for parent in manifest.parents
@@ -179,6 +184,11 @@ def _without(manifest: Manifest, change: Change, name: str, config: Mapping[str,
     )
 
 
+def _is_gone(tuning: Mapping[str, Any], gone: Sequence[str]) -> bool:
+    trained = tuning.get("began_as", {})
+    return bool(trained) and set(trained) <= set(gone)
+
+
 def recipe_without_and_with(
     manifest: Manifest,
     folder: Path,
@@ -189,6 +199,9 @@ def recipe_without_and_with(
     """Return a merge's recipe with other experts, as JSON, and the folders of its models."""
     recipe = manifest.config["recipe"]
     gone = set(change.remove)
+    for name in change.add:
+        if name in recipe["models"]:
+            raise UserError(f"'{name}' is in {folder} already; use `expertctl expert replace`")
     for name in (*change.remove, *change.replace):
         if name not in recipe["models"]:
             raise UserError(f"'{name}' is no model of {folder}; it has {', '.join(recipe['models'])}")
@@ -204,9 +217,27 @@ def recipe_without_and_with(
         raise UserError("no expert would be left")
     names = [name for name in recipe["models"] if name not in gone]
     content = {**recipe, "models": [*names, *change.add], "slices": slices}
+    if manifest.config.get("mixture"):
+        content["scopes"] = [_with_no_more(scope, len(slices[0]["sources"])) for scope in recipe["scopes"]]
     given = {**models, **change.replace, **change.add}
     found = locate(content, folder, layout, given)
     return content, {
         **found.models,
         **{f"base of {name}": path for name, path in found.adapter_bases.items()},
     }
+
+
+def _note_history(folder: Path, events: Sequence[dict[str, Any]]) -> Manifest:
+    """Write into manifest and card what a generalist was changed from, of which its tensors say nothing."""
+    manifest = read_manifest(folder)
+    manifest = replace(manifest, config={**manifest.config, "history": list(events)})
+    write_text(folder / CARD_FILE, model_card(manifest))
+    manifest = replace(manifest, files={**manifest.files, CARD_FILE: digest_of_file(folder / CARD_FILE)})
+    manifest.write(folder)
+    return manifest
+
+
+def _with_no_more(options: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    """Return a mixture's options with no more experts for each token than there are."""
+    top_k, others = options.get("top_k"), int(bool(options.get("with_seed")))
+    return {**options, **({"top_k": min(top_k, experts + others)} if top_k is not None else {})}

@@ -12,6 +12,7 @@ from ..core.errors import UserError
 from ..core.lineage import MANIFEST_NAMES, Manifest
 from ..core.workspace import Layout
 from .card import CARD_FILE
+from .history import history_of
 from .merging import MergeRun, merge_recipe
 from .parents import SEED
 from .plan import Permissions
@@ -77,11 +78,7 @@ def compare(before: Manifest, after: Manifest) -> Reproduction:
     """Return what differs between two makings of a generalist."""
     found: list[str] = []
     parents = {parent.name: parent.digest for parent in after.parents}
-    replaced = {
-        event["expert"]
-        for event in (before.config.get("mixture") or {}).get("history", ())
-        if event["what"] == "replaced"
-    }
+    replaced = {event["expert"] for event in history_of(before) if event["what"] == "replaced"}
     found += [
         f"{parent.kind} '{parent.name}' is not what it was: {parent.digest[:12]} then, "
         f"{parents.get(parent.name, 'none')[:12]} now"
@@ -114,7 +111,7 @@ def compare(before: Manifest, after: Manifest) -> Reproduction:
 
 def _has_a_later_card(manifest: Manifest) -> bool:
     """Tell whether a card says more than a merge knows: how it was evaluated, or who left and joined since."""
-    return "gate" in manifest.metrics or bool((manifest.config.get("mixture") or {}).get("history"))
+    return "gate" in manifest.metrics or bool(history_of(manifest))
 
 
 def locate(

@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import PositiveInt
+
 from ..core.errors import UserError
 from ..core.files import link_or_copy, read_json
 from ..core.hookspecs import hookimpl
+from ..core.lineage import manifest_path, read_manifest
+from ..core.plugin_manager import installed_plugins
+from ..core.safetensors_io import Checkpoint
 from ..core.types import TrainablePart, Trainer, TrainingText
+from ..core.workspace import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +46,38 @@ class DemixAdaptation:
 
     name: str | None = None
     """What its expert is called. Not set: as the domain."""
-    samples: int = 32
+    samples: PositiveInt = 32
     """Blocks of the domain by which the nearest expert is found."""
+
+
+def require_dense(folder: Path) -> None:
+    """Raise `UserError` for a generalist that is no dense model, whose feed-forwards could become several."""
+    kind = read_manifest(folder).config.get("kind") if manifest_path(folder) is not None else None
+    if kind in ("ensemble", "moe", "stitched"):
+        raise UserError(
+            f"demix divides the feed-forwards of a dense model, and '{folder.name}' is of kind {kind}; begin with the seed: "
+            "--from seed, or add a domain to a DEMix model: --trains demix_dapt"
+        )
+
+
+def require_shared_rest(folder: Path) -> None:
+    """Raise `UserError` for a generalist that is no ensemble of experts which share all but their feed-forwards."""
+    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER
+    from ..merge.mixture.assembly import split_feed_forward
+
+    family = read_json(folder / "config.json").get("member", {}).get("model_type")
+    if not (folder / SEED_FOLDER).is_dir() or family is None:
+        raise UserError(
+            f"demix_dapt adds a domain to a model whose experts share all but their feed-forwards, and '{folder.name}' is "
+            "none; name a DEMix model, or an ensemble of such experts, with --from"
+        )
+    for file in sorted((folder / EXPERTS_FOLDER).glob("*.safetensors")):
+        _, other = split_feed_forward(Checkpoint([file]).entries, installed_plugins().architecture_of(family))
+        if other:
+            raise UserError(
+                f"demix_dapt adds a domain to a model whose experts share all but their feed-forwards, and expert '{file.stem}' of "
+                f"'{folder.name}' has its own {other[0]}; name another with --from"
+            )
 
 
 def prepare(model: PreTrainedModel, options: DemixTraining, text: TrainingText) -> TrainablePart:
@@ -130,9 +166,11 @@ def prepare_adaptation(
 
     from ..core.feed_forwards import feed_forwards
 
-    if not hasattr(model, "members"):
-        raise UserError("demix_dapt adds a domain to a DEMix model or an ensemble; name one with --from")
-    name = options.name or next(iter(text.domains))
+    if options.name is None and len(text.domains) > 1:
+        raise UserError(
+            "one expert is trained, on all domains together; say what it is called: --option name=NAME"
+        )
+    name = check_name(options.name if options.name is not None else next(iter(text.domains)), "an expert")
     if name in model.expert_names:
         raise UserError(
             f"the model has an expert '{name}' already; call the new one otherwise: --option name=NAME"
@@ -151,7 +189,7 @@ def prepare_adaptation(
 
     names = (*model.expert_names, name)
     described = _described(names, model.config.prior_kind)
-    described["options"]["starts_from"] = model.expert_names[nearest]
+    described["tuning"] = {"began_as": {name: model.expert_names[nearest]}}
     return TrainablePart(member, parameters, finish=finish, config=described)
 
 
@@ -208,6 +246,7 @@ def trainers() -> list[Trainer]:
             DemixTraining,
             uses_text=True,
             makes="generalist",
+            require=require_dense,
         ),
         Trainer(
             "demix_dapt",
@@ -216,5 +255,6 @@ def trainers() -> list[Trainer]:
             DemixAdaptation,
             uses_text=True,
             makes="generalist",
+            require=require_shared_rest,
         ),
     ]

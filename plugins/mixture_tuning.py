@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import NonNegativeFloat
+
 from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 from ..core.types import TrainablePart, Trainer
@@ -24,9 +26,9 @@ class RouterTuning:
 
     all_experts: bool = True
     """Send each token through all experts while training, so that every row learns from every token."""
-    balance: float = 0.0
+    balance: NonNegativeFloat = 0.0
     """Weight of the loss that evens out the experts' load."""
-    z_loss: float = 1e-3
+    z_loss: NonNegativeFloat = 1e-3
     """Weight of the loss that keeps the router's logits small."""
 
 
@@ -34,13 +36,13 @@ class RouterTuning:
 class MixtureTraining:
     """How a whole mixture trains (Branch-Train-MiX, arXiv:2403.07816, section 2.2)."""
 
-    balance: float = 0.01
-    z_loss: float = 0.0
+    balance: NonNegativeFloat = 0.01
+    z_loss: NonNegativeFloat = 0.0
     experts: Literal["trained", "frozen"] = "trained"
     """Whether the experts' feed-forwards move."""
     routing: Literal["top_k", "sample"] = "top_k"
     """`sample`: draw one expert with Gumbel noise while training (Sample Top-1); for mixtures with top_k 1."""
-    sample_rate: float = 1e-4
+    sample_rate: NonNegativeFloat = 1e-4
     """How fast the noise of `sample` cools down."""
 
 

@@ -11,6 +11,7 @@ from ...core.errors import UserError
 from ...core.lineage import Manifest, digests_of_folder, manifest_path, read_manifest
 from ...core.numeric import FLOATING, encode
 from ...core.safetensors_io import Checkpoint, TensorEntry, digest_start
+from ..history import history_of
 from ..reading import Reader
 from ..sources import StoredTensor
 from .opened import slice_of
@@ -29,7 +30,7 @@ class Absence:
     found: tuple[str, ...]
     """Those that are in the folder, by their names there."""
     merged: str | None
-    """How the expert is part of the model all the same: as a share of a mean, or as an expert that trained on."""
+    """How the expert is part of the model all the same: as a share of a mean, or as an expert that trained in it."""
     traces: tuple[str, ...]
     """Sentences on what was trained while the expert was there."""
 
@@ -53,8 +54,27 @@ def find_expert(folder: Path, expert: Path) -> Absence:
         len(entries),
         tuple(sorted(found)),
         _merged(manifest, theirs),
-        tuple(_traces(manifest, theirs)),
+        tuple(_traces(manifest, theirs.name)),
     )
+
+
+def find_own_expert(folder: Path, name: str) -> Absence | None:
+    """Return what the manifest says of an expert that came to be within the model, so that no artefact holds its tensors.
+
+    None for other experts. What stands in a file of its own in an ensemble is no longer there once it left.
+    """
+    if manifest_path(folder) is None:
+        return None
+    manifest = read_manifest(folder)
+    record = manifest.config.get("mixture") or {}
+    made = [other for tuning in record.get("tuned", ()) for other in tuning.get("made", ())]
+    left = [event["expert"] for event in history_of(manifest)]
+    if name in {parent.name for parent in manifest.parents} or name not in (*made, *left):
+        return None
+    if name not in made and all(name not in one.get("experts", ()) for one in record.get("tuned", ())):
+        return None
+    merged = f"'{name}' is one of its experts" if name in _slots(manifest) else None
+    return Absence(name, 0, (), merged, tuple(_traces(manifest, name)))
 
 
 def _worth_looking_for(expert: Path, manifest: Manifest) -> dict[str, TensorEntry]:
@@ -117,24 +137,31 @@ def _slots(manifest: Manifest) -> list[str]:
 def _merged(manifest: Manifest, expert: Manifest) -> str | None:
     """Return how the manifest says that the expert is part of the model; None where it does not."""
     if all(parent.digest != expert.digest for parent in manifest.parents):
+        averaged = (manifest.config.get("mixture") or {}).get("averaged", ())
+        if any(one["digest"] == expert.digest for one in averaged):
+            return f"'{expert.name}' is part of the mean that all but its feed-forwards is"
         return None
     if expert.name in _slots(manifest):
         return f"'{expert.name}' is one of its experts"
     return f"'{expert.name}' was merged into it"
 
 
-def _traces(manifest: Manifest, expert: Manifest) -> list[str]:
+def _traces(manifest: Manifest, expert: str) -> list[str]:
     """Return what was trained, or fitted, jointly while the expert was one of the model's."""
     record: Mapping[str, Any] = manifest.config.get("mixture") or {}
-    found = [
-        f"its {tuning['trains']} was trained on {', '.join(tuning['domains'])} while '{expert.name}' was one of the "
-        "experts: those tensors have seen it"
-        for tuning in record.get("tuned", ())
-        if expert.name in tuning.get("experts", ())
-    ]
-    for change in record.get("history", ()):
-        if change["expert"] == expert.name:
-            found.append(f"'{expert.name}' {change['what']} on {change['when']}")
+    found = []
+    for tuning in record.get("tuned", ()):
+        if "began_as" in tuning:  # that one alone trained
+            copies = [name for name, origin in tuning["began_as"].items() if expert == origin]
+            found += [f"'{name}' began as a copy of '{expert}'" for name in copies]
+        elif expert in tuning.get("experts", ()):
+            found.append(
+                f"its {tuning['trains']} was trained on {', '.join(tuning['domains'])} while '{expert}' was one of the "
+                "experts: those tensors have seen it"
+            )
+    for change in history_of(manifest):
+        if change["expert"] == expert:
+            found.append(f"'{expert}' {change['what']} on {change['when']}")
             if change["what"] != "joined" and (record.get("router") or {}).get("uses_text"):
                 found.append(
                     "the router's rows were fitted on text of all experts together, that one included"

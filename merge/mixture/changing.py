@@ -69,6 +69,8 @@ def plan_change(
         "top_k": shape.top_k,
         "history": [*mixture.record.get("history", ()), *history(mixture.manifest, change, when)],
     }
+    if not shares_its_rest_with_the_seed(mixture.manifest):
+        record["averaged"] = _averaged(mixture)
     licences = _licences(mixture, change, joined)
     require_compatible(licences, allow_licences)
     notes = (*licences.conflicts, *licences.notes, *_traces(mixture, change))
@@ -113,6 +115,16 @@ def shares_its_rest_with_the_seed(manifest: Manifest) -> bool:
     """Tell whether a mixture's shared part holds nothing of its experts."""
     record = manifest.config.get("mixture") or {}
     return bool(record.get("options", {}).get("shared") == "seed")
+
+
+def _averaged(mixture: OpenedMixture) -> list[dict[str, Any]]:
+    """Return the experts whose mean is all that is no feed-forward: they stay in it, whoever leaves."""
+    known: list[dict[str, Any]] | None = mixture.record.get("averaged")
+    return known or [
+        {"name": one.name, "digest": one.digest, "weight": one.weight, "licence": one.licence}
+        for one in mixture.manifest.parents
+        if one.kind == "expert"
+    ]
 
 
 def _top_k(mixture: OpenedMixture, count: int) -> int:
@@ -251,7 +263,12 @@ def _licences(mixture: OpenedMixture, change: Change, joined: Mapping[str, Manif
     """Return how the licences of those go together who make up the changed mixture."""
     gone = {*change.remove, *change.replace}
     left = {parent.name: parent.licence for parent in mixture.manifest.parents if parent.name not in gone}
-    return check_licences(left | {name: one.licence for name, one in joined.items()})
+    stays = [] if shares_its_rest_with_the_seed(mixture.manifest) else _averaged(mixture)
+    return check_licences(
+        {one["name"]: one["licence"] for one in stays}
+        | left
+        | {name: one.licence for name, one in joined.items()}
+    )
 
 
 def history(manifest: Manifest, change: Change, when: datetime | None = None) -> list[dict[str, Any]]:
@@ -272,6 +289,13 @@ def _traces(mixture: OpenedMixture, change: Change) -> list[str]:
         for name in gone
         if name in tuning.get("experts", ())
     ]
+    if not shares_its_rest_with_the_seed(mixture.manifest):
+        means = {one["name"] for one in _averaged(mixture)}
+        found += [
+            f"all but feed-forwards and router stays a mean that '{name}' is part of; a merge without it has another"
+            for name in gone
+            if name in means
+        ]
     found += [
         f"the one that takes the place of '{name}' brings no router row and keeps that of '{name}'"
         for name, folder in change.replace.items()
@@ -314,6 +338,8 @@ def _descent(
         "mixture": dict(record),
         "weights": {name: 1 / len(sharing) for name in sharing},
     }
+    if "averaged" in record:
+        config["weights"] = dict(manifest.config.get("weights", {}))  # of the mean, which nobody left
     if "recipe" in config:
         recipe = _changed_recipe(config["recipe"], change)
         if recipe is None:

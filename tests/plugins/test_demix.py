@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from flexolmo_workspaces import tune_here
+from flexolmo_workspaces import make_flexolmo_workspace, tune_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
 from expertctl.core.lineage import read_manifest, verify
 from expertctl.experts.domain_feed_forwards import choose, divide
 from expertctl.merge.expert_changes import change_experts
+from expertctl.merge.mixture.absence import find_own_expert
 from expertctl.merge.mixture.changing import Change
 from expertctl.workspace import Workspace
 
@@ -93,7 +94,7 @@ def test_a_domain_joins_by_its_feed_forward_alone(flexolmo_workspace: Workspace,
     assert model.expert_names == [*DOMAINS, "means"]
     for place in ("seed/model.safetensors", *(f"experts/{name}.safetensors" for name in DOMAINS)):
         assert (joined / place).read_bytes() == (demix / place).read_bytes()
-    start = read_manifest(joined).config["options"]["starts_from"]
+    start = read_manifest(joined).config["mixture"]["tuned"][-1]["began_as"]["means"]
     assert start in DOMAINS
     own, origin = (load_file(joined / "experts" / f"{name}.safetensors") for name in ("means", start))
     assert own.keys() == origin.keys()
@@ -131,7 +132,78 @@ def test_ensembles_of_whole_experts_shrink_too(flexolmo_workspace: Workspace, tm
 def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -> None:
     with pytest.raises(UserError, match="name two domains or more"):
         tune_here(flexolmo_workspace, "one", "seed", trains="demix", domains=["prose"])
-    with pytest.raises(UserError, match="adds a domain to a DEMix model"):
+    with pytest.raises(UserError, match="experts share all but their feed-forwards, and 'seed' is none"):
         tune_here(flexolmo_workspace, "none", "seed", trains="demix_dapt", domains=["prose"])
     with pytest.raises(UserError, match="has an expert 'prose' already"):
         tune_here(flexolmo_workspace, "twice", "demix", trains="demix_dapt", domains=["prose"])
+    for name in ("../../evil", "a/b", "a,b", "seed", "public", ""):
+        with pytest.raises(UserError, match="an expert cannot be called"):
+            tune_here(
+                flexolmo_workspace,
+                "named",
+                "demix",
+                trains="demix_dapt",
+                domains=["means"],
+                options={"name": name},
+            )
+    with pytest.raises(UserError, match="say what it is called: --option name=NAME"):
+        tune_here(flexolmo_workspace, "two", "demix", trains="demix_dapt", domains=["means", "public"])
+    with pytest.raises(UserError, match="option samples: Input should be greater than 0"):
+        tune_here(
+            flexolmo_workspace,
+            "few",
+            "demix",
+            trains="demix_dapt",
+            domains=["means"],
+            options={"samples": 0},
+        )
+    with pytest.raises(
+        UserError, match="divides the feed-forwards of a dense model, and 'demix' is of kind ensemble"
+    ):
+        tune_here(flexolmo_workspace, "again", "demix", trains="demix", domains=["prose", "means"])
+    for refused in ("one", "twice", "named", "two"):
+        assert not (flexolmo_workspace.generalists / refused).exists(), (
+            "nothing stands in the way of another try"
+        )
+
+
+def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
+    flexolmo_workspace: Workspace, demix: Path, tmp_path: Path
+) -> None:
+    joined = tune_here(
+        flexolmo_workspace,
+        "demix-traced",
+        "demix",
+        trains="demix_dapt",
+        domains=["means"],
+        options={"samples": 2, "name": "sums"},
+        training={"tokens": 256},
+    )
+    origin = read_manifest(joined).config["mixture"]["tuned"][-1]["began_as"]["sums"]
+    (other,) = set(DOMAINS) - {origin}
+    inside = find_own_expert(
+        joined, "prose"
+    )  # not the artefact of that name, which has nothing to do with it
+    assert inside is not None
+    assert inside.merged == "'prose' is one of its experts"
+    assert find_own_expert(flexolmo_workspace.layout.seed, "prose") is None
+    change_experts(joined, tmp_path / "less", Change(remove=(origin,)))
+    left = find_own_expert(tmp_path / "less", origin)
+    assert left is not None
+    assert left.merged is None
+    assert f"'sums' began as a copy of '{origin}'" in left.traces
+    assert any("its demix was trained" in trace for trace in left.traces)
+    assert not any("began as a copy" in trace for trace in find_own_expert(joined, other).traces)
+    back = change_experts(joined, tmp_path / "back", Change(remove=("sums",)))
+    assert back.digest == read_manifest(demix).digest
+    assert [one["trains"] for one in back.config["mixture"]["tuned"]] == ["demix"], (
+        "its text has left with it"
+    )
+
+
+def test_experts_with_attention_of_their_own_are_no_place_for_a_newcomer(tmp_path: Path) -> None:
+    workspace = make_flexolmo_workspace(tmp_path / "whole", "llama", owners=("prose", "means"), trains="all")
+    workspace.merge("forest", method="ensemble", experts=["prose", "means"], weights={"prose": 1, "means": 1})
+    with pytest.raises(UserError, match="share all but their feed-forwards, and 'forest' is none"):
+        tune_here(workspace, "more", "forest", trains="demix_dapt", domains=["public"])
+    assert not (workspace.generalists / "more").exists()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from expertctl import UserError, load_model
 from expertctl.core.lineage import read_manifest, verify
 from expertctl.merge.expert_changes import change_experts
+from expertctl.merge.history import history_of
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
@@ -391,3 +392,69 @@ def test_cards_and_licences_follow_the_experts(tmp_path: Path) -> None:
     allowed = MergeRun(permissions=Permissions(licences=True))
     assert change_experts(tmp_path / "left", tmp_path / "joined", join, run=allowed).licence is None
     assert reproduce(left, tmp_path / "left", layout=workspace.layout).same
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with experts that trained whole, the soft BTX mixture `soft` of them, and their average `soup`."""
+    workspace = make_flexolmo_workspace(
+        tmp_path_factory.mktemp("averaged") / "workspace", "llama", trains="all"
+    )
+    merge(workspace, "soft", OWNERS, method="btx", options={"top_k": 3})
+    merge(workspace, "soup", OWNERS[:2], method="average")
+    return workspace
+
+
+def test_who_left_what_is_made_again_is_written_down(averaged: Workspace, tmp_path: Path) -> None:
+    change = Change(remove=("means",))
+    direct = merge(averaged, "soft-direct", OWNERS[:2], method="btx", options={"top_k": 2})
+    manifest = change_experts(
+        averaged.generalists / "soft", tmp_path / "less", change, layout=averaged.layout
+    )
+    assert model_files(tmp_path / "less") == model_files(direct)
+    (event,) = history_of(manifest)
+    assert (event["what"], event["expert"]) == ("left", "means")
+    assert event["from"] == read_manifest(averaged.generalists / "soft").digest
+    assert verify(tmp_path / "less") == []
+    assert "`means` left on" in (tmp_path / "less" / "README.md").read_text()
+    absence = find_expert(tmp_path / "less", averaged.experts / "means")
+    assert (absence.found, absence.merged) == ((), None)
+    assert absence.traces == (f"'means' left on {event['when']}",)
+    assert reproduce(manifest, tmp_path / "less", layout=averaged.layout).same
+    joined = change_experts(
+        tmp_path / "less",
+        tmp_path / "more",
+        Change(add={"means": averaged.experts / "means"}),
+        layout=averaged.layout,
+    )
+    assert [event["what"] for event in history_of(joined)] == ["left", "joined"]
+
+
+def test_nobody_joins_twice(averaged: Workspace, tmp_path: Path) -> None:
+    change = Change(add={"prose": averaged.experts / "prose"})
+    with pytest.raises(UserError, match=r"'prose' is in .*soup already"):
+        change_experts(averaged.generalists / "soup", tmp_path / "twice", change, layout=averaged.layout)
+    assert not (tmp_path / "twice").exists()
+
+
+def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(
+    averaged: Workspace, tmp_path: Path
+) -> None:
+    tuned = tune_here(averaged, "soft-tuned", "soft", trains="router", domains=["public"])
+    said: list[str] = []
+    manifest = change_experts(
+        tuned, tmp_path / "less", Change(remove=("means",)), run=MergeRun(say=said.append)
+    )
+    assert any("stays a mean that 'means' is part of" in line for line in said)
+    assert set(manifest.config["weights"]) == set(OWNERS)
+    assert manifest.config["mixture"]["experts"] == list(OWNERS[:2])
+    absence = find_expert(tmp_path / "less", averaged.experts / "means")
+    assert absence.found == ()
+    assert absence.merged == "'means' is part of the mean that all but its feed-forwards is"
+    again = change_experts(tmp_path / "less", tmp_path / "least", Change(remove=("chance",)))
+    assert {one["name"] for one in again.config["mixture"]["averaged"]} == set(OWNERS)
+    with (
+        pytest.warns(UserWarning, match="is the mean of its experts, 'prose' included"),
+        pytest.warns(UserWarning, match="its router trained on public while 'prose' was one of its experts"),
+    ):
+        load_model(tuned, without=["prose"])

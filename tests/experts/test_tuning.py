@@ -1,0 +1,75 @@
+"""What can be tuned by which trainer, and under which name; refused before anything is set up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from flexolmo_workspaces import OWNERS, tune_here
+
+from expertctl import UserError, load_model
+from expertctl.core.lineage import verify
+from expertctl.workspace import Workspace
+
+
+@pytest.fixture
+def merged(flexolmo_workspace: Workspace) -> Workspace:
+    """The workspace with the mixture `to-tune` and the ensemble `trees-to-tune`."""
+    for name, method in (("to-tune", "flexolmo"), ("trees-to-tune", "ensemble")):
+        if not (flexolmo_workspace.generalists / name).exists():
+            weights = dict.fromkeys(OWNERS, 1.0) if method == "ensemble" else None
+            flexolmo_workspace.merge(name, method=method, experts=OWNERS, weights=weights)
+    return flexolmo_workspace
+
+
+@pytest.mark.parametrize(
+    ("base", "trains", "message"),
+    [
+        (
+            "to-tune",
+            "flexolmo",
+            "'flexolmo' trains an expert; use it with `expertctl branch NAME --trains flexolmo`",
+        ),
+        ("prose", "router", "'prose' is an expert, and whole models are tuned; branch a new one from it"),
+        ("trees-to-tune", "all", "'trees-to-tune' is ensemble and holds several models"),
+        ("trees-to-tune", "router", "'trees-to-tune' is no mixture of experts"),
+        ("to-tune", "demix", "divides the feed-forwards of a dense model, and 'to-tune' is of kind moe"),
+    ],
+)
+def test_what_a_trainer_cannot_do_is_said_before_it_is_set_up(
+    merged: Workspace, base: str, trains: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tune_here(merged, "refused", base, trains=trains, domains=["prose", "means"])
+    assert not (merged.generalists / "refused").exists()
+
+
+@pytest.mark.parametrize("option", ["balance", "z_loss"])
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_weights_of_losses_are_numbers_of_zero_or_more(merged: Workspace, option: str, value: float) -> None:
+    with pytest.raises(
+        UserError, match=f"trainer 'router': option {option}: Input should be greater than or equal to 0"
+    ):
+        tune_here(merged, "refused", "to-tune", trains="router", domains=["prose"], options={option: value})
+
+
+def test_nothing_is_trained_into_itself(merged: Workspace) -> None:
+    with pytest.raises(UserError, match="'to-tune' cannot be trained into itself; choose another name"):
+        merged.tune("to-tune", "to-tune", trains="router", domains=["prose"], force=True)
+    assert verify(merged.generalists / "to-tune") == []
+
+
+def test_experts_have_none_to_switch_off(merged: Workspace) -> None:
+    with pytest.raises(UserError, match="is an expert and has none that can be switched off"):
+        load_model(merged.experts / "prose", without=["prose"])
+
+
+def test_an_unfinished_tuning_is_gone_on_with_by_its_own_command(merged: Workspace, tmp_path: Path) -> None:
+    begun = merged.generalists / "half-tuned"
+    begun.mkdir()
+    try:
+        with pytest.raises(UserError, match="is not finished; `expertctl tune half-tuned` goes on with it"):
+            merged.layout.artefact("half-tuned")
+    finally:
+        begun.rmdir()
