@@ -104,7 +104,6 @@ def _change(
     add: Mapping[str, Path] | None = None,
     replace: Mapping[str, Path] | None = None,
 ) -> None:
-    from ..core.workspace import check_name, require_free
     from ..merge.expert_changes import change_experts
     from ..merge.history import history_of
     from ..merge.merging import MergeRun
@@ -114,10 +113,7 @@ def _change(
 
     folder = session.artefact(model)
     layout = session.layout()
-    target = output
-    if len(output.parts) == 1 and layout is not None:
-        target = layout.generalists / check_name(output.name, "a generalist")
-        require_free(layout, output.name, target)
+    target = layout.generalist(output) if layout is not None else output
     change = Change(tuple(dict.fromkeys(remove)), add or {}, replace or {})
     allowed = Permissions(licences=allow_licences)
     run = MergeRun(force=force, resume=resume, permissions=allowed, say=session.note)

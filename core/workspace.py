@@ -83,6 +83,18 @@ class Layout:
         """Return the names of the experts that are complete, sorted."""
         return [path.name for path in _children(self.experts) if (path / MANIFEST_NAMES["expert"]).is_file()]
 
+    def generalist(self, output: str | Path) -> Path:
+        """Return the folder of a new generalist: a name of this workspace that is free for one, or a path as it stands.
+
+        Raises `UserError` for a name that cannot be.
+        """
+        path = Path(output)
+        if len(path.parts) != 1 or path.is_absolute():
+            return path
+        folder = self.generalists / check_name(path.name, "a generalist")
+        require_free(self, path.name, folder)
+        return folder
+
     def artefact(self, name: str) -> Path:
         """Return the folder of a finished artefact by its name, or a path as it stands.
 

@@ -22,13 +22,20 @@ from .trainable import trainer_for
 
 
 def require_same(
-    folder: Path, base: str | None, trains: str | None, domains: Sequence[str], options: Mapping[str, Any]
+    folder: Path,
+    base: str | None,
+    trains: str | None,
+    domains: Sequence[str],
+    options: Mapping[str, Any],
+    training: TrainingConfig,
 ) -> None:
     """Raise `UserError` where an unfinished tuning is another than the one that is asked for; None and nothing ask nothing."""
     begun = read_run(folder)
     asked: dict[str, tuple[Any, Any]] = {"from": (base, begun.base), "trains": (trains, begun.trains)}
     asked["domains"] = (",".join(domains) or None, ",".join(begun.domains))
     asked["option"] = (dict(options) or None, dict(begun.options))
+    for key, value in training.model_dump(exclude_unset=True).items():
+        asked[f"set {key}"] = (value, begun.training.model_dump().get(key))
     for what, (now, then) in asked.items():
         if now is not None and now != then:
             raise UserError(

@@ -161,6 +161,17 @@ def _tokens(data: Mapping[str, Any]) -> str:
 def _recipe_section(manifest: Manifest) -> str:
     if manifest.kind != "generalist":
         return ""
+    run = manifest.config.get("run")
+    if run is not None and (manifest.config.get("mixture") or {}).get("tuned"):
+        tuned = {
+            "from": run.get("base"),
+            "trains": run.get("trains"),
+            "domains": list(run.get("domains", ())),
+        }
+        tuned |= {"options": dict(run["options"])} if run.get("options") else {}
+        return _recipe(
+            "tuned", manifest.name, tuned | {"tokens": manifest.config["mixture"]["tuned"][-1]["tokens"]}
+        )
     settings: dict[str, Any] = {"method": manifest.config.get("method")}
     weights = manifest.config.get("weights")
     if weights:
@@ -171,7 +182,11 @@ def _recipe_section(manifest: Manifest) -> str:
     kind = "merges"
     if manifest.config.get("kind") == "shared":
         kind, settings = "shared", {**settings, "training": dict(manifest.config.get("training", {}))}
-    text = yaml.safe_dump({kind: {manifest.name: settings}}, sort_keys=False, allow_unicode=True)
+    return _recipe(kind, manifest.name, settings)
+
+
+def _recipe(kind: str, name: str, settings: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump({kind: {name: dict(settings)}}, sort_keys=False, allow_unicode=True)
     return f"## Recipe\n\n```yaml\n{text}```"
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from expertctl.experts.proxy import Proxy
     from expertctl.experts.runs import RunSpec
     from expertctl.merge.merging import MergeRun
+    from expertctl.merge.mixture.absence import Absence
     from expertctl.merge.mixture.routing_report import RoutingReport
     from expertctl.merge.plan import MergePlan
 
@@ -378,7 +379,7 @@ class Workspace:
     def tune(
         self,
         name: str,
-        base: str | None = None,
+        base: str | Path | None = None,
         *,
         trains: str | None = None,
         domains: Sequence[str] = (),
@@ -397,6 +398,8 @@ class Workspace:
         from expertctl.experts.tuning import require_same, start_tuning
 
         folder = self.generalists / name
+        base = str(base) if base is not None else None
+        settings = checked(TrainingConfig, training or {}, "training")
         begun = (folder / RUN_FILE).is_file() and not is_finished(folder) and not force
         if not begun:
             if base is None:
@@ -412,11 +415,11 @@ class Workspace:
                 trains=trains or "router",
                 domains=domains,
                 options=options or {},
-                training=checked(TrainingConfig, training or {}, "training"),
+                training=settings,
                 force=force,
             )
         else:
-            require_same(folder, base, trains, domains, options or {})
+            require_same(folder, base, trains, domains, options or {}, settings)
         self._launch([folder], 1, launcher, reporter).raise_for_failures()
         return read_manifest(folder)
 
@@ -479,6 +482,38 @@ class Workspace:
         config = self._merge_config(name, **settings)
         target = Path(output) if output is not None else None
         return plan_merge(self.layout, name, config, output=target, run=run)
+
+    def change_experts(
+        self,
+        model: str,
+        output: str | Path,
+        *,
+        remove: Sequence[str] = (),
+        add: Sequence[str] = (),
+        replace: Mapping[str, str] | None = None,
+        run: MergeRun | None = None,
+    ) -> Manifest:
+        """Write a generalist with other experts, without training, as `output`: a name here, or a folder.
+
+        Experts that join, or take the place of one (`replace`: which one -> by whom), are names or folders.
+        """
+        from expertctl.merge.expert_changes import change_experts
+        from expertctl.merge.mixture.changing import Change
+
+        change = Change(
+            tuple(dict.fromkeys(remove)),
+            {folder.name: folder for folder in map(self.layout.artefact, add)},
+            {name: self.layout.artefact(by) for name, by in (replace or {}).items()},
+        )
+        target = self.layout.generalist(output)
+        return change_experts(self.layout.artefact(model), target, change, layout=self.layout, run=run)
+
+    def absence(self, model: str, expert: str) -> Absence:
+        """Look for an expert in a model: `found` and `merged` are empty and None where nothing of it is there."""
+        from expertctl.merge.mixture.absence import find_expert, find_own_expert
+
+        folder = self.layout.artefact(model)
+        return find_own_expert(folder, expert) or find_expert(folder, self.layout.artefact(expert))
 
     def _merge_config(
         self, name: str, *, options: Mapping[str, Any] | None = None, **settings: Any
@@ -582,9 +617,13 @@ class Workspace:
         temperature: float = 0.8,
         top_p: float = 1.0,
         seed: int = 0,
+        without: Sequence[str] = (),
         shares: bool = False,
     ) -> Generation:
-        """Sample a continuation of `prompt`; with `shares`, also which expert of an ensemble carried each token."""
+        """Sample a continuation of `prompt`; with `shares`, also which expert of an ensemble carried each token.
+
+        `without` names experts of an ensemble or a mixture that are switched off for it.
+        """
         from expertctl.core.generation import generate
 
         return generate(
@@ -594,6 +633,7 @@ class Workspace:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            without=without,
             shares=shares,
         )
 

@@ -6,10 +6,16 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 from flexolmo_workspaces import OWNERS, tune_here
 
 from expertctl import UserError, load_model
-from expertctl.core.lineage import verify
+from expertctl.core.config import TrainingConfig
+from expertctl.core.files import remove_tree
+from expertctl.core.lineage import read_manifest, verify
+from expertctl.experts.runs import read_run
+from expertctl.experts.tuning import require_same, start_tuning
+from expertctl.merge.card import model_card
 from expertctl.workspace import Workspace
 
 
@@ -73,3 +79,52 @@ def test_an_unfinished_tuning_is_gone_on_with_by_its_own_command(merged: Workspa
             merged.layout.artefact("half-tuned")
     finally:
         begun.rmdir()
+
+
+def test_an_unfinished_tuning_goes_on_as_it_began_in_every_setting(merged: Workspace) -> None:
+    folder = start_tuning(
+        merged.layout,
+        merged.config,
+        "goes-on",
+        base="to-tune",
+        trains="router",
+        domains=["prose"],
+        options={},
+        training=TrainingConfig(tokens=512, learning_rate=1e-3),
+    )
+    for training, told in (
+        ({"tokens": 1024}, "--set tokens 512, not 1024"),
+        ({"learning_rate": 1}, "not 1.0"),
+    ):
+        with pytest.raises(UserError, match=told):
+            merged.tune("goes-on", Path("to-tune"), training=training)
+    begun = read_run(folder).training
+    require_same(folder, "to-tune", None, (), {}, TrainingConfig(tokens=512))
+    assert (begun.tokens, begun.learning_rate) == (512, 1e-3)
+    remove_tree(folder)
+
+
+def test_a_tuned_models_card_says_how_it_was_tuned(merged: Workspace) -> None:
+    folder = tune_here(
+        merged, "carded", "to-tune", trains="router", domains=["prose"], training={"tokens": 256}
+    )
+    recipe = model_card(read_manifest(folder)).split("## Recipe")[1].split("```")[1].removeprefix("yaml")
+    assert yaml.safe_load(recipe) == {
+        "tuned": {"carded": {"from": "to-tune", "trains": "router", "domains": ["prose"], "tokens": 256}}
+    }
+
+
+def test_experts_are_changed_looked_for_and_switched_off_from_python(merged: Workspace) -> None:
+    fewer = merged.change_experts("to-tune", "fewer", remove=["means"])
+    assert fewer.config["mixture"]["experts"] == ["public", "prose", "chance"]
+    absence = merged.absence("fewer", "means")
+    assert (absence.found, absence.merged) == ((), None)
+    assert merged.absence("to-tune", "means").found
+    whole = merged.change_experts("fewer", merged.root / "elsewhere", add=["means"])
+    assert whole.config["mixture"]["experts"] == ["public", "prose", "chance", "means"]
+    other = merged.change_experts("fewer", "renewed", replace={"prose": "means"})
+    assert other.config["mixture"]["experts"] == ["public", "prose", "chance"]
+    with pytest.raises(UserError, match="has the name 'prose' already"):
+        merged.change_experts("to-tune", "prose", remove=["means"])
+    said = merged.generate("to-tune", "def ", max_new_tokens=2, without=["means"]).text
+    assert said == merged.generate("fewer", "def ", max_new_tokens=2).text
