@@ -14,9 +14,17 @@ from ..core.errors import UserError, unknown_name
 from .mergekit_models import NamedModels
 from .recipe import Recipe, whole_models
 
-GATES = {"hidden": "prompts", "cheap_embed": "prompt_tokens", "random": "random", "uniform_random": "random"}
-"""Their gate modes, and the router starts that stand for them here."""
+GATES: Mapping[str, tuple[str, Mapping[str, float]]] = {
+    "hidden": ("prompt_states", {}),
+    "hidden_last": ("prompt_states", {}),
+    "hidden_avg": ("prompt_states", {"average": 1}),
+    "cheap_embed": ("prompt_tokens", {}),
+    "random": ("random", {"deviation": 1.0}),
+    "uniform_random": ("linear", {}),
+}
+"""Their gate modes, and the router starts and options that are the same here."""
 ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+_FROM_PROMPTS = ("prompt_states", "prompt_tokens")
 _SEED = "base"
 
 
@@ -52,18 +60,22 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
         raise UserError(
             f"{named.at('gate_mode')}: {unknown_name('gate_mode', file.gate_mode, GATES, listed_as='there are')}"
         )
+    router, router_options = GATES[file.gate_mode]
     base = named.model(file.base_model, ("base_model",))
     models = {_SEED: named.models[base]}
     own: dict[str, dict[str, Any]] = {}
     for number, expert in enumerate(file.experts):
         name = _free(named.model(expert.source_model, ("experts", number, "source_model")), own)
-        if GATES[file.gate_mode] in ("prompts", "prompt_tokens"):
+        if router in _FROM_PROMPTS:
             _require_prompts(expert, file.gate_mode, named.at("experts", number))
         models[name] = named.models[name.partition("#")[0]]
         prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
         own[name] = {key: list(value) for key, value in prompts.items() if value}
+    if router in _FROM_PROMPTS:
+        _require_different_prompts(own, named.at("experts"))
     options = {
-        "router": GATES[file.gate_mode],
+        "router": router,
+        "router_options": dict(router_options),
         "top_k": file.experts_per_token,
         "discard": True,  # attention, norms and embeddings are the base's there too
         "target": _target(file, named),
@@ -96,6 +108,15 @@ def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
                 raise UserError(f"{named.at('experts', number, key)}: '{key}' is not supported")
 
 
+def _require_different_prompts(own: Mapping[str, Mapping[str, Any]], at: str) -> None:
+    prompts = list(own.values())
+    if len(prompts) > 1 and all(one == prompts[0] for one in prompts):
+        raise UserError(
+            f"{at}: the prompts of all experts are the same, so that nothing tells them apart; change them, or take "
+            "gate_mode: random"
+        )
+
+
 def _require_prompts(expert: _Expert, mode: str, at: str) -> None:
     if not any(prompt.strip() for prompt in expert.positive_prompts or ()):
         raise UserError(
@@ -114,9 +135,10 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 def _target(file: _MoeFile, named: NamedModels) -> str:
     if file.architecture is None:
         return "auto"
-    if file.architecture not in ARCHITECTURES:
+    wanted = file.architecture.lower().removesuffix("moe").strip()
+    if wanted not in ARCHITECTURES:
         raise UserError(
             f"{named.at('architecture')}: "
             f"{unknown_name('architecture', file.architecture, ARCHITECTURES, listed_as='there are')}"
         )
-    return ARCHITECTURES[file.architecture]
+    return ARCHITECTURES[wanted]

@@ -6,14 +6,8 @@ from ..core.hookspecs import hookimpl
 from ..core.types import MergeMethod, Router
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
-from ..merge.mixture.router_rows import (
-    embedding_rows,
-    hidden_rows,
-    prompt_rows,
-    prompt_token_rows,
-    random_rows,
-    uniform_rows,
-)
+from ..merge.mixture.prompt_rows import prompt_rows, prompt_state_rows, prompt_token_rows
+from ..merge.mixture.router_rows import embedding_rows, hidden_rows, linear_rows, random_rows, uniform_rows
 from ..merge.mixture.switching import without_experts
 
 
@@ -43,9 +37,16 @@ def merge_methods() -> list[MergeMethod]:
 def routers() -> list[Router]:
     return [
         Router("random", "normal rows, drawn by a seed", random_rows),
+        Router("linear", "even numbers, as a linear layer of torch begins, drawn by a seed", linear_rows),
         Router("uniform", "rows of 0: all experts alike", uniform_rows),
         Router("embedding", "the rows that experts were trained with (flexolmo)", embedding_rows),
         Router("prompts", "hidden states of positive and negative prompts", prompt_rows, uses_model=True),
+        Router(
+            "prompt_states",
+            "what layers are given at the last token of prompts, as mergekit-moe has it",
+            prompt_state_rows,
+            uses_model=True,
+        ),
         Router(
             "prompt_tokens",
             "token embeddings of prompts, the same in every layer",

@@ -1,4 +1,4 @@
-"""Ways to begin a mixture's router: drawn, equal, from what experts bring, from prompts, from validation text.
+"""Ways to begin a mixture's router: drawn, equal, from what experts bring, from validation text.
 
 Shapes: L = layers, E = experts, d = width.
 """
@@ -6,7 +6,7 @@ Shapes: L = layers, E = experts, d = width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ...core.errors import UserError
 from ...core.types import RouterInputs, RouterStart
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 ROUTER_FILE = "router.safetensors"
@@ -39,14 +40,29 @@ def random_rows(inputs: RouterInputs) -> RouterStart:
 
     An expert's row is drawn by `seed` and its name, so that it is the same whoever else is in the mixture.
     """
+    chosen = options_of(inputs, {"seed": 0, "deviation": 0.02}, "random")
+    return _drawn(
+        inputs, chosen["seed"], lambda source, shape: source.standard_normal(shape) * chosen["deviation"]
+    )
+
+
+def linear_rows(inputs: RouterInputs) -> RouterStart:
+    """Return rows as a new `torch.nn.Linear` has them: even between -b and b, with b = 1 / sqrt(d); drawn as above."""
+    chosen = options_of(inputs, {"seed": 0}, "linear")
+    bound = inputs.width**-0.5
+    return _drawn(inputs, chosen["seed"], lambda source, shape: source.uniform(-bound, bound, shape))
+
+
+def _drawn(
+    inputs: RouterInputs, seed: float, draw: Callable[[np.random.Generator, tuple[int, int]], NDArray[Any]]
+) -> RouterStart:
     import numpy as np
 
-    chosen = options_of(inputs, {"seed": 0, "deviation": 0.02}, "random")
     rows = np.empty((inputs.num_layers, len(inputs.experts), inputs.width), np.float32)
     for number, name in enumerate(inputs.experts):
-        key = hashlib.sha256(f"{int(chosen['seed'])}:{name}".encode()).digest()
+        key = hashlib.sha256(f"{int(seed)}:{name}".encode()).digest()
         source = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
-        rows[:, number] = source.standard_normal((inputs.num_layers, inputs.width)) * chosen["deviation"]
+        rows[:, number] = draw(source, (inputs.num_layers, inputs.width))
     return RouterStart(rows)
 
 
@@ -125,84 +141,6 @@ def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
         if not np.isfinite(found[key]).all():
             raise UserError(f"the router {key} of expert '{name}' ({path}) are not finite; train it again")
     return found
-
-
-def prompt_rows(inputs: RouterInputs) -> RouterStart:
-    """Return the mean hidden state of each expert's positive prompts, less that of its negative ones, of length 1.
-
-    Prompts stand in the merge's options: `positive_prompts: {code: [...]}`. Hidden states are what the seed gives
-    its feed-forwards, averaged over a prompt's tokens; no padding is involved.
-    """
-    from ...core.feed_forwards import input_moments
-    from ...core.loading import load_model
-
-    options_of(inputs, {}, "prompts")
-    model, tokenizer = load_model(inputs.seed, dtype="float32")
-    return _from_prompts(inputs, tokenizer, lambda ids: input_moments(model, [ids]).mean.numpy(), "prompts")
-
-
-def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
-    """Return the mean token embedding of each expert's prompts, of length 1, the same in every layer.
-
-    Cheap, since no model runs; says little of what deeper layers see.
-    """
-    from ...core.loading import load_tokenizer
-    from ...core.safetensors_io import Checkpoint
-    from ..reading import Reader
-    from ..sources import StoredTensor, embedding_name
-
-    options_of(inputs, {}, "prompt_tokens")
-    entries = Checkpoint.of_folder(inputs.seed).entries
-    name = embedding_name(entries)
-    if name is None:
-        raise UserError(f"{inputs.seed} has no token embedding that is known by its name")
-    with Reader() as reader:
-        embedding = reader.whole(StoredTensor(entries[name], name=name))
-    tokenizer = load_tokenizer(inputs.seed)
-    return _from_prompts(inputs, tokenizer, lambda ids: embedding[ids].mean(axis=0), "prompt_tokens")
-
-
-def _from_prompts(
-    inputs: RouterInputs, tokenizer: Any, embed: Callable[[NDArray[Any]], NDArray[Any]], router: str
-) -> RouterStart:
-    """Return rows from what `embed` makes of each prompt's tokens."""
-    import numpy as np
-
-    def mean_of(prompts: Sequence[str]) -> NDArray[Any]:
-        blocks = [np.asarray(tokenizer(text)["input_ids"], dtype=np.int64) for text in prompts]
-        found: NDArray[Any] = np.mean([embed(block) for block in blocks if block.size], axis=0)
-        return found
-
-    rows = np.zeros((inputs.num_layers, len(inputs.experts), inputs.width))
-    for number, name in enumerate(inputs.experts):
-        given = inputs.own.get(name, {})
-        positive = prompts_of(given, "positive_prompts", name)
-        if not positive:
-            raise UserError(
-                f"router start '{router}' needs positive_prompts for '{name}'; give them under the merge's options, or "
-                "choose another start"
-            )
-        rows[:, number] = _unit(mean_of(positive))
-        negative = prompts_of(given, "negative_prompts", name)
-        if negative:
-            rows[:, number] -= _unit(mean_of(negative))
-    return RouterStart(_unit(rows).astype(np.float32))
-
-
-def prompts_of(given: Mapping[str, Any], key: str, name: str) -> list[str]:
-    """Return an expert's prompts; raises `UserError` for anything but a list of texts."""
-    prompts = given.get(key, [])
-    if not isinstance(prompts, list | tuple) or not all(isinstance(one, str) and one for one in prompts):
-        raise UserError(f"{key} of '{name}' are no list of texts")
-    return list(prompts)
-
-
-def _unit(rows: NDArray[Any]) -> NDArray[Any]:
-    import numpy as np
-
-    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
-    scaled: NDArray[Any] = rows / np.where(lengths > 0, lengths, 1)
-    return scaled
 
 
 def hidden_rows(inputs: RouterInputs) -> RouterStart:

@@ -48,7 +48,9 @@ def read(tmp_path: Path) -> Any:
     return call
 
 
-@pytest.mark.parametrize("mode", ["hidden", "cheap_embed", "random", "uniform_random"])
+@pytest.mark.parametrize(
+    "mode", ["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
+)
 def test_every_gate_mode_makes_a_mixture(read: Any, tmp_path: Path, mode: str) -> None:
     manifest = merge_recipe(read(gate_mode=mode), tmp_path / "out")
     assert manifest.config["mixture"]["experts"] == ["a", "b"]
@@ -83,7 +85,10 @@ def test_one_model_may_be_several_experts(read: Any, tmp_path: Path) -> None:
 
 
 def test_dtype_and_architecture(read: Any, tmp_path: Path) -> None:
-    merge_recipe(read(gate_mode="random", dtype="bfloat16", architecture="mixtral"), tmp_path / "out")
+    recipe = read(gate_mode="random", dtype="bfloat16", architecture="Mixtral")
+    merge_recipe(recipe, tmp_path / "out")
+    gate = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.block_sparse_moe.gate.weight"]
+    assert gate.float().std() == pytest.approx(1, rel=0.4)  # as theirs
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
         torch.bfloat16
     }
@@ -96,6 +101,10 @@ def test_dtype_and_architecture(read: Any, tmp_path: Path) -> None:
         ({"shared_experts": [{"source_model": "a"}]}, r"moe.yml:\d+: 'shared_experts' is not supported"),
         ({"experts": [{**PROMPTS[0], "noise_scale": 0.1}]}, "'noise_scale' is not supported"),
         ({"architecture": "deepseek"}, "no architecture 'deepseek'"),
+        (
+            {"experts": [PROMPTS[0], {**PROMPTS[0], "source_model": "b"}]},
+            r"moe.yml:\d+: the prompts of all experts are the same",
+        ),
         ({"experts": [{"source_model": "nowhere"}]}, "there is no folder nowhere"),
         ({"expert_per_token": 2}, "unknown key 'expert_per_token'; did you mean 'experts_per_token'"),
     ],

@@ -13,10 +13,11 @@ from expertctl import UserError, load_model
 from expertctl.core.feed_forwards import feed_forwards, input_moments
 from expertctl.core.types import RouterInputs, RouterStart, ValidationText
 from expertctl.merge.mixture.mixing import settle_bias
+from expertctl.merge.mixture.prompt_rows import prompt_rows, prompt_state_rows, prompt_token_rows
 from expertctl.merge.mixture.router_rows import (
     embedding_rows,
     hidden_rows,
-    prompt_rows,
+    linear_rows,
     random_rows,
     uniform_rows,
 )
@@ -71,6 +72,15 @@ def test_a_random_row_depends_on_seed_and_name_alone(model_folder: Path) -> None
     assert wide.std() == pytest.approx(0.02, rel=0.05)
 
 
+def test_linear_rows_are_spread_as_torch_spreads_them(model_folder: Path) -> None:
+    many = {str(number): None for number in range(500)}
+    rows = linear_rows(inputs(model_folder, many)).rows
+    fresh = torch.nn.Linear(16, 4000).weight.detach().numpy()
+    assert np.abs(rows).max() <= 0.25
+    assert rows.std() == pytest.approx(fresh.std(), rel=0.02)
+    np.testing.assert_array_equal(rows[:, 7], linear_rows(inputs(model_folder, {"7": None})).rows[:, 0])
+
+
 def test_uniform_rows_are_zero(model_folder: Path) -> None:
     assert not uniform_rows(inputs(model_folder)).rows.any()
 
@@ -110,6 +120,64 @@ def test_prompts_are_means_of_hidden_states_of_length_one(model_folder: Path) ->
     expected = mean("Whereas the parties")
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
     np.testing.assert_allclose(rows[:, 1], expected, rtol=1e-4, atol=1e-5)
+
+
+PROMPTS = {
+    "a": {"positive_prompts": ["def area(width):", "return x"], "negative_prompts": ["whereas the", "x"]},
+    "b": {"positive_prompts": ["Whereas the parties"]},
+}
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_states_of_prompts_are_mergekits(model_folder: Path, average: bool) -> None:
+    found = prompt_state_rows(inputs(model_folder, own=PROMPTS, options={"average": int(average)})).rows
+    model, tokenizer = load_model(model_folder, dtype="float32")
+
+    def side(prompts: list[str]) -> torch.Tensor:
+        states = []
+        for text in prompts:
+            given = tokenizer(
+                (tokenizer.bos_token or "") + text, add_special_tokens=False, return_tensors="pt"
+            )
+            layers = torch.stack(model(**given, output_hidden_states=True).hidden_states[:-1])[:, 0].double()
+            states.append(layers.mean(dim=1) if average else layers[:, -1])
+        return torch.stack(states).mean(dim=0)
+
+    for number, one in enumerate(PROMPTS.values()):
+        row = side(one["positive_prompts"])
+        if "negative_prompts" in one:
+            row = row - side(one["negative_prompts"])
+        expected = (row / row.norm(dim=-1, keepdim=True)).detach().numpy()
+        np.testing.assert_allclose(found[:, number], expected, atol=1e-5)
+
+
+def test_embeddings_of_prompts_are_mergekits(model_folder: Path) -> None:
+    found = prompt_token_rows(inputs(model_folder, own=PROMPTS)).rows
+    model, tokenizer = load_model(model_folder, dtype="float32")
+
+    def side(prompts: list[str]) -> torch.Tensor:
+        total = torch.zeros(16, dtype=torch.float64)
+        for text in prompts:
+            given = tokenizer(
+                (tokenizer.bos_token or "") + text, add_special_tokens=False, return_tensors="pt"
+            )
+            total += model.get_input_embeddings()(given["input_ids"])[0].double().sum(dim=0)
+        return total / total.norm()
+
+    for number, one in enumerate(PROMPTS.values()):
+        row = side(one["positive_prompts"])
+        if "negative_prompts" in one:
+            row = row - side(one["negative_prompts"])
+        expected = (row / row.norm()).detach().numpy()
+        for layer in range(2):
+            np.testing.assert_allclose(found[layer, number], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", [prompt_rows, prompt_state_rows, prompt_token_rows])
+def test_prompts_that_cancel_are_refused(model_folder: Path, router: Any) -> None:
+    own = {"a": {"positive_prompts": ["x y"], "negative_prompts": ["x y"]}, "b": {"positive_prompts": ["z"]}}
+    with pytest.raises(UserError, match="positive and negative prompts of 'a' say the same"):
+        router(inputs(model_folder, own=own))
 
 
 @pytest.mark.parametrize(
