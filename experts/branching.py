@@ -85,7 +85,10 @@ def parent_digests(layout: Layout, start: Mapping[str, float], base: str | None 
     """
     digests = {"seed": read_manifest(layout.seed).digest}
     if base not in (None, "seed"):
-        digests[base] = read_manifest(layout.artefact(base)).digest
+        manifest = read_manifest(layout.artefact(base))
+        digests[base] = manifest.digest
+        if "config.json" in manifest.files:  # the same tensors may be run in another way: top-k, gates
+            digests[f"{base}/config.json"] = manifest.files["config.json"]
     for name in start:
         if name != "seed":
             manifest = read_manifest(layout.experts / name)

@@ -73,7 +73,7 @@ def read_run(folder: Path) -> RunSpec:
     except (KeyError, TypeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise UserError(
-            f"{folder / RUN_FILE} is damaged ({first}); delete {folder} and branch again"
+            f"{folder / RUN_FILE} is damaged ({first}); delete {folder} and begin again"
         ) from None
 
 

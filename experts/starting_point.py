@@ -51,7 +51,7 @@ def _require_same_parents(run: RunInputs) -> None:
     for name, digest in run.spec.parents.items():
         if found.get(name) != digest:
             raise UserError(
-                f"'{name}' was made again since '{run.spec.name}' was branched from it; branch again with --force"
+                f"'{name}' was made again since '{run.spec.name}' began from it; begin again with --force"
             )
 
 

@@ -111,7 +111,7 @@ def _require_finite(report: StepReport) -> None:
     if not (math.isfinite(float(report.loss)) and math.isfinite(float(report.gradient_norm))):
         raise UserError(
             f"training diverged: loss {float(report.loss)}, gradient norm {float(report.gradient_norm)} at step "
-            f"{report.step}; branch again with a lower learning_rate, or with clip set"
+            f"{report.step}; begin again with a lower learning_rate, or with clip set"
         )
 
 

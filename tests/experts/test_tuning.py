@@ -14,6 +14,7 @@ from expertctl.core.config import TrainingConfig
 from expertctl.core.files import remove_tree
 from expertctl.core.lineage import read_manifest, verify
 from expertctl.experts.runs import read_run
+from expertctl.experts.training_run import train_run
 from expertctl.experts.tuning import require_same, start_tuning
 from expertctl.merge.card import model_card
 from expertctl.workspace import Workspace
@@ -128,3 +129,25 @@ def test_experts_are_changed_looked_for_and_switched_off_from_python(merged: Wor
         merged.change_experts("to-tune", "prose", remove=["means"])
     said = merged.generate("to-tune", "def ", max_new_tokens=2, without=["means"]).text
     assert said == merged.generate("fewer", "def ", max_new_tokens=2).text
+
+
+def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> None:
+    settings = {"method": "flexolmo", "experts": OWNERS}
+    merged.merge("remade", options={"top_k": 2}, **settings)
+    folder = start_tuning(
+        merged.layout,
+        merged.config,
+        "of-remade",
+        base="remade",
+        trains="router",
+        domains=["prose"],
+        options={},
+        training=TrainingConfig(tokens=256),
+    )
+    before = read_manifest(merged.generalists / "remade").digest
+    merged.merge("remade", options={"top_k": 1}, force=True, **settings)
+    assert read_manifest(merged.generalists / "remade").digest == before, "the tensors are the same"
+    with pytest.raises(
+        UserError, match=r"'remade/config\.json' was made again since 'of-remade' began from it"
+    ):
+        train_run(folder, lambda record: None, lambda: False)
