@@ -51,6 +51,26 @@ def test_a_key_that_is_left_out_is_the_dense_class_s_default(family: str) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_usual_is_filled_in_without_transformers(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = whole(family)
+    left_out = {
+        "max_position_embeddings": None,
+        "num_key_value_heads": None,
+        "rms_norm_eps": None,
+        "rope_parameters": None,
+        "tie_word_embeddings": None,
+    }
+    short = {key: value for key, value in dense.items() if key not in left_out}
+    read = AutoConfig.for_model(**short).to_dict()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    stated = with_all_stated(short)
+    for key in left_out.keys() - {"tie_word_embeddings"}:
+        assert stated[key] == read[key], key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_configuration_is_taken_as_it_is(family: str) -> None:
     dense = whole(family)
     assert with_all_stated(dense) is dense
