@@ -106,6 +106,8 @@ def _title(parent: Parent) -> str:
 
 
 def _mixture_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    from ..merge.history import history_of
+
     record = manifest.config.get("mixture") or {}
     facts = []
     if "target" in record:
@@ -115,8 +117,9 @@ def _mixture_facts(manifest: Manifest) -> list[tuple[str, str]]:
     facts += [
         ("tuned", f"{one['trains']} on {', '.join(one['domains'])}, {number(one['tokens'])} tokens")
         for one in record.get("tuned", ())
+        if not one.get("left")
     ]
-    facts += [(one["what"], f"{one['expert']} on {one['when']}") for one in record.get("history", ())]
+    facts += [(one["what"], f"{one['expert']} on {one['when']}") for one in history_of(manifest)]
     return facts
 
 

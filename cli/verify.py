@@ -68,15 +68,18 @@ def _absence(session: Session, folder: Path, expert: str) -> Absence:
 
 
 def _absence_lines(name: str, one: Absence) -> str:
-    verdict = (
-        f"{name}: '{one.expert}' was trained in it, and {'is there' if one.merged else 'has left'}"
-        if not one.compared
-        else f"{name}: no tensor of '{one.expert}' is in it ({one.compared} looked for)"
-        if not one.found
-        else f"{name}: {len(one.found)} of {one.compared} tensors of '{one.expert}' are in it, such as {one.found[0]}"
-    )
     lines = [*([f"by its manifest, {one.merged}"] if one.merged else []), *one.traces]
-    return "\n".join([verdict, *(f"  {line}" for line in lines)])
+    return "\n".join([f"{name}: {_verdict(one)}", *(f"  {line}" for line in lines)])
+
+
+def _verdict(one: Absence) -> str:
+    if one.made_in_it:
+        return f"'{one.expert}' was trained in it, and {'is there' if one.merged else 'has left'}"
+    if one.found:
+        return (
+            f"{len(one.found)} of {one.compared} tensors of '{one.expert}' are in it, such as {one.found[0]}"
+        )
+    return f"no tensor of '{one.expert}' is in it ({one.compared} looked for)"
 
 
 def _problems(folder: Path) -> list[str]:

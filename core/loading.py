@@ -116,9 +116,9 @@ def _without(
         if name not in experts:
             raise unknown_name("expert", name, experts, listed_as="the model has")
         if averaged and name in parents:
+            remedy = "" if mixture.get("tuned") else "; `expertctl expert remove` makes it again without"
             warnings.warn(
-                f"all but its feed-forwards is the mean of its experts, '{name}' included; `expertctl expert remove` makes it "
-                "again without",
+                f"all but its feed-forwards is the mean of its experts, '{name}' included{remedy}",
                 stacklevel=3,
             )
         for tuning in mixture.get("tuned", ()):

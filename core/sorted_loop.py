@@ -70,7 +70,7 @@ def _runs_here(module: Any, hidden_Nd: Tensor) -> bool:
         hidden_Nd.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and _is_plain(module)
+        and _is_plain(module)  # others have no `gate_up_proj` to ask
         and hidden_Nd.dtype == module.gate_up_proj.dtype
     )
 
@@ -87,7 +87,7 @@ def _is_plain(module: Any) -> bool:
 
 def use_sorted_loop(model: PreTrainedModel) -> None:
     """Make a model's experts run like this on a CPU, wherever it is the faster way (`examples/benchmarks/mixture.py`)."""
-    here = False
+    any_runs_here = False
     for module in model.modules():
         choose_before_softmax(module)
         experts: Any = getattr(module, "experts", None)
@@ -96,10 +96,10 @@ def use_sorted_loop(model: PreTrainedModel) -> None:
                 if isinstance(part, nn.Linear):
                     lay_out_for_few_rows(part.weight)
         elif isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter) and _is_plain(experts):
-            here = True
+            any_runs_here = True
             lay_out_for_few_rows(experts.gate_up_proj)
             lay_out_for_few_rows(experts.down_proj)
-    if here and model._can_set_experts_implementation():
+    if any_runs_here and model._can_set_experts_implementation():
         register_sorted_loop()
         model.set_experts_implementation(NAME)
 

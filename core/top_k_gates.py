@@ -32,7 +32,7 @@ def choose_before_softmax(router: nn.Module) -> None:
 
 
 def gates_sum_to_one(router: nn.Module) -> bool:
-    """Tell whether the gates of a token's experts do: those of a single one are then 1, whatever the router's logits."""
+    """Tell whether a router's gates sum to one; the gate of a single expert is then 1, whatever its logit."""
     if type(router).__name__ == _ALWAYS_NORMALIZES:
         return True
     return bool(getattr(router, "norm_topk_prob", getattr(router, "normalized", False)))

@@ -143,7 +143,9 @@ class TrainablePart:
     tell_step: Callable[[int], None] | None = None
     """Told before each optimiser step how many were done."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What the manifest of a generalist says besides: `method`, `kind`, `weights` ...; under `tuning`, of this training."""
+    """What the manifest of a generalist says besides: `method`, `kind`, `weights` ... What stands under `tuning` is
+    laid over what it says of this training: `made`, names of experts that came to be in it; `began_as`, what they are copies of
+    where they alone trained."""
     measures: Callable[[], Mapping[str, float]] | None = None
     """Returns what is worth logging of the last forward pass, beside its loss; called when a step is logged."""
     shares: Mapping[str, float] | None = None
@@ -202,8 +204,9 @@ class Trainer:
     restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None
     """`restore(model, folder)` makes the starting model into what was trained, from an expert's folder; None: the
     expert's tensors go over those of the same name."""
-    require: Callable[[Path], None] | None = None
-    """Raises `UserError` for the folder of a generalist that it cannot train, before a run is set up."""
+    require: Callable[[Path, Any, Sequence[str]], None] | None = None
+    """`require(folder, options, domains)` raises `UserError` for a generalist, options or domains that it cannot train,
+    before a run is set up and anything is replaced."""
     changes: Literal["all", "feed_forward"] = "all"
     """Which of the starting model's tensors can come out changed: an expert that someone else trained is held to it."""
 

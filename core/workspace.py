@@ -108,7 +108,7 @@ class Layout:
             return path.resolve()
         for parent, how in (
             (self.experts, f"`expertctl train {name}`"),
-            (self.baselines, "`expertctl baseline`"),
+            (self.baselines, "its `expertctl baseline` command"),
             (self.generalists, f"`expertctl tune {name}`"),
         ):
             if (parent / name).is_dir():

@@ -83,12 +83,15 @@ def parent_digests(layout: Layout, start: Mapping[str, float], base: str | None 
 
     Raises `UserError` for an expert of another seed.
     """
-    digests = {"seed": read_manifest(layout.seed).digest}
+    whole = {"seed": layout.seed}
     if base not in (None, "seed"):
-        manifest = read_manifest(layout.artefact(base))
-        digests[base] = manifest.digest
-        if "config.json" in manifest.files:  # the same tensors may be run in another way: top-k, gates
-            digests[f"{base}/config.json"] = manifest.files["config.json"]
+        whole[base] = layout.artefact(base)
+    digests = {}
+    for name, folder in whole.items():
+        manifest = read_manifest(folder)
+        digests[name] = manifest.digest
+        if "config.json" in manifest.files:  # the same tensors may be run in another way: rope, top-k, gates
+            digests[f"{name}/config.json"] = manifest.files["config.json"]
     for name in start:
         if name != "seed":
             manifest = read_manifest(layout.experts / name)

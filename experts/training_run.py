@@ -13,7 +13,7 @@ from ..core.files import clear_leftovers, remove_tree
 from ..core.options import parse_options
 from ..core.scoring import token_log_probs
 from ..core.token_store import BalancedUnion, SharedUnion, TokenBlocks
-from ..core.types import ExpertFinished, Trainer
+from ..core.types import ExpertFinished, TrainablePart, Trainer, TrainingText
 from .checkpointing import restore_latest, save_checkpoint
 from .finishing import write_artefact
 from .metrics_log import MetricsLog, Tell
@@ -43,12 +43,7 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains, run.plugins)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
-    try:
-        loop = _loop(run, trainer, model, options)
-    except UserError:
-        if run.spec.kind == "generalist" and not (folder / STATE_FOLDER).exists():
-            remove_tree(folder)  # nothing was trained: its name is free for another try
-        raise
+    loop = _loop(run, trainer, model, options)
     part = loop.part
     inherit_optimiser(run, loop)
     begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
@@ -68,16 +63,28 @@ def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any
     dp, training = run.spec.dp, run.spec.training
     if dp is None:
         text = (training_text(run),) if trainer.uses_text else ()
-        part = trainer.prepare(model, options, *text)
+        part = _prepared(run, trainer, model, options, *text)
         return TrainingLoop(part, training_blocks(run, part.shares), training)
     require_opacus()
     source = noise_source(dp, training, run.folder / STATE_FOLDER)
     releases = Releases(source, dp.embedding_noise)
     text = (training_text(run, releases),) if trainer.uses_text else ()
-    part = trainer.prepare(model, options, *text)
+    part = _prepared(run, trainer, model, options, *text)
     blocks = training_blocks(run)
     assert not isinstance(blocks, BalancedUnion | SharedUnion), "an expert is of one domain"
     return private_loop(part, blocks, training, dp, source, releases)
+
+
+def _prepared(
+    run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any, *text: TrainingText
+) -> TrainablePart:
+    """Return what the trainer says trains; where it refuses, a tuning that never began leaves its name free."""
+    try:
+        return trainer.prepare(model, options, *text)
+    except UserError:
+        if run.spec.kind == "generalist" and not (run.folder / STATE_FOLDER).exists():
+            remove_tree(run.folder)
+        raise
 
 
 def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callable[[], bool]) -> StepReport:

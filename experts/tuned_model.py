@@ -51,6 +51,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mappin
     tensors, files = digests_of_folder(run.folder)
     own = {domain.name: domain.statement() for domain in run.domains}
     tuning = {
+        "name": spec.name,
         "trains": spec.trains,
         "options": dict(spec.options),
         "domains": {name: statement.get("digest") for name, statement in own.items()},
@@ -62,10 +63,7 @@ def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mappin
         key: value for key, value in base.config.items() if key not in ("recipe", "shard_bytes", "training")
     }
     mixture = {**(config.get("mixture") or {}), **described.get("mixture", {})}
-    experts = list(mixture.get("experts") or config.get("weights", ()))
-    tuning["experts"] = experts
-    before = {*base.config.get("weights", ()), *(base.config.get("mixture") or {}).get("experts", ())}
-    tuning["made"] = [name for name in experts if name not in before]
+    tuning["experts"] = list(mixture.get("experts") or config.get("weights", ()))
     tuning |= described.get("tuning", {})
     mixture["tuned"] = [*mixture.get("tuned", ()), tuning]
     own_parent = Parent.of(base, spec.base or "seed")

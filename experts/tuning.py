@@ -31,15 +31,15 @@ def require_same(
 ) -> None:
     """Raise `UserError` where an unfinished tuning is another than the one that is asked for; None and nothing ask nothing."""
     begun = read_run(folder)
-    asked: dict[str, tuple[Any, Any]] = {"from": (base, begun.base), "trains": (trains, begun.trains)}
-    asked["domains"] = (",".join(domains) or None, ",".join(begun.domains))
-    asked["option"] = (dict(options) or None, dict(begun.options))
+    asked: dict[str, tuple[Any, Any]] = {"--from": (base, begun.base), "--trains": (trains, begun.trains)}
+    asked["--domains"] = (",".join(domains) or None, ",".join(begun.domains))
+    asked["--option"] = (dict(options) or None, dict(begun.options))
     for key, value in training.model_dump(exclude_unset=True).items():
-        asked[f"set {key}"] = (value, begun.training.model_dump().get(key))
+        asked[f"training.{key}"] = (value, begun.training.model_dump().get(key))
     for what, (now, then) in asked.items():
         if now is not None and now != then:
             raise UserError(
-                f"an unfinished tuning '{folder.name}' is there, with --{what} {then}, not {now}; go on with `expertctl tune "
+                f"an unfinished tuning '{folder.name}' is there, with {what} {then}, not {now}; go on with `expertctl tune "
                 f"{folder.name}`, or begin again with --force"
             )
 
@@ -74,9 +74,9 @@ def start_tuning(
         raise UserError("say what text to train on: --domains A,B")
     for domain in domains:
         domain_config(project, domain)
-    parse_options(trainer.options, options, f"trainer '{trainer.name}'")
+    chosen = parse_options(trainer.options, options, f"trainer '{trainer.name}'")
     if trainer.require is not None:
-        trainer.require(start)
+        trainer.require(start, chosen, domains)
     settings = project.training_of(training)
     if settings.schedule_begin is None:
         settings = settings.model_copy(update={"schedule_begin": 0.0})
@@ -116,5 +116,5 @@ def _require_tunable(start: Path, trainer: Trainer) -> None:
     kind = manifest.config.get("kind") if manifest is not None else None
     if kind in ("ensemble", "stitched"):
         raise UserError(
-            f"'{start.name}' is {kind} and holds several models, and trainer '{trainer.name}' trains one; name another with --from"
+            f"'{start.name}' is of kind {kind} and holds several models, and trainer '{trainer.name}' trains one; name another with --from"
         )

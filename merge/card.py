@@ -107,6 +107,7 @@ def _trained_since(manifest: Manifest) -> str:
     tuned = [
         f"Its {one['trains']} was then trained on {', '.join(one['domains'])} ({one['tokens']:,} tokens)."
         for one in mixture.get("tuned", ())
+        if not one.get("left")
     ]
     changes = [f"`{one['expert']}` {one['what']} on {one['when']}." for one in history_of(manifest)]
     return " ".join([*(tuned or ["No training happened in the merge."]), *changes])
@@ -162,16 +163,17 @@ def _recipe_section(manifest: Manifest) -> str:
     if manifest.kind != "generalist":
         return ""
     run = manifest.config.get("run")
-    if run is not None and (manifest.config.get("mixture") or {}).get("tuned"):
+    tunings = (manifest.config.get("mixture") or {}).get("tuned")
+    if tunings:
+        if run is None or run["name"] != manifest.name:
+            return ""  # it was changed since: no recipe makes it in one go
         tuned = {
             "from": run.get("base"),
             "trains": run.get("trains"),
             "domains": list(run.get("domains", ())),
         }
         tuned |= {"options": dict(run["options"])} if run.get("options") else {}
-        return _recipe(
-            "tuned", manifest.name, tuned | {"tokens": manifest.config["mixture"]["tuned"][-1]["tokens"]}
-        )
+        return _recipe("tuned", manifest.name, tuned | {"tokens": tunings[-1]["tokens"]})
     settings: dict[str, Any] = {"method": manifest.config.get("method")}
     weights = manifest.config.get("weights")
     if weights:

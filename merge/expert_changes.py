@@ -20,7 +20,6 @@ from ..core.files import (
 )
 from ..core.lineage import (
     Manifest,
-    digest_of_file,
     digest_of_tensors,
     digests_of_folder,
     read_manifest,
@@ -76,8 +75,8 @@ def change_experts(
             "of single experts; merge again with other --experts"
         )
     recipe = recipe_without_and_with(manifest, folder, change, layout, models or {})
-    merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=how)
-    return _note_history(output, [*history_of(manifest), *history(manifest, change)])
+    events = [*history_of(manifest), *history(manifest, change)]
+    return merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=how, history=events)
 
 
 def _changes_by_itself(manifest: Manifest, change: Change) -> bool:
@@ -168,19 +167,26 @@ def _without(manifest: Manifest, change: Change, name: str, config: Mapping[str,
     shares = dict(zip(config["experts"], config["prior"], strict=True))
     record["experts"] = list(shares)
     record["history"] = [*record.get("history", ()), *history(manifest, change)]
+    made = {one for tuning in record.get("tuned", ()) for one in tuning.get("made", ())}
     if "tuned" in record:  # an expert that trained alone takes along all that has seen its text
-        record["tuned"] = [one for one in record["tuned"] if not _is_gone(one, change.remove)]
+        record["tuned"] = [
+            {**one, "left": True} if _is_gone(one, change.remove) else one for one in record["tuned"]
+        ]
+    left = {one["name"] for one in record.get("tuned", ()) if one.get("left")}
     parents = tuple(
-        replace(parent, weight=shares[parent.name]) if parent.name in shares else parent
+        replace(parent, weight=shares[parent.name])
+        if parent.name in shares and parent.name not in made
+        else parent
         for parent in manifest.parents
         if parent.name not in change.remove
+        or parent.name in made  # of what it was trained from, not of the expert
     )
     return replace(
         manifest,
         name=name,
         parents=parents,
         config={**manifest.config, "weights": shares, "mixture": record},
-        data={key: value for key, value in manifest.data.items() if key not in change.remove},
+        data={key: value for key, value in manifest.data.items() if key not in {*change.remove, *left}},
     )
 
 
@@ -218,7 +224,8 @@ def recipe_without_and_with(
     names = [name for name in recipe["models"] if name not in gone]
     content = {**recipe, "models": [*names, *change.add], "slices": slices}
     if manifest.config.get("mixture"):
-        content["scopes"] = [_with_no_more(scope, len(slices[0]["sources"])) for scope in recipe["scopes"]]
+        count = len(manifest.config["mixture"]["experts"]) - len(gone) + len(change.add)
+        content["scopes"] = [_with_possible_top_k(scope, count) for scope in recipe["scopes"]]
     given = {**models, **change.replace, **change.add}
     found = locate(content, folder, layout, given)
     return content, {
@@ -227,17 +234,6 @@ def recipe_without_and_with(
     }
 
 
-def _note_history(folder: Path, events: Sequence[dict[str, Any]]) -> Manifest:
-    """Write into manifest and card what a generalist was changed from, of which its tensors say nothing."""
-    manifest = read_manifest(folder)
-    manifest = replace(manifest, config={**manifest.config, "history": list(events)})
-    write_text(folder / CARD_FILE, model_card(manifest))
-    manifest = replace(manifest, files={**manifest.files, CARD_FILE: digest_of_file(folder / CARD_FILE)})
-    manifest.write(folder)
-    return manifest
-
-
-def _with_no_more(options: Mapping[str, Any], experts: int) -> dict[str, Any]:
-    """Return a mixture's options with no more experts for each token than there are."""
-    top_k, others = options.get("top_k"), int(bool(options.get("with_seed")))
-    return {**options, **({"top_k": min(top_k, experts + others)} if top_k is not None else {})}
+def _with_possible_top_k(options: Mapping[str, Any], experts: int) -> dict[str, Any]:
+    top_k = options.get("top_k")
+    return {**options, **({"top_k": min(top_k, experts)} if top_k is not None else {})}

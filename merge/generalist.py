@@ -52,6 +52,7 @@ def write_generalist(
     descent: Descent | None = None,
     fitted_on: Sequence[str] = (),
     found: SearchResult | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
     say: Callable[[str], None] = lambda line: None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
@@ -84,7 +85,7 @@ def write_generalist(
         files={},
         tokenizer=digest_of_tokenizer(folder),
         parents=descent.parents if descent is not None else _parents(plan, written.read),
-        config=descent.config if descent is not None else describe(plan, fitted_on, found),
+        config=descent.config if descent is not None else describe(plan, fitted_on, found, history),
         data=descent.data if descent is not None else _data_statements(plan),
         licence=descent.licence if descent is not None else plan.licence,
         versions=tool_versions() | _method_version(plan),
@@ -110,7 +111,10 @@ def note_evaluation(folder: Path, scores: Mapping[str, Any], verdict: str, holds
 
 
 def describe(
-    plan: MergePlan, fitted_on: Sequence[str] = (), found: SearchResult | None = None
+    plan: MergePlan,
+    fitted_on: Sequence[str] = (),
+    found: SearchResult | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the resolved configuration of a merge, as its manifest keeps it."""
     searched = {"search": asdict(found)} if found is not None else {}
@@ -123,6 +127,7 @@ def describe(
         "recipe": recipe_as_json(plan.recipe),
         "shard_bytes": plan.shard_bytes,
         **({"mixture": dict(plan.assembly.record)} if plan.assembly is not None else {}),
+        **({"history": [dict(event) for event in history]} if history else {}),
         **searched,
     }
 

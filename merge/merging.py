@@ -110,9 +110,17 @@ def plan_merge(
 
 
 def merge_recipe(
-    recipe: Recipe, output: Path, *, name: str | None = None, run: MergeRun | None = None
+    recipe: Recipe,
+    output: Path,
+    *,
+    name: str | None = None,
+    run: MergeRun | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> Manifest:
-    """Merge any folders into `output` as a recipe says, without a workspace, and return the manifest."""
+    """Merge any folders into `output` as a recipe says, without a workspace, and return the manifest.
+
+    `history` is what its manifest says of who left and joined, where it is another generalist made again.
+    """
     how = run or MergeRun()
     plan = plan_recipe(recipe, output, run=how)
     if plan.method.assemble is not None:
@@ -121,7 +129,7 @@ def merge_recipe(
     with exclusive(lock, f"generalist {output}"):
         refuse_existing(output, force=how.force, what="generalist")
         try:
-            return _written(plan, output, name or output.name, how)
+            return _written(plan, output, name or output.name, how, history=history)
         finally:
             lock.unlink(missing_ok=True)
 
@@ -296,13 +304,21 @@ def _written(
     how: MergeRun,
     fitted_on: Sequence[str] = (),
     found: SearchResult | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> Manifest:
     for note in plan.notes:
         how.say(note)
     try:
         with resumable_folder(target, force=how.force, resume=how.resume, what="generalist") as partial:
             manifest = write_generalist(
-                plan, partial, name, fitted_on=fitted_on, found=found, say=how.say, tell=how.tell
+                plan,
+                partial,
+                name,
+                fitted_on=fitted_on,
+                found=found,
+                history=history,
+                say=how.say,
+                tell=how.tell,
             )
     except KeyboardInterrupt:
         raise Interrupted(

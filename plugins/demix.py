@@ -8,21 +8,16 @@ Experts leave with `expertctl expert remove`; the shared layers have seen their 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import PositiveInt
-
 from ..core.errors import UserError
 from ..core.files import link_or_copy, read_json
 from ..core.hookspecs import hookimpl
-from ..core.lineage import manifest_path, read_manifest
-from ..core.plugin_manager import installed_plugins
-from ..core.safetensors_io import Checkpoint
+from ..core.ranges import check_at_least
 from ..core.types import TrainablePart, Trainer, TrainingText
-from ..core.workspace import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,26 +41,42 @@ class DemixAdaptation:
 
     name: str | None = None
     """What its expert is called. Not set: as the domain."""
-    samples: PositiveInt = 32
+    samples: int = 32
     """Blocks of the domain by which the nearest expert is found."""
 
+    def __post_init__(self) -> None:
+        check_at_least("samples", self.samples, 1)
 
-def require_dense(folder: Path) -> None:
-    """Raise `UserError` for a generalist that is no dense model, whose feed-forwards could become several."""
-    kind = read_manifest(folder).config.get("kind") if manifest_path(folder) is not None else None
-    if kind in ("ensemble", "moe", "stitched"):
+
+def require_dense(folder: Path, options: DemixTraining, domains: Sequence[str]) -> None:
+    """Raise `UserError` for a generalist that is no dense model, and for fewer than two domains."""
+    from ..core.lineage import manifest_path, read_manifest
+
+    if len(domains) < 2:
         raise UserError(
-            f"demix divides the feed-forwards of a dense model, and '{folder.name}' is of kind {kind}; begin with the seed: "
+            "demix trains a feed-forward for each domain; name two domains or more: --domains A,B"
+        )
+    config = read_manifest(folder).config if manifest_path(folder) is not None else {}
+    if config.get("kind") in ("ensemble", "stitched") or "router" in (config.get("mixture") or {}):
+        raise UserError(
+            f"demix divides the feed-forwards of a dense model, and '{folder.name}' has several already; begin with the seed: "
             "--from seed, or add a domain to a DEMix model: --trains demix_dapt"
         )
 
 
-def require_shared_rest(folder: Path) -> None:
-    """Raise `UserError` for a generalist that is no ensemble of experts which share all but their feed-forwards."""
+def require_shared_rest(folder: Path, options: DemixAdaptation, domains: Sequence[str]) -> None:
+    """Raise `UserError` for a generalist that is no ensemble of experts which share all but their feed-forwards.
+
+    And for a name that the new expert cannot have.
+    """
+    from ..core.plugin_manager import installed_plugins
+    from ..core.safetensors_io import Checkpoint
+    from ..core.workspace import check_name
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER
     from ..merge.mixture.assembly import split_feed_forward
 
-    family = read_json(folder / "config.json").get("member", {}).get("model_type")
+    config = read_json(folder / "config.json")
+    family = config.get("member", {}).get("model_type")
     if not (folder / SEED_FOLDER).is_dir() or family is None:
         raise UserError(
             f"demix_dapt adds a domain to a model whose experts share all but their feed-forwards, and '{folder.name}' is "
@@ -78,17 +89,26 @@ def require_shared_rest(folder: Path) -> None:
                 f"demix_dapt adds a domain to a model whose experts share all but their feed-forwards, and expert '{file.stem}' of "
                 f"'{folder.name}' has its own {other[0]}; name another with --from"
             )
+    if options.name is None and len(domains) > 1:
+        raise UserError(
+            "one expert is trained, on all domains together; say what it is called: --option name=NAME"
+        )
+    name = check_name(_name(options, domains), "an expert")
+    if name in config.get("experts", ()):
+        raise UserError(
+            f"the model has an expert '{name}' already; call the new one otherwise: --option name=NAME"
+        )
+
+
+def _name(options: DemixAdaptation, domains: Iterable[str]) -> str:
+    return options.name if options.name is not None else next(iter(domains))
 
 
 def prepare(model: PreTrainedModel, options: DemixTraining, text: TrainingText) -> TrainablePart:
-    """Give each domain its own feed-forwards and train everything; raises `UserError` for fewer than two domains."""
+    """Give each domain its own feed-forwards and train everything."""
     from ..experts.domain_feed_forwards import choose, divide
 
     names = tuple(text.domains)
-    if len(names) < 2:
-        raise UserError(
-            "demix trains a feed-forward for each domain; name two domains or more: --domains A,B"
-        )
     parts = divide(model, len(names))
     model.requires_grad_(True)
 
@@ -101,7 +121,7 @@ def prepare(model: PreTrainedModel, options: DemixTraining, text: TrainingText) 
         dict(model.named_parameters()),
         tell_domains=lambda domains: choose(parts, domains),
         finish=finish,
-        config=_described(names, options.prior),
+        config={**_described(names, options.prior), "tuning": {"made": list(names)}},
     )
 
 
@@ -166,15 +186,7 @@ def prepare_adaptation(
 
     from ..core.feed_forwards import feed_forwards
 
-    if options.name is None and len(text.domains) > 1:
-        raise UserError(
-            "one expert is trained, on all domains together; say what it is called: --option name=NAME"
-        )
-    name = check_name(options.name if options.name is not None else next(iter(text.domains)), "an expert")
-    if name in model.expert_names:
-        raise UserError(
-            f"the model has an expert '{name}' already; call the new one otherwise: --option name=NAME"
-        )
+    name = _name(options, text.domains)
     nearest = nearest_expert(model, text, options.samples)
     member = copy.deepcopy(model.members[nearest])
     member.requires_grad_(False)
@@ -189,7 +201,7 @@ def prepare_adaptation(
 
     names = (*model.expert_names, name)
     described = _described(names, model.config.prior_kind)
-    described["tuning"] = {"began_as": {name: model.expert_names[nearest]}}
+    described["tuning"] = {"made": [name], "began_as": {name: model.expert_names[nearest]}}
     return TrainablePart(member, parameters, finish=finish, config=described)
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-
 from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
+from ..core.ranges import check_at_least, check_positive
 from ..core.types import MergeMethod, PrivateReleases, TrainablePart, Trainer, TrainingText
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
@@ -45,12 +44,17 @@ class FlexOlmoTraining:
     """Learn a bias of the owner's logit, never positive: the owner's part must win clearly."""
     coordinate: bool = True
     """Train beside the public feed-forward; without, the owner's trains alone and its row stays where it begins."""
-    z_loss: NonNegativeFloat = 1e-3
+    z_loss: float = 1e-3
     """Weight of the loss that keeps the router's logits small."""
-    logit_size: PositiveFloat = 1.0
+    logit_size: float = 1.0
     """Root mean square of the router's logit, over tokens of both texts, where it begins."""
-    samples: PositiveInt = 64
+    samples: int = 64
     """Blocks of each text that the embedding looks at."""
+
+    def __post_init__(self) -> None:
+        check_at_least("z_loss", self.z_loss, 0)
+        check_positive("logit_size", self.logit_size)
+        check_at_least("samples", self.samples, 1)
 
 
 def prepare(model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingText) -> TrainablePart:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import NonNegativeFloat
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
+from ..core.ranges import check_at_least
 from ..core.types import TrainablePart, Trainer
 
 if TYPE_CHECKING:
@@ -26,27 +25,36 @@ class RouterTuning:
 
     all_experts: bool = True
     """Send each token through all experts while training, so that every row learns from every token."""
-    balance: NonNegativeFloat = 0.0
+    balance: float = 0.0
     """Weight of the loss that evens out the experts' load."""
-    z_loss: NonNegativeFloat = 1e-3
+    z_loss: float = 1e-3
     """Weight of the loss that keeps the router's logits small."""
+
+    def __post_init__(self) -> None:
+        check_at_least("balance", self.balance, 0)
+        check_at_least("z_loss", self.z_loss, 0)
 
 
 @dataclass(frozen=True)
 class MixtureTraining:
     """How a whole mixture trains (Branch-Train-MiX, arXiv:2403.07816, section 2.2)."""
 
-    balance: NonNegativeFloat = 0.01
-    z_loss: NonNegativeFloat = 0.0
+    balance: float = 0.01
+    z_loss: float = 0.0
     experts: Literal["trained", "frozen"] = "trained"
     """Whether the experts' feed-forwards move."""
     routing: Literal["top_k", "sample"] = "top_k"
     """`sample`: draw one expert with Gumbel noise while training (Sample Top-1); for mixtures with top_k 1."""
-    sample_rate: NonNegativeFloat = 1e-4
+    sample_rate: float = 1e-4
     """How fast the noise of `sample` cools down."""
 
+    def __post_init__(self) -> None:
+        check_at_least("balance", self.balance, 0)
+        check_at_least("z_loss", self.z_loss, 0)
+        check_at_least("sample_rate", self.sample_rate, 0)
 
-def require_mixture(folder: Path) -> None:
+
+def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
     """Raise `UserError` for a folder that is no mixture of ours."""
     from ..core.lineage import read_manifest
 
@@ -76,11 +84,11 @@ def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePa
         parameters,
         auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
         measures=lambda: routing_measures(log.layers()),
-        notes=() if options.all_experts else _untaught(model),
+        notes=() if options.all_experts else _untaught(model, "leave out all_experts=false"),
     )
 
 
-def _untaught(model: PreTrainedModel, *, drawn: bool = False) -> tuple[str, ...]:
+def _untaught(model: PreTrainedModel, instead: str, *, drawn: bool = False) -> tuple[str, ...]:
     """Return a note where what text says does not reach the routers, because the size of the only gate says nothing."""
     from ..core.top_k_gates import gates_sum_to_one
     from ..merge.mixture.routing import routers_of
@@ -97,8 +105,8 @@ def _untaught(model: PreTrainedModel, *, drawn: bool = False) -> tuple[str, ...]
         )
     if gates_sum_to_one(router) and not drawn:
         return (
-            "text does not teach its router: with top_k 1 and gates that sum to one every gate is 1; train with --option "
-            "routing=sample, or merge with --option normalized=false",
+            f"text does not teach its router: with top_k 1 and gates that sum to one every gate is 1; {instead}, or merge "
+            "with --option normalized=false",
         )
     return ()
 
@@ -135,7 +143,7 @@ def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> Trainab
         auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
         tell_step=tell,
         measures=lambda: routing_measures(log.layers()),
-        notes=_untaught(model, drawn=options.routing == "sample"),
+        notes=_untaught(model, "train with --option routing=sample", drawn=options.routing == "sample"),
     )
 
 

@@ -74,7 +74,8 @@ def compare(
 
     folder = workspace.layout.artefact(model)
     experts = _experts_of(workspace, folder) if {BEST_EXPERT, *_MERGED} & set(against) else {}
-    rows = {name: f"{name} of its experts" if name == model in BASELINES else name for name in against}
+    made = (BEST_EXPERT, *_MERGED)
+    rows = {name: f"{name} of its experts" if name == model and name in made else name for name in against}
     with tempfile.TemporaryDirectory(prefix=".baselines-", dir=workspace.root) as scratch:
         folders = {model: folder}
         for name, row in rows.items():

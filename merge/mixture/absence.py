@@ -33,6 +33,8 @@ class Absence:
     """How the expert is part of the model all the same: as a share of a mean, or as an expert that trained in it."""
     traces: tuple[str, ...]
     """Sentences on what was trained while the expert was there."""
+    made_in_it: bool = False
+    """Whether the expert came to be within the model, so that its manifest alone knows of it."""
 
 
 def find_expert(folder: Path, expert: Path) -> Absence:
@@ -59,22 +61,18 @@ def find_expert(folder: Path, expert: Path) -> Absence:
 
 
 def find_own_expert(folder: Path, name: str) -> Absence | None:
-    """Return what the manifest says of an expert that came to be within the model, so that no artefact holds its tensors.
+    """Return what the manifest says of an expert that came to be within the model: no artefact holds its tensors.
 
-    None for other experts. What stands in a file of its own in an ensemble is no longer there once it left.
+    None for every other expert.
     """
     if manifest_path(folder) is None:
         return None
     manifest = read_manifest(folder)
     record = manifest.config.get("mixture") or {}
-    made = [other for tuning in record.get("tuned", ()) for other in tuning.get("made", ())]
-    left = [event["expert"] for event in history_of(manifest)]
-    if name in {parent.name for parent in manifest.parents} or name not in (*made, *left):
-        return None
-    if name not in made and all(name not in one.get("experts", ()) for one in record.get("tuned", ())):
+    if all(name not in tuning.get("made", ()) for tuning in record.get("tuned", ())):
         return None
     merged = f"'{name}' is one of its experts" if name in _slots(manifest) else None
-    return Absence(name, 0, (), merged, tuple(_traces(manifest, name)))
+    return Absence(name, 0, (), merged, tuple(_traces(manifest, name)), made_in_it=True)
 
 
 def _worth_looking_for(expert: Path, manifest: Manifest) -> dict[str, TensorEntry]:
@@ -149,16 +147,19 @@ def _merged(manifest: Manifest, expert: Manifest) -> str | None:
 def _traces(manifest: Manifest, expert: str) -> list[str]:
     """Return what was trained, or fitted, jointly while the expert was one of the model's."""
     record: Mapping[str, Any] = manifest.config.get("mixture") or {}
-    found = []
-    for tuning in record.get("tuned", ()):
-        if "began_as" in tuning:  # that one alone trained
-            copies = [name for name, origin in tuning["began_as"].items() if expert == origin]
-            found += [f"'{name}' began as a copy of '{expert}'" for name in copies]
-        elif expert in tuning.get("experts", ()):
-            found.append(
-                f"its {tuning['trains']} was trained on {', '.join(tuning['domains'])} while '{expert}' was one of the "
-                "experts: those tensors have seen it"
-            )
+    found = [
+        f"'{name}' began as a copy of '{origin}'"
+        for name, origins in _origins(record).items()
+        if name in _slots(manifest)
+        for origin in origins
+        if origin == expert
+    ]
+    found += [
+        f"its {tuning['trains']} was trained on {', '.join(tuning['domains'])} while '{expert}' was one of the "
+        "experts: those tensors have seen it"
+        for tuning in record.get("tuned", ())
+        if expert in tuning.get("experts", ()) and "began_as" not in tuning  # where a newcomer alone trained
+    ]
     for change in history_of(manifest):
         if change["expert"] == expert:
             found.append(f"'{expert}' {change['what']} on {change['when']}")
@@ -167,3 +168,17 @@ def _traces(manifest: Manifest, expert: str) -> list[str]:
                     "the router's rows were fitted on text of all experts together, that one included"
                 )
     return found
+
+
+def _origins(record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return, for each expert that began as a copy of another, that one, what that one began as, and so on."""
+    parents: dict[str, str] = {}
+    for tuning in record.get("tuned", ()):
+        parents |= tuning.get("began_as", {})
+    chains = {}
+    for name in parents:
+        chain = [name]
+        while chain[-1] in parents and parents[chain[-1]] not in chain:
+            chain.append(parents[chain[-1]])
+        chains[name] = chain[1:]
+    return chains

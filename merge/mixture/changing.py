@@ -265,7 +265,7 @@ def _licences(mixture: OpenedMixture, change: Change, joined: Mapping[str, Manif
     left = {parent.name: parent.licence for parent in mixture.manifest.parents if parent.name not in gone}
     stays = [] if shares_its_rest_with_the_seed(mixture.manifest) else _averaged(mixture)
     return check_licences(
-        {one["name"]: one["licence"] for one in stays}
+        {f"{one['name']} (in the mean)": one["licence"] for one in stays}
         | left
         | {name: one.licence for name, one in joined.items()}
     )
@@ -347,7 +347,9 @@ def _descent(
         else:
             config["recipe"] = recipe
     parents = [
-        replace(parent, weight=config["weights"][parent.name]) if parent.name in config["weights"] else parent
+        replace(parent, weight=config["weights"][parent.name])
+        if parent.name in config["weights"] and not ("averaged" in record and parent.name in joined)
+        else parent
         for parent in parents
     ]
     data = {name: one for name, one in manifest.data.items() if name not in gone}

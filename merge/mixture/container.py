@@ -169,7 +169,10 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         return self.network(input_ids=input_ids, **given, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the dense model's class does, which knows its own masks, positions and caches."""
+        """Return what the dense model's class does, which knows its own masks, positions and caches.
+
+        `forward` of the container, and hooks on it, take no part.
+        """
         self.network.generation_config = self.generation_config
         generate: Callable[..., Any] = self.network.generate
         return generate(*args, **kwargs)

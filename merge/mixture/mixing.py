@@ -47,7 +47,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
     if options.with_seed:
         experts.insert(0, ExpertParts(PUBLIC, {one: leading.tensors[one] for one in names}))
     shape = shape_of(options, len(experts))
-    dense = with_all_stated(leading.config) if family.mixtures else leading.config
+    dense = with_all_stated(leading.config, leading.folder) if family.mixtures else leading.config
     target = choose_target(family, dense, shape, options.target)
     shared, notes = _shared(inputs, options, family)
     slots = tuple(expert.name for expert in experts)

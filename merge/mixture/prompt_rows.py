@@ -58,7 +58,7 @@ def prompt_state_rows(inputs: RouterInputs) -> RouterStart:
     def mean(prompts: Sequence[str]) -> NDArray[Any]:
         found = []
         for text in prompts:
-            tokens_1T = torch.tensor([_tokens(tokenizer, text)])
+            tokens_1T = torch.tensor([tokens_of(tokenizer, text)])
             with torch.inference_mode():
                 states = model(input_ids=tokens_1T, output_hidden_states=True, use_cache=False).hidden_states
             states_LTd = torch.cat(states[: inputs.num_layers]).double()
@@ -92,16 +92,18 @@ def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
     tokenizer = load_tokenizer(inputs.seed)
 
     def mean(prompts: Sequence[str]) -> NDArray[Any]:
-        tokens = np.concatenate([_tokens(tokenizer, text) for text in prompts])
+        tokens = np.concatenate([tokens_of(tokenizer, text) for text in prompts])
         found: NDArray[Any] = embedding[tokens].mean(axis=0, dtype=np.float64)
         return _unit(found)
 
     return _from_prompts(inputs, mean, "prompt_tokens")
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
     """Return a prompt's tokens, beginning with the token that texts begin with, where there is one."""
     found: list[int] = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False)["input_ids"]
+    if not found:
+        raise UserError(f"the prompt {text!r} has no tokens; give another")
     return found
 
 

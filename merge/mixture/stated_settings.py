@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ...core.errors import UserError, first_line
@@ -10,7 +11,7 @@ from ...core.errors import UserError, first_line
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LLAMA_ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 _AS_MANY_AS_HEADS = "num_attention_heads"
-_USUAL: Mapping[str, Mapping[str, Any]] = {
+_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         "max_position_embeddings": 2048,
         "num_key_value_heads": _AS_MANY_AS_HEADS,
@@ -55,18 +56,18 @@ _MAY_BE_NULL = ("sliding_window", "pad_token_id", "eos_token_id")
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 
 
-def with_all_stated(dense: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_all_stated(dense: Mapping[str, Any], where: Path | str = "the seed") -> Mapping[str, Any]:
     """Return a `config.json` with what it leaves out as its own class in transformers fills it in.
 
     Families that are not listed here, and what is half said, are read by that class itself. Raises `UserError` for values
     that the class refuses.
     """
     filled = _filled_in(dense)
-    return filled if _says_all(filled) else _as_its_class_reads(dense)
+    return filled if _says_all(filled) else _as_its_class_reads(dense, where)
 
 
 def _filled_in(dense: Mapping[str, Any]) -> Mapping[str, Any]:
-    usual = _USUAL.get(str(dense.get("model_type")), {})
+    usual = _CLASS_DEFAULTS.get(str(dense.get("model_type")), {})
     missing = {key: value for key, value in usual.items() if key not in dense}
     if any(key in dense for key in _ROPE):
         missing.pop("rope_parameters", None)
@@ -78,7 +79,7 @@ def _filled_in(dense: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _says_all(dense: Mapping[str, Any]) -> bool:
-    usual = _USUAL.get(str(dense.get("model_type")))
+    usual = _CLASS_DEFAULTS.get(str(dense.get("model_type")))
     if usual is None:
         return False
     rope = dense.get("rope_parameters") or dense
@@ -90,7 +91,7 @@ def _says_all(dense: Mapping[str, Any]) -> bool:
     )
 
 
-def _as_its_class_reads(dense: Mapping[str, Any]) -> Mapping[str, Any]:
+def _as_its_class_reads(dense: Mapping[str, Any], where: Path | str) -> Mapping[str, Any]:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -102,6 +103,6 @@ def _as_its_class_reads(dense: Mapping[str, Any]) -> Mapping[str, Any]:
         found: Mapping[str, Any] = AutoConfig.for_model(kind, **settings).to_diff_dict()
     except Exception as error:  # whatever the class's checks raise
         raise UserError(
-            f"its config.json is not what transformers takes for '{kind}': {first_line(error)}"
+            f"config.json of {where} is not what transformers takes for '{kind}': {first_line(error)}"
         ) from None
     return found

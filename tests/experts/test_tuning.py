@@ -39,9 +39,9 @@ def merged(flexolmo_workspace: Workspace) -> Workspace:
             "'flexolmo' trains an expert; use it with `expertctl branch NAME --trains flexolmo`",
         ),
         ("prose", "router", "'prose' is an expert, and whole models are tuned; branch a new one from it"),
-        ("trees-to-tune", "all", "'trees-to-tune' is ensemble and holds several models"),
+        ("trees-to-tune", "all", "'trees-to-tune' is of kind ensemble and holds several models"),
         ("trees-to-tune", "router", "'trees-to-tune' is no mixture of experts"),
-        ("to-tune", "demix", "divides the feed-forwards of a dense model, and 'to-tune' is of kind moe"),
+        ("to-tune", "demix", "divides the feed-forwards of a dense model, and 'to-tune' has several already"),
     ],
 )
 def test_what_a_trainer_cannot_do_is_said_before_it_is_set_up(
@@ -53,11 +53,9 @@ def test_what_a_trainer_cannot_do_is_said_before_it_is_set_up(
 
 
 @pytest.mark.parametrize("option", ["balance", "z_loss"])
-@pytest.mark.parametrize("value", [-1.0, math.nan])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_weights_of_losses_are_numbers_of_zero_or_more(merged: Workspace, option: str, value: float) -> None:
-    with pytest.raises(
-        UserError, match=f"trainer 'router': option {option}: Input should be greater than or equal to 0"
-    ):
+    with pytest.raises(UserError, match=rf"trainer 'router': {option} is (-1\.0|nan|inf); it is 0 or more"):
         tune_here(merged, "refused", "to-tune", trains="router", domains=["prose"], options={option: value})
 
 
@@ -72,7 +70,7 @@ def test_experts_have_none_to_switch_off(merged: Workspace) -> None:
         load_model(merged.experts / "prose", without=["prose"])
 
 
-def test_an_unfinished_tuning_is_gone_on_with_by_its_own_command(merged: Workspace, tmp_path: Path) -> None:
+def test_an_unfinished_tuning_is_gone_on_with_by_its_own_command(merged: Workspace) -> None:
     begun = merged.generalists / "half-tuned"
     begun.mkdir()
     try:
@@ -94,7 +92,7 @@ def test_an_unfinished_tuning_goes_on_as_it_began_in_every_setting(merged: Works
         training=TrainingConfig(tokens=512, learning_rate=1e-3),
     )
     for training, told in (
-        ({"tokens": 1024}, "--set tokens 512, not 1024"),
+        ({"tokens": 1024}, "with training.tokens 512, not 1024"),
         ({"learning_rate": 1}, "not 1.0"),
     ):
         with pytest.raises(UserError, match=told):
@@ -151,3 +149,21 @@ def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> N
         UserError, match=r"'remade/config\.json' was made again since 'of-remade' began from it"
     ):
         train_run(folder, lambda record: None, lambda: False)
+    assert folder.is_dir(), "what was refused for another reason than the trainer's can still go on"
+    remove_tree(folder)
+
+
+def test_a_refused_tuning_replaces_nothing(merged: Workspace) -> None:
+    kept = tune_here(merged, "kept", "to-tune", trains="router", domains=["prose"], training={"tokens": 256})
+    for trains, domains in (("demix", ["prose"]), ("demix_dapt", ["prose"])):
+        with pytest.raises(UserError, match="demix"):
+            tune_here(merged, "kept", "to-tune", trains=trains, domains=domains, force=True)
+    assert verify(kept) == []
+
+
+def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) -> None:
+    tune_here(merged, "dense-tuned", "seed", trains="all", domains=["prose"], training={"tokens": 256})
+    divided = tune_here(
+        merged, "divided", "dense-tuned", trains="demix", domains=["prose", "means"], training={"tokens": 256}
+    )
+    assert read_manifest(divided).config["mixture"]["experts"] == ["prose", "means"]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from expertctl import UserError, load_model
 from expertctl.core.lineage import read_manifest, verify
 from expertctl.experts.domain_feed_forwards import choose, divide
+from expertctl.merge.card import model_card
 from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.mixture.absence import find_own_expert
 from expertctl.merge.mixture.changing import Change
@@ -148,7 +149,7 @@ def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -
             )
     with pytest.raises(UserError, match="say what it is called: --option name=NAME"):
         tune_here(flexolmo_workspace, "two", "demix", trains="demix_dapt", domains=["means", "public"])
-    with pytest.raises(UserError, match="option samples: Input should be greater than 0"):
+    with pytest.raises(UserError, match="samples is 0; it is 1 or more"):
         tune_here(
             flexolmo_workspace,
             "few",
@@ -158,7 +159,7 @@ def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -
             options={"samples": 0},
         )
     with pytest.raises(
-        UserError, match="divides the feed-forwards of a dense model, and 'demix' is of kind ensemble"
+        UserError, match="divides the feed-forwards of a dense model, and 'demix' has several"
     ):
         tune_here(flexolmo_workspace, "again", "demix", trains="demix", domains=["prose", "means"])
     for refused in ("one", "twice", "named", "two"):
@@ -196,9 +197,37 @@ def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
     assert not any("began as a copy" in trace for trace in find_own_expert(joined, other).traces)
     back = change_experts(joined, tmp_path / "back", Change(remove=("sums",)))
     assert back.digest == read_manifest(demix).digest
-    assert [one["trains"] for one in back.config["mixture"]["tuned"]] == ["demix"], (
-        "its text has left with it"
-    )
+    assert [one.get("left", False) for one in back.config["mixture"]["tuned"]] == [False, True]
+    assert "means" not in model_card(back), "its text has left with it"
+    asked = find_own_expert(tmp_path / "back", "sums")
+    assert asked is not None
+    assert (asked.merged, asked.made_in_it) == (None, True)
+    assert [trace for trace in asked.traces if "left on" in trace] == list(asked.traces)
+
+
+def test_copies_of_copies_are_traced_to_the_first(
+    flexolmo_workspace: Workspace, demix: Path, tmp_path: Path
+) -> None:
+    base = "demix"
+    for name in ("second", "third"):
+        tune_here(
+            flexolmo_workspace,
+            f"demix-{name}",
+            base,
+            trains="demix_dapt",
+            domains=["means"],  # to which its first expert is the nearest from then on
+            options={"samples": 2, "name": name},
+            training={"tokens": 256},
+        )
+        base = f"demix-{name}"
+    folder = flexolmo_workspace.generalists / base
+    tuned = read_manifest(folder).config["mixture"]["tuned"]
+    assert tuned[2]["began_as"] == {"third": "second"}
+    (origin,) = tuned[1]["began_as"].values()
+    change_experts(folder, tmp_path / "less", Change(remove=("second", origin)))
+    left = find_own_expert(tmp_path / "less", origin)
+    assert left is not None
+    assert f"'third' began as a copy of '{origin}'" in left.traces
 
 
 def test_experts_with_attention_of_their_own_are_no_place_for_a_newcomer(tmp_path: Path) -> None:

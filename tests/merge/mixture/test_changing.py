@@ -448,7 +448,8 @@ def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(
     assert any("stays a mean that 'means' is part of" in line for line in said)
     assert set(manifest.config["weights"]) == set(OWNERS)
     assert manifest.config["mixture"]["experts"] == list(OWNERS[:2])
-    absence = find_expert(tmp_path / "less", averaged.experts / "means")
+    absence = averaged.absence(str(tmp_path / "less"), "means")
+    assert absence.compared > 0
     assert absence.found == ()
     assert absence.merged == "'means' is part of the mean that all but its feed-forwards is"
     again = change_experts(tmp_path / "less", tmp_path / "least", Change(remove=("chance",)))
@@ -458,3 +459,49 @@ def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(
         pytest.warns(UserWarning, match="its router trained on public while 'prose' was one of its experts"),
     ):
         load_model(tuned, without=["prose"])
+
+
+def test_who_takes_a_place_has_no_share_in_the_mean(averaged: Workspace, tmp_path: Path) -> None:
+    tuned = tune_here(averaged, "soft-replaced", "soft", trains="router", domains=["public"])
+    if not (averaged.experts / "other").exists():
+        train_here(averaged, "other", domain="means", trains="all", training={"seed": 3})
+    manifest = change_experts(
+        tuned, tmp_path / "renewed", Change(replace={"means": averaged.experts / "other"})
+    )
+    weights = {parent.name: parent.weight for parent in manifest.parents}
+    assert weights["means"] is None
+    assert weights["prose"] == pytest.approx(1 / 3)
+    old = find_expert(tmp_path / "renewed", averaged.experts / "means")
+    assert old.merged == "'means' is part of the mean that all but its feed-forwards is"
+
+
+def test_licences_of_those_in_the_mean_still_count(tmp_path: Path) -> None:
+    workspace = make_flexolmo_workspace(tmp_path / "terms", "llama", owners=(), trains="all")
+    for name, licence in (("prose", "mit"), ("means", "cc-by-nc-4.0"), ("other", "mit")):
+        train_here(workspace, name, domain="prose", trains="all", licence=licence)
+    merge(workspace, "two", ("prose", "means"), method="btx", options={"top_k": 2})
+    tuned = tune_here(workspace, "two-tuned", "two", trains="router", domains=["public"])
+    manifest = change_experts(
+        tuned, tmp_path / "renewed", Change(replace={"means": workspace.experts / "other"})
+    )
+    assert manifest.licence == "cc-by-nc-4.0"
+
+
+def test_an_expert_that_left_a_tuned_mixture_is_looked_for_by_its_tensors(
+    flexolmo_workspace: Workspace, tmp_path: Path
+) -> None:
+    base = merge(flexolmo_workspace, "flexolmo-all", OWNERS)
+    tuned = tune_here(flexolmo_workspace, "looked-for", base.name, trains="router", domains=["public"])
+    change_experts(tuned, tmp_path / "left", Change(remove=(OWNERS[0],)))
+    absence = flexolmo_workspace.absence(str(tmp_path / "left"), OWNERS[0])
+    assert (absence.found, absence.merged, absence.made_in_it) == ((), None, False)
+    assert absence.compared > 0
+
+
+def test_a_top_k_that_is_possible_is_kept(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+    options = {"router": "random", "top_k": 4}
+    whole = merge(flexolmo_workspace, "four", OWNERS, options=options)
+    train_again(flexolmo_workspace, tmp_path / "prose")
+    change = Change(replace={"prose": tmp_path / "prose"})
+    manifest = change_experts(whole, tmp_path / "renewed", change, layout=flexolmo_workspace.layout)
+    assert manifest.config["mixture"]["top_k"] == 4

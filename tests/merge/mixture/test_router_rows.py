@@ -13,7 +13,12 @@ from expertctl import UserError, load_model
 from expertctl.core.feed_forwards import feed_forwards, input_moments
 from expertctl.core.types import RouterInputs, RouterStart, ValidationText
 from expertctl.merge.mixture.mixing import settle_bias
-from expertctl.merge.mixture.prompt_rows import prompt_rows, prompt_state_rows, prompt_token_rows
+from expertctl.merge.mixture.prompt_rows import (
+    prompt_rows,
+    prompt_state_rows,
+    prompt_token_rows,
+    tokens_of,
+)
 from expertctl.merge.mixture.router_rows import (
     embedding_rows,
     hidden_rows,
@@ -171,6 +176,17 @@ def test_embeddings_of_prompts_are_mergekits(model_folder: Path) -> None:
         expected = (row / row.norm()).detach().numpy()
         for layer in range(2):
             np.testing.assert_allclose(found[layer, number], expected, atol=1e-5)
+
+
+def test_prompts_without_a_token_are_refused() -> None:
+    class Tokenizer:
+        bos_token = None
+
+        def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": []}
+
+    with pytest.raises(UserError, match="the prompt 'x' has no tokens; give another"):
+        tokens_of(Tokenizer(), "x")
 
 
 @pytest.mark.parametrize("router", [prompt_rows, prompt_state_rows, prompt_token_rows])

@@ -167,6 +167,12 @@ def test_a_router_that_text_does_not_teach_is_told(
     assert bool(part.notes) == (family in ("olmo2", "gemma2") or (normalized and routing == "top_k"))
 
 
+def test_advice_is_what_the_trainer_takes(tmp_path: Path) -> None:
+    (note,) = prepare_router(mixture(tmp_path, top_k=1), RouterTuning(all_experts=False)).notes
+    assert "leave out all_experts=false" in note
+    assert "routing" not in note
+
+
 def test_no_note_where_all_experts_teach_the_router(tmp_path: Path) -> None:
     assert prepare_router(mixture(tmp_path, top_k=1), RouterTuning()).notes == ()
 
