@@ -64,6 +64,7 @@ COLOURS = (
 @click.option(
     "--without",
     type=names,
+    multiple=True,
     metavar="A,B",
     help="Switch off these experts of an ensemble or a mixture; its files stay as they are.",
 )
@@ -79,7 +80,7 @@ def command(
     temperature: float,
     top_p: float,
     seed: int,
-    without: tuple[str, ...] | None,
+    without: tuple[tuple[str, ...], ...],
     show_experts: bool,
 ) -> None:
     """Sample a continuation of a prompt.
@@ -99,7 +100,7 @@ def command(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            without=without or (),
+            without=[name for several in without for name in several],
             shares=show_experts,
             tell=count.to,
         )

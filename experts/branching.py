@@ -17,6 +17,7 @@ from ..core.token_store import TokenBlocks
 from ..core.workspace import Layout, check_name, require_free
 from .corpora import domain_config, prepare_domain
 from .privacy.starting import check_private
+from .replaced import set_aside
 from .runs import RunSpec, is_finished
 from .trainable import trainer_for
 
@@ -70,12 +71,12 @@ def branch(
 
 
 def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = False) -> None:
-    """Make the folder of a run, atomically."""
-    with (
-        exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"),
-        new_folder(folder, force=force, what=spec.kind) as partial,
-    ):
-        spec.write(partial)
+    """Make the folder of a run, atomically; what a generalist takes the place of is kept until it trains."""
+    with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
+        if force and spec.kind == "generalist":
+            set_aside(folder)
+        with new_folder(folder, force=force, what=spec.kind) as partial:
+            spec.write(partial)
 
 
 def parent_digests(layout: Layout, start: Mapping[str, float], base: str | None = None) -> dict[str, str]:

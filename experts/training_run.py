@@ -20,6 +20,7 @@ from .metrics_log import MetricsLog, Tell
 from .privacy.accounting import require_opacus
 from .privacy.releases import Releases
 from .privacy.starting import noise_source, private_loop
+from .replaced import forget_replaced, put_back
 from .run_inputs import RunInputs
 from .runs import STATE_FOLDER, is_finished
 from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
@@ -44,6 +45,8 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     trainer = trainer_for(run.spec.trains, run.plugins)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
     loop = _loop(run, trainer, model, options)
+    if run.spec.kind == "generalist":
+        forget_replaced(folder)
     part = loop.part
     inherit_optimiser(run, loop)
     begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
@@ -78,12 +81,12 @@ def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any
 def _prepared(
     run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any, *text: TrainingText
 ) -> TrainablePart:
-    """Return what the trainer says trains; where it refuses, a tuning that never began leaves its name free."""
+    """Return what the trainer says trains; where it refuses, a tuning that never began leaves no trace."""
     try:
         return trainer.prepare(model, options, *text)
     except UserError:
         if run.spec.kind == "generalist" and not (run.folder / STATE_FOLDER).exists():
-            remove_tree(run.folder)
+            put_back(run.folder)
         raise
 
 

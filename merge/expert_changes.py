@@ -30,7 +30,13 @@ from .card import CARD_FILE, model_card
 from .generalist import write_generalist
 from .history import history_of
 from .merging import MergeRun, merge_recipe
-from .mixture.changing import Change, history, plan_change, shares_its_rest_with_the_seed
+from .mixture.changing import (
+    Change,
+    history,
+    plan_change,
+    require_sense,
+    shares_its_rest_with_the_seed,
+)
 from .plan import check_output
 from .recipe import recipe_from_json
 from .reproducing import locate
@@ -52,6 +58,7 @@ def change_experts(
     if not by their names. Raises `UserError` for what is not possible, with nothing written.
     """
     how = run or MergeRun()
+    require_sense(change)
     manifest = read_manifest(folder)
     if manifest.kind != "generalist":
         raise UserError(f"{folder} is no generalist, but of kind {manifest.kind}")
@@ -227,7 +234,7 @@ def recipe_without_and_with(
         count = len(manifest.config["mixture"]["experts"]) - len(gone) + len(change.add)
         content["scopes"] = [_with_possible_top_k(scope, count) for scope in recipe["scopes"]]
     given = {**models, **change.replace, **change.add}
-    found = locate(content, folder, layout, given)
+    found = locate(manifest, content, folder, layout, given, insist=True)
     return content, {
         **found.models,
         **{f"base of {name}": path for name, path in found.adapter_bases.items()},

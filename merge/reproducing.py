@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.lineage import MANIFEST_NAMES, Manifest
+from ..core.lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest
 from ..core.workspace import Layout
 from .card import CARD_FILE
 from .history import history_of
@@ -45,7 +45,7 @@ def reproduce(
     """
     if manifest.kind != "generalist" or "recipe" not in manifest.config or _has_a_fitted_router(manifest):
         raise UserError(f"{folder} cannot be made again from its manifest alone: it {_why_not(manifest)}")
-    recipe = locate(manifest.config["recipe"], folder, layout, models or {})
+    recipe = locate(manifest, manifest.config["recipe"], folder, layout, models or {})
     how = run or MergeRun()
     insisted = MergeRun(
         permissions=Permissions(unrelated=True, licences=True),  # it was merged like this once
@@ -115,19 +115,46 @@ def _has_a_later_card(manifest: Manifest) -> bool:
 
 
 def locate(
-    recipe: Mapping[str, Any], folder: Path, layout: Layout | None, given: Mapping[str, Path]
+    manifest: Manifest,
+    recipe: Mapping[str, Any],
+    folder: Path,
+    layout: Layout | None,
+    given: Mapping[str, Path],
+    *,
+    insist: bool = False,
 ) -> Recipe:
-    """Return a manifest's recipe with the folders of its models; raises `UserError` for one that is not found."""
+    """Return a generalist's recipe with the folders of its models: those with the digests that its manifest names.
+
+    Raises `UserError` for one that is not found; with `insist` also where all that has its name is another.
+    """
     names = [*recipe["models"], *(f"base of {name}" for name in recipe["adapter_bases"])]
-    return recipe_from_json(recipe, {name: _find(name, folder, layout, given) for name in names})
+    digests = {parent.name: parent.digest for parent in manifest.parents}
+    found = {
+        name: given[name] if name in given else _find(name, digests.get(name), folder, layout, insist)
+        for name in names
+    }
+    return recipe_from_json(recipe, found)
 
 
-def _find(name: str, folder: Path, layout: Layout | None, given: Mapping[str, Path]) -> Path:
-    if name in given:
-        return given[name]
-    for place in _places(name, folder, layout):
-        if (place / "config.json").is_file() or any((place / file).is_file() for file in _MARKS):
+def _find(name: str, digest: str | None, folder: Path, layout: Layout | None, insist: bool) -> Path:
+    named = [
+        place
+        for place in _places(name, folder, layout)
+        if (place / "config.json").is_file() or any((place / file).is_file() for file in _MARKS)
+    ]
+    others: Iterable[Path] = layout.finished() if layout is not None and digest is not None else ()
+    for place in (*named, *others):
+        if digest is None or (place in named and manifest_path(place) is None):
+            return place  # a plain folder says nothing of itself; the merge compares its tensors
+        if manifest_path(place) is not None and read_manifest(place).digest == digest:
             return place
+    if named and not insist:
+        return named[0]
+    if named:
+        raise UserError(
+            f"{named[0]} is not the '{name}' that {folder} was made of ({str(digest)[:12]}): it was made again, or another had "
+            "taken its place; put that one into the workspace, or replace it too"
+        )
     raise UserError(f"model '{name}' is not found; say where it is: --model {name}=DIR")
 
 

@@ -501,8 +501,11 @@ class Workspace:
         from expertctl.merge.mixture.changing import Change
 
         change = Change(
-            tuple(dict.fromkeys(remove)),
-            {folder.name: folder for folder in map(self.layout.artefact, add)},
+            tuple(dict.fromkeys([remove] if isinstance(remove, str) else remove)),
+            {
+                folder.name: folder
+                for folder in map(self.layout.artefact, [add] if isinstance(add, str) else add)
+            },
             {name: self.layout.artefact(by) for name, by in (replace or {}).items()},
         )
         target = self.layout.generalist(output)

@@ -94,11 +94,19 @@ def plan_change(
 # --- checks ---
 
 
-def _check(mixture: OpenedMixture, change: Change) -> None:
+def require_sense(change: Change) -> None:
+    """Raise `UserError` for a change that changes nothing, or in which one expert leaves in two ways."""
     if not (change.remove or change.add or change.replace):
         raise UserError(
             "nothing is to be changed; name an expert that leaves, joins or takes another's place"
         )
+    both = set(change.remove) & set(change.replace)
+    if both:
+        raise UserError(f"{', '.join(sorted(both))}: either leaves or is replaced, not both")
+
+
+def _check(mixture: OpenedMixture, change: Change) -> None:
+    require_sense(change)
     for name in (*change.remove, *change.replace):
         if name not in mixture.names:
             raise unknown_name("expert", name, mixture.names, listed_as="the mixture has")

@@ -78,6 +78,10 @@ def test_experts_are_switched_off_for_one_text(campus: Path, run: Any) -> None:
     words = ("generate", "campus", "def ", "--max-new-tokens", "4", "--temperature", "0")
     assert run(*words, "--without", "prose,means", cwd=campus).status == 0
     assert "no expert 'news'" in run(*words, "--without", "news", cwd=campus).error
+    apart = run(*words, "--without", "prose", "--without", "news", cwd=campus)
+    assert "no expert 'news'" in apart.error
+    apart = run(*words, "--without", "news", "--without", "prose", cwd=campus)
+    assert "no expert 'news'" in apart.error
     assert (
         "has no experts that can be switched off"
         in run("generate", "seed", "def ", "--without", "prose", cwd=campus).error

@@ -155,10 +155,33 @@ def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> N
 
 def test_a_refused_tuning_replaces_nothing(merged: Workspace) -> None:
     kept = tune_here(merged, "kept", "to-tune", trains="router", domains=["prose"], training={"tokens": 256})
-    for trains, domains in (("demix", ["prose"]), ("demix_dapt", ["prose"])):
-        with pytest.raises(UserError, match="demix"):
-            tune_here(merged, "kept", "to-tune", trains=trains, domains=domains, force=True)
-    assert verify(kept) == []
+    for trains, options, message in (
+        ("demix", {}, "demix divides"),
+        ("demix_dapt", {}, "demix_dapt adds"),
+        (
+            "mixture",
+            {"routing": "sample"},
+            "trains mixtures with top_k 1",
+        ),  # refused once the model is loaded
+        ("model.nothing.*", {}, "nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tune_here(
+                merged,
+                "kept",
+                "to-tune",
+                trains=trains,
+                domains=["prose", "means"],
+                options=options,
+                force=True,
+            )
+        assert verify(kept) == []
+        assert not list(merged.generalists.glob(".kept*"))
+    tune_here(
+        merged, "kept", "to-tune", trains="router", domains=["means"], training={"tokens": 256}, force=True
+    )
+    assert list(read_manifest(kept).config["mixture"]["tuned"][0]["domains"]) == ["means"]
+    assert not list(merged.generalists.glob(".kept*"))
 
 
 def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) -> None:

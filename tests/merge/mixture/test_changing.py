@@ -505,3 +505,38 @@ def test_a_top_k_that_is_possible_is_kept(flexolmo_workspace: Workspace, tmp_pat
     change = Change(replace={"prose": tmp_path / "prose"})
     manifest = change_experts(whole, tmp_path / "renewed", change, layout=flexolmo_workspace.layout)
     assert manifest.config["mixture"]["top_k"] == 4
+
+
+def test_a_replaced_expert_does_not_come_back(averaged: Workspace, tmp_path: Path) -> None:
+    first = averaged.generalists / "soup"
+    change = Change(replace={"prose": averaged.experts / "means"})
+    renewed = averaged.generalists / "soup-renewed"
+    change_experts(first, renewed, change, layout=averaged.layout)
+    again = change_experts(renewed, tmp_path / "less", Change(remove=("chance",)), layout=averaged.layout)
+    digests = {parent.name: parent.digest for parent in again.parents}
+    assert digests["prose"] == read_manifest(averaged.experts / "means").digest
+    assert not find_expert(tmp_path / "less", averaged.experts / "prose").found
+    assert reproduce(read_manifest(renewed), renewed, layout=averaged.layout).same
+    aside = averaged.root / "aside"
+    (averaged.experts / "means").rename(aside)
+    try:
+        with pytest.raises(UserError, match=r"is not the 'prose' that .*soup-renewed was made of"):
+            change_experts(renewed, tmp_path / "x", Change(remove=("chance",)), layout=averaged.layout)
+    finally:
+        aside.rename(averaged.experts / "means")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Change(), "nothing is to be changed"),
+        (Change(remove=("prose",), replace={"prose": Path("means")}), "either leaves or is replaced"),
+    ],
+)
+def test_changes_without_sense_are_refused(
+    averaged: Workspace, tmp_path: Path, change: Change, message: str
+) -> None:
+    for name in ("soft", "soup"):
+        with pytest.raises(UserError, match=message):
+            change_experts(averaged.generalists / name, tmp_path / "x", change, layout=averaged.layout)

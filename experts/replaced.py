@@ -1,0 +1,33 @@
+"""What a new run takes the place of: kept beside it until it trains, since a trainer may still refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..core.files import remove_tree
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a run; what was set aside for an earlier try that never trained stays there."""
+    if not folder.exists():
+        return
+    if _place(folder).exists():
+        remove_tree(folder)
+    else:
+        folder.rename(_place(folder))
+
+
+def put_back(folder: Path) -> None:
+    """Remove a run that was refused; what it took the place of is there again, if there was anything."""
+    remove_tree(folder)
+    if _place(folder).exists():
+        _place(folder).rename(folder)
+
+
+def forget_replaced(folder: Path) -> None:
+    """Remove what a run took the place of, now that it trains."""
+    remove_tree(_place(folder))
+
+
+def _place(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
