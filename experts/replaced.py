@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.files import remove_tree
+from .runs import is_finished
 
 
 def set_aside(folder: Path) -> None:
-    """Make room for a run; what was set aside for an earlier try that never trained stays there."""
+    """Make room for a run; a try that never trained gives way to what it had set aside itself."""
     if not folder.exists():
         return
-    if _place(folder).exists():
+    if _place(folder).exists() and not is_finished(folder):
         remove_tree(folder)
-    else:
-        folder.rename(_place(folder))
+        return
+    remove_tree(_place(folder))
+    folder.rename(_place(folder))
 
 
 def put_back(folder: Path) -> None:

@@ -67,8 +67,7 @@ def compare(
     """Score a generalist and its baselines; those that have to be merged first are made for the occasion.
 
     `against` names baselines, or else models of the workspace; a baseline that has the name of the model itself gets a row
-    of its own. Raises `UserError` for a model without experts where a
-    baseline needs them.
+    of its own. Raises `UserError` for a model without experts where a baseline needs them.
     """
     from expertctl.experts.evaluation import EvaluationTable, evaluate
 

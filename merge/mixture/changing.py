@@ -271,9 +271,9 @@ def _licences(mixture: OpenedMixture, change: Change, joined: Mapping[str, Manif
     """Return how the licences of those go together who make up the changed mixture."""
     gone = {*change.remove, *change.replace}
     left = {parent.name: parent.licence for parent in mixture.manifest.parents if parent.name not in gone}
-    stays = [] if shares_its_rest_with_the_seed(mixture.manifest) else _averaged(mixture)
+    means = [] if shares_its_rest_with_the_seed(mixture.manifest) else _averaged(mixture)
     return check_licences(
-        {f"{one['name']} (in the mean)": one["licence"] for one in stays}
+        {f"{one['name']} (in the mean)": one["licence"] for one in means if one["name"] not in left}
         | left
         | {name: one.licence for name, one in joined.items()}
     )

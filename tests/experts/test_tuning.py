@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from expertctl import UserError, load_model
 from expertctl.core.config import TrainingConfig
 from expertctl.core.files import remove_tree
 from expertctl.core.lineage import read_manifest, verify
+from expertctl.experts.replaced import put_back
 from expertctl.experts.runs import read_run
 from expertctl.experts.training_run import train_run
 from expertctl.experts.tuning import require_same, start_tuning
@@ -28,6 +30,21 @@ def merged(flexolmo_workspace: Workspace) -> Workspace:
             weights = dict.fromkeys(OWNERS, 1.0) if method == "ensemble" else None
             flexolmo_workspace.merge(name, method=method, experts=OWNERS, weights=weights)
     return flexolmo_workspace
+
+
+def begun(workspace: Workspace, name: str, base: str, **training: Any) -> Path:
+    """Set up a tuning of the router and return its folder; nothing is trained yet."""
+    return start_tuning(
+        workspace.layout,
+        workspace.config,
+        name,
+        base=base,
+        trains="router",
+        domains=["prose"],
+        options={},
+        training=TrainingConfig(**training),
+        force=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,35 +88,26 @@ def test_experts_have_none_to_switch_off(merged: Workspace) -> None:
 
 
 def test_an_unfinished_tuning_is_gone_on_with_by_its_own_command(merged: Workspace) -> None:
-    begun = merged.generalists / "half-tuned"
-    begun.mkdir()
+    folder = merged.generalists / "half-tuned"
+    folder.mkdir()
     try:
         with pytest.raises(UserError, match="is not finished; `expertctl tune half-tuned` goes on with it"):
             merged.layout.artefact("half-tuned")
     finally:
-        begun.rmdir()
+        folder.rmdir()
 
 
 def test_an_unfinished_tuning_goes_on_as_it_began_in_every_setting(merged: Workspace) -> None:
-    folder = start_tuning(
-        merged.layout,
-        merged.config,
-        "goes-on",
-        base="to-tune",
-        trains="router",
-        domains=["prose"],
-        options={},
-        training=TrainingConfig(tokens=512, learning_rate=1e-3),
-    )
+    folder = begun(merged, "goes-on", "to-tune", tokens=512, learning_rate=1e-3)
     for training, told in (
         ({"tokens": 1024}, "with training.tokens 512, not 1024"),
         ({"learning_rate": 1}, "not 1.0"),
     ):
         with pytest.raises(UserError, match=told):
             merged.tune("goes-on", Path("to-tune"), training=training)
-    begun = read_run(folder).training
+    settings = read_run(folder).training
     require_same(folder, "to-tune", None, (), {}, TrainingConfig(tokens=512))
-    assert (begun.tokens, begun.learning_rate) == (512, 1e-3)
+    assert (settings.tokens, settings.learning_rate) == (512, 1e-3)
     remove_tree(folder)
 
 
@@ -132,16 +140,7 @@ def test_experts_are_changed_looked_for_and_switched_off_from_python(merged: Wor
 def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> None:
     settings = {"method": "flexolmo", "experts": OWNERS}
     merged.merge("remade", options={"top_k": 2}, **settings)
-    folder = start_tuning(
-        merged.layout,
-        merged.config,
-        "of-remade",
-        base="remade",
-        trains="router",
-        domains=["prose"],
-        options={},
-        training=TrainingConfig(tokens=256),
-    )
+    folder = begun(merged, "of-remade", "remade", tokens=256)
     before = read_manifest(merged.generalists / "remade").digest
     merged.merge("remade", options={"top_k": 1}, force=True, **settings)
     assert read_manifest(merged.generalists / "remade").digest == before, "the tensors are the same"
@@ -190,3 +189,22 @@ def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) ->
         merged, "divided", "dense-tuned", trains="demix", domains=["prose", "means"], training={"tokens": 256}
     )
     assert read_manifest(divided).config["mixture"]["experts"] == ["prose", "means"]
+
+
+def test_what_was_finished_since_is_what_is_kept(merged: Workspace) -> None:
+    folder = tune_here(
+        merged, "twice", "to-tune", trains="router", domains=["prose"], training={"tokens": 256}
+    )
+    first = read_manifest(folder).digest
+    begun(merged, "twice", "to-tune", tokens=256)
+    begun(merged, "twice", "to-tune", tokens=256)  # the first try never trained
+    put_back(folder)
+    assert read_manifest(folder).digest == first
+    begun(merged, "twice", "to-tune", tokens=256)
+    merged.merge(
+        "twice", method="flexolmo", experts=OWNERS[:2], force=True
+    )  # something else has the name now
+    second = read_manifest(folder).digest
+    begun(merged, "twice", "to-tune", tokens=256)
+    put_back(folder)
+    assert read_manifest(folder).digest == second != first
