@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,26 @@ from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(0))
 DOMAINS = ["prose", "chance"]
+
+
+def adapt(
+    workspace: Workspace,
+    model: str,
+    *,
+    base: str = "demix",
+    domains: tuple[str, ...] = ("means",),
+    **options: Any,
+) -> Path:
+    """Let one more expert train in a DEMix model, and return the folder of the new one."""
+    return tune_here(
+        workspace,
+        model,
+        base,
+        trains="demix_dapt",
+        domains=list(domains),
+        options={"samples": 2, **options},
+        training={"tokens": 256},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +103,7 @@ def test_the_result_is_an_ensemble_that_shares_all_but_feed_forwards(
 
 
 def test_a_domain_joins_by_its_feed_forward_alone(flexolmo_workspace: Workspace, demix: Path) -> None:
-    joined = tune_here(
-        flexolmo_workspace,
-        "demix-more",
-        "demix",
-        trains="demix_dapt",
-        domains=["means"],
-        options={"samples": 2},
-        training={"tokens": 256},
-    )
+    joined = adapt(flexolmo_workspace, "demix-more")
     model, _ = load_model(joined, dtype="float32")
     assert model.expert_names == [*DOMAINS, "means"]
     for place in ("seed/model.safetensors", *(f"experts/{name}.safetensors" for name in DOMAINS)):
@@ -134,30 +147,16 @@ def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -
     with pytest.raises(UserError, match="name two domains or more"):
         tune_here(flexolmo_workspace, "one", "seed", trains="demix", domains=["prose"])
     with pytest.raises(UserError, match="experts share all but their feed-forwards, and 'seed' is none"):
-        tune_here(flexolmo_workspace, "none", "seed", trains="demix_dapt", domains=["prose"])
+        adapt(flexolmo_workspace, "none", base="seed", domains=("prose",))
     with pytest.raises(UserError, match="has an expert 'prose' already"):
-        tune_here(flexolmo_workspace, "twice", "demix", trains="demix_dapt", domains=["prose"])
+        adapt(flexolmo_workspace, "twice", domains=("prose",))
     for name in ("../../evil", "a/b", "a,b", "seed", "public", ""):
         with pytest.raises(UserError, match="an expert cannot be called"):
-            tune_here(
-                flexolmo_workspace,
-                "named",
-                "demix",
-                trains="demix_dapt",
-                domains=["means"],
-                options={"name": name},
-            )
+            adapt(flexolmo_workspace, "named", name=name)
     with pytest.raises(UserError, match="say what it is called: --option name=NAME"):
-        tune_here(flexolmo_workspace, "two", "demix", trains="demix_dapt", domains=["means", "public"])
+        adapt(flexolmo_workspace, "two", domains=("means", "public"))
     with pytest.raises(UserError, match="samples is 0; it is 1 or more"):
-        tune_here(
-            flexolmo_workspace,
-            "few",
-            "demix",
-            trains="demix_dapt",
-            domains=["means"],
-            options={"samples": 0},
-        )
+        adapt(flexolmo_workspace, "few", samples=0)
     with pytest.raises(
         UserError, match="divides the feed-forwards of a dense model, and 'demix' has several"
     ):
@@ -171,15 +170,7 @@ def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -
 def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
     flexolmo_workspace: Workspace, demix: Path, tmp_path: Path
 ) -> None:
-    joined = tune_here(
-        flexolmo_workspace,
-        "demix-traced",
-        "demix",
-        trains="demix_dapt",
-        domains=["means"],
-        options={"samples": 2, "name": "sums"},
-        training={"tokens": 256},
-    )
+    joined = adapt(flexolmo_workspace, "demix-traced", name="sums")
     origin = read_manifest(joined).config["mixture"]["tuned"][-1]["began_as"]["sums"]
     (other,) = set(DOMAINS) - {origin}
     inside = find_own_expert(
@@ -209,16 +200,8 @@ def test_copies_of_copies_are_traced_to_the_first(
     flexolmo_workspace: Workspace, demix: Path, tmp_path: Path
 ) -> None:
     base = "demix"
-    for name in ("second", "third"):
-        tune_here(
-            flexolmo_workspace,
-            f"demix-{name}",
-            base,
-            trains="demix_dapt",
-            domains=["means"],  # to which its first expert is the nearest from then on
-            options={"samples": 2, "name": name},
-            training={"tokens": 256},
-        )
+    for name in ("second", "third"):  # of the same text, to which the second is the nearest once it is there
+        adapt(flexolmo_workspace, f"demix-{name}", base=base, name=name)
         base = f"demix-{name}"
     folder = flexolmo_workspace.generalists / base
     tuned = read_manifest(folder).config["mixture"]["tuned"]
