@@ -193,18 +193,18 @@ def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) ->
 
 def test_what_was_finished_since_is_what_is_kept(merged: Workspace) -> None:
     folder = tune_here(
-        merged, "twice", "to-tune", trains="router", domains=["prose"], training={"tokens": 256}
+        merged, "begun-twice", "to-tune", trains="router", domains=["prose"], training={"tokens": 256}
     )
     first = read_manifest(folder).digest
-    begun(merged, "twice", "to-tune", tokens=256)
-    begun(merged, "twice", "to-tune", tokens=256)  # the first try never trained
+    begun(merged, "begun-twice", "to-tune", tokens=256)
+    begun(merged, "begun-twice", "to-tune", tokens=256)  # the first try never trained
     put_back(folder)
     assert read_manifest(folder).digest == first
-    begun(merged, "twice", "to-tune", tokens=256)
+    begun(merged, "begun-twice", "to-tune", tokens=256)
     merged.merge(
-        "twice", method="flexolmo", experts=OWNERS[:2], force=True
+        "begun-twice", method="flexolmo", experts=OWNERS[:2], force=True
     )  # something else has the name now
     second = read_manifest(folder).digest
-    begun(merged, "twice", "to-tune", tokens=256)
+    begun(merged, "begun-twice", "to-tune", tokens=256)
     put_back(folder)
     assert read_manifest(folder).digest == second != first
