@@ -22,8 +22,8 @@ quick-test: $(READY)
 check: $(READY)  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	sh tests/structure/typed_tree.sh build/typed
-	MYPYPATH=build/typed $(BIN)/mypy -p expertctl
+	$(BIN)/mypy
+	$(BIN)/pyright
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")'

@@ -108,7 +108,7 @@ class PluginManager:
 
     def load_builtins(self, names: Iterable[str] = BUILTIN_PLUGINS) -> None:
         """Register the built-in plugins. A failure here is our bug and is raised."""
-        package = __package__.rpartition(".")[0]
+        package = __name__.rpartition(".core.")[0]
         version = package_version(hookspecs.PROJECT)
         for name in names:
             module = importlib.import_module(f"{package}.plugins.{name}")

@@ -339,6 +339,6 @@ def prepare_domains(
     return [prepare_domain(layout, name, domain_config(project, name), tokenizer_folder) for name in names]
 
 
-def prepared_summary(prepared: PreparedDomain) -> dict[str, object]:
+def prepared_summary(prepared: PreparedDomain) -> Mapping[str, object]:
     """Return what `data list` shows of a domain."""
     return {part: asdict(getattr(prepared, part)) for part in PARTS} | {"licence": prepared.licence}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..core.config import ProjectConfig
 from ..core.environment import without_loading_bars
@@ -95,9 +96,10 @@ def _rewrite(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     with without_loading_bars():
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
+    model, loading = loaded
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(

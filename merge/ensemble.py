@@ -23,7 +23,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json

@@ -123,7 +123,7 @@ def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> Trainab
         parameter.requires_grad_(moves)
         if moves:
             parameters[name] = parameter
-    tell = None
+    samplers: list[SampledTop1] = []
     if options.routing == "sample":
         wrong = next((router.top_k for router in routers.values() if router.top_k != 1), None)
         if wrong is not None:
@@ -132,16 +132,16 @@ def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> Trainab
             )
         samplers = [SampledTop1(router, options.sample_rate) for router in routers.values()]
 
-        def tell(step: int) -> None:
-            for sampler in samplers:
-                sampler.step = step
+    def set_sampling_step(step: int) -> None:
+        for sampler in samplers:
+            sampler.step = step
 
     log, _ = attach_log(model)
     return TrainablePart(
         model,
         parameters,
         auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
-        tell_step=tell,
+        tell_step=set_sampling_step if samplers else None,
         measures=lambda: routing_measures(log.layers()),
         notes=_untaught(model, "train with --option routing=sample", drawn=options.routing == "sample"),
     )

@@ -172,7 +172,7 @@ def fit_clusterer(
         # texts that are all the same have variance 0, of which scikit-learn takes shares that nobody reads
         with np.errstate(invalid="ignore", divide="ignore"):
             svd = TruncatedSVD(n_components=width, random_state=settings.seed).fit(weighted)
-        vectors = (idf.idf_[:, None] * svd.components_.T).astype(np.float32)
+        vectors = (idf.idf_[:, None] * np.transpose(svd.components_)).astype(np.float32)
     points = unit_rows(counts[used].astype(np.float32) @ vectors)
     found = fit(
         points, settings.clusters, seed=settings.seed, rounds=settings.rounds, balanced=settings.balanced

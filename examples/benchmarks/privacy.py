@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.loop is not None:
         step = step_of(given, given.loop, given.trains)
-        step(), step()
+        step()
+        step()
         print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
         return
     parts = ("all", "feed_forward")

@@ -26,12 +26,14 @@ class Destination(Protocol):
     @property
     def seed(self) -> Path:
         """Folder of what the owner started from."""
+        ...
 
     def judge(self, folder: Path, signed: Signed, request: ExpertRequest) -> Refusal | None:
         """Say why an artefact's folder is not taken, or None."""
 
     def take(self, folder: Path, request: ExpertRequest) -> str:
         """Take what was judged, folder and all, and return what it is called here."""
+        ...
 
 
 @dataclass(frozen=True)

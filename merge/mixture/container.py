@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +123,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         """Leave everything as it was made: all weights are loaded."""
 
     def get_input_embeddings(self) -> nn.Module:
-        found: nn.Module = self.network.get_input_embeddings()
-        return found
+        return cast("nn.Module", self.network.get_input_embeddings())
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.network.set_input_embeddings(value)
@@ -133,8 +132,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         self.network.set_output_embeddings(new_embeddings)
 
     def get_output_embeddings(self) -> nn.Module:
-        found: nn.Module = self.network.get_output_embeddings()
-        return found
+        return cast("nn.Module", self.network.get_output_embeddings())
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Do as the dense model's class, and keep its new size in both configurations."""
@@ -174,5 +172,4 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         `forward` of the container, and hooks on it, take no part.
         """
         self.network.generation_config = self.generation_config
-        generate: Callable[..., Any] = self.network.generate
-        return generate(*args, **kwargs)
+        return cast("PreTrainedModel", self.network).generate(*args, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,12 +102,10 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # `forward` makes its own, one for each member
 
     def get_input_embeddings(self) -> nn.Module:
-        found: nn.Module = self.hub.get_input_embeddings()
-        return found
+        return cast("nn.Module", self.hub.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module:
-        found: nn.Module = self.hub.get_output_embeddings()
-        return found
+        return cast("nn.Module", self.hub.get_output_embeddings())
 
     def forward(
         self,

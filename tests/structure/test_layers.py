@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from expertctl.core.plugin_manager import BUILTIN_PLUGINS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("core", "experts", "merge", "plugins", "cli")
-PUBLIC = ROOT / "core" / "public"
+PUBLIC = ROOT / "expertctl"
 
-# A layer may import itself and those it names. The public face is what stands in `core/public`.
+# A layer may import itself and those it names. The public face is the modules of `expertctl` itself.
 MAY_IMPORT = {
     "core": {"core"},
     "experts": {"core", "experts"},
@@ -44,16 +44,17 @@ HEAVY = {
 
 
 def sources() -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    inside = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    return sorted([*PUBLIC.glob("*.py"), *inside])
 
 
 def layer_of(path: Path) -> str:
-    return "public" if PUBLIC in path.parents else path.relative_to(ROOT).parts[0]
+    return "public" if path.parent == PUBLIC else path.relative_to(ROOT).parts[0]
 
 
 def imported_modules(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Yield (line, absolute module name) of every import in a file, wherever it stands."""
-    inside = ["expertctl"] if PUBLIC in path.parents else ["expertctl", *path.relative_to(ROOT).parent.parts]
+    inside = ["expertctl"] if path.parent == PUBLIC else ["expertctl", *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -114,16 +115,13 @@ def test_commands_and_plugins_import_nothing_heavy_before_they_are_used() -> Non
     assert wrong == []
 
 
-def test_the_package_list_equals_the_folders() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {path.parent for path in sources()} - {PUBLIC}
-    expected = {"expertctl": "core/public"}
-    for folder in folders:
-        place = folder.relative_to(ROOT)
-        assert (folder / "__init__.py").is_file(), f"{place} has modules and no __init__.py"
-        expected[".".join(["expertctl", *place.parts])] = place.as_posix()
-    assert sorted(settings["packages"]) == sorted(expected)
-    assert settings["package-dir"] == expected
+def test_the_package_holds_the_five_folders_under_its_own_name() -> None:
+    for folder in FOLDERS:
+        module = importlib.import_module(f"expertctl.{folder}")
+        assert module.__name__ == f"expertctl.{folder}"
+        assert (PUBLIC / folder).resolve() == ROOT / folder
+        for path in (ROOT / folder).rglob("*.py"):
+            assert (path.parent / "__init__.py").is_file(), f"{path.parent} has modules and no __init__.py"
 
 
 def test_the_built_in_plugins_equal_the_modules_of_their_folder() -> None:
