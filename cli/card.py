@@ -34,9 +34,9 @@ def command(session: Session, model: str, evaluation: Path | None, output: Path 
 
     What it was made from and how comes from its manifest.
     """
+    from ..core.artefacts.files import read_json, write_text
+    from ..core.artefacts.lineage import read_manifest
     from ..core.errors import UserError
-    from ..core.files import read_json, write_text
-    from ..core.lineage import read_manifest
     from ..merge.card import model_card
 
     manifest = read_manifest(session.artefact(model))

@@ -14,8 +14,8 @@ from .output import Table, print_json, print_part
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
-    from ..core.progress import Count, RunProgress
-    from ..core.workspace import Layout
+    from ..core.artefacts.layout import Layout
+    from ..core.process.progress import Count, RunProgress
 
 
 class Session:
@@ -74,13 +74,13 @@ class Session:
 
     def runs(self, names: Sequence[str]) -> RunProgress:
         """Return what shows the progress of training runs."""
-        from ..core.progress import RunProgress, display
+        from ..core.process.progress import RunProgress, display
 
         return RunProgress(display(quiet=self.quiet, plain=self.json), names)
 
     def count(self, name: str, unit: str, total: int | None = None) -> Count:
         """Return what shows the progress of counted work."""
-        from ..core.progress import Count, display
+        from ..core.process.progress import Count, display
 
         return Count(name, unit, total, display(quiet=self.quiet, plain=self.json))
 

@@ -14,7 +14,7 @@ from .parsing import as_dictionary, names, setting
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..core.config import DomainConfig
+    from ..core.config.settings import DomainConfig
     from ..experts.corpora import PreparedDomain
 
 HEADINGS = ("domain", "part", "documents", "tokens", "bytes")

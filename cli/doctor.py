@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ..core.files import is_alive
+from ..core.artefacts.files import is_alive
 from .context import Session
 from .group import cli_command
 from .output import Table
@@ -67,7 +67,7 @@ def command(ctx: click.Context) -> int:
 
 
 def _machine() -> Iterator[Finding]:
-    from ..core.compute import available_cores
+    from ..core.process.compute import available_cores
 
     yield Finding("ok", "python", f"{platform.python_version()} ({sys.executable})")
     yield Finding("ok", "system", f"{platform.system()} {platform.machine()}")
@@ -85,7 +85,7 @@ def _memory_bytes() -> int | None:
 
 
 def _libraries() -> Iterator[Finding]:
-    from ..core.lineage import package_version
+    from ..core.artefacts.lineage import package_version
 
     yield Finding("ok", "expertctl", package_version("expertctl"))
     for name in LIBRARIES:
@@ -111,7 +111,7 @@ def _devices() -> Iterator[Finding]:
 
 def _plugins(ctx: click.Context) -> Iterator[Finding]:
     """Call every hook once, so that a plugin that breaks in one of them is found."""
-    from ..core.plugin_manager import installed_plugins
+    from ..core.hooks.manager import installed_plugins
     from .plugins import WORDS
 
     plugins = installed_plugins()

@@ -13,7 +13,7 @@ from .group import Group, cli_command
 from .summaries import artefact_content, made
 
 if TYPE_CHECKING:
-    from ..core.lineage import Manifest
+    from ..core.artefacts.lineage import Manifest
     from ..merge.mixture.changing import Change
 
 output_options = [
@@ -141,8 +141,8 @@ def _change(
 
 
 def _require_stitches(folder: Path) -> None:
+    from ..core.artefacts.lineage import read_manifest
     from ..core.errors import UserError
-    from ..core.lineage import read_manifest
 
     manifest = read_manifest(folder)
     if manifest.config.get("kind") != "stitched":
@@ -155,7 +155,7 @@ def _require_stitches(folder: Path) -> None:
 
 def _retrained(session: Session, name: str, start: Path, change: Change, force: bool) -> Manifest:
     """Train the stitches of a changed model on the text of those who are there now, else as they were trained before."""
-    from ..core.lineage import read_manifest
+    from ..core.artefacts.lineage import read_manifest
 
     manifest = read_manifest(start)
     spec = manifest.config["run"]

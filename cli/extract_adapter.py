@@ -50,7 +50,7 @@ def command(
     Every linear layer that changed gets the truncated singular value decomposition of its change; what that loses
     is told for each and over all.
     """
-    from ..core.numeric import dtype_of_word
+    from ..core.artefacts.numeric import dtype_of_word
     from ..merge.extraction import extract_adapter
 
     with session.count("extracting", "matrices") as count:

@@ -134,7 +134,7 @@ def _status_table(found: list[OwnerStatus]) -> Table | str:
     for one in found:
         progress, training = one.progress, ""
         if one.state != "accepted" and progress is not None:
-            from ..core.progress import duration
+            from ..core.process.progress import duration
 
             training = progress.state if progress.state != "failed" else f"failed ({progress.code})"
             if progress.state == "training":

@@ -121,7 +121,7 @@ def _rounds_from(
     """Return what the options describe; raises `UserError` for those that no round has."""
     from datetime import UTC, datetime
 
-    from ..core.options import parse_options
+    from ..core.hooks.options import parse_options
     from ..experts.federation.averaging import AveragingRules
     from ..experts.federation.requests import deadline_in
     from ..experts.federation.round_plan import RoundPlan

@@ -148,7 +148,7 @@ def work(
     Stopped at any point, the same command goes on. Before anything is written for the coordinator you are shown what it
     is, and asked.
     """
-    from ..core.files import refuse_existing
+    from ..core.artefacts.files import refuse_existing
     from ..experts.federation.packs import SEED_FOLDER, opened, read_request, write_delivery
 
     refuse_existing(output, force=force, what="delivery")

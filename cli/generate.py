@@ -16,7 +16,7 @@ from .parsing import names
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ..core.generation import GeneratedToken, Generation
+    from ..core.models.generation import GeneratedToken, Generation
 
 COLOURS = (
     "cyan",
@@ -89,7 +89,7 @@ def command(
     """
     folder = session.artefact(model)
     text = sys.stdin.read() if prompt == "-" else prompt
-    from ..core.generation import generate
+    from ..core.models.generation import generate
 
     with session.count("writing", "tokens", max_new_tokens) as count, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: session.note(str(message))

@@ -95,7 +95,7 @@ class LazyGroup(Group):
         from importlib.metadata import entry_points
 
         if entry_points(group="expertctl"):  # else help need not pay for loading the built-in plugins
-            from ..core.plugin_manager import installed_plugins
+            from ..core.hooks.manager import installed_plugins
 
             installed_plugins().register_commands(self)
 

@@ -25,9 +25,9 @@ from .group import cli_command
 @pass_session
 def command(session: Session, folder: Path, seed: Path | None, bundled: bool) -> None:
     """Make a workspace: a folder with a commented expertctl.yaml."""
+    from ..core.artefacts.files import readable_os_errors, write_text
+    from ..core.artefacts.layout import CONFIG_FILE
     from ..core.errors import UserError
-    from ..core.files import readable_os_errors, write_text
-    from ..core.workspace import CONFIG_FILE
     from .project_file import project_file
 
     target = folder / CONFIG_FILE

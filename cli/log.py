@@ -12,14 +12,14 @@ from .summaries import origin
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..core.lineage import Manifest, Parent
+    from ..core.artefacts.lineage import Manifest, Parent
 
 
 @cli_command("log", example="expertctl log")
 @pass_session
 def command(session: Session) -> None:
     """Show what came from what: seed, experts, generalists."""
-    from ..core.lineage import read_manifest
+    from ..core.artefacts.lineage import read_manifest
 
     manifests = [read_manifest(folder) for folder in session.open().layout.finished()]
     content = {

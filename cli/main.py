@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import click
 
-from ..core.environment import prepare_libraries
+from ..core.artefacts.files import mendable
 from ..core.errors import UserError
-from ..core.files import mendable
+from ..core.process.environment import prepare_libraries
 from .context import Session
 from .group import LazyGroup, options_everywhere
 from .output import print_json

@@ -15,7 +15,7 @@ from .parsing import as_dictionary, byte_count, names, setting, weights
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
-    from ..core.lineage import Manifest
+    from ..core.artefacts.lineage import Manifest
     from ..merge.merging import MergeRun
     from ..merge.plan import MergePlan
 

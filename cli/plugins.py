@@ -9,7 +9,7 @@ from .group import cli_command
 from .output import Table
 
 if TYPE_CHECKING:
-    from ..core.plugin_manager import PluginManager
+    from ..core.hooks.manager import PluginManager
 
 WORDS = {
     "merge_methods": "merge method",
@@ -28,7 +28,7 @@ WORDS = {
 @pass_session
 def command(session: Session) -> None:
     """List the installed plugins and what they offer."""
-    from ..core.plugin_manager import installed_plugins
+    from ..core.hooks.manager import installed_plugins
 
     plugins = installed_plugins()
     offers = _offers(plugins)

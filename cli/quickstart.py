@@ -101,9 +101,9 @@ def _workspace(folder: Path, corpora: Path | None, tokens: int) -> Workspace:
     """Return the workspace in `folder`, made now or by an earlier call."""
     from expertctl.workspace import Workspace
 
+    from ..core.artefacts.files import readable_os_errors, write_text
+    from ..core.artefacts.layout import CONFIG_FILE
     from ..core.errors import UserError
-    from ..core.files import readable_os_errors, write_text
-    from ..core.workspace import CONFIG_FILE
 
     names = [name for name, _ in _domains(corpora)]
     text = SETTINGS.format(seed_tokens=tokens // 2, expert_tokens=tokens // 2 // len(names))
@@ -126,8 +126,8 @@ def _domains(corpora: Path | None) -> Iterator[tuple[str, str]]:
     """Yield each domain's name and settings."""
     import json
 
+    from ..core.artefacts.layout import check_name
     from ..core.errors import UserError
-    from ..core.workspace import check_name
 
     if corpora is None:
         from ..experts.bundled import BUNDLED

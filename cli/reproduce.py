@@ -28,7 +28,7 @@ def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...
     MANIFEST is a generalist by name, its folder, or its generalist.json. Nothing is kept of the second merge.
     The exit status is 1 when it came out otherwise.
     """
-    from ..core.lineage import read_manifest
+    from ..core.artefacts.lineage import read_manifest
     from ..merge.merging import MergeRun
     from ..merge.reproducing import reproduce
     from .merge import MergeProgress

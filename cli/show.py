@@ -16,7 +16,7 @@ from .summaries import origin
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
-    from ..core.lineage import Manifest, Parent
+    from ..core.artefacts.lineage import Manifest, Parent
 
 
 @cli_command("show", example="expertctl show forest")
@@ -44,7 +44,7 @@ def command(session: Session, name: str | None, routing: str | None, domains: tu
 def _show_artefact(session: Session, folder: Path) -> None:
     from dataclasses import asdict
 
-    from ..core.lineage import read_manifest
+    from ..core.artefacts.lineage import read_manifest
 
     manifest = read_manifest(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -142,7 +142,7 @@ def _training_facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _show_workspace(session: Session, workspace: Workspace) -> None:
-    from ..core.lineage import read_manifest
+    from ..core.artefacts.lineage import read_manifest
 
     finished = {folder: read_manifest(folder) for folder in workspace.layout.finished()}
     unfinished = workspace.unfinished()

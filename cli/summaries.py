@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .output import shares, short
 
 if TYPE_CHECKING:
-    from ..core.lineage import Manifest
+    from ..core.artefacts.lineage import Manifest
 
 
 def artefact_content(folder: Path, manifest: Manifest) -> dict[str, Any]:

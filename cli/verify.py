@@ -83,8 +83,8 @@ def _verdict(one: Absence) -> str:
 
 
 def _problems(folder: Path) -> list[str]:
+    from ..core.artefacts.lineage import verify
     from ..core.errors import UserError
-    from ..core.lineage import verify
 
     try:
         return verify(folder)

@@ -9,89 +9,105 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertctl.core.config import load_project as load_project
+    from expertctl.core.artefacts.lineage import verify as verify
+    from expertctl.core.config.project import load_project as load_project
     from expertctl.core.errors import UserError as UserError
-    from expertctl.core.hookspecs import hookimpl as hookimpl
-    from expertctl.core.lineage import verify as verify
-    from expertctl.core.loading import load_model as load_model
-    from expertctl.core.loading import register_auto_classes as register_auto_classes
-    from expertctl.core.token_store import TokenBlocks as TokenBlocks
-    from expertctl.core.types import Architecture as Architecture
-    from expertctl.core.types import BuiltModel as BuiltModel
-    from expertctl.core.types import CorpusFormat as CorpusFormat
-    from expertctl.core.types import DiscoveryInputs as DiscoveryInputs
-    from expertctl.core.types import Document as Document
-    from expertctl.core.types import DocumentOrder as DocumentOrder
-    from expertctl.core.types import DomainDiscoverer as DomainDiscoverer
-    from expertctl.core.types import Evaluator as Evaluator
-    from expertctl.core.types import ExpertFinished as ExpertFinished
-    from expertctl.core.types import FoundDomains as FoundDomains
-    from expertctl.core.types import Launcher as Launcher
-    from expertctl.core.types import LaunchResult as LaunchResult
-    from expertctl.core.types import MergeFinished as MergeFinished
-    from expertctl.core.types import MergeInputs as MergeInputs
-    from expertctl.core.types import MergeMethod as MergeMethod
-    from expertctl.core.types import MixtureShape as MixtureShape
-    from expertctl.core.types import MixtureTarget as MixtureTarget
-    from expertctl.core.types import PerExpert as PerExpert
-    from expertctl.core.types import PrivateReleases as PrivateReleases
-    from expertctl.core.types import Router as Router
-    from expertctl.core.types import RouterInputs as RouterInputs
-    from expertctl.core.types import RouterStart as RouterStart
-    from expertctl.core.types import RunReporter as RunReporter
-    from expertctl.core.types import Score as Score
-    from expertctl.core.types import TensorGroup as TensorGroup
-    from expertctl.core.types import TrainablePart as TrainablePart
-    from expertctl.core.types import Trainer as Trainer
-    from expertctl.core.types import TrainingStep as TrainingStep
-    from expertctl.core.types import TrainingText as TrainingText
-    from expertctl.core.types import ValidationText as ValidationText
+    from expertctl.core.hooks.evaluation import Evaluator as Evaluator
+    from expertctl.core.hooks.evaluation import Score as Score
+    from expertctl.core.hooks.events import ExpertFinished as ExpertFinished
+    from expertctl.core.hooks.events import MergeFinished as MergeFinished
+    from expertctl.core.hooks.events import TrainingStep as TrainingStep
+    from expertctl.core.hooks.hookspecs import hookimpl as hookimpl
+    from expertctl.core.hooks.merging import BuiltModel as BuiltModel
+    from expertctl.core.hooks.merging import MergeInputs as MergeInputs
+    from expertctl.core.hooks.merging import MergeMethod as MergeMethod
+    from expertctl.core.hooks.merging import PerExpert as PerExpert
+    from expertctl.core.hooks.merging import TensorGroup as TensorGroup
+    from expertctl.core.hooks.mixtures import Architecture as Architecture
+    from expertctl.core.hooks.mixtures import MixtureShape as MixtureShape
+    from expertctl.core.hooks.mixtures import MixtureTarget as MixtureTarget
+    from expertctl.core.hooks.mixtures import Router as Router
+    from expertctl.core.hooks.mixtures import RouterInputs as RouterInputs
+    from expertctl.core.hooks.mixtures import RouterStart as RouterStart
+    from expertctl.core.hooks.text import CorpusFormat as CorpusFormat
+    from expertctl.core.hooks.text import DiscoveryInputs as DiscoveryInputs
+    from expertctl.core.hooks.text import Document as Document
+    from expertctl.core.hooks.text import DocumentOrder as DocumentOrder
+    from expertctl.core.hooks.text import DomainDiscoverer as DomainDiscoverer
+    from expertctl.core.hooks.text import FoundDomains as FoundDomains
+    from expertctl.core.hooks.text import TrainingText as TrainingText
+    from expertctl.core.hooks.text import ValidationText as ValidationText
+    from expertctl.core.hooks.training import Launcher as Launcher
+    from expertctl.core.hooks.training import LaunchResult as LaunchResult
+    from expertctl.core.hooks.training import PrivateReleases as PrivateReleases
+    from expertctl.core.hooks.training import RunReporter as RunReporter
+    from expertctl.core.hooks.training import TrainablePart as TrainablePart
+    from expertctl.core.hooks.training import Trainer as Trainer
+    from expertctl.core.models.loading import load_model as load_model
+    from expertctl.core.models.loading import register_auto_classes as register_auto_classes
+    from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
     from expertctl.merge.mergekit_file import read_mergekit as read_mergekit
     from expertctl.merge.merging import MergeRun as MergeRun
     from expertctl.merge.merging import merge_recipe as merge_recipe
     from expertctl.workspace import Workspace as Workspace
 
 _HOMES = {
-    "core.config": ("load_project",),
+    "core.artefacts.lineage": ("verify",),
+    "core.config.project": ("load_project",),
     "core.errors": ("UserError",),
-    "core.hookspecs": ("hookimpl",),
-    "core.lineage": ("verify",),
-    "core.loading": ("load_model", "register_auto_classes"),
-    "core.token_store": ("TokenBlocks",),
-    "core.types": (
-        "Architecture",
+    "core.hooks.evaluation": (
+        "Evaluator",
+        "Score",
+    ),
+    "core.hooks.events": (
+        "ExpertFinished",
+        "MergeFinished",
+        "TrainingStep",
+    ),
+    "core.hooks.hookspecs": ("hookimpl",),
+    "core.hooks.merging": (
         "BuiltModel",
+        "MergeInputs",
+        "MergeMethod",
+        "PerExpert",
+        "TensorGroup",
+    ),
+    "core.hooks.mixtures": (
+        "Architecture",
+        "MixtureShape",
+        "MixtureTarget",
+        "Router",
+        "RouterInputs",
+        "RouterStart",
+    ),
+    "core.hooks.text": (
         "CorpusFormat",
         "DiscoveryInputs",
         "Document",
         "DocumentOrder",
         "DomainDiscoverer",
-        "Evaluator",
-        "ExpertFinished",
         "FoundDomains",
-        "LaunchResult",
-        "Launcher",
-        "MergeFinished",
-        "MergeInputs",
-        "MergeMethod",
-        "MixtureShape",
-        "MixtureTarget",
-        "PerExpert",
-        "PrivateReleases",
-        "Router",
-        "RouterInputs",
-        "RouterStart",
-        "RunReporter",
-        "Score",
-        "TensorGroup",
-        "TrainablePart",
-        "Trainer",
-        "TrainingStep",
         "TrainingText",
         "ValidationText",
     ),
+    "core.hooks.training": (
+        "LaunchResult",
+        "Launcher",
+        "PrivateReleases",
+        "RunReporter",
+        "TrainablePart",
+        "Trainer",
+    ),
+    "core.models.loading": (
+        "load_model",
+        "register_auto_classes",
+    ),
+    "core.text.token_store": ("TokenBlocks",),
     "merge.mergekit_file": ("read_mergekit",),
-    "merge.merging": ("MergeRun", "merge_recipe"),
+    "merge.merging": (
+        "MergeRun",
+        "merge_recipe",
+    ),
     "workspace": ("Workspace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertctl.core.config import MergeConfig
+from expertctl.core.artefacts.lineage import manifest_path, read_manifest
+from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError, unknown_name
-from expertctl.core.lineage import manifest_path, read_manifest
 
 if TYPE_CHECKING:
     from expertctl.experts.evaluation import EvaluationTable

@@ -8,24 +8,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertctl.core.config import (
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.artefacts.lineage import Manifest, manifest_path, read_manifest
+from expertctl.core.config.project import load_project
+from expertctl.core.config.settings import (
     ExpertConfig,
     MergeConfig,
     ProjectConfig,
     TrainingConfig,
     checked,
-    load_project,
 )
 from expertctl.core.errors import UserError, unknown_name
-from expertctl.core.lineage import Manifest, manifest_path, read_manifest
-from expertctl.core.plugin_manager import installed_plugins
-from expertctl.core.types import RunReporter, ValidationText
-from expertctl.core.workspace import Layout
+from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.text import ValidationText
+from expertctl.core.hooks.training import RunReporter
 from expertctl.experts.launching import TrainResult, launch
 
 if TYPE_CHECKING:
     from expertctl.comparison import Comparison
-    from expertctl.core.generation import Generation
+    from expertctl.core.models.generation import Generation
     from expertctl.experts.corpora import PreparedDomain
     from expertctl.experts.discovery import Discovery
     from expertctl.experts.evaluation import EvaluationTable
@@ -218,7 +219,7 @@ class Workspace:
 
         The same total of tokens for any number of clusters is the protocol of Cluster-Branch-Train-Merge.
         """
-        from expertctl.core.discovered import cluster_sets
+        from expertctl.core.config.discovered import cluster_sets
 
         sets = cluster_sets(self.root)
         if clusters not in sets:
@@ -257,7 +258,7 @@ class Workspace:
         Goes on where an earlier try stopped. One that fails does not touch the others, so nothing is raised for it:
         the result says what finished, failed and was interrupted, and its `raise_for_failures()` raises as `seed` does.
         """
-        from expertctl.core.files import remove_tree
+        from expertctl.core.artefacts.files import remove_tree
         from expertctl.experts.runs import STATE_FOLDER, is_finished
         from expertctl.experts.waves import next_wave
 
@@ -337,9 +338,9 @@ class Workspace:
 
         The text is the training part of the expert's own domain, or of `domain`.
         """
-        from expertctl.core.files import exclusive
-        from expertctl.core.loading import max_positions
-        from expertctl.core.token_store import TokenBlocks
+        from expertctl.core.artefacts.files import exclusive
+        from expertctl.core.models.loading import max_positions
+        from expertctl.core.text.token_store import TokenBlocks
         from expertctl.experts.statistics import KINDS, write_statistics
         from expertctl.merge.parents import expert_folders
 
@@ -549,8 +550,8 @@ class Workspace:
 
     def validation(self, domains: Sequence[str]) -> list[ValidationText]:
         """Return the validation parts of domains, prepared, in blocks that the seed can read."""
-        from expertctl.core.loading import max_positions
-        from expertctl.core.token_store import TokenBlocks
+        from expertctl.core.models.loading import max_positions
+        from expertctl.core.text.token_store import TokenBlocks
 
         size = min(self.config.training.sequence_length, max_positions(self.layout.seed))
         return [
@@ -575,9 +576,9 @@ class Workspace:
 
     def routing(self, model: str, domains: Sequence[str] | None = None, *, blocks: int = 32) -> RoutingReport:
         """Return how a mixture's routers spread the validation text of domains (default: all) over its experts."""
-        from expertctl.core.compute import best_device
-        from expertctl.core.feed_forwards import spread_blocks
-        from expertctl.core.loading import load_model
+        from expertctl.core.models.feed_forwards import spread_blocks
+        from expertctl.core.models.loading import load_model
+        from expertctl.core.process.compute import best_device
         from expertctl.merge.mixture.routing_report import RoutingReport, routing_of
 
         folder = self.layout.artefact(model)
@@ -627,7 +628,7 @@ class Workspace:
 
         `without` names experts of an ensemble or a mixture that are switched off for it.
         """
-        from expertctl.core.generation import generate
+        from expertctl.core.models.generation import generate
 
         return generate(
             self.layout.artefact(model),

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..core.artefacts.layout import Layout
 from ..core.errors import UserError
-from ..core.workspace import Layout
 from .branching import parent_digests, write_run
 from .runs import RUN_FILE, RunSpec, read_run
 

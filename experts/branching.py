@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..core.compute import best_device
-from ..core.config import ExpertConfig, ProjectConfig, TrainingConfig
+from ..core.artefacts.files import exclusive, new_folder, refuse_existing
+from ..core.artefacts.layout import Layout, check_name, require_free
+from ..core.artefacts.lineage import read_manifest
+from ..core.config.settings import ExpertConfig, ProjectConfig, TrainingConfig
 from ..core.errors import UserError, unknown_name
-from ..core.files import exclusive, new_folder, refuse_existing
-from ..core.lineage import read_manifest
-from ..core.loading import load_model, max_positions, require_intact_models, seed_of
-from ..core.options import parse_options
-from ..core.plugin_manager import installed_plugins
-from ..core.token_store import TokenBlocks
-from ..core.workspace import Layout, check_name, require_free
+from ..core.hooks.manager import installed_plugins
+from ..core.hooks.options import parse_options
+from ..core.models.loading import load_model, max_positions, require_intact_models, seed_of
+from ..core.process.compute import best_device
+from ..core.text.token_store import TokenBlocks
 from .corpora import domain_config, prepare_domain
 from .privacy.starting import check_private
 from .replaced import set_aside
@@ -144,8 +144,8 @@ def nearest_experts(
     """
     import torch
 
-    from ..core.posterior import mean_posterior
-    from ..core.scoring import token_log_probs
+    from ..core.models.posterior import mean_posterior
+    from ..core.models.scoring import token_log_probs
 
     prepared = prepare_domain(layout, domain, domain_config(project, domain), layout.seed)
     blocks = TokenBlocks(

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.artefacts.files import clear_leftovers, new_folder, read_json, remove_tree, write_json
+from ..core.artefacts.lineage import digest_of_tensors
+from ..core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ..core.errors import UserError
-from ..core.files import clear_leftovers, new_folder, read_json, remove_tree, write_json
-from ..core.lineage import digest_of_tensors
-from ..core.safetensors_io import Checkpoint, write_tensors
-from ..core.token_store import Position
+from ..core.text.token_store import Position
 from .training import TrainingLoop
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.feed_forwards import feed_forwards
+from ..core.models.feed_forwards import feed_forwards
 
 
 class OwnersLogit(nn.Module):

@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core.config import DomainConfig, ProjectConfig
+from ..core.artefacts.files import exclusive, new_folder, read_json, write_json
+from ..core.artefacts.layout import Layout
+from ..core.artefacts.lineage import digest_of_tokenizer, package_version
+from ..core.config.settings import DomainConfig, ProjectConfig
 from ..core.errors import UserError, unknown_name
-from ..core.files import exclusive, new_folder, read_json, write_json
-from ..core.lineage import digest_of_tokenizer, package_version
-from ..core.plugin_manager import installed_plugins
-from ..core.token_store import TokenPart, TokenStore, write_part
-from ..core.tokenizer import TextEncoder
-from ..core.types import CorpusFormat, Document
-from ..core.workspace import Layout
+from ..core.hooks.manager import installed_plugins
+from ..core.hooks.text import CorpusFormat, Document
+from ..core.text.token_store import TokenPart, TokenStore, write_part
+from ..core.text.tokenizer import TextEncoder
 from .spooled_texts import SpooledTexts
 
 PARTS = ("train", "valid")

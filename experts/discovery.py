@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.clustering.clusterer import BATCH, batches
-from ..core.compute import available_cores
-from ..core.config import ProjectConfig
-from ..core.discovered import CLUSTERS_FILE, CLUSTERS_FOLDER, cluster_sets
+from ..core.artefacts.files import exclusive, new_folder, refuse_existing, write_json
+from ..core.artefacts.layout import Layout, check_name
+from ..core.config.discovered import CLUSTERS_FILE, CLUSTERS_FOLDER, cluster_sets
+from ..core.config.settings import ProjectConfig
 from ..core.errors import UserError
-from ..core.files import exclusive, new_folder, refuse_existing, write_json
-from ..core.options import parse_options
-from ..core.plugin_manager import installed_plugins
-from ..core.types import DiscoveryInputs, Document, DomainDiscoverer, FoundDomains
-from ..core.workspace import Layout, check_name
+from ..core.hooks.manager import installed_plugins
+from ..core.hooks.options import parse_options
+from ..core.hooks.text import DiscoveryInputs, Document, DomainDiscoverer, FoundDomains
+from ..core.process.compute import available_cores
+from ..core.text.clustering.clusterer import BATCH, batches
 from .corpora import domain_config, domain_values
 
 FORMAT = 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.feed_forwards import feed_forwards, input_moments
+from ..core.models.feed_forwards import feed_forwards, input_moments
 from .embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ..core.token_store import Blocks
-    from ..core.types import PrivateReleases
+    from ..core.hooks.training import PrivateReleases
+    from ..core.text.token_store import Blocks
 
 
 @dataclass(frozen=True)

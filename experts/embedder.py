@@ -48,8 +48,8 @@ class HiddenStateEmbedder:
 
     def __init__(self, folder: Path, tokens: int) -> None:
         """Load it; at most `tokens` of each text's beginning are looked at."""
-        from ..core.loading import load_network, max_positions
-        from ..core.tokenizer import TextEncoder
+        from ..core.models.loading import load_network, max_positions
+        from ..core.text.tokenizer import TextEncoder
 
         self._encoder = TextEncoder.of_folder(folder)
         self._model = load_network(folder, dtype="float32")

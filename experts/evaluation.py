@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.compute import best_device, concurrently
-from ..core.config import ProjectConfig
+from ..core.artefacts.layout import Layout
+from ..core.config.settings import ProjectConfig
 from ..core.errors import UserError
-from ..core.loading import load_model, max_positions, require_intact_models, tokenizer_folder
-from ..core.plugin_manager import installed_plugins
-from ..core.token_store import TokenBlocks
-from ..core.types import Score
-from ..core.workspace import Layout
+from ..core.hooks.evaluation import Score
+from ..core.hooks.manager import installed_plugins
+from ..core.models.loading import load_model, max_positions, require_intact_models, tokenizer_folder
+from ..core.process.compute import best_device, concurrently
+from ..core.text.token_store import TokenBlocks
 from .corpora import domain_config, prepare_domain
 
 Tell = Callable[[str, str], None]

@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.compute import best_device
+from ..core.artefacts.lineage import digest_of_tokenizer
 from ..core.errors import UserError
-from ..core.lineage import digest_of_tokenizer
-from ..core.loading import load_model, max_positions, require_intact_model, tokenizer_folder
-from ..core.tokenizer import TextEncoder
+from ..core.models.loading import load_model, max_positions, require_intact_model, tokenizer_folder
+from ..core.process.compute import best_device
+from ..core.text.tokenizer import TextEncoder
 
 if TYPE_CHECKING:
     from torch import Tensor

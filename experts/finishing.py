@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import UserError
-from ..core.lineage import (
+from ..core.artefacts.lineage import (
     TRAINING_FOLDER,
     Manifest,
     Parent,
@@ -17,8 +16,9 @@ from ..core.lineage import (
     read_manifest,
     tool_versions,
 )
-from ..core.loading import WEIGHTS_FILE, checkpoint_tensors
-from ..core.safetensors_io import Checkpoint, tensor_digest, torch_dtype, write_tensors
+from ..core.artefacts.safetensors_io import Checkpoint, tensor_digest, torch_dtype, write_tensors
+from ..core.errors import UserError
+from ..core.models.loading import WEIGHTS_FILE, checkpoint_tensors
 from .run_inputs import RunInputs
 from .training import TrainingLoop
 from .tuned_model import tuned_manifest, write_whole_model

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..core.clustering.clusterer import BATCH, ClustererSettings, fit_clusterer
-from ..core.clustering.neighbours import Neighbours, nearest_neighbours
 from ..core.errors import UserError
+from ..core.text.clustering.clusterer import BATCH, ClustererSettings, fit_clusterer
+from ..core.text.clustering.neighbours import Neighbours, nearest_neighbours
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Interrupted, UserError
-from ..core.plugin_manager import installed_plugins
-from ..core.types import LaunchResult, RunReporter
+from ..core.hooks.manager import installed_plugins
+from ..core.hooks.training import LaunchResult, RunReporter
 
 
 @dataclass(frozen=True)

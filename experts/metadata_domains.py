@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.clustering.distinct_words import distinct_words
+from ..core.artefacts.files import write_json
 from ..core.errors import UserError
-from ..core.files import write_json
-from ..core.types import DiscoveryInputs, Document
+from ..core.hooks.text import DiscoveryInputs, Document
+from ..core.text.clustering.distinct_words import distinct_words
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import readable_os_errors
-from ..core.plugin_manager import PluginManager
-from ..core.types import TrainablePart, TrainingStep
+from ..core.artefacts.files import readable_os_errors
+from ..core.hooks.events import TrainingStep
+from ..core.hooks.manager import PluginManager
+from ..core.hooks.training import TrainablePart
 from .runs import METRICS_FILE, RunSpec
 from .training import StepReport
 

@@ -19,9 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..core.config import DomainConfig, ProjectConfig
-from ..core.errors import UserError
-from ..core.files import (
+from ..core.artefacts.files import (
     clear_leftovers,
     exclusive,
     partial_sibling,
@@ -29,8 +27,10 @@ from ..core.files import (
     refuse_existing,
     write_json,
 )
-from ..core.lineage import package_version
-from ..core.workspace import Layout, check_name
+from ..core.artefacts.layout import Layout, check_name
+from ..core.artefacts.lineage import package_version
+from ..core.config.settings import DomainConfig, ProjectConfig
+from ..core.errors import UserError
 from .corpora import domain_config, domain_documents
 
 FORMAT = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..core.files import remove_tree
+from ..core.artefacts.files import remove_tree
 from .runs import is_finished
 
 

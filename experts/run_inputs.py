@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.config import load_project
-from ..core.plugin_manager import PluginManager, installed_plugins
-from ..core.workspace import Layout
+from ..core.artefacts.layout import Layout
+from ..core.config.project import load_project
+from ..core.hooks.manager import PluginManager, installed_plugins
 from .corpora import PreparedDomain, prepare_domains
 from .runs import RunSpec, read_run
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.config import DpConfig, TrainingConfig
+from ..core.artefacts.files import read_json, write_json
+from ..core.artefacts.lineage import MANIFEST_NAMES
+from ..core.config.settings import DpConfig, TrainingConfig
 from ..core.errors import UserError
-from ..core.files import read_json, write_json
-from ..core.lineage import MANIFEST_NAMES
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"

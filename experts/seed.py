@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..core.config import ProjectConfig
-from ..core.environment import without_loading_bars
-from ..core.errors import UserError
-from ..core.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
-from ..core.lineage import (
+from ..core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
+from ..core.artefacts.layout import Layout
+from ..core.artefacts.lineage import (
     TOKENIZER_FILES,
     Manifest,
     digest_of_tensors,
@@ -18,10 +16,12 @@ from ..core.lineage import (
     digests_of_folder,
     tool_versions,
 )
-from ..core.loading import WEIGHTS_FILE, checkpoint_tensors
-from ..core.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
-from ..core.tokenizer import TextEncoder, train_tokenizer
-from ..core.workspace import Layout
+from ..core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
+from ..core.config.settings import ProjectConfig
+from ..core.errors import UserError
+from ..core.models.loading import WEIGHTS_FILE, checkpoint_tensors
+from ..core.process.environment import without_loading_bars
+from ..core.text.tokenizer import TextEncoder, train_tokenizer
 from .corpora import domain_config, domain_documents
 from .presets import model_config, preset
 from .runs import RUN_FILE, RunSpec, is_finished

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Self, overload
 
-from ..core.files import readable_os_errors
+from ..core.artefacts.files import readable_os_errors
 
 
 class SpooledTexts(Sequence[str]):

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ..core.config import load_project
+from ..core.artefacts.lineage import read_manifest, require_intact
+from ..core.artefacts.safetensors_io import Checkpoint
+from ..core.config.project import load_project
 from ..core.errors import UserError
-from ..core.lineage import read_manifest, require_intact
-from ..core.loading import ExpertTensors, load_model, max_positions, overlay_tensors
-from ..core.safetensors_io import Checkpoint
-from ..core.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, SharedUnion, TokenBlocks
-from ..core.types import PrivateReleases, TrainingText
+from ..core.hooks.text import TrainingText
+from ..core.hooks.training import PrivateReleases
+from ..core.models.loading import ExpertTensors, load_model, max_positions, overlay_tensors
+from ..core.text.token_store import (
+    BalancedUnion,
+    Blocks,
+    Concatenation,
+    RandomSlice,
+    SharedUnion,
+    TokenBlocks,
+)
 from .branching import parent_digests
 from .corpora import domain_config, prepare_domain
 from .finishing import OPTIMISER_FILE

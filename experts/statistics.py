@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.compute import best_device
+from ..core.artefacts.files import new_folder, refuse_existing, write_json
+from ..core.artefacts.lineage import digest_of_tensors, read_manifest, tool_versions
+from ..core.artefacts.safetensors_io import write_tensors
+from ..core.artefacts.statistics_files import STATISTICS_FORMAT, statistics_manifest, statistics_weights
 from ..core.errors import UserError
-from ..core.files import new_folder, refuse_existing, write_json
-from ..core.lineage import digest_of_tensors, read_manifest, tool_versions
-from ..core.loading import checkpoint_tensors, load_model
-from ..core.safetensors_io import write_tensors
-from ..core.statistics_files import STATISTICS_FORMAT, statistics_manifest, statistics_weights
-from ..core.token_store import TokenBlocks
+from ..core.models.loading import checkpoint_tensors, load_model
+from ..core.process.compute import best_device
+from ..core.text.token_store import TokenBlocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError, closest
-from ..core.plugin_manager import PluginManager, installed_plugins
-from ..core.types import TrainablePart, Trainer
+from ..core.hooks.manager import PluginManager, installed_plugins
+from ..core.hooks.training import TrainablePart, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..core.config import TrainingConfig
+from ..core.config.settings import TrainingConfig
 from ..core.errors import UserError
-from ..core.token_store import BalancedUnion, Blocks, Position, SharedUnion, domain_at, draw
-from ..core.types import TrainablePart
+from ..core.hooks.training import TrainablePart
+from ..core.text.token_store import BalancedUnion, Blocks, Position, SharedUnion, domain_at, draw
 from .schedule import learning_rate, progress_at
 
 if TYPE_CHECKING:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.artefacts.files import clear_leftovers, remove_tree
 from ..core.errors import Interrupted, UserError
-from ..core.files import clear_leftovers, remove_tree
-from ..core.options import parse_options
-from ..core.scoring import token_log_probs
-from ..core.token_store import BalancedUnion, SharedUnion, TokenBlocks
-from ..core.types import ExpertFinished, TrainablePart, Trainer, TrainingText
+from ..core.hooks.events import ExpertFinished
+from ..core.hooks.options import parse_options
+from ..core.hooks.text import TrainingText
+from ..core.hooks.training import TrainablePart, Trainer
+from ..core.models.scoring import token_log_probs
+from ..core.text.token_store import BalancedUnion, SharedUnion, TokenBlocks
 from .checkpointing import restore_latest, save_checkpoint
 from .finishing import write_artefact
 from .metrics_log import MetricsLog, Tell

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import readable_os_errors
-from ..core.lineage import (
+from ..core.artefacts.files import readable_os_errors
+from ..core.artefacts.lineage import (
     TOKENIZER_FILES,
     Manifest,
     Parent,
@@ -17,7 +17,7 @@ from ..core.lineage import (
     read_manifest,
     tool_versions,
 )
-from ..core.safetensors_io import Checkpoint, checkpoint_files, torch_dtype
+from ..core.artefacts.safetensors_io import Checkpoint, checkpoint_files, torch_dtype
 from .run_inputs import RunInputs
 from .training import TrainingLoop
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.config import ProjectConfig, TrainingConfig
+from ..core.artefacts.files import refuse_existing
+from ..core.artefacts.layout import Layout, check_name, require_free
+from ..core.artefacts.lineage import manifest_path, read_manifest
+from ..core.config.settings import ProjectConfig, TrainingConfig
 from ..core.errors import UserError
-from ..core.files import refuse_existing
-from ..core.lineage import manifest_path, read_manifest
-from ..core.loading import check_loadable, max_positions
-from ..core.options import parse_options
-from ..core.plugin_manager import installed_plugins
-from ..core.types import Trainer
-from ..core.workspace import Layout, check_name, require_free
+from ..core.hooks.manager import installed_plugins
+from ..core.hooks.options import parse_options
+from ..core.hooks.training import Trainer
+from ..core.models.loading import check_loadable, max_positions
 from .branching import parent_digests, write_run
 from .corpora import domain_config
 from .runs import RunSpec, read_run

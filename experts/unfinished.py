@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..core.config import ProjectConfig
+from ..core.artefacts.files import unfinished_names
+from ..core.artefacts.layout import Layout
+from ..core.config.settings import ProjectConfig
 from ..core.errors import UserError
-from ..core.files import unfinished_names
-from ..core.workspace import Layout
 from .baselines import DENSE, DENSE_SAME_BATCH
 from .runs import RUN_FILE, is_finished, read_run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..core.config import ExpertConfig
+from ..core.config.settings import ExpertConfig
 from .runs import RUN_FILE
 
 

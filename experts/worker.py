@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..core.allocator import keep_freed_memory
-from ..core.environment import prepare_libraries
+from ..core.artefacts.files import exclusive, mendable
+from ..core.artefacts.layout import Layout
 from ..core.errors import Interrupted, UserError
-from ..core.files import exclusive, mendable
-from ..core.workspace import Layout
+from ..core.process.allocator import keep_freed_memory
+from ..core.process.environment import prepare_libraries
 from .runs import read_run
 
 

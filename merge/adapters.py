@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.artefacts.files import read_json, readable_os_errors
+from ..core.artefacts.lineage import digest_of_tensors
+from ..core.artefacts.numeric import decode
+from ..core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ..core.errors import UserError
-from ..core.files import read_json, readable_os_errors
-from ..core.lineage import digest_of_tensors
-from ..core.numeric import decode
-from ..core.safetensors_io import Checkpoint, TensorEntry
 from .sources import ADAPTER_CONFIG, HEADS, TOKEN_EMBEDDINGS
 
 if TYPE_CHECKING:

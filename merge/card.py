@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..core.lineage import Manifest
+from ..core.artefacts.lineage import Manifest
 from .history import history_of
 
 CARD_FILE = "README.md"

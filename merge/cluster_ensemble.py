@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..core.discovered import CLUSTERS_FOLDER, cluster_sets, discoverer_of
+from ..core.artefacts.layout import Layout
+from ..core.artefacts.lineage import read_manifest
+from ..core.config.discovered import CLUSTERS_FOLDER, cluster_sets, discoverer_of
 from ..core.errors import UserError, unknown_name
-from ..core.lineage import read_manifest
-from ..core.types import MergeInputs
-from ..core.workspace import Layout
+from ..core.hooks.merging import MergeInputs
 
 FOLLOWED = "tfidf"
 """The discoverer whose clusters can be told token by token."""
@@ -57,9 +57,9 @@ def cluster_router(inputs: MergeInputs, options: RouterOptions) -> SettledRouter
     """
     from dataclasses import replace
 
-    from ..core.clustering.clusterer import Clusterer
-    from ..core.clustering.growing_text import Reader
-    from ..core.tokenizer import TextEncoder
+    from ..core.text.clustering.clusterer import Clusterer
+    from ..core.text.clustering.growing_text import Reader
+    from ..core.text.tokenizer import TextEncoder
     from .cluster_router import ClusterRouter, ClusterRouting, fitted_temperature
     from .prior import validation_scores
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.clustering.clusterer import Clusterer, unit_rows
-from ..core.clustering.growing_text import Reader, TextSoFar
-from ..core.tokenizer import TextEncoder
+from ..core.text.clustering.clusterer import Clusterer, unit_rows
+from ..core.text.clustering.growing_text import Reader, TextSoFar
+from ..core.text.tokenizer import TextEncoder
 
 if TYPE_CHECKING:
     import numpy as np

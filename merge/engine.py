@@ -14,11 +14,11 @@ from pathlib import Path
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any
 
-from ..core.compute import available_cores
+from ..core.artefacts.numeric import FLOATING, encode
+from ..core.artefacts.safetensors_io import TensorEntry
 from ..core.errors import UserError
-from ..core.numeric import FLOATING, encode
-from ..core.safetensors_io import TensorEntry
-from ..core.types import MergeMethod, TensorGroup
+from ..core.hooks.merging import MergeMethod, TensorGroup
+from ..core.process.compute import available_cores
 from .reading import PIECE_NUMBERS, Reader
 from .shards import ShardPlan
 from .sources import StoredTensor

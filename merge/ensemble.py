@@ -25,12 +25,12 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
+from ..core.artefacts.files import read_json, write_json
+from ..core.artefacts.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ..core.errors import UserError
-from ..core.files import read_json, write_json
-from ..core.loading import checkpoint_tensors
-from ..core.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
-from ..core.safetensors_io import Checkpoint, checkpoint_files, write_tensors
-from ..core.scoring import token_log_probs
+from ..core.models.loading import checkpoint_tensors
+from ..core.models.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
+from ..core.models.scoring import token_log_probs
 from .cluster_router import ClusterRouter, RoutedText, routing_of_json
 from .members_cache import MembersCache
 from .shared_settings import SHARED_SETTINGS

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError, unknown_name
-from ..core.files import (
+from ..core.artefacts.files import (
     exclusive,
     link_or_copy,
     new_folder,
@@ -18,14 +17,15 @@ from ..core.files import (
     write_json,
     write_text,
 )
-from ..core.lineage import (
+from ..core.artefacts.layout import Layout
+from ..core.artefacts.lineage import (
     Manifest,
     digest_of_tensors,
     digests_of_folder,
     read_manifest,
     require_intact,
 )
-from ..core.workspace import Layout
+from ..core.errors import UserError, unknown_name
 from .card import CARD_FILE, model_card
 from .generalist import write_generalist
 from .history import history_of

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.artefacts.files import new_folder, write_json, write_text
+from ..core.artefacts.safetensors_io import torch_dtype, write_tensors
 from ..core.errors import UserError
-from ..core.files import new_folder, write_json, write_text
-from ..core.safetensors_io import torch_dtype, write_tensors
 from .adapters import ADAPTER_WEIGHTS
 from .parameters import matches
 from .reading import Reader

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.digest_cache import digests_of_untouched
-from ..core.files import read_json, readable_os_errors, write_json, write_text
-from ..core.lineage import (
+from ..core.artefacts.digest_cache import digests_of_untouched
+from ..core.artefacts.files import read_json, readable_os_errors, write_json, write_text
+from ..core.artefacts.lineage import (
     Manifest,
     Parent,
     digest_of_file,
@@ -19,8 +19,8 @@ from ..core.lineage import (
     read_manifest,
     tool_versions,
 )
-from ..core.plugin_manager import installed_plugins
-from ..core.safetensors_io import DTYPES, Checkpoint, TensorEntry
+from ..core.artefacts.safetensors_io import DTYPES, Checkpoint, TensorEntry
+from ..core.hooks.manager import installed_plugins
 from .card import CARD_FILE, model_card
 from .engine import run_merge
 from .licences import licence_of_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.lineage import Manifest
+from ..core.artefacts.lineage import Manifest
 
 
 def history_of(manifest: Manifest) -> list[dict[str, Any]]:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..core.artefacts.files import readable_os_errors
+from ..core.artefacts.numeric import FLOATING, decode
+from ..core.artefacts.safetensors_io import DTYPES, TensorEntry
 from ..core.errors import UserError
-from ..core.files import readable_os_errors
-from ..core.numeric import FLOATING, decode
-from ..core.safetensors_io import DTYPES, TensorEntry
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from ..core.artefacts.lineage import manifest_path, read_manifest
 from ..core.errors import UserError
-from ..core.lineage import manifest_path, read_manifest
 
 CARD = "README.md"
 PERMISSIVE = frozenset(

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ..core.config import Section
-from ..core.config_problems import first_problem
+from ..core.config.problems import first_problem
+from ..core.config.settings import Section
+from ..core.config.yaml_lines import parse_yaml
 from ..core.errors import UserError, unknown_name
-from ..core.yaml_lines import parse_yaml
 from .mergekit_models import NamedModels
 from .mergekit_moe_file import read_mergekit_moe
 from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice, TokenSource, whole_models

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..core.artefacts.numeric import dtype_of_word
 from ..core.errors import UserError
-from ..core.numeric import dtype_of_word
 
 
 class NamedModels:

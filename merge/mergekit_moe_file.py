@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from ..core.config import Section
-from ..core.config_problems import first_problem
+from ..core.config.problems import first_problem
+from ..core.config.settings import Section
 from ..core.errors import UserError, unknown_name
 from .mergekit_models import NamedModels
 from .recipe import Recipe, whole_models

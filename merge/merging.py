@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.config import MergeConfig
-from ..core.errors import Interrupted, UserError, unknown_name
-from ..core.files import exclusive, link_or_copy, new_folder, refuse_existing, resumable_folder
-from ..core.lineage import (
+from ..core.artefacts.files import exclusive, link_or_copy, new_folder, refuse_existing, resumable_folder
+from ..core.artefacts.layout import Layout, check_name, require_free
+from ..core.artefacts.lineage import (
     MANIFEST_NAMES,
     TOKENIZER_FILES,
     Manifest,
@@ -21,10 +20,13 @@ from ..core.lineage import (
     digests_of_folder,
     tool_versions,
 )
-from ..core.options import parse_options
-from ..core.plugin_manager import PluginManager, installed_plugins
-from ..core.types import BuiltModel, MergeFinished, MergeInputs, MergeMethod, ValidationText
-from ..core.workspace import Layout, check_name, require_free
+from ..core.config.settings import MergeConfig
+from ..core.errors import Interrupted, UserError, unknown_name
+from ..core.hooks.events import MergeFinished
+from ..core.hooks.manager import PluginManager, installed_plugins
+from ..core.hooks.merging import BuiltModel, MergeInputs, MergeMethod
+from ..core.hooks.options import parse_options
+from ..core.hooks.text import ValidationText
 from .card import CARD_FILE, model_card
 from .engine import EngineSettings
 from .generalist import write_generalist

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..core.digest_cache import digests_of_untouched
+from ..core.artefacts.digest_cache import digests_of_untouched
+from ..core.artefacts.layout import Layout
+from ..core.artefacts.lineage import (
+    MANIFEST_NAMES,
+    Manifest,
+    Parent,
+    digest_of_tensors,
+    read_manifest,
+    require_intact,
+)
+from ..core.artefacts.safetensors_io import Checkpoint
 from ..core.errors import UserError, unknown_name
-from ..core.lineage import MANIFEST_NAMES, Manifest, Parent, digest_of_tensors, read_manifest, require_intact
-from ..core.safetensors_io import Checkpoint
-from ..core.workspace import Layout
 from .licences import licence_of_folder
 
 SEED = "seed"

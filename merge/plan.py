@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.compute import available_cores
+from ..core.artefacts.lineage import Manifest, digest_of_tokenizer, package_version
+from ..core.artefacts.numeric import FLOATING
 from ..core.errors import UserError
-from ..core.lineage import Manifest, digest_of_tokenizer, package_version
-from ..core.numeric import FLOATING
-from ..core.options import parse_options
-from ..core.plugin_manager import installed_plugins
-from ..core.types import MergeMethod, TensorGroup, ValidationText
+from ..core.hooks.manager import installed_plugins
+from ..core.hooks.merging import MergeMethod, TensorGroup
+from ..core.hooks.options import parse_options
+from ..core.hooks.text import ValidationText
+from ..core.process.compute import available_cores
 from .engine import BESIDE_BYTES, MOST_THREADS, Calculator, EngineSettings
 from .kinship import require_related
 from .licences import LicenceReport, check_licences, licence_of_folder, require_compatible

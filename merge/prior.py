@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.compute import best_device, concurrently
 from ..core.errors import UserError
-from ..core.loading import load_model
-from ..core.posterior import PosteriorKind, cached_prior
-from ..core.scoring import token_log_probs
-from ..core.types import ValidationText
+from ..core.hooks.text import ValidationText
+from ..core.models.loading import load_model
+from ..core.models.posterior import PosteriorKind, cached_prior
+from ..core.models.scoring import token_log_probs
+from ..core.process.compute import best_device, concurrently
 
 if TYPE_CHECKING:
     from numpy import float32, int64

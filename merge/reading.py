@@ -8,11 +8,11 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from ..core.digest_cache import cached_digests, remember_digests
+from ..core.artefacts.digest_cache import cached_digests, remember_digests
+from ..core.artefacts.files import readable_os_errors
+from ..core.artefacts.numeric import decode, encode, working_dtype
+from ..core.artefacts.safetensors_io import DTYPES, TensorEntry, digest_start
 from ..core.errors import UserError
-from ..core.files import readable_os_errors
-from ..core.numeric import decode, encode, working_dtype
-from ..core.safetensors_io import DTYPES, TensorEntry, digest_start
 from .sources import StoredTensor
 
 if TYPE_CHECKING:

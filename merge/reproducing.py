@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.artefacts.layout import Layout
+from ..core.artefacts.lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest
 from ..core.errors import UserError
-from ..core.lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest
-from ..core.workspace import Layout
 from .card import CARD_FILE
 from .history import history_of
 from .merging import MergeRun, merge_recipe

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.compute import best_device
-from ..core.config import SearchConfig
+from ..core.artefacts.files import readable_os_errors
+from ..core.config.settings import SearchConfig
 from ..core.errors import UserError
-from ..core.files import readable_os_errors
-from ..core.loading import load_model, overlay_tensors
-from ..core.scoring import token_log_probs
-from ..core.types import ValidationText
+from ..core.hooks.text import ValidationText
+from ..core.models.loading import load_model, overlay_tensors
+from ..core.models.scoring import token_log_probs
+from ..core.process.compute import best_device
 from .engine import Calculator
 from .plan import MergePlan
 from .reading import Reader

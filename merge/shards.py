@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..core.safetensors_io import DTYPES, SINGLE_FILE, header_of_file
+from ..core.artefacts.safetensors_io import DTYPES, SINGLE_FILE, header_of_file
 from .tensor_plan import TensorPlan
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

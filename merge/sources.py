@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.artefacts.files import read_json
+from ..core.artefacts.lineage import Manifest, manifest_path, read_manifest, tensor_prefix
+from ..core.artefacts.safetensors_io import Checkpoint, TensorEntry, checkpoint_files
 from ..core.errors import UserError
-from ..core.files import read_json
-from ..core.lineage import Manifest, manifest_path, read_manifest, tensor_prefix
-from ..core.loading import ExpertTensors, seed_of
-from ..core.safetensors_io import Checkpoint, TensorEntry, checkpoint_files
+from ..core.models.loading import ExpertTensors, seed_of
 
 if TYPE_CHECKING:
     from .adapters import Adapter

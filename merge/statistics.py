@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..core.errors import UserError
-from ..core.files import read_json
-from ..core.lineage import manifest_path, read_manifest
-from ..core.safetensors_io import Checkpoint
-from ..core.statistics_files import (
+from ..core.artefacts.files import read_json
+from ..core.artefacts.layout import Layout
+from ..core.artefacts.lineage import manifest_path, read_manifest
+from ..core.artefacts.safetensors_io import Checkpoint
+from ..core.artefacts.statistics_files import (
     STATISTICS_FOLDER,
     STATISTICS_FORMAT,
     statistics_manifest,
     statistics_weights,
 )
-from ..core.types import MergeMethod
-from ..core.workspace import Layout
+from ..core.errors import UserError
+from ..core.hooks.merging import MergeMethod
 from .recipe import Recipe
 from .sources import StoredTensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.safetensors_io import DTYPES
+from ..core.artefacts.safetensors_io import DTYPES
 from .sources import StoredTensor
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ..core.artefacts.numeric import FLOATING
 from ..core.errors import UserError
-from ..core.numeric import FLOATING
-from ..core.types import MergeMethod
+from ..core.hooks.merging import MergeMethod
 from .recipe import OutputSlice, Recipe, SourceSlice
 from .sources import DERIVED, HEADS, Source, StoredTensor, embedding_name, head_name
 from .tensor_names import LayerNames, layer_names

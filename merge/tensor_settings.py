@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.options import NoOptions, parse_options, unknown_option
-from ..core.types import MergeMethod, PerExpert
+from ..core.hooks.merging import MergeMethod, PerExpert
+from ..core.hooks.options import NoOptions, parse_options, unknown_option
 from .parameters import resolve
 from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice
 from .sources import StoredTensor

@@ -20,9 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.artefacts.files import read_json, readable_os_errors, write_text
+from ..core.artefacts.lineage import TOKENIZER_FILES
 from ..core.errors import UserError, unknown_name
-from ..core.files import read_json, readable_os_errors, write_text
-from ..core.lineage import TOKENIZER_FILES
 from .recipe import TokenSource
 
 if TYPE_CHECKING:

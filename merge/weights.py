@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError, unknown_name
-from ..core.types import ValidationText
+from ..core.hooks.text import ValidationText
 from .parameters import is_varied
 from .prior import fit_prior
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
-from ..core.files import readable_os_errors
-from ..core.safetensors_io import INDEX_FILE, digest_start, read_header
+from ..core.artefacts.files import readable_os_errors
+from ..core.artefacts.safetensors_io import INDEX_FILE, digest_start, read_header
 from .shards import ShardPlan, index_of
 from .tensor_plan import TensorPlan
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..core.hookspecs import hookimpl
-from ..core.types import Architecture, MixtureTarget
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.mixtures import Architecture, MixtureTarget
 from ..merge.mixture.targets import FLEXOLMO, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 
 _FEED_FORWARD = ("model.layers.*.mlp.*",)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..core.artefacts.files import link_or_copy
+from ..core.artefacts.safetensors_io import Checkpoint, checkpoint_files
 from ..core.errors import UserError
-from ..core.files import link_or_copy
-from ..core.hookspecs import hookimpl
-from ..core.safetensors_io import Checkpoint, checkpoint_files
-from ..core.types import BuiltModel, MergeInputs, MergeMethod
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.merging import BuiltModel, MergeInputs, MergeMethod
 from ..merge.dense.linear import average
 
 if TYPE_CHECKING:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.types import MergeInputs, MergeMethod, TrainablePart, Trainer, TrainingText
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.merging import MergeInputs, MergeMethod
+from ..core.hooks.text import TrainingText
+from ..core.hooks.training import TrainablePart, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +51,7 @@ class StitchTraining:
 
 def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
     """Write a stitched model of seed and experts that is the seed as yet; raises `UserError` for what cannot be joined."""
-    from ..core.files import read_json
+    from ..core.artefacts.files import read_json
     from ..merge.stitched.container import (
         HUB,
         StitchedConfig,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.hookspecs import hookimpl
-from ..core.types import MergeMethod
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.merging import MergeMethod
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
 from ..merge.mixture.switching import without_experts

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.clustering.clusterer import Clusterer, ClustererOptions, ClustererSettings, fit_clusterer
-from ..core.clustering.vector_clusters import Embed, VectorClusters, fit_vector_clusters, numbered
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.types import DiscoveryInputs, Document, DomainDiscoverer
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.text import DiscoveryInputs, Document, DomainDiscoverer
+from ..core.text.clustering.clusterer import Clusterer, ClustererOptions, ClustererSettings, fit_clusterer
+from ..core.text.clustering.vector_clusters import Embed, VectorClusters, fit_vector_clusters, numbered
 from ..experts.metadata_domains import MetadataOptions, fit_metadata
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.types import CorpusFormat, Document
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.text import CorpusFormat, Document
 
 PARQUET_ROWS_AT_A_TIME = 256
 PARQUET_BUFFER_BYTES = 1 << 20

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..core.artefacts.files import link_or_copy, read_json
 from ..core.errors import UserError
-from ..core.files import link_or_copy, read_json
-from ..core.hookspecs import hookimpl
-from ..core.ranges import check_at_least
-from ..core.types import TrainablePart, Trainer, TrainingText
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.option_checks import check_at_least
+from ..core.hooks.text import TrainingText
+from ..core.hooks.training import TrainablePart, Trainer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,7 @@ class DemixAdaptation:
 
 def require_dense(folder: Path, options: DemixTraining, domains: Sequence[str]) -> None:
     """Raise `UserError` for a generalist that is no dense model, and for fewer than two domains."""
-    from ..core.lineage import manifest_path, read_manifest
+    from ..core.artefacts.lineage import manifest_path, read_manifest
 
     if len(domains) < 2:
         raise UserError(
@@ -69,9 +70,9 @@ def require_shared_rest(folder: Path, options: DemixAdaptation, domains: Sequenc
 
     And for a name that the new expert cannot have.
     """
-    from ..core.plugin_manager import installed_plugins
-    from ..core.safetensors_io import Checkpoint
-    from ..core.workspace import check_name
+    from ..core.artefacts.layout import check_name
+    from ..core.artefacts.safetensors_io import Checkpoint
+    from ..core.hooks.manager import installed_plugins
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER
     from ..merge.mixture.assembly import split_feed_forward
 
@@ -139,7 +140,7 @@ def _sorted_tensors(
     model: PreTrainedModel, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Return (shared tensors, each domain's own), by the seed's names."""
-    from ..core.loading import checkpoint_tensors
+    from ..core.models.loading import checkpoint_tensors
 
     shared: dict[str, Tensor] = {}
     own: dict[str, dict[str, Tensor]] = {name: {} for name in names}
@@ -161,7 +162,7 @@ def _write(
     options: DemixTraining,
 ) -> None:
     """Write the model as an ensemble whose experts share all but their feed-forwards."""
-    from ..core.safetensors_io import write_tensors
+    from ..core.artefacts.safetensors_io import write_tensors
     from ..experts.tuned_model import stored_dtype
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
@@ -184,7 +185,7 @@ def prepare_adaptation(
     """Copy the expert that is nearest to the new domain and train its feed-forwards alone."""
     import copy
 
-    from ..core.feed_forwards import feed_forwards
+    from ..core.models.feed_forwards import feed_forwards
 
     name = _name(options, text.domains)
     nearest = nearest_expert(model, text, options.samples)
@@ -209,9 +210,9 @@ def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int)
     """Return the number of the expert with the largest posterior on a sample of the run's text."""
     import torch
 
-    from ..core.feed_forwards import spread_blocks
-    from ..core.posterior import mean_posterior
-    from ..core.scoring import token_log_probs
+    from ..core.models.feed_forwards import spread_blocks
+    from ..core.models.posterior import mean_posterior
+    from ..core.models.scoring import token_log_probs
 
     uniform = torch.full((len(model.members),), 1 / len(model.members)).log()
     total = torch.zeros(len(model.members))
@@ -226,8 +227,8 @@ def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int)
 
 def _write_joined(folder: Path, base: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Write an ensemble with one more expert: all other files are the base's own."""
-    from ..core.files import write_json
-    from ..core.safetensors_io import write_tensors
+    from ..core.artefacts.files import write_json
+    from ..core.artefacts.safetensors_io import write_tensors
     from ..experts.tuned_model import stored_dtype
     from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER
 

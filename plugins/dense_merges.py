@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.hookspecs import hookimpl
-from ..core.types import MergeMethod
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.merging import MergeMethod
 from ..merge.dense.arcee_fusion import ArceeFusionOptions, arcee_fusion
 from ..merge.dense.breadcrumbs import BreadcrumbsOptions, breadcrumbs, breadcrumbs_ties
 from ..merge.dense.dare import DareOptions, dare_linear, dare_ties

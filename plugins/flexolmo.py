@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.ranges import check_at_least, check_positive
-from ..core.types import MergeMethod, PrivateReleases, TrainablePart, Trainer, TrainingText
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.merging import MergeMethod
+from ..core.hooks.option_checks import check_at_least, check_positive
+from ..core.hooks.text import TrainingText
+from ..core.hooks.training import PrivateReleases, TrainablePart, Trainer
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
 from ..merge.mixture.router_rows import ROUTER_FILE
@@ -103,8 +105,8 @@ def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Make the seed into the two experts side by side that an owner trained."""
     import torch
 
-    from ..core.loading import WEIGHTS_FILE
-    from ..core.safetensors_io import Checkpoint
+    from ..core.artefacts.safetensors_io import Checkpoint
+    from ..core.models.loading import WEIGHTS_FILE
     from ..experts.coordinated import coordinate
 
     router = Checkpoint([folder / ROUTER_FILE])
@@ -139,8 +141,8 @@ def _embedding(
         return None
     if text.private is not None:
         return _private_embedding(model, options, text, text.private)
-    from ..core.feed_forwards import spread_blocks
-    from ..core.loading import load_tokenizer
+    from ..core.models.feed_forwards import spread_blocks
+    from ..core.models.loading import load_tokenizer
     from ..experts.domain_embeddings import hidden_state_embedding, sentence_embedding
 
     public = _public_blocks(options, text)
@@ -184,7 +186,7 @@ def _private_embedding(
 
 def _public_blocks(options: FlexOlmoTraining, text: TrainingText) -> list[NDArray[Any]]:
     """Return blocks of public text; raises `UserError` where none is known."""
-    from ..core.feed_forwards import spread_blocks
+    from ..core.models.feed_forwards import spread_blocks
 
     names = (options.public,) if options.public is not None else text.seed_domains
     if not names:
@@ -200,7 +202,7 @@ def _rows(model: PreTrainedModel, embedding: DomainEmbedding | None, size: float
     """Return the rows to begin with, (L, d); without an embedding the paper's: normal, deviation 0.002, never positive."""
     import torch
 
-    from ..core.feed_forwards import feed_forwards
+    from ..core.models.feed_forwards import feed_forwards
 
     if embedding is not None:
         return embedding.rows * size

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..core.hookspecs import hookimpl
-from ..core.types import DocumentOrder
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.text import DocumentOrder
 from ..experts.in_context_order import in_context_order
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import IO, Any
 
-from ..core.files import mendable, write_text
-from ..core.hookspecs import hookimpl
-from ..core.types import Launcher, LaunchResult, RunReporter
+from ..core.artefacts.files import mendable, write_text
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.training import Launcher, LaunchResult, RunReporter
 
 
 @hookimpl

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.ranges import check_at_least
-from ..core.types import TrainablePart, Trainer
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.option_checks import check_at_least
+from ..core.hooks.training import TrainablePart, Trainer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,7 @@ class MixtureTraining:
 
 def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
     """Raise `UserError` for a folder that is no mixture of ours."""
-    from ..core.lineage import read_manifest
+    from ..core.artefacts.lineage import read_manifest
 
     manifest = read_manifest(folder)
     record = manifest.config.get("mixture") or {}
@@ -90,7 +90,7 @@ def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePa
 
 def _untaught(model: PreTrainedModel, instead: str, *, drawn: bool = False) -> tuple[str, ...]:
     """Return a note where what text says does not reach the routers, because the size of the only gate says nothing."""
-    from ..core.top_k_gates import gates_sum_to_one
+    from ..core.models.kernels.top_k_gates import gates_sum_to_one
     from ..merge.mixture.routing import routers_of
 
     name, router = next(iter(routers_of(model).items()))

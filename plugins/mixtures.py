@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..core.hookspecs import hookimpl
-from ..core.types import MergeMethod, Router
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.merging import MergeMethod
+from ..core.hooks.mixtures import Router
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
 from ..merge.mixture.prompt_rows import prompt_rows, prompt_state_rows, prompt_token_rows

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..core.hookspecs import hookimpl
-from ..core.scoring import token_log_probs
-from ..core.types import Evaluator, Score
+from ..core.hooks.evaluation import Evaluator, Score
+from ..core.hooks.hookspecs import hookimpl
+from ..core.models.scoring import token_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..core.token_store import TokenBlocks
+    from ..core.text.token_store import TokenBlocks
 
 BATCH_TOKENS = 4096
 BATCH_LOGITS = 1 << 26  # 256 MiB of float32, whatever the vocabulary

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..core.hookspecs import hookimpl
-from ..core.types import Trainer
+from ..core.hooks.hookspecs import hookimpl
+from ..core.hooks.training import Trainer
 from ..experts.trainable import all_parameters, feed_forward_parameters
 
 

@@ -63,7 +63,7 @@ def make_workspace(
 
     `changed` is the pattern of the tensors in which the experts differ from the seed.
     """
-    from expertctl.core.workspace import Layout
+    from expertctl.core.artefacts.layout import Layout
     from expertctl.experts.seed import import_seed
 
     folder.mkdir(parents=True)
@@ -81,7 +81,7 @@ def write_expert(
     """Write a finished expert of a workspace's seed: the seed plus noise in the tensors that `changed` matches."""
     import torch
 
-    from expertctl.core.lineage import (
+    from expertctl.core.artefacts.lineage import (
         Manifest,
         Parent,
         digest_of_tensors,
@@ -89,7 +89,7 @@ def write_expert(
         read_manifest,
         tool_versions,
     )
-    from expertctl.core.safetensors_io import Checkpoint, write_tensors
+    from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 
     origin = read_manifest(workspace / "seed")
     base = Checkpoint.of_folder(workspace / "seed")

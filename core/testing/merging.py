@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..types import TensorGroup
+from ..hooks.merging import TensorGroup
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ def tiny_model_folder(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..tokenizer import TextEncoder, train_tokenizer
+    from ..text.tokenizer import TextEncoder, train_tokenizer
 
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..plugin_manager import PluginManager
+from ..hooks.manager import PluginManager
 
 
 def fresh_plugins(*plugins: object, builtins: bool = True) -> PluginManager:

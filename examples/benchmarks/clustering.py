@@ -80,7 +80,7 @@ def seconds_of(work: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 def speed_table(texts: list[str]) -> str:
     """Return megabytes per second of assignment, by length of the documents."""
-    from expertctl.core.clustering.clusterer import ClustererSettings, fit_clusterer
+    from expertctl.core.text.clustering.clusterer import ClustererSettings, fit_clusterer
 
     lines = [
         f"| assignment to {CLUSTERS} centres | documents | mean bytes | MB/s per core |",
@@ -104,7 +104,7 @@ def balance_table(count: int) -> str:
     """Return what a balanced assignment costs beside the nearest centres, and how even each comes out."""
     import numpy as np
 
-    from expertctl.core.clustering.balanced_kmeans import balanced_assignment, squared_distances
+    from expertctl.core.text.clustering.balanced_kmeans import balanced_assignment, squared_distances
 
     source = np.random.default_rng(0)
     shares = source.dirichlet(np.ones(CLUSTERS))

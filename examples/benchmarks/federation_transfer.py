@@ -103,7 +103,8 @@ def make(folder: Path) -> dict[str, float]:
     """Make a seed of bfloat16 layers, an invited owner, a request, and an expert that differs everywhere."""
     from transformers import AutoConfig
 
-    from expertctl.core.lineage import (
+    from expertctl.core.artefacts.layout import Layout
+    from expertctl.core.artefacts.lineage import (
         Manifest,
         Parent,
         digest_of_tensors,
@@ -112,7 +113,6 @@ def make(folder: Path) -> dict[str, float]:
         tool_versions,
     )
     from expertctl.core.testing import tiny_model_folder
-    from expertctl.core.workspace import Layout
     from expertctl.experts.federation.coordinator import Coordinator
     from expertctl.experts.federation.keys import make_key
     from expertctl.experts.federation.owner import Owner, OwnerSettings
@@ -188,7 +188,7 @@ def write_random(folder: Path, config: object, seed: int) -> None:
 
 def hub(folder: Path) -> dict[str, float]:
     """Be a coordinator behind its door until the input closes."""
-    from expertctl.core.workspace import Layout
+    from expertctl.core.artefacts.layout import Layout
     from expertctl.experts.federation.coordinator import Coordinator
     from expertctl.plugins.flower.certificates import certificates_for
     from expertctl.plugins.flower.endpoints import Endpoints

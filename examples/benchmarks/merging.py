@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from whole_numbers import at_least
 
-from expertctl.core.numeric import encode
-from expertctl.core.safetensors_io import header_of_file
+from expertctl.core.artefacts.numeric import encode
+from expertctl.core.artefacts.safetensors_io import header_of_file
 
 METHODS = ("linear", "slerp", "ties", "dare_ties", "passthrough")
 WANTED = {"linear": 7.0, "slerp": 6.0, "ties": 6.0, "dare_ties": 6.0}
@@ -35,7 +35,7 @@ WANTED = {"linear": 7.0, "slerp": 6.0, "ties": 6.0, "dare_ties": 6.0}
 ENGINE = """
 import sys, time
 from pathlib import Path
-from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.hooks.manager import installed_plugins
 from expertctl.merge.engine import run_merge
 from expertctl.merge.mergekit_file import read_mergekit
 from expertctl.merge.plan import prepare_merge

@@ -25,8 +25,8 @@ from typing import Any
 from merging import Cost, Size, models_of, run
 from whole_numbers import at_least, pair_of
 
-from expertctl.core.allocator import keep_freed_memory
-from expertctl.core.tokenizer import train_tokenizer
+from expertctl.core.process.allocator import keep_freed_memory
+from expertctl.core.text.tokenizer import train_tokenizer
 
 WANTED_RATIO = 6.0
 WANTED_PEAK_MB = 300
@@ -82,7 +82,7 @@ def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
     from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    from expertctl.core.sorted_loop import use_sorted_loop
+    from expertctl.core.models.kernels.sorted_loop import use_sorted_loop
     from expertctl.merge.mixture.container import MixtureConfig, MixtureForCausalLM
 
     one_layer = {

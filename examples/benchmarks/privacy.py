@@ -30,9 +30,9 @@ def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], A
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from expertctl.core.config import DpConfig, TrainingConfig
-    from expertctl.core.plugin_manager import installed_plugins
-    from expertctl.core.token_store import TokenBlocks, TokenStore, write_part
+    from expertctl.core.config.settings import DpConfig, TrainingConfig
+    from expertctl.core.hooks.manager import installed_plugins
+    from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
     from expertctl.experts.privacy.accounting import Mechanism
     from expertctl.experts.privacy.loop import PrivateTrainingLoop
     from expertctl.experts.privacy.noise import seeded_source

@@ -84,7 +84,7 @@ def new_blocks(folder: str) -> Any:
     """Return blocks of random tokens; what they say does not matter for speed."""
     import numpy as np
 
-    from expertctl.core.token_store import PART_FILE, TokenBlocks, TokenStore, write_part
+    from expertctl.core.text.token_store import PART_FILE, TokenBlocks, TokenStore, write_part
 
     if not (Path(folder) / PART_FILE).exists():
         rows = np.random.default_rng(0).integers(1, 4096, size=(256, LENGTH)).tolist()
@@ -93,7 +93,7 @@ def new_blocks(folder: str) -> Any:
 
 
 def settings(**changes: Any) -> Any:
-    from expertctl.core.config import TrainingConfig
+    from expertctl.core.config.settings import TrainingConfig
 
     return TrainingConfig(
         tokens=10_000_000, sequence_length=LENGTH, batch_size=BATCH, device="cpu", **changes

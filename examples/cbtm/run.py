@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
 
 from expertctl import Workspace
-from expertctl.core.clustering.clusterer import ClustererSettings, fit_clusterer
+from expertctl.core.text.clustering.clusterer import ClustererSettings, fit_clusterer
 
 MIXED = "mixed"
 FOUND = "found"

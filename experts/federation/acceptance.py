@@ -12,10 +12,10 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...core.artefacts.files import read_json
+from ...core.artefacts.lineage import MANIFEST_NAMES, Manifest, read_manifest, verify
+from ...core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, torch_dtype
 from ...core.errors import UserError, first_line
-from ...core.files import read_json
-from ...core.lineage import MANIFEST_NAMES, Manifest, read_manifest, verify
-from ...core.safetensors_io import SINGLE_FILE, Checkpoint, torch_dtype
 from ..trainable import changeable
 from .delivery import Signed
 from .keys import PublicKey

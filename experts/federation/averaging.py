@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from ...core.artefacts.lineage import digest_of_tensors
+from ...core.artefacts.numeric import FLOATING
+from ...core.artefacts.safetensors_io import Checkpoint, digest_start, tensor_bytes
 from ...core.errors import UserError, first_line, unknown_name
-from ...core.lineage import digest_of_tensors
-from ...core.numeric import FLOATING
-from ...core.safetensors_io import Checkpoint, digest_start, tensor_bytes
 from .acceptance import Refusal, RefusalCode
 from .tensor_stream import TensorStream
 

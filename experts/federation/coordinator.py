@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ...core.artefacts.files import exclusive, new_folder, read_json, remove_tree, write_json
+from ...core.artefacts.layout import Layout
+from ...core.artefacts.lineage import digest_of_file, read_manifest
 from ...core.errors import UserError
-from ...core.files import exclusive, new_folder, read_json, remove_tree, write_json
-from ...core.lineage import digest_of_file, read_manifest
-from ...core.workspace import Layout
 from .acceptance import Measure, Refusal, RefusalCode, Rules, refusal_of_statement
 from .delivery import DELIVERY_FILE, Signed
 from .destinations import AmongExperts, Destination, IntoRound

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.files import link_or_copy, new_folder, read_json, write_json
+from ...core.artefacts.lineage import MANIFEST_NAMES, Manifest, read_manifest
 from ...core.errors import UserError
-from ...core.files import link_or_copy, new_folder, read_json, write_json
-from ...core.lineage import MANIFEST_NAMES, Manifest, read_manifest
 from .keys import OwnerKey
 from .parts import PART_BYTES, FileParts, parts_of
 from .requests import ExpertRequest, canonical

@@ -9,11 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
+from ...core.artefacts.files import link_or_copy, remove_tree
+from ...core.artefacts.layout import Layout, check_name
+from ...core.artefacts.lineage import read_manifest
+from ...core.artefacts.safetensors_io import SINGLE_FILE
 from ...core.errors import UserError
-from ...core.files import link_or_copy, remove_tree
-from ...core.lineage import read_manifest
-from ...core.safetensors_io import SINGLE_FILE
-from ...core.workspace import Layout, check_name
 from .acceptance import HeldOut, Measure, Refusal, RefusalCode, Rules, refusal_of_expert
 from .delivery import Signed
 from .requests import ExpertRequest

@@ -11,16 +11,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...core.compute import best_device
-from ...core.config import ProjectConfig, load_project
-from ...core.environment import prepare_libraries
+from ...core.artefacts.files import read_json, write_json
+from ...core.artefacts.layout import Layout
+from ...core.artefacts.lineage import read_manifest
+from ...core.config.project import load_project
+from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
-from ...core.files import read_json, write_json
-from ...core.lineage import read_manifest
-from ...core.loading import load_network, max_positions, require_intact_models, tokenizer_folder
-from ...core.scoring import token_log_probs
-from ...core.token_store import TokenBlocks
-from ...core.workspace import Layout
+from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
+from ...core.models.scoring import token_log_probs
+from ...core.process.compute import best_device
+from ...core.process.environment import prepare_libraries
+from ...core.text.token_store import TokenBlocks
 from ..corpora import domain_config, prepare_domain
 from .acceptance import HeldOut, Measure
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...core.config import TrainingConfig
+from ...core.artefacts.safetensors_io import Checkpoint, torch_dtype, write_tensors
+from ...core.config.settings import TrainingConfig
 from ...core.errors import Interrupted, UserError
-from ...core.loading import checkpoint_tensors, overlay_tensors
-from ...core.safetensors_io import Checkpoint, torch_dtype, write_tensors
-from ...core.token_store import BalancedUnion, Blocks, SharedUnion
+from ...core.models.loading import checkpoint_tensors, overlay_tensors
+from ...core.text.token_store import BalancedUnion, Blocks, SharedUnion
 from ..checkpointing import restore_latest, save_checkpoint
 from ..trainable import all_parameters
 from ..training import TrainingLoop

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from ...core.artefacts.files import link_or_copy, new_folder, remove_tree
+from ...core.artefacts.lineage import TRAINING_FOLDER, read_manifest, require_intact
 from ...core.errors import UserError
-from ...core.files import link_or_copy, new_folder, remove_tree
-from ...core.lineage import TRAINING_FOLDER, read_manifest, require_intact
 from .parts import PartsWriter, is_digest, parts_of
 from .requests import ExpertRequest
 

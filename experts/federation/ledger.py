@@ -10,8 +10,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal, get_args
 
+from ...core.artefacts.files import exclusive, readable_os_errors
 from ...core.errors import UserError
-from ...core.files import exclusive, readable_os_errors
 
 State = Literal["asked", "delivered", "accepted", "refused"]
 

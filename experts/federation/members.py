@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...core.artefacts.files import exclusive, read_json, write_json
+from ...core.artefacts.layout import check_name
 from ...core.errors import UserError, unknown_name
-from ...core.files import exclusive, read_json, write_json
-from ...core.workspace import check_name
 from .keys import PublicKey
 
 FORMAT = 1

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.files import is_alive, read_json, readable_os_errors, remove_tree, write_json
+from ...core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ...core.errors import UserError
-from ...core.files import is_alive, read_json, readable_os_errors, remove_tree, write_json
-from ...core.safetensors_io import SINGLE_FILE, Checkpoint
 from .delivery import Signed, make_delivery
 from .kept_seeds import KeptSeeds
 from .keys import OwnerKey, read_key

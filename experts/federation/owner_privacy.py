@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...core.config import DpConfig, checked
+from ...core.config.settings import DpConfig, checked
 from ...core.errors import UserError
 from ..runs import RUN_FILE, read_run
 from .requests import ExpertRequest

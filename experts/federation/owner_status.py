@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from ...core.files import read_json
+from ...core.artefacts.files import read_json
 from .coordinator import Coordinator
 from .ledger import Entry, State
 from .presence import ONLINE_WITHIN

@@ -8,8 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ...core.artefacts.files import (
+    link_or_copy,
+    new_folder,
+    read_json,
+    readable_os_errors,
+    refuse_existing,
+    write_json,
+)
 from ...core.errors import UserError
-from ...core.files import link_or_copy, new_folder, read_json, readable_os_errors, refuse_existing, write_json
 from .acceptance import Refusal
 from .coordinator import Coordinator
 from .delivery import Signed

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.files import readable_os_errors
 from ...core.errors import UserError
-from ...core.files import readable_os_errors
 
 PART_BYTES = 64 << 20
 READ_BYTES = 1 << 20

@@ -7,8 +7,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Lock
 
+from ...core.artefacts.files import read_json, write_json
 from ...core.errors import UserError
-from ...core.files import read_json, write_json
 
 WRITE_AFTER = timedelta(seconds=5)
 ONLINE_WITHIN = timedelta(seconds=45)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...core.config import TrainingConfig, checked
+from ...core.config.settings import TrainingConfig, checked
 from ...core.errors import UserError
-from ...core.options import parse_options
-from ...core.plugin_manager import installed_plugins
+from ...core.hooks.manager import installed_plugins
+from ...core.hooks.options import parse_options
 from ..trainable import trainer_for
 from .owner_privacy import checked_privacy
 from .requests import Recipe

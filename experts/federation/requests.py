@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from ...core.artefacts.layout import check_name
 from ...core.errors import UserError
-from ...core.workspace import check_name
 from .parts import FileParts
 
 FORMAT = 1

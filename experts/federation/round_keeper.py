@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from ...core.artefacts.files import exclusive
+from ...core.artefacts.layout import check_name, require_free
 from ...core.errors import UserError, first_line
-from ...core.files import exclusive
-from ...core.workspace import check_name, require_free
 from .coordinator import Coordinator, digest_of_seed
 from .round_plan import RoundPlan, RoundReport
 from .shared_generalist import write_shared_generalist

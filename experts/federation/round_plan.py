@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ...core.artefacts.files import read_json, write_json
+from ...core.artefacts.layout import check_name
 from ...core.errors import UserError
-from ...core.files import read_json, write_json
-from ...core.workspace import check_name
 from .averaging import AveragingRules, outer_recipe
 
 FORMAT = 1

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ...core.files import exclusive
-from ...core.safetensors_io import SINGLE_FILE
+from ...core.artefacts.files import exclusive
+from ...core.artefacts.safetensors_io import SINGLE_FILE
 from ..finishing import run_manifest
 from ..metrics_log import Tell
 from ..run_inputs import RunInputs

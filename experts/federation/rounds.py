@@ -14,17 +14,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, remove_tree, write_json
+from ...core.artefacts.lineage import digest_of_tensors
+from ...core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ...core.errors import UserError
-from ...core.files import (
-    exclusive,
-    link_or_copy,
-    new_folder,
-    read_json,
-    remove_tree,
-    write_json,
-)
-from ...core.lineage import digest_of_tensors
-from ...core.safetensors_io import SINGLE_FILE, Checkpoint
 from .acceptance import Refusal, RefusalCode
 from .averaging import (
     Contribution,

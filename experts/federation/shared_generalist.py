@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ...core.files import link_or_copy, new_folder
-from ...core.lineage import (
+from ...core.artefacts.files import link_or_copy, new_folder
+from ...core.artefacts.lineage import (
     Manifest,
     Parent,
     digest_of_tensors,

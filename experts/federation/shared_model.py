@@ -13,11 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ...core.config import ProjectConfig, TrainingConfig, checked
+from ...core.artefacts.files import link_or_copy, new_folder, read_json, remove_tree, write_json
+from ...core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from ...core.artefacts.safetensors_io import INDEX_FILE, SINGLE_FILE, Checkpoint
+from ...core.config.settings import ProjectConfig, TrainingConfig, checked
 from ...core.errors import UserError, unknown_name
-from ...core.files import link_or_copy, new_folder, read_json, remove_tree, write_json
-from ...core.lineage import digest_of_tensors, digests_of_folder, read_manifest
-from ...core.safetensors_io import INDEX_FILE, SINGLE_FILE, Checkpoint
 from ..runs import RUN_FILE
 from .averaging import spans_of
 from .requests import Recipe, RoundOf, new_identifier

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ...core.files import partial_sibling, readable_os_errors
-from ...core.safetensors_io import digest_start, dtype_name, header_of_file, tensor_bytes
+from ...core.artefacts.files import partial_sibling, readable_os_errors
+from ...core.artefacts.safetensors_io import digest_start, dtype_name, header_of_file, tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...core.allocator import keep_freed_memory
-from ...core.config import ExpertConfig, ProjectConfig, checked, load_project
-from ...core.environment import prepare_libraries
+from ...core.artefacts.files import exclusive, mendable, write_json, write_text
+from ...core.artefacts.layout import CONFIG_FILE, Layout
+from ...core.config.project import load_project
+from ...core.config.settings import ExpertConfig, ProjectConfig, checked
 from ...core.errors import Interrupted, UserError
-from ...core.files import exclusive, mendable, write_json, write_text
-from ...core.workspace import CONFIG_FILE, Layout
+from ...core.process.allocator import keep_freed_memory
+from ...core.process.environment import prepare_libraries
 from ..branching import branch
 from ..corpora import prepare_domain
 from ..run_inputs import RunInputs

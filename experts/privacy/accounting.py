@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.config import DpConfig, TrainingConfig
+from ...core.artefacts.lineage import package_version
+from ...core.config.settings import DpConfig, TrainingConfig
 from ...core.errors import UserError
-from ...core.lineage import package_version
 
 Release = tuple[float, float, int]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...core.config import DpConfig, TrainingConfig
+from ...core.config.settings import DpConfig, TrainingConfig
 from ...core.errors import UserError
-from ...core.token_store import Blocks
-from ...core.types import TrainablePart
+from ...core.hooks.training import TrainablePart
+from ...core.text.token_store import Blocks
 from ..training import TrainingLoop
 from .accounting import Mechanism, new_accountant, privacy_statement
 from .layers import (

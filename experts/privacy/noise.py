@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...core.artefacts.files import readable_os_errors
 from ...core.errors import UserError
-from ...core.files import readable_os_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

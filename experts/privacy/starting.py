@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...core.config import DpConfig, ExpertConfig, TrainingConfig
+from ...core.config.settings import DpConfig, ExpertConfig, TrainingConfig
 from ...core.errors import UserError
-from ...core.types import TrainablePart, Trainer
+from ...core.hooks.training import TrainablePart, Trainer
 from .accounting import mechanism_for, require_opacus
 from .noise import NoiseSource, secret_source, seeded_source
 from .releases import Releases
@@ -14,7 +14,7 @@ from .releases import Releases
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ...core.token_store import Blocks
+    from ...core.text.token_store import Blocks
     from .loop import PrivateTrainingLoop
 
 

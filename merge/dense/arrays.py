@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ...core.types import PerExpert, TensorGroup
+from ...core.hooks.merging import PerExpert, TensorGroup
 
 PIECE_NUMBERS = 1 << 17
 ROW_NUMBERS = 256

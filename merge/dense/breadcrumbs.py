@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.types import PerExpert, TensorGroup
+from ...core.hooks.merging import PerExpert, TensorGroup
 from .arrays import check_range, each, kth_largest_magnitude
 from .task_vectors import EVERYTHING, Keep, add_task_vectors
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...core.types import PerExpert, TensorGroup
+from ...core.hooks.merging import PerExpert, TensorGroup
 from .arrays import Array, check_range, each, erase, pieces, random_mask
 from .task_vectors import EVERYTHING, Keep, add_task_vectors
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.types import PerExpert, TensorGroup
+from ...core.hooks.merging import PerExpert, TensorGroup
 from .arrays import Array, check_range, each, is_numpy, namespace, random_mask
 from .dare import Rescale, rescaling
 from .task_vectors import EVERYTHING, Keep, add_task_vectors

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.types import TensorGroup
+from ...core.hooks.merging import TensorGroup
 from .arrays import Array, in_pieces, namespace
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...core.types import TensorGroup
+from ...core.hooks.merging import TensorGroup
 from .arrays import inner_products, weighted_sum
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.types import TensorGroup
+from ...core.hooks.merging import TensorGroup
 from .arrays import Array, inner_products, namespace, weighted_sum
 from .slerp import arc_coefficients
 

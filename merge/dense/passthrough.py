@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.types import PerExpert, TensorGroup
+from ...core.hooks.merging import PerExpert, TensorGroup
 from .arrays import each
 
 

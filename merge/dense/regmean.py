@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.types import TensorGroup
+from ...core.hooks.merging import TensorGroup
 from .arrays import Array, check_range, namespace
 from .linear import weighted
 

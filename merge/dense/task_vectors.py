@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.types import TensorGroup
+from ...core.hooks.merging import TensorGroup
 from .arrays import Array, as_numbers, erase, in_pieces, namespace
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.lineage import Manifest, digests_of_folder, manifest_path, read_manifest
+from ...core.artefacts.numeric import FLOATING, encode
+from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry, digest_start
 from ...core.errors import UserError
-from ...core.lineage import Manifest, digests_of_folder, manifest_path, read_manifest
-from ...core.numeric import FLOATING, encode
-from ...core.safetensors_io import Checkpoint, TensorEntry, digest_start
 from ..history import history_of
 from ..reading import Reader
 from ..sources import StoredTensor

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.errors import UserError
-from ...core.types import Architecture, MixtureShape, MixtureTarget
+from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
 from ..sources import StoredTensor
 from ..tensor_names import LayerNames, layer_names
 from ..tensor_plan import TensorPlan

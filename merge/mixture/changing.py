@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.lineage import Manifest, Parent, read_manifest
+from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError, unknown_name
-from ...core.lineage import Manifest, Parent, read_manifest
-from ...core.loading import WEIGHTS_FILE
-from ...core.safetensors_io import Checkpoint
-from ...core.types import MixtureShape
+from ...core.hooks.mixtures import MixtureShape
+from ...core.models.loading import WEIGHTS_FILE
 from ..generalist import Descent
 from ..licences import LicenceReport, check_licences, require_compatible
 from ..plan import MergePlan
@@ -143,7 +143,7 @@ def _top_k(mixture: OpenedMixture, count: int) -> int:
 
 
 def _method(mixture: OpenedMixture) -> Any:
-    from ...core.plugin_manager import installed_plugins
+    from ...core.hooks.manager import installed_plugins
 
     return installed_plugins().merge_method(mixture.manifest.config["method"])
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from ...core.errors import UserError
-from ...core.sorted_loop import mixed
-from ...core.top_k_gates import top_k_gates
+from ...core.models.kernels.sorted_loop import mixed
+from ...core.models.kernels.top_k_gates import top_k_gates
 from ..shared_settings import SHARED_SETTINGS
 from .targets import CONTAINER_TYPE
 

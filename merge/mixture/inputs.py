@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...core.types import ValidationText
+from ...core.hooks.text import ValidationText
 from ..recipe import Recipe
 from ..sources import Source
 from ..tensor_plan import TensorPlan

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
-from ...core.plugin_manager import installed_plugins
-from ...core.types import Architecture, RouterInputs, RouterStart
+from ...core.hooks.manager import installed_plugins
+from ...core.hooks.mixtures import Architecture, RouterInputs, RouterStart
 from ..recipe import WEIGHT, Recipe, whole_models
 from ..sources import Source
 from ..tensor_names import layer_names

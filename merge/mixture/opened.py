@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...core.artefacts.lineage import Manifest, read_manifest
+from ...core.artefacts.safetensors_io import DTYPES
 from ...core.errors import UserError
-from ...core.lineage import Manifest, read_manifest
-from ...core.plugin_manager import installed_plugins
-from ...core.safetensors_io import DTYPES
-from ...core.types import Architecture, MixtureTarget
+from ...core.hooks.manager import installed_plugins
+from ...core.hooks.mixtures import Architecture, MixtureTarget
 from ..reading import Reader
 from ..sources import Source, StoredTensor, open_source
 from ..tensor_names import layer_names

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from ...core.errors import UserError
-from ...core.types import MixtureShape
+from ...core.hooks.mixtures import MixtureShape
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
-from ...core.types import RouterInputs, RouterStart
+from ...core.hooks.mixtures import RouterInputs, RouterStart
 from .router_rows import options_of
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def prompt_rows(inputs: RouterInputs) -> RouterStart:
     """
     import numpy as np
 
-    from ...core.feed_forwards import input_moments
-    from ...core.loading import load_model
+    from ...core.models.feed_forwards import input_moments
+    from ...core.models.loading import load_model
 
     options_of(inputs, {}, "prompts")
     model, tokenizer = load_model(inputs.seed, dtype="float32")
@@ -50,7 +50,7 @@ def prompt_state_rows(inputs: RouterInputs) -> RouterStart:
     """
     import torch
 
-    from ...core.loading import load_model
+    from ...core.models.loading import load_model
 
     average = bool(options_of(inputs, {"average": 0}, "prompt_states")["average"])
     model, tokenizer = load_model(inputs.seed, dtype="float32")
@@ -77,8 +77,8 @@ def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
     """
     import numpy as np
 
-    from ...core.loading import load_tokenizer
-    from ...core.safetensors_io import Checkpoint
+    from ...core.artefacts.safetensors_io import Checkpoint
+    from ...core.models.loading import load_tokenizer
     from ..reading import Reader
     from ..sources import StoredTensor, embedding_name
 

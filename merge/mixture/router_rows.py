@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
-from ...core.types import RouterInputs, RouterStart
+from ...core.hooks.mixtures import RouterInputs, RouterStart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,8 +118,8 @@ def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
     """Return what an expert brings for a router; raises `UserError` for an expert that was trained without one."""
     import numpy as np
 
-    from ...core.lineage import manifest_path, read_manifest
-    from ...core.safetensors_io import Checkpoint
+    from ...core.artefacts.lineage import manifest_path, read_manifest
+    from ...core.artefacts.safetensors_io import Checkpoint
     from ..reading import Reader
     from ..sources import StoredTensor
 
@@ -153,8 +153,8 @@ def hidden_rows(inputs: RouterInputs) -> RouterStart:
     import numpy as np
     import torch
 
-    from ...core.feed_forwards import InputMoments, input_moments, spread_blocks
-    from ...core.loading import load_model
+    from ...core.models.feed_forwards import InputMoments, input_moments, spread_blocks
+    from ...core.models.loading import load_model
 
     chosen = options_of(inputs, {"samples": _SAMPLES, "ridge": _RIDGE}, "hidden")
     texts = {text.domain: text.blocks for text in inputs.validation()}

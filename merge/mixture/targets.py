@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ...core.errors import UserError
-from ...core.types import Architecture, MixtureShape, MixtureTarget
+from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
 
 CONTAINER = "container"
 CONTAINER_TYPE = "expertctl_mixture"

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import UserError, unknown_name
-from ...core.files import exclusive, link_or_copy, new_folder, write_text
-from ...core.lineage import (
+from ...core.artefacts.files import exclusive, link_or_copy, new_folder, write_text
+from ...core.artefacts.lineage import (
     TOKENIZER_FILES,
     Manifest,
     Parent,
@@ -19,6 +18,7 @@ from ...core.lineage import (
     read_manifest,
     require_intact,
 )
+from ...core.errors import UserError, unknown_name
 from ..card import CARD_FILE, model_card
 from ..licences import check_licences, require_compatible
 from ..mixture.changing import Change, history
@@ -105,7 +105,7 @@ def _stitches(folder: Path, old: Any, new: Any, joining: set[str]) -> Any:
     """Return the new model's stitches: the old ones' tensors, and a start of their own for those who join."""
     import torch
 
-    from ...core.safetensors_io import Checkpoint
+    from ...core.artefacts.safetensors_io import Checkpoint
     from .container import STITCHES_FILE, new_stitches
     from .layers import ExpertsIntoHub, keys_of
 

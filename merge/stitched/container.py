@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...core.artefacts.files import write_json
+from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
-from ...core.files import write_json
-from ...core.safetensors_io import Checkpoint, write_tensors
 from ..members_cache import MembersCache
 from ..shared_settings import SHARED_SETTINGS
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch

@@ -7,12 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.digest_cache import digests_of_untouched
+from ...core.artefacts.digest_cache import digests_of_untouched
+from ...core.artefacts.files import link_or_copy, read_json
+from ...core.artefacts.lineage import (
+    MANIFEST_NAMES,
+    TOKENIZER_FILES,
+    digest_of_tensors,
+    manifest_path,
+    read_manifest,
+)
+from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files
 from ...core.errors import UserError
-from ...core.files import link_or_copy, read_json
-from ...core.lineage import MANIFEST_NAMES, TOKENIZER_FILES, digest_of_tensors, manifest_path, read_manifest
-from ...core.loading import load_network
-from ...core.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files
+from ...core.models.loading import load_network
 from .stepwise import decoder_layers
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ...core.artefacts.files import read_json, write_json
 from ...core.errors import UserError
-from ...core.files import read_json, write_json
 from .child import environment, flower_command
 from .superlink import APP
 

@@ -12,8 +12,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...core.artefacts.files import readable_os_errors
 from ...core.errors import UserError
-from ...core.files import readable_os_errors
 from ...experts.federation.keys import require_cryptography
 
 if TYPE_CHECKING:

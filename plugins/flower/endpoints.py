@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from ...core.artefacts.files import mendable
 from ...core.errors import UserError, first_line
-from ...core.files import mendable
 from ...experts.federation.acceptance import Refusal
 from ...experts.federation.coordinator import Coordinator
 from ...experts.federation.delivery import MAX_STATEMENT

@@ -14,7 +14,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from ...core.workspace import Layout
+from ...core.artefacts.layout import Layout
 from ...experts.federation.coordinator import Coordinator
 from ...experts.federation.requests import ExpertRequest
 from .superlink import SIGN_OF_LIFE

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ...core.artefacts.files import exclusive
 from ...core.errors import UserError
-from ...core.files import exclusive
 from ...experts.federation.keys import PUBLIC_FILE
 from ...experts.federation.owner import Owner
 from .allowed_bundle import write_allowed

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...core.allocator import hand_back_freed_memory
+from ...core.artefacts.files import exclusive
 from ...core.errors import UserError, first_line
-from ...core.files import exclusive
+from ...core.process.allocator import hand_back_freed_memory
 from ...experts.federation.coordinator import Coordinator
 from ...experts.federation.round_keeper import keep_rounds
 from .certificates import Certificates, certificates_for, reachable_names

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.files import write_text
 from ...core.errors import UserError
-from ...core.files import write_text
 from ...experts.federation.members import Member, Members
 from .certificates import Certificates
 from .child import Child, environment, flower_command, free_port

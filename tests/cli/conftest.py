@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from expertctl.cli.main import main
-from expertctl.core.environment import LIBRARY_SETTINGS
+from expertctl.core.process.environment import LIBRARY_SETTINGS
 
 CONFIG = """\
 seed: {preset: tiny, training: {tokens: 2000, schedule_end: 0.5}}

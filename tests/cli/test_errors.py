@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from expertctl.core.environment import LIBRARY_SETTINGS
+from expertctl.core.process.environment import LIBRARY_SETTINGS
 
 
 def test_no_workspace(run: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from expertctl.cli.quickstart import _next_steps
-from expertctl.core.config import load_project
+from expertctl.core.config.project import load_project
 from expertctl.workspace import Workspace
 
 
@@ -67,7 +67,7 @@ def test_every_commented_line_is_valid_once_its_mark_is_removed(
 
 
 def test_the_values_shown_are_the_defaults(run: Any, tmp_path: Path) -> None:
-    from expertctl.core.config import TrainingConfig
+    from expertctl.core.config.settings import TrainingConfig
 
     run("init", tmp_path / "new")
     training = load_project(tmp_path / "new" / "expertctl.yaml").training

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from expertctl.core.lineage import read_manifest
+from expertctl.core.artefacts.lineage import read_manifest
 
 
 @pytest.mark.slow

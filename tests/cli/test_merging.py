@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.lineage import read_manifest, verify
 
 
 def test_a_plan_is_a_table_and_with_verbose_a_row_for_each_tensor(workspace: Path, run: Any) -> None:

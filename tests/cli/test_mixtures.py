@@ -11,8 +11,8 @@ import pytest
 from flexolmo_workspaces import OWNERS
 
 from expertctl import comparison
-from expertctl.core.lineage import read_manifest, verify
-from expertctl.core.types import Score
+from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.hooks.evaluation import Score
 from expertctl.experts import evaluation
 from expertctl.experts.evaluation import EvaluationTable
 from expertctl.workspace import Workspace

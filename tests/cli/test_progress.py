@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from expertctl.core import progress
-from expertctl.core.progress import Bars, Count, Lines, RunProgress, Silence, display, duration
-from expertctl.core.types import LaunchResult
+from expertctl.core.hooks.training import LaunchResult
+from expertctl.core.process import progress
+from expertctl.core.process.progress import Bars, Count, Lines, RunProgress, Silence, display, duration
 
 RUN = Path("experts/law")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from expertctl.core import loading
+from expertctl.core.models import loading
 
 
 def test_eval_prints_the_contract(run: Any, workspace: Path) -> None:

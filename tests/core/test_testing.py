@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertctl import MergeMethod, hookimpl
+from expertctl.core.hooks.merging import TensorGroup
 from expertctl.core.testing import assert_merge_ok, fresh_plugins, tensor_group, tiny_model_folder
-from expertctl.core.types import TensorGroup
 
 
 @pytest.mark.parametrize("family", ["olmo2", "llama", "mistral", "qwen2", "qwen3", "gemma"])

@@ -17,8 +17,8 @@ import torch
 from toy_models import Tensors, random_tensors, tensors_of, write_model
 
 import expertctl
+from expertctl.core.artefacts.lineage import verify
 from expertctl.core.errors import UserError
-from expertctl.core.lineage import verify
 
 COMMAND = [sys.executable, "-m", "expertctl.cli.main"]
 JOURNAL = ".out.unfinished/.journal.jsonl"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from expertctl import verify
-from expertctl.core.lineage import read_manifest
+from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.workspace import Workspace
 
 pytestmark = pytest.mark.slow

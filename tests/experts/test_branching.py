@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from expertctl import UserError, load_model, verify
-from expertctl.core.lineage import read_manifest
-from expertctl.core.loading import ExpertTensors
-from expertctl.core.safetensors_io import Checkpoint
+from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.artefacts.safetensors_io import Checkpoint
+from expertctl.core.models.loading import ExpertTensors
 from expertctl.workspace import Workspace
 
 

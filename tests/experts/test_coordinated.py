@@ -12,9 +12,9 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.lineage import read_manifest
+from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.hooks.text import TrainingText
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.types import TrainingText
 from expertctl.experts.coordinated import CoordinatedFeedForward, coordinate, z_loss
 from expertctl.experts.domain_embeddings import hidden_state_embedding, scaled_to_unit_logits
 from expertctl.plugins.flexolmo import FlexOlmoTraining, prepare
@@ -161,7 +161,7 @@ def test_what_was_trained_is_loaded_as_it_was_trained(flexolmo_workspace: Worksp
     dense, _ = load_model(folder, dtype="float32", as_trained=False)
     assert not any(isinstance(module, CoordinatedFeedForward) for module in dense.modules())
     blocks = flexolmo_workspace.validation(["prose"])[0].blocks
-    from expertctl.core.scoring import token_log_probs
+    from expertctl.core.models.scoring import token_log_probs
 
     with torch.inference_mode():
         scores = [-token_log_probs(trained, torch.from_numpy(batch)) for batch in blocks.batches(4, limit=2)]

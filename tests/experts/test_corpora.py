@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from expertctl import UserError
-from expertctl.core.config import DomainConfig
-from expertctl.core.token_store import TokenBlocks
-from expertctl.core.tokenizer import TextEncoder
-from expertctl.core.workspace import Layout
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.config.settings import DomainConfig
+from expertctl.core.text.token_store import TokenBlocks
+from expertctl.core.text.tokenizer import TextEncoder
 from expertctl.experts import corpora
 from expertctl.experts.corpora import PreparedDomain, domain_documents, prepare_domain
 

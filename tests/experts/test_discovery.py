@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from expertctl import UserError, Workspace
-from expertctl.core.clustering.clusterer import Clusterer
+from expertctl.core.text.clustering.clusterer import Clusterer
 from expertctl.experts import discovery
 from expertctl.experts.corpora import domain_documents
 

@@ -15,7 +15,7 @@ from scipy.stats import norm
 
 from expertctl import UserError
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.tokenizer import TextEncoder
+from expertctl.core.text.tokenizer import TextEncoder
 from expertctl.experts.extraction_audit import (
     AttackSettings,
     Extraction,

@@ -16,11 +16,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertctl import DocumentOrder, UserError, Workspace
-from expertctl.core.clustering.clusterer import unit_rows
-from expertctl.core.clustering.neighbours import nearest_neighbours
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.token_store import TokenBlocks
-from expertctl.core.tokenizer import TextEncoder
+from expertctl.core.text.clustering.clusterer import unit_rows
+from expertctl.core.text.clustering.neighbours import nearest_neighbours
+from expertctl.core.text.token_store import TokenBlocks
+from expertctl.core.text.tokenizer import TextEncoder
 from expertctl.experts import corpora
 from expertctl.experts.in_context_order import greedy_path, in_context_order, text_points
 from expertctl.experts.spooled_texts import SpooledTexts

@@ -32,9 +32,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from expertctl.core.config import DomainConfig, load_project
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.config.project import load_project
+from expertctl.core.config.settings import DomainConfig
 from expertctl.core.errors import UserError
-from expertctl.core.workspace import Layout
 from expertctl.experts import proxy as proxy_module
 from expertctl.experts.proxy import Proxy, ProxySettings, best_distinct, make_proxy
 

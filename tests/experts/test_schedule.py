@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expertctl.core.config import TrainingConfig
+from expertctl.core.config.settings import TrainingConfig
 from expertctl.experts.schedule import learning_rate, progress_at
 
 

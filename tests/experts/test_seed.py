@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, load_model, verify
-from expertctl.core.config import load_project
-from expertctl.core.lineage import read_manifest
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.config.project import load_project
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.workspace import Layout
 from expertctl.experts.seed import import_seed, start_pretraining
 from expertctl.workspace import Workspace
 

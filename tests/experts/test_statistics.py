@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expertctl.core.errors import UserError
-from expertctl.core.loading import load_model
+from expertctl.core.models.loading import load_model
 from expertctl.core.testing import tiny_model_folder
 from expertctl.experts.statistics import gather_fisher, gather_grams
 from expertctl.workspace import Workspace

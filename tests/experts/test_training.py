@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from expertctl import UserError
-from expertctl.core.config import TrainingConfig
-from expertctl.core.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.config.settings import TrainingConfig
+from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
 from expertctl.experts.checkpointing import restore_latest, save_checkpoint
 from expertctl.experts.schedule import learning_rate, progress_at
 from expertctl.experts.trainable import all_parameters, matching_parameters

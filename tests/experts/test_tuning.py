@@ -11,9 +11,9 @@ import yaml
 from flexolmo_workspaces import OWNERS, tune_here
 
 from expertctl import UserError, load_model
-from expertctl.core.config import TrainingConfig
-from expertctl.core.files import remove_tree
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.files import remove_tree
+from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.config.settings import TrainingConfig
 from expertctl.experts.replaced import put_back
 from expertctl.experts.runs import read_run
 from expertctl.experts.training_run import train_run

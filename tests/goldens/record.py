@@ -199,7 +199,16 @@ def stitched(workspace: Path) -> Iterator[tuple[str, str]]:
 
 
 def special_runs(workspace: Path) -> Iterator[tuple[str, str]]:
-    run(workspace, "branch", "p-private", "--domain", "python", "--dp", "epsilon=8,delta=1e-5,noise=seeded", *TUNING)
+    run(
+        workspace,
+        "branch",
+        "p-private",
+        "--domain",
+        "python",
+        "--dp",
+        "epsilon=8,delta=1e-5,noise=seeded",
+        *TUNING,
+    )
     run(workspace, "train", "p-private")
     run(workspace, "tune", "d-demix", "--from", "seed", "--trains", "demix", *DOMAINS, *TUNING)
     run(workspace, "baseline", "dense")

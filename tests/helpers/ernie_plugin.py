@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from expertctl import Architecture, MixtureTarget, hookimpl
-from expertctl.core.types import MixtureShape
+from expertctl.core.hooks.mixtures import MixtureShape
 
 
 def config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 
-from expertctl.core.workspace import Layout
+from expertctl.core.artefacts.layout import Layout
 from expertctl.experts.federation.coordinator import Coordinator
 from expertctl.experts.federation.keys import make_key
 from expertctl.experts.federation.owner import Owner, OwnerSettings

@@ -76,7 +76,7 @@ def train_here(workspace: Workspace, name: str, **settings: Any) -> Path:
 
 def tune_here(workspace: Workspace, name: str, base: str, **settings: Any) -> Path:
     """Tune a generalist in this process."""
-    from expertctl.core.config import TrainingConfig
+    from expertctl.core.config.settings import TrainingConfig
     from expertctl.experts.tuning import start_tuning
 
     given: dict[str, Any] = {"options": {}, "training": {}, **settings}

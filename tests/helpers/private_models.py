@@ -20,9 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from expertctl.core.config import DpConfig, TrainingConfig
-from expertctl.core.token_store import Blocks
-from expertctl.core.types import TrainablePart
+from expertctl.core.config.settings import DpConfig, TrainingConfig
+from expertctl.core.hooks.training import TrainablePart
+from expertctl.core.text.token_store import Blocks
 from expertctl.experts.privacy.accounting import Mechanism
 from expertctl.experts.privacy.loop import PrivateTrainingLoop
 from expertctl.experts.privacy.noise import NoiseSource, seeded_source

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from expertctl.core.plugin_manager import installed_plugins
-from expertctl.core.types import MergeMethod
+from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.merging import MergeMethod
 from expertctl.merge.engine import EngineSettings, Written, run_merge
 from expertctl.merge.plan import open_sources
 from expertctl.merge.reading import PIECE_NUMBERS

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy_models import engine_merge, recipe, tensors_of
 
+from expertctl.core.artefacts.safetensors_io import Checkpoint
 from expertctl.core.errors import UserError
-from expertctl.core.safetensors_io import Checkpoint
 from expertctl.merge.adapters import Adapter
 from expertctl.merge.recipe import Recipe
 from expertctl.merge.sources import open_source

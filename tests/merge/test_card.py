@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.merge.card import model_card
 from expertctl.workspace import Workspace
 

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import expertctl
 from expertctl import UserError, load_model
-from expertctl.core.clustering.clusterer import Clusterer, unit_rows
-from expertctl.core.files import read_json
-from expertctl.core.lineage import read_manifest
+from expertctl.core.artefacts.files import read_json
+from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.tokenizer import TextEncoder
+from expertctl.core.text.clustering.clusterer import Clusterer, unit_rows
+from expertctl.core.text.tokenizer import TextEncoder
 from expertctl.experts.training_run import train_run
 from expertctl.merge.cluster_router import ClusterRouter, ClusterRouting, fitted_temperature
 from expertctl.workspace import Workspace

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_models import Tensors, engine_merge, random_tensors, recipe, tensors_of, write_model
 
+from expertctl.core.artefacts.safetensors_io import Checkpoint, read_header
 from expertctl.core.errors import UserError
-from expertctl.core.safetensors_io import Checkpoint, read_header
-from expertctl.core.types import MergeMethod, TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, TensorGroup
 
 LINE = "model.layers.1.mlp.up_proj.weight"
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import expertctl
-from expertctl.core.config import MergeConfig
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.artefacts.lineage import verify
+from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError
-from expertctl.core.lineage import verify
-from expertctl.core.posterior import EWMA_RATE
-from expertctl.core.workspace import Layout
+from expertctl.core.models.posterior import EWMA_RATE
 from expertctl.merge.merging import merge
 
 EXPERTS = ("code", "law", "news")

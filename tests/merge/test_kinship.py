@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_models import Tensors, random_tensors, write_model
 
+from expertctl.core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from expertctl.core.errors import UserError
-from expertctl.core.safetensors_io import Checkpoint, TensorEntry
 from expertctl.merge.kinship import RELATED, kinship, require_related
 
 

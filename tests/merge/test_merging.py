@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import expertctl
-from expertctl.core.config import MergeConfig
+from expertctl.core.artefacts.files import exclusive
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.artefacts.lineage import digests_of_folder, read_manifest, verify
+from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError
-from expertctl.core.files import exclusive
-from expertctl.core.lineage import digests_of_folder, read_manifest, verify
-from expertctl.core.plugin_manager import PluginManager
-from expertctl.core.posterior import EWMA_RATE
+from expertctl.core.hooks.manager import PluginManager
+from expertctl.core.hooks.merging import MergeMethod
+from expertctl.core.hooks.text import ValidationText
+from expertctl.core.models.posterior import EWMA_RATE
 from expertctl.core.testing import fresh_plugins
-from expertctl.core.token_store import TokenBlocks, TokenStore, write_part
-from expertctl.core.types import MergeMethod, ValidationText
-from expertctl.core.workspace import Layout
+from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
 from expertctl.merge.merging import MergeRun, merge
 from expertctl.merge.weights import resolve_weights
 

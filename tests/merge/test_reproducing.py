@@ -9,8 +9,8 @@ import pytest
 import torch
 from toy_models import random_tensors, recipe, write_model
 
+from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.core.errors import UserError
-from expertctl.core.lineage import read_manifest
 from expertctl.merge.merging import MergeRun, merge_recipe
 from expertctl.merge.reproducing import reproduce
 from expertctl.workspace import Workspace

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toy_models import random_tensors, recipe, tensors_of, write_model
 
-from expertctl.core.types import MergeMethod, TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, TensorGroup
 from expertctl.merge.engine import EngineSettings, Written, run_merge
 from expertctl.merge.recipe import Recipe
 from expertctl.merge.shards import ShardPlan, plan_shards

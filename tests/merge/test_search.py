@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from expertctl.core.errors import UserError
-from expertctl.core.loading import load_model
-from expertctl.core.scoring import token_log_probs
+from expertctl.core.models.loading import load_model
+from expertctl.core.models.scoring import token_log_probs
 from expertctl.merge import search as search_module
 from expertctl.workspace import Workspace
 

@@ -12,7 +12,7 @@ import torch
 from toy_models import Tensors, random_tensors, recipe, tensors_of, write_model
 
 from expertctl.core.errors import UserError
-from expertctl.core.types import MergeMethod, PerExpert, TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, PerExpert, TensorGroup
 from expertctl.merge.recipe import OutputSlice, Recipe, SourceSlice
 from expertctl.merge.shards import index_of, plan_shards
 from expertctl.merge.sources import open_source

@@ -12,8 +12,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from toy_models import random_tensors, recipe, tensors_of, write_model
 
+from expertctl.core.artefacts.files import read_json
 from expertctl.core.errors import UserError
-from expertctl.core.files import read_json
 from expertctl.merge.merging import merge_recipe
 from expertctl.merge.recipe import Recipe, TokenSource
 from expertctl.merge.tokenizers import ModelVocabulary, chat_template, plan_vocabulary, write_tokenizer

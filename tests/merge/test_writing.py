@@ -11,7 +11,7 @@ import pytest
 from toy_models import engine_merge, random_tensors, recipe, write_model
 
 from expertctl.core.errors import UserError
-from expertctl.core.types import MergeMethod
+from expertctl.core.hooks.merging import MergeMethod
 from expertctl.merge import writing
 
 FIRST = MergeMethod("first", "", merge=lambda group, _: group.experts[0], uses_seed=False, elementwise=True)

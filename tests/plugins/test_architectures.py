@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from expertctl.core.safetensors_io import Checkpoint
+from expertctl.core.artefacts.safetensors_io import Checkpoint
+from expertctl.core.hooks.mixtures import Architecture
 from expertctl.core.testing import fresh_plugins, tiny_model_folder
-from expertctl.core.types import Architecture
 
 PLUGINS = fresh_plugins()
 MODEL_TYPES = sorted(kind for family in PLUGINS.architectures().values() for kind in family.model_types)

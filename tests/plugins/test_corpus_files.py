@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertctl.core.errors import UserError
-from expertctl.core.types import CorpusFormat
+from expertctl.core.hooks.text import CorpusFormat
 from expertctl.plugins import corpus_files
 from expertctl.plugins.corpus_files import corpus_formats, read_jsonl, read_parquet, read_text
 

@@ -11,7 +11,7 @@ from flexolmo_workspaces import make_flexolmo_workspace, tune_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.experts.domain_feed_forwards import choose, divide
 from expertctl.merge.card import model_card
 from expertctl.merge.expert_changes import change_experts

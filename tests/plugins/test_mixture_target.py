@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from expertctl import load_model
-from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.hooks.manager import installed_plugins
 from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.merging import merge_recipe

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from expertctl.core.loading import load_model
+from expertctl.core.models.loading import load_model
 from expertctl.core.testing import fresh_plugins
-from expertctl.core.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
 
 
 @pytest.mark.parametrize("block_size", [4, 7, 100])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import expertctl
-from expertctl.core.plugin_manager import BUILTIN_PLUGINS
+from expertctl.core.hooks.manager import BUILTIN_PLUGINS
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("core", "experts", "merge", "plugins", "cli")
@@ -100,7 +100,7 @@ def test_the_import_checker_sees_relative_and_absolute_imports() -> None:
         "expertctl",
         "expertctl.cli",
         "expertctl.plugins.btm",
-        "expertctl.core.files",
+        "expertctl.core.artefacts.files",
     ]
 
 
@@ -152,7 +152,7 @@ import json, sys
 import expertctl
 dir(expertctl), expertctl.hookimpl, expertctl.MergeMethod, expertctl.Workspace
 after_import = sorted(set(sys.modules) & HEAVY)
-from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.hooks.manager import installed_plugins
 plugins = installed_plugins()
 for hook in ("merge_methods", "trainers", "launchers", "corpus_formats", "evaluators", "architectures"):
     getattr(plugins, hook)()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import expertctl
-from expertctl.core import hookspecs
+from expertctl.core.hooks import hookspecs
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ....core.files import remove_tree, write_json
-from ....core.lineage import Manifest, Parent, digest_of_tensors, digests_of_folder, read_manifest
-from ....core.safetensors_io import SINGLE_FILE, Checkpoint, write_tensors
-from ....core.workspace import CONFIG_FILE, Layout
+from ....core.artefacts.files import remove_tree, write_json
+from ....core.artefacts.layout import CONFIG_FILE, Layout
+from ....core.artefacts.lineage import Manifest, Parent, digest_of_tensors, digests_of_folder, read_manifest
+from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, write_tensors
 from ..delivery import Signed, make_delivery
 from ..keys import OwnerKey, make_key, read_key
 from ..parts import FileParts

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from ....core.artefacts.files import readable_os_errors
+from ....core.artefacts.layout import check_name
 from ....core.errors import UserError, closest
-from ....core.files import readable_os_errors
-from ....core.workspace import check_name
 from .deliveries import Delivers
 
 

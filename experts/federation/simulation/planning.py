@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from ....core.artefacts.files import is_alive
 from ....core.errors import UserError
-from ....core.files import is_alive
 from ..coordinator import Coordinator
 from ..round_plan import needed_of
 from .deliveries import RECIPE, StandIns, write_stand_in_seed

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from federation_members import MODULES, Clock, private_text
 
-from expertctl.core.workspace import Layout
+from expertctl.core.artefacts.layout import Layout
 from expertctl.experts.federation.coordinator import Coordinator
 from expertctl.experts.federation.keys import make_key
 from expertctl.experts.federation.owner import Owner, OwnerSettings

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertctl import UserError
-from expertctl.core.safetensors_io import Checkpoint, write_tensors
+from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.experts.federation import averaging
 from expertctl.experts.federation.acceptance import Refusal, RefusalCode
 from expertctl.experts.federation.averaging import (

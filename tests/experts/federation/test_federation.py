@@ -18,7 +18,7 @@ from federation_members import BTM, FLEXOLMO, MODULES, Clock, hand_in, trained
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, Workspace, load_model, verify
-from expertctl.core.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
 from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.coordinator import Coordinator
 from expertctl.experts.federation.delivery import Signed, Statement, make_delivery, rounded

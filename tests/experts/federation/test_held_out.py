@@ -14,9 +14,9 @@ from federation_members import private_text
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, load_model
-from expertctl.core.config import load_project
-from expertctl.core.files import read_json
-from expertctl.core.workspace import Layout
+from expertctl.core.artefacts.files import read_json
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.config.project import load_project
 from expertctl.experts.federation import held_out
 from expertctl.experts.federation.held_out import held_out_measure, loss_on
 

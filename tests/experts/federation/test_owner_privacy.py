@@ -10,7 +10,7 @@ import pytest
 from federation_members import BTM, TRAINING, Clock, hand_in, trained
 
 from expertctl import UserError
-from expertctl.core.lineage import read_manifest
+from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.experts.federation.coordinator import Coordinator
 from expertctl.experts.federation.owner import Owner
 from expertctl.experts.federation.owner_privacy import privacy_of

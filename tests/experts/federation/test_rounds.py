@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from expertctl import UserError
-from expertctl.core import files
-from expertctl.core.config import TrainingConfig
+from expertctl.core.artefacts import files
+from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
+from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.errors import Interrupted
-from expertctl.core.safetensors_io import Checkpoint, write_tensors
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
 from expertctl.experts.federation import rounds as rounds_module
 from expertctl.experts.federation.acceptance import RefusalCode
 from expertctl.experts.federation.averaging import AveragingRules
@@ -326,7 +326,7 @@ PROCESS = """
 import sys, torch
 from datetime import datetime, UTC
 from pathlib import Path
-from expertctl.core.safetensors_io import Checkpoint, write_tensors
+from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.experts.federation.round_loop import run_rounds
 from expertctl.experts.federation.rounds import Rounds
 
@@ -359,8 +359,8 @@ def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_pat
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from expertctl.core.allocator import hand_back_freed_memory
-from expertctl.core.safetensors_io import Checkpoint, write_tensors
+from expertctl.core.process.allocator import hand_back_freed_memory
+from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.experts.federation import averaging
 from expertctl.experts.federation.averaging import *
 

@@ -18,8 +18,8 @@ from federation_members import MODULES, TRAINING, Clock, hand_in, private_text, 
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, Workspace, load_model, verify
-from expertctl.core.lineage import digest_of_tensors, digests_of_folder, read_manifest
-from expertctl.core.workspace import Layout
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
 from expertctl.experts.federation import round_keeper
 from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.averaging import AveragingRules, OuterRecipe, outer_step

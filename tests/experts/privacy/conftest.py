@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expertctl.core.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
 
 BLOCK = 16
 

@@ -8,7 +8,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from private_models import CONFIG, DP
 
 from expertctl import UserError
-from expertctl.core.config import DpConfig
+from expertctl.core.config.settings import DpConfig
 from expertctl.experts.privacy.accounting import (
     Mechanism,
     epsilon_of,

@@ -14,8 +14,8 @@ from private_models import CONFIG, changed, drawn, make_model, naive_gradients, 
 from torch import nn
 
 from expertctl import UserError
-from expertctl.core.token_store import TokenBlocks
-from expertctl.core.types import TrainablePart
+from expertctl.core.hooks.training import TrainablePart
+from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.coordinated import coordinate, z_loss
 from expertctl.experts.trainable import all_parameters, matching_parameters
 from expertctl.experts.training import next_token_loss

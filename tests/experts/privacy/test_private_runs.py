@@ -13,9 +13,9 @@ import torch
 from flexolmo_workspaces import train_here
 
 from expertctl import UserError, verify
-from expertctl.core.lineage import read_manifest
-from expertctl.core.safetensors_io import Checkpoint
-from expertctl.core.types import TrainablePart, Trainer
+from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.artefacts.safetensors_io import Checkpoint
+from expertctl.core.hooks.training import TrainablePart, Trainer
 from expertctl.experts.privacy.accounting import epsilon_of
 from expertctl.experts.privacy.noise import NoiseSource
 from expertctl.experts.privacy.releases import Releases
@@ -128,9 +128,9 @@ def test_a_row_that_would_tell_is_refused(
 
 
 def test_the_private_embedding_comes_to_the_plain_one_as_noise_vanishes(workspace: Workspace) -> None:
-    from expertctl.core.feed_forwards import input_moments, spread_blocks
-    from expertctl.core.loading import load_network
-    from expertctl.core.token_store import TokenBlocks
+    from expertctl.core.models.feed_forwards import input_moments, spread_blocks
+    from expertctl.core.models.loading import load_network
+    from expertctl.core.text.token_store import TokenBlocks
     from expertctl.experts.domain_embeddings import private_hidden_state_embedding
 
     model = load_network(workspace.layout.seed)
@@ -193,7 +193,7 @@ def test_branching_refuses_what_would_tell_or_cannot_be(
 
 
 def test_a_trainer_that_reads_the_text_must_say_that_it_does_so_privately() -> None:
-    from expertctl.core.config import DpConfig, ExpertConfig, TrainingConfig
+    from expertctl.core.config.settings import DpConfig, ExpertConfig, TrainingConfig
 
     def prepare(model: Any, options: Any, text: Any) -> TrainablePart:
         raise AssertionError("never asked")

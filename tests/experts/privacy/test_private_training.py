@@ -12,7 +12,7 @@ import torch
 from private_models import CONFIG, drawn, make_model, naive_gradients, private_loop
 
 from expertctl import UserError
-from expertctl.core.token_store import TokenBlocks
+from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.checkpointing import restore_latest, save_checkpoint
 from expertctl.experts.privacy.loop import PrivateTrainingLoop
 from expertctl.experts.privacy.noise import NoiseSource

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from expertctl.core.errors import UserError
-from expertctl.core.options import parse_options
-from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.merging import TensorGroup
+from expertctl.core.hooks.options import parse_options
 from expertctl.core.testing import assert_merge_ok, in_numpy, tensor_group
-from expertctl.core.types import TensorGroup
 from expertctl.merge.dense.arrays import in_pieces, inner_products, kth_largest_magnitude, random_mask
 from expertctl.merge.dense.linear import weighted
 

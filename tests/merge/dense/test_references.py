@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from expertctl.core.options import parse_options
-from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.merging import TensorGroup
+from expertctl.core.hooks.options import parse_options
 from expertctl.core.testing import in_numpy
-from expertctl.core.types import TensorGroup
 from expertctl.merge.dense.arrays import random_mask
 from expertctl.merge.dense.della import keep_probabilities
 

@@ -14,7 +14,7 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tun
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
@@ -279,7 +279,7 @@ def test_a_refused_tuning_leaves_its_name_free(flexolmo_workspace: Workspace) ->
 
 
 def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Workspace) -> None:
-    from expertctl.core.config import TrainingConfig
+    from expertctl.core.config.settings import TrainingConfig
     from expertctl.experts.tuning import start_tuning
 
     merge(flexolmo_workspace, "all-plain", OWNERS)

@@ -9,7 +9,7 @@ from changed_mixtures import merge, model_files
 from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tune_here
 
 from expertctl import UserError, load_model
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.history import history_of
 from expertctl.merge.merging import MergeRun

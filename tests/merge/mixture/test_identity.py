@@ -13,7 +13,7 @@ from mixtures_of_copies import TOKENS, copies, mix
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.lineage import read_manifest
+from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.merge.merging import merge_recipe
 from expertctl.merge.recipe import Recipe, whole_models
 
@@ -121,7 +121,7 @@ def test_the_forward_pass_is_the_gated_sum_of_the_experts(tmp_path: Path, family
     for number in range(3):
         differ(models[f"copy{number}"], number)
     mixture, _ = load_model(mix(tmp_path, models, router="uniform", top_k=3), dtype="float32")
-    from expertctl.core.feed_forwards import feed_forwards
+    from expertctl.core.models.feed_forwards import feed_forwards
 
     members = [load_model(models[f"copy{number}"], dtype="float32")[0] for number in range(3)]
     dense, _ = load_model(models["base"], dtype="float32")
@@ -149,7 +149,7 @@ def test_every_experts_tensor_can_be_traced_to_its_source(tmp_path: Path, family
     for number in range(2):
         differ(models[f"copy{number}"], number)
     folder = mix(tmp_path, models)
-    from expertctl.core.safetensors_io import Checkpoint
+    from expertctl.core.artefacts.safetensors_io import Checkpoint
 
     there = set(read_manifest(folder).tensors.values())
     for number in range(2):

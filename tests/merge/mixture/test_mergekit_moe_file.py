@@ -71,7 +71,7 @@ def test_every_gate_mode_makes_a_mixture(read: Any, tmp_path: Path, mode: str) -
 
 
 def test_a_plan_runs_no_model(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import expertctl.core.loading as loading
+    import expertctl.core.models.loading as loading
 
     monkeypatch.setattr(loading, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     plan = plan_recipe(read(), None)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from expertctl import UserError, load_model
-from expertctl.core.feed_forwards import feed_forwards, input_moments
-from expertctl.core.types import RouterInputs, RouterStart, ValidationText
+from expertctl.core.hooks.mixtures import RouterInputs, RouterStart
+from expertctl.core.hooks.text import ValidationText
+from expertctl.core.models.feed_forwards import feed_forwards, input_moments
 from expertctl.merge.mixture.mixing import settle_bias
 from expertctl.merge.mixture.prompt_rows import (
     prompt_rows,

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig
 
 from expertctl.core.errors import UserError
-from expertctl.core.plugin_manager import installed_plugins
-from expertctl.core.types import MixtureShape
+from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.mixtures import MixtureShape
 from expertctl.merge.mixture.stated_settings import with_all_stated
 from expertctl.merge.mixture.targets import choose_target
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from expertctl import UserError
-from expertctl.core.plugin_manager import installed_plugins
+from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.mixtures import Architecture, MixtureShape
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.types import Architecture, MixtureShape
 from expertctl.merge.mixture.targets import MIXTRAL, QWEN3_MOE, choose_target, feed_forward_module
 
 

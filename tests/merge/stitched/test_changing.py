@@ -13,7 +13,7 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, tune_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, Workspace, load_model
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change

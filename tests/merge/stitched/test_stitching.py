@@ -12,7 +12,7 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, tune_here
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertctl import UserError, Workspace, load_model, register_auto_classes
-from expertctl.core.lineage import read_manifest, verify
+from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.merge.stitched.container import StitchedConfig, StitchedForCausalLM
 from expertctl.merge.stitched.layers import ExpertsIntoHub, HubIntoExperts
 from expertctl.merge.stitched.members import MEMBERS_FOLDER

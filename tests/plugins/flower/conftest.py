@@ -13,7 +13,7 @@ import httpx
 import pytest
 from federation_members import MODULES, private_text
 
-from expertctl.core.workspace import Layout
+from expertctl.core.artefacts.layout import Layout
 from expertctl.experts.federation.coordinator import Coordinator
 from expertctl.experts.federation.keys import make_key
 from expertctl.experts.federation.owner import Owner, OwnerSettings

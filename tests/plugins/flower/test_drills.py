@@ -33,8 +33,8 @@ from federation_processes import Federation, Relay, distinctive_lines, kill_work
 from safetensors.torch import load_file, save_file
 
 from expertctl import Workspace, load_model, verify
-from expertctl.core.files import is_alive, read_json
-from expertctl.core.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from expertctl.core.artefacts.files import is_alive, read_json
+from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
 from expertctl.experts.federation.delivery import Signed, make_delivery
 from expertctl.experts.federation.owner import Owner
 from expertctl.experts.federation.owner_status import owner_statuses

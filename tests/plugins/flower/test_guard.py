@@ -19,7 +19,7 @@ import pytest
 from federation_members import BTM
 
 from expertctl import UserError
-from expertctl.core.files import is_alive
+from expertctl.core.artefacts.files import is_alive
 from expertctl.experts.federation.owner import Owner
 from expertctl.plugins.flower import child
 from expertctl.plugins.flower.allowed_bundle import digest_of_bundle, is_allowed, write_allowed

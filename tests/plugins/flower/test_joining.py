@@ -10,7 +10,7 @@ import pytest
 from federation_members import BTM, FLEXOLMO, TRAINING, fetch_seed
 
 from expertctl import UserError
-from expertctl.core.files import write_json
+from expertctl.core.artefacts.files import write_json
 from expertctl.experts.federation.owner import Owner
 from expertctl.experts.federation.progress import FailureCode, Progress
 from expertctl.experts.federation.round_keeper import begin_rounds

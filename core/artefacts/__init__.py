@@ -1,0 +1,1 @@
+"""Files of artefacts: written atomically, digested, described by manifests."""

@@ -1,0 +1,143 @@
+"""Where a project keeps its things: the folder with `expertctl.yaml`, and the paths of every artefact in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError, unknown_name
+from .lineage import MANIFEST_NAMES
+from .statistics_files import STATISTICS_FOLDER
+
+CONFIG_FILE = "expertctl.yaml"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of one workspace."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, start: Path | None = None) -> Layout:
+        """Find the workspace at or above `start` (default: the current folder), as git does."""
+        first = (start or Path.cwd()).resolve()
+        for folder in (first, *first.parents):
+            if (folder / CONFIG_FILE).is_file():
+                return cls(folder)
+        raise UserError(
+            f"no {CONFIG_FILE} in {first} or above; make a workspace with `expertctl init {first}`"
+        )
+
+    @property
+    def config_file(self) -> Path:
+        return self.root / CONFIG_FILE
+
+    @property
+    def corpora(self) -> Path:
+        return self.root / "corpora"
+
+    @property
+    def seed(self) -> Path:
+        return self.root / "seed"
+
+    @property
+    def experts(self) -> Path:
+        return self.root / "experts"
+
+    @property
+    def baselines(self) -> Path:
+        """Experts and generalists made for comparison only; `train --all` and merges do not see them."""
+        return self.root / "baselines"
+
+    @property
+    def generalists(self) -> Path:
+        return self.root / "generalists"
+
+    @property
+    def statistics(self) -> Path:
+        """What was gathered on experts for the merges that need it: `statistics/EXPERT/KIND`."""
+        return self.root / STATISTICS_FOLDER
+
+    @property
+    def reports(self) -> Path:
+        return self.root / "reports"
+
+    def lock(self, what: str) -> Path:
+        """Return the lock file for `what`, such as `expert-law`."""
+        return self.root / ".locks" / f"{what}.lock"
+
+    def finished(self) -> Iterator[Path]:
+        """Yield the folders of all finished artefacts: seed, experts, baselines, generalists."""
+        for folder in (
+            self.seed,
+            *_children(self.experts),
+            *_children(self.baselines),
+            *_children(self.generalists),
+        ):
+            if any((folder / name).is_file() for name in MANIFEST_NAMES.values()):
+                yield folder
+
+    def finished_experts(self) -> list[str]:
+        """Return the names of the experts that are complete, sorted."""
+        return [path.name for path in _children(self.experts) if (path / MANIFEST_NAMES["expert"]).is_file()]
+
+    def generalist(self, output: str | Path) -> Path:
+        """Return the folder of a new generalist: a name of this workspace that is free for one, or a path as it stands.
+
+        Raises `UserError` for a name that cannot be.
+        """
+        path = Path(output)
+        if len(path.parts) != 1 or path.is_absolute():
+            return path
+        folder = self.generalists / check_name(path.name, "a generalist")
+        require_free(self, path.name, folder)
+        return folder
+
+    def artefact(self, name: str) -> Path:
+        """Return the folder of a finished artefact by its name, or a path as it stands.
+
+        Raises `UserError` that lists what there is.
+        """
+        known = {folder.name: folder for folder in self.finished()}
+        if name in known:
+            return known[name]
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        for parent, how in (
+            (self.experts, f"`expertctl train {name}`"),
+            (self.baselines, "its `expertctl baseline` command"),
+            (self.generalists, f"`expertctl tune {name}`"),
+        ):
+            if (parent / name).is_dir():
+                raise UserError(f"{parent / name} is not finished; {how} goes on with it")
+        raise unknown_name("model", name, known, listed_as="this workspace has")
+
+
+RESERVED = ("seed", "public", "auto", "dense", "dense-same-batch", "random-split")
+
+
+def require_free(layout: Layout, name: str, own: Path) -> None:
+    """Raise `UserError` when an artefact of another kind has the name already: names are how models are called."""
+    for folder in (layout.experts / name, layout.baselines / name, layout.generalists / name):
+        if folder != own and folder.exists():
+            raise UserError(f"{folder} has the name '{name}' already; choose another")
+
+
+def check_name(name: str, what: str) -> str:
+    """Return a name that is safe as a folder's; raises `UserError` for any other."""
+    safe = name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name.isascii()
+    if not safe or name[0] in ".-" or name in RESERVED:
+        raise UserError(
+            f"{what} cannot be called '{name}': use letters, digits, '-', '_' and '.', beginning with a letter or "
+            f"digit, and none of {', '.join(RESERVED)}"
+        )
+    return name
+
+
+def _children(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

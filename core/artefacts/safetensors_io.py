@@ -1,0 +1,368 @@
+"""Reading and writing safetensors: lazily, tensor by tensor, with the digests computed on the way.
+
+A checkpoint is a folder with `model.safetensors`, or with shards and `model.safetensors.index.json`, as
+transformers writes them. Names, shapes and dtypes come from the headers; no tensor is read before it is
+asked for, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ..errors import UserError, unknown_name
+from .files import partial_sibling, read_json, readable_os_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CHUNK_BYTES = 1 << 22
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own parser
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+"""safetensors' name of a dtype -> (torch's name, bytes of one number)."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: all that can be known of it without reading it."""
+
+    name: str
+    dtype: str
+    """As safetensors spells it: `F32`, `BF16`, `I64` ..."""
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    """Offset of the first byte in the file."""
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one safetensors file, in file order.
+
+    Raises `UserError` when the file is truncated, has bytes too many, or is no safetensors file.
+    """
+    with readable_os_errors(path), path.open("rb") as file:
+        size = path.stat().st_size
+        header, data_start = _parse_header(file, size, path)
+    entries = {
+        name: _entry(name, record, path, data_start)
+        for name, record in header.items()
+        if name != "__metadata__"
+    }
+    expected = data_start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != expected:
+            raise _damaged(path, f"its header leaves a gap before tensor '{entry.name}'")
+        expected = entry.end
+    if expected != size:
+        raise _damaged(path, f"it has {size:,} bytes where its header says {expected:,}")
+    return entries
+
+
+def _entry(name: str, record: Any, path: Path, data_start: int) -> TensorEntry:
+    """Return one tensor's line of a header; raises `UserError` for one that makes no sense."""
+    try:
+        kind, shape, (begin, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path, "its header is not that of a safetensors file") from None
+    if not isinstance(kind, str) or any(
+        type(number) is not int or number < 0 for number in (*shape, begin, end)
+    ):
+        raise _damaged(path, f"what its header says of tensor '{name}' makes no sense")
+    if kind not in DTYPES:
+        raise UserError(
+            f"{path}: tensor '{name}' is of dtype {kind}, which is not read here; {', '.join(DTYPES)} are"
+        )
+    if end - begin != _num_bytes(kind, shape):
+        raise _damaged(
+            path,
+            f"tensor '{name}' has {end - begin:,} bytes; {kind} {list(shape)} needs {_num_bytes(kind, shape):,}",
+        )
+    return TensorEntry(name, kind, shape, path, data_start + begin, data_start + end)
+
+
+def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise _damaged(path, "it is too short for a safetensors file")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise _damaged(path, "it is truncated within its header, or no safetensors file")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError):  # also: a number of thousands of digits, brackets without end
+        raise _damaged(path, "its header is not valid JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return header, 8 + length
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged: {reason}; fetch or make it again")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint folder, sorted by name.
+
+    Raises `UserError` for a folder that has none: it says how to convert `.bin` weights, which are refused.
+    """
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if index.exists():
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        for file in files:
+            if not file.exists():
+                raise UserError(f"{index} names {file.name}, which is not there; fetch the shard again")
+        return files
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder")
+    pickled = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickled:
+        raise UserError(
+            f"{folder} has only pickled weights ({pickled[0]}), which can run code when loaded and are never "
+            "opened here; convert them on a machine you trust it on: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors"
+        )
+    raise UserError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}: not a checkpoint folder")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name -> file name, every file one beside the index."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise _damaged(index, "it has no 'weight_map'")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise _damaged(index, f"it says that '{tensor}' is in {file!r}, which is no file beside it")
+    return weight_map
+
+
+class Checkpoint:
+    """The tensors of one or more safetensors files, read one at a time when asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = tuple(files)
+        self.entries: dict[str, TensorEntry] = {}
+        for file in self.files:
+            for name, entry in read_header(file).items():
+                if name in self.entries:
+                    raise UserError(
+                        f"tensor '{name}' stands in {self.entries[name].file} and again in {file}"
+                    )
+                self.entries[name] = entry
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Checkpoint:
+        """Open a checkpoint folder by its headers; raises `UserError` when it is incomplete or damaged."""
+        found = cls(checkpoint_files(folder))
+        if found.files != (folder / SINGLE_FILE,):
+            for tensor, file in _weight_map(folder / INDEX_FILE).items():
+                if tensor not in found or found.entries[tensor].file.name != file:
+                    raise _damaged(folder, f"{INDEX_FILE} says that '{tensor}' is in {file}, and it is not")
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise unknown_name("tensor", name, self.entries, listed_as="the checkpoint has")
+        return self.entries[name]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, in memory of its own."""
+        entry = self.entry(name)
+        return self._numbers(name, 0, entry.num_bytes).reshape(entry.shape)
+
+    def span(self, name: str, begin: int, end: int) -> Tensor:
+        """Return the numbers of one tensor from place `begin` to `end` of its row-major order, (end - begin,)."""
+        size = DTYPES[self.entry(name).dtype][1]
+        return self._numbers(name, begin * size, end * size)
+
+    def _numbers(self, name: str, begin: int, end: int) -> Tensor:
+        """Return the numbers in some bytes of one tensor, in memory of their own."""
+        import torch
+
+        entry = self.entry(name)
+        buffer = bytearray(end - begin)
+        with readable_os_errors(entry.file), entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.begin + begin)
+            view, filled = memoryview(buffer), 0
+            while filled < len(buffer):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise _damaged(entry.file, f"it ends within tensor '{name}'")
+                filled += count
+        kind = torch_dtype(entry.dtype)
+        if not buffer:
+            return torch.empty(0, dtype=kind)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(kind)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of one tensor in pieces; each piece is valid until the next is asked for."""
+        entry = self.entry(name)
+        buffer = bytearray(min(CHUNK_BYTES, entry.num_bytes))
+        view, left = memoryview(buffer), entry.num_bytes
+        with readable_os_errors(entry.file), entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            while left:
+                count = file.readinto(view[: min(left, CHUNK_BYTES)])
+                if not count:
+                    raise _damaged(entry.file, f"it ends within tensor '{name}'")
+                yield view[:count]
+                left -= count
+
+    def digest(self, name: str) -> str:
+        """Return the digest of one tensor: sha256 over dtype, shape and bytes, whatever file it lies in."""
+        entry = self.entry(name)
+        state = digest_start(entry.dtype, entry.shape)
+        for chunk in self.chunks(name):
+            state.update(chunk)
+        return state.hexdigest()
+
+    def digests(self, names: Iterable[str] | None = None) -> dict[str, str]:
+        """Return the digests of the named tensors (default: all), sorted by name; two threads hash."""
+        wanted = sorted(self.entries if names is None else names)
+        if sum(self.entry(name).num_bytes for name in wanted) < CHUNK_BYTES:  # starting threads takes longer
+            return {name: self.digest(name) for name in wanted}
+        with ThreadPoolExecutor(max_workers=2) as pool:  # hashing and reading release the interpreter lock
+            return dict(zip(wanted, pool.map(self.digest, wanted), strict=True))
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the digest of a tensor in memory; equals that of the same tensor in a file."""
+    state = digest_start(dtype_name(tensor.dtype), tuple(tensor.shape))
+    state.update(tensor_bytes(tensor))
+    return state.hexdigest()
+
+
+def digest_start(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+    """Return the running digest of one tensor, to be fed with its bytes in order."""
+    return hashlib.sha256(f"{dtype}:{','.join(map(str, shape))}:".encode())
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor as they stand in a file (row-major, little-endian)."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def header_of_file(
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the bytes with which a safetensors file begins, and where in it each tensor begins and ends."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (kind, shape) in shapes.items():
+        num_bytes = _num_bytes(kind, shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    begin = 8 + len(encoded)
+    places = {name: header[name]["data_offsets"] for name in shapes}
+    return (
+        struct.pack("<Q", len(encoded)) + encoded,
+        {name: (begin + first, begin + last) for name, (first, last) in places.items()},
+    )
+
+
+def write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> dict[str, str]:
+    """Stream tensors into one safetensors file and return their digests.
+
+    `shapes` gives dtype (as safetensors spells it) and shape of every tensor, in file order; `tensors` yields
+    them in that order, so only one needs to be in memory. The file appears when it is complete.
+    """
+    header, _ = header_of_file(shapes)
+    digests: dict[str, str] = {}
+    partial = partial_sibling(path)
+    try:
+        with readable_os_errors(path), partial.open("wb") as file:
+            file.write(header)
+            for (name, tensor), (expected, (kind, shape)) in zip(tensors, shapes.items(), strict=True):
+                got = (name, dtype_name(tensor.dtype), tuple(tensor.shape))
+                if got != (expected, kind, tuple(shape)):
+                    raise ValueError(f"announced {expected} {kind} {shape}, got {got}")
+                state = digest_start(kind, tuple(shape))
+                content = tensor_bytes(tensor)
+                state.update(content)
+                file.write(content)
+                digests[name] = state.hexdigest()
+            file.flush()
+            os.fsync(file.fileno())  # a manifest written after it must never outlive it
+        with readable_os_errors(path):
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return digests
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors that are in memory into one safetensors file, sorted by name; return their digests."""
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    shapes = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in ordered.items()}
+    return write_file(path, shapes, ordered.items())
+
+
+def _num_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    return DTYPES[kind][1] * math.prod(shape)
+
+
+def torch_dtype(name: str) -> dtype:
+    """Return torch's dtype for safetensors' name of it."""
+    import torch
+
+    if name not in DTYPES:
+        raise unknown_name("tensor dtype", name, DTYPES)
+    kind: torch.dtype = getattr(torch, DTYPES[name][0])
+    return kind
+
+
+def dtype_name(kind: dtype) -> str:
+    """Return safetensors' name for one of torch's dtypes."""
+    for name, (torch_name, _) in DTYPES.items():
+        if str(kind) == f"torch.{torch_name}":
+            return name
+    raise UserError(f"tensors of dtype {kind} cannot be written to safetensors")

@@ -1,0 +1,1 @@
+"""The project file expertctl.yaml: what it may hold, and reading it."""

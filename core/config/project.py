@@ -1,0 +1,30 @@
+"""Reading the project file `expertctl.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..errors import UserError
+from .discovered import discovered_domains
+from .problems import first_problem
+from .settings import ProjectConfig
+from .yaml_lines import parse_yaml
+
+
+def load_project(path: Path) -> ProjectConfig:
+    """Read and check a project file; raises `UserError` with file, line, key and the nearest valid name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    content, lines = parse_yaml(text, path)
+    try:
+        project = ProjectConfig.model_validate({} if content is None else content)
+    except ValidationError as error:
+        raise UserError(first_problem(error, path, lines, ProjectConfig)) from None
+    found = discovered_domains(path.parent)
+    return project.model_copy(update={"domains": {**found, **project.domains}}) if found else project

@@ -1,0 +1,369 @@
+"""Finding plugins, keeping a broken one from breaking the rest, and typed access to what they offer.
+
+Only this module touches pluggy's hooks. Everything else asks `installed_plugins()` for what it needs:
+`installed_plugins().merge_method("average")`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pluggy
+
+from ..artefacts.lineage import package_version
+from ..errors import closest, unknown_name
+from . import hookspecs
+from .evaluation import Evaluator
+from .events import ExpertFinished, MergeFinished, TrainingStep
+from .merging import MergeMethod
+from .mixtures import Architecture, Router
+from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
+from .training import Launcher, Trainer
+from .usual_architecture import usual_architecture
+
+if TYPE_CHECKING:
+    import click
+
+ENTRY_POINT_GROUP = "expertctl"
+SELECTION_VARIABLE = "EXPERTCTL_PLUGINS"
+
+# Named by string, so that nothing below imports the plugins it is extended by.
+BUILTIN_PLUGINS = (
+    "architectures",
+    "btm",
+    "bts",
+    "btx",
+    "cbtm",
+    "corpus_files",
+    "demix",
+    "dense_merges",
+    "flexolmo",
+    "flower",
+    "in_context_order",
+    "local_launcher",
+    "mixture_tuning",
+    "mixtures",
+    "perplexity",
+    "trainable_parts",
+)
+
+Offer = TypeVar("Offer")
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One plugin that was found: where it comes from and what it implements."""
+
+    name: str
+    distribution: str
+    version: str
+    hooks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PluginProblem:
+    """Why a plugin, or one thing it offers, is not in use."""
+
+    plugin: str
+    distribution: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"plugin '{self.plugin}' ({self.distribution}): {self.reason}"
+
+
+def _print_problem(problem: PluginProblem) -> None:
+    print(f"Warning: {problem}; the rest keeps working, see `expertctl doctor`", file=sys.stderr)
+
+
+class PluginManager:
+    """The plugins of one process. A fresh one sees only what is registered on it (tests do that)."""
+
+    def __init__(self, report: Callable[[PluginProblem], None] = _print_problem) -> None:
+        self._pm = pluggy.PluginManager(hookspecs.PROJECT)
+        self._pm.add_hookspecs(hookspecs)
+        self._distributions: dict[str, tuple[str, str]] = {}
+        self._report = report
+        self._offers: dict[str, dict[str, Any]] = {}
+        self._owners: dict[tuple[str, str], str] = {}
+        self._failed: set[tuple[str, str]] = set()
+        self.problems: list[PluginProblem] = []
+
+    # --- finding ---
+
+    def load_builtins(self, names: Iterable[str] = BUILTIN_PLUGINS) -> None:
+        """Register the built-in plugins. A failure here is our bug and is raised."""
+        package = __name__.rpartition(".core.")[0]
+        version = package_version(hookspecs.PROJECT)
+        for name in names:
+            module = importlib.import_module(f"{package}.plugins.{name}")
+            self._distributions[name] = (hookspecs.PROJECT, version)
+            self._pm.register(module, name)
+
+    def load_entry_points(self) -> None:
+        """Register third-party plugins, minding `EXPERTCTL_PLUGINS` (a,b: just those; empty: none)."""
+        from importlib.metadata import entry_points
+
+        selection = os.environ.get(SELECTION_VARIABLE)
+        wanted = (
+            None if selection is None else {name.strip() for name in selection.split(",") if name.strip()}
+        )
+        points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
+        for point in points:
+            if wanted is not None and point.name not in wanted:
+                continue
+            distribution = point.dist.name if point.dist else "unknown distribution"
+            version = point.dist.version if point.dist else "?"
+            try:
+                module = point.load()
+            except (Exception, SystemExit) as error:  # whatever it raises must not stop the others
+                self._add_problem(point.name, distribution, f"cannot be imported: {_one_line(error)}")
+                continue
+            self.register(module, point.name, distribution=distribution, version=version)
+        for name in sorted((wanted or set()) - {point.name for point in points}):
+            guess = closest(name, [point.name for point in points])
+            hint = f" (did you mean '{guess}'?)" if guess else ""
+            self._add_problem(name, SELECTION_VARIABLE, f"is asked for but not installed{hint}")
+
+    def register(
+        self, plugin: ModuleType | object, name: str, *, distribution: str = "local", version: str = "?"
+    ) -> bool:
+        """Check one plugin and take it in; what is wrong with it is reported, never raised."""
+        reason = self._why_not(plugin, name)
+        if reason is None:
+            try:
+                self._pm.register(plugin, name)
+            except (pluggy.PluginValidationError, ValueError) as error:
+                # pluggy may leave a plugin half registered when an argument is wrong
+                if self._pm.has_plugin(name):
+                    self._pm.unregister(name=name)
+                reason = _one_line(error)
+        if reason is not None:
+            self._add_problem(name, distribution, reason)
+            return False
+        self._distributions[name] = (distribution, version)
+        self._offers.clear()
+        return True
+
+    def _why_not(self, plugin: object, name: str) -> str | None:
+        if self._pm.has_plugin(name):
+            return "a plugin of that name is already loaded"
+        known = {key for key in vars(hookspecs) if hasattr(self._pm.hook, key) and key[0] != "_"}
+        implemented = [
+            (options.get("specname") or key, options)
+            for key in dir(plugin)
+            if (options := self._pm.parse_hookimpl_opts(plugin, key)) is not None
+        ]
+        for hook, options in implemented:
+            if options.get("wrapper") or options.get("hookwrapper"):
+                return f"'{hook}' is a hook wrapper; plain hooks only"
+            if hook not in known:
+                guess = closest(hook, known)
+                hint = f" (did you mean '{guess}'?)" if guess else f"; hooks: {', '.join(sorted(known))}"
+                return f"there is no hook '{hook}'{hint}"
+        return None if implemented else "implements no hook (is `@hookimpl` missing?)"
+
+    def _add_problem(self, plugin: str, distribution: str, reason: str) -> None:
+        problem = PluginProblem(plugin, distribution, reason)
+        if problem not in self.problems:
+            self.problems.append(problem)
+            self._report(problem)
+
+    def plugins(self) -> list[PluginInfo]:
+        """Return every plugin in use, in order of loading."""
+        found = []
+        for name, plugin in self._pm.list_name_plugin():
+            if plugin is not None:
+                hooks = tuple(sorted(caller.name for caller in self._pm.get_hookcallers(plugin) or []))
+                found.append(PluginInfo(name, *self._distributions[name], hooks))
+        return found
+
+    # --- what plugins offer ---
+
+    def merge_methods(self) -> Mapping[str, MergeMethod]:
+        return self._collect("merge_methods", MergeMethod)
+
+    def merge_method(self, name: str) -> MergeMethod:
+        """Return the merge method of that name; raises `UserError` that lists the choices."""
+        return _pick("merge method", name, self.merge_methods())
+
+    def routers(self) -> Mapping[str, Router]:
+        return self._collect("routers", Router)
+
+    def router(self, name: str) -> Router:
+        """Return the way to begin a router of that name; raises `UserError` that lists the choices."""
+        return _pick("router", name, self.routers())
+
+    def auto_classes(self) -> list[tuple[type, type]]:
+        """Return the (config, model) classes that merge methods bring; one that fails is reported and left out."""
+        found = []
+        for name, method in self.merge_methods().items():
+            if method.auto_classes is None:
+                continue
+            try:
+                found.append(method.auto_classes())
+            except Exception as error:
+                plugin = self.provider("merge_methods", name)
+                if plugin.distribution == hookspecs.PROJECT:
+                    raise
+                self._add_problem(
+                    plugin.name, plugin.distribution, f"auto_classes failed: {_one_line(error)}"
+                )
+        return found
+
+    def trainers(self) -> Mapping[str, Trainer]:
+        return self._collect("trainers", Trainer)
+
+    def trainer(self, name: str) -> Trainer:
+        return _pick("trainer", name, self.trainers())
+
+    def launchers(self) -> Mapping[str, Launcher]:
+        return self._collect("launchers", Launcher)
+
+    def launcher(self, name: str) -> Launcher:
+        return _pick("launcher", name, self.launchers())
+
+    def corpus_formats(self) -> Mapping[str, CorpusFormat]:
+        return self._collect("corpus_formats", CorpusFormat)
+
+    def domain_discoverers(self) -> Mapping[str, DomainDiscoverer]:
+        return self._collect("domain_discoverers", DomainDiscoverer)
+
+    def domain_discoverer(self, name: str) -> DomainDiscoverer:
+        return _pick("domain discoverer", name, self.domain_discoverers())
+
+    def document_orders(self) -> Mapping[str, DocumentOrder]:
+        return self._collect("document_orders", DocumentOrder)
+
+    def document_order(self, name: str) -> DocumentOrder:
+        return _pick("document order", name, self.document_orders())
+
+    def evaluators(self) -> Mapping[str, Evaluator]:
+        return self._collect("evaluators", Evaluator)
+
+    def evaluator(self, name: str) -> Evaluator:
+        return _pick("evaluator", name, self.evaluators())
+
+    def architectures(self) -> Mapping[str, Architecture]:
+        return self._collect("architectures", Architecture)
+
+    def architecture_of(self, model_type: str) -> Architecture:
+        """Return the family that a `config.json` model type belongs to; one that nobody describes keeps its parts as usual."""
+        families = {kind: family for family in self.architectures().values() for kind in family.model_types}
+        return families.get(model_type) or usual_architecture(model_type)
+
+    def provider(self, hook: str, name: str) -> PluginInfo:
+        """Return the plugin that brought one offer, such as merge method 'average'."""
+        getattr(self, hook)()
+        plugin = self._owners[hook, name]
+        return next(info for info in self.plugins() if info.name == plugin)
+
+    def _collect(self, hook: str, offered: type[Offer]) -> Mapping[str, Offer]:
+        """Call one collecting hook, plugin by plugin, and keep what is of the right type and new."""
+        if hook not in self._offers:
+            offers: dict[str, Offer] = {}
+            loaded = list(self._distributions)  # the built-ins first, whatever order a plugin asks for
+            for implementation in sorted(
+                getattr(self._pm.hook, hook).get_hookimpls(), key=lambda one: loaded.index(one.plugin_name)
+            ):
+                plugin = implementation.plugin_name
+                for item in self._offers_of(plugin, hook, implementation.function, offered):
+                    name: str = item.name  # type: ignore[attr-defined]  # every offer has one
+                    if name in offers:
+                        self._add_problem(
+                            plugin,
+                            self._distributions[plugin][0],
+                            f"{hook} offers '{name}', a name that plugin '{self._owners[hook, name]}' has taken",
+                        )
+                    else:
+                        offers[name], self._owners[hook, name] = item, plugin
+            self._offers[hook] = offers
+        return self._offers[hook]
+
+    def _offers_of(
+        self, plugin: str, hook: str, implementation: Callable[[], Any], offered: type[Offer]
+    ) -> list[Offer]:
+        distribution = self._distributions[plugin][0]
+        try:
+            items = implementation()
+        except Exception as error:
+            if distribution == hookspecs.PROJECT:
+                raise
+            self._add_problem(plugin, distribution, f"{hook} failed: {_one_line(error)}")
+            return []
+        if not isinstance(items, list | tuple):
+            self._add_problem(
+                plugin, distribution, f"{hook} returned {_kind(items)}, not a list of {offered.__name__}"
+            )
+            return []
+        good = []
+        for item in items:
+            if not isinstance(item, offered):
+                self._add_problem(
+                    plugin, distribution, f"{hook} returned {_kind(item)} in its list, not {offered.__name__}"
+                )
+            elif not isinstance(name := item.name, str) or not name:  # type: ignore[attr-defined]  # all have one
+                self._add_problem(
+                    plugin, distribution, f"{hook} offers something called {name!r}, which is no name"
+                )
+            else:
+                good.append(item)
+        return good
+
+    # --- telling plugins ---
+
+    def training_step(self, event: TrainingStep) -> None:
+        self._notify("training_step", event=event)
+
+    def expert_finished(self, event: ExpertFinished) -> None:
+        self._notify("expert_finished", event=event)
+
+    def merge_finished(self, event: MergeFinished) -> None:
+        self._notify("merge_finished", event=event)
+
+    def register_commands(self, cli: click.Group) -> None:
+        self._notify("register_commands", cli=cli)
+
+    def _notify(self, hook: str, **arguments: Any) -> None:
+        """Tell every plugin; one that fails is reported once and does not stop the work."""
+        for implementation in getattr(self._pm.hook, hook).get_hookimpls():
+            try:
+                implementation.function(*(arguments[name] for name in implementation.argnames))
+            except Exception as error:
+                plugin = implementation.plugin_name
+                if (plugin, hook) not in self._failed:  # its next error may be worded otherwise
+                    self._failed.add((plugin, hook))
+                    self._add_problem(
+                        plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}"
+                    )
+
+
+@functools.cache
+def installed_plugins() -> PluginManager:
+    """Return this process's plugins: the built-ins and every installed distribution's, loaded once."""
+    manager = PluginManager()
+    manager.load_builtins()
+    manager.load_entry_points()
+    return manager
+
+
+def _pick(what: str, name: str, offers: Mapping[str, Offer]) -> Offer:
+    if name not in offers:
+        raise unknown_name(what, name, offers, listed_as="installed")
+    return offers[name]
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,1 @@
+"""Loading models, scoring text with them, generating from them."""

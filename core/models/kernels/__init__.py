@@ -1,0 +1,1 @@
+"""Expert computation of mixtures on a CPU."""

@@ -1,0 +1,1 @@
+"""The running process: progress, devices, memory, environment."""

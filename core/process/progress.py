@@ -1,0 +1,265 @@
+"""Showing how far work is: bars on a terminal, a plain line every few seconds elsewhere, nothing when quiet.
+
+Work that ends within two seconds shows nothing. Everything goes to standard error. `RunProgress` is what
+launchers report training runs to; `Count` is for other work that can be counted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock, Timer
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+
+from ..hooks.training import LaunchResult
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+SILENT_SECONDS = 2.0
+LINE_SECONDS = 5.0
+
+Clock = Callable[[], float]
+
+
+@dataclass
+class Job:
+    """One thing that advances, such as a training run."""
+
+    name: str
+    unit: str
+    """What is counted, in the plural: `steps`, `documents`."""
+    total: int | None
+    """None: nobody knows how much there is."""
+    begun_at: float
+    begun_done: int = 0
+    """What an earlier try had done; it says nothing about this one's speed."""
+    done: int = 0
+    tokens_per_unit: int = 0
+    """0 where tokens say nothing."""
+    loss: float | None = None
+
+    def speed(self, now: float) -> float:
+        """Return units per second since it began, 0 as long as there is nothing to go by."""
+        seconds = now - self.begun_at
+        return (self.done - self.begun_done) / seconds if seconds > 0 else 0.0
+
+    def seconds_left(self, now: float) -> float | None:
+        """Return how long it will still take at its speed so far, None when that is unknown."""
+        speed = self.speed(now)
+        return None if self.total is None or speed <= 0 else (self.total - self.done) / speed
+
+    def figures(self, now: float) -> list[str]:
+        """Return how much is done, loss, rate and time left, as far as they are known."""
+        of = "" if self.total is None else f" of {self.total:,}"
+        found = [f"{self.done:,}{of} {self.unit}"]
+        if self.loss is not None:
+            found.append(f"loss {self.loss:.3f}")
+        if self.tokens_per_unit and self.speed(now) > 0:
+            found.append(f"{self.speed(now) * self.tokens_per_unit:,.0f} tokens/s")
+        left = self.seconds_left(now)
+        if left:
+            found.append(f"{duration(left)} left")
+        return found
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `0:07`, `12:30` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Display(Protocol):
+    """Where jobs are shown."""
+
+    def open(self, expected: Sequence[str]) -> None:
+        """Begin; `expected` names the jobs that are known to come."""
+
+    def show(self, job: Job) -> None: ...
+    def say(self, line: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Silence:
+    """Shows nothing."""
+
+    def open(self, expected: Sequence[str]) -> None: ...
+    def show(self, job: Job) -> None: ...
+    def say(self, line: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Lines:
+    """Prints a line for each job, at most one every few seconds: for log files and pipes."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic) -> None:
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._told_at: dict[str, float] = {}
+
+    def open(self, expected: Sequence[str]) -> None: ...
+
+    def show(self, job: Job) -> None:
+        now = self._clock()
+        told_at = self._told_at.get(job.name)
+        due = job.begun_at + SILENT_SECONDS if told_at is None else told_at + LINE_SECONDS
+        if now >= due:
+            self._told_at[job.name] = now
+            share = "" if job.total is None else f"{job.done / max(job.total, 1):.0%}, "
+            self.say(f"{job.name}: {share}{', '.join(job.figures(now))}")
+
+    def say(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+    def close(self) -> None: ...
+
+
+class Bars:
+    """Draws a bar for each job with rich; nothing appears before two seconds have passed."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._expected: tuple[str, ...] = ()
+        self._tasks: dict[str, TaskID] = {}
+        self._progress: Progress | None = None
+        self._closed = False
+        self._lock = RLock()
+        self._timer = Timer(SILENT_SECONDS, self._appear)
+        self._timer.daemon = True
+
+    def open(self, expected: Sequence[str]) -> None:
+        self._expected = tuple(expected)
+        self._timer.start()
+
+    def show(self, job: Job) -> None:
+        with self._lock:
+            self._jobs[job.name] = job
+            self._draw(job)
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            if self._progress is None:
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._progress.console.print(line, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._closed = True
+            if self._progress is not None:
+                self._progress.stop()
+
+    def _appear(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        with self._lock:
+            if self._closed:
+                return
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[figures]}", markup=False),
+                console=Console(stderr=True),
+            )
+            self._progress.start()
+            for name in self._expected:  # a bar without an end moves to and fro
+                self._tasks[name] = self._progress.add_task(name, total=None, figures="")
+            for job in self._jobs.values():
+                self._draw(job)
+
+    def _draw(self, job: Job) -> None:
+        if self._progress is None:
+            return
+        if job.name not in self._tasks:
+            self._tasks[job.name] = self._progress.add_task(job.name, total=job.total, figures="")
+        figures = "  ".join(job.figures(time.monotonic()))
+        self._progress.update(self._tasks[job.name], total=job.total, completed=job.done, figures=figures)
+
+
+def display(*, quiet: bool = False, plain: bool = False) -> Display:
+    """Return what fits standard error: bars on a terminal, else lines; nothing when `quiet`."""
+    if quiet:
+        return Silence()
+    return Lines() if plain or not sys.stderr.isatty() else Bars()
+
+
+class _Shown:
+    """A context in which a display is open."""
+
+    def __init__(self, where: Display, expected: Sequence[str] = (), clock: Clock = time.monotonic) -> None:
+        self._display, self._expected, self._clock = where, expected, clock
+        self._lock = RLock()  # launchers report from several threads
+
+    def __enter__(self) -> Self:
+        self._display.open(self._expected)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.close()
+
+
+class RunProgress(_Shown):
+    """Shows training runs: the reporter to give to whatever launches them."""
+
+    def __init__(self, where: Display, expected: Sequence[str] = (), clock: Clock = time.monotonic) -> None:
+        super().__init__(where, expected, clock)
+        self._jobs: dict[Path, Job] = {}
+
+    def started(self, run: Path, total_steps: int) -> None:
+        with self._lock:
+            self._jobs[run] = Job(run.name, "steps", total_steps, self._clock())
+
+    def progressed(self, run: Path, record: Mapping[str, Any]) -> None:
+        with self._lock:
+            job = self._jobs[run]
+            job.done = int(record["step"])
+            job.loss = record.get("loss", job.loss)
+            job.tokens_per_unit = int(record.get("tokens_per_step", job.tokens_per_unit))
+            if record.get("event") == "started":
+                job.begun_done = job.done
+                for note in record.get("notes", ()):
+                    self._display.say(f"{run.name}: {note}")
+            self._display.show(job)
+
+    def finished(self, result: LaunchResult) -> None:
+        with self._lock:
+            job = self._jobs.get(result.run)
+            if job is not None and job.total is not None and result.error is None and not result.interrupted:
+                job.done = job.total
+                self._display.show(job)
+
+
+class Count(_Shown):
+    """Shows work that can be counted, in one part or in several that are named."""
+
+    def __init__(
+        self, name: str, unit: str, total: int | None, where: Display, clock: Clock = time.monotonic
+    ) -> None:
+        super().__init__(where, () if total is None else (name,), clock)
+        self._name, self._unit, self.total = name, unit, total
+        """How much there is; may be set once it is known."""
+        self._jobs: dict[str, Job] = {}
+
+    def to(self, done: int, part: str | None = None) -> None:
+        """Show that `done` units are finished."""
+        with self._lock:
+            name = part if part is not None else self._name
+            if name not in self._jobs:
+                self._jobs[name] = Job(name, self._unit, self.total, self._clock())
+            self._jobs[name].done = done
+            self._jobs[name].total = self.total
+            self._display.show(self._jobs[name])
+
+    def next(self) -> None:
+        """Show that one more unit is finished."""
+        with self._lock:
+            self.to(self._jobs[self._name].done + 1 if self._name in self._jobs else 1)

@@ -1,0 +1,116 @@
+"""Turning text into token ids with a checkpoint's own tokenizer, many documents at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artefacts.files import read_json, write_json, write_text
+from ..errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A tokenizer as corpora need it: no special tokens added, none read out of the text, nothing cut off."""
+
+    tokenizer: Tokenizer
+    separator: int
+    """Id of the token that ends a document."""
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> TextEncoder:
+        """Load the tokenizer of a checkpoint folder; raises `UserError` when it has none."""
+        tokenizer = _load(folder)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A document that contains the text "<|endoftext|>" must not end there.
+        tokenizer.encode_special_tokens = True
+        return cls(tokenizer, _separator(folder, tokenizer))
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids, added ones included."""
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text; texts are encoded in parallel."""
+        return [
+            encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+
+
+def _load(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"{path} is damaged ({error}); fetch or make it again") from None
+    # Older folders keep another format, which transformers knows how to convert.
+    from transformers import AutoTokenizer
+
+    try:
+        converted: Tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
+    except Exception as error:
+        raise UserError(
+            f"{folder} has no tokenizer that can be loaded ({first_line(error)}); put its tokenizer.json there"
+        ) from None
+    return converted
+
+
+def _separator(folder: Path, tokenizer: Tokenizer) -> int:
+    """Return the id that ends documents: the end-of-sequence token, else the begin-of-sequence token."""
+    settings = _optional(folder / "tokenizer_config.json")
+    config = _optional(folder / "config.json")
+    for role in ("eos_token", "bos_token"):
+        token = settings.get(role)
+        text = token.get("content") if isinstance(token, dict) else token
+        if text is not None and (number := tokenizer.token_to_id(text)) is not None:
+            return int(number)
+        identity = config.get(f"{role}_id")
+        if isinstance(identity, list) and identity:
+            identity = identity[0]
+        if isinstance(identity, int):
+            return identity
+    raise UserError(
+        f"the tokenizer in {folder} names no end-of-sequence token; add eos_token to tokenizer_config.json"
+    )
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def train_tokenizer(texts: Any, vocabulary: int, folder: Path, *, max_length: int) -> None:
+    """Train a byte-level BPE tokenizer on an iterator of texts and save it as Hugging Face files."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
+    write_json(folder / "tokenizer_config.json", settings)

@@ -1,0 +1,75 @@
+"""Stored numbers decoded and encoded without torch, as torch does it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from expertctl.core.artefacts.numeric import decode, dtype_of_word, encode
+from expertctl.core.errors import UserError
+
+KINDS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def numbers() -> torch.Tensor:
+    """Return numbers of every size, ties between two bfloat16 values and infinities among them."""
+    source = torch.Generator().manual_seed(0)
+    scale = torch.tensor(10.0) ** torch.randint(-40, 38, (50_000,), generator=source)
+    found = torch.randn(50_000, generator=source) * scale
+    halves = torch.arange(0, 2**16, dtype=torch.int32) * 2**16 + 2**15
+    ties = halves.view(torch.float32)
+    return torch.cat(
+        [found, ties[torch.isfinite(ties)], torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])]
+    )
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_encoding_rounds_as_torch_does(dtype: str) -> None:
+    values = numbers()
+    expected = values.to(KINDS[dtype]).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(encode(values.numpy(), dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_decoding_gives_the_stored_numbers(dtype: str) -> None:
+    stored = numbers().to(KINDS[dtype])
+    raw = stored.view(torch.uint8).numpy().tobytes()
+    found = decode(raw, dtype, tuple(stored.shape))
+    expected = stored.double().numpy() if dtype == "F64" else stored.float().numpy()
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(encode(found, dtype).tobytes(), raw)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_not_a_number_stays_that(dtype: str) -> None:
+    raw = encode(np.array([np.nan, 1.0], "f4"), dtype).tobytes()
+    assert np.isnan(decode(raw, dtype, (2,))).tolist() == [True, False]
+
+
+def test_integers_and_scratch_space() -> None:
+    assert decode(np.array([3, -4], "<i8").tobytes(), "I64", (2,)).tolist() == [3, -4]
+    scratch = np.empty(10, "<u4")
+    raw = encode(np.array([1.5, 2.5], "f4"), "BF16").tobytes()
+    found = decode(raw, "BF16", (2,), scratch)
+    assert found.tolist() == [1.5, 2.5]
+    assert np.shares_memory(found, scratch)
+
+
+def test_dtypes_as_people_write_them() -> None:
+    assert [dtype_of_word(word) for word in ("bfloat16", "bf16", "torch.float16", "F32")] == [
+        "BF16",
+        "BF16",
+        "F16",
+        "F32",
+    ]
+    with pytest.raises(UserError, match="'int4' is no dtype"):
+        dtype_of_word("int4")

@@ -1,0 +1,116 @@
+"""Tokenising as corpora need it: nothing read out of the text, nothing cut off."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertctl.core.errors import UserError
+from expertctl.core.models.loading import load_tokenizer
+from expertctl.core.text.tokenizer import TextEncoder, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoder(model_folder: Path) -> TextEncoder:
+    return TextEncoder.of_folder(model_folder)
+
+
+def copied(model_folder: Path, target: Path, *names: str) -> Path:
+    target.mkdir()
+    for name in names:
+        shutil.copy(model_folder / name, target / name)
+    return target
+
+
+def test_the_name_of_a_special_token_in_a_text_is_only_text(encoder: TextEncoder) -> None:
+    (ids,) = encoder.encode(["a<|endoftext|>b"])
+    assert encoder.separator not in ids
+    assert encoder.tokenizer.decode(ids, skip_special_tokens=False) == "a<|endoftext|>b"
+
+
+def test_long_texts_are_not_cut_off(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path / "x", "tokenizer.json", "tokenizer_config.json")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    lengths = [len(ids) for ids in TextEncoder.of_folder(folder).encode(["xyz" * 500, "x"])]
+    assert lengths[0] > 100
+    assert lengths[1] == 1
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=4))
+@settings(max_examples=50, deadline=None)
+def test_bytes_are_neither_lost_nor_added(encoder: TextEncoder, texts: list[str]) -> None:
+    for text, ids in zip(texts, encoder.encode(texts), strict=True):
+        assert encoder.tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert all(0 <= token < encoder.vocabulary for token in ids)
+
+
+def test_it_agrees_with_what_transformers_loads(model_folder: Path, encoder: TextEncoder) -> None:
+    theirs = load_tokenizer(model_folder)
+    assert (
+        encoder.encode(["def area(width):"])[0]
+        == theirs("def area(width):", add_special_tokens=False)["input_ids"]
+    )
+    assert theirs.eos_token_id == encoder.separator
+    assert len(theirs) == encoder.vocabulary
+
+
+def test_training_a_tokenizer_gives_the_same_bytes_again(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        train_tokenizer(iter(["to be or not to be"] * 9), 270, tmp_path / name, max_length=64)
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (
+        tmp_path / "b" / "tokenizer.json"
+    ).read_bytes()
+    assert TextEncoder.of_folder(tmp_path / "a").vocabulary <= 270
+
+
+# --- which token ends a document ---
+
+
+def test_the_end_token_may_be_an_object_or_only_a_number(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path / "x", "tokenizer.json", "config.json")
+    assert TextEncoder.of_folder(folder).separator == 0
+    (folder / "config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert TextEncoder.of_folder(folder).separator == 7
+    settings_file = folder / "tokenizer_config.json"
+    settings_file.write_text('{"eos_token": {"content": "a"}}')
+    assert TextEncoder.of_folder(folder).separator == TextEncoder.of_folder(folder).tokenizer.token_to_id("a")
+    settings_file.write_text('{"eos_token": "not in it", "bos_token": "b"}')
+    (folder / "config.json").unlink()
+    assert TextEncoder.of_folder(folder).separator == TextEncoder.of_folder(folder).tokenizer.token_to_id("b")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path / "x", "tokenizer.json")
+    with pytest.raises(UserError, match="names no end-of-sequence token; add eos_token to tokenizer_config"):
+        TextEncoder.of_folder(folder)
+
+
+def test_a_damaged_tokenizer_is_named(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path / "x", "tokenizer.json", "tokenizer_config.json")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:-40])
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
+        TextEncoder.of_folder(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_named(model_folder: Path, tmp_path: Path) -> None:
+    folder = copied(model_folder, tmp_path / "x", "config.json")
+    with pytest.raises(
+        UserError, match=r"has no tokenizer that can be loaded .*put its tokenizer\.json there"
+    ):
+        TextEncoder.of_folder(folder)
