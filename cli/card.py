@@ -37,7 +37,7 @@ def command(session: Session, model: str, evaluation: Path | None, output: Path 
     from ..core.artefacts.files import read_json, write_text
     from ..core.artefacts.lineage import read_manifest
     from ..core.errors import UserError
-    from ..merge.card import model_card
+    from ..merge.generalists.card import model_card
 
     manifest = read_manifest(session.artefact(model))
     scores = read_json(evaluation) if evaluation is not None else None

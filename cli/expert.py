@@ -104,11 +104,11 @@ def _change(
     add: Mapping[str, Path] | None = None,
     replace: Mapping[str, Path] | None = None,
 ) -> None:
-    from ..merge.expert_changes import change_experts
-    from ..merge.history import history_of
     from ..merge.merging import MergeRun
     from ..merge.mixture.changing import Change
-    from ..merge.plan import Permissions
+    from ..merge.planning.plan import Permissions
+    from ..merge.remaking.expert_changes import change_experts
+    from ..merge.sources.history import history_of
     from .merge import MergeProgress
 
     folder = session.artefact(model)

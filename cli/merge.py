@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..core.artefacts.lineage import Manifest
     from ..merge.merging import MergeRun
-    from ..merge.plan import MergePlan
+    from ..merge.planning.plan import MergePlan
 
 MEGA = 1_000_000
 
@@ -158,9 +158,9 @@ def command(
     What is not given comes from `merges.NAME` in expertctl.yaml. Everything that can be refused is refused
     before any work is done; `--plan` stops there. With `--config` it merges what a mergekit file says.
     """
-    from ..merge.engine import EngineSettings
+    from ..merge.engine.calculator import EngineSettings
     from ..merge.merging import MergeRun
-    from ..merge.plan import Permissions
+    from ..merge.planning.plan import Permissions
 
     run = MergeRun(
         force=force,
@@ -213,7 +213,7 @@ def command(
 
 def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Manifest) -> int:
     """Compare what was merged with its baselines, and write down how it came out."""
-    from ..merge.generalist import note_evaluation
+    from ..merge.generalists.folder import note_evaluation
     from .eval import report_comparison
     from .summaries import artefact_content
 
@@ -240,8 +240,8 @@ def _refuse_with_file(name: str | None, given: dict[str, Any]) -> None:
 
 
 def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun, plan_only: bool) -> None:
-    from ..merge.mergekit_file import read_mergekit
     from ..merge.merging import merge_recipe, plan_recipe
+    from ..merge.recipes.mergekit_file import read_mergekit
 
     recipe = read_mergekit(file)
     if plan_only:
@@ -289,7 +289,7 @@ def _finish(session: Session, folder: Path, manifest: Manifest) -> None:
 
 
 def _show_plan(session: Session, plan: MergePlan, output: Path | None) -> None:
-    from ..merge.plan_report import plan_content, plan_rows, tensor_rows
+    from ..merge.planning.plan_report import plan_content, plan_rows, tensor_rows
 
     parts = [Table(("", ""), plan_rows(plan, output), headings=False)]
     if session.verbose:

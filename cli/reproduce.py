@@ -30,7 +30,7 @@ def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...
     """
     from ..core.artefacts.lineage import read_manifest
     from ..merge.merging import MergeRun
-    from ..merge.reproducing import reproduce
+    from ..merge.remaking.reproducing import reproduce
     from .merge import MergeProgress
 
     path = Path(manifest)

@@ -106,7 +106,7 @@ def _title(parent: Parent) -> str:
 
 
 def _mixture_facts(manifest: Manifest) -> list[tuple[str, str]]:
-    from ..merge.history import history_of
+    from ..merge.sources.history import history_of
 
     record = manifest.config.get("mixture") or {}
     facts = []

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from expertctl.core.models.loading import load_model as load_model
     from expertctl.core.models.loading import register_auto_classes as register_auto_classes
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
-    from expertctl.merge.mergekit_file import read_mergekit as read_mergekit
     from expertctl.merge.merging import MergeRun as MergeRun
     from expertctl.merge.merging import merge_recipe as merge_recipe
+    from expertctl.merge.recipes.mergekit_file import read_mergekit as read_mergekit
     from expertctl.workspace import Workspace as Workspace
 
 _HOMES = {
@@ -103,11 +103,11 @@ _HOMES = {
         "register_auto_classes",
     ),
     "core.text.token_store": ("TokenBlocks",),
-    "merge.mergekit_file": ("read_mergekit",),
     "merge.merging": (
         "MergeRun",
         "merge_recipe",
     ),
+    "merge.recipes.mergekit_file": ("read_mergekit",),
     "workspace": ("Workspace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from expertctl.experts.runs import RunSpec
     from expertctl.merge.merging import MergeRun
     from expertctl.merge.mixture.absence import Absence
-    from expertctl.merge.mixture.routing_report import RoutingReport
-    from expertctl.merge.plan import MergePlan
+    from expertctl.merge.mixture.routing.report import RoutingReport
+    from expertctl.merge.planning.plan import MergePlan
 
 
 class Workspace:
@@ -342,7 +342,7 @@ class Workspace:
         from expertctl.core.models.loading import max_positions
         from expertctl.core.text.token_store import TokenBlocks
         from expertctl.experts.statistics import KINDS, write_statistics
-        from expertctl.merge.parents import expert_folders
+        from expertctl.merge.sources.parents import expert_folders
 
         if kind not in KINDS:
             raise unknown_name("kind of statistics", kind, KINDS, listed_as="there are")
@@ -448,7 +448,7 @@ class Workspace:
         trained on). `run` says how it runs: threads, device, file size, progress, what the user insists on.
         """
         from expertctl.merge.merging import MergeRun, merge
-        from expertctl.merge.parents import expert_folders
+        from expertctl.merge.sources.parents import expert_folders
 
         config = self._merge_config(
             name,
@@ -498,8 +498,8 @@ class Workspace:
 
         Experts that join, or take the place of one (`replace`: which one -> by whom), are names or folders.
         """
-        from expertctl.merge.expert_changes import change_experts
         from expertctl.merge.mixture.changing import Change
+        from expertctl.merge.remaking.expert_changes import change_experts
 
         change = Change(
             tuple(dict.fromkeys([remove] if isinstance(remove, str) else remove)),
@@ -579,7 +579,8 @@ class Workspace:
         from expertctl.core.models.feed_forwards import spread_blocks
         from expertctl.core.models.loading import load_model
         from expertctl.core.process.compute import best_device
-        from expertctl.merge.mixture.routing_report import RoutingReport, routing_of
+        from expertctl.merge.mixture.routing.measuring import routing_of
+        from expertctl.merge.mixture.routing.report import RoutingReport
 
         folder = self.layout.artefact(model)
         experts = (read_manifest(folder).config.get("mixture") or {}).get("experts")

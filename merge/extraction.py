@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ..core.artefacts.files import new_folder, write_json, write_text
 from ..core.artefacts.safetensors_io import torch_dtype, write_tensors
 from ..core.errors import UserError
-from .adapters import ADAPTER_WEIGHTS
-from .parameters import matches
-from .reading import Reader
-from .sources import ADAPTER_CONFIG, HEADS, TOKEN_EMBEDDINGS, Source, StoredTensor, open_source
+from .engine.reading import Reader
+from .recipes.parameters import matches
+from .sources.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .sources.models import Source, StoredTensor, open_source
+from .sources.tensor_names import HEADS, TOKEN_EMBEDDINGS
 
 if TYPE_CHECKING:
     from torch import Tensor

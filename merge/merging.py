@@ -27,18 +27,18 @@ from ..core.hooks.manager import PluginManager, installed_plugins
 from ..core.hooks.merging import BuiltModel, MergeInputs, MergeMethod
 from ..core.hooks.options import parse_options
 from ..core.hooks.text import ValidationText
-from .card import CARD_FILE, model_card
-from .engine import EngineSettings
-from .generalist import write_generalist
-from .licences import LicenceReport, check_licences, licence_of_folder, require_compatible
-from .parents import SEED, check_lineage, expert_folders, parents_of
-from .plan import MergePlan, Permissions, check_output, open_sources, prepare_merge
-from .recipe import WEIGHT, Recipe, Scope, Setting, whole_models
-from .search import SearchResult, search_weights
-from .shards import DEFAULT_SHARD_BYTES
-from .statistics import find_statistics
-from .tensor_planner import Stack
-from .weights import check_weights, resolve_weights
+from .engine.calculator import EngineSettings
+from .engine.shards import DEFAULT_SHARD_BYTES
+from .generalists.card import CARD_FILE, model_card
+from .generalists.folder import write_generalist
+from .planning.plan import MergePlan, Permissions, check_output, open_sources, prepare_merge
+from .planning.search import SearchResult, search_weights
+from .planning.tensor_planner import Stack
+from .planning.weights import check_weights, resolve_weights
+from .recipes.recipe import WEIGHT, Recipe, Scope, Setting, whole_models
+from .sources.licences import LicenceReport, check_licences, licence_of_folder, require_compatible
+from .sources.parents import SEED, check_lineage, expert_folders, parents_of
+from .sources.statistics import find_statistics
 
 Say = Callable[[str], None]
 

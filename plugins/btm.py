@@ -12,10 +12,10 @@ from ..core.artefacts.safetensors_io import Checkpoint, checkpoint_files
 from ..core.errors import UserError
 from ..core.hooks.hookspecs import hookimpl
 from ..core.hooks.merging import BuiltModel, MergeInputs, MergeMethod
-from ..merge.dense.linear import average
+from ..merge.dense.averages.linear import average
 
 if TYPE_CHECKING:
-    from ..merge.ensemble import EnsembleForCausalLM
+    from ..merge.ensemble.model import EnsembleForCausalLM
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class EnsembleOptions:
 
 def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> BuiltModel:
     """Write an ensemble that shares the experts' files and, where they need them, the seed's."""
-    from ..merge.cluster_router import routing_as_json
-    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
+    from ..merge.ensemble.cluster_router import routing_as_json
+    from ..merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     if options.router == "cluster":
-        from ..merge.cluster_ensemble import cluster_router
+        from ..merge.ensemble.cluster_ensemble import cluster_router
 
         found = cluster_router(inputs, options)
         router = found.router
@@ -93,7 +93,7 @@ def _prior_kind(inputs: MergeInputs, options: EnsembleOptions) -> str:
 
 
 def _prior(inputs: MergeInputs, options: EnsembleOptions, kind: str) -> dict[str, float]:
-    from ..merge.prior import fit_prior
+    from ..merge.ensemble.prior import fit_prior
 
     if kind == "cached":
         return fit_prior(
@@ -123,7 +123,7 @@ def _seed_files(seed: Path) -> list[Path]:
 
 def ensemble_classes() -> tuple[type, type]:
     """Return what `AutoConfig` and `AutoModelForCausalLM` need to know to load an ensemble."""
-    from ..merge.ensemble import EnsembleConfig, EnsembleForCausalLM
+    from ..merge.ensemble.model import EnsembleConfig, EnsembleForCausalLM
 
     return EnsembleConfig, EnsembleForCausalLM
 
@@ -132,8 +132,8 @@ def without_members(
     model: EnsembleForCausalLM, experts: Sequence[str], gone: Collection[str]
 ) -> EnsembleForCausalLM:
     """Return an ensemble of fewer experts, the prior of the others scaled up; raises `UserError` where none is left."""
-    from ..merge.cluster_router import routing_as_json
-    from ..merge.ensemble import EnsembleForCausalLM
+    from ..merge.ensemble.cluster_router import routing_as_json
+    from ..merge.ensemble.model import EnsembleForCausalLM
 
     kept = [number for number, name in enumerate(model.expert_names) if name not in gone]
     prior = model.prior[kept]

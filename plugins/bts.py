@@ -52,13 +52,8 @@ class StitchTraining:
 def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
     """Write a stitched model of seed and experts that is the seed as yet; raises `UserError` for what cannot be joined."""
     from ..core.artefacts.files import read_json
-    from ..merge.stitched.container import (
-        HUB,
-        StitchedConfig,
-        new_stitches,
-        write_config,
-        write_stitches,
-    )
+    from ..merge.stitched.configuration import StitchedConfig
+    from ..merge.stitched.container import HUB, new_stitches, write_config, write_stitches
     from ..merge.stitched.members import described
     from ..merge.stitched.points import hub_points, matched_points
 
@@ -131,7 +126,8 @@ def without_experts(
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     def classes() -> tuple[type, type]:
-        from ..merge.stitched.container import StitchedConfig, StitchedForCausalLM
+        from ..merge.stitched.configuration import StitchedConfig
+        from ..merge.stitched.container import StitchedForCausalLM
 
         return StitchedConfig, StitchedForCausalLM
 

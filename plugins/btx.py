@@ -13,7 +13,7 @@ from ..core.hooks.hookspecs import hookimpl
 from ..core.hooks.merging import MergeMethod
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
-from ..merge.mixture.switching import without_experts
+from ..merge.mixture.routing.switching import without_experts
 
 
 @dataclass(frozen=True)

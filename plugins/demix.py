@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ..merge.ensemble import EnsembleForCausalLM
+    from ..merge.ensemble.model import EnsembleForCausalLM
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def require_shared_rest(folder: Path, options: DemixAdaptation, domains: Sequenc
     from ..core.artefacts.layout import check_name
     from ..core.artefacts.safetensors_io import Checkpoint
     from ..core.hooks.manager import installed_plugins
-    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER
-    from ..merge.mixture.assembly import split_feed_forward
+    from ..merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
+    from ..merge.planning.assembly import split_feed_forward
 
     config = read_json(folder / "config.json")
     family = config.get("member", {}).get("model_type")
@@ -164,7 +164,7 @@ def _write(
     """Write the model as an ensemble whose experts share all but their feed-forwards."""
     from ..core.artefacts.safetensors_io import write_tensors
     from ..experts.tuned_model import stored_dtype
-    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
+    from ..merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     dtype = stored_dtype(seed)
     for place in (EXPERTS_FOLDER, SEED_FOLDER):
@@ -230,7 +230,7 @@ def _write_joined(folder: Path, base: Path, name: str, tensors: Mapping[str, Ten
     from ..core.artefacts.files import write_json
     from ..core.artefacts.safetensors_io import write_tensors
     from ..experts.tuned_model import stored_dtype
-    from ..merge.ensemble import EXPERTS_FOLDER, SEED_FOLDER
+    from ..merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
 
     for place in (EXPERTS_FOLDER, SEED_FOLDER):
         (folder / place).mkdir(exist_ok=True)

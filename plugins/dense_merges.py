@@ -6,23 +6,23 @@ from typing import Any
 
 from ..core.hooks.hookspecs import hookimpl
 from ..core.hooks.merging import MergeMethod
-from ..merge.dense.arcee_fusion import ArceeFusionOptions, arcee_fusion
-from ..merge.dense.breadcrumbs import BreadcrumbsOptions, breadcrumbs, breadcrumbs_ties
-from ..merge.dense.dare import DareOptions, dare_linear, dare_ties
-from ..merge.dense.della import DellaOptions, della, della_linear
-from ..merge.dense.fisher import FisherOptions, fisher
-from ..merge.dense.karcher import KarcherOptions, karcher
-from ..merge.dense.linear import LinearOptions, linear
-from ..merge.dense.model_stock import ModelStockOptions, model_stock
-from ..merge.dense.multislerp import MultislerpOptions, multislerp
-from ..merge.dense.nearswap import NearswapOptions, nearswap
-from ..merge.dense.nuslerp import NuslerpOptions, nuslerp
-from ..merge.dense.passthrough import PassthroughOptions, passthrough
-from ..merge.dense.regmean import RegmeanOptions, regmean
-from ..merge.dense.sce import SceOptions, sce
-from ..merge.dense.slerp import SlerpOptions, slerp
-from ..merge.dense.task_arithmetic import TaskArithmeticOptions, task_arithmetic
-from ..merge.dense.ties import TiesOptions, ties
+from ..merge.dense.averages.fisher import FisherOptions, fisher
+from ..merge.dense.averages.linear import LinearOptions, linear
+from ..merge.dense.averages.model_stock import ModelStockOptions, model_stock
+from ..merge.dense.averages.passthrough import PassthroughOptions, passthrough
+from ..merge.dense.averages.regmean import RegmeanOptions, regmean
+from ..merge.dense.sphere.karcher import KarcherOptions, karcher
+from ..merge.dense.sphere.multislerp import MultislerpOptions, multislerp
+from ..merge.dense.sphere.nuslerp import NuslerpOptions, nuslerp
+from ..merge.dense.sphere.slerp import SlerpOptions, slerp
+from ..merge.dense.task_vectors.arcee_fusion import ArceeFusionOptions, arcee_fusion
+from ..merge.dense.task_vectors.breadcrumbs import BreadcrumbsOptions, breadcrumbs, breadcrumbs_ties
+from ..merge.dense.task_vectors.dare import DareOptions, dare_linear, dare_ties
+from ..merge.dense.task_vectors.della import DellaOptions, della, della_linear
+from ..merge.dense.task_vectors.nearswap import NearswapOptions, nearswap
+from ..merge.dense.task_vectors.sce import SceOptions, sce
+from ..merge.dense.task_vectors.task_arithmetic import TaskArithmeticOptions, task_arithmetic
+from ..merge.dense.task_vectors.ties import TiesOptions, ties
 
 
 def _dense(name: str, summary: str, merge: Any, options: type, **how: Any) -> MergeMethod:

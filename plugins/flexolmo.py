@@ -21,8 +21,8 @@ from ..core.hooks.text import TrainingText
 from ..core.hooks.training import PrivateReleases, TrainablePart, Trainer
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
-from ..merge.mixture.router_rows import ROUTER_FILE
-from ..merge.mixture.switching import without_experts
+from ..merge.mixture.routing.starts import ROUTER_FILE
+from ..merge.mixture.routing.switching import without_experts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ..merge.mixture.routing import RoutingLog
+    from ..merge.mixture.routing.log import RoutingLog
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
 
 def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePart:
     """Freeze all but the routers' rows and biases; raises `UserError` for a model without routers."""
-    from ..merge.mixture.routing import attach_log, routers_of, routing_measures, train_with_all_experts
+    from ..merge.mixture.routing.log import attach_log, routers_of, routing_measures, train_with_all_experts
 
     model.requires_grad_(False)
     parameters = {}
@@ -91,7 +91,7 @@ def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePa
 def _untaught(model: PreTrainedModel, instead: str, *, drawn: bool = False) -> tuple[str, ...]:
     """Return a note where what text says does not reach the routers, because the size of the only gate says nothing."""
     from ..core.models.kernels.top_k_gates import gates_sum_to_one
-    from ..merge.mixture.routing import routers_of
+    from ..merge.mixture.routing.log import routers_of
 
     name, router = next(iter(routers_of(model).items()))
     if router.top_k != 1 or router.weight.shape[0] == 1:
@@ -113,7 +113,7 @@ def _untaught(model: PreTrainedModel, instead: str, *, drawn: bool = False) -> t
 
 def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> TrainablePart:
     """Train all of a mixture, or all but its experts; raises `UserError` for a model without routers."""
-    from ..merge.mixture.routing import SampledTop1, attach_log, routers_of, routing_measures
+    from ..merge.mixture.routing.log import SampledTop1, attach_log, routers_of, routing_measures
 
     routers = routers_of(model)
     blocks = tuple(f"{name.rpartition('.')[0]}.experts." for name in routers)
@@ -149,7 +149,7 @@ def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> Trainab
 
 def _auxiliary(log: RoutingLog, balance: float, z: float) -> Callable[[], Tensor] | None:
     """Return what adds up the losses that have a weight; None where none has."""
-    from ..merge.mixture.routing import balance_loss, z_loss
+    from ..merge.mixture.routing.log import balance_loss, z_loss
 
     losses = [(balance, balance_loss), (z, z_loss)]
     weighted = [(weight, loss) for weight, loss in losses if weight]

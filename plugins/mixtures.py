@@ -7,9 +7,9 @@ from ..core.hooks.merging import MergeMethod
 from ..core.hooks.mixtures import Router
 from ..merge.mixture.mixing import plan_mixture
 from ..merge.mixture.options import MixtureOptions
-from ..merge.mixture.prompt_rows import prompt_rows, prompt_state_rows, prompt_token_rows
-from ..merge.mixture.router_rows import embedding_rows, hidden_rows, linear_rows, random_rows, uniform_rows
-from ..merge.mixture.switching import without_experts
+from ..merge.mixture.routing.prompt_starts import prompt_rows, prompt_state_rows, prompt_token_rows
+from ..merge.mixture.routing.starts import embedding_rows, hidden_rows, linear_rows, random_rows, uniform_rows
+from ..merge.mixture.routing.switching import without_experts
 
 
 def mixture_classes() -> tuple[type, type]:

@@ -35,7 +35,8 @@ def model_of(given: argparse.Namespace) -> tuple[Any, list[Any]]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from expertctl.merge.stitched.container import StitchedConfig, StitchedForCausalLM
+    from expertctl.merge.stitched.configuration import StitchedConfig
+    from expertctl.merge.stitched.container import StitchedForCausalLM
 
     settings = LlamaConfig(
         vocab_size=given.vocabulary,

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
 
 from expertctl import Workspace
-from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.mixture.changing import Change
+from expertctl.merge.remaking.expert_changes import change_experts
 
 KINDS: dict[str, dict[str, Any]] = {
     "flex": {"trains": "flexolmo"},

@@ -11,9 +11,9 @@ from ...core.artefacts.lineage import Manifest, digests_of_folder, manifest_path
 from ...core.artefacts.numeric import FLOATING, encode
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry, digest_start
 from ...core.errors import UserError
-from ..history import history_of
-from ..reading import Reader
-from ..sources import StoredTensor
+from ..engine.reading import Reader
+from ..sources.history import history_of
+from ..sources.models import StoredTensor
 from .opened import slice_of
 
 _SMALLEST = 2

@@ -17,18 +17,18 @@ from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError, unknown_name
 from ...core.hooks.mixtures import MixtureShape
 from ...core.models.loading import WEIGHTS_FILE
-from ..generalist import Descent
-from ..licences import LicenceReport, check_licences, require_compatible
-from ..plan import MergePlan
-from ..recipe import Recipe, whole_models
-from ..shards import DEFAULT_SHARD_BYTES, plan_shards
-from ..sources import StoredTensor
-from ..tensor_planner import Stack
-from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly
+from ..engine.shards import DEFAULT_SHARD_BYTES, plan_shards
+from ..generalists.folder import Descent
+from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly
+from ..planning.plan import MergePlan
+from ..planning.tensor_planner import Stack
+from ..recipes.recipe import Recipe, whole_models
+from ..sources.licences import LicenceReport, check_licences, require_compatible
+from ..sources.models import StoredTensor
 from .mixing import PUBLIC, first_of, settle_bias
 from .opened import OpenedMixture, open_mixture
 from .options import MixtureOptions
-from .router_rows import ROUTER_FILE, brought_by
+from .routing.starts import ROUTER_FILE, brought_by
 
 
 @dataclass(frozen=True)

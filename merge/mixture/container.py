@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from ...core.errors import UserError
 from ...core.models.kernels.sorted_loop import mixed
 from ...core.models.kernels.top_k_gates import top_k_gates
-from ..shared_settings import SHARED_SETTINGS
+from ..sources.shared_settings import SHARED_SETTINGS
 from .targets import CONTAINER_TYPE
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ...core.errors import UserError
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.mixtures import Architecture, RouterInputs, RouterStart
-from ..recipe import WEIGHT, Recipe, whole_models
-from ..sources import Source
-from ..tensor_names import layer_names
-from ..tensor_plan import Action, TensorPlan
-from .assembly import Assembly, ExpertParts, RouterParts, plan_assembly, split_feed_forward
-from .inputs import AssemblyInputs
+from ..engine.tensor_plan import Action, TensorPlan
+from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly, split_feed_forward
+from ..planning.assembly_inputs import AssemblyInputs
+from ..recipes.recipe import WEIGHT, Recipe, whole_models
+from ..sources.models import Source
+from ..sources.tensor_names import layer_names
 from .options import MixtureOptions, shape_of
 from .stated_settings import with_all_stated
 from .targets import CONTAINER, choose_target

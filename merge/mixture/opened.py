@@ -12,11 +12,11 @@ from ...core.artefacts.safetensors_io import DTYPES
 from ...core.errors import UserError
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.mixtures import Architecture, MixtureTarget
-from ..reading import Reader
-from ..sources import Source, StoredTensor, open_source
-from ..tensor_names import layer_names
-from ..tensor_plan import TensorPlan
-from .assembly import ExpertParts, RouterParts
+from ..engine.reading import Reader
+from ..engine.tensor_plan import TensorPlan
+from ..planning.assembly import ExpertParts, RouterParts
+from ..sources.models import Source, StoredTensor, open_source
+from ..sources.tensor_names import layer_names
 from .targets import container_target
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from ...core.artefacts.lineage import (
     require_intact,
 )
 from ...core.errors import UserError, unknown_name
-from ..card import CARD_FILE, model_card
-from ..licences import check_licences, require_compatible
+from ..generalists.card import CARD_FILE, model_card
 from ..mixture.changing import Change, history
+from ..sources.licences import check_licences, require_compatible
 
 JOINING_GATE = -4.0
 """Logit of the hub's gate for who joins: the others were trained without, and are to be disturbed little at first."""
@@ -34,7 +34,8 @@ def change_stitched(
 
     Raises `UserError` for names that do not fit, experts of another seed, and licences that contradict each other.
     """
-    from .container import StitchedConfig, write_config, write_stitches
+    from .configuration import StitchedConfig
+    from .container import write_config, write_stitches
     from .members import described, move_members
 
     require_intact(folder)

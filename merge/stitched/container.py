@@ -6,59 +6,26 @@ self-contained, holds under `members/`. Shapes: B = batch, T = tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...core.artefacts.files import write_json
 from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
-from ..members_cache import MembersCache
-from ..shared_settings import SHARED_SETTINGS
+from ..ensemble.members_cache import MembersCache
+from .configuration import StitchedConfig
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
 from .points import hub_points, joins_hub, matched_points
 from .stepwise import Stepwise, decoder_layers, first_of
 
-MODEL_TYPE = "expertctl_stitched"
 STITCHES_FILE = "stitches.safetensors"
 HUB = "hub"
-
-
-class StitchedConfig(PretrainedConfig):
-    """Which models are stitched together, and where."""
-
-    model_type = MODEL_TYPE
-
-    def __init__(
-        self,
-        hub: Mapping[str, Any] | None = None,
-        members: Sequence[Mapping[str, Any]] = (),
-        num_stitches: int = 1,
-        projected: bool = False,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        self.hub = dict(hub or {})
-        """The hub's `config.json`."""
-        self.members = [dict(one) for one in members]
-        """Hub first: `name`, `folder` (relative to this one), `digest`, `width`, `num_layers` of each."""
-        self.num_stitches = num_stitches
-        self.projected = projected
-        """Experts go on with what the hub took from them (the paper's equations), not with their own states (its prose)."""
-        self.dropout = dropout
-        for name in SHARED_SETTINGS:
-            if name in self.hub:
-                kwargs.setdefault(name, self.hub[name])
-        super().__init__(**kwargs)
-
-    @property
-    def expert_widths(self) -> dict[str, int]:
-        return {one["name"]: int(one["width"]) for one in self.members[1:]}
 
 
 class StitchedForCausalLM(PreTrainedModel, GenerationMixin):

@@ -24,7 +24,7 @@ from .stepwise import decoder_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .container import StitchedConfig
+    from .configuration import StitchedConfig
 
 MEMBERS_FOLDER = "members"
 

@@ -270,8 +270,8 @@ def test_a_plan_says_what_it_will_cost_and_reads_no_tensor(models: Path) -> None
 def test_too_little_disk_is_told_with_both_figures(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from expertctl.merge.mergekit_file import read_mergekit
     from expertctl.merge.merging import merge_recipe
+    from expertctl.merge.recipes.mergekit_file import read_mergekit
 
     found = read_mergekit(recipe_file(models, "linear", ["a", "b"]))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]

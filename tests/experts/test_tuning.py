@@ -18,7 +18,7 @@ from expertctl.experts.replaced import put_back
 from expertctl.experts.runs import read_run
 from expertctl.experts.training_run import train_run
 from expertctl.experts.tuning import require_same, start_tuning
-from expertctl.merge.card import model_card
+from expertctl.merge.generalists.card import model_card
 from expertctl.workspace import Workspace
 
 

@@ -10,7 +10,7 @@ import torch
 
 from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.merging import merge_recipe
-from expertctl.merge.recipe import Recipe, whole_models
+from expertctl.merge.recipes.recipe import Recipe, whole_models
 
 TOKENS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from expertctl.core.hooks.manager import installed_plugins
 from expertctl.core.hooks.merging import MergeMethod
-from expertctl.merge.engine import EngineSettings, Written, run_merge
-from expertctl.merge.plan import open_sources
-from expertctl.merge.reading import PIECE_NUMBERS
-from expertctl.merge.recipe import Recipe, whole_models
-from expertctl.merge.shards import plan_shards
-from expertctl.merge.tensor_planner import plan_tensors
+from expertctl.merge.engine.calculator import EngineSettings, Written, run_merge
+from expertctl.merge.engine.reading import PIECE_NUMBERS
+from expertctl.merge.engine.shards import plan_shards
+from expertctl.merge.planning.plan import open_sources
+from expertctl.merge.planning.tensor_planner import plan_tensors
+from expertctl.merge.recipes.recipe import Recipe, whole_models
 
 Tensors = dict[str, torch.Tensor]
 

@@ -26,7 +26,7 @@ from expertctl.core.models.posterior import EWMA_RATE
 from expertctl.core.testing import fresh_plugins
 from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
 from expertctl.merge.merging import MergeRun, merge
-from expertctl.merge.weights import resolve_weights
+from expertctl.merge.planning.weights import resolve_weights
 
 EXPERTS = ("code", "law", "news")
 

@@ -10,12 +10,12 @@ import pytest
 from toy_models import random_tensors, recipe, tensors_of, write_model
 
 from expertctl.core.hooks.merging import MergeMethod, TensorGroup
-from expertctl.merge.engine import EngineSettings, Written, run_merge
-from expertctl.merge.recipe import Recipe
-from expertctl.merge.shards import ShardPlan, plan_shards
-from expertctl.merge.sources import open_source
-from expertctl.merge.tensor_planner import plan_tensors
-from expertctl.merge.writing import JOURNAL_FILE, read_journal
+from expertctl.merge.engine.calculator import EngineSettings, Written, run_merge
+from expertctl.merge.engine.shards import ShardPlan, plan_shards
+from expertctl.merge.engine.writing import JOURNAL_FILE, read_journal
+from expertctl.merge.planning.tensor_planner import plan_tensors
+from expertctl.merge.recipes.recipe import Recipe
+from expertctl.merge.sources.models import open_source
 
 MOST = 7
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from expertctl import UserError, load_model
 from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.experts.domain_feed_forwards import choose, divide
-from expertctl.merge.card import model_card
-from expertctl.merge.expert_changes import change_experts
+from expertctl.merge.generalists.card import model_card
 from expertctl.merge.mixture.absence import find_own_expert
 from expertctl.merge.mixture.changing import Change
+from expertctl.merge.remaking.expert_changes import change_experts
 from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from expertctl import load_model
 from expertctl.core.hooks.manager import installed_plugins
 from expertctl.core.testing import tiny_model_folder
-from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.merging import merge_recipe
 from expertctl.merge.mixture.changing import Change
-from expertctl.merge.recipe import Recipe, whole_models
+from expertctl.merge.recipes.recipe import Recipe, whole_models
+from expertctl.merge.remaking.expert_changes import change_experts
 
 TOKENS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -20,7 +20,7 @@ from expertctl.core.hooks.merging import TensorGroup
 from expertctl.core.hooks.options import parse_options
 from expertctl.core.testing import assert_merge_ok, in_numpy, tensor_group
 from expertctl.merge.dense.arrays import in_pieces, inner_products, kth_largest_magnitude, random_mask
-from expertctl.merge.dense.linear import weighted
+from expertctl.merge.dense.averages.linear import weighted
 
 BY_ORDER = {"slerp"}
 """From the first to the second: order is meant."""

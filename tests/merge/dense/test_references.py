@@ -15,7 +15,7 @@ from expertctl.core.hooks.merging import TensorGroup
 from expertctl.core.hooks.options import parse_options
 from expertctl.core.testing import in_numpy
 from expertctl.merge.dense.arrays import random_mask
-from expertctl.merge.dense.della import keep_probabilities
+from expertctl.merge.dense.task_vectors.della import keep_probabilities
 
 Array = np.ndarray[Any, Any]
 SHAPES = [(300, 251), (8, 6), (7,), (1,), ()]

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
 from expertctl.core.artefacts.lineage import read_manifest, verify
-from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
-from expertctl.merge.plan import Permissions
-from expertctl.merge.reproducing import reproduce
+from expertctl.merge.planning.plan import Permissions
+from expertctl.merge.remaking.expert_changes import change_experts
+from expertctl.merge.remaking.reproducing import reproduce
 from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def test_taking_a_place_gives_the_bytes_of_a_merge_with_the_other(
 
 
 def test_a_change_can_be_reproduced_from_its_manifest(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
-    from expertctl.merge.reproducing import reproduce
+    from expertctl.merge.remaking.reproducing import reproduce
 
     whole = merge(flexolmo_workspace, "all-plain", OWNERS)
     manifest = change_experts(whole, tmp_path / "smaller", Change(remove=("chance",)))

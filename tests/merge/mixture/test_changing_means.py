@@ -10,12 +10,12 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tun
 
 from expertctl import UserError, load_model
 from expertctl.core.artefacts.lineage import read_manifest, verify
-from expertctl.merge.expert_changes import change_experts
-from expertctl.merge.history import history_of
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
-from expertctl.merge.reproducing import reproduce
+from expertctl.merge.remaking.expert_changes import change_experts
+from expertctl.merge.remaking.reproducing import reproduce
+from expertctl.merge.sources.history import history_of
 from expertctl.workspace import Workspace
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from expertctl import UserError, load_model
 from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.merge.merging import merge_recipe
-from expertctl.merge.recipe import Recipe, whole_models
+from expertctl.merge.recipes.recipe import Recipe, whole_models
 
 NATIVE = {
     "olmo2": "FlexOlmoForCausalLM",

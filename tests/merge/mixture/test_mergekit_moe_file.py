@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from expertctl import UserError
 from expertctl.core.testing import tiny_model_folder
-from expertctl.merge.mergekit_file import read_mergekit
 from expertctl.merge.merging import MergeRun, merge_recipe, plan_recipe
-from expertctl.merge.plan import Permissions
+from expertctl.merge.planning.plan import Permissions
+from expertctl.merge.recipes.mergekit_file import read_mergekit
 
 PROMPTS = [
     {"source_model": "a", "positive_prompts": ["def area(width):", "return 1"]},

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from expertctl import UserError, Workspace, load_model
 from expertctl.core.artefacts.lineage import read_manifest, verify
-from expertctl.merge.expert_changes import change_experts
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
+from expertctl.merge.remaking.expert_changes import change_experts
 from expertctl.merge.stitched.container import STITCHES_FILE
 
 TOKENS = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertctl import UserError, Workspace, load_model, register_auto_classes
 from expertctl.core.artefacts.lineage import read_manifest, verify
-from expertctl.merge.stitched.container import StitchedConfig, StitchedForCausalLM
+from expertctl.merge.stitched.configuration import StitchedConfig
+from expertctl.merge.stitched.container import StitchedForCausalLM
 from expertctl.merge.stitched.layers import ExpertsIntoHub, HubIntoExperts
 from expertctl.merge.stitched.members import MEMBERS_FOLDER
 from expertctl.merge.stitched.points import hub_points, joins_hub, matched_points

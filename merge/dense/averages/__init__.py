@@ -1,0 +1,1 @@
+"""Weighted means of models."""

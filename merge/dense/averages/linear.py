@@ -1,0 +1,84 @@
+"""Linear merge (model soups): the weighted sum of models, divided by the sum of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ....core.hooks.merging import TensorGroup
+from ..arrays import Array, is_numpy, namespace
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """How weights count."""
+
+    normalize: bool = True
+    """Divide by the sum of the weights."""
+
+
+def linear(group: TensorGroup, options: LinearOptions) -> Any:
+    """Return sum_i w_i theta_i, over sum_i w_i unless told otherwise (arXiv:2203.05482, section 2)."""
+    total = weighted(group.experts, group.weights)
+    if options.normalize:
+        total /= _sum_as_float32(group.weights)
+    return total
+
+
+def average(group: TensorGroup, options: Any) -> Any:
+    """Return the weighted mean of the experts (arXiv:2208.03306, section 5); that of equal ones is exact."""
+    if len(set(group.weights)) > 1:
+        return weighted(group.experts, group.weights)
+    xp = namespace(group.experts[0])
+    total = xp.astype(group.experts[0], xp.float64)
+    for expert in group.experts[1:]:
+        total += expert
+    return xp.astype(total / len(group.experts), group.experts[0].dtype)
+
+
+def weighted(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
+    """Return the sum of arrays times weights, each product added with one rounding only, as torch's addcmul does."""
+    if not is_numpy(arrays[0]):
+        import torch
+
+        total = torch.zeros_like(arrays[0])
+        for array, weight in zip(arrays, weights, strict=True):
+            total.addcmul_(array, torch.tensor(weight, dtype=total.dtype, device=total.device))
+        return total
+    import numpy as np
+
+    total = np.zeros_like(arrays[0])
+    for array, weight in zip(arrays, weights, strict=True):
+        _add_product(total, array, total.dtype.type(weight))
+    return total
+
+
+def _add_product(total: Array, array: Array, weight: Any) -> None:
+    """Add `array * weight` to `total` as a fused multiply-add would: exact product, one rounding.
+
+    Products with powers of two are exact anyway; else float64, which holds any product of two float32, stands in.
+    """
+    import numpy as np
+
+    mantissa, _ = math.frexp(float(weight))
+    if weight == 1:
+        np.add(total, array, out=total)
+    elif weight == 0 and bool(np.isfinite(array).all()):
+        return
+    elif abs(mantissa) == 0.5 or total.dtype != np.float32:
+        np.add(total, array * weight, out=total)
+    else:
+        total[...] = np.add(np.multiply(array, weight, dtype=np.float64), total)
+
+
+def _sum_as_float32(weights: Sequence[float]) -> float:
+    import numpy as np
+
+    total = np.float32(0)
+    for weight in weights:
+        total = np.float32(total + np.float32(weight))
+    if total == 0:
+        raise ValueError("the weights sum to 0, and a sum of 0 cannot be divided by; set normalize to false")
+    return float(total)

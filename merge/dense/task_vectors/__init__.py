@@ -1,0 +1,1 @@
+"""Merges of task vectors: expert minus seed."""

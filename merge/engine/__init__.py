@@ -1,0 +1,1 @@
+"""The streaming engine: reads tensors, computes, and writes shards."""

@@ -1,0 +1,118 @@
+"""Fitting the cached prior: what each expert's domain weighs in validation text (arXiv:2208.03306).
+
+The experts read some blocks of every domain; the prior is the exponentially weighted mean of their posterior,
+frozen at the end. Each step of that mean is one block from every domain, so that the last few blocks do not
+decide which domain the prior favours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...core.errors import UserError
+from ...core.hooks.text import ValidationText
+from ...core.models.loading import load_model
+from ...core.models.posterior import PosteriorKind, cached_prior
+from ...core.models.scoring import token_log_probs
+from ...core.process.compute import best_device, concurrently
+
+if TYPE_CHECKING:
+    from numpy import float32, int64
+    from numpy.typing import NDArray
+
+SAMPLES = 100  # what the released evaluation reads
+
+
+def fit_prior(
+    seed: Path,
+    experts: Mapping[str, Path],
+    validation: Sequence[ValidationText],
+    posterior: PosteriorKind,
+    *,
+    samples: int = SAMPLES,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Return each expert's share in the prior, summing to 1.
+
+    Raises `UserError` when there is no validation text to fit it on.
+    """
+    import torch
+
+    batches = validation_scores(
+        seed, experts, validation, samples, say=say, what=f"the prior of {len(experts)} experts"
+    )
+    together = [[torch.from_numpy(one.scores)[:, None] for one in batch] for batch in batches]
+    prior = cached_prior(together, len(experts), posterior).double()
+    return dict(zip(experts, (prior / prior.sum()).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class ScoredBlock:
+    """A block of validation text, and how well each expert predicts it."""
+
+    tokens: NDArray[int64]
+    """(T + 1,)."""
+    scores: NDArray[float32]
+    """Log-probabilities of all tokens but the first, (K, T)."""
+
+
+def validation_scores(
+    seed: Path,
+    experts: Mapping[str, Path],
+    validation: Sequence[ValidationText],
+    samples: int,
+    *,
+    say: Callable[[str], None],
+    what: str,
+) -> list[list[ScoredBlock]]:
+    """Return batches of one block of every domain, scored by all experts.
+
+    Raises `UserError` when there is no validation text; `what` is fitted on it.
+    """
+    import numpy as np
+    import torch
+
+    if not validation:
+        raise UserError(
+            f"{what.split(' of ')[0]} is fitted on validation text and there is none; run `expertctl data prepare`"
+        )
+    batches = _sample(validation, samples)
+    count = sum(len(batch) for batch in batches)
+    say(f"fitting {what} on {count} blocks of {', '.join(v.domain for v in validation)}")
+
+    def scores_of(folder: Path) -> list[list[NDArray[float32]]]:
+        model, _ = load_model(folder, seed=seed, dtype="float32", as_trained=False)
+        model.to(best_device())
+        with torch.inference_mode():
+            return [
+                [
+                    token_log_probs(model, torch.from_numpy(block)[None].to(model.device))[0].cpu().numpy()
+                    for block in batch
+                ]
+                for batch in batches
+            ]
+
+    size = sum(file.stat().st_size for file in seed.glob("*.safetensors"))
+    by_expert = concurrently(scores_of, experts.values(), bytes_each=size)
+    return [
+        [
+            ScoredBlock(block, np.stack([scores[step][place] for scores in by_expert]))
+            for place, block in enumerate(batch)
+        ]
+        for step, batch in enumerate(batches)
+    ]
+
+
+def _sample(validation: Sequence[ValidationText], samples: int) -> list[list[NDArray[int64]]]:
+    """Return batches of one block from every domain, evenly spread over each validation part."""
+    rounds = max(samples // len(validation), 1)
+    chosen = []
+    for text in validation:
+        available = max(len(text.blocks), 1)  # a part shorter than a block is taken as it is
+        count = min(rounds, available)
+        chosen.append([text.blocks.block(index * available // count) for index in range(count)])
+    longest = max(len(blocks) for blocks in chosen)
+    return [[blocks[step % len(blocks)] for blocks in chosen] for step in range(longest)]

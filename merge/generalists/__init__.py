@@ -1,0 +1,1 @@
+"""The folder of a finished generalist: files, manifest and model card."""

@@ -1,0 +1,1 @@
+"""From a recipe and opened sources to a checked plan."""

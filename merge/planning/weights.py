@@ -1,0 +1,57 @@
+"""How much each expert counts in a merge: equally, as given, or by the domain posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import UserError, unknown_name
+from ...core.hooks.text import ValidationText
+from ..ensemble.prior import fit_prior
+from ..recipes.parameters import is_varied
+
+
+def check_weights(wanted: str | Mapping[str, Any], experts: Mapping[str, Path]) -> None:
+    """Raise `UserError` for weights of experts that do not take part, and where one that does has none."""
+    if isinstance(wanted, str):
+        return
+    for name in wanted:
+        if name not in experts:
+            raise unknown_name("expert", name, experts, listed_as="this merge takes")
+    missing = [name for name in experts if name not in wanted]
+    if missing:
+        raise UserError(
+            f"no weight is given for {', '.join(missing)}; name every expert, or leave it out of the merge"
+        )
+
+
+def resolve_weights(
+    wanted: str | Mapping[str, Any],
+    seed: Path,
+    experts: Mapping[str, Path],
+    validation: Callable[[], Sequence[ValidationText]],
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Return one weight for each expert, the same for all tensors, summing to 1.
+
+    `posterior` is the cached prior of Branch-Train-Merge (arXiv:2208.03306), its best weights for a parameter
+    average. Raises `UserError` for weights that are negative, sum to 0, or name experts that do not take part.
+    """
+    if wanted == "uniform":
+        return {name: 1 / len(experts) for name in experts}
+    if wanted == "posterior":
+        return fit_prior(seed, experts, validation(), "prefix", say=say)
+    assert isinstance(wanted, Mapping), wanted
+    check_weights(wanted, experts)
+    for name, weight in wanted.items():
+        if is_varied(weight):
+            raise UserError(
+                f"the weight of '{name}' differs between tensors; here it is one for the whole model"
+            )
+        if weight < 0:
+            raise UserError(f"the weight of '{name}' is {weight}; weights are 0 or more")
+    total = sum(wanted.values())
+    if total <= 0:
+        raise UserError("the weights sum to 0; give at least one that is positive")
+    return {name: wanted[name] / total for name in experts}

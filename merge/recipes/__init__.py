@@ -1,0 +1,1 @@
+"""What a merge should do: recipes, their parameters, and mergekit configuration files."""

@@ -1,0 +1,144 @@
+"""mergekit-moe's YAML files as recipes of mixtures: the same experts, prompts and gates, in our way to begin routers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from ...core.config.problems import first_problem
+from ...core.config.settings import Section
+from ...core.errors import UserError, unknown_name
+from .mergekit_models import NamedModels
+from .recipe import Recipe, whole_models
+
+GATES: Mapping[str, tuple[str, Mapping[str, float]]] = {
+    "hidden": ("prompt_states", {}),
+    "hidden_last": ("prompt_states", {}),
+    "hidden_avg": ("prompt_states", {"average": 1}),
+    "cheap_embed": ("prompt_tokens", {}),
+    "random": ("random", {"deviation": 1.0}),
+    "uniform_random": ("linear", {}),
+}
+"""Their gate modes, and the router starts and options that are the same here."""
+ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+_FROM_PROMPTS = ("prompt_states", "prompt_tokens")
+_SEED = "base"
+
+
+class _Expert(Section):
+    source_model: Any
+    positive_prompts: tuple[str, ...] | None = None
+    negative_prompts: tuple[str, ...] | None = None
+    noise_scale: float | None = None
+    residual_scale: float | None = None
+
+
+class _MoeFile(Section):
+    base_model: Any
+    experts: tuple[_Expert, ...] = Field(min_length=1)
+    gate_mode: str = "hidden"
+    dtype: str | None = None
+    experts_per_token: int | None = Field(default=None, ge=1)
+    """Two where there are so many."""
+    shared_experts: list[Any] | None = None
+    architecture: str | None = None
+    tokenizer_source: Literal["base", "union"] | None = None
+
+
+def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path: Path) -> Recipe:
+    """Return the recipe of a mixture; raises `UserError` with file, line and key for what has no counterpart."""
+    try:
+        file = _MoeFile.model_validate(content)
+    except ValidationError as error:
+        raise UserError(first_problem(error, path, lines, _MoeFile)) from None
+    named = NamedModels(path, lines)
+    _refuse_unsupported(file, named)
+    if file.gate_mode not in GATES:
+        raise UserError(
+            f"{named.at('gate_mode')}: {unknown_name('gate_mode', file.gate_mode, GATES, listed_as='there are')}"
+        )
+    router, router_options = GATES[file.gate_mode]
+    base = named.model(file.base_model, ("base_model",))
+    models = {_SEED: named.models[base]}
+    own: dict[str, dict[str, Any]] = {}
+    for number, expert in enumerate(file.experts):
+        name = _free(named.model(expert.source_model, ("experts", number, "source_model")), own)
+        if router in _FROM_PROMPTS:
+            _require_prompts(expert, file.gate_mode, named.at("experts", number))
+        models[name] = named.models[name.partition("#")[0]]
+        prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
+        own[name] = {key: list(value) for key, value in prompts.items() if value}
+    if router in _FROM_PROMPTS:
+        _require_different_prompts(own, named.at("experts"))
+    options = {
+        "router": router,
+        "router_options": dict(router_options),
+        "top_k": file.experts_per_token,
+        "discard": True,  # attention, norms and embeddings are the base's there too
+        "target": _target(file, named),
+    }
+    return Recipe(
+        method="mixture",
+        models=models,
+        slices=whole_models(tuple(own), own),
+        seed=_SEED,
+        adapter_bases={_name: folder for _name, folder in named.adapter_bases.items() if _name in own},
+        scopes=(options,),
+        dtype=named.dtype(file.dtype, "dtype"),
+        tokenizer=file.tokenizer_source or "refuse",
+    )
+
+
+def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
+    if file.experts_per_token is not None and file.experts_per_token > len(file.experts):
+        raise UserError(
+            f"{named.at('experts_per_token')}: 'experts_per_token' is {file.experts_per_token}, and there are "
+            f"{len(file.experts)} experts"
+        )
+    if file.shared_experts:
+        raise UserError(
+            f"{named.at('shared_experts')}: 'shared_experts' is not supported; every expert is routed here"
+        )
+    for number, expert in enumerate(file.experts):
+        for key in ("noise_scale", "residual_scale"):
+            if getattr(expert, key) not in (None, 0 if key == "noise_scale" else 1):
+                raise UserError(f"{named.at('experts', number, key)}: '{key}' is not supported")
+
+
+def _require_different_prompts(own: Mapping[str, Mapping[str, Any]], at: str) -> None:
+    prompts = list(own.values())
+    if len(prompts) > 1 and all(one == prompts[0] for one in prompts):
+        raise UserError(
+            f"{at}: the prompts of all experts are the same, so that nothing tells them apart; change them, or take "
+            "gate_mode: random"
+        )
+
+
+def _require_prompts(expert: _Expert, mode: str, at: str) -> None:
+    if not any(prompt.strip() for prompt in expert.positive_prompts or ()):
+        raise UserError(
+            f"{at}: gate_mode '{mode}' needs positive_prompts for '{expert.source_model}', texts of what it is good at; or "
+            "take gate_mode: random"
+        )
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Return a name for an expert: one model may be several, with prompts of its own for each."""
+    if name not in taken:
+        return name
+    return next(f"{name}#{number}" for number in range(2, len(taken) + 3) if f"{name}#{number}" not in taken)
+
+
+def _target(file: _MoeFile, named: NamedModels) -> str:
+    if file.architecture is None:
+        return "auto"
+    wanted = file.architecture.lower().removesuffix("moe").strip()
+    if wanted not in ARCHITECTURES:
+        raise UserError(
+            f"{named.at('architecture')}: "
+            f"{unknown_name('architecture', file.architecture, ARCHITECTURES, listed_as='there are')}"
+        )
+    return ARCHITECTURES[wanted]

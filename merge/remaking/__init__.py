@@ -1,0 +1,1 @@
+"""Making a generalist again: from its manifest, or with other experts."""

@@ -1,0 +1,1 @@
+"""The models that a merge reads: tensors, adapters, tokenizers, licences, provenance."""

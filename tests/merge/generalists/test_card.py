@@ -1,0 +1,74 @@
+"""Model cards: valid metadata for the hub, and everything that the manifest knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.merge.generalists.card import model_card
+from expertctl.workspace import Workspace
+
+
+@pytest.fixture
+def folder(workspace: Path) -> Path:
+    Workspace(workspace).merge(
+        "soup", method="ties", weights={"code": 2, "law": 1, "news": 1}, options={"density": 0.5}
+    )
+    return workspace / "generalists" / "soup"
+
+
+def test_a_merge_writes_a_card_that_the_hub_understands(folder: Path) -> None:
+    card = ModelCard((folder / "README.md").read_text())
+    assert card.data.license == "cc0-1.0"
+    assert card.data.base_model == ["seed", "code", "law", "news"]
+    assert card.data.tags == ["expertctl", "generalist", "merge", "ties"]
+    assert card.data.to_dict()["base_model_relation"] == "merge"
+    assert verify(folder) == []
+
+
+def test_the_recipe_in_the_card_can_be_pasted_and_gives_the_same_model(folder: Path, workspace: Path) -> None:
+    text = (folder / "README.md").read_text()
+    recipe = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
+    again = Workspace(workspace).merge("again", **recipe["merges"]["soup"])
+    assert again.tensors == read_manifest(folder).tensors
+
+
+def test_owners_licences_data_and_scores_are_told(folder: Path, workspace: Path) -> None:
+    scores = {
+        "domains": ["law"],
+        "models": {
+            "soup": {"bits_per_byte": {"law": 1.23456}, "perplexity": {"law": 3.0}, "tokens": {"law": 9}}
+        },
+    }
+    text = model_card(read_manifest(folder), scores)
+    assert "| law | expert | 1 | not known | CC0-1.0 | law (10 tokens) |" in text
+    assert "| soup | 1.235 |" in text
+    assert str(workspace) not in text
+    assert text == model_card(read_manifest(folder), scores)
+
+
+def test_experts_and_seeds_have_cards_too(workspace: Path) -> None:
+    expert = ModelCard(model_card(read_manifest(workspace / "experts" / "law")))
+    assert expert.data.to_dict()["base_model_relation"] == "finetune"
+    assert "expertctl.load_model" in expert.text
+    seed = ModelCard(model_card(read_manifest(workspace / "seed")))
+    assert "base_model" not in seed.data.to_dict()
+    assert "AutoModelForCausalLM" in seed.text
+
+
+def test_the_card_says_what_protects_private_text(workspace: Path) -> None:
+    from dataclasses import replace
+
+    law = read_manifest(workspace / "experts" / "law")
+    spent = {"epsilon": 7.991, "delta": 1e-6, "protects": "one block of 32 tokens, added or removed"}
+    text = model_card(replace(law, data={**law.data, "privacy": spent}))
+    assert (
+        "law (10 tokens); differential privacy: epsilon 7.99 at delta 1e-06 for one block of 32 tokens, added or removed"
+        in text
+    )
+    seeded = model_card(replace(law, data={**law.data, "privacy": {**spent, "epsilon": None}}))
+    assert "differential privacy" not in seeded

@@ -1,0 +1,73 @@
+"""Making a generalist again from its manifest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toy_models import random_tensors, recipe, write_model
+
+from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.errors import UserError
+from expertctl.merge.merging import MergeRun, merge_recipe
+from expertctl.merge.remaking.reproducing import reproduce
+from expertctl.workspace import Workspace
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("average", {"weights": {"code": 3, "law": 1, "news": 1}}),
+        ("dare_ties", {"options": {"random_seed": 5, "density": [0.2, 0.9]}}),
+        (
+            "slerp",
+            {"experts": ["law", "news"], "options": {"t": [{"filter": "mlp", "value": 0.9}, {"value": 0.1}]}},
+        ),
+    ],
+)
+def test_a_workspaces_merge_is_made_again_byte_for_byte(
+    workspace: Path, method: str, settings: dict[str, object]
+) -> None:
+    ws = Workspace(workspace)
+    manifest = ws.merge("m", method=method, run=MergeRun(shard_bytes=20_000), **settings)  # type: ignore[arg-type]
+    folder = workspace / "generalists" / "m"
+    found = reproduce(manifest, folder, layout=ws.layout)
+    assert found.same
+    assert found.differences == ()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["m"]
+
+
+def test_folders_beside_the_result_are_found_and_others_are_named(tmp_path: Path) -> None:
+    models = {name: write_model(tmp_path / name, random_tensors(0)) for name in ("a", "b")}
+    manifest = merge_recipe(recipe("linear", models, weights={"a": 1, "b": 3}), tmp_path / "out")
+    assert reproduce(manifest, tmp_path / "out").same
+    (tmp_path / "b").rename(tmp_path / "c")
+    with pytest.raises(UserError, match="model 'b' is not found; say where it is: --model b=DIR"):
+        reproduce(manifest, tmp_path / "out")
+    assert reproduce(manifest, tmp_path / "out", models={"b": tmp_path / "c"}).same
+
+
+def test_an_input_that_changed_is_named(tmp_path: Path) -> None:
+    models = {name: write_model(tmp_path / name, random_tensors(0)) for name in ("a", "b")}
+    manifest = merge_recipe(recipe("linear", models), tmp_path / "out")
+    other = {name: tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in random_tensors(0).items()}
+    write_model(tmp_path / "new", other)
+    found = reproduce(manifest, tmp_path / "out", models={"b": tmp_path / "new"})
+    assert not found.same
+    assert found.differences[0].startswith("model 'b' is not what it was")
+
+
+def test_other_versions_are_told(tmp_path: Path) -> None:
+    models = {name: write_model(tmp_path / name, random_tensors(0)) for name in ("a", "b")}
+    manifest = merge_recipe(recipe("linear", models), tmp_path / "out")
+    older = replace(manifest, versions={**manifest.versions, "torch": "1.0"})
+    assert any(line.startswith("torch 1.0 then") for line in reproduce(older, tmp_path / "out").versions)
+
+
+def test_what_was_fitted_on_text_is_refused(workspace: Path) -> None:
+    Workspace(workspace).merge("e", method="ensemble", options={"prior": "uniform"})
+    folder = workspace / "generalists" / "e"
+    with pytest.raises(UserError, match="fitted on text; run its `merge` again"):
+        reproduce(read_manifest(folder), folder)
