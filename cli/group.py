@@ -78,9 +78,13 @@ class LazyGroup(Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in self._own:
-            return _load(name)
+            return _load(self._folder_of(name), name)
         self._ask_plugins()
         return self.commands.get(name)
+
+    def _folder_of(self, name: str) -> str:
+        """Return the folder of a command's module: its section, in lower case."""
+        return next(section.lower() for section, names in self._sections.items() if name in names)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         taken = name or cmd.name
@@ -118,9 +122,9 @@ class LazyGroup(Group):
                 formatter.write_dl(rows)
 
 
-def _load(name: str) -> click.Command:
-    """Import the module of one command, `cli/NAME.py`, and return its `command`."""
-    module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+def _load(folder: str, name: str) -> click.Command:
+    """Import the module of one command, `cli/FOLDER/NAME.py`, and return its `command`."""
+    module = importlib.import_module(f".{folder}.{name.replace('-', '_')}", __package__)
     command: click.Command = module.command
     return command
 

@@ -16,7 +16,7 @@ from .context import Session
 from .group import LazyGroup, options_everywhere
 from .output import print_json
 
-# In the order in which a project meets them; each is the module of that name in this folder.
+# In the order in which a project meets them; each is a module in the folder of its section.
 COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins"),
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline"),

@@ -66,7 +66,7 @@ def project_file(*, seed: Path | None = None, bundled: bool = False) -> str:
 
 
 def _domains() -> str:
-    from ..experts.bundled import BUNDLED
+    from ..experts.text.bundled import BUNDLED
 
     lines = [
         f"  {name}: {{bundled: {name}}}".ljust(34) + f"# {source.summary}\n"
@@ -76,7 +76,7 @@ def _domains() -> str:
 
 
 def _with_experts(text: str) -> str:
-    from ..experts.bundled import BUNDLED
+    from ..experts.text.bundled import BUNDLED
 
     lines = "".join(f"  {name}: {{domain: {name}}}\n" for name in BUNDLED)
     return text.replace("experts:\n", "experts:\n" + lines)

@@ -6,15 +6,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from expertctl.core.artefacts.lineage import manifest_path, read_manifest
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
-    from expertctl.experts.evaluation import EvaluationTable
-    from expertctl.workspace import Workspace
+    from expertctl.core.artefacts.layout import Layout
+    from expertctl.core.config.settings import ProjectConfig
+    from expertctl.core.hooks.text import ValidationText
+    from expertctl.experts.measures.evaluation import EvaluationTable
 
 BASELINES = ("seed", "best-expert", "average", "ensemble")
 BEST_EXPERT = "best-expert"
@@ -54,8 +56,19 @@ class Comparison:
         )
 
 
+class ComparedWorkspace(Protocol):
+    """The parts of a workspace that a comparison uses."""
+
+    layout: Layout
+
+    @property
+    def config(self) -> ProjectConfig: ...
+    def trained_domains(self, experts: Sequence[Path]) -> list[str]: ...
+    def validation(self, domains: Sequence[str]) -> list[ValidationText]: ...
+
+
 def compare(
-    workspace: Workspace,
+    workspace: ComparedWorkspace,
     model: str,
     against: Sequence[str] = BASELINES,
     domains: Sequence[str] | None = None,
@@ -69,13 +82,13 @@ def compare(
     `against` names baselines, or else models of the workspace; a baseline that has the name of the model itself gets a row
     of its own. Raises `UserError` for a model without experts where a baseline needs them.
     """
-    from expertctl.experts.evaluation import EvaluationTable, evaluate
+    from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
 
     folder = workspace.layout.artefact(model)
     experts = _experts_of(workspace, folder) if {BEST_EXPERT, *_MERGED} & set(against) else {}
     made = (BEST_EXPERT, *_MERGED)
     rows = {name: f"{name} of its experts" if name == model and name in made else name for name in against}
-    with tempfile.TemporaryDirectory(prefix=".baselines-", dir=workspace.root) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".baselines-", dir=workspace.layout.root) as scratch:
         folders = {model: folder}
         for name, row in rows.items():
             if name == BEST_EXPERT:
@@ -100,7 +113,7 @@ def _row(expert: str) -> str:
     return f"expert {expert}"
 
 
-def _experts_of(workspace: Workspace, folder: Path) -> dict[str, Path]:
+def _experts_of(workspace: ComparedWorkspace, folder: Path) -> dict[str, Path]:
     """Return the experts that a generalist was made of, as far as they are in the workspace."""
     if manifest_path(folder) is None:
         raise UserError(
@@ -109,7 +122,7 @@ def _experts_of(workspace: Workspace, folder: Path) -> dict[str, Path]:
     found = {}
     for parent in read_manifest(folder).parents:
         if parent.kind == "expert":
-            expert = workspace.experts / parent.name
+            expert = workspace.layout.experts / parent.name
             if manifest_path(expert) is None:
                 raise unknown_name("expert", parent.name, workspace.layout.finished_experts())
             found[parent.name] = expert
@@ -118,7 +131,7 @@ def _experts_of(workspace: Workspace, folder: Path) -> dict[str, Path]:
     return found
 
 
-def _merged(workspace: Workspace, method: str, experts: dict[str, Path], scratch: Path) -> Path:
+def _merged(workspace: ComparedWorkspace, method: str, experts: dict[str, Path], scratch: Path) -> Path:
     from expertctl.merge.merging import merge
 
     target = scratch / method

@@ -22,16 +22,16 @@ from expertctl.core.errors import UserError, unknown_name
 from expertctl.core.hooks.manager import installed_plugins
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.hooks.training import RunReporter
-from expertctl.experts.launching import TrainResult, launch
+from expertctl.experts.runs.launching import TrainResult, launch
 
 if TYPE_CHECKING:
     from expertctl.comparison import Comparison
     from expertctl.core.models.generation import Generation
-    from expertctl.experts.corpora import PreparedDomain
-    from expertctl.experts.discovery import Discovery
-    from expertctl.experts.evaluation import EvaluationTable
-    from expertctl.experts.proxy import Proxy
-    from expertctl.experts.runs import RunSpec
+    from expertctl.experts.measures.evaluation import EvaluationTable
+    from expertctl.experts.runs.specification import RunSpec
+    from expertctl.experts.text.corpora import PreparedDomain
+    from expertctl.experts.text.discovery import Discovery
+    from expertctl.experts.text.proxy_corpus import Proxy
     from expertctl.merge.merging import MergeRun
     from expertctl.merge.mixture.absence import Absence
     from expertctl.merge.mixture.routing.report import RoutingReport
@@ -77,7 +77,7 @@ class Workspace:
         tell: Callable[[str, int], None] = lambda domain, documents: None,
     ) -> list[PreparedDomain]:
         """Tokenise domains (default: all) with the seed's tokenizer; what is done already costs nothing."""
-        from expertctl.experts.corpora import domain_config, prepare_domain
+        from expertctl.experts.text.corpora import domain_config, prepare_domain
 
         self._require_tokenizer()
         return [
@@ -94,7 +94,7 @@ class Workspace:
 
     def prepared(self) -> dict[str, PreparedDomain | None]:
         """Return every domain of the project, with its tokens if its current text lies in the cache."""
-        from expertctl.experts.corpora import prepared_domain
+        from expertctl.experts.text.corpora import prepared_domain
 
         return {
             name: prepared_domain(self.layout, name, domain, self.layout.seed)
@@ -116,7 +116,7 @@ class Workspace:
 
         No text of `like` is written. Not given, `documents` is a tenth of the source's, at most 1,000.
         """
-        from expertctl.experts.proxy import ProxySettings, make_proxy
+        from expertctl.experts.text.proxy_corpus import ProxySettings, make_proxy
 
         return make_proxy(
             self.layout,
@@ -149,7 +149,7 @@ class Workspace:
 
         `by` names a discoverer, `options` are its own. Default: all domains that were not discovered.
         """
-        from expertctl.experts.discovery import SAMPLE, discover
+        from expertctl.experts.text.discovery import SAMPLE, discover
 
         found = discover(
             self.layout,
@@ -191,7 +191,7 @@ class Workspace:
 
         `scratch` pretrains even where `seed.from` is set; `preset` goes before `seed.preset`.
         """
-        from expertctl.experts.seed import import_seed, start_pretraining
+        from expertctl.experts.runs.seed import import_seed, start_pretraining
 
         wanted = source if source is not None or scratch else self.config.seed.from_
         if wanted is not None:
@@ -210,7 +210,7 @@ class Workspace:
 
         What is not given comes from `experts.NAME` in `expertctl.yaml`, if it stands there.
         """
-        from expertctl.experts.branching import branch
+        from expertctl.experts.runs.branching import branch
 
         return branch(self.layout, self.config, name, self._expert_config(name, settings), force=force)
 
@@ -259,8 +259,8 @@ class Workspace:
         the result says what finished, failed and was interrupted, and its `raise_for_failures()` raises as `seed` does.
         """
         from expertctl.core.artefacts.files import remove_tree
-        from expertctl.experts.runs import STATE_FOLDER, is_finished
-        from expertctl.experts.waves import next_wave
+        from expertctl.experts.runs.specification import STATE_FOLDER, is_finished
+        from expertctl.experts.runs.waves import next_wave
 
         wanted = names or self.expert_names()
         if not wanted:
@@ -293,7 +293,7 @@ class Workspace:
 
     def _branched(self, names: Sequence[str], failed: dict[str, str]) -> list[Path]:
         """Branch what is not branched yet and return the runs; what cannot be branched is noted in `failed`."""
-        from expertctl.experts.runs import RUN_FILE
+        from expertctl.experts.runs.specification import RUN_FILE
 
         runs = []
         for name in names:
@@ -307,14 +307,14 @@ class Workspace:
 
     def expert_names(self) -> tuple[str, ...]:
         """Return the experts that `train` without names trains: branched or in `expertctl.yaml`, sorted."""
-        from expertctl.experts.runs import RUN_FILE
+        from expertctl.experts.runs.specification import RUN_FILE
 
         branched = {path.parent.name for path in self.experts.glob(f"*/{RUN_FILE}")}
         return tuple(sorted({*branched, *self.config.experts}))
 
     def unfinished(self) -> dict[str, str]:
         """Return the runs and merges that were begun and have not ended, each with the command that goes on with it."""
-        from expertctl.experts.unfinished import unfinished
+        from expertctl.experts.runs.unfinished import unfinished
 
         return unfinished(self.layout, self.config)
 
@@ -341,7 +341,7 @@ class Workspace:
         from expertctl.core.artefacts.files import exclusive
         from expertctl.core.models.loading import max_positions
         from expertctl.core.text.token_store import TokenBlocks
-        from expertctl.experts.statistics import KINDS, write_statistics
+        from expertctl.experts.measures.statistics import KINDS, write_statistics
         from expertctl.merge.sources.parents import expert_folders
 
         if kind not in KINDS:
@@ -395,8 +395,8 @@ class Workspace:
         `base` is a generalist of this workspace, or `seed`. A tuning that was interrupted goes on when it is called again
         with the name alone, or with the same settings.
         """
-        from expertctl.experts.runs import RUN_FILE, is_finished
-        from expertctl.experts.tuning import require_same, start_tuning
+        from expertctl.experts.runs.specification import RUN_FILE, is_finished
+        from expertctl.experts.runs.tuning import require_same, start_tuning
 
         folder = self.generalists / name
         base = str(base) if base is not None else None
@@ -523,7 +523,7 @@ class Workspace:
         self, name: str, *, options: Mapping[str, Any] | None = None, **settings: Any
     ) -> MergeConfig:
         """Return the settings of a merge: what is given, over what `expertctl.yaml` says; all names checked."""
-        from expertctl.experts.corpora import domain_config
+        from expertctl.experts.text.corpora import domain_config
 
         given = {key: value for key, value in settings.items() if value is not None}
         declared = self.config.merges.get(name)
@@ -572,7 +572,7 @@ class Workspace:
         """Score a generalist beside its seed, best expert, average and ensemble (or those that `against` names)."""
         from expertctl.comparison import BASELINES, compare
 
-        return compare(self, model, against or BASELINES, domains, jobs=jobs, say=say, tell=tell)  # type: ignore[arg-type,unused-ignore]  # mypy sees this file under two names
+        return compare(self, model, against or BASELINES, domains, jobs=jobs, say=say, tell=tell)
 
     def routing(self, model: str, domains: Sequence[str] | None = None, *, blocks: int = 32) -> RoutingReport:
         """Return how a mixture's routers spread the validation text of domains (default: all) over its experts."""
@@ -605,7 +605,7 @@ class Workspace:
         tell: Callable[[str, str], None] = lambda model, domain: None,
     ) -> EvaluationTable:
         """Score models (names of this workspace, or folders; default: all there are) on domains."""
-        from expertctl.experts.evaluation import evaluate
+        from expertctl.experts.measures.evaluation import evaluate
 
         names = models or tuple(folder.name for folder in self.layout.finished())
         if not names:
@@ -652,7 +652,7 @@ class Workspace:
         It takes an expert's steps with as much larger a batch as there are experts, or, with `same_batch`, an
         expert's batch and as many more steps.
         """
-        from expertctl.experts.baselines import start_dense
+        from expertctl.experts.runs.baselines import start_dense
 
         run = start_dense(self.layout, same_batch=same_batch, force=force)
         self._launch([run], 1, None, reporter).raise_for_failures()
@@ -662,8 +662,8 @@ class Workspace:
         self, *, jobs: int = 1, reporter: RunReporter | None = None, force: bool = False
     ) -> Manifest:
         """Train as many experts as there are, on random slices of all text, and make their ensemble."""
-        from expertctl.experts.baselines import start_random_split
-        from expertctl.experts.runs import is_finished
+        from expertctl.experts.runs.baselines import start_random_split
+        from expertctl.experts.runs.specification import is_finished
         from expertctl.merge.merging import MergeRun, merge
 
         runs = start_random_split(self.layout, force=force)

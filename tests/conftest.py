@@ -64,7 +64,7 @@ def make_workspace(
     `changed` is the pattern of the tensors in which the experts differ from the seed.
     """
     from expertctl.core.artefacts.layout import Layout
-    from expertctl.experts.seed import import_seed
+    from expertctl.experts.runs.seed import import_seed
 
     folder.mkdir(parents=True)
     (folder / "expertctl.yaml").write_text(config, encoding="utf-8")

@@ -36,22 +36,22 @@ SELECTION_VARIABLE = "EXPERTCTL_PLUGINS"
 
 # Named by string, so that nothing below imports the plugins it is extended by.
 BUILTIN_PLUGINS = (
-    "architectures",
-    "btm",
-    "bts",
-    "btx",
-    "cbtm",
-    "corpus_files",
-    "demix",
-    "dense_merges",
-    "flexolmo",
+    "basics.architectures",
+    "basics.corpus_files",
+    "basics.in_context_order",
+    "basics.local_launcher",
+    "basics.perplexity",
+    "basics.trainable_parts",
     "flower",
-    "in_context_order",
-    "local_launcher",
-    "mixture_tuning",
-    "mixtures",
-    "perplexity",
-    "trainable_parts",
+    "methods.btm",
+    "methods.bts",
+    "methods.btx",
+    "methods.cbtm",
+    "methods.demix",
+    "methods.dense_merges",
+    "methods.flexolmo",
+    "methods.mixture_tuning",
+    "methods.mixtures",
 )
 
 Offer = TypeVar("Offer")
@@ -102,8 +102,9 @@ class PluginManager:
         """Register the built-in plugins. A failure here is our bug and is raised."""
         package = __name__.rpartition(".core.")[0]
         version = package_version(hookspecs.PROJECT)
-        for name in names:
-            module = importlib.import_module(f"{package}.plugins.{name}")
+        for path in names:
+            module = importlib.import_module(f"{package}.plugins.{path}")
+            name = path.rpartition(".")[2]
             self._distributions[name] = (hookspecs.PROJECT, version)
             self._pm.register(module, name)
 

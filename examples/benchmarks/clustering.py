@@ -59,7 +59,7 @@ def main() -> None:
 
 def read_texts(corpora: Path | None) -> Iterator[str]:
     if corpora is None:
-        from expertctl.experts.bundled import BUNDLED, read_bundled
+        from expertctl.experts.text.bundled import BUNDLED, read_bundled
 
         for name in BUNDLED:
             yield from read_bundled(name).train

@@ -113,12 +113,12 @@ def make(folder: Path) -> dict[str, float]:
         tool_versions,
     )
     from expertctl.core.testing import tiny_model_folder
-    from expertctl.experts.federation.coordinator import Coordinator
-    from expertctl.experts.federation.keys import make_key
-    from expertctl.experts.federation.owner import Owner, OwnerSettings
-    from expertctl.experts.federation.requests import Recipe
-    from expertctl.experts.seed import import_seed
-    from expertctl.plugins.flower.certificates import certificates_for
+    from expertctl.experts.federation.coordinator.coordinator import Coordinator
+    from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
+    from expertctl.experts.federation.protocol.keys import make_key
+    from expertctl.experts.federation.protocol.requests import Recipe
+    from expertctl.experts.runs.seed import import_seed
+    from expertctl.plugins.flower.protocol.certificates import certificates_for
 
     hub, origin = folder / "hub", tiny_model_folder(folder / "origin")
     hub.mkdir()
@@ -189,10 +189,10 @@ def write_random(folder: Path, config: object, seed: int) -> None:
 def hub(folder: Path) -> dict[str, float]:
     """Be a coordinator behind its door until the input closes."""
     from expertctl.core.artefacts.layout import Layout
-    from expertctl.experts.federation.coordinator import Coordinator
-    from expertctl.plugins.flower.certificates import certificates_for
-    from expertctl.plugins.flower.endpoints import Endpoints
-    from expertctl.plugins.flower.proxy import Door, Gateway
+    from expertctl.experts.federation.coordinator.coordinator import Coordinator
+    from expertctl.plugins.flower.coordinator.reverse_proxy import Door, Gateway
+    from expertctl.plugins.flower.protocol.certificates import certificates_for
+    from expertctl.plugins.flower.protocol.endpoints import Endpoints
 
     certificates = certificates_for(folder / "tls", [])
     coordinator = Coordinator(Layout(folder / "hub"))
@@ -206,11 +206,11 @@ def hub(folder: Path) -> dict[str, float]:
 
 def owner(folder: Path) -> dict[str, float]:
     """Be an owner: fetch the seed, deliver the expert."""
-    from expertctl.experts.federation.delivery import make_delivery
-    from expertctl.experts.federation.owner import Owner
-    from expertctl.experts.federation.parts import read_part
-    from expertctl.plugins.flower.coordinator_client import CoordinatorClient
-    from expertctl.plugins.flower.owner_work import part_size
+    from expertctl.experts.federation.owner.owner import Owner
+    from expertctl.experts.federation.protocol.delivery import make_delivery
+    from expertctl.experts.federation.protocol.parts import read_part
+    from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
+    from expertctl.plugins.flower.owner.owner_work import part_size
 
     one = Owner(folder / "owner")
     client = CoordinatorClient(

@@ -37,8 +37,8 @@ import sys, time
 from pathlib import Path
 from expertctl.core.hooks.manager import installed_plugins
 from expertctl.merge.engine import run_merge
-from expertctl.merge.mergekit_file import read_mergekit
-from expertctl.merge.plan import prepare_merge
+from expertctl.merge.recipes.mergekit_file import read_mergekit
+from expertctl.merge.planning.plan import prepare_merge
 import expertctl.merge.dense.averages.linear
 plan = prepare_merge(read_mergekit(Path(sys.argv[1])))
 output = Path(sys.argv[2]); output.mkdir()

@@ -33,10 +33,10 @@ def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], A
     from expertctl.core.config.settings import DpConfig, TrainingConfig
     from expertctl.core.hooks.manager import installed_plugins
     from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
-    from expertctl.experts.privacy.accounting import Mechanism
-    from expertctl.experts.privacy.loop import PrivateTrainingLoop
-    from expertctl.experts.privacy.noise import seeded_source
-    from expertctl.experts.training import TrainingLoop
+    from expertctl.experts.training.loop import TrainingLoop
+    from expertctl.experts.training.privacy.accounting import Mechanism
+    from expertctl.experts.training.privacy.loop import PrivateTrainingLoop
+    from expertctl.experts.training.privacy.noise import seeded_source
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -73,7 +73,7 @@ def new_model() -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from expertctl.experts.presets import model_config, preset
+    from expertctl.experts.runs.presets import model_config, preset
 
     torch.manual_seed(0)
     config = model_config(preset("small"), "llama", 0, 4096)
@@ -125,8 +125,8 @@ def plain_loop(folder: str) -> Callable[[], None]:
 
 def our_loop(folder: str, **changes: Any) -> Callable[[], None]:
     """Return one step of the project's loop."""
-    from expertctl.experts.trainable import all_parameters
-    from expertctl.experts.training import TrainingLoop
+    from expertctl.experts.runs.trainable import all_parameters
+    from expertctl.experts.training.loop import TrainingLoop
 
     loop = TrainingLoop(all_parameters(new_model(), None), new_blocks(folder), settings(**changes))
     steps = loop.steps()

@@ -21,7 +21,7 @@ from tools import results_over_seeds, write_config
 
 from expertctl import Workspace
 from expertctl.core.artefacts.lineage import read_manifest
-from expertctl.experts.bundled import BUNDLED
+from expertctl.experts.text.bundled import BUNDLED
 
 TARGET_AVERAGE = "posterior average, per target"
 # With the prior that was fitted for the average of the same target: `given` saves fitting it again.

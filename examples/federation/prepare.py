@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools import PUBLIC, divided_text
 
-from expertctl.experts.bundled import read_bundled
+from expertctl.experts.text.bundled import read_bundled
 
 BUNDLED = ("python", "manual", "science")
 OWNERS = 3

@@ -17,11 +17,11 @@ from ...core.artefacts.files import (
     write_json,
 )
 from ...core.errors import UserError
-from .acceptance import Refusal
-from .coordinator import Coordinator
-from .delivery import Signed
-from .parts import read_part
-from .requests import ExpertRequest
+from .coordinator.coordinator import Coordinator
+from .judging.acceptance import Refusal
+from .protocol.delivery import Signed
+from .protocol.parts import read_part
+from .protocol.requests import ExpertRequest
 
 REQUEST_FILE = "request.json"
 SEED_FOLDER = "seed"

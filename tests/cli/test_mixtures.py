@@ -13,8 +13,8 @@ from flexolmo_workspaces import OWNERS
 from expertctl import comparison
 from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.core.hooks.evaluation import Score
-from expertctl.experts import evaluation
-from expertctl.experts.evaluation import EvaluationTable
+from expertctl.experts.measures import evaluation
+from expertctl.experts.measures.evaluation import EvaluationTable
 from expertctl.workspace import Workspace
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from expertctl.core.testing import tiny_model_folder
-from expertctl.experts.training_run import train_run
+from expertctl.experts.training.run import train_run
 
 BRANCH = ("branch", "clinic", "--domain", "code", "--trains", "feed_forward", "--dp")
 BUDGET = "epsilon=8,delta=1e-3"

@@ -68,7 +68,7 @@ def worker_of(folder: Path) -> int | None:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"expertctl.experts.worker" in words and str(folder).encode() in words:
+        if b"expertctl.experts.training.worker" in words and str(folder).encode() in words:
             return int(entry.name)
     return None
 

@@ -22,7 +22,7 @@ KEY = bytes(range(32))
 
 
 def train(root: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "expertctl.experts.worker", str(root / "experts" / "clinic")]
+    command = [sys.executable, "-m", "expertctl.experts.training.worker", str(root / "experts" / "clinic")]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

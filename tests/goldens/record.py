@@ -216,7 +216,7 @@ def special_runs(workspace: Path) -> Iterator[tuple[str, str]]:
 
 
 def mergekit_files(folder: Path) -> Iterator[tuple[str, str]]:
-    models = shutil.copytree(Path(__file__).parents[1] / "merge" / "golden", folder / "mergekit")
+    models = shutil.copytree(Path(__file__).parent / "mergekit", folder / "mergekit")
     for name in MERGEKIT_FILES:
         run(models, "merge", "--config", f"{name}.yml", "-o", f"merged-{name}")
         yield f"mergekit {name}", digest_of_folder(models / f"merged-{name}")

@@ -10,13 +10,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 
-from expertctl.experts.federation.acceptance import Refusal
-from expertctl.experts.federation.coordinator import Coordinator
-from expertctl.experts.federation.delivery import Signed
-from expertctl.experts.federation.owner import Owner
-from expertctl.experts.federation.parts import read_part
-from expertctl.experts.federation.requests import ExpertRequest, Recipe
-from expertctl.experts.federation.work import work
+from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.judging.acceptance import Refusal
+from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.owner.work import work
+from expertctl.experts.federation.protocol.delivery import Signed
+from expertctl.experts.federation.protocol.parts import read_part
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
 
 TRAINING = {"tokens": 320, "sequence_length": 16, "batch_size": 2, "learning_rate": 0.003}
 BTM = Recipe("all", {}, TRAINING)

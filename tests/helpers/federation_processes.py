@@ -20,11 +20,11 @@ from pathlib import Path
 from types import ModuleType
 
 from expertctl.core.artefacts.layout import Layout
-from expertctl.experts.federation.coordinator import Coordinator
-from expertctl.experts.federation.keys import make_key
-from expertctl.experts.federation.owner import Owner, OwnerSettings
-from expertctl.experts.federation.requests import ExpertRequest, Recipe
-from expertctl.plugins.flower.child import free_port
+from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
+from expertctl.experts.federation.protocol.keys import make_key
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
+from expertctl.plugins.flower.processes.child import free_port
 
 COMMAND = [sys.executable, "-m", "expertctl.cli.main"]
 PATIENCE_S = 150.0

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from expertctl.core.testing import tiny_model_folder
-from expertctl.experts.training_run import train_run
+from expertctl.experts.training.run import train_run
 from expertctl.workspace import Workspace
 
 DOMAINS: dict[str, ModuleType] = {"public": string, "prose": textwrap, "chance": random, "means": statistics}
@@ -77,7 +77,7 @@ def train_here(workspace: Workspace, name: str, **settings: Any) -> Path:
 def tune_here(workspace: Workspace, name: str, base: str, **settings: Any) -> Path:
     """Tune a generalist in this process."""
     from expertctl.core.config.settings import TrainingConfig
-    from expertctl.experts.tuning import start_tuning
+    from expertctl.experts.runs.tuning import start_tuning
 
     given: dict[str, Any] = {"options": {}, "training": {}, **settings}
     given["training"] = TrainingConfig(**given["training"])

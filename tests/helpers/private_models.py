@@ -23,9 +23,9 @@ from transformers import (
 from expertctl.core.config.settings import DpConfig, TrainingConfig
 from expertctl.core.hooks.training import TrainablePart
 from expertctl.core.text.token_store import Blocks
-from expertctl.experts.privacy.accounting import Mechanism
-from expertctl.experts.privacy.loop import PrivateTrainingLoop
-from expertctl.experts.privacy.noise import NoiseSource, seeded_source
+from expertctl.experts.training.privacy.accounting import Mechanism
+from expertctl.experts.training.privacy.loop import PrivateTrainingLoop
+from expertctl.experts.training.privacy.noise import NoiseSource, seeded_source
 
 USUAL = {
     "hidden_size": 16,

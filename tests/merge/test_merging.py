@@ -328,7 +328,7 @@ def with_plugins(
                 told.append(event)
 
     manager: PluginManager = fresh_plugins(Plugin())
-    for module in ("merge.merging", "merge.plan", "merge.generalist", "workspace"):
+    for module in ("merge.merging", "merge.planning.plan", "merge.generalists.folder", "workspace"):
         monkeypatch.setattr(f"expertctl.{module}.installed_plugins", lambda: manager)
 
 

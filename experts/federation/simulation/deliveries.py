@@ -14,10 +14,10 @@ from ....core.artefacts.files import remove_tree, write_json
 from ....core.artefacts.layout import CONFIG_FILE, Layout
 from ....core.artefacts.lineage import Manifest, Parent, digest_of_tensors, digests_of_folder, read_manifest
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, write_tensors
-from ..delivery import Signed, make_delivery
-from ..keys import OwnerKey, make_key, read_key
-from ..parts import FileParts
-from ..requests import ExpertRequest, Recipe
+from ..protocol.delivery import Signed, make_delivery
+from ..protocol.keys import OwnerKey, make_key, read_key
+from ..protocol.parts import FileParts
+from ..protocol.requests import ExpertRequest, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor

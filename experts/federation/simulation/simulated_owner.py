@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from ..coordinator import Coordinator
-from ..parts import PART_BYTES, read_part
-from ..progress import Progress
-from ..requests import ExpertRequest
+from ..coordinator.coordinator import Coordinator
+from ..protocol.parts import PART_BYTES, read_part
+from ..protocol.progress import Progress
+from ..protocol.requests import ExpertRequest
 from .deliveries import StandIns
 from .events import Events, Line, SimulatedClock
 from .owners import OwnerTraits
 
 if TYPE_CHECKING:
-    from .planning import Plan
+    from .plan import Plan
 
 HOUR = 3600.0
 Phase = Literal["away", "fetching", "training", "sending", "done"]

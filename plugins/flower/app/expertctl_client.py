@@ -1,5 +1,5 @@
 """The owner's part, by name: the code is that of the owner's installation."""
 
-from expertctl.plugins.flower.taking_in import app
+from expertctl.plugins.flower.owner.taking_in import app
 
 __all__ = ["app"]

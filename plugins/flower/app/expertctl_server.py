@@ -1,5 +1,5 @@
 """The coordinator's part, by name: the code is that of the coordinator's installation."""
 
-from expertctl.plugins.flower.handing_out import app
+from expertctl.plugins.flower.coordinator.handing_out import app
 
 __all__ = ["app"]

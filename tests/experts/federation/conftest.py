@@ -10,9 +10,9 @@ import pytest
 from federation_members import MODULES, Clock, private_text
 
 from expertctl.core.artefacts.layout import Layout
-from expertctl.experts.federation.coordinator import Coordinator
-from expertctl.experts.federation.keys import make_key
-from expertctl.experts.federation.owner import Owner, OwnerSettings
+from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
+from expertctl.experts.federation.protocol.keys import make_key
 
 
 @pytest.fixture

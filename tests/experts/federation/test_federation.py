@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, Workspace, load_model, verify
 from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
-from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
-from expertctl.experts.federation.coordinator import Coordinator
-from expertctl.experts.federation.delivery import Signed, Statement, make_delivery, rounded
-from expertctl.experts.federation.owner import Owner
-from expertctl.experts.federation.owner_status import owner_statuses
-from expertctl.experts.federation.parts import parts_of
-from expertctl.experts.federation.requests import ExpertRequest, Recipe
+from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.coordinator.owner_status import owner_statuses
+from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
+from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.protocol.delivery import Signed, Statement, make_delivery, rounded
+from expertctl.experts.federation.protocol.parts import parts_of
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
 
 NewOwner = Callable[[str], Owner]
 

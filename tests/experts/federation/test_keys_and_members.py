@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from expertctl import UserError
-from expertctl.experts.federation.keys import PublicKey, make_key, read_key
-from expertctl.experts.federation.members import Members
+from expertctl.experts.federation.coordinator.members import Members
+from expertctl.experts.federation.protocol.keys import PublicKey, make_key, read_key
 
 
 def test_a_key_signs_what_its_public_part_verifies(tmp_path: Path) -> None:

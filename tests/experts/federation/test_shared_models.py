@@ -20,19 +20,24 @@ from safetensors.torch import load_file, save_file
 from expertctl import UserError, Workspace, load_model, verify
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
-from expertctl.experts.federation import round_keeper
-from expertctl.experts.federation.acceptance import HeldOut, RefusalCode
-from expertctl.experts.federation.averaging import AveragingRules, OuterRecipe, outer_step
-from expertctl.experts.federation.coordinator import Coordinator
-from expertctl.experts.federation.delivery import Signed
-from expertctl.experts.federation.keys import make_key
-from expertctl.experts.federation.owner import Owner, OwnerSettings
-from expertctl.experts.federation.owner_status import owner_statuses
-from expertctl.experts.federation.parts import parts_of
-from expertctl.experts.federation.requests import ExpertRequest, Recipe, RoundOf
-from expertctl.experts.federation.round_keeper import advance, begin_rounds, keep_rounds, status_of
-from expertctl.experts.federation.round_plan import RoundPlan
-from expertctl.experts.federation.shared_model import SharedModel, SharedSettings
+from expertctl.experts.federation.coordinator import round_keeper
+from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.coordinator.owner_status import owner_statuses
+from expertctl.experts.federation.coordinator.round_keeper import (
+    advance,
+    begin_rounds,
+    keep_rounds,
+    status_of,
+)
+from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
+from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
+from expertctl.experts.federation.protocol.delivery import Signed
+from expertctl.experts.federation.protocol.keys import make_key
+from expertctl.experts.federation.protocol.parts import parts_of
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
+from expertctl.experts.federation.rounds.averaging import AveragingRules, OuterRecipe, outer_step
+from expertctl.experts.federation.rounds.round_plan import RoundPlan
+from expertctl.experts.federation.rounds.shared_model import SharedModel, SharedSettings
 
 NewOwner = Callable[[str], Owner]
 ROUNDS = 2

@@ -13,12 +13,13 @@ from typing import Any, get_args
 import pytest
 
 from expertctl import UserError
-from expertctl.experts.federation.acceptance import RefusalCode
-from expertctl.experts.federation.parts import PART_BYTES
+from expertctl.experts.federation.judging.acceptance import RefusalCode
+from expertctl.experts.federation.protocol.parts import PART_BYTES
 from expertctl.experts.federation.simulation.deliveries import Delivers
 from expertctl.experts.federation.simulation.events import Events, Line, SimulatedClock
 from expertctl.experts.federation.simulation.owners import OwnerTraits, drawn_owners, read_trace
-from expertctl.experts.federation.simulation.planning import Plan, Report, simulate
+from expertctl.experts.federation.simulation.plan import Plan
+from expertctl.experts.federation.simulation.planning import Report, simulate
 
 HOUR = 3600
 # 1 Mbit/s is 125,000 bytes a second: 450 MB an hour. Training takes ten hours.

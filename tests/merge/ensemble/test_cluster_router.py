@@ -21,7 +21,7 @@ from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.core.testing import tiny_model_folder
 from expertctl.core.text.clustering.clusterer import Clusterer, unit_rows
 from expertctl.core.text.tokenizer import TextEncoder
-from expertctl.experts.training_run import train_run
+from expertctl.experts.training.run import train_run
 from expertctl.merge.ensemble.cluster_router import ClusterRouter, ClusterRouting, fitted_temperature
 from expertctl.workspace import Workspace
 

@@ -280,7 +280,7 @@ def test_a_refused_tuning_leaves_its_name_free(flexolmo_workspace: Workspace) ->
 
 def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Workspace) -> None:
     from expertctl.core.config.settings import TrainingConfig
-    from expertctl.experts.tuning import start_tuning
+    from expertctl.experts.runs.tuning import start_tuning
 
     merge(flexolmo_workspace, "all-plain", OWNERS)
     start_tuning(

@@ -57,7 +57,7 @@ def test_copies_of_the_seed_give_the_seed(
         NATIVE.get(family, "MixtureForCausalLM")
     ]
     expected = logits(models["base"])
-    torch.testing.assert_close(logits(folder), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(folder), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", NATIVE)

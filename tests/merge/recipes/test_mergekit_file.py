@@ -15,7 +15,7 @@ from expertctl.core.errors import UserError
 from expertctl.merge.merging import merge_recipe, plan_recipe
 from expertctl.merge.recipes.mergekit_file import METHODS, read_mergekit
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "goldens" / "mergekit"
 TWO = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 2}}]
 
 

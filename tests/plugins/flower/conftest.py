@@ -14,13 +14,13 @@ import pytest
 from federation_members import MODULES, private_text
 
 from expertctl.core.artefacts.layout import Layout
-from expertctl.experts.federation.coordinator import Coordinator
-from expertctl.experts.federation.keys import make_key
-from expertctl.experts.federation.owner import Owner, OwnerSettings
-from expertctl.plugins.flower.certificates import Certificates, certificates_for
-from expertctl.plugins.flower.coordinator_client import CoordinatorClient
-from expertctl.plugins.flower.endpoints import Endpoints
-from expertctl.plugins.flower.proxy import Door, Gateway
+from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
+from expertctl.experts.federation.protocol.keys import make_key
+from expertctl.plugins.flower.coordinator.reverse_proxy import Door, Gateway
+from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
+from expertctl.plugins.flower.protocol.certificates import Certificates, certificates_for
+from expertctl.plugins.flower.protocol.endpoints import Endpoints
 
 
 @dataclass

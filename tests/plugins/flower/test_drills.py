@@ -35,18 +35,18 @@ from safetensors.torch import load_file, save_file
 from expertctl import Workspace, load_model, verify
 from expertctl.core.artefacts.files import is_alive, read_json
 from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
-from expertctl.experts.federation.delivery import Signed, make_delivery
-from expertctl.experts.federation.owner import Owner
-from expertctl.experts.federation.owner_status import owner_statuses
-from expertctl.experts.federation.parts import parts_of, read_part
-from expertctl.experts.federation.requests import ExpertRequest, Recipe
-from expertctl.experts.federation.round_keeper import begin_rounds
-from expertctl.experts.federation.round_plan import RoundPlan
-from expertctl.experts.federation.shared_model import SharedSettings
-from expertctl.experts.federation.work import work
-from expertctl.plugins.flower.child import environment, flower_command
-from expertctl.plugins.flower.coordinator_client import CoordinatorClient
-from expertctl.plugins.flower.superlink import APP
+from expertctl.experts.federation.coordinator.owner_status import owner_statuses
+from expertctl.experts.federation.coordinator.round_keeper import begin_rounds
+from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.owner.work import work
+from expertctl.experts.federation.protocol.delivery import Signed, make_delivery
+from expertctl.experts.federation.protocol.parts import parts_of, read_part
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
+from expertctl.experts.federation.rounds.round_plan import RoundPlan
+from expertctl.experts.federation.rounds.shared_model import SharedSettings
+from expertctl.plugins.flower.coordinator.superlink import APP
+from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
+from expertctl.plugins.flower.processes.child import environment, flower_command
 
 pytestmark = [pytest.mark.slow, pytest.mark.federation, pytest.mark.timeout(400)]
 SHORT = {"tokens": 640, "sequence_length": 16, "batch_size": 2}
@@ -418,7 +418,7 @@ def main(grid, context):
 ALTERED_CLIENT = """
 import pathlib
 pathlib.Path({marker!r}).write_text("this coordinator's code ran beside the text")
-from expertctl.plugins.flower.taking_in import app
+from expertctl.plugins.flower.owner.taking_in import app
 __all__ = ["app"]
 """
 

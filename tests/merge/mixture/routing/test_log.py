@@ -31,7 +31,12 @@ from expertctl.merge.mixture.routing.measuring import routing_of
 from expertctl.merge.mixture.routing.report import DomainRouting, RoutingReport
 from expertctl.merge.mixture.routing.switching import without_experts
 from expertctl.merge.recipes.recipe import Recipe, whole_models
-from expertctl.plugins.mixture_tuning import MixtureTraining, RouterTuning, prepare_mixture, prepare_router
+from expertctl.plugins.methods.mixture_tuning import (
+    MixtureTraining,
+    RouterTuning,
+    prepare_mixture,
+    prepare_router,
+)
 from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))

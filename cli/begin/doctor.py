@@ -1,0 +1,197 @@
+"""`expertctl doctor`: what is wrong with this machine, this installation or this workspace."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from ...core.artefacts.files import is_alive
+from ..context import Session
+from ..group import cli_command
+from ..output import Table
+
+if TYPE_CHECKING:
+    from expertctl.workspace import Workspace
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "pydantic",
+    "pluggy",
+)
+MIN_FREE_BYTES = 1 << 30
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Literal["ok", "note", "wrong"]
+    what: str
+    found: str
+
+
+@cli_command("doctor", example="expertctl doctor")
+@click.pass_context
+def command(ctx: click.Context) -> int:
+    """Say what is wrong with machine, installation or workspace.
+
+    Exit status 1 when something is.
+    """
+    session = ctx.ensure_object(Session)
+    findings = [*_machine(), *_libraries(), *_devices(), *_plugins(ctx), *_workspace(session)]
+    wrong = [finding for finding in findings if finding.level == "wrong"]
+    rows = [(finding.level, finding.what, finding.found) for finding in findings]
+    session.finish(
+        {"healthy": not wrong, "findings": [asdict(finding) for finding in findings]},
+        Table(("", "", ""), rows, headings=False),
+        f"{len(wrong)} wrong" if wrong else "nothing is wrong",
+    )
+    return 1 if wrong else 0
+
+
+# --- machine and installation ---
+
+
+def _machine() -> Iterator[Finding]:
+    from ...core.process.compute import available_cores
+
+    yield Finding("ok", "python", f"{platform.python_version()} ({sys.executable})")
+    yield Finding("ok", "system", f"{platform.system()} {platform.machine()}")
+    yield Finding("ok", "cores", str(available_cores()))
+    memory = _memory_bytes()
+    if memory is not None:
+        yield Finding("ok", "memory", f"{memory / GIB:.1f} GiB")
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return None
+
+
+def _libraries() -> Iterator[Finding]:
+    from ...core.artefacts.lineage import package_version
+
+    yield Finding("ok", "expertctl", package_version("expertctl"))
+    for name in LIBRARIES:
+        version = package_version(name)
+        missing = version == "not installed"
+        yield Finding(
+            "wrong" if missing else "ok", name, f"{version}; pip install {name}" if missing else version
+        )
+
+
+def _devices() -> Iterator[Finding]:
+    try:
+        import torch
+    except Exception as error:  # a broken installation can raise anything
+        yield Finding("wrong", "torch", f"cannot be imported: {_one_line(error)}")
+        return
+    if not torch.cuda.is_available():
+        yield Finding("ok", "devices", "cpu; no GPU that torch can use")
+    for index in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(index).total_memory / GIB
+        yield Finding("ok", f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {memory:.1f} GiB")
+
+
+def _plugins(ctx: click.Context) -> Iterator[Finding]:
+    """Call every hook once, so that a plugin that breaks in one of them is found."""
+    from ...core.hooks.manager import installed_plugins
+    from .plugins import WORDS
+
+    plugins = installed_plugins()
+    for hook in WORDS:
+        getattr(plugins, hook)()
+    root = ctx.find_root().command
+    if isinstance(root, click.Group):
+        root.list_commands(ctx)
+    third = [one for one in plugins.plugins() if one.distribution != "expertctl"]
+    yield Finding(
+        "ok", "plugins", f"{len(plugins.plugins()) - len(third)} built in, {len(third)} from others"
+    )
+    for one in third:
+        yield Finding("ok", f"plugin {one.name}", f"{one.distribution} {one.version}: {', '.join(one.hooks)}")
+    for problem in plugins.problems:
+        yield Finding("wrong", f"plugin {problem.plugin}", f"({problem.distribution}) {problem.reason}")
+
+
+# --- the workspace ---
+
+
+def _workspace(session: Session) -> Iterator[Finding]:
+    from ...core.errors import UserError
+
+    try:
+        workspace = session.open()
+    except UserError as error:
+        asked = session.workspace is not None
+        yield Finding("wrong" if asked else "note", "workspace", str(error) if asked else "none here")
+        return
+    yield Finding("ok", "workspace", str(workspace.root))
+    yield _disk(workspace.root)
+    if not os.access(workspace.root, os.W_OK):
+        yield Finding("wrong", "workspace", f"{workspace.root} may not be written; check who owns the folder")
+    try:
+        config = workspace.config
+    except UserError as error:
+        yield Finding("wrong", "expertctl.yaml", str(error))
+        return
+    yield Finding("ok", "expertctl.yaml", f"{len(config.domains)} domains, {len(config.experts)} experts")
+    yield from _sources(workspace)
+    yield from _state(workspace)
+
+
+def _disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free
+    return Finding("ok" if free >= MIN_FREE_BYTES else "wrong", "disk", f"{free / GIB:.1f} GiB free")
+
+
+def _sources(workspace: Workspace) -> Iterator[Finding]:
+    """Look for the text that the domains name."""
+    for name, domain in workspace.config.domains.items():
+        for source in (domain.path, domain.train, domain.valid):
+            if source is not None and not (workspace.root / Path(source).expanduser()).exists():
+                yield Finding("wrong", f"domain {name}", f"{source} does not exist")
+
+
+def _state(workspace: Workspace) -> Iterator[Finding]:
+    """Look for what is going on, was left unfinished, or was left lying by a killed command."""
+    for name, how in workspace.unfinished().items():
+        yield Finding("note", f"unfinished {name}", f"go on with: {how}")
+    for lock in sorted((workspace.root / ".locks").glob("*.lock")):
+        if _held(lock):
+            yield Finding("note", "at work", f"another process holds {lock.name}")
+    for folder in (workspace.root, workspace.experts, workspace.generalists, workspace.layout.baselines):
+        for path in sorted((*folder.glob(".*.partial-*"), *folder.glob(".*.discarded-*"))):
+            if not is_alive(path.name.rpartition("-")[2]):
+                yield Finding("note", "leftover", f"{path}, of a command that was killed; it may be deleted")
+
+
+def _held(lock: Path) -> bool:
+    """Tell whether a process holds a lock; the file alone says nothing, the system frees it when one dies."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

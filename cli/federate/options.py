@@ -1,0 +1,167 @@
+"""What the commands of `expertctl federate` share: an owner's state, the coordinator at hand, and options that say what is asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...core.errors import UserError
+from ..context import Session
+from ..parsing import as_dictionary, setting
+from ..parsing import settings as key_values
+
+if TYPE_CHECKING:
+    from ...experts.federation.coordinator.coordinator import Coordinator
+    from ...experts.federation.owner.owner import Owner
+    from ...experts.federation.protocol.requests import Recipe
+
+STATE_FOLDER = Path("expertctl") / "owner"
+
+
+def default_state() -> Path:
+    """Return where an owner's state is kept unless another folder is named."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / STATE_FOLDER
+
+
+state_option = click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The owner's state folder. Default: ~/.local/state/expertctl/owner",
+)
+owner_options = [
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Your text: a folder or a file. Needed the first time.",
+    ),
+    click.option(
+        "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
+    ),
+    click.option(
+        "--licence", metavar="TEXT", help="Under which licence the text stands; told with the expert."
+    ),
+    click.option(
+        "--dp",
+        metavar="epsilon=E,delta=D",
+        help="Train with differential privacy, whatever is asked for; remembered. `none` ends that.",
+    ),
+    state_option,
+]
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+
+recipe_options = [
+    click.option(
+        "--recipe",
+        "recipe_name",
+        default="flexolmo",
+        show_default=True,
+        metavar="NAME",
+        help="flexolmo (a feed-forward beside the frozen public one), btm (the whole model), a trainer, or diloco or fedavg "
+        "(one shared model, in rounds).",
+    ),
+    click.option(
+        "--tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Tokens that each owner trains on (in all rounds together).",
+    ),
+    click.option(
+        "--set",
+        "settings",
+        type=setting,
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A setting of the training.",
+    ),
+    click.option(
+        "--option",
+        "options",
+        type=setting,
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An option of the trainer.",
+    ),
+    click.option(
+        "--dp",
+        metavar="epsilon=E,delta=D",
+        help="Ask for training with differential privacy, and refuse what spent more.",
+    ),
+    click.option(
+        "--deadline",
+        default="14d",
+        show_default=True,
+        metavar="TIME",
+        help="Time until the deadline (of each round): 48h, 14d.",
+    ),
+]
+
+
+def with_recipe(function: click.decorators.FC) -> click.decorators.FC:
+    """Add the options that say what is asked for."""
+    for option in reversed(recipe_options):
+        function = option(function)
+    return function
+
+
+def with_owner(function: click.decorators.FC) -> click.decorators.FC:
+    """Add the options that say where an owner's text is, and how it may be trained on."""
+    for option in reversed(owner_options):
+        function = option(function)
+    return function
+
+
+def owner_from(
+    data: Path | None, text_field: str, licence: str | None, dp: str | None, state: Path | None
+) -> Owner:
+    """Return the owner that the options of `with_owner` describe; what is not given is as it was."""
+    from dataclasses import replace
+
+    from ...experts.federation.owner.owner import Owner, OwnerSettings
+
+    owner = Owner((state or default_state()).expanduser().resolve())
+    owner.key()
+    found = owner.settings() if data is None else OwnerSettings(data, text_field, licence)
+    if data is not None and owner.is_configured:
+        found = replace(found, privacy=owner.settings().privacy)
+    if dp is not None:
+        found = replace(found, privacy=None if dp == "none" else privacy_from(dp))
+    owner.configure(found)
+    return owner
+
+
+def privacy_from(text: str) -> dict[str, Any]:
+    """Return what `--dp` says."""
+    try:
+        return key_values(text)
+    except click.BadParameter as error:
+        raise UserError(f"--dp: {error.message}; write epsilon=8,delta=1e-6") from None
+
+
+def recipe_from(
+    recipe_name: str,
+    tokens: int | None,
+    settings: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+    dp: str | None,
+) -> Recipe:
+    """Return the recipe that the options of `with_recipe` describe."""
+    from ...experts.federation.owner.recipes import recipe_of
+
+    training = as_dictionary((*settings, *((("tokens", tokens),) if tokens is not None else ())))
+    privacy = privacy_from(dp) if dp is not None else None
+    return recipe_of(recipe_name, as_dictionary(options), training, privacy)
+
+
+def coordinator_of(session: Session) -> Coordinator:
+    """Return the coordinator of the workspace at hand."""
+    from ...experts.federation.coordinator.coordinator import Coordinator
+    from ...experts.federation.judging.held_out import held_out_measure
+
+    layout = session.open().layout
+    return Coordinator(layout, measure=held_out_measure(layout))

@@ -1,0 +1,174 @@
+"""`expertctl federate simulate`: a federation played through before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..context import Session, pass_session
+from ..group import cli_command
+from ..output import Table, number
+from ..parsing import byte_count, optional_bytes, token_count
+
+if TYPE_CHECKING:
+    from ...experts.federation.simulation.planning import Report
+
+
+@cli_command("simulate", example="expertctl federate simulate --owners 1000 --quorum 0.8 --deadline 48h")
+@click.option(
+    "--owners",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many owners to draw at random. Default: 100.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Owners as they are, in place of drawn ones: CSV or .jsonl, a row each; see docs/simulation.md.",
+)
+@click.option(
+    "--quorum",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.8,
+    show_default=True,
+    metavar="SHARE",
+    help="Share of the owners whose experts are enough.",
+)
+@click.option(
+    "--deadline",
+    default="48h",
+    show_default=True,
+    metavar="TIME",
+    help="Until when owners may deliver: 30m, 48h, 2d.",
+)
+@click.option(
+    "--ask-again",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="How often missing owners are asked again, for as long, when the deadline passes without the quorum.",
+)
+@click.option(
+    "--tokens",
+    type=token_count,
+    default="100M",
+    show_default=True,
+    metavar="COUNT",
+    help="What each owner trains on.",
+)
+@click.option(
+    "--expert-size",
+    type=byte_count,
+    default="2GB",
+    show_default=True,
+    metavar="SIZE",
+    help="What each owner hands in.",
+)
+@click.option(
+    "--seed-size",
+    type=optional_bytes,
+    metavar="SIZE",
+    help="What each owner fetches; 0 if all have the seed. Default: as the expert.",
+)
+@click.option(
+    "--line",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="GBIT",
+    help="The coordinator's line, Gbit/s in each direction.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
+)
+@pass_session
+def simulate_command(
+    session: Session,
+    /,
+    owners: int | None,
+    trace: Path | None,
+    quorum: float,
+    deadline: str,
+    ask_again: int,
+    tokens: int,
+    expert_size: int,
+    seed_size: int | None,
+    line: float,
+    seed: int,
+) -> None:
+    """Play a federation through: how long, how many bytes, who fails.
+
+    The coordinator is the real one, with its ledger, signatures and checks; owners are a model on a clock, from a trace or drawn
+    at random. What they hand in are stand-ins of a few bytes; times and bytes are reckoned for the sizes given. Nothing waits,
+    and no workspace is needed.
+    """
+    from ...experts.federation.protocol.requests import deadline_in
+    from ...experts.federation.simulation.events import BEGIN
+    from ...experts.federation.simulation.owners import drawn_owners, read_trace
+    from ...experts.federation.simulation.plan import Plan
+    from ...experts.federation.simulation.planning import simulate
+
+    if owners is not None and trace is not None:
+        raise click.UsageError("--owners draws owners and --trace reads them; give one of the two")
+    who = read_trace(trace) if trace is not None else drawn_owners(100 if owners is None else owners, seed)
+    plan = Plan(
+        expert_bytes=expert_size,
+        seed_bytes=expert_size if seed_size is None else seed_size,
+        tokens=tokens,
+        deadline=deadline_in(deadline, BEGIN) - BEGIN,
+        quorum=quorum,
+        line_gbit=line,
+        ask_again=ask_again,
+        seed=seed,
+    )
+    with session.count("simulation", "owners settled", len(who)) as count:
+        report = simulate(who, plan, told=count.to)
+    session.finish(report.as_json(), *_parts(report))
+
+
+def _parts(report: Report) -> tuple[str | Table, ...]:
+    """Return a report as people read it."""
+    refused = sum(report.refused.values())
+    codes = ", ".join(f"{code} {count}" for code, count in report.refused.items())
+    again = f", asked again {report.asked_again} times" if report.asked_again else ""
+    rows = [
+        (
+            "quorum",
+            f"{_hours(report.hours_to_quorum)}, {number(report.needed)} of {number(report.owners)}{again}",
+        ),
+        ("all", _hours(report.hours_to_all)),
+        ("accepted", number(report.accepted)),
+        ("refused", f"{number(refused)}{f': {codes}' if codes else ''}"),
+        ("late", number(report.late)),
+        ("never", number(report.never)),
+        ("carried down", f"{_bytes(report.bytes_down)}, the line in use for {report.line_hours_down:.1f} h"),
+        ("carried up", f"{_bytes(report.bytes_up)}, the line in use for {report.line_hours_up:.1f} h"),
+        ("of them lost", _bytes(report.bytes_lost)),
+        (
+            "cost",
+            f"{report.seconds:.0f} s ({report.cpu_seconds:.0f} s of CPU) for {number(report.events)} events, "
+            f"{report.events_per_second:,.0f} a second, "
+            f"peak memory {_bytes(report.peak_memory_bytes)}",
+        ),
+    ]
+    shares = Table(
+        ("share of owners accepted", "after"),
+        [(share, _hours(hours)) for share, hours in report.hours_to.items()],
+    )
+    return Table(("", ""), rows, headings=False), "", shares
+
+
+def _hours(hours: float | None) -> str:
+    return "not reached" if hours is None else f"{hours:.1f} h"
+
+
+def _bytes(count: int) -> str:
+    """Return bytes as `2.0 GB`."""
+    size, unit = float(count), 0
+    while size >= 1000 and unit < 5:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}" if unit else f"{count} bytes"

@@ -1,0 +1,298 @@
+"""`expertctl merge`: experts become a generalist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..context import Session, pass_session
+from ..group import cli_command
+from ..output import Table
+from ..parsing import as_dictionary, byte_count, names, setting, weights
+
+if TYPE_CHECKING:
+    from expertctl.workspace import Workspace
+
+    from ...core.artefacts.lineage import Manifest
+    from ...merge.merging import MergeRun
+    from ...merge.planning.plan import MergePlan
+
+MEGA = 1_000_000
+
+
+@cli_command("merge", example="expertctl merge forest --method ensemble --experts code,law --option top_k=1")
+@click.argument("name", metavar="NAME", required=False)
+@click.option("--method", metavar="METHOD", help="How to merge; `expertctl plugins` lists the methods.")
+@click.option(
+    "--experts",
+    type=names,
+    metavar="A,B",
+    help="Which experts: names, or folders of models and of LoRA adapters. Default: every finished expert.",
+)
+@click.option(
+    "--weights",
+    "shares_",
+    type=weights,
+    metavar="WEIGHTS",
+    help="How much each counts: uniform, posterior (by the domain posterior), or a:0.6,b:0.4. Default: uniform.",
+)
+@click.option(
+    "--option", "options", type=setting, multiple=True, metavar="KEY=VALUE", help="An option of the method."
+)
+@click.option(
+    "--fit-on",
+    type=names,
+    metavar="A,B",
+    help="Domains whose validation text priors, posterior weights and searches use. Default: the experts' own.",
+)
+@click.option(
+    "--config",
+    "file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Merge what a mergekit file says, into -o DIR; needs no workspace.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where to. Default: generalists/NAME.",
+)
+@click.option(
+    "--search",
+    is_flag=False,
+    flag_value="coordinate",
+    type=click.Choice(["coordinate", "cma"]),
+    help="Look for the weights that predict validation text best, from the posterior's on.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Merges that a search scores at most. Default: 40.",
+)
+@click.option(
+    "--layer-groups",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Weights that a search gives each expert, over the layers. Default: 1.",
+)
+@click.option(
+    "--plan", "plan_only", is_flag=True, help="Check everything, show what would be done, and stop."
+)
+@click.option(
+    "--gate",
+    is_flag=True,
+    help="Compare the result with seed, best expert, average and ensemble; exit with status 3 if it is worse.",
+)
+@click.option(
+    "--self-contained",
+    is_flag=True,
+    help="Hold copies of all that a stitched model is made of, rather than refer to it.",
+)
+@click.option("--resume", is_flag=True, help="Go on with what a killed or interrupted merge has written.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--dtype", metavar="DTYPE", help="What to write: bfloat16, float16, float32. Default: as the seed."
+)
+@click.option(
+    "--tokenizer",
+    metavar="POLICY",
+    help="Where tokenizers differ: refuse, base, union, or an expert's name. Default: refuse.",
+)
+@click.option(
+    "--shard-size",
+    type=byte_count,
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    help="Largest file: 500MB, 5GB.",
+)
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    help="Where to calculate: cpu, cuda, cuda:1.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tensors at a time. Default: one per core, up to 4.",
+)
+@click.option("--allow-unrelated", is_flag=True, help="Merge models that do not descend from one another.")
+@click.option("--allow-licences", is_flag=True, help="Merge models whose licences contradict each other.")
+@pass_session
+def command(
+    session: Session,
+    name: str | None,
+    method: str | None,
+    experts: tuple[str, ...] | None,
+    shares_: str | dict[str, float] | None,
+    options: tuple[tuple[str, Any], ...],
+    fit_on: tuple[str, ...] | None,
+    file: Path | None,
+    output: Path | None,
+    search: str | None,
+    trials: int | None,
+    layer_groups: int | None,
+    plan_only: bool,
+    gate: bool,
+    self_contained: bool,
+    resume: bool,
+    force: bool,
+    dtype: str | None,
+    tokenizer: str | None,
+    shard_size: int,
+    device: str,
+    threads: int | None,
+    allow_unrelated: bool,
+    allow_licences: bool,
+) -> int:
+    """Merge the seed and its experts into a generalist.
+
+    What is not given comes from `merges.NAME` in expertctl.yaml. Everything that can be refused is refused
+    before any work is done; `--plan` stops there. With `--config` it merges what a mergekit file says.
+    """
+    from ...merge.engine.calculator import EngineSettings
+    from ...merge.merging import MergeRun
+    from ...merge.planning.plan import Permissions
+
+    run = MergeRun(
+        force=force,
+        resume=resume,
+        permissions=Permissions(unrelated=allow_unrelated, licences=allow_licences),
+        settings=EngineSettings(threads=threads, device=device),
+        shard_bytes=shard_size,
+        say=session.note,
+    )
+    if self_contained:
+        options = (*options, ("self_contained", True))
+    given = {
+        "method": method,
+        "experts": experts,
+        "weights": shares_,
+        "fit_on": fit_on,
+        "options": options or None,
+    }
+    if file is not None:
+        _refuse_with_file(name, {**given, "tokenizer": tokenizer, "dtype": dtype, "search": search})
+        if gate:
+            raise click.UsageError("--gate compares experts of a workspace, and --config merges any folders")
+        _merge_file(session, file, output, run, plan_only)
+        return 0
+    if name is None:
+        raise click.UsageError("give the NAME of the merge, or --config FILE with -o DIR")
+    settings: dict[str, Any] = {
+        "method": method,
+        "experts": experts,
+        "weights": shares_,
+        "options": as_dictionary(options) or None,
+        "fit_on": fit_on,
+        "dtype": dtype,
+        "tokenizer": tokenizer,
+        "search": _search(search, trials, layer_groups),
+        "output": output,
+    }
+    workspace = session.open()
+    if plan_only:
+        _show_plan(session, workspace.plan(name, run=run, **settings), output or workspace.generalists / name)
+        return 0
+    with MergeProgress(session) as progress:
+        manifest = workspace.merge(name, run=progress.watched(run), **settings)
+    folder = output or workspace.generalists / name
+    if not gate:
+        _finish(session, folder, manifest)
+        return 0
+    return _compare(session, workspace, folder, manifest)
+
+
+def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Manifest) -> int:
+    """Compare what was merged with its baselines, and write down how it came out."""
+    from ...merge.generalists.folder import note_evaluation
+    from ..summaries import artefact_content
+    from ..use.eval import report_comparison
+
+    name = folder.name if folder.parent == workspace.generalists else str(folder)
+    status, found = report_comparison(session, workspace, name, None, made=artefact_content(folder, manifest))
+    note_evaluation(folder, found.table.as_json(), found.verdict(), found.holds)
+    return status
+
+
+def _search(strategy: str | None, trials: int | None, layer_groups: int | None) -> dict[str, Any] | None:
+    """Return the settings of a search, None where none is asked for here."""
+    given = {"strategy": strategy, "trials": trials, "layer_groups": layer_groups}
+    return {key: value for key, value in given.items() if value is not None} or None
+
+
+def _refuse_with_file(name: str | None, given: dict[str, Any]) -> None:
+    if name is not None:
+        raise click.UsageError("--config says what to merge; leave out NAME and say where to with -o DIR")
+    for option, value in given.items():
+        if value is not None:
+            raise click.UsageError(
+                f"--config says it all; leave out --{option.replace('_', '-').rstrip('s')}"
+            )
+
+
+def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun, plan_only: bool) -> None:
+    from ...merge.merging import merge_recipe, plan_recipe
+    from ...merge.recipes.mergekit_file import read_mergekit
+
+    recipe = read_mergekit(file)
+    if plan_only:
+        _show_plan(session, plan_recipe(recipe, output, run=run), output)
+        return
+    if output is None:
+        raise click.UsageError("--config needs -o DIR: where to write")
+    with MergeProgress(session) as progress:
+        manifest = merge_recipe(recipe, output, run=progress.watched(run))
+    _finish(session, output, manifest)
+
+
+class MergeProgress:
+    """Shows the megabytes that a merge has written."""
+
+    def __init__(self, session: Session) -> None:
+        self._count = session.count("merging", "MB")
+
+    def __enter__(self) -> MergeProgress:
+        self._count.__enter__()
+        return self
+
+    def __exit__(self, *what: Any) -> None:
+        self._count.__exit__(*what)
+
+    def watched(self, run: MergeRun) -> MergeRun:
+        """Return the run with its progress shown here."""
+        from dataclasses import replace
+
+        def tell(done: int, total: int) -> None:
+            self._count.total = total // MEGA
+            self._count.to(done // MEGA)
+
+        return replace(run, tell=tell)
+
+
+def _finish(session: Session, folder: Path, manifest: Manifest) -> None:
+    from ..summaries import artefact_content, made, origin
+
+    session.finish(
+        artefact_content(folder, manifest),
+        made(folder, manifest),
+        origin(manifest),
+    )
+
+
+def _show_plan(session: Session, plan: MergePlan, output: Path | None) -> None:
+    from ...merge.planning.plan_report import plan_content, plan_rows, tensor_rows
+
+    parts = [Table(("", ""), plan_rows(plan, output), headings=False)]
+    if session.verbose:
+        columns = ("tensor", "shape", "dtype", "how", "from", "weights")
+        parts.append(Table(columns, tensor_rows(plan)))
+    session.finish(plan_content(plan, output), *parts)

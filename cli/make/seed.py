@@ -1,0 +1,45 @@
+"""`expertctl seed`: the checkpoint that experts start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..context import Session, pass_session
+from ..group import cli_command
+
+
+@cli_command("seed", example="expertctl seed --from models/SmolLM2-135M")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Import this Hugging Face causal language model; its files are linked, not copied.",
+)
+@click.option("--scratch", is_flag=True, help="Pretrain one, even where expertctl.yaml names one to import.")
+@click.option("--preset", metavar="NAME", help="Size of one that is pretrained: tiny or small.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace the seed there is. Experts of the old one cannot be merged with it.",
+)
+@pass_session
+def command(session: Session, source: Path | None, scratch: bool, preset: str | None, force: bool) -> None:
+    """Make the seed: import a model, or pretrain a small one.
+
+    Without options, what stands under `seed` in expertctl.yaml is done. Pretraining that was interrupted
+    goes on.
+    """
+    if source is not None and (scratch or preset is not None):
+        raise click.UsageError("--from imports a model; --scratch and --preset are for pretraining one")
+    workspace = session.open()
+    with session.runs(["seed"]) as progress:
+        manifest = workspace.seed(
+            source, scratch=scratch or preset is not None, preset=preset, force=force, reporter=progress
+        )
+    from ..summaries import artefact_content, made
+
+    folder = workspace.layout.seed
+    session.finish(artefact_content(folder, manifest), made(folder, manifest))

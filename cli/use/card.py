@@ -1,0 +1,55 @@
+"""`expertctl card`: the model card of an artefact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..context import Session, pass_session
+from ..group import cli_command
+
+
+@cli_command(
+    "card",
+    example="expertctl card forest -o forest.md",
+)
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--evaluation",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="What `expertctl eval --json` printed, to be shown in the card.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write it there instead of printing it.",
+)
+@pass_session
+def command(session: Session, model: str, evaluation: Path | None, output: Path | None) -> None:
+    """Print the model card of a seed, expert or generalist.
+
+    What it was made from and how comes from its manifest.
+    """
+    from ...core.artefacts.files import read_json, write_text
+    from ...core.artefacts.lineage import read_manifest
+    from ...core.errors import UserError
+    from ...merge.generalists.card import model_card
+
+    manifest = read_manifest(session.artefact(model))
+    scores = read_json(evaluation) if evaluation is not None else None
+    if scores is not None and not {"domains", "models"} <= scores.keys():
+        raise UserError(
+            f"{evaluation} is not what `expertctl eval --json` prints: it has no 'domains' and 'models'"
+        )
+    text = model_card(manifest, scores)
+    if output is None:
+        session.finish({"name": manifest.name, "card": text}, text.rstrip("\n"))
+        return
+    write_text(output, text)
+    session.finish(
+        {"name": manifest.name, "file": str(output)}, f"the card of {manifest.name} is in {output}"
+    )

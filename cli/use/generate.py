@@ -1,0 +1,159 @@
+"""`expertctl generate`: sample text, and see which expert carried which token."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..context import Session, pass_session
+from ..group import cli_command
+from ..parsing import names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ...core.models.generation import GeneratedToken, Generation
+
+COLOURS = (
+    "cyan",
+    "yellow",
+    "magenta",
+    "green",
+    "blue",
+    "red",
+    "bright_cyan",
+    "bright_yellow",
+    "bright_magenta",
+)
+
+
+@cli_command("generate", example='expertctl generate forest "def main(" --max-new-tokens 40 --show-experts')
+@click.argument("model", metavar="MODEL")
+@click.argument("prompt", metavar="PROMPT")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Length of the continuation.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.8,
+    show_default=True,
+    metavar="T",
+    help="How adventurous; 0 takes the most probable token each time.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Sample only from the most probable tokens that make up this share.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
+)
+@click.option(
+    "--without",
+    type=names,
+    multiple=True,
+    metavar="A,B",
+    help="Switch off these experts of an ensemble or a mixture; its files stay as they are.",
+)
+@click.option(
+    "--show-experts", is_flag=True, help="Mark each token with the expert that carried it (ensembles)."
+)
+@pass_session
+def command(
+    session: Session,
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    without: tuple[tuple[str, ...], ...],
+    show_experts: bool,
+) -> None:
+    """Sample a continuation of a prompt.
+
+    MODEL is a name of this workspace or a folder. PROMPT is the text, or - to read it from standard input.
+    """
+    folder = session.artefact(model)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    from ...core.models.generation import generate
+
+    with session.count("writing", "tokens", max_new_tokens) as count, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: session.note(str(message))
+        generation = generate(
+            folder,
+            text,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            without=[name for several in without for name in several],
+            shares=show_experts,
+            tell=count.to,
+        )
+    content = {
+        "model": model,
+        "prompt": text,
+        "text": generation.text,
+        "experts": list(generation.experts),
+        "prompt_tokens": _content(generation.prompt),
+        "tokens": _content(generation.continuation),
+    }
+    session.finish(content, *(_by_expert(generation) if show_experts else (text + generation.text,)))
+
+
+def _content(tokens: Sequence[GeneratedToken]) -> list[dict[str, Any]]:
+    return [
+        {"id": token.id, "text": token.text, "experts": None if token.shares is None else dict(token.shares)}
+        for token in tokens
+    ]
+
+
+def _by_expert(generation: Generation) -> tuple[str, ...]:
+    """Return the text with each token's expert marked, and the legend."""
+    tokens = (*generation.prompt, *generation.continuation)
+    counts = dict.fromkeys(generation.experts, 0)
+    for token in tokens:
+        if token.shares:
+            counts[max(token.shares, key=token.shares.__getitem__)] += 1
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    numbers = {name: number for number, name in enumerate(generation.experts, start=1)}
+    text = "".join(
+        _marked(piece, numbers[name], in_colour) if name else piece for name, piece in _stretches(tokens)
+    )
+    legend = (
+        f"{_marked(name, number, in_colour) if in_colour else f'[{number}] {name}'}: {counts[name]} tokens"
+        for name, number in numbers.items()
+    )
+    return (text, "", *legend)
+
+
+def _stretches(tokens: Sequence[GeneratedToken]) -> Iterator[tuple[str | None, str]]:
+    """Yield (expert, text) of neighbouring tokens that the same expert carried."""
+    carrier: str | None = None
+    text = ""
+    for token in tokens:
+        name = max(token.shares, key=token.shares.__getitem__) if token.shares else None
+        if name != carrier and text:
+            yield carrier, text
+            text = ""
+        carrier = name
+        text += token.text
+    yield carrier, text
+
+
+def _marked(text: str, number: int, in_colour: bool) -> str:
+    return click.style(text, fg=COLOURS[(number - 1) % len(COLOURS)]) if in_colour else f"[{number}]{text}"

@@ -1,0 +1,1 @@
+"""The side that hands out seeds and collects experts."""

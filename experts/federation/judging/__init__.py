@@ -1,0 +1,1 @@
+"""Whether a delivered expert is accepted."""

@@ -1,0 +1,1 @@
+"""The side that holds private text and trains on it."""

@@ -1,0 +1,190 @@
+"""The process that trains one request's expert: `python -m expertctl.experts.federation.owner.work STATE REQUEST`.
+
+It belongs to the owner and to nobody else: it goes on when whoever started it has ended, writes how far it is beside the run, and,
+killed at any point, goes on from its last checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ....core.artefacts.files import exclusive, mendable, write_json, write_text
+from ....core.artefacts.layout import CONFIG_FILE, Layout
+from ....core.config.project import load_project
+from ....core.config.settings import ExpertConfig, ProjectConfig, checked
+from ....core.errors import Interrupted, UserError
+from ....core.process.allocator import keep_freed_memory
+from ....core.process.environment import prepare_libraries
+from ...runs.branching import branch
+from ...runs.specification import RUN_FILE, read_run
+from ...text.corpora import prepare_domain
+from ...training.run_inputs import RunInputs
+from ...training.starting_point import training_blocks
+from ..protocol.progress import FailureCode, Progress
+from ..protocol.requests import ExpertRequest
+from .owner import PROCESS_FILE, PROGRESS_FILE, Owner
+
+Tell = Callable[[Progress], None]
+
+
+def main(arguments: list[str]) -> int:
+    """Train; return the exit status."""
+    prepare_libraries()
+    keep_freed_memory()
+    owner, identifier = Owner(Path(arguments[0])), arguments[1]
+    (owner.run_folder(identifier) / PROCESS_FILE).write_text(str(os.getpid()))
+    try:
+        work(owner, identifier)
+    except UserError as error:
+        print(f"Error: {error}", flush=True)
+        return error.exit_status
+    return 0
+
+
+def work(
+    owner: Owner,
+    identifier: str,
+    tell: Tell = lambda progress: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Train a request's expert in this process and return its folder; a finished one costs nothing.
+
+    Raises `UserError` for what the owner can mend, and notes its code, which is all that others hear.
+    """
+    request = owner.request(identifier)
+    folder = owner.run_folder(identifier)
+    privacy = owner.privacy(request)
+    note = _Note(folder, tell, private=privacy is not None)
+    with exclusive(folder / ".locks" / "work", f"request {identifier}"):
+        if owner.is_trained(request):
+            return owner.expert_folder(request)
+        if not owner.is_private_enough(request):
+            owner.begin_anew(request)
+        try:
+            note.phase = "SEED"
+            layout = _workspace(owner, request)
+            note.phase = "DATA"
+            project = load_project(layout.config_file)
+            prepare_domain(layout, request.owner, project.domains[request.owner], layout.seed)
+            note.phase = "TRAINING"
+            _branch(layout, project, request, privacy)
+            note.phase = "DATA"
+            training_blocks(
+                RunInputs.of_folder(layout.experts / request.owner)
+            )  # refuses text of less than a block
+            note.phase = "TRAINING"
+            _train(layout, owner, request, note, stopped)
+        except Exception as error:
+            note.failed(error)
+            raise
+    return owner.expert_folder(request)
+
+
+def _workspace(owner: Owner, request: ExpertRequest) -> Layout:
+    """Make the workspace of a request: the owner's text as its one domain, the seed as it was handed out."""
+    settings = owner.settings()
+    root = owner.run_folder(request.id)
+    if not owner.seeds.has(request):
+        raise UserError(f"seed {request.seed[:12]} is not here yet; fetch it first")
+    domain = {"path": str(settings.data), "text_field": settings.text_field, "licence": settings.licence}
+    content = json.dumps({"domains": {request.owner: domain}}, indent=2)  # JSON is YAML
+    write_text(root / CONFIG_FILE, content)
+    seed = root / "seed"
+    if not seed.exists():
+        seed.symlink_to(owner.seeds.folder(request).resolve(), target_is_directory=True)
+    if request.recipe.round is not None and not (root / "corpora").exists():
+        corpora = owner.shared_folder(request) / "corpora"
+        corpora.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (root / "corpora").symlink_to(corpora.resolve(), target_is_directory=True)
+    return Layout(root)
+
+
+def _branch(
+    layout: Layout, project: ProjectConfig, request: ExpertRequest, privacy: Mapping[str, Any] | None
+) -> None:
+    if (layout.experts / request.owner / RUN_FILE).is_file():
+        return
+    recipe = request.recipe
+    settings: dict[str, Any] = {
+        "domain": request.owner,
+        "trains": recipe.trains,
+        "options": dict(recipe.options),
+        "training": dict(recipe.training),
+        "owner": request.owner,
+    }
+    if privacy is not None:
+        settings["dp"] = dict(privacy)
+    branch(layout, project, request.owner, checked(ExpertConfig, settings, "the request's recipe"))
+
+
+def _train(
+    layout: Layout, owner: Owner, request: ExpertRequest, note: _Note, stopped: Callable[[], bool]
+) -> None:
+    import torch
+
+    from ...training.run import train_run
+    from .round_training import train_round
+
+    folder = layout.experts / request.owner
+    torch.set_num_threads(read_run(folder).training.threads)
+    if request.recipe.round is None:
+        train_run(folder, note.hear, stopped)
+    else:
+        train_round(folder, request.recipe.round, owner.shared_folder(request) / "state", note.hear, stopped)
+    note.write(Progress("ready", note.last.steps, note.last.steps, note.last.loss, 0.0))
+
+
+class _Note:
+    """What is told of a training, on disk and to whoever listens."""
+
+    def __init__(self, folder: Path, tell: Tell, *, private: bool) -> None:
+        self._path, self._tell, self._private = folder / PROGRESS_FILE, tell, private
+        self.phase: FailureCode = "TRAINING"
+        """What it would be that failed."""
+        self._begun: tuple[float, int] | None = None
+        self.last = Progress("training")
+
+    def hear(self, record: Mapping[str, Any]) -> None:
+        """Take in what the training loop tells."""
+        import time
+
+        step, now = int(record.get("step", self.last.step)), time.monotonic()
+        steps = int(record.get("total_steps", self.last.steps))
+        if record.get("event") == "started" or self._begun is None:
+            self._begun = (now, step)
+        since, first = self._begun
+        left = (now - since) / (step - first) * (steps - step) if step > first else None
+        loss = None if self._private else record.get("loss")  # a function of the text that no noise covers
+        self.write(
+            Progress(
+                "training",
+                step,
+                steps,
+                round(float(loss), 2) if loss is not None else self.last.loss,
+                round(left, 1) if left is not None else None,
+            )
+        )
+
+    def failed(self, error: Exception) -> None:
+        """Write the code of what went wrong: never its words, which may hold paths or text."""
+        code: FailureCode = self.phase
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if isinstance(error, Interrupted):
+            code = "STOPPED"
+        elif isinstance(cause, OSError) and mendable(cause) is not None:
+            code = "DISK"
+        self.write(Progress("failed", self.last.step, self.last.steps, self.last.loss, None, code))
+
+    def write(self, progress: Progress) -> None:
+        self.last = progress
+        write_json(self._path, progress.as_json())
+        self._tell(progress)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

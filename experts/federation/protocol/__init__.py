@@ -1,0 +1,1 @@
+"""What coordinator and owners exchange: keys, requests, deliveries and their parts."""

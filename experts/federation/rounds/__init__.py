@@ -1,0 +1,1 @@
+"""Shared models trained in rounds (DiLoCo, federated averaging)."""

@@ -1,0 +1,174 @@
+"""What merges by RegMean and Fisher need to know of an expert: gathered beside its data, which stays where it is.
+
+Only second moments leave: the Gram matrices of layers' inputs, or the squares of gradients. They say something about
+the text all the same; hand them on only where the expert itself may go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...core.artefacts.files import new_folder, refuse_existing, write_json
+from ...core.artefacts.lineage import digest_of_tensors, read_manifest, tool_versions
+from ...core.artefacts.safetensors_io import write_tensors
+from ...core.artefacts.statistics_files import STATISTICS_FORMAT, statistics_manifest, statistics_weights
+from ...core.errors import UserError
+from ...core.models.loading import checkpoint_tensors, load_model
+from ...core.process.compute import best_device
+from ...core.text.token_store import TokenBlocks
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+Kind = Literal["gram", "fisher"]
+KINDS: tuple[Kind, ...] = ("gram", "fisher")
+SAMPLES = 256
+"""Blocks; what the papers' code takes."""
+Tell = Callable[[int], None]
+
+
+def gather_statistics(
+    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], kind: Kind, tell: Tell = lambda done: None
+) -> dict[str, Tensor]:
+    """Return statistics by tensor name, in float32: `gram` matrices (in, in), or diagonal `fisher` information.
+
+    `blocks` are token arrays of shape (tokens + 1,). Raises `UserError` when there is none.
+    """
+    gather = {"gram": gather_grams, "fisher": gather_fisher}[kind]
+    return gather(model, blocks, tell)
+
+
+def gather_grams(
+    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], tell: Tell = lambda done: None
+) -> dict[str, Tensor]:
+    """Return X^T X / N of the inputs of every linear layer, by the name of its weight (arXiv:2212.09849, section 3).
+
+    N is the number of tokens. All matrices stand in memory at once: in^2 numbers for each layer. Layers whose
+    weight is shared, such as a tied output head, are left out.
+    """
+    import torch
+
+    layers = _linear_layers(model)
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+
+    def hook(name: str) -> Any:
+        def gather(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            flat = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            product = (flat.T @ flat).double().cpu()
+            sums[name] = sums[name] + product if name in sums else product
+
+        return gather
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.inference_mode():
+            for done, block in enumerate(blocks, start=1):
+                model(input_ids=torch.from_numpy(block[None, :-1]).to(model.device), use_cache=False)
+                tokens += len(block) - 1
+                tell(done)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not tokens:
+        raise UserError("there is no text to gather statistics on; run `expertctl data prepare`")
+    return {name: (total / tokens).float() for name, total in sums.items()}
+
+
+def gather_fisher(
+    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], tell: Tell = lambda done: None
+) -> dict[str, Tensor]:
+    """Return E[(grad log p(block))^2] for every tensor, the mean over blocks (arXiv:2111.09832, section 3.2).
+
+    log p is the sum over a block's tokens, given the token before it: the empirical Fisher information, with the
+    text that there is in place of the model's own.
+    """
+    import torch
+
+    parameters = dict(checkpoint_parameters(model).items())
+    sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    count = 0
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for block in blocks:
+        count += 1
+        model.zero_grad(set_to_none=True)
+        tokens = torch.from_numpy(block[None]).to(model.device)
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[0].float(), tokens[0, 1:], reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has not annotated it
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad.float() ** 2
+        tell(count)
+    model.zero_grad(set_to_none=True)
+    if not count:
+        raise UserError("there is no text to gather statistics on; run `expertctl data prepare`")
+    return {name: (total / count).cpu() for name, total in sums.items()}
+
+
+def checkpoint_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return a model's floating-point parameters by their names in the checkpoint, each shared one once."""
+    names = checkpoint_tensors(model)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in names and parameter.is_floating_point()
+    }
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    from torch import nn
+
+    stored = checkpoint_tensors(model)
+    return {
+        f"{name}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and f"{name}.weight" in stored
+    }
+
+
+def write_statistics(
+    expert: Path,
+    seed: Path,
+    blocks: TokenBlocks,
+    kind: Kind,
+    output: Path,
+    *,
+    domain: Mapping[str, Any],
+    samples: int = SAMPLES,
+    force: bool = False,
+    tell: Tell = lambda done: None,
+) -> dict[str, Any]:
+    """Gather statistics of one kind on an expert and write them to `output/KIND/`; return their manifest.
+
+    The blocks are spread evenly over the part. Raises `UserError` when they are there already.
+    """
+    target = output / kind
+    refuse_existing(target, force=force, what="statistics")
+    manifest = read_manifest(expert)
+    model, _ = load_model(expert, seed=seed, dtype="float32", as_trained=False)
+    model.to(best_device())
+    count = min(samples, max(len(blocks), 1))
+    chosen = (blocks.block(index * max(len(blocks), 1) // count) for index in range(count))
+    tensors = gather_statistics(model, chosen, kind, tell)
+    with new_folder(target, force=force, what="statistics") as partial:
+        digests = write_tensors(statistics_weights(partial), tensors)
+        content = {
+            "format": STATISTICS_FORMAT,
+            "kind": kind,
+            "expert": manifest.name,
+            "expert_digest": manifest.digest,
+            "domain": dict(domain),
+            "blocks": count,
+            "tokens_per_block": blocks.block_size,
+            "digest": digest_of_tensors(digests),
+            "tensors": digests,
+            "versions": tool_versions(),
+        }
+        write_json(statistics_manifest(partial), content)
+    return content

@@ -1,0 +1,1 @@
+"""Setting up runs: what will be trained, from where, and in which order."""

@@ -1,0 +1,83 @@
+"""The controls of Branch-Train-Merge: one dense model of the same compute, and experts of random splits.
+
+The dense model goes on from the seed on all domains, each giving the same number of tokens, for as many steps
+as one expert takes, with a batch as much larger as there are experts: the paper's protocol, where every
+expert has its share of the dense model's batch. With few tokens more steps of a smaller batch teach more, so
+the same tokens can also be spent at an expert's batch size. The random-split experts train on equal random slices of the
+blocks of all domains; a forest of them shows what is owed to the domains and what to having several models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...core.artefacts.layout import Layout
+from ...core.errors import UserError
+from .branching import parent_digests, write_run
+from .specification import RUN_FILE, RunSpec, read_run
+
+DENSE = "dense"
+DENSE_SAME_BATCH = "dense-same-batch"
+SLICE = "random-{index}"
+
+
+def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False) -> Path:
+    """Set up the dense baseline's run and return its folder; an unfinished one is gone on with.
+
+    `same_batch`: an expert's batch and as many more steps, instead of its steps and as much larger a batch.
+    """
+    experts = trained_experts(layout)
+    training = experts[0].training
+    tokens = sum(expert.training.steps * expert.training.tokens_per_step for expert in experts)
+    batch = training.batch_size if same_batch else training.batch_size * len(experts)
+    spec = RunSpec(
+        kind="expert",
+        name=DENSE_SAME_BATCH if same_batch else DENSE,
+        domains=_all_domains(experts),
+        training=training.model_copy(update={"tokens": tokens, "batch_size": batch}),
+        parents=parent_digests(layout, {"seed": 1.0}),
+    )
+    return _start(layout, spec, force=force)
+
+
+def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
+    """Set up one run for each expert there is, on its random slice of all text; return their folders."""
+    experts = trained_experts(layout)
+    return [
+        _start(
+            layout,
+            RunSpec(
+                kind="expert",
+                name=SLICE.format(index=index),
+                domains=_all_domains(experts),
+                training=expert.training,
+                trains=expert.trains,
+                options=expert.options,
+                parents=parent_digests(layout, {"seed": 1.0}),
+                slice=(index, len(experts)),
+            ),
+            force=force,
+        )
+        for index, expert in enumerate(experts)
+    ]
+
+
+def trained_experts(layout: Layout) -> list[RunSpec]:
+    """Return the specifications of the finished experts; raises `UserError` when there is none."""
+    names = layout.finished_experts()
+    if not names:
+        raise UserError("a baseline is matched to the experts, and none is finished; train them first")
+    return [read_run(layout.experts / name) for name in names]
+
+
+def _all_domains(experts: list[RunSpec]) -> tuple[str, ...]:
+    return tuple(sorted({domain for expert in experts for domain in expert.domains}))
+
+
+def _start(layout: Layout, spec: RunSpec, *, force: bool) -> Path:
+    folder = layout.baselines / spec.name
+    if force or not (folder / RUN_FILE).is_file():
+        write_run(layout, folder, spec, force=force)
+    elif read_run(folder) != spec:
+        raise UserError(f"{folder} was made for other experts or settings; use --force to make it again")
+    return folder

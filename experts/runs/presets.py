@@ -1,0 +1,63 @@
+"""Named sizes of seeds that are made from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import unknown_name
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of decoder-only transformer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+
+
+PRESETS = {
+    "tiny": Preset(128, 352, 4, 4, 2048, 1024),  # about 1.3 million parameters
+    "small": Preset(256, 704, 6, 8, 4096, 2048),  # about 7 million
+}
+
+
+def preset(name: str) -> Preset:
+    """Return the preset of that name; raises `UserError` that lists the choices."""
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]
+
+
+def model_config(size: Preset, family: str, separator: int, vocabulary: int) -> PretrainedConfig:
+    """Return the transformers configuration of a preset as an OLMo-2- or Llama-style model.
+
+    `vocabulary` is what the tokenizer ended up with: fewer than the preset's when there was little text.
+    """
+    settings: dict[str, Any] = {
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "num_hidden_layers": size.num_hidden_layers,
+        "num_attention_heads": size.num_attention_heads,
+        "num_key_value_heads": size.num_attention_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": size.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "bos_token_id": separator,
+        "eos_token_id": separator,
+        "pad_token_id": separator,
+    }
+    if family == "olmo2":
+        from transformers import Olmo2Config
+
+        return Olmo2Config(**settings)
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**settings)

@@ -1,0 +1,165 @@
+"""Making the seed: importing a Hugging Face folder without copying it, or setting up a pretraining run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
+from ...core.artefacts.layout import Layout
+from ...core.artefacts.lineage import (
+    TOKENIZER_FILES,
+    Manifest,
+    digest_of_tensors,
+    digest_of_tokenizer,
+    digests_of_folder,
+    tool_versions,
+)
+from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
+from ...core.config.settings import ProjectConfig
+from ...core.errors import UserError
+from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
+from ...core.process.environment import without_loading_bars
+from ...core.text.tokenizer import TextEncoder, train_tokenizer
+from ..text.corpora import domain_config, domain_documents
+from .presets import model_config, preset
+from .specification import RUN_FILE, RunSpec, is_finished
+
+MODEL_FILES = ("config.json", "generation_config.json")
+
+
+def import_seed(layout: Layout, source: Path, *, licence: str | None = None, force: bool = False) -> Manifest:
+    """Make a Hugging Face causal LM folder the seed, linking its files where the file system can.
+
+    Raises `UserError`, before anything is written, for a folder that has pickled weights only, is truncated,
+    has no tokenizer, or is of a kind that transformers has no causal language model for.
+    """
+    refuse_existing(layout.seed, force=force, what="seed")
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source} has no config.json: it is no Hugging Face model folder")
+    weights = checkpoint_files(source)
+    tensors = Checkpoint(weights)
+    TextEncoder.of_folder(source)
+    names = _names_in_memory(source)
+    with (
+        exclusive(layout.lock("run-seed"), "the seed"),
+        new_folder(layout.seed, force=force, what="seed") as partial,
+    ):
+        for name in (*MODEL_FILES, *TOKENIZER_FILES):
+            if (source / name).is_file():
+                link_or_copy(source / name, partial / name)
+        if names == set(tensors):
+            for file in weights:
+                link_or_copy(file, partial / file.name)
+            if len(weights) > 1:
+                link_or_copy(source / INDEX_FILE, partial / INDEX_FILE)
+        else:
+            _rewrite(source, partial)
+        found, files = digests_of_folder(partial)
+        manifest = Manifest(
+            kind="seed",
+            name="seed",
+            digest=digest_of_tensors(found),
+            tensors=found,
+            files=files,
+            tokenizer=digest_of_tokenizer(partial),
+            config={"model_type": read_json(source / "config.json").get("model_type")},
+            licence=licence,
+            versions=tool_versions(),
+        )
+        manifest.write(partial)
+    return manifest
+
+
+def _names_in_memory(source: Path) -> set[str]:
+    """Return the tensor names of the model that transformers builds for a folder, each shared one once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{source} is no causal language model that transformers knows: {first}") from None
+    return set(checkpoint_tensors(model))
+
+
+def _rewrite(source: Path, target: Path) -> None:
+    """Write the weights once under the names they have in memory.
+
+    Some families keep other names on disk (per-expert tensors, a missing prefix). Everything here goes by the
+    names in memory, and transformers reads those too.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with without_loading_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    model, loading = loaded
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"{source} lacks {len(missing)} tensors of its model, such as '{missing[0]}'; fetch it again"
+        )
+    write_tensors(target / WEIGHTS_FILE, checkpoint_tensors(model))
+
+
+def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = False) -> Path:
+    """Set up the pretraining run of a seed from scratch: tokenizer, configuration, `run.json`.
+
+    An unfinished run of the same settings is left as it is, to be gone on with. Returns the run's folder.
+    """
+    settings = project.seed
+    spec = RunSpec(
+        kind="seed",
+        name="seed",
+        domains=settings.domains or tuple(project.domains),
+        training=project.training_of(settings.training),
+        preset=settings.preset,
+        family=settings.family,
+        licence=settings.licence,
+    )
+    if not spec.domains:
+        raise UserError(
+            "there is no domain to pretrain the seed on; add one under 'domains' in expertctl.yaml"
+        )
+    size = preset(settings.preset)
+    if spec.training.sequence_length > size.max_position_embeddings:
+        raise UserError(
+            f"training.sequence_length {spec.training.sequence_length} is more than the {size.max_position_embeddings} "
+            f"positions of preset '{settings.preset}'"
+        )
+    if is_finished(layout.seed):
+        refuse_existing(layout.seed, force=force, what="seed")
+    elif (layout.seed / RUN_FILE).is_file() and not force:
+        _require_same(layout.seed, spec)
+        return layout.seed
+    with (
+        exclusive(layout.lock("run-seed"), "the seed"),
+        new_folder(layout.seed, force=True, what="seed") as partial,
+    ):
+        texts = _training_texts(layout, project, spec.domains)
+        train_tokenizer(texts, size.vocab_size, partial, max_length=size.max_position_embeddings)
+        encoder = TextEncoder.of_folder(partial)
+        model_config(size, settings.family, encoder.separator, encoder.vocabulary).save_pretrained(partial)
+        spec.write(partial)
+    return layout.seed
+
+
+def _require_same(folder: Path, spec: RunSpec) -> None:
+    from .specification import read_run
+
+    if read_run(folder) != spec:
+        raise UserError(
+            f"{folder} was begun with other settings; put them back in expertctl.yaml to go on, or use --force to "
+            "start again"
+        )
+
+
+def _training_texts(layout: Layout, project: ProjectConfig, domains: tuple[str, ...]) -> Iterator[str]:
+    for name in domains:
+        yield from domain_documents(domain_config(project, name), layout.root, "train")

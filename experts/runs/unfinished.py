@@ -1,0 +1,44 @@
+"""What was begun in a workspace and has not ended, each with the command that goes on with it."""
+
+from __future__ import annotations
+
+from ...core.artefacts.files import unfinished_names
+from ...core.artefacts.layout import Layout
+from ...core.config.settings import ProjectConfig
+from ...core.errors import UserError
+from .baselines import DENSE, DENSE_SAME_BATCH
+from .specification import RUN_FILE, is_finished, read_run
+
+_BASELINES = {DENSE: "dense", DENSE_SAME_BATCH: "dense --same-batch"}
+
+
+def unfinished(layout: Layout, project: ProjectConfig) -> dict[str, str]:
+    """Return name -> command of every run and merge that was begun and has not ended."""
+    commands = {layout.seed: _seed_command(layout, project)}
+    for folder, command in (
+        (layout.experts, "train {name}"),
+        (layout.generalists, "tune {name}"),
+        (layout.baselines, "baseline {baseline}"),
+    ):
+        for run in (path.parent for path in folder.glob(f"*/{RUN_FILE}")):
+            baseline = _BASELINES.get(run.name, "random-split")
+            commands[run] = "expertctl " + command.format(name=run.name, baseline=baseline)
+    runs = {
+        folder.name: command
+        for folder, command in sorted(commands.items())
+        if (folder / RUN_FILE).is_file() and not is_finished(folder)
+    }
+    return runs | {name: f"expertctl merge {name} --resume" for name in unfinished_names(layout.generalists)}
+
+
+def _seed_command(layout: Layout, project: ProjectConfig) -> str:
+    """Return the command that goes on with a seed that was begun, with the options that it was begun with."""
+    if not (layout.seed / RUN_FILE).is_file():
+        return "expertctl seed"
+    try:
+        begun = read_run(layout.seed).preset
+    except UserError:
+        return "expertctl seed --force"  # its settings are lost: nothing can go on with it
+    if begun is not None and begun != project.seed.preset:
+        return f"expertctl seed --preset {begun}"
+    return "expertctl seed --scratch" if project.seed.from_ is not None else "expertctl seed"

@@ -1,0 +1,1 @@
+"""Text of domains: reading, packing, discovering and selecting documents."""

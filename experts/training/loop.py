@@ -1,0 +1,203 @@
+"""The one training loop: optimiser steps on a trainable part, and the state they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...core.config.settings import TrainingConfig
+from ...core.errors import UserError
+from ...core.hooks.training import TrainablePart
+from ...core.text.token_store import BalancedUnion, Blocks, Position, SharedUnion, domain_at, draw
+from .schedule import learning_rate, progress_at
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did."""
+
+    step: int
+    """Steps done so far, this one included."""
+    loss: Tensor
+    """Mean cross-entropy in nats per token, shape (); left on its device until somebody asks."""
+    gradient_norm: Tensor
+    learning_rate: float
+
+
+class TrainingLoop:
+    """A trainable part, its optimiser, and a position in the data: everything a checkpoint must hold."""
+
+    def __init__(
+        self, part: TrainablePart, blocks: Blocks | BalancedUnion | SharedUnion, config: TrainingConfig
+    ) -> None:
+        import torch
+
+        if len(blocks) == 0:
+            raise UserError(
+                f"the text is shorter than one block of {config.sequence_length} tokens; add text, or lower "
+                "training.sequence_length"
+            )
+        self.config, self.blocks, self.part = config, blocks, part
+        self.device = resolve_device(config.device)
+        self.step = 0
+        self.position = Position()
+        self.parameters = dict(part.parameters)
+        self.module: nn.Module = part.module.to(self.device).train()
+        unknown = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        assert not unknown, f"the trainer froze what it says it trains: {unknown[0]}"
+        self._loss: Any = functools.partial(next_token_loss, self.module)
+        if config.compile:
+            self._loss = torch.compile(self._loss)  # the loss too, which fuses with the logits
+        self.optimiser = make_optimiser(self.parameters, config)
+        self._autocast = autocast(config, self.device)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train to the end of the budget, yielding after each optimiser step."""
+        while self.step < self.config.steps:
+            if self.part.tell_step is not None:
+                self.part.tell_step(self.step)
+            rate = learning_rate(self.config, progress_at(self.config, self.step))
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            loss = self._accumulate()
+            norm = self._clip()
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            self.step += 1
+            yield StepReport(self.step, loss, norm, rate)
+
+    def _accumulate(self) -> Tensor:
+        """Run forward and backward over one step's blocks and return the mean loss."""
+        import torch
+
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.config.accumulation):
+            with self._autocast():
+                loss = self._loss(self._batch())
+                whole = loss + self.part.auxiliary_loss() if self.part.auxiliary_loss is not None else loss
+            torch.autograd.backward(whole / self.config.accumulation)
+            total += loss.detach() / self.config.accumulation
+        return total
+
+    def _batch(self) -> Tensor:
+        """Return the next (B, S + 1) tokens and move the position on."""
+        import numpy as np
+        import torch
+
+        drawn, domains = [], []
+        for _ in range(self.config.batch_size):
+            domains.append(domain_at(self.blocks, self.position))
+            drawn.append(draw(self.blocks, self.position, self.config.seed))
+            self.position = self.position.advanced(1, len(self.blocks))
+        if self.part.tell_domains is not None:
+            self.part.tell_domains(domains)
+        return torch.from_numpy(np.stack(drawn)).to(self.device, non_blocking=True)
+
+    def _clip(self) -> Tensor:
+        import torch
+
+        limit = self.config.clip if self.config.clip is not None else float("inf")
+        return torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+
+    # --- state ---
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained parameters by name."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def optimiser_state(self) -> dict[str, Tensor]:
+        """Return AdamW's moments and step counts as `parameter name/field`."""
+        state = self.optimiser.state
+        return {
+            f"{name}/{field}": value
+            for name, parameter in self.parameters.items()
+            for field, value in state.get(parameter, {}).items()
+        }
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+
+    def statement(self) -> dict[str, Any] | None:
+        """Return what a private run has cost; None for an ordinary one."""
+        return None
+
+    def further_state(self) -> dict[str, Any]:
+        """Return what else going on needs, as JSON."""
+        return {}
+
+    def load_further_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `further_state` gave, out of a checkpoint's whole state."""
+
+    def load_optimiser_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over moments for every parameter that `tensors` knows; others start afresh."""
+        fields: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, field = key.rpartition("/")
+            fields.setdefault(name, {})[field] = value
+        for name, parameter in self.parameters.items():
+            if name in fields:
+                self.optimiser.state[parameter] = {
+                    field: value.to(parameter.device, copy=True) for field, value in fields[name].items()
+                }
+
+
+def next_token_loss(forward: Any, tokens_BT1: Tensor) -> Tensor:
+    """Return the mean cross-entropy of predicting every token but the first, in nats, shape ()."""
+    import torch
+
+    logits_BTV = forward(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
+
+
+def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> Optimizer:
+    """Return fused AdamW; weight decay acts on matrices, not on norms and biases."""
+    import torch
+
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    groups = [
+        {"params": members, "weight_decay": decay}
+        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if members
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
+    )
+
+
+def resolve_device(wanted: str) -> Any:
+    """Return the torch device for a setting; `auto` takes a GPU when there is one."""
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"there is no kind of device '{wanted}'; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device '{wanted}' is asked for, but torch sees no GPU here; use device: auto or cpu"
+        )
+    return device
+
+
+def autocast(config: TrainingConfig, device: Any) -> Any:
+    """Return a factory of the autocast context that the precision setting means on this device."""
+    import torch
+
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if config.precision == "bfloat16" or (config.precision == "auto" and native):
+        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext

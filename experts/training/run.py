@@ -1,0 +1,149 @@
+"""Carrying out one run: from `run.json` to a finished seed or expert, going on where an earlier try stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...core.artefacts.files import clear_leftovers, remove_tree
+from ...core.errors import Interrupted, UserError
+from ...core.hooks.events import ExpertFinished
+from ...core.hooks.options import parse_options
+from ...core.hooks.text import TrainingText
+from ...core.hooks.training import TrainablePart, Trainer
+from ...core.models.scoring import token_log_probs
+from ...core.text.token_store import BalancedUnion, SharedUnion, TokenBlocks
+from ..runs.privacy_rules import require_opacus
+from ..runs.replaced import forget_replaced, put_back
+from ..runs.specification import STATE_FOLDER, is_finished
+from ..runs.trainable import trainer_for
+from .checkpointing import restore_latest, save_checkpoint
+from .finishing import write_artefact
+from .loop import StepReport, TrainingLoop, autocast
+from .metrics_log import MetricsLog, Tell
+from .privacy.releases import Releases
+from .privacy.starting import noise_source, private_loop
+from .run_inputs import RunInputs
+from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
+    """Train the run in `folder` to its end, or until `stopped()`; a finished one costs nothing.
+
+    `tell` hears a record every half second or so. Raises `Interrupted` after a stop, with the state saved.
+    """
+    if is_finished(folder):
+        remove_tree(folder / STATE_FOLDER)
+        return
+    clear_leftovers(folder, below=True)  # the optimiser's state stands in a folder of its own
+    run = RunInputs.of_folder(folder)
+    model = starting_model(run)
+    trainer = trainer_for(run.spec.trains, run.plugins)
+    options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
+    loop = _loop(run, trainer, model, options)
+    if run.spec.kind == "generalist":
+        forget_replaced(folder)
+    part = loop.part
+    inherit_optimiser(run, loop)
+    begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
+    log = MetricsLog(folder, run.spec, run.plugins, tell, part)
+    log.open(begun_at)
+    last = _train(run, loop, log, stopped)
+    validation = _validation_losses(run, loop)
+    log.validation(loop.step, validation)
+    write_artefact(run, model, loop, {"loss": float(last.loss), "validation_loss": validation})
+    if run.spec.kind != "generalist":
+        run.plugins.expert_finished(ExpertFinished(run.spec.name, folder))
+    remove_tree(folder / STATE_FOLDER)
+
+
+def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any) -> TrainingLoop:
+    """Return the loop over what the trainer says trains, private where the run is."""
+    dp, training = run.spec.dp, run.spec.training
+    if dp is None:
+        text = (training_text(run),) if trainer.uses_text else ()
+        part = _prepared(run, trainer, model, options, *text)
+        return TrainingLoop(part, training_blocks(run, part.shares), training)
+    require_opacus()
+    source = noise_source(dp, training, run.folder / STATE_FOLDER)
+    releases = Releases(source, dp.embedding_noise)
+    text = (training_text(run, releases),) if trainer.uses_text else ()
+    part = _prepared(run, trainer, model, options, *text)
+    blocks = training_blocks(run)
+    assert not isinstance(blocks, BalancedUnion | SharedUnion), "an expert is of one domain"
+    return private_loop(part, blocks, training, dp, source, releases)
+
+
+def _prepared(
+    run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any, *text: TrainingText
+) -> TrainablePart:
+    """Return what the trainer says trains; where it refuses, a tuning that never began leaves no trace."""
+    try:
+        return trainer.prepare(model, options, *text)
+    except UserError:
+        if run.spec.kind == "generalist" and not (run.folder / STATE_FOLDER).exists():
+            put_back(run.folder)
+        raise
+
+
+def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callable[[], bool]) -> StepReport:
+    """Run the loop to its end, with logs, looks at validation text and checkpoints on the way.
+
+    The last step is never checkpointed, so there is always one to report.
+    """
+    config = run.spec.training
+    every = config.validate_every or max(config.steps // 4, 1)
+    saved_at = time.monotonic()
+    for report in loop.steps():
+        log.step(report)
+        if report.step == config.steps:
+            _require_finite(report)
+            return report
+        if stopped():
+            _require_finite(report)
+            save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
+            raise Interrupted(f"stopped at step {report.step} of {config.steps}; the same command goes on")
+        if time.monotonic() - saved_at >= config.checkpoint_seconds:
+            _require_finite(report)
+            save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
+            saved_at = time.monotonic()
+        if report.step % every == 0:
+            log.validation(report.step, _validation_losses(run, loop))
+    raise AssertionError("a run has at least one step, and a checkpoint is never its last")
+
+
+def _require_finite(report: StepReport) -> None:
+    """Refuse to save what training blew up; the checkpoint before it stays."""
+    if not (math.isfinite(float(report.loss)) and math.isfinite(float(report.gradient_norm))):
+        raise UserError(
+            f"training diverged: loss {float(report.loss)}, gradient norm {float(report.gradient_norm)} at step "
+            f"{report.step}; begin again with a lower learning_rate, or with clip set"
+        )
+
+
+def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
+    """Return the mean loss in nats per token on the first validation blocks of each domain."""
+    import torch
+
+    config = run.spec.training
+    loop.module.eval()
+    losses: dict[str, float] = {}
+    with torch.inference_mode(), autocast(config, loop.device)():
+        for number, domain in enumerate(run.domains):
+            if loop.part.tell_domains is not None:
+                loop.part.tell_domains([number])
+            blocks = TokenBlocks(domain.open("valid"), config.sequence_length)
+            total, count = 0.0, 0
+            for batch in blocks.batches(config.batch_size, limit=config.validation_blocks):
+                scores = token_log_probs(loop.module, torch.from_numpy(batch).to(loop.device))
+                total -= float(scores.double().sum())
+                count += scores.numel()
+            losses[domain.name] = total / max(count, 1)
+    loop.module.train()
+    return losses

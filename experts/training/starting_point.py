@@ -1,0 +1,129 @@
+"""Where a run starts: the model in float32, its optimiser state, and the blocks it will read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ...core.artefacts.lineage import read_manifest, require_intact
+from ...core.artefacts.safetensors_io import Checkpoint
+from ...core.config.project import load_project
+from ...core.errors import UserError
+from ...core.hooks.text import TrainingText
+from ...core.hooks.training import PrivateReleases
+from ...core.models.loading import ExpertTensors, load_model, max_positions, overlay_tensors
+from ...core.text.token_store import (
+    BalancedUnion,
+    Blocks,
+    Concatenation,
+    RandomSlice,
+    SharedUnion,
+    TokenBlocks,
+)
+from ..runs.branching import parent_digests
+from ..text.corpora import domain_config, prepare_domain
+from .finishing import OPTIMISER_FILE
+from .loop import TrainingLoop
+from .run_inputs import RunInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def starting_model(run: RunInputs) -> PreTrainedModel:
+    """Return the model to train, in float32: new, the seed, or an average of experts."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if run.from_scratch:
+        torch.manual_seed(run.spec.training.seed)
+        config = AutoConfig.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _require_same_parents(run)
+    require_intact(run.base)
+    torch.manual_seed(run.spec.training.seed)
+    if run.spec.kind == "generalist":
+        return load_model(run.base, dtype="float32")[0]
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        run.layout.seed, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    if set(run.spec.start) != {"seed"}:
+        overlay_tensors(model, _average_of(run))
+    return model
+
+
+def _require_same_parents(run: RunInputs) -> None:
+    """Refuse to train from a seed or an expert that was made again since the run was branched."""
+    found = parent_digests(run.layout, run.spec.start, run.spec.base)
+    for name, digest in run.spec.parents.items():
+        if found.get(name) != digest:
+            raise UserError(
+                f"'{name}' was made again since '{run.spec.name}' began from it; begin again with --force"
+            )
+
+
+def _average_of(run: RunInputs) -> dict[str, Tensor]:
+    """Return the weighted average of the experts a run starts from, where they differ from the seed."""
+    seed = Checkpoint.of_folder(run.layout.seed)
+    experts = {}
+    for name in run.spec.start:
+        if name != "seed":
+            require_intact(run.layout.experts / name)
+            experts[name] = ExpertTensors(seed, run.layout.experts / name)
+    changed = sorted({name for expert in experts.values() for name in expert.changed})
+    return {
+        name: sum(
+            weight * (seed if parent == "seed" else experts[parent]).read(name).float()
+            for parent, weight in run.spec.start.items()
+        )  # type: ignore[misc]  # `sum` begins with a 0, so its type is int | Tensor
+        for name in changed
+    }
+
+
+def training_text(run: RunInputs, private: PrivateReleases | None = None) -> TrainingText:
+    """Return the run's text as a trainer may read it, in a private run through `private`."""
+    size = run.spec.training.sequence_length
+
+    def other(name: str) -> TokenBlocks:
+        project = load_project(run.layout.config_file)
+        prepared = prepare_domain(run.layout, name, domain_config(project, name), run.tokenizer_folder)
+        return TokenBlocks(prepared.open("train"), min(size, max_positions(run.base)))
+
+    manifest = read_manifest(run.layout.seed)
+    known = load_project(run.layout.config_file).domains
+    return TrainingText(
+        {domain.name: TokenBlocks(domain.open("train"), size) for domain in run.domains},
+        other,
+        tuple(name for name in manifest.data.get("domains", ()) if name in known),
+        run.base,
+        private,
+    )
+
+
+def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
+    """Take over the seed's optimiser state, which Branch-Train-Merge's branches keep."""
+    path = run.layout.seed / OPTIMISER_FILE
+    if run.spec.kind == "expert" and run.spec.training.inherit_optimiser and path.is_file():
+        state = Checkpoint([path])
+        loop.load_optimiser_state({name: state.read(name) for name in state})
+
+
+def training_blocks(
+    run: RunInputs, shares: Mapping[str, float] | None = None
+) -> Blocks | BalancedUnion | SharedUnion:
+    """Return what the run draws from; raises `UserError` for a domain with less than one block of text."""
+    size = run.spec.training.sequence_length
+    parts = [TokenBlocks(domain.open("train"), size) for domain in run.domains]
+    for domain, blocks in zip(run.domains, parts, strict=True):
+        if len(blocks) == 0:
+            raise UserError(
+                f"domain '{domain.name}' has {domain.train.tokens} tokens of training text, less than one block of "
+                f"{size}; add text, or lower training.sequence_length"
+            )
+    if run.spec.slice is not None:
+        index, count = run.spec.slice
+        return RandomSlice(Concatenation(parts), index, count, run.spec.training.seed)
+    if len(parts) > 1 and shares is not None:
+        return SharedUnion(parts, [shares[domain.name] for domain in run.domains])
+    return BalancedUnion(parts) if len(parts) > 1 else parts[0]

@@ -1,0 +1,1 @@
+"""Corpus formats, launchers, evaluators, architectures and trainable parts."""

@@ -1,0 +1,315 @@
+"""Text files that can be read into documents: JSON lines, plain text, parquet.
+
+Every reader streams, skips texts that are empty or only white space, and raises a `UserError` that names
+the file and the line, row or byte where reading stopped.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ...core.errors import UserError
+from ...core.hooks.hookspecs import hookimpl
+from ...core.hooks.text import CorpusFormat, Document
+
+PARQUET_ROWS_AT_A_TIME = 256
+PARQUET_BUFFER_BYTES = 1 << 20
+TEXT_DOCUMENT_BYTES = 4 << 20  # no text document is longer, however large its file is
+# A blank line with either kind of line end, then what to make do with; each border belongs to what is before it.
+TEXT_BORDERS = ((b"\n\n", b"\n\r\n"), (b"\n",), (b" ",))
+MAX_QUOTED = 200  # characters of a file's own words that an error message repeats
+JSON_KINDS = {
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+@hookimpl
+def corpus_formats() -> list[CorpusFormat]:
+    """Offer the formats that come with the package."""
+    return [
+        CorpusFormat(
+            "jsonl",
+            "one JSON object a line, the text in one field",
+            (".jsonl", ".jsonl.gz"),
+            read_jsonl,
+            read_jsonl_values,
+        ),
+        CorpusFormat("text", "each file is one document, a large one several", (".txt", ".md"), read_text),
+        CorpusFormat(
+            "parquet",
+            "one row a document, the text in one column",
+            (".parquet",),
+            read_parquet,
+            read_parquet_values,
+        ),
+    ]
+
+
+def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the text of each line of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped."""
+    for where, record in _records(path, text_field):
+        text = _text_of_record(record, text_field, where)
+        if text.strip():
+            yield text
+
+
+def read_jsonl_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
+    """Yield the same texts, each with what another field of its line says."""
+    for where, record in _records(path, text_field):
+        text = _text_of_record(record, text_field, where)
+        if text.strip():
+            yield Document(text, _value_of_record(record, field, where))
+
+
+def _records(path: Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in _numbered_lines(path):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _record_of_line(line, text_field, where)
+
+
+def read_text(path: Path, text_field: str) -> Iterator[str]:
+    """Yield a file as one document, or one of more than `TEXT_DOCUMENT_BYTES` as several, cut between paragraphs.
+
+    Together they are the text of the file. There is no field to pick, so `text_field` is unused.
+    """
+    offset = 0
+    for piece in _text_pieces(path):
+        try:
+            text = piece.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: not UTF-8 at byte offset {offset + error.start}; save the file as UTF-8"
+            ) from error
+        text = text if offset else text.removeprefix("\ufeff")
+        offset += len(piece)
+        if text.strip():
+            yield text
+
+
+def read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    """Yield the text column of a parquet file, a few rows in memory at a time."""
+    for document in _rows(path, text_field, None):
+        yield document.text
+
+
+def read_parquet_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
+    """Yield the same texts, each with what another column says."""
+    yield from _rows(path, text_field, field)
+
+
+def _rows(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(
+            f'{path}: reading parquet needs pyarrow; install it with: pip install "expertctl[parquet]"'
+        ) from error
+
+    row = 0
+    try:
+        # by default pyarrow fetches the column's chunks ahead of reading, and holds them all
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
+            _check_column(file.schema_arrow, text_field, path)
+            if field is not None and field not in file.schema_arrow.names:
+                raise _no_value(field, file.schema_arrow.names, str(path))
+            columns = [text_field] if field in (None, text_field) else [text_field, field]
+            for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=columns):
+                values = None if field is None else batch.column(field)
+                for place, one in enumerate(batch.column(text_field)):
+                    row += 1
+                    where = f"{path}: row {row}"
+                    text = _checked_text(one.as_py(), text_field, where)
+                    if text.strip():
+                        value = values and _checked_value(values[place].as_py(), str(field), where)
+                        yield Document(text, value)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: row {row}: '{text_field}' is not UTF-8; write the file again as UTF-8"
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own; pyarrow's carry no number
+            raise _unreadable(path, error) from error
+        raise UserError(
+            f"{path}: not a parquet file, or damaged after row {row} ({_quoted(error)}); copy or write it again"
+        ) from error
+
+
+# --- pieces of a plain text ---
+
+
+def _text_pieces(path: Path) -> Iterator[bytes]:
+    """Yield a file's bytes in pieces of at most `TEXT_DOCUMENT_BYTES`, holding a few of them at most."""
+    rest = b""
+    try:
+        with path.open("rb") as stream:
+            while True:
+                window = rest + stream.read(TEXT_DOCUMENT_BYTES + 1 - len(rest))
+                if len(window) <= TEXT_DOCUMENT_BYTES:
+                    break
+                cut = _last_border(window, TEXT_DOCUMENT_BYTES)
+                yield window[:cut]
+                rest = window[cut:]
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if window:
+        yield window
+
+
+def _last_border(window: bytes, end: int) -> int:
+    """Return where to cut, at `end` or before: behind the last paragraph, line or word, else between characters."""
+    for borders in TEXT_BORDERS:
+        cut = max(_end_of(border, window, end) for border in borders)
+        if cut:
+            return cut
+    cut = end
+    while cut > end - 3 and window[cut] & 0xC0 == 0x80:  # inside a character of several bytes
+        cut -= 1
+    return cut
+
+
+def _end_of(border: bytes, window: bytes, end: int) -> int:
+    """Return where the last `border` before `end` ends; 0 if there is none."""
+    found = window.rfind(border, 0, end)
+    return found + len(border) if found >= 0 else 0
+
+
+# --- lines and their text ---
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, unpacked if it ends in `.gz`, counted from 1, without a byte-order mark."""
+    number = 0
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}:{number + 1}: the gzip data is cut short or damaged ({_quoted(error)}); copy or pack it again"
+        ) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _record_of_line(line: bytes, text_field: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(
+            line.decode("utf-8").rstrip("\r\n")
+        )  # else an error at the end counts a line of its own
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise _bad_json(where, f"{error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        raise _bad_json(where, _quoted(error)) from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{where}: {_kind(record)}, not an object; write each line as {{{json.dumps(text_field)}: …}}"
+        )
+    return record
+
+
+def _text_of_record(record: dict[str, Any], text_field: str, where: str) -> str:
+    if text_field not in record:
+        raise _no_field("field", text_field, list(record), where)
+    return _checked_text(record[text_field], text_field, where)
+
+
+def _value_of_record(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise _no_value(field, list(record), where)
+    return _checked_value(record[field], field, where)
+
+
+def _checked_value(value: object, field: str, where: str) -> str:
+    """Return a text, number or truth value as JSON writes it, texts without quotes."""
+    if not isinstance(value, str | int | float):
+        raise UserError(
+            f"{where}: '{field}' is {_kind(value)}, which no domain can be called by; mend or drop it, or name another field"
+        )
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _checked_text(value: object, text_field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: '{text_field}' is {_kind(value)}, not a string; mend or drop it, or set text_field to another"
+        )
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair: "\ud83d"
+            raise UserError(
+                f"{where}: '{text_field}' has half a character (a lone surrogate) at position {error.start};"
+                " mend or drop it"
+            ) from error
+    return value
+
+
+def _check_column(schema: Any, text_field: str, path: Path) -> None:
+    """Raise `UserError` unless the parquet schema has a text column of that name."""
+    import pyarrow.types as kinds
+
+    if schema.names.count(text_field) != 1:
+        raise _no_field("column", text_field, schema.names, str(path))
+    kind = schema.field(text_field).type
+    plain = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(plain) or kinds.is_large_string(plain)):
+        raise UserError(
+            f"{path}: column '{text_field}' holds {kind}, not strings; set text_field to another column"
+        )
+
+
+# --- wording ---
+
+
+def _no_field(what: str, name: str, known: list[str], where: str) -> UserError:
+    choices = _quoted(", ".join(known)) if known else "none"
+    return UserError(
+        f"{where}: no {what} '{name}'; {what}s: {choices}; set text_field to the one with the text"
+    )
+
+
+def _no_value(name: str, known: list[str], where: str) -> UserError:
+    choices = _quoted(", ".join(known)) if known else "none"
+    return UserError(f"{where}: no field '{name}' to sort by; there are: {choices}")
+
+
+def _bad_json(where: str, reason: str) -> UserError:
+    return UserError(f"{where}: not valid JSON ({reason}); each line must be one whole JSON object")
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be read ({_quoted(error.strerror or error)}); check the path and its permissions"
+    )
+
+
+def _kind(value: object) -> str:
+    """Name a JSON value's type in JSON's words."""
+    return "null" if value is None else JSON_KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _quoted(words: object) -> str:
+    """Repeat a library's or a file's words on one line of bounded length."""
+    line = " ".join(str(words).split())
+    return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]}…"

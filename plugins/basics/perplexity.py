@@ -1,0 +1,49 @@
+"""The built-in evaluator: bits per byte and perplexity, every token scored once."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ...core.hooks.evaluation import Evaluator, Score
+from ...core.hooks.hookspecs import hookimpl
+from ...core.models.scoring import token_log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...core.text.token_store import TokenBlocks
+
+BATCH_TOKENS = 4096
+BATCH_LOGITS = 1 << 26  # 256 MiB of float32, whatever the vocabulary
+
+
+def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
+    """Return bits per byte of the text and perplexity per token over one part.
+
+    Each block is predicted from its own beginning on; the token before it is given. Separators count as
+    tokens, not as bytes.
+    """
+    import torch
+
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for batch in blocks.batches(_batch_size(model, blocks.block_size)):
+            scores = token_log_probs(model, torch.from_numpy(batch).to(model.device))
+            total -= float(scores.double().sum())
+            count += scores.numel()
+    # a broken model may lie beyond what exp can hold
+    perplexity = math.exp(total / count) if total / count < 700 else math.inf
+    values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": perplexity}
+    return Score(values, count)
+
+
+def _batch_size(model: PreTrainedModel, block_size: int) -> int:
+    tokens = min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size))
+    return max(tokens // block_size, 1)
+
+
+@hookimpl
+def evaluators() -> list[Evaluator]:
+    summary = "bits per byte of text and perplexity per token"
+    return [Evaluator("perplexity", summary, ("bits_per_byte", "perplexity"), evaluate)]

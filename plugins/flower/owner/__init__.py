@@ -1,0 +1,1 @@
+"""The owner's processes: SuperNode, guarded client and training."""

@@ -1,0 +1,1 @@
+"""Certificates, signed requests and the endpoints of the coordinator."""

@@ -1,0 +1,197 @@
+"""The coordinator's certificates: an authority of its own, and a server certificate for the names it listens under."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ....core.artefacts.files import readable_os_errors
+from ....core.errors import UserError
+from ....experts.federation.protocol.keys import require_cryptography
+
+if TYPE_CHECKING:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+LIFE = timedelta(days=3650)
+RENEWED_BEFORE = timedelta(days=30)
+ALWAYS = ("127.0.0.1", "localhost")
+EVERYWHERE = {"0.0.0.0", "::", ""}
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Where the certificates are, and what the authority is known by."""
+
+    authority: Path
+    """What owners get: `ca.crt`."""
+    certificate: Path
+    key: Path
+    fingerprint: str
+
+
+def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
+    """Return the certificates of a coordinator that is reached under these names and addresses, making what is not there.
+
+    The authority is made once and stays, since owners have it; the server's is made again for another name and before it ends.
+    Raises `UserError` for files that cannot be read.
+    """
+    require_cryptography()
+    wanted = tuple(dict.fromkeys([*ALWAYS, *names]))
+    found = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key", "")
+    with readable_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        if not (found.authority.is_file() and (folder / "ca.key").is_file()):
+            _make_authority(folder)
+        if not _covers(found, wanted):
+            _make_server(folder, found, wanted)
+    return Certificates(found.authority, found.certificate, found.key, fingerprint_of(found.authority))
+
+
+def reachable_names(host: str) -> list[str]:
+    """Return what a server that listens on `host` can be called: itself, and for every address this machine's names too."""
+    if host not in EVERYWHERE:
+        return [host]
+    names = [socket.gethostname(), socket.getfqdn()]
+    with contextlib.suppress(OSError):  # a machine that does not know its own name is called by --name
+        names += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)]
+    return [name.partition("%")[0] for name in names if name]
+
+
+def fingerprint_of(path: Path) -> str:
+    """Return the sha256 of a certificate, as browsers and `openssl x509 -fingerprint` show it."""
+    from cryptography.hazmat.primitives import hashes
+
+    return _read(path).fingerprint(hashes.SHA256()).hex(":").upper()
+
+
+def _read(path: Path) -> x509.Certificate:
+    from cryptography import x509
+
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; the coordinator hands out its ca.crt")
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is no certificate; fetch the coordinator's ca.crt again") from None
+
+
+def _covers(found: Certificates, names: Sequence[str]) -> bool:
+    """Tell whether the server's certificate is there, of this authority, not about to end, and for all the names."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+
+    if not (found.certificate.is_file() and found.key.is_file()):
+        return False
+    certificate = _read(found.certificate)
+    try:
+        certificate.verify_directly_issued_by(_read(found.authority))
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    known = {str(name.value) for name in alternative}
+    return set(names) <= known and certificate.not_valid_after_utc > datetime.now(UTC) + RENEWED_BEFORE
+
+
+def _make_authority(folder: Path) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name(
+        [x509.NameAttribute(x509.NameOID.COMMON_NAME, f"expertctl federation {os.urandom(4).hex()}")]
+    )
+    usage = x509.KeyUsage(
+        digital_signature=True,
+        key_cert_sign=True,
+        crl_sign=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    certificate = (
+        _builder(name, name, key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(key, hashes.SHA384())
+    )
+    _write_key(folder / "ca.key", key)
+    _write_certificate(folder / "ca.crt", certificate)
+
+
+def _make_server(folder: Path, found: Certificates, names: Sequence[str]) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    authority = _read(found.authority)
+    signer = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)  # as `_make_authority` wrote it
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[-1][:64])])
+    alternative = x509.SubjectAlternativeName([_general_name(name) for name in names])
+    certificate = (
+        _builder(subject, authority.subject, key)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(alternative, critical=False)
+        .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+        )
+        .sign(signer, hashes.SHA384())
+    )
+    _write_key(found.key, key)
+    _write_certificate(found.certificate, certificate)
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    from cryptography import x509
+
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))  # clocks differ
+        .not_valid_after(now + LIFE)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    from cryptography import x509
+
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _write_key(path: Path, key: EllipticCurvePrivateKey) -> None:
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    content = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
+def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    path.write_bytes(certificate.public_bytes(Encoding.PEM))

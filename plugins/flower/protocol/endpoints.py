@@ -1,0 +1,208 @@
+"""What owners ask of the coordinator beside Flower, through the same port: seeds down, experts up, progress.
+
+Flower's own path for messages holds three and a half times a payload in memory and costs forty times a raw copy, so it carries
+who is there and what is asked; bulk goes this way, in parts. Every request is signed, and errors are codes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import unquote
+
+from ....core.artefacts.files import mendable
+from ....core.errors import UserError, first_line
+from ....experts.federation.coordinator.coordinator import Coordinator
+from ....experts.federation.judging.acceptance import Refusal
+from ....experts.federation.protocol.delivery import MAX_STATEMENT
+from ....experts.federation.protocol.delivery import Signed as SignedStatement
+from ....experts.federation.protocol.parts import PART_BYTES
+from ....experts.federation.protocol.progress import Progress
+from .signing import Gatekeeper, NotSigned, Signed
+
+PATH = "/expertctl/v1/"
+SMALL = 16 << 10
+ALIVE_S = 30.0
+"""How long an owner's process counts as there after it was heard."""
+FINISH_S = 20.0
+"""How long a finish is waited for before the owner is told to ask again."""
+PARTS_AT_ONCE = 2
+STATUS = {
+    "NOT_SIGNED": 401,
+    "UNKNOWN_KEY": 401,
+    "BAD_SIGNATURE": 401,
+    "CLOCK": 401,
+    "REPLAYED": 401,
+    "DUPLICATE": 409,
+    "NO_SUCH_THING": 404,
+    "TOO_LARGE": 413,
+    "NOT_UNDERSTOOD": 400,
+    "WRONG_BYTES": 409,
+    "REFUSED_NOW": 409,
+    "DISK": 507,
+    "BUSY": 503,
+}
+
+Read = Callable[[int], Awaitable[bytes]]
+"""Returns the body, of at most so many bytes."""
+Answer = tuple[int, bytes, str]
+"""Status, body, content type."""
+_IDENTIFIER = r"(?P<request>[0-9a-f]{16})"
+_FILE = r"(?P<file>[A-Za-z0-9._%-]{1,200})/(?P<index>[0-9]{1,7})"
+
+
+class Failure(Exception):
+    """A request that cannot be done; the code travels."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Endpoints:
+    """Carries out owners' signed requests on a coordinator."""
+
+    def __init__(self, coordinator: Coordinator, audience: str, tell: Callable[[str], None]) -> None:
+        self._coordinator, self._tell = coordinator, tell
+        self._gate = Gatekeeper(coordinator.members, audience)
+        self._sessions: dict[str, tuple[str, float]] = {}
+        self._finishing: dict[str, asyncio.Task[Refusal | None]] = {}
+        self._parts = asyncio.Semaphore(PARTS_AT_ONCE)
+        self._judging = asyncio.Semaphore(1)  # a model is loaded for it
+        self._routes: list[tuple[str, re.Pattern[str], Callable[..., Awaitable[Answer]]]] = [
+            ("GET", re.compile("requests"), self._requests),
+            ("GET", re.compile(f"seed/{_IDENTIFIER}/{_FILE}"), self._seed_part),
+            ("POST", re.compile(f"progress/{_IDENTIFIER}"), self._progress),
+            ("POST", re.compile(f"begin/{_IDENTIFIER}"), self._begin),
+            ("PUT", re.compile(f"part/{_IDENTIFIER}/{_FILE}"), self._part),
+            ("POST", re.compile(f"finish/{_IDENTIFIER}"), self._finish),
+        ]
+
+    async def answer(self, method: str, target: str, headers: Mapping[str, str], read: Read) -> Answer:
+        """Carry one request out; whatever is wrong becomes a code."""
+        try:
+            signed = await asyncio.to_thread(self._gate.check, method, target, headers)
+            self._only_one(signed)
+            await asyncio.to_thread(
+                self._coordinator.presence.note, signed.member.name, self._coordinator.now()
+            )
+            for verb, pattern, work in self._routes:
+                found = pattern.fullmatch(target.removeprefix(PATH))
+                if verb == method and found is not None:
+                    return await work(signed, read, **found.groupdict())
+            raise Failure("NO_SUCH_THING")
+        except (NotSigned, Failure) as error:
+            return failed(error.code)
+        except UserError as error:
+            return failed(self._code_of(error))
+
+    def _only_one(self, signed: Signed) -> None:
+        """Refuse a second process with the same key while the first is there."""
+        name, now = signed.member.name, time.monotonic()
+        session, at = self._sessions.get(name, ("", 0.0))
+        if session and session != signed.session and now - at < ALIVE_S:
+            raise Failure("DUPLICATE")
+        if session != signed.session or now - at >= ALIVE_S:
+            self._tell(f"'{name}' is there")
+        self._sessions[name] = (signed.session, now)
+
+    def _code_of(self, error: UserError) -> str:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and mendable(cause) is not None:
+            self._tell(str(error))
+            return "DISK"
+        return "REFUSED_NOW"
+
+    async def _requests(self, signed: Signed, read: Read) -> Answer:
+        await _body(signed, read, SMALL)
+        name = signed.member.name
+        found = await asyncio.to_thread(self._coordinator.open_requests, name)
+        more = await asyncio.to_thread(self._coordinator.has_more_for, name)
+        return _json({"name": name, "open": [request.id for request in found], "more": more})
+
+    async def _seed_part(self, signed: Signed, read: Read, request: str, file: str, index: str) -> Answer:
+        await _body(signed, read, SMALL)
+        async with self._parts:
+            data = await asyncio.to_thread(
+                self._coordinator.seed_part, signed.member.name, request, unquote(file), int(index)
+            )
+        return 200, data, "application/octet-stream"
+
+    async def _progress(self, signed: Signed, read: Read, request: str) -> Answer:
+        progress = Progress.of_json(_object(await _body(signed, read, SMALL)))
+        await asyncio.to_thread(self._coordinator.note_progress, signed.member.name, request, progress)
+        return _json({})
+
+    async def _begin(self, signed: Signed, read: Read, request: str) -> Answer:
+        statement = SignedStatement.of_json(_object(await _body(signed, read, MAX_STATEMENT)))
+        if any(file.part_size > PART_BYTES for file in statement.statement.files):
+            raise Failure("TOO_LARGE")
+        name = signed.member.name
+        found = await asyncio.to_thread(self._coordinator.begin, name, request, statement)
+        if isinstance(found, Refusal):
+            self._tell(f"the delivery of '{name}' is refused: {found}")
+            return _json({"refusal": found.code.name})
+        return _json({"missing": found})
+
+    async def _part(self, signed: Signed, read: Read, request: str, file: str, index: str) -> Answer:
+        async with self._parts:
+            data = await _body(signed, read, PART_BYTES)
+            await asyncio.to_thread(
+                self._coordinator.put, signed.member.name, request, unquote(file), int(index), data
+            )
+        return _json({})
+
+    async def _finish(self, signed: Signed, read: Read, request: str) -> Answer:
+        await _body(signed, read, SMALL)
+        name = signed.member.name
+        task = self._finishing.get(request)
+        if task is None:
+            task = asyncio.create_task(self._judge(name, request))
+            self._finishing[request] = task
+        await asyncio.wait({task}, timeout=FINISH_S)
+        if not task.done():
+            return _json({"state": "judging"})
+        self._finishing.pop(request, None)
+        refusal = task.result()
+        self._tell(
+            f"the expert of '{name}' is accepted"
+            if refusal is None
+            else f"the delivery of '{name}' is refused: {refusal}"
+        )
+        return _json({"state": "accepted"} if refusal is None else {"refusal": refusal.code.name})
+
+    async def _judge(self, name: str, request: str) -> Refusal | None:
+        async with self._judging:
+            try:
+                return await asyncio.to_thread(self._coordinator.finish, name, request)
+            except UserError as error:  # the owner hears a code and tries again
+                self._tell(f"the delivery of '{name}' cannot be judged now: {first_line(error)}")
+                raise
+
+
+def failed(code: str) -> Answer:
+    """Return the answer that says no."""
+    return STATUS.get(code, 409), json.dumps({"code": code}).encode(), "application/json"
+
+
+async def _body(signed: Signed, read: Read, most: int) -> bytes:
+    data = await read(most)
+    if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != signed.digest:
+        raise Failure("WRONG_BYTES")
+    return data
+
+
+def _object(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise Failure("NOT_UNDERSTOOD") from None
+
+
+def _json(content: Mapping[str, Any]) -> Answer:
+    return 200, json.dumps(content).encode(), "application/json"

@@ -1,0 +1,1 @@
+"""The methods: each module or folder is one system from the literature, or a family of merges."""

@@ -1,0 +1,5 @@
+"""DEMix layers."""
+
+from .plugin import trainers
+
+__all__ = ["trainers"]

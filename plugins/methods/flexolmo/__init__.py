@@ -1,0 +1,5 @@
+"""FlexOlmo."""
+
+from .plugin import merge_methods, trainers
+
+__all__ = ["merge_methods", "trainers"]

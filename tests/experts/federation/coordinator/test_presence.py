@@ -1,0 +1,62 @@
+"""Who is there: the file that one process writes and another reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from federation_members import BTM, Clock
+
+from expertctl import UserError
+from expertctl.experts.federation.coordinator import presence
+from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.coordinator.owner_status import owner_statuses
+from expertctl.experts.federation.coordinator.presence import Presence
+from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.protocol.progress import Progress
+
+
+def test_owners_are_online_for_a_while_after_they_were_heard(
+    coordinator: Coordinator, new_owner: Callable[[str], Owner], clock: Clock
+) -> None:
+    new_owner("site-a")
+    new_owner("site-b")
+    coordinator.presence.note("site-a", clock())
+    assert [(one.online, one.seen) for one in owner_statuses(coordinator)] == [(True, clock()), (False, None)]
+    clock.pass_hours(1)
+    assert [one.online for one in owner_statuses(coordinator)] == [False, False]
+    (request,) = coordinator.ask(["site-b"], BTM, clock() + timedelta(hours=1))
+    coordinator.note_progress("site-b", request.id, Progress("training", 1, 2))
+    first, second = owner_statuses(coordinator)
+    assert (first.seen, second.seen) == (clock() - timedelta(hours=1), clock())
+
+
+def test_the_file_follows_a_newcomer_at_once_and_others_after_seconds(tmp_path: Path, clock: Clock) -> None:
+    written, reader = (
+        Presence(tmp_path / "network" / "heard.json"),
+        Presence(tmp_path / "network" / "heard.json"),
+    )
+    begun = clock()
+    written.note("a", begun)
+    written.note("a", begun + timedelta(seconds=2))
+    assert reader.heard() == {"a": begun}
+    written.note("b", begun + timedelta(seconds=3))
+    assert reader.heard() == {"a": begun + timedelta(seconds=2), "b": begun + timedelta(seconds=3)}
+    written.note("a", begun + timedelta(seconds=8))
+    assert reader.heard()["a"] == begun + timedelta(seconds=8)
+    Presence(tmp_path / "network" / "heard.json").note("c", begun + timedelta(seconds=9))  # after a restart
+    assert sorted(reader.heard()) == ["a", "b", "c"]
+
+
+def test_a_full_disk_keeps_nobody_from_what_it_came_for(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise UserError("no space left")
+
+    monkeypatch.setattr(presence, "write_json", full)
+    found = Presence(tmp_path / "heard.json")
+    found.note("a", clock())
+    assert found.heard() == {}

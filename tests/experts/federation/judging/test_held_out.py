@@ -1,0 +1,99 @@
+"""The loss on public text that a delivery is held to."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation_members import private_text
+from safetensors.torch import load_file, save_file
+
+from expertctl import UserError, load_model
+from expertctl.core.artefacts.files import read_json
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.config.project import load_project
+from expertctl.experts.federation.judging import held_out
+from expertctl.experts.federation.judging.held_out import held_out_measure, loss_on
+
+
+@pytest.fixture
+def layout(tmp_path: Path, new_workspace: Any) -> Layout:
+    root: Path = new_workspace(tmp_path / "hub", experts=())
+    private_text(tmp_path / "public.jsonl", json)
+    (root / "expertctl.yaml").write_text(
+        "domains: {public: {path: ../public.jsonl}}\ntraining: {sequence_length: 16}\n"
+    )
+    return Layout(root)
+
+
+def model_beside(layout: Layout, scale: float) -> Path:
+    """Return the seed as a plain model whose head is scaled."""
+    folder = layout.root.parent / f"scaled-{scale}"
+    folder.mkdir()
+    for path in layout.seed.iterdir():
+        if path.is_file() and path.name not in ("seed.json", "run.json", "model.safetensors"):
+            shutil.copy(path, folder)
+    weights = load_file(layout.seed / "model.safetensors")
+    name = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    weights[name] = weights[name] * scale
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_model_is_measured_beside_its_seed_and_the_seed_once(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = held_out_measure(layout)
+    same = measure(layout.seed, model_beside(layout, 1.0))
+    assert same is not None
+    assert same.seed == same.expert
+    kept = layout.root / "federation" / "held-out.json"
+    content = read_json(kept)
+    assert content["loss"] == same.seed
+    kept.write_text(json.dumps({**content, "loss": 1.5}))
+    worse = measure(layout.seed, model_beside(layout, 50.0))
+    assert worse is not None
+    assert worse.seed == 1.5  # as it was kept
+    assert worse.expert > same.expert
+    kept.write_text(json.dumps({**content, "of": "other text", "loss": 1.5}))
+    assert measure(layout.seed, layout.root.parent / "scaled-1.0") == same
+
+
+def test_the_loss_is_the_mean_over_blocks_that_are_spread_over_the_text(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = held_out._public_text(layout, load_project(layout.config_file), layout.seed)
+    (blocks,) = text.values()
+    assert len(blocks) > 4
+    model, _ = load_model(layout.seed, dtype="float32")
+
+    def naive(places: list[int]) -> float:
+        losses = []
+        for place in places:
+            tokens = torch.from_numpy(blocks.block(place))[None]
+            logits = model(tokens[:, :-1]).logits.double().log_softmax(-1)
+            losses.append(-logits.gather(-1, tokens[:, 1:, None]).mean().item())
+        return sum(losses) / len(losses)
+
+    with torch.no_grad():
+        assert math.isclose(loss_on(layout.seed, text), naive(list(range(len(blocks)))), rel_tol=1e-5)
+        monkeypatch.setattr(held_out, "BLOCKS", 2)
+        assert math.isclose(loss_on(layout.seed, text), naive([0, len(blocks) - 1]), rel_tol=1e-5)
+
+
+def test_what_cannot_be_scored_is_the_experts_fault_or_ours(layout: Layout) -> None:
+    broken = model_beside(layout, 2.0)
+    (broken / "config.json").write_text("{}")
+    found = held_out_measure(layout)(layout.seed, broken)
+    assert found is not None
+    assert math.isnan(found.expert)
+    assert found.seed > 0
+    (layout.root / "federation" / "held-out.json").unlink()
+    (layout.seed / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="public text cannot be scored, so no delivery can be judged: "):
+        held_out_measure(layout)(layout.seed, broken)

@@ -1,0 +1,285 @@
+"""Averaging and the outer step, against torch's own SGD in float64; and what is not averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertctl import UserError
+from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
+from expertctl.experts.federation.judging.acceptance import Refusal, RefusalCode
+from expertctl.experts.federation.protocol.tensor_stream import TensorStream
+from expertctl.experts.federation.rounds import averaging
+from expertctl.experts.federation.rounds.averaging import (
+    OUTER_RECIPES,
+    AveragingRules,
+    Contribution,
+    Examined,
+    average_round,
+    examine_weights,
+    outer_recipe,
+    shares_of,
+)
+
+RULES = AveragingRules()
+Tensors = dict[str, torch.Tensor]
+
+
+def shared_weights(dtype: torch.dtype, seed: int = 0) -> Tensors:
+    source = torch.Generator().manual_seed(seed)
+    shapes = {"embed.weight": (6, 4), "norm.weight": (4,), "scale": ()}
+    floating = {
+        name: torch.randn(shape, generator=source, dtype=torch.float64).to(dtype)
+        for name, shape in shapes.items()
+    }
+    return {**floating, "positions": torch.arange(5)}
+
+
+def moved(weights: Mapping[str, torch.Tensor], seed: int, scale: float = 0.05) -> Tensors:
+    """What an owner might make of the weights."""
+    source = torch.Generator().manual_seed(seed)
+    return {
+        name: (tensor.double() + scale * torch.randn(tensor.shape, generator=source, dtype=torch.float64)).to(
+            tensor.dtype
+        )
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in weights.items()
+    }
+
+
+def contribution(folder: Path, owner: str, tensors: Tensors, share: float, shared: Path) -> Contribution:
+    file = folder / f"{owner}.safetensors"
+    write_tensors(file, tensors)
+    found = examine_weights(file, Checkpoint([shared]), RULES)
+    assert isinstance(found, Examined), found
+    return Contribution(owner, file, found.digest, share)
+
+
+def rounds_on_disk(folder: Path, dtype: torch.dtype, recipe: str, count: int) -> tuple[Checkpoint, list]:
+    """Run rounds through files; return the last state and every round's (shared, owners) as they were read."""
+    shared, state, history = folder / "shared-0.safetensors", None, []
+    write_tensors(shared, shared_weights(dtype))
+    for number in range(count):
+        tensors = {name: Checkpoint([shared]).read(name) for name in Checkpoint([shared])}
+        owners = [moved(tensors, 10 * number + owner) for owner in range(3)]
+        history.append((tensors, owners))
+        given = [
+            contribution(folder, f"owner-{index}", owner, (0.2, 0.3, 0.5)[index], shared)
+            for index, owner in enumerate(owners)
+        ]
+        after, outer = folder / f"shared-{number + 1}.safetensors", folder / f"outer-{number}.safetensors"
+        average_round(Checkpoint([shared]), given, state, OUTER_RECIPES[recipe], after, outer)
+        shared, state = after, Checkpoint([outer])
+    return Checkpoint([shared]), [*history, state]
+
+
+@pytest.mark.parametrize("recipe", ["diloco", "fedavg"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
+)
+def test_rounds_equal_torch_sgd_in_float64(
+    tmp_path: Path, recipe: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    last, (*history, state) = rounds_on_disk(tmp_path, dtype, recipe, 5)
+    settings = OUTER_RECIPES[recipe]
+    for name, first in history[0][0].items():
+        if not first.is_floating_point():
+            assert torch.equal(last.read(name), first)
+            continue
+        parameter = torch.nn.Parameter(first.double())
+        optimiser = torch.optim.SGD(
+            [parameter],
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
+        )
+        for sent, owners in history:
+            parameter.grad = sum(
+                share * (sent[name].double() - owner[name].double())
+                for share, owner in zip((0.2, 0.3, 0.5), owners, strict=True)
+            )
+            optimiser.step()
+        stored = last.read(name)
+        assert stored.dtype == dtype
+        exact = state.read(f"master/{name}") if dtype == torch.bfloat16 else stored
+        torch.testing.assert_close(exact.double(), parameter.data, atol=tolerance, rtol=tolerance)
+        assert torch.equal(stored, exact.to(dtype))
+
+
+def test_fedavg_is_the_weighted_mean_of_the_owners(tmp_path: Path) -> None:
+    last, (*history, _) = rounds_on_disk(tmp_path, torch.float64, "fedavg", 1)
+    _, owners = history[0]
+    mean = sum(share * owner["embed.weight"] for share, owner in zip((0.2, 0.3, 0.5), owners, strict=True))
+    torch.testing.assert_close(last.read("embed.weight"), mean, atol=1e-14, rtol=1e-14)
+
+
+def test_small_steps_are_not_lost_to_bfloat16(tmp_path: Path) -> None:
+    """Sixteen steps that each round to nothing move a weight all the same."""
+    shared, state = tmp_path / "shared.safetensors", None
+    write_tensors(shared, {"w": torch.ones(4, dtype=torch.bfloat16)})
+    recipe = OUTER_RECIPES["fedavg"]
+    for number in range(16):
+        tensors = {"w": Checkpoint([shared]).read("w")}
+        step = torch.tensor([2.0**-7, 0, 0, 0])
+        owners = [
+            contribution(tmp_path, "still", tensors, 0.875, shared),
+            contribution(tmp_path, "one", {"w": (tensors["w"].float() + step).bfloat16()}, 0.125, shared),
+        ]
+        after, outer = tmp_path / f"{number}.safetensors", tmp_path / f"outer-{number}.safetensors"
+        average_round(Checkpoint([shared]), owners, state, recipe, after, outer)
+        shared, state = after, Checkpoint([outer])
+    assert float(Checkpoint([shared]).read("w")[0]) == pytest.approx(1.0 + 2.0**-6, abs=2.0**-7)
+    assert float(Checkpoint([shared]).read("w")[1]) == 1.0
+
+
+def damaged(kind: str, tensors: Tensors) -> Tensors:
+    weight = tensors["embed.weight"]
+    if kind == "keys":
+        return {name: tensor for name, tensor in tensors.items() if name != "scale"}
+    if kind == "more keys":
+        return {**tensors, "extra": torch.zeros(2)}
+    if kind == "shape":
+        return {**tensors, "embed.weight": weight.T.contiguous()}
+    if kind == "dtype":
+        return {**tensors, "embed.weight": weight.double()}
+    if kind == "nan":
+        weight[0, 0] = float("nan")
+    elif kind == "infinite":
+        weight[0, 0] = float("inf")
+    elif kind == "scaled":
+        return {**tensors, "embed.weight": 10 * weight}
+    else:
+        tensors["positions"][0] = 7
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "detail"),
+    [
+        ("keys", RefusalCode.SHAPES, "the owner's weights lack 'scale'"),
+        ("more keys", RefusalCode.SHAPES, "the shared model has no 'extra'"),
+        ("shape", RefusalCode.SHAPES, r"'embed.weight' is [4, 6], the shared one [6, 4]"),
+        ("dtype", RefusalCode.DTYPES, "'embed.weight' is F64, the shared one F32"),
+        ("nan", RefusalCode.NOT_FINITE, "'embed.weight'"),
+        ("infinite", RefusalCode.NOT_FINITE, "'embed.weight'"),
+        ("scaled", RefusalCode.NORM, "of the shared weights' length; 1 is allowed"),
+        ("integers", RefusalCode.FROZEN, "'positions' is no floating-point tensor"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(
+    tmp_path: Path, kind: str, code: RefusalCode, detail: str
+) -> None:
+    shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
+    write_tensors(shared, shared_weights(torch.float32))
+    write_tensors(own, damaged(kind, moved(shared_weights(torch.float32), 1)))
+    found = examine_weights(own, Checkpoint([shared]), RULES)
+    assert isinstance(found, Refusal)
+    assert found.code is code
+    assert detail in found.detail
+
+
+def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
+    write_tensors(shared, shared_weights(torch.float32))
+    own.write_bytes(shared.read_bytes()[:-3])
+    found = examine_weights(own, Checkpoint([shared]), RULES)
+    assert isinstance(found, Refusal)
+    assert found.code is RefusalCode.FILES
+    assert str(tmp_path) not in str(found)
+
+
+def test_weights_that_were_changed_after_the_examination_stop_the_round(tmp_path: Path) -> None:
+    shared = tmp_path / "shared.safetensors"
+    write_tensors(shared, shared_weights(torch.float32))
+    given = contribution(tmp_path, "one", moved(shared_weights(torch.float32), 1), 1.0, shared)
+    write_tensors(given.file, moved(shared_weights(torch.float32), 2))
+    after, outer = tmp_path / "after.safetensors", tmp_path / "outer.safetensors"
+    with pytest.raises(UserError, match=r"what 'one' delivered .* was changed since it was examined"):
+        average_round(Checkpoint([shared]), [given], None, OUTER_RECIPES["diloco"], after, outer)
+    assert not after.exists()
+    assert not outer.exists()
+
+
+def test_the_order_of_owners_does_not_change_a_byte(tmp_path: Path) -> None:
+    shared = tmp_path / "shared.safetensors"
+    write_tensors(shared, shared_weights(torch.bfloat16))
+    given = [
+        contribution(tmp_path, f"owner-{index}", moved(shared_weights(torch.bfloat16), index), 0.25, shared)
+        for index in range(4)
+    ]
+    found = []
+    for order in (given, given[::-1]):
+        files = tmp_path / "after.safetensors", tmp_path / "outer.safetensors"
+        average_round(Checkpoint([shared]), order, None, OUTER_RECIPES["diloco"], *files)
+        found.append([file.read_bytes() for file in files])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_pieces_of_any_size_give_the_same_bytes(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared.safetensors"
+    write_tensors(shared, shared_weights(dtype))
+    given = [
+        contribution(tmp_path, str(index), moved(shared_weights(dtype), index), 0.5, shared)
+        for index in range(2)
+    ]
+    found = []
+    for piece in (1 << 22, 5, 1):
+        monkeypatch.setattr(averaging, "PIECE", piece)
+        examined = examine_weights(given[0].file, Checkpoint([shared]), RULES)
+        assert isinstance(examined, Examined)
+        assert examined.digest == given[0].digest
+        files = [tmp_path / f"{name}-{piece}.safetensors" for name in ("first", "outer", "second", "last")]
+        average_round(Checkpoint([shared]), given, None, OUTER_RECIPES["diloco"], files[0], files[1])
+        state = Checkpoint([files[1]])
+        average_round(Checkpoint([files[0]]), given, state, OUTER_RECIPES["diloco"], files[2], files[3])
+        found.append([file.read_bytes() for file in files])
+    assert found[0] == found[1] == found[2]
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(UserError, match=r"no synchronous recipe 'dilco' .did you mean 'diloco'"):
+        outer_recipe("dilco")
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1), st.floats(1e-3, 1e9), min_size=1, max_size=8))
+def test_shares_sum_to_one_and_nobody_buys_the_round_with_a_number(weights: dict[str, float]) -> None:
+    equal = shares_of(weights, OUTER_RECIPES["diloco"], RULES)
+    assert set(equal.values()) == {1 / len(weights)}
+    by_tokens = shares_of(weights, OUTER_RECIPES["fedavg"], RULES)
+    assert sum(by_tokens.values()) == pytest.approx(1.0)
+    assert list(by_tokens) == sorted(weights)
+    largest = {**weights, "liar": 1e30}
+    if len(weights) >= 3:
+        assert shares_of(largest, OUTER_RECIPES["fedavg"], RULES)["liar"] < 1.0
+
+
+def test_a_lie_about_tokens_counts_ten_medians() -> None:
+    shares = shares_of({"a": 1.0, "b": 1.0, "liar": 1e12}, OUTER_RECIPES["fedavg"], RULES)
+    assert shares == pytest.approx({"a": 1 / 12, "b": 1 / 12, "liar": 10 / 12})
+
+
+def test_a_stream_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError), TensorStream(path, {"a": ("F32", (2,)), "b": ("F32", (2,))}) as stream:
+        stream.add("a", Checkpoint([path]).read("a"))
+    with pytest.raises(AssertionError, match="not every tensor"), TensorStream(path, {"a": ("F32", (2,))}):
+        pass
+    for wrong, said in (
+        (torch.zeros(3), "there is more of a"),
+        (torch.zeros(2, dtype=torch.bfloat16), "announced F32 for a"),
+    ):
+        with (
+            pytest.raises(AssertionError, match=said),
+            TensorStream(path, {"a": ("F32", (2,))}) as stream,
+        ):
+            stream.add("a", wrong)
+    assert list(tmp_path.iterdir()) == []

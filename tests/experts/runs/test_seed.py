@@ -1,0 +1,184 @@
+"""Importing seeds from Hugging Face folders, and setting up those made from scratch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from expertctl import UserError, load_model, verify
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.config.project import load_project
+from expertctl.core.testing import tiny_model_folder
+from expertctl.experts.runs.seed import import_seed, start_pretraining
+from expertctl.workspace import Workspace
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "expertctl.yaml").write_text("")
+    return Layout(tmp_path / "workspace")
+
+
+def shard(folder: Path) -> None:
+    """Split a folder's weights into two shards with an index, as large models are saved."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model, _ = load_model(folder)
+    with torch.inference_mode():
+        return model(torch.arange(1, 12)[None]).logits
+
+
+@pytest.mark.parametrize("family", ["olmo2", "llama"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_a_seed_is_the_model_it_was_imported_from(
+    layout: Layout, tmp_path: Path, family: str, tied: bool, sharded: bool
+) -> None:
+    source = tiny_model_folder(tmp_path / "model", family, tied=tied)
+    before = logits(source)
+    if sharded:
+        shard(source)
+    import_seed(layout, source)
+    assert torch.equal(logits(layout.seed), before)
+    assert verify(layout.seed) == []
+
+
+def test_weights_are_linked_and_not_copied(layout: Layout, model_folder: Path) -> None:
+    import_seed(layout, model_folder)
+    assert (layout.seed / "model.safetensors").stat().st_ino == (
+        model_folder / "model.safetensors"
+    ).stat().st_ino
+
+
+def test_the_digest_does_not_depend_on_sharding(layout: Layout, tmp_path: Path) -> None:
+    whole = import_seed(layout, tiny_model_folder(tmp_path / "a")).digest
+    split = tiny_model_folder(tmp_path / "b")
+    shard(split)
+    assert import_seed(layout, split, force=True).digest == whole
+
+
+def test_a_family_with_other_names_on_disk_is_rewritten_once(layout: Layout, tmp_path: Path) -> None:
+    """Mixtures keep one tensor for each expert on disk and one for all in memory."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    source = tiny_model_folder(tmp_path / "model", "llama")
+    settings = json.loads((source / "config.json").read_text())
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            vocab_size=settings["vocab_size"],
+            eos_token_id=settings["eos_token_id"],
+        )
+    ).eval()
+    (source / "model.safetensors").unlink()
+    model.save_pretrained(source)
+    manifest = import_seed(layout, source)
+    assert set(manifest.tensors) == set(model.state_dict())
+    with torch.inference_mode():
+        expected = model(torch.arange(1, 12)[None]).logits
+    torch.testing.assert_close(logits(layout.seed), expected, atol=1e-6, rtol=0)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model")
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickled weights \(pytorch_model\.bin\).*save_pretrained"):
+        import_seed(layout, source)
+    assert not layout.seed.exists()
+
+
+def test_truncated_weights_are_refused(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model")
+    content = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        import_seed(layout, source)
+    assert not layout.seed.exists()
+
+
+def test_a_missing_shard_is_named(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model")
+    shard(source)
+    (source / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors, which is not there"):
+        import_seed(layout, source)
+
+
+def test_a_folder_that_is_no_model_is_refused(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        import_seed(layout, tmp_path / "empty")
+    source = tiny_model_folder(tmp_path / "model")
+    (source / "config.json").write_text(json.dumps({"model_type": "frobnicator"}))
+    with pytest.raises(UserError, match="no causal language model that transformers knows"):
+        import_seed(layout, source)
+
+
+def test_a_seed_is_not_replaced_without_force(layout: Layout, model_folder: Path) -> None:
+    import_seed(layout, model_folder)
+    with pytest.raises(UserError, match="exists already; use --force"):
+        import_seed(layout, model_folder)
+
+
+def test_a_pretrained_seed_says_what_it_was_made_of(seeded_project: Path) -> None:
+    manifest = read_manifest(seeded_project / "seed")
+    assert set(manifest.data["domains"]) == {"prose", "chance"}
+    assert manifest.config["preset"] == "tiny"
+    assert manifest.config["training"]["schedule_end"] == 0.5
+    assert verify(seeded_project / "seed") == []
+
+
+def test_the_tokenizer_of_a_seed_is_the_same_every_time(seeded_project: Path, tmp_path: Path) -> None:
+    import shutil
+
+    root = shutil.copytree(seeded_project, tmp_path / "again")
+    shutil.rmtree(root / "seed")
+    start_pretraining(Layout(root), load_project(root / "expertctl.yaml"))
+    assert (root / "seed" / "tokenizer.json").read_bytes() == (
+        seeded_project / "seed" / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_going_on_with_other_settings_is_refused(project: Workspace) -> None:
+    import shutil
+
+    shutil.rmtree(project.layout.seed)
+    start_pretraining(project.layout, project.config)
+    path = project.layout.config_file
+    path.write_text(path.read_text().replace('"tokens": 1280', '"tokens": 2560'))
+    with pytest.raises(UserError, match="was begun with other settings"):
+        start_pretraining(project.layout, load_project(path))
+
+
+def test_a_preset_too_short_for_the_blocks_is_refused(project: Workspace) -> None:
+    import shutil
+
+    shutil.rmtree(project.layout.seed)
+    path = project.layout.config_file
+    path.write_text(path.read_text().replace('"sequence_length": 32', '"sequence_length": 4096'))
+    with pytest.raises(UserError, match="more than the 1024 positions of preset 'tiny'"):
+        start_pretraining(project.layout, load_project(path))

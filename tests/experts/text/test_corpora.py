@@ -1,0 +1,254 @@
+"""From text files to token shards."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from expertctl import UserError
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.config.settings import DomainConfig
+from expertctl.core.text.token_store import TokenBlocks
+from expertctl.core.text.tokenizer import TextEncoder
+from expertctl.experts.text import corpora
+from expertctl.experts.text.corpora import PreparedDomain, domain_documents, prepare_domain
+
+TEXTS = [
+    f"Document {number}: " + "all work and no play makes a dull boy. " * (number % 5 + 1)
+    for number in range(40)
+]
+
+
+def jsonl(path: Path, texts: list[str], field: str = "text") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    (tmp_path / "expertctl.yaml").write_text("")
+    return Layout(tmp_path)
+
+
+def prepare(layout: Layout, model_folder: Path, **settings: str) -> PreparedDomain:
+    return prepare_domain(layout, "law", DomainConfig.model_validate(settings), model_folder)
+
+
+def decoded(prepared: PreparedDomain, part: str, folder: Path) -> list[str]:
+    """Return the documents of a part, read back from its tokens."""
+    encoder = TextEncoder.of_folder(folder)
+    store = prepared.open(part)
+    documents: list[list[int]] = [[]]
+    for token in store.read(1, len(store)).tolist():
+        if token == encoder.separator:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return [encoder.tokenizer.decode(ids) for ids in documents[:-1]]
+
+
+def test_documents_come_back_whole_and_in_order(layout: Layout, model_folder: Path) -> None:
+    train, valid = (
+        jsonl(layout.root / "train.jsonl", TEXTS[:30]),
+        jsonl(layout.root / "valid.jsonl", TEXTS[30:]),
+    )
+    prepared = prepare(layout, model_folder, train=train, valid=valid)
+    assert decoded(prepared, "train", model_folder) == TEXTS[:30]
+    assert decoded(prepared, "valid", model_folder) == TEXTS[30:]
+
+
+def test_counts_are_those_of_the_text(layout: Layout, model_folder: Path) -> None:
+    text = ["Grüße, 世界!", "second"]
+    prepared = prepare(
+        layout,
+        model_folder,
+        train=jsonl(layout.root / "a.jsonl", text),
+        valid=jsonl(layout.root / "b.jsonl", text),
+    )
+    assert prepared.train.documents == 2
+    assert prepared.train.bytes == sum(len(part.encode()) for part in text)
+    assert [size for _, size in prepared.open("train").document_bytes()] == [
+        len(part.encode()) for part in text
+    ]
+    assert prepared.train.tokens == len(prepared.open("train"))
+
+
+def test_a_second_time_costs_nothing_and_changed_text_is_prepared_again(
+    layout: Layout, model_folder: Path
+) -> None:
+    train, valid = (
+        jsonl(layout.root / "train.jsonl", TEXTS[:30]),
+        jsonl(layout.root / "valid.jsonl", TEXTS[30:]),
+    )
+    first = prepare(layout, model_folder, train=train, valid=valid)
+    stamp = (first.folder / "domain.json").stat().st_mtime_ns
+    again = prepare(layout, model_folder, train=train, valid=valid)
+    assert (again.folder / "domain.json").stat().st_mtime_ns == stamp
+    jsonl(Path(train), [*TEXTS[:29], "something else altogether"])
+    changed = prepare(layout, model_folder, train=train, valid=valid)
+    assert changed.train.digest != first.train.digest
+    assert changed.valid.digest == first.valid.digest
+
+
+def test_one_path_is_split_by_document_and_equal_documents_stay_together(
+    layout: Layout, model_folder: Path
+) -> None:
+    many = [f"{text} ({number})" for number in range(10) for text in TEXTS]
+    config = DomainConfig(path=jsonl(layout.root / "all.jsonl", many + many))
+    train = list(domain_documents(config, layout.root, "train"))
+    valid = list(domain_documents(config, layout.root, "valid"))
+    assert sorted(train + valid) == sorted(many + many)
+    assert not set(train) & set(valid)
+    assert 0.05 < len(valid) / len(many + many) < 0.15
+
+
+def test_text_that_was_sampled_by_its_digest_is_split_like_any_other(layout: Layout) -> None:
+    """Corpora are often cut to size by keeping the documents whose sha256 is low."""
+    texts = [f"document {number}" for number in range(20_000)]
+    sampled = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 8]
+    train, valid = split_of(layout, sampled, 0.1)
+    assert 0.05 < len(valid) / (len(train) + len(valid)) < 0.15
+
+
+def split_of(layout: Layout, texts: list[str], share: float) -> tuple[list[str], list[str]]:
+    config = DomainConfig(path=jsonl(layout.root / "all.jsonl", texts), valid_share=share)
+    train, valid = (list(domain_documents(config, layout.root, part)) for part in ("train", "valid"))
+    assert sorted(train + valid) == sorted(texts)
+    return train, valid
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.1, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_few_documents_are_split_so_that_no_part_is_empty(layout: Layout, share: float, count: int) -> None:
+    train, valid = split_of(layout, TEXTS[:count], share)
+    assert train
+    assert valid
+    if share == 1e-9:  # the one that comes first of all when the share grows
+        assert len(valid) == 1
+        assert set(valid) <= set(split_of(layout, TEXTS[:count], 0.5)[1])
+    if share == 1 - 1e-9:
+        assert len(train) == 1
+
+
+def test_copies_of_one_document_cannot_be_split(layout: Layout, model_folder: Path) -> None:
+    path = jsonl(layout.root / "one.jsonl", ["the same"] * 3)
+    assert 0 in map(len, split_of(layout, ["the same"] * 3, 0.1))
+    with pytest.raises(
+        UserError, match="split by document and needs two that differ: add text, or give train"
+    ):
+        prepare(layout, model_folder, path=path)
+
+
+def test_long_documents_are_encoded_in_smaller_batches_to_the_same_tokens(
+    layout: Layout, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(layout.root / "train.jsonl", TEXTS)
+    whole = prepare(layout, model_folder, train=path, valid=path)
+    tokens = whole.open("train").read(0, len(whole.open("train"))).tolist()
+    batches = []
+    encode = TextEncoder.encode
+
+    def counted(self: TextEncoder, texts: list[str]) -> list[list[int]]:
+        batches.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "encode", counted)
+    monkeypatch.setattr(corpora, "CHARACTERS_PER_BATCH", 100)
+    again = prepare_domain(layout, "law", DomainConfig(train=path, valid=path), model_folder, force=True)
+    assert again.train == whole.train
+    assert again.open("train").read(0, len(again.open("train"))).tolist() == tokens
+    assert len(batches) > 20
+    assert max(batches) < 100 + max(map(len, TEXTS))
+
+
+def test_a_folder_is_read_sorted_whatever_the_formats(layout: Layout) -> None:
+    folder = layout.root / "text"
+    jsonl(folder / "b.jsonl", ["from b"])
+    (folder / "a.txt").write_text("from a")
+    (folder / "sub").mkdir()
+    with gzip.open(folder / "sub" / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "from c"}) + "\n")
+    (folder / "ignored.png").write_bytes(b"\x89PNG")
+    config = DomainConfig(train=str(folder), valid=str(folder))
+    assert list(domain_documents(config, layout.root, "train")) == ["from a", "from b", "from c"]
+
+
+def test_another_field_may_hold_the_text(layout: Layout) -> None:
+    config = DomainConfig(
+        path=jsonl(layout.root / "x.jsonl", ["hello"], field="content"), text_field="content"
+    )
+    assert [
+        *domain_documents(config, layout.root, "train"),
+        *domain_documents(config, layout.root, "valid"),
+    ] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"domain 'law' has no documents in its train part"),
+        (b'{"text": "fine"}\n{"text": \n', r"train\.jsonl:2"),
+        (b'{"text": "fine"}\n{"body": "x"}\n', r"train\.jsonl:2: .*'text'"),
+        (b'{"text": "\xff\xfe"}\n', r"train\.jsonl:1: .*UTF-8"),
+    ],
+    ids=["empty", "invalid", "missing field", "not UTF-8"],
+)
+def test_text_that_cannot_be_read_is_one_error_and_leaves_no_corpus(
+    layout: Layout, model_folder: Path, content: bytes, message: str
+) -> None:
+    (layout.root / "train.jsonl").write_bytes(content)
+    valid = jsonl(layout.root / "valid.jsonl", TEXTS)
+    with pytest.raises(UserError, match=message):
+        prepare(layout, model_folder, train="train.jsonl", valid=valid)
+    assert list((layout.corpora / "law").iterdir()) == []
+
+
+def test_a_missing_file_and_an_unknown_format_are_named(layout: Layout, model_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
+        prepare(layout, model_folder, train="nowhere.jsonl", valid="nowhere.jsonl")
+    (layout.root / "x.pdf").write_bytes(b"%PDF")
+    with pytest.raises(UserError, match=r"x\.pdf is of no known format; known endings: .*\.jsonl"):
+        prepare(layout, model_folder, train="x.pdf", valid="x.pdf")
+
+
+def test_a_damaged_shard_is_named(layout: Layout, model_folder: Path) -> None:
+    train, valid = (
+        jsonl(layout.root / "train.jsonl", TEXTS[:30]),
+        jsonl(layout.root / "valid.jsonl", TEXTS[30:]),
+    )
+    prepared = prepare(layout, model_folder, train=train, valid=valid)
+    shard = prepared.folder / "train" / "tokens-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"tokens-00000\.bin is damaged"):
+        prepared.open("train")
+
+
+def test_memory_does_not_grow_with_the_corpus(layout: Layout, model_folder: Path) -> None:
+    """The peak of what Python allocates for three times the text stays within a few per cent."""
+    import tracemalloc
+
+    peaks = []
+    for copies in (20, 60):
+        texts = [f"{text} {number}" for number in range(copies) for text in TEXTS]
+        train = jsonl(layout.root / f"train{copies}.jsonl", texts)
+        tracemalloc.start()
+        prepare(layout, model_folder, train=train, valid=jsonl(layout.root / "valid.jsonl", TEXTS[:3]))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    size = Path(train).stat().st_size
+    assert peaks[1] - peaks[0] < size / 4
+
+
+def test_every_token_is_read_once_by_evaluation(layout: Layout, model_folder: Path) -> None:
+    train, valid = (
+        jsonl(layout.root / "train.jsonl", TEXTS[:30]),
+        jsonl(layout.root / "valid.jsonl", TEXTS[30:]),
+    )
+    store = prepare(layout, model_folder, train=train, valid=valid).open("valid")
+    targets = [token for batch in TokenBlocks(store, 16).batches(3) for row in batch for token in row[1:]]
+    assert targets == store.read(1, len(store)).tolist()

@@ -1,0 +1,208 @@
+"""Unlabelled text becomes domains: every document once, splits kept, the same in one process and in several."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import statistics
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from expertctl import UserError, Workspace
+from expertctl.core.text.clustering.clusterer import Clusterer
+from expertctl.experts.text import discovery
+from expertctl.experts.text.corpora import domain_documents
+
+MODULES = {"prose": textwrap, "chance": random, "means": statistics}
+
+
+def documents() -> list[str]:
+    found = []
+    for module in MODULES.values():
+        lines = inspect.getsource(module).splitlines()
+        found += ["\n".join(lines[begin : begin + 8]) for begin in range(0, len(lines), 8)]
+    return found
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    texts = documents()
+    random.Random(0).shuffle(texts)
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = {"domains": {"mixed": {"path": "mixed.jsonl", "licence": "PSF-2.0"}}}
+    (tmp_path / "expertctl.yaml").write_text(yaml.safe_dump(config))
+    return Workspace(tmp_path)
+
+
+def texts_of(workspace: Workspace, domains: list[str], part: str) -> list[str]:
+    return [
+        text
+        for domain in domains
+        for text in domain_documents(workspace.config.domains[domain], workspace.root, part)
+    ]
+
+
+def test_every_document_is_in_one_cluster_and_stays_on_its_side(workspace: Workspace) -> None:
+    found = workspace.discover("campus", 3)
+    names = [cluster.name for cluster in found.clusters]
+    assert names == ["campus-0", "campus-1", "campus-2"]
+    for part in ("train", "valid"):
+        assert sorted(texts_of(workspace, names, part)) == sorted(texts_of(workspace, ["mixed"], part))
+        assert sum(one.documents[part] for one in found.clusters) == len(texts_of(workspace, ["mixed"], part))
+    clusterer = Clusterer.read(found.folder)
+    for number, name in enumerate(names):
+        assert set(clusterer.assign(texts_of(workspace, [name], "train"))) == {number}
+        assert workspace.config.domains[name].licence == "PSF-2.0"
+
+
+def test_the_statement_says_what_clusters_are_about(workspace: Workspace) -> None:
+    found = workspace.discover("campus", 3)
+    content = json.loads((found.folder / "clusters.json").read_text())
+    assert content == json.loads(json.dumps(found.statement()))
+    words = [" ".join(cluster["top_words"]) for cluster in content["clusters"]]
+    assert any("random" in one for one in words)
+    assert all(len(cluster["examples"]) == 3 for cluster in content["clusters"])
+    assert list(content["source"]) == ["mixed"]
+
+
+def test_several_processes_give_the_same_files(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "BATCH", 16)
+    one = workspace.discover("one", 3, jobs=1)
+    monkeypatch.setattr(discovery, "PARALLEL_FROM", 0)
+    many = workspace.discover("many", 3, domains=["mixed"], jobs=2)
+    for number in range(3):
+        for part in ("train", "valid"):
+            mine = (one.folder / f"one-{number}" / f"{part}.jsonl").read_bytes()
+            assert mine == (many.folder / f"many-{number}" / f"{part}.jsonl").read_bytes()
+    assert one.source == many.source
+
+
+def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspace) -> None:
+    one = workspace.discover("campus", 3, sample=60)
+    path = workspace.root / "mixed.jsonl"
+    path.write_text("".join(sorted(path.read_text().splitlines(keepends=True))))
+    again = workspace.discover("again", 3, domains=["mixed"], sample=60)
+    assert [cluster.top_words for cluster in one.clusters] == [
+        cluster.top_words for cluster in again.clusters
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"clusters": 5000}, "5000 clusters need at least as many texts"),
+        ({"clusters": 2, "domains": ["nix"]}, "no domain 'nix'"),
+        ({"clusters": 2, "stop_words": "klingon"}, "no stop words for 'klingon'"),
+        ({}, "say how many clusters there are to be"),
+        ({"clusters": 2, "by": "feeling"}, "no domain discoverer 'feeling'; installed: hidden_states"),
+        ({"clusters": 2, "colour": 1}, "domain discoverer 'tfidf' has no option 'colour'"),
+        ({"clusters": 2, "by": "hidden_states"}, "there is no seed yet"),
+        ({"clusters": 2, "by": "sentence_embeddings"}, "needs the folder of a model"),
+        ({"clusters": 2, "by": "sentence_embeddings", "folder": "nowhere"}, "has no config.json"),
+        ({"by": "metadata"}, "mixed.jsonl:1: no field 'source' to sort by; there are: text"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_nothing_left(
+    workspace: Workspace, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        workspace.discover("campus", **settings)
+    assert (
+        not list((workspace.root / "clusters").glob("*")) if (workspace.root / "clusters").exists() else True
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "clusters", "said"),
+    [
+        ([""] * 20, 2, "there is no training document to sort in mixed"),
+        (["the same text over and over"] * 60, 1, "gets no (training|validation) document"),
+        (["the court held", "a poem of words"], 4, "4 clusters need at least as many texts"),
+        (
+            [f"word{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(60)],
+            3,
+            "of .. texts 0 have such words",
+        ),
+        (["law", "code", "poem", "song"] * 15, 2, "gets no (training|validation) document"),
+    ],
+    ids=["empty", "duplicates", "fewer", "strangers", "one word"],
+)
+def test_text_that_is_too_little_is_told_in_a_line(
+    workspace: Workspace, texts: list[str], clusters: int, said: str
+) -> None:
+    (workspace.root / "mixed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(UserError, match=said):
+        workspace.discover("campus", clusters)
+
+
+def test_empty_documents_among_others_are_left_out(workspace: Workspace) -> None:
+    texts = [("", f"court law judge {n}", f"python code function {n}")[n % 3] for n in range(120)]
+    (workspace.root / "mixed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = workspace.discover("campus", 2)
+    assert sum(one.documents["train"] + one.documents["valid"] for one in found.clusters) == 80
+    assert {word for one in found.clusters for word in one.top_words} >= {"court", "code"}
+
+
+def test_text_without_spaces_is_sorted_by_runs_of_letters(workspace: Workspace) -> None:
+    letters = "春風又綠江南白日依山盡黃"
+    source = random.Random(0)
+    texts = ["".join(source.choices(letters[:6] if n % 2 else letters[6:], k=14)) for n in range(120)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    (workspace.root / "mixed.jsonl").write_text("".join(lines))
+    found = workspace.discover("campus", 2)
+    for one in found.clusters:
+        members = texts_of(workspace, [one.name], "train")
+        assert len({text[0] in letters[:6] for text in members}) == 1
+
+
+def test_stop_words_can_be_a_file_of_any_language(workspace: Workspace) -> None:
+    (workspace.root / "stop.txt").write_text("random\nself\n")
+    found = workspace.discover("campus", 3, stop_words=str(workspace.root / "stop.txt"))
+    assert not {"random", "self"} & {word for one in found.clusters for word in one.top_words}
+
+
+def test_a_set_is_not_replaced_unasked_nor_made_of_itself(workspace: Workspace) -> None:
+    workspace.discover("campus", 2)
+    with pytest.raises(UserError, match="exists already"):
+        workspace.discover("campus", 2)
+    with pytest.raises(UserError, match="'campus-0' is one of the clusters 'campus' itself"):
+        workspace.discover("campus", 2, domains=["campus-0"], force=True)
+    assert len(workspace.discover("campus", 3, force=True).clusters) == 3
+    finer = workspace.discover("finer", 2, domains=["campus-0"])
+    assert list(finer.source) == ["campus-0"]
+
+
+def test_a_domain_of_the_project_file_goes_before_a_cluster(workspace: Workspace) -> None:
+    workspace.discover("campus", 2)
+    path = workspace.root / "expertctl.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["domains"]["campus-0"] = {"path": "mixed.jsonl"}
+    path.write_text(yaml.safe_dump(config))
+    assert Workspace(workspace.root).config.domains["campus-0"].path == "mixed.jsonl"
+
+
+def test_a_damaged_list_of_clusters_is_named(workspace: Workspace) -> None:
+    found = workspace.discover("campus", 2)
+    (found.folder / "clusters.json").write_text('{"clusters": [{}]}')
+    with pytest.raises(UserError, match=r"clusters.json is no list of clusters"):
+        Workspace(workspace.root).config  # noqa: B018  # reading it is what is tested
+
+
+def test_clusters_share_the_budget_of_one_expert(workspace: Workspace) -> None:
+    from expertctl.core.testing import tiny_model_folder
+
+    workspace.seed(tiny_model_folder(workspace.root / ".origin"))
+    workspace.discover("campus", 3)
+    training = {"tokens": 3000, "sequence_length": 32, "batch_size": 2}
+    specs = workspace.branch_clusters("campus", training=training)
+    assert [(spec.name, spec.domains) for spec in specs] == [
+        (f"campus-{number}", (f"campus-{number}",)) for number in range(3)
+    ]
+    assert {spec.training.tokens for spec in specs} == {1000}
+    with pytest.raises(UserError, match="no set of clusters 'camp' \\(did you mean 'campus'\\?\\)"):
+        workspace.branch_clusters("camp")

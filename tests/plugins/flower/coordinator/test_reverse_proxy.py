@@ -1,0 +1,330 @@
+"""The one port: what passes to Flower, what does not, and what owners can ask beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from federation_members import BTM, trained
+
+from expertctl import UserError
+from expertctl.experts.federation.coordinator.owner_status import owner_statuses
+from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.protocol import parts
+from expertctl.experts.federation.protocol.parts import parts_of
+from expertctl.experts.federation.protocol.progress import Progress
+from expertctl.plugins.flower.coordinator import reverse_proxy as proxy
+from expertctl.plugins.flower.coordinator.serving import serve
+from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
+from expertctl.plugins.flower.owner.owner_work import OwnerWork, part_size
+from expertctl.plugins.flower.processes.child import free_port
+from expertctl.plugins.flower.protocol.certificates import certificates_for
+from expertctl.plugins.flower.protocol.signing import EMPTY, PREFIX, Gatekeeper, NotSigned, signed_headers
+
+NewOwner = Callable[..., Owner]
+SOON = timedelta(hours=1)
+
+
+# --- what reaches Flower ---
+
+
+def test_calls_of_nodes_pass_with_body_status_and_headers(hub: Any) -> None:
+    with hub.browser() as browser:
+        for _ in range(3):  # over one connection
+            reply = browser.post("/v1/fleet/pull-messages", content=b"abc")
+            assert (reply.status_code, reply.content, reply.headers["x-flower"]) == (200, b"cba", "yes")
+        assert browser.post("/v1/fleet/push-object", content=b"teapot").status_code == 418
+        assert browser.get("/health").status_code == 200
+        large = bytes(range(256)) * 20_000  # a piece of 5 MB, in chunks
+        pieces = (large[begin : begin + 70_000] for begin in range(0, len(large), 70_000))
+        assert browser.post("/v1/fleet/push-object", content=pieces).content == large[::-1]
+    assert [path for _, path, _ in hub.upstream.seen][-1] == "/v1/fleet/push-object"
+
+
+NOT_PASSED = (
+    "/v1/control/list-runs",
+    "/v1/control/start-run",
+    "/v1/runtime/get-nodes",
+    "/v1/fleet/../control/start-run",
+    "/v1/fleet/%2e%2e/control/start-run",
+    "/v1/fleet/..%2fcontrol%2fstart-run",
+    "//v1/control/start-run",
+    "/v1/fleet//push-object",
+    "/v1/fleet/push-object/",
+    "/v1/fleet/push-object?x=1",
+    "/v1/fleet/push-object;x",
+    "/v1/fleet/",
+    "/V1/FLEET/push-object",
+    "/docs",
+    "/openapi.json",
+    "/",
+    "/health/../v1/control/list-runs",
+    "http://127.0.0.1/v1/control/list-runs",
+)
+
+
+def test_nothing_else_does(hub: Any) -> None:
+    """Sent as it stands: clients would tidy some of these up."""
+    for path in NOT_PASSED:
+        for method in ("GET", "POST", "PUT"):
+            assert raw_request(hub, f"{method} {path} HTTP/1.1") == 404, (method, path)
+    assert raw_request(hub, "POST /health HTTP/1.1") == 404
+    assert raw_request(hub, "GET /v1/fleet/push-object HTTP/1.1") == 404
+    assert hub.upstream.seen == []
+
+
+def raw_request(hub: Any, line: str, *headers: str, body: bytes = b"", send_all: bool = True) -> int:
+    """Send bytes as they stand; return the status, or 0 for a connection that was closed."""
+    context = ssl.create_default_context(cafile=str(hub.certificates.authority))
+    with (
+        socket.create_connection(("127.0.0.1", hub.port), timeout=20) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+    ):
+        head = "\r\n".join([line, "host: hub", *(headers or (f"content-length: {len(body)}",)), "", ""])
+        connection.sendall(head.encode() + body)
+        answer = connection.recv(4000)
+    return int(answer.split()[1]) if answer else 0
+
+
+def test_what_is_too_large_or_no_http_ends_the_connection_and_nothing_reaches_flower(hub: Any) -> None:
+    call = "POST /v1/fleet/push-object HTTP/1.1"
+    with hub.browser() as browser:
+        reply = browser.post("/v1/fleet/push-object", content=bytes(proxy.MAX_FLEET_BODY + 1))
+        assert (reply.status_code, reply.json()) == (413, {"code": "TOO_LARGE"})
+    assert raw_request(hub, call, "x-long: " + "a" * 100_000) in (
+        400,
+        431,
+    )  # as it arrives: in pieces, or whole
+    assert raw_request(hub, "nonsense") == 400
+    two_lengths = raw_request(hub, call, "content-length: 3", "content-length: 5", body=b"abc")
+    assert two_lengths == 400  # smuggling
+    assert hub.upstream.seen == []
+
+
+def test_many_large_bodies_at_once_are_refused_and_small_ones_pass(
+    hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub.gateway, "_left", 3 << 20)
+    context = ssl.create_default_context(cafile=str(hub.certificates.authority))
+    size = 2 << 20
+    head = f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: hub\r\ncontent-length: {size}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        plain = stack.enter_context(socket.create_connection(("127.0.0.1", hub.port), timeout=20))
+        held = stack.enter_context(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+        held.sendall(head + bytes(size - 1))  # and the last byte never comes
+        with hub.browser() as browser:
+            end = time.monotonic() + 20
+            while hub.gateway._left > 2 << 20 and time.monotonic() < end:
+                time.sleep(0.01)
+            reply = browser.post("/v1/fleet/push-object", content=bytes(size))
+            assert (reply.status_code, reply.json()) == (503, {"code": "BUSY"})
+            assert browser.post("/v1/fleet/push-object", content=bytes(60_000)).status_code == 200
+        held.sendall(b"x")
+        assert held.recv(100).startswith(b"HTTP/1.1 200")
+    assert hub.gateway._left == 3 << 20
+
+
+def test_plain_http_and_old_tls_are_not_spoken(hub: Any) -> None:
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://{hub.address}/health", timeout=5, trust_env=False)
+    context = ssl.create_default_context(cafile=str(hub.certificates.authority))
+    context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with socket.create_connection(("127.0.0.1", hub.port)) as plain, pytest.raises(ssl.SSLError):
+        context.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def test_a_server_that_is_away_is_said_to_be_away(hub: Any) -> None:
+    gateway = proxy.Gateway(lambda: "127.0.0.1:9", hub.certificates, None)  # type: ignore[arg-type]  # is not asked
+    door = proxy.Door(gateway, "127.0.0.1", 0, hub.certificates)
+    port = door.open()
+    context = ssl.create_default_context(cafile=str(hub.certificates.authority))
+    assert httpx.get(f"https://127.0.0.1:{port}/health", verify=context, trust_env=False).status_code == 503
+    with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1"):
+        proxy.Door(gateway, "127.0.0.1", port, hub.certificates).open()
+    door.close()
+
+
+# --- who may ask ---
+
+
+def test_an_owner_that_was_not_invited_hears_so(hub: Any, new_owner: NewOwner) -> None:
+    stranger = new_owner("stranger", invited=False)
+    with pytest.raises(Declined) as raised:
+        hub.client(stranger).hello()
+    assert "the coordinator does not know this key" in raised.value.sentence(stranger.state / "owner.pub")
+    with hub.browser() as browser:
+        assert browser.get("/expertctl/v1/requests").json() == {"code": "NOT_SIGNED"}
+
+
+def test_a_second_process_with_the_key_is_refused_while_the_first_is_there(
+    hub: Any, new_owner: NewOwner
+) -> None:
+    owner = new_owner("site-a")
+    assert hub.client(owner).hello() == Hello("site-a")
+    with pytest.raises(Declined, match="DUPLICATE"):
+        hub.client(owner).hello()
+
+
+def test_a_request_counts_once_and_only_as_it_was_signed(hub: Any, new_owner: NewOwner) -> None:
+    owner, audience = new_owner("site-a"), hub.certificates.fingerprint
+    target = "/expertctl/v1/requests"
+    good = signed_headers(owner.key(), "GET", target, EMPTY, "s", audience)
+    with hub.browser() as browser:
+        assert browser.get(target, headers=good).status_code == 200
+        assert browser.get(target, headers=good).json() == {"code": "REPLAYED"}
+        for change in ("digest", "time", "nonce", "session"):
+            headers = signed_headers(owner.key(), "GET", target, EMPTY, "s", audience)
+            headers[f"{PREFIX}{change}"] = {"digest": "0" * 64, "time": f"{time.time() + 1:.3f}"}.get(
+                change, "other"
+            )
+            assert browser.get(target, headers=headers).json() == {"code": "BAD_SIGNATURE"}, change
+        other = signed_headers(
+            owner.key(), "GET", target, EMPTY, "s", "AA:BB"
+        )  # meant for another coordinator
+        assert browser.get(target, headers=other).json() == {"code": "BAD_SIGNATURE"}
+        elsewhere = signed_headers(owner.key(), "POST", target, EMPTY, "s", audience)
+        assert browser.get(target, headers=elsewhere).json() == {"code": "BAD_SIGNATURE"}
+        body = signed_headers(owner.key(), "POST", "/expertctl/v1/progress/" + "0" * 16, EMPTY, "s", audience)
+        reply = browser.post("/expertctl/v1/progress/" + "0" * 16, headers=body, content=b"{}")
+        assert reply.json() == {"code": "WRONG_BYTES"}
+
+
+def test_old_requests_and_those_before_a_restart_do_not_count(hub: Any, new_owner: NewOwner) -> None:
+    owner = new_owner("site-a")
+    headers = signed_headers(owner.key(), "GET", "/x", EMPTY, "s", "aud")
+    members = hub.coordinator.members
+    assert Gatekeeper(members, "aud").check("GET", "/x", headers).member.name == "site-a"
+    late = Gatekeeper(members, "aud", lambda: time.time() + 400)
+    with pytest.raises(NotSigned, match="CLOCK"):
+        late.check("GET", "/x", headers)
+    restarted = Gatekeeper(members, "aud", lambda: time.time() + 10)
+    with pytest.raises(NotSigned, match="REPLAYED"):
+        restarted.check("GET", "/x", headers)
+
+
+@pytest.mark.parametrize(
+    "path", ["requests/../x", "seed/..%2f..%2fmembers.json/0", "seed/members.json/0", "part/x/y/0", ""]
+)
+def test_signed_requests_for_what_there_is_not_are_declined(hub: Any, new_owner: NewOwner, path: str) -> None:
+    owner = new_owner("site-a")
+    target = f"/expertctl/v1/{path}"
+    headers = signed_headers(owner.key(), "GET", target, EMPTY, "s", hub.certificates.fingerprint)
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    assert raw_request(hub, f"GET {target} HTTP/1.1", *lines) in (404, 409)
+
+
+# --- what they ask for ---
+
+
+def test_seed_down_progress_and_expert_up_through_the_door(hub: Any, new_owner: NewOwner) -> None:
+    owner, other = new_owner("site-a"), new_owner("site-b")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
+    client = hub.client(owner)
+    assert [one.online for one in owner_statuses(hub.coordinator)] == [False, False]
+    assert client.hello() == Hello("site-a", (request.id,))
+    assert {one.name: one.online for one in owner_statuses(hub.coordinator)} == {
+        "site-a": True,
+        "site-b": False,
+    }
+    for file in request.seed_files:
+        data = b"".join(client.seed_part(request.id, file, index) for index in range(len(file.parts)))
+        assert hashlib.sha256(data).hexdigest() == file.sha256
+    client.progress(request.id, Progress("training", 3, 10, 2.5, 4.0))
+    assert owner_statuses(hub.coordinator)[0].progress == Progress("training", 3, 10, 2.5, 4.0)
+    with pytest.raises(Declined, match="REFUSED_NOW"):
+        hub.client(other).progress(request.id, Progress("failed"))
+    trained(hub.coordinator, owner, request)
+    said: list[str] = []
+    OwnerWork(owner, client, lambda review: False, said.append).step()
+    assert hub.coordinator.ledger.state(request.id) == "asked"  # no yes, no delivery
+    work = OwnerWork(owner, client, lambda review: True, said.append)
+    work.step()
+    assert hub.coordinator.ledger.state(request.id) == "accepted"
+    assert owner.outcome(request.id) == "accepted"
+    assert work.is_over(request)
+    assert said[-1].endswith("accepted")
+
+
+def test_a_part_with_other_bytes_is_declined_and_the_right_one_taken(hub: Any, new_owner: NewOwner) -> None:
+    owner = new_owner("site-a")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
+    trained(hub.coordinator, owner, request)
+    signed, client = owner.delivery(request.id), hub.client(owner)
+    file = next(file for file in signed.statement.files if file.name == "model.safetensors")
+    data = (owner.delivery_folder(request.id) / file.name).read_bytes()
+    assert 0 in client.begin(request.id, signed)["missing"][file.name]
+    with pytest.raises(Declined, match="WRONG_BYTES"):
+        client.put(request.id, file, 0, bytes(len(data)))
+    client.put(request.id, file, 0, data)
+    assert client.begin(request.id, signed)["missing"][file.name] == []
+
+
+def test_a_full_disk_is_said_in_a_code_and_the_same_part_goes_through_later(
+    hub: Any, new_owner: NewOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
+    trained(hub.coordinator, owner, request)
+    said: list[str] = []
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, said.append)
+    real = parts._write_at
+
+    def full(path: Path, place: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(parts, "_write_at", full)
+    work.step()
+    assert "the coordinator's disk is full" in said[-1]
+    assert any("no space left" in line for line in hub.told)
+    assert owner.outcome(request.id) is None
+    monkeypatch.setattr(parts, "_write_at", real)
+    work._later.clear()
+    work.step()
+    assert owner.outcome(request.id) == "accepted"
+
+
+def test_a_coordinator_that_is_away_is_waited_for(hub: Any, new_owner: NewOwner, tmp_path: Path) -> None:
+    owner = new_owner("site-a")
+    other = certificates_for(tmp_path / "other", []).authority
+    for address, authority in (
+        (f"127.0.0.1:{free_port()}", hub.certificates.authority),
+        (hub.address, other),
+    ):
+        client = CoordinatorClient(address, authority, owner.key())
+        with pytest.raises(Unreachable):
+            client.hello()
+        client.close()
+
+
+def test_parts_are_a_64th_within_bounds(tmp_path: Path) -> None:
+    assert part_size(10) == 1 << 20
+    assert part_size(2 << 30) == 32 << 20
+    assert part_size(1 << 40) == 64 << 20
+    (tmp_path / "file").write_bytes(json.dumps([1] * 100).encode())
+    assert len(parts_of(tmp_path / "file", part_size(300)).parts) == 1
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path, hub: Any) -> None:
+    with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:\d+; is another server there"):
+        serve(
+            hub.coordinator,
+            hub.address,
+            [],
+            tell=hub.told.append,
+            opened=lambda listening: None,
+            stop=threading.Event(),
+        )

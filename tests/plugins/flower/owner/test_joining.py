@@ -1,0 +1,100 @@
+"""When `join --once` ends: what was asked is over, or fails time after time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from federation_members import BTM, FLEXOLMO, TRAINING, fetch_seed
+
+from expertctl import UserError
+from expertctl.core.artefacts.files import write_json
+from expertctl.experts.federation.coordinator.round_keeper import begin_rounds
+from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.protocol.progress import FailureCode, Progress
+from expertctl.experts.federation.rounds.round_plan import RoundPlan
+from expertctl.experts.federation.rounds.shared_model import SharedSettings
+from expertctl.plugins.flower.owner import owner_work
+from expertctl.plugins.flower.owner.coordinator_client import Hello
+from expertctl.plugins.flower.owner.joining import _is_done
+from expertctl.plugins.flower.owner.owner_work import TRIES, OwnerWork
+
+NOTHING = Hello("site-a")
+
+
+@pytest.mark.parametrize(("code", "ends"), [("DATA", True), ("STOPPED", False)])
+def test_a_training_that_fails_time_after_time_ends_it_in_one_line(
+    hub: Any,
+    new_owner: Callable[[str], Owner],
+    monkeypatch: pytest.MonkeyPatch,
+    code: FailureCode,
+    ends: bool,
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
+    owner.take(request)
+    fetch_seed(hub.coordinator, owner, request)
+    starts = []
+
+    def fail(self: Owner, identifier: str) -> None:
+        starts.append(identifier)
+        self.run_folder(identifier).mkdir(parents=True, exist_ok=True)
+        write_json(self.run_folder(identifier) / "progress.json", Progress("failed", code=code).as_json())
+
+    monkeypatch.setattr(Owner, "start", fail)
+    monkeypatch.setattr(owner_work, "RETRY_S", (0.0,))
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    for _ in range(TRIES - 1):
+        work.step()
+        assert not _is_done(owner, work, NOTHING)
+    work.step()
+    assert len(starts) == TRIES
+    if ends:
+        with pytest.raises(
+            UserError, match=f"training failed \\({code}\\) {TRIES} times; .*work.log says why"
+        ):
+            _is_done(owner, work, NOTHING)
+    else:
+        assert not _is_done(owner, work, NOTHING)
+
+
+def test_it_ends_when_everything_is_over(hub: Any, new_owner: Callable[[str], Owner]) -> None:
+    owner = new_owner("site-a")
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    assert not _is_done(owner, work, NOTHING)  # nothing was asked yet
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
+    owner.take(request)
+    assert not _is_done(owner, work, NOTHING)
+    owner.note_outcome(request.id, None)
+    assert _is_done(owner, work, NOTHING)
+
+
+def test_it_waits_for_what_the_coordinator_has_open_and_for_the_next_round(
+    hub: Any, new_owner: Callable[[str], Owner]
+) -> None:
+    owner = new_owner("site-a")
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    (first,) = hub.coordinator.ask(["site-a"], BTM, soon)
+    owner.take(first)
+    owner.note_outcome(first.id, None)
+    (second,) = hub.coordinator.ask(["site-a"], FLEXOLMO, soon)
+    assert not _is_done(owner, work, Hello("site-a", (second.id,)))  # Flower has not brought it yet
+    assert _is_done(owner, work, NOTHING)
+    assert not _is_done(owner, work, Hello("site-a", (), more=True))
+
+
+def test_more_is_to_come_until_a_shared_model_is_finished(
+    hub: Any, new_owner: Callable[[str], Owner]
+) -> None:
+    owner, other = new_owner("site-a"), new_owner("site-b")
+    plan = RoundPlan(("site-a",), "fedavg", round_seconds=3600.0)
+    shared = begin_rounds(hub.coordinator, "campus", plan, SharedSettings(1, TRAINING))
+    (request,) = hub.coordinator.open_requests("site-a")
+    client = hub.client(owner)
+    assert client.hello() == Hello("site-a", (request.id,), more=True)
+    assert hub.client(other).hello() == Hello("site-b")
+    shared.finish("0" * 64)
+    assert not client.hello().more
