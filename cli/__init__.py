@@ -1,1 +1,1 @@
-"""The command line: one file per command, nothing here computes anything."""
+"""The command line: one module per command; all work is done by the layers below."""

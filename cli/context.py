@@ -1,4 +1,4 @@
-"""What one call of the command line knows: its options, its workspace, and where it may write."""
+"""Session of one command-line call: shared options, workspace, and output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """The options that every command takes, and what follows from them."""
+    """The shared options, and the workspace and output that depend on them."""
 
     def __init__(self) -> None:
         self.workspace: Path | None = None
@@ -27,7 +27,7 @@ class Session:
         self.quiet = False
         self.verbose = False
 
-    # --- what is worked on ---
+    # --- workspace ---
 
     def open(self) -> Workspace:
         """Return the workspace of `--workspace`, or the one at or above the current folder."""
@@ -36,7 +36,7 @@ class Session:
         return Workspace(self.workspace)
 
     def artefact(self, name: str) -> Path:
-        """Return the folder of an artefact by its name, or by a path, which needs no workspace."""
+        """Return the folder of an artefact, given by name or path; a path needs no workspace."""
         try:
             layout = self.open().layout
         except UserError:
@@ -46,26 +46,26 @@ class Session:
         return layout.artefact(name)
 
     def layout(self) -> Layout | None:
-        """Return where the workspace keeps its things; None outside of one."""
+        """Return the paths of the workspace; None outside of a workspace."""
         try:
             return self.open().layout
         except UserError:
             return None
 
-    # --- what is said ---
+    # --- output ---
 
     def note(self, text: str) -> None:
-        """Say on standard error what is going on."""
+        """Print a note on standard error, unless `--quiet` is set."""
         if not self.quiet:
             click.echo(text, err=True)
 
     def detail(self, text: str) -> None:
-        """Say what only some want to know: with `--verbose`."""
+        """Print a note on standard error if `--verbose` is set."""
         if self.verbose:
             click.echo(text, err=True)
 
     def finish(self, content: Mapping[str, Any], *parts: str | Table) -> None:
-        """Print the result: `content` as JSON with `--json`, else the parts one below the other."""
+        """Print the result: `content` as JSON with `--json`, else the parts one after the other."""
         if self.json:
             print_json(content)
             return
@@ -73,13 +73,13 @@ class Session:
             print_part(part)
 
     def runs(self, names: Sequence[str]) -> RunProgress:
-        """Return what shows the progress of training runs."""
+        """Return the progress display of training runs."""
         from ..core.process.progress import RunProgress, display
 
         return RunProgress(display(quiet=self.quiet, plain=self.json), names)
 
     def count(self, name: str, unit: str, total: int | None = None) -> Count:
-        """Return what shows the progress of counted work."""
+        """Return the progress display of counted work."""
         from ..core.process.progress import Count, display
 
         return Count(name, unit, total, display(quiet=self.quiet, plain=self.json))

@@ -1,4 +1,4 @@
-"""Commands and groups of the command line: loaded when they are needed, with the same options everywhere."""
+"""Click commands and groups of the command line: imported lazily, with shared options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Callback = Callable[..., int | None]
 
 
 class Command(click.Command):
-    """A command that also takes the options of `expertctl` itself and shows an example in its help."""
+    """A command with the shared options and an example in its help."""
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -27,8 +27,8 @@ class Command(click.Command):
         return [*super().get_params(ctx), *self._everywhere]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        own = [param for param in super().get_params(ctx) if isinstance(param, click.Option)]
-        for title, options in (("Options", own), ("Options of every command", self._everywhere)):
+        own_options = [param for param in super().get_params(ctx) if isinstance(param, click.Option)]
+        for title, options in (("Options", own_options), ("Options of every command", self._everywhere)):
             if records := [record for option in options if (record := option.get_help_record(ctx))]:
                 with formatter.section(title):
                     formatter.write_dl(records)
@@ -41,7 +41,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group of commands that names the nearest one when a name is unknown."""
+    """A command group that suggests the closest name for an unknown command."""
 
     command_class = Command
 
@@ -60,106 +60,106 @@ class Group(click.Group):
 
 
 class LazyGroup(Group):
-    """The root: each command of ours is a module that is imported when the command is named.
+    """The root group, which imports the module of a built-in command when that command is used.
 
-    Third-party commands come from the `register_commands` hook; plugins are loaded for it only when help is
-    listed, or when a name is none of ours.
+    Third-party commands come from the `register_commands` hook. Plugins are loaded for it only to list the commands
+    in the help, or if a name is not a built-in command.
     """
 
     def __init__(self, *args: Any, modules: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sections = dict(modules or {})
-        self._own = tuple(name for names in self._sections.values() for name in names)
-        self._asked_plugins = False
+        self._builtin = tuple(name for names in self._sections.values() for name in names)
+        self._plugins_loaded = False
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        self._ask_plugins()
-        return [*self._own, *sorted(self.commands)]
+        self._load_plugins()
+        return [*self._builtin, *sorted(self.commands)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name in self._own:
+        if name in self._builtin:
             return _load(self._folder_of(name), name)
-        self._ask_plugins()
+        self._load_plugins()
         return self.commands.get(name)
 
     def _folder_of(self, name: str) -> str:
-        """Return the folder of a command's module: its section, in lower case."""
+        """Return the folder of a command's module: its section in lower case."""
         return next(section.lower() for section, names in self._sections.items() if name in names)
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        taken = name or cmd.name
-        if taken in self._own or taken in self.commands:
-            raise ValueError(f"the command '{taken}' exists already")
+        new_name = name or cmd.name
+        if new_name in self._builtin or new_name in self.commands:
+            raise ValueError(f"the command '{new_name}' already exists")
         super().add_command(cmd, name)
 
-    def _ask_plugins(self) -> None:
-        if self._asked_plugins:
+    def _load_plugins(self) -> None:
+        if self._plugins_loaded:
             return
-        self._asked_plugins = True
+        self._plugins_loaded = True
         from importlib.metadata import entry_points
 
-        if entry_points(group="expertctl"):  # else help need not pay for loading the built-in plugins
+        if entry_points(group="expertctl"):  # without third parties, help need not load the built-in plugins
             from ..core.hooks.manager import installed_plugins
 
             installed_plugins().register_commands(self)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands in the order in which a project meets them."""
+        """Write the commands by section, in the order of a project's workflow."""
         names = self.list_commands(ctx)
         width = max(len(name) for name in names)
         limit = formatter.width - width - 6
-        own = dict(self._sections)
+        sections = dict(self._sections)
         if self.commands:
-            own["From plugins"] = sorted(self.commands)
-        for title, section in own.items():
-            found = ((name, self.get_command(ctx, name)) for name in section)
+            sections["From plugins"] = sorted(self.commands)
+        for title, section in sections.items():
+            commands = ((name, self.get_command(ctx, name)) for name in section)
             rows = [
-                (name.ljust(width), found.get_short_help_str(limit))
-                for name, found in found
-                if found is not None and not found.hidden
+                (name.ljust(width), command.get_short_help_str(limit))
+                for name, command in commands
+                if command is not None and not command.hidden
             ]
             with formatter.section(title):
                 formatter.write_dl(rows)
 
 
 def _load(folder: str, name: str) -> click.Command:
-    """Import the module of one command, `cli/FOLDER/NAME.py`, and return its `command`."""
+    """Import the module `cli/FOLDER/NAME.py` and return its `command`."""
     module = importlib.import_module(f".{folder}.{name.replace('-', '_')}", __package__)
     command: click.Command = module.command
     return command
 
 
 def cli_command(name: str, *, example: str) -> Callable[[Callback], Command]:
-    """Return the decorator of a command function; its help is the function's docstring."""
+    """Return a decorator that makes a function a command, with the function's docstring as its help."""
     return click.command(name, cls=Command, example=example)
 
 
 def options_everywhere() -> list[click.Option]:
-    """Return the options that stand before the command or after it, whichever comes to mind."""
+    """Return the options that are accepted before and after every command."""
     return [
         click.Option(
             ["-w", "--workspace"],
             type=click.Path(path_type=Path),
             metavar="DIR",
-            callback=_note,
+            callback=_store,
             expose_value=False,
-            help="The project's folder. Default: the one at or above the current folder.",
+            help="Workspace folder. Default: the current folder or the nearest parent with an expertctl.yaml.",
         ),
-        _flag(["--json"], "Print one JSON object on standard output, everything else on standard error."),
-        _flag(["-q", "--quiet"], "No notes and no progress."),
-        _flag(["-v", "--verbose"], "More notes, and where in the code an error arose."),
+        _flag(["--json"], "Print one JSON object on standard output and everything else on standard error."),
+        _flag(["-q", "--quiet"], "Print no notes and no progress."),
+        _flag(["-v", "--verbose"], "Print more notes, and the traceback of an error."),
     ]
 
 
 def _flag(names: list[str], text: str) -> click.Option:
-    return click.Option(names, is_flag=True, callback=_note, expose_value=False, is_eager=True, help=text)
+    return click.Option(names, is_flag=True, callback=_store, expose_value=False, is_eager=True, help=text)
 
 
-def _note(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-    """Keep the value of a shared option in the session, wherever on the line it stood."""
+def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Store the value of a shared option in the session, wherever it stands on the command line."""
     session = ctx.ensure_object(Session)
     if value:
         assert param.name is not None
         setattr(session, param.name, value)
         if session.quiet and session.verbose:
-            raise click.UsageError("--quiet and --verbose contradict each other", ctx)
+            raise click.UsageError("--quiet and --verbose exclude each other", ctx)

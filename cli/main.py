@@ -1,4 +1,4 @@
-"""The command `expertctl`: finds the command that was asked for, and turns what goes wrong into exit statuses."""
+"""Entry point of the `expertctl` command: dispatches to the commands and maps errors to exit statuses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import click
 
-from ..core.artefacts.files import mendable
+from ..core.artefacts.files import user_fixable_error
 from ..core.errors import UserError
 from ..core.process.environment import prepare_libraries
 from .context import Session
 from .group import LazyGroup, options_everywhere
 from .output import print_json
 
-# In the order in which a project meets them; each is a module in the folder of its section.
+# In the order of a project's workflow. Each command is a module in the folder named after its section.
 COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins"),
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline"),
@@ -48,25 +48,25 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     expose_value=False,
     is_eager=True,
     callback=_print_version,
-    help="Print the version.",
+    help="Print the version and exit.",
 )
 def cli() -> None:
-    """Train language-model experts apart, merge them into one model.
+    """Train language-model experts independently and merge them.
 
-    A project is a folder with expertctl.yaml: `expertctl init demo` makes one, `expertctl quickstart` walks
-    the whole way on text that is installed already.
+    A project is a folder with an expertctl.yaml; `expertctl init demo` creates one. `expertctl quickstart` runs the
+    whole workflow on text that is already installed.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 done; 1 something the user can mend; 2 usage; 3 done, but a gate that was asked for does not hold; 130
-    interrupted. Anything unexpected is a bug and keeps its traceback.
+    0: success; 1: an error that the user can fix; 2: wrong usage; 3: success, but a requested check failed;
+    130: interrupted. Any other exception is a bug and keeps its traceback.
     """
     prepare_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without Unicode must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")  # terminals without Unicode must not fail
     session = Session()
     try:
         status = cli.main(arguments, prog_name="expertctl", standalone_mode=False, obj=session)
@@ -85,14 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail(session, "interrupted; run the same command again", INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read the output has gone; the interpreter's last flush must not complain about it.
+        # The reader of the output has exited; keep the interpreter's final flush from failing too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        trouble = mendable(error)
-        if trouble is None:
+        user_error = user_fixable_error(error)
+        if user_error is None:
             raise
-        return _fail(session, str(trouble), trouble.exit_status)
+        return _fail(session, str(user_error), user_error.exit_status)
     return status if isinstance(status, int) else 0
 
 

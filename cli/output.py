@@ -1,4 +1,4 @@
-"""How results look: tables that fit a terminal or a pipe, one JSON object, short digests, counts."""
+"""Formatting of results: tables for terminals and pipes, JSON, short digests and counts."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ SHORT_DIGEST = 12
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings."""
+    """A table with column headings."""
 
     columns: tuple[str, ...]
     rows: Sequence[Sequence[str]]
     title: str | None = None
     right: frozenset[int] = frozenset()
-    """Columns that stand to the right: numbers."""
+    """Indices of right-aligned (numeric) columns."""
     headings: bool = True
     strong: frozenset[tuple[int, int]] = frozenset()
-    """(row, column) of cells that stand out where the terminal can show it."""
+    """(row, column) of cells that are highlighted on a terminal."""
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print the one JSON object of a command; a number that is not finite, which JSON has no word for, is null."""
+    """Print the JSON object of a command; NaN and infinities, which JSON does not support, become null."""
     click.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
-    """Return JSON content with None in the place of NaN and infinities."""
+    """Return JSON content with NaN and infinities replaced by None."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_part(part: str | Table) -> None:
-    """Print a text, or a table: with rich on a terminal, as aligned plain text elsewhere."""
+    """Print text or a table; tables are drawn by rich on a terminal and as aligned plain text elsewhere."""
     if isinstance(part, str):
         click.echo(part)
     elif sys.stdout.isatty():
@@ -53,7 +53,7 @@ def print_part(part: str | Table) -> None:
 
 
 def plain_table(table: Table) -> str:
-    """Return a table as aligned text; nothing is cut off, whatever the width."""
+    """Return a table as aligned text; cells are never truncated."""
     lines = [list(row) for row in table.rows]
     if table.headings:
         lines.insert(0, list(table.columns))
@@ -100,15 +100,15 @@ def _print_rich(table: Table) -> None:
 
 
 def short(digest: str) -> str:
-    """Return the beginning of a digest, enough to tell artefacts apart."""
+    """Return the first characters of a digest, for display."""
     return digest[:SHORT_DIGEST]
 
 
 def shares(weights: Mapping[str, float], *, digits: int = 2) -> str:
-    """Return figures by name on one line: `law 0.60, code 0.40`."""
+    """Return named numbers on one line: `law 0.60, code 0.40`."""
     return ", ".join(f"{name} {weight:.{digits}f}" for name, weight in weights.items())
 
 
 def number(value: int) -> str:
-    """Return a count with separators: `1,234,567`."""
+    """Return a count with thousands separators: `1,234,567`."""
     return f"{value:,}"

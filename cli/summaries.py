@@ -1,4 +1,4 @@
-"""What several commands say about an artefact."""
+"""Descriptions of artefacts shared by several commands."""
 
 from __future__ import annotations
 
@@ -8,44 +8,42 @@ from typing import TYPE_CHECKING, Any
 from .output import shares, short
 
 if TYPE_CHECKING:
-    from ..core.artefacts.lineage import Manifest
+    from ..core.manifests.manifest import Manifest
 
 
 def artefact_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Return what `--json` says of an artefact that was just made."""
+    """Return the `--json` content for a new artefact."""
     return {
         "name": manifest.name,
         "kind": manifest.kind,
         "folder": str(folder.resolve()),
         "digest": manifest.digest,
-        "method": manifest.config.get("method"),
-        "weights": manifest.config.get("weights"),
+        "method": manifest.method,
+        "weights": dict(manifest.merged.weights) if manifest.merged is not None else None,
         "metrics": dict(manifest.metrics),
         "licence": manifest.licence,
     }
 
 
-def made(folder: Path, manifest: Manifest) -> str:
-    """Return the line about an artefact that was just made."""
-    what = f"{manifest.kind} '{manifest.name}'" if manifest.kind != "seed" else "seed"
-    return f"{what} {short(manifest.digest)} is in {folder}"
+def artefact_line(folder: Path, manifest: Manifest) -> str:
+    """Return one line that describes a new artefact."""
+    title = f"{manifest.kind} '{manifest.name}'" if manifest.kind != "seed" else "seed"
+    return f"{title} {short(manifest.digest)} is in {folder}"
 
 
 def origin(manifest: Manifest) -> str:
-    """Return in a few words how an artefact came about."""
-    if manifest.kind == "generalist":
-        method, weights = manifest.config.get("method"), manifest.config.get("weights")
-        if manifest.config.get("kind") == "shared":
-            return (
-                f"{len(manifest.config.get('rounds', ()))} rounds of {method} by {', '.join(manifest.data)}"
-            )
-        if weights:
-            return f"{method} of {shares(weights)}"
+    """Return a short description of how an artefact was made."""
+    merged = manifest.merged
+    if merged is not None:
+        if merged.kind == "shared":
+            return f"{len(merged.rounds)} rounds of {merged.method} by {', '.join(manifest.expert_data)}"
+        if merged.weights:
+            return f"{merged.method} of {shares(merged.weights)}"
         experts = [parent.name for parent in manifest.parents if parent.kind == "expert"]
-        return f"{method} of {', '.join(experts)}" if experts else str(method)
+        return f"{merged.method} of {', '.join(experts)}" if experts else merged.method
+    domains = ", ".join(manifest.domains)
     if manifest.kind == "expert":
-        domains = ", ".join(manifest.data.get("domains", {}))
         return f"trained {manifest.trainable} on {domains}"
-    if manifest.data.get("domains"):
-        return f"pretrained on {', '.join(manifest.data['domains'])}"
-    return f"imported, {manifest.config.get('model_type')}"
+    if domains:
+        return f"pretrained on {domains}"
+    return f"imported, {getattr(manifest.config, 'model_type', None)}"

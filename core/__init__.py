@@ -1,1 +1,1 @@
-"""What everything stands on and no method is known to: errors, files, lineage, configuration, plugins."""
+"""Method-independent foundation: errors, artefact files, manifests, configuration, models, plugin hooks."""

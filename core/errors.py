@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the wording they share."""
+"""User-fixable errors and their shared wording."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what was wrong, where, and how to mend it.
+    """An error that the user can fix: one line that states what is wrong, where, and how to fix it.
 
-    The command line prints it after `Error:` and exits 1. Anything else that escapes is a bug and keeps
-    its traceback.
+    The command line prints it after `Error:` and exits with `exit_status`. Any other exception that escapes is a
+    bug and keeps its traceback.
     """
 
     def __init__(self, message: str, *, exit_status: int = 1) -> None:
@@ -19,26 +19,26 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """The user stopped the work; what was done so far is kept and the same command goes on from there."""
+    """The user interrupted the command; finished work is kept and the same command resumes it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, exit_status=130)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what a library says, or at least the kind of its error."""
+    """Return the first line of an exception's message, or its type name if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that `name` was probably meant to be, or None."""
+    """Return the known name closest to a misspelt `name`, or None."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], *, listed_as: str = "known") -> UserError:
-    """Return the error for a name that does not exist: the probable meaning first, then every choice."""
+    """Return the error for an unknown name: a did-you-mean hint first, then every valid choice."""
     names = sorted(known)
     guess = closest(name, names)
     hint = f" (did you mean '{guess}'?)" if guess else ""

@@ -9,20 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertctl.core.artefacts.lineage import verify as verify
     from expertctl.core.config.project import load_project as load_project
     from expertctl.core.errors import UserError as UserError
     from expertctl.core.hooks.evaluation import Evaluator as Evaluator
+    from expertctl.core.hooks.evaluation import Metric as Metric
     from expertctl.core.hooks.evaluation import Score as Score
     from expertctl.core.hooks.events import ExpertFinished as ExpertFinished
     from expertctl.core.hooks.events import MergeFinished as MergeFinished
     from expertctl.core.hooks.events import TrainingStep as TrainingStep
     from expertctl.core.hooks.hookspecs import hookimpl as hookimpl
+    from expertctl.core.hooks.merging import Assembler as Assembler
     from expertctl.core.hooks.merging import BuiltModel as BuiltModel
     from expertctl.core.hooks.merging import MergeInputs as MergeInputs
     from expertctl.core.hooks.merging import MergeMethod as MergeMethod
+    from expertctl.core.hooks.merging import ModelBuilder as ModelBuilder
     from expertctl.core.hooks.merging import PerExpert as PerExpert
     from expertctl.core.hooks.merging import TensorGroup as TensorGroup
+    from expertctl.core.hooks.merging import TensorMerge as TensorMerge
     from expertctl.core.hooks.mixtures import Architecture as Architecture
     from expertctl.core.hooks.mixtures import MixtureShape as MixtureShape
     from expertctl.core.hooks.mixtures import MixtureTarget as MixtureTarget
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.text import DocumentOrder as DocumentOrder
     from expertctl.core.hooks.text import DomainDiscoverer as DomainDiscoverer
     from expertctl.core.hooks.text import FoundDomains as FoundDomains
-    from expertctl.core.hooks.text import TrainingText as TrainingText
     from expertctl.core.hooks.text import ValidationText as ValidationText
     from expertctl.core.hooks.training import Launcher as Launcher
     from expertctl.core.hooks.training import LaunchResult as LaunchResult
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.training import RunReporter as RunReporter
     from expertctl.core.hooks.training import TrainablePart as TrainablePart
     from expertctl.core.hooks.training import Trainer as Trainer
+    from expertctl.core.hooks.training import TrainingContext as TrainingContext
+    from expertctl.core.hooks.training import TrainingText as TrainingText
+    from expertctl.core.manifests.verification import verify as verify
     from expertctl.core.models.loading import load_model as load_model
     from expertctl.core.models.loading import register_auto_classes as register_auto_classes
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
@@ -52,11 +57,11 @@ if TYPE_CHECKING:
     from expertctl.workspace import Workspace as Workspace
 
 _HOMES = {
-    "core.artefacts.lineage": ("verify",),
     "core.config.project": ("load_project",),
     "core.errors": ("UserError",),
     "core.hooks.evaluation": (
         "Evaluator",
+        "Metric",
         "Score",
     ),
     "core.hooks.events": (
@@ -66,11 +71,14 @@ _HOMES = {
     ),
     "core.hooks.hookspecs": ("hookimpl",),
     "core.hooks.merging": (
+        "Assembler",
         "BuiltModel",
         "MergeInputs",
         "MergeMethod",
+        "ModelBuilder",
         "PerExpert",
         "TensorGroup",
+        "TensorMerge",
     ),
     "core.hooks.mixtures": (
         "Architecture",
@@ -87,7 +95,6 @@ _HOMES = {
         "DocumentOrder",
         "DomainDiscoverer",
         "FoundDomains",
-        "TrainingText",
         "ValidationText",
     ),
     "core.hooks.training": (
@@ -97,7 +104,10 @@ _HOMES = {
         "RunReporter",
         "TrainablePart",
         "Trainer",
+        "TrainingContext",
+        "TrainingText",
     ),
+    "core.manifests.verification": ("verify",),
     "core.models.loading": (
         "load_model",
         "register_auto_classes",

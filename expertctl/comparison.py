@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from expertctl.core.artefacts.lineage import manifest_path, read_manifest
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError, unknown_name
+from expertctl.core.manifests.manifest import manifest_path, read_manifest
 
 if TYPE_CHECKING:
     from expertctl.core.artefacts.layout import Layout
     from expertctl.core.config.settings import ProjectConfig
+    from expertctl.core.hooks.evaluation import Metric
     from expertctl.core.hooks.text import ValidationText
     from expertctl.experts.measures.evaluation import EvaluationTable
 
@@ -33,18 +34,20 @@ class Comparison:
     """A row for the model and for each baseline."""
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> Metric:
         return self.table.metrics[0]
 
     @property
     def best(self) -> str:
-        """The baseline with the lowest mean."""
-        return min(self.baselines, key=lambda name: self.table.mean(name, self.metric))
+        """The baseline with the best mean."""
+        return self.metric.best({name: self.table.mean(name, self.metric) for name in self.baselines})
 
     @property
     def holds(self) -> bool:
         """Whether the model's mean is no worse than that of any baseline."""
-        return self.table.mean(self.model, self.metric) <= self.table.mean(self.best, self.metric)
+        return not self.metric.is_worse(
+            self.table.mean(self.model, self.metric), self.table.mean(self.best, self.metric)
+        )
 
     def verdict(self) -> str:
         """Return in a sentence how the model compares."""
@@ -52,7 +55,7 @@ class Comparison:
         word = "not worse than" if self.holds else "worse than"
         return (
             f"{self.model} is {word} the best of its baselines, {self.best}: {own:.4f} and {other:.4f} "
-            f"{self.metric.replace('_', ' ')} on average over {', '.join(self.table.domains)}"
+            f"{self.metric.title} on average over {', '.join(self.table.domains)}"
         )
 
 
@@ -101,11 +104,12 @@ def compare(
         table = evaluate(workspace.layout, workspace.config, folders, domains, jobs=jobs, tell=tell)
     scores = dict(table.scores)
     if BEST_EXPERT in against:
-        best = min(experts, key=lambda expert: table.mean(_row(expert), table.metrics[0]))
+        metric = table.metrics[0]
+        best = metric.best({expert: table.mean(_row(expert), metric) for expert in experts})
         say(f"the best expert is {best}")
         scores[rows[BEST_EXPERT]] = scores[_row(best)]
     shown = {row: scores[row] for row in (model, *rows.values())}
-    return Comparison(model, tuple(rows.values()), EvaluationTable(table.domains, shown))
+    return Comparison(model, tuple(rows.values()), EvaluationTable(table.domains, shown, table.metrics))
 
 
 def _row(expert: str) -> str:

@@ -9,26 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertctl.core.artefacts.layout import Layout
-from expertctl.core.artefacts.lineage import Manifest, manifest_path, read_manifest
 from expertctl.core.config.project import load_project
 from expertctl.core.config.settings import (
     ExpertConfig,
+    LauncherConfig,
     MergeConfig,
     ProjectConfig,
     TrainingConfig,
-    checked,
+    validate_settings,
 )
 from expertctl.core.errors import UserError, unknown_name
 from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.merging import MergeMethod
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.hooks.training import RunReporter
+from expertctl.core.manifests.manifest import Manifest, manifest_path, read_manifest
 from expertctl.experts.runs.launching import TrainResult, launch
 
 if TYPE_CHECKING:
     from expertctl.comparison import Comparison
+    from expertctl.core.manifests.run import RunSpec
     from expertctl.core.models.generation import Generation
     from expertctl.experts.measures.evaluation import EvaluationTable
-    from expertctl.experts.runs.specification import RunSpec
     from expertctl.experts.text.corpora import PreparedDomain
     from expertctl.experts.text.discovery import Discovery
     from expertctl.experts.text.proxy_corpus import Proxy
@@ -184,7 +186,7 @@ class Workspace:
         scratch: bool = False,
         preset: str | None = None,
         force: bool = False,
-        launcher: str | None = None,
+        launcher: str | LauncherConfig | None = None,
         reporter: RunReporter | None = None,
     ) -> Manifest:
         """Make the seed: import a Hugging Face folder (`source`, or `seed.from`), else pretrain from scratch.
@@ -244,13 +246,13 @@ class Workspace:
             raise UserError(
                 f"expert '{name}' is not in expertctl.yaml; say which domain it is for: --domain DOMAIN"
             )
-        return checked(ExpertConfig, given, f"expert '{name}'")
+        return validate_settings(ExpertConfig, given, f"expert '{name}'")
 
     def train(
         self,
         *names: str,
         jobs: int = 1,
-        launcher: str | None = None,
+        launcher: str | LauncherConfig | None = None,
         reporter: RunReporter | None = None,
     ) -> TrainResult:
         """Train experts that were branched or stand in `expertctl.yaml`; with no name, all of them.
@@ -259,7 +261,7 @@ class Workspace:
         the result says what finished, failed and was interrupted, and its `raise_for_failures()` raises as `seed` does.
         """
         from expertctl.core.artefacts.files import remove_tree
-        from expertctl.experts.runs.specification import STATE_FOLDER, is_finished
+        from expertctl.core.manifests.run import STATE_FOLDER, is_finished
         from expertctl.experts.runs.waves import next_wave
 
         wanted = names or self.expert_names()
@@ -293,7 +295,7 @@ class Workspace:
 
     def _branched(self, names: Sequence[str], failed: dict[str, str]) -> list[Path]:
         """Branch what is not branched yet and return the runs; what cannot be branched is noted in `failed`."""
-        from expertctl.experts.runs.specification import RUN_FILE
+        from expertctl.core.manifests.run import RUN_FILE
 
         runs = []
         for name in names:
@@ -307,7 +309,7 @@ class Workspace:
 
     def expert_names(self) -> tuple[str, ...]:
         """Return the experts that `train` without names trains: branched or in `expertctl.yaml`, sorted."""
-        from expertctl.experts.runs.specification import RUN_FILE
+        from expertctl.core.manifests.run import RUN_FILE
 
         branched = {path.parent.name for path in self.experts.glob(f"*/{RUN_FILE}")}
         return tuple(sorted({*branched, *self.config.experts}))
@@ -319,9 +321,18 @@ class Workspace:
         return unfinished(self.layout, self.config)
 
     def _launch(
-        self, runs: Sequence[Path], jobs: int, launcher: str | None, reporter: RunReporter | None
+        self,
+        runs: Sequence[Path],
+        jobs: int,
+        launcher: str | LauncherConfig | None,
+        reporter: RunReporter | None,
     ) -> TrainResult:
-        return launch(runs, jobs, launcher or self.config.launcher, reporter)
+        chosen = (
+            validate_settings(LauncherConfig, {"name": launcher}, "launcher")
+            if isinstance(launcher, str)
+            else launcher
+        )
+        return launch(runs, jobs, chosen or self.config.launcher, reporter)
 
     def statistics(
         self,
@@ -387,7 +398,7 @@ class Workspace:
         options: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
         force: bool = False,
-        launcher: str | None = None,
+        launcher: str | LauncherConfig | None = None,
         reporter: RunReporter | None = None,
     ) -> Manifest:
         """Train a generalist further (its `router`, the default, or a whole `mixture`) into a new one called `name`.
@@ -395,12 +406,12 @@ class Workspace:
         `base` is a generalist of this workspace, or `seed`. A tuning that was interrupted goes on when it is called again
         with the name alone, or with the same settings.
         """
-        from expertctl.experts.runs.specification import RUN_FILE, is_finished
+        from expertctl.core.manifests.run import RUN_FILE, is_finished
         from expertctl.experts.runs.tuning import require_same, start_tuning
 
         folder = self.generalists / name
         base = str(base) if base is not None else None
-        settings = checked(TrainingConfig, training or {}, "training")
+        settings = validate_settings(TrainingConfig, training or {}, "training")
         begun = (folder / RUN_FILE).is_file() and not is_finished(folder) and not force
         if not begun:
             if base is None:
@@ -534,8 +545,8 @@ class Workspace:
             given["options"] = {**base.get("options", {}), **options}
         if "method" not in base | given:
             raise UserError(f"merge '{name}' is not in expertctl.yaml; say how: --method METHOD")
-        config = checked(MergeConfig, base | given, f"merge '{name}'")
-        installed_plugins().merge_method(config.method)
+        config = validate_settings(MergeConfig, base | given, f"merge '{name}'")
+        installed_plugins().offer(MergeMethod, config.method)
         for domain in config.fit_on or ():
             domain_config(self.config, domain)
         return config
@@ -545,7 +556,7 @@ class Workspace:
         found: set[str] = set()
         for folder in experts:
             if manifest_path(folder) is not None:
-                found |= set(read_manifest(folder).data.get("domains", ()))
+                found |= set(read_manifest(folder).domains)
         return sorted(found & set(self.config.domains))
 
     def validation(self, domains: Sequence[str]) -> list[ValidationText]:
@@ -583,8 +594,8 @@ class Workspace:
         from expertctl.merge.mixture.routing.report import RoutingReport
 
         folder = self.layout.artefact(model)
-        experts = (read_manifest(folder).config.get("mixture") or {}).get("experts")
-        if experts is None:
+        merged = read_manifest(folder).merged
+        if merged is None or not merged.experts:
             raise UserError(f"{folder} is no mixture of experts: its manifest names none")
         network, _ = load_model(folder, dtype="float32")
         network.to(best_device())
@@ -594,7 +605,7 @@ class Workspace:
         }
         if not found:
             raise UserError("there is no domain to look at; add one under 'domains' in expertctl.yaml")
-        return RoutingReport(tuple(experts), found)
+        return RoutingReport(merged.experts, found)
 
     def evaluate(
         self,
@@ -662,8 +673,8 @@ class Workspace:
         self, *, jobs: int = 1, reporter: RunReporter | None = None, force: bool = False
     ) -> Manifest:
         """Train as many experts as there are, on random slices of all text, and make their ensemble."""
+        from expertctl.core.manifests.run import is_finished
         from expertctl.experts.runs.baselines import start_random_split
-        from expertctl.experts.runs.specification import is_finished
         from expertctl.merge.merging import MergeRun, merge
 
         runs = start_random_split(self.layout, force=force)

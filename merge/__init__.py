@@ -1,1 +1,1 @@
-"""From experts to a generalist: the merge engine, dense methods, ensembles."""
+"""Merging of experts into generalists: recipes, planning, the streaming engine, and merge methods."""

@@ -1,4 +1,4 @@
-"""A LoRA adapter out of two checkpoints: the best low-rank factors of what changed between them."""
+"""Extracts a LoRA adapter from two checkpoints: the best low-rank approximation of their difference."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ Tell = Callable[[int], None]
 
 @dataclass(frozen=True)
 class TensorExtraction:
-    """One matrix of the adapter."""
+    """Approximation of one matrix."""
 
     name: str
     rank: int
     error: float
-    """|dW - BA| / |dW|, Frobenius norms."""
+    """Relative error |dW - BA| / |dW| in the Frobenius norm."""
 
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """What an extracted adapter holds, and what it lost."""
+    """Contents and approximation error of an extracted adapter."""
 
     tensors: tuple[TensorExtraction, ...]
     error: float
-    """The same over all of them together."""
+    """Relative error over all matrices together."""
     saved_whole: tuple[str, ...]
-    """Tensors that changed and are kept as they are."""
+    """Changed tensors that are stored in full."""
     left_out: tuple[str, ...]
-    """Tensors that changed and are not in the adapter."""
+    """Changed tensors that are not in the adapter."""
 
 
 def extract_adapter(
@@ -60,100 +60,106 @@ def extract_adapter(
     force: bool = False,
     tell: Tell = lambda done: None,
 ) -> ExtractionReport:
-    """Write a PEFT LoRA folder whose adapter turns `base` into `model`, as nearly as its ranks allow.
+    """Write a PEFT LoRA folder with an adapter that approximates `model` on top of `base`.
 
-    Every matrix of a linear layer that `targets` matches and that changed gets the truncated singular value
-    decomposition of its change: `rank` singular values, or as many as hold the share `energy` of its squares. What
-    else changed is saved whole with `save_rest`, and left out otherwise. Raises `UserError` when the models do not
-    fit or nothing changed.
+    The change of every linear layer that `targets` matches is approximated by a truncated singular value decomposition:
+    with `rank` singular values, or with the smallest number whose squares sum to the share `energy`. Other changed
+    tensors are stored in full with `save_rest`, and left out otherwise. Raises `UserError` if the models have different
+    tensors or nothing changed.
     """
-    _check(rank, energy)
-    first = open_source("base", base)
-    second = open_source("model", model, first)
-    names = _changed_names(first, second)
-    chosen = [name for name in names if _is_target(name, second.tensors[name], targets)]
-    rest = [name for name in names if name not in chosen]
+    _check_options(rank, energy)
+    base_source = open_source("base", base)
+    model_source = open_source("model", model, base_source)
+    names = _changed_names(base_source, model_source)
+    targeted = [name for name in names if _is_target(name, model_source.tensors[name], targets)]
+    other_names = [name for name in names if name not in targeted]
     factors: dict[str, Tensor] = {}
-    found: list[TensorExtraction] = []
-    lost = whole = 0.0
+    extractions: list[TensorExtraction] = []
+    squared_error = squared_norm = 0.0
     with Reader() as reader:
-        for number, name in enumerate(chosen, start=1):
-            delta = _difference(reader, first, second, name)
+        for number, name in enumerate(targeted, start=1):
+            delta = _difference(reader, base_source, model_source, name)
             squares = float((delta**2).sum())
             if squares > 0:
-                b, a, error = _factorised(delta, rank, energy)
+                b, a, error = _factorise(delta, rank, energy)
                 module = name.removesuffix(_WEIGHT)
                 factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-                found.append(TensorExtraction(name, a.shape[0], error))
-                lost, whole = lost + error**2 * squares, whole + squares
+                extractions.append(TensorExtraction(name, a.shape[0], error))
+                squared_error, squared_norm = squared_error + error**2 * squares, squared_norm + squares
             tell(number)
-        changed_rest = [
-            name for name in rest if float(abs(_difference(reader, first, second, name)).max()) > 0
+        changed_others = [
+            name
+            for name in other_names
+            if float(abs(_difference(reader, base_source, model_source, name)).max()) > 0
         ]
-        saved = {name: _whole(reader, second.tensors[name]) for name in changed_rest} if save_rest else {}
-    if not found and not saved:
-        raise UserError(f"there is nothing to extract: {model} and {base} are the same in '{targets}'")
+        saved = (
+            {name: _read_tensor(reader, model_source.tensors[name]) for name in changed_others}
+            if save_rest
+            else {}
+        )
+    if not extractions and not saved:
+        raise UserError(f"nothing to extract: {model} and {base} have the same tensors in '{targets}'")
     report = ExtractionReport(
-        tuple(found),
-        math.sqrt(lost / whole) if whole else 0.0,
+        tuple(extractions),
+        math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
         tuple(saved),
-        () if save_rest else tuple(changed_rest),
+        () if save_rest else tuple(changed_others),
     )
     with new_folder(output, force=force, what="adapter") as partial:
         _write(partial, base, factors | saved, report, dtype)
     return report
 
 
-def _check(rank: int | None, energy: float | None) -> None:
+def _check_options(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise UserError("give a rank, or the share of energy to keep, and not both")
+        raise UserError("give either a rank or the share of energy to keep")
     if rank is not None and rank < 1:
-        raise UserError(f"rank is {rank}; it is 1 or more")
+        raise UserError(f"rank is {rank}; it must be 1 or more")
     if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"energy is {energy}; it is more than 0 and at most 1")
+        raise UserError(f"energy is {energy}; it must be greater than 0 and at most 1")
 
 
 def _changed_names(base: Source, model: Source) -> list[str]:
-    """Return the tensors that may differ; raises `UserError` where the two models do not fit."""
+    """Return the tensors that may differ; raises `UserError` if names or shapes differ."""
     for name in {*base.tensors, *model.tensors}:
-        ours, theirs = base.tensors.get(name), model.tensors.get(name)
-        if ours is None or theirs is None:
-            there, absent = (base, model) if theirs is None else (model, base)
-            raise UserError(f"tensor '{name}' is in {there.folder}, but not in {absent.folder}")
-        if ours.shape != theirs.shape:
+        base_tensor, model_tensor = base.tensors.get(name), model.tensors.get(name)
+        if base_tensor is None or model_tensor is None:
+            present, absent = (base, model) if model_tensor is None else (model, base)
+            raise UserError(f"tensor '{name}' is in {present.folder}, but not in {absent.folder}")
+        if base_tensor.shape != model_tensor.shape:
             raise UserError(
-                f"tensor '{name}' is {list(theirs.shape)} in {model.folder}, but {list(ours.shape)} in {base.folder}"
+                f"tensor '{name}' is {list(model_tensor.shape)} in {model.folder}, but {list(base_tensor.shape)} in {base.folder}"
             )
-    return [name for name, one in model.tensors.items() if one != base.tensors[name]]
+    return [name for name, tensor in model.tensors.items() if tensor != base.tensors[name]]
 
 
-def _is_target(name: str, one: StoredTensor, targets: str) -> bool:
-    is_linear = len(one.shape) == 2 and name.endswith(_WEIGHT) and not name.endswith(TOKEN_EMBEDDINGS)
+def _is_target(name: str, tensor: StoredTensor, targets: str) -> bool:
+    is_linear = len(tensor.shape) == 2 and name.endswith(_WEIGHT) and not name.endswith(TOKEN_EMBEDDINGS)
     return is_linear and (name in HEADS or "norm" not in name) and matches(targets, name)
 
 
 def _difference(reader: Reader, base: Source, model: Source, name: str) -> Any:
-    return reader.whole(model.tensors[name]).astype("f8") - reader.whole(base.tensors[name])
+    return reader.read(model.tensors[name]).astype("f8") - reader.read(base.tensors[name])
 
 
-def _whole(reader: Reader, one: StoredTensor) -> Tensor:
+def _read_tensor(reader: Reader, stored: StoredTensor) -> Tensor:
     import torch
 
-    return torch.from_numpy(reader.whole(one).copy())
+    return torch.from_numpy(reader.read(stored).copy())
 
 
-def _factorised(delta: Any, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
-    """Return B (out, r), A (r, in) and the relative error of their product (Eckart-Young: none of that rank is less)."""
+def _factorise(delta: Any, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
+    """Return B (out, r), A (r, in) and the relative error of their product, minimal for rank r (Eckart-Young)."""
     import torch
 
     left, values, right = torch.linalg.svd(torch.from_numpy(delta), full_matrices=False)
     squares = values**2
     total = float(squares.sum())
-    kept = rank if rank is not None else _rank_for(squares, total, energy or 1.0)
-    kept = min(kept, len(values))
-    root = values[:kept].sqrt()
-    error = math.sqrt(max(float(squares[kept:].sum()), 0.0) / total)
-    return (left[:, :kept] * root).float(), (root[:, None] * right[:kept]).float(), error
+    num_kept = rank if rank is not None else _rank_for(squares, total, energy or 1.0)
+    num_kept = min(num_kept, len(values))
+    root = values[:num_kept].sqrt()
+    error = math.sqrt(max(float(squares[num_kept:].sum()), 0.0) / total)
+    return (left[:, :num_kept] * root).float(), (root[:, None] * right[:num_kept]).float(), error
 
 
 def _rank_for(squares: Tensor, total: float, energy: float) -> int:
@@ -169,17 +175,17 @@ def _write(
         folder / ADAPTER_WEIGHTS,
         {f"base_model.model.{name}": tensor.to(kind).contiguous() for name, tensor in tensors.items()},
     )
-    ranks = {one.name.removesuffix(_WEIGHT): one.rank for one in report.tensors}
-    common = max(ranks.values(), default=1)
-    special = {module: rank for module, rank in ranks.items() if rank != common}
+    ranks = {matrix.name.removesuffix(_WEIGHT): matrix.rank for matrix in report.tensors}
+    largest_rank = max(ranks.values(), default=1)
+    other_ranks = {module: rank for module, rank in ranks.items() if rank != largest_rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": special,
-        "alpha_pattern": special,
+        "r": largest_rank,
+        "lora_alpha": largest_rank,
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
         "target_modules": sorted(ranks) or None,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in report.saved_whole}) or None,
         "bias": "none",
@@ -194,7 +200,7 @@ def _write(
 def _card(base: Path, report: ExtractionReport) -> str:
     return (
         f"---\nlibrary_name: peft\nbase_model: {base.name}\ntags: [lora, expertctl]\n---\n\n"
-        f"# LoRA extracted from a full model\n\nIts {len(report.tensors)} products differ from what changed in the full "
-        f"model by {report.error:.2%} of it (Frobenius norm). Saved whole: {len(report.saved_whole)} tensors; changed "
-        f"and left out: {len(report.left_out)}.\n"
+        f"# LoRA extracted from a full model\n\nIts {len(report.tensors)} matrices approximate the change of the full model "
+        f"with a relative error of {report.error:.2%} (Frobenius norm). Stored in full: {len(report.saved_whole)} tensors; "
+        f"changed, but left out: {len(report.left_out)}.\n"
     )

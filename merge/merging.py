@@ -1,38 +1,44 @@
-"""One merge from beginning to end: plan, lock, make the generalist, write where it comes from."""
+"""Runs a merge: plan, lock, write the generalist and its manifest."""
 
 from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.artefacts.files import exclusive, link_or_copy, new_folder, refuse_existing, resumable_folder
-from ..core.artefacts.layout import Layout, check_name, require_free
-from ..core.artefacts.lineage import (
+from ..core.artefacts.digests import (
     MANIFEST_NAMES,
     TOKENIZER_FILES,
-    Manifest,
-    digest_of_tensors,
     digest_of_tokenizer,
-    digests_of_folder,
-    tool_versions,
 )
+from ..core.artefacts.files import (
+    exclusive,
+    exclusive_output,
+    link_or_copy,
+    new_folder,
+    refuse_existing,
+    resumable_folder,
+)
+from ..core.artefacts.layout import Layout, check_name, require_free
 from ..core.config.settings import MergeConfig
 from ..core.errors import Interrupted, UserError, unknown_name
 from ..core.hooks.events import MergeFinished
 from ..core.hooks.manager import PluginManager, installed_plugins
-from ..core.hooks.merging import BuiltModel, MergeInputs, MergeMethod
+from ..core.hooks.merging import Assembler, BuiltModel, MergeInputs, MergeMethod, ModelBuilder
 from ..core.hooks.options import parse_options
 from ..core.hooks.text import ValidationText
+from ..core.manifests.finishing import finish_artefact
+from ..core.manifests.generalist import ExpertChange, GeneralistConfig, SearchRecord
+from ..core.manifests.manifest import Manifest
 from .engine.calculator import EngineSettings
 from .engine.shards import DEFAULT_SHARD_BYTES
-from .generalists.card import CARD_FILE, model_card
+from .generalists.card import model_card
 from .generalists.folder import write_generalist
 from .planning.plan import MergePlan, Permissions, check_output, open_sources, prepare_merge
-from .planning.search import SearchResult, search_weights
+from .planning.search import search_weights
 from .planning.tensor_planner import Stack
 from .planning.weights import check_weights, resolve_weights
 from .recipes.recipe import WEIGHT, Recipe, Scope, Setting, whole_models
@@ -45,7 +51,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class MergeRun:
-    """How a merge runs and what the user insists on; nothing here decides the bytes of the result but `shard_bytes`."""
+    """Runtime settings and safety overrides of a merge; only `shard_bytes` affects the output files."""
 
     force: bool = False
     resume: bool = False
@@ -54,7 +60,7 @@ class MergeRun:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     say: Say = lambda line: None
     tell: Callable[[int, int], None] = lambda done, total: None
-    """Told the bytes written so far and in all."""
+    """Progress callback, called with bytes written so far and in total."""
 
 
 def merge(
@@ -69,17 +75,17 @@ def merge(
 ) -> Manifest:
     """Merge experts of a workspace into `generalists/NAME` (or `output`) and return the manifest.
 
-    Everything that can be refused is refused before any work. `validation` gives the text that priors and weights
-    are fitted on, and is called only if something is.
+    All checks run before any work; they raise `UserError`. `validation` returns the text to fit priors and weights on
+    and is called only if needed.
     """
-    how = run or MergeRun()
-    method = installed_plugins().merge_method(config.method)
-    target = _target(layout, name, output, how)
+    run = run or MergeRun()
+    method = installed_plugins().offer(MergeMethod, config.method)
+    target = _target(layout, name, output, run)
     folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
     check_weights(config.weights, folders)
-    if method.build is not None:
-        return _build(layout, name, config, method, folders, target, validation, how)
-    return _stream(layout, name, config, folders, target, validation, how)
+    if isinstance(method, ModelBuilder):
+        return _build_model(layout, name, config, method, folders, target, validation, run)
+    return _merge_tensors(layout, name, config, folders, target, validation, run)
 
 
 def plan_merge(
@@ -91,22 +97,22 @@ def plan_merge(
     experts_folder: Path | None = None,
     run: MergeRun | None = None,
 ) -> MergePlan:
-    """Return the plan of a workspace's merge; raises every `UserError` that `merge` would raise before its work.
+    """Return the plan of a workspace's merge; raises the same `UserError`s as the checks of `merge`.
 
-    Weights that have to be fitted first stand in it as equal ones.
+    Weights that have to be fitted are uniform in the plan.
     """
-    how = run or MergeRun()
-    target = _target(layout, name, output, how)
+    run = run or MergeRun()
+    target = _target(layout, name, output, run)
     folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
     check_weights(config.weights, folders)
-    check_lineage(layout.seed, folders, tensors=False, unrelated=how.permissions.unrelated)
-    method = installed_plugins().merge_method(config.method)
-    if method.build is not None:
-        plan = _build_plan(layout, config, method, folders, how)
+    check_lineage(layout.seed, folders, tensors=False, unrelated=run.permissions.unrelated)
+    method = installed_plugins().offer(MergeMethod, config.method)
+    if isinstance(method, ModelBuilder):
+        plan = _plan_build(layout, config, method, folders, run)
         check_output(plan, target)
         return plan
-    given = config.weights if not isinstance(config.weights, str) else {}
-    plan = _planned(recipe_of(layout.seed, folders, config, given), how, layout)
+    weights = config.weights if not isinstance(config.weights, str) else {}
+    plan = _plan(recipe_of(layout.seed, folders, config, weights), run, layout)
     check_output(plan, target)
     return plan
 
@@ -117,31 +123,27 @@ def merge_recipe(
     *,
     name: str | None = None,
     run: MergeRun | None = None,
-    history: Sequence[Mapping[str, Any]] = (),
+    history: Sequence[ExpertChange] = (),
 ) -> Manifest:
-    """Merge any folders into `output` as a recipe says, without a workspace, and return the manifest.
+    """Merge model folders into `output` according to a recipe, without a workspace, and return the manifest.
 
-    `history` is what its manifest says of who left and joined, where it is another generalist made again.
+    `history` lists the expert changes for the manifest of a generalist that is derived from another one.
     """
-    how = run or MergeRun()
-    plan = plan_recipe(recipe, output, run=how)
-    if plan.method.assemble is not None:
-        plan = _planned(recipe, how, None, tuple)  # what needs a model is fitted now
-    lock = output.with_name(f".{output.name}.lock")
-    with exclusive(lock, f"generalist {output}"):
-        refuse_existing(output, force=how.force, what="generalist")
-        try:
-            return _written(plan, output, name or output.name, how, history=history)
-        finally:
-            lock.unlink(missing_ok=True)
+    run = run or MergeRun()
+    plan = plan_recipe(recipe, output, run=run)
+    if isinstance(plan.method, Assembler):
+        plan = _plan(recipe, run, None, tuple)  # plan again to fit the router
+    with exclusive_output(output, f"generalist {output}"):
+        refuse_existing(output, force=run.force, what="generalist")
+        return _write(plan, output, name or output.name, run, history=history)
 
 
 def plan_recipe(recipe: Recipe, output: Path | None, *, run: MergeRun | None = None) -> MergePlan:
-    """Return the plan of a merge outside a workspace; raises every `UserError` that comes before its work."""
-    how = run or MergeRun()
+    """Return the plan of a merge without a workspace; raises the same `UserError`s as the checks of `merge_recipe`."""
+    run = run or MergeRun()
     if output is not None:
-        refuse_existing(output, force=how.force, what="generalist")
-    plan = _planned(recipe, how, None)
+        refuse_existing(output, force=run.force, what="generalist")
+    plan = _plan(recipe, run, None)
     if output is not None:
         check_output(plan, output)
     return plan
@@ -150,15 +152,15 @@ def plan_recipe(recipe: Recipe, output: Path | None, *, run: MergeRun | None = N
 def recipe_of(
     seed: Path, experts: Mapping[str, Path], config: MergeConfig, weights: Mapping[str, Setting]
 ) -> Recipe:
-    """Return the recipe of a project's merge; options given by expert become the experts' own."""
+    """Return the recipe of a project's merge; options given by expert become parameters of the experts."""
     scopes: dict[str, dict[str, Setting]] = {name: {} for name in experts}
-    shared: dict[str, Setting] = {}
+    shared_scope: dict[str, Setting] = {}
     for name, weight in weights.items():
         scopes[name][WEIGHT] = weight
-    whole = _mapping_options(installed_plugins().merge_method(config.method))
+    mapping_options = _mapping_options(installed_plugins().offer(MergeMethod, config.method))
     for key, setting in config.options.items():
-        if key in whole:
-            shared[key] = setting
+        if key in mapping_options:
+            shared_scope[key] = setting
         elif isinstance(setting, Mapping) and setting and not {"filter", "value"} & set(setting):
             for name, value in setting.items():
                 if name not in experts:
@@ -167,85 +169,86 @@ def recipe_of(
                     )
                 scopes[name][key] = value
         else:
-            shared[key] = setting
-    own: Mapping[str, Scope] = scopes
+            shared_scope[key] = setting
+    expert_scopes: Mapping[str, Scope] = scopes
     return Recipe(
         method=config.method,
         models={SEED: seed, **experts},
-        slices=whole_models(tuple(experts), own),
+        slices=whole_models(tuple(experts), expert_scopes),
         seed=SEED,
-        scopes=(shared,),
+        scopes=(shared_scope,),
         dtype=config.stored_dtype,
         tokenizer=config.tokenizer,
     )
 
 
 def _mapping_options(method: MergeMethod) -> set[str]:
-    """Return the options of a method that are mappings themselves, not one value for each expert."""
+    """Return the options of a method whose values are mappings, as opposed to one value per expert."""
     if method.options is None:
         return set()
     hints = typing.get_type_hints(method.options)
     return {key for key, hint in hints.items() if typing.get_origin(hint) is Mapping}
 
 
-def _target(layout: Layout, name: str, output: Path | None, how: MergeRun) -> Path:
+def _target(layout: Layout, name: str, output: Path | None, run: MergeRun) -> Path:
     target = output if output is not None else layout.generalists / check_name(name, "a generalist")
     if output is None:
         require_free(layout, name, target)
-    refuse_existing(target, force=how.force, what="generalist")
+    refuse_existing(target, force=run.force, what="generalist")
     return target
 
 
-def _planned(
+def _plan(
     recipe: Recipe,
-    how: MergeRun,
+    run: MergeRun,
     layout: Layout | None,
     validation: Callable[[], Sequence[ValidationText]] | None = None,
 ) -> MergePlan:
-    method = installed_plugins().merge_method(recipe.method)
+    method = installed_plugins().offer(MergeMethod, recipe.method)
     return prepare_merge(
         recipe,
-        permissions=how.permissions,
-        settings=how.settings,
-        shard_bytes=how.shard_bytes,
+        permissions=run.permissions,
+        settings=run.settings,
+        shard_bytes=run.shard_bytes,
         statistics=find_statistics(method, recipe, layout),
         validation=validation,
-        say=how.say,
+        say=run.say,
     )
 
 
-def _stream(
+def _merge_tensors(
     layout: Layout,
     name: str,
     config: MergeConfig,
     folders: Mapping[str, Path],
     target: Path,
     validation: Callable[[], Sequence[ValidationText]],
-    how: MergeRun,
+    run: MergeRun,
 ) -> Manifest:
-    """Merge tensor by tensor; tensors are compared with the manifests' digests while they are read."""
-    check_lineage(layout.seed, folders, tensors=False, unrelated=how.permissions.unrelated)
-    if config.search is not None and installed_plugins().merge_method(config.method).assemble is not None:
+    """Merge tensor by tensor; the digests of tensors are verified while they are read."""
+    check_lineage(layout.seed, folders, tensors=False, unrelated=run.permissions.unrelated)
+    method = installed_plugins().offer(MergeMethod, config.method)
+    if config.search is not None and isinstance(method, Assembler):
         raise UserError(
-            f"merge method '{config.method}' is not searched; search with --method average, and give what it finds as weights"
+            f"merge method '{config.method}' does not support --search; search with --method average and use the found weights"
         )
     weights: Mapping[str, Setting] = config.weights if not isinstance(config.weights, str) else {}
-    plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout)
+    plan = _plan(recipe_of(layout.seed, folders, config, weights), run, layout)
     check_output(plan, target)
-    with _locked(layout, name, target):
-        found: SearchResult | None = None
-        text = _Text(validation)
+    with _lock(layout, name, target):
+        search: SearchRecord | None = None
+        text = _LazyText(validation)
         if config.weights == "posterior" or config.search is not None:
-            weights, found = _fitted(layout, name, config, folders, text(), how)
-            plan = _planned(recipe_of(layout.seed, folders, config, weights), how, layout, text)
-        elif plan.method.assemble is not None:
-            plan = _planned(plan.recipe, how, layout, text)
-        fitted_on = [one.domain for one in text.read]
-        return _written(plan, target, name, how, fitted_on, found)
+            weights, search = _fit_weights(layout, name, config, folders, text(), run)
+            plan = _plan(recipe_of(layout.seed, folders, config, weights), run, layout, text)
+        elif isinstance(plan.method, Assembler):
+            plan = _plan(plan.recipe, run, layout, text)
+        fitted_on = [validation_text.domain for validation_text in text.read]
+        return _write(plan, target, name, run, fitted_on, search)
 
 
-class _Text:
-    """The validation text of a merge, prepared when it is first asked for; knows whether it was."""
+class _LazyText:
+    """The validation text of a merge, prepared on first use; `read` holds the used text."""
 
     def __init__(self, prepare: Callable[[], Sequence[ValidationText]]) -> None:
         self._prepare = prepare
@@ -256,117 +259,116 @@ class _Text:
         return self.read
 
 
-def _fitted(
+def _fit_weights(
     layout: Layout,
     name: str,
     config: MergeConfig,
     folders: Mapping[str, Path],
     texts: Sequence[ValidationText],
-    how: MergeRun,
-) -> tuple[Mapping[str, Setting], SearchResult | None]:
-    """Return the weights that fit validation text: the posterior's, and where a search is asked for, its best."""
+    run: MergeRun,
+) -> tuple[Mapping[str, Setting], SearchRecord | None]:
+    """Return weights fitted on validation text, by the posterior or a search, and the record of the search."""
     start = resolve_weights(
         "posterior" if config.weights == "uniform" else config.weights,
         layout.seed,
         folders,
         lambda: texts,
-        how.say,
+        run.say,
     )
     if config.search is None:
         return start, None
-    method = installed_plugins().merge_method(config.method)
+    method = installed_plugins().offer(MergeMethod, config.method)
     if method.weights == "factors" and isinstance(config.weights, str):
-        start = {
-            expert: weight * len(start) for expert, weight in start.items()
-        }  # 1 on average: their default
-    found = search_weights(
-        lambda weights: _planned(recipe_of(layout.seed, folders, config, weights), how, layout),
+        num_experts = len(start)  # factors have mean 1, their default
+        start = {expert: weight * num_experts for expert, weight in start.items()}
+    search = search_weights(
+        lambda weights: _plan(recipe_of(layout.seed, folders, config, weights), run, layout),
         layout.seed,
         start,
         texts,
         config.search,
         layout.reports / f"search-{name}.jsonl",
-        how.say,
+        run.say,
     )
-    how.say(
-        f"best of {found.trials} trials: {found.bits_per_byte:.4f} bits per byte, {found.start_bits_per_byte:.4f} at "
+    run.say(
+        f"best of {search.trials} trials: {search.bits_per_byte:.4f} bits per byte, {search.start_bits_per_byte:.4f} at "
         "the start"
     )
-    return found.weights, found
+    return search.weights, search
 
 
-def _locked(layout: Layout, name: str, target: Path) -> AbstractContextManager[None]:
+def _lock(layout: Layout, name: str, target: Path) -> AbstractContextManager[None]:
     return exclusive(layout.lock(f"generalist-{target.name}"), f"generalist '{name}'")
 
 
-def _written(
+def _write(
     plan: MergePlan,
     target: Path,
     name: str,
-    how: MergeRun,
+    run: MergeRun,
     fitted_on: Sequence[str] = (),
-    found: SearchResult | None = None,
-    history: Sequence[Mapping[str, Any]] = (),
+    search: SearchRecord | None = None,
+    history: Sequence[ExpertChange] = (),
 ) -> Manifest:
     for note in plan.notes:
-        how.say(note)
+        run.say(note)
     try:
-        with resumable_folder(target, force=how.force, resume=how.resume, what="generalist") as partial:
+        with resumable_folder(target, force=run.force, resume=run.resume, what="generalist") as partial:
             manifest = write_generalist(
                 plan,
                 partial,
                 name,
                 fitted_on=fitted_on,
-                found=found,
+                search=search,
                 history=history,
-                say=how.say,
-                tell=how.tell,
+                say=run.say,
+                tell=run.tell,
             )
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; what is written of {target} is kept: the same command with --resume goes on"
+            f"interrupted; the written part of {target} is kept; run the same command with --resume to resume"
         ) from None
     installed_plugins().merge_finished(MergeFinished(name, target, plan.method.name))
     return manifest
 
 
-def _checked_build(
+def _check_build(
     layout: Layout,
     config: MergeConfig,
-    method: MergeMethod,
+    method: ModelBuilder,
     folders: Mapping[str, Path],
-    how: MergeRun,
+    run: MergeRun,
     *,
     tensors: bool,
 ) -> tuple[Any, Manifest, dict[str, Manifest], LicenceReport]:
-    """Return options, manifests and licences of a merge whose method makes its own kind of model, all checked."""
+    """Check a merge whose method builds its own kind of model; return options, manifests and licences."""
     options = parse_options(method.options, config.options, f"merge method '{method.name}'")
     if config.search is not None:
-        raise UserError(f"merge method '{method.name}' has no weights to search for tensor by tensor")
+        raise UserError(f"merge method '{method.name}' does not support --search")
     for expert, folder in folders.items():
         if (folder / MANIFEST_NAMES["expert"]).is_file():
             continue
         if not method.takes_models:
             raise UserError(
-                f"'{expert}' ({folder}) is no expert of ours; merge method '{method.name}' needs one"
+                f"'{expert}' ({folder}) is not an expert made by expertctl, which merge method '{method.name}' needs"
             )
         if digest_of_tokenizer(folder) != digest_of_tokenizer(layout.seed):
             raise UserError(
-                f"'{expert}' ({folder}) has another tokenizer than the seed, so that both cannot read one text"
+                f"'{expert}' ({folder}) has a different tokenizer than the seed; merge method '{method.name}' needs the same one"
             )
     seed, experts = check_lineage(layout.seed, folders, tensors=tensors)
     licences = check_licences(
         {SEED: seed.licence, **{name: licence_of_folder(folder) for name, folder in folders.items()}}
     )
-    require_compatible(licences, how.permissions.licences)
+    require_compatible(licences, run.permissions.licences)
     return options, seed, experts, licences
 
 
-def _build_plan(
-    layout: Layout, config: MergeConfig, method: MergeMethod, folders: Mapping[str, Path], how: MergeRun
+def _plan_build(
+    layout: Layout, config: MergeConfig, method: ModelBuilder, folders: Mapping[str, Path], run: MergeRun
 ) -> MergePlan:
-    """Return the plan of a merge that writes no tensors of its own: its files are links, or the method's to make."""
-    licences = _checked_build(layout, config, method, folders, how, tensors=False)[3]
+    """Return the plan of a merge whose method builds its own kind of model; it has no tensor plans."""
+    licences = _check_build(layout, config, method, folders, run, tensors=False)[3]
     recipe = Recipe(config.method, {SEED: layout.seed, **folders}, whole_models(tuple(folders)), seed=SEED)
     return MergePlan(
         recipe,
@@ -374,70 +376,61 @@ def _build_plan(
         open_sources(recipe),
         Stack((), ()),
         (),
-        how.shard_bytes,
+        run.shard_bytes,
         None,
         licences.result if not licences.conflicts else None,
         (
-            f"'{method.name}' keeps its experts as they are: their files are linked, not copied, where the disk allows it",
+            f"'{method.name}' keeps its experts unchanged: their files are linked instead of copied if the file system allows it",
             *licences.conflicts,
             *licences.notes,
         ),
     )
 
 
-def _build(
+def _build_model(
     layout: Layout,
     name: str,
     config: MergeConfig,
-    method: MergeMethod,
+    method: ModelBuilder,
     folders: Mapping[str, Path],
     target: Path,
     validation: Callable[[], Sequence[ValidationText]],
-    how: MergeRun,
+    run: MergeRun,
 ) -> Manifest:
-    """Let the method make a model of its own kind from artefacts whose every byte was checked."""
-    options, seed, experts, licences = _checked_build(layout, config, method, folders, how, tensors=True)
-    texts = _Text(validation)
+    """Let the method build its own kind of model from fully verified artefacts."""
+    options, seed, experts, licences = _check_build(layout, config, method, folders, run, tensors=True)
+    texts = _LazyText(validation)
     plugins = installed_plugins()
-    with _locked(layout, name, target), new_folder(target, force=how.force, what="generalist") as partial:
-        weights = resolve_weights(config.weights, layout.seed, folders, texts, how.say)
-        inputs = MergeInputs(layout.seed, folders, weights, config.weights != "uniform", texts, how.say)
+    with _lock(layout, name, target), new_folder(target, force=run.force, what="generalist") as partial:
+        weights = resolve_weights(config.weights, layout.seed, folders, texts, run.say)
+        inputs = MergeInputs(layout.seed, folders, weights, config.weights != "uniform", texts, run.say)
         for file in (*TOKENIZER_FILES, "generation_config.json"):
             if (layout.seed / file).is_file():
                 link_or_copy(layout.seed / file, partial / file)
-        assert method.build is not None
         built = method.build(inputs, options, partial) or BuiltModel()
         weights = dict(weights if built.weights is None else built.weights)
         manifest = Manifest(
             kind="generalist",
             name=name,
-            digest="",
-            tensors={},
-            files={},
-            tokenizer=digest_of_tokenizer(partial),
             parents=parents_of(seed, folders, experts, weights),
-            config={
-                "method": method.name,
-                "kind": method.kind,
-                "weights": weights,
-                "options": asdict(options) | dict(built.settled),
-                "fitted_on": [text.domain for text in texts.read],
-                "merge": config.model_dump(mode="json"),
-            },
-            data={parent: one.data for parent, one in experts.items()},
+            config=GeneralistConfig(
+                method=method.name,
+                kind=method.kind,
+                weights=weights,
+                options=asdict(options) | dict(built.resolved_options),
+                fitted_on=tuple(text.domain for text in texts.read),
+                merge=config.model_dump(mode="json"),
+            ),
+            expert_data={parent: expert_manifest.data for parent, expert_manifest in experts.items()},
             licence=licences.result,
-            versions=tool_versions() | plugin_version(plugins, method),
+            versions=plugin_version(plugins, method),
         )
-        card = model_card(manifest)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        tensors, files = digests_of_folder(partial)
-        manifest = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
-        manifest.write(partial)
+        manifest = finish_artefact(partial, manifest, card=model_card)
     plugins.merge_finished(MergeFinished(name, target, method.name))
     return manifest
 
 
 def plugin_version(plugins: PluginManager, method: MergeMethod) -> dict[str, str]:
-    """Return the version of the distribution that brought the method."""
-    provider = plugins.provider("merge_methods", method.name)
+    """Return the version of the distribution that provides the method."""
+    provider = plugins.provider(MergeMethod, method.name)
     return {provider.distribution: provider.version}

@@ -81,15 +81,11 @@ def write_expert(
     """Write a finished expert of a workspace's seed: the seed plus noise in the tensors that `changed` matches."""
     import torch
 
-    from expertctl.core.artefacts.lineage import (
-        Manifest,
-        Parent,
-        digest_of_tensors,
-        digests_of_folder,
-        read_manifest,
-        tool_versions,
-    )
+    from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
     from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
+    from expertctl.core.artefacts.versions import tool_versions
+    from expertctl.core.manifests.manifest import Manifest, Parent, read_manifest
+    from expertctl.core.manifests.statements import DataStatement, DomainStatement
 
     origin = read_manifest(workspace / "seed")
     base = Checkpoint.of_folder(workspace / "seed")
@@ -116,7 +112,7 @@ def write_expert(
         files=files,
         tokenizer=origin.tokenizer,
         parents=(Parent("seed", "seed", origin.digest, 1.0),),
-        data={"domains": {name: {"documents": 1, "tokens": 10, "bytes": 30, "digest": "0" * 64}}},
+        data=DataStatement({name: DomainStatement(1, 10, 30, "0" * 64)}),
         trainable=changed,
         licence="CC0-1.0",
         versions=tool_versions(),

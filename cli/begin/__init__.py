@@ -1,1 +1,1 @@
-"""Commands that begin a project."""
+"""Commands that start a project."""

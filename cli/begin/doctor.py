@@ -1,4 +1,4 @@
-"""`expertctl doctor`: what is wrong with this machine, this installation or this workspace."""
+"""`expertctl doctor`: check the machine, the installation and the workspace."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     level: Literal["ok", "note", "wrong"]
     what: str
@@ -47,9 +47,9 @@ class Finding:
 @cli_command("doctor", example="expertctl doctor")
 @click.pass_context
 def command(ctx: click.Context) -> int:
-    """Say what is wrong with machine, installation or workspace.
+    """Check the machine, the installation and the workspace.
 
-    Exit status 1 when something is.
+    The exit status is 1 if a check fails.
     """
     session = ctx.ensure_object(Session)
     findings = [*_machine(), *_libraries(), *_devices(), *_plugins(ctx), *_workspace(session)]
@@ -58,7 +58,7 @@ def command(ctx: click.Context) -> int:
     session.finish(
         {"healthy": not wrong, "findings": [asdict(finding) for finding in findings]},
         Table(("", "", ""), rows, headings=False),
-        f"{len(wrong)} wrong" if wrong else "nothing is wrong",
+        f"problems found: {len(wrong)}" if wrong else "no problems found",
     )
     return 1 if wrong else 0
 
@@ -80,19 +80,21 @@ def _machine() -> Iterator[Finding]:
 def _memory_bytes() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not every system tells
+    except (AttributeError, ValueError, OSError):  # not available on every system
         return None
 
 
 def _libraries() -> Iterator[Finding]:
-    from ...core.artefacts.lineage import package_version
+    from ...core.artefacts.versions import package_version
 
     yield Finding("ok", "expertctl", package_version("expertctl"))
     for name in LIBRARIES:
         version = package_version(name)
         missing = version == "not installed"
         yield Finding(
-            "wrong" if missing else "ok", name, f"{version}; pip install {name}" if missing else version
+            "wrong" if missing else "ok",
+            name,
+            f"{version}; install it: pip install {name}" if missing else version,
         )
 
 
@@ -110,22 +112,27 @@ def _devices() -> Iterator[Finding]:
 
 
 def _plugins(ctx: click.Context) -> Iterator[Finding]:
-    """Call every hook once, so that a plugin that breaks in one of them is found."""
-    from ...core.hooks.manager import installed_plugins
-    from .plugins import WORDS
+    """Call every hook once, which also reports plugins whose hooks raise an error."""
+    from ...core.hooks.manager import OFFER_KINDS, installed_plugins
 
     plugins = installed_plugins()
-    for hook in WORDS:
-        getattr(plugins, hook)()
+    for kind in OFFER_KINDS:
+        plugins.offers(kind)
     root = ctx.find_root().command
     if isinstance(root, click.Group):
         root.list_commands(ctx)
-    third = [one for one in plugins.plugins() if one.distribution != "expertctl"]
+    third_party = [plugin for plugin in plugins.plugins() if plugin.distribution != "expertctl"]
     yield Finding(
-        "ok", "plugins", f"{len(plugins.plugins()) - len(third)} built in, {len(third)} from others"
+        "ok",
+        "plugins",
+        f"{len(plugins.plugins()) - len(third_party)} built in, {len(third_party)} third-party",
     )
-    for one in third:
-        yield Finding("ok", f"plugin {one.name}", f"{one.distribution} {one.version}: {', '.join(one.hooks)}")
+    for plugin in third_party:
+        yield Finding(
+            "ok",
+            f"plugin {plugin.name}",
+            f"{plugin.distribution} {plugin.version}: {', '.join(plugin.hooks)}",
+        )
     for problem in plugins.problems:
         yield Finding("wrong", f"plugin {problem.plugin}", f"({problem.distribution}) {problem.reason}")
 
@@ -139,13 +146,19 @@ def _workspace(session: Session) -> Iterator[Finding]:
     try:
         workspace = session.open()
     except UserError as error:
-        asked = session.workspace is not None
-        yield Finding("wrong" if asked else "note", "workspace", str(error) if asked else "none here")
+        is_required = session.workspace is not None
+        yield Finding(
+            "wrong" if is_required else "note",
+            "workspace",
+            str(error) if is_required else "none in this folder",
+        )
         return
     yield Finding("ok", "workspace", str(workspace.root))
     yield _disk(workspace.root)
     if not os.access(workspace.root, os.W_OK):
-        yield Finding("wrong", "workspace", f"{workspace.root} may not be written; check who owns the folder")
+        yield Finding(
+            "wrong", "workspace", f"{workspace.root} is not writable; check the owner of the folder"
+        )
     try:
         config = workspace.config
     except UserError as error:
@@ -162,7 +175,7 @@ def _disk(folder: Path) -> Finding:
 
 
 def _sources(workspace: Workspace) -> Iterator[Finding]:
-    """Look for the text that the domains name."""
+    """Check that the text of every domain exists."""
     for name, domain in workspace.config.domains.items():
         for source in (domain.path, domain.train, domain.valid):
             if source is not None and not (workspace.root / Path(source).expanduser()).exists():
@@ -170,20 +183,20 @@ def _sources(workspace: Workspace) -> Iterator[Finding]:
 
 
 def _state(workspace: Workspace) -> Iterator[Finding]:
-    """Look for what is going on, was left unfinished, or was left lying by a killed command."""
-    for name, how in workspace.unfinished().items():
-        yield Finding("note", f"unfinished {name}", f"go on with: {how}")
+    """Report unfinished runs, locks of other processes, and leftovers of killed commands."""
+    for name, resume_command in workspace.unfinished().items():
+        yield Finding("note", f"unfinished {name}", f"resume with: {resume_command}")
     for lock in sorted((workspace.root / ".locks").glob("*.lock")):
-        if _held(lock):
-            yield Finding("note", "at work", f"another process holds {lock.name}")
+        if _is_held(lock):
+            yield Finding("note", "in progress", f"another process holds {lock.name}")
     for folder in (workspace.root, workspace.experts, workspace.generalists, workspace.layout.baselines):
         for path in sorted((*folder.glob(".*.partial-*"), *folder.glob(".*.discarded-*"))):
             if not is_alive(path.name.rpartition("-")[2]):
-                yield Finding("note", "leftover", f"{path}, of a command that was killed; it may be deleted")
+                yield Finding("note", "leftover", f"{path}, from a killed command; you can delete it")
 
 
-def _held(lock: Path) -> bool:
-    """Tell whether a process holds a lock; the file alone says nothing, the system frees it when one dies."""
+def _is_held(lock: Path) -> bool:
+    """Return whether a process holds the lock; a lock file can outlive its process."""
     from filelock import FileLock, Timeout
 
     try:

@@ -1,4 +1,4 @@
-"""`expertctl init`: a new workspace."""
+"""`expertctl init`: create a workspace."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from ..group import cli_command
     "--seed",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Take this Hugging Face causal language model as the seed. Default: pretrain one.",
+    help="Use this Hugging Face causal language model as the seed. Default: pretrain a seed.",
 )
 @click.option(
-    "--bundled", is_flag=True, help="List the bundled corpora as domains: text that is installed already."
+    "--bundled", is_flag=True, help="List the bundled corpora, which are already installed, as domains."
 )
 @pass_session
 def command(session: Session, folder: Path, seed: Path | None, bundled: bool) -> None:
-    """Make a workspace: a folder with a commented expertctl.yaml."""
-    from ...core.artefacts.files import readable_os_errors, write_text
+    """Create a workspace with a commented expertctl.yaml."""
+    from ...core.artefacts.files import os_errors_as_user_errors, write_text
     from ...core.artefacts.layout import CONFIG_FILE
     from ...core.errors import UserError
     from ..project_file import project_file
 
     target = folder / CONFIG_FILE
     if target.exists():
-        raise UserError(f"{target} exists already; edit it, or choose another folder")
+        raise UserError(f"{target} already exists; edit it, or choose another folder")
     if seed is not None and not (seed / "config.json").is_file():
-        raise UserError(f"{seed} has no config.json: it is no Hugging Face model folder")
-    with readable_os_errors(folder):
+        raise UserError(f"{seed} has no config.json: it is not a Hugging Face model folder")
+    with os_errors_as_user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(target, project_file(seed=seed.resolve() if seed else None, bundled=bundled))
-    first = "" if bundled else "say in it where the text of each domain is, then "
+    first_step = "" if bundled else "add your domains to it; "
     session.finish(
         {"workspace": str(folder.resolve()), "config": str(target.resolve())},
-        f"made {target}; {first}go on with: cd {shlex.quote(str(folder))} && expertctl seed",
+        f"created {target}; {first_step}next: cd {shlex.quote(str(folder))} && expertctl seed",
     )

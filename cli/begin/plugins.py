@@ -1,7 +1,8 @@
-"""`expertctl plugins`: what is installed, and what each plugin offers."""
+"""`expertctl plugins`: list the installed plugins and what each of them offers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..context import Session, pass_session
@@ -10,18 +11,6 @@ from ..output import Table
 
 if TYPE_CHECKING:
     from ...core.hooks.manager import PluginManager
-
-WORDS = {
-    "merge_methods": "merge method",
-    "trainers": "trainer",
-    "launchers": "launcher",
-    "corpus_formats": "corpus format",
-    "domain_discoverers": "domain discoverer",
-    "document_orders": "document order",
-    "evaluators": "evaluator",
-    "routers": "router",
-    "architectures": "architecture",
-}
 
 
 @cli_command("plugins", example="expertctl plugins")
@@ -35,47 +24,50 @@ def command(session: Session) -> None:
     content = {
         "plugins": [
             {
-                "name": one.name,
-                "distribution": one.distribution,
-                "version": one.version,
-                "hooks": list(one.hooks),
-                "offers": [offer for offer in offers if offer["plugin"] == one.name],
+                "name": plugin.name,
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+                "hooks": list(plugin.hooks),
+                "offers": [offer for offer in offers if offer["plugin"] == plugin.name],
             }
-            for one in plugins.plugins()
+            for plugin in plugins.plugins()
         ],
         "problems": [
             {"plugin": problem.plugin, "distribution": problem.distribution, "reason": problem.reason}
             for problem in plugins.problems
         ],
     }
-    what = Table(
-        ("offers", "name", "what it does", "plugin", "from"),
+    table = Table(
+        ("offers", "name", "description", "plugin", "from"),
         [
             (offer["kind"], offer["name"], offer["summary"], offer["plugin"], offer["from"])
             for offer in offers
         ],
     )
-    others = [
-        f"plugin '{one.name}' ({one.distribution} {one.version}) has {', '.join(one.hooks)}"
-        for one in plugins.plugins()
-        if not any(offer["plugin"] == one.name for offer in offers)
+    hook_only = [
+        f"plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) implements {', '.join(plugin.hooks)}"
+        for plugin in plugins.plugins()
+        if not any(offer["plugin"] == plugin.name for offer in offers)
     ]
-    session.finish(content, what, *others)
+    session.finish(content, table, *hook_only)
 
 
 def _offers(plugins: PluginManager) -> list[dict[str, Any]]:
-    """Return everything that plugins offer, by kind and name."""
-    found = []
-    for hook, word in WORDS.items():
-        for name, offer in sorted(getattr(plugins, hook)().items()):
-            provider = plugins.provider(hook, name)
-            found.append(
+    """Return all offers of all plugins, ordered by kind and name."""
+    from ...core.hooks.manager import OFFER_KINDS
+
+    records = []
+    for kind, words in OFFER_KINDS.items():
+        offers: Mapping[str, Any] = plugins.offers(kind)
+        for name, offer in sorted(offers.items()):
+            provider = plugins.provider(kind, name)
+            records.append(
                 {
-                    "kind": word,
+                    "kind": words.noun,
                     "name": name,
                     "summary": getattr(offer, "summary", "") or ", ".join(getattr(offer, "model_types", ())),
                     "plugin": provider.name,
                     "from": f"{provider.distribution} {provider.version}",
                 }
             )
-    return found
+    return records

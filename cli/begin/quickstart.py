@@ -1,4 +1,4 @@
-"""`expertctl quickstart`: the whole story in one command, from text to a table."""
+"""`expertctl quickstart`: the whole workflow in one command, from text to an evaluation table."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MERGES = {
 }
 BASELINES = ("dense", "random-split")
 SETTINGS = """\
-# The quickstart: a seed of 1.3 million parameters, one expert for each domain, three generalists.
-# `expertctl init` explains every setting.
+# Quickstart: a seed with 1.3 million parameters, one expert per domain, three generalists.
+# `expertctl init` writes a file that explains every setting.
 seed:
   preset: tiny
   training:
     tokens: {seed_tokens}
-    schedule_end: 0.5     # experts go on with the learning-rate schedule from here
+    schedule_end: 0.5     # experts continue the learning-rate schedule from here
 
 training:
   tokens: {expert_tokens}
@@ -47,13 +47,13 @@ training:
     "--corpora",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="FOLDER",
-    help="Take the text from here: a folder for each domain, with train.jsonl and valid.jsonl. Default: text "
-    "that is installed already.",
+    help="Use your own text: a folder with one subfolder per domain, each with train.jsonl and valid.jsonl. Default: "
+    "the installed text.",
 )
 @click.option(
     "--baselines",
     is_flag=True,
-    help="Also train the dense model and the random-split forest to compare with.",
+    help="Also train the baselines: a dense model and an ensemble of random-split experts.",
 )
 @click.option(
     "--jobs",
@@ -61,7 +61,7 @@ training:
     default=2,
     show_default=True,
     metavar="N",
-    help="Experts to train at a time.",
+    help="Number of experts to train at the same time.",
 )
 @click.option(
     "--tokens",
@@ -69,16 +69,16 @@ training:
     default=1_200_000,
     show_default=True,
     metavar="N",
-    help="Tokens to train on in all: half for the seed, the rest in equal parts for the experts.",
+    help="Total training budget in tokens: half for the seed, the rest divided equally among the experts.",
 )
 @pass_session
 def command(
     session: Session, folder: Path, corpora: Path | None, baselines: bool, jobs: int, tokens: int
 ) -> None:
-    """Branch, train, merge and evaluate, from nothing, in a few minutes.
+    """Run the whole workflow in a few minutes.
 
-    Prepares text, pretrains a tiny seed, trains an expert for each domain in a process of its own, merges them
-    three ways and scores everything. Stopped at any point, the same command goes on.
+    Prepares text, pretrains a tiny seed, trains an expert for each domain in its own process, merges the experts in
+    three ways and evaluates all models. If it is interrupted, run the same command again to resume.
     """
     from ...merge.merging import MergeRun
 
@@ -98,26 +98,26 @@ def command(
 
 
 def _workspace(folder: Path, corpora: Path | None, tokens: int) -> Workspace:
-    """Return the workspace in `folder`, made now or by an earlier call."""
+    """Return the workspace in `folder`, which an earlier call may have created."""
     from expertctl.workspace import Workspace
 
-    from ...core.artefacts.files import readable_os_errors, write_text
+    from ...core.artefacts.files import os_errors_as_user_errors, write_text
     from ...core.artefacts.layout import CONFIG_FILE
     from ...core.errors import UserError
 
     names = [name for name, _ in _domains(corpora)]
     text = SETTINGS.format(seed_tokens=tokens // 2, expert_tokens=tokens // 2 // len(names))
-    text += _named("domains", dict(_domains(corpora)))
-    text += "\n" + _named("experts", {name: f"{{domain: {name}}}" for name in names})
-    text += "\n" + _named("merges", {name: _flow(merge) for name, merge in MERGES.items()})
+    text += _yaml_section("domains", dict(_domains(corpora)))
+    text += "\n" + _yaml_section("experts", {name: f"{{domain: {name}}}" for name in names})
+    text += "\n" + _yaml_section("merges", {name: _yaml_mapping(merge) for name, merge in MERGES.items()})
     target = folder / CONFIG_FILE
     if not target.exists():
-        with readable_os_errors(folder):
+        with os_errors_as_user_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
     elif target.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"{target} is not what this quickstart would write; name another folder, or remove it"
+            f"{target} was not written by this quickstart; choose another folder, or remove the file"
         )
     return Workspace(folder)
 
@@ -134,27 +134,27 @@ def _domains(corpora: Path | None) -> Iterator[tuple[str, str]]:
 
         yield from ((name, f"{{bundled: {name}}}") for name in BUNDLED)
         return
-    found = [path for path in sorted(corpora.resolve().iterdir()) if (path / "train.jsonl").is_file()]
-    if len(found) < 2:
+    folders = [folder for folder in sorted(corpora.resolve().iterdir()) if (folder / "train.jsonl").is_file()]
+    if len(folders) < 2:
         raise UserError(
-            f"{corpora} should hold a folder for each of two or more domains, with train.jsonl and valid.jsonl"
+            f"{corpora} needs subfolders for at least two domains, each with train.jsonl and valid.jsonl"
         )
-    for path in found:
-        check_name(path.name, "the expert of a folder's text")
-        files = {part: str(path / f"{part}.jsonl") for part in ("train", "valid")}
-        yield path.name, json.dumps(files)
+    for folder in folders:
+        check_name(folder.name, "the expert of a folder's text")
+        files = {part: str(folder / f"{part}.jsonl") for part in ("train", "valid")}
+        yield folder.name, json.dumps(files)
 
 
-def _named(section: str, entries: Mapping[str, str]) -> str:
+def _yaml_section(section: str, entries: Mapping[str, str]) -> str:
     return f"{section}:\n" + "".join(f"  {name}: {entry}\n" for name, entry in entries.items())
 
 
-def _flow(settings: Mapping[str, str]) -> str:
+def _yaml_mapping(settings: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{key}: {value}" for key, value in settings.items()) + "}"
 
 
 def _make_seed(session: Session, workspace: Workspace) -> None:
-    from ...experts.runs.specification import is_finished
+    from ...core.manifests.run import is_finished
 
     if not is_finished(workspace.layout.seed):
         session.note("pretraining the seed on all domains")
@@ -166,7 +166,7 @@ def _make_seed(session: Session, workspace: Workspace) -> None:
 
 def _train_experts(session: Session, workspace: Workspace, jobs: int) -> None:
     names = workspace.expert_names()
-    session.note(f"training {len(names)} experts, each on its own domain, {jobs} at a time")
+    session.note(f"training {len(names)} experts, one per domain, {jobs} at a time")
     with session.runs(names) as progress:
         result = workspace.train(*names, jobs=jobs, reporter=progress)
     _require_finished(result)
@@ -176,26 +176,30 @@ def _require_finished(result: TrainResult) -> None:
     from ...core.errors import Interrupted, UserError
 
     if result.interrupted:
-        raise Interrupted(f"stopped, state saved: {', '.join(result.interrupted)}; the same command goes on")
+        raise Interrupted(
+            f"stopped, state saved: {', '.join(result.interrupted)}; rerun the same command to resume"
+        )
     if result.failed:
         raise UserError("; ".join(f"{name}: {error}" for name, error in result.failed.items()))
 
 
 def _train_baselines(session: Session, workspace: Workspace, jobs: int) -> None:
-    session.note("training the dense model of equal tokens")
+    session.note("training the dense baseline for as many tokens as all experts")
     with session.runs(["dense"]) as progress:
         workspace.dense_baseline(reporter=progress)
-    session.note("training experts of random splits")
+    session.note("training experts on random splits of the text")
     with session.runs([]) as progress:
         workspace.random_split_baseline(jobs=jobs, reporter=progress)
 
 
 def _evaluate(session: Session, workspace: Workspace, domains: list[str]) -> EvaluationTable:
-    made = {folder.name for folder in workspace.layout.finished()}
+    finished = {folder.name for folder in workspace.layout.finished()}
     models = [
-        name for name in ("seed", *workspace.expert_names(), *BASELINES, *reversed(MERGES)) if name in made
+        name
+        for name in ("seed", *workspace.expert_names(), *BASELINES, *reversed(MERGES))
+        if name in finished
     ]
-    session.note(f"scoring {len(models)} models on the validation text of {len(domains)} domains")
+    session.note(f"evaluating {len(models)} models on the validation text of {len(domains)} domains")
     with session.count("evaluating", "scores", len(models) * len(domains)) as count:
         return workspace.evaluate(*models, tell=lambda model, domain: count.next())
 
@@ -205,42 +209,43 @@ def _report(session: Session, workspace: Workspace, table: EvaluationTable) -> N
 
     content = table.as_json() | {"workspace": str(workspace.root)}
     session.finish(
-        content, "", score_table(table, "bits_per_byte"), "", _explanation(table), "", _next_steps(workspace)
+        content, "", score_table(table, table.metrics[0]), "", _explanation(table), "", _next_steps(workspace)
     )
 
 
 def _explanation(table: EvaluationTable) -> str:
-    """Return what each line of the table means, a sentence each, and what its figures say."""
+    """Return an explanation of every model in the table and of the means."""
     experts = [name for name in table.scores if name in table.domains]
-    best = sum(
-        min(experts, key=lambda name: table.scores[name][domain].values["bits_per_byte"]) == domain
+    best_at_home = sum(
+        table.metrics[0].best({name: table.scores[name][domain].values["bits_per_byte"] for name in experts})
+        == domain
         for domain in table.domains
     )
     lines = [
-        "seed               the model that every expert started from.",
+        "seed               the common starting point of all experts.",
         f"{', '.join(experts)}",
-        "                   the experts, each trained further on that domain only: "
-        f"{best} of {len(table.domains)} are the best expert at home.",
-        "uniform-average    one model, every tensor the mean of the experts'.",
-        "posterior-average  the same, weighted by how well each expert predicts validation text.",
-        "ensemble           all experts side by side, mixed at every token by how well each predicted the text so far.",
+        "                   the experts, each trained on its own domain only; "
+        f"{best_at_home} of {len(table.domains)} are the best expert on their domain.",
+        "uniform-average    one model; every tensor is the mean of the experts' tensors.",
+        "posterior-average  as above, weighted by how well each expert predicts validation text.",
+        "ensemble           all experts; next-token distributions are mixed by how well each expert predicted the text so far.",
     ]
     if "dense" in table.scores:
         lines.append(
-            "dense              one model that went on from the seed on all domains with as many tokens as all experts."
+            "dense              the seed, trained further on all domains for as many tokens as all experts together."
         )
         lines.append(
-            "random-split       an ensemble of experts whose text was dealt out at random: no domains, no gain from them."
+            "random-split       an ensemble of experts trained on random slices of the text, without domains."
         )
-    means = {name: table.mean(name, "bits_per_byte") for name in table.scores}
+    means = {name: table.mean(name, table.metrics[0]) for name in table.scores}
     lines.append("")
     lines.append(
         f"Mean: ensemble {means['ensemble']:.3f}, uniform average {means['uniform-average']:.3f}, seed {means['seed']:.3f}."
         + (f" Dense at equal tokens: {means['dense']:.3f}." if "dense" in means else "")
     )
     lines.append(
-        "With so few tokens, text shared by all domains still teaches much: a dense model with small batches can be "
-        "ahead of the ensemble here. `expertctl baseline dense` trains one to compare."
+        "With so few tokens, all domains still benefit from each other's text: a dense model with small batches can be "
+        "better than the ensemble here. `expertctl baseline dense` trains one for comparison."
     )
     return "\n".join(lines)
 
@@ -252,9 +257,9 @@ def _next_steps(workspace: Workspace) -> str:
             "Next:",
             f"  cd {folder}",
             '  expertctl generate ensemble "def main(" --show-experts',
-            "  expertctl log                          # what was made from what",
-            "  expertctl baseline dense               # one model on all text, for as many tokens",
+            "  expertctl log                          # lineage of all models",
+            "  expertctl baseline dense               # one model on all text, for the same number of tokens",
             "  expertctl branch mine --domain manual --trains feed_forward && expertctl train mine",
-            "  expertctl init ../my-project           # a project of your own",
+            "  expertctl init ../my-project           # start your own project",
         )
     )

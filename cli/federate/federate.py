@@ -1,4 +1,4 @@
-"""`expertctl federate`: data owners who hand in experts and keep their text."""
+"""`expertctl federate`: data owners deliver experts and keep their text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NETWORK = ("serve", "join")
 
 
 class FederateGroup(Group):
-    """The commands for a network stand in a file of their own, which is imported when one of them is named."""
+    """Command group that imports the network commands only when one of them is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *NETWORK]
@@ -37,15 +37,15 @@ class FederateGroup(Group):
             return super().get_command(ctx, name)
         from . import network
 
-        found: click.Command = getattr(network, name)
-        return found
+        network_command: click.Command = getattr(network, name)
+        return network_command
 
 
 @click.group("federate", cls=FederateGroup)
 def command() -> None:
-    """Let data owners train experts on text that stays with them, and merge what they hand in.
+    """Let data owners train experts on text that stays with them, and merge the experts.
 
-    The coordinator has the workspace with the seed; each owner has a key, text, and a state folder of its own.
+    The coordinator has the workspace with the seed; each owner has a key, text and a state folder.
     """
 
 
@@ -53,9 +53,9 @@ def command() -> None:
 @state_option
 @pass_session
 def keys(session: Session, state: Path | None) -> None:
-    """Make an owner's pair of keys; the public part goes to the coordinator.
+    """Make an owner's key pair; the coordinator needs the public key.
 
-    A pair that is there already is shown and stays.
+    An existing key pair is kept and shown.
     """
     from ...experts.federation.protocol.keys import KEY_FILE, PUBLIC_FILE, make_key, read_key
 
@@ -69,17 +69,17 @@ def keys(session: Session, state: Path | None) -> None:
     }
     session.finish(
         content,
-        f"give this file to the coordinator: {folder / PUBLIC_FILE}",
+        f"send this file to the coordinator: {folder / PUBLIC_FILE}",
         f"fingerprint: {key.public.fingerprint}",
     )
 
 
 @cli_command("invite", example="expertctl federate invite site-a.pub --name site-a")
 @click.argument("public", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--name", required=True, metavar="NAME", help="What the owner is called here.")
+@click.option("--name", required=True, metavar="NAME", help="Name of the owner in this federation.")
 @pass_session
 def invite(session: Session, public: Path, name: str) -> None:
-    """Invite an owner by the public part of its key."""
+    """Invite an owner by its public key."""
     from ...experts.federation.protocol.keys import PublicKey
 
     if not public.is_file():
@@ -95,45 +95,45 @@ def invite(session: Session, public: Path, name: str) -> None:
 @click.argument("name", metavar="NAME")
 @pass_session
 def remove(session: Session, name: str) -> None:
-    """Take an owner out of the federation; experts that were accepted stay."""
+    """Remove an owner from the federation; its accepted experts stay."""
     coordinator_of(session).members.remove(name)
-    session.finish({"removed": name}, f"'{name}' is no member any more; what was accepted from it stays")
+    session.finish({"removed": name}, f"'{name}' is removed; its accepted experts stay")
 
 
 @cli_command("status", example="expertctl federate status --watch")
-@click.option("--watch", is_flag=True, help="Show it again every few seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh every few seconds, until Ctrl-C.")
 @pass_session
 def status(session: Session, watch: bool) -> None:
-    """Show how every owner stands: asked, training, accepted, or refused and why."""
+    """Show the status of every owner and shared model."""
     from ...experts.federation.coordinator.owner_status import owner_statuses
     from ...experts.federation.coordinator.round_keeper import status_of
 
     coordinator = coordinator_of(session)
     while True:
-        found = owner_statuses(coordinator)
-        shared = [status_of(coordinator, one) for one in coordinator.shared_models().values()]
+        statuses = owner_statuses(coordinator)
+        shared = [status_of(coordinator, model) for model in coordinator.shared_models().values()]
         if watch and sys.stdout.isatty():
             click.clear()
         session.finish(
             {
-                "owners": [_status_content(one) for one in found],
-                "shared": [shared_content(one) for one in shared],
+                "owners": [_status_content(status) for status in statuses],
+                "shared": [shared_content(status) for status in shared],
             },
             *([shared_table(shared)] if shared else []),
-            _status_table(found),
+            _status_table(statuses),
         )
         if not watch:
             return
         time.sleep(WATCH_SECONDS)
 
 
-def _status_table(found: list[OwnerStatus]) -> Table | str:
-    if not found:
-        return "nobody is invited yet: expertctl federate invite FILE.pub --name NAME"
+def _status_table(statuses: list[OwnerStatus]) -> Table | str:
+    if not statuses:
+        return "no owner is invited yet: expertctl federate invite FILE.pub --name NAME"
     rows = []
-    for one in found:
-        progress, training = one.progress, ""
-        if one.state != "accepted" and progress is not None:
+    for status in statuses:
+        progress, training = status.progress, ""
+        if status.state != "accepted" and progress is not None:
             from ...core.process.progress import duration
 
             training = progress.state if progress.state != "failed" else f"failed ({progress.code})"
@@ -145,30 +145,30 @@ def _status_table(found: list[OwnerStatus]) -> Table | str:
                 )
         rows.append(
             (
-                one.name,
-                "yes" if one.online else "",
-                one.state or "invited",
+                status.name,
+                "yes" if status.online else "",
+                status.state or "invited",
                 training,
-                f"{one.seen:%Y-%m-%d %H:%M}" if one.seen is not None else "",
-                f"{one.deadline:%Y-%m-%d %H:%M}" if one.deadline is not None else "",
-                one.detail,
+                f"{status.seen:%Y-%m-%d %H:%M}" if status.seen is not None else "",
+                f"{status.deadline:%Y-%m-%d %H:%M}" if status.deadline is not None else "",
+                status.detail,
             )
         )
     return Table(("owner", "online", "state", "training", "last heard", "deadline", "detail"), rows)
 
 
-def _status_content(one: OwnerStatus) -> dict[str, Any]:
+def _status_content(status: OwnerStatus) -> dict[str, Any]:
     return {
-        "owner": one.name,
-        "online": one.online,
-        "request": one.request,
-        "state": one.state,
-        "detail": one.detail,
-        "progress": one.progress.as_json() if one.progress is not None else None,
-        "last_heard": one.seen.isoformat() if one.seen is not None else None,
-        "deadline": one.deadline.isoformat() if one.deadline is not None else None,
+        "owner": status.name,
+        "online": status.online,
+        "request": status.request,
+        "state": status.state,
+        "detail": status.detail,
+        "progress": status.progress.as_json() if status.progress is not None else None,
+        "last_heard": status.seen.isoformat() if status.seen is not None else None,
+        "deadline": status.deadline.isoformat() if status.deadline is not None else None,
     }
 
 
-for _one in (keys, invite, remove, ask, pack, work, deliver, status, simulate_command):
-    command.add_command(_one)
+for _command in (keys, invite, remove, ask, pack, work, deliver, status, simulate_command):
+    command.add_command(_command)

@@ -1,4 +1,4 @@
-"""`expertctl federate pack`, `work` and `deliver`: a federation by folders and files that are carried."""
+"""`expertctl federate pack`, `work` and `deliver`: an offline federation by folders and files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
 from .options import coordinator_of, force_option, owner_from, recipe_from, with_owner, with_recipe
-from .review import agree, review_content
+from .review import require_consent, review_content
 from .shared import shared_content, shared_line
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     required=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A folder, or a file that ends in .tar.",
+    help="Output folder, or file that ends in .tar.",
 )
-@click.option("--without-seed", is_flag=True, help="The owner has the seed already.")
+@click.option("--without-seed", is_flag=True, help="Leave the seed out, if the owner has it.")
 @click.option(
     "--shared",
     metavar="MODEL",
-    help="The open round of a shared model that `ask` has begun, in place of an expert.",
+    help="Request the open round of this shared model, started with `ask`, in place of an expert.",
 )
 @force_option
 @pass_session
@@ -53,24 +53,32 @@ def pack(
     deadline: str,
     **recipe: Any,
 ) -> None:
-    """Ask an owner for an expert by a folder or file that is carried there."""
+    """Write a request for an owner as a folder or file to be carried there."""
     from ...experts.federation.packs import write_pack
 
     coordinator = coordinator_of(session)
-    asked = (
-        _asked(coordinator, name, deadline, recipe)
+    request = (
+        _request_expert(coordinator, name, deadline, recipe)
         if shared is None
-        else _open_round(coordinator, name, shared)
+        else _open_round_request(coordinator, name, shared)
     )
-    write_pack(coordinator, asked, output, with_seed=not without_seed, force=force)
+    write_pack(coordinator, request, output, with_seed=not without_seed, force=force)
     session.finish(
-        {"request": asked.id, "owner": name, "output": str(output), "deadline": asked.deadline.isoformat()},
-        f"request {asked.id} for '{name}' is in {output}, until {asked.deadline:%Y-%m-%d %H:%M} UTC",
-        f"there: expertctl federate work {output.name} --data FOLDER -o delivery.tar",
+        {
+            "request": request.id,
+            "owner": name,
+            "output": str(output),
+            "deadline": request.deadline.isoformat(),
+        },
+        f"request {request.id} for '{name}' is in {output}, until {request.deadline:%Y-%m-%d %H:%M} UTC",
+        f"next, at the owner: expertctl federate work {output.name} --data FOLDER -o delivery.tar",
     )
 
 
-def _asked(coordinator: Coordinator, name: str, deadline: str, recipe: dict[str, Any]) -> ExpertRequest:
+def _request_expert(
+    coordinator: Coordinator, name: str, deadline: str, recipe: dict[str, Any]
+) -> ExpertRequest:
+    """Request an expert from an owner; raises `UserError` if one was accepted already."""
     from datetime import UTC
 
     from ...experts.federation.protocol.requests import deadline_in
@@ -78,28 +86,28 @@ def _asked(coordinator: Coordinator, name: str, deadline: str, recipe: dict[str,
 
     if recipe["recipe_name"] in OUTER_RECIPES:
         raise UserError(
-            f"rounds are begun with `expertctl federate ask --recipe {recipe['recipe_name']}`; then pack the open one with "
+            f"start rounds with `expertctl federate ask --recipe {recipe['recipe_name']}`; then pack the open round with "
             "--shared MODEL"
         )
-    asked = coordinator.ask([name], recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC)))
-    if not asked:
-        raise UserError(f"'{name}' has delivered what this recipe asks for; ask for another recipe")
-    return asked[0]
+    requests = coordinator.ask([name], recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC)))
+    if not requests:
+        raise UserError(f"'{name}' has delivered an expert for this recipe; choose another recipe")
+    return requests[0]
 
 
-def _open_round(coordinator: Coordinator, name: str, shared: str) -> ExpertRequest:
-    """Return what an owner is asked for in the open round of a shared model."""
+def _open_round_request(coordinator: Coordinator, name: str, shared: str) -> ExpertRequest:
+    """Return an owner's request for the open round of a shared model."""
     from ...experts.federation.coordinator.round_keeper import advance
     from ...experts.federation.rounds.shared_model import shared_model
 
-    coordinator.members.named(name)
+    coordinator.members.get(name)
     model = shared_model(coordinator.shared_root, shared)
     advance(coordinator, model)
     for request in coordinator.open_requests(name):
         if request.recipe.round is not None and request.recipe.round.model == shared:
             return request
     raise UserError(
-        f"nothing of '{shared}' is open for '{name}': it has delivered, is no owner of it, or the deadline has passed; see "
+        f"'{name}' has no open request for '{shared}': it has delivered, does not take part, or the deadline has passed; see "
         "`expertctl federate status`"
     )
 
@@ -111,7 +119,7 @@ def _open_round(coordinator: Coordinator, name: str, shared: str) -> ExpertReque
     "--seed",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="The seed, where the pack has none.",
+    help="Folder of the seed, if the pack has none.",
 )
 @click.option(
     "-o",
@@ -119,9 +127,9 @@ def _open_round(coordinator: Coordinator, name: str, shared: str) -> ExpertReque
     required=True,
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="What goes to the coordinator: a folder, or a file that ends in .tar.",
+    help="Delivery for the coordinator: a folder, or a file that ends in .tar.",
 )
-@click.option("--review", is_flag=True, help="Show every tensor that would leave, then ask.")
+@click.option("--review", is_flag=True, help="List every tensor of the delivery, then ask.")
 @click.option("--yes", is_flag=True, help="Write the delivery without asking.")
 @force_option
 @pass_session
@@ -136,17 +144,17 @@ def work(
     force: bool,
     **owner_options: Any,
 ) -> None:
-    """Train what a pack asks for, next to your text, and write what goes back.
+    """Train the expert that a pack requests on your text, and write the delivery.
 
-    Stopped at any point, the same command goes on. Before anything is written for the coordinator you are shown what it
-    is, and asked.
+    Stopped at any point, the same command resumes. Before the delivery is written, its content is shown and you are asked for
+    your consent.
     """
     from ...core.artefacts.files import refuse_existing
-    from ...experts.federation.packs import SEED_FOLDER, opened, read_request, write_delivery
+    from ...experts.federation.packs import SEED_FOLDER, open_pack, read_request, write_delivery
 
     refuse_existing(output, force=force, what="delivery")
     owner = owner_from(**owner_options)
-    with opened(pack_path, owner.state) as folder:
+    with open_pack(pack_path, owner.state) as folder:
         request = read_request(folder)
         owner.take(request)
         owner.drop_superseded()
@@ -154,19 +162,19 @@ def work(
             source = seed or folder / SEED_FOLDER
             if not source.is_dir():
                 raise UserError("the pack has no seed; name its folder with --seed")
-            owner.seeds.use(request, source)
+            owner.seeds.copy(request, source)
     _train(session, owner, request.id)
-    found = owner.review(request.id)
-    agree(session, found, whole=review, yes=yes)
+    content = owner.review(request.id)
+    require_consent(session, content, full=review, yes=yes)
     write_delivery(owner.delivery_folder(request.id), output, force=force)
     session.finish(
-        {"request": request.id, "output": str(output), **review_content(found)},
-        f"the expert is in {output}; hand it to the coordinator: expertctl federate deliver {output.name}",
+        {"request": request.id, "output": str(output), **review_content(content)},
+        f"the delivery is in {output}; next, at the coordinator: expertctl federate deliver {output.name}",
     )
 
 
 def _train(session: Session, owner: Owner, identifier: str) -> None:
-    """Train in this process, showing how far it is; Ctrl-C leaves a checkpoint."""
+    """Train in this process with a progress bar; Ctrl-C leaves a checkpoint."""
     import signal
     import threading
 
@@ -174,7 +182,8 @@ def _train(session: Session, owner: Owner, identifier: str) -> None:
     from ...experts.federation.protocol.progress import Progress
 
     stop = threading.Event()
-    previous = {one: signal.signal(one, lambda *_: stop.set()) for one in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     try:
         with session.count("training", "steps") as count:
 
@@ -184,27 +193,28 @@ def _train(session: Session, owner: Owner, identifier: str) -> None:
 
             train(owner, identifier, tell, stop.is_set)
     finally:
-        for one, handler in previous.items():
-            signal.signal(one, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @cli_command("deliver", example="expertctl federate deliver delivery.tar")
 @click.argument("delivery", metavar="DELIVERY", type=click.Path(path_type=Path))
 @pass_session
 def deliver(session: Session, delivery: Path) -> None:
-    """Take in what an owner has sent as a folder or file.
+    """Judge an owner's delivery in a folder or file, and accept it.
 
-    Every check that can be made without the owner's text is made first. A delivery that is refused is put apart with the reason, and the command exits 1.
+    Runs every check that needs none of the owner's text. A refused delivery goes into quarantine with the reason, and the command
+    exits with status 1.
     """
-    from ...experts.federation.packs import REQUEST_FILE, hand_in, opened
+    from ...experts.federation.packs import REQUEST_FILE, open_pack, receive_delivery
 
     coordinator = coordinator_of(session)
-    with opened(delivery, coordinator.root) as folder:
+    with open_pack(delivery, coordinator.root) as folder:
         if (folder / REQUEST_FILE).is_file():
             raise UserError(
-                f"{delivery} is a pack for an owner; deliver what `expertctl federate work` has written"
+                f"{delivery} is a pack for an owner; deliver the output of `expertctl federate work`"
             )
-        request, refusal = hand_in(coordinator, folder)
+        request, refusal = receive_delivery(coordinator, folder)
     if refusal is not None:
         raise UserError(f"the delivery of '{request.owner}' is refused: {refusal}")
     if request.recipe.round is not None:
@@ -218,17 +228,17 @@ def deliver(session: Session, delivery: Path) -> None:
 
 
 def _deliver_into_round(session: Session, coordinator: Coordinator, request: ExpertRequest) -> None:
-    """Say that an owner's weights count, and what that was the last thing missing for."""
+    """Advance a shared model after an accepted delivery, and report its status."""
     from ...experts.federation.coordinator.round_keeper import advance, status_of
     from ...experts.federation.rounds.shared_model import shared_model
 
-    part = request.recipe.round
-    assert part is not None
-    model = shared_model(coordinator.shared_root, part.model)
-    said = advance(coordinator, model)
-    found = status_of(coordinator, model)
+    round_ = request.recipe.round
+    assert round_ is not None
+    model = shared_model(coordinator.shared_root, round_.model)
+    messages = advance(coordinator, model)
+    status = status_of(coordinator, model)
     session.finish(
-        {"request": request.id, "owner": request.owner, "expert": None, "shared": shared_content(found)},
-        f"the weights of '{request.owner}' count in {part}",
-        *(said or [shared_line(found)]),
+        {"request": request.id, "owner": request.owner, "expert": None, "shared": shared_content(status)},
+        f"the weights of '{request.owner}' count in {round_}",
+        *(messages or [shared_line(status)]),
     )

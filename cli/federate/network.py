@@ -16,25 +16,25 @@ from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
 from .options import coordinator_of, owner_from, with_owner
-from .review import agree
+from .review import require_consent
 
 if TYPE_CHECKING:
     from ...experts.federation.owner.owner import Owner, Review
     from ...plugins.flower.coordinator.serving import Listening
-    from ...plugins.flower.owner.owner_work import Agree
+    from ...plugins.flower.owner.owner_work import Consent
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """Give an event that Ctrl-C and SIGTERM set."""
+    """Yield an event that Ctrl-C and SIGTERM set."""
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {one: signal.signal(one, lambda *_: stop.set()) for one in signals}
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     try:
         yield stop
     finally:
-        for one, handler in previous.items():
-            signal.signal(one, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @cli_command("serve", example="expertctl federate serve --listen 0.0.0.0:8443 --name hub.example.org")
@@ -43,25 +43,25 @@ def stopped_by_signals() -> Iterator[threading.Event]:
     default="0.0.0.0:8443",
     show_default=True,
     metavar="HOST:PORT",
-    help="Where owners reach this coordinator.",
+    help="Address to listen on.",
 )
 @click.option(
     "--name",
     "names",
     multiple=True,
     metavar="NAME",
-    help="A name or address that owners use for it, where it differs from this machine's own.",
+    help="Further host name or address of this coordinator for its certificate.",
 )
 @pass_session
 def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
-    """Let owners join over a network, until Ctrl-C.
+    """Serve a federation over a network, until Ctrl-C.
 
-    Makes an authority and a server certificate on first use; owners need its file ca.crt. What was asked and what has arrived
-    is on disk: stopped or killed at any point, the same command goes on, and owners come back by themselves.
+    Creates a certificate authority and a server certificate on first use; owners need the file ca.crt. All state is on disk:
+    stopped or killed at any point, the same command resumes, and owners reconnect by themselves.
     """
     from ...plugins.flower.coordinator.serving import serve as run
 
-    def opened(listening: Listening) -> None:
+    def report_opened(listening: Listening) -> None:
         certificates = listening.certificates
         session.finish(
             {
@@ -77,26 +77,26 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
 
     coordinator = coordinator_of(session)
     with stopped_by_signals() as stop:
-        run(coordinator, listen, names, tell=session.note, opened=opened, stop=stop)
+        run(coordinator, listen, names, tell=session.note, opened=report_opened, stop=stop)
 
 
 @cli_command(
     "join",
     example="expertctl federate join --server hub.example.org:8443 --ca ca.crt --data ./private --name site-a",
 )
-@click.option("--server", required=True, metavar="HOST:PORT", help="The coordinator.")
+@click.option("--server", required=True, metavar="HOST:PORT", help="Address of the coordinator.")
 @click.option(
     "--ca",
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="The coordinator's ca.crt; compare its fingerprint on another way.",
+    help="The coordinator's ca.crt; verify its fingerprint over another channel.",
 )
 @with_owner
-@click.option("--name", metavar="NAME", help="What the coordinator calls you; checked.")
-@click.option("--review", is_flag=True, help="Show every tensor that would leave, then ask.")
-@click.option("--yes", is_flag=True, help="Let experts leave without asking.")
-@click.option("--once", is_flag=True, help="End when all that was asked is delivered or refused.")
+@click.option("--name", metavar="NAME", help="Your name at the coordinator; an error if it differs.")
+@click.option("--review", is_flag=True, help="List every tensor of a delivery, then ask.")
+@click.option("--yes", is_flag=True, help="Send deliveries without asking.")
+@click.option("--once", is_flag=True, help="Exit when every request is delivered or refused.")
 @pass_session
 def join(
     session: Session,
@@ -109,10 +109,10 @@ def join(
     once: bool,
     **owner_options: Any,
 ) -> None:
-    """Be a data owner of a federation, until Ctrl-C.
+    """Take part in a federation as a data owner, until Ctrl-C.
 
-    Takes requests, trains next to your text, delivers experts. Training runs in a process of its own and goes on when this
-    command ends. Before an expert leaves you are shown what it is, and asked, unless --yes.
+    Receives requests, trains on your text and delivers experts. Training runs in a separate process and continues when this
+    command ends. Before a delivery is sent, its content is shown and you are asked for your consent, unless --yes is given.
     """
     from ...plugins.flower.owner.joining import join as run
 
@@ -123,28 +123,29 @@ def join(
             server,
             ca,
             name=name,
-            agree=_agreement(session, review=review, yes=yes),
+            consent=_consent(session, review=review, yes=yes),
             tell=session.note,
             stop=stop,
             until_done=once,
         )
     session.finish(
-        {"outcomes": _outcomes(owner)}, *(f"{one}: {what}" for one, what in _outcomes(owner).items())
+        {"outcomes": _outcomes(owner)},
+        *(f"{identifier}: {outcome}" for identifier, outcome in _outcomes(owner).items()),
     )
 
 
-def _agreement(session: Session, *, review: bool, yes: bool) -> Agree:
-    """Return what asks the owner; where there is nobody to ask, an expert waits."""
+def _consent(session: Session, *, review: bool, yes: bool) -> Consent:
+    """Return a function that asks the owner once per request; without a terminal the delivery waits."""
     answers: dict[str, bool] = {}
 
-    def ask_owner(found: Review) -> bool:
-        identifier = found.request.id
+    def ask_owner(delivery: Review) -> bool:
+        identifier = delivery.request.id
         if identifier not in answers:
             answers[identifier] = True
             try:
                 with _interruptible():
-                    agree(session, found, whole=review, yes=yes)
-            except UserError as error:  # the owner said no, or nobody is there to ask
+                    require_consent(session, delivery, full=review, yes=yes)
+            except UserError as error:  # the owner declined, or there is no terminal
                 answers[identifier] = False
                 session.note(str(error))
         return answers[identifier]
@@ -154,7 +155,7 @@ def _agreement(session: Session, *, review: bool, yes: bool) -> Agree:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C end the wait for an answer."""
+    """Let Ctrl-C interrupt the prompt."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -163,5 +164,5 @@ def _interruptible() -> Iterator[None]:
 
 
 def _outcomes(owner: Owner) -> dict[str, str]:
-    found = {request.id: owner.outcome(request.id) for request in owner.requests()}
-    return {identifier: outcome for identifier, outcome in found.items() if outcome is not None}
+    outcomes = {request.id: owner.outcome(request.id) for request in owner.requests()}
+    return {identifier: outcome for identifier, outcome in outcomes.items() if outcome is not None}

@@ -1,4 +1,4 @@
-"""What the commands of `expertctl federate` share: an owner's state, the coordinator at hand, and options that say what is asked for."""
+"""Options and helpers shared by the commands of `expertctl federate`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATE_FOLDER = Path("expertctl") / "owner"
 
 
 def default_state() -> Path:
-    """Return where an owner's state is kept unless another folder is named."""
+    """Return the default state folder of an owner."""
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / STATE_FOLDER
 
@@ -38,22 +38,20 @@ owner_options = [
         "--data",
         type=click.Path(path_type=Path),
         metavar="PATH",
-        help="Your text: a folder or a file. Needed the first time.",
+        help="Your text: a folder or a file. Required the first time.",
     ),
     click.option(
         "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
     ),
-    click.option(
-        "--licence", metavar="TEXT", help="Under which licence the text stands; told with the expert."
-    ),
+    click.option("--licence", metavar="TEXT", help="Licence of the text; stated in the expert's manifest."),
     click.option(
         "--dp",
         metavar="epsilon=E,delta=D",
-        help="Train with differential privacy, whatever is asked for; remembered. `none` ends that.",
+        help="Always train with differential privacy, whatever the request; stored. `none` removes it.",
     ),
     state_option,
 ]
-force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+force_option = click.option("--force", is_flag=True, help="Replace existing output.")
 
 recipe_options = [
     click.option(
@@ -62,14 +60,14 @@ recipe_options = [
         default="flexolmo",
         show_default=True,
         metavar="NAME",
-        help="flexolmo (a feed-forward beside the frozen public one), btm (the whole model), a trainer, or diloco or fedavg "
+        help="flexolmo (an FFN beside the frozen public one), btm (the whole model), a trainer, or diloco or fedavg "
         "(one shared model, in rounds).",
     ),
     click.option(
         "--tokens",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Tokens that each owner trains on (in all rounds together).",
+        help="Tokens that each owner trains on (over all rounds).",
     ),
     click.option(
         "--set",
@@ -77,7 +75,7 @@ recipe_options = [
         type=setting,
         multiple=True,
         metavar="KEY=VALUE",
-        help="A setting of the training.",
+        help="Training setting.",
     ),
     click.option(
         "--option",
@@ -85,12 +83,12 @@ recipe_options = [
         type=setting,
         multiple=True,
         metavar="KEY=VALUE",
-        help="An option of the trainer.",
+        help="Trainer option.",
     ),
     click.option(
         "--dp",
         metavar="epsilon=E,delta=D",
-        help="Ask for training with differential privacy, and refuse what spent more.",
+        help="Request differential privacy, and refuse experts that spent more.",
     ),
     click.option(
         "--deadline",
@@ -103,14 +101,14 @@ recipe_options = [
 
 
 def with_recipe(function: click.decorators.FC) -> click.decorators.FC:
-    """Add the options that say what is asked for."""
+    """Add the options of a request's recipe."""
     for option in reversed(recipe_options):
         function = option(function)
     return function
 
 
 def with_owner(function: click.decorators.FC) -> click.decorators.FC:
-    """Add the options that say where an owner's text is, and how it may be trained on."""
+    """Add the options of an owner's settings."""
     for option in reversed(owner_options):
         function = option(function)
     return function
@@ -119,24 +117,24 @@ def with_owner(function: click.decorators.FC) -> click.decorators.FC:
 def owner_from(
     data: Path | None, text_field: str, licence: str | None, dp: str | None, state: Path | None
 ) -> Owner:
-    """Return the owner that the options of `with_owner` describe; what is not given is as it was."""
+    """Return an owner with the options of `with_owner` stored; omitted options keep their stored values."""
     from dataclasses import replace
 
     from ...experts.federation.owner.owner import Owner, OwnerSettings
 
     owner = Owner((state or default_state()).expanduser().resolve())
     owner.key()
-    found = owner.settings() if data is None else OwnerSettings(data, text_field, licence)
+    settings = owner.settings() if data is None else OwnerSettings(data, text_field, licence)
     if data is not None and owner.is_configured:
-        found = replace(found, privacy=owner.settings().privacy)
+        settings = replace(settings, privacy=owner.settings().privacy)
     if dp is not None:
-        found = replace(found, privacy=None if dp == "none" else privacy_from(dp))
-    owner.configure(found)
+        settings = replace(settings, privacy=None if dp == "none" else privacy_from(dp))
+    owner.configure(settings)
     return owner
 
 
 def privacy_from(text: str) -> dict[str, Any]:
-    """Return what `--dp` says."""
+    """Parse `--dp`; raises `UserError` for a malformed value."""
     try:
         return key_values(text)
     except click.BadParameter as error:
@@ -150,7 +148,7 @@ def recipe_from(
     options: tuple[tuple[str, Any], ...],
     dp: str | None,
 ) -> Recipe:
-    """Return the recipe that the options of `with_recipe` describe."""
+    """Return the recipe for the options of `with_recipe`."""
     from ...experts.federation.owner.recipes import recipe_of
 
     training = as_dictionary((*settings, *((("tokens", tokens),) if tokens is not None else ())))
@@ -159,7 +157,7 @@ def recipe_from(
 
 
 def coordinator_of(session: Session) -> Coordinator:
-    """Return the coordinator of the workspace at hand."""
+    """Return the coordinator of the current workspace."""
     from ...experts.federation.coordinator.coordinator import Coordinator
     from ...experts.federation.judging.held_out import held_out_measure
 

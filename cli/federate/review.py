@@ -1,4 +1,4 @@
-"""What an owner is shown before an expert leaves, and asked."""
+"""Review of a delivery: shown to the owner, who must consent before anything leaves."""
 
 from __future__ import annotations
 
@@ -15,42 +15,45 @@ if TYPE_CHECKING:
     from ...experts.federation.owner.owner import Review
 
 
-def agree(session: Session, review: Review, *, whole: bool, yes: bool) -> None:
-    """Show an owner what would leave and wait for a yes; raises `UserError` for anything else."""
-    if yes and not whole:
+def require_consent(session: Session, review: Review, *, full: bool, yes: bool) -> None:
+    """Show a delivery and ask the owner to confirm it, unless `yes`; raises `UserError` without a confirmation.
+
+    `full` also lists every tensor.
+    """
+    if yes and not full:
         return
-    for line in review_lines(review, whole=whole):
+    for line in review_lines(review, full=full):
         click.echo(line, err=True)
     if yes:
         return
     if not sys.stdin.isatty():
         raise UserError(
-            "nothing leaves without your yes, and there is nobody to ask; look at --review, then use --yes"
+            "nothing is sent without your consent, and there is no terminal to ask; inspect it with --review, then use --yes"
         )
-    if not click.confirm("Let this leave?", err=True):
-        raise UserError("nothing has left; the expert stays in your state folder")
+    if not click.confirm("Send this delivery?", err=True):
+        raise UserError("nothing is sent; the expert stays in your state folder")
 
 
-def review_lines(review: Review, *, whole: bool) -> list[str]:
-    """Return what an owner is shown before anything leaves."""
+def review_lines(review: Review, *, full: bool) -> list[str]:
+    """Return the lines that describe a delivery; `full` also lists every tensor."""
     from ..output import plain_table
 
     domains = review.data.get("domains", {})
     recipe = review.request.recipe
-    what = f"{recipe.round}, weights" if recipe.round is not None else f"{recipe.trains} for seed"
-    lines = [f"request {review.request.id}: {what} {short(review.request.seed)}"]
-    for about in domains.values():
+    content = f"{recipe.round}, weights" if recipe.round is not None else f"{recipe.trains} for seed"
+    lines = [f"request {review.request.id}: {content} {short(review.request.seed)}"]
+    for domain in domains.values():
         lines.append(
-            f"told of your text: about {number(about['documents'])} documents, {number(about['tokens'])} tokens, "
-            f"{number(about['bytes'])} bytes; licence {about.get('licence') or 'not said'}"
+            f"statement about your text: about {number(domain['documents'])} documents, {number(domain['tokens'])} tokens, "
+            f"{number(domain['bytes'])} bytes; licence {domain.get('licence') or 'not stated'}"
         )
     spent = review.privacy
     lines.append(
         f"privacy spent: epsilon {spent['epsilon']:g}, delta {spent['delta']:g}"
         if spent is not None
-        else "privacy: trained without noise; what the weights remember can be drawn out (see `expertctl audit extraction`)"
+        else "privacy: trained without noise; memorised text can be extracted from the weights (see `expertctl audit extraction`)"
     )
-    if whole:
+    if full:
         rows = [
             (name, dtype, "x".join(map(str, shape)), number(size), short(digest))
             for name, dtype, shape, size, digest in review.tensors
@@ -65,7 +68,7 @@ def review_lines(review: Review, *, whole: bool) -> list[str]:
 
 
 def review_content(review: Review) -> dict[str, Any]:
-    """Return what `--json` says of a delivery."""
+    """Return the content of `--json` for a delivery."""
     return {
         "files": dict(review.files),
         "tensors": {

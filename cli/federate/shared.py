@@ -1,4 +1,4 @@
-"""What the commands of `expertctl federate` say of shared models."""
+"""Output of `expertctl federate` about shared models."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ if TYPE_CHECKING:
     from ...experts.federation.coordinator.round_keeper import SharedStatus
 
 
-def shared_line(found: SharedStatus) -> str:
-    """Return how a shared model stands, in a line."""
-    if found.state == "finished":
-        return f"'{found.name}' is finished: generalists/{found.name}"
-    until = f" until {found.deadline:%Y-%m-%d %H:%M} UTC" if found.deadline is not None else ""
+def shared_line(status: SharedStatus) -> str:
+    """Return the status of a shared model as one line."""
+    if status.state == "finished":
+        return f"'{status.name}' is finished: generalists/{status.name}"
+    until = f" until {status.deadline:%Y-%m-%d %H:%M} UTC" if status.deadline is not None else ""
     return (
-        f"'{found.name}': round {found.number + 1} of {found.total}, {len(found.delivered)} of {found.owners} owners have "
-        f"delivered, {found.needed} are needed{until}"
+        f"'{status.name}': round {status.number + 1} of {status.total}, {len(status.delivered)} of {status.owners} owners have "
+        f"delivered, {status.needed} are needed{until}"
     )
 
 
-def shared_table(found: list[SharedStatus]) -> Table:
-    """Return how shared models stand, a row each."""
+def shared_table(statuses: list[SharedStatus]) -> Table:
+    """Return a table with a row for each shared model."""
     rows = [
         (
-            one.name,
-            one.recipe,
-            one.state,
-            f"{min(one.number + 1, one.total)} of {one.total}",
-            f"{len(one.delivered)} of {one.owners}, {one.needed} needed" if one.deadline is not None else "",
-            f"{one.deadline:%Y-%m-%d %H:%M}" if one.deadline is not None else "",
-            ", ".join(one.missing),
+            status.name,
+            status.recipe,
+            status.state,
+            f"{min(status.number + 1, status.total)} of {status.total}",
+            f"{len(status.delivered)} of {status.owners}, {status.needed} needed"
+            if status.deadline is not None
+            else "",
+            f"{status.deadline:%Y-%m-%d %H:%M}" if status.deadline is not None else "",
+            ", ".join(status.missing),
         )
-        for one in found
+        for status in statuses
     ]
     return Table(("shared model", "recipe", "state", "round", "delivered", "deadline", "missing"), rows)
 
 
-def shared_content(found: SharedStatus) -> dict[str, Any]:
-    """Return how a shared model stands, as `--json` says it."""
-    deadline = found.deadline.isoformat() if found.deadline is not None else None
-    return {**asdict(found), "deadline": deadline}
+def shared_content(status: SharedStatus) -> dict[str, Any]:
+    """Return the content of `--json` for a shared model."""
+    deadline = status.deadline.isoformat() if status.deadline is not None else None
+    return {**asdict(status), "deadline": deadline}

@@ -1,4 +1,4 @@
-"""`expertctl federate simulate`: a federation played through before it begins."""
+"""`expertctl federate simulate`: simulation of a federation before it starts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     "--owners",
     type=click.IntRange(min=1),
     metavar="N",
-    help="How many owners to draw at random. Default: 100.",
+    help="Number of owners to draw at random. Default: 100.",
 )
 @click.option(
     "--trace",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Owners as they are, in place of drawn ones: CSV or .jsonl, a row each; see docs/simulation.md.",
+    help="Owners to simulate, in place of random ones: CSV or .jsonl with a row each; see docs/simulation.md.",
 )
 @click.option(
     "--quorum",
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     default=0.8,
     show_default=True,
     metavar="SHARE",
-    help="Share of the owners whose experts are enough.",
+    help="Share of the owners whose experts the federation needs.",
 )
 @click.option(
     "--deadline",
     default="48h",
     show_default=True,
     metavar="TIME",
-    help="Until when owners may deliver: 30m, 48h, 2d.",
+    help="Time until the deadline for deliveries: 30m, 48h, 2d.",
 )
 @click.option(
     "--ask-again",
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     default=0,
     show_default=True,
     metavar="N",
-    help="How often missing owners are asked again, for as long, when the deadline passes without the quorum.",
+    help="Times that missing owners are asked again when the deadline passes without the quorum.",
 )
 @click.option(
     "--tokens",
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     default="100M",
     show_default=True,
     metavar="COUNT",
-    help="What each owner trains on.",
+    help="Tokens that each owner trains on.",
 )
 @click.option(
     "--expert-size",
@@ -66,13 +66,13 @@ if TYPE_CHECKING:
     default="2GB",
     show_default=True,
     metavar="SIZE",
-    help="What each owner hands in.",
+    help="Size of an expert.",
 )
 @click.option(
     "--seed-size",
     type=optional_bytes,
     metavar="SIZE",
-    help="What each owner fetches; 0 if all have the seed. Default: as the expert.",
+    help="Size of the seed; 0 if all owners have it. Default: the size of an expert.",
 )
 @click.option(
     "--line",
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     default=10.0,
     show_default=True,
     metavar="GBIT",
-    help="The coordinator's line, Gbit/s in each direction.",
+    help="Bandwidth of the coordinator in each direction, Gbit/s.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
@@ -100,21 +100,21 @@ def simulate_command(
     line: float,
     seed: int,
 ) -> None:
-    """Play a federation through: how long, how many bytes, who fails.
+    """Simulate a federation: duration, traffic and failures.
 
-    The coordinator is the real one, with its ledger, signatures and checks; owners are a model on a clock, from a trace or drawn
-    at random. What they hand in are stand-ins of a few bytes; times and bytes are reckoned for the sizes given. Nothing waits,
-    and no workspace is needed.
+    The coordinator is the real one, with its ledger, signatures and checks. Owners are modelled on a simulated clock, from a
+    trace or drawn at random. They deliver stand-ins of a few bytes; times and traffic are computed for the sizes given. No
+    workspace is needed.
     """
     from ...experts.federation.protocol.requests import deadline_in
     from ...experts.federation.simulation.events import BEGIN
-    from ...experts.federation.simulation.owners import drawn_owners, read_trace
+    from ...experts.federation.simulation.owners import draw_owners, read_trace
     from ...experts.federation.simulation.plan import Plan
     from ...experts.federation.simulation.planning import simulate
 
     if owners is not None and trace is not None:
-        raise click.UsageError("--owners draws owners and --trace reads them; give one of the two")
-    who = read_trace(trace) if trace is not None else drawn_owners(100 if owners is None else owners, seed)
+        raise click.UsageError("--owners draws owners and --trace reads them; use only one of the two")
+    simulated = read_trace(trace) if trace is not None else draw_owners(owners or 100, seed)
     plan = Plan(
         expert_bytes=expert_size,
         seed_bytes=expert_size if seed_size is None else seed_size,
@@ -125,13 +125,13 @@ def simulate_command(
         ask_again=ask_again,
         seed=seed,
     )
-    with session.count("simulation", "owners settled", len(who)) as count:
-        report = simulate(who, plan, told=count.to)
-    session.finish(report.as_json(), *_parts(report))
+    with session.count("simulation", "owners settled", len(simulated)) as count:
+        report = simulate(simulated, plan, on_settled=count.to)
+    session.finish(report.as_json(), *_tables(report))
 
 
-def _parts(report: Report) -> tuple[str | Table, ...]:
-    """Return a report as people read it."""
+def _tables(report: Report) -> tuple[str | Table, ...]:
+    """Return a report as tables."""
     refused = sum(report.refused.values())
     codes = ", ".join(f"{code} {count}" for code, count in report.refused.items())
     again = f", asked again {report.asked_again} times" if report.asked_again else ""
@@ -167,7 +167,7 @@ def _hours(hours: float | None) -> str:
 
 
 def _bytes(count: int) -> str:
-    """Return bytes as `2.0 GB`."""
+    """Format a number of bytes as `2.0 GB`."""
     size, unit = float(count), 0
     while size >= 1000 and unit < 5:
         size, unit = size / 1000, unit + 1

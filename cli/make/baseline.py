@@ -1,4 +1,4 @@
-"""`expertctl baseline`: what the experts' generalists are measured against."""
+"""`expertctl baseline`: train baselines to compare generalists with."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from ..group import Group, cli_command
 
 @click.group("baseline", cls=Group)
 def command() -> None:
-    """Train what generalists are compared with."""
+    """Train baselines to compare generalists with."""
 
 
 @cli_command("dense", example="expertctl baseline dense && expertctl eval forest dense")
 @click.option(
     "--same-batch",
     is_flag=True,
-    help="Take an expert's batch and more steps, instead of its steps and a larger batch.",
+    help="Use an expert's batch size and more steps, instead of an expert's steps and a larger batch.",
 )
-@click.option("--force", is_flag=True, help="Make it again.")
+@click.option("--force", is_flag=True, help="Replace the existing baseline.")
 @pass_session
 def dense(session: Session, same_batch: bool, force: bool) -> None:
-    """Train one dense model for as many tokens as all experts.
+    """Train one dense model for as many tokens as all experts together.
 
-    It goes on from the seed, on all domains of the experts.
+    Training starts from the seed and covers all domains of the experts.
     """
     workspace = session.open()
     with session.runs(()) as progress:
         manifest = workspace.dense_baseline(same_batch=same_batch, reporter=progress, force=force)
-    from ..summaries import artefact_content, made
+    from ..summaries import artefact_content, artefact_line
 
     folder = workspace.layout.baselines / manifest.name
-    session.finish(artefact_content(folder, manifest), made(folder, manifest))
+    session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest))
 
 
 @cli_command(
@@ -44,22 +44,23 @@ def dense(session: Session, same_batch: bool, force: bool) -> None:
     default=1,
     show_default=True,
     metavar="N",
-    help="How many runs at a time.",
+    help="Number of runs to train at the same time.",
 )
-@click.option("--force", is_flag=True, help="Make them again.")
+@click.option("--force", is_flag=True, help="Replace the existing baseline.")
 @pass_session
 def random_split(session: Session, jobs: int, force: bool) -> None:
-    """Train experts on random slices of all text; make their ensemble.
+    """Train experts on random slices of all text and make their ensemble.
 
-    As many as there are experts. What the ensemble of the domains' experts is better by is owed to the domains.
+    Trains as many models as there are experts. The difference to the ensemble of the domain experts shows the effect
+    of the domains.
     """
     workspace = session.open()
     with session.runs(()) as progress:
         manifest = workspace.random_split_baseline(jobs=jobs, reporter=progress, force=force)
-    from ..summaries import artefact_content, made
+    from ..summaries import artefact_content, artefact_line
 
     folder = workspace.layout.baselines / "random-split"
-    session.finish(artefact_content(folder, manifest), made(folder, manifest))
+    session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest))
 
 
 command.add_command(dense)

@@ -1,4 +1,4 @@
-"""`expertctl branch`: start an expert."""
+"""`expertctl branch`: create an expert that is ready to train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..parsing import as_dictionary, setting, weights
 from ..parsing import settings as key_values
 
 if TYPE_CHECKING:
-    from ...experts.runs.specification import RunSpec
+    from ...core.manifests.run import RunSpec
 
 
 @cli_command("branch", example="expertctl branch law --domain law --trains feed_forward --tokens 200000")
@@ -21,41 +21,49 @@ if TYPE_CHECKING:
 @click.option(
     "--clusters",
     metavar="SET",
-    help="Start an expert for each cluster of this set (`data discover`), dividing --tokens among them.",
+    help="Create an expert for each cluster of this set (see `data discover`) and divide --tokens among them.",
 )
 @click.option(
-    "--domain", metavar="DOMAIN", help="What it trains on. Default: what expertctl.yaml says of NAME."
+    "--domain", metavar="DOMAIN", help="Domain to train on. Default: the domain of NAME in expertctl.yaml."
 )
 @click.option(
     "--trains",
     metavar="PART",
-    help="What of it trains: all, feed_forward, another trainer, or a pattern of tensor names. Default: all.",
+    help="Trainable parameters: all, feed_forward, another trainer, or a pattern of tensor names. Default: all.",
 )
 @click.option(
     "--from",
     "start",
     type=weights,
     metavar="START",
-    help="Where it starts: seed, auto (the experts nearest to the domain), or a:0.6,b:0.4. Default: seed.",
+    help="Starting point: seed, auto (the experts closest to the domain), or a:0.6,b:0.4. Default: seed.",
 )
 @click.option("--tokens", type=int, metavar="N", help="Training budget in tokens.")
 @click.option(
-    "--set", "settings", type=setting, multiple=True, metavar="KEY=VALUE", help="Any other training setting."
+    "--set",
+    "settings",
+    type=setting,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set another training setting; repeatable.",
 )
 @click.option(
-    "--option", "options", type=setting, multiple=True, metavar="KEY=VALUE", help="An option of the trainer."
+    "--option",
+    "options",
+    type=setting,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set an option of the trainer; repeatable.",
 )
 @click.option(
     "--dp",
     type=key_values,
     metavar="epsilon=E,delta=D",
-    help="Train with differential privacy: epsilon, delta, and perhaps clip, accountant, noise, embedding_noise.",
+    help="Train with differential privacy: epsilon and delta; optional: clip, accountant, noise, embedding_noise.",
 )
-@click.option("--owner", metavar="TEXT", help="Who owns the data; noted in expert.json.")
-@click.option(
-    "--licence", metavar="TEXT", help="Under which licence the expert stands; noted in expert.json."
-)
-@click.option("--force", is_flag=True, help="Replace an expert of that name.")
+@click.option("--owner", metavar="TEXT", help="Owner of the data, recorded in expert.json.")
+@click.option("--licence", metavar="TEXT", help="Licence of the expert, recorded in expert.json.")
+@click.option("--force", is_flag=True, help="Replace an existing expert of that name.")
 @pass_session
 def command(
     session: Session,
@@ -72,12 +80,12 @@ def command(
     licence: str | None,
     force: bool,
 ) -> None:
-    """Start an expert: its parents, its domain, what of it trains.
+    """Create an expert, ready to train.
 
-    `expertctl train NAME` then trains it. What is not given comes from `experts.NAME` in expertctl.yaml.
+    Train it with `expertctl train NAME`. Omitted options default to `experts.NAME` in expertctl.yaml.
     """
     training = as_dictionary([*settings, *([("tokens", tokens)] if tokens is not None else [])])
-    given: dict[str, Any] = {
+    settings_of_run: dict[str, Any] = {
         "trains": trains,
         "start": start,
         "training": training or None,
@@ -88,23 +96,23 @@ def command(
         "force": force,
     }
     if (name is None) == (clusters is None):
-        raise click.UsageError("give the NAME of one expert, or --clusters SET for one expert each")
+        raise click.UsageError("give the NAME of one expert, or --clusters SET for one expert per cluster")
     if clusters is not None:
         if domain is not None:
-            raise click.UsageError("--clusters says which domains; leave out --domain")
-        specs = session.open().branch_clusters(clusters, **given)
+            raise click.UsageError("--clusters selects the domains; omit --domain")
+        specs = session.open().branch_clusters(clusters, **settings_of_run)
         steps = sum(spec.training.steps for spec in specs)
         session.finish(
             {"experts": [_content(spec) for spec in specs]},
-            f"{len(specs)} experts, {specs[0].name} to {specs[-1].name}, {steps:,} steps in all; go on with: expertctl train",
+            f"{len(specs)} experts, {specs[0].name} to {specs[-1].name}, {steps:,} steps in total; next: expertctl train",
         )
         return
     assert name is not None
-    spec = session.open().branch(name, domain=domain, **given)
+    spec = session.open().branch(name, domain=domain, **settings_of_run)
     session.finish(
         _content(spec),
         f"expert '{name}' starts from {shares(spec.start)} and trains {spec.trains} on {spec.domains[0]}, "
-        f"{spec.training.steps:,} steps; go on with: expertctl train {name}",
+        f"{spec.training.steps:,} steps; next: expertctl train {name}",
     )
 
 

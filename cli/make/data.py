@@ -1,4 +1,4 @@
-"""`expertctl data`: the text of the domains, as tokens, sorted into clusters, and public text that stands in for theirs."""
+"""`expertctl data`: tokenise domains, discover clusters, and build proxy corpora from public text."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ HEADINGS = ("domain", "part", "documents", "tokens", "bytes")
 
 @click.group("data", cls=Group)
 def command() -> None:
-    """Tokenise the domains' text, show what there is, sort it into clusters, or pick proxies for it."""
+    """Tokenise, list and cluster the text of domains."""
 
 
 @cli_command("prepare", example="expertctl data prepare law code")
 @click.argument("domains", metavar="[DOMAIN]...", nargs=-1)
-@click.option("--force", is_flag=True, help="Read the text again even if it has not changed.")
+@click.option("--force", is_flag=True, help="Tokenise the text again even if it has not changed.")
 @pass_session
 def prepare(session: Session, domains: tuple[str, ...], force: bool) -> None:
     """Tokenise domains (default: all) with the seed's tokenizer.
 
-    Training and evaluation do this by themselves when it is needed. What is prepared already costs nothing.
+    Training and evaluation do this automatically when needed. Domains that are already prepared are skipped.
     """
     workspace = session.open()
     with session.count("documents", "documents") as count:
         prepared = workspace.prepare(
             domains or None, force=force, tell=lambda domain, documents: count.to(documents, domain)
         )
-    found = {domain.name: domain for domain in prepared}
-    session.finish({"domains": {name: _content(domain) for name, domain in found.items()}}, _table(found))
+    by_name = {domain.name: domain for domain in prepared}
+    session.finish({"domains": {name: _content(domain) for name, domain in by_name.items()}}, _table(by_name))
 
 
 @cli_command("list", example="expertctl data list")
 @pass_session
 def list_(session: Session) -> None:
-    """Show the domains: where their text is, how much there is."""
+    """List the domains with the source and size of their text."""
     workspace = session.open()
     domains = workspace.config.domains
     prepared = workspace.prepared()
@@ -55,7 +55,7 @@ def list_(session: Session) -> None:
         for name, domain in domains.items()
     }
     if not domains:
-        session.finish({"domains": {}}, f"there is no domain yet; add one to {workspace.layout.config_file}")
+        session.finish({"domains": {}}, f"no domains yet; add one to {workspace.layout.config_file}")
         return
     sources = Table(
         ("domain", "source", "prepared"),
@@ -70,13 +70,15 @@ def list_(session: Session) -> None:
 
 @cli_command("proxy", example="expertctl data proxy law-proxy --like law --from web --documents 500")
 @click.argument("name", metavar="NAME")
-@click.option("--like", required=True, metavar="DOMAIN", help="What the documents are to look like.")
-@click.option("--from", "source", required=True, metavar="PUBLIC", help="Domain that they are picked from.")
+@click.option("--like", required=True, metavar="DOMAIN", help="Domain that the documents should resemble.")
+@click.option(
+    "--from", "source", required=True, metavar="PUBLIC", help="Public domain to select documents from."
+)
 @click.option(
     "--documents",
     type=click.IntRange(min=1),
     metavar="N",
-    help="How many. Default: a tenth of what PUBLIC has, at most 1,000.",
+    help="Number of documents. Default: a tenth of PUBLIC, at most 1,000.",
 )
 @click.option(
     "--seed",
@@ -84,20 +86,21 @@ def list_(session: Session) -> None:
     default=0,
     show_default=True,
     metavar="N",
-    help="Random seed of the sample that the classifier learns from.",
+    help="Random seed of the classifier's training sample.",
 )
-@click.option("--force", is_flag=True, help="Replace a proxy of that name.")
+@click.option("--force", is_flag=True, help="Replace an existing proxy corpus of that name.")
 @pass_session
 def proxy(
     session: Session, name: str, like: str, source: str, documents: int | None, seed: int, force: bool
 ) -> None:
-    """Pick public documents that look like a domain's.
+    """Build a proxy corpus: public documents that resemble a domain.
 
-    A router can be tuned on them where the domain's own text may not go. Nothing of that text is written.
+    A router can be tuned on a proxy corpus where the domain's own text is not available. None of the domain's text is
+    written.
     """
     workspace = session.open()
     with session.count("documents", "documents") as count:
-        made = workspace.proxy(
+        corpus = workspace.proxy(
             name,
             like=like,
             source=source,
@@ -106,29 +109,32 @@ def proxy(
             force=force,
             tell=lambda work, done: count.to(done, work),
         )
-    text = made.text
+    text = corpus.text
     if documents is not None and text.documents < documents:
-        session.note(f"--documents: '{source}' has only {number(text.documents)} documents that differ")
+        session.note(f"--documents: '{source}' has only {number(text.documents)} distinct documents")
     session.finish(
-        {"file": str(made.path), **made.statement(), "domain": made.domain()},
-        f"{number(text.documents)} documents ({number(text.bytes)} bytes) of '{source}' that look like '{like}' are "
-        f"in {made.path}",
-        f"held-out accuracy {made.held_out_accuracy:.3f}, lowest score {made.lowest_score:.3f}",
-        *([] if name in workspace.config.domains else ["", *_lines_to_add(name, made.domain())]),
+        {"file": str(corpus.path), **corpus.statement(), "domain": corpus.domain()},
+        f"{number(text.documents)} documents ({number(text.bytes)} bytes) of '{source}' that resemble '{like}' are "
+        f"in {corpus.path}",
+        f"held-out accuracy {corpus.held_out_accuracy:.3f}, lowest score {corpus.lowest_score:.3f}",
+        *([] if name in workspace.config.domains else ["", *_lines_to_add(name, corpus.domain())]),
     )
 
 
 @cli_command("discover", example="expertctl data discover campus --clusters 8")
 @click.argument("name", metavar="NAME")
 @click.option(
-    "--clusters", type=click.IntRange(min=1), metavar="K", help="How many; --by metadata needs no number."
+    "--clusters",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Number of clusters; not needed for --by metadata.",
 )
 @click.option(
     "--by",
     default="tfidf",
     show_default=True,
     metavar="DISCOVERER",
-    help="What documents are told apart by; `expertctl plugins` lists the choices.",
+    help="Clustering method; `expertctl plugins` lists the discoverers.",
 )
 @click.option(
     "--option",
@@ -136,33 +142,35 @@ def proxy(
     type=setting,
     multiple=True,
     metavar="KEY=VALUE",
-    help="An option of the discoverer.",
+    help="Set an option of the discoverer; repeatable.",
 )
 @click.option(
-    "--domains", type=names, metavar="A,B", help="Text that is sorted. Default: all that was not discovered."
+    "--domains", type=names, metavar="A,B", help="Domains to cluster. Default: all that were not discovered."
 )
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Documents that words and centres are learnt from. Default: 50,000.",
+    help="Number of documents to fit vocabulary and centroids on. Default: 50,000.",
 )
 @click.option(
     "--stop-words",
     metavar="WHICH",
-    help="Words that say nothing of a text: english (default), none, or a file with one on each line.",
+    help="Stop words: english (default), none, or a file with one word per line.",
 )
 @click.option(
     "--analyser",
     type=click.Choice(["words", "characters"]),
-    help="What texts are told apart by. Default: words, or characters where scripts have no spaces.",
+    help="Text features. Default: words, or characters for scripts without spaces.",
 )
-@click.option("--unbalanced", is_flag=True, help="Let clusters be of any size when centres are learnt.")
+@click.option("--unbalanced", is_flag=True, help="Do not balance cluster sizes when fitting centroids.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
 )
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes. Default: one per core.")
-@click.option("--force", is_flag=True, help="Replace a set of that name.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), metavar="N", help="Number of processes. Default: one per core."
+)
+@click.option("--force", is_flag=True, help="Replace an existing set of that name.")
 @pass_session
 def discover(
     session: Session,
@@ -179,16 +187,16 @@ def discover(
     jobs: int | None,
     force: bool,
 ) -> None:
-    """Sort unlabelled text into clusters, which become domains NAME-0, NAME-1 ..."""
+    """Cluster unlabelled text into domains NAME-0, NAME-1 ..."""
     flags = [
         ("stop_words", None if stop_words == "none" else stop_words, stop_words is not None),
         ("analyser", analyser, analyser is not None),
         ("balanced", False, unbalanced),
     ]
-    chosen = as_dictionary((*options, *((key, value) for key, value, given in flags if given)))
+    chosen = as_dictionary((*options, *((key, value) for key, value, is_given in flags if is_given)))
     workspace = session.open()
     with session.count("documents", "documents") as count:
-        found = workspace.discover(
+        discovery = workspace.discover(
             name,
             clusters,
             by=by,
@@ -209,29 +217,38 @@ def discover(
             number(cluster.bytes["train"]),
             ", ".join(cluster.top_words[:8]),
         )
-        for cluster in found.clusters
+        for cluster in discovery.clusters
     ]
     session.finish(
-        {"folder": str(found.folder), **found.statement()},
+        {"folder": str(discovery.folder), **discovery.statement()},
         Table(("domain", "train", "valid", "bytes", "words"), rows, right=frozenset({1, 2, 3})),
-        f"go on with: expertctl branch --clusters {name}",
+        f"next: expertctl branch --clusters {name}",
     )
 
 
 def _lines_to_add(name: str, domain: Mapping[str, str]) -> list[str]:
-    """Return what the user adds to `expertctl.yaml`; JSON strings are YAML strings too."""
+    """Return the lines to add to `expertctl.yaml`; JSON strings are valid YAML."""
     import json
 
     settings = ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in domain.items())
-    return ["to use it, add to expertctl.yaml:", "domains:", f"  {json.dumps(name)}: {{{settings}}}"]
+    return [
+        "to use it, add these lines to expertctl.yaml:",
+        "domains:",
+        f"  {json.dumps(name)}: {{{settings}}}",
+    ]
 
 
 def _content(domain: PreparedDomain | None) -> dict[str, Any] | None:
     if domain is None:
         return None
     counts = {
-        part: {"documents": one.documents, "tokens": one.tokens, "bytes": one.bytes, "digest": one.digest}
-        for part, one in (("train", domain.train), ("valid", domain.valid))
+        part: {
+            "documents": store.documents,
+            "tokens": store.tokens,
+            "bytes": store.bytes,
+            "digest": store.digest,
+        }
+        for part, store in (("train", domain.train), ("valid", domain.valid))
     }
     return {**counts, "licence": domain.licence}
 

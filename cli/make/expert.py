@@ -1,4 +1,4 @@
-"""`expertctl expert`: experts that join a generalist later, leave it, or take another's place."""
+"""`expertctl expert`: add, remove or replace experts of a generalist."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ import click
 
 from ..context import Session, pass_session
 from ..group import Group, cli_command
-from ..summaries import artefact_content, made
+from ..summaries import artefact_content, artefact_line
 
 if TYPE_CHECKING:
-    from ...core.artefacts.lineage import Manifest
+    from ...core.manifests.manifest import Manifest
     from ...merge.mixture.changing import Change
 
 output_options = [
     click.option(
-        "-m", "--model", required=True, metavar="GENERALIST", help="What is changed; it stays as it is."
+        "-m",
+        "--model",
+        required=True,
+        metavar="GENERALIST",
+        help="Generalist to change. It is not modified; the result is a new generalist.",
     ),
     click.option(
         "-o",
@@ -26,18 +30,18 @@ output_options = [
         required=True,
         type=click.Path(path_type=Path),
         metavar="NAME",
-        help="The new generalist: a name in this workspace, or a folder.",
+        help="Name of the new generalist in this workspace, or a folder.",
     ),
-    click.option("--allow-licences", is_flag=True, help="Go on though licences contradict each other."),
-    click.option("--force", is_flag=True, help="Replace what is there."),
-    click.option("--resume", is_flag=True, help="Go on with what was interrupted."),
+    click.option("--allow-licences", is_flag=True, help="Continue although licences contradict each other."),
+    click.option("--force", is_flag=True, help="Replace existing output."),
+    click.option("--resume", is_flag=True, help="Resume an interrupted change."),
 ]
 
 
 retrain_option = click.option(
     "--retrain",
     is_flag=True,
-    help="Of a stitched model: train the stitches again, from where they are, as they were trained before.",
+    help="Stitched models: continue training the stitches with their previous settings.",
 )
 
 
@@ -49,10 +53,10 @@ def with_output(function: click.decorators.FC) -> click.decorators.FC:
 
 @click.group("expert", cls=Group)
 def command() -> None:
-    """Add experts to a generalist, or take them out, without training.
+    """Add, remove or replace experts of a generalist.
 
-    The result's tensors are those of a merge that was done with these experts in the first place, unless something was
-    trained jointly since; then it is said which tensors have seen whom.
+    No training is needed. The result has the same tensors as a merge of these experts, unless the generalist was
+    trained jointly since; the notes then say which tensors were trained on which experts' text.
     """
 
 
@@ -61,9 +65,9 @@ def command() -> None:
 @retrain_option
 @with_output
 @pass_session
-def remove(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
-    """Take experts out of a generalist."""
-    _change(session, remove=names, **how)
+def remove(session: Session, /, names: tuple[str, ...], **options: Any) -> None:
+    """Remove experts from a generalist."""
+    _change(session, remove=names, **options)
 
 
 @cli_command("add", example="expertctl expert add law -m campus -o campus-with-law")
@@ -71,19 +75,19 @@ def remove(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
 @retrain_option
 @with_output
 @pass_session
-def add(session: Session, /, names: tuple[str, ...], **how: Any) -> None:
-    """Let finished experts (names, or folders) join a generalist."""
-    _change(session, add=dict(_folder(session, name) for name in names), **how)
+def add(session: Session, /, names: tuple[str, ...], **options: Any) -> None:
+    """Add finished experts (names or folders) to a generalist."""
+    _change(session, add=dict(_folder(session, name) for name in names), **options)
 
 
 @cli_command("replace", example="expertctl expert replace law -m campus -o campus-2 --by law-2027")
 @click.argument("name", metavar="NAME")
-@click.option("--by", required=True, metavar="EXPERT", help="What takes its place, under its name.")
+@click.option("--by", required=True, metavar="EXPERT", help="Expert to use instead, under the same name.")
 @with_output
 @pass_session
-def replace(session: Session, /, name: str, by: str, **how: Any) -> None:
-    """Let another expert take the place of one."""
-    _change(session, replace={name: _folder(session, by)[1]}, **how)
+def replace(session: Session, /, name: str, by: str, **options: Any) -> None:
+    """Replace an expert of a generalist by another one."""
+    _change(session, replace={name: _folder(session, by)[1]}, **options)
 
 
 def _folder(session: Session, name: str) -> tuple[str, Path]:
@@ -104,11 +108,11 @@ def _change(
     add: Mapping[str, Path] | None = None,
     replace: Mapping[str, Path] | None = None,
 ) -> None:
+    from ...core.manifests.records import record_as_json
     from ...merge.merging import MergeRun
     from ...merge.mixture.changing import Change
     from ...merge.planning.plan import Permissions
     from ...merge.remaking.expert_changes import change_experts
-    from ...merge.sources.history import history_of
     from .merge import MergeProgress
 
     folder = session.artefact(model)
@@ -120,62 +124,62 @@ def _change(
     start = target
     if retrain:
         if layout is None or target.parent != layout.generalists:
-            raise click.UsageError("--retrain makes a generalist of a workspace; give its name with -o")
+            raise click.UsageError("--retrain needs a generalist of this workspace; give its name with -o")
         _require_stitches(folder)
         start = layout.generalists / f"{target.name}-untrained"
     with MergeProgress(session) as progress:
         manifest = change_experts(folder, start, change, layout=layout, run=progress.watched(run))
     if retrain:
         manifest = _retrained(session, target.name, start, change, force)
-    record = manifest.config.get("mixture") or {}
-    experts = record.get("experts") or [parent.name for parent in manifest.parents if parent.kind == "expert"]
     session.finish(
         {
             **artefact_content(target, manifest),
-            "experts": list(experts),
-            "history": history_of(manifest),
+            "experts": list(manifest.experts),
+            "history": [record_as_json(event) for event in manifest.history],
         },
-        made(target, manifest),
-        f"its experts: {', '.join(experts)}",
+        artefact_line(target, manifest),
+        f"experts: {', '.join(manifest.experts)}",
     )
 
 
 def _require_stitches(folder: Path) -> None:
-    from ...core.artefacts.lineage import read_manifest
     from ...core.errors import UserError
+    from ...core.manifests.manifest import read_manifest
 
-    manifest = read_manifest(folder)
-    if manifest.config.get("kind") != "stitched":
-        raise UserError(f"{folder} is not stitched, and --retrain trains stitches; leave it out")
-    if "run" not in manifest.config:
+    merged = read_manifest(folder).merged
+    if merged is None or merged.kind != "stitched":
+        raise UserError(f"{folder} is not a stitched model, which --retrain needs; omit --retrain")
+    if merged.run is None:
         raise UserError(
-            f"the stitches of {folder} were never trained; leave out --retrain, then use `expertctl tune`"
+            f"the stitches of {folder} were never trained; omit --retrain, then run `expertctl tune`"
         )
 
 
 def _retrained(session: Session, name: str, start: Path, change: Change, force: bool) -> Manifest:
-    """Train the stitches of a changed model on the text of those who are there now, else as they were trained before."""
-    from ...core.artefacts.lineage import read_manifest
+    """Train the stitches of a changed model on its current experts' text, with the previous settings."""
+    from ...core.manifests.manifest import read_manifest
 
-    manifest = read_manifest(start)
-    spec = manifest.config["run"]
+    merged = read_manifest(start).merged
+    assert merged is not None
+    assert merged.run is not None, "`_require_stitches` refuses stitches that were never trained"
+    spec = merged.run
     workspace = session.open()
-    joined = [read_manifest(folder) for folder in (*change.add.values(), *change.replace.values())]
-    gone = {
+    new_experts = [read_manifest(folder) for folder in (*change.add.values(), *change.replace.values())]
+    removed_domains = {
         domain
-        for left in (*change.remove, *change.replace)
-        for domain in workspace.trained_domains([workspace.experts / left])
+        for name_removed in (*change.remove, *change.replace)
+        for domain in workspace.trained_domains([workspace.experts / name_removed])
     }
-    domains = [domain for domain in spec["domains"] if domain not in gone]
-    domains += [domain for one in joined for domain in one.data.get("domains", {}) if domain not in domains]
+    domains = [domain for domain in spec.domains if domain not in removed_domains]
+    domains += [domain for expert in new_experts for domain in expert.domains if domain not in domains]
     with session.runs([name]) as progress:
         return workspace.tune(
             name,
             start.name,
-            trains=spec["trains"],
+            trains=spec.trains,
             domains=domains,
-            options=spec["options"],
-            training={key: value for key, value in spec["training"].items() if value is not None},
+            options=dict(spec.options),
+            training=spec.training.model_dump(mode="json", exclude_none=True),
             force=force,
             reporter=progress,
         )

@@ -1,4 +1,4 @@
-"""`expertctl merge`: experts become a generalist."""
+"""`expertctl merge`: merge experts into a generalist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..parsing import as_dictionary, byte_count, names, setting, weights
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
-    from ...core.artefacts.lineage import Manifest
+    from ...core.manifests.manifest import Manifest
     from ...merge.merging import MergeRun
     from ...merge.planning.plan import MergePlan
 
@@ -24,84 +24,89 @@ MEGA = 1_000_000
 
 @cli_command("merge", example="expertctl merge forest --method ensemble --experts code,law --option top_k=1")
 @click.argument("name", metavar="NAME", required=False)
-@click.option("--method", metavar="METHOD", help="How to merge; `expertctl plugins` lists the methods.")
+@click.option("--method", metavar="METHOD", help="Merge method; `expertctl plugins` lists the methods.")
 @click.option(
     "--experts",
     type=names,
     metavar="A,B",
-    help="Which experts: names, or folders of models and of LoRA adapters. Default: every finished expert.",
+    help="Experts to merge: names, or folders of models and LoRA adapters. Default: all finished experts.",
 )
 @click.option(
     "--weights",
     "shares_",
     type=weights,
     metavar="WEIGHTS",
-    help="How much each counts: uniform, posterior (by the domain posterior), or a:0.6,b:0.4. Default: uniform.",
+    help="Weights of the experts: uniform, posterior (domain posterior), or a:0.6,b:0.4. Default: uniform.",
 )
 @click.option(
-    "--option", "options", type=setting, multiple=True, metavar="KEY=VALUE", help="An option of the method."
+    "--option",
+    "options",
+    type=setting,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set an option of the method; repeatable.",
 )
 @click.option(
     "--fit-on",
     type=names,
     metavar="A,B",
-    help="Domains whose validation text priors, posterior weights and searches use. Default: the experts' own.",
+    help="Domains whose validation text is used for priors, posterior weights and --search. Default: the experts' own domains.",
 )
 @click.option(
     "--config",
     "file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="Merge what a mergekit file says, into -o DIR; needs no workspace.",
+    help="Merge according to a mergekit configuration file, into -o DIR; needs no workspace.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where to. Default: generalists/NAME.",
+    help="Output folder. Default: generalists/NAME.",
 )
 @click.option(
     "--search",
     is_flag=False,
     flag_value="coordinate",
     type=click.Choice(["coordinate", "cma"]),
-    help="Look for the weights that predict validation text best, from the posterior's on.",
+    help="Search for the weights that predict validation text best, starting from the posterior weights.",
 )
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Merges that a search scores at most. Default: 40.",
+    help="Maximum number of merges that a search evaluates. Default: 40.",
 )
 @click.option(
     "--layer-groups",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Weights that a search gives each expert, over the layers. Default: 1.",
+    help="Number of weights per expert in a search, spread over the layers. Default: 1.",
 )
-@click.option(
-    "--plan", "plan_only", is_flag=True, help="Check everything, show what would be done, and stop."
-)
+@click.option("--plan", "plan_only", is_flag=True, help="Dry run: check everything, show the plan, and stop.")
 @click.option(
     "--gate",
     is_flag=True,
-    help="Compare the result with seed, best expert, average and ensemble; exit with status 3 if it is worse.",
+    help="Compare the result with the seed, best expert, average and ensemble; exit with status 3 if it is worse.",
 )
 @click.option(
     "--self-contained",
     is_flag=True,
-    help="Hold copies of all that a stitched model is made of, rather than refer to it.",
+    help="Copy the members of a stitched model into its folder instead of referring to them.",
 )
-@click.option("--resume", is_flag=True, help="Go on with what a killed or interrupted merge has written.")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--resume", is_flag=True, help="Resume a killed or interrupted merge.")
+@click.option("--force", is_flag=True, help="Replace existing output.")
 @click.option(
-    "--dtype", metavar="DTYPE", help="What to write: bfloat16, float16, float32. Default: as the seed."
+    "--dtype",
+    metavar="DTYPE",
+    help="Dtype of the output: bfloat16, float16, float32, float64. Default: as the seed.",
 )
 @click.option(
     "--tokenizer",
     metavar="POLICY",
-    help="Where tokenizers differ: refuse, base, union, or an expert's name. Default: refuse.",
+    help="Policy for different tokenizers: refuse, base, union, or an expert's name. Default: refuse.",
 )
 @click.option(
     "--shard-size",
@@ -109,20 +114,20 @@ MEGA = 1_000_000
     metavar="SIZE",
     default="5GB",
     show_default=True,
-    help="Largest file: 500MB, 5GB.",
+    help="Maximum size of a file, such as 500MB.",
 )
 @click.option(
     "--device",
     metavar="DEVICE",
     default="cpu",
     show_default=True,
-    help="Where to calculate: cpu, cuda, cuda:1.",
+    help="Device for the computation: cpu, cuda, cuda:1.",
 )
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tensors at a time. Default: one per core, up to 4.",
+    help="Number of tensors to merge at the same time. Default: one per core, up to 4.",
 )
 @click.option("--allow-unrelated", is_flag=True, help="Merge models that do not descend from one another.")
 @click.option("--allow-licences", is_flag=True, help="Merge models whose licences contradict each other.")
@@ -155,8 +160,8 @@ def command(
 ) -> int:
     """Merge the seed and its experts into a generalist.
 
-    What is not given comes from `merges.NAME` in expertctl.yaml. Everything that can be refused is refused
-    before any work is done; `--plan` stops there. With `--config` it merges what a mergekit file says.
+    Omitted options default to `merges.NAME` in expertctl.yaml. All checks run before any work starts; with `--plan`,
+    the command stops after the checks. With `--config`, it merges according to a mergekit configuration file.
     """
     from ...merge.engine.calculator import EngineSettings
     from ...merge.merging import MergeRun
@@ -172,7 +177,7 @@ def command(
     )
     if self_contained:
         options = (*options, ("self_contained", True))
-    given = {
+    merge_options = {
         "method": method,
         "experts": experts,
         "weights": shares_,
@@ -180,9 +185,9 @@ def command(
         "options": options or None,
     }
     if file is not None:
-        _refuse_with_file(name, {**given, "tokenizer": tokenizer, "dtype": dtype, "search": search})
+        _refuse_with_file(name, {**merge_options, "tokenizer": tokenizer, "dtype": dtype, "search": search})
         if gate:
-            raise click.UsageError("--gate compares experts of a workspace, and --config merges any folders")
+            raise click.UsageError("--gate needs experts of a workspace; it cannot be used with --config")
         _merge_file(session, file, output, run, plan_only)
         return 0
     if name is None:
@@ -212,30 +217,32 @@ def command(
 
 
 def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Manifest) -> int:
-    """Compare what was merged with its baselines, and write down how it came out."""
+    """Compare a merge with its baselines and record the result in its manifest and card."""
     from ...merge.generalists.folder import note_evaluation
     from ..summaries import artefact_content
     from ..use.eval import report_comparison
 
     name = folder.name if folder.parent == workspace.generalists else str(folder)
-    status, found = report_comparison(session, workspace, name, None, made=artefact_content(folder, manifest))
-    note_evaluation(folder, found.table.as_json(), found.verdict(), found.holds)
+    status, comparison = report_comparison(
+        session, workspace, name, None, artefact=artefact_content(folder, manifest)
+    )
+    note_evaluation(folder, comparison.table.as_json(), comparison.verdict(), comparison.holds)
     return status
 
 
 def _search(strategy: str | None, trials: int | None, layer_groups: int | None) -> dict[str, Any] | None:
-    """Return the settings of a search, None where none is asked for here."""
-    given = {"strategy": strategy, "trials": trials, "layer_groups": layer_groups}
-    return {key: value for key, value in given.items() if value is not None} or None
+    """Return the search settings of the command line, None if there are none."""
+    settings = {"strategy": strategy, "trials": trials, "layer_groups": layer_groups}
+    return {key: value for key, value in settings.items() if value is not None} or None
 
 
-def _refuse_with_file(name: str | None, given: dict[str, Any]) -> None:
+def _refuse_with_file(name: str | None, other_options: dict[str, Any]) -> None:
     if name is not None:
-        raise click.UsageError("--config says what to merge; leave out NAME and say where to with -o DIR")
-    for option, value in given.items():
+        raise click.UsageError("--config defines the merge; omit NAME and give the output folder with -o DIR")
+    for option, value in other_options.items():
         if value is not None:
             raise click.UsageError(
-                f"--config says it all; leave out --{option.replace('_', '-').rstrip('s')}"
+                f"--config defines the whole merge; omit --{option.replace('_', '-').rstrip('s')}"
             )
 
 
@@ -248,14 +255,14 @@ def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun
         _show_plan(session, plan_recipe(recipe, output, run=run), output)
         return
     if output is None:
-        raise click.UsageError("--config needs -o DIR: where to write")
+        raise click.UsageError("--config needs an output folder: -o DIR")
     with MergeProgress(session) as progress:
         manifest = merge_recipe(recipe, output, run=progress.watched(run))
     _finish(session, output, manifest)
 
 
 class MergeProgress:
-    """Shows the megabytes that a merge has written."""
+    """Progress display of a merge, in megabytes written."""
 
     def __init__(self, session: Session) -> None:
         self._count = session.count("merging", "MB")
@@ -264,11 +271,11 @@ class MergeProgress:
         self._count.__enter__()
         return self
 
-    def __exit__(self, *what: Any) -> None:
-        self._count.__exit__(*what)
+    def __exit__(self, *exception: Any) -> None:
+        self._count.__exit__(*exception)
 
     def watched(self, run: MergeRun) -> MergeRun:
-        """Return the run with its progress shown here."""
+        """Return the run with its progress reported to this display."""
         from dataclasses import replace
 
         def tell(done: int, total: int) -> None:
@@ -279,11 +286,11 @@ class MergeProgress:
 
 
 def _finish(session: Session, folder: Path, manifest: Manifest) -> None:
-    from ..summaries import artefact_content, made, origin
+    from ..summaries import artefact_content, artefact_line, origin
 
     session.finish(
         artefact_content(folder, manifest),
-        made(folder, manifest),
+        artefact_line(folder, manifest),
         origin(manifest),
     )
 
@@ -293,6 +300,6 @@ def _show_plan(session: Session, plan: MergePlan, output: Path | None) -> None:
 
     parts = [Table(("", ""), plan_rows(plan, output), headings=False)]
     if session.verbose:
-        columns = ("tensor", "shape", "dtype", "how", "from", "weights")
+        columns = ("tensor", "shape", "dtype", "action", "from", "weights")
         parts.append(Table(columns, tensor_rows(plan)))
     session.finish(plan_content(plan, output), *parts)

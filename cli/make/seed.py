@@ -1,4 +1,4 @@
-"""`expertctl seed`: the checkpoint that experts start from."""
+"""`expertctl seed`: import or pretrain the model that experts start from."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from ..group import cli_command
     "source",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Import this Hugging Face causal language model; its files are linked, not copied.",
+    help="Import this Hugging Face causal language model. Its files are linked, not copied.",
 )
-@click.option("--scratch", is_flag=True, help="Pretrain one, even where expertctl.yaml names one to import.")
-@click.option("--preset", metavar="NAME", help="Size of one that is pretrained: tiny or small.")
+@click.option(
+    "--scratch", is_flag=True, help="Pretrain a seed even if expertctl.yaml names a model to import."
+)
+@click.option("--preset", metavar="NAME", help="Size of a pretrained seed: tiny or small.")
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace the seed there is. Experts of the old one cannot be merged with it.",
+    help="Replace the existing seed. Experts of the old seed cannot be merged with the new one.",
 )
 @pass_session
 def command(session: Session, source: Path | None, scratch: bool, preset: str | None, force: bool) -> None:
-    """Make the seed: import a model, or pretrain a small one.
+    """Make the seed: import a model or pretrain a small one.
 
-    Without options, what stands under `seed` in expertctl.yaml is done. Pretraining that was interrupted
-    goes on.
+    Without options, the section `seed` of expertctl.yaml applies. Interrupted pretraining is resumed.
     """
     if source is not None and (scratch or preset is not None):
         raise click.UsageError("--from imports a model; --scratch and --preset are for pretraining one")
@@ -39,7 +40,7 @@ def command(session: Session, source: Path | None, scratch: bool, preset: str | 
         manifest = workspace.seed(
             source, scratch=scratch or preset is not None, preset=preset, force=force, reporter=progress
         )
-    from ..summaries import artefact_content, made
+    from ..summaries import artefact_content, artefact_line
 
     folder = workspace.layout.seed
-    session.finish(artefact_content(folder, manifest), made(folder, manifest))
+    session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest))

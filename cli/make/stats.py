@@ -1,4 +1,4 @@
-"""`expertctl stats`: gather what merges by RegMean and Fisher need to know of an expert."""
+"""`expertctl stats`: collect the statistics that RegMean and Fisher merging need."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..output import number
     type=click.Choice(["gram", "fisher"]),
     default="gram",
     show_default=True,
-    help="gram: inputs' second moments, for regmean; fisher: gradients' squares, for fisher.",
+    help="gram: second moments of layer inputs, for regmean; fisher: squared gradients, for fisher.",
 )
 @click.option(
-    "--domain", metavar="DOMAIN", help="Text to gather on. Default: what the expert was trained on."
+    "--domain", metavar="DOMAIN", help="Domain to collect on. Default: the expert's training domain."
 )
 @click.option(
     "--samples",
@@ -30,16 +30,16 @@ from ..output import number
     default=256,
     show_default=True,
     metavar="N",
-    help="Blocks of text.",
+    help="Number of blocks of text.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where to. Default: statistics/EXPERT.",
+    help="Output folder. Default: statistics/EXPERT.",
 )
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--force", is_flag=True, help="Replace existing output.")
 @pass_session
 def command(
     session: Session,
@@ -50,23 +50,23 @@ def command(
     output: Path | None,
     force: bool,
 ) -> None:
-    """Gather statistics on experts, beside their data.
+    """Collect statistics of experts on their data, for merging.
 
-    The text stays where it is; second moments of it are written, which whoever merges needs.
+    Runs where the data is. Only aggregated second moments are written, no text.
     """
     if output is not None and len(experts) > 1:
-        raise click.UsageError("-o takes the statistics of one expert")
+        raise click.UsageError("-o writes the statistics of one expert; name only one")
     workspace = session.open()
-    found: dict[str, Any] = {}
+    statistics: dict[str, Any] = {}
     for name in experts:
         with session.count(f"{kind} of {name}", "blocks", samples) as count:
-            found[name] = workspace.statistics(
+            statistics[name] = workspace.statistics(
                 name, kind=kind, domain=domain, samples=samples, output=output, force=force, tell=count.to
             )
     session.finish(
-        {"statistics": found},
+        {"statistics": statistics},
         *(
-            f"{kind} of {name} on {number(one['blocks'])} blocks of {one['domain']['name']}: {one['folder']}"
-            for name, one in found.items()
+            f"{kind} of {name} on {number(summary['blocks'])} blocks of {summary['domain']['name']}: {summary['folder']}"
+            for name, summary in statistics.items()
         ),
     )

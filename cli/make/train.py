@@ -1,16 +1,19 @@
-"""`expertctl train`: train experts, going on where an earlier try stopped."""
+"""`expertctl train`: train experts, resuming interrupted runs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..parsing import as_dictionary, setting
 
 if TYPE_CHECKING:
-    from expertctl.workspace import TrainResult
+    from expertctl.workspace import TrainResult, Workspace
+
+    from ...core.config.settings import LauncherConfig
 
 INTERRUPTED = 130
 
@@ -18,7 +21,7 @@ INTERRUPTED = 130
 @cli_command("train", example="expertctl train --all --jobs 2")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option(
-    "--all", "everything", is_flag=True, help="Train every expert that was branched or is in expertctl.yaml."
+    "--all", "everything", is_flag=True, help="Train all branched experts and all experts of expertctl.yaml."
 )
 @click.option(
     "--jobs",
@@ -26,26 +29,46 @@ INTERRUPTED = 130
     default=1,
     show_default=True,
     metavar="N",
-    help="How many at a time.",
+    help="Number of experts to train at the same time.",
 )
 @click.option(
-    "--launcher", metavar="NAME", help="Where they train. Default: what expertctl.yaml says, else local."
+    "--launcher",
+    metavar="NAME",
+    help="Where training runs. Default: the launcher of expertctl.yaml, else local.",
+)
+@click.option(
+    "--launcher-option",
+    "launcher_options",
+    type=setting,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set an option of the launcher; repeatable.",
 )
 @pass_session
 def command(
-    session: Session, names: tuple[str, ...], everything: bool, jobs: int, launcher: str | None
+    session: Session,
+    names: tuple[str, ...],
+    everything: bool,
+    jobs: int,
+    launcher: str | None,
+    launcher_options: tuple[tuple[str, Any], ...],
 ) -> int:
-    """Train experts, or go on where an earlier try stopped.
+    """Train experts, resuming interrupted runs.
 
-    An expert that fails does not touch the others; its error is shown at the end and the exit status is 1.
-    Ctrl-C saves the state of all of them.
+    If an expert fails, the others continue; the error is shown at the end and the exit status is 1. Ctrl-C saves a
+    checkpoint of every run.
     """
     if bool(names) == everything:
         raise click.UsageError("name the experts to train, or give --all")
     workspace = session.open()
-    wanted = tuple(dict.fromkeys(names)) or workspace.expert_names()
-    with session.runs(wanted) as progress:
-        result = workspace.train(*wanted, jobs=jobs, launcher=launcher, reporter=progress)
+    expert_names = tuple(dict.fromkeys(names)) or workspace.expert_names()
+    with session.runs(expert_names) as progress:
+        result = workspace.train(
+            *expert_names,
+            jobs=jobs,
+            launcher=_launcher(workspace, launcher, launcher_options),
+            reporter=progress,
+        )
     session.finish(
         {
             "finished": list(result.finished),
@@ -57,12 +80,25 @@ def command(
     return _report(result)
 
 
+def _launcher(
+    workspace: Workspace, name: str | None, options: tuple[tuple[str, Any], ...]
+) -> LauncherConfig | None:
+    """Return the launcher of the command line; the project's options apply only to the project's launcher."""
+    from ...core.config.settings import LauncherConfig
+
+    if name is None and not options:
+        return None
+    declared = workspace.config.launcher
+    base = declared if name in (None, declared.name) else LauncherConfig(name=name or declared.name)
+    return base.model_copy(update={"options": {**base.options, **as_dictionary(options)}})
+
+
 def _report(result: TrainResult) -> int:
-    """Print a line for each run that did not finish and return the exit status."""
+    """Print a line for each unfinished run and return the exit status."""
     for name, error in result.failed.items():
         click.echo(f"Error: {name}: {error}", err=True)
     if result.interrupted:
         stopped = ", ".join(result.interrupted)
-        click.echo(f"Error: interrupted, state saved: {stopped}; the same command goes on", err=True)
+        click.echo(f"Error: interrupted, state saved: {stopped}; rerun the same command to resume", err=True)
         return INTERRUPTED
     return 1 if result.failed else 0

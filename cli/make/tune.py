@@ -16,23 +16,31 @@ from ..parsing import as_dictionary, names, setting
     "tune", example="expertctl tune campus-tuned --from campus --trains router --domains web --tokens 500000"
 )
 @click.argument("name", metavar="NAME")
-@click.option("--from", "base", metavar="GENERALIST", help="What it is trained from: a generalist, or seed.")
+@click.option("--from", "base", metavar="GENERALIST", help="Model to train: a generalist, or seed.")
 @click.option(
     "--trains",
     metavar="PART",
-    help="What of it trains: router (default), mixture, another trainer of generalists, or a pattern of tensor names.",
+    help="Trainable parameters: router (default), mixture, another trainer of generalists, or a pattern of tensor names.",
 )
-@click.option(
-    "--domains", type=names, metavar="A,B", help="The text to train on, each giving the same share."
-)
+@click.option("--domains", type=names, metavar="A,B", help="Domains to train on, in equal shares.")
 @click.option("--tokens", type=int, metavar="N", help="Training budget in tokens.")
 @click.option(
-    "--set", "settings", type=setting, multiple=True, metavar="KEY=VALUE", help="Any other training setting."
+    "--set",
+    "settings",
+    type=setting,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set another training setting; repeatable.",
 )
 @click.option(
-    "--option", "options", type=setting, multiple=True, metavar="KEY=VALUE", help="An option of the trainer."
+    "--option",
+    "options",
+    type=setting,
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set an option of the trainer; repeatable.",
 )
-@click.option("--force", is_flag=True, help="Replace a generalist of that name.")
+@click.option("--force", is_flag=True, help="Replace an existing generalist of that name.")
 @pass_session
 def command(
     session: Session,
@@ -45,10 +53,10 @@ def command(
     options: tuple[tuple[str, Any], ...],
     force: bool,
 ) -> None:
-    """Train a generalist further, into a new one called NAME.
+    """Train a generalist further and save the result as NAME.
 
-    A tuning that was interrupted goes on with the name alone. What has seen the text is noted in the new generalist's
-    manifest: an expert that leaves a mixture later has left its traces in what was trained jointly with it.
+    To resume an interrupted run, give only NAME. The manifest of the new generalist records which tensors were trained
+    on which text: removing an expert from a mixture later does not undo joint training.
     """
     training = as_dictionary([*settings, *([("tokens", tokens)] if tokens is not None else [])])
     workspace = session.open()

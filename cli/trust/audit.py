@@ -1,4 +1,4 @@
-"""`expertctl audit`: what a model gives away of the text it was trained on."""
+"""`expertctl audit`: measure what a model reveals of its training text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ POSITIVE = click.IntRange(min=1)
 
 @click.group("audit", cls=Group)
 def command() -> None:
-    """Look for what a model gives away of its training text.
+    """Measure what a model reveals of its training text.
 
-    For the owner of the text, next to the text: nothing but counts is printed.
+    Run it where the text is. The output contains only counts and similarities, no text.
     """
 
 
@@ -35,20 +35,27 @@ def command() -> None:
     "--data",
     required=True,
     metavar="DOMAIN|PATH",
-    help="Text that it was trained on: a domain, whose training part is taken, or a file or folder.",
+    help="Training text of the model: a domain (its training split), a file or a folder.",
 )
 @click.option(
     "--text-field",
     default="text",
     show_default=True,
     metavar="NAME",
-    help="Where a file at PATH has its text.",
+    help="Field with the text in the files at PATH.",
 )
 @click.option(
-    "--against", metavar="MODEL", help="Attack this one too, which has not seen the text: the seed."
+    "--against",
+    metavar="MODEL",
+    help="Also attack this model, which was not trained on the text, such as the seed.",
 )
 @click.option(
-    "--documents", type=POSITIVE, default=1000, show_default=True, metavar="N", help="Most documents to try."
+    "--documents",
+    type=POSITIVE,
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of documents to try.",
 )
 @click.option(
     "--prefix",
@@ -56,7 +63,7 @@ def command() -> None:
     default=32,
     show_default=True,
     metavar="N",
-    help="Tokens that the model is given.",
+    help="Number of tokens in the prompt.",
 )
 @click.option(
     "--continuation",
@@ -64,19 +71,26 @@ def command() -> None:
     default=256,
     show_default=True,
     metavar="N",
-    help="Tokens that it is to give back.",
+    help="Number of tokens to extract.",
 )
 @click.option(
-    "--samples", type=POSITIVE, default=10, show_default=True, metavar="N", help="Tries for each document."
+    "--samples",
+    type=POSITIVE,
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Number of samples per document.",
 )
-@click.option("--top-k", type=POSITIVE, default=50, show_default=True, metavar="K", help="Of the sampling.")
+@click.option(
+    "--top-k", type=POSITIVE, default=50, show_default=True, metavar="K", help="Top-k of the sampling."
+)
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.95,
     show_default=True,
     metavar="P",
-    help="Of the sampling.",
+    help="Top-p of the sampling.",
 )
 @click.option(
     "--temperature",
@@ -84,7 +98,7 @@ def command() -> None:
     default=1.0,
     show_default=True,
     metavar="T",
-    help="Of the sampling.",
+    help="Temperature of the sampling.",
 )
 @click.option(
     "--threshold",
@@ -92,7 +106,7 @@ def command() -> None:
     default=0.9,
     show_default=True,
     metavar="S",
-    help="Similarity from which on a document counts as extracted.",
+    help="Minimum similarity for a document to count as extracted.",
 )
 @click.option(
     "--batch-size",
@@ -100,7 +114,7 @@ def command() -> None:
     default=40,
     show_default=True,
     metavar="N",
-    help="Continuations at a time: memory and speed; other samples with another one.",
+    help="Number of continuations to sample at the same time. Affects memory, speed and the random samples.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
@@ -109,7 +123,7 @@ def command() -> None:
     "--at-most",
     type=click.FloatRange(0, 1),
     metavar="RATE",
-    help="Exit with status 3 unless the upper end of the interval is at most this.",
+    help="Exit with status 3 if the upper end of the confidence interval exceeds this rate.",
 )
 @pass_session
 def extraction(
@@ -122,10 +136,10 @@ def extraction(
     at_most: float | None,
     **settings: Any,
 ) -> int:
-    """Try to get training documents back out of a model.
+    """Try to extract training documents from a model.
 
-    It is given the first tokens of a document and samples what follows. Extracted is what comes within a
-    normalised Levenshtein similarity, over tokens, of the true continuation.
+    The model is prompted with the first tokens of a document and samples a continuation. A document counts as extracted
+    if the normalised Levenshtein similarity, over tokens, to the true continuation reaches the threshold.
     """
     folder = session.artefact(model)
     reference = session.artefact(against) if against is not None else None
@@ -138,14 +152,15 @@ def extraction(
             count.total = total
             count.to(done, name)
 
-        found = audit_extraction(
+        audit = audit_extraction(
             folder, documents, AttackSettings(**settings), reference=reference, tell=tell
         )
-    session.finish(found.as_json(), _table(found), "", *_notes(found))
-    low, high = found.model.interval
+    session.finish(audit.as_json(), _table(audit), "", *_notes(audit))
+    low, high = audit.model.interval
     if at_most is not None and high > at_most:
         click.echo(
-            f"Error: the rate is {found.model.rate:.4f}, between {low:.4f} and {high:.4f}, and may be above {at_most:g}",
+            f"Error: the extraction rate is {audit.model.rate:.4f} (95 % interval {low:.4f} to {high:.4f}) and may exceed "
+            f"{at_most:g}",
             err=True,
         )
         return GATE_FAILED
@@ -153,7 +168,7 @@ def extraction(
 
 
 def _documents(session: Session, data: str, text_field: str) -> Iterable[str]:
-    """Return the documents of a domain's training part, or of a file or folder."""
+    """Return the documents of a domain's training split, or of a file or folder."""
     from ...core.errors import unknown_name
     from ...experts.text.corpora import domain_documents, read_documents
 
@@ -167,36 +182,36 @@ def _documents(session: Session, data: str, text_field: str) -> Iterable[str]:
     return read_documents(path, text_field)
 
 
-def _table(found: ExtractionAudit) -> Table:
-    rows = [_row(one) for one in (found.model, found.reference) if one is not None]
+def _table(audit: ExtractionAudit) -> Table:
+    rows = [_row(extraction) for extraction in (audit.model, audit.reference) if extraction is not None]
     columns = ("model", "documents", "extracted", "rate", "95 % interval", "mean similarity", "largest")
     return Table(columns, rows, right=frozenset(range(1, len(columns))))
 
 
-def _row(one: Extraction) -> tuple[str, ...]:
-    low, high = one.interval
+def _row(extraction: Extraction) -> tuple[str, ...]:
+    low, high = extraction.interval
     return (
-        one.model,
-        number(len(one.similarities)),
-        number(one.hits),
-        f"{one.rate:.4f}",
+        extraction.model,
+        number(len(extraction.similarities)),
+        number(extraction.hits),
+        f"{extraction.rate:.4f}",
         f"{low:.4f} to {high:.4f}",
-        f"{one.mean_similarity:.3f}",
-        f"{max(one.similarities):.3f}",
+        f"{extraction.mean_similarity:.3f}",
+        f"{max(extraction.similarities):.3f}",
     )
 
 
-def _notes(found: ExtractionAudit) -> list[str]:
-    how = found.settings
+def _notes(audit: ExtractionAudit) -> list[str]:
+    settings = audit.settings
     notes = [
-        f"{how.prefix} tokens given, {how.continuation} asked for, {how.samples} samples each, top-k {how.top_k}, "
-        f"top-p {how.top_p:g}, temperature {how.temperature:g}; extracted from similarity {how.threshold:g} on; "
-        f"random seed {how.seed}",
-        f"documents: {number(found.long_enough)} long enough, {number(found.too_short)} too short",
+        f"{settings.prefix} prompt tokens, {settings.continuation} continuation tokens, {settings.samples} samples per document, "
+        f"top-k {settings.top_k}, top-p {settings.top_p:g}, temperature {settings.temperature:g}; similarity threshold {settings.threshold:g}; "
+        f"random seed {settings.seed}",
+        f"documents: {number(audit.long_enough)} long enough, {number(audit.too_short)} too short",
     ]
-    if found.reference is not None:
+    if audit.reference is not None:
         notes.append(
-            f"extracted from {found.model.model} and not from {found.reference.model}: {found.only_model}"
+            f"extracted from {audit.model.model}, but not from {audit.reference.model}: {audit.only_model}"
         )
     return notes
 

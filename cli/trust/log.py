@@ -1,4 +1,4 @@
-"""`expertctl log`: what came from what."""
+"""`expertctl log`: show the lineage of all artefacts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..summaries import origin
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ...core.artefacts.lineage import Manifest, Parent
+    from ...core.manifests.manifest import Manifest, Parent
 
 
 @cli_command("log", example="expertctl log")
 @pass_session
 def command(session: Session) -> None:
-    """Show what came from what: seed, experts, generalists."""
-    from ...core.artefacts.lineage import read_manifest
+    """Show the lineage of the seed, experts and generalists."""
+    from ...core.manifests.manifest import read_manifest
 
     manifests = [read_manifest(folder) for folder in session.open().layout.finished()]
     content = {
-        "nodes": [_node(one) for one in manifests],
-        "edges": [edge for one in manifests for edge in _edges(one)],
+        "nodes": [_node(manifest) for manifest in manifests],
+        "edges": [edge for manifest in manifests for edge in _edges(manifest)],
     }
-    lines = _tree(manifests) or ["nothing is finished yet; begin with `expertctl seed`"]
+    lines = _tree(manifests) or ["no finished artefacts yet; start with `expertctl seed`"]
     session.finish(content, "\n".join(lines))
 
 
@@ -35,9 +35,9 @@ def _node(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.name,
         "kind": manifest.kind,
         "digest": manifest.digest,
-        "method": manifest.config.get("method"),
+        "method": manifest.method,
         "trains": manifest.trainable,
-        "domains": list(manifest.data.get("domains", {})) if manifest.kind != "generalist" else [],
+        "domains": list(manifest.domains),
     }
 
 
@@ -49,21 +49,23 @@ def _edges(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _tree(manifests: Sequence[Manifest]) -> list[str]:
-    """Return the seed with its experts below, then each generalist with what it was made of."""
-    now = {manifest.name: manifest.digest for manifest in manifests}
+    """Return the lines of the tree: the seed with its experts, then each generalist with its parents."""
+    current_digests = {manifest.name: manifest.digest for manifest in manifests}
     lines: list[str] = []
     for manifest in manifests:
         if manifest.kind == "seed":
             lines.append(f"seed  {short(manifest.digest)}  {origin(manifest)}")
-            lines += _branches([_expert(one, now) for one in manifests if one.kind == "expert"])
+            lines += _branches(
+                [_expert(expert, current_digests) for expert in manifests if expert.kind == "expert"]
+            )
     for manifest in manifests:
         if manifest.kind == "generalist":
             lines += [
                 "",
-                f"{manifest.name}  {short(manifest.digest)}  generalist, {manifest.config.get('method')}",
+                f"{manifest.name}  {short(manifest.digest)}  generalist, {manifest.method}",
             ]
             members = [parent for parent in manifest.parents if parent.kind != "seed"]
-            lines += _branches([_parent(parent, now) for parent in members])
+            lines += _branches([_parent(parent, current_digests) for parent in members])
     return lines
 
 
@@ -71,22 +73,29 @@ def _branches(items: Sequence[str]) -> list[str]:
     return [f"{'└──' if index == len(items) else '├──'} {item}" for index, item in enumerate(items, start=1)]
 
 
-def _expert(manifest: Manifest, now: dict[str, str]) -> str:
-    others = [parent for parent in manifest.parents if parent.kind == "expert"]
-    starts = [f"{parent.name} {parent.weight or 0:.2f}{_since(parent, now)}" for parent in others]
+def _expert(manifest: Manifest, current_digests: dict[str, str]) -> str:
+    expert_parents = [parent for parent in manifest.parents if parent.kind == "expert"]
+    starts = [
+        f"{parent.name} {parent.weight or 0:.2f}{_staleness(parent, current_digests)}"
+        for parent in expert_parents
+    ]
     start = f", from {', '.join(starts)}" if starts else ""
     seed = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
-    foreign = f"  (of another seed, {short(seed.digest)})" if seed and seed.digest != now.get("seed") else ""
-    return f"{manifest.name}  {short(manifest.digest)}  {origin(manifest)}{start}{foreign}"
+    seed_note = (
+        f"  (from another seed, {short(seed.digest)})"
+        if seed and seed.digest != current_digests.get("seed")
+        else ""
+    )
+    return f"{manifest.name}  {short(manifest.digest)}  {origin(manifest)}{start}{seed_note}"
 
 
-def _parent(parent: Parent, now: dict[str, str]) -> str:
+def _parent(parent: Parent, current_digests: dict[str, str]) -> str:
     weight = f"  {parent.weight:.3f}" if parent.weight is not None else ""
-    return f"{parent.name}  {short(parent.digest)}{weight}{_since(parent, now)}"
+    return f"{parent.name}  {short(parent.digest)}{weight}{_staleness(parent, current_digests)}"
 
 
-def _since(parent: Parent, now: dict[str, str]) -> str:
-    """Return what has become of a parent: nothing to say, made again, or gone."""
-    if parent.name not in now:
-        return " (no longer here)"
-    return "" if now[parent.name] == parent.digest else " (made again since)"
+def _staleness(parent: Parent, current_digests: dict[str, str]) -> str:
+    """Return a note if a parent was deleted or replaced since, else an empty string."""
+    if parent.name not in current_digests:
+        return " (deleted)"
+    return "" if current_digests[parent.name] == parent.digest else " (replaced since)"

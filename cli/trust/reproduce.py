@@ -1,4 +1,4 @@
-"""`expertctl reproduce`: make a generalist again from its manifest and compare every byte."""
+"""`expertctl reproduce`: repeat a merge from its manifest and compare the bytes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ..parsing import named_folder
     type=named_folder,
     multiple=True,
     metavar="NAME=DIR",
-    help="Where a model is that is not found by its name.",
+    help="Folder of a model that is not found by its name; repeatable.",
 )
 @pass_session
 def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...]) -> int:
-    """Merge again what a manifest describes and compare bytes.
+    """Repeat a merge from its manifest and compare the bytes.
 
-    MANIFEST is a generalist by name, its folder, or its generalist.json. Nothing is kept of the second merge.
-    The exit status is 1 when it came out otherwise.
+    MANIFEST is the name of a generalist, its folder, or its generalist.json. The new merge is deleted afterwards. The
+    exit status is 1 if it differs.
     """
-    from ...core.artefacts.lineage import read_manifest
+    from ...core.manifests.manifest import read_manifest
     from ...merge.merging import MergeRun
     from ...merge.remaking.reproducing import reproduce
     from ..make.merge import MergeProgress
@@ -36,18 +36,25 @@ def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...
     path = Path(manifest)
     folder = path.parent.resolve() if path.is_file() else session.artefact(manifest)
     with MergeProgress(session) as progress:
-        found = reproduce(
+        reproduction = reproduce(
             read_manifest(folder),
             folder,
             layout=session.layout(),
             models=dict(models),
             run=progress.watched(MergeRun(say=session.note)),
         )
-    verdict = "every byte is the same" if found.same else "it came out otherwise"
+    verdict = "byte-identical" if reproduction.same else "different"
     session.finish(
-        {"same": found.same, "differences": list(found.differences), "versions": list(found.versions)},
+        {
+            "same": reproduction.same,
+            "differences": list(reproduction.differences),
+            "versions": list(reproduction.versions),
+        },
         "\n".join(
-            [f"{folder.name}: {verdict}", *(f"  {line}" for line in (*found.differences, *found.versions))]
+            [
+                f"{folder.name}: {verdict}",
+                *(f"  {line}" for line in (*reproduction.differences, *reproduction.versions)),
+            ]
         ),
     )
-    return 0 if found.same else 1
+    return 0 if reproduction.same else 1

@@ -1,4 +1,4 @@
-"""`expertctl show`: one artefact, or what is in the workspace."""
+"""`expertctl show`: show one artefact or the workspace."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from ..summaries import origin
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
-    from ...core.artefacts.lineage import Manifest, Parent
+    from ...core.manifests.manifest import Manifest, Parent
 
 
 @cli_command("show", example="expertctl show forest")
 @click.argument("name", metavar="[NAME]", required=False)
-@click.option("--routing", metavar="MODEL", help="Show how a mixture's routers spread text over its experts.")
-@click.option("--domains", type=names, metavar="A,B", help="Text for --routing. Default: all domains.")
+@click.option(
+    "--routing", metavar="MODEL", help="Show how the routers of a mixture distribute text over its experts."
+)
+@click.option("--domains", type=names, metavar="A,B", help="Domains for --routing. Default: all domains.")
 @pass_session
 def command(session: Session, name: str | None, routing: str | None, domains: tuple[str, ...] | None) -> None:
-    """Show one artefact, or all that is in the workspace.
+    """Show one artefact, or the contents of the workspace.
 
-    NAME is one of this workspace, or a folder.
+    NAME is an artefact of this workspace or a folder.
     """
     if domains is not None and routing is None:
-        raise click.UsageError("--domains goes with --routing")
+        raise click.UsageError("--domains needs --routing")
     if routing is not None:
         if name is not None:
             raise click.UsageError("give NAME or --routing MODEL, not both")
@@ -42,16 +44,15 @@ def command(session: Session, name: str | None, routing: str | None, domains: tu
 
 
 def _show_artefact(session: Session, folder: Path) -> None:
-    from dataclasses import asdict
-
-    from ...core.artefacts.lineage import read_manifest
+    from ...core.manifests.manifest import read_manifest
+    from ...core.manifests.records import record_as_json
 
     manifest = read_manifest(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     facts = Table(
         ("", ""), [*_facts(folder, manifest), ("weights on disk", f"{number(size)} bytes")], headings=False
     )
-    session.finish({"folder": str(folder), **asdict(manifest)}, facts)
+    session.finish({"folder": str(folder), **record_as_json(manifest)}, facts)
 
 
 def _show_routing(session: Session, model: str, domains: tuple[str, ...] | None) -> None:
@@ -60,13 +61,13 @@ def _show_routing(session: Session, model: str, domains: tuple[str, ...] | None)
     rows = [
         (
             domain,
-            number(one.tokens),
-            *(f"{share:.3f}" for share in one.mean_load()),
-            f"{sum(one.entropy) / len(one.entropy):.3f}",
+            number(domain_report.tokens),
+            *(f"{share:.3f}" for share in domain_report.mean_load()),
+            f"{sum(domain_report.entropy) / len(domain_report.entropy):.3f}",
         )
-        for domain, one in report.domains.items()
+        for domain, domain_report in report.domains.items()
     ]
-    title = "share of the tokens' choices, mean over layers; entropy of the router in nats"
+    title = "share of routed tokens per expert, mean over layers; entropy of the router in nats"
     dead = report.dead()
     session.finish(
         report.as_json(),
@@ -76,7 +77,7 @@ def _show_routing(session: Session, model: str, domains: tuple[str, ...] | None)
 
 
 def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
-    """Return what is worth knowing of an artefact, leaving out what it does not have."""
+    """Return (label, value) pairs that describe an artefact, without empty values."""
     parents = [
         f"{_title(parent)} {short(parent.digest)}"
         + (f" (weight {parent.weight:.3f})" if parent.weight is not None else "")
@@ -91,7 +92,10 @@ def _facts(folder: Path, manifest: Manifest) -> list[tuple[str, str]]:
         *(("parent", parent) for parent in parents),
         *_mixture_facts(manifest),
         *_training_facts(manifest),
-        *((f"option {key}", str(value)) for key, value in manifest.config.get("options", {}).items()),
+        *(
+            (f"option {key}", str(value))
+            for key, value in (manifest.merged.options if manifest.merged is not None else {}).items()
+        ),
         ("tensors", f"{len(manifest.tensors)}"),
         ("tokenizer", short(manifest.tokenizer)),
         ("owner", manifest.owner),
@@ -106,43 +110,40 @@ def _title(parent: Parent) -> str:
 
 
 def _mixture_facts(manifest: Manifest) -> list[tuple[str, str]]:
-    from ...merge.sources.history import history_of
-
-    record = manifest.config.get("mixture") or {}
     facts = []
-    if "target" in record:
-        facts.append(
-            ("mixture", f"{record['target']}, top {record['top_k']} of {', '.join(record['experts'])}")
-        )
+    merged = manifest.merged
+    if merged is not None and merged.mixture is not None:
+        mixture = merged.mixture
+        facts.append(("mixture", f"{mixture.target}, top {mixture.top_k} of {', '.join(merged.experts)}"))
     facts += [
-        ("tuned", f"{one['trains']} on {', '.join(one['domains'])}, {number(one['tokens'])} tokens")
-        for one in record.get("tuned", ())
-        if not one.get("left")
+        ("tuned", f"{tuning.trains} on {', '.join(tuning.domains)}, {number(tuning.tokens)} tokens")
+        for tuning in manifest.tunings
+        if not tuning.left
     ]
-    facts += [(one["what"], f"{one['expert']} on {one['when']}") for one in history_of(manifest)]
+    facts += [(event.change, f"{event.expert} on {event.date}") for event in manifest.history]
     return facts
 
 
 def _training_facts(manifest: Manifest) -> list[tuple[str, str]]:
     data, metrics = manifest.data, manifest.metrics
     facts = []
-    for name, statement in data.get("domains", {}).items():
-        counts = f"{number(statement['documents'])} documents, {number(statement['tokens'])} tokens"
-        which = f", digest {short(statement['digest'])}" if statement.get("digest") else ", rounded"
-        facts.append((f"domain {name}", counts + which))
-    if "trained_tokens" in data:
-        facts.append(("trained tokens", number(data["trained_tokens"])))
-    if "privacy" in data:
-        from ...experts.training.privacy.accounting import say
+    for name, statement in data.domains.items():
+        counts = f"{number(statement.documents)} documents, {number(statement.tokens)} tokens"
+        digest = f", digest {short(statement.digest)}" if statement.digest is not None else ", rounded"
+        facts.append((f"domain {name}", counts + digest))
+    if data.trained_tokens is not None:
+        facts.append(("trained tokens", number(data.trained_tokens)))
+    if data.privacy is not None:
+        from ...experts.training.privacy.accounting import describe_privacy
 
-        facts.append(("privacy", say(data["privacy"])))
+        facts.append(("privacy", describe_privacy(data.privacy)))
     if metrics.get("validation_loss"):
         facts.append(("validation loss", shares(metrics["validation_loss"], digits=3) + " nats per token"))
     return facts
 
 
 def _show_workspace(session: Session, workspace: Workspace) -> None:
-    from ...core.artefacts.lineage import read_manifest
+    from ...core.manifests.manifest import read_manifest
 
     finished = {folder: read_manifest(folder) for folder in workspace.layout.finished()}
     unfinished = workspace.unfinished()
@@ -151,35 +152,41 @@ def _show_workspace(session: Session, workspace: Workspace) -> None:
         "domains": list(workspace.config.domains),
         "artefacts": [
             {
-                "name": one.name,
-                "kind": one.kind,
+                "name": manifest.name,
+                "kind": manifest.kind,
                 "folder": str(folder),
-                "digest": one.digest,
-                "made": origin(one),
+                "digest": manifest.digest,
+                "made": origin(manifest),
             }
-            for folder, one in finished.items()
+            for folder, manifest in finished.items()
         ],
         "unfinished": unfinished,
-        "not_begun": _not_begun(workspace),
+        "not_begun": _not_started(workspace),
     }
-    rows = [(one.name, one.kind, short(one.digest), origin(one)) for one in finished.values()]
-    rows += [(name, "unfinished", "", f"go on with: {how}") for name, how in unfinished.items()]
+    rows: list[tuple[str, str, str, str]] = [
+        (manifest.name, manifest.kind, short(manifest.digest), origin(manifest))
+        for manifest in finished.values()
+    ]
     rows += [
-        (name, "not begun", "", f"in expertctl.yaml; begin with: {how}")
-        for name, how in content["not_begun"].items()
+        (name, "unfinished", "", f"resume with: {resume_command}")
+        for name, resume_command in unfinished.items()
+    ]
+    rows += [
+        (name, "not started", "", f"in expertctl.yaml; start with: {start_command}")
+        for name, start_command in content["not_begun"].items()
     ]
     domains = ", ".join(workspace.config.domains) or "none yet"
     table = Table(("name", "kind", "digest", "made"), rows)
     session.finish(content, f"workspace {workspace.root}", f"domains   {domains}", "", table)
 
 
-def _not_begun(workspace: Workspace) -> dict[str, str]:
-    """Return what `expertctl.yaml` names and nobody has begun, with the command that begins it."""
-    begin = {"seed": "expertctl seed"} if not workspace.layout.seed.exists() else {}
+def _not_started(workspace: Workspace) -> dict[str, str]:
+    """Return the artefacts of `expertctl.yaml` that were not started, with the command that starts each."""
+    start_commands = {"seed": "expertctl seed"} if not workspace.layout.seed.exists() else {}
     for name in workspace.config.experts:
         if not (workspace.experts / name).exists():
-            begin[name] = f"expertctl train {name}"
+            start_commands[name] = f"expertctl train {name}"
     for name in workspace.config.merges:
         if not (workspace.generalists / name).exists():
-            begin[name] = f"expertctl merge {name}"
-    return begin
+            start_commands[name] = f"expertctl merge {name}"
+    return start_commands

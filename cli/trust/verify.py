@@ -1,4 +1,4 @@
-"""`expertctl verify`: is everything what its manifest says?"""
+"""`expertctl verify`: check artefacts against their manifests."""
 
 from __future__ import annotations
 
@@ -20,75 +20,78 @@ if TYPE_CHECKING:
 @click.option(
     "--absent",
     metavar="EXPERT",
-    help="Prove that no tensor of this expert (a name, or its folder) is in the named models.",
+    help="Check that no tensor of this expert (a name or a folder) is in the named models.",
 )
 @pass_session
 def command(session: Session, names: tuple[str, ...], absent: str | None) -> int:
     """Check every byte of artefacts against their manifests.
 
-    Default: all. What differs is named, and the exit status is then 1. With `--absent` the digests of an expert's
-    tensors are looked for as well, and it is said what was trained jointly while that expert was there.
+    Default: all artefacts. Differences are listed, and the exit status is then 1. `--absent` also searches for the
+    digests of an expert's tensors and lists what was trained jointly with that expert.
     """
     if absent is not None and not names:
-        raise click.UsageError("--absent needs the models to look in: expertctl verify MODEL --absent EXPERT")
+        raise click.UsageError("--absent needs the models to search: expertctl verify MODEL --absent EXPERT")
     if names:
         folders = {name: session.artefact(name) for name in names}
     else:
         folders = {folder.name: folder for folder in session.open().layout.finished()}
     with session.count("checking", "artefacts", len(folders)) as count:
-        found = {}
+        problems_by_name = {}
         for name, folder in folders.items():
-            found[name] = _problems(folder)
+            problems_by_name[name] = _problems(folder)
             count.next()
-    absences = {name: _absence(session, folder, absent) for name, folder in folders.items()} if absent else {}
+    absences = (
+        {name: _find_absence(session, folder, absent) for name, folder in folders.items()} if absent else {}
+    )
     session.finish(
         {
-            **({"absent": {name: asdict(one) for name, one in absences.items()}} if absences else {}),
-            "intact": not any(found.values()),
+            **({"absent": {name: asdict(absence) for name, absence in absences.items()}} if absences else {}),
+            "intact": not any(problems_by_name.values()),
             "artefacts": {
-                name: {"folder": str(folders[name]), "problems": problems} for name, problems in found.items()
+                name: {"folder": str(folders[name]), "problems": problems}
+                for name, problems in problems_by_name.items()
             },
         },
-        *(_line(name, problems) for name, problems in found.items()),
-        *(_absence_lines(name, one) for name, one in absences.items()),
+        *(_line(name, problems) for name, problems in problems_by_name.items()),
+        *(_absence_lines(name, absence) for name, absence in absences.items()),
     )
-    damaged = [name for name, problems in found.items() if problems]
+    damaged = [name for name, problems in problems_by_name.items() if problems]
     if damaged:
-        click.echo(f"Error: not as made: {', '.join(damaged)}; restore or remake what changed", err=True)
-    present = [name for name, one in absences.items() if one.found or one.merged]
+        click.echo(
+            f"Error: changed since they were made: {', '.join(damaged)}; restore or recreate them", err=True
+        )
+    present = [name for name, absence in absences.items() if absence.found or absence.merged]
     if present:
         click.echo(f"Error: '{absent}' is in {', '.join(present)}", err=True)
     return 1 if damaged or present else 0
 
 
-def _absence(session: Session, folder: Path, expert: str) -> Absence:
+def _find_absence(session: Session, folder: Path, expert: str) -> Absence:
     from ...merge.mixture.absence import find_expert, find_own_expert
 
     return find_own_expert(folder, expert) or find_expert(folder, session.artefact(expert))
 
 
-def _absence_lines(name: str, one: Absence) -> str:
-    lines = [*([f"by its manifest, {one.merged}"] if one.merged else []), *one.traces]
-    return "\n".join([f"{name}: {_verdict(one)}", *(f"  {line}" for line in lines)])
+def _absence_lines(name: str, absence: Absence) -> str:
+    lines = [*([f"according to its manifest, {absence.merged}"] if absence.merged else []), *absence.traces]
+    return "\n".join([f"{name}: {_verdict(absence)}", *(f"  {line}" for line in lines)])
 
 
-def _verdict(one: Absence) -> str:
-    if one.made_in_it:
-        return f"'{one.expert}' was trained in it, and {'is there' if one.merged else 'has left'}"
-    if one.found:
-        return (
-            f"{len(one.found)} of {one.compared} tensors of '{one.expert}' are in it, such as {one.found[0]}"
-        )
-    return f"no tensor of '{one.expert}' is in it ({one.compared} looked for)"
+def _verdict(absence: Absence) -> str:
+    if absence.trained_inside:
+        return f"'{absence.expert}' was trained inside the model and {'is part of it' if absence.merged else 'was removed'}"
+    if absence.found:
+        return f"contains {len(absence.found)} of {absence.compared} tensors of '{absence.expert}', such as {absence.found[0]}"
+    return f"contains none of the {absence.compared} tensors of '{absence.expert}'"
 
 
 def _problems(folder: Path) -> list[str]:
-    from ...core.artefacts.lineage import verify
     from ...core.errors import UserError
+    from ...core.manifests.verification import verify
 
     try:
         return verify(folder)
-    except UserError as error:  # a manifest that cannot be read
+    except UserError as error:  # unreadable manifest
         return [str(error)]
 
 

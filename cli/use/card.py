@@ -1,4 +1,4 @@
-"""`expertctl card`: the model card of an artefact."""
+"""`expertctl card`: print or write the model card of an artefact."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from ..group import cli_command
     "--evaluation",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="FILE",
-    help="What `expertctl eval --json` printed, to be shown in the card.",
+    help="Output of `expertctl eval --json`, shown as a table in the card.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write it there instead of printing it.",
+    help="Write the card to this file instead of printing it.",
 )
 @pass_session
 def command(session: Session, model: str, evaluation: Path | None, output: Path | None) -> None:
     """Print the model card of a seed, expert or generalist.
 
-    What it was made from and how comes from its manifest.
+    The card describes sources, method, licence and lineage, as recorded in the manifest.
     """
     from ...core.artefacts.files import read_json, write_text
-    from ...core.artefacts.lineage import read_manifest
     from ...core.errors import UserError
+    from ...core.manifests.manifest import read_manifest
     from ...merge.generalists.card import model_card
 
     manifest = read_manifest(session.artefact(model))
     scores = read_json(evaluation) if evaluation is not None else None
     if scores is not None and not {"domains", "models"} <= scores.keys():
         raise UserError(
-            f"{evaluation} is not what `expertctl eval --json` prints: it has no 'domains' and 'models'"
+            f"{evaluation} is not the output of `expertctl eval --json`: 'domains' or 'models' is missing"
         )
     text = model_card(manifest, scores)
     if output is None:

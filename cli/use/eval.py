@@ -1,4 +1,4 @@
-"""`expertctl eval`: the table of models and domains."""
+"""`expertctl eval`: evaluate models on domains."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ if TYPE_CHECKING:
     from expertctl.comparison import Comparison
     from expertctl.workspace import Workspace
 
+    from ...core.hooks.evaluation import Metric
     from ...experts.measures.evaluation import EvaluationTable
 
 GATE_FAILED = 3
-TITLES = {"bits_per_byte": "bits per byte (lower is better, * best)", "perplexity": "perplexity per token"}
 
 
 @cli_command("eval", example='expertctl eval seed law forest --domains law,code --require "forest < seed"')
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option("--domains", type=names, metavar="A,B", help="Which domains. Default: all of the project.")
+@click.option(
+    "--domains",
+    type=names,
+    metavar="A,B",
+    help="Domains to evaluate on. Default: all domains of the project.",
+)
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Models to score at a time. Default: what the machine takes.",
+    help="Number of models to evaluate at the same time. Default: as many as the machine allows.",
 )
 @click.option(
     "--evaluator",
     default="perplexity",
     show_default=True,
     metavar="NAME",
-    help="How; `expertctl plugins` lists them.",
+    help="Evaluator; `expertctl plugins` lists the choices.",
 )
 @click.option(
     "--require",
@@ -45,14 +50,14 @@ TITLES = {"bits_per_byte": "bits per byte (lower is better, * best)", "perplexit
     type=gate,
     multiple=True,
     metavar='"A < B"',
-    help="Exit with status 3 unless the mean of A (bits per byte) is below that of B.",
+    help="Exit with status 3 unless the mean bits per byte of A are below those of B.",
 )
 @click.option(
     "--against",
     type=names,
     metavar="A,B",
-    help="Compare one generalist with these: seed, best-expert, average and ensemble of its experts (made for the "
-    "occasion), or other models. Exit with status 3 when it is worse than the best of them.",
+    help="Compare one generalist with baselines: seed, best-expert, average, ensemble (of its experts, made "
+    "temporarily), or other models. Exit with status 3 if it is worse than the best of them.",
 )
 @pass_session
 def command(
@@ -64,21 +69,25 @@ def command(
     gates: tuple[tuple[str, str], ...],
     against: tuple[str, ...] | None,
 ) -> int:
-    """Score models on the validation text of domains.
+    """Evaluate models on the validation text of domains.
 
-    Every token is scored once. MODEL is a name of this workspace or the folder of any Hugging Face causal language model; default: all
-    models there are. Bits per byte compare across tokenizers, perplexity only within one.
+    Every token is scored once. MODEL is a name in this workspace or the folder of a Hugging Face causal language model;
+    default: all models. Bits per byte are comparable across tokenizers, perplexity is not.
     """
     workspace = session.open()
     if against is not None:
         if len(models) != 1 or gates:
-            raise click.UsageError("--against compares one MODEL, without --require")
+            raise click.UsageError("--against takes exactly one MODEL and excludes --require")
         return report_comparison(session, workspace, models[0], against, domains, jobs)[0]
-    chosen = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
-    _require_models(gates, chosen)
-    with session.count("evaluating", "scores", _num_scores(workspace, chosen, domains)) as count:
+    model_names = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
+    _require_models(gates, model_names)
+    with session.count("evaluating", "scores", _num_scores(workspace, model_names, domains)) as count:
         table = workspace.evaluate(
-            *chosen, domains=domains, evaluator=evaluator, jobs=jobs, tell=lambda model, domain: count.next()
+            *model_names,
+            domains=domains,
+            evaluator=evaluator,
+            jobs=jobs,
+            tell=lambda model, domain: count.next(),
         )
     session.finish(
         table.as_json(), *(part for metric in table.metrics for part in (score_table(table, metric), ""))
@@ -88,7 +97,7 @@ def command(
     for lower, upper in failed:
         click.echo(
             f"Error: {lower} < {upper} does not hold: {table.mean(lower, metric):.4f} and "
-            f"{table.mean(upper, metric):.4f} {metric.replace('_', ' ')}",
+            f"{table.mean(upper, metric):.4f} {metric.title}",
             err=True,
         )
     return GATE_FAILED if failed else 0
@@ -102,35 +111,37 @@ def report_comparison(
     domains: Sequence[str] | None = None,
     jobs: int | None = None,
     *,
-    made: Mapping[str, Any] | None = None,
+    artefact: Mapping[str, Any] | None = None,
 ) -> tuple[int, Comparison]:
-    """Compare a model with its baselines and print the table; return the exit status and what was found.
+    """Compare a model with its baselines, print the table, and return the exit status and the comparison.
 
-    `made` is what `--json` says of a model that was made just now; its evaluation is then a part of that.
+    `artefact` is the `--json` content of a new model; the evaluation is then added to it.
     """
     with session.count("evaluating", "scores") as count:
-        found = workspace.compare(
+        comparison = workspace.compare(
             model, against, domains, jobs=jobs, say=session.note, tell=lambda model, domain: count.next()
         )
-    content = {**found.table.as_json(), "holds": found.holds, "best_baseline": found.best}
+    content = {**comparison.table.as_json(), "holds": comparison.holds, "best_baseline": comparison.best}
     session.finish(
-        content if made is None else {**made, "evaluation": content},
-        score_table(found.table, found.metric),
+        content if artefact is None else {**artefact, "evaluation": content},
+        score_table(comparison.table, comparison.metric),
         "",
-        *([found.verdict()] if found.holds else []),
+        *([comparison.verdict()] if comparison.holds else []),
     )
-    if not found.holds:
-        click.echo(f"Error: {found.verdict()}", err=True)
-    return (0 if found.holds else GATE_FAILED), found
+    if not comparison.holds:
+        click.echo(f"Error: {comparison.verdict()}", err=True)
+    return (0 if comparison.holds else GATE_FAILED), comparison
 
 
-def score_table(table: EvaluationTable, metric: str) -> Table:
-    """Return the table of one metric: a row for each model, a column for each domain, and the mean."""
+def score_table(table: EvaluationTable, metric: Metric) -> Table:
+    """Return the table of one metric: a row per model, a column per domain, and the mean."""
     best = [table.best(domain, metric) for domain in table.domains]
-    best.append(min(table.scores, key=lambda model: table.mean(model, metric)))
+    best.append(table.best_mean(metric))
     rows = []
     for model, scores in table.scores.items():
-        values = [scores[domain].values[metric] for domain in table.domains] + [table.mean(model, metric)]
+        values = [scores[domain].values[metric.name] for domain in table.domains] + [
+            table.mean(model, metric)
+        ]
         rows.append(
             (
                 model,
@@ -150,7 +161,7 @@ def score_table(table: EvaluationTable, metric: str) -> Table:
     return Table(
         columns,
         rows,
-        title=TITLES.get(metric, metric),
+        title=f"{metric.title} ({'higher' if metric.higher_is_better else 'lower'} is better, * best)",
         right=frozenset(range(1, len(columns))),
         strong=strong,
     )
@@ -161,7 +172,7 @@ def _num_scores(workspace: Workspace, models: Sequence[str], domains: Sequence[s
 
 
 def _require_models(gates: Sequence[tuple[str, str]], models: Sequence[str]) -> None:
-    """Refuse a gate on a model that will not be scored, before anything is."""
+    """Raise `UserError` if a --require names a model that is not evaluated."""
     from ...core.errors import unknown_name
 
     for name in (name for pair in gates for name in pair):

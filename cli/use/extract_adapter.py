@@ -1,4 +1,4 @@
-"""`expertctl extract-adapter`: a LoRA adapter out of two checkpoints."""
+"""`expertctl extract-adapter`: extract a LoRA adapter from two checkpoints."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from ..output import Table
 
 @cli_command("extract-adapter", example="expertctl extract-adapter law --base seed -o law-lora --rank 16")
 @click.argument("model", metavar="MODEL")
-@click.option("--base", required=True, metavar="MODEL", help="What MODEL was fine-tuned from.")
+@click.option("--base", required=True, metavar="MODEL", help="Model that MODEL was fine-tuned from.")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where to."
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder."
 )
-@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of every matrix. Default: 16.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of all matrices. Default: 16.")
 @click.option(
-    "--energy", type=float, metavar="SHARE", help="Instead: as many singular values as hold this share."
+    "--energy",
+    type=float,
+    metavar="SHARE",
+    help="Instead of --rank: keep singular values up to this share of their squared sum.",
 )
 @click.option(
     "--targets",
     default="*",
     show_default=True,
     metavar="PATTERN",
-    help="Which linear layers, by tensor name.",
+    help="Linear layers to adapt, by tensor name.",
 )
-@click.option("--save-rest", is_flag=True, help="Keep whatever else changed whole, in the adapter.")
-@click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="What to write.")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--save-rest", is_flag=True, help="Store all other changed tensors in full in the adapter.")
+@click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Dtype of the adapter.")
+@click.option("--force", is_flag=True, help="Replace existing output.")
 @pass_session
 def command(
     session: Session,
@@ -47,8 +50,8 @@ def command(
 ) -> None:
     """Write a PEFT LoRA adapter that turns the base into MODEL.
 
-    Every linear layer that changed gets the truncated singular value decomposition of its change; what that loses
-    is told for each and over all.
+    The change of every linear layer is approximated by its truncated singular value decomposition. The table lists the
+    approximation error of each matrix.
     """
     from ...core.artefacts.numeric import dtype_of_word
     from ...merge.extraction import extract_adapter
@@ -66,11 +69,13 @@ def command(
             force=force,
             tell=count.to,
         )
-    rows = [(one.name, str(one.rank), f"{one.error:.2%}") for one in report.tensors]
-    parts: list[str | Table] = [Table(("matrix", "rank", "lost"), rows, right=frozenset({1, 2}))]
+    rows = [(matrix.name, str(matrix.rank), f"{matrix.error:.2%}") for matrix in report.tensors]
+    parts: list[str | Table] = [Table(("matrix", "rank", "error"), rows, right=frozenset({1, 2}))]
     if report.saved_whole:
-        parts.append(f"saved whole: {', '.join(report.saved_whole)}")
+        parts.append(f"stored in full: {', '.join(report.saved_whole)}")
     if report.left_out:
-        parts.append(f"changed, and not in the adapter: {', '.join(report.left_out)}; --save-rest keeps them")
-    parts.append(f"adapter in {output}: {len(rows)} matrices, {report.error:.2%} of the change is lost")
+        parts.append(
+            f"changed, but not in the adapter: {', '.join(report.left_out)}; use --save-rest to include them"
+        )
+    parts.append(f"adapter in {output}: {len(rows)} matrices, relative error {report.error:.2%}")
     session.finish({"folder": str(output), **asdict(report)}, *parts)

@@ -1,4 +1,4 @@
-"""`expertctl generate`: sample text, and see which expert carried which token."""
+"""`expertctl generate`: sample text and show which expert contributed most to each token."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COLOURS = (
     default=64,
     show_default=True,
     metavar="N",
-    help="Length of the continuation.",
+    help="Maximum length of the continuation, in tokens.",
 )
 @click.option(
     "--temperature",
@@ -48,7 +48,7 @@ COLOURS = (
     default=0.8,
     show_default=True,
     metavar="T",
-    help="How adventurous; 0 takes the most probable token each time.",
+    help="Sampling temperature; 0 is greedy.",
 )
 @click.option(
     "--top-p",
@@ -56,7 +56,7 @@ COLOURS = (
     default=1.0,
     show_default=True,
     metavar="P",
-    help="Sample only from the most probable tokens that make up this share.",
+    help="Sample only from the most probable tokens up to this cumulative probability.",
 )
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
@@ -66,10 +66,10 @@ COLOURS = (
     type=names,
     multiple=True,
     metavar="A,B",
-    help="Switch off these experts of an ensemble or a mixture; its files stay as they are.",
+    help="Disable these experts of an ensemble or a mixture for this call.",
 )
 @click.option(
-    "--show-experts", is_flag=True, help="Mark each token with the expert that carried it (ensembles)."
+    "--show-experts", is_flag=True, help="Mark each token with the expert of the highest weight (ensembles)."
 )
 @pass_session
 def command(
@@ -85,7 +85,7 @@ def command(
 ) -> None:
     """Sample a continuation of a prompt.
 
-    MODEL is a name of this workspace or a folder. PROMPT is the text, or - to read it from standard input.
+    MODEL is a name in this workspace or a folder. PROMPT is the text, or - to read it from standard input.
     """
     folder = session.artefact(model)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -123,7 +123,7 @@ def _content(tokens: Sequence[GeneratedToken]) -> list[dict[str, Any]]:
 
 
 def _by_expert(generation: Generation) -> tuple[str, ...]:
-    """Return the text with each token's expert marked, and the legend."""
+    """Return the text with each token's expert marked, and a legend."""
     tokens = (*generation.prompt, *generation.continuation)
     counts = dict.fromkeys(generation.experts, 0)
     for token in tokens:
@@ -132,28 +132,28 @@ def _by_expert(generation: Generation) -> tuple[str, ...]:
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     numbers = {name: number for number, name in enumerate(generation.experts, start=1)}
     text = "".join(
-        _marked(piece, numbers[name], in_colour) if name else piece for name, piece in _stretches(tokens)
+        _mark(piece, numbers[name], in_colour) if name else piece for name, piece in _runs_of_tokens(tokens)
     )
     legend = (
-        f"{_marked(name, number, in_colour) if in_colour else f'[{number}] {name}'}: {counts[name]} tokens"
+        f"{_mark(name, number, in_colour) if in_colour else f'[{number}] {name}'}: {counts[name]} tokens"
         for name, number in numbers.items()
     )
     return (text, "", *legend)
 
 
-def _stretches(tokens: Sequence[GeneratedToken]) -> Iterator[tuple[str | None, str]]:
-    """Yield (expert, text) of neighbouring tokens that the same expert carried."""
-    carrier: str | None = None
+def _runs_of_tokens(tokens: Sequence[GeneratedToken]) -> Iterator[tuple[str | None, str]]:
+    """Yield (expert, text) for each run of consecutive tokens with the same leading expert."""
+    expert: str | None = None
     text = ""
     for token in tokens:
         name = max(token.shares, key=token.shares.__getitem__) if token.shares else None
-        if name != carrier and text:
-            yield carrier, text
+        if name != expert and text:
+            yield expert, text
             text = ""
-        carrier = name
+        expert = name
         text += token.text
-    yield carrier, text
+    yield expert, text
 
 
-def _marked(text: str, number: int, in_colour: bool) -> str:
+def _mark(text: str, number: int, in_colour: bool) -> str:
     return click.style(text, fg=COLOURS[(number - 1) % len(COLOURS)]) if in_colour else f"[{number}]{text}"

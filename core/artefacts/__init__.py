@@ -1,1 +1,1 @@
-"""Files of artefacts: written atomically, digested, described by manifests."""
+"""Artefact files: atomic writes, digests, safetensors, workspace layout."""

@@ -1,8 +1,9 @@
-"""Writing so that nothing half-done can be mistaken for finished: temporary siblings, renames, locks."""
+"""Atomic file and folder writes (temporary sibling, then rename) and lock files."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -24,15 +25,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """Return the text of a JSON file as everything here writes it."""
+    """Return the text of a JSON file in the project's format: two spaces of indent, one final newline."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically: readers see the old content or the new, never a part."""
+    """Write a UTF-8 text file atomically: readers see either the old content or the new content."""
     partial = partial_sibling(path)
     try:
-        with readable_os_errors(path):
+        with os_errors_as_user_errors(path):
             with partial.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
@@ -44,12 +45,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises `UserError` for a file that is missing or damaged."""
+    """Read a JSON object; raises `UserError` if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or nesting without end
+    except (ValueError, RecursionError) as error:  # also: an oversized number, unbounded nesting
         raise UserError(f"{path} is damaged ({error}); make the folder again or restore the file") from None
     except OSError as error:
         raise _user_error(path, error) from None
@@ -60,16 +61,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iterator[Path]:
-    """Give a temporary sibling to fill; it becomes `path` when the block ends, and is gone if it fails.
+    """Yield a temporary sibling folder that is renamed to `path` on success and deleted on failure.
 
-    Raises `UserError` when `path` exists already, unless `force`, which then replaces it whole.
+    Raises `UserError` if `path` exists already; with `force` it is replaced.
     """
     _put_back(path)
     refuse_existing(path, force=force, what=what)
     partial = partial_sibling(path)
-    with readable_os_errors(path):
+    with os_errors_as_user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What an earlier, killed process of the same number left; the caller's lock keeps living ones out.
+        # left by a killed process with the same pid; the caller's lock excludes live processes
         remove_tree(partial)
         clear_leftovers(path.parent)
         partial.mkdir()
@@ -85,21 +86,21 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
 def resumable_folder(
     path: Path, *, force: bool = False, resume: bool = False, what: str = "folder"
 ) -> Iterator[Path]:
-    """Give a hidden sibling to fill that outlives a kill, an interruption and a full disk; see `unfinished_sibling`.
+    """Yield a hidden sibling folder (`unfinished_sibling`) that survives a kill, an interruption or a full disk.
 
-    With `resume` it comes as the last try left it, else empty. It becomes `path` when the block ends, and is gone
-    if the block fails for any other reason. Raises `UserError` when `path` exists already, unless `force`. The
-    caller holds a lock.
+    With `resume` it holds what the last attempt left, otherwise it is empty. It is renamed to `path` on success
+    and deleted if the block fails for any other reason. Raises `UserError` if `path` exists already, unless
+    `force`. The caller must hold a lock.
     """
     _put_back(path)
     refuse_existing(path, force=force, what=what)
     partial = unfinished_sibling(path)
-    with readable_os_errors(path):
+    with os_errors_as_user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
             remove_tree(partial)
         partial.mkdir(exist_ok=True)
-        # what a try left that was killed while it wrote a file would be published
+        # partial files of a killed attempt would be published otherwise
         clear_leftovers(partial, below=True)
         try:
             yield partial
@@ -111,23 +112,23 @@ def resumable_folder(
 
 
 def unfinished_sibling(path: Path) -> Path:
-    """Return where the content of `path` is gathered by a job that can be resumed."""
+    """Return the hidden folder in which a resumable job collects the content of `path`."""
     return path.with_name(f".{path.name}{UNFINISHED_MARK}")
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tell whether a folder is the content of a job that can be resumed, by its name."""
+    """Return whether a folder's name marks it as the unfinished output of a resumable job."""
     return path.name.startswith(".") and path.name.endswith(UNFINISHED_MARK)
 
 
 def unfinished_names(parent: Path) -> list[str]:
-    """Return the names of the folders in `parent` whose making was stopped and can be resumed, sorted."""
-    found = parent.glob(f".*{UNFINISHED_MARK}")
-    return sorted(path.name[1 : -len(UNFINISHED_MARK)] for path in found if path.is_dir())
+    """Return the names of the folders in `parent` with an unfinished, resumable job, sorted."""
+    paths = parent.glob(f".*{UNFINISHED_MARK}")
+    return sorted(path.name[1 : -len(UNFINISHED_MARK)] for path in paths if path.is_dir())
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
-    """Make a complete folder appear under its name, in place of what was there; a kill at any point loses neither."""
+    """Rename a complete folder to `path`, replacing an existing one; a kill at any point loses neither."""
     sync_tree(partial)
     if not path.exists():
         partial.rename(path)
@@ -143,7 +144,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 
 def _put_back(path: Path) -> None:
-    """Undo a replacement that was killed between its two renames, or finish one that was killed after them."""
+    """Undo a replacement killed between its two renames, or finish one killed after them."""
     for discarded in path.parent.glob(f".{path.name}{DISCARDED_MARK}-*"):
         if is_alive(discarded.name.rpartition("-")[2]):
             continue
@@ -154,13 +155,13 @@ def _put_back(path: Path) -> None:
 
 
 def refuse_existing(path: Path, *, force: bool, what: str = "folder") -> None:
-    """Raise `UserError` when finished work stands in the way."""
+    """Raise `UserError` if `path` exists already, unless `force`."""
     if path.exists() and not force:
-        raise UserError(f"{what} {path} exists already; use --force to replace it, or another name")
+        raise UserError(f"{what} {path} exists already; use --force to replace it, or choose another name")
 
 
 def sync_tree(folder: Path) -> None:
-    """Make sure that every regular file below has reached the disk before its folder is renamed."""
+    """Flush every regular file below `folder` to disk (fsync)."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             descriptor = os.open(path, os.O_RDONLY)
@@ -171,10 +172,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def clear_leftovers(parent: Path, *, below: bool = False) -> None:
-    """Remove what killed processes left under way in `parent`; call only while holding its lock.
+    """Remove partial files that killed processes left in `parent`; the caller must hold its lock.
 
-    `below`: in all that is below it too, by whomever. That is for folders in which the lock's holder alone writes, and does not
-    ask whether a number belongs to a process by now that has nothing to do with it.
+    `below` also removes them from all subfolders without checking whether their pid is alive, since the pid may
+    have been reused. Use it only for folders that nobody but the lock holder writes to.
     """
     pattern = f".*{PARTIAL_MARK}-*"
     for path in list(parent.rglob(pattern) if below else parent.glob(pattern)):
@@ -183,7 +184,7 @@ def clear_leftovers(parent: Path, *, below: bool = False) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or a folder with its content; does nothing if it does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -191,28 +192,27 @@ def remove_tree(path: Path) -> None:
 
 
 def partial_sibling(path: Path) -> Path:
-    """Return the temporary name under which `path` is written."""
+    """Return the temporary path of this process for writing `path`."""
     return path.with_name(f".{path.name}{PARTIAL_MARK}-{os.getpid()}")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give `target` the content of `source` without copying it where the file system allows.
+    """Link `target` to `source`: a hard link if both are on one file system, otherwise a symbolic link.
 
-    A hard link when both are on one file system, else a symbolic link. Finished files are never written in
-    place here, so sharing them is safe, and `verify` notices if somebody else does.
+    Sharing is safe because finished files are never modified in place; `verify` detects changes by others.
     """
     source = source.resolve()
-    with readable_os_errors(target):
+    with os_errors_as_user_errors(target):
         try:
             os.link(source, target)
         except OSError:
-            # another file system, or one without hard links
+            # different file systems, or no support for hard links
             target.symlink_to(source)
 
 
 @contextmanager
-def readable_os_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses (full disk, no permission) into a `UserError`."""
+def os_errors_as_user_errors(path: Path) -> Iterator[None]:
+    """Raise a `UserError` in place of an `OSError` such as a full disk or a missing permission."""
     try:
         yield
     except OSError as error:
@@ -221,14 +221,14 @@ def readable_os_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive(path: Path, what: str, *, patience_s: float = 5.0) -> Iterator[None]:
-    """Hold the lock file `path` for the block; the operating system drops it if the process dies.
+    """Hold the lock file `path` for the block; the operating system releases it if the process dies.
 
-    Raises `UserError` when another process still holds it after `patience_s` seconds (long enough for the
-    workers of a killed command to notice and end).
+    Raises `UserError` if another process still holds it after `patience_s` seconds (long enough for the workers
+    of a killed command to exit).
     """
     from filelock import FileLock, Timeout
 
-    with readable_os_errors(path):
+    with os_errors_as_user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
@@ -241,24 +241,46 @@ def exclusive(path: Path, what: str, *, patience_s: float = 5.0) -> Iterator[Non
         lock.release()
 
 
+@contextmanager
+def exclusive_output(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of an output folder outside of any workspace; see `exclusive`.
+
+    The lock file lies in the user's cache and stays there: deleting one that another process is about to lock would
+    let both in.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    with exclusive(cache_folder() / "locks" / f"{name}.lock", what):
+        yield
+
+
+def cache_folder() -> Path:
+    """Return the folder for files that can be deleted at any time: `$XDG_CACHE_HOME/expertctl`."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "expertctl"
+
+
 def _user_error(path: Path, error: OSError) -> UserError:
-    return mendable(error, path) or UserError(f"{error.filename or path}: {error.strerror or error}")
+    return user_fixable_error(error, path) or UserError(
+        f"{error.filename or path}: {error.strerror or error}"
+    )
 
 
-def mendable(error: OSError, path: Path | None = None) -> UserError | None:
-    """Return what a user can do about a full disk or a missing permission; None for any other trouble."""
+def user_fixable_error(error: OSError, path: Path | None = None) -> UserError | None:
+    """Return a `UserError` for a full disk or a missing permission, None for any other error."""
     where = error.filename or path or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
-            f"no space left while writing {where} ({error.strerror}); free some, then run the same command again"
+            f"no space left while writing {where} ({error.strerror}); free some space and rerun the command"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"{where} may not be written or read ({error.strerror}); check who owns the folder")
+        return UserError(
+            f"no permission to access {where} ({error.strerror}); check the folder's owner and mode"
+        )
     return None
 
 
 def is_alive(pid: str) -> bool:
-    """Tell whether a process of that number is running: no thread of another, and none that ended and waits to be noticed."""
+    """Return whether `pid` is a running process, as opposed to a thread of another process or a zombie."""
     try:
         os.kill(int(pid), 0)
     except (ValueError, OverflowError, ProcessLookupError):
@@ -267,7 +289,7 @@ def is_alive(pid: str) -> bool:
         pass
     try:
         lines = Path(f"/proc/{int(pid)}/status").read_text(errors="replace").splitlines()
-    except OSError:  # no such folder on this system
+    except OSError:  # no procfs on this system
         return True
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     return status.get("Tgid", pid) == str(int(pid)) and not status.get("State", "").startswith(("Z", "X"))

@@ -1,4 +1,4 @@
-"""Where a project keeps its things: the folder with `expertctl.yaml`, and the paths of every artefact in it."""
+"""Workspace layout: the folder with `expertctl.yaml` and the paths of its artefacts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, unknown_name
-from .lineage import MANIFEST_NAMES
+from .digests import MANIFEST_NAMES
 from .statistics_files import STATISTICS_FOLDER
 
 CONFIG_FILE = "expertctl.yaml"
@@ -21,13 +21,16 @@ class Layout:
 
     @classmethod
     def find(cls, start: Path | None = None) -> Layout:
-        """Find the workspace at or above `start` (default: the current folder), as git does."""
+        """Find the workspace at or above `start` (default: the current folder), as git does.
+
+        Raises `UserError` if there is none.
+        """
         first = (start or Path.cwd()).resolve()
         for folder in (first, *first.parents):
             if (folder / CONFIG_FILE).is_file():
                 return cls(folder)
         raise UserError(
-            f"no {CONFIG_FILE} in {first} or above; make a workspace with `expertctl init {first}`"
+            f"no {CONFIG_FILE} in {first} or its parents; create a workspace with `expertctl init {first}`"
         )
 
     @property
@@ -48,7 +51,7 @@ class Layout:
 
     @property
     def baselines(self) -> Path:
-        """Experts and generalists made for comparison only; `train --all` and merges do not see them."""
+        """Experts and generalists for comparison only; `train --all` and merges ignore them."""
         return self.root / "baselines"
 
     @property
@@ -57,7 +60,7 @@ class Layout:
 
     @property
     def statistics(self) -> Path:
-        """What was gathered on experts for the merges that need it: `statistics/EXPERT/KIND`."""
+        """Statistics of experts for merges that need them: `statistics/EXPERT/KIND`."""
         return self.root / STATISTICS_FOLDER
 
     @property
@@ -65,11 +68,11 @@ class Layout:
         return self.root / "reports"
 
     def lock(self, what: str) -> Path:
-        """Return the lock file for `what`, such as `expert-law`."""
+        """Return the lock file of a resource, such as `expert-law`."""
         return self.root / ".locks" / f"{what}.lock"
 
     def finished(self) -> Iterator[Path]:
-        """Yield the folders of all finished artefacts: seed, experts, baselines, generalists."""
+        """Yield the folder of every finished artefact: seed, experts, baselines, generalists."""
         for folder in (
             self.seed,
             *_children(self.experts),
@@ -80,13 +83,13 @@ class Layout:
                 yield folder
 
     def finished_experts(self) -> list[str]:
-        """Return the names of the experts that are complete, sorted."""
+        """Return the names of the finished experts, sorted."""
         return [path.name for path in _children(self.experts) if (path / MANIFEST_NAMES["expert"]).is_file()]
 
     def generalist(self, output: str | Path) -> Path:
-        """Return the folder of a new generalist: a name of this workspace that is free for one, or a path as it stands.
+        """Return the folder of a new generalist, given as a name in this workspace or as a path.
 
-        Raises `UserError` for a name that cannot be.
+        Raises `UserError` if the name is invalid or taken.
         """
         path = Path(output)
         if len(path.parts) != 1 or path.is_absolute():
@@ -96,9 +99,9 @@ class Layout:
         return folder
 
     def artefact(self, name: str) -> Path:
-        """Return the folder of a finished artefact by its name, or a path as it stands.
+        """Return the folder of a finished artefact, given by name or as the path of a folder.
 
-        Raises `UserError` that lists what there is.
+        Raises `UserError` that lists the artefacts of the workspace.
         """
         known = {folder.name: folder for folder in self.finished()}
         if name in known:
@@ -106,13 +109,13 @@ class Layout:
         path = Path(name).expanduser()
         if path.is_dir():
             return path.resolve()
-        for parent, how in (
+        for parent, command in (
             (self.experts, f"`expertctl train {name}`"),
             (self.baselines, "its `expertctl baseline` command"),
             (self.generalists, f"`expertctl tune {name}`"),
         ):
             if (parent / name).is_dir():
-                raise UserError(f"{parent / name} is not finished; {how} goes on with it")
+                raise UserError(f"{parent / name} is not finished; resume it with {command}")
         raise unknown_name("model", name, known, listed_as="this workspace has")
 
 
@@ -120,19 +123,19 @@ RESERVED = ("seed", "public", "auto", "dense", "dense-same-batch", "random-split
 
 
 def require_free(layout: Layout, name: str, own: Path) -> None:
-    """Raise `UserError` when an artefact of another kind has the name already: names are how models are called."""
+    """Raise `UserError` if an artefact other than `own` has the name, since names identify models."""
     for folder in (layout.experts / name, layout.baselines / name, layout.generalists / name):
         if folder != own and folder.exists():
-            raise UserError(f"{folder} has the name '{name}' already; choose another")
+            raise UserError(f"the name '{name}' is taken by {folder}; choose another name")
 
 
 def check_name(name: str, what: str) -> str:
-    """Return a name that is safe as a folder's; raises `UserError` for any other."""
-    safe = name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name.isascii()
-    if not safe or name[0] in ".-" or name in RESERVED:
+    """Return `name` if it is valid as a folder name; raises `UserError` otherwise."""
+    is_safe = name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name.isascii()
+    if not is_safe or name[0] in ".-" or name in RESERVED:
         raise UserError(
-            f"{what} cannot be called '{name}': use letters, digits, '-', '_' and '.', beginning with a letter or "
-            f"digit, and none of {', '.join(RESERVED)}"
+            f"{what} cannot be called '{name}': use letters, digits, '-', '_' and '.', starting with a letter or "
+            f"digit; reserved names: {', '.join(RESERVED)}"
         )
     return name
 

@@ -1,7 +1,7 @@
-"""Stored numbers and numbers to calculate with: any floating dtype of a file as float32, and back, with numpy alone.
+"""Conversion between stored floating-point dtypes and float32 arrays with numpy alone.
 
-Importing torch takes seconds, and most of what happens to a tensor here needs none of it. numpy has no bfloat16,
-whose 16 bits are the upper half of a float32's; 8-bit floats, which are rare, are left to torch.
+Importing torch takes seconds and few tensor operations of a merge need it. numpy has no bfloat16, whose 16 bits are
+the upper half of a float32; the rare 8-bit floats are converted by torch.
 """
 
 from __future__ import annotations
@@ -44,29 +44,27 @@ _DTYPE_WORDS = {
 
 
 def dtype_of_word(word: str) -> str:
-    """Return safetensors' name for a dtype as people write it (`bfloat16`, `fp16`, `F32`); raises `UserError`."""
+    """Return safetensors' name of a dtype given as `bfloat16`, `fp16`, `F32` ...; raises `UserError` if unknown."""
     plain = word.removeprefix("torch.")
     if plain in FLOATING:
         return plain
     if plain.lower() in _DTYPE_WORDS:
         return _DTYPE_WORDS[plain.lower()]
-    raise UserError(
-        f"'{word}' is no dtype that models are written in; {', '.join(list(_DTYPE_WORDS)[:4])} are"
-    )
+    raise UserError(f"'{word}' is not a supported dtype; use one of {', '.join(list(_DTYPE_WORDS)[:4])}")
 
 
 def working_dtype(dtype: str) -> str:
-    """Return in what numbers of a stored dtype are calculated: float64 where the file has it, else float32."""
+    """Return the dtype for computations on a stored dtype: float64 for F64, otherwise float32."""
     return "float64" if dtype == "F64" else "float32"
 
 
 def decode(
     raw: Any, dtype: str, shape: tuple[int, ...], scratch: NDArray[np.uint32] | None = None
 ) -> NDArray[Any]:
-    """Return the numbers that lie in `raw` (any buffer): floating ones as float32 or float64, others as they are.
+    """Decode the buffer `raw` into an array: floats as float32 or float64, integers unchanged.
 
-    float32 and float64 are views of the buffer; the result must not be changed. `scratch`, of at least as many
-    numbers, spares bfloat16 an allocation, which costs more than the decoding; the result then lies in it.
+    float32 and float64 results are views of the buffer, so the result must not be modified. `scratch`, an array of
+    at least as many elements, receives a bfloat16 result and saves the allocation, which costs more than decoding.
     """
     import numpy as np
 
@@ -77,15 +75,15 @@ def decode(
         np.left_shift(wide, 16, out=wide)
         return wide.view("<f4").reshape(shape)
     if dtype in _EIGHT_BITS:
-        return np.asarray(_table(dtype)[np.frombuffer(raw, "u1")]).reshape(shape)
+        return np.asarray(_float8_values(dtype)[np.frombuffer(raw, "u1")]).reshape(shape)
     numbers: NDArray[Any] = np.frombuffer(raw, _NUMPY[dtype]).reshape(shape)
     return numbers.astype("<f4") if dtype == "F16" else numbers
 
 
 def encode(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
-    """Return the bytes of numbers as they stand in a file, rounded to the nearest (ties to even).
+    """Encode an array as the bytes of a stored dtype, rounded to nearest (ties to even); shape (bytes,).
 
-    Shape (bytes,). What a smaller dtype cannot hold becomes infinite, as in torch; not a number stays that.
+    Overflow becomes infinity, as in torch; NaN stays NaN.
     """
     import numpy as np
 
@@ -93,7 +91,7 @@ def encode(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
     if dtype == "BF16":
         return _to_bfloat16(flat.astype("<f4", copy=False)).view("u1")
     if dtype in _EIGHT_BITS:
-        return _through_torch(flat, dtype)
+        return _to_float8(flat, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         return flat.astype(_NUMPY[dtype], copy=False).view("u1")
 
@@ -108,14 +106,14 @@ def _to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
     np.add(rounded, bits, out=rounded)
     np.right_shift(rounded, 16, out=rounded)
     halves: NDArray[np.uint16] = rounded.astype("<u2")
-    missing = numbers != numbers
-    if missing.any():
-        halves[missing] = _BFLOAT16_NAN
+    is_nan = numbers != numbers
+    if is_nan.any():
+        halves[is_nan] = _BFLOAT16_NAN
     return halves
 
 
-def _table(dtype: str) -> NDArray[np.float32]:
-    """Return the 256 numbers of an 8-bit float."""
+def _float8_values(dtype: str) -> NDArray[np.float32]:
+    """Return the 256 values of an 8-bit floating-point dtype."""
     import torch
 
     codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, _EIGHT_BITS[dtype]))
@@ -123,7 +121,7 @@ def _table(dtype: str) -> NDArray[np.float32]:
     return numbers
 
 
-def _through_torch(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
+def _to_float8(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
     import numpy as np
     import torch
 

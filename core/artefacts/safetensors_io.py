@@ -1,8 +1,8 @@
-"""Reading and writing safetensors: lazily, tensor by tensor, with the digests computed on the way.
+"""Lazy reading and streaming writing of safetensors checkpoints, with digests computed along the way.
 
 A checkpoint is a folder with `model.safetensors`, or with shards and `model.safetensors.index.json`, as
-transformers writes them. Names, shapes and dtypes come from the headers; no tensor is read before it is
-asked for, and nothing is ever unpickled.
+transformers writes them. Names, shapes and dtypes come from the headers; tensors are read on demand, and nothing
+is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import UserError, unknown_name
-from .files import partial_sibling, read_json, readable_os_errors
+from .files import os_errors_as_user_errors, partial_sibling, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -45,16 +45,16 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-"""safetensors' name of a dtype -> (torch's name, bytes of one number)."""
+"""safetensors' name of a dtype -> (torch's name, bytes per element)."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: all that can be known of it without reading it."""
+    """Header entry of one tensor: name, dtype, shape and position in the file."""
 
     name: str
     dtype: str
-    """As safetensors spells it: `F32`, `BF16`, `I64` ..."""
+    """safetensors' name: `F32`, `BF16`, `I64` ..."""
     shape: tuple[int, ...]
     file: Path
     begin: int
@@ -67,11 +67,11 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of one safetensors file, in file order.
+    """Return the header entries of one safetensors file, in file order.
 
-    Raises `UserError` when the file is truncated, has bytes too many, or is no safetensors file.
+    Raises `UserError` if the file is truncated, has extra bytes, or is not a safetensors file.
     """
-    with readable_os_errors(path), path.open("rb") as file:
+    with os_errors_as_user_errors(path), path.open("rb") as file:
         size = path.stat().st_size
         header, data_start = _parse_header(file, size, path)
     entries = {
@@ -85,23 +85,23 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise _damaged(path, f"its header leaves a gap before tensor '{entry.name}'")
         expected = entry.end
     if expected != size:
-        raise _damaged(path, f"it has {size:,} bytes where its header says {expected:,}")
+        raise _damaged(path, f"it has {size:,} bytes, its header requires {expected:,}")
     return entries
 
 
 def _entry(name: str, record: Any, path: Path, data_start: int) -> TensorEntry:
-    """Return one tensor's line of a header; raises `UserError` for one that makes no sense."""
+    """Parse one tensor's header record; raises `UserError` if it is invalid."""
     try:
         kind, shape, (begin, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise _damaged(path, "its header is not that of a safetensors file") from None
+        raise _damaged(path, "its header is not a safetensors header") from None
     if not isinstance(kind, str) or any(
         type(number) is not int or number < 0 for number in (*shape, begin, end)
     ):
-        raise _damaged(path, f"what its header says of tensor '{name}' makes no sense")
+        raise _damaged(path, f"the header entry of tensor '{name}' is invalid")
     if kind not in DTYPES:
         raise UserError(
-            f"{path}: tensor '{name}' is of dtype {kind}, which is not read here; {', '.join(DTYPES)} are"
+            f"{path}: tensor '{name}' has unsupported dtype {kind}; supported: {', '.join(DTYPES)}"
         )
     if end - begin != _num_bytes(kind, shape):
         raise _damaged(
@@ -117,10 +117,10 @@ def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any]
         raise _damaged(path, "it is too short for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise _damaged(path, "it is truncated within its header, or no safetensors file")
+        raise _damaged(path, "its header is truncated, or it is not a safetensors file")
     try:
         header = json.loads(file.read(length))
-    except (ValueError, RecursionError):  # also: a number of thousands of digits, brackets without end
+    except (ValueError, RecursionError):  # also: an oversized number, unbounded nesting
         raise _damaged(path, "its header is not valid JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -128,13 +128,13 @@ def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any]
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged: {reason}; fetch or make it again")
+    return UserError(f"{path} is damaged: {reason}; download or create it again")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint folder, sorted by name.
 
-    Raises `UserError` for a folder that has none: it says how to convert `.bin` weights, which are refused.
+    Raises `UserError` if it has none; for pickled weights (`.bin` etc.), which are refused, it tells how to convert.
     """
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).exists():
@@ -143,7 +143,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
         for file in files:
             if not file.exists():
-                raise UserError(f"{index} names {file.name}, which is not there; fetch the shard again")
+                raise UserError(f"{index} lists {file.name}, which does not exist; download the shard again")
         return files
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
@@ -152,26 +152,28 @@ def checkpoint_files(folder: Path) -> list[Path]:
     )
     if pickled:
         raise UserError(
-            f"{folder} has only pickled weights ({pickled[0]}), which can run code when loaded and are never "
-            "opened here; convert them on a machine you trust it on: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors"
+            f"{folder} has only pickled weights ({pickled[0]}), which are refused because loading them can run "
+            "code; convert them to safetensors on a machine where that is safe: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    raise UserError(f"{folder} has no {SINGLE_FILE} and no {INDEX_FILE}: not a checkpoint folder")
+    raise UserError(f"{folder} is not a checkpoint folder: it has neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return tensor name -> file name, every file one beside the index."""
+    """Return tensor name -> file name; raises `UserError` for a file outside the index's folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise _damaged(index, "it has no 'weight_map'")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise _damaged(index, f"it says that '{tensor}' is in {file!r}, which is no file beside it")
+            raise _damaged(
+                index, f"it places '{tensor}' in {file!r}, which is not a shard in the same folder"
+            )
     return weight_map
 
 
 class Checkpoint:
-    """The tensors of one or more safetensors files, read one at a time when asked for."""
+    """The tensors of one or more safetensors files, read one at a time on demand."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = tuple(files)
@@ -179,20 +181,20 @@ class Checkpoint:
         for file in self.files:
             for name, entry in read_header(file).items():
                 if name in self.entries:
-                    raise UserError(
-                        f"tensor '{name}' stands in {self.entries[name].file} and again in {file}"
-                    )
+                    raise UserError(f"tensor '{name}' is in both {self.entries[name].file} and {file}")
                 self.entries[name] = entry
 
     @classmethod
     def of_folder(cls, folder: Path) -> Checkpoint:
-        """Open a checkpoint folder by its headers; raises `UserError` when it is incomplete or damaged."""
-        found = cls(checkpoint_files(folder))
-        if found.files != (folder / SINGLE_FILE,):
+        """Open a checkpoint folder by its headers; raises `UserError` if it is incomplete or damaged."""
+        checkpoint = cls(checkpoint_files(folder))
+        if checkpoint.files != (folder / SINGLE_FILE,):
             for tensor, file in _weight_map(folder / INDEX_FILE).items():
-                if tensor not in found or found.entries[tensor].file.name != file:
-                    raise _damaged(folder, f"{INDEX_FILE} says that '{tensor}' is in {file}, and it is not")
-        return found
+                if tensor not in checkpoint or checkpoint.entries[tensor].file.name != file:
+                    raise _damaged(
+                        folder, f"{INDEX_FILE} places '{tensor}' in {file}, which does not hold it"
+                    )
+        return checkpoint
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
@@ -206,22 +208,22 @@ class Checkpoint:
         return self.entries[name]
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, in memory of its own."""
+        """Return one tensor in newly allocated memory."""
         entry = self.entry(name)
         return self._numbers(name, 0, entry.num_bytes).reshape(entry.shape)
 
     def span(self, name: str, begin: int, end: int) -> Tensor:
-        """Return the numbers of one tensor from place `begin` to `end` of its row-major order, (end - begin,)."""
+        """Return the elements `begin` to `end` of one tensor in row-major order, shape (end - begin,)."""
         size = DTYPES[self.entry(name).dtype][1]
         return self._numbers(name, begin * size, end * size)
 
     def _numbers(self, name: str, begin: int, end: int) -> Tensor:
-        """Return the numbers in some bytes of one tensor, in memory of their own."""
+        """Return the elements in the bytes `begin` to `end` of one tensor, in newly allocated memory."""
         import torch
 
         entry = self.entry(name)
         buffer = bytearray(end - begin)
-        with readable_os_errors(entry.file), entry.file.open("rb", buffering=0) as file:
+        with os_errors_as_user_errors(entry.file), entry.file.open("rb", buffering=0) as file:
             file.seek(entry.begin + begin)
             view, filled = memoryview(buffer), 0
             while filled < len(buffer):
@@ -235,11 +237,11 @@ class Checkpoint:
         return torch.frombuffer(buffer, dtype=torch.uint8).view(kind)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of one tensor in pieces; each piece is valid until the next is asked for."""
+        """Yield the bytes of one tensor in chunks; each chunk is valid until the next one is requested."""
         entry = self.entry(name)
         buffer = bytearray(min(CHUNK_BYTES, entry.num_bytes))
         view, left = memoryview(buffer), entry.num_bytes
-        with readable_os_errors(entry.file), entry.file.open("rb", buffering=0) as file:
+        with os_errors_as_user_errors(entry.file), entry.file.open("rb", buffering=0) as file:
             file.seek(entry.begin)
             while left:
                 count = file.readinto(view[: min(left, CHUNK_BYTES)])
@@ -249,7 +251,7 @@ class Checkpoint:
                 left -= count
 
     def digest(self, name: str) -> str:
-        """Return the digest of one tensor: sha256 over dtype, shape and bytes, whatever file it lies in."""
+        """Return the digest of one tensor: sha256 over dtype, shape and bytes, independent of the file."""
         entry = self.entry(name)
         state = digest_start(entry.dtype, entry.shape)
         for chunk in self.chunks(name):
@@ -257,28 +259,30 @@ class Checkpoint:
         return state.hexdigest()
 
     def digests(self, names: Iterable[str] | None = None) -> dict[str, str]:
-        """Return the digests of the named tensors (default: all), sorted by name; two threads hash."""
-        wanted = sorted(self.entries if names is None else names)
-        if sum(self.entry(name).num_bytes for name in wanted) < CHUNK_BYTES:  # starting threads takes longer
-            return {name: self.digest(name) for name in wanted}
+        """Return the digests of the named tensors (default: all), sorted by name, computed by two threads."""
+        ordered_names = sorted(self.entries if names is None else names)
+        if (
+            sum(self.entry(name).num_bytes for name in ordered_names) < CHUNK_BYTES
+        ):  # starting threads takes longer
+            return {name: self.digest(name) for name in ordered_names}
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashing and reading release the interpreter lock
-            return dict(zip(wanted, pool.map(self.digest, wanted), strict=True))
+            return dict(zip(ordered_names, pool.map(self.digest, ordered_names), strict=True))
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Return the digest of a tensor in memory; equals that of the same tensor in a file."""
+    """Return the digest of a tensor in memory, equal to that of the same tensor in a file."""
     state = digest_start(dtype_name(tensor.dtype), tuple(tensor.shape))
     state.update(tensor_bytes(tensor))
     return state.hexdigest()
 
 
 def digest_start(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
-    """Return the running digest of one tensor, to be fed with its bytes in order."""
+    """Return the initial hash state of a tensor, to be updated with its bytes in order."""
     return hashlib.sha256(f"{dtype}:{','.join(map(str, shape))}:".encode())
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor as they stand in a file (row-major, little-endian)."""
+    """Return the bytes of a tensor as stored in a file (row-major, little-endian)."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
@@ -288,7 +292,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def header_of_file(
     shapes: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Return the bytes with which a safetensors file begins, and where in it each tensor begins and ends."""
+    """Return the header bytes of a safetensors file and the (begin, end) file offsets of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (kind, shape) in shapes.items():
@@ -298,10 +302,10 @@ def header_of_file(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     begin = 8 + len(encoded)
-    places = {name: header[name]["data_offsets"] for name in shapes}
+    offsets = {name: header[name]["data_offsets"] for name in shapes}
     return (
         struct.pack("<Q", len(encoded)) + encoded,
-        {name: (begin + first, begin + last) for name, (first, last) in places.items()},
+        {name: (begin + first, begin + last) for name, (first, last) in offsets.items()},
     )
 
 
@@ -312,27 +316,27 @@ def write_file(
 ) -> dict[str, str]:
     """Stream tensors into one safetensors file and return their digests.
 
-    `shapes` gives dtype (as safetensors spells it) and shape of every tensor, in file order; `tensors` yields
-    them in that order, so only one needs to be in memory. The file appears when it is complete.
+    `shapes` maps each tensor name to safetensors' dtype name and shape, in file order. `tensors` yields the tensors
+    in that order, so only one needs to be in memory. The file is renamed into place once complete.
     """
     header, _ = header_of_file(shapes)
     digests: dict[str, str] = {}
     partial = partial_sibling(path)
     try:
-        with readable_os_errors(path), partial.open("wb") as file:
+        with os_errors_as_user_errors(path), partial.open("wb") as file:
             file.write(header)
             for (name, tensor), (expected, (kind, shape)) in zip(tensors, shapes.items(), strict=True):
-                got = (name, dtype_name(tensor.dtype), tuple(tensor.shape))
-                if got != (expected, kind, tuple(shape)):
-                    raise ValueError(f"announced {expected} {kind} {shape}, got {got}")
+                actual = (name, dtype_name(tensor.dtype), tuple(tensor.shape))
+                if actual != (expected, kind, tuple(shape)):
+                    raise ValueError(f"announced {expected} {kind} {shape}, got {actual}")
                 state = digest_start(kind, tuple(shape))
                 content = tensor_bytes(tensor)
                 state.update(content)
                 file.write(content)
                 digests[name] = state.hexdigest()
             file.flush()
-            os.fsync(file.fileno())  # a manifest written after it must never outlive it
-        with readable_os_errors(path):
+            os.fsync(file.fileno())  # before the manifest, which must never exist without its tensors
+        with os_errors_as_user_errors(path):
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -340,7 +344,7 @@ def write_file(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write tensors that are in memory into one safetensors file, sorted by name; return their digests."""
+    """Write tensors into one safetensors file, sorted by name; return their digests."""
     ordered = {name: tensors[name] for name in sorted(tensors)}
     shapes = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in ordered.items()}
     return write_file(path, shapes, ordered.items())
@@ -351,7 +355,7 @@ def _num_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def torch_dtype(name: str) -> dtype:
-    """Return torch's dtype for safetensors' name of it."""
+    """Return torch's dtype for a safetensors dtype name."""
     import torch
 
     if name not in DTYPES:
@@ -361,7 +365,7 @@ def torch_dtype(name: str) -> dtype:
 
 
 def dtype_name(kind: dtype) -> str:
-    """Return safetensors' name for one of torch's dtypes."""
+    """Return safetensors' name of a torch dtype."""
     for name, (torch_name, _) in DTYPES.items():
         if str(kind) == f"torch.{torch_name}":
             return name

@@ -1,4 +1,4 @@
-"""Where statistics on an expert lie: a folder for each kind, with tensors and a manifest."""
+"""File paths of an expert's statistics: one folder per kind, with tensors and a manifest."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ STATISTICS_FOLDER = "statistics"
 
 
 def statistics_weights(folder: Path) -> Path:
-    """Return the tensors in the folder of one kind."""
+    """Return the path of the tensors in the folder of one kind of statistics."""
     return folder / "statistics.safetensors"
 
 
 def statistics_manifest(folder: Path) -> Path:
-    """Return the manifest in the folder of one kind."""
+    """Return the path of the manifest in the folder of one kind of statistics."""
     return folder / "statistics.json"

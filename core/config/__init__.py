@@ -1,1 +1,1 @@
-"""The project file expertctl.yaml: what it may hold, and reading it."""
+"""The project file `expertctl.yaml`: schema, validation and loading."""

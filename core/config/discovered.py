@@ -1,4 +1,4 @@
-"""Domains that `data discover` made: one for each cluster, known to the project without being written into its file."""
+"""Domains created by `data discover`, one per cluster, which the project has without listing them in its file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CLUSTERS_FILE = "clusters.json"
 
 
 def discovered_domains(root: Path) -> dict[str, DomainConfig]:
-    """Return the domains of all cluster sets of a workspace by name; raises `UserError` for a set that cannot be read."""
+    """Return the domains of all cluster sets of a workspace by name; raises `UserError` for a damaged set."""
     from .settings import DomainConfig
 
-    found = {}
+    domains = {}
     for path in sorted((root / CLUSTERS_FOLDER).glob(f"*/{CLUSTERS_FILE}")):
         content = read_json(path)
         try:
@@ -28,23 +28,23 @@ def discovered_domains(root: Path) -> dict[str, DomainConfig]:
                     part: f"{CLUSTERS_FOLDER}/{path.parent.name}/{cluster['name']}/{part}.jsonl"
                     for part in ("train", "valid")
                 }
-                found[cluster["name"]] = DomainConfig.model_validate(
+                domains[cluster["name"]] = DomainConfig.model_validate(
                     {**parts, "licence": content.get("licence")}
                 )
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is no list of clusters ({error}); run `expertctl data discover` again"
+                f"{path} is not a valid list of clusters ({error}); run `expertctl data discover` again"
             ) from None
-    return found
+    return domains
 
 
 def discoverer_of(root: Path, name: str) -> str:
-    """Return the name of the discoverer that found a set."""
+    """Return the name of the discoverer that created a cluster set."""
     return str(read_json(root / CLUSTERS_FOLDER / name / CLUSTERS_FILE).get("by", "tfidf"))
 
 
 def cluster_sets(root: Path) -> dict[str, tuple[str, ...]]:
-    """Return the names of the domains of each cluster set."""
+    """Return the domain names of each cluster set."""
     return {
         path.parent.name: tuple(cluster["name"] for cluster in read_json(path)["clusters"])
         for path in sorted((root / CLUSTERS_FOLDER).glob(f"*/{CLUSTERS_FILE}"))

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, as one sentence that names the key and the nearest valid one."""
+"""Conversion of pydantic validation errors to one sentence with the key and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .yaml_lines import KeyPath
 def first_problem(
     error: ValidationError, path: Path, lines: Mapping[KeyPath, int], root: type[BaseModel]
 ) -> str:
-    """Return the sentence about what is wrong in a file: path, line, key, and the nearest valid name."""
+    """Return one sentence on a file's validation error: path, line, key and the nearest valid name."""
     problem = _worst(error)
     location: KeyPath = problem["loc"]
     while location not in lines and location:
         location = location[:-1]
     where = f"{path}:{lines.get(location, 1)}"
-    return f"{where}: {_say(problem, root)}"
+    return f"{where}: {_sentence(problem, root)}"
 
 
 def sentence_about(error: ValidationError, root: type[BaseModel]) -> str:
-    """Return the sentence about what is wrong with values that no file holds: key, and the nearest valid name."""
-    return _say(_worst(error), root)
+    """Return one sentence on the validation error of values that do not come from a file."""
+    return _sentence(_worst(error), root)
 
 
 def _worst(error: ValidationError) -> Any:
-    """Return the finding to tell: a key that does not exist before one that is missing, since it may be that one."""
+    """Return the problem to report: an unknown key before a missing key, which it may be a misspelling of."""
     problems = error.errors()
-    problem: Any = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    problem: Any = next((entry for entry in problems if entry["type"] == "extra_forbidden"), problems[0])
     if "at" in problem.get("ctx", {}):
         return problem | {"loc": problem["ctx"]["at"], "input": {}}
     return problem | {"loc": tuple(part for part in problem["loc"] if not str(part).startswith("("))}
 
 
-def _say(problem: Any, root: type[BaseModel]) -> str:
-    """Put one of pydantic's findings into a sentence that names the key."""
+def _sentence(problem: Any, root: type[BaseModel]) -> str:
+    """Return one of pydantic's errors as a sentence with the key."""
     location = tuple(problem["loc"])
     key = "".join(f"{part}: " for part in [".".join(map(str, location))] if part)
     if problem["type"] == "extra_forbidden":
@@ -50,14 +50,14 @@ def _say(problem: Any, root: type[BaseModel]) -> str:
         return f"unknown key '{location[-1]}'" + (f" in {inside}" if inside else "") + hint
     message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
     if problem["type"] == "model_type":
-        message = "input should be keys with values"
+        message = "input should be a mapping of keys to values"
     value = problem.get("input")
     shown = "" if isinstance(value, dict | list) or problem["type"] == "missing" else f" (it is {value!r})"
     return f"{key}{message[0].lower()}{message[1:]}{shown}"
 
 
 def _known_keys(model: type[BaseModel], location: KeyPath) -> list[str]:
-    """Return the keys that are valid at a place of the file, for the did-you-mean."""
+    """Return the keys that are valid at a location of the file, for the did-you-mean hint."""
     current: Any = model
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel):
@@ -77,5 +77,5 @@ def _known_keys(model: type[BaseModel], location: KeyPath) -> list[str]:
 def _without_none(annotation: Any) -> Any:
     """Return `X` for `X | None`."""
     kinds = getattr(annotation, "__args__", ())
-    given = [kind for kind in kinds if kind is not type(None)]
-    return given[0] if len(given) == 1 and len(kinds) == 2 else annotation
+    others = [kind for kind in kinds if kind is not type(None)]
+    return others[0] if len(others) == 1 and len(kinds) == 2 else annotation

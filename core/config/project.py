@@ -1,4 +1,4 @@
-"""Reading the project file `expertctl.yaml`."""
+"""Loading of the project file `expertctl.yaml`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .yaml_lines import parse_yaml
 
 
 def load_project(path: Path) -> ProjectConfig:
-    """Read and check a project file; raises `UserError` with file, line, key and the nearest valid name."""
+    """Load and validate a project file; raises `UserError` with file, line, key and the nearest valid name."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -26,5 +26,7 @@ def load_project(path: Path) -> ProjectConfig:
         project = ProjectConfig.model_validate({} if content is None else content)
     except ValidationError as error:
         raise UserError(first_problem(error, path, lines, ProjectConfig)) from None
-    found = discovered_domains(path.parent)
-    return project.model_copy(update={"domains": {**found, **project.domains}}) if found else project
+    discovered = discovered_domains(path.parent)
+    return (
+        project.model_copy(update={"domains": {**discovered, **project.domains}}) if discovered else project
+    )

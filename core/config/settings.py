@@ -30,13 +30,13 @@ Model = TypeVar("Model", bound=BaseModel)
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-# Tags keep errors to the kind that was given; a part of a location in parentheses is one of them, no key.
+# Tags restrict errors to the variant in use; in an error location, a name in parentheses is a tag, not a key.
 _BY_KIND = Discriminator(lambda value: "(shares)" if isinstance(value, Mapping) else "(word)")
 Shares = Annotated[dict[str, float], Tag("(shares)")]
 
 
 def _is_setting(value: Any) -> Any:
-    """Take a number, or numbers per layer and per module, which are checked where the layers are known."""
+    """Validate a single number; values per layer or per module are checked later, when the layers are known."""
     if isinstance(value, list | dict):
         return value
     return _NUMBER.validate_python(value)
@@ -47,23 +47,23 @@ Settings = Annotated[dict[str, Annotated[Any, PlainValidator(_is_setting)]], Tag
 
 
 class Section(BaseModel):
-    """A part of the project file: nothing unknown in it, nothing changed after it was read."""
+    """Base of the project file's sections: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("input should not be true or false")
         return value
 
 
 class TrainingConfig(Section):
-    """How one model trains. Every field has a default that works; experts and seed may override any."""
+    """Training settings of one model. Experts and seed may override any field."""
 
     tokens: Positive = 150_000
-    """Budget of one run, in tokens."""
+    """Training budget of one run, in tokens."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
     """Tokens per block."""
     batch_size: Positive = 8
@@ -73,40 +73,40 @@ class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate."""
     final_learning_rate: Share = 0.1
-    """Learning rate at the end of the schedule, as a share of the peak."""
+    """Learning rate at the end of the schedule, as a fraction of the peak."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Share = 0.08
-    """Share of the whole schedule over which the learning rate rises from 0."""
+    """Warm-up: fraction of the full schedule over which the learning rate rises from 0."""
     schedule_begin: Share | None = None
-    """Where in the whole schedule the run begins. Not set: where the seed's run ended, else 0."""
+    """Position in the full schedule, from 0 to 1, where the run starts. None: where the seed's run ended, else 0."""
     schedule_end: Share = 1.0
-    """Where in the whole schedule the run ends; a seed that experts continue ends before 1."""
+    """Position in the full schedule where the run ends; below 1 for a seed that experts continue."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Applied to matrices only."""
+    """Weight decay, applied to matrices only."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(gt=0)] | None = 1.0
-    """Largest norm of the gradient; null switches clipping off."""
+    """Maximum gradient norm; null disables clipping."""
     inherit_optimiser: bool = True
-    """Start from the seed's optimiser state when it has one (Branch-Train-Merge's code does)."""
+    """Start from the seed's optimiser state if it has one, as Branch-Train-Merge's code does."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 autocast on a GPU that has it, else float32."""
+    """`auto`: bfloat16 autocast on a GPU that supports it, otherwise float32."""
     compile: bool = False
-    """Compile the model with torch.compile: slower start, faster steps."""
+    """Compile the model with torch.compile: slower start-up, faster steps."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
     threads: Positive = 1
-    """CPU threads of the training process. Changing it may change the last bits of the result."""
+    """CPU threads of the training process; changing it may change the last bits of the result."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Random seed of the data order (and of the initial weights of a seed made from scratch)."""
+    """Random seed of the data order, and of the initial weights of a seed pretrained from scratch."""
     log_every: Positive = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl."""
     validate_every: Positive | None = None
-    """Steps between two looks at validation text. Not set: four looks per run."""
+    """Steps between validation passes. None: four passes per run."""
     validation_blocks: Positive = 32
-    """Blocks of each domain that such a look reads."""
+    """Blocks of each domain per validation pass."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds between two checkpoints."""
+    """Seconds between checkpoints."""
 
     @model_validator(mode="after")
     def _span_goes_forward(self) -> TrainingConfig:
@@ -120,76 +120,76 @@ class TrainingConfig(Section):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that the budget pays for, at least one."""
+        """Number of optimiser steps within the token budget, at least one."""
         return max(self.tokens // self.tokens_per_step, 1)
 
 
 class DpConfig(Section):
-    """Differential privacy of an expert: how much may be known of any one block of its text (docs/privacy.md)."""
+    """Differential privacy of an expert, with one block of its text as the unit (docs/privacy.md)."""
 
     epsilon: Annotated[float, Field(gt=0)]
-    """Budget of the whole run."""
+    """Privacy budget epsilon of the whole run."""
     delta: Annotated[float, Field(gt=0, lt=1)]
-    """Chance that the budget does not hold; must be below one in the number of blocks."""
+    """Probability that the epsilon bound fails; must be below 1 / number of blocks."""
     clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of one block's gradient; longer ones are cut to it."""
+    """Maximum norm of each block's gradient; larger gradients are clipped."""
     accountant: Literal["rdp", "prv"] = "rdp"
-    """Opacus's accountant: `rdp` in closed form, `prv` numerical, a few percent less noise after some seconds."""
+    """Opacus accountant: `rdp` is closed-form; `prv` is numerical, takes seconds and needs a few percent less noise."""
     noise: Literal["secret", "seeded"] = "secret"
-    """`secret`: from a key that nobody has when the run is over. `seeded`: from `training.seed`, to repeat a run;
-    protects nobody, since whoever reads the seed can subtract the noise."""
+    """`secret`: from a key that is deleted when the run ends. `seeded`: from `training.seed`, for reproducible runs;
+    gives no protection, since anyone who knows the seed can subtract the noise."""
     embedding_noise: Annotated[float, Field(gt=0)] | None = None
-    """Noise multiplier of a private domain embedding, paid for out of epsilon. Not set: none is computed."""
+    """Noise multiplier of a private domain embedding, which spends part of epsilon. None: no embedding."""
 
 
 class SeedConfig(Section):
-    """The seed: an imported checkpoint (`from`), or one pretrained here from a preset."""
+    """The seed model: an imported checkpoint (`from`), or a model pretrained from a preset."""
 
     from_: str | None = Field(default=None, alias="from")
     """Folder of a Hugging Face causal language model."""
     preset: str = "tiny"
-    """Size of a seed made from scratch."""
+    """Size of a seed pretrained from scratch."""
     family: Literal["olmo2", "llama"] = "olmo2"
     domains: tuple[str, ...] | None = None
-    """Domains it is pretrained on. Not set: all."""
+    """Domains to pretrain on. None: all."""
     training: TrainingConfig = TrainingConfig()
     licence: str | None = None
 
 
 class DomainConfig(Section):
-    """A named body of text: bundled, or `train` and `valid` files, or one `path` that is split here."""
+    """A named corpus: bundled, `train` and `valid` files, or one `path` to split."""
 
     bundled: str | None = None
     path: str | None = None
-    """File or folder whose documents are split into train and valid."""
+    """File or folder of documents, split into training and validation."""
     train: str | None = None
     valid: str | None = None
     valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the documents that `path` gives to validation."""
+    """Fraction of the documents of `path` used for validation."""
     text_field: str = "text"
-    """Field or column that holds the text."""
+    """Field or column with the text."""
     order: str | None = None
-    """Order in which training documents are packed into blocks (`in_context`). Not set: that of the files."""
+    """Order in which training documents are packed into blocks (`in_context`). None: file order."""
     licence: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DomainConfig:
-        given = [name for name in ("bundled", "path", "train") if getattr(self, name) is not None]
-        if len(given) != 1:
+        sources = [name for name in ("bundled", "path", "train") if getattr(self, name) is not None]
+        if len(sources) != 1:
             raise ValueError("give exactly one of 'bundled', 'path' or 'train'")
         if (self.train is None) != (self.valid is None):
-            raise ValueError("'train' and 'valid' go together; 'path' splits one source by itself")
+            raise ValueError("'train' and 'valid' go together; use 'path' to split one source")
         return self
 
 
 class ExpertConfig(Section):
-    """One expert: where it starts, what of it trains, on which domain."""
+    """One expert: its domain, initial weights and trainable parameters."""
 
     domain: str
     from_: Annotated[Annotated[str, Tag("(word)")] | Shares, _BY_KIND] = Field(default="seed", alias="from")
-    """`seed`, `auto` (average of the experts weighted by the posterior of the new domain), or weights."""
+    """Initial weights: `seed`, `auto` (average of experts, weighted by the new domain's posterior), or weights."""
     trains: str = "all"
-    """A trainer, or a shell-style pattern of tensor names."""
+    """Trainable parameters: a trainer, or a shell-style pattern of tensor names."""
     options: dict[str, Any] = {}
     """Options of the trainer."""
     training: TrainingConfig = TrainingConfig()
@@ -200,40 +200,40 @@ class ExpertConfig(Section):
 
 
 class SearchConfig(Section):
-    """How the weights of a merge are looked for."""
+    """Search for the weights of a merge."""
 
     strategy: Literal["coordinate", "cma"] = "coordinate"
-    """`coordinate`: more and less of each weight in turn; `cma`: CMA-ES."""
+    """`coordinate`: coordinate search, each weight up and down in turn; `cma`: CMA-ES."""
     trials: Positive = 40
-    """Merges that are scored at most, the start among them."""
+    """Maximum number of merges to score, including the start."""
     layer_groups: Positive = 1
-    """Weights for each expert, spread evenly over the layers."""
+    """Number of weights per expert, spread evenly over the layers."""
     blocks: Positive = 32
-    """Validation blocks of each domain that a trial is scored on."""
+    """Validation blocks of each domain for scoring a trial."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of `cma`."""
 
 
 class MergeConfig(Section):
-    """One generalist: method, experts, weights, and the method's own options."""
+    """One generalist: merge method, experts, weights and method options."""
 
     method: str
     experts: tuple[str, ...] | None = None
-    """Not set: every finished expert."""
+    """Experts to merge. None: every finished expert."""
     weights: Annotated[Annotated[Literal["uniform", "posterior"], Tag("(word)")] | Settings, _BY_KIND] = (
         "uniform"
     )
-    """For each expert a number, or numbers per layer and per module."""
+    """`uniform`, `posterior`, or for each expert a number or numbers per layer and per module."""
     fit_on: tuple[str, ...] | None = None
-    """Domains whose validation text priors and posterior weights are fitted on. Not set: the experts' own."""
+    """Domains with the validation text for priors and posterior weights. None: the experts' domains."""
     options: dict[str, Any] = {}
-    """The method's. Each may be a number, a gradient over the layers, `[{filter, value}]`, or one for each expert."""
+    """Method options. Each may be a number, a gradient over the layers, `[{filter, value}]`, or one per expert."""
     tokenizer: str = "refuse"
-    """Where tokenizers differ: `refuse`, `base` (the seed's), `union`, or the name of an expert."""
+    """Handling of different tokenizers: `refuse`, `base` (the seed's), `union`, or the name of an expert."""
     dtype: str | None = None
-    """Of the result. Not set: the seed's."""
+    """Dtype of the result. None: the seed's."""
     search: SearchConfig | None = None
-    """Look for the weights that predict validation text best, from the posterior's on."""
+    """Search for the weights with the lowest validation loss, starting from the posterior's weights."""
 
     @field_validator("dtype")
     @classmethod
@@ -247,25 +247,38 @@ class MergeConfig(Section):
 
     @property
     def stored_dtype(self) -> str | None:
-        """The dtype as safetensors spells it."""
+        """safetensors' name of the dtype."""
         return dtype_of_word(self.dtype) if self.dtype is not None else None
 
 
+class LauncherConfig(Section):
+    """Launcher of training runs. A bare name in the project file means no options."""
+
+    name: str = "local"
+    options: dict[str, Any] = {}
+    """Options of the launcher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, content: Any) -> Any:
+        return {"name": content} if isinstance(content, str) else content
+
+
 class ProjectConfig(Section):
-    """All of `expertctl.yaml`."""
+    """The whole of `expertctl.yaml`."""
 
     seed: SeedConfig = SeedConfig()
     domains: dict[str, DomainConfig] = {}
     training: TrainingConfig = TrainingConfig()
-    """What seed and experts share; each may override any field under its own `training`."""
+    """Settings shared by seed and experts; each may override any field under its own `training`."""
     experts: dict[str, ExpertConfig] = {}
     merges: dict[str, MergeConfig] = {}
-    launcher: str = "local"
+    launcher: LauncherConfig = LauncherConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _empty_is_not_set(cls, content: Any) -> Any:
-        """Take `experts:` with only comments below it as not set."""
+        """Treat an empty section, such as `experts:` with only comments below it, as not set."""
         if isinstance(content, dict):
             return {key: value for key, value in content.items() if value is not None}
         return content
@@ -276,7 +289,7 @@ class ProjectConfig(Section):
             if not DOMAIN_NAME.fullmatch(name):
                 raise PydanticCustomError(
                     "domain_name",
-                    "a domain cannot be called '{name}': use letters, digits, '-', '_' and '.', beginning with a "
+                    "a domain cannot be called '{name}': use letters, digits, '-', '_' and '.', starting with a "
                     "letter or digit",
                     {"name": name, "at": ("domains", name)},
                 )
@@ -296,28 +309,30 @@ class ProjectConfig(Section):
             hint = (
                 f" (did you mean '{guess}'?)" if guess else f"; domains: {', '.join(self.domains) or 'none'}"
             )
-            # custom, since a ValueError could not carry the place that the line number is looked up by
+            # a custom error because a ValueError cannot carry the location for the line number
             raise PydanticCustomError(
                 "unknown_domain",
-                "there is no domain '{domain}'{hint}",
+                "no domain '{domain}'{hint}",
                 {"domain": domain, "hint": hint, "at": where},
             )
 
     def training_of(self, own: TrainingConfig) -> TrainingConfig:
-        """Return the project's training settings with the fields that `own` sets laid over them."""
+        """Return the project's training settings, overridden by the fields set in `own`."""
         return overlay(self.training, own)
 
 
 def overlay(base: Model, own: Model) -> Model:
-    """Return `base` with every field that was given to `own` explicitly."""
-    given = {name: getattr(own, name) for name in own.model_fields_set}
-    return checked(type(base), {**base.model_dump(by_alias=True, exclude_unset=True), **given}, "training")
+    """Return `base`, overridden by every field that is set explicitly in `own`."""
+    overrides = {name: getattr(own, name) for name in own.model_fields_set}
+    return validate_settings(
+        type(base), {**base.model_dump(by_alias=True, exclude_unset=True), **overrides}, "training"
+    )
 
 
-def checked(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
-    """Return settings that were given in code or on a command line as a section of the project file.
+def validate_settings(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
+    """Validate settings from code or the command line and return them as a section of the project file.
 
-    Raises `UserError` that names `what`, the key and the nearest valid name.
+    Raises `UserError` with `what`, the key and the nearest valid name.
     """
     try:
         return kind.model_validate(dict(values))

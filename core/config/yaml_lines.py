@@ -1,4 +1,4 @@
-"""YAML with the line of every key, for errors that say where something stands."""
+"""YAML parsing with the line number of every key, for error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KeyPath = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for which `1e-3` is a number too: it follows YAML 1.1, whose floats need a dot."""
+    """PyYAML's safe loader, extended to read `1e-3` as a float (YAML 1.1 requires a dot)."""
 
 
 _Loader.add_implicit_resolver(
@@ -23,19 +23,19 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, path: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """Return a YAML document and the line of every key in it; raises `UserError` for bad or repeated keys."""
+    """Return a YAML document and the line of every key; raises `UserError` for invalid YAML or duplicate keys."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         lines: dict[KeyPath, int] = {}
         if node is not None:
             _note_lines(node, (), lines, path)
-        return yaml.load(text, Loader=_Loader), lines  # a safe loader
+        return yaml.load(text, Loader=_Loader), lines  # _Loader derives from SafeLoader
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, RecursionError) as error:  # the 31st of February, a list that contains itself
+    except (ValueError, RecursionError) as error:  # such as an impossible date, a list that contains itself
         raise UserError(f"{path}: not valid YAML: {error}") from None
 
 
@@ -44,10 +44,10 @@ def _note_lines(node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], path: P
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # the loader refuses it
+                continue  # yaml.load rejects it
             here = (*at, key.value)
             if here in lines:
-                raise UserError(f"{path}:{key.start_mark.line + 1}: '{key.value}' stands here twice")
+                raise UserError(f"{path}:{key.start_mark.line + 1}: duplicate key '{key.value}'")
             lines[here] = key.start_mark.line + 1
             _note_lines(value, here, lines, path)
     elif isinstance(node, yaml.SequenceNode):

@@ -14,11 +14,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """What one evaluator found for one model on one domain."""
+    """The values of one evaluator for one model on one domain."""
 
     values: Mapping[str, float]
     """Metric name -> value, such as `{"bits_per_byte": 1.9}`."""
     tokens: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One value that an evaluator returns."""
+
+    name: str
+    """Key in `Score.values` and in JSON output."""
+    title: str
+    """Name in tables, such as `bits per byte`."""
+    higher_is_better: bool = False
+
+    def best(self, values: Mapping[str, float]) -> str:
+        """Return the model with the best of some values, the first one of equals."""
+        return (max if self.higher_is_better else min)(values, key=lambda model: values[model])
+
+    def is_worse(self, value: float, other: float) -> bool:
+        """Return whether `value` is worse than `other`."""
+        return value < other if self.higher_is_better else value > other
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,7 @@ class Evaluator:
 
     name: str
     summary: str
-    metrics: tuple[str, ...]
-    """Names of the values that it gives, the first one being what tables show."""
+    metrics: tuple[Metric, ...]
+    """The values that it returns; comparisons and gates use the first one."""
     evaluate: Callable[[PreTrainedModel, TokenBlocks], Score]
+    """`evaluate(model, blocks)`; `Score.values` holds a number for every metric."""

@@ -1,7 +1,7 @@
 """Finding plugins, keeping a broken one from breaking the rest, and typed access to what they offer.
 
 Only this module touches pluggy's hooks. Everything else asks `installed_plugins()` for what it needs:
-`installed_plugins().merge_method("average")`.
+`installed_plugins().offer(MergeMethod, "average")`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
-from ..artefacts.lineage import package_version
+from ..artefacts.versions import package_version
 from ..errors import closest, unknown_name
 from . import hookspecs
 from .evaluation import Evaluator
@@ -26,7 +26,6 @@ from .merging import MergeMethod
 from .mixtures import Architecture, Router
 from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
 from .training import Launcher, Trainer
-from .usual_architecture import usual_architecture
 
 if TYPE_CHECKING:
     import click
@@ -55,6 +54,29 @@ BUILTIN_PLUGINS = (
 )
 
 Offer = TypeVar("Offer")
+
+
+@dataclass(frozen=True)
+class OfferKind:
+    """A kind of thing that plugins offer."""
+
+    hook: str
+    """The hook that returns a list of them."""
+    noun: str
+    """Its name in messages."""
+
+
+OFFER_KINDS: Mapping[type, OfferKind] = {
+    MergeMethod: OfferKind("merge_methods", "merge method"),
+    Router: OfferKind("routers", "router"),
+    Trainer: OfferKind("trainers", "trainer"),
+    Launcher: OfferKind("launchers", "launcher"),
+    CorpusFormat: OfferKind("corpus_formats", "corpus format"),
+    DomainDiscoverer: OfferKind("domain_discoverers", "domain discoverer"),
+    DocumentOrder: OfferKind("document_orders", "document order"),
+    Evaluator: OfferKind("evaluators", "evaluator"),
+    Architecture: OfferKind("architectures", "architecture"),
+}
 
 
 @dataclass(frozen=True)
@@ -188,83 +210,29 @@ class PluginManager:
 
     # --- what plugins offer ---
 
-    def merge_methods(self) -> Mapping[str, MergeMethod]:
-        return self._collect("merge_methods", MergeMethod)
+    def offers(self, kind: type[Offer]) -> Mapping[str, Offer]:
+        """Return all offers of one kind by name, such as `offers(MergeMethod)`; those of the built-ins come first."""
+        return self._collect(OFFER_KINDS[kind].hook, kind)
 
-    def merge_method(self, name: str) -> MergeMethod:
-        """Return the merge method of that name; raises `UserError` that lists the choices."""
-        return _pick("merge method", name, self.merge_methods())
+    def offer(self, kind: type[Offer], name: str) -> Offer:
+        """Return one offer; raises `UserError` that lists the choices."""
+        offers = self.offers(kind)
+        if name not in offers:
+            raise unknown_name(OFFER_KINDS[kind].noun, name, offers, listed_as="installed")
+        return offers[name]
 
-    def routers(self) -> Mapping[str, Router]:
-        return self._collect("routers", Router)
-
-    def router(self, name: str) -> Router:
-        """Return the way to begin a router of that name; raises `UserError` that lists the choices."""
-        return _pick("router", name, self.routers())
-
-    def auto_classes(self) -> list[tuple[type, type]]:
-        """Return the (config, model) classes that merge methods bring; one that fails is reported and left out."""
-        found = []
-        for name, method in self.merge_methods().items():
-            if method.auto_classes is None:
-                continue
-            try:
-                found.append(method.auto_classes())
-            except Exception as error:
-                plugin = self.provider("merge_methods", name)
-                if plugin.distribution == hookspecs.PROJECT:
-                    raise
-                self._add_problem(
-                    plugin.name, plugin.distribution, f"auto_classes failed: {_one_line(error)}"
-                )
-        return found
-
-    def trainers(self) -> Mapping[str, Trainer]:
-        return self._collect("trainers", Trainer)
-
-    def trainer(self, name: str) -> Trainer:
-        return _pick("trainer", name, self.trainers())
-
-    def launchers(self) -> Mapping[str, Launcher]:
-        return self._collect("launchers", Launcher)
-
-    def launcher(self, name: str) -> Launcher:
-        return _pick("launcher", name, self.launchers())
-
-    def corpus_formats(self) -> Mapping[str, CorpusFormat]:
-        return self._collect("corpus_formats", CorpusFormat)
-
-    def domain_discoverers(self) -> Mapping[str, DomainDiscoverer]:
-        return self._collect("domain_discoverers", DomainDiscoverer)
-
-    def domain_discoverer(self, name: str) -> DomainDiscoverer:
-        return _pick("domain discoverer", name, self.domain_discoverers())
-
-    def document_orders(self) -> Mapping[str, DocumentOrder]:
-        return self._collect("document_orders", DocumentOrder)
-
-    def document_order(self, name: str) -> DocumentOrder:
-        return _pick("document order", name, self.document_orders())
-
-    def evaluators(self) -> Mapping[str, Evaluator]:
-        return self._collect("evaluators", Evaluator)
-
-    def evaluator(self, name: str) -> Evaluator:
-        return _pick("evaluator", name, self.evaluators())
-
-    def architectures(self) -> Mapping[str, Architecture]:
-        return self._collect("architectures", Architecture)
-
-    def architecture_of(self, model_type: str) -> Architecture:
-        """Return the family that a `config.json` model type belongs to; one that nobody describes keeps its parts as usual."""
-        families = {kind: family for family in self.architectures().values() for kind in family.model_types}
-        return families.get(model_type) or usual_architecture(model_type)
-
-    def provider(self, hook: str, name: str) -> PluginInfo:
-        """Return the plugin that brought one offer, such as merge method 'average'."""
-        getattr(self, hook)()
-        plugin = self._owners[hook, name]
+    def provider(self, kind: type, name: str) -> PluginInfo:
+        """Return the plugin that brought one offer."""
+        self.offers(kind)
+        plugin = self._owners[OFFER_KINDS[kind].hook, name]
         return next(info for info in self.plugins() if info.name == plugin)
+
+    def report_failure(self, kind: type, name: str, action: str, error: Exception) -> None:
+        """Report that an offer of a third party failed at `action`; a failure of a built-in is our bug and is raised."""
+        plugin = self.provider(kind, name)
+        if plugin.distribution == hookspecs.PROJECT:
+            raise error
+        self._add_problem(plugin.name, plugin.distribution, f"{action} failed: {_one_line(error)}")
 
     def _collect(self, hook: str, offered: type[Offer]) -> Mapping[str, Offer]:
         """Call one collecting hook, plugin by plugin, and keep what is of the right type and new."""
@@ -353,12 +321,6 @@ def installed_plugins() -> PluginManager:
     manager.load_builtins()
     manager.load_entry_points()
     return manager
-
-
-def _pick(what: str, name: str, offers: Mapping[str, Offer]) -> Offer:
-    if name not in offers:
-        raise unknown_name(what, name, offers, listed_as="installed")
-    return offers[name]
 
 
 def _kind(value: object) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..manifests.generalist import GeneralistKind
     from .text import ValidationText
 
 
@@ -21,7 +22,7 @@ class TensorGroup:
     """One tensor of the seed with the same tensor of every expert: all a per-tensor merge method sees.
 
     All of one shape, and float32 whatever the files hold (float64 where they hold that): the engine rounds once,
-    when it writes. They are torch tensors, or numpy arrays where the method takes any (`MergeMethod.arrays`).
+    when it writes. They are torch tensors, or numpy arrays where the method takes any (`TensorMerge.arrays`).
     A method must not change them.
     """
 
@@ -32,7 +33,7 @@ class TensorGroup:
     weights: tuple[float, ...]
     """One for each expert; what they mean says `MergeMethod.weights`."""
     seed_or_none: Tensor | None = None
-    """None where the method does without (`MergeMethod.uses_seed`); all others read `seed`."""
+    """None where the method does without (`TensorMerge.uses_seed`); all others read `seed`."""
     statistics: tuple[Tensor | None, ...] = ()
     """What `expertctl stats` gathered on this tensor, one for each expert, where the method asks for it."""
 
@@ -54,69 +55,85 @@ class BuiltModel:
 
     weights: Mapping[str, float] | None = None
     """How much each expert counts; empty where that differs from text to text; None: the merge's weights."""
-    settled: Mapping[str, Any] = field(default_factory=dict)
+    resolved_options: Mapping[str, Any] = field(default_factory=dict)
     """Options that the method chose by itself, as a user would give them to get the same model."""
 
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A way from seed and experts to a generalist.
-
-    Offer `merge` for a method that works tensor by tensor (the engine reads, streams and writes), `assemble` for one
-    that puts experts' tensors together as a model of another class (the engine copies), or `build` for one that
-    makes a model of its own kind.
-    """
+    """A way from seed and experts to a generalist: a `TensorMerge`, an `Assembler` or a `ModelBuilder`."""
 
     name: str
     summary: str
-    merge: Callable[[TensorGroup, Any], Tensor] | None = None
-    """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor, from
-    several threads at once."""
-    build: Callable[[MergeInputs, Any, Path], BuiltModel | None] | None = None
-    """`build(inputs, options, folder)` writes a loadable model folder into `folder`, and may say how it came out."""
-    kind: str = "average"
-    """What comes out: `average`, `ensemble`, `moe` or `stitched`."""
-    options: type | None = None
-    """A frozen dataclass with a default for every field, or None. Every number in it may be set per layer and per
-    module; a field annotated `PerExpert` per expert too. A trailing underscore (`lambda_`) is left out by users."""
-    assemble: Callable[[Any, Any], Any] | None = None
-    """`assemble(inputs, options)` plans a model of another architecture from the tensors of the experts: takes
-    `merge.mixture.inputs.AssemblyInputs`, returns `merge.mixture.assembly.Assembly`; the engine reads and writes."""
-    auto_classes: Callable[[], tuple[type, type]] | None = None
-    """For a method whose model is no class of transformers: returns (config class, model class)."""
-    uses_seed: bool | Callable[[Any], bool] = True
-    """Whether `merge` reads the seed's tensors; a function of the options where it depends on them."""
-    elementwise: bool = False
-    """Every number of the result depends only on the same place of the inputs, so that the engine may hand over a
-    tensor in pieces (flat ones) and never holds it whole."""
-    keeps_seed: bool = True
-    """Experts that all equal the seed give the seed, whatever the options; such tensors are copied unread."""
-    arrays: Literal["torch", "any"] = "torch"
-    """`any`: works on numpy arrays and torch tensors alike, and is spared the import of torch on a CPU."""
-    weights: Literal["shares", "factors"] = "shares"
-    """`shares`: at least 0, summing to 1. `factors`: as given, of any sign, 1 for each expert when not given."""
-    expert_count: tuple[int, int | None] = (1, None)
+    options: type | None = field(default=None, kw_only=True)
+    """A frozen dataclass with a default for every field, or None. Users leave out a trailing underscore (`lambda_`)."""
+    kind: GeneralistKind = field(default="average", kw_only=True)
+    """What kind of generalist it makes."""
+    weights: Literal["shares", "factors"] = field(default="shares", kw_only=True)
+    """`shares`: at least 0, summing to 1. `factors`: any numbers, 1 for each expert by default."""
+    expert_count: tuple[int, int | None] = field(default=(1, None), kw_only=True)
     """Fewest and most experts that it can merge; None: no limit."""
-    switch_off: Callable[[Any, Sequence[str], Collection[str]], PreTrainedModel] | None = None
+    auto_classes: Callable[[], tuple[type, type]] | None = field(default=None, kw_only=True)
+    """Returns (configuration class, model class), for models that transformers has no class for."""
+    switch_off: Callable[[Any, Sequence[str], Collection[str]], PreTrainedModel] | None = field(
+        default=None, kw_only=True
+    )
     """`switch_off(model, experts, gone)` returns a loaded model without some of its `experts` (all, in order)."""
-    takes_models: bool = False
-    """Whether `build` takes any folder of a model with the seed's tokenizer, not only experts of the seed."""
-    statistics: str | None = None
-    """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
 
     def __post_init__(self) -> None:
-        offered = [name for name in ("merge", "build", "assemble") if getattr(self, name) is not None]
-        if len(offered) != 1:
-            what = " and ".join(f"'{name}'" for name in offered) or "none"
+        if type(self) is MergeMethod:
             raise ValueError(
-                f"merge method '{self.name}' offers {what} of 'merge', 'build' and 'assemble'; exactly one is needed"
+                f"merge method '{self.name}' is a plain MergeMethod; use TensorMerge, Assembler or ModelBuilder"
             )
         check_options_class(self.options, f"merge method '{self.name}'")
 
 
 @dataclass(frozen=True)
+class TensorMerge(MergeMethod):
+    """Merges tensor by tensor; the engine reads, streams and writes.
+
+    Every number in its options may be set per layer and per module, a field annotated `PerExpert` per expert too.
+    """
+
+    merge: Callable[[TensorGroup, Any], Tensor]
+    """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor, from
+    several threads at once."""
+    uses_seed: bool | Callable[[Any], bool] = field(default=True, kw_only=True)
+    """Whether `merge` reads the seed's tensors; a function of the options where it depends on them."""
+    elementwise: bool = field(default=False, kw_only=True)
+    """Whether every element of the result depends only on the same element of the inputs, so that the engine may pass
+    a tensor in flat pieces and never holds it whole."""
+    keeps_seed: bool = field(default=True, kw_only=True)
+    """Whether experts equal to the seed give the seed for any options; the engine then copies such tensors unread."""
+    arrays: Literal["torch", "any"] = field(default="torch", kw_only=True)
+    """`any`: works on numpy arrays as well, so that torch need not be imported for a merge on a CPU."""
+    statistics: str | None = field(default=None, kw_only=True)
+    """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
+
+
+@dataclass(frozen=True)
+class Assembler(MergeMethod):
+    """Puts the experts' tensors together as a model of another class; the engine copies and writes."""
+
+    assemble: Callable[[Any, Any], Any]
+    """`assemble(inputs, options)` takes `merge.planning.assembly_inputs.AssemblyInputs` and returns
+    `merge.planning.assembly.Assembly`."""
+    kind: GeneralistKind = field(default="moe", kw_only=True)
+
+
+@dataclass(frozen=True)
+class ModelBuilder(MergeMethod):
+    """Builds a model of its own kind from whole models, such as an ensemble."""
+
+    build: Callable[[MergeInputs, Any, Path], BuiltModel | None]
+    """`build(inputs, options, folder)` writes a loadable model into `folder`; the result may replace weights and options."""
+    takes_models: bool = field(default=False, kw_only=True)
+    """Whether it takes any model with the seed's tokenizer, not only experts of the seed."""
+
+
+@dataclass(frozen=True)
 class MergeInputs:
-    """Everything a `build` merge method may read."""
+    """Everything that a `ModelBuilder` may read."""
 
     seed: Path
     """The seed's folder."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..text.token_store import TokenBlocks
-    from .training import PrivateReleases
 
 
 @dataclass(frozen=True)
@@ -110,22 +109,6 @@ class DomainDiscoverer:
 
     def __post_init__(self) -> None:
         check_options_class(self.options, f"domain discoverer '{self.name}'")
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """The text of a run, as a trainer may read it before training begins."""
-
-    domains: Mapping[str, TokenBlocks]
-    """Training parts of the run's own domains."""
-    other: Callable[[str], TokenBlocks]
-    """Returns the training part of another domain of the project; raises `UserError` for one that there is not."""
-    seed_domains: tuple[str, ...]
-    """Domains of the project that the seed was pretrained on."""
-    folder: Path
-    """Of the model that training starts from."""
-    private: PrivateReleases | None = None
-    """Not None: the run is private, and nothing that depends on `domains` may be used unless it comes through this."""
 
 
 @dataclass(frozen=True)

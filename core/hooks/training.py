@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from ..text.token_store import TokenBlocks
+
 
 class PrivateReleases(Protocol):
     """The only way to what a trainer may learn of private text before training; everything is paid for out of epsilon."""
@@ -49,9 +51,8 @@ class TrainablePart:
     tell_step: Callable[[int], None] | None = None
     """Told before each optimiser step how many were done."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What the manifest of a generalist says besides: `method`, `kind`, `weights` ... What stands under `tuning` is
-    laid over what it says of this training: `made`, names of experts that came to be in it; `began_as`, what they are copies of
-    where they alone trained."""
+    """Fields of the generalist's manifest that differ from its base (`GeneralistConfig`), such as `method`, `kind` and
+    `weights`. Under `tuning`: fields of this run's `Tuning`, such as `trained_inside` and `copied_from`."""
     measures: Callable[[], Mapping[str, float]] | None = None
     """Returns what is worth logging of the last forward pass, beside its loss; called when a step is logged."""
     shares: Mapping[str, float] | None = None
@@ -63,19 +64,55 @@ class TrainablePart:
 
 
 @dataclass(frozen=True)
+class TrainingText:
+    """The text of a run, as a trainer may read it before training begins."""
+
+    domains: Mapping[str, TokenBlocks]
+    """Training parts of the run's own domains."""
+    other: Callable[[str], TokenBlocks]
+    """Returns the training part of another domain of the project; raises `UserError` for one that there is not."""
+    seed_domains: tuple[str, ...]
+    """Domains of the project that the seed was pretrained on."""
+    folder: Path
+    """Of the model that training starts from."""
+    private: PrivateReleases | None = None
+    """Not None: the run is private, and nothing that depends on `domains` may be used unless it comes through this."""
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """Everything that a trainer may use to prepare a run."""
+
+    model: PreTrainedModel
+    """The model that training starts from, on the CPU."""
+    options: Any = None
+    """The trainer's options."""
+    text_or_none: TrainingText | None = None
+    """The run's text; None unless the trainer declares `uses_text`."""
+
+    @property
+    def text(self) -> TrainingText:
+        """The run's text; only for trainers that declare `uses_text`."""
+        if self.text_or_none is None:
+            raise ValueError("this trainer does not declare uses_text, so no text is passed to it")
+        return self.text_or_none
+
+
+@dataclass(frozen=True)
 class Trainer:
     """Which part of a model trains, and how."""
 
     name: str
     summary: str
-    prepare: Callable[..., TrainablePart]
-    """`prepare(model, options)` freezes what stays and returns what moves; with `uses_text` it is called as
-    `prepare(model, options, text)` with a `TrainingText`."""
+    prepare: Callable[[TrainingContext], TrainablePart]
+    """`prepare(context)` freezes the other parameters of the model and returns the trainable ones."""
     options: type | None = None
     """A frozen dataclass with a default for every field, or None."""
     uses_text: bool = False
+    """Whether it reads `TrainingContext.text` before training begins."""
     private_text: bool = False
-    """With `uses_text`: whether it keeps to `TrainingText.private`; others are refused private runs."""
+    """With `uses_text`: whether it reads the run's own domains only through `TrainingText.private`. Private runs refuse
+    other trainers that use text."""
     makes: Literal["expert", "generalist"] = "expert"
     """What a run becomes: tensors that changed (`branch` and `train`), or a whole model (`tune`)."""
     restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None
@@ -115,6 +152,11 @@ class Launcher:
 
     name: str
     summary: str
-    launch: Callable[[Sequence[Path], int, RunReporter], list[LaunchResult]]
-    """`launch(runs, jobs, reporter)` trains every run folder, at most `jobs` at a time, and returns when all
-    have ended. One run that dies must not touch the others."""
+    launch: Callable[[Sequence[Path], int, RunReporter, Any], list[LaunchResult]]
+    """`launch(runs, jobs, reporter, options)` trains every run folder, at most `jobs` at a time, and returns when all
+    have ended. A run that fails must not affect the others."""
+    options: type | None = None
+    """A frozen dataclass with a default for every field, or None."""
+
+    def __post_init__(self) -> None:
+        check_options_class(self.options, f"launcher '{self.name}'")

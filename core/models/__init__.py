@@ -1,1 +1,1 @@
-"""Loading models, scoring text with them, generating from them."""
+"""Model loading, scoring and text generation."""

@@ -1,6 +1,6 @@
-"""A model's feed-forwards: where they are, and what they are given on a text.
+"""A model's feed-forward networks (FFNs) and the moments of their inputs.
 
-What a feed-forward is given is what a mixture's router sees in its place. Shapes: L = layers, d = width of the model.
+An FFN's input is also the input of the router that replaces it in a mixture. Shapes: L = layers, d = model width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..hooks.manager import installed_plugins
+from ..hooks.architectures import architecture_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,41 +21,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One layer's feed-forward, and where it can be exchanged for another."""
+    """The FFN of one layer, with the parent module and attribute through which it can be replaced."""
 
     name: str
-    """Its whole name in the model: `model.layers.3.mlp`."""
+    """Qualified name in the model, such as `model.layers.3.mlp`."""
     parent: nn.Module
     attribute: str
 
     @property
     def module(self) -> nn.Module:
-        found: nn.Module = getattr(self.parent, self.attribute)
-        return found
+        module: nn.Module = getattr(self.parent, self.attribute)
+        return module
 
 
 def feed_forwards(model: PreTrainedModel) -> list[FeedForward]:
-    """Return a model's feed-forwards, first layer first; raises `UserError` for a family that is not known."""
-    family = installed_plugins().architecture_of(model.config.model_type)
+    """Return a model's FFNs, first layer first; raises `UserError` if its family's FFN modules do not exist."""
+    family = architecture_of(model.config.model_type)
     modules = dict(model.named_modules())
-    wanted = [pattern.removesuffix(".*") for pattern in family.feed_forward]
-    found = []
+    patterns = [pattern.removesuffix(".*") for pattern in family.feed_forward]
+    networks = []
     for name in modules:
-        if any(fnmatchcase(name, pattern) and name.count(".") == pattern.count(".") for pattern in wanted):
+        if any(fnmatchcase(name, pattern) and name.count(".") == pattern.count(".") for pattern in patterns):
             parent, _, attribute = name.rpartition(".")
-            found.append(FeedForward(name, modules[parent], attribute))
-    if not found:
+            networks.append(FeedForward(name, modules[parent], attribute))
+    if not networks:
         raise UserError(
-            f"the model has no module {', '.join(wanted)}, where family '{family.name}' keeps its feed-forwards"
+            f"the model has no module {', '.join(patterns)}, the feed-forward networks of family '{family.name}'"
         )
-    return found
+    return networks
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Moments of what the feed-forwards are given, float64."""
+    """First and second moments of the FFN inputs, in float64."""
 
     tokens: int
+    """Number of tokens averaged over."""
     mean: Tensor
     """(L, d)."""
     second: Tensor
@@ -65,15 +66,15 @@ class InputMoments:
 def input_moments(
     model: PreTrainedModel, blocks: Iterable[NDArray[Any]], *, full: bool = False
 ) -> InputMoments:
-    """Return the moments of all feed-forwards' inputs over token arrays (tokens,); raises `UserError` without any.
+    """Return the moments of all FFN inputs over token arrays (tokens,); raises `UserError` if there are none.
 
-    With `full` the second moments are matrices, else their diagonals.
+    With `full` the second moments are matrices, otherwise their diagonals.
     """
     import torch
 
-    parts = feed_forwards(model)
-    sums: list[Any] = [None] * len(parts)
-    squares: list[Any] = [None] * len(parts)
+    networks = feed_forwards(model)
+    sums: list[Any] = [None] * len(networks)
+    squares: list[Any] = [None] * len(networks)
     tokens = 0
 
     def hook(layer: int) -> Any:
@@ -85,7 +86,9 @@ def input_moments(
 
         return gather
 
-    handles = [part.module.register_forward_pre_hook(hook(layer)) for layer, part in enumerate(parts)]
+    handles = [
+        network.module.register_forward_pre_hook(hook(layer)) for layer, network in enumerate(networks)
+    ]
     try:
         with torch.inference_mode():
             for block in blocks:
@@ -95,12 +98,12 @@ def input_moments(
         for handle in handles:
             handle.remove()
     if not tokens:
-        raise UserError("there is no text to look at; add some, or lower training.sequence_length")
+        raise UserError("no text to measure; add text or lower training.sequence_length")
     return InputMoments(tokens, torch.stack(sums).cpu() / tokens, torch.stack(squares).cpu() / tokens)
 
 
 def spread_blocks(blocks: Any, count: int) -> list[NDArray[Any]]:
-    """Return up to `count` blocks, evenly spread over a part, since neighbours are of one document."""
+    """Return up to `count` evenly spaced blocks, since adjacent blocks are from the same document."""
     available = len(blocks)
-    taken = min(count, available)
-    return [blocks.block(index * available // taken)[:-1] for index in range(taken)]
+    num_selected = min(count, available)
+    return [blocks.block(index * available // num_selected)[:-1] for index in range(num_selected)]

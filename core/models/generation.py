@@ -1,4 +1,4 @@
-"""Sampling text from any artefact, and which expert of a generalist carried each token.
+"""Text generation from any artefact, with each expert's responsibility for each token.
 
 Shapes: B = 1, T = tokens, K = experts.
 """
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """One token of prompt or continuation."""
+    """One token of the prompt or the continuation."""
 
     id: int
     text: str
-    """What it adds to the text; empty for all but the last token of a character that several make up."""
+    """Decoded text; for a character of several tokens, empty for all but the last."""
     shares: Mapping[str, float] | None
-    """p(expert carried it), summing to 1; None where nobody predicted it (the first) or nobody asked."""
+    """Responsibility of each expert, summing to 1; None for the first token or if not requested."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Generation:
     prompt: tuple[GeneratedToken, ...]
     continuation: tuple[GeneratedToken, ...]
     experts: tuple[str, ...]
-    """Names of the experts that shares speak of; empty when nobody asked."""
+    """Names of the experts in `shares`; empty if not requested."""
 
     @property
     def text(self) -> str:
@@ -57,10 +57,10 @@ def generate(
     shares: bool = False,
     tell: Callable[[int], None] = lambda tokens: None,
 ) -> Generation:
-    """Sample a continuation of `prompt`; temperature 0 takes the most probable token each time.
+    """Sample a continuation of `prompt`; temperature 0 is greedy decoding.
 
-    `tell` hears how many tokens there are so far. Raises `UserError` for a model without experts when
-    `shares` are asked for, and for a prompt that leaves no room.
+    `tell` is called with the number of new tokens so far. Raises `UserError` if `shares` are requested from a model
+    without experts, and if prompt and continuation exceed the model's positions.
     """
     import torch
 
@@ -68,7 +68,7 @@ def generate(
     model, tokenizer = load_model(folder, without=without)
     if shares and not hasattr(model, "responsibilities"):
         raise UserError(
-            f"{folder.name} does not mix experts token by token, so no token has an expert; ask an ensemble"
+            f"{folder.name} does not mix the experts' predictions per token; request shares from an ensemble"
         )
     model.to(best_device())
     prompt_1T = _prompt_tokens(model, tokenizer, prompt, max_new_tokens).to(model.device)
@@ -80,26 +80,26 @@ def generate(
             attention_mask=torch.ones_like(prompt_1T),
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
-            streamer=_Teller(tell),
+            streamer=_TokenCounter(tell),
             **sampling,
         )
-        carried = _shares(model, text_1T) if shares else None
+        token_shares = _shares(model, text_1T) if shares else None
     ids = text_1T[0].tolist()
     tokens = [
-        GeneratedToken(token, text, carried[index] if carried else None)
-        for index, (token, text) in enumerate(zip(ids, _pieces(tokenizer, ids), strict=True))
+        GeneratedToken(token, text, token_shares[index] if token_shares else None)
+        for index, (token, text) in enumerate(zip(ids, _decode_each(tokenizer, ids), strict=True))
     ]
-    cut = prompt_1T.shape[1]
+    prompt_length = prompt_1T.shape[1]
     names = tuple(model.expert_names) if shares else ()
-    return Generation(tuple(tokens[:cut]), tuple(tokens[cut:]), names)
+    return Generation(tuple(tokens[:prompt_length]), tuple(tokens[prompt_length:]), names)
 
 
-class _Teller:
-    """What `generate` hands each new token to."""
+class _TokenCounter:
+    """A transformers streamer that reports the number of new tokens."""
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self._tell = tell
-        self._count = -1  # the prompt comes first
+        self._count = -1  # the first call passes the prompt
 
     def put(self, tokens: Tensor) -> None:
         self._count += 1
@@ -111,41 +111,41 @@ class _Teller:
 def _prompt_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
 ) -> Tensor:
-    """Return the prompt as tokens (1, T); an empty one is the token that stands before a document."""
+    """Return the prompt as tokens (1, T); an empty prompt becomes the token that precedes a document."""
     import torch
 
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
-            raise UserError("this model's tokenizer has no token to begin a text with; give a prompt")
+            raise UserError("the model's tokenizer has no begin-of-sequence token; give a prompt")
         ids = [first]
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and len(ids) + max_new_tokens > room:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and len(ids) + max_new_tokens > positions:
         raise UserError(
-            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones are more than the model's {room} positions; "
-            "shorten one of them"
+            f"the prompt has {len(ids)} tokens; with {max_new_tokens} new tokens it exceeds the model's {positions} "
+            "positions; shorten the prompt or request fewer tokens"
         )
     return torch.tensor([ids])
 
 
 def _shares(model: Any, text_1T: Tensor) -> list[Mapping[str, float] | None]:
-    """Return what each expert's part in each token is; the first token was predicted by nobody."""
+    """Return each expert's responsibility for each token; None for the first token, which is not predicted."""
     if text_1T.shape[1] < 2:
         return [None]
     rows = model.responsibilities(text_1T)[0].tolist()
     return [None, *(dict(zip(model.expert_names, row, strict=True)) for row in rows)]
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Return what each token adds to the text; a character of several tokens comes with its last."""
+def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Return the text of each token; a character of several tokens is assigned to the last of them."""
     pieces: list[str] = []
-    before = ""
+    previous_text = ""
     for end in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         if text.endswith("�") and end < len(ids):
             pieces.append("")
             continue
-        pieces.append(text[len(before) :])
-        before = text
+        pieces.append(text[len(previous_text) :])
+        previous_text = text
     return pieces

@@ -1,4 +1,4 @@
-"""Loading any artefact as a transformers model: seed, expert, generalist, or a plain Hugging Face folder."""
+"""Loading of any artefact (seed, expert, generalist, Hugging Face folder) as a transformers model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from ..artefacts.digests import MANIFEST_NAMES
 from ..artefacts.files import is_unfinished, read_json
 from ..artefacts.layout import Layout
-from ..artefacts.lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest, require_intact
 from ..artefacts.safetensors_io import Checkpoint, TensorEntry, checkpoint_files
 from ..errors import UserError, first_line, unknown_name
 from ..hooks.manager import installed_plugins
+from ..hooks.merging import MergeMethod
+from ..hooks.training import Trainer
+from ..manifests.manifest import Manifest, manifest_path, read_manifest
+from ..manifests.verification import require_intact
 from ..process.environment import without_loading_bars
 
 if TYPE_CHECKING:
@@ -22,22 +26,30 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32", "float64")
-# transformers switches process-wide settings while it loads: two loads at once have left tied heads untied. Its
-# first import is not safe in threads either.
+# transformers changes process-wide settings while it loads; concurrent loads have left tied heads untied. Its first
+# import is not thread-safe either.
 _LOADING = RLock()
 
 
 def register_auto_classes() -> None:
-    """Make transformers know every model class that merge methods bring along, and the way in which loaded mixtures run.
+    """Register the model classes of all merge methods and the sorted-loop expert kernel with transformers.
 
-    `AutoModelForCausalLM` then loads them, and a mixture that was pickled whole runs in another process.
+    `AutoModelForCausalLM` can then load those models, and an unpickled mixture can run in another process.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .kernels.sorted_loop import register_sorted_loop
 
     register_sorted_loop()
-    for config_class, model_class in installed_plugins().auto_classes():
+    plugins = installed_plugins()
+    for name, method in plugins.offers(MergeMethod).items():
+        if method.auto_classes is None:
+            continue
+        try:
+            config_class, model_class = method.auto_classes()
+        except Exception as error:
+            plugins.report_failure(MergeMethod, name, "auto_classes", error)
+            continue
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)  # type: ignore[attr-defined]  # all have it
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
@@ -52,10 +64,10 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any artefact as (model in evaluation mode, tokenizer).
 
-    `seed` is needed only for an expert that lies outside its workspace. `dtype` is `auto` (as stored) or a
-    torch dtype's name. `without` names experts of an ensemble or a mixture that are switched off: their tensors take no
-    part, files stay as they are. An expert that was trained as part of something larger (`flexolmo`: beside the public
-    feed-forward) comes back as that, or, without `as_trained`, as the dense model of its tensors. Raises `UserError` for folders that are unfinished, damaged or of no known kind.
+    `seed` is required only for an expert outside its workspace. `dtype` is `auto` (as stored) or the name of a torch
+    dtype. `without` disables experts of an ensemble or a mixture; files stay unchanged. An expert trained inside a
+    larger model (`flexolmo`: beside the public FFN) is loaded as that model, or, without `as_trained`, as a dense
+    model with its tensors. Raises `UserError` if the folder is unfinished, damaged or of unknown kind.
     """
     model = load_network(folder, seed=seed, dtype=dtype, without=without, as_trained=as_trained)
     with _LOADING:
@@ -70,23 +82,27 @@ def load_network(
     without: Collection[str] = (),
     as_trained: bool = True,
 ) -> PreTrainedModel:
-    """Load an artefact's model alone, as `load_model` does; a folder without a tokenizer will do."""
+    """Load an artefact's model without its tokenizer; arguments as for `load_model`."""
     path = Path(folder)
     if isinstance(without, str):
         without = (without,)
     if dtype not in DTYPE_NAMES:
         raise unknown_name("dtype", dtype, DTYPE_NAMES)
-    if is_unfinished(path):  # whose files may look complete, while tensors are still to come
-        raise UserError(f"{path} is what a job has written that did not end; resume it")
+    if is_unfinished(path):  # its files may look complete while tensors are still missing
+        raise UserError(f"{path} is the output of an unfinished job; resume the job")
     manifest = _manifest_of(path)
     if manifest is None and (path / "run.json").is_file():
-        raise UserError(f"{path} is not finished: it has a run.json and no manifest; train it to its end")
+        raise UserError(
+            f"{path} is an unfinished run: it has a run.json and no manifest; resume its training"
+        )
     with _LOADING, without_loading_bars():
         if manifest is not None and manifest.kind == "expert":
             if without:
-                raise UserError(f"{path} is an expert and has none that can be switched off")
+                raise UserError(
+                    f"{path} is a single expert; only experts of ensembles and mixtures can be disabled"
+                )
             model = _from_pretrained(seed_of(path, manifest, seed), dtype)
-            trainer = installed_plugins().trainers().get(manifest.trainable or "")
+            trainer = installed_plugins().offers(Trainer).get(manifest.trainable or "")
             if as_trained and trainer is not None and trainer.restore is not None:
                 model = trainer.restore(model, path)
             else:
@@ -94,7 +110,7 @@ def load_network(
             return model.eval()
         model = _from_pretrained(path, dtype)
         if without:
-            model = _without(model, path, manifest, without)
+            model = _switch_off_experts(model, path, manifest, without)
         if model.device.type == "cpu":
             from .kernels.sorted_loop import use_sorted_loop
 
@@ -102,37 +118,38 @@ def load_network(
         return model
 
 
-def _without(
-    model: PreTrainedModel, folder: Path, manifest: Manifest | None, gone: Collection[str]
+def _switch_off_experts(
+    model: PreTrainedModel, folder: Path, manifest: Manifest | None, disabled: Collection[str]
 ) -> PreTrainedModel:
-    method = installed_plugins().merge_methods().get(manifest.config.get("method", "")) if manifest else None
-    if manifest is None or method is None or method.switch_off is None:
-        raise UserError(f"{folder} has no experts that can be switched off; ensembles and mixtures have")
-    mixture = manifest.config.get("mixture") or {}
+    """Disable experts of a generalist; warns about tensors that still depend on them."""
+    merged = manifest.merged if manifest is not None else None
+    method = installed_plugins().offers(MergeMethod).get(merged.method) if merged is not None else None
+    if manifest is None or merged is None or method is None or method.switch_off is None:
+        raise UserError(f"{folder} has no experts to disable; only ensembles and mixtures have")
     parents = [parent.name for parent in manifest.parents if parent.kind != "seed"]
-    averaged = (mixture.get("options") or {}).get("shared") == "average"
-    experts = list(mixture.get("experts") or parents)
-    for name in gone:
+    is_averaged = merged.mixture is not None and merged.mixture.options.get("shared") == "average"
+    experts = list(merged.experts or parents)
+    for name in disabled:
         if name not in experts:
             raise unknown_name("expert", name, experts, listed_as="the model has")
-        if averaged and name in parents:
-            remedy = "" if mixture.get("tuned") else "; `expertctl expert remove` makes it again without"
+        if is_averaged and name in parents:
+            remedy = "" if merged.tunings else "; `expertctl expert remove` recomputes it without this expert"
             warnings.warn(
-                f"all but its feed-forwards is the mean of its experts, '{name}' included{remedy}",
+                f"everything outside the feed-forward networks is still the average of all experts, including "
+                f"'{name}'{remedy}",
                 stacklevel=3,
             )
-        for tuning in mixture.get("tuned", ()):
-            if name in tuning.get("experts", ()) and "began_as" not in tuning:
+        for tuning in merged.tunings:
+            if name in tuning.experts and not tuning.copied_from:
                 warnings.warn(
-                    f"its {tuning['trains']} trained on {', '.join(tuning['domains'])} while '{name}' was one of its "
-                    "experts",
+                    f"trainer '{tuning.trains}' ran on {', '.join(tuning.domains)} while '{name}' was one of the experts",
                     stacklevel=3,
                 )
-    return method.switch_off(model, experts, gone).eval()
+    return method.switch_off(model, experts, disabled).eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder; raises `UserError` when it has none."""
+    """Load the tokenizer of a checkpoint folder; raises `UserError` if it has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -141,13 +158,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(
-            f"{folder} has no tokenizer that can be loaded ({first_line(error)}); put its tokenizer.json there"
+            f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json"
         ) from None
     return tokenizer
 
 
 def tokenizer_folder(folder: Path, seed: Path | None = None) -> Path:
-    """Return the folder that holds the tokenizer of an artefact: an expert's is its seed's."""
+    """Return the folder with an artefact's tokenizer: the seed's folder for an expert, otherwise its own."""
     manifest = _manifest_of(folder)
     return seed_of(folder, manifest, seed) if manifest is not None and manifest.kind == "expert" else folder
 
@@ -167,42 +184,44 @@ def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
         try:
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is no model that transformers knows: {first_line(error)}") from None
+            raise UserError(
+                f"{folder} is not a model supported by transformers: {first_line(error)}"
+            ) from None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    if not isinstance(loaded, tuple):  # a class of ours, which checks by itself
+    if not isinstance(loaded, tuple):  # one of expertctl's model classes, which does its own checks
         model: PreTrainedModel = loaded
         return model.eval()
     model, report = loaded
     for name in sorted(report["missing_keys"]):
-        # transformers makes it up, with no more than a warning
+        # transformers would initialise it randomly and only warn
         raise UserError(
-            f"{folder} has no tensor '{name}', which its config.json asks for; fetch or make it again"
+            f"{folder} has no tensor '{name}', which its config.json requires; download or create it again"
         )
     return model.eval()
 
 
 def require_intact_model(folder: Path) -> None:
-    """Check every byte of an artefact, and of the seed that an expert stands on; raises `UserError`.
+    """Verify every byte of an artefact, and of an expert's seed; raises `UserError` if any byte differs.
 
-    A plain Hugging Face folder has no manifest to be checked against.
+    A plain Hugging Face folder has no manifest and is not verified.
     """
     require_intact_models([folder])
 
 
 def require_intact_models(folders: Iterable[Path]) -> None:
-    """Check several artefacts as `require_intact_model` does, reading each folder once."""
-    done: set[Path] = set()  # experts share their seed, which may be large
+    """Verify several artefacts as `require_intact_model` does, reading each folder once."""
+    verified: set[Path] = set()  # experts share their seed, which may be large
     for folder in folders:
-        for artefact in _with_its_seed(folder):
-            if artefact.resolve() not in done:
+        for artefact in _source_artefacts(folder):
+            if artefact.resolve() not in verified:
                 require_intact(artefact)
-                done.add(artefact.resolve())
+                verified.add(artefact.resolve())
 
 
-def _with_its_seed(folder: Path) -> Iterator[Path]:
-    """Yield the artefacts that a model is read from; none for a plain Hugging Face folder."""
+def _source_artefacts(folder: Path) -> Iterator[Path]:
+    """Yield the artefacts that a model is loaded from, none for a plain Hugging Face folder."""
     manifest = _manifest_of(folder)
     if manifest is not None:
         yield folder
@@ -211,19 +230,19 @@ def _with_its_seed(folder: Path) -> Iterator[Path]:
 
 
 def max_positions(folder: Path) -> int:
-    """Return how many tokens a model can look at, by its `config.json`; a large number where it does not say."""
+    """Return a model's maximum number of positions from `config.json`; a large number if it has no limit."""
     config = read_json(folder / "config.json")
-    found = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length")]
-    return min((value for value in found if isinstance(value, int)), default=1 << 40)
+    limits = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length")]
+    return min((limit for limit in limits if isinstance(limit, int)), default=1 << 40)
 
 
 def check_loadable(folder: Path) -> dict[str, Any]:
-    """Return the `config.json` of a model folder; raises `UserError` when it cannot be loaded.
+    """Return the `config.json` of a model folder; raises `UserError` if the model cannot be loaded.
 
-    Only headers are read: missing, truncated and pickled weights are found, changed bytes are not.
+    Reads only headers, so it detects missing, truncated and pickled weights but not changed bytes.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is no model folder, or an unfinished one")
+        raise UserError(f"{folder} has no config.json: it is not a model folder, or it is unfinished")
     config = read_json(folder / "config.json")
     if not str(config.get("model_type", "")).startswith("expertctl_"):
         for file in checkpoint_files(folder):
@@ -232,56 +251,59 @@ def check_loadable(folder: Path) -> dict[str, Any]:
 
 
 def seed_of(expert: Path, manifest: Manifest, given: str | Path | None = None) -> Path:
-    """Return the seed folder of an expert and check that it is the one the expert was branched from."""
+    """Return the seed folder of an expert; raises `UserError` if the expert was branched from another seed."""
     parent = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
     if parent is None:
-        raise UserError(f"{expert / MANIFEST_NAMES['expert']} names no seed")
+        raise UserError(f"{expert / MANIFEST_NAMES['expert']} has no seed among its parents")
     folder = Path(given) if given is not None else Layout.find(expert).seed
     if not (folder / MANIFEST_NAMES["seed"]).is_file():
         raise UserError(
-            f"expert '{manifest.name}' needs its seed, and {folder} is no seed folder; give it with seed="
+            f"expert '{manifest.name}' needs its seed, and {folder} is not a seed folder; pass the seed with seed="
         )
-    found = read_manifest(folder).digest
-    if found != parent.digest:
+    digest = read_manifest(folder).digest
+    if digest != parent.digest:
         raise UserError(
-            f"expert '{manifest.name}' was branched from seed {parent.digest[:12]}, but {folder} is {found[:12]}"
+            f"expert '{manifest.name}' was branched from seed {parent.digest[:12]}, but {folder} is {digest[:12]}"
         )
     return folder
 
 
 def overlay_tensors(model: PreTrainedModel, tensors: Checkpoint | Mapping[str, Tensor]) -> None:
-    """Copy tensors over those of the same name in a model; raises `UserError` for one it does not have."""
+    """Overwrite a model's tensors by name; raises `UserError` for a tensor that the model does not have."""
     import torch
 
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    model_tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     with torch.no_grad():
         for name in tensors:
-            if name not in own:
+            if name not in model_tensors:
                 raise UserError(
                     f"the model has no tensor '{name}': the expert belongs to another architecture"
                 )
             source = tensors.read(name) if isinstance(tensors, Checkpoint) else tensors[name]
-            own[name].copy_(source)
+            model_tensors[name].copy_(source)
 
 
 def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a model's tensors as they stand in its checkpoint: by their names in memory, each shared one once."""
+    """Return the tensors that a model's checkpoint stores, by their names in memory and without tied duplicates."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 class ExpertTensors:
-    """All tensors of one expert: its own where training changed them, the seed's elsewhere."""
+    """All tensors of one expert: those that training changed, and the seed's for the others.
+
+    Raises `UserError` if a changed tensor's shape or dtype differs from the seed's.
+    """
 
     def __init__(self, seed: Checkpoint, folder: Path) -> None:
         self.seed = seed
         self.changed = Checkpoint([folder / WEIGHTS_FILE])
         for name, entry in self.changed.entries.items():
-            theirs = seed.entry(name)
-            if (entry.shape, entry.dtype) != (theirs.shape, theirs.dtype):
+            seed_entry = seed.entry(name)
+            if (entry.shape, entry.dtype) != (seed_entry.shape, seed_entry.dtype):
                 raise UserError(
                     f"tensor '{name}' is {entry.dtype} {list(entry.shape)} in {folder}, "
-                    f"but {theirs.dtype} {list(theirs.shape)} in the seed"
+                    f"but {seed_entry.dtype} {list(seed_entry.shape)} in the seed"
                 )
 
     def __iter__(self) -> Iterator[str]:

@@ -1,10 +1,10 @@
-"""The domain posterior: how probable each expert's domain is, given the text so far.
+"""The domain posterior: the probability of each expert's domain, given the preceding tokens.
 
 Branch-Train-Merge (arXiv:2208.03306) and DEMix (arXiv:2108.05036). Shapes: K = experts, B = batch,
-T = predicted tokens. Everything is in natural logarithms and float32.
+T = predicted tokens. All values are natural logarithms in float32.
 
-The paper weighs expert j by the likelihood of the whole prefix; the code released with it looks at the last
-token only. Both are here (`prefix`, `last_token`).
+The paper weights each expert by the likelihood of the whole prefix; its released code uses the last token only. Both
+are implemented (`prefix`, `last_token`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ EWMA_RATE = 0.3  # `pandas.ewm(alpha=0.3, adjust=False)` in the released evaluat
 
 
 def evidence(token_log_probs_KBT: Tensor, kind: PosteriorKind) -> Tensor:
-    """Return what each expert's account of the text before token t adds to its log prior, shape (K, B, T).
+    """Return each expert's log-likelihood of the text before token t, which adds to its log prior, shape (K, B, T).
 
-    At the first token there is no evidence. Tokens to be left out (padding) carry log-probability 0.
+    It is 0 at the first token. Ignored tokens (padding) must have log-probability 0.
     """
     import torch
 
@@ -32,13 +32,13 @@ def evidence(token_log_probs_KBT: Tensor, kind: PosteriorKind) -> Tensor:
 
 
 def log_posterior(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: PosteriorKind) -> Tensor:
-    """Return log p(D = k | x_<t) for every token, shape (K, B, T); sums to 1 over K."""
+    """Return log p(D = k | x_<t) for every token, shape (K, B, T); the probabilities sum to 1 over K."""
     weights = log_prior_K[:, None, None] + evidence(token_log_probs_KBT, kind)
     return weights.log_softmax(dim=0)
 
 
 def mixture_log_probs(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: PosteriorKind) -> Tensor:
-    """Return log p(x_t | x_<t) of the mixture for every token, shape (B, T)."""
+    """Return log p(x_t | x_<t) under the mixture for every token, shape (B, T)."""
     return (log_posterior(token_log_probs_KBT, log_prior_K, kind) + token_log_probs_KBT).logsumexp(dim=0)
 
 
@@ -48,18 +48,18 @@ def mean_posterior(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: Poste
 
 
 def updated_prior(prior_K: Tensor, batch: Sequence[Tensor], kind: PosteriorKind) -> Tensor:
-    """Return the prior after one more batch: exponentially weighted mean of the posteriors seen.
+    """Return the prior after one more batch: an exponentially weighted moving average of the posteriors.
 
     A batch is a list of token log-probabilities (K, B, T), since texts of one batch may differ in length.
     """
     import torch
 
-    seen = torch.stack([mean_posterior(scores, prior_K.log(), kind) for scores in batch]).mean(dim=0)
-    return EWMA_RATE * seen + (1 - EWMA_RATE) * prior_K
+    posterior_K = torch.stack([mean_posterior(scores, prior_K.log(), kind) for scores in batch]).mean(dim=0)
+    return EWMA_RATE * posterior_K + (1 - EWMA_RATE) * prior_K
 
 
 def cached_prior(batches: Iterable[Sequence[Tensor]], num_experts: int, kind: PosteriorKind) -> Tensor:
-    """Return the prior that `updated_prior` reaches over some batches; starts uniform."""
+    """Return the prior after all batches (`updated_prior`), starting from the uniform prior."""
     import torch
 
     prior = torch.full((num_experts,), 1.0 / num_experts)
@@ -69,7 +69,7 @@ def cached_prior(batches: Iterable[Sequence[Tensor]], num_experts: int, kind: Po
 
 
 def keep_top(prior_K: Tensor, top_k: int) -> Tensor:
-    """Return the prior with all but its `top_k` largest entries zeroed, renormalised; ties keep the earlier."""
+    """Keep the `top_k` largest entries of a prior and renormalise; ties keep the earlier entry."""
     import torch
 
     kept = prior_K.argsort(descending=True, stable=True)[:top_k]

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, from any causal language model."""
+"""Token log-probabilities under any causal language model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     """Return log p(x_t | x_<t) in float32 for all but the first token, shape (B, T).
 
-    A model that can score targets without the whole distribution (`target_log_probs`) is asked to.
+    Uses the model's `target_log_probs` if it has one, which scores targets without the full distribution.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""The running process: progress, devices, memory, environment."""
+"""The running process: progress display, devices, memory allocator, environment variables."""

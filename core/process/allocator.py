@@ -1,4 +1,4 @@
-"""What this process's C library does with memory that is freed, where it is glibc; elsewhere nothing changes."""
+"""glibc allocator settings of this process; no effect with another C library."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import ctypes
 from collections.abc import Mapping
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-"""Names of malloc.h."""
+"""Constants of malloc.h."""
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse freed memory of any size instead of handing it back.
+    """Make this process reuse freed memory of any size instead of returning it to the system.
 
-    Gradients are made anew in every step. Above 32 MB, which the experts of one layer reach, each of them is
-    otherwise fresh memory from the system, page by page: a twelfth of a training step (`docs/log.md`).
+    Gradients are allocated anew in every step. By default, each one above 32 MB, which the experts of one layer
+    reach, is mapped page by page, which takes a twelfth of a training step (`docs/log.md`).
     """
     _set_allocator({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
 
 
 def hand_back_freed_memory() -> None:
-    """Let this process hand back whatever is freed of a mebibyte and more.
+    """Make this process return freed blocks of at least 1 MiB to the system.
 
-    For processes that live long and handle large pieces: otherwise a small thing that stays between two large ones that went
-    keeps their place from being used again, and memory grows with all that was ever handled (`docs/log.md`).
+    For long-lived processes that handle large buffers: otherwise small live allocations between them fragment the
+    heap, and memory grows with all data ever handled (`docs/log.md`).
     """
     _set_allocator({_MMAP_THRESHOLD: 1 << 20})
 

@@ -1,4 +1,4 @@
-"""Running several models side by side on this machine without their threads getting in each other's way."""
+"""Running several models in parallel on one machine, and the choice of device."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ SMALL_MODEL_BYTES = 1 << 30
 def concurrently(
     work: Callable[[Item], Result], items: Iterable[Item], *, bytes_each: int, jobs: int | None = None
 ) -> list[Result]:
-    """Return `work(item)` for every item, in order, as fast as the machine allows.
+    """Return `work(item)` for every item, in order, in parallel where that is faster.
 
-    On a CPU, small models run two at a time with one torch thread each: that beats two threads in one model,
-    and on a busy machine by far. Large ones, and those on a GPU, go one after the other with all threads.
+    On a CPU, small models (`bytes_each`) run two at a time with half of the torch threads each, which is faster
+    than one model with all threads, especially on a busy machine. Large models and models on a GPU run one after
+    the other with all threads. `jobs` overrides the number of parallel models on a CPU.
     """
     import torch
 
-    todo = list(items)
+    pending = list(items)
     cores = available_cores()
     parallel = jobs if jobs is not None else 2 if bytes_each <= SMALL_MODEL_BYTES else 1
     if torch.cuda.is_available():
         parallel = 1
-    parallel = max(min(parallel, cores, len(todo)), 1)
-    before = torch.get_num_threads()
+    parallel = max(min(parallel, cores, len(pending)), 1)
+    previous_threads = torch.get_num_threads()
     torch.set_num_threads(max(cores // parallel, 1))
     try:
         if parallel == 1:
-            return [work(item) for item in todo]
+            return [work(item) for item in pending]
         with ThreadPoolExecutor(max_workers=parallel) as pool:
-            return list(pool.map(work, todo))
+            return list(pool.map(work, pending))
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous_threads)
 
 
 def available_cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def best_device() -> str:
-    """Return the device that models compute on where nothing else is asked for: a GPU when there is one."""
+    """Return the default device: `cuda` if a GPU is available, otherwise `cpu`."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
-"""Showing how far work is: bars on a terminal, a plain line every few seconds elsewhere, nothing when quiet.
+"""Progress display: bars on a terminal, otherwise a plain line every few seconds, nothing when quiet.
 
-Work that ends within two seconds shows nothing. Everything goes to standard error. `RunProgress` is what
-launchers report training runs to; `Count` is for other work that can be counted.
+Work that ends within two seconds shows nothing. All output goes to standard error. Launchers report training runs
+to `RunProgress`; `Count` is for other countable work.
 """
 
 from __future__ import annotations
@@ -28,57 +28,58 @@ Clock = Callable[[], float]
 
 @dataclass
 class Job:
-    """One thing that advances, such as a training run."""
+    """One task with progress, such as a training run."""
 
     name: str
     unit: str
-    """What is counted, in the plural: `steps`, `documents`."""
+    """Unit of progress in the plural: `steps`, `documents`."""
     total: int | None
-    """None: nobody knows how much there is."""
+    """Total number of units; None if unknown."""
     begun_at: float
+    """Clock time of the start, in seconds."""
     begun_done: int = 0
-    """What an earlier try had done; it says nothing about this one's speed."""
+    """Units done by an earlier attempt, which do not count towards the speed."""
     done: int = 0
     tokens_per_unit: int = 0
-    """0 where tokens say nothing."""
+    """0 for work that is not measured in tokens."""
     loss: float | None = None
 
     def speed(self, now: float) -> float:
-        """Return units per second since it began, 0 as long as there is nothing to go by."""
+        """Return units per second since the start, 0 if no time has passed."""
         seconds = now - self.begun_at
         return (self.done - self.begun_done) / seconds if seconds > 0 else 0.0
 
     def seconds_left(self, now: float) -> float | None:
-        """Return how long it will still take at its speed so far, None when that is unknown."""
+        """Return the estimated time left at the mean speed so far, None if unknown."""
         speed = self.speed(now)
         return None if self.total is None or speed <= 0 else (self.total - self.done) / speed
 
     def figures(self, now: float) -> list[str]:
-        """Return how much is done, loss, rate and time left, as far as they are known."""
-        of = "" if self.total is None else f" of {self.total:,}"
-        found = [f"{self.done:,}{of} {self.unit}"]
+        """Return units done, loss, token rate and time left, as far as they are known."""
+        of_total = "" if self.total is None else f" of {self.total:,}"
+        figures = [f"{self.done:,}{of_total} {self.unit}"]
         if self.loss is not None:
-            found.append(f"loss {self.loss:.3f}")
+            figures.append(f"loss {self.loss:.3f}")
         if self.tokens_per_unit and self.speed(now) > 0:
-            found.append(f"{self.speed(now) * self.tokens_per_unit:,.0f} tokens/s")
-        left = self.seconds_left(now)
-        if left:
-            found.append(f"{duration(left)} left")
-        return found
+            figures.append(f"{self.speed(now) * self.tokens_per_unit:,.0f} tokens/s")
+        seconds_left = self.seconds_left(now)
+        if seconds_left:
+            figures.append(f"{duration(seconds_left)} left")
+        return figures
 
 
 def duration(seconds: float) -> str:
-    """Return a time as `0:07`, `12:30` or `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Format a duration as `0:07`, `12:30` or `1:02:03`."""
+    minutes, whole_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"
 
 
 class Display(Protocol):
-    """Where jobs are shown."""
+    """A display of jobs."""
 
     def open(self, expected: Sequence[str]) -> None:
-        """Begin; `expected` names the jobs that are known to come."""
+        """Start the display; `expected` are the names of the known future jobs."""
 
     def show(self, job: Job) -> None: ...
     def say(self, line: str) -> None: ...
@@ -86,7 +87,7 @@ class Display(Protocol):
 
 
 class Silence:
-    """Shows nothing."""
+    """A display that shows nothing."""
 
     def open(self, expected: Sequence[str]) -> None: ...
     def show(self, job: Job) -> None: ...
@@ -95,20 +96,20 @@ class Silence:
 
 
 class Lines:
-    """Prints a line for each job, at most one every few seconds: for log files and pipes."""
+    """A display for log files and pipes: one line per job, at most every few seconds."""
 
     def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic) -> None:
         self._stream, self._clock = stream or sys.stderr, clock
-        self._told_at: dict[str, float] = {}
+        self._shown_at: dict[str, float] = {}
 
     def open(self, expected: Sequence[str]) -> None: ...
 
     def show(self, job: Job) -> None:
         now = self._clock()
-        told_at = self._told_at.get(job.name)
-        due = job.begun_at + SILENT_SECONDS if told_at is None else told_at + LINE_SECONDS
+        shown_at = self._shown_at.get(job.name)
+        due = job.begun_at + SILENT_SECONDS if shown_at is None else shown_at + LINE_SECONDS
         if now >= due:
-            self._told_at[job.name] = now
+            self._shown_at[job.name] = now
             share = "" if job.total is None else f"{job.done / max(job.total, 1):.0%}, "
             self.say(f"{job.name}: {share}{', '.join(job.figures(now))}")
 
@@ -119,7 +120,7 @@ class Lines:
 
 
 class Bars:
-    """Draws a bar for each job with rich; nothing appears before two seconds have passed."""
+    """A display of one rich progress bar per job, which appears after two seconds."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
@@ -169,7 +170,7 @@ class Bars:
                 console=Console(stderr=True),
             )
             self._progress.start()
-            for name in self._expected:  # a bar without an end moves to and fro
+            for name in self._expected:  # rich animates a bar without a total
                 self._tasks[name] = self._progress.add_task(name, total=None, figures="")
             for job in self._jobs.values():
                 self._draw(job)
@@ -184,14 +185,14 @@ class Bars:
 
 
 def display(*, quiet: bool = False, plain: bool = False) -> Display:
-    """Return what fits standard error: bars on a terminal, else lines; nothing when `quiet`."""
+    """Return the display for standard error: bars on a terminal, otherwise lines; nothing if `quiet`."""
     if quiet:
         return Silence()
     return Lines() if plain or not sys.stderr.isatty() else Bars()
 
 
-class _Shown:
-    """A context in which a display is open."""
+class _OpenDisplay:
+    """Context manager that opens and closes a display."""
 
     def __init__(self, where: Display, expected: Sequence[str] = (), clock: Clock = time.monotonic) -> None:
         self._display, self._expected, self._clock = where, expected, clock
@@ -207,8 +208,8 @@ class _Shown:
         self._display.close()
 
 
-class RunProgress(_Shown):
-    """Shows training runs: the reporter to give to whatever launches them."""
+class RunProgress(_OpenDisplay):
+    """Reporter for launchers that shows training runs."""
 
     def __init__(self, where: Display, expected: Sequence[str] = (), clock: Clock = time.monotonic) -> None:
         super().__init__(where, expected, clock)
@@ -238,19 +239,19 @@ class RunProgress(_Shown):
                 self._display.show(job)
 
 
-class Count(_Shown):
-    """Shows work that can be counted, in one part or in several that are named."""
+class Count(_OpenDisplay):
+    """Progress of countable work, as one job or as several named jobs."""
 
     def __init__(
         self, name: str, unit: str, total: int | None, where: Display, clock: Clock = time.monotonic
     ) -> None:
         super().__init__(where, () if total is None else (name,), clock)
         self._name, self._unit, self.total = name, unit, total
-        """How much there is; may be set once it is known."""
+        """Total number of units; may be set once it is known."""
         self._jobs: dict[str, Job] = {}
 
     def to(self, done: int, part: str | None = None) -> None:
-        """Show that `done` units are finished."""
+        """Set the number of finished units, of the job `part` if given."""
         with self._lock:
             name = part if part is not None else self._name
             if name not in self._jobs:
@@ -260,6 +261,6 @@ class Count(_Shown):
             self._display.show(self._jobs[name])
 
     def next(self) -> None:
-        """Show that one more unit is finished."""
+        """Count one more finished unit."""
         with self._lock:
             self.to(self._jobs[self._name].done + 1 if self._name in self._jobs else 1)

@@ -1,4 +1,4 @@
-"""The test kit: what expertctl and its plugins are tested with. Works on a CPU, downloads nothing.
+"""Test helpers for expertctl and its plugins, which run on a CPU and download nothing.
 
 >>> from expertctl.core.testing import assert_merge_ok, fresh_plugins, tiny_model_folder
 """

@@ -1,4 +1,4 @@
-"""What every per-tensor merge method should hold to, checked in one call."""
+"""Checks of the properties that every per-tensor merge method must have."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ def tensor_group(
     weights: Sequence[float] | None = None,
     seed: int = 0,
 ) -> TensorGroup:
-    """Return random tensors of a seed and its experts; without `weights` the experts weigh the same."""
+    """Return random tensors of a seed and its experts; the default `weights` are uniform."""
     import torch
 
     kind: torch.dtype = getattr(torch, dtype)
-    source = torch.Generator().manual_seed(seed)
-    base = torch.randn(tuple(shape), generator=source)
-    experts = tuple((base + torch.randn(tuple(shape), generator=source)).to(kind) for _ in range(num_experts))
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(tuple(shape), generator=generator)
+    experts = tuple(
+        (base + torch.randn(tuple(shape), generator=generator)).to(kind) for _ in range(num_experts)
+    )
     return TensorGroup(
         name="model.layers.0.mlp.up_proj.weight",
         experts=experts,
@@ -42,21 +44,21 @@ def tensor_group(
 
 
 def in_numpy(group: TensorGroup) -> TensorGroup:
-    """Return the group with numpy arrays, as methods for any arrays are given them on a CPU."""
+    """Return the group with numpy arrays, which methods for any array type receive on a CPU."""
     arrays: Any = [tensor.numpy() for tensor in group.experts]
     base: Any = group.seed.numpy()
-    known: Any = [None if one is None else one.numpy() for one in group.statistics]
-    return replace(group, experts=tuple(arrays), seed_or_none=base, statistics=tuple(known))
+    statistics: Any = [None if tensor is None else tensor.numpy() for tensor in group.statistics]
+    return replace(group, experts=tuple(arrays), seed_or_none=base, statistics=tuple(statistics))
 
 
 def assert_merge_ok(
     merge: Merge, options: Any = None, *, num_experts: int = 3, arrays: Literal["torch", "any"] = "torch"
 ) -> None:
-    """Check a per-tensor merge function as the engine will call it; raises `AssertionError` that says what fails.
+    """Check a per-tensor merge function as the engine calls it; raises `AssertionError` that describes the failure.
 
-    It must keep shape and dtype, leave its arguments alone, answer the same when asked again, give the seed
-    when every expert equals it, and not care in which order the experts come. With `arrays="any"` it must do so for
-    numpy arrays too, with the same result.
+    The function must keep shape and dtype, not modify its arguments, be deterministic, return the seed if every expert
+    equals it, and not depend on the order of the experts. With `arrays="any"` it must also do so for numpy arrays,
+    with the same result.
     """
     for shape in SHAPES:
         for dtype in DTYPES:
@@ -65,11 +67,13 @@ def assert_merge_ok(
             )
             where = f"for {dtype} {list(shape)} with {num_experts} experts"
             if arrays == "any":
-                found, expected = _as_tensor(merge(in_numpy(group), options)), merge(group, options)
-                assert _close(found, expected), (
+
+                def merge_numpy(group: TensorGroup, options: Any) -> Tensor:
+                    return _as_tensor(merge(in_numpy(group), options))
+
+                assert _close(merge_numpy(group, options), merge(group, options)), (
                     f"numpy arrays and torch tensors give different results {where}"
                 )
-                merge_numpy: Merge = lambda one, chosen: _as_tensor(merge(in_numpy(one), chosen))  # noqa: E731
                 _check(merge_numpy, group, options, f"{where} in numpy")
             _check(merge, group, options, where)
 
@@ -90,42 +94,44 @@ def _as_tensor(array: Any) -> Tensor:
 def _check_result(merge: Merge, group: TensorGroup, options: Any, where: str) -> None:
     import torch
 
-    untouched = [tensor.clone() for tensor in (group.seed, *group.experts)]
+    originals = [tensor.clone() for tensor in (group.seed, *group.experts)]
     merged = merge(group, options)
-    assert isinstance(merged, torch.Tensor), f"the merge gives a {type(merged).__name__}, no tensor, {where}"
-    assert merged.shape == group.seed.shape, f"the merge gives shape {list(merged.shape)} {where}"
-    assert merged.dtype == group.seed.dtype, f"the merge gives {merged.dtype} {where}"
-    assert bool(torch.isfinite(merged).all()), f"the merge gives numbers that are not finite {where}"
-    for before, after in zip(untouched, (group.seed, *group.experts), strict=True):
-        assert torch.equal(before, after), f"the merge changes the tensors it is given {where}"
+    assert isinstance(merged, torch.Tensor), (
+        f"the merge returns {type(merged).__name__} instead of a tensor {where}"
+    )
+    assert merged.shape == group.seed.shape, f"the merge returns shape {list(merged.shape)} {where}"
+    assert merged.dtype == group.seed.dtype, f"the merge returns {merged.dtype} {where}"
+    assert bool(torch.isfinite(merged).all()), f"the merge returns non-finite numbers {where}"
+    for before, after in zip(originals, (group.seed, *group.experts), strict=True):
+        assert torch.equal(before, after), f"the merge modifies its input tensors {where}"
     assert torch.equal(merged, merge(group, options)), (
-        f"the merge gives another result the second time {where}"
+        f"the merge returns a different result the second time {where}"
     )
 
 
 def _check_identity(merge: Merge, group: TensorGroup, options: Any, where: str) -> None:
     copies = replace(group, experts=tuple(group.seed.clone() for _ in group.experts))
     assert _close(merge(copies, options), group.seed), (
-        f"merging copies of the seed does not give the seed {where}"
+        f"merging copies of the seed does not return the seed {where}"
     )
 
 
 def _check_order(merge: Merge, group: TensorGroup, options: Any, where: str) -> None:
-    turned = replace(
+    permuted = replace(
         group,
         experts=group.experts[1:] + group.experts[:1],
         expert_names=group.expert_names[1:] + group.expert_names[:1],
         weights=group.weights[1:] + group.weights[:1],
     )
-    assert _close(merge(turned, options), merge(group, options)), (
-        f"the merge changes when the experts come in another order {where}"
+    assert _close(merge(permuted, options), merge(group, options)), (
+        f"the merge depends on the order of the experts {where}"
     )
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def _close(actual: Tensor, expected: Tensor) -> bool:
     import torch
 
-    return torch.allclose(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    return torch.allclose(actual.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
 def _uneven_weights(count: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Models that are made in a moment: two layers, sixteen wide, random, with a real tokenizer."""
+"""Tiny random models for tests: two layers, width 16, with a real tokenizer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def tiny_model_folder(
     """Write a random causal language model as a Hugging Face folder and return the folder.
 
     `family` is a transformers model type such as `olmo2`, `llama` or `qwen3`. The same `seed` gives the same
-    bytes. `tied` shares one matrix between input and output embeddings. The weights are drawn wider than usual, so
-    that the model has strong opinions about the next token. The tokenizer is a byte-level BPE.
+    bytes. `tied` shares one matrix between input and output embeddings. The initialisation has a larger standard
+    deviation than usual, so that predictions are far from uniform. The tokenizer is a byte-level BPE.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,10 +31,10 @@ def tiny_model_folder(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     train_tokenizer(_SENTENCES, VOCABULARY, target, max_length=POSITIONS)
-    end = TextEncoder.of_folder(target)
+    encoder = TextEncoder.of_folder(target)
     config = AutoConfig.for_model(
         family,
-        vocab_size=end.vocabulary,
+        vocab_size=encoder.vocabulary,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
@@ -44,9 +44,9 @@ def tiny_model_folder(
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=tied,
         initializer_range=0.5,
-        bos_token_id=end.separator,
-        eos_token_id=end.separator,
-        pad_token_id=end.separator,
+        bos_token_id=encoder.separator,
+        eos_token_id=encoder.separator,
+        pad_token_id=encoder.separator,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Plugins on a manager of their own, so that a test never touches those of the process."""
+"""Isolated plugin managers for tests, separate from the manager of the process."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from ..hooks.manager import PluginManager
 
 
 def fresh_plugins(*plugins: object, builtins: bool = True) -> PluginManager:
-    """Return a manager with the built-ins and the given plugins: modules, classes or objects with `@hookimpl`.
+    """Return a manager with the built-ins and `plugins`: modules, classes or objects with `@hookimpl`.
 
-    What is wrong with a plugin is not printed; it lies in the manager's `problems`.
+    Plugin errors are not printed but collected in the manager's `problems`.
     """
     manager = PluginManager(report=lambda problem: None)
     if builtins:

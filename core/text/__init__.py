@@ -1,1 +1,1 @@
-"""From text to tokens, and from text to clusters."""
+"""Tokenisation and clustering of text."""

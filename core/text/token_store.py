@@ -1,8 +1,8 @@
-"""Tokenised text on disk: memory-mapped shards, read in fixed blocks, in an order that needs no memory.
+"""Tokenised text on disk: memory-mapped shards, read as fixed-size blocks in a pseudo-random order.
 
 A part (`train` or `valid`) of a domain is one stream of tokens: a separator, then every document followed by
-a separator. Block `i` of size S covers tokens `i*S` to `i*S + S`, the last of which is also the first of
-block `i + 1`: inputs are all but the last, targets all but the first, so every token is predicted once.
+a separator. Block `i` of size S covers tokens `i*S` to `i*S + S` inclusive; its last token is also the first token
+of block `i + 1`. Inputs are all tokens but the last, targets all but the first, so every token is predicted once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from ..artefacts.files import read_json, readable_os_errors, write_json
+from ..artefacts.files import os_errors_as_user_errors, read_json, write_json
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -30,18 +30,18 @@ SHARD_TOKENS = 1 << 26
 
 @dataclass(frozen=True)
 class TokenPart:
-    """What one tokenised part holds; `part.json` beside its shards."""
+    """Description of one tokenised part, stored as `part.json` beside its shards."""
 
     dtype: str
     """`uint16` or `uint32`, little-endian."""
     shard_tokens: tuple[int, ...]
     documents: int
     tokens: int
-    """Separators included."""
+    """Number of tokens, including separators."""
     bytes: int
-    """UTF-8 bytes of the documents' text: what bits per byte divides by."""
+    """UTF-8 bytes of the documents' text, the denominator of bits per byte."""
     digest: str
-    """sha256 over the documents' texts in order: which bytes a run saw."""
+    """sha256 over the documents' texts in order."""
     format: int = FORMAT
 
 
@@ -53,10 +53,10 @@ def write_part(
     vocabulary: int,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenPart:
-    """Write (text, token ids) documents into shards in `folder`, which must exist; memory stays flat.
+    """Stream (text, token ids) documents into shards in the existing `folder`, in constant memory.
 
-    Beside each `tokens-*.bin` stands `documents-*.bin`: for every document that ends in the shard the number
-    of its tokens and of its text's bytes, as two int64.
+    Each `tokens-*.bin` has a `documents-*.bin` with two int64 for every document that ends in the shard: the number
+    of its tokens, including the separator, and of its text's bytes.
     """
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     state = hashlib.sha256()
@@ -77,7 +77,7 @@ def write_part(
 
 
 class _ShardWriter:
-    """Appends tokens to numbered shards, beginning a new one after a document when one is full."""
+    """Appends tokens to numbered shards; starts a new shard at the next document once one is full."""
 
     def __init__(self, folder: Path, dtype: str, shard_tokens: int) -> None:
         self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
@@ -89,12 +89,12 @@ class _ShardWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with readable_os_errors(self._folder):
+        with os_errors_as_user_errors(self._folder):
             self._open_files.close()
 
     def _next_shard(self) -> None:
         index = len(self.sizes)
-        with readable_os_errors(self._folder):
+        with os_errors_as_user_errors(self._folder):
             self._open_files.close()
             self._tokens, self._ends = (
                 self._open_files.enter_context((self._folder / f"{kind}-{index:05d}.bin").open("wb"))
@@ -107,17 +107,17 @@ class _ShardWriter:
 
         if self.sizes[-1] >= self._shard_tokens:
             self._next_shard()
-        with readable_os_errors(self._folder):
+        with os_errors_as_user_errors(self._folder):
             self._tokens.write(np.array(ids, dtype=self._dtype).tobytes())
         self.sizes[-1] += len(ids)
 
     def end_document(self, num_tokens: int, num_bytes: int) -> None:
-        with readable_os_errors(self._folder):
+        with os_errors_as_user_errors(self._folder):
             self._ends.write(struct.pack("<qq", num_tokens, num_bytes))
 
 
 class TokenStore:
-    """One tokenised part, memory-mapped: opening it reads no token."""
+    """One tokenised part, memory-mapped; opening it reads no tokens. Raises `UserError` if it is damaged."""
 
     def __init__(self, folder: Path) -> None:
         content = read_json(folder / PART_FILE)
@@ -125,7 +125,7 @@ class TokenStore:
             self.part = TokenPart(**{**content, "shard_tokens": tuple(content["shard_tokens"])})
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{folder / PART_FILE} is damaged ({error}); delete {folder} and prepare it again"
+                f"{folder / PART_FILE} is damaged ({error}); delete {folder} and run `expertctl data prepare` again"
             ) from None
         self.folder = folder
         for index, count in enumerate(self.part.shard_tokens):
@@ -150,7 +150,7 @@ class TokenStore:
         return self.part.tokens
 
     def read(self, begin: int, end: int) -> NDArray[np.int64]:
-        """Return tokens `begin` to `end` (clipped to what there is) as int64, across shard borders."""
+        """Return tokens `begin` to `end` (clipped to the stream) as int64, across shards."""
         import numpy as np
 
         pieces = []
@@ -162,7 +162,7 @@ class TokenStore:
         return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, dtype=np.int64)
 
     def document_bytes(self) -> Iterator[tuple[int, int]]:
-        """Yield (tokens with separator, text bytes) of every document, in stream order."""
+        """Yield (tokens including the separator, text bytes) of every document, in stream order."""
         import numpy as np
 
         for index in range(len(self.part.shard_tokens)):
@@ -172,7 +172,7 @@ class TokenStore:
 
 
 class Blocks(Protocol):
-    """Anything that training draws from: numbered blocks of one size."""
+    """A training data source: numbered blocks of one size."""
 
     block_size: int
 
@@ -188,12 +188,12 @@ class TokenBlocks:
         self.block_size = block_size
 
     def __len__(self) -> int:
-        """Return the number of whole blocks."""
+        """Return the number of full blocks."""
         return (len(self.store) - 1) // self.block_size
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted: all but the leading separator."""
+        """Number of predicted tokens: all but the leading separator."""
         return len(self.store) - 1
 
     @property
@@ -201,29 +201,28 @@ class TokenBlocks:
         return self.store.part.bytes
 
     def block(self, index: int) -> NDArray[np.int64]:
-        """Return block `index`: block_size + 1 tokens (fewer for a rest at the end)."""
+        """Return block `index`: block_size + 1 tokens (fewer for a partial block at the end)."""
         begin = index * self.block_size
         return self.store.read(begin, begin + self.block_size + 1)
 
     def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[NDArray[np.int64]]:
-        """Yield every token once, in order: arrays (B, block_size + 1), the rest at the end on its own.
+        """Yield every token once, in order: arrays (B, block_size + 1), then the partial block at the end.
 
-        `limit` ends after that many whole blocks.
+        `limit` stops after that many full blocks.
         """
         import numpy as np
 
-        whole = len(self) if limit is None else min(limit, len(self))
-        for first in range(0, whole, batch_size):
-            yield np.stack([self.block(index) for index in range(first, min(first + batch_size, whole))])
-        if whole == len(self) and self.num_targets > whole * self.block_size and (limit is None or not whole):
-            yield self.block(whole)[None, :]
+        full = len(self) if limit is None else min(limit, len(self))
+        for first in range(0, full, batch_size):
+            yield np.stack([self.block(index) for index in range(first, min(first + batch_size, full))])
+        if full == len(self) and self.num_targets > full * self.block_size and (limit is None or not full):
+            yield self.block(full)[None, :]
 
 
 class BalancedUnion:
-    """Several domains in turn, one block each, so that each gives the same number of tokens.
+    """Round-robin union of several domains, so that each contributes the same number of tokens.
 
-    An epoch ends when the largest domain was seen once; smaller ones begin again meanwhile, each time in a
-    new order.
+    An epoch ends once the largest domain was seen; smaller domains are repeated, each time in a new order.
     """
 
     def __init__(self, parts: Sequence[Blocks]) -> None:
@@ -236,10 +235,10 @@ class BalancedUnion:
 
 
 class SharedUnion:
-    """Several domains, each giving its share of the blocks, spread evenly: at any point it is within one block of it.
+    """Weighted union of several domains, whose blocks are spread evenly.
 
-    The order of domains is the one in which each is as near to its share as can be; it begins again after `period`
-    blocks. An epoch is as many blocks as all domains have, rounded up to whole periods.
+    At any point each domain is within one block of its share. The order of domains repeats after `period` blocks. An
+    epoch has as many blocks as all domains together, rounded up to a multiple of the period.
     """
 
     period = 1000
@@ -248,37 +247,37 @@ class SharedUnion:
         self.parts = tuple(parts)
         self.block_size = parts[0].block_size
         total = sum(shares)
-        self._order = _spread([share / total for share in shares], self.period)
-        self._before = [[0] * len(parts)]
-        """How many blocks of each domain come before each place of a period."""
-        for which in self._order:
-            counts = list(self._before[-1])
-            counts[which] += 1
-            self._before.append(counts)
+        self._order = _interleave([share / total for share in shares], self.period)
+        self._counts_before = [[0] * len(parts)]
+        """Number of blocks of each domain before each offset of a period."""
+        for part in self._order:
+            counts = list(self._counts_before[-1])
+            counts[part] += 1
+            self._counts_before.append(counts)
 
     def __len__(self) -> int:
         return -(-sum(len(part) for part in self.parts) // self.period) * self.period
 
     def part_at(self, number: int) -> tuple[int, int]:
-        """Return which domain the `number`-th block drawn is of, and how many of that domain came before it."""
-        periods, place = divmod(number, self.period)
-        which = self._order[place]
-        return which, periods * self._before[-1][which] + self._before[place][which]
+        """Return the domain of the `number`-th draw and the number of that domain's earlier draws."""
+        periods, offset = divmod(number, self.period)
+        part = self._order[offset]
+        return part, periods * self._counts_before[-1][part] + self._counts_before[offset][part]
 
 
-def _spread(shares: Sequence[float], count: int) -> list[int]:
-    """Return a sequence in which each index comes by its share: next is always the one furthest behind."""
-    given = [0] * len(shares)
+def _interleave(shares: Sequence[float], length: int) -> list[int]:
+    """Return a sequence with each index in proportion to its share: next comes the index furthest behind."""
+    counts = [0] * len(shares)
     order = []
-    for place in range(1, count + 1):
-        which = max(range(len(shares)), key=lambda one: shares[one] * place - given[one])
-        given[which] += 1
-        order.append(which)
+    for position in range(1, length + 1):
+        part = max(range(len(shares)), key=lambda index: shares[index] * position - counts[index])
+        counts[part] += 1
+        order.append(part)
     return order
 
 
 class RandomSlice:
-    """One of `count` equal random slices of some blocks: the same blocks for the same seed, none in two."""
+    """One of `count` equal, disjoint random slices of a source; the same seed gives the same slices."""
 
     def __init__(self, blocks: Blocks, index: int, count: int, seed: int) -> None:
         self.blocks, self.seed = blocks, seed
@@ -294,7 +293,7 @@ class RandomSlice:
 
 
 class Concatenation:
-    """Several domains end to end, each as often as it has blocks."""
+    """Concatenation of several domains, each represented in proportion to its number of blocks."""
 
     def __init__(self, parts: Sequence[Blocks]) -> None:
         self.parts = tuple(parts)
@@ -313,34 +312,33 @@ class Concatenation:
 
 @dataclass(frozen=True)
 class Position:
-    """How far an order was followed: the next block to draw."""
+    """Position in the data order: the next block to draw."""
 
     epoch: int = 0
     index: int = 0
 
     def advanced(self, count: int, epoch_size: int) -> Position:
-        """Return the position `count` blocks further on."""
+        """Return the position `count` blocks later."""
         epochs, index = divmod(self.index + count, epoch_size)
         return Position(self.epoch + epochs, index)
 
 
 def draw(blocks: Blocks | BalancedUnion | SharedUnion, position: Position, seed: int) -> NDArray[np.int64]:
-    """Return the block at a position of the order that `seed` gives: a pure function of its arguments."""
-    if isinstance(blocks, SharedUnion):
-        which, turn = blocks.part_at(position.epoch * len(blocks) + position.index)
-        part = blocks.parts[which]
-        epoch, index = divmod(turn, len(part))
-        return draw(part, Position(epoch, index), seed + 1_000_003 * (which + 1))
-    if isinstance(blocks, BalancedUnion):
-        turn, which = divmod(position.epoch * len(blocks) + position.index, len(blocks.parts))
-        part = blocks.parts[which]
-        epoch, index = divmod(turn, len(part))
-        return draw(part, Position(epoch, index), seed + 1_000_003 * (which + 1))
+    """Return the block at a position of the order given by `seed`, a pure function of its arguments."""
+    if isinstance(blocks, SharedUnion | BalancedUnion):
+        number = position.epoch * len(blocks) + position.index
+        if isinstance(blocks, SharedUnion):
+            part_index, part_number = blocks.part_at(number)
+        else:
+            part_number, part_index = divmod(number, len(blocks.parts))
+        part = blocks.parts[part_index]
+        epoch, index = divmod(part_number, len(part))
+        return draw(part, Position(epoch, index), seed + 1_000_003 * (part_index + 1))
     return blocks.block(shuffled(position.index, len(blocks), seed * 1_000_033 + position.epoch))
 
 
 def domain_at(blocks: Blocks | BalancedUnion | SharedUnion, position: Position) -> int:
-    """Return which part of a union the block at a position is of; 0 where there is one."""
+    """Return the index of the part that a union draws from at a position; 0 for a single source."""
     if isinstance(blocks, SharedUnion):
         return blocks.part_at(position.epoch * len(blocks) + position.index)[0]
     if isinstance(blocks, BalancedUnion):
@@ -349,10 +347,10 @@ def domain_at(blocks: Blocks | BalancedUnion | SharedUnion, position: Position) 
 
 
 def shuffled(index: int, size: int, seed: int) -> int:
-    """Return where `index` goes in the pseudo-random permutation of 0..size-1 that `seed` names.
+    """Return the image of `index` under the pseudo-random permutation of 0..size-1 given by `seed`.
 
-    A four-round Feistel network over the next even power of two, walked until it lands inside: no table, so
-    memory does not grow with the corpus.
+    A four-round Feistel network over the next even power of two with cycle walking. It needs no table, so memory
+    does not grow with the corpus.
     """
     if not 0 <= index < size:
         raise IndexError(f"{index} is not in 0..{size - 1}")
@@ -368,7 +366,7 @@ def shuffled(index: int, size: int, seed: int) -> int:
 
 
 def _mix(value: int, seed: int, round_number: int) -> int:
-    """Scramble 64 bits (the finaliser of MurmurHash3) so that each round looks random."""
+    """Round function of the Feistel network: the 64-bit finaliser of MurmurHash3."""
     word = (value + 0x9E3779B97F4A7C15 * (seed * 4 + round_number + 1)) & 0xFFFFFFFFFFFFFFFF
     word = (word ^ (word >> 33)) * 0xFF51AFD7ED558CCD & 0xFFFFFFFFFFFFFFFF
     word = (word ^ (word >> 33)) * 0xC4CEB9FE1A85EC53 & 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""Turning text into token ids with a checkpoint's own tokenizer, many documents at once."""
+"""Batch tokenisation with a checkpoint's tokenizer, and training of new tokenizers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A tokenizer as corpora need it: no special tokens added, none read out of the text, nothing cut off."""
+    """A tokenizer for corpora: adds no special tokens, parses none from the text, never truncates."""
 
     tokenizer: Tokenizer
     separator: int
@@ -24,7 +24,7 @@ class TextEncoder:
 
     @classmethod
     def of_folder(cls, folder: Path) -> TextEncoder:
-        """Load the tokenizer of a checkpoint folder; raises `UserError` when it has none."""
+        """Load the tokenizer of a checkpoint folder; raises `UserError` if it has none."""
         tokenizer = _load(folder)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -34,7 +34,7 @@ class TextEncoder:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids, added ones included."""
+        """Number of token ids, including added tokens."""
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -52,8 +52,8 @@ def _load(folder: Path) -> Tokenizer:
         try:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{path} is damaged ({error}); fetch or make it again") from None
-    # Older folders keep another format, which transformers knows how to convert.
+            raise UserError(f"{path} is damaged ({error}); download or create it again") from None
+    # transformers converts the formats of older folders
     from transformers import AutoTokenizer
 
     try:
@@ -62,36 +62,36 @@ def _load(folder: Path) -> Tokenizer:
         ).backend_tokenizer
     except Exception as error:
         raise UserError(
-            f"{folder} has no tokenizer that can be loaded ({first_line(error)}); put its tokenizer.json there"
+            f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json"
         ) from None
     return converted
 
 
 def _separator(folder: Path, tokenizer: Tokenizer) -> int:
-    """Return the id that ends documents: the end-of-sequence token, else the begin-of-sequence token."""
-    settings = _optional(folder / "tokenizer_config.json")
-    config = _optional(folder / "config.json")
+    """Return the id of the separator: the end-of-sequence token, otherwise the begin-of-sequence token."""
+    settings = _read_json_if_present(folder / "tokenizer_config.json")
+    config = _read_json_if_present(folder / "config.json")
     for role in ("eos_token", "bos_token"):
         token = settings.get(role)
         text = token.get("content") if isinstance(token, dict) else token
-        if text is not None and (number := tokenizer.token_to_id(text)) is not None:
-            return int(number)
-        identity = config.get(f"{role}_id")
-        if isinstance(identity, list) and identity:
-            identity = identity[0]
-        if isinstance(identity, int):
-            return identity
+        if text is not None and (token_id := tokenizer.token_to_id(text)) is not None:
+            return int(token_id)
+        configured_id = config.get(f"{role}_id")
+        if isinstance(configured_id, list) and configured_id:
+            configured_id = configured_id[0]
+        if isinstance(configured_id, int):
+            return configured_id
     raise UserError(
-        f"the tokenizer in {folder} names no end-of-sequence token; add eos_token to tokenizer_config.json"
+        f"the tokenizer in {folder} has no end-of-sequence token; add eos_token to tokenizer_config.json"
     )
 
 
-def _optional(path: Path) -> dict[str, Any]:
+def _read_json_if_present(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
 def train_tokenizer(texts: Any, vocabulary: int, folder: Path, *, max_length: int) -> None:
-    """Train a byte-level BPE tokenizer on an iterator of texts and save it as Hugging Face files."""
+    """Train a byte-level BPE tokenizer on an iterable of texts and save it as Hugging Face files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -103,15 +103,10 @@ def make(folder: Path) -> dict[str, float]:
     """Make a seed of bfloat16 layers, an invited owner, a request, and an expert that differs everywhere."""
     from transformers import AutoConfig
 
+    from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
     from expertctl.core.artefacts.layout import Layout
-    from expertctl.core.artefacts.lineage import (
-        Manifest,
-        Parent,
-        digest_of_tensors,
-        digests_of_folder,
-        read_manifest,
-        tool_versions,
-    )
+    from expertctl.core.artefacts.versions import tool_versions
+    from expertctl.core.manifests.manifest import Manifest, Parent, read_manifest
     from expertctl.core.testing import tiny_model_folder
     from expertctl.experts.federation.coordinator.coordinator import Coordinator
     from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
@@ -190,14 +185,14 @@ def hub(folder: Path) -> dict[str, float]:
     """Be a coordinator behind its door until the input closes."""
     from expertctl.core.artefacts.layout import Layout
     from expertctl.experts.federation.coordinator.coordinator import Coordinator
-    from expertctl.plugins.flower.coordinator.reverse_proxy import Door, Gateway
+    from expertctl.plugins.flower.coordinator.reverse_proxy import Gateway, TlsServer
     from expertctl.plugins.flower.protocol.certificates import certificates_for
     from expertctl.plugins.flower.protocol.endpoints import Endpoints
 
     certificates = certificates_for(folder / "tls", [])
     coordinator = Coordinator(Layout(folder / "hub"))
     endpoints = Endpoints(coordinator, certificates.fingerprint, lambda text: print(text, file=sys.stderr))
-    door = Door(Gateway(lambda: "127.0.0.1:9", certificates, endpoints), "127.0.0.1", 0, certificates)
+    door = TlsServer(Gateway(lambda: "127.0.0.1:9", certificates, endpoints), "127.0.0.1", 0, certificates)
     print(door.open(), flush=True)
     sys.stdin.read()
     door.close()

@@ -22,6 +22,8 @@ from typing import Any
 
 from whole_numbers import at_least
 
+from expertctl.core.hooks.training import Trainer, TrainingContext
+
 LOOPS = ("ordinary", "ordinary, one block at a time", "private", "private, one block at a time")
 
 
@@ -49,7 +51,7 @@ def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], A
         num_attention_heads=heads,
         num_key_value_heads=heads,
     )
-    part = installed_plugins().trainer(trains).prepare(LlamaForCausalLM(settings), None)
+    part = installed_plugins().offer(Trainer, trains).prepare(TrainingContext(LlamaForCausalLM(settings)))
     folder = Path(tempfile.mkdtemp())
     ids = torch.randint(1, given.vocabulary, (given.batch * given.length,)).tolist()
     write_part(folder, [("x", ids)], separator=0, vocabulary=given.vocabulary)

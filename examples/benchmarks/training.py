@@ -43,9 +43,9 @@ def ready():
 """
 FIRST_STEP = {
     "expertctl": """
-from expertctl.experts.trainable import all_parameters
+from expertctl.experts.runs.trainable import all_parameters
 from expertctl.experts.training import TrainingLoop
-loop = TrainingLoop(all_parameters(model, None), blocks, training.settings())
+loop = TrainingLoop(all_parameters(model), blocks, training.settings())
 ready()
 next(loop.steps())
 """,
@@ -128,7 +128,7 @@ def our_loop(folder: str, **changes: Any) -> Callable[[], None]:
     from expertctl.experts.runs.trainable import all_parameters
     from expertctl.experts.training.loop import TrainingLoop
 
-    loop = TrainingLoop(all_parameters(new_model(), None), new_blocks(folder), settings(**changes))
+    loop = TrainingLoop(all_parameters(new_model()), new_blocks(folder), settings(**changes))
     steps = loop.steps()
 
     def step() -> None:

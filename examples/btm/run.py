@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools import results_over_seeds, write_config
 
 from expertctl import Workspace
-from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.experts.text.bundled import BUNDLED
 
 TARGET_AVERAGE = "posterior average, per target"

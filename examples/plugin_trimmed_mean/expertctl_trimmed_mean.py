@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from expertctl import MergeMethod, TensorGroup, UserError, hookimpl
+from expertctl import TensorGroup, TensorMerge, UserError, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def trimmed_mean(group: TensorGroup, options: Options) -> Tensor:
 
 
 @hookimpl
-def merge_methods() -> list[MergeMethod]:
+def merge_methods() -> list[TensorMerge]:
     """Offer the method to `expertctl merge`."""
     summary = "the mean without the lowest and highest experts of every element"
-    return [MergeMethod("trimmed_mean", summary, merge=trimmed_mean, options=Options)]
+    return [TensorMerge("trimmed_mean", summary, merge=trimmed_mean, options=Options)]

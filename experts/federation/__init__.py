@@ -1,1 +1,1 @@
-"""Experts from owners who hand in weights and never text: everything but the transport."""
+"""Federations: owners train experts on private text and deliver only weights. Independent of the transport."""

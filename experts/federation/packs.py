@@ -1,4 +1,4 @@
-"""A federation without a network: requests go out and deliveries come back as folders, or as one `.tar` file each."""
+"""Offline federation: packs carry requests to owners and deliveries come back, as folders or `.tar` files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tempfile import TemporaryDirectory
 from ...core.artefacts.files import (
     link_or_copy,
     new_folder,
+    os_errors_as_user_errors,
     read_json,
-    readable_os_errors,
     refuse_existing,
     write_json,
 )
 from ...core.errors import UserError
 from .coordinator.coordinator import Coordinator
 from .judging.acceptance import Refusal
-from .protocol.delivery import Signed
+from .protocol.delivery import SignedStatement
 from .protocol.parts import read_part
 from .protocol.requests import ExpertRequest
 
@@ -36,7 +36,7 @@ def write_pack(
     with_seed: bool = True,
     force: bool = False,
 ) -> None:
-    """Write a request, with the seed unless the owner has it, as a folder or a `.tar` file."""
+    """Write a pack: a request, with the seed unless `with_seed` is false, as a folder or a `.tar` file."""
     refuse_existing(target, force=force, what="pack")
     with _folder_for(target, force=force) as folder:
         write_json(folder / REQUEST_FILE, request.as_json())
@@ -48,10 +48,10 @@ def write_pack(
 
 
 @contextmanager
-def opened(path: Path, state: Path) -> Iterator[Path]:
-    """Give a pack or a delivery as a folder; a `.tar` file is unpacked beside the owner's or coordinator's state meanwhile.
+def open_pack(path: Path, state: Path) -> Iterator[Path]:
+    """Yield a pack or a delivery as a folder; a `.tar` file is unpacked into a temporary folder in `state`.
 
-    Raises `UserError` for what is neither, and for an archive with anything but plain files and folders below it.
+    Raises `UserError` if the path does not exist, and for an archive with anything but regular files and folders.
     """
     if path.is_dir():
         yield path
@@ -61,44 +61,46 @@ def opened(path: Path, state: Path) -> Iterator[Path]:
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with TemporaryDirectory(prefix=".unpacked-", dir=state) as folder:
         try:
-            with readable_os_errors(path), tarfile.open(path, "r:") as archive:
+            with os_errors_as_user_errors(path), tarfile.open(path, "r:") as archive:
                 for member in archive:
                     if not (member.isreg() or member.isdir()):
                         raise UserError(
-                            f"{path} holds '{member.name:.80}', which is no plain file; it is not opened"
+                            f"{path} contains '{member.name:.80}', which is not a regular file; it is not unpacked"
                         )
                     archive.extract(member, folder, filter="data")
         except tarfile.TarError as error:
-            raise UserError(f"{path} is no archive that can be opened ({error}); fetch it again") from None
+            raise UserError(f"{path} is not a readable archive ({error}); copy it again") from None
         yield Path(folder)
 
 
 def read_request(folder: Path) -> ExpertRequest:
-    """Read the request of a pack."""
+    """Read the request of a pack; raises `UserError` if there is none."""
     path = folder / REQUEST_FILE
     if not path.is_file():
-        raise UserError(f"{folder} is no pack: it has no {REQUEST_FILE}; `expertctl federate pack` makes one")
+        raise UserError(
+            f"{folder} is not a pack: it has no {REQUEST_FILE}; make one with `expertctl federate pack`"
+        )
     return ExpertRequest.of_json(read_json(path))
 
 
 def write_delivery(folder: Path, target: Path, *, force: bool = False) -> None:
-    """Hand a signed delivery on as a folder or a `.tar` file."""
+    """Write a signed delivery as a folder or a `.tar` file."""
     refuse_existing(target, force=force, what="delivery")
     with _folder_for(target, force=force) as copy:
         for path in sorted(folder.iterdir()):
             link_or_copy(path, copy / path.name)
 
 
-def hand_in(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequest, Refusal | None]:
-    """Take a delivery in from a folder, with the same checks as over a network; return its request, and why it is refused."""
-    signed = Signed.read(folder)
+def receive_delivery(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequest, Refusal | None]:
+    """Receive a delivery from a folder with the checks of the network path; return its request and the refusal or None."""
+    signed = SignedStatement.read(folder)
     statement = signed.statement
     request = coordinator.request(statement.request)
-    wanted = coordinator.begin(request.owner, request.id, signed)
-    if isinstance(wanted, Refusal):
-        return request, wanted
+    missing = coordinator.begin(request.owner, request.id, signed)
+    if isinstance(missing, Refusal):
+        return request, missing
     for file in statement.files:
-        for index in wanted[file.name]:
+        for index in missing[file.name]:
             coordinator.put(
                 request.owner, request.id, file.name, index, read_part(folder / file.name, file, index)
             )
@@ -107,7 +109,7 @@ def hand_in(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequest, Refu
 
 @contextmanager
 def _folder_for(target: Path, *, force: bool) -> Iterator[Path]:
-    """Give a folder to fill that becomes the target: itself, or the content of the `.tar` file that the target is."""
+    """Yield a folder to fill, which becomes the target or the content of the target's `.tar` file."""
     if target.suffix != TAR:
         with new_folder(target, force=force, what="folder") as folder:
             yield folder
@@ -118,20 +120,20 @@ def _folder_for(target: Path, *, force: bool) -> Iterator[Path]:
         content.mkdir()
         yield content
         partial = Path(scratch) / target.name
-        with readable_os_errors(target):
+        with os_errors_as_user_errors(target):
             with tarfile.open(partial, "w") as archive:
                 for path in sorted(content.rglob("*")):
                     archive.add(
                         path.resolve(),
                         path.relative_to(content).as_posix(),
                         recursive=False,
-                        filter=_anonymous,
+                        filter=_anonymise,
                     )
             partial.replace(target)
 
 
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Leave out who packed it and when; links become what they lead to."""
+def _anonymise(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Clear the user, group and modification time of an archive member."""
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     member.mtime = 0

@@ -1,1 +1,1 @@
-"""Measuring models on text: evaluation, statistics, audits and embeddings."""
+"""Measurements of models on text: evaluation, merge statistics, extraction audits, embeddings."""

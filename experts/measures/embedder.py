@@ -1,4 +1,4 @@
-"""Texts as vectors of a model: the mean of its last hidden states. Shapes: N = texts, T = tokens, d = width."""
+"""Text embeddings by mean pooling of a model's last hidden states. Shapes: N = texts, T = tokens, d = width."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH = 16
-"""Texts that go through a model together, those of similar length beside each other."""
+"""Texts per forward pass; texts are batched by length."""
 
 
 class SentenceEmbedder:
     """A sentence-embedding model from a local folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Load it; raises `UserError` for a folder of no model."""
+        """Load the model; raises `UserError` if the folder has no config.json."""
         from transformers import AutoModel, AutoTokenizer
 
         if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} is no folder of a sentence-embedding model: it has no config.json")
+            raise UserError(f"{folder} is not a sentence-embedding model: it has no config.json")
         self._tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -37,17 +37,17 @@ class SentenceEmbedder:
         return mean_states(lambda **inputs: self._model(**inputs).last_hidden_state, ids, self._model.device)
 
     def mean(self, texts: Sequence[str]) -> Tensor:
-        """Return the mean embedding of some texts, (d,)."""
+        """Return the mean embedding of texts, (d,)."""
         import torch
 
         return torch.from_numpy(self(texts)).mean(dim=0)
 
 
 class HiddenStateEmbedder:
-    """A language model whose last hidden states stand for texts."""
+    """Text embeddings from a language model's last hidden states."""
 
     def __init__(self, folder: Path, tokens: int) -> None:
-        """Load it; at most `tokens` of each text's beginning are looked at."""
+        """Load the model; only the first `tokens` tokens of each text are used."""
         from ...core.models.loading import load_network, max_positions
         from ...core.text.tokenizer import TextEncoder
 
@@ -56,7 +56,7 @@ class HiddenStateEmbedder:
         self._tokens = min(tokens, max_positions(folder))
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the mean hidden states of texts, (N, d); a text without a token is a document's end alone."""
+        """Return the mean hidden states of texts, (N, d); an empty text is embedded as the separator token."""
         ids = [row[: self._tokens] or [self._encoder.separator] for row in self._encoder.encode(texts)]
         backbone = self._model.base_model
         return mean_states(
@@ -67,23 +67,23 @@ class HiddenStateEmbedder:
 def mean_states(
     states: Callable[..., Tensor], ids: Sequence[Sequence[int]], device: Any = "cpu"
 ) -> NDArray[np.float32]:
-    """Return the mean over each text's own tokens of what `states(input_ids, attention_mask)` gives, (N, d)."""
+    """Return the mean of `states(input_ids, attention_mask)` over each text's tokens, without padding, (N, d)."""
     import torch
 
-    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-    found: dict[int, Tensor] = {}
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    means: dict[int, Tensor] = {}
     with torch.inference_mode():
         for begin in range(0, len(order), BATCH):
             rows = order[begin : begin + BATCH]
             longest = max(len(ids[row]) for row in rows)
             ids_NT = torch.zeros(len(rows), longest, dtype=torch.long)
             mask_NT = torch.zeros(len(rows), longest, dtype=torch.long)
-            for place, row in enumerate(rows):
-                ids_NT[place, : len(ids[row])] = torch.tensor(ids[row])
-                mask_NT[place, : len(ids[row])] = 1
+            for position, row in enumerate(rows):
+                ids_NT[position, : len(ids[row])] = torch.tensor(ids[row])
+                mask_NT[position, : len(ids[row])] = 1
             states_NTd = states(input_ids=ids_NT.to(device), attention_mask=mask_NT.to(device)).float().cpu()
             weights_NT1 = mask_NT[..., None] / mask_NT.sum(dim=1)[:, None, None]
             means_Nd = (states_NTd * weights_NT1).sum(dim=1)
-            found |= dict(zip(rows, means_Nd, strict=True))
-    stacked: NDArray[np.float32] = torch.stack([found[row] for row in range(len(ids))]).numpy()
+            means |= dict(zip(rows, means_Nd, strict=True))
+    stacked: NDArray[np.float32] = torch.stack([means[row] for row in range(len(ids))]).numpy()
     return stacked

@@ -1,4 +1,4 @@
-"""Scoring models on domains: every token of each validation part once."""
+"""Evaluation of models on domains, with every token of each validation part scored once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ...core.artefacts.layout import Layout
 from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
-from ...core.hooks.evaluation import Score
+from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.manager import installed_plugins
 from ...core.models.loading import load_model, max_positions, require_intact_models, tokenizer_folder
 from ...core.process.compute import best_device, concurrently
@@ -26,29 +26,31 @@ class EvaluationTable:
     domains: tuple[str, ...]
     scores: Mapping[str, Mapping[str, Score]]
     """Model -> domain -> score."""
+    metrics: tuple[Metric, ...]
+    """The evaluator's metrics; comparisons use the first."""
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the values that the evaluator gave."""
-        return tuple(next(iter(next(iter(self.scores.values())).values())).values)
-
-    def mean(self, model: str, metric: str) -> float:
-        """Return the mean of a metric over the domains, each counting the same."""
-        values = [self.scores[model][domain].values[metric] for domain in self.domains]
+    def mean(self, model: str, metric: Metric) -> float:
+        """Return the unweighted mean of a metric over the domains."""
+        values = [self.scores[model][domain].values[metric.name] for domain in self.domains]
         return sum(values) / len(values)
 
-    def best(self, domain: str, metric: str) -> str:
-        """Return the model with the lowest value on a domain."""
-        return min(self.scores, key=lambda model: self.scores[model][domain].values[metric])
+    def best(self, domain: str, metric: Metric) -> str:
+        """Return the model with the best value on a domain."""
+        return metric.best(
+            {model: scores[domain].values[metric.name] for model, scores in self.scores.items()}
+        )
+
+    def best_mean(self, metric: Metric) -> str:
+        """Return the model with the best mean over the domains."""
+        return metric.best({model: self.mean(model, metric) for model in self.scores})
 
     def as_json(self) -> dict[str, object]:
-        """Return what `eval --json` prints: metric -> domain -> value for each model, and token counts."""
-        models = {}
+        """Return the content of `eval --json`: for each model metric -> domain -> value, and token counts."""
+        models: dict[str, object] = {}
         for name, by_domain in self.scores.items():
-            metrics = next(iter(by_domain.values())).values
             models[name] = {
-                metric: {domain: by_domain[domain].values[metric] for domain in self.domains}
-                for metric in metrics
+                metric.name: {domain: by_domain[domain].values[metric.name] for domain in self.domains}
+                for metric in self.metrics
             } | {"tokens": {domain: by_domain[domain].tokens for domain in self.domains}}
         return {"domains": list(self.domains), "models": models}
 
@@ -63,15 +65,15 @@ def evaluate(
     jobs: int | None = None,
     tell: Tell = lambda model, domain: None,
 ) -> EvaluationTable:
-    """Score models (folders by the name they are shown under) on domains (default: all of the project).
+    """Score models (display name -> folder) on domains (default: all of the project).
 
-    Each model reads the text through its own tokenizer, so bits per byte compare across tokenizers. `tell`
-    hears (model, domain) after each score. Raises `UserError` for a damaged model or an unknown domain.
+    Each model uses its own tokenizer; bits per byte are comparable across tokenizers. `tell` is called with (model,
+    domain) after each score. Raises `UserError` for a damaged model or an unknown domain.
     """
     names = tuple(domains if domains is not None else project.domains)
     if not names:
         raise UserError("there is no domain to evaluate on; add one under 'domains' in expertctl.yaml")
-    scorer = installed_plugins().evaluator(evaluator)
+    scorer = installed_plugins().offer(Evaluator, evaluator)
     size = project.training.sequence_length
     require_intact_models(models.values())
     blocks = {}
@@ -84,18 +86,17 @@ def evaluate(
     def score(model: str) -> dict[str, Score]:
         network, _ = load_model(models[model], dtype="float32")
         network.to(best_device())
-        found = {}
+        domain_scores = {}
         for name in names:
             if hasattr(network, "begin_text"):
-                network.begin_text()  # a prior that moves begins anew, so that the order of domains says nothing
-            found[name] = scorer.evaluate(network, blocks[model, name])
+                network.begin_text()  # reset an adaptive prior, so that scores do not depend on the order of domains
+            domain_scores[name] = scorer.evaluate(network, blocks[model, name])
             tell(model, name)
-        return found
+        return domain_scores
 
     largest = max((_num_bytes(folder) for folder in models.values()), default=0)
-    return EvaluationTable(
-        names, dict(zip(models, concurrently(score, models, bytes_each=largest, jobs=jobs), strict=True))
-    )
+    scores = concurrently(score, models, bytes_each=largest, jobs=jobs)
+    return EvaluationTable(names, dict(zip(models, scores, strict=True)), scorer.metrics)
 
 
 def _num_bytes(folder: Path) -> int:

@@ -1,8 +1,8 @@
-"""How much of its training text a model gives back: FlexOlmo's extraction attack (arXiv:2507.07024, section 6).
+"""Audit of memorised training text: FlexOlmo's extraction attack (arXiv:2507.07024, section 6).
 
-The model is given the first tokens of a training document and samples what follows, several times. A document counts as
-extracted when one of the samples is nearly the true continuation: normalised Levenshtein similarity, over token ids,
-of at least a threshold. Shapes: B = documents, P = tokens of the prompt, N = tokens in all.
+The model is prompted with the first tokens of a training document and samples several continuations. A document
+counts as extracted if a sample is close to the true continuation: a normalised Levenshtein similarity over token ids
+of at least a threshold. Shapes: B = documents, P = prompt tokens, N = tokens in total.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.lineage import digest_of_tokenizer
+from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.errors import UserError
 from ...core.models.loading import load_model, max_positions, require_intact_model, tokenizer_folder
 from ...core.process.compute import best_device
@@ -29,23 +29,23 @@ DOCUMENTS_PER_BATCH = 512
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """How the attack is done; the defaults are the paper's but for the number of documents, which is 10,000 there."""
+    """Settings of the attack; defaults as in the paper, except for the number of documents (10,000 there)."""
 
     documents: int = 1000
-    """Most documents that are tried."""
+    """Maximum number of documents to attack."""
     prefix: int = 32
-    """Tokens of the document that the model is given."""
+    """Number of tokens of the document in the prompt."""
     continuation: int = 256
-    """Tokens that it is asked for; shorter documents are left out."""
+    """Number of tokens to generate; documents shorter than prefix plus continuation are skipped."""
     samples: int = 10
-    """Tries for each document."""
+    """Number of samples per document."""
     top_k: int = 50
     top_p: float = 0.95
     temperature: float = 1.0
     threshold: float = 0.9
-    """Similarity from which on a document counts as extracted."""
+    """Minimum similarity for a document to count as extracted."""
     batch_size: int = 40
-    """Continuations that are sampled at a time."""
+    """Number of continuations to sample at a time."""
     seed: int = 0
     """Random seed of the choice of documents and of the samples."""
 
@@ -60,44 +60,48 @@ class Target:
 
 @dataclass(frozen=True)
 class Targets:
-    """The documents that are tried, and how many there were to choose from."""
+    """The documents to attack, and counts of all documents."""
 
     chosen: tuple[Target, ...]
     long_enough: int
+    """Number of documents with enough tokens."""
     too_short: int
+    """Number of documents with too few tokens."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What the attack found for one model."""
+    """Result of the attack for one model."""
 
     model: str
     similarities: tuple[float, ...]
-    """Of each document's best sample, 0 to 1."""
+    """Similarity of each document's best sample, 0 to 1."""
     threshold: float
 
     @property
     def hits(self) -> int:
-        return sum(one >= self.threshold for one in self.similarities)
+        """Number of extracted documents."""
+        return sum(similarity >= self.threshold for similarity in self.similarities)
 
     @property
     def rate(self) -> float:
+        """Fraction of documents that are extracted."""
         return self.hits / len(self.similarities)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the rate."""
+        """Wilson 95 % confidence interval of the rate."""
         from scipy.stats import binomtest
 
-        found = binomtest(self.hits, len(self.similarities)).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
+        interval = binomtest(self.hits, len(self.similarities)).proportion_ci(0.95, method="wilson")
+        return float(interval.low), float(interval.high)
 
     @property
     def mean_similarity(self) -> float:
         return sum(self.similarities) / len(self.similarities)
 
     def as_json(self) -> dict[str, Any]:
-        """Return figures about the model, and nothing of any text."""
+        """Return the figures of the model, without any text."""
         return {
             "model": self.model,
             "documents": len(self.similarities),
@@ -111,7 +115,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class ExtractionAudit:
-    """The attack on a model, and perhaps on another that has not seen the text."""
+    """Results of the attack on a model and optionally on a reference model that has not seen the text."""
 
     settings: AttackSettings
     long_enough: int
@@ -121,11 +125,11 @@ class ExtractionAudit:
 
     @property
     def only_model(self) -> int:
-        """Documents that the model gives back and the reference does not."""
+        """Number of documents extracted from the model and not from the reference."""
         if self.reference is None:
             return self.model.hits
         pairs = zip(self.model.similarities, self.reference.similarities, strict=True)
-        return sum(own >= self.settings.threshold > other for own, other in pairs)
+        return sum(model >= self.settings.threshold > reference for model, reference in pairs)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -147,24 +151,24 @@ def audit_extraction(
     reference: Path | None = None,
     tell: Callable[[str, int, int], None] = lambda model, done, total: None,
 ) -> ExtractionAudit:
-    """Attack a model, and a reference, with the same documents of its training text.
+    """Attack a model, and optionally a reference, with the same documents of the model's training text.
 
-    `tell` hears the model, how many documents are done, and of how many. Raises `UserError` for a reference with another
-    tokenizer, a model that looks at too few tokens, and text without a document that is long enough.
+    `tell` is called with the model's name, the number of documents done and their total. Raises `UserError` if the
+    tokenizers differ, a model has too few positions, or no document is long enough.
     """
     require_rapidfuzz()
     folders = [model, *([reference] if reference is not None else [])]
     tokenizers = [tokenizer_folder(folder) for folder in folders]
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
-        _require_room(folder, tokenizer, settings)
+        _require_positions(folder, tokenizer, settings)
         require_intact_model(folder)
     if len({digest_of_tokenizer(tokenizer) for tokenizer in tokenizers}) > 1:
         raise UserError(
-            f"{model.name} and {folders[-1].name} have different tokenizers; compare models of one"
+            f"{model.name} and {folders[-1].name} have different tokenizers; compare models with the same tokenizer"
         )
     encoder = TextEncoder.of_folder(tokenizers[0])
     targets = choose_targets(documents, encoder, settings)
-    found = []
+    extractions = []
     for folder in folders:
         network, _ = load_model(folder)
         network.to(best_device())
@@ -173,51 +177,54 @@ def audit_extraction(
             targets.chosen,
             encoder.separator,
             settings,
-            tell=lambda done, folder=folder: tell(folder.name, done, len(targets.chosen)),  # type: ignore[misc]  # mypy infers no lambda with a default
+            tell=lambda done, folder=folder: tell(folder.name, done, len(targets.chosen)),  # type: ignore[misc]  # mypy cannot infer a lambda with a default
         )
-        found.append(Extraction(folder.name, similarities, settings.threshold))
+        extractions.append(Extraction(folder.name, similarities, settings.threshold))
     return ExtractionAudit(
         settings,
         targets.long_enough,
         targets.too_short,
-        found[0],
-        found[1] if reference is not None else None,
+        extractions[0],
+        extractions[1] if reference is not None else None,
     )
 
 
 def require_rapidfuzz() -> None:
-    """Raise `UserError` where the library for edit distances is not installed."""
+    """Raise `UserError` if RapidFuzz is not installed."""
     from importlib.util import find_spec
 
     if find_spec("rapidfuzz") is None:
         raise UserError("the audit needs RapidFuzz, which is not installed: pip install 'expertctl[privacy]'")
 
 
-def _require_room(folder: Path, tokenizer: Path, settings: AttackSettings) -> None:
-    room = max_positions(folder if (folder / "config.json").is_file() else tokenizer)
+def _require_positions(folder: Path, tokenizer: Path, settings: AttackSettings) -> None:
+    positions = max_positions(folder if (folder / "config.json").is_file() else tokenizer)
     needed = 1 + settings.prefix + settings.continuation
-    if needed > room:
+    if needed > positions:
         raise UserError(
-            f"{folder.name} looks at {room} tokens, and prefix and continuation with the token before a document are "
-            f"{needed}; lower --continuation"
+            f"{folder.name} has {positions} positions, but separator, prefix and continuation need {needed}; lower "
+            "--continuation"
         )
 
 
 def choose_targets(documents: Iterable[str], encoder: TextEncoder, settings: AttackSettings) -> Targets:
-    """Return documents that are long enough, chosen evenly at random in one pass; raises `UserError` if none is."""
+    """Return a uniform random sample of the documents that are long enough, by reservoir sampling in one pass.
+
+    Raises `UserError` if there is none.
+    """
     needed = settings.prefix + settings.continuation
-    source = random.Random(settings.seed)
+    generator = random.Random(settings.seed)
     chosen: list[Target] = []
     long_enough = too_short = 0
-    for ids in _encoded(documents, encoder):
+    for ids in _encode(documents, encoder):
         if len(ids) < needed:
             too_short += 1
             continue
         target = Target(tuple(ids[: settings.prefix]), tuple(ids[settings.prefix : needed]))
         if len(chosen) < settings.documents:
             chosen.append(target)
-        elif (place := source.randrange(long_enough + 1)) < settings.documents:
-            chosen[place] = target
+        elif (index := generator.randrange(long_enough + 1)) < settings.documents:
+            chosen[index] = target
         long_enough += 1
     if not chosen:
         raise UserError(
@@ -226,9 +233,9 @@ def choose_targets(documents: Iterable[str], encoder: TextEncoder, settings: Att
     return Targets(tuple(chosen), long_enough, too_short)
 
 
-def _encoded(documents: Iterable[str], encoder: TextEncoder) -> Iterator[list[int]]:
-    rest = iter(documents)
-    while batch := list(islice(rest, DOCUMENTS_PER_BATCH)):
+def _encode(documents: Iterable[str], encoder: TextEncoder) -> Iterator[list[int]]:
+    iterator = iter(documents)
+    while batch := list(islice(iterator, DOCUMENTS_PER_BATCH)):
         yield from encoder.encode(batch)
 
 
@@ -240,21 +247,21 @@ def attack(
     *,
     tell: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, ...]:
-    """Return for each document how near the best of the samples comes to its true continuation, 0 to 1.
+    """Return the similarity, 0 to 1, of each document's best sample to its true continuation.
 
-    The prompt begins with the token that stands before every document in training; a sample ends where the model ends it.
+    Prompts begin with the separator, as documents do in training; a sample ends at the first separator.
     """
     import torch
 
     torch.manual_seed(settings.seed)
-    at_a_time = max(settings.batch_size // settings.samples, 1)
+    group_size = max(settings.batch_size // settings.samples, 1)
     best: list[float] = []
-    for begin in range(0, len(targets), at_a_time):
-        group = targets[begin : begin + at_a_time]
+    for begin in range(0, len(targets), group_size):
+        group = targets[begin : begin + group_size]
         samples = _sample(model, group, separator, settings)
         for number, target in enumerate(group):
-            own = samples[number * settings.samples : (number + 1) * settings.samples]
-            best.append(max(similarity(one, target.continuation) for one in own))
+            target_samples = samples[number * settings.samples : (number + 1) * settings.samples]
+            best.append(max(similarity(sample, target.continuation) for sample in target_samples))
         tell(len(best))
     return tuple(best)
 
@@ -262,7 +269,7 @@ def attack(
 def _sample(
     model: PreTrainedModel, group: Sequence[Target], separator: int, settings: AttackSettings
 ) -> list[list[int]]:
-    """Return `samples` continuations of each document, one document after the other."""
+    """Return `settings.samples` continuations of each document, grouped by document."""
     import torch
 
     prompts_BP = torch.tensor([[separator, *target.prefix] for target in group], device=model.device)
@@ -284,8 +291,8 @@ def _sample(
     return [row[: row.index(separator)] if separator in row else row for row in rows]
 
 
-def similarity(one: Sequence[int], other: Sequence[int]) -> float:
-    """Return 1 less the Levenshtein distance as a share of the longer of two sequences of token ids."""
+def similarity(first: Sequence[int], second: Sequence[int]) -> float:
+    """Return the normalised Levenshtein similarity of two sequences of token ids: 1 - distance / longer length."""
     from rapidfuzz.distance import Levenshtein
 
-    return float(Levenshtein.normalized_similarity(one, other))
+    return float(Levenshtein.normalized_similarity(first, second))

@@ -1,7 +1,7 @@
-"""What merges by RegMean and Fisher need to know of an expert: gathered beside its data, which stays where it is.
+"""Statistics of an expert for RegMean and Fisher merges, computed where its data is.
 
-Only second moments leave: the Gram matrices of layers' inputs, or the squares of gradients. They say something about
-the text all the same; hand them on only where the expert itself may go.
+They are second moments only: Gram matrices of layer inputs, or squared gradients. They still carry information about
+the text, so share them only where the expert itself may be shared.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import new_folder, refuse_existing, write_json
-from ...core.artefacts.lineage import digest_of_tensors, read_manifest, tool_versions
 from ...core.artefacts.safetensors_io import write_tensors
 from ...core.artefacts.statistics_files import STATISTICS_FORMAT, statistics_manifest, statistics_weights
+from ...core.artefacts.versions import tool_versions
 from ...core.errors import UserError
+from ...core.manifests.manifest import read_manifest
 from ...core.models.loading import checkpoint_tensors, load_model
 from ...core.process.compute import best_device
 from ...core.text.token_store import TokenBlocks
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 Kind = Literal["gram", "fisher"]
 KINDS: tuple[Kind, ...] = ("gram", "fisher")
 SAMPLES = 256
-"""Blocks; what the papers' code takes."""
+"""Default number of blocks, as in the papers' code."""
 Tell = Callable[[int], None]
 
 
@@ -36,7 +38,7 @@ def gather_statistics(
 ) -> dict[str, Tensor]:
     """Return statistics by tensor name, in float32: `gram` matrices (in, in), or diagonal `fisher` information.
 
-    `blocks` are token arrays of shape (tokens + 1,). Raises `UserError` when there is none.
+    `blocks` are token arrays of shape (tokens + 1,). Raises `UserError` if there are none.
     """
     gather = {"gram": gather_grams, "fisher": gather_fisher}[kind]
     return gather(model, blocks, tell)
@@ -45,10 +47,10 @@ def gather_statistics(
 def gather_grams(
     model: PreTrainedModel, blocks: Iterable[NDArray[Any]], tell: Tell = lambda done: None
 ) -> dict[str, Tensor]:
-    """Return X^T X / N of the inputs of every linear layer, by the name of its weight (arXiv:2212.09849, section 3).
+    """Return X^T X / N of each linear layer's inputs, by the name of its weight (arXiv:2212.09849, section 3).
 
-    N is the number of tokens. All matrices stand in memory at once: in^2 numbers for each layer. Layers whose
-    weight is shared, such as a tied output head, are left out.
+    N is the number of tokens. All matrices are in memory at once, in^2 numbers per layer. Layers with a tied weight,
+    such as a tied output head, are skipped.
     """
     import torch
 
@@ -75,7 +77,7 @@ def gather_grams(
         for handle in handles:
             handle.remove()
     if not tokens:
-        raise UserError("there is no text to gather statistics on; run `expertctl data prepare`")
+        raise UserError("no text to compute statistics on; run `expertctl data prepare`")
     return {name: (total / tokens).float() for name, total in sums.items()}
 
 
@@ -84,12 +86,12 @@ def gather_fisher(
 ) -> dict[str, Tensor]:
     """Return E[(grad log p(block))^2] for every tensor, the mean over blocks (arXiv:2111.09832, section 3.2).
 
-    log p is the sum over a block's tokens, given the token before it: the empirical Fisher information, with the
-    text that there is in place of the model's own.
+    log p is the sum over a block's tokens, given the token before it. This is the empirical Fisher information, which
+    uses the text instead of samples from the model.
     """
     import torch
 
-    parameters = dict(checkpoint_parameters(model).items())
+    parameters = checkpoint_parameters(model)
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     count = 0
     for parameter in parameters.values():
@@ -100,19 +102,19 @@ def gather_fisher(
         tokens = torch.from_numpy(block[None]).to(model.device)
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[0].float(), tokens[0, 1:], reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has not annotated it
+        loss.backward()  # type: ignore[no-untyped-call]  # not annotated in torch
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 sums[name] += parameter.grad.float() ** 2
         tell(count)
     model.zero_grad(set_to_none=True)
     if not count:
-        raise UserError("there is no text to gather statistics on; run `expertctl data prepare`")
+        raise UserError("no text to compute statistics on; run `expertctl data prepare`")
     return {name: (total / count).cpu() for name, total in sums.items()}
 
 
 def checkpoint_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return a model's floating-point parameters by their names in the checkpoint, each shared one once."""
+    """Return a model's floating-point parameters by checkpoint name, without tied duplicates."""
     names = checkpoint_tensors(model)
     return {
         name: parameter
@@ -144,18 +146,19 @@ def write_statistics(
     force: bool = False,
     tell: Tell = lambda done: None,
 ) -> dict[str, Any]:
-    """Gather statistics of one kind on an expert and write them to `output/KIND/`; return their manifest.
+    """Compute one kind of statistics for an expert, write them to `output/KIND/` and return their manifest.
 
-    The blocks are spread evenly over the part. Raises `UserError` when they are there already.
+    The blocks are evenly spaced. Raises `UserError` if the statistics exist already, unless `force`.
     """
     target = output / kind
     refuse_existing(target, force=force, what="statistics")
     manifest = read_manifest(expert)
     model, _ = load_model(expert, seed=seed, dtype="float32", as_trained=False)
     model.to(best_device())
-    count = min(samples, max(len(blocks), 1))
-    chosen = (blocks.block(index * max(len(blocks), 1) // count) for index in range(count))
-    tensors = gather_statistics(model, chosen, kind, tell)
+    available = max(len(blocks), 1)
+    count = min(samples, available)
+    selected = (blocks.block(index * available // count) for index in range(count))
+    tensors = gather_statistics(model, selected, kind, tell)
     with new_folder(target, force=force, what="statistics") as partial:
         digests = write_tensors(statistics_weights(partial), tensors)
         content = {

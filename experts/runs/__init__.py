@@ -1,1 +1,1 @@
-"""Setting up runs: what will be trained, from where, and in which order."""
+"""Setting up and launching training runs."""

@@ -1,10 +1,10 @@
-"""The controls of Branch-Train-Merge: one dense model of the same compute, and experts of random splits.
+"""Baselines of Branch-Train-Merge: a compute-matched dense model, and experts of random splits.
 
-The dense model goes on from the seed on all domains, each giving the same number of tokens, for as many steps
-as one expert takes, with a batch as much larger as there are experts: the paper's protocol, where every
-expert has its share of the dense model's batch. With few tokens more steps of a smaller batch teach more, so
-the same tokens can also be spent at an expert's batch size. The random-split experts train on equal random slices of the
-blocks of all domains; a forest of them shows what is owed to the domains and what to having several models.
+The dense model continues from the seed on all domains, with the same number of tokens from each. It takes as many
+steps as one expert with a batch size multiplied by the number of experts: the paper's protocol, in which each expert
+has its share of the dense model's batch. With few tokens, more steps of a smaller batch learn more, so the same
+tokens can also be spent at an expert's batch size. The random-split experts train on equal random slices of the
+blocks of all domains; an ensemble of them separates the effect of domains from that of having several models.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError
+from ...core.manifests.run import RUN_FILE, RunSpec, read_run
 from .branching import parent_digests, write_run
-from .specification import RUN_FILE, RunSpec, read_run
 
 DENSE = "dense"
 DENSE_SAME_BATCH = "dense-same-batch"
@@ -22,9 +22,9 @@ SLICE = "random-{index}"
 
 
 def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False) -> Path:
-    """Set up the dense baseline's run and return its folder; an unfinished one is gone on with.
+    """Set up the dense baseline's run and return its folder; an unfinished run is resumed.
 
-    `same_batch`: an expert's batch and as many more steps, instead of its steps and as much larger a batch.
+    `same_batch` keeps an expert's batch size and multiplies its steps by the number of experts, instead of the reverse.
     """
     experts = trained_experts(layout)
     training = experts[0].training
@@ -41,7 +41,7 @@ def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False
 
 
 def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
-    """Set up one run for each expert there is, on its random slice of all text; return their folders."""
+    """Set up one run per finished expert, each on a random slice of all text; return their folders."""
     experts = trained_experts(layout)
     return [
         _start(
@@ -63,10 +63,12 @@ def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
 
 
 def trained_experts(layout: Layout) -> list[RunSpec]:
-    """Return the specifications of the finished experts; raises `UserError` when there is none."""
+    """Return the specifications of the finished experts; raises `UserError` if there are none."""
     names = layout.finished_experts()
     if not names:
-        raise UserError("a baseline is matched to the experts, and none is finished; train them first")
+        raise UserError(
+            "a baseline is matched to the finished experts, and there are none; train experts first"
+        )
     return [read_run(layout.experts / name) for name in names]
 
 
@@ -79,5 +81,5 @@ def _start(layout: Layout, spec: RunSpec, *, force: bool) -> Path:
     if force or not (folder / RUN_FILE).is_file():
         write_run(layout, folder, spec, force=force)
     elif read_run(folder) != spec:
-        raise UserError(f"{folder} was made for other experts or settings; use --force to make it again")
+        raise UserError(f"{folder} was set up for other experts or settings; use --force to replace it")
     return folder

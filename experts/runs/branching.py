@@ -1,4 +1,4 @@
-"""Branching: starting an expert from the seed, from given experts, or from those nearest to its domain."""
+"""Branching: setting up an expert's run from the seed, given experts, or the experts nearest to its domain."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 
 from ...core.artefacts.files import exclusive, new_folder, refuse_existing
 from ...core.artefacts.layout import Layout, check_name, require_free
-from ...core.artefacts.lineage import read_manifest
 from ...core.config.settings import ExpertConfig, ProjectConfig, TrainingConfig
 from ...core.errors import UserError, unknown_name
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
+from ...core.manifests.manifest import read_manifest
+from ...core.manifests.run import RunSpec, is_finished
 from ...core.models.loading import load_model, max_positions, require_intact_models, seed_of
 from ...core.process.compute import best_device
 from ...core.text.token_store import TokenBlocks
 from ..text.corpora import domain_config, prepare_domain
 from .privacy_rules import check_private
-from .replaced import set_aside
-from .specification import RunSpec, is_finished
+from .replaced import back_up
 from .trainable import trainer_for
 
 AUTO_SAMPLE_BLOCKS = 32
@@ -29,20 +29,21 @@ def branch(
 ) -> RunSpec:
     """Set up the run of a new expert in `experts/NAME` and return its specification.
 
-    Raises `UserError` when the seed is missing, a name is unknown, or the expert exists.
+    Raises `UserError` if the seed is missing, a name is unknown, or the expert exists.
     """
     check_name(name, "an expert")
     folder = layout.experts / name
     require_free(layout, name, folder)
     refuse_existing(folder, force=force, what="expert")
     if not is_finished(layout.seed):
-        raise UserError("there is no finished seed yet; make one with `expertctl seed`")
+        raise UserError("there is no finished seed; create one with `expertctl seed`")
     domain_config(project, expert.domain)
     plugins = installed_plugins()
     trainer = trainer_for(expert.trains, plugins)
     if trainer.makes != "expert":
         raise UserError(
-            f"trainer '{trainer.name}' trains a whole {trainer.makes}; use it with `expertctl tune NAME --trains {trainer.name}`"
+            f"trainer '{trainer.name}' trains a whole {trainer.makes}; use it with `expertctl tune NAME --trains "
+            f"{trainer.name}`"
         )
     parse_options(trainer.options, expert.options, f"trainer '{trainer.name}'")
     training = expert_training(layout, project, expert.training)
@@ -50,8 +51,8 @@ def branch(
     start = start_weights(layout, project, expert)
     if training.sequence_length > max_positions(layout.seed):
         raise UserError(
-            f"training.sequence_length is {training.sequence_length}, and the seed looks at {max_positions(layout.seed)} "
-            "tokens at most; lower it"
+            f"training.sequence_length {training.sequence_length} exceeds the seed's {max_positions(layout.seed)} "
+            "positions; lower it"
         )
     spec = RunSpec(
         kind="expert",
@@ -71,27 +72,27 @@ def branch(
 
 
 def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = False) -> None:
-    """Make the folder of a run, atomically; what a generalist takes the place of is kept until it trains."""
+    """Create the folder of a run atomically; a generalist that it replaces is kept until the new run trains."""
     with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
         if force and spec.kind == "generalist":
-            set_aside(folder)
+            back_up(folder)
         with new_folder(folder, force=force, what=spec.kind) as partial:
             spec.write(partial)
 
 
 def parent_digests(layout: Layout, start: Mapping[str, float], base: str | None = None) -> dict[str, str]:
-    """Return the digests of the seed and of the experts, or of the generalist, that a run starts from.
+    """Return the digests of the seed and of the experts or the generalist that a run starts from.
 
     Raises `UserError` for an expert of another seed.
     """
-    whole = {"seed": layout.seed}
+    models = {"seed": layout.seed}
     if base not in (None, "seed"):
-        whole[base] = layout.artefact(base)
+        models[base] = layout.artefact(base)
     digests = {}
-    for name, folder in whole.items():
+    for name, folder in models.items():
         manifest = read_manifest(folder)
         digests[name] = manifest.digest
-        if "config.json" in manifest.files:  # the same tensors may be run in another way: rope, top-k, gates
+        if "config.json" in manifest.files:  # RoPE, top-k or gating settings can differ for the same tensors
             digests[f"{name}/config.json"] = manifest.files["config.json"]
     for name in start:
         if name != "seed":
@@ -102,45 +103,48 @@ def parent_digests(layout: Layout, start: Mapping[str, float], base: str | None 
 
 
 def expert_training(layout: Layout, project: ProjectConfig, own: TrainingConfig) -> TrainingConfig:
-    """Return an expert's training settings, with the schedule going on where the seed's ended."""
+    """Return an expert's training settings; its schedule continues where the seed's ended, if not set."""
     training = project.training_of(own)
     if training.schedule_begin is not None:
         return training
-    seed_training = read_manifest(layout.seed).config.get("training") or {}
-    ended = float(seed_training.get("schedule_end", 0.0))
-    begin = ended if ended < training.schedule_end else 0.0
+    pretraining = read_manifest(layout.seed).run
+    seed_end = pretraining.training.schedule_end if pretraining is not None else 0.0
+    begin = seed_end if seed_end < training.schedule_end else 0.0
     return training.model_copy(update={"schedule_begin": begin})
 
 
 def start_weights(layout: Layout, project: ProjectConfig, expert: ExpertConfig) -> dict[str, float]:
-    """Return where an expert starts: `seed` or finished experts, with weights that sum to 1."""
-    wanted = expert.from_
-    if wanted == "seed":
+    """Return an expert's initial weights over `seed` and finished experts, which sum to 1.
+
+    Raises `UserError` for an unknown name, a negative weight, or a sum of 0.
+    """
+    source = expert.from_
+    if source == "seed":
         return {"seed": 1.0}
     finished = layout.finished_experts()
-    if wanted == "auto":
+    if source == "auto":
         if not finished:
             return {"seed": 1.0}  # the first branch is a copy of the seed
         return nearest_experts(layout, project, expert.domain, finished)
-    given: Mapping[str, float] = {wanted: 1.0} if isinstance(wanted, str) else wanted
-    for name, weight in given.items():
+    weights: Mapping[str, float] = {source: 1.0} if isinstance(source, str) else source
+    for name, weight in weights.items():
         if name != "seed" and name not in finished:
             raise unknown_name("finished expert", name, ["seed", *finished])
         if weight < 0:
-            raise UserError(f"the weight of '{name}' is {weight}; weights are 0 or more")
-    total = sum(given.values())
+            raise UserError(f"the weight of '{name}' is {weight}; weights must not be negative")
+    total = sum(weights.values())
     if total <= 0:
-        raise UserError("the weights to start from sum to 0; give at least one that is positive")
-    return {name: weight / total for name, weight in given.items()}
+        raise UserError("the initial weights sum to 0; give at least one positive weight")
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def nearest_experts(
     layout: Layout, project: ProjectConfig, domain: str, experts: list[str]
 ) -> dict[str, float]:
-    """Return each expert's domain posterior on a sample of a new domain's training text.
+    """Return the posterior probability of each expert's domain on a sample of a new domain's training text.
 
-    Branch-Train-Merge's rule for a new branch (arXiv:2208.03306, section 3.1): start from the average of the
-    experts weighted by p(D = j | sample).
+    Branch-Train-Merge initialises a new branch with the average of the experts, weighted by p(D = j | sample)
+    (arXiv:2208.03306, section 3.1).
     """
     import torch
 
@@ -152,7 +156,7 @@ def nearest_experts(
         prepared.open("train"), min(project.training.sequence_length, max_positions(layout.seed))
     )
     available = max(len(blocks), 1)
-    count = min(AUTO_SAMPLE_BLOCKS, available)  # evenly spread, since neighbours are of one document
+    count = min(AUTO_SAMPLE_BLOCKS, available)  # evenly spaced: adjacent blocks are from the same document
     sample = [blocks.block(index * available // count)[None] for index in range(count)]
     require_intact_models(layout.experts / name for name in experts)
     scores = []
@@ -165,6 +169,6 @@ def nearest_experts(
             )
         del model
     uniform = torch.full((len(experts),), 1 / len(experts)).log()
-    together = [torch.stack(by_expert) for by_expert in zip(*scores, strict=True)]
-    posterior = torch.stack([mean_posterior(block, uniform, "prefix") for block in together]).mean(dim=0)
+    block_scores = [torch.stack(by_expert) for by_expert in zip(*scores, strict=True)]
+    posterior = torch.stack([mean_posterior(block, uniform, "prefix") for block in block_scores]).mean(dim=0)
     return {name: float(weight) for name, weight in zip(experts, posterior, strict=True)}

@@ -1,4 +1,4 @@
-"""Runs are handed to a launcher, and what became of each of them is told."""
+"""Launching of training runs and collection of their results."""
 
 from __future__ import annotations
 
@@ -7,39 +7,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...core.config.settings import LauncherConfig
 from ...core.errors import Interrupted, UserError
 from ...core.hooks.manager import installed_plugins
-from ...core.hooks.training import LaunchResult, RunReporter
+from ...core.hooks.options import parse_options
+from ...core.hooks.training import Launcher, LaunchResult, RunReporter
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training several runs ended; `raise_for_failures` for callers that want all of them or an error."""
+    """Results of several training runs, by run name."""
 
     finished: tuple[str, ...]
     failed: Mapping[str, str] = field(default_factory=dict)
-    """Name -> one-line error."""
+    """Run name -> one-line error."""
     interrupted: tuple[str, ...] = ()
 
     def raise_for_failures(self) -> None:
-        """Raise `UserError` that names every run that failed, or `Interrupted` if runs were stopped.
-
-        Does nothing when all of them finished.
-        """
+        """Raise `UserError` that lists every failed run, or `Interrupted` if runs were stopped."""
         if self.interrupted:
             raise Interrupted(
-                f"{', '.join(self.interrupted)}: stopped, state saved; the same command goes on"
+                f"{', '.join(self.interrupted)}: stopped, state saved; rerun the same command to resume"
             )
         if self.failed:
             raise UserError("; ".join(f"{name}: {error}" for name, error in self.failed.items()))
 
 
-def launch(runs: Sequence[Path], jobs: int, launcher: str, reporter: RunReporter | None) -> TrainResult:
-    """Train runs with the launcher of that name, `jobs` at a time; none of their failures is raised.
+def launch(
+    runs: Sequence[Path], jobs: int, launcher: LauncherConfig, reporter: RunReporter | None
+) -> TrainResult:
+    """Train runs with a launcher, `jobs` at a time; a failed run does not raise.
 
-    Raises UserError if there is no such launcher.
+    Raises `UserError` for an unknown launcher or invalid options.
     """
-    results = installed_plugins().launcher(launcher).launch(runs, jobs, reporter or _Silent())
+    plugin = installed_plugins().offer(Launcher, launcher.name)
+    options = parse_options(plugin.options, launcher.options, f"launcher '{plugin.name}'")
+    results = plugin.launch(runs, jobs, reporter or _Silent(), options)
     return TrainResult(
         finished=tuple(result.run.name for result in results if not result.error and not result.interrupted),
         failed={result.run.name: result.error for result in results if result.error},
@@ -48,7 +51,7 @@ def launch(runs: Sequence[Path], jobs: int, launcher: str, reporter: RunReporter
 
 
 class _Silent:
-    """A reporter for callers that do not watch."""
+    """A reporter that ignores all reports."""
 
     def started(self, run: Path, total_steps: int) -> None: ...
     def progressed(self, run: Path, record: Mapping[str, Any]) -> None: ...

@@ -1,4 +1,4 @@
-"""Named sizes of seeds that are made from scratch."""
+"""Named sizes of seed models pretrained from scratch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of decoder-only transformer."""
+    """The size of a decoder-only transformer."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,16 +30,16 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """Return the preset of that name; raises `UserError` that lists the choices."""
+    """Return a preset by name; raises `UserError` that lists the presets if it is unknown."""
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]
 
 
 def model_config(size: Preset, family: str, separator: int, vocabulary: int) -> PretrainedConfig:
-    """Return the transformers configuration of a preset as an OLMo-2- or Llama-style model.
+    """Return the transformers configuration of a preset as an OLMo 2 or Llama model.
 
-    `vocabulary` is what the tokenizer ended up with: fewer than the preset's when there was little text.
+    `vocabulary` is the tokenizer's vocabulary size, which is below the preset's if there was little text.
     """
     settings: dict[str, Any] = {
         "hidden_size": size.hidden_size,

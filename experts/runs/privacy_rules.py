@@ -1,4 +1,4 @@
-"""Which settings a run with differential privacy excludes."""
+"""Checks of the settings of a run with differential privacy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...core.hooks.training import Trainer
 
 
 def require_opacus() -> None:
-    """Raise `UserError` where Opacus is not installed."""
+    """Raise `UserError` if Opacus is not installed."""
     from importlib.util import find_spec
 
     if find_spec("opacus") is None:
@@ -18,24 +18,23 @@ def require_opacus() -> None:
 
 
 def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Trainer) -> None:
-    """Refuse, before anything is set up, what would tell of private text past the noise, or cannot be computed."""
+    """Raise `UserError` for settings that leak private text without noise or do not work with DP-SGD."""
     if expert.dp is None:
         return
     require_opacus()
     if expert.from_ == "auto":
         raise UserError(
-            "`from: auto` weighs the experts by the private text, and its weights stand in the manifest; with "
-            "differential privacy start from the seed, or give weights"
+            "`from: auto` computes weights from the private text and writes them to the manifest; with differential "
+            "privacy start from the seed, or give weights"
         )
     if trainer.uses_text and not trainer.private_text:
         raise UserError(
-            f"trainer '{trainer.name}' reads the text before it trains and does not say that it does so privately; "
-            "use another, or train without differential privacy"
+            f"trainer '{trainer.name}' reads the text before training and does not declare that it does so privately; "
+            "use another trainer, or train without differential privacy"
         )
     if training.compile:
-        raise UserError("training.compile does not go with differential privacy; set compile: false")
+        raise UserError("training.compile does not work with differential privacy; set compile: false")
     if training.precision == "bfloat16":
         raise UserError(
-            "with differential privacy gradients are computed in float32, where a clipped norm is what it says; leave "
-            "precision at auto"
+            "differential privacy requires float32 gradients for exact clipping; set precision: auto"
         )

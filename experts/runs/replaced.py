@@ -1,35 +1,35 @@
-"""What a new run takes the place of: kept beside it until it trains, since a trainer may still refuse."""
+"""Backup of a replaced run until the new run trains, since a trainer may still refuse it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ...core.artefacts.files import remove_tree
-from .specification import is_finished
+from ...core.manifests.run import is_finished
 
 
-def set_aside(folder: Path) -> None:
-    """Make room for a run; a try that never trained gives way to what it had set aside itself."""
+def back_up(folder: Path) -> None:
+    """Move a folder to its backup; an unfinished folder that has a backup is deleted and the backup is kept."""
     if not folder.exists():
         return
-    if _place(folder).exists() and not is_finished(folder):
+    if _backup(folder).exists() and not is_finished(folder):
         remove_tree(folder)
         return
-    remove_tree(_place(folder))
-    folder.rename(_place(folder))
+    remove_tree(_backup(folder))
+    folder.rename(_backup(folder))
 
 
-def put_back(folder: Path) -> None:
-    """Remove a run that was refused; what it took the place of is there again, if there was anything."""
+def restore_backup(folder: Path) -> None:
+    """Delete a refused run and restore its backup, if there is one."""
     remove_tree(folder)
-    if _place(folder).exists():
-        _place(folder).rename(folder)
+    if _backup(folder).exists():
+        _backup(folder).rename(folder)
 
 
-def forget_replaced(folder: Path) -> None:
-    """Remove what a run took the place of, now that it trains."""
-    remove_tree(_place(folder))
+def delete_backup(folder: Path) -> None:
+    """Delete the backup of the run that `folder` replaced."""
+    remove_tree(_backup(folder))
 
 
-def _place(folder: Path) -> Path:
+def _backup(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")

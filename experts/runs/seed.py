@@ -1,4 +1,4 @@
-"""Making the seed: importing a Hugging Face folder without copying it, or setting up a pretraining run."""
+"""Creating the seed: importing a Hugging Face folder, or setting up a pretraining run."""
 
 from __future__ import annotations
 
@@ -6,38 +6,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.digests import (
+    TOKENIZER_FILES,
+)
 from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
 from ...core.artefacts.layout import Layout
-from ...core.artefacts.lineage import (
-    TOKENIZER_FILES,
-    Manifest,
-    digest_of_tensors,
-    digest_of_tokenizer,
-    digests_of_folder,
-    tool_versions,
-)
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
 from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
+from ...core.manifests.finishing import finish_artefact
+from ...core.manifests.manifest import ImportedSeed, Manifest
+from ...core.manifests.run import RUN_FILE, RunSpec, is_finished
 from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
 from ...core.process.environment import without_loading_bars
 from ...core.text.tokenizer import TextEncoder, train_tokenizer
 from ..text.corpora import domain_config, domain_documents
 from .presets import model_config, preset
-from .specification import RUN_FILE, RunSpec, is_finished
 
 MODEL_FILES = ("config.json", "generation_config.json")
 
 
 def import_seed(layout: Layout, source: Path, *, licence: str | None = None, force: bool = False) -> Manifest:
-    """Make a Hugging Face causal LM folder the seed, linking its files where the file system can.
+    """Import a Hugging Face causal LM folder as the seed; its files are linked, not copied.
 
-    Raises `UserError`, before anything is written, for a folder that has pickled weights only, is truncated,
-    has no tokenizer, or is of a kind that transformers has no causal language model for.
+    Raises `UserError`, before anything is written, if the folder has only pickled weights, is truncated, has no
+    tokenizer, or is not a causal language model of transformers.
     """
     refuse_existing(layout.seed, force=force, what="seed")
     if not (source / "config.json").is_file():
-        raise UserError(f"{source} has no config.json: it is no Hugging Face model folder")
+        raise UserError(f"{source} has no config.json: it is not a Hugging Face model folder")
     weights = checkpoint_files(source)
     tensors = Checkpoint(weights)
     TextEncoder.of_folder(source)
@@ -55,25 +52,14 @@ def import_seed(layout: Layout, source: Path, *, licence: str | None = None, for
             if len(weights) > 1:
                 link_or_copy(source / INDEX_FILE, partial / INDEX_FILE)
         else:
-            _rewrite(source, partial)
-        found, files = digests_of_folder(partial)
-        manifest = Manifest(
-            kind="seed",
-            name="seed",
-            digest=digest_of_tensors(found),
-            tensors=found,
-            files=files,
-            tokenizer=digest_of_tokenizer(partial),
-            config={"model_type": read_json(source / "config.json").get("model_type")},
-            licence=licence,
-            versions=tool_versions(),
-        )
-        manifest.write(partial)
-    return manifest
+            _rewrite_weights(source, partial)
+        model_type = read_json(source / "config.json").get("model_type")
+        manifest = Manifest(kind="seed", name="seed", config=ImportedSeed(model_type), licence=licence)
+        return finish_artefact(partial, manifest)
 
 
 def _names_in_memory(source: Path) -> set[str]:
-    """Return the tensor names of the model that transformers builds for a folder, each shared one once."""
+    """Return the tensor names of the model that transformers builds for a folder, without tied duplicates."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,15 +69,17 @@ def _names_in_memory(source: Path) -> set[str]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{source} is no causal language model that transformers knows: {first}") from None
+        raise UserError(
+            f"{source} is not a causal language model supported by transformers: {first}"
+        ) from None
     return set(checkpoint_tensors(model))
 
 
-def _rewrite(source: Path, target: Path) -> None:
-    """Write the weights once under the names they have in memory.
+def _rewrite_weights(source: Path, target: Path) -> None:
+    """Write the weights under their names in memory.
 
-    Some families keep other names on disk (per-expert tensors, a missing prefix). Everything here goes by the
-    names in memory, and transformers reads those too.
+    Some families use other names on disk (per-expert tensors, a missing prefix). expertctl uses the names in memory
+    everywhere, and transformers can read those too.
     """
     from transformers import AutoModelForCausalLM
 
@@ -103,7 +91,7 @@ def _rewrite(source: Path, target: Path) -> None:
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
-            f"{source} lacks {len(missing)} tensors of its model, such as '{missing[0]}'; fetch it again"
+            f"{source} lacks {len(missing)} tensors of its model, such as '{missing[0]}'; download it again"
         )
     write_tensors(target / WEIGHTS_FILE, checkpoint_tensors(model))
 
@@ -111,7 +99,8 @@ def _rewrite(source: Path, target: Path) -> None:
 def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = False) -> Path:
     """Set up the pretraining run of a seed from scratch: tokenizer, configuration, `run.json`.
 
-    An unfinished run of the same settings is left as it is, to be gone on with. Returns the run's folder.
+    An unfinished run with the same settings is kept and can be resumed. Returns the run's folder. Raises `UserError`
+    if an unfinished run has other settings.
     """
     settings = project.seed
     spec = RunSpec(
@@ -130,8 +119,8 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
     size = preset(settings.preset)
     if spec.training.sequence_length > size.max_position_embeddings:
         raise UserError(
-            f"training.sequence_length {spec.training.sequence_length} is more than the {size.max_position_embeddings} "
-            f"positions of preset '{settings.preset}'"
+            f"training.sequence_length {spec.training.sequence_length} exceeds the {size.max_position_embeddings} "
+            f"positions of preset '{settings.preset}'; lower it or use a larger preset"
         )
     if is_finished(layout.seed):
         refuse_existing(layout.seed, force=force, what="seed")
@@ -151,12 +140,12 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
 
 
 def _require_same(folder: Path, spec: RunSpec) -> None:
-    from .specification import read_run
+    from ...core.manifests.run import read_run
 
     if read_run(folder) != spec:
         raise UserError(
-            f"{folder} was begun with other settings; put them back in expertctl.yaml to go on, or use --force to "
-            "start again"
+            f"{folder} was started with other settings; restore them in expertctl.yaml to resume, or use --force to "
+            "start over"
         )
 
 

@@ -1,4 +1,4 @@
-"""Setting up the training of a whole generalist: a mixture's router, a finished mixture, stitches."""
+"""Setting up the tuning of a generalist: a mixture's router, a whole mixture, stitches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from ...core.artefacts.files import refuse_existing
 from ...core.artefacts.layout import Layout, check_name, require_free
-from ...core.artefacts.lineage import manifest_path, read_manifest
 from ...core.config.settings import ProjectConfig, TrainingConfig
 from ...core.errors import UserError
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.training import Trainer
+from ...core.manifests.manifest import manifest_path, read_manifest
+from ...core.manifests.run import RunSpec, read_run
 from ...core.models.loading import check_loadable, max_positions
 from ..text.corpora import domain_config
 from .branching import parent_digests, write_run
-from .specification import RunSpec, read_run
 from .trainable import trainer_for
 
 
@@ -29,18 +29,21 @@ def require_same(
     options: Mapping[str, Any],
     training: TrainingConfig,
 ) -> None:
-    """Raise `UserError` where an unfinished tuning is another than the one that is asked for; None and nothing ask nothing."""
-    begun = read_run(folder)
-    asked: dict[str, tuple[Any, Any]] = {"--from": (base, begun.base), "--trains": (trains, begun.trains)}
-    asked["--domains"] = (",".join(domains) or None, ",".join(begun.domains))
-    asked["--option"] = (dict(options) or None, dict(begun.options))
+    """Raise `UserError` if an unfinished tuning has other settings than requested; None or empty means any."""
+    spec = read_run(folder)
+    pairs: dict[str, tuple[Any, Any]] = {
+        "--from": (base, spec.base),
+        "--trains": (trains, spec.trains),
+        "--domains": (",".join(domains) or None, ",".join(spec.domains)),
+        "--option": (dict(options) or None, dict(spec.options)),
+    }
     for key, value in training.model_dump(exclude_unset=True).items():
-        asked[f"training.{key}"] = (value, begun.training.model_dump().get(key))
-    for what, (now, then) in asked.items():
-        if now is not None and now != then:
+        pairs[f"training.{key}"] = (value, spec.training.model_dump().get(key))
+    for setting, (requested, existing) in pairs.items():
+        if requested is not None and requested != existing:
             raise UserError(
-                f"an unfinished tuning '{folder.name}' is there, with {what} {then}, not {now}; go on with `expertctl tune "
-                f"{folder.name}`, or begin again with --force"
+                f"the unfinished tuning '{folder.name}' has {setting} {existing}, not {requested}; resume it with "
+                f"`expertctl tune {folder.name}`, or start over with --force"
             )
 
 
@@ -58,7 +61,7 @@ def start_tuning(
 ) -> Path:
     """Set up the run of a generalist in `generalists/NAME` and return its folder.
 
-    Raises `UserError` when the base is missing, a name is unknown, or the generalist exists.
+    Raises `UserError` if the base is missing, a name is unknown, or the generalist exists.
     """
     check_name(name, "a generalist")
     folder = layout.generalists / name
@@ -66,24 +69,26 @@ def start_tuning(
     refuse_existing(folder, force=force, what="generalist")
     start = layout.artefact(base)
     if start == folder:
-        raise UserError(f"'{name}' cannot be trained into itself; choose another name for what comes of it")
+        raise UserError(
+            f"'{name}' cannot be both the base and the result; choose another name for the result"
+        )
     trainer = trainer_for(trains, installed_plugins())
     _require_tunable(start, trainer)
     check_loadable(start)
     if not domains:
-        raise UserError("say what text to train on: --domains A,B")
+        raise UserError("no domains to train on; give --domains A,B")
     for domain in domains:
         domain_config(project, domain)
-    chosen = parse_options(trainer.options, options, f"trainer '{trainer.name}'")
+    parsed_options = parse_options(trainer.options, options, f"trainer '{trainer.name}'")
     if trainer.require is not None:
-        trainer.require(start, chosen, domains)
+        trainer.require(start, parsed_options, domains)
     settings = project.training_of(training)
     if settings.schedule_begin is None:
         settings = settings.model_copy(update={"schedule_begin": 0.0})
     if settings.sequence_length > max_positions(start):
         raise UserError(
-            f"training.sequence_length is {settings.sequence_length}, and '{base}' looks at {max_positions(start)} "
-            "tokens at most; lower it"
+            f"training.sequence_length {settings.sequence_length} exceeds the {max_positions(start)} positions of "
+            f"'{base}'; lower it"
         )
     spec = RunSpec(
         kind="generalist",
@@ -100,12 +105,12 @@ def start_tuning(
 
 
 def _require_tunable(start: Path, trainer: Trainer) -> None:
-    """Raise `UserError` for what is no whole model, and for a trainer whose outcome is none."""
+    """Raise `UserError` if the base is not a full model, or if the trainer does not produce one."""
     manifest = read_manifest(start) if manifest_path(start) is not None else None
     if manifest is not None and manifest.kind == "expert":
         raise UserError(
-            f"'{start.name}' is an expert, and whole models are tuned; branch a new one from it: `expertctl branch NAME "
-            f"--from {start.name}`"
+            f"'{start.name}' is an expert, and only full models can be tuned; branch a new expert from it: "
+            f"`expertctl branch NAME --from {start.name}`"
         )
     if trainer.makes == "generalist":
         return
@@ -113,8 +118,9 @@ def _require_tunable(start: Path, trainer: Trainer) -> None:
         raise UserError(
             f"trainer '{trainer.name}' trains an expert; use it with `expertctl branch NAME --trains {trainer.name}`"
         )
-    kind = manifest.config.get("kind") if manifest is not None else None
+    kind = manifest.merged.kind if manifest is not None and manifest.merged is not None else None
     if kind in ("ensemble", "stitched"):
         raise UserError(
-            f"'{start.name}' is of kind {kind} and holds several models, and trainer '{trainer.name}' trains one; name another with --from"
+            f"'{start.name}' is of kind {kind} and holds several models, but trainer '{trainer.name}' trains a single "
+            "model; give another base with --from"
         )

@@ -1,4 +1,4 @@
-"""What was begun in a workspace and has not ended, each with the command that goes on with it."""
+"""Unfinished runs and merges of a workspace, with the commands that resume them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from ...core.artefacts.files import unfinished_names
 from ...core.artefacts.layout import Layout
 from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
+from ...core.manifests.run import RUN_FILE, is_finished, read_run
 from .baselines import DENSE, DENSE_SAME_BATCH
-from .specification import RUN_FILE, is_finished, read_run
 
 _BASELINES = {DENSE: "dense", DENSE_SAME_BATCH: "dense --same-batch"}
 
 
 def unfinished(layout: Layout, project: ProjectConfig) -> dict[str, str]:
-    """Return name -> command of every run and merge that was begun and has not ended."""
+    """Return name -> resume command for every unfinished run and merge."""
     commands = {layout.seed: _seed_command(layout, project)}
     for folder, command in (
         (layout.experts, "train {name}"),
@@ -32,13 +32,13 @@ def unfinished(layout: Layout, project: ProjectConfig) -> dict[str, str]:
 
 
 def _seed_command(layout: Layout, project: ProjectConfig) -> str:
-    """Return the command that goes on with a seed that was begun, with the options that it was begun with."""
+    """Return the command that resumes an unfinished seed, with its original options."""
     if not (layout.seed / RUN_FILE).is_file():
         return "expertctl seed"
     try:
-        begun = read_run(layout.seed).preset
+        preset = read_run(layout.seed).preset
     except UserError:
-        return "expertctl seed --force"  # its settings are lost: nothing can go on with it
-    if begun is not None and begun != project.seed.preset:
-        return f"expertctl seed --preset {begun}"
+        return "expertctl seed --force"  # without its settings it cannot be resumed
+    if preset is not None and preset != project.seed.preset:
+        return f"expertctl seed --preset {preset}"
     return "expertctl seed --scratch" if project.seed.from_ is not None else "expertctl seed"

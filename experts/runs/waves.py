@@ -1,4 +1,4 @@
-"""Which experts can train now, when some start from others that are still to be trained."""
+"""Order of training for experts that start from other experts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...core.config.settings import ExpertConfig
-from .specification import RUN_FILE
+from ...core.manifests.run import RUN_FILE
 
 
 def next_wave(pending: Sequence[str], declared: Mapping[str, ExpertConfig], experts: Path) -> list[str]:
-    """Return those of `pending` that start next: from the seed or branched already, then those whose parents are done.
+    """Return the pending experts to train next: first those from the seed or already branched, then their children.
 
-    `declared` are the experts of `expertctl.yaml`, where whatever is not branched below `experts` stands.
+    `declared` are the experts of `expertctl.yaml`, which must include those not yet branched below `experts`.
     """
     starts = {
         name: "seed" if (experts / name / RUN_FILE).is_file() else declared[name].from_ for name in pending
@@ -25,4 +25,4 @@ def next_wave(pending: Sequence[str], declared: Mapping[str, ExpertConfig], expe
         for name, start in starts.items()
         if start != "auto" and not set([start] if isinstance(start, str) else start) & set(pending)
     ]
-    return ready or list(pending[:1])  # `auto` one by one, so that each sees those before it
+    return ready or list(pending[:1])  # `auto` one at a time: each can start from those before it

@@ -1,1 +1,1 @@
-"""Text of domains: reading, packing, discovering and selecting documents."""
+"""Domain text: reading, tokenising, ordering, discovering and selecting documents."""

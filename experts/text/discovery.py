@@ -1,7 +1,7 @@
-"""Domains for text that has no labels: its documents sorted into clusters, one domain for each.
+"""Domain discovery: unlabelled documents are clustered, and each cluster becomes a domain.
 
-A discoverer (a plugin's) learns what to tell documents apart by, most from a sample; then every document goes to the
-nearest cluster. Text is read twice and never held, so that memory does not grow with it.
+A domain discoverer (a plugin) is fitted, usually to a sample; then every document is assigned to the nearest cluster.
+Text is streamed twice, so that memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .corpora import domain_config, domain_values
 FORMAT = 1
 SAMPLE = 50_000
 CHARACTERS = 20_000
-"""How much of a document's beginning a discoverer sees."""
+"""Characters from the start of each document that a discoverer receives."""
 PARALLEL_FROM = 20 * BATCH
-"""Documents from which on several processes are worth their start."""
+"""Number of documents above which several processes are faster in spite of their start-up time."""
 EXAMPLES = 3
 EXAMPLE_LETTERS = 100
 PARTS = ("train", "valid")
@@ -43,26 +43,28 @@ Tell = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster, and the domain that it became."""
+    """One cluster and its domain."""
 
     name: str
+    """Name of the domain."""
     label: str
-    """What it is called within its set: a number, or what it is about."""
+    """Name within the cluster set: a number or a topic."""
     documents: Mapping[str, int]
-    """By part."""
+    """Number of documents by part (`train`, `valid`)."""
     bytes: Mapping[str, int]
+    """UTF-8 bytes of the documents by part."""
     top_words: tuple[str, ...]
     examples: tuple[str, ...]
-    """Beginnings of the sampled documents nearest to it."""
+    """First characters of the nearest sampled documents."""
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """A set of clusters that was written."""
+    """A set of clusters on disk."""
 
     folder: Path
     source: Mapping[str, str]
-    """sha256 over the texts of each domain that was sorted, in order."""
+    """sha256 over the texts of each clustered domain, in order."""
     clusters: tuple[Cluster, ...]
     by: str
     """Name of the discoverer."""
@@ -70,7 +72,7 @@ class Discovery:
     licence: str | None
 
     def statement(self) -> dict[str, Any]:
-        """Return what stands beside the clusters."""
+        """Return the content of `clusters.json`."""
         return {
             "format": FORMAT,
             "name": self.folder.name,
@@ -98,22 +100,22 @@ def discover(
     say: Callable[[str], None] = lambda line: None,
     tell: Tell = lambda work, documents: None,
 ) -> Discovery:
-    """Sort the documents of domains (default: all that were not discovered) into `clusters/NAME`.
+    """Cluster the documents of domains (default: all but discovered ones) into `clusters/NAME`.
 
-    Validation documents stay validation documents. Raises `UserError` for text that is too little for the clusters.
+    Validation documents stay validation documents. Raises `UserError` if there is too little text for the clusters.
     """
     folder = layout.root / CLUSTERS_FOLDER / check_name(name, "a set of clusters")
-    discoverer = installed_plugins().domain_discoverer(by)
-    chosen_options = parse_options(discoverer.options, options or {}, f"domain discoverer '{by}'")
-    field = discoverer.field(chosen_options) if discoverer.field is not None else None
+    discoverer = installed_plugins().offer(DomainDiscoverer, by)
+    parsed_options = parse_options(discoverer.options, options or {}, f"domain discoverer '{by}'")
+    field = discoverer.field(parsed_options) if discoverer.field is not None else None
     text = _Text(layout, project, _sources(layout, project, name, domains), field)
     refuse_existing(folder, force=force, what="set of clusters")
     with exclusive(layout.lock(f"clusters-{name}"), f"clusters '{name}'"):
-        sampled = _sampled(text("train"), sample, seed, tell)
+        sampled = _sample(text("train"), sample, seed, tell)
         if not sampled:
             raise UserError(
-                f"there is no training document to sort in {', '.join(text.domains)}: texts that are empty are left out, and a "
-                "path is split by document, so that it needs two that differ; add text"
+                f"no training document to cluster in {', '.join(text.domains)}: empty texts are skipped, and a path is "
+                "split by document, so it needs two different documents; add text"
             )
         inputs = DiscoveryInputs(
             documents=lambda: (document for _, document in text("train")),
@@ -124,48 +126,53 @@ def discover(
             seed=layout.seed,
             say=say,
         )
-        domains_found = discoverer.fit(inputs, chosen_options)
+        found_domains = discoverer.fit(inputs, parsed_options)
         with new_folder(folder, force=force, what="set of clusters") as partial:
-            domains_found.write(partial)
-            names = [check_name(f"{name}-{label}", "a cluster") for label in domains_found.labels]
-            counts, digests = _sorted(
-                text, _Assigner(discoverer, domains_found, partial, jobs), partial, names, tell
+            found_domains.write(partial)
+            names = [check_name(f"{name}-{label}", "a cluster") for label in found_domains.labels]
+            counts, digests = _write_clusters(
+                text, _Assigner(discoverer, found_domains, partial, jobs), partial, names, tell
             )
-            found = Discovery(
+            discovery = Discovery(
                 folder,
                 digests,
-                _described(domains_found, names, counts, sampled),
+                _describe_clusters(found_domains, names, counts, sampled),
                 by,
-                {"clusters": len(names), "seed": seed, **asdict(chosen_options)},
-                _licence(project, text.domains),
+                {"clusters": len(names), "seed": seed, **asdict(parsed_options)},
+                _shared_licence(project, text.domains),
             )
-            _require_text(found)
-            write_json(partial / CLUSTERS_FILE, found.statement())
-    return found
+            _require_documents(discovery)
+            write_json(partial / CLUSTERS_FILE, discovery.statement())
+    return discovery
 
 
 # --- reading ---
 
 
 def _sources(
-    layout: Layout, project: ProjectConfig, name: str, wanted: Sequence[str] | None
+    layout: Layout, project: ProjectConfig, name: str, requested: Sequence[str] | None
 ) -> tuple[str, ...]:
-    made = {domain for domains in cluster_sets(layout.root).values() for domain in domains}
-    chosen = tuple(wanted) if wanted is not None else tuple(one for one in project.domains if one not in made)
-    for domain in chosen:
+    """Return the names of the domains to cluster; raises `UserError` if there are none."""
+    discovered = {domain for domains in cluster_sets(layout.root).values() for domain in domains}
+    sources = (
+        tuple(requested)
+        if requested is not None
+        else tuple(domain for domain in project.domains if domain not in discovered)
+    )
+    for domain in sources:
         domain_config(project, domain)
         if domain in cluster_sets(layout.root).get(name, ()):
             raise UserError(
-                f"'{domain}' is one of the clusters '{name}' itself; name the text that they are made of"
+                f"'{domain}' is itself one of the clusters '{name}'; give the domains that were clustered"
             )
-    if not chosen:
-        raise UserError("there is no text to sort; add a domain to expertctl.yaml")
-    return chosen
+    if not sources:
+        raise UserError("there is no text to cluster; add a domain to expertctl.yaml")
+    return sources
 
 
 @dataclass(frozen=True)
 class _Text:
-    """The documents that are sorted; called with a part, reads them anew as (domain, document)."""
+    """The documents to cluster; calling it with a part streams (domain, document) pairs from the start."""
 
     layout: Layout
     project: ProjectConfig
@@ -179,36 +186,39 @@ class _Text:
                 yield domain, document
 
 
-def _beginning(document: Document) -> Document:
+def _truncate(document: Document) -> Document:
     return Document(document.text[:CHARACTERS], document.value)
 
 
-def _sampled(documents: Iterable[tuple[str, Document]], size: int, seed: int, tell: Tell) -> list[Document]:
-    """Return the beginnings of `size` documents, the same for the same text and random seed, whatever its order."""
+def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, tell: Tell) -> list[Document]:
+    """Return `size` truncated documents, selected by a keyed hash and independent of the input order."""
     key = seed.to_bytes(8, "little", signed=False)
-    kept: list[tuple[int, str, str | None]] = []  # a heap with the largest key first
+    kept: list[tuple[int, str, str | None]] = []  # a heap whose root has the largest hash
     for number, (_, document) in enumerate(documents, start=1):
         encoded = document.text.encode("utf-8", "surrogatepass")
-        place = -int.from_bytes(hashlib.blake2b(encoded, digest_size=8, key=key).digest(), "little")
+        priority = -int.from_bytes(hashlib.blake2b(encoded, digest_size=8, key=key).digest(), "little")
         if len(kept) < size:
-            heapq.heappush(kept, (place, document.text[:CHARACTERS], document.value))
-        elif place > kept[0][0]:
-            heapq.heapreplace(kept, (place, document.text[:CHARACTERS], document.value))
+            heapq.heappush(kept, (priority, document.text[:CHARACTERS], document.value))
+        elif priority > kept[0][0]:
+            heapq.heapreplace(kept, (priority, document.text[:CHARACTERS], document.value))
         if number % BATCH == 0:
             tell("sampling", number)
-    return [Document(text, value) for _, text, value in sorted(kept, key=lambda one: (-one[0], one[1]))]
+    return [Document(text, value) for _, text, value in sorted(kept, key=lambda entry: (-entry[0], entry[1]))]
 
 
-# --- sorting ---
+# --- assigning documents to clusters ---
 
 
-def _sorted(
+def _write_clusters(
     text: _Text, assigner: _Assigner, folder: Path, names: Sequence[str], tell: Tell
 ) -> tuple[dict[str, list[list[int]]], dict[str, str]]:
-    """Write every document to its cluster's file; return ([documents, bytes] of each cluster by part, digests by domain)."""
+    """Write every document to its cluster's file.
+
+    Returns [documents, bytes] of each cluster by part, and the digest of each domain's text.
+    """
     counts = {part: [[0, 0] for _ in names] for part in PARTS}
     states = {domain: hashlib.sha256() for domain in text.domains}
-    done = 0
+    num_written = 0
     with ExitStack() as stack:
         assign = stack.enter_context(assigner)
         for cluster in names:
@@ -225,13 +235,13 @@ def _sorted(
                     files[label].write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
                     counts[part][label][0] += 1
                     counts[part][label][1] += len(encoded)
-                done += len(batch)
-                tell("sorting", done)
+                num_written += len(batch)
+                tell("sorting", num_written)
     return counts, {domain: state.hexdigest() for domain, state in states.items()}
 
 
 class _Assigner:
-    """Finds the clusters of documents, in this process for a few and in several for many where that can be."""
+    """Assigns documents to clusters, in worker processes if there are many and the discoverer supports it."""
 
     def __init__(
         self, discoverer: DomainDiscoverer, domains: FoundDomains, folder: Path, jobs: int | None
@@ -252,14 +262,14 @@ class _Assigner:
     ) -> Iterator[tuple[list[tuple[str, Document]], list[int]]]:
         """Yield batches of documents, in order, with their clusters."""
         waiting: deque[tuple[list[tuple[str, Document]], Any]] = deque()
-        seen = 0
+        num_seen = 0
         for batch in batches(documents, BATCH):
-            seen += len(batch)
-            beginnings = [_beginning(document) for _, document in batch]
-            if self._jobs < 2 or (seen <= PARALLEL_FROM and self._pool is None):
-                yield batch, _nearest(self._domains, beginnings)
+            num_seen += len(batch)
+            truncated = [_truncate(document) for _, document in batch]
+            if self._jobs < 2 or (num_seen <= PARALLEL_FROM and self._pool is None):
+                yield batch, _nearest(self._domains, truncated)
                 continue
-            waiting.append((batch, self._started().submit(_assign, beginnings)))
+            waiting.append((batch, self._worker_pool().submit(_assign, truncated)))
             if len(waiting) > 4 * self._jobs:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -267,42 +277,42 @@ class _Assigner:
             first, future = waiting.popleft()
             yield first, future.result()
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _worker_pool(self) -> ProcessPoolExecutor:
         if self._pool is None:
             import multiprocessing
 
             self._pool = ProcessPoolExecutor(
                 self._jobs,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=_prepare,
+                initializer=_prepare_worker,
                 initargs=(self._name, str(self._folder)),
             )
         return self._pool
 
 
-_OWN: dict[str, FoundDomains] = {}
-"""What a worker process sorts by."""
+_WORKER_STATE: dict[str, FoundDomains] = {}
+"""The fitted domains of a worker process."""
 
 
-def _prepare(discoverer: str, folder: str) -> None:
-    read = installed_plugins().domain_discoverer(discoverer).read
+def _prepare_worker(discoverer: str, folder: str) -> None:
+    read = installed_plugins().offer(DomainDiscoverer, discoverer).read
     assert read is not None
-    _OWN["domains"] = read(Path(folder))
+    _WORKER_STATE["domains"] = read(Path(folder))
 
 
 def _assign(documents: list[Document]) -> list[int]:
-    return _nearest(_OWN["domains"], documents)
+    return _nearest(_WORKER_STATE["domains"], documents)
 
 
 def _nearest(domains: FoundDomains, documents: Sequence[Document]) -> list[int]:
-    found: list[int] = domains.distances(documents).argmin(axis=1).tolist()
-    return found
+    clusters: list[int] = domains.distances(documents).argmin(axis=1).tolist()
+    return clusters
 
 
-# --- what is said of them ---
+# --- describing clusters ---
 
 
-def _described(
+def _describe_clusters(
     domains: FoundDomains,
     names: Sequence[str],
     counts: Mapping[str, Sequence[Sequence[int]]],
@@ -311,36 +321,36 @@ def _described(
     import numpy as np
 
     distances = domains.distances(sampled)
-    own = distances.argmin(axis=1)
-    found = []
+    nearest_clusters = distances.argmin(axis=1)
+    clusters = []
     for number, name in enumerate(names):
-        members = np.flatnonzero(own == number)
+        members = np.flatnonzero(nearest_clusters == number)
         nearest = members[distances[members, number].argsort(kind="stable")[:EXAMPLES]]
-        found.append(
+        clusters.append(
             Cluster(
                 name,
                 domains.labels[number],
                 {part: counts[part][number][0] for part in PARTS},
                 {part: counts[part][number][1] for part in PARTS},
                 tuple(domains.top_words(number)),
-                tuple(" ".join(sampled[place].text.split())[:EXAMPLE_LETTERS] for place in nearest),
+                tuple(" ".join(sampled[index].text.split())[:EXAMPLE_LETTERS] for index in nearest),
             )
         )
-    return tuple(found)
+    return tuple(clusters)
 
 
-def _require_text(found: Discovery) -> None:
-    """Refuse clusters that no expert could be trained on, or that nothing could be measured on."""
-    for cluster in found.clusters:
+def _require_documents(discovery: Discovery) -> None:
+    """Raise `UserError` for a cluster without training or validation documents."""
+    for cluster in discovery.clusters:
         for part, word in (("train", "training"), ("valid", "validation")):
             if not cluster.documents[part]:
                 raise UserError(
-                    f"cluster '{cluster.name}' ({', '.join(cluster.top_words[:5])}) gets no {word} document; ask for fewer "
-                    "clusters, or add text"
+                    f"cluster '{cluster.name}' ({', '.join(cluster.top_words[:5])}) has no {word} document; use fewer "
+                    "clusters or add text"
                 )
 
 
-def _licence(project: ProjectConfig, domains: Iterable[str]) -> str | None:
-    """Return the licence that all domains share; None where they differ or say nothing."""
-    found = {project.domains[domain].licence for domain in domains}
-    return found.pop() if len(found) == 1 else None
+def _shared_licence(project: ProjectConfig, domains: Iterable[str]) -> str | None:
+    """Return the licence of all domains; None if they differ or have none."""
+    licences = {project.domains[domain].licence for domain in domains}
+    return licences.pop() if len(licences) == 1 else None

@@ -1,9 +1,9 @@
-"""The order of In-Context Pretraining (Shi et al. 2023, arXiv:2310.10638, algorithm 1): related documents stand side by side.
+"""Document order of In-Context Pretraining (Shi et al. 2023, arXiv:2310.10638, algorithm 1).
 
-Documents that share a context window can then say something of each other. Each document is tied to its most similar ones; a path
-through that graph begins where there are fewest ties, goes on to the most similar document that was not visited, and begins anew
-where there is none. The paper embeds documents with a retrieval model and drops near duplicates; here points are those of the
-words (tf-idf and truncated SVD), and every document stays.
+Similar documents are placed next to each other, so that they share a context window. Documents are connected to their nearest neighbours. A path through
+this graph starts at the document of lowest degree, continues with the most similar unvisited neighbour, and restarts
+where there is none. The paper embeds documents with a retrieval model and drops near-duplicates; here embeddings are
+tf-idf with truncated SVD, and every document is kept.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 NEIGHBOURS = 10
 SAMPLE = 50_000
-"""Documents that words are learnt from."""
+"""Maximum number of documents for fitting the embedding (approximately)."""
 
 
 def in_context_order(texts: Sequence[str]) -> list[int]:
-    """Return the documents' numbers in their new order: a permutation, the same for the same texts.
+    """Return the permutation of document indices, deterministic for the same texts.
 
-    `texts` is read a few at a time; what is held are 100 numbers and `NEIGHBOURS` ties for each.
+    `texts` is read in batches; memory holds 100 numbers and `NEIGHBOURS` neighbours per document.
     """
     points = text_points(texts)
     if points is None:
@@ -36,45 +36,45 @@ def in_context_order(texts: Sequence[str]) -> list[int]:
 
 
 def text_points(texts: Sequence[str]) -> NDArray[np.float32] | None:
-    """Return the texts' points of length 1, (N, d); None where no word is in two of them."""
+    """Return the normalised embeddings of texts, (N, d); None if no two texts share a word."""
     import numpy as np
 
     step = -(-len(texts) // SAMPLE) or 1
     try:
-        words = fit_clusterer(
-            [texts[place] for place in range(0, len(texts), step)], ClustererSettings(clusters=1, rounds=1)
+        clusterer = fit_clusterer(
+            [texts[index] for index in range(0, len(texts), step)], ClustererSettings(clusters=1, rounds=1)
         )
-    except UserError:  # which says that texts have too little in common for clusters: here that is no fault
+    except UserError:  # no shared words, which is not an error here
         return None
     return np.concatenate(
-        [words.points(texts[begin : begin + BATCH]) for begin in range(0, len(texts), BATCH)]
+        [clusterer.points(texts[begin : begin + BATCH]) for begin in range(0, len(texts), BATCH)]
     )
 
 
 def greedy_path(neighbours: Neighbours) -> list[int]:
-    """Return a path through all documents: always to the most similar neighbour that was not visited."""
+    """Return a path through all documents that always continues with the most similar unvisited neighbour."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
     count, width = neighbours.places.shape
     rows, columns = np.repeat(np.arange(count), width), neighbours.places.ravel()
-    real = columns >= 0
-    values = neighbours.similarities.ravel()[real]
-    ties = csr_matrix((values, (rows[real], columns[real])), shape=(count, count))
-    ties = ties.maximum(ties.T).tocsr()  # a tie goes both ways
-    degrees = np.diff(ties.indptr)
+    is_edge = columns >= 0
+    values = neighbours.similarities.ravel()[is_edge]
+    edges = csr_matrix((values, (rows[is_edge], columns[is_edge])), shape=(count, count))
+    edges = edges.maximum(edges.T).tocsr()  # undirected
+    degrees = np.diff(edges.indptr)
     visited = np.zeros(count, bool)
     path: list[int] = []
     for start in np.argsort(degrees, kind="stable").tolist():
-        place: int | None = start
-        while place is not None and not visited[place]:
-            visited[place] = True
-            path.append(place)
-            begin, end = ties.indptr[place], ties.indptr[place + 1]
-            others, similarities = ties.indices[begin:end], ties.data[begin:end]
-            free = ~visited[others]
-            if not free.any():
+        document = start
+        while not visited[document]:
+            visited[document] = True
+            path.append(document)
+            begin, end = edges.indptr[document], edges.indptr[document + 1]
+            others, similarities = edges.indices[begin:end], edges.data[begin:end]
+            unvisited = ~visited[others]
+            if not unvisited.any():
                 break
-            best = np.lexsort((others[free], -similarities[free]))[0]
-            place = int(others[free][best])
+            best = np.lexsort((others[unvisited], -similarities[unvisited]))[0]
+            document = int(others[unvisited][best])
     return path

@@ -1,4 +1,4 @@
-"""Dropping documents that mostly repeat earlier ones."""
+"""Near-duplicate removal by shared shingles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ SHINGLE_WORDS = 8
 
 
 def drop_near_duplicates(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield the (key, text) pairs that are new, in order.
+    """Yield the (key, text) pairs whose texts are not near-duplicates of earlier texts, in order.
 
-    A document goes when more than half of its distinct shingles (runs of 8 words, words being what white
-    space separates) stand in documents already kept. One of fewer than 8 words is a single shingle, so it
-    goes only when the very same words came before. Which of two alike stays depends on the order alone.
+    A text is dropped if more than half of its distinct shingles (runs of 8 whitespace-separated words) occur in texts
+    kept before. A text of fewer than 8 words is a single shingle, so only an exact repetition is dropped. Of two
+    near-duplicates the first is kept.
 
-    Streams; memory grows by some 70 bytes for each distinct shingle that was kept.
+    Streams; memory grows by about 70 bytes per distinct shingle kept.
     """
     kept: set[int] = set()
     for key, text in documents:
@@ -32,5 +32,5 @@ def _shingles(text: str) -> set[int]:
 
 
 def _stable_hash(words: str) -> int:
-    # not hash(): Python salts that anew in every process
+    # not hash(), which Python salts differently in every process
     return int.from_bytes(blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest())

@@ -1,4 +1,4 @@
-"""Texts on disk that can be read in any order: what is sorted need not fit into memory."""
+"""Random access to texts in a temporary file, for texts that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Self, overload
 
-from ...core.artefacts.files import readable_os_errors
+from ...core.artefacts.files import os_errors_as_user_errors
 
 
 class SpooledTexts(Sequence[str]):
-    """The texts of an iterable, in a file without a name that is gone when it is closed. Eight bytes of memory a text."""
+    """A sequence of texts in an anonymous temporary file; takes eight bytes of memory per text."""
 
     def __init__(self, texts: Iterable[str], folder: Path) -> None:
-        """Write them into `folder`; raises `UserError` where its disk is full."""
+        """Write the texts to a file in `folder`; raises `UserError` if the disk is full."""
         from array import array
 
         self._ends = array("q", [0])
-        with readable_os_errors(folder):
+        with os_errors_as_user_errors(folder):
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115  # closed by `__exit__`
             for text in texts:
                 self._file.write(text.encode("utf-8", "surrogatepass"))
@@ -35,14 +35,14 @@ class SpooledTexts(Sequence[str]):
         return len(self._ends) - 1
 
     @overload
-    def __getitem__(self, place: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
-        self._file.seek(self._ends[place])
-        return self._file.read(self._ends[place + 1] - self._ends[place]).decode("utf-8", "surrogatepass")
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        self._file.seek(self._ends[index])
+        return self._file.read(self._ends[index + 1] - self._ends[index]).decode("utf-8", "surrogatepass")

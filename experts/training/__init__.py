@@ -1,1 +1,1 @@
-"""Training one run, from its specification to a finished artefact."""
+"""Training of one run, from its specification to the finished artefact."""

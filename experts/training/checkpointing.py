@@ -1,4 +1,4 @@
-"""Checkpoints of a running training: complete or not there, checked when read, enough to go on bit by bit."""
+"""Training checkpoints: written atomically, verified on reading, sufficient for a bit-identical resume."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import clear_leftovers, new_folder, read_json, remove_tree, write_json
-from ...core.artefacts.lineage import digest_of_tensors
 from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
 from ...core.text.token_store import Position
@@ -22,9 +22,9 @@ STATE_FILE = "state.json"
 
 
 def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, str] | None = None) -> Path:
-    """Write everything that going on needs into `state_folder/step-N`, and drop all but the newest two.
+    """Write a checkpoint to `state_folder/step-N` and delete all but the newest two.
 
-    `data` holds the digest of each domain's text, which must be the same when the run goes on.
+    `data` holds the digest of each domain's text, which must be the same on resume.
     """
     import torch
 
@@ -42,7 +42,7 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
             "position": asdict(loop.position),
             "torch": torch.__version__,
             "data": dict(data or {}),
-            **loop.further_state(),
+            **loop.extra_state(),
         }
         write_json(partial / STATE_FILE, state | {"digests": digests})
     for old in _checkpoints(state_folder)[:-KEPT]:
@@ -51,9 +51,9 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
 
 
 def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, str] | None = None) -> int:
-    """Put the newest checkpoint into the loop and return its step; 0 when there is none.
+    """Load the newest checkpoint into the loop and return its step, 0 if there is none.
 
-    Raises `UserError` for a damaged one, which is left where it is, and for one of other text.
+    Raises `UserError` if the checkpoint is damaged, or if it was written for other text; it is never deleted.
     """
     clear_leftovers(state_folder)
     folders = _checkpoints(state_folder)
@@ -68,15 +68,15 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
         }
         position = Position(**state["position"])
         step = int(state["step"])
-        loop.load_further_state(state)
+        loop.load_extra_state(state)
     except (UserError, KeyError, TypeError, ValueError) as error:
-        before = f"step {int(folders[-2].name[5:])}" if len(folders) > 1 else "the start"
+        previous = f"step {int(folders[-2].name[5:])}" if len(folders) > 1 else "the start"
         raise UserError(
-            f"checkpoint {folder} is damaged ({error}); delete it to go on from {before}"
+            f"checkpoint {folder} is damaged ({error}); delete it to resume from {previous}"
         ) from None
     if state.get("data", {}) != dict(data or {}):
         raise UserError(
-            f"the text changed since checkpoint {folder} was written; put it back, or delete {state_folder} to "
+            f"the text changed since checkpoint {folder} was written; restore the text, or delete {state_folder} to "
             "train from the start on the new text"
         )
     loop.load_weights(tensors["weights"])
@@ -98,7 +98,7 @@ def _checkpoints(state_folder: Path) -> list[Path]:
 
 
 def _random_states() -> dict[str, Any]:
-    """Return torch's generators, which dropout and plugins' trainers may draw from."""
+    """Return the states of torch's generators, which dropout and trainers may use."""
     import torch
 
     states = {"cpu": torch.get_rng_state()}

@@ -1,4 +1,4 @@
-"""Turning a run that came to its end into an artefact: weights first, the manifest last."""
+"""Writing of a completed run's artefact: weights first, the manifest last."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.lineage import (
+from ...core.artefacts.digests import (
     TRAINING_FOLDER,
-    Manifest,
-    Parent,
-    digest_of_tensors,
     digest_of_tokenizer,
-    digests_of_folder,
-    read_manifest,
-    tool_versions,
 )
 from ...core.artefacts.safetensors_io import Checkpoint, tensor_digest, torch_dtype, write_tensors
 from ...core.errors import UserError
+from ...core.manifests.finishing import finish_artefact
+from ...core.manifests.manifest import Manifest, Parent, read_manifest
+from ...core.manifests.statements import DataStatement, PrivacyStatement
 from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
 from .loop import TrainingLoop
 from .run_inputs import RunInputs
@@ -33,14 +30,14 @@ OPTIMISER_FILE = Path(TRAINING_FOLDER) / "optimiser.safetensors"
 def write_artefact(
     run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, metrics: Mapping[str, Any]
 ) -> None:
-    """Write the weights, then the manifest, whose presence means that the folder is complete."""
+    """Write the weights, then the manifest, which marks the folder as complete."""
     if run.from_scratch:
         write_tensors(run.folder / WEIGHTS_FILE, checkpoint_tensors(model))
         (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
         write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
     elif run.spec.kind == "generalist":
         write_whole_model(run, model, loop)
-        tuned_manifest(run, metrics, loop.part.config).write(run.folder)
+        finish_artefact(run.folder, tuned_manifest(run, metrics, loop.part.config))
         return
     else:
         part = loop.part
@@ -48,56 +45,51 @@ def write_artefact(
         write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, trained))
         for file, tensors in (part.beside() if part.beside is not None else {}).items():
             write_tensors(run.folder / file, tensors)
-    # how well it predicts private text is itself a function of that text, without noise
+    # metrics of a private run are omitted: they are functions of the private text without noise
     private = loop.statement()
-    run_manifest(run, metrics if private is None else {}, private).write(run.folder)
+    finish_artefact(run.folder, run_manifest(run, metrics if private is None else {}, private))
 
 
 def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that differ from the seed's, in the seed's dtype."""
+    """Return the tensors that differ from the seed's, in the seed's dtype; raises `UserError` if none does."""
     seed = Checkpoint.of_folder(run.layout.seed)
     digests = read_manifest(run.layout.seed).tensors
-    found = {}
+    changed = {}
     for name, tensor in trained.items():
         if name in seed:
             stored = tensor.to("cpu", torch_dtype(seed.entry(name).dtype))
             if tensor_digest(stored) != digests[name]:
-                found[name] = stored
-    if not found:
-        raise UserError(f"training changed no tensor of '{run.spec.name}'; is its learning rate zero?")
-    return found
+                changed[name] = stored
+    if not changed:
+        raise UserError(f"training changed no tensor of '{run.spec.name}'; check its learning rate")
+    return changed
 
 
 def run_manifest(
     run: RunInputs,
     metrics: Mapping[str, Any],
-    privacy: Mapping[str, Any] | None = None,
+    privacy: PrivacyStatement | None = None,
     *,
     trained_tokens: int | None = None,
 ) -> Manifest:
-    """Return the manifest of a run's folder, whose tensors are written; `trained_tokens` default to the run's budget."""
+    """Return the manifest of a run without digests; `trained_tokens` defaults to the run's budget."""
     spec = run.spec
     budget = spec.training.steps * spec.training.tokens_per_step
-    tensors, files = digests_of_folder(run.folder)
     return Manifest(
         kind=spec.kind,
         name=spec.name,
-        digest=digest_of_tensors(tensors),
-        tensors=tensors,
-        files=files,
         tokenizer=digest_of_tokenizer(run.tokenizer_folder),
         parents=_parents(run),
-        config=spec.content(),
-        data={
-            "domains": {domain.name: domain.statement(private=spec.dp is not None) for domain in run.domains},
-            "trained_tokens": budget if trained_tokens is None else trained_tokens,
-            **({"privacy": privacy} if privacy is not None else {}),
-        },
+        config=spec,
+        data=DataStatement(
+            {domain.name: domain.statement(private=spec.dp is not None) for domain in run.domains},
+            budget if trained_tokens is None else trained_tokens,
+            privacy,
+        ),
         metrics=metrics,
         trainable=spec.trains,
         owner=spec.owner,
         licence=spec.licence,
-        versions=tool_versions(),
     )
 
 

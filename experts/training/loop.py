@@ -1,4 +1,4 @@
-"""The one training loop: optimiser steps on a trainable part, and the state they leave behind."""
+"""The training loop: optimiser steps on the trainable parameters, and the state for checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.config.settings import TrainingConfig
 from ...core.errors import UserError
 from ...core.hooks.training import TrainablePart
+from ...core.manifests.statements import PrivacyStatement
 from ...core.text.token_store import BalancedUnion, Blocks, Position, SharedUnion, domain_at, draw
 from .schedule import learning_rate, progress_at
 
@@ -21,18 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step did."""
+    """Result of one optimiser step."""
 
     step: int
-    """Steps done so far, this one included."""
+    """Number of steps done, including this one."""
     loss: Tensor
-    """Mean cross-entropy in nats per token, shape (); left on its device until somebody asks."""
+    """Mean cross-entropy in nats per token, shape (); stays on its device, so that steps need no synchronisation."""
     gradient_norm: Tensor
+    """Norm of the gradient before clipping, shape ()."""
     learning_rate: float
 
 
 class TrainingLoop:
-    """A trainable part, its optimiser, and a position in the data: everything a checkpoint must hold."""
+    """Trainable parameters, their optimiser and the data position: everything that a checkpoint stores."""
 
     def __init__(
         self, part: TrainablePart, blocks: Blocks | BalancedUnion | SharedUnion, config: TrainingConfig
@@ -41,7 +43,7 @@ class TrainingLoop:
 
         if len(blocks) == 0:
             raise UserError(
-                f"the text is shorter than one block of {config.sequence_length} tokens; add text, or lower "
+                f"the text is shorter than one block of {config.sequence_length} tokens; add text or lower "
                 "training.sequence_length"
             )
         self.config, self.blocks, self.part = config, blocks, part
@@ -50,16 +52,16 @@ class TrainingLoop:
         self.position = Position()
         self.parameters = dict(part.parameters)
         self.module: nn.Module = part.module.to(self.device).train()
-        unknown = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
-        assert not unknown, f"the trainer froze what it says it trains: {unknown[0]}"
+        frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        assert not frozen, f"the trainer froze a parameter that it declares trainable: {frozen[0]}"
         self._loss: Any = functools.partial(next_token_loss, self.module)
         if config.compile:
-            self._loss = torch.compile(self._loss)  # the loss too, which fuses with the logits
+            self._loss = torch.compile(self._loss)  # including the loss, which fuses with the logits
         self.optimiser = make_optimiser(self.parameters, config)
         self._autocast = autocast(config, self.device)
 
     def steps(self) -> Iterator[StepReport]:
-        """Train to the end of the budget, yielding after each optimiser step."""
+        """Train to the end of the budget; yields after each optimiser step."""
         while self.step < self.config.steps:
             if self.part.tell_step is not None:
                 self.part.tell_step(self.step)
@@ -74,31 +76,33 @@ class TrainingLoop:
             yield StepReport(self.step, loss, norm, rate)
 
     def _accumulate(self) -> Tensor:
-        """Run forward and backward over one step's blocks and return the mean loss."""
+        """Run the forward and backward passes of one step and return the mean loss, without auxiliary losses."""
         import torch
 
         total = torch.zeros((), device=self.device)
         for _ in range(self.config.accumulation):
             with self._autocast():
                 loss = self._loss(self._batch())
-                whole = loss + self.part.auxiliary_loss() if self.part.auxiliary_loss is not None else loss
-            torch.autograd.backward(whole / self.config.accumulation)
+                objective = (
+                    loss + self.part.auxiliary_loss() if self.part.auxiliary_loss is not None else loss
+                )
+            torch.autograd.backward(objective / self.config.accumulation)
             total += loss.detach() / self.config.accumulation
         return total
 
     def _batch(self) -> Tensor:
-        """Return the next (B, S + 1) tokens and move the position on."""
+        """Return the next batch of tokens (B, S + 1) and advance the position."""
         import numpy as np
         import torch
 
-        drawn, domains = [], []
+        rows, domains = [], []
         for _ in range(self.config.batch_size):
             domains.append(domain_at(self.blocks, self.position))
-            drawn.append(draw(self.blocks, self.position, self.config.seed))
+            rows.append(draw(self.blocks, self.position, self.config.seed))
             self.position = self.position.advanced(1, len(self.blocks))
         if self.part.tell_domains is not None:
             self.part.tell_domains(domains)
-        return torch.from_numpy(np.stack(drawn)).to(self.device, non_blocking=True)
+        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
 
     def _clip(self) -> Tensor:
         import torch
@@ -128,19 +132,19 @@ class TrainingLoop:
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
-    def statement(self) -> dict[str, Any] | None:
-        """Return what a private run has cost; None for an ordinary one."""
+    def statement(self) -> PrivacyStatement | None:
+        """Return the privacy statement of a private run, otherwise None."""
         return None
 
-    def further_state(self) -> dict[str, Any]:
-        """Return what else going on needs, as JSON."""
+    def extra_state(self) -> dict[str, Any]:
+        """Return additional checkpoint state, as JSON."""
         return {}
 
-    def load_further_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `further_state` gave, out of a checkpoint's whole state."""
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Load the additional state from a checkpoint's full state."""
 
     def load_optimiser_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over moments for every parameter that `tensors` knows; others start afresh."""
+        """Load the optimiser state of every parameter in `tensors`; other parameters start without state."""
         fields: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             name, _, field = key.rpartition("/")
@@ -153,7 +157,7 @@ class TrainingLoop:
 
 
 def next_token_loss(forward: Any, tokens_BT1: Tensor) -> Tensor:
-    """Return the mean cross-entropy of predicting every token but the first, in nats, shape ()."""
+    """Return the mean cross-entropy of all tokens but the first, in nats per token, shape ()."""
     import torch
 
     logits_BTV = forward(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
@@ -161,7 +165,7 @@ def next_token_loss(forward: Any, tokens_BT1: Tensor) -> Tensor:
 
 
 def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> Optimizer:
-    """Return fused AdamW; weight decay acts on matrices, not on norms and biases."""
+    """Return a fused AdamW; weight decay applies to matrices, not to norms and biases."""
     import torch
 
     matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
@@ -176,25 +180,26 @@ def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
     )
 
 
-def resolve_device(wanted: str) -> Any:
-    """Return the torch device for a setting; `auto` takes a GPU when there is one."""
+def resolve_device(setting: str) -> Any:
+    """Return the torch device for a setting; `auto` selects a GPU if there is one.
+
+    Raises `UserError` for an unknown device, and for a GPU where torch finds none.
+    """
     import torch
 
-    if wanted == "auto":
+    if setting == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(setting)
     except RuntimeError:
-        raise UserError(f"there is no kind of device '{wanted}'; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"unknown device '{setting}'; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            f"device '{wanted}' is asked for, but torch sees no GPU here; use device: auto or cpu"
-        )
+        raise UserError(f"device '{setting}' is not available: torch finds no GPU; use device: auto or cpu")
     return device
 
 
 def autocast(config: TrainingConfig, device: Any) -> Any:
-    """Return a factory of the autocast context that the precision setting means on this device."""
+    """Return a factory of the autocast context for the precision setting on a device."""
     import torch
 
     native = device.type == "cuda" and torch.cuda.is_bf16_supported()

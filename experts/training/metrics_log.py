@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: `metrics.jsonl`, plugins, and the launcher that watches."""
+"""Reporting of a run's progress to `metrics.jsonl`, plugins and the launcher."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.files import readable_os_errors
+from ...core.artefacts.files import os_errors_as_user_errors
 from ...core.hooks.events import TrainingStep
 from ...core.hooks.manager import PluginManager
 from ...core.hooks.training import TrainablePart
-from ..runs.specification import METRICS_FILE, RunSpec
+from ...core.manifests.run import METRICS_FILE, RunSpec
 from .loop import StepReport
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Tell = Callable[[Mapping[str, Any]], None]
 
 
 class MetricsLog:
-    """The log of one run, which goes on where a checkpoint does."""
+    """The log of one run, which continues from a checkpoint on resume."""
 
     def __init__(
         self,
@@ -39,19 +39,19 @@ class MetricsLog:
         self._path = folder / METRICS_FILE
         self._throughput = Throughput()
         self._losses: list[Tensor] = []
-        self._told_at = 0.0
+        self._reported_at = 0.0
 
-    def open(self, begun_at: int) -> None:
-        """Drop the lines of steps that will be done again, and tell where the run begins."""
+    def open(self, start_step: int) -> None:
+        """Drop the lines of steps that will be repeated, and report the start of the run."""
         if self._path.is_file():
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= begun_at]
+            kept = [line for line in lines if _step_of(line) <= start_step]
             self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         training = self._spec.training
         self._tell(
             {
                 "event": "started",
-                "step": begun_at,
+                "step": start_step,
                 "total_steps": training.steps,
                 "tokens_per_step": training.tokens_per_step,
                 "notes": list(self._notes),
@@ -60,14 +60,14 @@ class MetricsLog:
         self._throughput.take()
 
     def step(self, report: StepReport) -> None:
-        """Take note of one optimiser step."""
+        """Record one optimiser step."""
         config = self._spec.training
         self._throughput.add(config.tokens_per_step)
         self._losses.append(report.loss)
         if report.step % config.log_every == 0 or report.step == config.steps:
             self._log(report)
-        if time.monotonic() - self._told_at >= PROGRESS_SECONDS:
-            self._told_at = time.monotonic()
+        if time.monotonic() - self._reported_at >= PROGRESS_SECONDS:
+            self._reported_at = time.monotonic()
             self._tell({"event": "progress", "step": report.step, "loss": float(report.loss)})
 
     def _log(self, report: StepReport) -> None:
@@ -85,17 +85,17 @@ class MetricsLog:
         )
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Write a look at validation text; the time it took does not count as training."""
+        """Record the validation losses; the time of validation is excluded from the throughput."""
         self._write({"step": step, "validation_loss": dict(losses)})
         self._throughput.pause()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        with readable_os_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+        with os_errors_as_user_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
 class Throughput:
-    """Tokens per second since it was last asked."""
+    """Training throughput in tokens per second since the last call of `take`."""
 
     def __init__(self) -> None:
         self._since, self._tokens, self._seconds = time.perf_counter(), 0, 0.0
@@ -107,7 +107,7 @@ class Throughput:
         self._tokens += tokens
 
     def pause(self) -> None:
-        """Leave out the time since the last `add`."""
+        """Exclude the time since the last `add`."""
         self._since = time.perf_counter()
 
     def take(self) -> float:
@@ -121,4 +121,4 @@ def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 62  # a line cut off by a crash belongs to no step
+        return 1 << 62  # drops a line truncated by a crash

@@ -1,4 +1,4 @@
-"""Carrying out one run: from `run.json` to a finished seed or expert, going on where an earlier try stopped."""
+"""Execution of one run: from `run.json` to the finished artefact, with resume from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from ...core.artefacts.files import clear_leftovers, remove_tree
 from ...core.errors import Interrupted, UserError
 from ...core.hooks.events import ExpertFinished
 from ...core.hooks.options import parse_options
-from ...core.hooks.text import TrainingText
-from ...core.hooks.training import TrainablePart, Trainer
+from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
+from ...core.manifests.run import STATE_FOLDER, is_finished
 from ...core.models.scoring import token_log_probs
 from ...core.text.token_store import BalancedUnion, SharedUnion, TokenBlocks
 from ..runs.privacy_rules import require_opacus
-from ..runs.replaced import forget_replaced, put_back
-from ..runs.specification import STATE_FOLDER, is_finished
+from ..runs.replaced import delete_backup, restore_backup
 from ..runs.trainable import trainer_for
 from .checkpointing import restore_latest, save_checkpoint
 from .finishing import write_artefact
@@ -34,26 +33,27 @@ if TYPE_CHECKING:
 
 
 def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
-    """Train the run in `folder` to its end, or until `stopped()`; a finished one costs nothing.
+    """Train the run in `folder` to its end or until `stopped()`; returns at once if it is finished.
 
-    `tell` hears a record every half second or so. Raises `Interrupted` after a stop, with the state saved.
+    `tell` is called with a progress record about every half second. Raises `Interrupted` after a stop, with the state
+    saved.
     """
     if is_finished(folder):
         remove_tree(folder / STATE_FOLDER)
         return
-    clear_leftovers(folder, below=True)  # the optimiser's state stands in a folder of its own
+    clear_leftovers(folder, below=True)  # subfolders hold the checkpoints and the optimiser state
     run = RunInputs.of_folder(folder)
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains, run.plugins)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
     loop = _loop(run, trainer, model, options)
     if run.spec.kind == "generalist":
-        forget_replaced(folder)
+        delete_backup(folder)
     part = loop.part
     inherit_optimiser(run, loop)
-    begun_at = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
+    start_step = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
     log = MetricsLog(folder, run.spec, run.plugins, tell, part)
-    log.open(begun_at)
+    log.open(start_step)
     last = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)
     log.validation(loop.step, validation)
@@ -64,38 +64,36 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
 
 
 def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any) -> TrainingLoop:
-    """Return the loop over what the trainer says trains, private where the run is."""
+    """Return the training loop for the trainer's trainable part, a private loop if the run has a privacy budget."""
     dp, training = run.spec.dp, run.spec.training
     if dp is None:
-        text = (training_text(run),) if trainer.uses_text else ()
-        part = _prepared(run, trainer, model, options, *text)
+        text = training_text(run) if trainer.uses_text else None
+        part = _prepare_part(run, trainer, TrainingContext(model, options, text))
         return TrainingLoop(part, training_blocks(run, part.shares), training)
     require_opacus()
     source = noise_source(dp, training, run.folder / STATE_FOLDER)
     releases = Releases(source, dp.embedding_noise)
-    text = (training_text(run, releases),) if trainer.uses_text else ()
-    part = _prepared(run, trainer, model, options, *text)
+    text = training_text(run, releases) if trainer.uses_text else None
+    part = _prepare_part(run, trainer, TrainingContext(model, options, text))
     blocks = training_blocks(run)
-    assert not isinstance(blocks, BalancedUnion | SharedUnion), "an expert is of one domain"
+    assert not isinstance(blocks, BalancedUnion | SharedUnion), "an expert has one domain"
     return private_loop(part, blocks, training, dp, source, releases)
 
 
-def _prepared(
-    run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any, *text: TrainingText
-) -> TrainablePart:
-    """Return what the trainer says trains; where it refuses, a tuning that never began leaves no trace."""
+def _prepare_part(run: RunInputs, trainer: Trainer, context: TrainingContext) -> TrainablePart:
+    """Return the trainer's trainable part; if the trainer refuses, a tuning that has not started is deleted."""
     try:
-        return trainer.prepare(model, options, *text)
+        return trainer.prepare(context)
     except UserError:
         if run.spec.kind == "generalist" and not (run.folder / STATE_FOLDER).exists():
-            put_back(run.folder)
+            restore_backup(run.folder)
         raise
 
 
 def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callable[[], bool]) -> StepReport:
-    """Run the loop to its end, with logs, looks at validation text and checkpoints on the way.
+    """Run the loop to its end with logging, validation and checkpoints; return the last step's report.
 
-    The last step is never checkpointed, so there is always one to report.
+    The last step is never checkpointed, so a resumed run has at least one step left.
     """
     config = run.spec.training
     every = config.validate_every or max(config.steps // 4, 1)
@@ -108,7 +106,9 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callabl
         if stopped():
             _require_finite(report)
             save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
-            raise Interrupted(f"stopped at step {report.step} of {config.steps}; the same command goes on")
+            raise Interrupted(
+                f"stopped at step {report.step} of {config.steps}; rerun the same command to resume"
+            )
         if time.monotonic() - saved_at >= config.checkpoint_seconds:
             _require_finite(report)
             save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
@@ -119,16 +119,16 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callabl
 
 
 def _require_finite(report: StepReport) -> None:
-    """Refuse to save what training blew up; the checkpoint before it stays."""
+    """Raise `UserError` if training diverged, before it is saved; the previous checkpoint is kept."""
     if not (math.isfinite(float(report.loss)) and math.isfinite(float(report.gradient_norm))):
         raise UserError(
             f"training diverged: loss {float(report.loss)}, gradient norm {float(report.gradient_norm)} at step "
-            f"{report.step}; begin again with a lower learning_rate, or with clip set"
+            f"{report.step}; start over with a lower learning_rate, or set clip"
         )
 
 
 def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
-    """Return the mean loss in nats per token on the first validation blocks of each domain."""
+    """Return each domain's mean loss on its first validation blocks, in nats per token."""
     import torch
 
     config = run.spec.training

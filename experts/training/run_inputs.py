@@ -1,4 +1,4 @@
-"""A run with everything that it reads: specification, prepared text, plugins."""
+"""Inputs of a run: specification, prepared text, plugins."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from ...core.artefacts.layout import Layout
 from ...core.config.project import load_project
 from ...core.hooks.manager import PluginManager, installed_plugins
-from ..runs.specification import RunSpec, read_run
+from ...core.manifests.run import RunSpec, read_run
 from ..text.corpora import PreparedDomain, prepare_domains
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a training process knows of its run."""
+    """Inputs of a training process."""
 
     folder: Path
     layout: Layout
@@ -42,7 +42,7 @@ class RunInputs:
 
     @classmethod
     def of_folder(cls, folder: Path) -> RunInputs:
-        """Read a run folder and prepare its domains' text; raises `UserError` for what is missing."""
+        """Read a run folder and prepare its domains' text; raises `UserError` if anything is missing."""
         spec = read_run(folder)
         layout = Layout.find(folder)
         project = load_project(layout.config_file)

@@ -1,16 +1,16 @@
-"""Where a run starts: the model in float32, its optimiser state, and the blocks it will read."""
+"""Initial state of a run: the model in float32, the optimiser state and the training blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...core.artefacts.lineage import read_manifest, require_intact
 from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.config.project import load_project
 from ...core.errors import UserError
-from ...core.hooks.text import TrainingText
-from ...core.hooks.training import PrivateReleases
+from ...core.hooks.training import PrivateReleases, TrainingText
+from ...core.manifests.manifest import read_manifest
+from ...core.manifests.verification import require_intact
 from ...core.models.loading import ExpertTensors, load_model, max_positions, overlay_tensors
 from ...core.text.token_store import (
     BalancedUnion,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def starting_model(run: RunInputs) -> PreTrainedModel:
-    """Return the model to train, in float32: new, the seed, or an average of experts."""
+    """Return the model to train in float32: a new model, the base, or an average of experts."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,17 +54,15 @@ def starting_model(run: RunInputs) -> PreTrainedModel:
 
 
 def _require_same_parents(run: RunInputs) -> None:
-    """Refuse to train from a seed or an expert that was made again since the run was branched."""
-    found = parent_digests(run.layout, run.spec.start, run.spec.base)
+    """Raise `UserError` if a parent model changed since the run was set up."""
+    digests = parent_digests(run.layout, run.spec.start, run.spec.base)
     for name, digest in run.spec.parents.items():
-        if found.get(name) != digest:
-            raise UserError(
-                f"'{name}' was made again since '{run.spec.name}' began from it; begin again with --force"
-            )
+        if digests.get(name) != digest:
+            raise UserError(f"'{name}' changed since '{run.spec.name}' was set up; start over with --force")
 
 
 def _average_of(run: RunInputs) -> dict[str, Tensor]:
-    """Return the weighted average of the experts a run starts from, where they differ from the seed."""
+    """Return the weighted average of a run's initial experts, only for tensors that differ from the seed's."""
     seed = Checkpoint.of_folder(run.layout.seed)
     experts = {}
     for name in run.spec.start:
@@ -76,33 +74,33 @@ def _average_of(run: RunInputs) -> dict[str, Tensor]:
         name: sum(
             weight * (seed if parent == "seed" else experts[parent]).read(name).float()
             for parent, weight in run.spec.start.items()
-        )  # type: ignore[misc]  # `sum` begins with a 0, so its type is int | Tensor
+        )  # type: ignore[misc]  # `sum` starts with 0, so its type is int | Tensor
         for name in changed
     }
 
 
 def training_text(run: RunInputs, private: PrivateReleases | None = None) -> TrainingText:
-    """Return the run's text as a trainer may read it, in a private run through `private`."""
+    """Return the run's text for its trainer; a private run's text is only accessible through `private`."""
     size = run.spec.training.sequence_length
 
-    def other(name: str) -> TokenBlocks:
+    def open_domain(name: str) -> TokenBlocks:
         project = load_project(run.layout.config_file)
         prepared = prepare_domain(run.layout, name, domain_config(project, name), run.tokenizer_folder)
         return TokenBlocks(prepared.open("train"), min(size, max_positions(run.base)))
 
     manifest = read_manifest(run.layout.seed)
-    known = load_project(run.layout.config_file).domains
+    project_domains = load_project(run.layout.config_file).domains
     return TrainingText(
         {domain.name: TokenBlocks(domain.open("train"), size) for domain in run.domains},
-        other,
-        tuple(name for name in manifest.data.get("domains", ()) if name in known),
+        open_domain,
+        tuple(name for name in manifest.domains if name in project_domains),
         run.base,
         private,
     )
 
 
 def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
-    """Take over the seed's optimiser state, which Branch-Train-Merge's branches keep."""
+    """Load the seed's optimiser state into an expert's loop, as Branch-Train-Merge does."""
     path = run.layout.seed / OPTIMISER_FILE
     if run.spec.kind == "expert" and run.spec.training.inherit_optimiser and path.is_file():
         state = Checkpoint([path])
@@ -112,14 +110,14 @@ def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
 def training_blocks(
     run: RunInputs, shares: Mapping[str, float] | None = None
 ) -> Blocks | BalancedUnion | SharedUnion:
-    """Return what the run draws from; raises `UserError` for a domain with less than one block of text."""
+    """Return the run's training blocks; raises `UserError` for a domain with less than one block of text."""
     size = run.spec.training.sequence_length
     parts = [TokenBlocks(domain.open("train"), size) for domain in run.domains]
     for domain, blocks in zip(run.domains, parts, strict=True):
         if len(blocks) == 0:
             raise UserError(
                 f"domain '{domain.name}' has {domain.train.tokens} tokens of training text, less than one block of "
-                f"{size}; add text, or lower training.sequence_length"
+                f"{size}; add text or lower training.sequence_length"
             )
     if run.spec.slice is not None:
         index, count = run.spec.slice

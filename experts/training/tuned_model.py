@@ -1,23 +1,20 @@
-"""A generalist that was trained further: its folder, and a manifest that says what has seen which text."""
+"""Folder and manifest of a tuned generalist."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.files import readable_os_errors
-from ...core.artefacts.lineage import (
+from ...core.artefacts.digests import (
     TOKENIZER_FILES,
-    Manifest,
-    Parent,
-    digest_of_tensors,
-    digest_of_tokenizer,
-    digests_of_folder,
-    read_manifest,
-    tool_versions,
 )
+from ...core.artefacts.files import os_errors_as_user_errors
 from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files, torch_dtype
+from ...core.manifests.generalist import GeneralistConfig, Tuning
+from ...core.manifests.manifest import Manifest, Parent, read_manifest
+from ...core.manifests.statements import DataStatement
 from .loop import TrainingLoop
 from .run_inputs import RunInputs
 
@@ -26,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def write_whole_model(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop) -> None:
-    """Write a trained generalist's files, in the dtype of the model it comes from, with that one's tokenizer."""
+    """Write a tuned generalist's files with the dtype and tokenizer of its base model."""
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (run.base / name).is_file():
-            with readable_os_errors(run.folder / name):
+            with os_errors_as_user_errors(run.folder / name):
                 (run.folder / name).write_bytes((run.base / name).read_bytes())
     if loop.part.finish is not None:
         loop.part.finish(run.folder)
@@ -39,55 +36,49 @@ def write_whole_model(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop
 
 
 def stored_dtype(folder: Path) -> Any:
-    """Return the torch dtype of a checkpoint's first tensor of floating-point numbers."""
+    """Return the torch dtype of a checkpoint's first floating-point tensor."""
     entries = Checkpoint(checkpoint_files(folder)).entries.values()
-    return torch_dtype(next(one.dtype for one in entries if one.dtype.startswith(("F", "BF"))))
+    return torch_dtype(next(entry.dtype for entry in entries if entry.dtype.startswith(("F", "BF"))))
 
 
-def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], described: Mapping[str, Any]) -> Manifest:
-    """Return the manifest of a generalist that was trained from another, or from the seed."""
+def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], part_config: Mapping[str, Any]) -> Manifest:
+    """Return the manifest of a generalist tuned from another generalist or from the seed.
+
+    `part_config` is the trainer's description of the model (`TrainablePart.config`).
+    """
     spec = run.spec
     base = read_manifest(run.base)
-    tensors, files = digests_of_folder(run.folder)
-    own = {domain.name: domain.statement() for domain in run.domains}
-    tuning = {
-        "name": spec.name,
-        "trains": spec.trains,
-        "options": dict(spec.options),
-        "domains": {name: statement.get("digest") for name, statement in own.items()},
-        "tokens": spec.training.steps * spec.training.tokens_per_step,
-        "from": base.digest,
-    }
-    # what can be made again from its parts is not made again by that once it was trained
-    config = {
-        key: value for key, value in base.config.items() if key not in ("recipe", "shard_bytes", "training")
-    }
-    mixture = {**(config.get("mixture") or {}), **described.get("mixture", {})}
-    tuning["experts"] = list(mixture.get("experts") or config.get("weights", ()))
-    tuning |= described.get("tuning", {})
-    mixture["tuned"] = [*mixture.get("tuned", ()), tuning]
-    own_parent = Parent.of(base, spec.base or "seed")
+    config = _tuned_config(run, base, part_config)
     return Manifest(
         kind="generalist",
         name=spec.name,
-        digest=digest_of_tensors(tensors),
-        tensors=tensors,
-        files=files,
-        tokenizer=digest_of_tokenizer(run.folder),
-        parents=(own_parent, *(parent for parent in base.parents if base.kind == "generalist")),
-        config={
-            "method": spec.trains,
-            "kind": "moe",
-            "weights": {},
-            **config,
-            **{key: value for key, value in described.items() if key != "tuning"},
-            "mixture": mixture,
-            "run": spec.content(),
+        parents=(Parent.of(base, spec.base or "seed"), *(base.parents if base.merged is not None else ())),
+        config=config,
+        expert_data={
+            **base.expert_data,
+            spec.name: DataStatement({domain.name: domain.statement() for domain in run.domains}),
         },
-        data={**(base.data if base.kind == "generalist" else {}), spec.name: {"domains": own}},
         metrics=metrics,
         trainable=spec.trains,
         owner=spec.owner,
         licence=spec.licence or base.licence,
-        versions=tool_versions(),
     )
+
+
+def _tuned_config(run: RunInputs, base: Manifest, part_config: Mapping[str, Any]) -> GeneralistConfig:
+    spec = run.spec
+    changes = {key: value for key, value in part_config.items() if key != "tuning"}
+    # a tuned model cannot be reproduced from its merge recipe
+    base_config = replace(base.merged or GeneralistConfig(spec.trains, "moe"), recipe=None, shard_bytes=None)
+    config = replace(base_config, **changes, run=spec)
+    tuning = Tuning(
+        name=spec.name,
+        trains=spec.trains,
+        options=dict(spec.options),
+        domains={domain.name: domain.statement().digest for domain in run.domains},
+        tokens=spec.training.steps * spec.training.tokens_per_step,
+        base_digest=base.digest,
+        experts=tuple(config.experts or config.weights),
+        **part_config.get("tuning", {}),
+    )
+    return replace(config, tunings=(*config.tunings, tuning))

@@ -1,8 +1,7 @@
-"""The process that trains one run: `python -m expertctl.experts.training.worker RUN_FOLDER`.
+"""The worker process of one run: `python -m expertctl.experts.training.worker RUN_FOLDER`.
 
-It speaks JSON lines on standard output, stops after a checkpoint on SIGINT or SIGTERM, and ends at once when
-the process that started it is gone (its standard input closes), so that a killed command leaves nobody
-holding a lock.
+It writes JSON lines to standard output and stops with a checkpoint on SIGINT or SIGTERM. It exits at once if the
+process that started it is gone (its standard input closes), so that a killed command leaves no lock behind.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ...core.artefacts.files import exclusive, mendable
+from ...core.artefacts.files import exclusive, user_fixable_error
 from ...core.artefacts.layout import Layout
 from ...core.errors import Interrupted, UserError
+from ...core.manifests.run import read_run
 from ...core.process.allocator import keep_freed_memory
 from ...core.process.environment import prepare_libraries
-from ..runs.specification import read_run
 
 
 def main(arguments: list[str]) -> int:
-    """Train the run in the given folder; return the exit status."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Train the run in the folder `arguments[0]` and return the exit status."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     stop = _stop_signal()
     prepare_libraries()
     keep_freed_memory()
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         return _fail(str(error))
     except Exception as error:
-        message = _what_to_do(error)
+        message = _user_message(error)
         if message is None:
             raise
         return _fail(message)
@@ -59,16 +58,16 @@ def _fail(message: str) -> int:
     return 1
 
 
-def _what_to_do(error: Exception) -> str | None:
-    """Return what a user can do about a full disk, a missing permission or too little memory; else None."""
+def _user_message(error: Exception) -> str | None:
+    """Return the message for a full disk, a missing permission, low memory or a missing compiler, otherwise None."""
     if isinstance(error, OSError):
-        trouble = mendable(error)
-        return str(trouble) if trouble is not None else None
-    # torch names it differently on GPUs and on CPUs
+        user_error = user_fixable_error(error)
+        return str(user_error) if user_error is not None else None
+    # torch raises different errors on GPUs and CPUs
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return "out of memory; lower training.batch_size (and raise accumulation), or sequence_length"
     if "InvalidCxxCompiler" in f"{type(error).__name__} {error}":
-        return "training.compile needs a C++ compiler, and there is none; install one, or set compile: false"
+        return "training.compile needs a C++ compiler; install one, or set compile: false"
     return None
 
 
@@ -77,27 +76,27 @@ def _tell(record: Mapping[str, Any]) -> None:
 
 
 def _stop_signal() -> threading.Event:
-    """Return an event that SIGINT or SIGTERM sets; a second signal ends the process the usual way."""
+    """Return an event that SIGINT or SIGTERM sets; a second signal has its default effect."""
     stop = threading.Event()
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def request_stop(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
     return stop
 
 
-def _end_with_parent() -> None:
-    # A raw read: a buffered one holds a lock that interpreter shutdown would wait for.
+def _exit_with_parent() -> None:
+    # os.read, since a buffered read holds a lock that interpreter shutdown waits for
     while os.read(0, 1024):
         pass
     os._exit(1)
 
 
 def _prepare_torch(threads: int) -> None:
-    """Give torch its threads before it starts any; more of them than cores wait for each other."""
+    """Set torch's number of threads before it starts any."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 

@@ -1,1 +1,1 @@
-"""Merging tensor by tensor: one method a file, each a pure function for numpy arrays and torch tensors alike."""
+"""Dense merge methods: pure functions that merge a `TensorGroup` of numpy arrays or torch tensors."""

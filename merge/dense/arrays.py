@@ -1,7 +1,7 @@
-"""What dense methods share: the array library of their inputs, work in pieces, thresholds, inner products, random masks.
+"""Array helpers shared by the dense merge methods: chunking, thresholds, inner products and random masks.
 
-numpy on a CPU, so that torch, whose import costs seconds, is not needed there; torch on a GPU. Passes over arrays that
-do not fit into a core's cache wait for memory, so element-wise work goes through them in pieces that do.
+Arrays are numpy on a CPU, which avoids importing torch, and torch on a GPU. Element-wise passes over arrays
+larger than the CPU cache are bound by memory bandwidth, so they run in chunks that fit into the cache.
 """
 
 from __future__ import annotations
@@ -13,69 +13,72 @@ from typing import Any
 
 from ...core.hooks.merging import PerExpert, TensorGroup
 
-PIECE_NUMBERS = 1 << 17
-ROW_NUMBERS = 256
+CHUNK_SIZE = 1 << 17
+"""Elements per chunk, small enough for the CPU cache."""
+ROW_SIZE = 256
+"""Elements per float32 partial sum of an inner product."""
 Array = Any
 """A numpy array or a torch tensor."""
 
 
 def is_numpy(array: Array) -> bool:
-    """Tell whether an array is numpy's, not torch's."""
+    """Return whether an array is a numpy array (or scalar) rather than a torch tensor."""
     import numpy as np
 
-    return isinstance(array, np.ndarray | np.generic)  # numpy hands out numbers where an array has no axis
+    return isinstance(array, np.ndarray | np.generic)  # numpy returns scalars for arrays without axes
 
 
 def namespace(array: Array) -> Any:
-    """Return the array-API functions that go with an array."""
+    """Return the array-API namespace of an array."""
     from array_api_compat import array_namespace
 
     return array_namespace(array)
 
 
-def each(option: PerExpert, group: TensorGroup) -> tuple[float, ...]:
-    """Return an option's value for every expert."""
+def per_expert_values(option: PerExpert, group: TensorGroup) -> tuple[float, ...]:
+    """Return an option's value for each expert."""
     return option if isinstance(option, tuple) else (option,) * len(group.experts)
 
 
 def check_range(name: str, option: PerExpert, low: float, high: float) -> None:
-    """Raise `ValueError` unless an option lies between two numbers, for every expert."""
+    """Raise `ValueError` unless an option lies in [low, high] for every expert."""
     for value in option if isinstance(option, tuple) else (option,):
         if not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it is {low:g} to {high:g}")
+            raise ValueError(f"{name} is {value}; it must be in the range {low:g} to {high:g}")
 
 
-def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Yield the same piece of every array, flat: of a size that stays in a core's cache, or whole on a GPU."""
+def chunks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Yield matching flat chunks of all arrays; on a GPU the whole arrays are one chunk."""
     flat = [array.reshape(-1) for array in arrays]
     size = flat[0].shape[0]
-    step = PIECE_NUMBERS if is_numpy(flat[0]) else max(size, 1)
+    step = CHUNK_SIZE if is_numpy(flat[0]) else max(size, 1)
     for begin in range(0, size, step):
         yield tuple(array[begin : begin + step] for array in flat)
 
 
-def in_pieces(function: Callable[..., Array], *arrays: Array) -> Array:
-    """Return `function(*arrays)` for an element-wise function, worked out piece by piece."""
+def map_chunks(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Return `function(*arrays)` of an element-wise function, computed chunk by chunk."""
     first = arrays[0]
     size = math.prod(first.shape)
-    if not is_numpy(first) or size <= PIECE_NUMBERS:
-        flat = [array.reshape(-1) for array in arrays]  # so that they are arrays even of a single number
+    if not is_numpy(first) or size <= CHUNK_SIZE:
+        flat = [array.reshape(-1) for array in arrays]  # at least one axis, which `function` may need
         return function(*flat).reshape(first.shape)
     import numpy as np
 
     result = np.empty(size, first.dtype)
     begin = 0
-    for parts in pieces(*arrays):
+    for parts in chunks(*arrays):
         end = begin + parts[0].size
         result[begin:end] = function(*parts)
         begin = end
     return result.reshape(first.shape)
 
 
-def erase(vector: Array, kept: Array) -> None:
-    """Set the elements of a vector to 0, in place, where `kept` is false.
+def zero_unkept(vector: Array, kept: Array) -> None:
+    """Set the elements of a vector to 0 in place where `kept` is false.
 
-    Multiplying by a truth value converts it piece by piece, which takes ten times as long as masking bits does.
+    float32 arrays are masked bitwise: multiplying by booleans first converts them, which takes ten times as
+    long.
     """
     if not is_numpy(vector) or vector.dtype.itemsize != 4 or vector.ndim == 0:
         vector *= kept
@@ -83,24 +86,24 @@ def erase(vector: Array, kept: Array) -> None:
     import numpy as np
 
     bits = kept.view(np.int8).astype(np.int32)
-    np.negative(bits, out=bits)  # 1 becomes all ones
-    whole = vector.view(np.int32)
-    np.bitwise_and(whole, bits, out=whole)
+    np.negative(bits, out=bits)  # 1 becomes a word of one bits
+    words = vector.view(np.int32)
+    np.bitwise_and(words, bits, out=words)
 
 
-def as_numbers(truth: Array, like: Array) -> Array:
-    """Return 1 where true and 0 elsewhere, in the dtype of `like`."""
-    if not is_numpy(truth):
-        return truth.to(like.dtype)
+def as_indicator(mask: Array, like: Array) -> Array:
+    """Return a boolean array as 1 and 0 in the dtype of `like`."""
+    if not is_numpy(mask):
+        return mask.to(like.dtype)
     import numpy as np
 
-    return truth.view(np.int8).astype(like.dtype) if truth.ndim else like.dtype.type(truth)
+    return mask.view(np.int8).astype(like.dtype) if mask.ndim else like.dtype.type(mask)
 
 
 def kth_largest_magnitude(array: Array, count: int, base: Array | None = None) -> float:
-    """Return the `count`-th largest magnitude in `array - base`, exactly, without sorting (introselect).
+    """Return the exact `count`-th largest magnitude of `array - base` by introselect, without sorting.
 
-    Takes one array of the same size beside the inputs. 1 <= count <= the number of elements.
+    Allocates one array of the input size. `count` is in the range 1 to the number of elements.
     """
     if not is_numpy(array):
         import torch
@@ -116,12 +119,12 @@ def kth_largest_magnitude(array: Array, count: int, base: Array | None = None) -
 
 
 def inner_products(arrays: Sequence[Array], base: Array | None = None) -> list[list[float]]:
-    """Return the matrix of inner products of `array - base`: short rows in their own precision, their sums in float64."""
+    """Return the Gram matrix of the vectors `array - base`, accumulated in float64."""
     import numpy as np
 
     count = len(arrays)
     total = np.zeros((count, count))
-    for parts in pieces(*arrays, *([base] if base is not None else [])):
+    for parts in chunks(*arrays, *([base] if base is not None else [])):
         vectors = parts if base is None else [part - parts[-1] for part in parts[:-1]]
         for i in range(count):
             for j in range(i + 1):
@@ -129,46 +132,51 @@ def inner_products(arrays: Sequence[Array], base: Array | None = None) -> list[l
     return [[float(total[max(i, j), min(i, j)]) for j in range(count)] for i in range(count)]
 
 
-def _inner_product(one: Array, other: Array) -> float:
-    """Return the inner product of two vectors; rows of 256 keep float32's rounding below that of the result."""
-    if not is_numpy(one):
-        return float((one.double() * other.double()).sum())
+def _inner_product(left: Array, right: Array) -> float:
+    """Return the inner product of two flat vectors.
+
+    On numpy, rows of `ROW_SIZE` elements are summed in the input dtype, which bounds the rounding error, and
+    the row sums in float64.
+    """
+    if not is_numpy(left):
+        return float((left.double() * right.double()).sum())
     import numpy as np
 
-    whole = one.size - one.size % ROW_NUMBERS
-    rows = np.einsum("ij,ij->i", one[:whole].reshape(-1, ROW_NUMBERS), other[:whole].reshape(-1, ROW_NUMBERS))
-    rest = np.dot(one[whole:].astype("f8"), other[whole:].astype("f8"))
-    return float(rows.sum(dtype="f8")) + float(rest)
+    end = left.size - left.size % ROW_SIZE
+    rows = np.einsum("ij,ij->i", left[:end].reshape(-1, ROW_SIZE), right[:end].reshape(-1, ROW_SIZE))
+    remainder = np.dot(left[end:].astype("f8"), right[end:].astype("f8"))
+    return float(rows.sum(dtype="f8")) + float(remainder)
 
 
 def weighted_sum(coefficients: Sequence[float], arrays: Sequence[Array]) -> Array:
-    """Return the sum of arrays, each times its coefficient, in their own precision and order."""
+    """Return the linear combination of arrays, summed in the given order and in their dtype."""
 
-    def piece(*parts: Array) -> Array:
+    def combine(*parts: Array) -> Array:
         total = parts[0] * coefficients[0]
         for coefficient, part in zip(coefficients[1:], parts[1:], strict=True):
             total += part * coefficient
         return total
 
-    return in_pieces(piece, *arrays)
+    return map_chunks(combine, *arrays)
 
 
 def random_mask(like: Array, density: Array | float, seed: int, tensor: str, expert: str) -> Array:
-    """Return which elements are kept: each by itself with probability `density` (a number, or an array like `like`).
+    """Return a boolean mask in which each element is true independently with probability `density`.
 
-    The stream depends on the seed, the tensor's and the expert's name alone: files, threads, the order of experts and
-    the device never change it. It is that of a numpy bit generator, which numpy promises not to change.
+    `density` is a number or an array of the shape of `like`. The random stream depends only on the seed and
+    on the names of tensor and expert, not on files, threads, the order of experts or the device. It comes
+    from a numpy bit generator, whose stream numpy guarantees to be stable.
     """
     import numpy as np
 
     key = hashlib.sha256(f"{seed}:{expert}:{tensor}".encode()).digest()
-    source = np.random.SFC64(int.from_bytes(key[:16], "little"))
+    generator = np.random.SFC64(int.from_bytes(key[:16], "little"))
     size = math.prod(like.shape)
     kept = np.empty(size, dtype=bool)
-    limits = _as_words(density)
-    for begin in range(0, size, PIECE_NUMBERS):
-        count = min(PIECE_NUMBERS, size - begin)
-        words = source.random_raw(-(-count // 2)).view("<u4")[:count]
+    limits = _word_limits(density)
+    for begin in range(0, size, CHUNK_SIZE):
+        count = min(CHUNK_SIZE, size - begin)
+        words = generator.random_raw(-(-count // 2)).view("<u4")[:count]
         limit = limits if limits.ndim == 0 else limits[begin : begin + count]
         np.less_equal(words, limit, out=kept[begin : begin + count])
     mask = kept.reshape(like.shape)
@@ -179,8 +187,8 @@ def random_mask(like: Array, density: Array | float, seed: int, tensor: str, exp
     return torch.from_numpy(mask).to(like.device)
 
 
-def _as_words(density: Array | float) -> Any:
-    """Return the largest 32-bit word that keeps an element, for one density or for each."""
+def _word_limits(density: Array | float) -> Any:
+    """Return the largest 32-bit random word for which an element is kept, per density."""
     import numpy as np
 
     if not isinstance(density, float | int) and not is_numpy(density):

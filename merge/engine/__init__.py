@@ -1,1 +1,1 @@
-"""The streaming engine: reads tensors, computes, and writes shards."""
+"""The streaming merge engine: reads, merges and writes tensor by tensor."""

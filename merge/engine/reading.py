@@ -1,4 +1,4 @@
-"""Reading tensors of a merge in pieces: each once, straight from its place in the file, hashed on the way."""
+"""Reads the input tensors of a merge in pieces and computes their digests while reading."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digest_cache import cached_digests, remember_digests
-from ...core.artefacts.files import readable_os_errors
+from ...core.artefacts.files import os_errors_as_user_errors
 from ...core.artefacts.numeric import decode, encode, working_dtype
 from ...core.artefacts.safetensors_io import DTYPES, TensorEntry, digest_start
 from ...core.errors import UserError
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PIECE_NUMBERS = 1 << 16
-"""Numbers handled at a time: as float32 they stay in a core's cache, and allocating them costs no page faults."""
+"""Piece size, in numbers; in float32, a piece fits into a core's cache and its allocation causes no page faults."""
 
 
 class Reader:
-    """Reads tensors for any number of threads and keeps the digest of each that was read to its end."""
+    """Thread-safe reader that keeps the digest of every tensor that was read completely."""
 
     def __init__(self, round_to: str | None = None, piece_numbers: int = PIECE_NUMBERS) -> None:
         self.digests: dict[TensorEntry, str] = {}
         self.piece_numbers = piece_numbers
         self._round_to = round_to
         self._files: dict[Path, int] = {}
-        self._remembered: dict[Path, dict[str, str]] = {}
-        self._hashed: set[TensorEntry] = set()
+        self._cached: dict[Path, dict[str, str]] = {}
+        self._newly_hashed: set[TensorEntry] = set()
         self._lock = Lock()
 
     def close(self) -> None:
@@ -45,62 +45,66 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def raw(self, one: StoredTensor, *, hashed: bool = True) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor in pieces, each valid until the next is asked for.
+    def raw(self, stored: StoredTensor, *, hashed: bool = True) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in pieces; each piece is valid until the next one is requested.
 
-        Raises `UserError` when the file ends too early, and, after the last piece, when the bytes are not those
-        that the folder's manifest speaks of; not `hashed`, that is the caller's to `note`.
+        Raises `UserError` for a truncated file and, after the last piece, if the digest differs from the manifest. With
+        `hashed=False`, the caller has to compute the digest and call `note`.
         """
-        entry = one.entry
-        state = digest_start(entry.dtype, entry.shape) if hashed and self.known_digest(one) is None else None
+        entry = stored.entry
+        state = (
+            digest_start(entry.dtype, entry.shape) if hashed and self.known_digest(stored) is None else None
+        )
         size = self.piece_numbers * DTYPES[entry.dtype][1]
         buffer = memoryview(bytearray(min(size, entry.num_bytes)))
-        place = entry.begin
-        while place < entry.end:
-            piece = buffer[: min(size, entry.end - place)]
-            self._fill(entry, piece, place)
+        position = entry.begin
+        while position < entry.end:
+            piece = buffer[: min(size, entry.end - position)]
+            self._fill(entry, piece, position)
             if state is not None:
                 state.update(piece)
-            place += len(piece)
+            position += len(piece)
             yield piece
         if state is not None:
-            self.note(one, state.hexdigest())
+            self.note(stored, state.hexdigest())
 
-    def pieces(self, one: StoredTensor) -> Iterator[NDArray[Any]]:
-        """Yield the numbers of a tensor as flat float32 (or float64) pieces, each valid until the next; see `raw`."""
+    def pieces(self, stored: StoredTensor) -> Iterator[NDArray[Any]]:
+        """Yield the numbers of a tensor as flat float32 (or float64) pieces; see `raw`."""
         import numpy as np
 
-        count = DTYPES[one.dtype][1]
-        scratch = np.empty(min(self.piece_numbers, max(one.entry.num_bytes // count, 1)), "<u4")
-        for piece in self.raw(one):
-            yield self._rounded(decode(piece, one.dtype, (len(piece) // count,), scratch))
+        item_bytes = DTYPES[stored.dtype][1]
+        scratch = np.empty(min(self.piece_numbers, max(stored.entry.num_bytes // item_bytes, 1)), "<u4")
+        for piece in self.raw(stored):
+            yield self._round(decode(piece, stored.dtype, (len(piece) // item_bytes,), scratch))
 
-    def whole(self, one: StoredTensor) -> NDArray[Any]:
-        """Return all numbers of a tensor, as float32 (or float64), with its adapter's change."""
+    def read(self, stored: StoredTensor) -> NDArray[Any]:
+        """Return a whole tensor as float32 (or float64), with its adapter applied."""
         import numpy as np
 
-        numbers = np.empty(one.shape, working_dtype(one.dtype))
+        numbers = np.empty(stored.shape, working_dtype(stored.dtype))
         flat = numbers.reshape(-1)
         begin = 0
-        for piece in self.pieces(one):
+        for piece in self.pieces(stored):
             flat[begin : begin + piece.size] = piece
             begin += piece.size
-        return self._rounded(one.adapter.apply(one.name, numbers)) if one.adapter is not None else numbers
+        return (
+            self._round(stored.adapter.apply(stored.name, numbers)) if stored.adapter is not None else numbers
+        )
 
-    def _rounded(self, numbers: NDArray[Any]) -> NDArray[Any]:
+    def _round(self, numbers: NDArray[Any]) -> NDArray[Any]:
         if self._round_to is None or self._round_to in ("F32", "F64"):
             return numbers
         return decode(encode(numbers, self._round_to), self._round_to, numbers.shape)
 
-    def _fill(self, entry: TensorEntry, target: memoryview, place: int) -> None:
+    def _fill(self, entry: TensorEntry, target: memoryview, position: int) -> None:
         filled = 0
-        with readable_os_errors(entry.file):
+        with os_errors_as_user_errors(entry.file):
             descriptor = self._descriptor(entry.file)
             while filled < len(target):
-                count = os.preadv(descriptor, [target[filled:]], place + filled)
+                count = os.preadv(descriptor, [target[filled:]], position + filled)
                 if not count:
                     raise UserError(
-                        f"{entry.file} is damaged: it ends within tensor '{entry.name}'; fetch it again"
+                        f"{entry.file} is damaged: it ends within tensor '{entry.name}'; download it again"
                     )
                 filled += count
 
@@ -111,34 +115,34 @@ class Reader:
             return self._files[path]
 
     def remember(self) -> None:
-        """Keep the digests of files without a manifest for later merges of the same files."""
-        fresh: dict[Path, dict[str, str]] = {}
-        for entry in self._hashed:
-            fresh.setdefault(entry.file, {})[entry.name] = self.digests[entry]
-        for file, digests in fresh.items():
+        """Cache the digests of files without a manifest for later merges."""
+        new_digests: dict[Path, dict[str, str]] = {}
+        for entry in self._newly_hashed:
+            new_digests.setdefault(entry.file, {})[entry.name] = self.digests[entry]
+        for file, digests in new_digests.items():
             remember_digests(file, digests)
 
-    def known_digest(self, one: StoredTensor) -> str | None:
-        """Return the digest of a tensor that needs no hashing: it was hashed, or nothing checks it and its file is untouched."""
-        entry = one.entry
-        if one.expected is not None or entry in self.digests:
+    def known_digest(self, stored: StoredTensor) -> str | None:
+        """Return the digest of a tensor if it is known: computed before, or cached for an unchanged file without manifest."""
+        entry = stored.entry
+        if stored.expected is not None or entry in self.digests:
             return self.digests.get(entry)
         with self._lock:
-            if entry.file not in self._remembered:
-                self._remembered[entry.file] = cached_digests(entry.file)
-            digest = self._remembered[entry.file].get(entry.name)
+            if entry.file not in self._cached:
+                self._cached[entry.file] = cached_digests(entry.file)
+            digest = self._cached[entry.file].get(entry.name)
             if digest is not None:
                 self.digests[entry] = digest
         return digest
 
-    def note(self, one: StoredTensor, digest: str) -> None:
-        """Take a digest as that of a tensor that was read; raises `UserError` when its manifest says another."""
-        if one.expected is not None and digest != one.expected:
+    def note(self, stored: StoredTensor, digest: str) -> None:
+        """Record the digest of a tensor; raises `UserError` if it differs from the manifest."""
+        if stored.expected is not None and digest != stored.expected:
             raise UserError(
-                f"tensor '{one.entry.name}' in {one.entry.file} was changed: it is not what its manifest says; restore "
-                "or remake the folder"
+                f"tensor '{stored.entry.name}' in {stored.entry.file} was changed: its digest differs from the manifest; restore "
+                "or recreate the folder"
             )
         with self._lock:
-            self.digests[one.entry] = digest
-            if one.expected is None:
-                self._hashed.add(one.entry)
+            self.digests[stored.entry] = digest
+            if stored.expected is None:
+                self._newly_hashed.add(stored.entry)

@@ -1,4 +1,4 @@
-"""The files that a merge's tensors go into."""
+"""Distribution of the output tensors over safetensors files."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One file of the output."""
+    """One output file."""
 
     file: str
     tensors: tuple[TensorPlan, ...]
 
     @cached_property
     def layout(self) -> tuple[bytes, dict[str, tuple[int, int]]]:
-        """The bytes before the first tensor, and where in the file each tensor begins and ends."""
-        return header_of_file({one.name: (one.dtype, one.shape) for one in self.tensors})
+        """The header bytes, and the (begin, end) offsets of each tensor in the file."""
+        return header_of_file({tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors})
 
     @property
     def num_bytes(self) -> int:
-        return len(self.layout[0]) + sum(one.num_bytes for one in self.tensors)
+        return len(self.layout[0]) + sum(tensor.num_bytes for tensor in self.tensors)
 
 
 def plan_shards(tensors: Sequence[TensorPlan], shard_bytes: int = DEFAULT_SHARD_BYTES) -> list[ShardPlan]:
-    """Return the files that the tensors go into, named as transformers does; none is larger than `shard_bytes`
-    unless a single tensor is.
+    """Return the output files, named as in transformers.
 
-    Within a file wider numbers come first, so that every tensor is aligned whatever dtypes are mixed.
+    A file is larger than `shard_bytes` only if a single tensor is. Within a file, wider dtypes come first, so that all
+    tensors are aligned.
     """
     groups: list[list[TensorPlan]] = [[]]
     size = 0
@@ -44,7 +44,7 @@ def plan_shards(tensors: Sequence[TensorPlan], shard_bytes: int = DEFAULT_SHARD_
             size = 0
         groups[-1].append(tensor)
         size += tensor.num_bytes
-    ordered = [tuple(sorted(group, key=lambda one: -DTYPES[one.dtype][1])) for group in groups]
+    ordered = [tuple(sorted(group, key=lambda planned: -DTYPES[planned.dtype][1])) for group in groups]
     if len(ordered) == 1:
         return [ShardPlan(SINGLE_FILE, ordered[0])]
     return [
@@ -54,12 +54,12 @@ def plan_shards(tensors: Sequence[TensorPlan], shard_bytes: int = DEFAULT_SHARD_
 
 
 def index_of(shards: Sequence[ShardPlan]) -> dict[str, Any]:
-    """Return the content of the index file that goes with several shards."""
+    """Return the content of the index file of several shards."""
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     return {
         "metadata": {
-            "total_parameters": sum(one.num_numbers for one in tensors),
-            "total_size": sum(one.num_bytes for one in tensors),
+            "total_parameters": sum(planned.num_numbers for planned in tensors),
+            "total_size": sum(planned.num_bytes for planned in tensors),
         },
-        "weight_map": {one.name: shard.file for shard in shards for one in shard.tensors},
+        "weight_map": {planned.name: shard.file for shard in shards for planned in shard.tensors},
     }

@@ -1,4 +1,4 @@
-"""How one tensor of a merge comes about, decided and checked before one is read."""
+"""The plan of one output tensor, made and checked before any tensor is read."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from ..sources.models import StoredTensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Action = Literal["merge", "copy", "agree", "stack", "given"]
+Action = Literal["merge", "copy", "require_equal", "stack", "computed"]
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one tensor of the output comes about."""
+    """The plan of one output tensor."""
 
     name: str
     dtype: str
-    """Of the output."""
+    """Dtype in the output."""
     shape: tuple[int, ...]
     action: Action
-    """`merge` by the method; `copy` the first expert's, which all share; `agree`: what must be the same in all
-    (integers, what training froze), copied once all were found equal; `stack`: all experts' end to end; `given`:
-    `values`, from no file."""
+    """How the tensor is made:
+
+    - `merge`: by the merge method
+    - `copy`: copy of the first expert's tensor, which all experts share
+    - `require_equal`: copy of a tensor that must be equal in all experts (integers, frozen tensors)
+    - `stack`: concatenation of all experts' tensors along the first axis
+    - `computed`: taken from `values`, not from a file
+    """
     experts: tuple[StoredTensor, ...]
     expert_names: tuple[str, ...]
     weights: tuple[float, ...] = ()
@@ -35,9 +40,9 @@ class TensorPlan:
     seed_name: str | None = None
     options: Any = None
     statistics: tuple[StoredTensor | None, ...] = ()
-    """What `expertctl stats` gathered on it for each expert, where the method asks for it."""
+    """Per expert, the statistics of `expertctl stats` if the method needs them."""
     is_vocabulary: bool = False
-    """Its first axis is the vocabulary, which differs between the models."""
+    """Whether the first axis is the vocabulary and differs between the models."""
     values: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -50,11 +55,11 @@ class TensorPlan:
 
     @cached_property
     def inputs(self) -> tuple[StoredTensor, ...]:
-        """What has to be read for it, each stored tensor once."""
+        """The stored tensors to read, without duplicates."""
         taken = self.experts[:1] if self.action == "copy" else self.experts
-        everything = (*taken, self.seed) if self.seed is not None and self.action == "merge" else taken
-        return tuple(dict.fromkeys(everything))
+        tensors = (*taken, self.seed) if self.seed is not None and self.action == "merge" else taken
+        return tuple(dict.fromkeys(tensors))
 
     @property
     def bytes_to_read(self) -> int:
-        return sum({one.entry: one.entry.num_bytes for one in self.inputs}.values())
+        return sum({stored.entry: stored.entry.num_bytes for stored in self.inputs}.values())

@@ -1,1 +1,1 @@
-"""Ensembles: members side by side, weighed by the domain posterior or by clusters."""
+"""Ensembles: models evaluated side by side and mixed by the domain posterior or a cluster router."""

@@ -1,4 +1,4 @@
-"""One key-value cache for each of several models that read the same text."""
+"""Key-value caches of several models that read the same text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 
 
 class MembersCache(Cache):
-    """What `generate()` hands from token to token: a cache for each model, all of the same length."""
+    """Cache for `generate()` that holds a key-value cache of equal length per model."""
 
     def __init__(self, num_members: int) -> None:
         super().__init__(layers=[])

@@ -1,11 +1,11 @@
-"""The ensemble of experts as one transformers model (ELMforest of Branch-Train-Merge, arXiv:2208.03306).
+"""Ensemble of experts as one transformers model (ELMforest of Branch-Train-Merge, arXiv:2208.03306).
 
-`forward` returns the log-probabilities of the mixture as logits; `generate()` keeps one key-value cache for
-each expert. Shapes: K = experts that run, B = batch, T = tokens, V = vocabulary.
+`forward` returns the log-probabilities of the mixture as logits; `generate()` keeps a key-value cache per
+expert. Shapes: K = active experts, B = batch, T = tokens, V = vocabulary.
 
-On disk an ensemble is a folder with `config.json`, `experts/NAME.safetensors` (what each expert changed) and,
-where experts leave tensors as they were, the seed's own files under `seed/`. All of these are links to files
-that exist already, so making an ensemble copies nothing; in memory, unchanged tensors exist once.
+On disk an ensemble is a folder with `config.json`, `experts/NAME.safetensors` (the tensors that each expert
+changed) and, unless every expert changed all tensors, the seed's files in `seed/`. All of these are links to
+existing files, so merging copies nothing. In memory, tensors shared with the seed are stored once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ...core.models.loading import checkpoint_tensors
 from ...core.models.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
 from ...core.models.scoring import token_log_probs
 from ..sources.shared_settings import SHARED_SETTINGS
-from .cluster_router import ClusterRouter, RoutedText, routing_of_json
+from .cluster_router import ClusterRouter, RoutedText, routing_from_json
 from .members_cache import MembersCache
 
 MODEL_TYPE = "expertctl_ensemble"
@@ -41,7 +41,7 @@ SEED_FOLDER = "seed"
 
 
 class EnsembleConfig(PretrainedConfig):
-    """Which experts there are, and how the text so far decides between them."""
+    """Configuration of an ensemble: its experts, prior and posterior or router."""
 
     model_type = MODEL_TYPE
 
@@ -57,17 +57,17 @@ class EnsembleConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.member = dict(member or {})
-        """`config.json` of the seed, which every expert shares."""
+        """`config.json` of the seed, shared by all experts."""
         self.experts = list(experts)
         self.prior = list(prior)
-        """One probability for each expert, in the order of `experts`."""
+        """Prior probability of each expert, in the order of `experts`."""
         self.prior_kind = prior_kind
-        """How the prior came about; `updating` keeps changing it while text is scored."""
+        """Origin of the prior; an `updating` prior changes while text is scored."""
         self.posterior = posterior
         self.top_experts = top_experts
-        """Run only so many experts, those with the largest prior. Not called `top_k`: generation has one."""
+        """Number of active experts, by prior; None for all. `top_k` is a generation setting."""
         self.router = dict(router) if router is not None else None
-        """`ClusterRouting`, where clusters decide between experts in the place of prior and posterior."""
+        """`ClusterRouting` if a cluster router replaces prior and posterior, else None."""
         for name in SHARED_SETTINGS:
             if name in self.member:
                 kwargs.setdefault(name, self.member[name])
@@ -75,72 +75,74 @@ class EnsembleConfig(PretrainedConfig):
 
 
 class EnsembleCache(MembersCache):
-    """One key-value cache for each expert, and each expert's account of the text so far."""
+    """Key-value cache and log-likelihood of the text so far per expert."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__(num_experts)
         self.scores: list[Tensor | None] = [None] * num_experts
-        """Summed log-probability of the text so far, (B,) for each expert."""
+        """Log-likelihood of the text so far, (B,) per expert."""
         self.last_log_probs: list[Tensor | None] = [None] * num_experts
-        """Log-probabilities of the token after the text so far, (B, V) for each expert."""
-        self.owed: list[Tensor | None] = [None] * num_experts
-        """Tokens (B, t) that an expert has not read, since it had no weight in any row."""
+        """Log-probabilities of the next token, (B, V) per expert."""
+        self.unread_tokens: list[Tensor | None] = [None] * num_experts
+        """Tokens (B, t) that an expert skipped because its weight was 0 in all rows."""
         self.routed: list[RoutedText] | None = None
-        """The text so far of each row, where clusters decide."""
+        """Routing state of each row with a cluster router, else None."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        owed = self.owed[0]
-        return super().get_seq_length(layer_idx) + (0 if owed is None else owed.shape[1])
+        unread = self.unread_tokens[0]
+        return super().get_seq_length(layer_idx) + (0 if unread is None else unread.shape[1])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._choose(beam_idx)
+        self._select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.scores = [_repeated(tensor, repeats) for tensor in self.scores]
-        self.last_log_probs = [_repeated(tensor, repeats) for tensor in self.last_log_probs]
-        self.owed = [_repeated(tensor, repeats) for tensor in self.owed]
+        self.scores = [_repeat_rows(tensor, repeats) for tensor in self.scores]
+        self.last_log_probs = [_repeat_rows(tensor, repeats) for tensor in self.last_log_probs]
+        self.unread_tokens = [_repeat_rows(tensor, repeats) for tensor in self.unread_tokens]
         if self.routed is not None:
-            self.routed = [one for one in self.routed for _ in range(repeats)]
+            self.routed = [text for text in self.routed for _ in range(repeats)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._choose(indices)
+        self._select_rows(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("an ensemble cannot take back tokens; generate without an assistant")
+        raise NotImplementedError(
+            "the cache of an ensemble cannot be cropped; generate without an assistant model"
+        )
 
-    def _choose(self, rows: Tensor) -> None:
-        self.scores = [_chosen(tensor, rows) for tensor in self.scores]
-        self.last_log_probs = [_chosen(tensor, rows) for tensor in self.last_log_probs]
-        self.owed = [_chosen(tensor, rows) for tensor in self.owed]
+    def _select_rows(self, rows: Tensor) -> None:
+        self.scores = [_take_rows(tensor, rows) for tensor in self.scores]
+        self.last_log_probs = [_take_rows(tensor, rows) for tensor in self.last_log_probs]
+        self.unread_tokens = [_take_rows(tensor, rows) for tensor in self.unread_tokens]
         if self.routed is not None:
             self.routed = [self.routed[row] for row in rows.tolist()]
 
 
-def _repeated(tensor: Tensor | None, repeats: int) -> Tensor | None:
+def _repeat_rows(tensor: Tensor | None, repeats: int) -> Tensor | None:
     return None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
 
 
-def _chosen(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+def _take_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
 
 
 @dataclass
 class EnsembleOutput(ModelOutput):
-    """What `forward` gives."""
+    """Output of `forward`."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     """Log-probabilities of the mixture, (B, T, V), float32."""
     past_key_values: EnsembleCache | None = None
     expert_weights: Tensor | None = None
-    """p(expert | text up to and with token t), (B, T, K), for the experts that run."""
+    """p(expert | tokens up to and including t) of the active experts, (B, T, K)."""
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
-    """Experts of one seed, mixed at every token by the domain posterior, or by the clusters that the text is near to."""
+    """Ensemble of a seed's experts, mixed per token by the domain posterior or by a cluster router."""
 
     config_class = EnsembleConfig
     prior: Tensor
@@ -156,31 +158,31 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         self.router = router
-        """Decides in the place of prior and posterior, where there is one."""
+        """Cluster router that replaces prior and posterior, or None."""
         self.active = active_experts(config)
-        """Indices of the experts that run: all, or those that `top_experts` keeps."""
+        """Indices of the active experts: all, or the `top_experts` with the largest prior."""
         if members is None:
             members = [_empty_member(config) for _ in self.active]
         self.members = nn.ModuleList(members)
-        prior = _kept_prior(config)[self.active]
+        prior = _initial_prior(config)[self.active]
         self.register_buffer("prior", prior, persistent=False)
         self.post_init()
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes its own, one for each expert
+        return False  # `forward` creates a cache per expert
 
     @property
     def expert_names(self) -> list[str]:
-        """Names of the experts that run, in the order of weights and members."""
+        """Names of the active experts, in the order of `members`."""
         return [self.config.experts[index] for index in self.active]
 
-    # --- computing ---
+    # --- inference ---
 
     def _log_prior(self) -> Tensor:
-        """Return the log prior that mixes now, (K,): of an updating one only its `top_experts` largest entries."""
-        cut = self.config.prior_kind == "updating" and self.config.top_experts is not None
-        prior: Tensor = keep_top(self.prior, self.config.top_experts) if cut else self.prior
+        """Return the log prior, (K,); of an updating prior only the `top_experts` largest entries."""
+        is_truncated = self.config.prior_kind == "updating" and self.config.top_experts is not None
+        prior: Tensor = keep_top(self.prior, self.config.top_experts) if is_truncated else self.prior
         return prior.log()
 
     def forward(
@@ -194,9 +196,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> EnsembleOutput:
-        """Return the mixture's log-probabilities for tokens (B, T), which may go on from a cache.
+        """Return the mixture's log-probabilities for tokens (B, T), which may continue the text in a cache.
 
-        Padding, on either side, is what `attention_mask` (B, past + T) marks with 0.
+        `attention_mask` (B, past + T) is 0 for padding, which may be on either side.
         """
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         cache = past_key_values if isinstance(past_key_values, EnsembleCache) else None
@@ -221,16 +223,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         for index, member in enumerate(self.members):
             if weights_BTK is not None and bool((weights_BTK[:, kept, index] == -torch.inf).all()):
                 if cache is not None:
-                    cache.owed[index] = _joined(cache.owed[index], input_ids)
+                    cache.unread_tokens[index] = _append_tokens(cache.unread_tokens[index], input_ids)
                 continue
             logits = _member_logits(member, index, input_ids, attention_mask, position_ids, cache)
             log_probs_BTV = logits.float().log_softmax(dim=-1)
             if weights_BTK is not None:
                 weighted = weights_BTK[:, kept, index, None] + log_probs_BTV[:, kept]
             else:
-                account_BT = self._account(log_probs_BTV, input_ids, counts_BT, cache, index)
-                evidence.append(account_BT)
-                weighted = (log_prior_K[index] + account_BT[:, kept, None]) + log_probs_BTV[:, kept]
+                evidence_BT = self._update_evidence(log_probs_BTV, input_ids, counts_BT, cache, index)
+                evidence.append(evidence_BT)
+                weighted = (log_prior_K[index] + evidence_BT[:, kept, None]) + log_probs_BTV[:, kept]
             total = weighted if total is None else torch.logaddexp(total, weighted)
         assert total is not None
         if weights_BTK is None:
@@ -244,7 +246,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             expert_weights=weights_BTK.exp(),
         )
 
-    def _account(
+    def _update_evidence(
         self,
         log_probs_BTV: Tensor,
         input_ids: Tensor,
@@ -252,30 +254,30 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         cache: EnsembleCache | None,
         index: int,
     ) -> Tensor:
-        """Return one expert's evidence after each token, (B, T), and note it in the cache."""
-        gained_BT = torch.zeros_like(counts_BT)
-        gained_BT[:, 1:] = log_probs_BTV[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        """Return one expert's evidence (log-likelihood) after each token, (B, T), and update the cache."""
+        token_log_probs_BT = torch.zeros_like(counts_BT)
+        token_log_probs_BT[:, 1:] = log_probs_BTV[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
         before = None if cache is None else cache.last_log_probs[index]
         if before is not None:
-            gained_BT[:, :1] = before.gather(-1, input_ids[:, :1])
-        gained_BT = gained_BT * counts_BT
-        summed_BT = gained_BT.cumsum(dim=1)
+            token_log_probs_BT[:, :1] = before.gather(-1, input_ids[:, :1])
+        token_log_probs_BT = token_log_probs_BT * counts_BT
+        log_likelihoods_BT = token_log_probs_BT.cumsum(dim=1)
         if cache is not None:
             score = cache.scores[index]
             if score is not None:
-                summed_BT = summed_BT + score[:, None]
-            cache.scores[index] = summed_BT[:, -1]
+                log_likelihoods_BT = log_likelihoods_BT + score[:, None]
+            cache.scores[index] = log_likelihoods_BT[:, -1]
             cache.last_log_probs[index] = log_probs_BTV[:, -1]
-        return summed_BT if self.config.posterior == "prefix" else gained_BT
+        return log_likelihoods_BT if self.config.posterior == "prefix" else token_log_probs_BT
 
     def begin_text(self) -> None:
-        """Forget what the `updating` prior has seen; other priors do not move."""
-        self.prior = _kept_prior(self.config)[self.active].to(self.prior.device)
+        """Reset an `updating` prior; other priors are constant."""
+        self.prior = _initial_prior(self.config)[self.active].to(self.prior.device)
 
     def target_log_probs(self, tokens_BT1: Tensor) -> Tensor:
-        """Return log p(x_t | x_<t) for all but the first token, (B, T), without the whole distribution.
+        """Return log p(x_t | x_<t) for all but the first token, (B, T), without the full distribution.
 
-        With the `updating` prior, the prior moves on by one batch afterwards.
+        An `updating` prior is updated with this batch afterwards.
         """
         if self.router is not None:
             return self._routed_log_probs(tokens_BT1).logsumexp(dim=0)
@@ -286,15 +288,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return mixture_log_probs(scores_KBT, log_prior, self.config.posterior)
 
     def responsibilities(self, tokens_BT1: Tensor) -> Tensor:
-        """Return p(expert | text up to and with token t) / which expert carried it, (B, T, K), sums to 1."""
+        """Return p(expert | tokens up to and including the target) for each target, (B, T, K)."""
         if self.router is not None:
             return self._routed_log_probs(tokens_BT1).softmax(dim=0).permute(1, 2, 0)
         scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
-        carried = log_posterior(scores_KBT, self._log_prior(), self.config.posterior) + scores_KBT
-        return carried.softmax(dim=0).permute(1, 2, 0)
+        joint_KBT = log_posterior(scores_KBT, self._log_prior(), self.config.posterior) + scores_KBT
+        return joint_KBT.softmax(dim=0).permute(1, 2, 0)
 
     def _routed_log_probs(self, tokens_BT1: Tensor) -> Tensor:
-        """Return log(weight_k p_k(x_t | x_<t)), (K, B, T); an expert without any weight does not run."""
+        """Return log(weight_k p_k(x_t | x_<t)), (K, B, T); experts with weight 0 everywhere are skipped."""
         assert self.router is not None
         joint_KBT = self.router(tokens_BT1[:, :-1])[0].permute(2, 0, 1).contiguous()
         for index, member in enumerate(self.members):
@@ -308,14 +310,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> EnsembleForCausalLM:
-        """Load an ensemble folder; takes transformers' `dtype` and `device_map`, no other option."""
+        """Load an ensemble folder; supports only the `dtype` and `device_map` options of transformers."""
         root = Path(folder)
         if not isinstance(config, EnsembleConfig):
             config = EnsembleConfig.from_pretrained(root)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         loader = _MemberLoader(root, config, dtype)
         members = [loader.load(config.experts[index]) for index in active_experts(config)]
-        router = ClusterRouter.read(root, routing_of_json(config.router)) if config.router else None
+        router = ClusterRouter.read(root, routing_from_json(config.router)) if config.router else None
         model: EnsembleForCausalLM = cls(config, members, router).eval()
         device = kwargs.get("device_map")
         if isinstance(device, str | torch.device) and device != "auto":
@@ -323,7 +325,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the ensemble as a folder that `from_pretrained` reads: every expert whole, nothing linked."""
+        """Write a folder for `from_pretrained` with complete copies of all experts."""
         root = Path(save_directory)
         (root / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
         for name, member in zip(self.expert_names, self.members, strict=True):
@@ -331,7 +333,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         config = EnsembleConfig.from_dict(self.config.to_dict())
         config.experts, config.prior = self.expert_names, self.prior.tolist()
         if config.prior_kind != "updating":
-            config.top_experts = None  # the others are not here
+            config.top_experts = None  # inactive experts are not saved
         if self.router is not None:
             self.router.write(root)
         write_config(root, config)
@@ -340,7 +342,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class _MemberLoader:
-    """Loads experts one after the other, giving all of them the same tensors where they are the seed's."""
+    """Loads experts one by one; tensors of the seed are shared between them."""
 
     def __init__(self, root: Path, config: EnsembleConfig, dtype: Any) -> None:
         self._root, self._config, self._dtype = root, config, dtype
@@ -351,20 +353,24 @@ class _MemberLoader:
     def load(self, name: str) -> PreTrainedModel:
         path = self._root / EXPERTS_FOLDER / f"{name}.safetensors"
         if not path.is_file():
-            raise UserError(f"{path} is missing: the ensemble is incomplete; merge it again")
-        own = Checkpoint([path])
-        tensors = {key: self._cast(own.read(key)) for key in own}
+            raise UserError(f"{path} is missing; merge the ensemble again")
+        checkpoint = Checkpoint([path])
+        tensors = {key: self._cast(checkpoint.read(key)) for key in checkpoint}
         for key in self._seed or ():
             if key not in tensors:
                 tensors[key] = self._seed_tensor(key)
         empty = _empty_member(self._config)
         for key in sorted(checkpoint_tensors(empty).keys() - tensors.keys()):
-            # transformers would make it up, with no more than a warning
-            raise UserError(f"{self._root} has no tensor '{key}' for expert '{name}'; merge it again")
+            # transformers would initialise it with no more than a warning
+            raise UserError(
+                f"{self._root} has no tensor '{key}' for expert '{name}'; merge the ensemble again"
+            )
         config = _member_config(self._config)
-        wanted = next((one.dtype for one in tensors.values() if one.is_floating_point()), torch.float32)
+        dtype = next(
+            (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32
+        )
         member: PreTrainedModel = type(empty).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=wanted
+            None, config=config, state_dict=tensors, dtype=dtype
         )
         return member.eval()
 
@@ -377,8 +383,8 @@ class _MemberLoader:
     def _cast(self, tensor: Tensor) -> Tensor:
         if self._dtype in (None, "auto") or not tensor.is_floating_point():
             return tensor
-        wanted = getattr(torch, self._dtype) if isinstance(self._dtype, str) else self._dtype
-        return tensor.to(wanted)
+        dtype = getattr(torch, self._dtype) if isinstance(self._dtype, str) else self._dtype
+        return tensor.to(dtype)
 
 
 def write_config(folder: Path, config: EnsembleConfig) -> None:
@@ -388,20 +394,21 @@ def write_config(folder: Path, config: EnsembleConfig) -> None:
 
 
 def active_experts(config: EnsembleConfig) -> list[int]:
-    """Return the indices of the experts that run.
+    """Return the indices of the active experts.
 
-    `top_experts` acts on the prior, so the others need not run at all; with the updating prior they must, since
-    their evidence is what the next prior is made of.
+    `top_experts` restricts a constant prior, so the other experts need not run. With an updating prior all
+    experts run, since the next prior is computed from their evidence.
     """
     if config.prior_kind == "updating":
         return list(range(len(config.experts)))
-    return [index for index, share in enumerate(_kept_prior(config).tolist()) if share > 0]
+    return [index for index, share in enumerate(_initial_prior(config).tolist()) if share > 0]
 
 
-def _kept_prior(config: EnsembleConfig) -> Tensor:
+def _initial_prior(config: EnsembleConfig) -> Tensor:
     prior = torch.tensor(config.prior, dtype=torch.float32)
-    cut = config.top_experts is not None and config.prior_kind != "updating"
-    return keep_top(prior, config.top_experts) if cut and config.top_experts else prior
+    if config.top_experts and config.prior_kind != "updating":
+        return keep_top(prior, config.top_experts)
+    return prior
 
 
 def _member_config(config: EnsembleConfig) -> PretrainedConfig:
@@ -413,7 +420,7 @@ def _member_config(config: EnsembleConfig) -> PretrainedConfig:
 
 
 def _empty_member(config: EnsembleConfig) -> PreTrainedModel:
-    """Return a member without memory: shapes only."""
+    """Return a member on the meta device: shapes without storage."""
     with torch.device("meta"):
         member: PreTrainedModel = AutoModelForCausalLM.from_config(_member_config(config))
     return member
@@ -427,36 +434,36 @@ def _member_logits(
     position_ids: Tensor | None,
     cache: EnsembleCache | None,
 ) -> Tensor:
-    """Return an expert's logits for the tokens, (B, T, V), after it has read those that it owes."""
-    new = input_ids.shape[1]
-    owed = None if cache is None else cache.owed[index]
-    if cache is not None and owed is not None:
-        input_ids = _joined(owed, input_ids)
-        cache.owed[index] = None
+    """Return an expert's logits for the tokens, (B, T, V); it reads the tokens that it skipped first."""
+    num_new = input_ids.shape[1]
+    unread = None if cache is None else cache.unread_tokens[index]
+    if cache is not None and unread is not None:
+        input_ids = _append_tokens(unread, input_ids)
+        cache.unread_tokens[index] = None
         position_ids = (
             None if attention_mask is None else _positions(attention_mask)[:, -input_ids.shape[1] :]
         )
-    found: Tensor = member(
+    logits: Tensor = member(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=cache.members[index] if cache is not None else None,
         use_cache=cache is not None,
-    ).logits[:, -new:]
-    return found
+    ).logits[:, -num_new:]
+    return logits
 
 
-def _joined(before_Bt: Tensor | None, after_BT: Tensor) -> Tensor:
+def _append_tokens(before_Bt: Tensor | None, after_BT: Tensor) -> Tensor:
     return after_BT if before_Bt is None else torch.cat([before_Bt, after_BT], dim=1)
 
 
 def _positions(attention_mask: Tensor) -> Tensor:
-    """Return the position of each token among those that are no padding, (B, past + T)."""
+    """Return the position of each token, not counting padding, (B, past + T)."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def _counts(input_ids: Tensor, attention_mask: Tensor | None, continues: bool) -> Tensor:
-    """Return 1 where a token was predicted from a real token before it, else 0, float32 (B, T)."""
+    """Return 1 for tokens that are predicted from a preceding token, else 0, float32 (B, T)."""
     batch, length = input_ids.shape
     counts = torch.ones(batch, length, device=input_ids.device)
     if not continues:

@@ -1,8 +1,8 @@
-"""Fitting the cached prior: what each expert's domain weighs in validation text (arXiv:2208.03306).
+"""Fit the cached prior over experts on validation text (arXiv:2208.03306).
 
-The experts read some blocks of every domain; the prior is the exponentially weighted mean of their posterior,
-frozen at the end. Each step of that mean is one block from every domain, so that the last few blocks do not
-decide which domain the prior favours.
+The experts score blocks of every domain. The prior is the exponential moving average of their posterior. Each
+step of the average uses one block of every domain, so that the last blocks do not bias the prior towards one
+domain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy import float32, int64
     from numpy.typing import NDArray
 
-SAMPLES = 100  # what the released evaluation reads
+SAMPLES = 100  # number of blocks in the released evaluation
 
 
 def fit_prior(
@@ -35,28 +35,28 @@ def fit_prior(
     samples: int = SAMPLES,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
-    """Return each expert's share in the prior, summing to 1.
+    """Return the prior probability of each expert.
 
-    Raises `UserError` when there is no validation text to fit it on.
+    Raises `UserError` if there is no validation text.
     """
     import torch
 
     batches = validation_scores(
         seed, experts, validation, samples, say=say, what=f"the prior of {len(experts)} experts"
     )
-    together = [[torch.from_numpy(one.scores)[:, None] for one in batch] for batch in batches]
-    prior = cached_prior(together, len(experts), posterior).double()
+    scores = [[torch.from_numpy(block.scores)[:, None] for block in batch] for batch in batches]
+    prior = cached_prior(scores, len(experts), posterior).double()
     return dict(zip(experts, (prior / prior.sum()).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class ScoredBlock:
-    """A block of validation text, and how well each expert predicts it."""
+    """Block of validation text with its log-probabilities under each expert."""
 
     tokens: NDArray[int64]
-    """(T + 1,)."""
+    """Token ids, (T + 1,)."""
     scores: NDArray[float32]
-    """Log-probabilities of all tokens but the first, (K, T)."""
+    """Log-probabilities of all tokens but the first, per expert, (K, T)."""
 
 
 def validation_scores(
@@ -68,20 +68,21 @@ def validation_scores(
     say: Callable[[str], None],
     what: str,
 ) -> list[list[ScoredBlock]]:
-    """Return batches of one block of every domain, scored by all experts.
+    """Return batches of one block per domain, scored by all experts.
 
-    Raises `UserError` when there is no validation text; `what` is fitted on it.
+    `what` names the fitted quantity in messages. Raises `UserError` if there is no validation text.
     """
     import numpy as np
     import torch
 
     if not validation:
         raise UserError(
-            f"{what.split(' of ')[0]} is fitted on validation text and there is none; run `expertctl data prepare`"
+            f"{what.split(' of ')[0]} is fitted on validation text, and there is none; run `expertctl data "
+            "prepare`"
         )
     batches = _sample(validation, samples)
     count = sum(len(batch) for batch in batches)
-    say(f"fitting {what} on {count} blocks of {', '.join(v.domain for v in validation)}")
+    say(f"fitting {what} on {count} blocks of {', '.join(text.domain for text in validation)}")
 
     def scores_of(folder: Path) -> list[list[NDArray[float32]]]:
         model, _ = load_model(folder, seed=seed, dtype="float32", as_trained=False)
@@ -99,19 +100,19 @@ def validation_scores(
     by_expert = concurrently(scores_of, experts.values(), bytes_each=size)
     return [
         [
-            ScoredBlock(block, np.stack([scores[step][place] for scores in by_expert]))
-            for place, block in enumerate(batch)
+            ScoredBlock(block, np.stack([scores[step][index] for scores in by_expert]))
+            for index, block in enumerate(batch)
         ]
         for step, batch in enumerate(batches)
     ]
 
 
 def _sample(validation: Sequence[ValidationText], samples: int) -> list[list[NDArray[int64]]]:
-    """Return batches of one block from every domain, evenly spread over each validation part."""
+    """Return batches of one block per domain, evenly spaced in each validation text."""
     rounds = max(samples // len(validation), 1)
     chosen = []
     for text in validation:
-        available = max(len(text.blocks), 1)  # a part shorter than a block is taken as it is
+        available = max(len(text.blocks), 1)  # a text shorter than a block gives one short block
         count = min(rounds, available)
         chosen.append([text.blocks.block(index * available // count) for index in range(count)])
     longest = max(len(blocks) for blocks in chosen)

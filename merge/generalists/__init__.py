@@ -1,1 +1,1 @@
-"""The folder of a finished generalist: files, manifest and model card."""
+"""Writes the folder of a generalist: files, manifest and model card."""

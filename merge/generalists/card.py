@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from ...core.artefacts.lineage import Manifest
-from ..sources.history import history_of
+from ...core.manifests.generalist import GeneralistConfig
+from ...core.manifests.manifest import Manifest
+from ...core.manifests.statements import DataStatement
 
-CARD_FILE = "README.md"
 _SHORT = 12
 _LOADING = {
     True: """```python
@@ -30,10 +30,10 @@ def model_card(
     manifest: Manifest,
     evaluation: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the text of a model card: what it is, what it was made from and how, and what is known of it.
+    """Return the model card: description, parents, recipe, data, evaluation and lineage.
 
-    `evaluation` is what `expertctl eval --json` prints. The same manifest gives the same card: no time and no path is
-    in it.
+    `evaluation` is the output of `expertctl eval --json`. The card contains no times and no paths: the same manifest
+    gives the same card.
     """
     parts = [
         _front_matter(manifest),
@@ -44,76 +44,81 @@ def model_card(
         _data_section(manifest),
         _evaluation_section(evaluation, manifest.metrics.get("gate")),
         "## How to load it",
-        _LOADING[
-            manifest.config.get("kind") not in (None, "average", "moe", "shared") or manifest.kind == "expert"
-        ],
+        _LOADING[_needs_expertctl(manifest)],
         "## Lineage",
         _lineage(manifest),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _needs_expertctl(manifest: Manifest) -> bool:
+    """Return whether loading the folder needs expertctl."""
+    return manifest.kind == "expert" or (
+        manifest.merged is not None and manifest.merged.kind in ("ensemble", "stitched")
+    )
+
+
 def _front_matter(manifest: Manifest) -> str:
-    content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    licences = (manifest.licence or "").split("; ")
-    if manifest.licence and len(licences) == 1:
-        content["license"] = manifest.licence.lower()
-    elif manifest.licence:
-        content |= {"license": "other", "license_name": " and ".join(licences)}
-    if manifest.parents:
-        content["base_model"] = [parent.name for parent in manifest.parents]
-        relation = {"generalist": "merge", "expert": "finetune"}.get(manifest.kind)
-        if manifest.config.get("kind") == "shared":
-            relation = "finetune"
-        if relation:
-            content["base_model_relation"] = relation
-    method = manifest.config.get("method")
-    tags = ["expertctl", manifest.kind, *(["merge", method] if manifest.kind == "generalist" else [])]
-    content["tags"] = [tag for tag in tags if tag]
-    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
+    """Return the metadata block that the Hugging Face hub reads."""
+    from huggingface_hub import ModelCardData
+
+    licences = manifest.licence.split("; ") if manifest.licence else []
+    relation = {"generalist": "merge", "expert": "finetune"}.get(manifest.kind)
+    tags = ["expertctl", manifest.kind]
+    if manifest.merged is not None:
+        tags += ["merge", manifest.merged.method]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=licences[0].lower() if len(licences) == 1 else "other" if licences else None,
+        license_name=" and ".join(licences) if len(licences) > 1 else None,
+        base_model=[parent.name for parent in manifest.parents] or None,
+        base_model_relation=("finetune" if manifest.is_shared else relation) if manifest.parents else None,
+        tags=tags,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _introduction(manifest: Manifest) -> str:
-    if manifest.config.get("kind") == "shared":
-        return _trained_together(manifest)
-    if manifest.kind == "generalist":
+    merged = manifest.merged
+    if merged is not None and merged.kind == "shared":
+        return _shared_introduction(manifest, merged)
+    if merged is not None:
         names = [parent.name for parent in manifest.parents if parent.weight is not None]
         return (
             f"A language model merged with [expertctl](https://pypi.org/project/expertctl) by the method "
-            f"`{manifest.config.get('method')}` from {_listed(names)}. {_trained_since(manifest)}"
+            f"`{merged.method}` from {_join_names(names)}. {_changes_since_merge(merged)}"
         )
     if manifest.kind == "expert":
-        domains = ", ".join(manifest.data.get("domains", {})) or "a domain that is not named"
+        domains = ", ".join(manifest.domains) or "an unnamed domain"
         return (
-            f"An expert of {domains}: the tensors (`{manifest.trainable}`) in which it differs from its seed after "
-            "training apart from all others."
+            f"An expert for {domains}: the tensors (`{manifest.trainable}`) in which it differs from its seed. It was "
+            "trained apart from all other experts."
         )
     return "The seed that experts are branched from."
 
 
-def _trained_together(manifest: Manifest) -> str:
-    """Return in a sentence or two who trained a shared model, and how."""
-    rounds = manifest.config.get("rounds", ())
+def _shared_introduction(manifest: Manifest, merged: GeneralistConfig) -> str:
+    """Return the introduction of a model that owners trained together."""
     return (
-        f"A language model that {_listed(list(manifest.data))} trained together with "
-        f"[expertctl](https://pypi.org/project/expertctl), each next to its own text: {len(rounds)} rounds of "
-        f"`{manifest.config.get('method')}`. Nobody can be taken out of it."
+        f"A language model that {_join_names(list(manifest.expert_data))} trained together with "
+        f"[expertctl](https://pypi.org/project/expertctl), each next to its own text: {len(merged.rounds)} rounds of "
+        f"`{merged.method}`. No owner's contribution can be removed from it."
     )
 
 
-def _trained_since(manifest: Manifest) -> str:
-    """Return in a sentence or more what was trained of a generalist after its experts met, and who has left it."""
-    mixture = manifest.config.get("mixture") or {}
-    tuned = [
-        f"Its {one['trains']} was then trained on {', '.join(one['domains'])} ({one['tokens']:,} tokens)."
-        for one in mixture.get("tuned", ())
-        if not one.get("left")
+def _changes_since_merge(merged: GeneralistConfig) -> str:
+    """Return sentences about training after the merge and about added and removed experts."""
+    trained = [
+        f"Its {tuning.trains} was then trained on {', '.join(tuning.domains)} ({tuning.tokens:,} tokens)."
+        for tuning in merged.tunings
+        if not tuning.left
     ]
-    changes = [f"`{one['expert']}` {one['what']} on {one['when']}." for one in history_of(manifest)]
-    return " ".join([*(tuned or ["No training happened in the merge."]), *changes])
+    changes = [f"`{event.expert}` {event.change} on {event.date}." for event in merged.history]
+    return " ".join([*(trained or ["No training happened in the merge."]), *changes])
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     quoted = [f"`{name}`" for name in names]
     return (
         quoted[0]
@@ -134,7 +139,7 @@ def _parents_section(manifest: Manifest) -> str:
             f"{parent.weight:.4g}" if parent.weight is not None else "",
             parent.owner or "not known",
             parent.licence or "not known",
-            _tokens(manifest.data.get(parent.name) or {}),
+            _describe_data(manifest.expert_data.get(parent.name, DataStatement())),
             f"`{parent.digest[:_SHORT]}`",
         )
         for parent in manifest.parents
@@ -143,48 +148,42 @@ def _parents_section(manifest: Manifest) -> str:
     return f"## Made from\n\n{_table(head, rows)}"
 
 
-def _tokens(data: Mapping[str, Any]) -> str:
-    """Return the domains of a data statement in a line, and what protects their text."""
-    domains = data.get("domains", {})
-    named = ", ".join(
-        f"{name} ({about.get('tokens', 0):,} tokens)" if isinstance(about, Mapping) else name
-        for name, about in domains.items()
-    )
-    private = data.get("privacy") or {}
-    if private.get("epsilon") is None:
-        return named
+def _describe_data(data: DataStatement) -> str:
+    """Return the domains of a data statement in one line, with the privacy guarantee of their text."""
+    domains = ", ".join(f"{name} ({domain.tokens:,} tokens)" for name, domain in data.domains.items())
+    privacy = data.privacy
+    if privacy is None or privacy.epsilon is None:
+        return domains
     return (
-        f"{named}; differential privacy: epsilon {private['epsilon']:.2f} at delta {private['delta']:g} for "
-        f"{private['protects']}"
+        f"{domains}; differential privacy: epsilon {privacy.epsilon:.2f} at delta {privacy.delta:g} for "
+        f"{privacy.protects}"
     )
 
 
 def _recipe_section(manifest: Manifest) -> str:
-    if manifest.kind != "generalist":
+    merged = manifest.merged
+    if merged is None:
         return ""
-    run = manifest.config.get("run")
-    tunings = (manifest.config.get("mixture") or {}).get("tuned")
-    if tunings:
-        if run is None or run["name"] != manifest.name:
-            return ""  # it was changed since: no recipe makes it in one go
-        tuned = {
-            "from": run.get("base"),
-            "trains": run.get("trains"),
-            "domains": list(run.get("domains", ())),
-        }
-        tuned |= {"options": dict(run["options"])} if run.get("options") else {}
-        return _recipe("tuned", manifest.name, tuned | {"tokens": tunings[-1]["tokens"]})
-    settings: dict[str, Any] = {"method": manifest.config.get("method")}
-    weights = manifest.config.get("weights")
-    if weights:
-        settings["weights"] = {name: float(f"{weight:.6g}") for name, weight in weights.items()}
-    options = manifest.config.get("options")
-    if options:
-        settings["options"] = dict(options)
-    kind = "merges"
-    if manifest.config.get("kind") == "shared":
-        kind, settings = "shared", {**settings, "training": dict(manifest.config.get("training", {}))}
-    return _recipe(kind, manifest.name, settings)
+    if merged.tunings:
+        return _tuning_recipe(manifest.name, merged)
+    settings: dict[str, Any] = {"method": merged.method}
+    if merged.weights:
+        settings["weights"] = {name: float(f"{weight:.6g}") for name, weight in merged.weights.items()}
+    if merged.options:
+        settings["options"] = dict(merged.options)
+    if merged.kind == "shared":
+        return _recipe("shared", manifest.name, {**settings, "training": dict(merged.training or {})})
+    return _recipe("merges", manifest.name, settings)
+
+
+def _tuning_recipe(name: str, merged: GeneralistConfig) -> str:
+    run = merged.run
+    if run is None or run.name != name:
+        return ""  # experts changed after the training: there is no single recipe
+    settings: dict[str, Any] = {"from": run.base, "trains": run.trains, "domains": list(run.domains)}
+    if run.options:
+        settings["options"] = dict(run.options)
+    return _recipe("tuned", name, settings | {"tokens": merged.tunings[-1].tokens})
 
 
 def _recipe(kind: str, name: str, settings: Mapping[str, Any]) -> str:
@@ -193,12 +192,10 @@ def _recipe(kind: str, name: str, settings: Mapping[str, Any]) -> str:
 
 
 def _data_section(manifest: Manifest) -> str:
-    if manifest.config.get("kind") == "shared":
-        rows = [(owner, _tokens(data)) for owner, data in manifest.data.items()]
+    if manifest.is_shared:
+        rows = [(owner, _describe_data(data)) for owner, data in manifest.expert_data.items()]
         return f"## Trained on\n\n{_table(('owner', 'text'), rows)}"
-    if manifest.kind == "generalist" or not manifest.data.get("domains"):
-        return ""
-    return f"## Trained on\n\n{_tokens(manifest.data)}"
+    return f"## Trained on\n\n{_describe_data(manifest.data)}" if manifest.domains else ""
 
 
 def _evaluation_section(evaluation: Mapping[str, Any] | None, gate: Mapping[str, Any] | None) -> str:

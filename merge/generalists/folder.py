@@ -1,4 +1,4 @@
-"""The folder of a generalist that was merged tensor by tensor: weights, configuration, tokenizer, card, manifest."""
+"""Writes the folder of a merged generalist: weights, configuration, tokenizer, card and manifest."""
 
 from __future__ import annotations
 
@@ -8,40 +8,38 @@ from pathlib import Path
 from typing import Any
 
 from ...core.artefacts.digest_cache import digests_of_untouched
-from ...core.artefacts.files import read_json, readable_os_errors, write_json, write_text
-from ...core.artefacts.lineage import (
-    Manifest,
-    Parent,
+from ...core.artefacts.digests import (
     digest_of_file,
     digest_of_tensors,
-    digest_of_tokenizer,
-    digests_of_folder,
-    read_manifest,
-    tool_versions,
 )
+from ...core.artefacts.files import os_errors_as_user_errors, read_json, write_json, write_text
 from ...core.artefacts.safetensors_io import DTYPES, Checkpoint, TensorEntry
 from ...core.hooks.manager import installed_plugins
+from ...core.hooks.merging import MergeMethod
+from ...core.manifests.finishing import CARD_FILE, finish_artefact
+from ...core.manifests.generalist import ExpertChange, GeneralistConfig, SearchRecord
+from ...core.manifests.manifest import Manifest, Parent, read_manifest
+from ...core.manifests.statements import DataStatement
 from ..engine.calculator import run_merge
 from ..engine.writing import fingerprint_of
 from ..planning.plan import MergePlan, manifests_of
-from ..planning.search import SearchResult
 from ..recipes.recipe import recipe_as_json
 from ..sources.licences import licence_of_folder
 from ..sources.models import Source
 from ..sources.tensor_names import head_name
 from ..sources.tokenizers import chat_template, write_tokenizer
-from .card import CARD_FILE, model_card
+from .card import model_card
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
-class Descent:
-    """Where a generalist comes from, if that is not simply the models that its tensors are read from."""
+class Provenance:
+    """Manifest entries of a generalist that was made by changing another generalist."""
 
     parents: tuple[Parent, ...]
-    config: Mapping[str, Any]
-    data: Mapping[str, Any]
+    config: GeneralistConfig
+    expert_data: Mapping[str, DataStatement]
     licence: str | None
 
 
@@ -50,16 +48,16 @@ def write_generalist(
     folder: Path,
     name: str,
     *,
-    descent: Descent | None = None,
+    provenance: Provenance | None = None,
     fitted_on: Sequence[str] = (),
-    found: SearchResult | None = None,
-    history: Sequence[Mapping[str, Any]] = (),
+    search: SearchRecord | None = None,
+    history: Sequence[ExpertChange] = (),
     say: Callable[[str], None] = lambda line: None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Manifest:
-    """Fill `folder`, which may hold what an earlier try of the same plan wrote, and return its manifest.
+    """Write a generalist into `folder` and return its manifest; resumes an interrupted merge of the same plan.
 
-    `config.json` is written after the weights: without it nobody takes the folder for a model.
+    `config.json` is written after the weights, so that an incomplete folder cannot be loaded as a model.
     """
     total = plan.bytes_to_write
     written = run_merge(
@@ -73,7 +71,7 @@ def write_generalist(
         tell=lambda done: tell(done, total),
     )
     if written.resumed:
-        say(f"{written.resumed} of {len(written.digests)} tensors were complete and are kept")
+        say(f"resuming: {written.resumed} of {len(written.digests)} tensors are already complete")
     write_tokenizer(plan.vocabulary, plan.leading.model_folder, folder)
     _write_chat_template(plan, folder)
     _copy_generation_settings(plan.leading, folder)
@@ -81,27 +79,19 @@ def write_generalist(
     manifest = Manifest(
         kind="generalist",
         name=name,
-        digest="",
-        tensors={},
-        files={},
-        tokenizer=digest_of_tokenizer(folder),
-        parents=descent.parents if descent is not None else _parents(plan, written.read),
-        config=descent.config if descent is not None else describe(plan, fitted_on, found, history),
-        data=descent.data if descent is not None else _data_statements(plan),
-        licence=descent.licence if descent is not None else plan.licence,
-        versions=tool_versions() | _method_version(plan),
+        parents=provenance.parents if provenance is not None else _parents(plan, written.read),
+        config=provenance.config if provenance is not None else describe(plan, fitted_on, search, history),
+        expert_data=provenance.expert_data if provenance is not None else _data_statements(plan),
+        licence=provenance.licence if provenance is not None else plan.licence,
+        versions=_method_version(plan),
     )
-    write_text(folder / CARD_FILE, model_card(manifest))
-    tensors, files = digests_of_folder(folder, known=written.digests)
-    manifest = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
-    manifest.write(folder)
-    return manifest
+    return finish_artefact(folder, manifest, card=model_card, known=written.digests)
 
 
 def note_evaluation(folder: Path, scores: Mapping[str, Any], verdict: str, holds: bool) -> None:
-    """Write into a generalist's manifest and card how it compares with its baselines.
+    """Add an evaluation and the comparison with its baselines to a generalist's manifest and card.
 
-    `scores` is what `expertctl eval --json` prints. Tensors are not touched.
+    `scores` is the output of `expertctl eval --json`. Tensors are not changed.
     """
     manifest = read_manifest(folder)
     metrics = {**manifest.metrics, "evaluation": dict(scores), "gate": {"holds": holds, "verdict": verdict}}
@@ -114,34 +104,35 @@ def note_evaluation(folder: Path, scores: Mapping[str, Any], verdict: str, holds
 def describe(
     plan: MergePlan,
     fitted_on: Sequence[str] = (),
-    found: SearchResult | None = None,
-    history: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """Return the resolved configuration of a merge, as its manifest keeps it."""
-    searched = {"search": asdict(found)} if found is not None else {}
-    return {
-        "method": plan.method.name,
-        "kind": plan.method.kind,
-        "weights": plan.weights(),
-        "options": _options(plan),
-        "fitted_on": list(fitted_on),
-        "recipe": recipe_as_json(plan.recipe),
-        "shard_bytes": plan.shard_bytes,
-        **({"mixture": dict(plan.assembly.record)} if plan.assembly is not None else {}),
-        **({"history": [dict(event) for event in history]} if history else {}),
-        **searched,
-    }
+    search: SearchRecord | None = None,
+    history: Sequence[ExpertChange] = (),
+) -> GeneralistConfig:
+    """Return the resolved configuration of a merge for its manifest."""
+    assembly = plan.assembly
+    return GeneralistConfig(
+        method=plan.method.name,
+        kind=plan.method.kind,
+        weights=plan.weights(),
+        options=_options(plan),
+        experts=assembly.experts if assembly is not None else (),
+        fitted_on=tuple(fitted_on),
+        recipe=recipe_as_json(plan.recipe),
+        shard_bytes=plan.shard_bytes,
+        mixture=assembly.record if assembly is not None else None,
+        search=search,
+        history=tuple(history),
+    )
 
 
 def _options(plan: MergePlan) -> dict[str, Any]:
     if plan.assembly is not None:
-        return dict(plan.assembly.record["options"])
-    example = next((one for one in plan.stack.tensors if one.action == "merge"), None)
+        return dict(plan.assembly.record.options)
+    example = next((tensor for tensor in plan.stack.tensors if tensor.action == "merge"), None)
     return as_options(example.options) if example is not None and example.options is not None else {}
 
 
 def as_options(options: Any) -> dict[str, Any]:
-    """Return options as users write them."""
+    """Return options in user syntax: lists for tuples, names without a trailing underscore."""
     return {
         key.rstrip("_"): list(value) if isinstance(value, tuple) else value
         for key, value in asdict(options).items()
@@ -149,13 +140,13 @@ def as_options(options: Any) -> dict[str, Any]:
 
 
 def write_config(plan: MergePlan, folder: Path) -> None:
-    """Write the `config.json`: the leading model's, with what the merge changed; unchanged it keeps its bytes."""
+    """Write `config.json`: the leading model's with the changes of the merge; a byte-identical copy if unchanged."""
     source = plan.leading.model_folder / "config.json"
     config = plan.leading.config
     if plan.assembly is not None:
         write_json(folder / "config.json", _assembled_config(plan, plan.assembly.config))
         return
-    changed = config | _changes(plan, config)
+    changed = config | _config_changes(plan, config)
     if changed == config:
         _copy(source, folder / "config.json")
     else:
@@ -163,14 +154,14 @@ def write_config(plan: MergePlan, folder: Path) -> None:
 
 
 def _assembled_config(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mixture's configuration with the vocabulary and dtype of the merge, in its dense part where it has one."""
+    """Return a mixture's configuration with the merge's vocabulary and dtype, in the nested `member` if there is one."""
     if "member" in config:
         member = config["member"]
-        return {**config, "member": {**member, **_changes(plan, member)}}
-    return {**config, **_changes(plan, config)}
+        return {**config, "member": {**member, **_config_changes(plan, member)}}
+    return {**config, **_config_changes(plan, config)}
 
 
-def _changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
+def _config_changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     leading = plan.leading
     old, new = leading.num_layers, len(plan.stack.layers)
@@ -179,9 +170,7 @@ def _changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
             if key in config:
                 changes[key] = new
         for key, value in config.items():
-            if (
-                isinstance(value, list) and len(value) == old and key not in changes
-            ):  # one entry for each layer
+            if isinstance(value, list) and len(value) == old and key not in changes:  # one entry per layer
                 changes[key] = [plan.sources[model].config[key][layer] for model, layer in plan.stack.layers]
     if plan.vocabulary is not None and plan.vocabulary.size != config.get("vocab_size"):
         changes["vocab_size"] = plan.vocabulary.size
@@ -189,7 +178,7 @@ def _changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         changes[key] = DTYPES[dtype][0]
-    untied = any(head_name({one.name.removeprefix("network."): one}) for one in plan.stack.tensors)
+    untied = any(head_name({tensor.name.removeprefix("network."): tensor}) for tensor in plan.stack.tensors)
     if untied and config.get("tie_word_embeddings", False):
         changes["tie_word_embeddings"] = False
     return changes
@@ -214,8 +203,8 @@ def _write_chat_template(plan: MergePlan, folder: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a small file; weights are never copied like this."""
-    with readable_os_errors(target):
+    """Copy a small file by reading it into memory."""
+    with os_errors_as_user_errors(target):
         target.write_bytes(source.read_bytes())
 
 
@@ -231,7 +220,7 @@ def _parent(name: str, source: Source, read: Mapping[TensorEntry, str], weight: 
 
 
 def _digest(source: Source, read: Mapping[TensorEntry, str]) -> str:
-    """Return the digest of a model without a manifest, from what was read and hashed on the way."""
+    """Return the digest of a model without a manifest, using the digests computed during the merge."""
     if source.adapter is not None:
         digest: str = source.adapter.digest()
         return digest
@@ -240,10 +229,10 @@ def _digest(source: Source, read: Mapping[TensorEntry, str]) -> str:
     return digest_of_tensors(digests_of_untouched(checkpoint, known))
 
 
-def _data_statements(plan: MergePlan) -> dict[str, Any]:
+def _data_statements(plan: MergePlan) -> dict[str, DataStatement]:
     return {name: manifest.data for name, manifest in manifests_of(plan).items() if name in plan.experts}
 
 
 def _method_version(plan: MergePlan) -> dict[str, str]:
-    provider = installed_plugins().provider("merge_methods", plan.method.name)
+    provider = installed_plugins().provider(MergeMethod, plan.method.name)
     return {provider.distribution: provider.version}

@@ -1,1 +1,1 @@
-"""Mixtures of experts: feed-forwards of several models side by side in one, and what decides between them."""
+"""Mixtures of experts (MoE): combine the feed-forward networks of several models behind a router."""

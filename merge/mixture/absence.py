@@ -1,85 +1,87 @@
-"""Proof that an expert is not in a model: no tensor of it is there, byte for byte; and who saw it, as far as is known."""
+"""Verify that a model contains no tensor of an expert, and list what was trained jointly with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...core.artefacts.lineage import Manifest, digests_of_folder, manifest_path, read_manifest
+from ...core.artefacts.digests import digests_of_folder
 from ...core.artefacts.numeric import FLOATING, encode
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry, digest_start
 from ...core.errors import UserError
+from ...core.manifests.generalist import Tuning
+from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ..engine.reading import Reader
-from ..sources.history import history_of
 from ..sources.models import StoredTensor
 from .opened import slice_of
 
 _SMALLEST = 2
-"""Tensors of fewer numbers say nothing: many are equal by chance."""
+"""Tensors with up to this many elements are not compared: they can be equal by chance."""
 
 
 @dataclass(frozen=True)
 class Absence:
-    """What a search for an expert's tensors in a folder found."""
+    """Result of the search for an expert's tensors in a model folder."""
 
     expert: str
     compared: int
-    """Tensors of the expert that were looked for."""
+    """Number of the expert's tensors that were searched for."""
     found: tuple[str, ...]
-    """Those that are in the folder, by their names there."""
+    """Names, in the folder, of the tensors that match."""
     merged: str | None
-    """How the expert is part of the model all the same: as a share of a mean, or as an expert that trained in it."""
+    """How the manifest says that the expert is part of the model, in words; None if it is not."""
     traces: tuple[str, ...]
-    """Sentences on what was trained while the expert was there."""
-    made_in_it: bool = False
-    """Whether the expert came to be within the model, so that its manifest alone knows of it."""
+    """Sentences about what was trained or fitted while the expert was in the model."""
+    trained_inside: bool = False
+    """Whether the expert was trained inside the model, so that only the manifest records it."""
 
 
 def find_expert(folder: Path, expert: Path) -> Absence:
-    """Look for every tensor of an expert in a model's files, by digests; tensors that hold several are cut apart.
+    """Search a model's files for every tensor of an expert by digest, splitting fused expert tensors.
 
-    Raises `UserError` for folders without a manifest.
+    Raises `UserError` for a folder without a manifest and for an artefact that is not an expert.
     """
-    for place in (folder, expert):
-        if manifest_path(place) is None:
-            raise UserError(f"{place} has no manifest, so that it is not known what is in it")
-    theirs, manifest = read_manifest(expert), read_manifest(folder)
-    if theirs.kind != "expert":
-        raise UserError(f"{expert} is no expert, but a {theirs.kind}")
-    entries = _worth_looking_for(expert, theirs)
-    wanted = {theirs.tensors[name] for name in entries} | _rounded(entries, _dtypes(folder))
-    found = [name for name, digest in _all_digests(folder, len(_slots(manifest))).items() if digest in wanted]
+    for path in (folder, expert):
+        if manifest_path(path) is None:
+            raise UserError(f"{path} has no manifest, so its tensors have no recorded digests")
+    expert_manifest, manifest = read_manifest(expert), read_manifest(folder)
+    if expert_manifest.kind != "expert":
+        raise UserError(f"{expert} is not an expert but a {expert_manifest.kind}")
+    entries = _comparable_entries(expert, expert_manifest)
+    digests = {expert_manifest.tensors[name] for name in entries} | _rounded_digests(entries, _dtypes(folder))
+    matches = [
+        name for name, digest in _all_digests(folder, len(_slots(manifest))).items() if digest in digests
+    ]
     return Absence(
-        theirs.name,
+        expert_manifest.name,
         len(entries),
-        tuple(sorted(found)),
-        _merged(manifest, theirs),
-        tuple(_traces(manifest, theirs.name)),
+        tuple(sorted(matches)),
+        _merged(manifest, expert_manifest),
+        tuple(_traces(manifest, expert_manifest.name)),
     )
 
 
 def find_own_expert(folder: Path, name: str) -> Absence | None:
-    """Return what the manifest says of an expert that came to be within the model: no artefact holds its tensors.
+    """Return the manifest's record of an expert that was trained inside the model.
 
-    None for every other expert.
+    Returns None for every other expert.
     """
     if manifest_path(folder) is None:
         return None
     manifest = read_manifest(folder)
-    record = manifest.config.get("mixture") or {}
-    if all(name not in tuning.get("made", ()) for tuning in record.get("tuned", ())):
+    if all(name not in tuning.trained_inside for tuning in manifest.tunings):
         return None
     merged = f"'{name}' is one of its experts" if name in _slots(manifest) else None
-    return Absence(name, 0, (), merged, tuple(_traces(manifest, name)), made_in_it=True)
+    return Absence(name, 0, (), merged, tuple(_traces(manifest, name)), trained_inside=True)
 
 
-def _worth_looking_for(expert: Path, manifest: Manifest) -> dict[str, TensorEntry]:
+def _comparable_entries(expert: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for file in sorted(expert.glob("*.safetensors")):
         entries |= Checkpoint([file]).entries
-    # what an expert knows of public text is no part of it
+    # "public" is the mean hidden state of public text, which other experts may share
     return {
         name: entry
         for name, entry in entries.items()
@@ -92,33 +94,33 @@ def _dtypes(folder: Path) -> set[str]:
     return {entry.dtype for file in files for entry in Checkpoint([file]).entries.values()} & set(FLOATING)
 
 
-def _rounded(entries: Mapping[str, TensorEntry], dtypes: set[str]) -> set[str]:
-    """Return the digests that tensors have in a model of another dtype."""
-    found = set()
+def _rounded_digests(entries: Mapping[str, TensorEntry], dtypes: set[str]) -> set[str]:
+    """Return the digests of tensors after conversion to other dtypes."""
+    digests = set()
     with Reader() as reader:
         for name, entry in entries.items():
             for dtype in dtypes - {entry.dtype}:
                 state = digest_start(dtype, entry.shape)
-                content: Any = encode(reader.whole(StoredTensor(entry, name=name)), dtype)
+                content: Any = encode(reader.read(StoredTensor(entry, name=name)), dtype)
                 state.update(content)
-                found.add(state.hexdigest())
-    return found
+                digests.add(state.hexdigest())
+    return digests
 
 
 def _all_digests(folder: Path, experts: int) -> dict[str, str]:
-    """Return the digests of a folder's tensors as they are, and of the pieces of those that hold several experts'."""
-    found, _ = digests_of_folder(folder)
+    """Return the digests of a folder's tensors and of the per-expert slices of fused tensors, by name."""
+    digests, _ = digests_of_folder(folder)
     with Reader() as reader:
         for file in sorted(folder.rglob("*.safetensors")):
             for name, entry in Checkpoint([file]).entries.items():
                 if len(entry.shape) == 3 and entry.shape[0] == experts:
                     for count in (experts, 2 * experts):
                         if entry.shape[1] * experts % count == 0:
-                            found |= _pieces(reader, name, entry, count)
-    return found
+                            digests |= _slice_digests(reader, name, entry, count)
+    return digests
 
 
-def _pieces(reader: Reader, name: str, entry: TensorEntry, count: int) -> dict[str, str]:
+def _slice_digests(reader: Reader, name: str, entry: TensorEntry, count: int) -> dict[str, str]:
     digests = {}
     for number in range(count):
         piece = slice_of(StoredTensor(entry, name=name), number, count)
@@ -129,15 +131,16 @@ def _pieces(reader: Reader, name: str, entry: TensorEntry, count: int) -> dict[s
 
 
 def _slots(manifest: Manifest) -> list[str]:
-    return list((manifest.config.get("mixture") or {}).get("experts", ()))
+    return list(manifest.merged.experts) if manifest.merged is not None else []
 
 
 def _merged(manifest: Manifest, expert: Manifest) -> str | None:
-    """Return how the manifest says that the expert is part of the model; None where it does not."""
+    """Return how the manifest says that the expert is part of the model, or None if it is not."""
     if all(parent.digest != expert.digest for parent in manifest.parents):
-        averaged = (manifest.config.get("mixture") or {}).get("averaged", ())
-        if any(one["digest"] == expert.digest for one in averaged):
-            return f"'{expert.name}' is part of the mean that all but its feed-forwards is"
+        mixture = manifest.merged.mixture if manifest.merged is not None else None
+        averaged = mixture.averaged if mixture is not None else ()
+        if any(member.digest == expert.digest for member in averaged):
+            return f"'{expert.name}' is part of the mean of all tensors outside the feed-forward networks"
         return None
     if expert.name in _slots(manifest):
         return f"'{expert.name}' is one of its experts"
@@ -145,36 +148,34 @@ def _merged(manifest: Manifest, expert: Manifest) -> str | None:
 
 
 def _traces(manifest: Manifest, expert: str) -> list[str]:
-    """Return what was trained, or fitted, jointly while the expert was one of the model's."""
-    record: Mapping[str, Any] = manifest.config.get("mixture") or {}
-    found = [
-        f"'{name}' began as a copy of '{origin}'"
-        for name, origins in _origins(record).items()
+    """Return sentences about what was trained or fitted while the expert was in the model."""
+    mixture = manifest.merged.mixture if manifest.merged is not None else None
+    traces = [
+        f"'{name}' started as a copy of '{origin}'"
+        for name, origins in _origins(manifest.tunings).items()
         if name in _slots(manifest)
         for origin in origins
         if origin == expert
     ]
-    found += [
-        f"its {tuning['trains']} was trained on {', '.join(tuning['domains'])} while '{expert}' was one of the "
-        "experts: those tensors have seen it"
-        for tuning in record.get("tuned", ())
-        if expert in tuning.get("experts", ()) and "began_as" not in tuning  # where a newcomer alone trained
+    traces += [
+        f"trainer '{tuning.trains}' ran on {', '.join(tuning.domains)} while '{expert}' was one of the "
+        "experts, so the trained tensors depend on it"
+        for tuning in manifest.tunings
+        if expert in tuning.experts and not tuning.copied_from  # there, only the new expert was trained
     ]
-    for change in history_of(manifest):
-        if change["expert"] == expert:
-            found.append(f"'{expert}' {change['what']} on {change['when']}")
-            if change["what"] != "joined" and (record.get("router") or {}).get("uses_text"):
-                found.append(
-                    "the router's rows were fitted on text of all experts together, that one included"
-                )
-    return found
+    for change in manifest.history:
+        if change.expert == expert:
+            traces.append(f"'{expert}' {change.change} on {change.date}")
+            if change.change != "joined" and mixture is not None and mixture.router.uses_text:
+                traces.append("the router's rows were fitted on text of all experts, including this one")
+    return traces
 
 
-def _origins(record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return, for each expert that began as a copy of another, that one, what that one began as, and so on."""
+def _origins(tunings: Sequence[Tuning]) -> dict[str, list[str]]:
+    """Return the chain of ancestors of each expert that started as a copy of another, nearest first."""
     parents: dict[str, str] = {}
-    for tuning in record.get("tuned", ()):
-        parents |= tuning.get("began_as", {})
+    for tuning in tunings:
+        parents |= tuning.copied_from
     chains = {}
     for name in parents:
         chain = [name]

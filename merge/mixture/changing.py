@@ -1,7 +1,8 @@
-"""Experts that join a mixture later, leave it, or take another's place, without any training.
+"""Add, remove and replace experts of a mixture without training.
 
-What stays is copied byte by byte from the mixture itself, so that nobody else's files are needed. A mixture whose shared
-part is the experts' mean is made again from its experts instead, since that mean must not hold the one who left.
+Unchanged tensors are copied byte by byte from the mixture itself, so the original artefacts are not needed. A
+mixture whose shared tensors are the mean of its experts has to be merged again, since the mean still contains
+removed experts.
 """
 
 from __future__ import annotations
@@ -12,65 +13,67 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ...core.artefacts.lineage import Manifest, Parent, read_manifest
 from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError, unknown_name
+from ...core.hooks.merging import MergeMethod
 from ...core.hooks.mixtures import MixtureShape
+from ...core.manifests.generalist import AveragedExpert, ExpertChange, GeneralistConfig, MixtureRecord
+from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.models.loading import WEIGHTS_FILE
 from ..engine.shards import DEFAULT_SHARD_BYTES, plan_shards
-from ..generalists.folder import Descent
+from ..generalists.folder import Provenance
 from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly
 from ..planning.plan import MergePlan
 from ..planning.tensor_planner import Stack
 from ..recipes.recipe import Recipe, whole_models
 from ..sources.licences import LicenceReport, check_licences, require_compatible
 from ..sources.models import StoredTensor
-from .mixing import PUBLIC, first_of, settle_bias
+from .mixing import PUBLIC, apply_bias, summarize_names
 from .opened import OpenedMixture, open_mixture
 from .options import MixtureOptions
-from .routing.starts import ROUTER_FILE, brought_by
+from .routing.starts import ROUTER_FILE, read_router_start
 
 
 @dataclass(frozen=True)
 class Change:
-    """Who leaves, who joins, who takes whose place."""
+    """Experts to remove, add and replace."""
 
     remove: tuple[str, ...] = ()
     add: Mapping[str, Path] = field(default_factory=dict)
     """Expert folders by name."""
     replace: Mapping[str, Path] = field(default_factory=dict)
-    """For experts of the mixture, the folders of what takes their place, under the same name."""
+    """Folders of the replacements, by the name of the replaced expert, which the replacement keeps."""
 
 
 @dataclass(frozen=True)
 class ChangedMixture:
-    """What a change would write."""
+    """Plan and provenance of a changed mixture."""
 
     plan: MergePlan
-    descent: Descent
+    provenance: Provenance
 
 
 def plan_change(
     folder: Path, change: Change, *, when: datetime | None = None, allow_licences: bool = False
 ) -> ChangedMixture:
-    """Return the plan of a changed mixture; raises `UserError` for what is not possible, before anything is written."""
+    """Plan a changed mixture without writing anything; raises `UserError` for an impossible change."""
     mixture = open_mixture(folder)
     _check(mixture, change)
     experts, router, joined = _changed_parts(mixture, change)
-    options = MixtureOptions(**mixture.record["options"])
+    options = MixtureOptions(**mixture.record.options)
     old = MixtureShape(
-        len(mixture.experts), mixture.record["top_k"], options.normalized, mixture.router.biases is not None
+        len(mixture.experts), mixture.record.top_k, options.normalized, mixture.router.biases is not None
     )
     shape = replace(old, num_experts=len(experts), top_k=_top_k(mixture, len(experts)))
     tensors, config = _tensors(mixture, old, shape, experts, router)
-    record = {
-        **mixture.record,
-        "experts": [expert.name for expert in experts],
-        "top_k": shape.top_k,
-        "history": [*mixture.record.get("history", ()), *history(mixture.manifest, change, when)],
-    }
-    if not shares_its_rest_with_the_seed(mixture.manifest):
-        record["averaged"] = _averaged(mixture)
+    is_averaged = not shared_tensors_are_the_seeds(mixture.record)
+    record = replace(mixture.record, top_k=shape.top_k, averaged=_averaged(mixture) if is_averaged else ())
+    merged = replace(
+        mixture.merged,
+        experts=tuple(expert.name for expert in experts),
+        mixture=record,
+        history=(*mixture.merged.history, *history_entries(mixture.manifest, change, when)),
+    )
     licences = _licences(mixture, change, joined)
     require_compatible(licences, allow_licences)
     notes = (*licences.conflicts, *licences.notes, *_traces(mixture, change))
@@ -79,82 +82,82 @@ def plan_change(
         method=_method(mixture),
         sources={mixture.manifest.name: mixture.source},
         stack=Stack(tensors, tuple((mixture.manifest.name, layer) for layer in range(len(router.rows)))),
-        shards=tuple(
-            plan_shards(tensors, int(mixture.manifest.config.get("shard_bytes", DEFAULT_SHARD_BYTES)))
-        ),
-        shard_bytes=int(mixture.manifest.config.get("shard_bytes", DEFAULT_SHARD_BYTES)),
+        shards=tuple(plan_shards(tensors, mixture.merged.shard_bytes or DEFAULT_SHARD_BYTES)),
+        shard_bytes=mixture.merged.shard_bytes or DEFAULT_SHARD_BYTES,
         vocabulary=None,
         licence=licences.result if not licences.conflicts else None,
         notes=notes,
-        assembly=Assembly(tensors, config, tuple(record["experts"]), record, notes),
+        assembly=Assembly(tensors, config, merged.experts, record, notes),
     )
-    return ChangedMixture(plan, _descent(mixture, change, joined, record, licences))
+    return ChangedMixture(plan, _provenance(mixture, change, joined, merged, licences))
 
 
 # --- checks ---
 
 
-def require_sense(change: Change) -> None:
-    """Raise `UserError` for a change that changes nothing, or in which one expert leaves in two ways."""
+def require_valid_change(change: Change) -> None:
+    """Raise `UserError` for an empty change, and for an expert that is both removed and replaced."""
     if not (change.remove or change.add or change.replace):
+        raise UserError("there is nothing to change; name an expert to remove, add or replace")
+    duplicates = set(change.remove) & set(change.replace)
+    if duplicates:
         raise UserError(
-            "nothing is to be changed; name an expert that leaves, joins or takes another's place"
+            f"cannot both remove and replace {', '.join(sorted(duplicates))}; name each expert in one of them"
         )
-    both = set(change.remove) & set(change.replace)
-    if both:
-        raise UserError(f"{', '.join(sorted(both))}: either leaves or is replaced, not both")
 
 
 def _check(mixture: OpenedMixture, change: Change) -> None:
-    require_sense(change)
+    require_valid_change(change)
     for name in (*change.remove, *change.replace):
         if name not in mixture.names:
             raise unknown_name("expert", name, mixture.names, listed_as="the mixture has")
         if name == PUBLIC:
-            raise UserError(f"'{PUBLIC}' is the seed's own part, which every other expert was trained beside")
+            raise UserError(
+                f"'{PUBLIC}' is the seed's feed-forward network, beside which the other experts were "
+                "trained; it cannot be removed or replaced"
+            )
     for name in change.add:
         if name in mixture.names:
             raise UserError(f"'{name}' is in the mixture already; use `expertctl expert replace`")
     if len(set(change.remove)) >= len(mixture.names):
-        raise UserError("no expert would be left")
+        raise UserError("the change leaves no expert; keep at least one")
 
 
-def shares_its_rest_with_the_seed(manifest: Manifest) -> bool:
-    """Tell whether a mixture's shared part holds nothing of its experts."""
-    record = manifest.config.get("mixture") or {}
-    return bool(record.get("options", {}).get("shared") == "seed")
+def shared_tensors_are_the_seeds(record: MixtureRecord) -> bool:
+    """Return whether a mixture's shared tensors come from the seed rather than from its experts."""
+    return record.options.get("shared") == "seed"
 
 
-def _averaged(mixture: OpenedMixture) -> list[dict[str, Any]]:
-    """Return the experts whose mean is all that is no feed-forward: they stay in it, whoever leaves."""
-    known: list[dict[str, Any]] | None = mixture.record.get("averaged")
-    return known or [
-        {"name": one.name, "digest": one.digest, "weight": one.weight, "licence": one.licence}
-        for one in mixture.manifest.parents
-        if one.kind == "expert"
-    ]
+def _averaged(mixture: OpenedMixture) -> tuple[AveragedExpert, ...]:
+    """Return the experts whose mean forms the shared tensors; removed experts stay part of that mean."""
+    return mixture.record.averaged or tuple(
+        AveragedExpert(parent.name, parent.digest, parent.weight, parent.licence)
+        for parent in mixture.manifest.parents
+        if parent.kind == "expert"
+    )
 
 
 def _top_k(mixture: OpenedMixture, count: int) -> int:
-    """Return the top-k of a merge of so many experts with the mixture's options."""
-    wanted = mixture.record["options"].get("top_k")
-    usual = getattr(_method(mixture).options, "usual_top_k", MixtureOptions.usual_top_k)
-    return min(int(wanted if wanted is not None else usual), count)
+    """Return the top-k that a merge of `count` experts with the mixture's options would have."""
+    top_k: Any = mixture.record.options.get("top_k")
+    if top_k is None:
+        top_k = getattr(_method(mixture).options, "usual_top_k", MixtureOptions.usual_top_k)
+    return min(int(top_k), count)
 
 
 def _method(mixture: OpenedMixture) -> Any:
     from ...core.hooks.manager import installed_plugins
 
-    return installed_plugins().merge_method(mixture.manifest.config["method"])
+    return installed_plugins().offer(MergeMethod, mixture.merged.method)
 
 
-# --- the parts ---
+# --- experts and router rows ---
 
 
 def _changed_parts(
     mixture: OpenedMixture, change: Change
 ) -> tuple[list[ExpertParts], RouterParts, dict[str, Manifest]]:
-    """Return experts and router rows after the change, and the manifests of those that joined."""
+    """Return experts and router rows after the change, and the manifests of the added experts."""
     import numpy as np
 
     names = mixture.names
@@ -164,26 +167,27 @@ def _changed_parts(
     biases = mixture.router.biases[:, kept].copy() if mixture.router.biases is not None else None
     joined: dict[str, Manifest] = {}
     for name, folder in {**change.replace, **change.add}.items():
-        parts, row, manifest = _brought(mixture, name, folder)
+        parts, row, manifest = _read_expert(mixture, name, folder)
         joined[name] = manifest
         if name in change.replace:
-            place = [expert.name for expert in experts].index(name)
-            experts[place] = parts
+            index = [expert.name for expert in experts].index(name)
+            experts[index] = parts
             if row is None:
-                continue  # it is the predecessor's, which `_traces` tells
-            rows[:, place] = row.rows[:, 0]
+                continue  # keeps the row of the replaced expert, which `_traces` reports
+            rows[:, index] = row.rows[:, 0]
             if biases is not None and row.biases is not None:
-                biases[:, place] = row.biases[:, 0]
+                biases[:, index] = row.biases[:, 0]
         else:
             if row is None:
-                why = (
-                    "was trained since its merge"
-                    if mixture.record.get("tuned")
+                reason = (
+                    "has been trained since the merge"
+                    if mixture.merged.tunings
                     else "is made of its experts' rows"
                 )
                 raise UserError(
-                    f"'{name}' ({folder}) brings no router row ({ROUTER_FILE}), and this router {why}; "
-                    "train the expert with --trains flexolmo, or merge again with all experts"
+                    f"expert '{name}' ({folder}) has no router row ({ROUTER_FILE}), and the mixture's "
+                    f"router {reason}; train the expert with --trains flexolmo, or merge again with all "
+                    "experts"
                 )
             experts.append(parts)
             rows = np.concatenate([rows, row.rows], axis=1)
@@ -192,52 +196,57 @@ def _changed_parts(
     return experts, RouterParts(rows, biases), joined
 
 
-def _brought(
+def _read_expert(
     mixture: OpenedMixture, name: str, folder: Path
 ) -> tuple[ExpertParts, RouterParts | None, Manifest]:
-    """Return what an expert brings to this mixture, maybe a router row; raises `UserError` for one of another seed."""
+    """Return an expert's feed-forward tensors, its router row if it has one, and its manifest.
+
+    Raises `UserError` for an artefact that is not an expert of the mixture's seed.
+    """
     manifest = read_manifest(folder)
     seed = next((parent.digest for parent in mixture.manifest.parents if parent.kind == "seed"), None)
-    theirs = next((parent.digest for parent in manifest.parents if parent.kind == "seed"), None)
-    if manifest.kind != "expert" or theirs != seed:
+    expert_seed = next((parent.digest for parent in manifest.parents if parent.kind == "seed"), None)
+    if manifest.kind != "expert" or expert_seed != seed:
         raise UserError(
-            f"'{name}' ({folder}) is {manifest.kind} of seed {str(theirs)[:12]}, and the mixture is of seed {str(seed)[:12]}"
+            f"'{name}' ({folder}) is {manifest.kind} of seed {str(expert_seed)[:12]}, and the mixture is of "
+            f"seed {str(seed)[:12]}; train the expert from the mixture's seed"
         )
-    own = Checkpoint([folder / WEIGHTS_FILE]).entries
-    dropped = _dropped(mixture, own, manifest)
-    options = mixture.record["options"]
+    entries = Checkpoint([folder / WEIGHTS_FILE]).entries
+    dropped = _dropped(mixture, entries, manifest)
+    options = mixture.record.options
     if dropped and options["shared"] == "seed" and not options["discard"]:
         raise UserError(
-            f"'{name}' ({folder}) has its own {first_of(dropped)}, and this mixture has everything but feed-forwards from the seed; train it with --trains flexolmo or "
+            f"expert '{name}' ({folder}) has its own {summarize_names(dropped)}, and this mixture takes all "
+            "tensors outside the feed-forward networks from the seed; train it with --trains flexolmo or "
             "feed_forward, or merge again with --option discard=true"
         )
     public = next((expert.feed_forward for expert in mixture.experts if expert.name == PUBLIC), {})
     feed_forward = {}
     for tensor in mixture.experts[0].feed_forward:
-        if tensor in own:
-            feed_forward[tensor] = StoredTensor(own[tensor], manifest.tensors.get(tensor), name=tensor)
+        if tensor in entries:
+            feed_forward[tensor] = StoredTensor(entries[tensor], manifest.tensors.get(tensor), name=tensor)
         elif tensor in public:
             feed_forward[tensor] = public[tensor]
         else:
             raise UserError(
-                f"'{name}' ({folder}) did not change '{tensor}', and the mixture does not hold the seed's"
+                f"expert '{name}' ({folder}) has no tensor '{tensor}', and the mixture does not contain the "
+                "seed's; merge again with all experts"
             )
     if not (folder / ROUTER_FILE).is_file():
         return ExpertParts(name, feed_forward), None, manifest
-    choice = mixture.record["router"]["biases"]
-    row = settle_bias(brought_by(folder, name, _scale(mixture)), choice if choice != "none" else "drop")
+    bias = mixture.record.router.biases
+    scale = float(options["router_options"].get("scale", 1.0))
+    row = apply_bias(read_router_start(folder, name, scale), bias if bias != "none" else "drop")
     return ExpertParts(name, feed_forward), row, manifest
 
 
-def _dropped(mixture: OpenedMixture, own: Collection[str], manifest: Manifest) -> list[str]:
-    """Return the tensors outside of its feed-forwards in which an expert differs from the mixture, which has no place for them."""
-    inside = mixture.experts[0].feed_forward
+def _dropped(mixture: OpenedMixture, names: Collection[str], manifest: Manifest) -> list[str]:
+    """Return an expert's tensors outside the FFNs that differ from the mixture's shared tensors."""
+    feed_forward = mixture.experts[0].feed_forward
     shared = {name: plan.experts[0].expected for name, plan in mixture.shared.items()}
-    return [name for name in own if name not in inside and manifest.tensors.get(name) != shared.get(name)]
-
-
-def _scale(mixture: OpenedMixture) -> float:
-    return float(mixture.record["options"]["router_options"].get("scale", 1.0))
+    return [
+        name for name in names if name not in feed_forward and manifest.tensors.get(name) != shared.get(name)
+    ]
 
 
 def _tensors(
@@ -247,8 +256,8 @@ def _tensors(
     experts: Sequence[ExpertParts],
     router: RouterParts,
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the planned tensors, and the configuration: the mixture's own, but for what the number of experts changes."""
-    dense = mixture.record["dense"]
+    """Return the planned tensors and the mixture's configuration, updated for the new number of experts."""
+    dense = mixture.record.dense
     tensors, config = plan_assembly(
         dense,
         mixture.family,
@@ -257,121 +266,117 @@ def _tensors(
         mixture.shared,
         experts,
         router,
-        layout=mixture.record["options"]["layout"] if not mixture.record.get("tuned") else "per_expert",
+        layout=mixture.record.options["layout"] if not mixture.merged.tunings else "per_expert",
     )
     before = mixture.target.config(dense, old)
     changed = {key: value for key, value in config.items() if before.get(key) != value}
     return tensors, {**mixture.source.config, **changed}
 
 
-# --- what is said of it ---
+# --- manifest entry and notes ---
 
 
 def _licences(mixture: OpenedMixture, change: Change, joined: Mapping[str, Manifest]) -> LicenceReport:
-    """Return how the licences of those go together who make up the changed mixture."""
-    gone = {*change.remove, *change.replace}
-    left = {parent.name: parent.licence for parent in mixture.manifest.parents if parent.name not in gone}
-    means = [] if shares_its_rest_with_the_seed(mixture.manifest) else _averaged(mixture)
+    """Check the licences of all experts in the changed mixture for compatibility."""
+    removed = {*change.remove, *change.replace}
+    kept = {parent.name: parent.licence for parent in mixture.manifest.parents if parent.name not in removed}
+    averaged = [] if shared_tensors_are_the_seeds(mixture.record) else _averaged(mixture)
     return check_licences(
-        {f"{one['name']} (in the mean)": one["licence"] for one in means if one["name"] not in left}
-        | left
-        | {name: one.licence for name, one in joined.items()}
+        {f"{expert.name} (in the mean)": expert.licence for expert in averaged if expert.name not in kept}
+        | kept
+        | {name: manifest.licence for name, manifest in joined.items()}
     )
 
 
-def history(manifest: Manifest, change: Change, when: datetime | None = None) -> list[dict[str, Any]]:
-    """Return what a manifest says of a change: who left, joined or was replaced, on which day, and from what."""
-    now = (when or datetime.now(UTC)).date().isoformat()
-    words = [("left", name) for name in change.remove]
-    words += [("replaced", name) for name in change.replace] + [("joined", name) for name in change.add]
-    return [{"what": what, "expert": name, "when": now, "from": manifest.digest} for what, name in words]
+def history_entries(manifest: Manifest, change: Change, when: datetime | None = None) -> list[ExpertChange]:
+    """Return the manifest entries of a change: event, expert, date and digest of the model before."""
+    date = (when or datetime.now(UTC)).date().isoformat()
+    return [
+        *(ExpertChange("left", name, date, manifest.digest) for name in change.remove),
+        *(ExpertChange("replaced", name, date, manifest.digest) for name in change.replace),
+        *(ExpertChange("joined", name, date, manifest.digest) for name in change.add),
+    ]
 
 
 def _traces(mixture: OpenedMixture, change: Change) -> list[str]:
-    """Return what those who leave have left behind in what was trained jointly with them."""
-    gone = [*change.remove, *change.replace]
-    found = [
-        f"'{name}' was in the mixture when its {tuning['trains']} was trained on {', '.join(tuning['domains'])}: those "
-        "tensors have seen it"
-        for tuning in mixture.record.get("tuned", ())
-        for name in gone
-        if name in tuning.get("experts", ())
+    """Return notes about tensors that still depend on removed experts, and about tensors that are dropped."""
+    removed = [*change.remove, *change.replace]
+    traces = [
+        f"trainer '{tuning.trains}' ran on {', '.join(tuning.domains)} while '{name}' was one of the "
+        "experts, so the trained tensors depend on it"
+        for tuning in mixture.merged.tunings
+        for name in removed
+        if name in tuning.experts
     ]
-    if not shares_its_rest_with_the_seed(mixture.manifest):
-        means = {one["name"] for one in _averaged(mixture)}
-        found += [
-            f"all but feed-forwards and router stays a mean that '{name}' is part of; a merge without it has another"
-            for name in gone
-            if name in means
+    if not shared_tensors_are_the_seeds(mixture.record):
+        averaged = {expert.name for expert in _averaged(mixture)}
+        traces += [
+            f"the shared tensors stay a mean that includes '{name}'; a merge without it has another mean"
+            for name in removed
+            if name in averaged
         ]
-    found += [
-        f"the one that takes the place of '{name}' brings no router row and keeps that of '{name}'"
+    traces += [
+        f"the replacement of '{name}' has no router row and keeps the row of '{name}'"
         for name, folder in change.replace.items()
         if not (folder / ROUTER_FILE).is_file()
     ]
     for name, folder in {**change.replace, **change.add}.items():
         dropped = _dropped(mixture, Checkpoint([folder / WEIGHTS_FILE]).entries, read_manifest(folder))
         if dropped:
-            found.append(f"{len(dropped)} tensors outside of the feed-forwards of '{name}' are dropped")
-    if gone and mixture.record["router"].get("uses_text"):
-        found.append(
-            "the router's rows were fitted on text of all experts together, those who leave included"
-        )
-    return found
+            traces.append(f"{len(dropped)} tensors of '{name}' outside the feed-forward networks are dropped")
+    if removed and mixture.record.router.uses_text:
+        traces.append("the router's rows were fitted on text of all experts, including the removed ones")
+    return traces
 
 
 def _recipe(mixture: OpenedMixture, experts: Sequence[str]) -> Recipe:
     return Recipe(
-        method=mixture.manifest.config["method"],
+        method=mixture.merged.method,
         models={mixture.manifest.name: mixture.source.folder},
         slices=whole_models(experts),
         seed=mixture.manifest.name,
     )
 
 
-def _descent(
+def _provenance(
     mixture: OpenedMixture,
     change: Change,
     joined: Mapping[str, Manifest],
-    record: Mapping[str, Any],
+    merged: GeneralistConfig,
     licences: LicenceReport,
-) -> Descent:
+) -> Provenance:
     manifest = mixture.manifest
-    gone = {*change.remove, *change.replace}
-    parents = [parent for parent in manifest.parents if parent.name not in gone]
-    parents += [Parent.of(one, name) for name, one in joined.items()]
-    sharing = [parent.name for parent in parents if parent.weight is not None or parent.name in joined]
-    config = {
-        **manifest.config,
-        "mixture": dict(record),
-        "weights": {name: 1 / len(sharing) for name in sharing},
-    }
-    if "averaged" in record:
-        config["weights"] = dict(manifest.config.get("weights", {}))  # of the mean, which nobody left
-    if "recipe" in config:
-        recipe = _changed_recipe(config["recipe"], change)
-        if recipe is None:
-            config.pop("recipe")
-        else:
-            config["recipe"] = recipe
+    is_averaged = merged.mixture is not None and bool(merged.mixture.averaged)
+    removed = {*change.remove, *change.replace}
+    parents = [parent for parent in manifest.parents if parent.name not in removed]
+    parents += [Parent.of(expert, name) for name, expert in joined.items()]
+    weighted = [parent.name for parent in parents if parent.weight is not None or parent.name in joined]
+    # the weights of an average stay, since no expert leaves the average
+    weights = merged.weights if is_averaged else {name: 1 / len(weighted) for name in weighted}
+    recipe = _changed_recipe(merged.recipe, change) if merged.recipe is not None else None
     parents = [
-        replace(parent, weight=config["weights"][parent.name])
-        if parent.name in config["weights"] and not ("averaged" in record and parent.name in joined)
+        replace(parent, weight=weights[parent.name])
+        if parent.name in weights and not (is_averaged and parent.name in joined)
         else parent
         for parent in parents
     ]
-    data = {name: one for name, one in manifest.data.items() if name not in gone}
-    data |= {name: one.data for name, one in joined.items()}
-    return Descent(tuple(parents), config, data, licences.result if not licences.conflicts else None)
+    statements = {name: data for name, data in manifest.expert_data.items() if name not in removed}
+    statements |= {name: expert.data for name, expert in joined.items()}
+    return Provenance(
+        tuple(parents),
+        replace(merged, weights=weights, recipe=recipe),
+        statements,
+        licences.result if not licences.conflicts else None,
+    )
 
 
 def _changed_recipe(recipe: Mapping[str, Any], change: Change) -> dict[str, Any] | None:
-    """Return the recipe of a merge that would have given the changed mixture in the first place."""
+    """Return the recipe that merges the changed mixture directly, or None for a recipe of several slices."""
     if len(recipe["slices"]) != 1:
         return None
-    (part,) = recipe["slices"]
-    gone = set(change.remove)
-    sources = [one for one in part["sources"] if one["model"] not in gone]
+    (slice_recipe,) = recipe["slices"]
+    removed = set(change.remove)
+    sources = [source for source in slice_recipe["sources"] if source["model"] not in removed]
     sources += [{"model": name, "layers": None, "parameters": {}} for name in change.add]
-    models = [name for name in recipe["models"] if name not in gone] + list(change.add)
-    return {**recipe, "models": models, "slices": [{**part, "sources": sources}]}
+    models = [name for name in recipe["models"] if name not in removed] + list(change.add)
+    return {**recipe, "models": models, "slices": [{**slice_recipe, "sources": sources}]}

@@ -1,7 +1,7 @@
-"""A mixture of experts for any family: its decoder as transformers has it, with experts in place of feed-forwards.
+"""Mixture of experts for any model family: a transformers decoder with MoE layers as feed-forward networks.
 
-For families without a mixture class of their own, and for mixtures that such a class cannot express. Shapes: B =
-batch, T = tokens, N = B T, E = experts, k = experts of a token, d = width.
+For families without a mixture class in transformers, and for mixtures that such a class cannot represent.
+Shapes: B = batch, T = tokens, N = B T, E = experts, k = experts per token, d = hidden size.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from ...core.errors import UserError
-from ...core.models.kernels.sorted_loop import mixed
+from ...core.models.kernels.sorted_loop import combine_experts
 from ...core.models.kernels.top_k_gates import top_k_gates
 from ..sources.shared_settings import SHARED_SETTINGS
 from .targets import CONTAINER_TYPE
 
 
 class MixtureConfig(PretrainedConfig):
-    """A dense model's configuration, and how many experts stand in place of each feed-forward."""
+    """Configuration of a dense model and of the mixture that replaces each of its feed-forward networks."""
 
     model_type = CONTAINER_TYPE
 
@@ -40,7 +40,7 @@ class MixtureConfig(PretrainedConfig):
         self.member = dict(member or {})
         """`config.json` of the dense model."""
         self.feed_forward = feed_forward
-        """What its layers call their feed-forward."""
+        """Module name of the feed-forward network within a layer."""
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
@@ -52,14 +52,14 @@ class MixtureConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def dense(self) -> PretrainedConfig:
-        """Return the dense model's configuration as its class reads it."""
+        """Return the dense model's configuration as an instance of its transformers class."""
         settings = dict(self.member)
-        found: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        return found
+        config: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return config
 
 
 class TopKRouter(nn.Module):
-    """Chooses k experts for each token by the largest of E logits."""
+    """Top-k router: selects the k experts with the largest of E logits for each token."""
 
     def __init__(self, config: MixtureConfig, width: int) -> None:
         super().__init__()
@@ -69,22 +69,26 @@ class TopKRouter(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.router_bias else None
 
     def forward(self, hidden_Nd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (logits (N, E), gates (N, k), experts (N, k)) as transformers' own routers do."""
+        """Return (logits (N, E), gates (N, k), expert indices (N, k)), as the routers of transformers do."""
         logits_NE = nn.functional.linear(hidden_Nd, self.weight, self.bias)
         gates_Nk, chosen_Nk = top_k_gates(logits_NE, self.top_k, normalized=self.normalized)
         return logits_NE, gates_Nk.to(hidden_Nd.dtype), chosen_Nk
 
 
 class MixtureFeedForward(nn.Module):
-    """Experts side by side; each token passes through those that its router chooses."""
+    """MoE layer: each token passes through the experts that the router selects."""
 
     def __init__(self, experts: list[nn.Module], router: TopKRouter) -> None:
         super().__init__()
-        given = [one for one in signature(experts[0].forward).parameters.values() if one.default is one.empty]
-        if len(given) != 1:
+        required = [
+            parameter.name
+            for parameter in signature(experts[0].forward).parameters.values()
+            if parameter.default is parameter.empty
+        ]
+        if len(required) != 1:
             raise UserError(
-                f"its feed-forward ({type(experts[0]).__name__}) takes {', '.join(one.name for one in given)}, and "
-                "experts are given hidden states alone: this family cannot become a mixture"
+                f"the feed-forward network ({type(experts[0]).__name__}) takes {', '.join(required)}, and "
+                "experts get hidden states only: models of this family cannot be merged into a mixture"
             )
         self.experts = nn.ModuleList(experts)
         self.router = router
@@ -92,11 +96,11 @@ class MixtureFeedForward(nn.Module):
     def forward(self, hidden_BTd: Tensor) -> Tensor:
         hidden_Nd = hidden_BTd.reshape(-1, hidden_BTd.shape[-1])
         _, gates_Nk, chosen_Nk = self.router(hidden_Nd)
-        return mixed(list(self.experts), hidden_Nd, gates_Nk, chosen_Nk).view_as(hidden_BTd)
+        return combine_experts(list(self.experts), hidden_Nd, gates_Nk, chosen_Nk).view_as(hidden_BTd)
 
 
 class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
-    """A dense decoder whose feed-forwards are mixtures of experts."""
+    """Dense decoder whose feed-forward networks are mixtures of experts."""
 
     config_class = MixtureConfig
     main_input_name = "input_ids"
@@ -106,9 +110,10 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MixtureConfig) -> None:
         super().__init__(config)
         dense = config.dense()
-        if config._attn_implementation not in (None, "sdpa"):  # the default here, which not every family has
+        # sdpa is the default here, but not every family supports it
+        if config._attn_implementation not in (None, "sdpa"):
             dense._attn_implementation = config._attn_implementation
-        dense.dtype = None  # the dense model's; this one is made in whatever it is loaded in
+        dense.dtype = None  # use the dtype that this model is loaded in
         self.network: PreTrainedModel = AutoModelForCausalLM.from_config(dense)
         for name, module in list(self.network.named_modules()):
             if name.split(".")[-1] == config.feed_forward and name.count(".") >= 2:
@@ -120,7 +125,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave everything as it was made: all weights are loaded."""
+        """Initialise nothing: all weights are loaded."""
 
     def get_input_embeddings(self) -> nn.Module:
         return cast("nn.Module", self.network.get_input_embeddings())
@@ -135,11 +140,11 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         return cast("nn.Module", self.network.get_output_embeddings())
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Do as the dense model's class, and keep its new size in both configurations."""
+        """Resize the dense model's embeddings and update the vocabulary size in both configurations."""
         resize: Callable[..., nn.Module] = self.network.resize_token_embeddings
-        found = resize(*args, **kwargs)
+        embedding = resize(*args, **kwargs)
         self.config.vocab_size = self.config.member["vocab_size"] = self.network.config.vocab_size
-        return found
+        return embedding
 
     def forward(
         self,
@@ -152,7 +157,10 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what the dense model's class does; see there. Named are those that transformers' tools look for by name."""
+        """Return the output of the dense model's `forward`.
+
+        transformers inspects this signature, so the arguments that it looks up by name are listed.
+        """
         named = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -161,15 +169,14 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
             "labels": labels,
             "use_cache": use_cache,
         }
-        given = {
-            name: value for name, value in named.items() if value is not None
-        }  # not all families take all
-        return self.network(input_ids=input_ids, **given, **kwargs)
+        # pass only the arguments in use, since not every family accepts all of them
+        arguments = {name: value for name, value in named.items() if value is not None}
+        return self.network(input_ids=input_ids, **arguments, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the dense model's class does, which knows its own masks, positions and caches.
+        """Generate with the dense model's class, which handles its own masks, positions and caches.
 
-        `forward` of the container, and hooks on it, take no part.
+        This bypasses `forward` of the container and any hooks on it.
         """
         self.network.generation_config = self.generation_config
         return cast("PreTrainedModel", self.network).generate(*args, **kwargs)

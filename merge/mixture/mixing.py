@@ -1,4 +1,4 @@
-"""From seed and experts to the plan of a mixture: what is shared, what is an expert's, how the router begins."""
+"""Plan a mixture from a seed and its experts: shared tensors, expert tensors and initial router."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
+from ...core.hooks.architectures import architecture_of
 from ...core.hooks.manager import installed_plugins
-from ...core.hooks.mixtures import Architecture, RouterInputs, RouterStart
+from ...core.hooks.mixtures import Architecture, Router, RouterInputs, RouterStart
+from ...core.manifests.generalist import MixtureRecord, RouterRecord
 from ..engine.tensor_plan import Action, TensorPlan
 from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly, split_feed_forward
 from ..planning.assembly_inputs import AssemblyInputs
@@ -16,38 +18,39 @@ from ..recipes.recipe import WEIGHT, Recipe, whole_models
 from ..sources.models import Source
 from ..sources.tensor_names import layer_names
 from .options import MixtureOptions, shape_of
-from .stated_settings import with_all_stated
+from .stated_settings import fill_config_defaults
 from .targets import CONTAINER, choose_target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PUBLIC = "public"
-"""What the seed's own feed-forward is called where it is an expert."""
+"""Name of the seed's feed-forward network as an expert."""
 
 
 def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
-    """Return the plan of a mixture of the recipe's experts; raises `UserError` for what does not fit together."""
+    """Plan a mixture of the recipe's experts; raises `UserError` for incompatible models or options."""
     leading = inputs.leading
-    family = installed_plugins().architecture_of(str(leading.config.get("model_type")))
+    family = architecture_of(str(leading.config.get("model_type")))
     names, _ = split_feed_forward(leading.tensors, family)
     if not names:
         raise UserError(
-            f"{leading.folder} has no feed-forwards where family '{family.name}' keeps them "
-            f"({', '.join(family.feed_forward)}); a plugin can say where: hook `architectures`"
+            f"{leading.folder} has no feed-forward tensors where family '{family.name}' has them "
+            f"({', '.join(family.feed_forward)}); describe the family in a plugin (hook `architectures`)"
         )
     if PUBLIC in inputs.recipe.experts:
         raise UserError(
-            f"an expert of a mixture cannot be called '{PUBLIC}': that is the seed's own feed-forward; rename its folder"
+            f"an expert cannot be called '{PUBLIC}' in a mixture: that is the seed's feed-forward network; "
+            "rename its folder"
         )
     experts = [
-        ExpertParts(name, {one: _tensor(inputs.sources[name], one) for one in names})
+        ExpertParts(name, {tensor: _tensor(inputs.sources[name], tensor) for tensor in names})
         for name in inputs.recipe.experts
     ]
     if options.with_seed:
-        experts.insert(0, ExpertParts(PUBLIC, {one: leading.tensors[one] for one in names}))
+        experts.insert(0, ExpertParts(PUBLIC, {tensor: leading.tensors[tensor] for tensor in names}))
     shape = shape_of(options, len(experts))
-    dense = with_all_stated(leading.config, leading.folder) if family.mixtures else leading.config
+    dense = fill_config_defaults(leading.config, leading.folder) if family.mixtures else leading.config
     target = choose_target(family, dense, shape, options.target)
     shared, notes = _shared(inputs, options, family)
     slots = tuple(expert.name for expert in experts)
@@ -55,7 +58,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
     bias = options.bias
     if bias == "auto":
         bias = "drop" if start.unit is None else "fold"
-    router = settle_bias(start, bias)
+    router = apply_bias(start, bias)
     tensors, config = plan_assembly(
         dense,
         family,
@@ -67,43 +70,45 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
         dtype=inputs.recipe.dtype,
         layout=options.layout,
     )
-    if target.name == CONTAINER and family.name not in installed_plugins().architectures():
-        require_runnable(config)  # of a family that nobody described
+    if target.name == CONTAINER and family.name not in installed_plugins().offers(Architecture):
+        require_runnable(config)  # no plugin describes this family
     return Assembly(
         tensors,
         config,
         slots,
-        {
-            "experts": list(slots),
-            "target": target.name,
-            "top_k": shape.top_k,
-            "router": {
-                "start": options.router,
-                "biases": bias if start.biases is not None else "none",
-                "uses_text": installed_plugins().router(options.router).uses_text,
-            },
-            "options": asdict(options),
-            "family": family.name,
-            "dense": dict(dense),
-            "feed_forward": sorted({rest for layer in layer_names(names).layers for rest in layer}),
-            "tuned": [],
-        },
+        MixtureRecord(
+            target=target.name,
+            top_k=shape.top_k,
+            router=RouterRecord(
+                start=options.router,
+                biases=bias if start.biases is not None else "none",
+                uses_text=installed_plugins().offer(Router, options.router).uses_text,
+            ),
+            options=asdict(options),
+            family=family.name,
+            dense=dict(dense),
+            feed_forward=tuple(sorted({suffix for layer in layer_names(names).layers for suffix in layer})),
+        ),
         notes,
     )
 
 
-def settle_bias(start: RouterStart, choice: str) -> RouterParts:
-    """Return rows and biases as the mixture will hold them; raises `UserError` where a bias cannot be folded."""
+def apply_bias(start: RouterStart, bias: str) -> RouterParts:
+    """Return the router with its biases folded into the rows, dropped or carried.
+
+    Raises `UserError` if the biases cannot be folded.
+    """
     import numpy as np
 
     rows = np.asarray(start.rows, dtype=np.float32)
-    if start.biases is None or choice == "drop":
+    if start.biases is None or bias == "drop":
         return RouterParts(rows)
-    if choice == "carry":
+    if bias == "carry":
         return RouterParts(rows, np.asarray(start.biases, dtype=np.float32))
     if start.unit is None:
         raise UserError(
-            "this router start has no direction to fold its biases into; use bias: drop, or carry with the container"
+            "this router start has no direction to fold its biases into; use bias: drop, or bias: carry "
+            "with the container"
         )
     folded = rows + np.asarray(start.biases)[:, :, None] * np.asarray(start.unit)
     return RouterParts(folded.astype(np.float32))
@@ -116,7 +121,7 @@ def _tensor(source: Source, name: str) -> Any:
 
 
 def require_runnable(config: Mapping[str, Any]) -> None:
-    """Raise `UserError` unless the container can hold such a model; weights are not needed."""
+    """Raise `UserError` unless the container can be built from a configuration; loads no weights."""
     import torch
 
     from .container import MixtureConfig, MixtureForCausalLM
@@ -125,53 +130,55 @@ def require_runnable(config: Mapping[str, Any]) -> None:
         MixtureForCausalLM(MixtureConfig(**config))
 
 
-# --- what is shared ---
+# --- shared tensors ---
 
 
 def _shared(
     inputs: AssemblyInputs, options: MixtureOptions, family: Architecture
 ) -> tuple[dict[str, TensorPlan], tuple[str, ...]]:
-    """Return the plans of all tensors outside the feed-forwards, by name, and what the user should know."""
+    """Return the plans of all tensors outside the feed-forward networks, by name, and notes for the user."""
     if options.shared == "average":
         plans = inputs.dense(_dense_recipe(inputs.recipe, inputs.recipe.experts))
         return _outside(plans, family), ()
     if any(WEIGHT in source.parameters for part in inputs.recipe.slices for source in part.sources):
         raise UserError(
-            "weights say how much of each expert's tensors outside of its feed-forward is taken, and this mixture takes "
-            "those from the seed; leave them out, or average those tensors (--option shared=average)"
+            "weights apply to the average of the tensors outside the feed-forward networks, and this "
+            "mixture takes those from the seed; remove the weights, or average those tensors (--option "
+            "shared=average)"
         )
     changed = _changed_outside(inputs, family)
     if changed and not options.discard:
         name, tensors = next(iter(changed.items()))
         raise UserError(
-            f"expert '{name}' has its own {first_of(tensors)}, and this mixture takes everything but feed-forwards from the seed; train it with --trains flexolmo or "
-            "feed_forward, average those tensors (--method btx), or insist with --option discard=true"
+            f"expert '{name}' has its own {summarize_names(tensors)}, and this mixture takes all tensors "
+            "outside the feed-forward networks from the seed; train it with --trains flexolmo or "
+            "feed_forward, average those tensors (--method btx), or drop them with --option discard=true"
         )
     notes = tuple(
-        f"{len(tensors)} tensors outside of the feed-forwards of '{name}' are dropped"
+        f"{len(tensors)} tensors of '{name}' outside the feed-forward networks are dropped"
         for name, tensors in changed.items()
     )
     if options.discard:
         notes += tuple(
-            f"whatever '{name}' has of its own outside of its feed-forwards is dropped"
+            f"all tensors of '{name}' outside the feed-forward networks that differ from the seed are dropped"
             for name in inputs.recipe.experts
             if inputs.sources[name].kind not in ("expert", "adapter")
         )
     leading = inputs.leading.name
-    everyone = [leading, *(name for name in inputs.recipe.experts if name != leading)]
+    names = [leading, *(name for name in inputs.recipe.experts if name != leading)]
     plans = inputs.dense(
         replace(
-            _dense_recipe(inputs.recipe, everyone),
-            slices=whole_models(everyone, {name: {WEIGHT: float(name == leading)} for name in everyone}),
+            _dense_recipe(inputs.recipe, names),
+            slices=whole_models(names, {name: {WEIGHT: float(name == leading)} for name in names}),
             seed=None,
         )
     )
     outside = _outside(plans, family)
-    return {name: _of_leading(plan, options.discard) for name, plan in outside.items()}, notes
+    return {name: _copy_plan(plan, options.discard) for name, plan in outside.items()}, notes
 
 
-def first_of(tensors: Sequence[str]) -> str:
-    """Return words for some tensors: the first by name, and how many more."""
+def summarize_names(tensors: Sequence[str]) -> str:
+    """Return the first of several tensor names and the number of the others, in words."""
     return f"'{tensors[0]}'" + (f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else "")
 
 
@@ -191,18 +198,20 @@ def _outside(plans: Sequence[TensorPlan], family: Architecture) -> dict[str, Ten
     return {name: by_name[name] for name in outside}
 
 
-def _of_leading(plan: TensorPlan, discarding: bool) -> TensorPlan:
-    """Return the plan of a tensor that is the leading model's, which all others must share unless theirs is dropped."""
+def _copy_plan(plan: TensorPlan, discard: bool) -> TensorPlan:
+    """Return the plan that copies the leading model's tensor and, without `discard`, requires equality."""
     if plan.is_vocabulary:
-        return plan  # weighed 1 and 0: rows that the leading model lacks come from who has them
-    taken = plan.experts[:1] if discarding else tuple(dict.fromkeys(plan.experts))
+        return (
+            plan  # weights are 1 and 0: rows that the leading model lacks come from the models that have them
+        )
+    experts = plan.experts[:1] if discard else tuple(dict.fromkeys(plan.experts))
     owners = dict(zip(plan.experts, plan.expert_names, strict=True))
-    action: Action = "agree" if len(taken) > 1 else "copy"
+    action: Action = "require_equal" if len(experts) > 1 else "copy"
     return replace(
         plan,
         action=action,
-        experts=taken,
-        expert_names=tuple(owners[one] for one in taken),
+        experts=experts,
+        expert_names=tuple(owners[expert] for expert in experts),
         weights=(),
         options=None,
         seed=None,
@@ -210,19 +219,19 @@ def _of_leading(plan: TensorPlan, discarding: bool) -> TensorPlan:
 
 
 def _changed_outside(inputs: AssemblyInputs, family: Architecture) -> dict[str, list[str]]:
-    """Return the tensors that experts of ours, or adapters, changed outside of their feed-forwards.
+    """Return the tensors that experts and adapters of expertctl changed outside the FFNs, by expert.
 
-    Foreign models are compared while they are read.
+    Models of other origin are compared when they are read.
     """
-    found = {}
+    changed = {}
     for name in inputs.recipe.experts:
         source = inputs.sources[name]
         if source.kind not in ("expert", "adapter") or source.name == inputs.leading.name:
             continue
-        _, outside = split_feed_forward(sorted(source.own), family)
+        _, outside = split_feed_forward(sorted(source.changed), family)
         if outside:
-            found[name] = outside
-    return found
+            changed[name] = outside
+    return changed
 
 
 # --- the router ---
@@ -231,15 +240,13 @@ def _changed_outside(inputs: AssemblyInputs, family: Architecture) -> dict[str, 
 def _router_start(inputs: AssemblyInputs, options: MixtureOptions, slots: Sequence[str]) -> RouterStart:
     import numpy as np
 
-    router = installed_plugins().router(options.router)
+    router = installed_plugins().offer(Router, options.router)
     leading = inputs.leading
     width = leading.config.get("hidden_size") or leading.config.get("n_embd")
     if not isinstance(width, int):
-        raise UserError(
-            f"{leading.model_folder / 'config.json'} does not say how wide the model is (hidden_size)"
-        )
-    known: Mapping[str, tuple[str, ...]] = {
-        name: tuple(source.manifest.data.get("domains", ()))
+        raise UserError(f"{leading.model_folder / 'config.json'} has no hidden_size")
+    domains: Mapping[str, tuple[str, ...]] = {
+        name: tuple(source.manifest.domains)
         for name, source in inputs.sources.items()
         if source.manifest is not None and source.kind == "expert"
     }
@@ -255,9 +262,9 @@ def _router_start(inputs: AssemblyInputs, options: MixtureOptions, slots: Sequen
             num_layers=leading.num_layers,
             width=width,
             options=options.router_options,
-            own=inputs.own,
+            own=inputs.expert_options,
             validation=inputs.validation or tuple,
-            domains=known,
+            domains=domains,
             say=inputs.say,
         )
     )
@@ -268,5 +275,5 @@ def _router_start(inputs: AssemblyInputs, options: MixtureOptions, slots: Sequen
 def _check_shape(rows: NDArray[Any], expected: tuple[int, ...], router: str) -> None:
     if tuple(rows.shape) != expected:
         raise UserError(
-            f"router start '{router}' gave rows of {list(rows.shape)}; {list(expected)} are needed"
+            f"router start '{router}' returned rows of shape {list(rows.shape)}; {list(expected)} is required"
         )

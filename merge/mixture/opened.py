@@ -1,4 +1,4 @@
-"""A finished mixture taken apart again: whose tensors are whose, by its manifest."""
+"""Read a merged mixture back into its experts, shared tensors and router, by its manifest."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.lineage import Manifest, read_manifest
 from ...core.artefacts.safetensors_io import DTYPES
 from ...core.errors import UserError
-from ...core.hooks.manager import installed_plugins
+from ...core.hooks.architectures import architecture_of
 from ...core.hooks.mixtures import Architecture, MixtureTarget
+from ...core.manifests.generalist import GeneralistConfig, MixtureRecord
+from ...core.manifests.manifest import Manifest, read_manifest
 from ..engine.reading import Reader
 from ..engine.tensor_plan import TensorPlan
 from ..planning.assembly import ExpertParts, RouterParts
@@ -28,17 +29,17 @@ _FUSED_ROUTER = "mlp.gate.weight"
 
 @dataclass(frozen=True)
 class OpenedMixture:
-    """The parts of one mixture folder."""
+    """Experts, shared tensors and router of a mixture folder."""
 
     source: Source
     manifest: Manifest
-    record: Mapping[str, Any]
-    """What its manifest says of the mixture."""
+    merged: GeneralistConfig
+    record: MixtureRecord
     family: Architecture
     target: MixtureTarget
     experts: tuple[ExpertParts, ...]
     shared: Mapping[str, TensorPlan]
-    """By the dense model's names."""
+    """Tensors outside the feed-forward networks, by their names in the dense model."""
     router: RouterParts
 
     @property
@@ -47,32 +48,46 @@ class OpenedMixture:
 
 
 def open_mixture(folder: Path) -> OpenedMixture:
-    """Open a mixture by its headers and its manifest; its router alone is read.
+    """Open a mixture; reads its manifest, the tensor headers and the router.
 
-    Raises `UserError` for a folder that is no mixture of ours.
+    Raises `UserError` for a folder that is not a mixture of expertctl.
     """
     manifest = read_manifest(folder)
-    record = manifest.config.get("mixture")
-    if not record or "experts" not in record:
-        raise UserError(f"{folder} is no mixture of experts: its manifest names none")
-    family = installed_plugins().architecture_of(record["dense"]["model_type"])
-    target = next(one for one in (*family.mixtures, container_target(family)) if one.name == record["target"])
+    merged = manifest.merged
+    if merged is None or merged.mixture is None:
+        raise UserError(f"{folder} is not a mixture of experts: its manifest lists no experts")
+    record = merged.mixture
+    family = architecture_of(record.dense["model_type"])
+    target = next(
+        candidate
+        for candidate in (*family.mixtures, container_target(family))
+        if candidate.name == record.target
+    )
     source = open_source(manifest.name, folder, allow_containers=True)
-    parts = _Parts(source, record, target)
+    tensors = _MixtureTensors(source, merged.experts, record, target)
     return OpenedMixture(
-        source, manifest, record, family, target, parts.experts(), parts.shared(), parts.router()
+        source,
+        manifest,
+        merged,
+        record,
+        family,
+        target,
+        tensors.experts(),
+        tensors.shared(),
+        tensors.router(),
     )
 
 
-class _Parts:
-    """Sorts the tensors of a mixture."""
+class _MixtureTensors:
+    """Maps the tensors of a mixture to experts, shared tensors and router."""
 
-    def __init__(self, source: Source, record: Mapping[str, Any], target: MixtureTarget) -> None:
-        self.source, self.record, self.target = source, record, target
-        self.names: tuple[str, ...] = tuple(record["experts"])
+    def __init__(
+        self, source: Source, names: tuple[str, ...], record: MixtureRecord, target: MixtureTarget
+    ) -> None:
+        self.source, self.names, self.record, self.target = source, names, record, target
         self.tensors = {name.removeprefix(target.prefix): stored for name, stored in source.tensors.items()}
         self.layers = layer_names(self.tensors)
-        # the options may say another layout: what trained on was written anew
+        # `options.layout` may differ: tuning rewrites the tensors in another layout
         self.fused = any(name.endswith(tuple(_FUSED)) for name in self.tensors)
 
     def experts(self) -> tuple[ExpertParts, ...]:
@@ -80,46 +95,46 @@ class _Parts:
             ExpertParts(
                 name,
                 {
-                    self.layers.name(layer, rest): self._expert_tensor(layer, rest, number)
+                    self.layers.name(layer, suffix): self._expert_tensor(layer, suffix, number)
                     for layer in range(len(self.layers.layers))
-                    for rest in self.record["feed_forward"]
+                    for suffix in self.record.feed_forward
                 },
             )
             for number, name in enumerate(self.names)
         )
 
-    def _expert_tensor(self, layer: int, rest: str, number: int) -> StoredTensor:
+    def _expert_tensor(self, layer: int, suffix: str, number: int) -> StoredTensor:
         if not self.fused:
-            return self.tensors[self.layers.name(layer, self.target.expert(rest, number))]
-        kind = rest.rsplit(".", 2)[-2]
-        place, kinds = next((place, kinds) for place, kinds in _FUSED.items() if kind in kinds)
-        whole = self.tensors[self.layers.name(layer, place)]
-        return slice_of(whole, number * len(kinds) + kinds.index(kind), len(self.names) * len(kinds))
+            return self.tensors[self.layers.name(layer, self.target.expert(suffix, number))]
+        kind = suffix.rsplit(".", 2)[-2]
+        fused_name, kinds = next((name, kinds) for name, kinds in _FUSED.items() if kind in kinds)
+        fused = self.tensors[self.layers.name(layer, fused_name)]
+        return slice_of(fused, number * len(kinds) + kinds.index(kind), len(self.names) * len(kinds))
 
-    def _own(self) -> set[str]:
-        """Return the names within a layer of everything that is not shared."""
-        found = {
-            self.target.expert(rest, number)
-            for rest in self.record["feed_forward"]
+    def _unshared_names(self) -> set[str]:
+        """Return the names, within a layer, of all tensors that are not shared."""
+        names = {
+            self.target.expert(suffix, number)
+            for suffix in self.record.feed_forward
             for number in range(len(self.names))
         }
-        found |= {self.target.router, *_FUSED, _FUSED_ROUTER}
+        names |= {self.target.router, *_FUSED, _FUSED_ROUTER}
         if self.target.router_bias is not None:
-            found.add(self.target.router_bias)
-        return found | set(self.target.zeros(self.source.config))
+            names.add(self.target.router_bias)
+        return names | set(self.target.zeros(self.source.config))
 
     def shared(self) -> dict[str, TensorPlan]:
-        own = self._own()
-        inside = {
-            self.layers.name(layer, rest)
-            for layer, rests in enumerate(self.layers.layers)
-            for rest in rests
-            if rest in own
+        unshared = self._unshared_names()
+        excluded = {
+            self.layers.name(layer, suffix)
+            for layer, suffixes in enumerate(self.layers.layers)
+            for suffix in suffixes
+            if suffix in unshared
         }
         return {
             name: TensorPlan(name, stored.dtype, stored.shape, "copy", (stored,), (self.source.name,))
             for name, stored in self.tensors.items()
-            if name not in inside
+            if name not in excluded
         }
 
     def router(self) -> RouterParts:
@@ -129,30 +144,30 @@ class _Parts:
         bias = self.target.router_bias
         return RouterParts(rows, self._read(bias) if bias is not None else None)
 
-    def _read(self, rest: str) -> NDArray[Any] | None:
+    def _read(self, suffix: str) -> NDArray[Any] | None:
         import numpy as np
 
-        names = [self.layers.name(layer, rest) for layer in range(len(self.layers.layers))]
+        names = [self.layers.name(layer, suffix) for layer in range(len(self.layers.layers))]
         if names[0] not in self.tensors:
             return None
         with Reader() as reader:
-            return np.stack([reader.whole(self.tensors[name]) for name in names])
+            return np.stack([reader.read(self.tensors[name]) for name in names])
 
 
-def slice_of(whole: StoredTensor, number: int, count: int) -> StoredTensor:
-    """Return one of `count` equal pieces, end to end, of a tensor (E, rows, ...) as a tensor of its own."""
-    entry = whole.entry
+def slice_of(fused: StoredTensor, number: int, count: int) -> StoredTensor:
+    """Return slice `number` of `count` equal contiguous slices of a fused tensor (E, rows, ...)."""
+    entry = fused.entry
     size = entry.num_bytes // count
     begin = entry.begin + number * size
     inner = entry.shape[2:]
     width = DTYPES[entry.dtype][1]
     for axis in inner:
         width *= axis
-    piece = replace(
+    tensor_slice = replace(
         entry,
         name=f"{entry.name}[{number}]",
         shape=(size // width, *inner),
         begin=begin,
         end=begin + size,
     )
-    return StoredTensor(piece, None, None, piece.name)
+    return StoredTensor(tensor_slice, None, None, tensor_slice.name)

@@ -1,4 +1,4 @@
-"""What can be chosen about a mixture."""
+"""Options of merge methods that build a mixture of experts."""
 
 from __future__ import annotations
 
@@ -12,36 +12,40 @@ from ...core.hooks.mixtures import MixtureShape
 
 @dataclass(frozen=True)
 class MixtureOptions:
-    """How experts become one model."""
+    """Options of a mixture of experts."""
 
     top_k: int | None = None
-    """Experts that each token passes through. Not set: 2, or all where there are fewer."""
+    """Number of experts per token. Not set: 2, or all if there are fewer."""
     normalized: bool = True
-    """Let the gates of those experts sum to one, so that copies of the seed give the seed (`norm_topk_prob`)."""
+    """Normalize the top-k gates to sum to 1, so that copies of the seed give the seed (`norm_topk_prob`)."""
     router: str = "hidden"
-    """How the router starts: a name that `expertctl plugins` lists under routers."""
+    """Initialisation of the router: a name that `expertctl plugins` lists under routers."""
     router_options: Mapping[str, Any] = field(default_factory=dict)
-    """What the router's start is told: `{seed: 1}`."""
+    """Options of the router initialisation, such as `{seed: 1}`."""
     shared: Literal["seed", "average"] = "seed"
-    """Where everything but the feed-forwards comes from: the seed, which experts must not have changed, or the
-    weighted mean of the experts."""
+    """Source of all tensors outside the feed-forward networks: the seed, from which experts must not differ
+    there, or the weighted mean of the experts."""
     with_seed: bool = False
-    """Take the seed's feed-forward as an expert too, the first."""
+    """Include the seed's feed-forward network as the first expert."""
     discard: bool = False
-    """Drop what experts changed outside of their feed-forwards, where `shared` is the seed."""
+    """With `shared: seed`, drop changes of experts outside the FFNs instead of refusing them."""
     bias: Literal["auto", "fold", "drop", "carry"] = "auto"
-    """The router's biases: folded into its rows, dropped (as FlexOlmo's authors do), or carried, which only the container
-    can. `auto` folds them where the start of the router says how, else drops them."""
+    """Treatment of the router's biases: `fold` them into its rows, `drop` them (as the authors of FlexOlmo
+    do), or `carry` them, which requires the container. `auto` folds them if the router initialisation
+    supports it, else drops them."""
     target: str = "auto"
-    """Model class: `auto` (the family's), its name (`mixtral`), or `container`."""
+    """Model class: `auto` (the family's), a name such as `mixtral`, or `container`."""
     layout: Literal["per_expert", "fused"] = "per_expert"
-    """Expert tensors one by one, as checkpoints of these classes are published, or fused as transformers holds them."""
+    """Expert tensors stored separately, as in published checkpoints, or fused, as transformers loads them."""
     usual_top_k: ClassVar[int] = 2
+    """Default of `top_k`."""
 
 
 def shape_of(options: MixtureOptions, num_experts: int) -> MixtureShape:
-    """Return what the mixture will be like; raises `UserError` for a top-k that is not possible."""
+    """Return the shape of a mixture of `num_experts` experts; raises `UserError` for an invalid top-k."""
     top_k = options.top_k if options.top_k is not None else min(options.usual_top_k, num_experts)
     if not 1 <= top_k <= num_experts:
-        raise UserError(f"top_k is {top_k}; with {num_experts} experts it is 1 to {num_experts}")
+        raise UserError(
+            f"top_k is {top_k}; with {num_experts} experts it must be in the range 1 to {num_experts}"
+        )
     return MixtureShape(num_experts, top_k, options.normalized, options.bias == "carry")

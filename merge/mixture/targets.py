@@ -1,6 +1,6 @@
-"""The model classes that dense families turn into as mixtures, and which models each of them can express.
+"""Mixture classes of transformers for dense model families, and the constraints of each class.
 
-Configurations are copied from the dense model's: class defaults of the two differ (eps, rope, sliding window).
+Configurations are copied from the dense model's, since the class defaults differ (eps, rope, sliding window).
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ CONTAINER_TYPE = "expertctl_mixture"
 _GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _NOT_COPIED = ("architectures", "model_type", "auto_map", "_name_or_path", "transformers_version")
 _QWEN2_SHARED_WIDTH = 64
-"""Width of the shared expert that Qwen2-MoE must have and that is zero here; small, and divisible among GPUs."""
+"""Hidden size of the all-zero shared expert that Qwen2-MoE requires; small, and divisible among GPUs."""
 
 
-def _copied(dense: Mapping[str, Any], model_type: str, model_class: str, **changes: Any) -> dict[str, Any]:
+def _copy_config(
+    dense: Mapping[str, Any], model_type: str, model_class: str, **changes: Any
+) -> dict[str, Any]:
     kept = {key: value for key, value in dense.items() if key not in _NOT_COPIED}
     return {"architectures": [model_class], "model_type": model_type, **kept, **changes}
 
 
-def _named(module: str, renamed: Mapping[str, str]) -> Callable[[str, int], str]:
-    """Return what finds `mlp.up_proj.weight` of expert 3 as `MODULE.experts.3.up_proj.weight`."""
+def _naming(module: str, renamed: Mapping[str, str]) -> Callable[[str, int], str]:
+    """Return a function that maps `mlp.up_proj.weight` of expert 3 to `MODULE.experts.3.up_proj.weight`."""
 
     def name(dense: str, expert: int) -> str:
         inner = dense.removeprefix("mlp.").removesuffix(".weight")
@@ -34,22 +36,22 @@ def _named(module: str, renamed: Mapping[str, str]) -> Callable[[str, int], str]
     return name
 
 
-def _plain_feed_forward(dense: Mapping[str, Any]) -> str | None:
-    """Return the rule that a gated feed-forward without biases breaks, or None."""
+def _bias_refusal(dense: Mapping[str, Any]) -> str | None:
+    """Return why a feed-forward network with biases cannot be an expert, or None."""
     if dense.get("mlp_bias"):
-        return "its experts have no biases, and the model's feed-forwards do (mlp_bias)"
+        return "its experts have no biases, and the model's feed-forward networks have (mlp_bias)"
     return None
 
 
 def _mixtral_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
     window = dense.get("sliding_window") if dense.get("model_type") == "mistral" else None
-    # attention and feed-forward biases are Llama's settings; Mixtral has neither
+    # settings of Llama that Mixtral does not have
     kept = {
         key: value
         for key, value in dense.items()
         if key not in ("attention_bias", "mlp_bias", "pretraining_tp")
     }
-    return _copied(
+    return _copy_config(
         kept,
         "mixtral",
         "MixtralForCausalLM",
@@ -65,14 +67,14 @@ def _mixtral_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | Non
     if dense.get("attention_bias"):
         return "its attention has no biases, and the model's has (attention_bias)"
     if not shape.normalized and shape.top_k < shape.num_experts:
-        return "its gates always sum to one (norm_topk_prob: false is not possible)"
+        return "its gates always sum to 1 (norm_topk_prob: false is not supported)"
     if shape.router_bias:
         return "its router has no biases"
-    return _plain_feed_forward(dense)
+    return _bias_refusal(dense)
 
 
 def _flexolmo_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
-    return _copied(
+    return _copy_config(
         dense,
         "flex_olmo",
         "FlexOlmoForCausalLM",
@@ -84,12 +86,12 @@ def _flexolmo_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str,
 
 
 def _no_router_bias(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
-    return "its router has no biases" if shape.router_bias else _plain_feed_forward(dense)
+    return "its router has no biases" if shape.router_bias else _bias_refusal(dense)
 
 
 def _qwen3_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
     kept = {key: value for key, value in dense.items() if key not in ("layer_types", "max_window_layers")}
-    return _copied(
+    return _copy_config(
         kept,
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
@@ -110,7 +112,7 @@ def _qwen3_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
 
 
 def _qwen2_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
-    return _copied(
+    return _copy_config(
         dense,
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
@@ -137,14 +139,17 @@ def _qwen2_zeros(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _olmoe_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
-    return "its norms are RMS norms with weights and it normalises queries and keys, and OLMo's norms subtract the mean and have no weights"
+    return (
+        "it has RMS norms with weights and normalises queries and keys; OLMo's norms subtract the mean and "
+        "have no weights"
+    )
 
 
 MIXTRAL = MixtureTarget(
     "mixtral",
     "MixtralForCausalLM",
     _mixtral_config,
-    _named("block_sparse_moe", {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}),
+    _naming("block_sparse_moe", {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}),
     "block_sparse_moe.gate.weight",
     _mixtral_refusal,
 )
@@ -152,29 +157,29 @@ FLEXOLMO = MixtureTarget(
     "flex_olmo",
     "FlexOlmoForCausalLM",
     _flexolmo_config,
-    _named("mlp", {}),
+    _naming("mlp", {}),
     "mlp.gate.weight",
     _no_router_bias,
 )
 QWEN3_MOE = MixtureTarget(
-    "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_config, _named("mlp", {}), "mlp.gate.weight", _qwen3_refusal
+    "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_config, _naming("mlp", {}), "mlp.gate.weight", _qwen3_refusal
 )
 QWEN2_MOE = MixtureTarget(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
     _qwen2_config,
-    _named("mlp", {}),
+    _naming("mlp", {}),
     "mlp.gate.weight",
     _no_router_bias,
     zeros=_qwen2_zeros,
 )
 OLMOE = MixtureTarget(
-    "olmoe", "OlmoeForCausalLM", _flexolmo_config, _named("mlp", {}), "mlp.gate.weight", _olmoe_refusal
+    "olmoe", "OlmoeForCausalLM", _flexolmo_config, _naming("mlp", {}), "mlp.gate.weight", _olmoe_refusal
 )
 
 
 def container_target(family: Architecture) -> MixtureTarget:
-    """Return our own container as a target: it takes the feed-forwards of any family."""
+    """Return the container of expertctl as a target; it supports the feed-forward networks of any family."""
     module = feed_forward_module(family)
 
     def config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
@@ -201,39 +206,40 @@ def container_target(family: Architecture) -> MixtureTarget:
 
 
 def feed_forward_module(family: Architecture) -> str:
-    """Return what a family calls the feed-forward within a layer; raises `UserError` where it is no one module."""
-    found = {pattern.rsplit(".*.", 1)[-1].removesuffix(".*") for pattern in family.feed_forward}
-    if len(found) != 1 or any("*" in name for name in found):
+    """Return the module name of a family's FFN; raises `UserError` unless it is a single module."""
+    modules = {pattern.rsplit(".*.", 1)[-1].removesuffix(".*") for pattern in family.feed_forward}
+    if len(modules) != 1 or any("*" in name for name in modules):
         raise UserError(
-            f"the feed-forwards of family '{family.name}' are no single module in each layer "
-            f"({', '.join(family.feed_forward)}); mixtures need one"
+            f"the feed-forward network of family '{family.name}' is not a single module per layer "
+            f"({', '.join(family.feed_forward)}), which mixtures require"
         )
-    return found.pop()
+    return modules.pop()
 
 
 def choose_target(
     family: Architecture, dense: Mapping[str, Any], shape: MixtureShape, wanted: str = "auto"
 ) -> MixtureTarget:
-    """Return the model class that a mixture is written as: the family's first that fits, or the one that is asked for.
+    """Return the `wanted` model class of a mixture, or for `auto` the family's first class that supports it.
 
-    Raises `UserError` that names, for the one asked for, the rule that the model breaks, and the nearest that fits.
+    Raises `UserError` with the constraint that the model violates and with the classes that support it.
     """
-    there = {target.name: target for target in (*family.mixtures, container_target(family))}
-    refusals = {name: target.refusal(dense, shape) for name, target in there.items()}
-    fitting = [name for name, reason in refusals.items() if reason is None]
+    targets = {target.name: target for target in (*family.mixtures, container_target(family))}
+    refusals = {name: target.refusal(dense, shape) for name, target in targets.items()}
+    supported = [name for name, reason in refusals.items() if reason is None]
     if wanted == "auto":
-        return there[fitting[0]]
-    if wanted not in there:
+        return targets[supported[0]]
+    if wanted not in targets:
         raise UserError(
-            f"a mixture of '{family.name}' models cannot be written as '{wanted}'; it can as {_listed(fitting)}"
+            f"a mixture of '{family.name}' models cannot be written as '{wanted}'; supported: "
+            f"{_quoted(supported)}"
         )
     if refusals[wanted] is not None:
         raise UserError(
-            f"the mixture cannot be written as '{wanted}' ({there[wanted].model_class}): {refusals[wanted]}; "
-            f"it can as {_listed(fitting)}"
+            f"the mixture cannot be written as '{wanted}' ({targets[wanted].model_class}): "
+            f"{refusals[wanted]}; supported: {_quoted(supported)}"
         )
-    return there[wanted]
+    return targets[wanted]
 
 
-def _listed(names: Iterable[str]) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)

@@ -1,1 +1,1 @@
-"""From a recipe and opened sources to a checked plan."""
+"""Planning of merges: from a recipe and its sources to a checked plan."""

@@ -1,6 +1,6 @@
-"""Assembling a mixture: which tensor of the new model is which tensor of which expert.
+"""Planning of a mixture of experts: which tensor of the mixture comes from which tensor of which expert.
 
-Nothing is calculated for an expert's part: its bytes are copied, so that every one can be traced to its source.
+The tensors of experts are copied byte by byte, so every one can be traced to its source.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.errors import UserError
 from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
+from ...core.manifests.generalist import MixtureRecord
 from ..engine.tensor_plan import TensorPlan
 from ..sources.models import StoredTensor
 from ..sources.tensor_names import LayerNames, layer_names
@@ -21,40 +22,40 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _Placed = dict[str, list[tuple[str, StoredTensor]]]
-"""For each tensor within a layer, the parts it is made of and the experts that they come from."""
+"""Tensor name within a layer -> (expert name, stored tensor) of every tensor to stack."""
 _NUMBER = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
 class ExpertParts:
-    """What one expert brings."""
+    """FFN tensors of one expert."""
 
     name: str
     feed_forward: Mapping[str, StoredTensor]
-    """By the names of the dense model."""
+    """Tensors by their names in the dense model."""
 
 
 @dataclass(frozen=True)
 class RouterParts:
-    """What decides between the experts."""
+    """Router weights of all layers."""
 
     rows: NDArray[Any]
-    """(layers, experts, width), float32."""
+    """Shape (layers, experts, width), float32."""
     biases: NDArray[Any] | None = None
-    """(layers, experts), float32."""
+    """Shape (layers, experts), float32; None: no biases."""
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """A mixture, planned."""
+    """The plan of a mixture."""
 
     tensors: tuple[TensorPlan, ...]
     config: Mapping[str, Any]
-    """Its `config.json`."""
+    """Content of `config.json`."""
     experts: tuple[str, ...]
-    """In the order of the router's rows."""
-    record: Mapping[str, Any]
-    """What its manifest says of it."""
+    """Expert names in the order of the router rows."""
+    record: MixtureRecord
+    """Manifest entry."""
     notes: tuple[str, ...] = ()
 
 
@@ -70,90 +71,102 @@ def plan_assembly(
     dtype: str | None = None,
     layout: Literal["per_expert", "fused"] = "per_expert",
 ) -> tuple[tuple[TensorPlan, ...], dict[str, Any]]:
-    """Return every tensor of a mixture, in an order that does not depend on where it comes from, and its config.
+    """Return the tensor plans of a mixture, in an order independent of their sources, and its config.
 
-    `shared` holds all but the feed-forwards, by the dense model's names. Raises `UserError` where experts' tensors
-    differ in name or shape.
+    `shared` holds all tensors except the FFNs, by their names in the dense model. Raises `UserError` if the experts'
+    tensors differ in name or shape.
     """
     first = experts[0]
     for expert in experts[1:]:
-        _check_alike(first, expert)
+        _check_same_tensors(first, expert)
     names = layer_names([*shared, *first.feed_forward])
     config = target.config(dense, shape)
-    assert len(names.layers) == router.rows.shape[0], "a router row for each layer"
-    kind = dtype or next(iter(first.feed_forward.values())).dtype
-    plans = [_renamed(shared[name], target) for name in sorted(names.before)]
-    for layer, rests in enumerate(names.layers):
-        whole = {rest: names.name(layer, rest) for rest in sorted(rests, key=_natural)}
-        plans += [_renamed(shared[name], target) for name in whole.values() if name in shared]
-        inner = {rest: name for rest, name in whole.items() if name in first.feed_forward}
-        own = _fused(inner, experts) if layout == "fused" else _per_expert(inner, experts, target)
-        for rest, stored in own.items():
-            plans.append(_planned(_place(target, names, layer, rest), stored, len(experts), kind))
-        for rest, values in _router_tensors(router, layer, target, layout, config).items():
+    assert len(names.layers) == router.rows.shape[0], "one router row per layer"
+    stored_dtype = dtype or next(iter(first.feed_forward.values())).dtype
+    plans = [_rename(shared[name], target) for name in sorted(names.before)]
+    for layer, suffixes in enumerate(names.layers):
+        full_names = {suffix: names.name(layer, suffix) for suffix in sorted(suffixes, key=_natural_key)}
+        plans += [_rename(shared[name], target) for name in full_names.values() if name in shared]
+        feed_forward_names = {
+            suffix: name for suffix, name in full_names.items() if name in first.feed_forward
+        }
+        expert_tensors = (
+            _fused(feed_forward_names, experts)
+            if layout == "fused"
+            else _per_expert(feed_forward_names, experts, target)
+        )
+        for suffix, stored in expert_tensors.items():
+            plans.append(
+                _plan_tensor(_target_name(target, names, layer, suffix), stored, len(experts), stored_dtype)
+            )
+        for suffix, values in _router_tensors(router, layer, target, layout, config).items():
             plans.append(
                 TensorPlan(
-                    name=_place(target, names, layer, rest),
-                    dtype=kind,
+                    name=_target_name(target, names, layer, suffix),
+                    dtype=stored_dtype,
                     shape=values.shape,
-                    action="given",
+                    action="computed",
                     experts=(),
                     expert_names=(),
                     values=values,
                 )
             )
-    plans += [_renamed(shared[name], target) for name in sorted(names.after)]
+    plans += [_rename(shared[name], target) for name in sorted(names.after)]
     return tuple(plans), config
 
 
 def split_feed_forward(names: Iterable[str], family: Architecture) -> tuple[list[str], list[str]]:
-    """Return (the tensors of feed-forwards, all others)."""
-    inside: list[str] = []
-    outside: list[str] = []
+    """Return (names of FFN tensors, all other names)."""
+    feed_forward: list[str] = []
+    others: list[str] = []
     for name in names:
-        here = any(fnmatchcase(name, pattern) for pattern in family.feed_forward)
-        (inside if here else outside).append(name)
-    return inside, outside
+        is_feed_forward = any(fnmatchcase(name, pattern) for pattern in family.feed_forward)
+        (feed_forward if is_feed_forward else others).append(name)
+    return feed_forward, others
 
 
-def _renamed(plan: TensorPlan, target: MixtureTarget) -> TensorPlan:
+def _rename(plan: TensorPlan, target: MixtureTarget) -> TensorPlan:
     return replace(plan, name=target.prefix + plan.name)
 
 
-def _place(target: MixtureTarget, names: LayerNames, layer: int, rest: str) -> str:
-    return target.prefix + names.name(layer, rest)
+def _target_name(target: MixtureTarget, names: LayerNames, layer: int, suffix: str) -> str:
+    return target.prefix + names.name(layer, suffix)
 
 
-def _per_expert(inner: Mapping[str, str], experts: Sequence[ExpertParts], target: MixtureTarget) -> _Placed:
-    """Return the tensors of one layer's experts by their names within the layer."""
+def _per_expert(
+    feed_forward_names: Mapping[str, str], experts: Sequence[ExpertParts], target: MixtureTarget
+) -> _Placed:
+    """Return one layer's expert tensors, stored separately, by their names within the layer."""
     return {
-        target.expert(rest, number): [(expert.name, expert.feed_forward[name])]
+        target.expert(suffix, number): [(expert.name, expert.feed_forward[name])]
         for number, expert in enumerate(experts)
-        for rest, name in inner.items()
+        for suffix, name in feed_forward_names.items()
     }
 
 
-def _fused(inner: Mapping[str, str], experts: Sequence[ExpertParts]) -> _Placed:
-    """Return the two tensors that transformers holds a layer's gated experts in: gate rows before up rows."""
-    by_kind = {rest.rsplit(".", 2)[-2]: name for rest, name in inner.items()}
+def _fused(feed_forward_names: Mapping[str, str], experts: Sequence[ExpertParts]) -> _Placed:
+    """Return one layer's fused expert tensors as in transformers; gate rows precede up rows."""
+    by_kind = {suffix.rsplit(".", 2)[-2]: name for suffix, name in feed_forward_names.items()}
     if set(by_kind) != {"gate_proj", "up_proj", "down_proj"} or not all(
-        rest.endswith(".weight") for rest in inner
+        suffix.endswith(".weight") for suffix in feed_forward_names
     ):
         raise UserError(
-            f"layout 'fused' is for feed-forwards of gate_proj, up_proj and down_proj; these have "
-            f"{', '.join(inner)}; use layout: per_expert"
+            f"layout 'fused' needs feed-forwards with gate_proj, up_proj and down_proj, but these have "
+            f"{', '.join(feed_forward_names)}; use layout: per_expert"
         )
     return {
-        place: [(expert.name, expert.feed_forward[by_kind[kind]]) for expert in experts for kind in kinds]
-        for place, kinds in (
+        fused_name: [
+            (expert.name, expert.feed_forward[by_kind[kind]]) for expert in experts for kind in kinds
+        ]
+        for fused_name, kinds in (
             ("mlp.experts.gate_up_proj", ("gate_proj", "up_proj")),
             ("mlp.experts.down_proj", ("down_proj",)),
         )
     }
 
 
-def _planned(name: str, parts: Sequence[tuple[str, StoredTensor]], count: int, dtype: str) -> TensorPlan:
-    """Return the plan of one expert's tensor, or of one that holds `count` experts' end to end."""
+def _plan_tensor(name: str, parts: Sequence[tuple[str, StoredTensor]], count: int, dtype: str) -> TensorPlan:
+    """Return the plan of one expert's tensor, or of the stacked tensors of `count` experts."""
     shape = parts[0][1].shape
     if len(parts) > 1:
         shape = (count, sum(stored.shape[0] for _, stored in parts) // count, *shape[1:])
@@ -173,26 +186,26 @@ def _router_tensors(
     import numpy as np
 
     name = "mlp.gate.weight" if layout == "fused" else target.router
-    found = {name: router.rows[layer]}
+    tensors = {name: router.rows[layer]}
     if target.router_bias is not None and config.get("router_bias") and router.biases is not None:
-        found[target.router_bias] = router.biases[layer]
+        tensors[target.router_bias] = router.biases[layer]
     for zero, shape in target.zeros(config).items():
-        found[zero] = np.zeros(shape, np.float32)
-    return found
+        tensors[zero] = np.zeros(shape, np.float32)
+    return tensors
 
 
-def _check_alike(one: ExpertParts, other: ExpertParts) -> None:
-    for name in sorted(one.feed_forward.keys() ^ other.feed_forward.keys(), key=_natural):
-        there, absent = (one, other) if name in one.feed_forward else (other, one)
-        raise UserError(f"tensor '{name}' is in '{there.name}', but not in '{absent.name}'")
-    for name, stored in one.feed_forward.items():
-        theirs = other.feed_forward[name]
-        if stored.shape != theirs.shape:
+def _check_same_tensors(first: ExpertParts, other: ExpertParts) -> None:
+    for name in sorted(first.feed_forward.keys() ^ other.feed_forward.keys(), key=_natural_key):
+        present, absent = (first, other) if name in first.feed_forward else (other, first)
+        raise UserError(f"tensor '{name}' is in '{present.name}', but not in '{absent.name}'")
+    for name, stored in first.feed_forward.items():
+        other_tensor = other.feed_forward[name]
+        if stored.shape != other_tensor.shape:
             raise UserError(
-                f"tensor '{name}' is {list(stored.shape)} in '{one.name}', but {list(theirs.shape)} in '{other.name}'; "
-                "experts of a mixture are of one size"
+                f"tensor '{name}' is {list(stored.shape)} in '{first.name}', but {list(other_tensor.shape)} in '{other.name}'; "
+                "all experts of a mixture must have the same size"
             )
 
 
-def _natural(name: str) -> list[Any]:
+def _natural_key(name: str) -> list[Any]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in _NUMBER.split(name)]

@@ -1,4 +1,4 @@
-"""What a method that assembles a model is given."""
+"""Inputs of merge methods that assemble a new model class."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..sources.models import Source
 
 @dataclass(frozen=True)
 class AssemblyInputs:
-    """Models of a merge, opened by their headers, and what may be read for it."""
+    """Recipe, opened sources and validation text for `Assembler.assemble`."""
 
     recipe: Recipe
     sources: Mapping[str, Source]
     dense: Callable[[Recipe], Sequence[TensorPlan]]
-    """`dense(recipe)` plans the weighted mean of the models, tensor by tensor, with their one vocabulary."""
-    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Options that the merge gives for single experts."""
+    """`dense(recipe)` plans the weighted mean of the models, tensor by tensor, with the merged vocabulary."""
+    expert_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Expert name -> options that the recipe sets for this expert only."""
     validation: Callable[[], Sequence[ValidationText]] | None = None
-    """None: only the plan is wanted, so that nothing is to be fitted."""
+    """Returns validation text; None: plan only, without fitting."""
     say: Callable[[str], None] = field(default=lambda line: None)
 
     @property
     def leading(self) -> Source:
-        """The seed, else the first model."""
+        """The seed, or the first model of a recipe without a seed."""
         return self.sources[self.recipe.seed or self.recipe.slices[0].sources[0].model]

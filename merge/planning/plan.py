@@ -1,4 +1,4 @@
-"""The plan of a merge: everything that can be refused is refused here, before a tensor is read."""
+"""The plan of a merge; all checks run here, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.lineage import Manifest, digest_of_tokenizer, package_version
+from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.artefacts.numeric import FLOATING
+from ...core.artefacts.versions import package_version
 from ...core.errors import UserError
 from ...core.hooks.manager import installed_plugins
-from ...core.hooks.merging import MergeMethod, TensorGroup
+from ...core.hooks.merging import Assembler, MergeMethod, ModelBuilder, TensorGroup, TensorMerge
 from ...core.hooks.options import parse_options
 from ...core.hooks.text import ValidationText
+from ...core.manifests.manifest import Manifest
 from ...core.process.compute import available_cores
-from ..engine.calculator import BESIDE_BYTES, MOST_THREADS, Calculator, EngineSettings
+from ..engine.calculator import CONCURRENT_BYTES, MAX_THREADS, Calculator, EngineSettings
 from ..engine.reading import Reader
 from ..engine.shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
 from ..recipes.recipe import WEIGHT, Recipe
@@ -35,27 +37,27 @@ if TYPE_CHECKING:
     from .assembly import Assembly
 
 BASE_BYTES = 64 << 20
-"""What Python and numpy take by themselves."""
+"""Memory of Python and numpy without data."""
 TORCH_BYTES = 300 << 20
 READ_BYTES_PER_SECOND = 1.5e9
 WRITE_BYTES_PER_SECOND = 0.7e9
-_SAMPLE = (256, 256)
+_SAMPLE_SHAPE = (256, 256)
 _TORCH_SECONDS_PER_NUMBER = 2e-9
 
 
 @dataclass(frozen=True)
 class Permissions:
-    """What the user insists on though it looks wrong."""
+    """Safety overrides."""
 
     unrelated: bool = False
-    """Merge models that do not descend from one another."""
+    """Merge models that do not descend from the same seed."""
     licences: bool = False
     """Merge models whose licences contradict each other."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """One merge, checked: which tensors from where, and what it will cost."""
+    """One checked merge: source of every tensor, output files and estimated cost."""
 
     recipe: Recipe
     method: MergeMethod
@@ -66,19 +68,19 @@ class MergePlan:
     vocabulary: VocabularyPlan | None
     licence: str | None
     notes: tuple[str, ...]
-    """What a user should know though nothing is refused."""
+    """Warnings for the user."""
     settings: EngineSettings = field(default_factory=EngineSettings)
     assembly: Assembly | None = None
-    """Where the result is of another class than its inputs: its configuration, and what its manifest says of it."""
+    """Plan of a new model class (mixtures); None: the result has the class of its inputs."""
 
     @property
-    def tensor_method(self) -> MergeMethod:
-        """What merges single tensors: the method, or the mean where a method assembles a model."""
-        return self.method if self.method.merge is not None else installed_plugins().merge_method("average")
+    def tensor_method(self) -> TensorMerge:
+        """The method for single tensors: the merge method itself, or `average` for methods that assemble a model."""
+        return self.method if isinstance(self.method, TensorMerge) else _average_method()
 
     @property
     def leading(self) -> Source:
-        """The model whose configuration and tokenizer the output takes: the seed, else the first."""
+        """The model that provides configuration and tokenizer: the seed, or the first model without a seed."""
         return self.sources[self.recipe.seed or self.recipe.slices[0].sources[0].model]
 
     @property
@@ -87,7 +89,7 @@ class MergePlan:
 
     @property
     def bytes_to_read(self) -> int:
-        return sum(one.bytes_to_read for one in self.stack.tensors)
+        return sum(tensor.bytes_to_read for tensor in self.stack.tensors)
 
     @property
     def bytes_to_write(self) -> int:
@@ -95,68 +97,74 @@ class MergePlan:
 
     @property
     def threads(self) -> int:
-        return self.settings.threads or min(available_cores(), MOST_THREADS)
+        return self.settings.threads or min(available_cores(), MAX_THREADS)
 
     @property
     def peak_bytes(self) -> int:
-        """About how much memory the merge takes at most; it does not depend on how many layers there are."""
+        """Estimated peak memory in bytes; independent of the number of layers."""
         with Reader() as reader:
             calculator = Calculator(self.tensor_method, reader, self.vocabulary)
-            needs = [calculator.bytes_needed(one) for one in self.stack.tensors]
+            needs = [calculator.bytes_needed(tensor) for tensor in self.stack.tensors]
         base = (
             BASE_BYTES
             if self.tensor_method.arrays == "any" and self.settings.device == "cpu"
             else TORCH_BYTES
         )
-        beside = min(sum(sorted(needs)[:-1][-self.threads + 1 :]), BESIDE_BYTES) if self.threads > 1 else 0
-        return base + max(needs, default=0) + beside
+        concurrent = (
+            min(sum(sorted(needs)[:-1][-self.threads + 1 :]), CONCURRENT_BYTES) if self.threads > 1 else 0
+        )
+        return base + max(needs, default=0) + concurrent
 
     def seconds(self) -> float:
-        """Return about how long the merge takes: the method is timed on a small sample, the disk is guessed."""
+        """Return the estimated duration in seconds, from a timed sample of the method and assumed disk speeds."""
         merged = sum(
-            one.num_numbers * len(one.experts) for one in self.stack.tensors if one.action == "merge"
+            tensor.num_numbers * len(tensor.experts)
+            for tensor in self.stack.tensors
+            if tensor.action == "merge"
         )
-        calculating = merged * _seconds_per_number(self) + _seconds_of_hashing(
+        calculating = merged * _seconds_per_number(self) + _hashing_seconds(
             self.bytes_to_read + self.bytes_to_write
         )
         reading = self.bytes_to_read / READ_BYTES_PER_SECOND
         return (calculating + reading) / self.threads + self.bytes_to_write / WRITE_BYTES_PER_SECOND
 
     def weights(self) -> dict[str, float]:
-        """Return how much each expert counts, on average over the tensors that the method merges."""
+        """Return each expert's mean weight over the tensors that the method merges."""
         totals = dict.fromkeys(self.experts, 0.0)
         count = 0
-        for one in self.stack.tensors:
-            if one.action == "merge":
+        for tensor in self.stack.tensors:
+            if tensor.action == "merge":
                 count += 1
-                for name, weight in zip(one.expert_names, one.weights, strict=True):
+                for name, weight in zip(tensor.expert_names, tensor.weights, strict=True):
                     totals[name] += weight
         if not count:
             return {name: 1 / len(totals) for name in totals}
         return {name: total / count for name, total in totals.items()}
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that decides the bytes of the result: what a resumed merge must share."""
+        """Return everything that determines the output bytes; a resumed merge must have the same identity."""
         return {
             "method": self.method.name,
             "tensors": [
                 [
-                    one.name,
-                    one.action,
-                    one.dtype,
-                    list(one.weights),
-                    asdict(one.options) if one.options is not None else None,
-                    [[str(stored.entry.file), stored.entry.begin, stored.name] for stored in one.inputs],
-                    [stored is not None for stored in one.statistics],
-                    hashlib.sha256(one.values.tobytes()).hexdigest() if one.values is not None else None,
+                    tensor.name,
+                    tensor.action,
+                    tensor.dtype,
+                    list(tensor.weights),
+                    asdict(tensor.options) if tensor.options is not None else None,
+                    [[str(stored.entry.file), stored.entry.begin, stored.name] for stored in tensor.inputs],
+                    [stored is not None for stored in tensor.statistics],
+                    hashlib.sha256(tensor.values.tobytes()).hexdigest()
+                    if tensor.values is not None
+                    else None,
                 ]
-                for one in self.stack.tensors
+                for tensor in self.stack.tensors
             ],
             "files": sorted(
                 {
                     (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-                    for one in self.stack.tensors
-                    for file in {stored.entry.file for stored in one.inputs}
+                    for tensor in self.stack.tensors
+                    for file in {stored.entry.file for stored in tensor.inputs}
                 }
             ),
             "adapters": {
@@ -179,35 +187,37 @@ def prepare_merge(
     validation: Callable[[], Sequence[ValidationText]] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> MergePlan:
-    """Open all models by their headers, check that they fit, and return what the merge will do.
+    """Open the headers of all models, check their compatibility, and return the plan of the merge.
 
-    No tensor is read (a few kilobytes of some are, to see whether models are related), unless `validation` is given:
-    then a mixture's router is fitted, where that takes a model. Raises `UserError` that names key, file or tensor and shows both sides.
+    No tensor is read, except for a few kilobytes to check whether models are related, unless `validation` is given:
+    then the router of a mixture is fitted if its initialisation needs a model. Raises `UserError` with the key, file or
+    tensor and both values.
     """
     allowed = permissions or Permissions()
     _check_device((settings or EngineSettings()).device)
-    method = installed_plugins().merge_method(recipe.method)
-    if method.build is not None:
+    method = installed_plugins().offer(MergeMethod, recipe.method)
+    if isinstance(method, ModelBuilder):
         raise UserError(
-            f"merge method '{method.name}' makes a model of its own kind, not one merged tensor by tensor"
+            f"merge method '{method.name}' builds its own kind of model and does not merge tensor by tensor"
         )
     sources = open_sources(recipe)
-    vocabulary = _vocabulary(recipe, sources)
+    vocabulary = _plan_vocabulary(recipe, sources)
     rows = vocabulary.size if vocabulary else None
     if not allowed.unrelated:
-        _require_relation(recipe, sources)
+        _require_related_models(recipe, sources)
     report = licence_report(sources)
     require_compatible(report, allowed.licences)
     assembly: Assembly | None = None
-    if method.assemble is not None:
-        assembly = _assembled(recipe, method, sources, rows, validation, say)
+    if isinstance(method, Assembler):
+        assembly = _assemble(recipe, method, sources, rows, validation, say)
         leading = recipe.seed or recipe.slices[0].sources[0].model
         layers = tuple((leading, layer) for layer in range(sources[leading].num_layers))
         stack = Stack(assembly.tensors, layers)
     else:
+        assert isinstance(method, TensorMerge)
         stack = plan_tensors(recipe, method, sources, rows, statistics)
-    if not any(one.dtype in FLOATING for one in stack.tensors):
-        raise UserError("there is no tensor of floating-point numbers to merge")
+    if not any(tensor.dtype in FLOATING for tensor in stack.tensors):
+        raise UserError("the models have no floating-point tensors to merge")
     return MergePlan(
         recipe,
         method,
@@ -228,40 +238,46 @@ def prepare_merge(
     )
 
 
-def _assembled(
+def _average_method() -> TensorMerge:
+    """Return the method `average`, which assembled models use for their shared tensors."""
+    mean = installed_plugins().offer(MergeMethod, "average")
+    assert isinstance(mean, TensorMerge)
+    return mean
+
+
+def _assemble(
     recipe: Recipe,
-    method: MergeMethod,
+    method: Assembler,
     sources: Mapping[str, Source],
     vocabulary_rows: int | None,
     validation: Callable[[], Sequence[ValidationText]] | None,
     say: Callable[[str], None],
 ) -> Assembly:
-    """Let a method plan a model of another class."""
+    """Let a method plan a new model class."""
     from .assembly_inputs import AssemblyInputs
 
-    given = {key: value for scope in reversed(recipe.scopes) for key, value in scope.items()}
-    options = parse_options(method.options, given, f"merge method '{method.name}'")
-    own = {
+    merged_options = {key: value for scope in reversed(recipe.scopes) for key, value in scope.items()}
+    options = parse_options(method.options, merged_options, f"merge method '{method.name}'")
+    expert_options = {
         source.model: {key: value for key, value in source.parameters.items() if key != WEIGHT}
-        for part in recipe.slices
-        for source in part.sources
+        for output_slice in recipe.slices
+        for source in output_slice.sources
     }
-    mean = installed_plugins().merge_method("average")
+    mean = _average_method()
     inputs = AssemblyInputs(
         recipe,
         sources,
         lambda dense: plan_tensors(dense, mean, sources, vocabulary_rows).tensors,
-        own,
+        expert_options,
         validation,
         say,
     )
-    assert method.assemble is not None
     assembly: Assembly = method.assemble(inputs, options)
     return assembly
 
 
 def _check_device(device: str) -> None:
-    """Raise `UserError` for a device that is not there; for the CPU nothing has to be imported."""
+    """Raise `UserError` for an unavailable device; does not import torch for the CPU."""
     if device == "cpu":
         return
     import torch
@@ -269,53 +285,53 @@ def _check_device(device: str) -> None:
     kind, _, number = device.partition(":")
     if kind != "cuda" or (number and not number.isdigit()):
         raise UserError(
-            f"there is no device '{device}'; merges calculate on cpu, cuda, or one of several: cuda:1"
+            f"there is no device '{device}'; devices are cpu, cuda, and cuda:1 for the second GPU"
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
         raise UserError(
-            f"there is no device '{device}': this machine has {count} GPUs that torch can use; use --device cpu"
+            f"there is no device '{device}': torch finds {count} GPUs on this machine; use --device cpu"
         )
 
 
 def open_sources(recipe: Recipe) -> dict[str, Source]:
-    """Open every model of a recipe: the seed first, since experts and adapters stand on it."""
-    found: dict[str, Source] = {}
+    """Open all models of a recipe; the seed first, because experts and adapters are based on it."""
+    sources: dict[str, Source] = {}
     if recipe.seed is not None:
-        found[recipe.seed] = open_source(recipe.seed, recipe.models[recipe.seed])
+        sources[recipe.seed] = open_source(recipe.seed, recipe.models[recipe.seed])
     for name, folder in recipe.models.items():
-        if name not in found:
-            base = found.get(recipe.seed) if recipe.seed is not None else None
+        if name not in sources:
+            base = sources.get(recipe.seed) if recipe.seed is not None else None
             if name in recipe.adapter_bases:
                 base = open_source(f"base of {name}", recipe.adapter_bases[name])
-            found[name] = open_source(name, folder, base)
-    return found
+            sources[name] = open_source(name, folder, base)
+    return sources
 
 
 def check_output(plan: MergePlan, output: Path) -> None:
-    """Raise `UserError` when the output cannot be written: no permission, or too little disk."""
+    """Raise `UserError` if the output cannot be written: no permission or not enough disk space."""
     parent = output
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise UserError(f"{output} cannot be made: {parent} is a file")
+        raise UserError(f"{output} cannot be created: {parent} is a file")
     if not os.access(parent, os.W_OK):
-        raise UserError(f"{output} cannot be made: {parent} may not be written")
+        raise UserError(f"{output} cannot be created: {parent} is not writable")
     free = shutil.disk_usage(parent).free
     if free < plan.bytes_to_write:
         raise UserError(
-            f"{output} needs {plan.bytes_to_write / 1e9:,.2f} GB, and its disk has {free / 1e9:,.2f} GB left; free "
-            "some, or choose another place"
+            f"{output} needs {plan.bytes_to_write / 1e9:,.2f} GB, but its disk has only {free / 1e9:,.2f} GB left; free "
+            "some space, or choose another folder"
         )
 
 
 def licence_report(sources: Mapping[str, Source]) -> LicenceReport:
-    """Return how the licences of all models go together."""
+    """Return whether the licences of all models are compatible."""
     return check_licences({name: licence_of_folder(source.folder) for name, source in sources.items()})
 
 
-def _require_relation(recipe: Recipe, sources: Mapping[str, Source]) -> None:
-    """Refuse models that do not descend from one seed: by their manifests where they have them, else by likeness."""
+def _require_related_models(recipe: Recipe, sources: Mapping[str, Source]) -> None:
+    """Raise `UserError` for models of different seeds, by their manifests or by the similarity of their tensors."""
     first = recipe.seed or recipe.slices[0].sources[0].model
     origin = sources[first]
     others = {}
@@ -325,49 +341,49 @@ def _require_relation(recipe: Recipe, sources: Mapping[str, Source]) -> None:
         ours, theirs = _seed_digest(origin), _seed_digest(source)
         if source.kind == "expert" and theirs is not None and ours is not None and theirs != ours:
             raise UserError(
-                f"expert '{name}' was branched from seed {theirs[:12]}, but '{first}' is of seed {ours[:12]}; "
-                "experts of different seeds cannot be merged (insist with --allow-unrelated)"
+                f"expert '{name}' was branched from seed {theirs[:12]}, but '{first}' has seed {ours[:12]}; "
+                "experts of different seeds cannot be merged (override: --allow-unrelated)"
             )
         others[name] = source
     require_related(
-        (first, {name: one.entry for name, one in origin.tensors.items()}),
+        (first, {name: stored.entry for name, stored in origin.tensors.items()}),
         {
-            name: {tensor: one.entry for tensor, one in source.tensors.items()}
+            name: {tensor: stored.entry for tensor, stored in source.tensors.items()}
             for name, source in others.items()
         },
     )
 
 
 def _seed_digest(source: Source) -> str | None:
-    """Return the digest of the seed that a model is or comes from, None where nothing says so."""
+    """Return the digest of a model's seed (its own digest for a seed); None if it is not recorded."""
     if source.manifest is None:
         return None
     if source.manifest.kind == "seed":
         return source.manifest.digest
-    return next((one.digest for one in source.manifest.parents if one.kind == "seed"), None)
+    return next((parent.digest for parent in source.manifest.parents if parent.kind == "seed"), None)
 
 
-def _vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> VocabularyPlan | None:
-    """Return how the models' vocabularies become one; None where they are one already."""
+def _plan_vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> VocabularyPlan | None:
+    """Return the plan of the merged vocabulary; None if all models have the same vocabulary."""
     leading = recipe.seed or recipe.slices[0].sources[0].model
-    own = sources[leading]
+    base = sources[leading]
     others = {
         name: source
         for name, source in sources.items()
-        if name != leading and source.model_folder != own.model_folder
+        if name != leading and source.model_folder != base.model_folder
     }
     if (
         not recipe.tokens
         and recipe.pad_to_multiple_of is None
         and all(
-            digest_of_tokenizer(source.model_folder) == digest_of_tokenizer(own.model_folder)
-            and _rows(source) == _rows(own)
+            digest_of_tokenizer(source.model_folder) == digest_of_tokenizer(base.model_folder)
+            and _embedding_rows(source) == _embedding_rows(base)
             for source in others.values()
         )
     ):
         return None
     return plan_vocabulary(
-        _vocabulary_of(own),
+        _vocabulary_of(base),
         {name: _vocabulary_of(source) for name, source in others.items()},
         recipe.tokenizer,
         recipe.tokens,
@@ -376,11 +392,11 @@ def _vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> VocabularyPlan
 
 
 def _vocabulary_of(source: Source) -> ModelVocabulary:
-    return ModelVocabulary(source.name, source.model_folder, _rows(source))
+    return ModelVocabulary(source.name, source.model_folder, _embedding_rows(source))
 
 
-def _rows(source: Source) -> int:
-    """Return how many rows a model's token embedding has."""
+def _embedding_rows(source: Source) -> int:
+    """Return the number of rows of a model's token embedding."""
     name = embedding_name(source.tensors) or head_name(source.tensors)
     if name is None:
         return int(source.config.get("vocab_size", 0))
@@ -388,34 +404,34 @@ def _rows(source: Source) -> int:
 
 
 def _seconds_per_number(plan: MergePlan) -> float:
-    """Time the method on a small sample: seconds per number and expert."""
-    example = next((one for one in plan.stack.tensors if one.action == "merge"), None)
-    if example is None:
+    """Return the method's time in seconds per number and expert, measured on a small sample."""
+    sample_tensor = next((tensor for tensor in plan.stack.tensors if tensor.action == "merge"), None)
+    if sample_tensor is None:
         return 0.0
     method = plan.tensor_method
     if method.arrays != "any" or plan.settings.device != "cpu" or method.statistics is not None:
         return _TORCH_SECONDS_PER_NUMBER
     import numpy as np
 
-    source = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     arrays: list[Any] = [
-        source.standard_normal(_SAMPLE, dtype="float32") for _ in range(len(example.experts) + 1)
+        generator.standard_normal(_SAMPLE_SHAPE, dtype="float32")
+        for _ in range(len(sample_tensor.experts) + 1)
     ]
     group = TensorGroup(
-        example.name,
+        sample_tensor.name,
         tuple(arrays[1:]),
-        example.expert_names,
-        example.weights,
-        arrays[0] if example.seed is not None else None,
+        sample_tensor.expert_names,
+        sample_tensor.weights,
+        arrays[0] if sample_tensor.seed is not None else None,
     )
-    assert method.merge is not None
-    method.merge(group, example.options)  # what is imported on the first call takes no part
+    method.merge(group, sample_tensor.options)  # warm-up: the first call may import modules
     begin = time.perf_counter()
-    method.merge(group, example.options)
-    return (time.perf_counter() - begin) / (math.prod(_SAMPLE) * len(example.experts))
+    method.merge(group, sample_tensor.options)
+    return (time.perf_counter() - begin) / (math.prod(_SAMPLE_SHAPE) * len(sample_tensor.experts))
 
 
-def _seconds_of_hashing(num_bytes: int) -> float:
+def _hashing_seconds(num_bytes: int) -> float:
     import hashlib
 
     sample = bytes(1 << 20)

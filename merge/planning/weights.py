@@ -1,4 +1,4 @@
-"""How much each expert counts in a merge: equally, as given, or by the domain posterior."""
+"""Weights of experts in a merge: uniform, explicit, or from the domain posterior."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..recipes.parameters import is_varied
 
 
 def check_weights(wanted: str | Mapping[str, Any], experts: Mapping[str, Path]) -> None:
-    """Raise `UserError` for weights of experts that do not take part, and where one that does has none."""
+    """Raise `UserError` for weights of unknown experts and for experts without a weight."""
     if isinstance(wanted, str):
         return
     for name in wanted:
@@ -22,7 +22,7 @@ def check_weights(wanted: str | Mapping[str, Any], experts: Mapping[str, Path]) 
     missing = [name for name in experts if name not in wanted]
     if missing:
         raise UserError(
-            f"no weight is given for {', '.join(missing)}; name every expert, or leave it out of the merge"
+            f"no weight is given for {', '.join(missing)}; give a weight for every expert of the merge"
         )
 
 
@@ -33,10 +33,10 @@ def resolve_weights(
     validation: Callable[[], Sequence[ValidationText]],
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Return one weight for each expert, the same for all tensors, summing to 1.
+    """Return one weight per expert, for all tensors; the weights sum to 1.
 
-    `posterior` is the cached prior of Branch-Train-Merge (arXiv:2208.03306), its best weights for a parameter
-    average. Raises `UserError` for weights that are negative, sum to 0, or name experts that do not take part.
+    `posterior` is the cached prior of Branch-Train-Merge (arXiv:2208.03306), its best weights for a parameter average.
+    Raises `UserError` for weights that are negative, sum to 0, vary between tensors, or belong to unknown experts.
     """
     if wanted == "uniform":
         return {name: 1 / len(experts) for name in experts}
@@ -47,11 +47,11 @@ def resolve_weights(
     for name, weight in wanted.items():
         if is_varied(weight):
             raise UserError(
-                f"the weight of '{name}' differs between tensors; here it is one for the whole model"
+                f"the weight of '{name}' varies between tensors; this method needs one weight for the whole model"
             )
         if weight < 0:
-            raise UserError(f"the weight of '{name}' is {weight}; weights are 0 or more")
+            raise UserError(f"the weight of '{name}' is {weight}; weights must be 0 or more")
     total = sum(wanted.values())
     if total <= 0:
-        raise UserError("the weights sum to 0; give at least one that is positive")
+        raise UserError("the weights sum to 0; give at least one positive weight")
     return {name: wanted[name] / total for name in experts}

@@ -1,1 +1,1 @@
-"""What a merge should do: recipes, their parameters, and mergekit configuration files."""
+"""Merge recipes: the recipe types, their parameters, and readers of mergekit configuration files."""

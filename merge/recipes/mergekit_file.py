@@ -1,7 +1,7 @@
-"""mergekit's YAML files as recipes: the same file means the same merge here.
+"""Reads mergekit configuration files as recipes with the same result as in mergekit.
 
-mergekit's own defaults are filled in where ours are the papers' (`density: 1.0`, rescaling to the old sum of magnitudes);
-what is not understood is refused by key.
+mergekit's defaults apply where ours follow the papers (`density: 1.0`, rescaling to the original sum of magnitudes).
+Unsupported keys raise an error.
 """
 
 from __future__ import annotations
@@ -70,21 +70,21 @@ class _File(Section):
     tokenizer: _Tokenizer | None = None
     chat_template: str | None = None
     name: str | None = None
-    """mergekit takes and ignores it."""
+    """Ignored, as in mergekit."""
 
 
 @dataclass(frozen=True)
 class _Method:
-    """How one of mergekit's methods is said here."""
+    """How a mergekit method maps to ours."""
 
     base: Literal["input", "first", "seed", "optional"]
-    """What becomes of base_model: an input like others, the first of two, the seed, or the seed if there is one."""
+    """Role of base_model: an ordinary input, the first of two inputs, the seed, or an optional seed."""
     required: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ("int8_mask",)
-    """Parameters that change nothing in the result."""
+    """Parameters without an effect on the result."""
     rescales: bool = False
-    """Whether `rescale: true` is possible: our `rescale: l1`."""
+    """Whether `rescale: true` is supported (our `rescale: l1`)."""
 
 
 _TASK_VECTORS = {"normalize": False, "lambda": 1.0}
@@ -119,10 +119,10 @@ METHODS: dict[str, _Method] = {
 
 
 def read_mergekit(path: Path) -> Recipe:
-    """Return the recipe that a file of mergekit's, or of its mergekit-moe, describes.
+    """Return the recipe of a mergekit or mergekit-moe configuration file.
 
-    Models are folders, looked for from the current folder and from the file's. Raises `UserError` with file, line
-    and key for what is not understood, not supported, or not there.
+    Models are folders, relative to the current folder or to the folder of the file. Raises `UserError` with file, line
+    and key for unknown keys, unsupported settings and missing models.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def read_mergekit(path: Path) -> Recipe:
 
 
 class _Reader:
-    """Turns a checked file into a recipe."""
+    """Converts a validated file into a recipe."""
 
     def __init__(self, path: Path, lines: Mapping[Any, int], file: _File) -> None:
         self.path, self.file = path, file
@@ -156,7 +156,7 @@ class _Reader:
         self.method = METHODS[file.merge_method]
 
     def recipe(self) -> Recipe:
-        """Return the recipe; raises `UserError` for what has no counterpart here."""
+        """Return the recipe; raises `UserError` for unsupported settings."""
         file = self.file
         module = self._module()
         base = self.named.model(file.base_model, ("base_model",)) if file.base_model is not None else None
@@ -195,20 +195,19 @@ class _Reader:
         )
 
     def _module(self) -> _Module:
-        """Return what is merged as one module, whichever of the three forms the file has."""
+        """Return the single module of the file, from `models`, `slices` or `modules`."""
         file = self.file
-        given = [key for key in ("models", "slices", "modules") if getattr(file, key)]
-        if len(given) != 1:
+        keys = [key for key in ("models", "slices", "modules") if getattr(file, key)]
+        if len(keys) != 1:
             raise UserError(
                 f"{self.path}: give exactly one of 'models', 'slices' and 'modules'"
-                + (f", not {' and '.join(given)}" if given else "")
+                + (f", not {' and '.join(keys)}" if keys else "")
             )
         if file.modules is None:
             return _Module(slices=file.slices, models=file.models)
         if len(file.modules) > 1:
             raise UserError(
-                f"{self.named.at('modules')}: models of several modules ({', '.join(file.modules)}) are not supported; "
-                "one module is"
+                f"{self.named.at('modules')}: several modules ({', '.join(file.modules)}) are not supported; give one module"
             )
         (module,) = file.modules.values()
         if (module.slices is None) == (module.models is None):
@@ -216,15 +215,17 @@ class _Reader:
         return module
 
     def _slices_name_bases(self, module: _Module) -> bool:
-        return module.slices is not None and all(part.base_model is not None for part in module.slices)
+        return module.slices is not None and all(
+            file_slice.base_model is not None for file_slice in module.slices
+        )
 
     def _whole(self, models: Sequence[_Model], base: str | None) -> tuple[OutputSlice, ...]:
         named = [
             (
-                self.named.model(one.model, ("models", number, "model")),
-                self._scope(one.parameters, ("models", number)),
+                self.named.model(model.model, ("models", number, "model")),
+                self._scope(model.parameters, ("models", number)),
             )
-            for number, one in enumerate(models)
+            for number, model in enumerate(models)
         ]
         self._require_different([name for name, _ in named], ("models",))
         if base is not None and base not in dict(named) and self.method.base in ("input", "first"):
@@ -233,16 +234,16 @@ class _Reader:
         return whole_models([name for name, _ in ordered], dict(ordered))
 
     def _slices(self, module: _Module, base: str | None) -> tuple[OutputSlice, ...]:
-        found = []
-        for number, part in enumerate(module.slices or ()):
+        slices = []
+        for number, file_slice in enumerate(module.slices or ()):
             at: tuple[Any, ...] = ("slices", number)
-            if part.residual_weight is not None:
+            if file_slice.residual_weight is not None:
                 raise UserError(
                     f"{self.named.at(*at, 'residual_weight')}: 'residual_weight' is not supported"
                 )
-            own = (
-                self.named.model(part.base_model, (*at, "base_model"))
-                if part.base_model is not None
+            slice_base = (
+                self.named.model(file_slice.base_model, (*at, "base_model"))
+                if file_slice.base_model is not None
                 else base
             )
             named = [
@@ -250,25 +251,25 @@ class _Reader:
                     self.named.model(source.model, (*at, "sources", index, "model")),
                     (source.layer_range, self._scope(source.parameters, (*at, "sources", index))),
                 )
-                for index, source in enumerate(part.sources)
+                for index, source in enumerate(file_slice.sources)
             ]
             self._require_different([name for name, _ in named], at)
-            ordered = self._ordered(named, own, keep_seed=True)
-            parameters = self._scope(part.parameters, at)
+            ordered = self._ordered(named, slice_base, keep_seed=True)
+            parameters = self._scope(file_slice.parameters, at)
             optional = self.method.base == "optional"
-            found.append(
+            slices.append(
                 OutputSlice(
                     tuple(SourceSlice(name, layers, parameters) for name, (layers, parameters) in ordered),
-                    {**({"task_vectors": True} if own is not None and optional else {}), **parameters},
-                    own if optional or self.method.base == "seed" else None,
+                    {**({"task_vectors": True} if slice_base is not None and optional else {}), **parameters},
+                    slice_base if optional or self.method.base == "seed" else None,
                 )
             )
-        return tuple(found)
+        return tuple(slices)
 
     def _ordered(
         self, named: Sequence[tuple[str, Any]], base: str | None, keep_seed: bool = False
     ) -> list[tuple[str, Any]]:
-        """Return the sources in the order that our method takes them in, without the seed unless it is to stay."""
+        """Return the sources in the order that our method expects; the seed is dropped unless `keep_seed`."""
         if base is None or self.method.base == "input":
             return list(named)
         if self.method.base == "first":
@@ -282,8 +283,8 @@ class _Reader:
                 raise UserError(f"{self.named.at(*at)}: model '{name}' is given twice")
 
     def _scope(self, parameters: Parameters | None, at: tuple[Any, ...]) -> Scope:
-        """Return parameters as our method calls them."""
-        found = {}
+        """Return parameters under the names of our method."""
+        scope = {}
         for key, value in (parameters or {}).items():
             if key in self.method.dropped:
                 continue
@@ -291,12 +292,12 @@ class _Reader:
                 value = self._rescale(value, at)
                 if value is None:
                     continue
-            found[key] = value
-        return found
+            scope[key] = value
+        return scope
 
     def _rescale(self, value: Any, at: tuple[Any, ...]) -> str | None:
         if not isinstance(value, bool):
-            raise UserError(f"{self.named.at(*at)}: 'rescale' is true or false here, for all tensors alike")
+            raise UserError(f"{self.named.at(*at)}: 'rescale' must be true or false, for all tensors")
         if self.method.rescales:
             return "l1" if value else "none"
         if value:
@@ -306,7 +307,7 @@ class _Reader:
         return None
 
     def _tokenizer(self) -> tuple[str, dict[str, TokenSource]]:
-        """Return our policy, and where single tokens' rows come from."""
+        """Return the tokenizer policy and the sources of single tokens' rows."""
         file = self.file
         if file.tokenizer is not None and file.tokenizer_source is not None:
             raise UserError(
@@ -317,16 +318,16 @@ class _Reader:
         if source is None:
             return "refuse", {}
         policy = source if source in ("base", "union") else self.named.model(source, ("tokenizer_source",))
-        found = {}
-        for token, given in tokens.items():
-            if given.source is None:
+        token_sources = {}
+        for token, token_file in tokens.items():
+            if token_file.source is None:
                 continue
-            if isinstance(given.source, dict) and "kind" in given.source:
+            if isinstance(token_file.source, dict) and "kind" in token_file.source:
                 raise UserError(
-                    f"{self.named.at('tokenizer', 'tokens', token)}: a source of kind '{given.source['kind']}' is not "
+                    f"{self.named.at('tokenizer', 'tokens', token)}: a source of kind '{token_file.source['kind']}' is not "
                     "supported; name a model"
                 )
-            found[token] = TokenSource(
-                self.named.model(given.source, ("tokenizer", "tokens", token)), given.force
+            token_sources[token] = TokenSource(
+                self.named.model(token_file.source, ("tokenizer", "tokens", token)), token_file.force
             )
-        return policy, found
+        return policy, token_sources

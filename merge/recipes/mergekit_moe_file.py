@@ -1,4 +1,4 @@
-"""mergekit-moe's YAML files as recipes of mixtures: the same experts, prompts and gates, in our way to begin routers."""
+"""Reads mergekit-moe configuration files as mixture recipes: experts, prompts and gate modes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GATES: Mapping[str, tuple[str, Mapping[str, float]]] = {
     "random": ("random", {"deviation": 1.0}),
     "uniform_random": ("linear", {}),
 }
-"""Their gate modes, and the router starts and options that are the same here."""
+"""mergekit-moe gate mode -> (router initialisation, its options)."""
 ARCHITECTURES = {"mixtral": "mixtral", "qwen": "qwen2_moe", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 _FROM_PROMPTS = ("prompt_states", "prompt_tokens")
 _SEED = "base"
@@ -42,14 +42,17 @@ class _MoeFile(Section):
     gate_mode: str = "hidden"
     dtype: str | None = None
     experts_per_token: int | None = Field(default=None, ge=1)
-    """Two where there are so many."""
+    """None: 2, or the number of experts if that is smaller."""
     shared_experts: list[Any] | None = None
     architecture: str | None = None
     tokenizer_source: Literal["base", "union"] | None = None
 
 
 def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path: Path) -> Recipe:
-    """Return the recipe of a mixture; raises `UserError` with file, line and key for what has no counterpart."""
+    """Return the mixture recipe of a parsed file.
+
+    Raises `UserError` with file, line and key for unsupported settings.
+    """
     try:
         file = _MoeFile.model_validate(content)
     except ValidationError as error:
@@ -63,29 +66,33 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
     router, router_options = GATES[file.gate_mode]
     base = named.model(file.base_model, ("base_model",))
     models = {_SEED: named.models[base]}
-    own: dict[str, dict[str, Any]] = {}
+    expert_parameters: dict[str, dict[str, Any]] = {}
     for number, expert in enumerate(file.experts):
-        name = _free(named.model(expert.source_model, ("experts", number, "source_model")), own)
+        name = _unique_name(
+            named.model(expert.source_model, ("experts", number, "source_model")), expert_parameters
+        )
         if router in _FROM_PROMPTS:
             _require_prompts(expert, file.gate_mode, named.at("experts", number))
         models[name] = named.models[name.partition("#")[0]]
         prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
-        own[name] = {key: list(value) for key, value in prompts.items() if value}
+        expert_parameters[name] = {key: list(value) for key, value in prompts.items() if value}
     if router in _FROM_PROMPTS:
-        _require_different_prompts(own, named.at("experts"))
+        _require_different_prompts(expert_parameters, named.at("experts"))
     options = {
         "router": router,
         "router_options": dict(router_options),
         "top_k": file.experts_per_token,
-        "discard": True,  # attention, norms and embeddings are the base's there too
+        "discard": True,  # as in mergekit: attention, norms and embeddings come from the base model
         "target": _target(file, named),
     }
     return Recipe(
         method="mixture",
         models=models,
-        slices=whole_models(tuple(own), own),
+        slices=whole_models(tuple(expert_parameters), expert_parameters),
         seed=_SEED,
-        adapter_bases={_name: folder for _name, folder in named.adapter_bases.items() if _name in own},
+        adapter_bases={
+            _name: folder for _name, folder in named.adapter_bases.items() if _name in expert_parameters
+        },
         scopes=(options,),
         dtype=named.dtype(file.dtype, "dtype"),
         tokenizer=file.tokenizer_source or "refuse",
@@ -95,12 +102,12 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
 def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
     if file.experts_per_token is not None and file.experts_per_token > len(file.experts):
         raise UserError(
-            f"{named.at('experts_per_token')}: 'experts_per_token' is {file.experts_per_token}, and there are "
+            f"{named.at('experts_per_token')}: 'experts_per_token' is {file.experts_per_token}, but there are only "
             f"{len(file.experts)} experts"
         )
     if file.shared_experts:
         raise UserError(
-            f"{named.at('shared_experts')}: 'shared_experts' is not supported; every expert is routed here"
+            f"{named.at('shared_experts')}: 'shared_experts' is not supported; all experts are routed"
         )
     for number, expert in enumerate(file.experts):
         for key in ("noise_scale", "residual_scale"):
@@ -108,11 +115,11 @@ def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
                 raise UserError(f"{named.at('experts', number, key)}: '{key}' is not supported")
 
 
-def _require_different_prompts(own: Mapping[str, Mapping[str, Any]], at: str) -> None:
-    prompts = list(own.values())
-    if len(prompts) > 1 and all(one == prompts[0] for one in prompts):
+def _require_different_prompts(expert_parameters: Mapping[str, Mapping[str, Any]], at: str) -> None:
+    prompts = list(expert_parameters.values())
+    if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
         raise UserError(
-            f"{at}: the prompts of all experts are the same, so that nothing tells them apart; change them, or take "
+            f"{at}: all experts have the same prompts, so the router cannot distinguish them; change the prompts, or use "
             "gate_mode: random"
         )
 
@@ -120,16 +127,18 @@ def _require_different_prompts(own: Mapping[str, Mapping[str, Any]], at: str) ->
 def _require_prompts(expert: _Expert, mode: str, at: str) -> None:
     if not any(prompt.strip() for prompt in expert.positive_prompts or ()):
         raise UserError(
-            f"{at}: gate_mode '{mode}' needs positive_prompts for '{expert.source_model}', texts of what it is good at; or "
-            "take gate_mode: random"
+            f"{at}: gate_mode '{mode}' needs positive_prompts (example texts) for '{expert.source_model}'; add some, or use "
+            "gate_mode: random"
         )
 
 
-def _free(name: str, taken: Mapping[str, Any]) -> str:
-    """Return a name for an expert: one model may be several, with prompts of its own for each."""
-    if name not in taken:
+def _unique_name(name: str, used_names: Mapping[str, Any]) -> str:
+    """Return a unique expert name; the same model can occur several times with different prompts."""
+    if name not in used_names:
         return name
-    return next(f"{name}#{number}" for number in range(2, len(taken) + 3) if f"{name}#{number}" not in taken)
+    return next(
+        f"{name}#{number}" for number in range(2, len(used_names) + 3) if f"{name}#{number}" not in used_names
+    )
 
 
 def _target(file: _MoeFile, named: NamedModels) -> str:

@@ -1,17 +1,17 @@
-"""Parameters per layer and per module: numbers, gradients over the layers, and values by filter.
+"""Merge parameters per layer and per module: numbers, gradients over layers, and values by filter.
 
-| where it is written | goes before |
-|---|---|
-| a model's own (`weights: {law: ...}`, a source's `parameters`) | all below |
-| a slice's `parameters` | |
-| a module's `parameters` | |
-| the merge's `options` or `parameters` | |
-| the method's default | |
+A parameter can be set in several places; the first of these that has a value for the tensor applies:
 
-Within one place the first `{filter, value}` that matches counts; if none does, the next place is asked. A filter is a
-part of the tensor's name (`mlp`), or a shell-style pattern (`*.layers.[0-7].*`); without one, or as `*`, it matches all.
-A list of numbers is a gradient: spread evenly over the layers of the slice, with straight lines between them; tensors
-that belong to no layer take its first value.
+1. a model (`weights: {law: ...}`, `parameters` of a source)
+2. `parameters` of a slice
+3. `parameters` of a module
+4. `options` or `parameters` of the merge
+5. the method's default
+
+In a list of `{filter, value}`, the first filter that matches applies. A filter is a substring of the tensor's name
+(`mlp`) or a shell-style pattern (`*.layers.[0-7].*`); a missing filter, or `*`, matches all tensors. A list of numbers
+is a gradient: its values are spread evenly over the layers of the slice and interpolated linearly; tensors outside the
+layers use the first value.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _KEYS = {"filter", "value"}
 
 
 def resolve(key: str, scopes: Iterable[Scope], tensor: str, depth: float) -> Any:
-    """Return the value of parameter `key` for one tensor, None where no scope says anything.
+    """Return the value of parameter `key` for one tensor; None if no scope sets it.
 
-    `depth` is where its layer lies in the slice, from 0 to 1. Raises `UserError` for a setting of no known form.
+    `depth` is the relative position of the layer in its slice, from 0 to 1. Raises `UserError` for a malformed setting.
     """
     for scope in scopes:
         if key in scope:
@@ -40,23 +40,23 @@ def resolve(key: str, scopes: Iterable[Scope], tensor: str, depth: float) -> Any
 
 
 def evaluate(key: str, setting: Setting, tensor: str, depth: float) -> Any:
-    """Return what one setting says for one tensor: see the module's description."""
+    """Return the value of one setting for one tensor, as described above; None if no filter matches."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list | tuple):
         return setting
     if not setting:
         raise UserError(f"parameter '{key}' is an empty list; give a number, or numbers for a gradient")
-    conditional = [isinstance(one, Mapping) for one in setting]
+    conditional = [isinstance(item, Mapping) for item in setting]
     if any(conditional):
         if not all(conditional):
-            raise UserError(f"parameter '{key}' mixes numbers with {{filter, value}}; use one of the two")
+            raise UserError(f"parameter '{key}' mixes numbers and {{filter, value}}; use only one of the two")
         return _first_match(key, setting, tensor, depth)
-    return _on_gradient(key, list(setting), depth)
+    return _interpolate(key, list(setting), depth)
 
 
 def is_varied(setting: Setting) -> bool:
-    """Tell whether a setting may give different tensors different values."""
+    """Return whether a setting can have different values for different tensors."""
     return isinstance(setting, Mapping | list | tuple)
 
 
@@ -64,7 +64,7 @@ def _first_match(key: str, conditions: Iterable[Mapping[str, Any]], tensor: str,
     for condition in conditions:
         if "value" not in condition or set(condition) - _KEYS:
             raise UserError(
-                f"parameter '{key}': {dict(condition)} is not understood; write {{filter: mlp, value: 0.5}}"
+                f"parameter '{key}': {dict(condition)} is not a condition; write {{filter: mlp, value: 0.5}}"
             )
         if matches(condition.get("filter"), tensor):
             value = condition["value"]
@@ -73,20 +73,20 @@ def _first_match(key: str, conditions: Iterable[Mapping[str, Any]], tensor: str,
 
 
 def matches(pattern: str | None, tensor: str) -> bool:
-    """Tell whether a filter takes a tensor: by a part of its name, or by a shell-style pattern."""
+    """Return whether a filter (substring or shell-style pattern) matches a tensor name."""
     if pattern is None or pattern == "*" or pattern in tensor:
         return True
-    return any(sign in pattern for sign in "*?[") and fnmatchcase(tensor, pattern)
+    return any(wildcard in pattern for wildcard in "*?[") and fnmatchcase(tensor, pattern)
 
 
-def _on_gradient(key: str, points: list[Any], depth: float) -> Any:
-    """Return the value at `depth`; numbers lie on straight lines, everything else changes in steps."""
+def _interpolate(key: str, points: list[Any], depth: float) -> Any:
+    """Return the value at `depth`: interpolated linearly for numbers, piecewise constant otherwise."""
     if not all(isinstance(point, int | float) and not isinstance(point, bool) for point in points):
         if any(isinstance(point, list | tuple) for point in points):
-            raise UserError(f"parameter '{key}' is a list of lists; give numbers for a gradient")
+            raise UserError(f"parameter '{key}' is a list of lists; a gradient is a list of numbers")
         return points[int(depth * (len(points) - 1))]
-    place = depth * (len(points) - 1)
-    before = int(place)
-    after = min(before + 1, len(points) - 1)
-    share = place - before
-    return (1 - share) * points[before] + share * points[after]
+    position = depth * (len(points) - 1)
+    left = int(position)
+    right = min(left + 1, len(points) - 1)
+    fraction = position - left
+    return (1 - fraction) * points[left] + fraction * points[right]

@@ -1,4 +1,4 @@
-"""What to merge and how, wherever it was written down: a project's `merges`, the command line, a mergekit file."""
+"""The merge recipe, the common form of merges from `expertctl.yaml`, the command line and mergekit files."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from pathlib import Path
 from typing import Any
 
 Setting = Any
-"""A parameter as users write it: a number, a word, a list of numbers (a gradient over the layers), or a list of
+"""A parameter in user syntax: a number, a string, a list of numbers (a gradient over layers), or a list of
 `{filter: ..., value: ...}`; see `merge/recipes/parameters.py`."""
 Scope = Mapping[str, Setting]
 WEIGHT = "weight"
-"""The parameter of a source that says how much it counts."""
+"""Name of the parameter for the weight of a source."""
 
 
 @dataclass(frozen=True)
 class SourceSlice:
-    """Layers of one model that go into a slice of the output."""
+    """Layers of one model that are an input of an output slice."""
 
     model: str
     """Name in `Recipe.models`."""
     layers: tuple[int, int] | None = None
-    """First layer and the one after the last; None: all."""
+    """Half-open range of layers; None: all layers."""
     parameters: Scope = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """Consecutive layers of the output: as many as each of its sources gives."""
+    """Consecutive layers of the output, merged from the same number of layers of each source."""
 
     sources: tuple[SourceSlice, ...]
     parameters: Scope = field(default_factory=dict)
     seed: str | None = None
-    """The model that this slice's experts are compared with, where it is not the recipe's."""
+    """Name of the seed of this slice; None: the seed of the recipe."""
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where the embedding of one token comes from, and whether even models that have it take it from there."""
+    """Source model of the embedding of one token; with `force`, also for models that have the token."""
 
     model: str
     force: bool = False
@@ -47,68 +47,72 @@ class TokenSource:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One merge, resolved as far as that is possible without opening a file."""
+    """One merge, resolved as far as possible without opening model files."""
 
     method: str
     models: Mapping[str, Path]
-    """Name -> folder: a Hugging Face model, an artefact of ours, or a PEFT adapter of the seed."""
+    """Name -> folder of a Hugging Face model, an artefact, or a PEFT adapter of the seed."""
     slices: tuple[OutputSlice, ...]
     seed: str | None = None
-    """Name of the model that the experts started from, if the merge has one."""
+    """Name of the seed in `models`; None: a merge without a seed."""
     adapter_bases: Mapping[str, Path] = field(default_factory=dict)
-    """Folder of the model that an adapter changes, where that is not the seed."""
+    """Adapter name -> folder of its base model, for adapters whose base model is not the seed."""
     scopes: tuple[Scope, ...] = ()
-    """Parameters for all slices, the most particular first."""
+    """Parameters for all slices, in order of precedence."""
     required: tuple[str, ...] = ()
-    """Parameters that must be given for every tensor, because no default goes with this recipe."""
+    """Parameters without a default, which must be set for every tensor."""
     dtype: str | None = None
-    """Of the output, as safetensors spells it. None: that of the inputs."""
+    """Output dtype, by its safetensors name; None: dtype of the inputs."""
     input_dtype: str | None = None
-    """What inputs are rounded to before anything is calculated, where a mergekit file says so."""
+    """Dtype to which inputs are rounded before merging (`dtype` of a mergekit file); None: no rounding."""
     tokenizer: str = "refuse"
-    """What to do when tokenizers differ: `refuse`, `base`, `union`, or the name of a model."""
+    """Policy for different tokenizers: `refuse`, `base`, `union`, or the name of a model."""
     tokens: Mapping[str, TokenSource] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     chat_template: str | None = None
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The models that are merged, in the order of their first appearance, without the seed."""
-        names = [source.model for part in self.slices for source in part.sources]
+        """Names of the merged models without the seed, in order of first appearance."""
+        names = [source.model for output_slice in self.slices for source in output_slice.sources]
         return tuple(dict.fromkeys(name for name in names if name != self.seed))
 
 
 def whole_models(
     names: Sequence[str], parameters: Mapping[str, Scope] | None = None
 ) -> tuple[OutputSlice, ...]:
-    """Return the one slice of a merge that takes all layers of all models."""
-    given = parameters or {}
-    return (OutputSlice(tuple(SourceSlice(name, parameters=given.get(name, {})) for name in names)),)
+    """Return the single slice of a merge of all layers of all models."""
+    by_name = parameters or {}
+    return (OutputSlice(tuple(SourceSlice(name, parameters=by_name.get(name, {})) for name in names)),)
 
 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as a manifest keeps it: models by name, without where they lie."""
+    """Return the JSON form of a recipe for a manifest, with model names but no folders."""
     content = asdict(recipe)
     content["models"] = list(recipe.models)
     content["adapter_bases"] = {name: folder.name for name, folder in recipe.adapter_bases.items()}
-    plain: dict[str, Any] = json.loads(json.dumps(content))  # lists for tuples: as it is read back
-    return plain
+    json_content: dict[str, Any] = json.loads(json.dumps(content))  # tuples become lists, as after reading
+    return json_content
 
 
 def recipe_from_json(content: Mapping[str, Any], models: Mapping[str, Path]) -> Recipe:
-    """Return the recipe of a manifest with the folders that its models were found in."""
+    """Return the recipe of a manifest, with `models` as the folders of its models."""
     slices = tuple(
         OutputSlice(
             sources=tuple(
-                SourceSlice(one["model"], tuple(one["layers"]) if one["layers"] else None, one["parameters"])
-                for one in part["sources"]
+                SourceSlice(
+                    source_slice["model"],
+                    tuple(source_slice["layers"]) if source_slice["layers"] else None,
+                    source_slice["parameters"],
+                )
+                for source_slice in output_slice["sources"]
             ),
-            parameters=part["parameters"],
-            seed=part["seed"],
+            parameters=output_slice["parameters"],
+            seed=output_slice["seed"],
         )
-        for part in content["slices"]
+        for output_slice in content["slices"]
     )
-    given = {
+    fields = {
         **content,
         "models": {name: models[name] for name in content["models"]},
         "adapter_bases": {name: models[f"base of {name}"] for name in content["adapter_bases"]},
@@ -117,4 +121,4 @@ def recipe_from_json(content: Mapping[str, Any], models: Mapping[str, Path]) -> 
         "required": tuple(content.get("required", ())),
         "tokens": {token: TokenSource(**source) for token, source in content["tokens"].items()},
     }
-    return Recipe(**given)
+    return Recipe(**fields)

@@ -1,4 +1,4 @@
-"""Generalists without an expert, with one more, or with another in its place: no training, and the old one stays."""
+"""Adds, removes and replaces experts of a generalist, without training; the result is a new generalist."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from ...core.artefacts.files import (
-    exclusive,
+    exclusive_output,
     link_or_copy,
     new_folder,
     read_json,
     refuse_existing,
     resumable_folder,
     write_json,
-    write_text,
 )
 from ...core.artefacts.layout import Layout
-from ...core.artefacts.lineage import (
-    Manifest,
-    digest_of_tensors,
-    digests_of_folder,
-    read_manifest,
-    require_intact,
-)
 from ...core.errors import UserError, unknown_name
-from ..generalists.card import CARD_FILE, model_card
+from ...core.manifests.finishing import CARD_FILE, finish_artefact
+from ...core.manifests.generalist import GeneralistConfig, MixtureRecord, Tuning
+from ...core.manifests.manifest import Manifest, read_manifest
+from ...core.manifests.verification import require_intact
+from ..generalists.card import model_card
 from ..generalists.folder import write_generalist
 from ..merging import MergeRun, merge_recipe
-from ..mixture.changing import Change, history, plan_change, require_sense, shares_its_rest_with_the_seed
+from ..mixture.changing import (
+    Change,
+    history_entries,
+    plan_change,
+    require_valid_change,
+    shared_tensors_are_the_seeds,
+)
 from ..planning.plan import check_output
 from ..recipes.recipe import recipe_from_json
-from ..sources.history import history_of
 from ..stitched.changing import change_stitched
 from .reproducing import locate
 
@@ -46,83 +47,84 @@ def change_experts(
     models: Mapping[str, Path] | None = None,
     run: MergeRun | None = None,
 ) -> Manifest:
-    """Write `folder`'s generalist with other experts to `output` and return its manifest.
+    """Write the generalist of `folder` with changed experts to `output` and return its manifest.
 
-    A mixture is changed by itself; any other merge is made again from its models, which `models` says where to find
-    if not by their names. Raises `UserError` for what is not possible, with nothing written.
+    Mixtures are changed directly if possible; other generalists are merged again from their models, with `models` as
+    the folders of models that are not found by name. Raises `UserError` for unsupported changes before anything is
+    written.
     """
-    how = run or MergeRun()
-    require_sense(change)
+    run = run or MergeRun()
+    require_valid_change(change)
     manifest = read_manifest(folder)
-    if manifest.kind != "generalist":
-        raise UserError(f"{folder} is no generalist, but of kind {manifest.kind}")
-    record = manifest.config.get("mixture") or {}
-    if manifest.config.get("kind") == "ensemble":
-        return _shrink_ensemble(folder, output, change, how)
-    if manifest.config.get("kind") == "stitched":
+    merged = manifest.merged
+    if merged is None:
+        raise UserError(f"{folder} is not a generalist, but of kind '{manifest.kind}'")
+    if merged.kind == "ensemble":
+        return _shrink_ensemble(folder, output, change, run)
+    if merged.kind == "stitched":
         return change_stitched(
-            folder, output, change, force=how.force, allow_licences=how.permissions.licences
+            folder, output, change, force=run.force, allow_licences=run.permissions.licences
         )
-    if record and _changes_by_itself(manifest, change):
-        return _change_mixture(folder, output, change, how)
-    if manifest.config.get("kind") == "shared":
+    if merged.mixture is not None and _is_changed_directly(manifest.name, merged, merged.mixture, change):
+        return _change_mixture(folder, output, change, run)
+    if merged.kind == "shared":
         raise UserError(
-            f"{folder} was trained by its owners together, in rounds of '{manifest.config.get('method')}': nobody can be taken "
-            "out of it or put into it"
+            f"{folder} was trained jointly by its owners, in rounds of '{merged.method}'; it has no experts to add or "
+            "remove"
         )
-    if "recipe" not in manifest.config:
+    if merged.recipe is None:
         raise UserError(
-            f"{folder} cannot be changed by itself: it is made by '{manifest.config.get('method')}', which keeps nothing "
-            "of single experts; merge again with other --experts"
+            f"{folder} cannot be changed: method '{merged.method}' does not keep single experts; merge again with other "
+            "--experts"
         )
-    recipe = recipe_without_and_with(manifest, folder, change, layout, models or {})
-    events = [*history_of(manifest), *history(manifest, change)]
-    return merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=how, history=events)
+    recipe = recipe_with_changed_experts(manifest, folder, change, layout, models or {})
+    events = [*merged.history, *history_entries(manifest, change)]
+    return merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=run, history=events)
 
 
-def _changes_by_itself(manifest: Manifest, change: Change) -> bool:
-    """Tell whether a mixture's own files, and those who join, are all that a change needs.
+def _is_changed_directly(name: str, merged: GeneralistConfig, mixture: MixtureRecord, change: Change) -> bool:
+    """Return whether a mixture can be changed without the models it was merged from.
 
-    Raises `UserError` where even the models that it was made of do not suffice.
+    Raises `UserError` if it cannot be changed even with them.
     """
-    record = manifest.config["mixture"]
-    if record.get("tuned"):
+    if merged.tunings:
         return True
-    if not shares_its_rest_with_the_seed(manifest):
+    if not shared_tensors_are_the_seeds(mixture):
         return False
-    if record["router"]["start"] == "embedding" or not (change.add or change.replace):
+    if mixture.router.start == "embedding" or not (change.add or change.replace):
         return True
-    if record["router"].get("uses_text"):
+    if mixture.router.uses_text:
         raise UserError(
-            f"the router of '{manifest.name}' was fitted on text of all its experts together, so that none can join "
-            "or be replaced alone; merge again with all of them"
+            f"the router of '{name}' was fitted on the text of all experts, so experts cannot be added or replaced; merge "
+            "again with all experts"
         )
     return False
 
 
-def _change_mixture(folder: Path, output: Path, change: Change, how: MergeRun) -> Manifest:
+def _change_mixture(folder: Path, output: Path, change: Change, run: MergeRun) -> Manifest:
     require_intact(folder)
-    lock = output.with_name(f".{output.name}.lock")
-    refuse_existing(output, force=how.force, what="generalist")
-    changed = plan_change(folder, change, allow_licences=how.permissions.licences)
+    refuse_existing(output, force=run.force, what="generalist")
+    changed = plan_change(folder, change, allow_licences=run.permissions.licences)
     check_output(changed.plan, output)
-    with exclusive(lock, f"generalist {output}"):
-        try:
-            for note in changed.plan.notes:
-                how.say(note)
-            with resumable_folder(output, force=how.force, resume=how.resume, what="generalist") as partial:
-                return write_generalist(
-                    changed.plan, partial, output.name, descent=changed.descent, say=how.say, tell=how.tell
-                )
-        finally:
-            lock.unlink(missing_ok=True)
+    with exclusive_output(output, f"generalist {output}"):
+        for note in changed.plan.notes:
+            run.say(note)
+        with resumable_folder(output, force=run.force, resume=run.resume, what="generalist") as partial:
+            return write_generalist(
+                changed.plan,
+                partial,
+                output.name,
+                provenance=changed.provenance,
+                say=run.say,
+                tell=run.tell,
+            )
 
 
-def _shrink_ensemble(folder: Path, output: Path, change: Change, how: MergeRun) -> Manifest:
-    """Write an ensemble without some of its experts: the others' files are linked, their prior is scaled up."""
+def _shrink_ensemble(folder: Path, output: Path, change: Change, run: MergeRun) -> Manifest:
+    """Write an ensemble without some experts; the other files are linked and the prior is renormalised."""
     if change.add or change.replace:
         raise UserError(
-            "experts join an ensemble by merging again, since their share in the prior is fitted; or, for a DEMix model, by "
+            "experts cannot be added to an ensemble, because its prior is fitted; merge again, or for a DEMix model use "
             "`expertctl tune --trains demix_dapt`"
         )
     require_intact(folder)
@@ -138,103 +140,103 @@ def _shrink_ensemble(folder: Path, output: Path, change: Change, how: MergeRun) 
     }
     total = sum(kept.values())
     if not kept or not total > 0:
-        raise UserError("no expert would be left")
-    top = config.get("top_experts")
+        raise UserError("the change would remove all experts")
+    top_experts = config.get("top_experts")
     config |= {
         "experts": list(kept),
         "prior": [share / total for share in kept.values()],
-        "top_experts": min(top, len(kept)) if top is not None else None,
+        "top_experts": min(top_experts, len(kept)) if top_experts is not None else None,
     }
-    with new_folder(output, force=how.force, what="generalist") as partial:
+    with new_folder(output, force=run.force, what="generalist") as partial:
         for file in sorted(folder.rglob("*")):
-            place = partial / file.relative_to(folder)
-            gone = file.parent.name == "experts" and file.stem in change.remove
+            new_path = partial / file.relative_to(folder)
+            is_removed = file.parent.name == "experts" and file.stem in change.remove
             if file.is_dir():
-                place.mkdir(exist_ok=True)
-            elif file.name not in ("config.json", "generalist.json", CARD_FILE) and not gone:
-                link_or_copy(file, place)
+                new_path.mkdir(exist_ok=True)
+            elif file.name not in ("config.json", "generalist.json", CARD_FILE) and not is_removed:
+                link_or_copy(file, new_path)
         write_json(partial / "config.json", config)
-        changed = _without(manifest, change, output.name, config)
-        write_text(partial / CARD_FILE, model_card(changed))
-        tensors, files = digests_of_folder(partial)
-        changed = replace(changed, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
-        changed.write(partial)
-    return changed
+        changed = _shrunk_manifest(manifest, change, output.name, config)
+        return finish_artefact(partial, changed, card=model_card)
 
 
-def _without(manifest: Manifest, change: Change, name: str, config: Mapping[str, Any]) -> Manifest:
-    """Return the manifest of an ensemble that some have left."""
-    record = dict(manifest.config.get("mixture") or {})
+def _shrunk_manifest(manifest: Manifest, change: Change, name: str, config: Mapping[str, Any]) -> Manifest:
+    """Return the manifest of an ensemble without the removed experts."""
+    merged = manifest.merged
+    assert merged is not None
     shares = dict(zip(config["experts"], config["prior"], strict=True))
-    record["experts"] = list(shares)
-    record["history"] = [*record.get("history", ()), *history(manifest, change)]
-    made = {one for tuning in record.get("tuned", ()) for one in tuning.get("made", ())}
-    if "tuned" in record:  # an expert that trained alone takes along all that has seen its text
-        record["tuned"] = [
-            {**one, "left": True} if _is_gone(one, change.remove) else one for one in record["tuned"]
-        ]
-    left = {one["name"] for one in record.get("tuned", ()) if one.get("left")}
+    trained_inside = {expert for tuning in merged.tunings for expert in tuning.trained_inside}
+    # removing an expert also removes tunings that only trained copies of it
+    tunings = tuple(replace(tuning, left=_has_left(tuning, change.remove)) for tuning in merged.tunings)
+    removed_names = {*change.remove, *(tuning.name for tuning in tunings if tuning.left)}
     parents = tuple(
         replace(parent, weight=shares[parent.name])
-        if parent.name in shares and parent.name not in made
+        if parent.name in shares and parent.name not in trained_inside
         else parent
         for parent in manifest.parents
         if parent.name not in change.remove
-        or parent.name in made  # of what it was trained from, not of the expert
+        or parent.name in trained_inside  # a parent of the whole model, not the expert of that name
     )
-    return replace(
-        manifest,
-        name=name,
-        parents=parents,
-        config={**manifest.config, "weights": shares, "mixture": record},
-        data={key: value for key, value in manifest.data.items() if key not in {*change.remove, *left}},
+    new_config = replace(
+        merged,
+        weights=shares,
+        experts=tuple(shares),
+        history=(*merged.history, *history_entries(manifest, change)),
+        tunings=tunings,
     )
+    statements = {
+        key: statement for key, statement in manifest.expert_data.items() if key not in removed_names
+    }
+    return replace(manifest, name=name, parents=parents, config=new_config, expert_data=statements)
 
 
-def _is_gone(tuning: Mapping[str, Any], gone: Sequence[str]) -> bool:
-    trained = tuning.get("began_as", {})
-    return bool(trained) and set(trained) <= set(gone)
+def _has_left(tuning: Tuning, removed_names: Sequence[str]) -> bool:
+    copied_experts = set(tuning.copied_from)
+    return tuning.left or (bool(copied_experts) and copied_experts <= set(removed_names))
 
 
-def recipe_without_and_with(
+def recipe_with_changed_experts(
     manifest: Manifest,
     folder: Path,
     change: Change,
     layout: Layout | None,
     models: Mapping[str, Path],
 ) -> tuple[dict[str, object], dict[str, Path]]:
-    """Return a merge's recipe with other experts, as JSON, and the folders of its models."""
-    recipe = manifest.config["recipe"]
-    gone = set(change.remove)
+    """Return the JSON recipe of a merge with changed experts, and the folders of its models."""
+    merged = manifest.merged
+    assert merged is not None
+    assert merged.recipe is not None
+    recipe = merged.recipe
+    removed_names = set(change.remove)
     for name in change.add:
         if name in recipe["models"]:
-            raise UserError(f"'{name}' is in {folder} already; use `expertctl expert replace`")
+            raise UserError(f"'{name}' is already in {folder}; use `expertctl expert replace`")
     for name in (*change.remove, *change.replace):
         if name not in recipe["models"]:
-            raise UserError(f"'{name}' is no model of {folder}; it has {', '.join(recipe['models'])}")
+            raise UserError(f"'{name}' is not a model of {folder}; it has {', '.join(recipe['models'])}")
     slices = [
         {
-            **part,
-            "sources": [one for one in part["sources"] if one["model"] not in gone]
+            **output_slice,
+            "sources": [source for source in output_slice["sources"] if source["model"] not in removed_names]
             + [{"model": name, "layers": None, "parameters": {}} for name in change.add],
         }
-        for part in recipe["slices"]
+        for output_slice in recipe["slices"]
     ]
-    if any(not part["sources"] for part in slices):
-        raise UserError("no expert would be left")
-    names = [name for name in recipe["models"] if name not in gone]
+    if any(not output_slice["sources"] for output_slice in slices):
+        raise UserError("the change would remove all experts")
+    names = [name for name in recipe["models"] if name not in removed_names]
     content = {**recipe, "models": [*names, *change.add], "slices": slices}
-    if manifest.config.get("mixture"):
-        count = len(manifest.config["mixture"]["experts"]) - len(gone) + len(change.add)
-        content["scopes"] = [_with_possible_top_k(scope, count) for scope in recipe["scopes"]]
-    given = {**models, **change.replace, **change.add}
-    found = locate(manifest, content, folder, layout, given, insist=True)
+    if merged.mixture is not None:
+        count = len(merged.experts) - len(removed_names) + len(change.add)
+        content["scopes"] = [_limit_top_k(scope, count) for scope in recipe["scopes"]]
+    known_folders = {**models, **change.replace, **change.add}
+    located = locate(manifest, content, folder, layout, known_folders, require_digest=True)
     return content, {
-        **found.models,
-        **{f"base of {name}": path for name, path in found.adapter_bases.items()},
+        **located.models,
+        **{f"base of {name}": path for name, path in located.adapter_bases.items()},
     }
 
 
-def _with_possible_top_k(options: Mapping[str, Any], experts: int) -> dict[str, Any]:
+def _limit_top_k(options: Mapping[str, Any], experts: int) -> dict[str, Any]:
     top_k = options.get("top_k")
     return {**options, **({"top_k": min(top_k, experts)} if top_k is not None else {})}

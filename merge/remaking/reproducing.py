@@ -1,4 +1,4 @@
-"""Making a generalist again from its manifest, and comparing every byte."""
+"""Repeats a merge from the manifest of a generalist and compares the result byte by byte."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.digests import MANIFEST_NAMES
 from ...core.artefacts.layout import Layout
-from ...core.artefacts.lineage import MANIFEST_NAMES, Manifest, manifest_path, read_manifest
 from ...core.errors import UserError
-from ..generalists.card import CARD_FILE
+from ...core.manifests.finishing import CARD_FILE
+from ...core.manifests.generalist import GeneralistConfig
+from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ..merging import MergeRun, merge_recipe
 from ..planning.plan import Permissions
 from ..recipes.recipe import Recipe, recipe_from_json
-from ..sources.history import history_of
 from ..sources.parents import SEED
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came out of making a generalist again."""
+    """Result of repeating a merge."""
 
     same: bool
     differences: tuple[str, ...]
-    """A sentence each; empty when every byte is the same."""
+    """One sentence per difference; empty if the result is byte-identical."""
     versions: tuple[str, ...]
-    """Tools whose versions are others than then: the likely reason for a difference."""
+    """Version changes of tools since the merge, which can explain differences."""
 
 
 def reproduce(
@@ -38,80 +39,83 @@ def reproduce(
     models: Mapping[str, Path] | None = None,
     run: MergeRun | None = None,
 ) -> Reproduction:
-    """Merge again what `manifest` describes, into a temporary folder beside `folder`, and compare.
+    """Repeat the merge of `manifest` in a temporary folder beside `folder` and compare the results.
 
-    `models` says where models are that are not found by their names: in the workspace, beside `folder`, or in the
-    current folder. Raises `UserError` for manifests of other artefacts and for models that are not found.
+    Models are found by name in the workspace, beside `folder`, or in the current folder; `models` gives the folders of
+    other models. Raises `UserError` for manifests of other artefacts and for missing models.
     """
-    if manifest.kind != "generalist" or "recipe" not in manifest.config or _has_a_fitted_router(manifest):
-        raise UserError(f"{folder} cannot be made again from its manifest alone: it {_why_not(manifest)}")
-    recipe = locate(manifest, manifest.config["recipe"], folder, layout, models or {})
-    how = run or MergeRun()
-    insisted = MergeRun(
-        permissions=Permissions(unrelated=True, licences=True),  # it was merged like this once
-        settings=how.settings,
-        shard_bytes=int(manifest.config["shard_bytes"]),
-        say=how.say,
-        tell=how.tell,
+    merged = manifest.merged
+    if merged is None or merged.recipe is None or merged.shard_bytes is None or _has_fitted_router(merged):
+        raise UserError(f"{folder} cannot be reproduced from its manifest alone: it {_why_not(manifest)}")
+    recipe = locate(manifest, merged.recipe, folder, layout, models or {})
+    run = run or MergeRun()
+    repeated_run = MergeRun(
+        permissions=Permissions(unrelated=True, licences=True),  # the original merge was allowed
+        settings=run.settings,
+        shard_bytes=merged.shard_bytes,
+        say=run.say,
+        tell=run.tell,
     )
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        again = merge_recipe(recipe, Path(scratch) / folder.name, run=insisted, name=manifest.name)
-    return compare(manifest, again)
+        repeated_manifest = merge_recipe(
+            recipe, Path(scratch) / folder.name, run=repeated_run, name=manifest.name
+        )
+    return compare(manifest, repeated_manifest)
 
 
 def _why_not(manifest: Manifest) -> str:
-    if manifest.kind != "generalist":
-        return "is no generalist"
-    if manifest.config.get("kind") == "shared":
-        return "was trained in rounds, whose weights are with their owners"
-    if (manifest.config.get("mixture") or {}).get("tuned"):
-        return "was trained after its merge; run its `tune` again"
-    return "is fitted on text; run its `merge` again"
+    if manifest.merged is None:
+        return "is not a generalist"
+    if manifest.is_shared:
+        return "was trained in rounds with weights that only the owners have"
+    if manifest.tunings:
+        return "was trained after the merge; repeat its `expertctl tune`"
+    return "was fitted on text; repeat its `expertctl merge`"
 
 
-def _has_a_fitted_router(manifest: Manifest) -> bool:
-    """Tell whether a mixture's router began from text, which its recipe does not hold."""
-    return bool(((manifest.config.get("mixture") or {}).get("router") or {}).get("uses_text"))
+def _has_fitted_router(merged: GeneralistConfig) -> bool:
+    """Return whether a mixture's router was fitted on text, which is not part of the recipe."""
+    return merged.mixture is not None and merged.mixture.router.uses_text
 
 
 def compare(before: Manifest, after: Manifest) -> Reproduction:
-    """Return what differs between two makings of a generalist."""
-    found: list[str] = []
+    """Return the differences between two merges of a generalist."""
+    differences: list[str] = []
     parents = {parent.name: parent.digest for parent in after.parents}
-    replaced = {event["expert"] for event in history_of(before) if event["what"] == "replaced"}
-    found += [
-        f"{parent.kind} '{parent.name}' is not what it was: {parent.digest[:12]} then, "
+    replaced = {event.expert for event in before.history if event.change == "replaced"}
+    differences += [
+        f"{parent.kind} '{parent.name}' has changed: {parent.digest[:12]} then, "
         f"{parents.get(parent.name, 'none')[:12]} now"
         + (
-            f"; another had taken its place, say where that is: --model {parent.name}=DIR"
+            f"; it replaced another expert, so give its folder: --model {parent.name}=DIR"
             if parent.name in replaced
             else ""
         )
         for parent in before.parents
         if parents.get(parent.name) != parent.digest
     ]
-    for what, then, now in (
+    for item, then, now in (
         ("tensor", before.tensors, after.tensors),
         ("file", before.files, after.files),
     ):
-        found += [
-            f"{what} {name} is another"
+        differences += [
+            f"{item} {name} differs"
             if name in then and name in now
-            else f"{what} {name} is in one of the two only"
+            else f"{item} {name} is in only one of the two"
             for name in sorted({*then, *now})
-            if then.get(name) != now.get(name) and not (name == CARD_FILE and _has_a_later_card(before))
+            if then.get(name) != now.get(name) and not (name == CARD_FILE and _has_changed_card(before))
         ]
     versions = tuple(
         f"{name} {before.versions.get(name, 'none')} then, {after.versions.get(name, 'none')} now"
         for name in sorted({*before.versions, *after.versions})
         if before.versions.get(name) != after.versions.get(name)
     )
-    return Reproduction(not found, tuple(found), versions)
+    return Reproduction(not differences, tuple(differences), versions)
 
 
-def _has_a_later_card(manifest: Manifest) -> bool:
-    """Tell whether a card says more than a merge knows: how it was evaluated, or who left and joined since."""
-    return "gate" in manifest.metrics or bool(history_of(manifest))
+def _has_changed_card(manifest: Manifest) -> bool:
+    """Return whether the card was changed after the merge, by an evaluation or by expert changes."""
+    return "gate" in manifest.metrics or bool(manifest.history)
 
 
 def locate(
@@ -119,49 +123,51 @@ def locate(
     recipe: Mapping[str, Any],
     folder: Path,
     layout: Layout | None,
-    given: Mapping[str, Path],
+    folders: Mapping[str, Path],
     *,
-    insist: bool = False,
+    require_digest: bool = False,
 ) -> Recipe:
-    """Return a generalist's recipe with the folders of its models: those with the digests that its manifest names.
+    """Return a generalist's recipe with the folders of its models, matched by the digests in its manifest.
 
-    Raises `UserError` for one that is not found; with `insist` also where all that has its name is another.
+    Raises `UserError` for missing models and, with `require_digest`, for models with another digest.
     """
     names = [*recipe["models"], *(f"base of {name}" for name in recipe["adapter_bases"])]
     digests = {parent.name: parent.digest for parent in manifest.parents}
-    found = {
-        name: given[name] if name in given else _find(name, digests.get(name), folder, layout, insist)
+    located = {
+        name: folders[name]
+        if name in folders
+        else _find(name, digests.get(name), folder, layout, require_digest)
         for name in names
     }
-    return recipe_from_json(recipe, found)
+    return recipe_from_json(recipe, located)
 
 
-def _find(name: str, digest: str | None, folder: Path, layout: Layout | None, insist: bool) -> Path:
+def _find(name: str, digest: str | None, folder: Path, layout: Layout | None, require_digest: bool) -> Path:
     named = [
-        place
-        for place in _places(name, folder, layout)
-        if (place / "config.json").is_file() or any((place / file).is_file() for file in _MARKS)
+        candidate
+        for candidate in _candidates(name, folder, layout)
+        if (candidate / "config.json").is_file() or any((candidate / file).is_file() for file in _MARKS)
     ]
     others: Iterable[Path] = layout.finished() if layout is not None and digest is not None else ()
-    for place in (*named, *others):
-        if digest is None or (place in named and manifest_path(place) is None):
-            return place  # a plain folder says nothing of itself; the merge compares its tensors
-        if manifest_path(place) is not None and read_manifest(place).digest == digest:
-            return place
-    if named and not insist:
+    for candidate in (*named, *others):
+        if digest is None or (candidate in named and manifest_path(candidate) is None):
+            return candidate  # folders without manifest have no digest; the merge compares their tensors
+        if manifest_path(candidate) is not None and read_manifest(candidate).digest == digest:
+            return candidate
+    if named and not require_digest:
         return named[0]
     if named:
         raise UserError(
-            f"{named[0]} is not the '{name}' that {folder} was made of ({str(digest)[:12]}): it was made again, or another had "
-            "taken its place; put that one into the workspace, or replace it too"
+            f"{named[0]} is not the '{name}' that {folder} was made from ({str(digest)[:12]}); restore that model in the "
+            "workspace, or replace it as well"
         )
-    raise UserError(f"model '{name}' is not found; say where it is: --model {name}=DIR")
+    raise UserError(f"model '{name}' was not found; give its folder: --model {name}=DIR")
 
 
 _MARKS: Sequence[str] = (*MANIFEST_NAMES.values(), "adapter_config.json")
 
 
-def _places(name: str, folder: Path, layout: Layout | None) -> list[Path]:
+def _candidates(name: str, folder: Path, layout: Layout | None) -> list[Path]:
     beside = [folder.resolve().parent / name, Path.cwd() / name]
     if layout is None:
         return beside

@@ -1,1 +1,1 @@
-"""The models that a merge reads: tensors, adapters, tokenizers, licences, provenance."""
+"""Inputs of a merge: models, adapters, tokenizers, statistics, licences and lineage."""

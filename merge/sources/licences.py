@@ -1,11 +1,12 @@
-"""Whether models may be merged by their licences. Help against accidents, not legal advice.
+"""Checks whether the licences of models allow a merge. A safeguard against mistakes, not legal advice.
 
-Only what contradicts itself is found: a licence that forbids derivatives, or two that each want the result for
-themselves. Identifiers are those of the Hugging Face hub, in any case.
+Finds only contradictions: licences that forbid derivatives, and pairs of licences that each require the result to be
+under their own terms. Identifiers are those of the Hugging Face hub, case-insensitive.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,156 +14,84 @@ from pathlib import Path
 
 import yaml
 
-from ...core.artefacts.lineage import manifest_path, read_manifest
 from ...core.errors import UserError
+from ...core.manifests.manifest import manifest_path, read_manifest
 
 CARD = "README.md"
-PERMISSIVE = frozenset(
-    [
-        "apache-2.0",
-        "mit",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "bsd-3-clause-clear",
-        "isc",
-        "zlib",
-        "unlicense",
-        "cc0-1.0",
-        "wtfpl",
-        "ncsa",
-        "afl-3.0",
-        "artistic-2.0",
-        "ms-pl",
-        "ecl-2.0",
-        "bsl-1.0",
-        "pddl",
-        "odc-by",
-        "cc-by-2.0",
-        "cc-by-2.5",
-        "cc-by-3.0",
-        "cc-by-4.0",
-        "cc",
-        "cdla-permissive-1.0",
-        "cdla-permissive-2.0",
-        "python-2.0",
-        "psf-2.0",
-    ]
-)
-NO_DERIVATIVES = frozenset(["cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"])
-NON_COMMERCIAL = frozenset(
-    [
-        "cc-by-nc-2.0",
-        "cc-by-nc-3.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "fair-noncommercial-research-license",
-        "intel-research",
-        "apple-amlr",
-    ]
-)
-KEEPS_ITSELF = frozenset(
-    [
-        "gpl",
-        "gpl-2.0",
-        "gpl-3.0",
-        "agpl-3.0",
-        "lgpl",
-        "lgpl-2.1",
-        "lgpl-3.0",
-        "mpl-2.0",
-        "eupl-1.1",
-        "eupl-1.2",
-        "osl-3.0",
-        "cc-by-sa-3.0",
-        "cc-by-sa-4.0",
-        "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "odbl",
-        "openrail",
-        "openrail++",
-        "creativeml-openrail-m",
-        "bigscience-openrail-m",
-        "bigscience-bloom-rail-1.0",
-        "bigcode-openrail-m",
-        "llama2",
-        "llama3",
-        "llama3.1",
-        "llama3.2",
-        "llama3.3",
-        "llama4",
-        "gemma",
-        "deepfloyd-if-license",
-        "grok2-community",
-    ]
-)
-"""Licences whose terms a derived model has to keep: share-alike, copyleft, and makers' own."""
-BECOMES = {
-    frozenset({"gpl-3.0", "agpl-3.0"}): "agpl-3.0",
-    frozenset({"lgpl-3.0", "gpl-3.0"}): "gpl-3.0",
-    frozenset({"lgpl-3.0", "agpl-3.0"}): "agpl-3.0",
-    frozenset({"lgpl-2.1", "gpl-2.0"}): "gpl-2.0",
-    frozenset({"lgpl-2.1", "gpl-3.0"}): "gpl-3.0",
-    frozenset({"mpl-2.0", "gpl-2.0"}): "gpl-2.0",
-    frozenset({"mpl-2.0", "gpl-3.0"}): "gpl-3.0",
-    frozenset({"mpl-2.0", "agpl-3.0"}): "agpl-3.0",
-    frozenset({"mpl-2.0", "lgpl-3.0"}): "lgpl-3.0",
-    frozenset({"cc-by-sa-4.0", "gpl-3.0"}): "gpl-3.0",
-    frozenset({"cc-by-sa-3.0", "cc-by-sa-4.0"}): "cc-by-sa-4.0",
-    frozenset({"cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0"}): "cc-by-nc-sa-4.0",
-}
-"""Pairs that each keep themselves and still go together, and what the result is under."""
-FORBIDDEN = frozenset({frozenset({"apache-2.0", "gpl-2.0"})})
-"""Pairs that do not go together though only one of them keeps itself."""
+
+
+@dataclass(frozen=True)
+class LicenceTable:
+    """Known licences and how they combine; `licences.yaml` beside this file."""
+
+    permissive: frozenset[str]
+    no_derivatives: frozenset[str]
+    non_commercial: frozenset[str]
+    copyleft: frozenset[str]
+    """Licences whose terms a derived model has to keep: copyleft, share-alike, and model makers' own."""
+    combines_into: Mapping[frozenset[str], str]
+    """Pairs of copyleft licences that can be combined, and the licence of the result."""
+    incompatible: frozenset[frozenset[str]]
+    """Pairs that cannot be combined although only one of them is copyleft."""
+
+
+@functools.cache
+def licence_table() -> LicenceTable:
+    """Return the table of known licences."""
+    content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    names = ("permissive", "no_derivatives", "non_commercial", "copyleft")
+    return LicenceTable(
+        **{name: frozenset(content[name]) for name in names},
+        combines_into={frozenset(entry["pair"]): entry["result"] for entry in content["combines_into"]},
+        incompatible=frozenset(frozenset(pair) for pair in content["incompatible"]),
+    )
 
 
 @dataclass(frozen=True)
 class LicenceReport:
-    """How the licences of several models go together."""
+    """Compatibility of the licences of several models."""
 
     conflicts: tuple[str, ...]
-    """A sentence each, naming the models; empty when nothing contradicts."""
+    """One sentence per conflict, with the names of the models."""
     notes: tuple[str, ...]
-    """What is not known."""
+    """Missing and unknown licences."""
     result: str | None
-    """What the merged model is under; None where it is not known."""
+    """Licence of the merged model; None if unknown."""
 
 
 def check_licences(licences: Mapping[str, str | None]) -> LicenceReport:
-    """Return how the licences of models (by name) go together."""
+    """Return the compatibility of the licences of models (by name)."""
     known = {
         name: licence.strip().lower() for name, licence in licences.items() if licence and licence.strip()
     }
+    table = licence_table()
     conflicts = [
-        f"'{name}' is under {licence}, which allows no derived models"
+        f"'{name}' is under {licence}, which forbids derived models"
         for name, licence in known.items()
-        if licence in NO_DERIVATIVES
+        if licence in table.no_derivatives
     ]
-    for (first, one), (second, other) in combinations(known.items(), 2):
-        if _contradict(one, other):
+    for (first, first_licence), (second, second_licence) in combinations(known.items(), 2):
+        if _is_conflict(first_licence, second_licence):
             conflicts.append(
-                f"'{first}' is under {one} and '{second}' under {other}, and a model derived from both cannot keep "
-                "the terms of both"
+                f"'{first}' is under {first_licence} and '{second}' under {second_licence}, and a derived model cannot comply with "
+                "both"
             )
     return LicenceReport(tuple(conflicts), tuple(_notes(licences, known)), _result(licences, known))
 
 
 def licence_of_folder(folder: Path) -> str | None:
-    """Return the licence of a model folder: its manifest's, else that of its model card; None if neither says."""
+    """Return the licence of a model folder, from its manifest or its model card; None if neither has one."""
     if manifest_path(folder) is not None:
         return read_manifest(folder).licence
     card = folder / CARD
     if not card.is_file():
         return None
-    found = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license")
-    return found if isinstance(found, str) else None
+    licence = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license")
+    return licence if isinstance(licence, str) else None
 
 
 def front_matter(text: str) -> dict[str, object]:
-    """Return the YAML head of a model card, empty where there is none that can be read."""
+    """Return the YAML front matter of a model card; empty if missing or malformed."""
     if not text.startswith("---"):
         return {}
     head, _, _ = text[3:].partition("\n---")
@@ -173,52 +102,54 @@ def front_matter(text: str) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def require_compatible(report: LicenceReport, insisted: bool) -> None:
-    """Raise `UserError` for the first conflict, unless the user insists."""
-    if report.conflicts and not insisted:
-        raise UserError(
-            f"{report.conflicts[0]}; if you may merge them all the same, insist with --allow-licences"
-        )
+def require_compatible(report: LicenceReport, allow_conflicts: bool) -> None:
+    """Raise `UserError` for the first conflict, unless `allow_conflicts` is set."""
+    if report.conflicts and not allow_conflicts:
+        raise UserError(f"{report.conflicts[0]}; if you have permission to merge them, use --allow-licences")
 
 
-def _contradict(one: str, other: str) -> bool:
-    if one == other:
+def _is_conflict(first: str, second: str) -> bool:
+    if first == second:
         return False
-    pair = frozenset({one, other})
-    if pair in BECOMES:
+    table = licence_table()
+    pair = frozenset({first, second})
+    if pair in table.combines_into:
         return False
-    if pair in FORBIDDEN or (one in KEEPS_ITSELF and other in KEEPS_ITSELF):
+    if pair in table.incompatible or (first in table.copyleft and second in table.copyleft):
         return True
     return any(
-        first in NON_COMMERCIAL and second in KEEPS_ITSELF for first, second in ((one, other), (other, one))
+        restricted in table.non_commercial and other in table.copyleft
+        for restricted, other in ((first, second), (second, first))
     )
 
 
 def _notes(licences: Mapping[str, str | None], known: Mapping[str, str]) -> list[str]:
     missing = [name for name in licences if name not in known]
-    notes = [f"nothing says which licence {', '.join(missing)} is under"] if missing and known else []
-    everything = PERMISSIVE | NO_DERIVATIVES | NON_COMMERCIAL | KEEPS_ITSELF
-    strange = {name: licence for name, licence in known.items() if licence not in everything}
+    notes = [f"no licence is recorded for {', '.join(missing)}"] if missing and known else []
+    table = licence_table()
+    all_known = table.permissive | table.no_derivatives | table.non_commercial | table.copyleft
+    unknown = {name: licence for name, licence in known.items() if licence not in all_known}
     if len(set(known.values())) > 1:
         notes += [
-            f"'{name}' is under '{licence}', whose terms are not known here; read them before you share the result"
-            for name, licence in strange.items()
+            f"'{name}' is under '{licence}', whose terms expertctl does not know; read them before you share the result"
+            for name, licence in unknown.items()
         ]
     return notes
 
 
 def _result(licences: Mapping[str, str | None], known: Mapping[str, str]) -> str | None:
-    """Return the most demanding licence; models that say nothing leave the result open unless all others agree."""
-    kinds = set(known.values())
-    if not kinds:
+    """Return the licence of the result: the most restrictive one, or all licences if they cannot be combined."""
+    distinct = set(known.values())
+    if not distinct:
         return None
-    if len(kinds) == 1:
+    if len(distinct) == 1:
         name = next(iter(known))
-        spelled = licences[name]
-        return spelled.strip() if spelled is not None else None
-    binding = sorted(kinds & (KEEPS_ITSELF | NON_COMMERCIAL))
-    while len(binding) > 1 and frozenset(binding[:2]) in BECOMES:
-        binding = sorted({BECOMES[frozenset(binding[:2])], *binding[2:]})
+        original_spelling = licences[name]
+        return original_spelling.strip() if original_spelling is not None else None
+    table = licence_table()
+    binding = sorted(distinct & (table.copyleft | table.non_commercial))
+    while len(binding) > 1 and frozenset(binding[:2]) in table.combines_into:
+        binding = sorted({table.combines_into[frozenset(binding[:2])], *binding[2:]})
     if len(binding) == 1:
         return binding[0]
-    return "; ".join(sorted(kinds))
+    return "; ".join(sorted(distinct))

@@ -1,7 +1,7 @@
-"""Whether checkpoints descend from one another, told in a moment from samples of their matrices.
+"""Estimates from sampled weights whether checkpoints descend from the same model.
 
-Fine-tuning moves weights little against their size, so that the matrices of relatives point the same way, while two
-random initialisations are orthogonal to each other. This is a check against accidents, not a proof of descent.
+Fine-tuning changes weights little relative to their size, so the matrices of related models have a high cosine
+similarity, while two random initialisations are nearly orthogonal. This is a safeguard against mistakes, not a proof.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.files import readable_os_errors
+from ...core.artefacts.files import os_errors_as_user_errors
 from ...core.artefacts.numeric import FLOATING, decode
 from ...core.artefacts.safetensors_io import DTYPES, TensorEntry
 from ...core.errors import UserError
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RELATED = 0.2
-"""Median cosine from which two checkpoints count as relatives.
+"""Minimum median cosine of related checkpoints.
 
-Two initialisations of the same shape come out within 0.05 of 0, even when both then train on the same text; a model
-of 1.3 million parameters that trained on for as long as its seed stays above 0.5.
+Two initialisations of the same shape are within 0.05 of 0, even if both are then trained on the same text. A model with
+1.3 million parameters that is trained further for as long as its seed stays above 0.5.
 """
 SAMPLED_TENSORS = 16
 SAMPLED_PIECES = 4
@@ -31,17 +31,17 @@ PIECE_NUMBERS = 1024
 
 
 @dataclass(frozen=True)
-class Kinship:
-    """How alike two checkpoints are."""
+class Relatedness:
+    """Similarity of two checkpoints."""
 
     similarity: float
-    """Median over the sampled matrices of the cosine between their centred samples: 1 the same, 0 strangers."""
+    """Median cosine of the centred samples over the sampled matrices; 1: identical, 0: unrelated."""
     tensors: int
-    """Matrices that were compared; with none, nothing is known."""
+    """Number of compared matrices; 0: unknown similarity."""
 
 
-def kinship(first: Mapping[str, TensorEntry], second: Mapping[str, TensorEntry]) -> Kinship:
-    """Compare a few thousand numbers of matrices that both checkpoints have in the same shape."""
+def relatedness(first: Mapping[str, TensorEntry], second: Mapping[str, TensorEntry]) -> Relatedness:
+    """Return the similarity of two checkpoints, from samples of the matrices with the same name and shape."""
     shared = [
         name
         for name, entry in first.items()
@@ -52,30 +52,32 @@ def kinship(first: Mapping[str, TensorEntry], second: Mapping[str, TensorEntry])
         and second[name].dtype in FLOATING
     ]
     step = max(len(shared) // SAMPLED_TENSORS, 1)
-    found = [cosine for name in shared[::step] if (cosine := _cosine(first[name], second[name])) is not None]
-    if not found:
-        return Kinship(0.0, 0)
-    ordered = sorted(found)
-    return Kinship(ordered[len(ordered) // 2], len(ordered))
+    cosines = [
+        cosine for name in shared[::step] if (cosine := _cosine(first[name], second[name])) is not None
+    ]
+    if not cosines:
+        return Relatedness(0.0, 0)
+    sorted_cosines = sorted(cosines)
+    return Relatedness(sorted_cosines[len(sorted_cosines) // 2], len(sorted_cosines))
 
 
 def require_related(
     first: tuple[str, Mapping[str, TensorEntry]], others: Mapping[str, Mapping[str, TensorEntry]]
 ) -> None:
-    """Raise `UserError` for the first model that does not look like a relative of `first` (name, tensors)."""
+    """Raise `UserError` for the first model that appears unrelated to `first` (name, tensors)."""
     name, tensors = first
     for other, entries in others.items():
-        found = kinship(tensors, entries)
-        if found.tensors and found.similarity < RELATED:
+        result = relatedness(tensors, entries)
+        if result.tensors and result.similarity < RELATED:
             raise UserError(
-                f"'{other}' and '{name}' do not look related: their matrices have a cosine of {found.similarity:.2f} "
-                f"where models of one seed have {RELATED} to 1; merged tensor by tensor, strangers give noise "
-                "(insist with --allow-unrelated)"
+                f"'{other}' and '{name}' appear unrelated: their matrices have a cosine of {result.similarity:.2f}, while "
+                f"models of the same seed have {RELATED} to 1; merging unrelated models gives noise "
+                "(override: --allow-unrelated)"
             )
 
 
 def _cosine(first: TensorEntry, second: TensorEntry) -> float | None:
-    """Return the cosine between samples of two tensors; None where one of them is constant."""
+    """Return the cosine of samples of two tensors; None if one of them is constant."""
     import numpy as np
 
     a, b = _sample(first), _sample(second)
@@ -85,14 +87,14 @@ def _cosine(first: TensorEntry, second: TensorEntry) -> float | None:
 
 
 def _sample(entry: TensorEntry) -> NDArray[Any]:
-    """Return a few pieces of a tensor, spread evenly over it, as float64."""
+    """Return evenly spaced pieces of a tensor, concatenated, as float64."""
     import numpy as np
 
     width = DTYPES[entry.dtype][1]
     count = entry.num_bytes // width
     size = min(PIECE_NUMBERS, count)
     begins = [(count - size) * index // max(SAMPLED_PIECES - 1, 1) for index in range(SAMPLED_PIECES)]
-    with readable_os_errors(entry.file), entry.file.open("rb", buffering=0) as file:
+    with os_errors_as_user_errors(entry.file), entry.file.open("rb", buffering=0) as file:
         pieces = [
             decode(os.pread(file.fileno(), size * width, entry.begin + begin * width), entry.dtype, (size,))
             for begin in dict.fromkeys(begins)

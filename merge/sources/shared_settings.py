@@ -1,4 +1,4 @@
-"""What generation and serving look up in the configuration of a model that holds others: taken over from theirs."""
+"""Configuration keys that containers copy from their members, for generation and serving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding what `expertctl stats` gathered on experts, for the methods that merge by it."""
+"""Finds the statistics of `expertctl stats` for the merge methods that need them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ...core.artefacts.files import read_json
 from ...core.artefacts.layout import Layout
-from ...core.artefacts.lineage import manifest_path, read_manifest
 from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.artefacts.statistics_files import (
     STATISTICS_FOLDER,
@@ -16,7 +15,8 @@ from ...core.artefacts.statistics_files import (
     statistics_weights,
 )
 from ...core.errors import UserError
-from ...core.hooks.merging import MergeMethod
+from ...core.hooks.merging import MergeMethod, TensorMerge
+from ...core.manifests.manifest import manifest_path, read_manifest
 from ..recipes.recipe import Recipe
 from .models import StoredTensor
 
@@ -24,29 +24,29 @@ from .models import StoredTensor
 def find_statistics(
     method: MergeMethod, recipe: Recipe, layout: Layout | None
 ) -> Mapping[str, Mapping[str, StoredTensor]] | None:
-    """Return, by expert and tensor, what a method asks for; None where it asks for nothing.
+    """Return the statistics that a method needs, by expert and tensor; None if it needs none.
 
-    They lie in the workspace's `statistics/EXPERT/KIND`, or beside an expert's folder in `statistics/NAME/KIND`.
-    Raises `UserError` that names the command when an expert has none, or was trained again since.
+    Statistics are in the workspace's `statistics/EXPERT/KIND`, or in `statistics/NAME/KIND` beside an expert's folder.
+    Raises `UserError` with the command to run if statistics are missing or outdated.
     """
-    if method.statistics is None:
+    if not isinstance(method, TensorMerge) or method.statistics is None:
         return None
-    return {name: _opened(name, recipe.models[name], method.statistics, layout) for name in recipe.experts}
+    return {name: _open(name, recipe.models[name], method.statistics, layout) for name in recipe.experts}
 
 
-def _opened(name: str, expert: Path, kind: str, layout: Layout | None) -> dict[str, StoredTensor]:
-    folder = _folder(name, expert, kind, layout)
+def _open(name: str, expert: Path, kind: str, layout: Layout | None) -> dict[str, StoredTensor]:
+    folder = _find_folder(name, expert, kind, layout)
     command = f"expertctl stats {name} --kind {kind}"
     if folder is None:
-        raise UserError(f"there are no {kind} statistics on expert '{name}'; gather them with `{command}`")
+        raise UserError(f"expert '{name}' has no {kind} statistics; collect them with `{command}`")
     manifest = read_json(statistics_manifest(folder))
     if manifest.get("format") != STATISTICS_FORMAT:
         raise UserError(
-            f"{statistics_manifest(folder)} has format {manifest.get('format')}; make it again: `{command}`"
+            f"{statistics_manifest(folder)} has the unsupported format {manifest.get('format')}; collect it again with `{command}`"
         )
     if manifest_path(expert) is not None and manifest.get("expert_digest") != read_manifest(expert).digest:
         raise UserError(
-            f"the {kind} statistics in {folder} are of an earlier expert '{name}'; gather them again with "
+            f"the {kind} statistics in {folder} belong to an earlier version of expert '{name}'; collect them again with "
             f"`{command} --force`"
         )
     digests = manifest.get("tensors", {})
@@ -57,8 +57,8 @@ def _opened(name: str, expert: Path, kind: str, layout: Layout | None) -> dict[s
     }
 
 
-def _folder(name: str, expert: Path, kind: str, layout: Layout | None) -> Path | None:
-    places = [expert.parent / STATISTICS_FOLDER / name / kind]
+def _find_folder(name: str, expert: Path, kind: str, layout: Layout | None) -> Path | None:
+    candidates = [expert.parent / STATISTICS_FOLDER / name / kind]
     if layout is not None:
-        places.insert(0, layout.statistics / name / kind)
-    return next((place for place in places if statistics_manifest(place).is_file()), None)
+        candidates.insert(0, layout.statistics / name / kind)
+    return next((candidate for candidate in candidates if statistics_manifest(candidate).is_file()), None)

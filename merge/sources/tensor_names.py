@@ -1,4 +1,4 @@
-"""Tensor names: which decoder layer a tensor belongs to, and which are the token embedding and the output head."""
+"""Tensor names: decoder layers, token embedding and output head."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ _FIRST = (*TOKEN_EMBEDDINGS, "wpe.weight", "position_embeddings.weight")
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The tensor names of one checkpoint, sorted into the layers of its decoder and what stands outside."""
+    """Tensor names of one checkpoint by decoder layer."""
 
     stack: str
-    """What comes before a layer's number: `model.layers`; empty for a model without layers."""
+    """Prefix of the layer index, such as `model.layers`; empty for a model without layers."""
     layers: tuple[tuple[str, ...], ...]
-    """For each layer, what comes after its number, in the checkpoint's order."""
+    """For each layer, the name suffixes after the layer index, in checkpoint order."""
     before: tuple[str, ...]
-    """Whole names of tensors that come before the layers: embeddings."""
+    """Full names of tensors before the layers: embeddings."""
     after: tuple[str, ...]
-    """Whole names of everything else: the last norm, the output head."""
+    """Full names of all other tensors: final norm, output head."""
 
-    def name(self, layer: int, rest: str) -> str:
-        """Return the whole name of a layer's tensor."""
-        return f"{self.stack}.{layer}.{rest}"
+    def name(self, layer: int, suffix: str) -> str:
+        """Return the full name of a layer's tensor."""
+        return f"{self.stack}.{layer}.{suffix}"
 
 
 def layer_names(names: Iterable[str]) -> LayerNames:
-    """Sort tensor names by layer; the decoder's layers are the largest stack of numbered modules."""
-    everything = list(names)
-    found = [(name, _IN_A_STACK.match(name)) for name in everything]
-    stacks = Counter(match["stack"] for _, match in found if match is not None)
+    """Group tensor names by layer; the decoder layers are the largest list of numbered modules."""
+    all_names = list(names)
+    matches = [(name, _IN_A_STACK.match(name)) for name in all_names]
+    stacks = Counter(match["stack"] for _, match in matches if match is not None)
     if not stacks:
-        return LayerNames("", (), *_outside(everything))
-    stack = max(stacks, key=lambda one: stacks[one])
+        return LayerNames("", (), *_outside(all_names))
+    stack = max(stacks, key=lambda candidate: stacks[candidate])
     layers: dict[int, list[str]] = {}
     outside = []
-    for name, match in found:
+    for name, match in matches:
         if match is not None and match["stack"] == stack:
             layers.setdefault(int(match["index"]), []).append(match["rest"])
         else:
@@ -57,10 +57,10 @@ def _outside(names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def embedding_name(tensors: Mapping[str, Any]) -> str | None:
-    """Return the name of the token embedding, None where there is none that is known."""
+    """Return the name of the token embedding; None if no known name is present."""
     return next((name for name in tensors if name.endswith(TOKEN_EMBEDDINGS)), None)
 
 
 def head_name(tensors: Mapping[str, Any]) -> str | None:
-    """Return the name of the output head, None where the model is tied to its embedding."""
+    """Return the name of the output head; None if it is tied to the embedding."""
     return next((name for name in HEADS if name in tensors), None)

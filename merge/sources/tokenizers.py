@@ -1,14 +1,14 @@
-"""Tokenizers in a merge: the same ones pass, different ones need a policy that says which row means which token.
+"""Tokenizers in a merge: policies for models with different tokenizers.
 
-A row of an embedding means the token of its number. Where tokenizers differ, rows are looked up by token, so that what
-is merged always means the same:
+Row i of an embedding belongs to token i of the tokenizer. If tokenizers differ, rows are looked up by token, so that
+rows of the same token are merged:
 
-| policy | the output's tokenizer | a token that a model lacks |
+| Policy | Output tokenizer | Row of a token that a model lacks |
 |---|---|---|
 | `refuse` | | different tokenizers are an error |
-| `base` | the seed's (or the first model's) | takes the seed's row |
-| `union` | the seed's, with the tokens that others added | added tokens take, in all models, the mean of those that have them |
-| a model's name | that model's | takes that model's row |
+| `base` | the seed's (or the first model's) | the seed's row |
+| `union` | the seed's, plus tokens added by other models | added tokens: in all models, the mean row of the models that have them |
+| a model's name | that model's | that model's row |
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.files import read_json, readable_os_errors, write_text
-from ...core.artefacts.lineage import TOKENIZER_FILES
+from ...core.artefacts.digests import TOKENIZER_FILES
+from ...core.artefacts.files import os_errors_as_user_errors, read_json, write_text
 from ...core.errors import UserError, unknown_name
 from ..recipes.recipe import TokenSource
 
@@ -38,39 +38,39 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True)
 class ModelVocabulary:
-    """Which row of a model's embedding means which token."""
+    """Tokenizer and embedding size of one model."""
 
     name: str
     folder: Path
     rows: int
-    """Rows of the embedding; more than there are tokens where it is padded."""
+    """Number of embedding rows; larger than the number of tokens if padded."""
 
     @cached_property
     def content(self) -> dict[str, Any] | None:
-        """Its tokenizer.json, None where the folder has none."""
+        """Content of tokenizer.json; None if the folder has none."""
         path = self.folder / TOKENIZER_FILE
         return read_json(path) if path.is_file() else None
 
     @cached_property
     def parts(self) -> dict[str, Any] | None:
-        """What decides how text becomes numbers: padding, truncation and the file's layout do not."""
+        """The sections of tokenizer.json that determine token ids; None without tokenizer.json."""
         if self.content is None:
             return None
         return {part: self.content.get(part) for part in _PARTS}
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Tokens that were added to the trained ones."""
-        found = (self.content or {}).get("added_tokens") or []
-        return {token["content"]: token["id"] for token in found}
+        """Added tokens -> token id."""
+        entries = (self.content or {}).get("added_tokens") or []
+        return {token["content"]: token["id"] for token in entries}
 
     @cached_property
     def tokens(self) -> dict[str, int]:
-        """All tokens with their numbers; raises `UserError` where they cannot be read."""
+        """All tokens -> token id; raises `UserError` without tokenizer.json."""
         if self.content is None:
             raise UserError(
-                f"{self.folder} has no {TOKENIZER_FILE}, so that its tokens cannot be compared with others'; write one "
-                "with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                f"{self.folder} has no {TOKENIZER_FILE}, which is needed to compare tokenizers; write it with "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         vocabulary = self.content.get("model", {}).get("vocab", {})
         if isinstance(vocabulary, list):  # unigram: a list of (token, score)
@@ -84,62 +84,61 @@ class ModelVocabulary:
 
 @dataclass(frozen=True)
 class VocabularyPlan:
-    """How the vocabularies of several models become one."""
+    """Plan to merge the vocabularies of several models into one."""
 
     source: Path
-    """Folder whose tokenizer the output takes."""
+    """Folder of the output's tokenizer."""
     size: int
-    """Rows of the output's embedding."""
+    """Number of embedding rows of the output."""
     rows: Mapping[str, tuple[int, ...]]
-    """For each model whose rows move: the row that each row of the output comes from, -1 where it has none."""
+    """Model name -> source row of each output row, -1 if missing; only for models whose rows move."""
     fills: Mapping[int, tuple[str, ...]]
-    """Rows of the output that some models lack: the models whose mean those take."""
+    """Output row -> models whose mean row is used by models that lack it."""
     shared: frozenset[int] = frozenset()
-    """Rows that all models take from `fills`, even those that have one."""
+    """Output rows that all models take from `fills`, even if they have the row."""
     added: Mapping[str, int] = field(default_factory=dict)
-    """Tokens that the output's tokenizer has and `source`'s has not."""
+    """Tokens added to the tokenizer of `source` -> token id."""
     added_by: Mapping[str, Path] = field(default_factory=dict)
-    """For each of them, the folder of the first model that has it."""
+    """Added token -> folder of the first model that has it."""
     notes: tuple[str, ...] = ()
 
-    def rearranged(self, own: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return the models' tensors (rows, ...) with the output's rows, each of shape (size, ...).
-
-        Raises `UserError` when nobody has a row that is needed.
-        """
+    def rearrange(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the models' tensors, rearranged from (rows, ...) to (size, ...); rows that no model has are zero."""
         import numpy as np
 
-        found: dict[str, NDArray[Any]] = {}
-        for name, tensor in own.items():
+        rearranged_tensors: dict[str, NDArray[Any]] = {}
+        for name, tensor in tensors.items():
             rows = np.asarray(self.rows.get(name, range(self.size)))
             rows = np.where(rows < tensor.shape[0], rows, -1)
-            found[name] = np.where(
+            rearranged_tensors[name] = np.where(
                 (rows >= 0).reshape(-1, *[1] * (tensor.ndim - 1)),
                 tensor[np.maximum(rows, 0)],
                 tensor.dtype.type(0),
             )
-        self._fill(found, own)
-        return found
+        self._fill(rearranged_tensors, tensors)
+        return rearranged_tensors
 
-    def _fill(self, found: dict[str, NDArray[Any]], own: Mapping[str, NDArray[Any]]) -> None:
+    def _fill(self, rearranged_tensors: dict[str, NDArray[Any]], tensors: Mapping[str, NDArray[Any]]) -> None:
         import numpy as np
 
-        lacking = {name: self._lacking(name, own[name].shape[0]) for name in own}
+        lacking = {name: self._missing_rows(name, tensors[name].shape[0]) for name in tensors}
         for row in sorted(set().union(self.shared, *lacking.values())):
-            having = [name for name in own if row not in lacking[name]]
-            givers = [name for name in self.fills.get(row, ()) if name in having] or having
-            if not givers:
-                continue  # padding that no model has: zeros
-            value = np.mean([found[name][row].astype("f8") for name in givers], axis=0)
-            for name in own:
+            models_with_row = [name for name in tensors if row not in lacking[name]]
+            source_models = [
+                name for name in self.fills.get(row, ()) if name in models_with_row
+            ] or models_with_row
+            if not source_models:
+                continue  # padding that no model has stays zero
+            value = np.mean([rearranged_tensors[name][row].astype("f8") for name in source_models], axis=0)
+            for name in tensors:
                 if row in self.shared or row in lacking[name]:
-                    found[name][row] = value
+                    rearranged_tensors[name][row] = value
 
-    def _lacking(self, name: str, rows: int) -> set[int]:
-        taken = self.rows.get(name)
-        if taken is None:
+    def _missing_rows(self, name: str, rows: int) -> set[int]:
+        source_rows = self.rows.get(name)
+        if source_rows is None:
             return set(range(rows, self.size))
-        return {row for row, own in enumerate(taken) if own < 0 or own >= rows}
+        return {row for row, source_row in enumerate(source_rows) if source_row < 0 or source_row >= rows}
 
 
 def plan_vocabulary(
@@ -149,189 +148,197 @@ def plan_vocabulary(
     tokens: Mapping[str, TokenSource] | None = None,
     pad_to_multiple_of: int | None = None,
 ) -> VocabularyPlan | None:
-    """Return how the vocabularies become one, None where they are one already and nothing else is asked.
+    """Return the plan of the merged vocabulary; None if all are the same and no other change is requested.
 
-    Raises `UserError` that shows both sides where they differ and no policy allows it, and where they cannot be
-    united.
+    Raises `UserError` if tokenizers differ without a policy, and for the policy `union` if they differ in more than
+    added tokens.
     """
-    known = {base.name: base, **others}
-    if policy not in POLICIES and policy not in known:
-        raise unknown_name("tokenizer policy", policy, [*POLICIES, *known], listed_as="there are")
-    different = [other for other in others.values() if not _same(base, other)]
-    wanted = tokens or {}
-    asked = bool(wanted) or pad_to_multiple_of is not None or policy in others
-    if not different and not asked:
+    models = {base.name: base, **others}
+    if policy not in POLICIES and policy not in models:
+        raise unknown_name("tokenizer policy", policy, [*POLICIES, *models], listed_as="there are")
+    different = [other for other in others.values() if not _is_equivalent(base, other)]
+    token_sources = tokens or {}
+    is_change_requested = bool(token_sources) or pad_to_multiple_of is not None or policy in others
+    if not different and not is_change_requested:
         return None
     if different and policy == "refuse":
         raise UserError(_difference(base, different[0]))
-    leading = known.get(policy, base)
-    added = _added_tokens(leading, list(known.values())) if policy == "union" else {}
-    size = _size(leading, len(added), pad_to_multiple_of)
-    numbers = {**leading.tokens, **added} if (different or asked) else {}
-    rows = {name: _rows(one, numbers, size, one is leading) for name, one in known.items()}
-    fills, shared = _fills(leading, known, numbers, added, wanted)
+    base_model = models.get(policy, base)
+    added = _added_tokens(base_model, list(models.values())) if policy == "union" else {}
+    size = _size(base_model, len(added), pad_to_multiple_of)
+    token_ids = {**base_model.tokens, **added} if (different or is_change_requested) else {}
+    rows = {name: _source_rows(model, token_ids, size, model is base_model) for name, model in models.items()}
+    fills, shared = _fills(base_model, models, token_ids, added, token_sources)
     return VocabularyPlan(
-        source=leading.folder,
+        source=base_model.folder,
         size=size,
-        rows={name: taken for name, taken in rows.items() if taken != tuple(range(size))},
+        rows={name: source_rows for name, source_rows in rows.items() if source_rows != tuple(range(size))},
         fills=fills,
         shared=frozenset(shared),
         added=added,
         added_by={
-            token: next(one.folder for one in known.values() if token in one.tokens) for token in added
+            token: next(model.folder for model in models.values() if token in model.tokens) for token in added
         },
-        notes=tuple(f"'{token}' is added to the tokenizer as {number}" for token, number in added.items()),
+        notes=tuple(
+            f"token '{token}' is added to the tokenizer with id {number}" for token, number in added.items()
+        ),
     )
 
 
-def _same(one: ModelVocabulary, other: ModelVocabulary) -> bool:
-    """Tell whether two tokenizers give the same numbers for every text, and their embeddings have as many rows."""
-    if one.rows != other.rows:
+def _is_equivalent(first: ModelVocabulary, second: ModelVocabulary) -> bool:
+    """Return whether two models have equivalent tokenizers and the same number of embedding rows."""
+    if first.rows != second.rows:
         return False
-    if one.parts is not None and other.parts is not None:
-        return one.parts == other.parts
-    if not other.has_files or not one.has_files:
-        return True  # a folder without a tokenizer means that of the model it is merged with
-    return _plain_bytes(one.folder) == _plain_bytes(other.folder)
+    if first.parts is not None and second.parts is not None:
+        return first.parts == second.parts
+    if not second.has_files or not first.has_files:
+        return True  # without tokenizer files, the tokenizer of the other model applies
+    return _file_contents(first.folder) == _file_contents(second.folder)
 
 
-def _plain_bytes(folder: Path) -> dict[str, bytes]:
+def _file_contents(folder: Path) -> dict[str, bytes]:
     names = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _difference(base: ModelVocabulary, other: ModelVocabulary) -> str:
-    """Return the sentence that shows how two tokenizers differ."""
-    where = f"the tokenizers of '{base.name}' ({base.folder}) and '{other.name}' ({other.folder}) differ: "
-    mend = (
-        "; say what to do: --tokenizer base, union, or a model's name (tokenizer_source in a mergekit file)"
+    """Return an error message with the differences of two tokenizers."""
+    prefix = f"the tokenizers of '{base.name}' ({base.folder}) and '{other.name}' ({other.folder}) differ: "
+    hint = (
+        "; choose a policy: --tokenizer base, union, or a model's name (tokenizer_source in a mergekit file)"
     )
     if base.content is None or other.content is None or base.tokens == other.tokens:
         if base.rows != other.rows:
-            return f"{where}the same tokens, but {base.rows:,} and {other.rows:,} embedding rows{mend}"
-        return f"{where}the same tokens, but other rules for cutting text{mend}"
-    ours, theirs = base.tokens, other.tokens
+            return f"{prefix}the same tokens, but {base.rows:,} and {other.rows:,} embedding rows{hint}"
+        return f"{prefix}the same tokens, but different tokenisation rules{hint}"
+    base_tokens, other_tokens = base.tokens, other.tokens
     changed = sorted(
-        (token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token)),
-        key=lambda token: (theirs.get(token, ours.get(token, 0)), token),
+        (
+            token
+            for token in {*base_tokens, *other_tokens}
+            if base_tokens.get(token) != other_tokens.get(token)
+        ),
+        key=lambda token: (other_tokens.get(token, base_tokens.get(token, 0)), token),
     )
     examples = ", ".join(
-        f"{token!r} is {ours.get(token, 'missing')} and {theirs.get(token, 'missing')}"
+        f"{token!r} is {base_tokens.get(token, 'missing')} and {other_tokens.get(token, 'missing')}"
         for token in changed[:_EXAMPLES]
     )
-    return f"{where}{len(ours):,} and {len(theirs):,} tokens, {len(changed):,} of them not the same ({examples}){mend}"
+    return f"{prefix}{len(base_tokens):,} and {len(other_tokens):,} tokens, {len(changed):,} of them different ({examples}){hint}"
 
 
 def _added_tokens(base: ModelVocabulary, models: Sequence[ModelVocabulary]) -> dict[str, int]:
-    """Return the tokens that other models added, with the numbers they get; padding rows are used up first."""
-    new: dict[str, int] = {}
-    following = max(base.tokens.values(), default=-1) + 1
+    """Return tokens added by other models with their new ids, which use padding rows first."""
+    new_tokens: dict[str, int] = {}
+    next_id = max(base.tokens.values(), default=-1) + 1
     for model in models:
         if model.content is None or base.content is None:
             continue
         _require_same_core(base, model)
         for token, _ in sorted(model.added.items(), key=lambda pair: pair[1]):
-            if token not in base.tokens and token not in new:
-                new[token] = following
-                following += 1
-    return new
+            if token not in base.tokens and token not in new_tokens:
+                new_tokens[token] = next_id
+                next_id += 1
+    return new_tokens
 
 
 def _require_same_core(base: ModelVocabulary, model: ModelVocabulary) -> None:
-    """Raise `UserError` unless two tokenizers differ in nothing but added tokens."""
+    """Raise `UserError` if two tokenizers differ in more than added tokens."""
     assert base.parts is not None
     assert model.parts is not None
     for part in ("model", "normalizer", "pre_tokenizer"):
         if base.parts[part] != model.parts[part]:
             raise UserError(
                 f"the tokenizers of '{base.name}' and '{model.name}' cannot be united: they differ in their '{part}', "
-                "and only added tokens can; use --tokenizer base, which looks rows up by token"
+                "not only in added tokens; use --tokenizer base, which looks up rows by token"
             )
 
 
 def _size(base: ModelVocabulary, num_added: int, multiple: int | None) -> int:
-    used = max(base.tokens.values(), default=-1) + 1 if base.content is not None else base.rows
-    needed = used + num_added
+    num_tokens = max(base.tokens.values(), default=-1) + 1 if base.content is not None else base.rows
+    needed = num_tokens + num_added
     if multiple is not None:
         return -(-needed // multiple) * multiple
     if needed <= base.rows:
         return base.rows
-    for step in _ROUND_SIZES:  # an embedding that was padded stays so
-        if base.rows > used and base.rows % step == 0:
-            return -(-needed // step) * step
+    for padding in _ROUND_SIZES:  # keep the padding multiple of a padded embedding
+        if base.rows > num_tokens and base.rows % padding == 0:
+            return -(-needed // padding) * padding
     return needed
 
 
-def _rows(model: ModelVocabulary, numbers: Mapping[str, int], size: int, leading: bool) -> tuple[int, ...]:
-    """Return for each row of the output the model's row of the same token."""
+def _source_rows(
+    model: ModelVocabulary, token_ids: Mapping[str, int], size: int, leading: bool
+) -> tuple[int, ...]:
+    """Return the model's row of the same token for each output row, -1 if missing."""
     if leading or model.content is None:
         return tuple(row if row < model.rows else -1 for row in range(size))
-    taken = [-1] * size
-    named = set(numbers.values())
-    own = set(model.tokens.values())
+    source_rows = [-1] * size
+    output_ids = set(token_ids.values())
+    own_ids = set(model.tokens.values())
     for row in range(min(size, model.rows)):
-        if row not in named and row not in own:
-            taken[row] = row  # padding is padding
-    for token, row in numbers.items():
+        if row not in output_ids and row not in own_ids:
+            source_rows[row] = row  # padding stays in place
+    for token, row in token_ids.items():
         if row < size:
-            taken[row] = model.tokens.get(token, -1)
-    return tuple(taken)
+            source_rows[row] = model.tokens.get(token, -1)
+    return tuple(source_rows)
 
 
 def _fills(
     leading: ModelVocabulary,
     models: Mapping[str, ModelVocabulary],
-    numbers: Mapping[str, int],
+    token_ids: Mapping[str, int],
     added: Mapping[str, int],
-    wanted: Mapping[str, TokenSource],
+    token_sources: Mapping[str, TokenSource],
 ) -> tuple[dict[int, tuple[str, ...]], set[int]]:
-    """Return which models give each row that others lack, and which rows all models take from them."""
+    """Return the source models of missing rows, and the rows that all models take from them."""
     fills: dict[int, tuple[str, ...]] = {}
     shared: set[int] = set()
-    for token, row in numbers.items():
+    for token, row in token_ids.items():
         if token in added:
             fills[row] = tuple(
-                name for name, one in models.items() if one.content is not None and token in one.tokens
+                name for name, model in models.items() if model.content is not None and token in model.tokens
             )
-            shared.add(row)  # in all models, so that every method gives this mean
+            shared.add(row)  # in all models, so that the result is this mean for every merge method
         else:
             fills[row] = (leading.name,)
-    for token, source in wanted.items():
-        if token not in numbers:
-            raise unknown_name("token", token, numbers, listed_as="the output has")
+    for token, source in token_sources.items():
+        if token not in token_ids:
+            raise unknown_name("token", token, token_ids, listed_as="the output has")
         if source.model not in models:
             raise unknown_name(
                 f"model for token '{token}'", source.model, models, listed_as="this merge takes"
             )
         if token not in models[source.model].tokens:
-            raise UserError(f"'{source.model}' has no token '{token}' that others could take")
-        fills[numbers[token]] = (source.model,)
+            raise UserError(f"'{source.model}' has no token '{token}' to take the row from")
+        fills[token_ids[token]] = (source.model,)
         if source.force:
-            shared.add(numbers[token])
+            shared.add(token_ids[token])
     return fills, shared
 
 
 def write_tokenizer(plan: VocabularyPlan | None, leading: Path, output: Path) -> None:
-    """Write the output's tokenizer files: those of their source, byte for byte, except for declared additions."""
+    """Write the output's tokenizer files: byte-identical copies of their source, plus added tokens."""
     source = plan.source if plan is not None else leading
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            with readable_os_errors(output / name):
+            with os_errors_as_user_errors(output / name):
                 (output / name).write_bytes((source / name).read_bytes())
     if plan is not None and plan.added:
-        _declare(plan, output)
+        _add_tokens(plan, output)
 
 
-def _declare(plan: VocabularyPlan, output: Path) -> None:
-    """Add the new tokens to the written files, in the layout that the tokenizers library writes."""
+def _add_tokens(plan: VocabularyPlan, output: Path) -> None:
+    """Add the new tokens to the written files, in the format of the tokenizers library."""
     content = read_json(output / TOKENIZER_FILE)
     content.setdefault("added_tokens", [])
     decoder: dict[str, Any] = {}
     for token, number in plan.added.items():
         entry = next(
-            one
-            for one in read_json(plan.added_by[token] / TOKENIZER_FILE)["added_tokens"]
-            if one["content"] == token
+            added_token
+            for added_token in read_json(plan.added_by[token] / TOKENIZER_FILE)["added_tokens"]
+            if added_token["content"] == token
         )
         content["added_tokens"].append({**entry, "id": number})
         decoder[str(number)] = {key: value for key, value in entry.items() if key != "id"}
@@ -350,22 +357,24 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def chat_template(wanted: str, models: Mapping[str, Path]) -> str | None:
-    """Return the chat template that a recipe asks for: `auto` (the most common of the models'), or the text itself.
+    """Return the chat template for a recipe's setting: `auto` (the models' most common one) or the template text.
 
-    None where `auto` finds none. Raises `UserError` for anything else.
+    None if `auto` finds none. Raises `UserError` for any other value.
     """
     if wanted == "auto":
-        found = [text for text in map(template_of, models.values()) if text is not None]
-        return max(found, key=found.count) if found else None
+        templates = [text for text in map(template_of, models.values()) if text is not None]
+        return max(templates, key=templates.count) if templates else None
     if "{" in wanted:
         return wanted
-    raise UserError(f"chat_template '{wanted}' is neither 'auto' nor a template; paste the template's text")
+    raise UserError(
+        f"chat_template '{wanted}' is neither 'auto' nor a template; give the text of the template"
+    )
 
 
 def template_of(folder: Path) -> str | None:
-    """Return a model's chat template, None where it has none."""
+    """Return a model's chat template; None if it has none."""
     if (folder / TEMPLATE_FILE).is_file():
         return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
-    found = read_json(path).get("chat_template") if path.is_file() else None
-    return found if isinstance(found, str) else None
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    return template if isinstance(template, str) else None

@@ -1,1 +1,1 @@
-"""Stitched models: frozen models side by side, joined by small trained layers."""
+"""Stitched models: frozen models connected by small trainable stitch layers."""

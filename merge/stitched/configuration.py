@@ -1,4 +1,4 @@
-"""The configuration of a stitched model."""
+"""Configuration of a stitched model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODEL_TYPE = "expertctl_stitched"
 
 
 class StitchedConfig(PretrainedConfig):
-    """Which models are stitched together, and where."""
+    """Hub, members and stitch layers of a stitched model."""
 
     model_type = MODEL_TYPE
 
@@ -28,11 +28,11 @@ class StitchedConfig(PretrainedConfig):
     ) -> None:
         self.hub = dict(hub or {})
         """The hub's `config.json`."""
-        self.members = [dict(one) for one in members]
-        """Hub first: `name`, `folder` (relative to this one), `digest`, `width`, `num_layers` of each."""
+        self.members = [dict(member) for member in members]
+        """`name`, `folder` (relative), `digest`, `width` and `num_layers` of each member, hub first."""
         self.num_stitches = num_stitches
         self.projected = projected
-        """Experts go on with what the hub took from them (the paper's equations), not with their own states (its prose)."""
+        """Experts continue from projected states (the paper's equations), not their own (its text)."""
         self.dropout = dropout
         for name in SHARED_SETTINGS:
             if name in self.hub:
@@ -41,4 +41,4 @@ class StitchedConfig(PretrainedConfig):
 
     @property
     def expert_widths(self) -> dict[str, int]:
-        return {one["name"]: int(one["width"]) for one in self.members[1:]}
+        return {member["name"]: int(member["width"]) for member in self.members[1:]}

@@ -1,7 +1,7 @@
-"""A stitched model: frozen experts beside a frozen hub, joined by stitch layers (arXiv:2502.00075).
+"""Stitched model: a frozen hub and frozen experts, connected by stitch layers (arXiv:2502.00075).
 
-On disk it is a folder with `config.json`, `stitches.safetensors`, and for each member a folder that it refers to, or, made
-self-contained, holds under `members/`. Shapes: B = batch, T = tokens.
+On disk it is a folder with `config.json` and `stitches.safetensors`. The members are referenced by path or,
+if self-contained, stored in `members/`. Shapes: B = batch, T = tokens.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ...core.errors import UserError
 from ..ensemble.members_cache import MembersCache
 from .configuration import StitchedConfig
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
-from .points import hub_points, joins_hub, matched_points
-from .stepwise import Stepwise, decoder_layers, first_of
+from .points import hub_points, leads_into_hub, matched_points
+from .stepwise import Stepwise, decoder_layers, hidden_states_of
 
 STITCHES_FILE = "stitches.safetensors"
 HUB = "hub"
 
 
 class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
-    """A hub whose states and those of its experts reach one another at a few depths; the hub's head speaks."""
+    """Hub and experts that exchange hidden states at stitch layers; logits come from the hub's LM head."""
 
     config_class = StitchedConfig
     main_input_name = "input_ids"
@@ -43,7 +43,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         self.hub = hub
         self.experts = nn.ModuleList(experts.values())
         self.expert_names = list(experts)
-        """Those that run; `without` takes some out."""
+        """Names of the active experts; `drop` removes some."""
         self.points = hub_points(len(decoder_layers(hub)), config.num_stitches)
         self._expert_points = {
             name: matched_points(self.points, name, len(decoder_layers(expert)))
@@ -55,10 +55,10 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave everything as it was made: members are loaded, stitches begin as `new_stitches` has them."""
+        """Initialise nothing: members are loaded, and `new_stitches` initialises the stitches."""
 
     def train(self, mode: bool = True) -> StitchedForCausalLM:
-        """Set the stitches to training; members are frozen and stay as they are when used."""
+        """Set the mode of the stitches; members stay in evaluation mode."""
         super().train(mode)
         for member in (self.hub, *self.experts):
             member.eval()
@@ -66,7 +66,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `forward` makes its own, one for each member
+        return False  # `forward` creates a cache per member
 
     def get_input_embeddings(self) -> nn.Module:
         return cast("nn.Module", self.hub.get_input_embeddings())
@@ -85,13 +85,13 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return the hub's logits for tokens (B, T), which may go on from a cache."""
+        """Return the hub's logits for tokens (B, T), which may continue the text in a cache."""
         cache = past_key_values if isinstance(past_key_values, MembersCache) else None
         if cache is None and use_cache:
             cache = MembersCache(1 + len(self.experts))
         if position_ids is None and attention_mask is not None:
-            places = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-            position_ids = places[:, -input_ids.shape[1] :]
+            positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+            position_ids = positions[:, -input_ids.shape[1] :]
 
         def inputs(number: int) -> dict[str, Any]:
             return {
@@ -105,9 +105,9 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         passes = {
             name: Stepwise(expert) for name, expert in zip(self.expert_names, self.experts, strict=True)
         }
-        for number, one in enumerate(passes.values(), start=1):
-            one.begin(**inputs(number))
-        hooks = self._stitched_to(passes)
+        for number, stepwise in enumerate(passes.values(), start=1):
+            stepwise.begin(**inputs(number))
+        hooks = self._register_stitches(passes)
         try:
             output = self.hub(**inputs(0), labels=labels, logits_to_keep=logits_to_keep)
         finally:
@@ -115,8 +115,8 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
                 hook.remove()
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
 
-    def _stitched_to(self, passes: Mapping[str, Stepwise]) -> list[Any]:
-        """Let the hub's layers before each stitch hand their states through it; return the hooks that do."""
+    def _register_stitches(self, passes: Mapping[str, Stepwise]) -> list[Any]:
+        """Hook each stitch to the hub layer before it; return the hook handles."""
         layers = decoder_layers(self.hub)
         return [
             layers[point - 1].register_forward_hook(self._hook(number, passes))
@@ -127,15 +127,17 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         stitch = self.stitches[number]
 
         def hook(layer: nn.Module, args: Any, output: Any) -> Any:
-            hub = first_of(output)
-            states = {name: one.advance(self._expert_points[name][number]) for name, one in passes.items()}
+            hub = hidden_states_of(output)
+            states = {
+                name: stepwise.advance(self._expert_points[name][number]) for name, stepwise in passes.items()
+            }
             if isinstance(stitch, ExpertsIntoHub):
                 hub, projected = stitch(hub, states)
                 changed = projected if self.config.projected and number + 1 < len(self.stitches) else {}
             else:
                 changed = stitch(hub, states)
-            for name, one in changed.items():
-                passes[name].states = one
+            for name, new_states in changed.items():
+                passes[name].states = new_states
             return (hub, *output[1:]) if isinstance(output, tuple) else hub
 
         return hook
@@ -146,7 +148,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> StitchedForCausalLM:
-        """Load a stitched folder and the members that it refers to; takes transformers' `dtype` and `device_map`."""
+        """Load a stitched model and its members; supports `dtype` and `device_map` of transformers."""
         from .members import load_members
 
         root = Path(folder)
@@ -164,35 +166,34 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def load_stitches(self, folder: Path) -> None:
-        """Read the stitches of a folder; raises `UserError` where one is missing or has another shape."""
-        own = dict(self.stitches.named_parameters(prefix="stitches"))
+        """Load the stitches of a folder; raises `UserError` if a tensor is missing or has another shape."""
+        parameters = dict(self.stitches.named_parameters(prefix="stitches"))
         stored = Checkpoint([folder / STITCHES_FILE])
-        for name in sorted(own.keys() ^ set(stored)):
-            raise UserError(
-                f"tensor '{name}' is in {'the model' if name in own else folder / STITCHES_FILE} only; merge it again"
-            )
+        for name in sorted(parameters.keys() ^ set(stored)):
+            place = "the model" if name in parameters else folder / STITCHES_FILE
+            raise UserError(f"tensor '{name}' is in {place} only; merge again")
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 tensor = stored.read(name)
                 if tensor.shape != parameter.shape:
                     raise UserError(
-                        f"tensor '{name}' in {folder / STITCHES_FILE} is {list(tensor.shape)}, and its members need "
-                        f"{list(parameter.shape)}"
+                        f"tensor '{name}' in {folder / STITCHES_FILE} has shape {list(tensor.shape)}, and "
+                        f"the members need {list(parameter.shape)}; merge again"
                     )
                 parameter.copy_(tensor)
 
     def drop(self, gone: Collection[str]) -> None:
-        """Close the gates of experts: they run no more, and are not there for what is saved."""
+        """Remove the experts in `gone` from the model and from what it saves."""
         kept = [number for number, name in enumerate(self.expert_names) if name not in gone]
         self.experts = nn.ModuleList(self.experts[number] for number in kept)
         self.expert_names = [self.expert_names[number] for number in kept]
         for stitch in self.stitches:
             assert isinstance(stitch, Stitch)
             stitch.drop(gone)
-        self.config.members = [one for one in self.config.members if one["name"] not in gone]
+        self.config.members = [member for member in self.config.members if member["name"] not in gone]
 
     def save_trained(self, folder: Path, base: Path) -> None:
-        """Write stitches that were trained from those in `base`, with the same members."""
+        """Write trained stitches to `folder`, with the members of the model in `base`."""
         from .members import move_members
 
         config = StitchedConfig.from_dict(self.config.to_dict())
@@ -201,14 +202,14 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         write_config(folder, config)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write a folder that holds every member whole and refers to nothing outside."""
-        from .members import embedded_members
+        """Write a self-contained folder with a complete copy of every member."""
+        from .members import write_members
 
         root = Path(save_directory)
         root.mkdir(parents=True, exist_ok=True)
         members = {HUB: self.hub, **dict(zip(self.expert_names, self.experts, strict=True))}
         config = StitchedConfig.from_dict(self.config.to_dict())
-        config.members = embedded_members(root, members)
+        config.members = write_members(root, members)
         write_stitches(root, self.stitches)
         write_config(root, config)
         if self.generation_config is not None:
@@ -216,23 +217,26 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def new_stitches(config: StitchedConfig) -> nn.ModuleList:
-    """Return stitch layers at their start, where the hub is as it was."""
-    found = nn.ModuleList()
+    """Return initialised stitch layers, with which the model equals the hub."""
+    stitches = nn.ModuleList()
     for number in range(config.num_stitches):
-        kind = ExpertsIntoHub if joins_hub(number, config.num_stitches) else HubIntoExperts
-        stitch = kind(config.members[0]["width"], config.expert_widths, config.dropout)
-        stitch.start_anew()
-        found.append(stitch)
-    return found
+        layer_class = ExpertsIntoHub if leads_into_hub(number, config.num_stitches) else HubIntoExperts
+        stitch = layer_class(config.members[0]["width"], config.expert_widths, config.dropout)
+        stitch.reset()
+        stitches.append(stitch)
+    return stitches
 
 
 def write_stitches(folder: Path, stitches: nn.ModuleList) -> None:
     """Write stitch layers as `stitches.safetensors`."""
-    own = dict(stitches.named_parameters(prefix="stitches"))
-    write_tensors(folder / STITCHES_FILE, {name: one.detach().to("cpu") for name, one in own.items()})
+    tensors = {
+        name: parameter.detach().to("cpu") for name, parameter in stitches.named_parameters(prefix="stitches")
+    }
+    write_tensors(folder / STITCHES_FILE, tensors)
 
 
 def write_config(folder: Path, config: StitchedConfig) -> None:
     """Write `config.json`, with the class that `AutoModelForCausalLM` resolves."""
     config.architectures = [StitchedForCausalLM.__name__]
-    write_json(folder / "config.json", config.to_dict())
+    # transformers keeps the folder that a model was loaded from, which says nothing about the model
+    write_json(folder / "config.json", config.to_dict() | {"_name_or_path": ""})

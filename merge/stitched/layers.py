@@ -1,6 +1,6 @@
 """Stitch layers (Branch-Train-Stitch, arXiv:2502.00075, section 3).
 
-Shapes: B = batch, T = tokens, d = width of the hub, e = width of an expert, n = experts.
+Shapes: B = batch, T = tokens, d = hidden size of the hub, e = hidden size of an expert.
 """
 
 from __future__ import annotations
@@ -11,62 +11,62 @@ import torch
 from torch import Tensor, nn
 
 EXPERT_GATE_START = -4.0
-"""Logit of the gates into experts at the start: 0.018 of what reaches them is the hub's."""
+"""Initial logit of the gates into experts: a gate of 0.018, so the hub contributes little."""
 
 
 class Stitch(nn.Module):
-    """Gates that look at the hub, and projections between its states and the experts'."""
+    """Base class of stitch layers: gates computed from hub states, projections between hub and experts."""
 
     gate_start = 0.0
-    """Logit of the gates where training begins."""
+    """Initial logit of the gates."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.gates, self.projections = nn.ModuleDict(), nn.ModuleDict()
         self.dropout = nn.Dropout(dropout)
 
-    def start_anew(self, names: Collection[str] | None = None) -> None:
-        """Set gates and projections (of the named experts; default: everything) to where training begins.
+    def reset(self, names: Collection[str] | None = None) -> None:
+        """Initialise gates and projections of the named experts, or of all.
 
-        Projections pass states on as they are, as far as the widths allow; gates do not look at them yet.
+        Projections start as the identity (truncated where hidden sizes differ), gates as constants.
         """
-        wanted = {key_of(name) for name in names} if names is not None else None
+        keys = set(module_keys(names)) if names is not None else None
         for key, gate in self.gates.items():
-            if wanted is None or key in wanted:
+            if keys is None or key in keys:
                 nn.init.zeros_(gate.get_parameter("weight"))
                 nn.init.constant_(gate.get_parameter("bias"), self.gate_start)
         for key, projection in self.projections.items():
-            if wanted is None or key in wanted:
+            if keys is None or key in keys:
                 nn.init.eye_(projection.get_parameter("weight"))
 
     def drop(self, gone: Collection[str]) -> None:
-        """Take experts out."""
-        for key in keys_of(gone):
+        """Remove the gates and projections of experts."""
+        for key in module_keys(gone):
             del self.gates[key], self.projections[key]
 
 
 class ExpertsIntoHub(Stitch):
-    """Adds to each channel of the hub a gated mean of what the experts have there.
+    """Adds a gated mean of the projected expert states to the hub, per channel.
 
-    `h + strength * (sum_i g_i W_i h_i - (1 - g_0) h)` with `g` a softmax over hub and experts for every channel. With a
-    `strength` of 1 it is the paper's; it begins at 0, so that at first the hub is what it was.
+    `h + strength * (sum_i g_i W_i h_i - (1 - g_0) h)` with `g` a softmax over hub and experts per channel.
+    `strength` 1 is the paper's layer. It starts at 0, so that the hub's states are initially unchanged.
     """
 
     def __init__(self, width: int, experts: Mapping[str, int], dropout: float = 0.0) -> None:
         super().__init__(dropout)
         self.gates["hub"] = nn.Linear(width, width)
-        for name, inner in experts.items():
-            self.gates[key_of(name)] = nn.Linear(width, width)
-            self.projections[key_of(name)] = nn.Linear(inner, width, bias=False)
+        for name, expert_width in experts.items():
+            self.gates[module_key(name)] = nn.Linear(width, width)
+            self.projections[module_key(name)] = nn.Linear(expert_width, width, bias=False)
         self.strength = nn.Parameter(torch.zeros(width))
 
     def forward(self, hub_BTd: Tensor, experts_BTe: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the hub's new states, and those of the experts as the hub sees them (projected), both (B, T, d)."""
+        """Return the hub's new states and the projected states of each expert, all (B, T, d)."""
         if not experts_BTe:
             return hub_BTd, {}
-        logits = [self.dropout(self.gates[key](hub_BTd)) for key in ("hub", *keys_of(experts_BTe))]
+        logits = [self.dropout(self.gates[key](hub_BTd)) for key in ("hub", *module_keys(experts_BTe))]
         gates = torch.stack(logits).float().softmax(dim=0).to(hub_BTd.dtype)
-        projected = {name: self.projections[key_of(name)](states) for name, states in experts_BTe.items()}
+        projected = {name: self.projections[module_key(name)](states) for name, states in experts_BTe.items()}
         mean = gates[0] * hub_BTd
         for gate, states in zip(gates[1:], projected.values(), strict=True):
             mean = mean + gate * states
@@ -74,30 +74,30 @@ class ExpertsIntoHub(Stitch):
 
 
 class HubIntoExperts(Stitch):
-    """Gives each expert a gated part of the hub: `(1 - g_i) h_i + g_i W_i h`, with `g_i` a sigmoid for every channel."""
+    """Mixes hub states into each expert: `(1 - g_i) h_i + g_i W_i h`, with `g_i` a sigmoid per channel."""
 
     gate_start = EXPERT_GATE_START
 
     def __init__(self, width: int, experts: Mapping[str, int], dropout: float = 0.0) -> None:
         super().__init__(dropout)
-        for name, inner in experts.items():
-            self.gates[key_of(name)] = nn.Linear(width, inner)
-            self.projections[key_of(name)] = nn.Linear(width, inner, bias=False)
+        for name, expert_width in experts.items():
+            self.gates[module_key(name)] = nn.Linear(width, expert_width)
+            self.projections[module_key(name)] = nn.Linear(width, expert_width, bias=False)
 
     def forward(self, hub_BTd: Tensor, experts_BTe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the experts' new states, (B, T, e) each."""
-        found = {}
+        """Return the new states of each expert, (B, T, e)."""
+        new_states = {}
         for name, states in experts_BTe.items():
-            gate = self.dropout(self.gates[key_of(name)](hub_BTd)).sigmoid()
-            found[name] = states + gate * (self.projections[key_of(name)](hub_BTd) - states)
-        return found
+            gate = self.dropout(self.gates[module_key(name)](hub_BTd)).sigmoid()
+            new_states[name] = states + gate * (self.projections[module_key(name)](hub_BTd) - states)
+        return new_states
 
 
-def key_of(name: str) -> str:
-    """Return what a module of an expert is called: names may hold dots, which modules' may not."""
+def module_key(name: str) -> str:
+    """Return the module key of an expert; dots are escaped, since module names must not contain them."""
     return "expert_" + name.replace(".", "%2E")
 
 
-def keys_of(names: Collection[str]) -> list[str]:
-    """Return what the modules of several experts are called, in order."""
-    return [key_of(name) for name in names]
+def module_keys(names: Collection[str]) -> list[str]:
+    """Return the module keys of several experts, in order."""
+    return [module_key(name) for name in names]

@@ -1,4 +1,4 @@
-"""The members of a stitched model: whole models elsewhere that it refers to, or copies inside of it."""
+"""Members of a stitched model: complete models that it references, or copies in its own folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digest_cache import digests_of_untouched
+from ...core.artefacts.digests import MANIFEST_NAMES, TOKENIZER_FILES, digest_of_tensors
 from ...core.artefacts.files import link_or_copy, read_json
-from ...core.artefacts.lineage import (
-    MANIFEST_NAMES,
-    TOKENIZER_FILES,
-    digest_of_tensors,
-    manifest_path,
-    read_manifest,
-)
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files
 from ...core.errors import UserError
+from ...core.manifests.manifest import manifest_path, read_manifest
 from ...core.models.loading import load_network
 from .stepwise import decoder_layers
 
@@ -29,21 +24,21 @@ if TYPE_CHECKING:
 MEMBERS_FOLDER = "members"
 
 
-def described(name: str, source: Path, seed: Path, folder: Path, *, self_contained: bool) -> dict[str, Any]:
-    """Return what a stitched model in `folder` says of a member, having copied (or linked) it inside where asked to.
+def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contained: bool) -> dict[str, Any]:
+    """Return a member's configuration entry for the stitched model in `folder`; may copy it.
 
-    Depth and width of an expert of ours are those of its `seed`.
+    Depth and hidden size of an expertctl expert are those of its `seed`.
     """
     manifest = read_manifest(source) if manifest_path(source) is not None else None
-    place = source.resolve()
+    member_folder = source.resolve()
     if self_contained:
-        place = folder / MEMBERS_FOLDER / name
-        _copy_model(source, place)
+        member_folder = folder / MEMBERS_FOLDER / name
+        _copy_model(source, member_folder)
     is_expert = manifest is not None and manifest.kind == "expert"
     config = read_json((seed if is_expert else source) / "config.json")
     return {
         "name": name,
-        "folder": os.path.relpath(place, folder.resolve())
+        "folder": os.path.relpath(member_folder, folder.resolve())
         if not self_contained
         else f"{MEMBERS_FOLDER}/{name}",
         "digest": _digest(source),
@@ -55,19 +50,19 @@ def described(name: str, source: Path, seed: Path, folder: Path, *, self_contain
 def load_members(
     root: Path, config: StitchedConfig, dtype: Any
 ) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
-    """Load hub and experts, each tensor that an expert shares with the hub once.
+    """Load hub and experts; tensors that an expert shares with the hub are loaded once.
 
-    Raises `UserError` for a member that is not where it was, or is another by now.
+    Raises `UserError` for a member that is missing or has changed since the merge.
     """
-    wanted = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
-    hub_folder = _found(root, config.members[0])
-    hub = load_network(hub_folder, dtype=wanted)
+    dtype_name = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
+    hub_folder = _check_member(root, config.members[0])
+    hub = load_network(hub_folder, dtype=dtype_name)
     experts = {}
     for member in config.members[1:]:
-        folder = _found(root, member)
+        folder = _check_member(root, member)
         kind = read_manifest(folder).kind if manifest_path(folder) is not None else None
         expert = load_network(
-            folder, seed=hub_folder if kind == "expert" else None, dtype=wanted, as_trained=False
+            folder, seed=hub_folder if kind == "expert" else None, dtype=dtype_name, as_trained=False
         )
         expert.to(hub.dtype)
         if kind == "expert":
@@ -76,57 +71,57 @@ def load_members(
     return hub, experts
 
 
-def embedded_members(root: Path, members: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
-    """Write loaded members whole into `root` and return what its configuration says of them."""
-    found = []
+def write_members(root: Path, members: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
+    """Write complete copies of loaded members below `root` and return their configuration entries."""
+    entries = []
     for name, model in members.items():
-        place = root / MEMBERS_FOLDER / name
-        model.save_pretrained(place)
-        found.append(
+        folder = root / MEMBERS_FOLDER / name
+        model.save_pretrained(folder)
+        entries.append(
             {
                 "name": name,
                 "folder": f"{MEMBERS_FOLDER}/{name}",
-                "digest": _digest(place),
+                "digest": _digest(folder),
                 "width": int(model.config.hidden_size),
                 "num_layers": len(decoder_layers(model)),
             }
         )
-    return found
+    return entries
 
 
 def move_members(members: Sequence[Mapping[str, Any]], old: Path, new: Path) -> list[dict[str, Any]]:
-    """Return what another stitched folder says of the same members: copies go along, all others stay where they are."""
-    found = []
+    """Move members to another folder: copy internal ones, adjust references; return their entries."""
+    entries = []
     for member in members:
         source = (old / member["folder"]).resolve()
         if source.is_relative_to(old.resolve()):
             _copy_model(source, new / member["folder"])
-            found.append(dict(member))
+            entries.append(dict(member))
         else:
-            found.append({**member, "folder": os.path.relpath(source, new.resolve())})
-    return found
+            entries.append({**member, "folder": os.path.relpath(source, new.resolve())})
+    return entries
 
 
-def _copy_model(source: Path, place: Path) -> None:
-    """Link, or copy, the files that loading needs: nothing that says how a model was trained, and where."""
-    place.mkdir(parents=True, exist_ok=True)
+def _copy_model(source: Path, folder: Path) -> None:
+    """Link or copy the files needed for loading, without records of the training."""
+    folder.mkdir(parents=True, exist_ok=True)
     names = {"config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, *MANIFEST_NAMES.values()}
     for file in sorted(source.iterdir()):
-        if (file.name in names or file.suffix == ".safetensors") and not (place / file.name).exists():
-            link_or_copy(file, place / file.name)
+        if (file.name in names or file.suffix == ".safetensors") and not (folder / file.name).exists():
+            link_or_copy(file, folder / file.name)
 
 
-def _found(root: Path, member: Mapping[str, Any]) -> Path:
+def _check_member(root: Path, member: Mapping[str, Any]) -> Path:
     folder: Path = (root / member["folder"]).resolve()
     if not folder.is_dir():
         raise UserError(
-            f"{root} is stitched to '{member['name']}' in {folder}, which is not there; put it back, or merge again with "
-            "--self-contained"
+            f"{root} references member '{member['name']}' in {folder}, which does not exist; restore it, or "
+            "merge again with --self-contained"
         )
     if _digest(folder) != member["digest"]:
         raise UserError(
-            f"{root} is stitched to '{member['name']}' as it was when they were merged, and {folder} is another by now; "
-            "merge again"
+            f"{root} references member '{member['name']}' in {folder}, which has changed since the merge; "
+            "restore it, or merge again"
         )
     return folder
 
@@ -141,12 +136,12 @@ def _setting(config: Mapping[str, Any], folder: Path, *names: str) -> int:
     for name in names:
         if isinstance(config.get(name), int):
             return int(config[name])
-    raise UserError(f"{folder / 'config.json'} has no {names[0]}: models of such a family cannot be stitched")
+    raise UserError(f"{folder / 'config.json'} has no {names[0]}; models of this family cannot be stitched")
 
 
 def _share(expert: PreTrainedModel, hub: PreTrainedModel, changed: set[str]) -> None:
-    """Let an expert use the hub's own tensors where it did not change them."""
-    theirs = dict(hub.named_parameters())
+    """Share the hub's tensors with an expert, except for the tensors in `changed`."""
+    hub_parameters = dict(hub.named_parameters())
     for name, parameter in expert.named_parameters():
-        if name not in changed and name in theirs:
-            parameter.data = theirs[name].data
+        if name not in changed and name in hub_parameters:
+            parameter.data = hub_parameters[name].data

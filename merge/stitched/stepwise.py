@@ -1,4 +1,4 @@
-"""A decoder run a few layers at a time, by its own code: whatever its family hands to its layers is handed on."""
+"""Run a decoder a few layers at a time, with the layer arguments that its own forward pass computes."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from ...core.errors import UserError
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """Return a causal model's layers, first one first; raises `UserError` for a family that has no such list."""
+    """Return the decoder layers of a causal model; raises `UserError` if the family has no list of layers."""
     count = model.config.num_hidden_layers
     for module in model.base_model.children():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(
-        f"{type(model).__name__} has no list of {count} decoder layers; models of such a family cannot be stitched"
+        f"{type(model).__name__} has no list of {count} decoder layers; models of this family cannot be "
+        "stitched"
     )
 
 
-def first_of(output: Any) -> Tensor:
-    """Return a layer's hidden states, which some families give with more."""
+def hidden_states_of(output: Any) -> Tensor:
+    """Return the hidden states of a layer output, which is a tensor or a tuple that starts with them."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
 class Stepwise:
-    """One forward pass of a model, as far as it has come."""
+    """A forward pass of a model that can be advanced layer by layer."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._layers = model, decoder_layers(model)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._done = 0
+        self._next_layer = 0
         self.states: Tensor
 
     def begin(self, **inputs: Any) -> None:
-        """Embed tokens and find out what each layer is called with; no layer runs.
+        """Embed tokens and record the arguments of each layer without running any layer.
 
-        The model's own code does that: its layers only take notes meanwhile.
+        Runs the model's own forward pass with layers that only record their arguments.
         """
 
-        def note(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Tensor:
             states: Tensor = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
             if not self._calls:
                 self.states = states
@@ -50,7 +51,7 @@ class Stepwise:
             return states
 
         for layer in self._layers:
-            layer.forward = note
+            layer.forward = record
         try:
             self._model.base_model(**inputs)
         finally:
@@ -58,9 +59,9 @@ class Stepwise:
                 del layer.forward
 
     def advance(self, until: int) -> Tensor:
-        """Run layers up to number `until`, not included, and return the states after them, (B, T, width)."""
-        for number in range(self._done, until):
+        """Run the layers before layer `until` and return the hidden states after them, (B, T, width)."""
+        for number in range(self._next_layer, until):
             args, kwargs = self._calls[number]
-            self.states = first_of(self._layers[number](self.states, *args, **kwargs))
-        self._done = until
+            self.states = hidden_states_of(self._layers[number](self.states, *args, **kwargs))
+        self._next_layer = until
         return self.states

@@ -1,1 +1,1 @@
-"""Corpus formats, launchers, evaluators, architectures and trainable parts."""
+"""Built-in corpus formats, document order, launcher, evaluator, architectures and trainers."""

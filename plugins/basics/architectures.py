@@ -1,4 +1,4 @@
-"""Where the built-in model families keep their parts, and which mixtures they can become."""
+"""Tensor name patterns of the built-in model families, and the mixtures that they can be merged into."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def _family(name: str, model_types: tuple[str, ...], *mixtures: MixtureTarget) -> Architecture:
-    """Describe a family that names its parts as Llama does."""
+    """Return the architecture of a family with Llama's tensor names."""
     return Architecture(name, model_types, _FEED_FORWARD, _ATTENTION, _NORMS, _EMBEDDINGS, mixtures)
 
 

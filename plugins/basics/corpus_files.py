@@ -1,7 +1,7 @@
-"""Text files that can be read into documents: JSON lines, plain text, parquet.
+"""Corpus formats: JSON lines, plain text, Parquet.
 
-Every reader streams, skips texts that are empty or only white space, and raises a `UserError` that names
-the file and the line, row or byte where reading stopped.
+Every reader streams, skips texts that are empty or only white space, and raises `UserError` with the file and the
+line, row or byte where reading failed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ...core.hooks.text import CorpusFormat, Document
 
 PARQUET_ROWS_AT_A_TIME = 256
 PARQUET_BUFFER_BYTES = 1 << 20
-TEXT_DOCUMENT_BYTES = 4 << 20  # no text document is longer, however large its file is
-# A blank line with either kind of line end, then what to make do with; each border belongs to what is before it.
+TEXT_DOCUMENT_BYTES = 4 << 20  # larger text files are split into several documents
+# where to split, in order of preference: after a paragraph, a line, a word
 TEXT_BORDERS = ((b"\n\n", b"\n\r\n"), (b"\n",), (b" ",))
-MAX_QUOTED = 200  # characters of a file's own words that an error message repeats
+MAX_QUOTED = 200  # characters quoted from a file in an error message
 JSON_KINDS = {
     bool: "a boolean",
     int: "a number",
@@ -36,19 +36,19 @@ JSON_KINDS = {
 
 @hookimpl
 def corpus_formats() -> list[CorpusFormat]:
-    """Offer the formats that come with the package."""
+    """Return the built-in corpus formats."""
     return [
         CorpusFormat(
             "jsonl",
-            "one JSON object a line, the text in one field",
+            "one JSON object per line with the text in one field",
             (".jsonl", ".jsonl.gz"),
             read_jsonl,
             read_jsonl_values,
         ),
-        CorpusFormat("text", "each file is one document, a large one several", (".txt", ".md"), read_text),
+        CorpusFormat("text", "one document per file; large files are split", (".txt", ".md"), read_text),
         CorpusFormat(
             "parquet",
-            "one row a document, the text in one column",
+            "one document per row with the text in one column",
             (".parquet",),
             read_parquet,
             read_parquet_values,
@@ -65,7 +65,7 @@ def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
 
 
 def read_jsonl_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
-    """Yield the same texts, each with what another field of its line says."""
+    """Yield the documents of `read_jsonl`, each with the value of another field."""
     for where, record in _records(path, text_field):
         text = _text_of_record(record, text_field, where)
         if text.strip():
@@ -80,9 +80,9 @@ def _records(path: Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def read_text(path: Path, text_field: str) -> Iterator[str]:
-    """Yield a file as one document, or one of more than `TEXT_DOCUMENT_BYTES` as several, cut between paragraphs.
+    """Yield a file as one document; a file above `TEXT_DOCUMENT_BYTES` is split between paragraphs.
 
-    Together they are the text of the file. There is no field to pick, so `text_field` is unused.
+    The documents together are the text of the file. `text_field` is unused.
     """
     offset = 0
     for piece in _text_pieces(path):
@@ -99,13 +99,13 @@ def read_text(path: Path, text_field: str) -> Iterator[str]:
 
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    """Yield the text column of a parquet file, a few rows in memory at a time."""
+    """Yield the text column of a Parquet file, with a few rows in memory at a time."""
     for document in _rows(path, text_field, None):
         yield document.text
 
 
 def read_parquet_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
-    """Yield the same texts, each with what another column says."""
+    """Yield the documents of `read_parquet`, each with the value of another column."""
     yield from _rows(path, text_field, field)
 
 
@@ -115,12 +115,12 @@ def _rows(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UserError(
-            f'{path}: reading parquet needs pyarrow; install it with: pip install "expertctl[parquet]"'
+            f'{path}: reading Parquet needs pyarrow; install it with: pip install "expertctl[parquet]"'
         ) from error
 
     row = 0
     try:
-        # by default pyarrow fetches the column's chunks ahead of reading, and holds them all
+        # by default pyarrow prefetches all chunks of the column into memory
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
             _check_column(file.schema_arrow, text_field, path)
             if field is not None and field not in file.schema_arrow.names:
@@ -128,69 +128,69 @@ def _rows(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
             columns = [text_field] if field in (None, text_field) else [text_field, field]
             for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=columns):
                 values = None if field is None else batch.column(field)
-                for place, one in enumerate(batch.column(text_field)):
+                for index, cell in enumerate(batch.column(text_field)):
                     row += 1
                     where = f"{path}: row {row}"
-                    text = _checked_text(one.as_py(), text_field, where)
+                    text = _checked_text(cell.as_py(), text_field, where)
                     if text.strip():
-                        value = values and _checked_value(values[place].as_py(), str(field), where)
+                        value = values and _checked_value(values[index].as_py(), str(field), where)
                         yield Document(text, value)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: row {row}: '{text_field}' is not UTF-8; write the file again as UTF-8"
         ) from error
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's own; pyarrow's carry no number
+        if isinstance(error, OSError) and error.errno:  # raised by the system: pyarrow's own have no errno
             raise _unreadable(path, error) from error
         raise UserError(
-            f"{path}: not a parquet file, or damaged after row {row} ({_quoted(error)}); copy or write it again"
+            f"{path}: not a Parquet file, or damaged after row {row} ({_quoted(error)}); copy or write it again"
         ) from error
 
 
-# --- pieces of a plain text ---
+# --- splitting plain text ---
 
 
 def _text_pieces(path: Path) -> Iterator[bytes]:
-    """Yield a file's bytes in pieces of at most `TEXT_DOCUMENT_BYTES`, holding a few of them at most."""
-    rest = b""
+    """Stream a file's bytes in pieces of at most `TEXT_DOCUMENT_BYTES`."""
+    remainder = b""
     try:
         with path.open("rb") as stream:
             while True:
-                window = rest + stream.read(TEXT_DOCUMENT_BYTES + 1 - len(rest))
+                window = remainder + stream.read(TEXT_DOCUMENT_BYTES + 1 - len(remainder))
                 if len(window) <= TEXT_DOCUMENT_BYTES:
                     break
-                cut = _last_border(window, TEXT_DOCUMENT_BYTES)
+                cut = _split_point(window, TEXT_DOCUMENT_BYTES)
                 yield window[:cut]
-                rest = window[cut:]
+                remainder = window[cut:]
     except OSError as error:
         raise _unreadable(path, error) from error
     if window:
         yield window
 
 
-def _last_border(window: bytes, end: int) -> int:
-    """Return where to cut, at `end` or before: behind the last paragraph, line or word, else between characters."""
+def _split_point(window: bytes, end: int) -> int:
+    """Return the split point at or before `end`: after the last paragraph, line or word, else between characters."""
     for borders in TEXT_BORDERS:
-        cut = max(_end_of(border, window, end) for border in borders)
+        cut = max(_last_end_of(border, window, end) for border in borders)
         if cut:
             return cut
     cut = end
-    while cut > end - 3 and window[cut] & 0xC0 == 0x80:  # inside a character of several bytes
+    while cut > end - 3 and window[cut] & 0xC0 == 0x80:  # inside a multi-byte character
         cut -= 1
     return cut
 
 
-def _end_of(border: bytes, window: bytes, end: int) -> int:
-    """Return where the last `border` before `end` ends; 0 if there is none."""
-    found = window.rfind(border, 0, end)
-    return found + len(border) if found >= 0 else 0
+def _last_end_of(border: bytes, window: bytes, end: int) -> int:
+    """Return the end of the last `border` before `end`, 0 if there is none."""
+    begin = window.rfind(border, 0, end)
+    return begin + len(border) if begin >= 0 else 0
 
 
-# --- lines and their text ---
+# --- reading lines and fields ---
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file, unpacked if it ends in `.gz`, counted from 1, without a byte-order mark."""
+    """Yield (line number from 1, line) of a file without its byte-order mark; `.gz` files are decompressed."""
     number = 0
     try:
         with _open(path) as stream:
@@ -198,7 +198,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
-            f"{path}:{number + 1}: the gzip data is cut short or damaged ({_quoted(error)}); copy or pack it again"
+            f"{path}:{number + 1}: the gzip data is truncated or damaged ({_quoted(error)}); copy or compress it again"
         ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
@@ -210,16 +210,15 @@ def _open(path: Path) -> BinaryIO:
 
 def _record_of_line(line: bytes, text_field: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(
-            line.decode("utf-8").rstrip("\r\n")
-        )  # else an error at the end counts a line of its own
+        # without the line end, so that an error at the end is reported in the right column
+        record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
         ) from error
     except json.JSONDecodeError as error:
         raise _bad_json(where, f"{error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+    except (ValueError, RecursionError) as error:  # such as an oversized number or unbounded nesting
         raise _bad_json(where, _quoted(error)) from error
     if not isinstance(record, dict):
         raise UserError(
@@ -241,10 +240,10 @@ def _value_of_record(record: dict[str, Any], field: str, where: str) -> str:
 
 
 def _checked_value(value: object, field: str, where: str) -> str:
-    """Return a text, number or truth value as JSON writes it, texts without quotes."""
+    """Return a string, number or boolean as text in JSON's notation, strings without quotes."""
     if not isinstance(value, str | int | float):
         raise UserError(
-            f"{where}: '{field}' is {_kind(value)}, which no domain can be called by; mend or drop it, or name another field"
+            f"{where}: '{field}' is {_kind(value)}, which cannot name a domain; fix or remove it, or use another field"
         )
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -252,21 +251,22 @@ def _checked_value(value: object, field: str, where: str) -> str:
 def _checked_text(value: object, text_field: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: '{text_field}' is {_kind(value)}, not a string; mend or drop it, or set text_field to another"
+            f"{where}: '{text_field}' is {_kind(value)}, not a string; fix or remove it, or set text_field to another "
+            "field"
         )
     if not value.isascii():
         try:
             value.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair: "\ud83d"
+        except UnicodeEncodeError as error:  # JSON can escape a lone surrogate: "\ud83d"
             raise UserError(
-                f"{where}: '{text_field}' has half a character (a lone surrogate) at position {error.start};"
-                " mend or drop it"
+                f"{where}: '{text_field}' has a lone surrogate (half a character) at position {error.start}; "
+                "fix or remove it"
             ) from error
     return value
 
 
 def _check_column(schema: Any, text_field: str, path: Path) -> None:
-    """Raise `UserError` unless the parquet schema has a text column of that name."""
+    """Raise `UserError` unless the Parquet schema has exactly one text column of that name."""
     import pyarrow.types as kinds
 
     if schema.names.count(text_field) != 1:
@@ -279,7 +279,7 @@ def _check_column(schema: Any, text_field: str, path: Path) -> None:
         )
 
 
-# --- wording ---
+# --- error messages ---
 
 
 def _no_field(what: str, name: str, known: list[str], where: str) -> UserError:
@@ -291,11 +291,11 @@ def _no_field(what: str, name: str, known: list[str], where: str) -> UserError:
 
 def _no_value(name: str, known: list[str], where: str) -> UserError:
     choices = _quoted(", ".join(known)) if known else "none"
-    return UserError(f"{where}: no field '{name}' to sort by; there are: {choices}")
+    return UserError(f"{where}: no field '{name}'; fields: {choices}")
 
 
 def _bad_json(where: str, reason: str) -> UserError:
-    return UserError(f"{where}: not valid JSON ({reason}); each line must be one whole JSON object")
+    return UserError(f"{where}: not valid JSON ({reason}); each line must be one complete JSON object")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
@@ -305,11 +305,11 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 def _kind(value: object) -> str:
-    """Name a JSON value's type in JSON's words."""
+    """Return the JSON type of a value with its article."""
     return "null" if value is None else JSON_KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _quoted(words: object) -> str:
-    """Repeat a library's or a file's words on one line of bounded length."""
+    """Quote text from a library or a file on one line of limited length."""
     line = " ".join(str(words).split())
     return line if len(line) <= MAX_QUOTED else f"{line[:MAX_QUOTED]}…"

@@ -1,4 +1,4 @@
-"""In-Context Pretraining (arXiv:2310.10638): related documents share context windows."""
+"""The `in_context` document order of In-Context Pretraining (arXiv:2310.10638)."""
 
 from __future__ import annotations
 
@@ -9,4 +9,8 @@ from ...experts.text.in_context_order import in_context_order
 
 @hookimpl
 def document_orders() -> list[DocumentOrder]:
-    return [DocumentOrder("in_context", "each document beside those that are most like it", in_context_order)]
+    return [
+        DocumentOrder(
+            "in_context", "similar documents adjacent, so that they share context windows", in_context_order
+        )
+    ]

@@ -1,4 +1,4 @@
-"""The `local` launcher: every run in a process of its own on this machine, a few at a time."""
+"""The `local` launcher: one process per run on this machine, several at a time."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import IO, Any
 
-from ...core.artefacts.files import mendable, write_text
+from ...core.artefacts.files import user_fixable_error, write_text
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.training import Launcher, LaunchResult, RunReporter
 
 
 @hookimpl
 def launchers() -> list[Launcher]:
-    return [Launcher("local", "one process for each run on this machine", launch)]
+    return [Launcher("local", "one process per run on this machine", launch)]
 
 
-def launch(runs: Sequence[Path], jobs: int, reporter: RunReporter) -> list[LaunchResult]:
-    """Train every run, at most `jobs` at a time; one that dies does not touch the others.
+def launch(
+    runs: Sequence[Path], jobs: int, reporter: RunReporter, options: object = None
+) -> list[LaunchResult]:
+    """Train every run, at most `jobs` at a time; a failed process does not affect the others.
 
-    On Ctrl-C every running process is asked to write a checkpoint and stop; those not begun stay as they are.
+    On Ctrl-C every running process writes a checkpoint and stops; the remaining runs are not started.
     """
-    fleet = _Fleet(reporter)
+    processes = _WorkerProcesses(reporter)
     with ThreadPoolExecutor(max_workers=max(jobs, 1)) as pool:
-        futures = [pool.submit(fleet.train, run) for run in runs]
+        futures = [pool.submit(processes.train, run) for run in runs]
         try:
             return [future.result() for future in futures]
         except KeyboardInterrupt:
-            fleet.stop()
+            processes.stop()
             return [future.result() for future in futures]
 
 
-class _Fleet:
-    """The processes of one launch."""
+class _WorkerProcesses:
+    """The worker processes of one launch."""
 
     def __init__(self, reporter: RunReporter) -> None:
         self._reporter = reporter
@@ -49,38 +51,36 @@ class _Fleet:
         self._lock = Lock()
 
     def train(self, run: Path) -> LaunchResult:
-        """Train one run in a process and report how it ended."""
+        """Train one run in a process, report its result and return it."""
         try:
             result = self._train(run)
         except OSError as error:
-            result = LaunchResult(run, str(mendable(error, run) or error))
+            result = LaunchResult(run, str(user_fixable_error(error, run) or error))
         self._reporter.finished(result)
         return result
 
     def _train(self, run: Path) -> LaunchResult:
-        from ...experts.runs.specification import (
-            LOG_FILE,  # here, since it loads pydantic and plugins load for `--help`
-        )
+        from ...core.manifests.run import LOG_FILE
 
-        # What it writes to standard error is kept beside the run only if the process dies of something unexpected.
+        # standard error is kept beside the run only if the process fails unexpectedly
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
             process = self._start(run, log)
             if process is None:
                 return LaunchResult(run, None, interrupted=True)
-            with process:  # closes both pipes in the end
-                last = self._follow(run, process)
+            with process:  # closes both pipes on exit
+                last_record = self._forward_records(run, process)
                 status = process.wait()
             with self._lock:
                 self._running.discard(process)
-            event = last.get("event")
+            event = last_record.get("event")
             if status == 0 and event == "finished":
                 return LaunchResult(run, None)
             if event == "interrupted" or self._stopping.is_set():
                 return LaunchResult(run, None, interrupted=True)
             if event == "error":
-                return LaunchResult(run, str(last["message"]))
+                return LaunchResult(run, str(last_record["message"]))
             log.seek(0)
-            return LaunchResult(run, _how_it_died(status, log.read(), run / LOG_FILE))
+            return LaunchResult(run, _describe_crash(status, log.read(), run / LOG_FILE))
 
     def _start(self, run: Path, log: IO[str]) -> subprocess.Popen[str] | None:
         with self._lock:
@@ -88,47 +88,47 @@ class _Fleet:
                 return None
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "expertctl.experts.training.worker", str(run)],
-                stdin=subprocess.PIPE,  # held open: its end tells the worker that we are gone
+                stdin=subprocess.PIPE,  # kept open: the worker exits when it closes
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,  # Ctrl-C reaches it once, through `stop`
+                start_new_session=True,  # Ctrl-C reaches it only once, through `stop`
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )
             self._running.add(process)
             return process
 
-    def _follow(self, run: Path, process: subprocess.Popen[str]) -> Mapping[str, Any]:
-        """Pass on what the worker tells and return its last record."""
-        last: dict[str, Any] = {}
+    def _forward_records(self, run: Path, process: subprocess.Popen[str]) -> Mapping[str, Any]:
+        """Forward the worker's records to the reporter and return the last one."""
+        last_record: dict[str, Any] = {}
         assert process.stdout is not None
         for line in process.stdout:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue  # something a library printed
+                continue  # output of a library
             if not isinstance(record, dict):
                 continue
-            last = record
+            last_record = record
             if record.get("event") == "started":
                 self._reporter.started(run, int(record["total_steps"]))
             if record.get("event") in ("started", "progress"):
                 self._reporter.progressed(run, record)
-        return last
+        return last_record
 
     def stop(self) -> None:
-        """Ask every running process to save its state and end."""
+        """Signal every running process to save its state and exit."""
         with self._lock:
             self._stopping.set()
             for process in self._running:
                 process.send_signal(signal.SIGINT)
 
 
-def _how_it_died(status: int, said: str, log: Path) -> str:
-    """Return one line about a process that ended without a word, and keep what it wrote."""
-    how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _describe_crash(status: int, output: str, log: Path) -> str:
+    """Return a one-line error for a crashed process and write its standard error to `log`."""
+    cause = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     if not lines:
-        return f"its process {how}: it said nothing"
-    write_text(log, said)
-    return f"its process {how}: {lines[-1]} (all of it in {log})"
+        return f"its process {cause} without output"
+    write_text(log, output)
+    return f"its process {cause}: {lines[-1]} (full output in {log})"

@@ -1,11 +1,11 @@
-"""The built-in evaluator: bits per byte and perplexity, every token scored once."""
+"""The built-in `perplexity` evaluator: bits per byte and perplexity, with every token scored once."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from ...core.hooks.evaluation import Evaluator, Score
+from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.hookspecs import hookimpl
 from ...core.models.scoring import token_log_probs
 
@@ -15,14 +15,13 @@ if TYPE_CHECKING:
     from ...core.text.token_store import TokenBlocks
 
 BATCH_TOKENS = 4096
-BATCH_LOGITS = 1 << 26  # 256 MiB of float32, whatever the vocabulary
+BATCH_LOGITS = 1 << 26  # limits the logits to 256 MiB of float32 for any vocabulary
 
 
 def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
-    """Return bits per byte of the text and perplexity per token over one part.
+    """Return the bits per byte and the perplexity per token of one part.
 
-    Each block is predicted from its own beginning on; the token before it is given. Separators count as
-    tokens, not as bytes.
+    Each block's context is limited to the block and the token before it. Separators count as tokens, not as bytes.
     """
     import torch
 
@@ -32,7 +31,7 @@ def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
             scores = token_log_probs(model, torch.from_numpy(batch).to(model.device))
             total -= float(scores.double().sum())
             count += scores.numel()
-    # a broken model may lie beyond what exp can hold
+    # exp overflows for a broken model
     perplexity = math.exp(total / count) if total / count < 700 else math.inf
     values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": perplexity}
     return Score(values, count)
@@ -45,5 +44,5 @@ def _batch_size(model: PreTrainedModel, block_size: int) -> int:
 
 @hookimpl
 def evaluators() -> list[Evaluator]:
-    summary = "bits per byte of text and perplexity per token"
-    return [Evaluator("perplexity", summary, ("bits_per_byte", "perplexity"), evaluate)]
+    metrics = (Metric("bits_per_byte", "bits per byte"), Metric("perplexity", "perplexity per token"))
+    return [Evaluator("perplexity", "bits per byte of text and perplexity per token", metrics, evaluate)]

@@ -1,4 +1,4 @@
-"""Built-in trainers: train everything, or the feed-forwards only."""
+"""Built-in trainers: all parameters, or the feed-forward networks only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ...experts.runs.trainable import all_parameters, feed_forward_parameters
 @hookimpl
 def trainers() -> list[Trainer]:
     return [
-        Trainer("all", "every parameter", all_parameters),
+        Trainer("all", "every parameter", lambda context: all_parameters(context.model)),
         Trainer(
             "feed_forward",
-            "the feed-forwards only; attention, norms and embeddings stay the seed's",
-            feed_forward_parameters,
+            "the feed-forward networks only; attention, norms and embeddings stay frozen",
+            lambda context: feed_forward_parameters(context.model),
             changes="feed_forward",
         ),
     ]

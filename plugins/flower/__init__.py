@@ -1,1 +1,1 @@
-"""Owners who join through Flower. Everything that is bound to a version of Flower stands in this folder; nothing is imported here."""
+"""Network transport of federations, built on Flower; all code that depends on Flower's version is in this folder."""

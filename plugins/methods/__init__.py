@@ -1,1 +1,1 @@
-"""The methods: each module or folder is one system from the literature, or a family of merges."""
+"""Built-in methods: one module or folder per system from the literature or family of merge methods."""

@@ -1,4 +1,4 @@
-"""Branch-Train-Merge (arXiv:2208.03306): experts of one seed as an ensemble, or averaged into one model."""
+"""Branch-Train-Merge (arXiv:2208.03306): ensemble or weighted average of experts of one seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...core.artefacts.files import link_or_copy
 from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files
 from ...core.errors import UserError
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.merging import BuiltModel, MergeInputs, MergeMethod
+from ...core.hooks.merging import BuiltModel, MergeInputs, MergeMethod, ModelBuilder, TensorMerge
 from ...merge.dense.averages.linear import average
 
 if TYPE_CHECKING:
@@ -20,41 +20,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EnsembleOptions:
-    """How an ensemble decides between its experts."""
+    """Options of an ensemble."""
 
     posterior: Literal["prefix", "last_token"] = "prefix"
-    """Evidence for an expert: the whole text so far (the paper), or its last token (the released code)."""
+    """Evidence of the posterior: the text so far (the paper) or only its last token (the released code)."""
     prior: Literal["cached", "updating", "uniform", "given"] | None = None
-    """`cached`: fitted on validation text and frozen; `updating`: moves while text is scored; `given`: the
-    merge's weights. Not set: `given` when the merge was given weights, else `cached`."""
+    """Prior over experts. `cached`: fitted on validation text and frozen; `updating`: updated while text is
+    scored; `given`: the merge's weights. Not set: `given` if the merge has weights, else `cached`."""
     top_k: int | None = None
-    """Run only the experts with the largest prior."""
+    """Number of active experts, those with the largest prior; not set: all. With `router: cluster`, number of
+    experts per token."""
     samples: int = 100
-    """Validation blocks that the cached prior, or the temperature, is fitted on."""
+    """Number of validation blocks for fitting the cached prior or the temperature."""
     router: Literal["posterior", "cluster"] = "posterior"
-    """`cluster`: experts weigh by how near the text so far is to the clusters that they were trained on."""
+    """Mixing of the experts: by domain posterior, or by distance of the text so far to their clusters."""
     clusters: str | None = None
-    """Set of clusters that `data discover` made. Not set: the one that the experts' domains belong to."""
+    """Set of clusters made by `data discover`. Not set: the set that the experts' domains belong to."""
     temperature: float | None = None
-    """Of the `cluster` router. Not set: fitted on validation text."""
+    """Temperature of the `cluster` router. Not set: fitted on validation text."""
     distance: Literal["squared", "released"] = "squared"
-    """`squared`: exp(-distance^2 / T); `released`: exp(-distance^4 / T), what Cluster-Branch-Train-Merge's code does."""
+    """Weights of the `cluster` router: `squared` is exp(-distance^2 / T), `released` exp(-distance^4 / T), as
+    in the released code of Cluster-Branch-Train-Merge."""
     every: int = 8
-    """Tokens after which the `cluster` router calculates weights anew."""
+    """Interval in tokens between weight updates of the `cluster` router."""
 
 
 def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) -> BuiltModel:
-    """Write an ensemble that shares the experts' files and, where they need them, the seed's."""
+    """Write an ensemble that links the experts' files and, if needed, the seed's."""
     from ...merge.ensemble.cluster_router import routing_as_json
     from ...merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     if options.router == "cluster":
         from ...merge.ensemble.cluster_ensemble import cluster_router
 
-        found = cluster_router(inputs, options)
-        router = found.router
+        named = cluster_router(inputs, options)
+        router = named.router
         router.write(folder)
-        built = BuiltModel({}, {"clusters": found.clusters, "temperature": router.routing.temperature})
+        built = BuiltModel({}, {"clusters": named.clusters, "temperature": router.routing.temperature})
         kind, routing = "uniform", routing_as_json(router.routing)
     else:
         kind, routing, built = _prior_kind(inputs, options), None, None
@@ -74,20 +76,20 @@ def build_ensemble(inputs: MergeInputs, options: EnsembleOptions, folder: Path) 
 
 
 def _prior_kind(inputs: MergeInputs, options: EnsembleOptions) -> str:
-    """Return how the prior comes about; raises `UserError` for settings that contradict each other."""
+    """Return the kind of prior; raises `UserError` for contradictory options."""
     kind = options.prior or ("given" if inputs.weights_given else "cached")
     if inputs.weights_given and kind != "given":
-        raise UserError(
-            f"weights are given, and a prior that is '{kind}' would ignore them; leave out one of the two"
-        )
+        raise UserError(f"prior '{kind}' ignores the given weights; remove either the weights or the prior")
     if options.top_k is not None:
         count = len(inputs.experts)
         if not 1 <= options.top_k <= count:
-            raise UserError(f"top_k is {options.top_k}; with {count} experts it is 1 to {count}")
+            raise UserError(
+                f"top_k is {options.top_k}; with {count} experts it must be in the range 1 to {count}"
+            )
         if kind == "uniform" and options.top_k < count:
             raise UserError(
-                "top_k keeps the experts with the largest prior, and a uniform prior has none; use prior: "
-                "cached, updating or given"
+                "top_k selects the experts with the largest prior, which a uniform prior does not rank; "
+                "use prior: cached, updating or given"
             )
     return kind
 
@@ -110,7 +112,7 @@ def _prior(inputs: MergeInputs, options: EnsembleOptions, kind: str) -> dict[str
 
 
 def _needs_seed(inputs: MergeInputs) -> bool:
-    """Tell whether any expert leaves a tensor as the seed's."""
+    """Return whether any expert lacks a tensor of the seed."""
     names = set(Checkpoint.of_folder(inputs.seed))
     return any(names - set(Checkpoint([path / "model.safetensors"])) for path in inputs.experts.values())
 
@@ -122,7 +124,7 @@ def _seed_files(seed: Path) -> list[Path]:
 
 
 def ensemble_classes() -> tuple[type, type]:
-    """Return what `AutoConfig` and `AutoModelForCausalLM` need to know to load an ensemble."""
+    """Return the classes that `AutoConfig` and `AutoModelForCausalLM` resolve for an ensemble."""
     from ...merge.ensemble.model import EnsembleConfig, EnsembleForCausalLM
 
     return EnsembleConfig, EnsembleForCausalLM
@@ -131,20 +133,20 @@ def ensemble_classes() -> tuple[type, type]:
 def without_members(
     model: EnsembleForCausalLM, experts: Sequence[str], gone: Collection[str]
 ) -> EnsembleForCausalLM:
-    """Return an ensemble of fewer experts, the prior of the others scaled up; raises `UserError` where none is left."""
+    """Return an ensemble without some experts, prior renormalized; raises `UserError` if none is left."""
     from ...merge.ensemble.cluster_router import routing_as_json
     from ...merge.ensemble.model import EnsembleForCausalLM
 
     kept = [number for number, name in enumerate(model.expert_names) if name not in gone]
     prior = model.prior[kept]
     if not kept or not float(prior.sum()) > 0:
-        raise UserError(f"no expert would be left without {', '.join(gone)}")
+        raise UserError(f"no expert is left without {', '.join(gone)}; keep at least one")
     config = type(model.config).from_dict(model.config.to_dict())
     config.experts = [model.expert_names[number] for number in kept]
     config.prior = (prior / prior.sum()).tolist()
     if config.top_experts is not None:
         config.top_experts = min(config.top_experts, len(kept))
-    router = model.router.only(kept) if model.router is not None else None
+    router = model.router.subset(kept) if model.router is not None else None
     if router is not None:
         config.router = routing_as_json(router.routing)
     return EnsembleForCausalLM(config, [model.members[number] for number in kept], router)
@@ -153,17 +155,17 @@ def without_members(
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
-        MergeMethod(
+        TensorMerge(
             name="average",
-            summary="one model: the weighted mean of the experts' tensors",
+            summary="weighted mean of the experts' tensors",
             merge=average,
             uses_seed=False,
             elementwise=True,
             arrays="any",
         ),
-        MergeMethod(
+        ModelBuilder(
             name="ensemble",
-            summary="all experts side by side, mixed token by token by the domain posterior or by clusters",
+            summary="ensemble: all experts, mixed per token by the domain posterior or by clusters",
             build=build_ensemble,
             kind="ensemble",
             options=EnsembleOptions,

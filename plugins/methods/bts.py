@@ -1,7 +1,7 @@
-"""Branch-Train-Stitch (arXiv:2502.00075): frozen experts beside the frozen seed, joined by layers that alone are trained.
+"""Branch-Train-Stitch (arXiv:2502.00075): frozen seed and experts, connected by trainable stitch layers.
 
-Merge method `stitch` puts them side by side, so that the result is the seed to the bit of its logits; trainer `stitches`
-(`tune NAME --from STITCHED --trains stitches`) trains what joins them.
+Merge method `stitch` builds the model; its logits are initially bit-identical to the seed's. Trainer
+`stitches` (`tune NAME --from STITCHED --trains stitches`) trains the stitch layers.
 """
 
 from __future__ import annotations
@@ -13,67 +13,67 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import UserError
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.merging import MergeInputs, MergeMethod
-from ...core.hooks.text import TrainingText
-from ...core.hooks.training import TrainablePart, Trainer
+from ...core.hooks.merging import MergeInputs, MergeMethod, ModelBuilder
+from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ...merge.stitched.container import StitchedForCausalLM
 
 SEED_SHARE = 0.55
-USUAL_STITCHES = 4
+DEFAULT_STITCHES = 4
 
 
 @dataclass(frozen=True)
 class StitchOptions:
-    """Where models are joined, and how."""
+    """Options of a stitched model."""
 
     num_stitches: int | None = None
-    """Stitch layers, at equal depths of the hub; the last leads into the hub, before it they alternate. Not set: 4, or one
-    after each layer of a hub that has fewer."""
+    """Number of stitch layers, equally spaced in the hub; the last leads into the hub, the others alternate.
+    Not set: 4, or the number of hub layers if that is smaller."""
     projected: bool = False
-    """Experts go on with what the hub took from them (the paper's equations); else with their own states (its prose)."""
+    """Experts continue from projected states (the paper's equations), not their own (the paper's text)."""
     dropout: float = 0.0
-    """Of the gates' logits, while the stitches train."""
+    """Dropout rate of the gate logits during training."""
     self_contained: bool = False
-    """Hold copies (links, where the disk allows them) of all members, rather than refer to their folders."""
+    """Store copies or links of all members instead of referencing their folders."""
 
 
 @dataclass(frozen=True)
 class StitchTraining:
-    """How stitches train."""
+    """Training options of stitch layers."""
 
     seed_share: float = SEED_SHARE
-    """Share of the blocks from domains that the seed was pretrained on; the other domains divide the rest."""
+    """Fraction of the training blocks from domains of the seed's pretraining; the other domains share the
+    rest equally."""
 
 
 def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
-    """Write a stitched model of seed and experts that is the seed as yet; raises `UserError` for what cannot be joined."""
+    """Write an untrained stitched model; raises `UserError` for models that cannot be stitched."""
     from ...core.artefacts.files import read_json
     from ...merge.stitched.configuration import StitchedConfig
     from ...merge.stitched.container import HUB, new_stitches, write_config, write_stitches
-    from ...merge.stitched.members import described
+    from ...merge.stitched.members import add_member
     from ...merge.stitched.points import hub_points, matched_points
 
     if HUB in inputs.experts:
-        raise UserError(f"an expert cannot be called '{HUB}' here: that is the seed's part")
+        raise UserError(
+            f"an expert cannot be called '{HUB}' in a stitched model: that is the seed; rename its folder"
+        )
     members = [
-        described(name, source, inputs.seed, folder, self_contained=options.self_contained)
+        add_member(name, source, inputs.seed, folder, self_contained=options.self_contained)
         for name, source in {HUB: inputs.seed, **inputs.experts}.items()
     ]
     hub, *experts = members
     count = (
-        options.num_stitches if options.num_stitches is not None else min(USUAL_STITCHES, hub["num_layers"])
+        options.num_stitches if options.num_stitches is not None else min(DEFAULT_STITCHES, hub["num_layers"])
     )
     points = hub_points(hub["num_layers"], count)
-    for one in experts:
-        matched_points(points, one["name"], one["num_layers"])
-        if options.projected and one["width"] != hub["width"]:
+    for expert in experts:
+        matched_points(points, expert["name"], expert["num_layers"])
+        if options.projected and expert["width"] != hub["width"]:
             raise UserError(
-                f"expert '{one['name']}' has width {one['width']} and the hub {hub['width']}, so that it cannot go on with "
-                "projected states; leave out --option projected"
+                f"expert '{expert['name']}' has width {expert['width']} and the hub {hub['width']}, so it "
+                "cannot continue from projected states; remove --option projected"
             )
     config = StitchedConfig(
         hub=read_json(inputs.seed / "config.json"),
@@ -86,13 +86,17 @@ def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
     write_config(folder, config)
 
 
-def prepare(model: PreTrainedModel, options: StitchTraining, text: TrainingText) -> TrainablePart:
-    """Train the stitches of a stitched model, all else frozen; raises `UserError` for any other model."""
+def prepare(context: TrainingContext) -> TrainablePart:
+    """Make only the stitches of a stitched model trainable; raises `UserError` for any other model."""
+    model = context.model
+    options: StitchTraining = context.options
+    text = context.text
     from ...merge.stitched.container import StitchedForCausalLM
 
     if not isinstance(model, StitchedForCausalLM):
         raise UserError(
-            "stitches are trained of a stitched model; name one with --from (merge --method stitch)"
+            "trainer 'stitches' needs a stitched model; make one with merge --method stitch and name it "
+            "with --from"
         )
     model.requires_grad_(False)
     model.stitches.requires_grad_(True)
@@ -105,9 +109,9 @@ def prepare(model: PreTrainedModel, options: StitchTraining, text: TrainingText)
 
 
 def shares(domains: Sequence[str], seed_domains: Collection[str], seed_share: float) -> dict[str, float]:
-    """Return how much of the blocks each domain gives: the seed's share together, the others the rest, in equal parts."""
+    """Return each domain's fraction of the blocks: `seed_share` for the seed's domains."""
     if not 0 <= seed_share <= 1:
-        raise UserError(f"seed_share is {seed_share}; it is a share, 0 to 1")
+        raise UserError(f"seed_share is {seed_share}; it must be in the range 0 to 1")
     old = [name for name in domains if name in seed_domains]
     new = [name for name in domains if name not in seed_domains]
     if not old or not new:
@@ -118,7 +122,7 @@ def shares(domains: Sequence[str], seed_domains: Collection[str], seed_share: fl
 def without_experts(
     model: StitchedForCausalLM, experts: Sequence[str], gone: Collection[str]
 ) -> StitchedForCausalLM:
-    """Return the model with no gate open to those who are gone."""
+    """Remove experts from a loaded stitched model in place and return it."""
     model.drop(gone)
     return model
 
@@ -132,9 +136,10 @@ def merge_methods() -> list[MergeMethod]:
         return StitchedConfig, StitchedForCausalLM
 
     return [
-        MergeMethod(
+        ModelBuilder(
             "stitch",
-            "frozen experts beside the frozen seed, joined at a few depths by layers to be trained (Branch-Train-Stitch)",
+            "stitched model: frozen seed and experts, connected by trainable stitch layers "
+            "(Branch-Train-Stitch)",
             build=build,
             kind="stitched",
             options=StitchOptions,
@@ -150,7 +155,7 @@ def trainers() -> list[Trainer]:
     return [
         Trainer(
             "stitches",
-            "the layers that join the members of a stitched model",
+            "stitch layers of a stitched model; the members are frozen",
             prepare,
             StitchTraining,
             uses_text=True,

@@ -1,7 +1,7 @@
-"""Branch-Train-MiX (arXiv:2403.07816): whole experts become one mixture.
+"""Branch-Train-MiX (arXiv:2403.07816): merge fully trained experts into one mixture.
 
-Their feed-forwards stand side by side, everything else is averaged, the router is new; then the mixture is trained
-on all domains together (`expertctl tune --trains mixture`).
+Feed-forward networks become experts, all other tensors are averaged, and the router is initialised randomly.
+The mixture is then fine-tuned on all domains (`expertctl tune --trains mixture`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.merging import MergeMethod
+from ...core.hooks.merging import Assembler, MergeMethod
 from ...merge.mixture.mixing import plan_mixture
 from ...merge.mixture.options import MixtureOptions
 from ...merge.mixture.routing.switching import without_experts
@@ -18,7 +18,7 @@ from ...merge.mixture.routing.switching import without_experts
 
 @dataclass(frozen=True)
 class BtxOptions(MixtureOptions):
-    """A mixture whose shared part is the experts' mean."""
+    """Mixture options with averaged shared tensors and a random router."""
 
     shared: Literal["seed", "average"] = "average"
     router: str = "random"
@@ -27,11 +27,10 @@ class BtxOptions(MixtureOptions):
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
-        MergeMethod(
+        Assembler(
             name="btx",
-            summary="one mixture of experts: the experts' feed-forwards on their averaged attention",
+            summary="mixture of experts: the experts' feed-forward networks, all other tensors averaged",
             assemble=plan_mixture,
-            kind="moe",
             switch_off=without_experts,
             options=BtxOptions,
         )

@@ -1,11 +1,11 @@
-"""The dense merge methods of the literature: one model out of several, tensor by tensor."""
+"""Dense merge methods from the literature: merge several models into one of the same architecture."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.merging import MergeMethod
+from ...core.hooks.merging import MergeMethod, TensorMerge
 from ...merge.dense.averages.fisher import FisherOptions, fisher
 from ...merge.dense.averages.linear import LinearOptions, linear
 from ...merge.dense.averages.model_stock import ModelStockOptions, model_stock
@@ -25,9 +25,9 @@ from ...merge.dense.task_vectors.task_arithmetic import TaskArithmeticOptions, t
 from ...merge.dense.task_vectors.ties import TiesOptions, ties
 
 
-def _dense(name: str, summary: str, merge: Any, options: type, **how: Any) -> MergeMethod:
-    return MergeMethod(
-        name, summary, merge=merge, options=options, arrays="any", **{"weights": "factors", **how}
+def _dense(name: str, summary: str, merge: Any, options: type, **fields: Any) -> MergeMethod:
+    return TensorMerge(
+        name, summary, merge=merge, options=options, arrays="any", **{"weights": "factors", **fields}
     )
 
 
@@ -44,7 +44,7 @@ def merge_methods() -> list[MergeMethod]:
     return [
         _dense(
             "linear",
-            "the weighted mean of models",
+            "weighted mean of models",
             linear,
             LinearOptions,
             uses_seed=False,
@@ -53,7 +53,7 @@ def merge_methods() -> list[MergeMethod]:
         ),
         _dense(
             "slerp",
-            "between two models along the arc",
+            "spherical linear interpolation between two models",
             slerp,
             SlerpOptions,
             uses_seed=_from_seed,
@@ -61,7 +61,7 @@ def merge_methods() -> list[MergeMethod]:
         ),
         _dense(
             "nuslerp",
-            "between two models along the arc, weighted, whole or row by row",
+            "weighted spherical interpolation between two models or task vectors",
             nuslerp,
             NuslerpOptions,
             uses_seed=_on_task_vectors,
@@ -69,46 +69,63 @@ def merge_methods() -> list[MergeMethod]:
         ),
         _dense(
             "multislerp",
-            "a mean of several models on the sphere, in one step",
+            "one-step spherical mean of several models",
             multislerp,
             MultislerpOptions,
             uses_seed=_on_task_vectors,
         ),
         _dense(
-            "karcher", "the mean of several models on the sphere", karcher, KarcherOptions, uses_seed=False
+            "karcher",
+            "Riemannian mean of several models on the sphere",
+            karcher,
+            KarcherOptions,
+            uses_seed=False,
         ),
         _dense(
             "task_arithmetic",
-            "the seed plus everything the experts learned",
+            "seed plus weighted sum of task vectors",
             task_arithmetic,
             TaskArithmeticOptions,
             elementwise=True,
         ),
-        _dense("ties", "the seed plus large changes that most experts agree on", ties, TiesOptions),
-        _dense("dare_linear", "the seed plus changes thinned at random", dare_linear, DareOptions),
-        _dense("dare_ties", "the same, of those that most experts agree on", dare_ties, DareOptions),
-        _dense("della", "the seed plus changes thinned by magnitude that most agree on", della, DellaOptions),
-        _dense("della_linear", "the seed plus changes thinned by magnitude", della_linear, DellaOptions),
-        _dense("breadcrumbs", "the seed plus changes of middle size", breadcrumbs, BreadcrumbsOptions),
+        _dense("ties", "seed plus trimmed task vectors with sign election", ties, TiesOptions),
+        _dense("dare_linear", "seed plus randomly sparsified task vectors", dare_linear, DareOptions),
+        _dense("dare_ties", "dare_linear with sign election", dare_ties, DareOptions),
+        _dense("della", "della_linear with sign election", della, DellaOptions),
+        _dense(
+            "della_linear",
+            "seed plus task vectors sparsified at random by magnitude",
+            della_linear,
+            DellaOptions,
+        ),
+        _dense(
+            "breadcrumbs",
+            "seed plus task vectors without smallest and largest elements",
+            breadcrumbs,
+            BreadcrumbsOptions,
+        ),
         _dense(
             "breadcrumbs_ties",
-            "the same, of those that most experts agree on",
+            "breadcrumbs with sign election",
             breadcrumbs_ties,
             BreadcrumbsOptions,
         ),
         _dense(
-            "sce", "the seed plus what experts differ in most, weighed by how far they moved", sce, SceOptions
+            "sce",
+            "seed plus high-variance elements of task vectors, weighted by their norms, with sign election",
+            sce,
+            SceOptions,
         ),
         _dense(
             "model_stock",
-            "between seed and mean, as far as the experts agree",
+            "interpolation between seed and mean by the angle between task vectors",
             model_stock,
             ModelStockOptions,
             expert_count=(2, None),
         ),
         _dense(
             "nearswap",
-            "an expert's values where they are near the seed's",
+            "interpolation towards an expert, weighted by closeness to the seed",
             nearswap,
             NearswapOptions,
             elementwise=True,
@@ -116,7 +133,7 @@ def merge_methods() -> list[MergeMethod]:
         ),
         _dense(
             "passthrough",
-            "one model's tensors as they are, for stacking layers",
+            "copy of one model's tensors, for stacking layers",
             passthrough,
             PassthroughOptions,
             uses_seed=False,
@@ -126,14 +143,14 @@ def merge_methods() -> list[MergeMethod]:
         ),
         _dense(
             "arcee_fusion",
-            "the changes of one expert that matter most",
+            "seed plus the most important elements of one task vector",
             arcee_fusion,
             ArceeFusionOptions,
             expert_count=(1, 1),
         ),
         _dense(
             "fisher",
-            "every element from the experts it matters to (needs `expertctl stats --kind fisher`)",
+            "mean weighted by Fisher information (needs `expertctl stats --kind fisher`)",
             fisher,
             FisherOptions,
             weights="shares",
@@ -142,7 +159,7 @@ def merge_methods() -> list[MergeMethod]:
         ),
         _dense(
             "regmean",
-            "layers that fit every expert's own inputs (needs `expertctl stats --kind gram`)",
+            "least-squares fit to every expert's layer outputs (needs `expertctl stats --kind gram`)",
             regmean,
             RegmeanOptions,
             weights="shares",

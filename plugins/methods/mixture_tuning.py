@@ -1,4 +1,4 @@
-"""Training a finished mixture further: its router alone, or all of it."""
+"""Trainers `router` and `mixture`: fine-tune the router of a mixture, or the whole mixture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...core.errors import UserError
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.option_checks import check_at_least
-from ...core.hooks.training import TrainablePart, Trainer
+from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterTuning:
-    """How the router's rows train while everything else stays (FlexOlmo, arXiv:2507.07024, section 3.3.3)."""
+    """Training options of the router, all else frozen (FlexOlmo, arXiv:2507.07024, section 3.3.3)."""
 
     all_experts: bool = True
-    """Send each token through all experts while training, so that every row learns from every token."""
+    """Route each token to all experts during training, so that every row gets a gradient from every token."""
     balance: float = 0.0
-    """Weight of the loss that evens out the experts' load."""
+    """Weight of the load-balancing loss."""
     z_loss: float = 1e-3
-    """Weight of the loss that keeps the router's logits small."""
+    """Weight of the router z-loss, which keeps the logits small."""
 
     def __post_init__(self) -> None:
         check_at_least("balance", self.balance, 0)
@@ -37,16 +37,18 @@ class RouterTuning:
 
 @dataclass(frozen=True)
 class MixtureTraining:
-    """How a whole mixture trains (Branch-Train-MiX, arXiv:2403.07816, section 2.2)."""
+    """Training options of a whole mixture (Branch-Train-MiX, arXiv:2403.07816, section 2.2)."""
 
     balance: float = 0.01
+    """Weight of the load-balancing loss."""
     z_loss: float = 0.0
+    """Weight of the router z-loss, which keeps the logits small."""
     experts: Literal["trained", "frozen"] = "trained"
-    """Whether the experts' feed-forwards move."""
+    """Whether the experts' feed-forward networks are trained."""
     routing: Literal["top_k", "sample"] = "top_k"
-    """`sample`: draw one expert with Gumbel noise while training (Sample Top-1); for mixtures with top_k 1."""
+    """Routing during training; `sample` draws one expert with Gumbel noise and requires top_k 1."""
     sample_rate: float = 1e-4
-    """How fast the noise of `sample` cools down."""
+    """Exponential decay rate per step of the temperature of `sample`."""
 
     def __post_init__(self) -> None:
         check_at_least("balance", self.balance, 0)
@@ -55,19 +57,21 @@ class MixtureTraining:
 
 
 def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
-    """Raise `UserError` for a folder that is no mixture of ours."""
-    from ...core.artefacts.lineage import read_manifest
+    """Raise `UserError` unless a folder is a mixture of expertctl."""
+    from ...core.manifests.manifest import read_manifest
 
     manifest = read_manifest(folder)
-    record = manifest.config.get("mixture") or {}
-    if "experts" not in record or "router" not in record:
+    if manifest.merged is None or manifest.merged.mixture is None:
         raise UserError(
-            f"'{folder.name}' is no mixture of experts: it has no router to train; name one with --from"
+            f"'{folder.name}' is not a mixture of experts and has no router to train; name a mixture with "
+            "--from"
         )
 
 
-def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePart:
-    """Freeze all but the routers' rows and biases; raises `UserError` for a model without routers."""
+def prepare_router(context: TrainingContext) -> TrainablePart:
+    """Make only the routers trainable; raises `UserError` for a model without routers."""
+    model = context.model
+    options: RouterTuning = context.options
     from ...merge.mixture.routing.log import attach_log, routers_of, routing_measures, train_with_all_experts
 
     model.requires_grad_(False)
@@ -82,14 +86,14 @@ def prepare_router(model: PreTrainedModel, options: RouterTuning) -> TrainablePa
     return TrainablePart(
         model,
         parameters,
-        auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
+        auxiliary_loss=_auxiliary_loss(log, options.balance, options.z_loss),
         measures=lambda: routing_measures(log.layers()),
-        notes=() if options.all_experts else _untaught(model, "leave out all_experts=false"),
+        notes=() if options.all_experts else _gradient_notes(model, "remove all_experts=false"),
     )
 
 
-def _untaught(model: PreTrainedModel, instead: str, *, drawn: bool = False) -> tuple[str, ...]:
-    """Return a note where what text says does not reach the routers, because the size of the only gate says nothing."""
+def _gradient_notes(model: PreTrainedModel, remedy: str, *, is_sampled: bool = False) -> tuple[str, ...]:
+    """Return a note if a top-1 router gets no gradient because its gate has no effect."""
     from ...core.models.kernels.top_k_gates import gates_sum_to_one
     from ...merge.mixture.routing.log import routers_of
 
@@ -97,38 +101,41 @@ def _untaught(model: PreTrainedModel, instead: str, *, drawn: bool = False) -> t
     if router.top_k != 1 or router.weight.shape[0] == 1:
         return ()
     layer, _, block = name.rpartition(".")[0].rpartition(".")
-    behind = model.get_submodule(layer).named_children()
-    if any(part.startswith(("post_feedforward_", "post_mlp_")) for part, _ in behind):
+    children = model.get_submodule(layer).named_children()
+    if any(child.startswith(("post_feedforward_", "post_mlp_")) for child, _ in children):
         return (
-            f"text does not teach its router: with top_k 1 the norm behind '{block}' undoes the size of the only gate; "
-            "merge with --option top_k=2",
+            f"the router gets no gradient from text: with top_k 1 the norm after '{block}' cancels the "
+            "gate; merge with --option top_k=2",
         )
-    if gates_sum_to_one(router) and not drawn:
+    if gates_sum_to_one(router) and not is_sampled:
         return (
-            f"text does not teach its router: with top_k 1 and gates that sum to one every gate is 1; {instead}, or merge "
-            "with --option normalized=false",
+            "the router gets no gradient from text: with top_k 1 and normalized gates every gate is 1; "
+            f"{remedy}, or merge with --option normalized=false",
         )
     return ()
 
 
-def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> TrainablePart:
-    """Train all of a mixture, or all but its experts; raises `UserError` for a model without routers."""
+def prepare_mixture(context: TrainingContext) -> TrainablePart:
+    """Make a mixture trainable, optionally without experts; raises `UserError` if it has no routers."""
+    model = context.model
+    options: MixtureTraining = context.options
     from ...merge.mixture.routing.log import SampledTop1, attach_log, routers_of, routing_measures
 
     routers = routers_of(model)
     blocks = tuple(f"{name.rpartition('.')[0]}.experts." for name in routers)
     parameters = {}
     for name, parameter in model.named_parameters():
-        moves = options.experts == "trained" or not name.startswith(blocks)
-        parameter.requires_grad_(moves)
-        if moves:
+        is_trainable = options.experts == "trained" or not name.startswith(blocks)
+        parameter.requires_grad_(is_trainable)
+        if is_trainable:
             parameters[name] = parameter
     samplers: list[SampledTop1] = []
     if options.routing == "sample":
-        wrong = next((router.top_k for router in routers.values() if router.top_k != 1), None)
-        if wrong is not None:
+        top_k = next((router.top_k for router in routers.values() if router.top_k != 1), None)
+        if top_k is not None:
             raise UserError(
-                f"routing 'sample' trains mixtures with top_k 1, and this one has {wrong}; merge with --option top_k=1"
+                f"routing 'sample' requires a mixture with top_k 1, and this one has {top_k}; merge with "
+                "--option top_k=1"
             )
         samplers = [SampledTop1(router, options.sample_rate) for router in routers.values()]
 
@@ -140,15 +147,17 @@ def prepare_mixture(model: PreTrainedModel, options: MixtureTraining) -> Trainab
     return TrainablePart(
         model,
         parameters,
-        auxiliary_loss=_auxiliary(log, options.balance, options.z_loss),
+        auxiliary_loss=_auxiliary_loss(log, options.balance, options.z_loss),
         tell_step=set_sampling_step if samplers else None,
         measures=lambda: routing_measures(log.layers()),
-        notes=_untaught(model, "train with --option routing=sample", drawn=options.routing == "sample"),
+        notes=_gradient_notes(
+            model, "train with --option routing=sample", is_sampled=options.routing == "sample"
+        ),
     )
 
 
-def _auxiliary(log: RoutingLog, balance: float, z: float) -> Callable[[], Tensor] | None:
-    """Return what adds up the losses that have a weight; None where none has."""
+def _auxiliary_loss(log: RoutingLog, balance: float, z: float) -> Callable[[], Tensor] | None:
+    """Return a function that computes the weighted auxiliary losses, or None if all weights are 0."""
     from ...merge.mixture.routing.log import balance_loss, z_loss
 
     losses = [(balance, balance_loss), (z, z_loss)]
@@ -168,7 +177,7 @@ def trainers() -> list[Trainer]:
     return [
         Trainer(
             "router",
-            "the rows of a mixture's routers; everything else stays",
+            "routers of a mixture; all other parameters are frozen",
             prepare_router,
             RouterTuning,
             makes="generalist",
@@ -176,7 +185,7 @@ def trainers() -> list[Trainer]:
         ),
         Trainer(
             "mixture",
-            "a whole mixture of experts, with a load-balancing loss",
+            "all parameters of a mixture of experts, with a load-balancing loss",
             prepare_mixture,
             MixtureTraining,
             makes="generalist",

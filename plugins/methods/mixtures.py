@@ -1,9 +1,9 @@
-"""Mixtures of given experts, and the ways to begin their routers."""
+"""Merge method `mixture` and the built-in router initialisations."""
 
 from __future__ import annotations
 
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.merging import MergeMethod
+from ...core.hooks.merging import Assembler, MergeMethod
 from ...core.hooks.mixtures import Router
 from ...merge.mixture.mixing import plan_mixture
 from ...merge.mixture.options import MixtureOptions
@@ -19,7 +19,7 @@ from ...merge.mixture.routing.switching import without_experts
 
 
 def mixture_classes() -> tuple[type, type]:
-    """Return what `AutoConfig` and `AutoModelForCausalLM` need to know to load the container."""
+    """Return the classes that `AutoConfig` and `AutoModelForCausalLM` resolve for the container."""
     from ...merge.mixture.container import MixtureConfig, MixtureForCausalLM
 
     return MixtureConfig, MixtureForCausalLM
@@ -28,11 +28,10 @@ def mixture_classes() -> tuple[type, type]:
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
-        MergeMethod(
+        Assembler(
             name="mixture",
-            summary="one mixture of experts: the experts' feed-forwards on the seed's attention",
+            summary="mixture of experts: the experts' feed-forward networks, all other tensors from the seed",
             assemble=plan_mixture,
-            kind="moe",
             switch_off=without_experts,
             options=MixtureOptions,
             auto_classes=mixture_classes,
@@ -43,14 +42,14 @@ def merge_methods() -> list[MergeMethod]:
 @hookimpl
 def routers() -> list[Router]:
     return [
-        Router("random", "normal rows, drawn by a seed", random_rows),
-        Router("linear", "even numbers, as a linear layer of torch begins, drawn by a seed", linear_rows),
-        Router("uniform", "rows of 0: all experts alike", uniform_rows),
-        Router("embedding", "the rows that experts were trained with (flexolmo)", embedding_rows),
+        Router("random", "normally distributed rows", random_rows),
+        Router("linear", "uniformly distributed rows, as in torch.nn.Linear", linear_rows),
+        Router("uniform", "rows of 0: equal logits for all experts", uniform_rows),
+        Router("embedding", "router rows trained with the experts (trainer flexolmo)", embedding_rows),
         Router("prompts", "hidden states of positive and negative prompts", prompt_rows, uses_model=True),
         Router(
             "prompt_states",
-            "what layers are given at the last token of prompts, as mergekit-moe has it",
+            "layer inputs at the last token of prompts, as in mergekit-moe",
             prompt_state_rows,
             uses_model=True,
         ),

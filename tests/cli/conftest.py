@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a call of it, and a workspace with text and finished experts."""
+"""Fixtures of the command-line tests: running a command, and a workspace with text and finished experts."""
 
 from __future__ import annotations
 

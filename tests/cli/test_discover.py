@@ -1,4 +1,4 @@
-"""`expertctl data discover` and `branch --clusters`: what they print, and that what is printed works."""
+"""`expertctl data discover` and `branch --clusters`: their output, and the commands that they suggest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def test_clusters_are_listed_and_become_experts(run: Any, workspace: Path) -> No
     heading, first, second, last = found.out.splitlines()
     assert heading.split() == ["domain", "train", "valid", "bytes", "words"]
     assert (first.split()[0], second.split()[0]) == ("campus-0", "campus-1")
-    assert last == "go on with: expertctl branch --clusters campus"
+    assert last == "next: expertctl branch --clusters campus"
     listed = run("--json", "data", "list").json["domains"]
     assert (
         listed["campus-1"]["source"]

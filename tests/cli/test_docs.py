@@ -1,4 +1,4 @@
-"""The pages in `docs/commands` and the command line say the same."""
+"""The pages in `docs/commands` cover every command and option."""
 
 from __future__ import annotations
 

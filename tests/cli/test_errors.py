@@ -1,4 +1,4 @@
-"""What goes wrong: exit statuses, one line each, and one JSON object whatever happens."""
+"""Errors: exit statuses, one-line messages, and one JSON object in every case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_no_workspace(run: Any, tmp_path: Path) -> None:
     assert result.status == 1
     assert result.out == ""
     assert result.error == (
-        f"no expertctl.yaml in {tmp_path} or above; make a workspace with `expertctl init {tmp_path}`"
+        f"no expertctl.yaml in {tmp_path} or its parents; create a workspace with `expertctl init {tmp_path}`"
     )
 
 
@@ -84,7 +84,7 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
         ),
         (
             ["seed", "--from", "nowhere", "--force"],
-            "nowhere has no config.json: it is no Hugging Face model folder",
+            "nowhere has no config.json",
         ),
         (["generate", "forst", "x"], "no model 'forst' (did you mean 'forest'?)"),
         (["show", "forst"], "no model 'forst' (did you mean 'forest'?)"),
@@ -113,15 +113,15 @@ def test_training_what_or_where_nobody_knows(run: Any, workspace: Path) -> None:
     [
         (["train"], "name the experts to train, or give --all"),
         (["train", "code", "--all"], "name the experts to train, or give --all"),
-        (["eval", "--require", "seed"], "is no comparison"),
+        (["eval", "--require", "seed"], "is not a comparison"),
         (["merge", "x", "--weights", "a:0.5,b"], "'b' has no weight; write a:0.6,b:0.4"),
-        (["merge", "x", "--weights", "a:x"], "'x' is no number"),
-        (["merge", "x", "--weights", "a:1,a:2"], "'a' stands there twice"),
-        (["merge", "x", "--option", "top_k"], "'top_k' is no KEY=VALUE"),
+        (["merge", "x", "--weights", "a:x"], "'x' is not a number"),
+        (["merge", "x", "--weights", "a:1,a:2"], "'a' is given twice"),
+        (["merge", "x", "--option", "top_k"], "'top_k' is not KEY=VALUE"),
         (["merge", "x", "--experts", ","], "give at least one name"),
         (["branch", "x", "--tokens", "5", "--set", "tokens=6"], "'tokens' is set twice"),
         (["seed", "--from", "x", "--scratch"], "--from imports a model"),
-        (["show", "-q", "-v"], "--quiet and --verbose contradict each other"),
+        (["show", "-q", "-v"], "--quiet and --verbose exclude each other"),
         (["show", "--nonsense"], "--nonsense"),
         (["generate", "seed", "x", "--temperature", "-1"], "--temperature"),
     ],
@@ -204,5 +204,8 @@ def test_ctrl_c_during_training_leaves_it_resumable(workspace: Path, run: Any) -
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert '"interrupted": [\n    "long"\n  ]' in out
-    assert err.strip().splitlines()[-1] == "Error: interrupted, state saved: long; the same command goes on"
+    assert (
+        err.strip().splitlines()[-1]
+        == "Error: interrupted, state saved: long; rerun the same command to resume"
+    )
     assert run("--json", "show").json["unfinished"] == {"long": "expertctl train long"}

@@ -1,4 +1,4 @@
-"""`expertctl federate ask --recipe diloco` and what follows, by files: rounds of one shared model."""
+"""Rounds of a shared model with `expertctl federate ask --recipe diloco`, exchanged by files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def hub(tmp_path: Path, new_workspace: Any, run: Any) -> Path:
 
 
 def carry(run: Any, hub: Path, name: str) -> Any:
-    """Carry the open round to an owner and back; return what delivering it says."""
+    """Carry the open round to an owner and back; return the result of `deliver`."""
     there, back = hub.parent / f"for-{name}.tar", hub.parent / f"from-{name}.tar"
     packed = run("federate", "pack", name, "--shared", "campus", "-o", str(there), "--force", cwd=hub)
     assert packed.status == 0, packed.err
@@ -44,7 +44,7 @@ def carry(run: Any, hub: Path, name: str) -> Any:
     return run("federate", "deliver", str(back), cwd=hub)
 
 
-def test_two_rounds_carried_by_files_become_a_generalist(run: Any, hub: Path) -> None:
+def test_two_rounds_exchanged_by_files_become_a_generalist(run: Any, hub: Path) -> None:
     asked = run("--json", *ASK, "--recipe", "fedavg", *TRAINING, cwd=hub)
     assert asked.status == 0, asked.err
     assert asked.json["shared"]["missing"] == ["site-a", "site-b"]
@@ -52,7 +52,7 @@ def test_two_rounds_carried_by_files_become_a_generalist(run: Any, hub: Path) ->
     assert first.out.splitlines()[0] == "the weights of 'site-a' count in round 1 of 2 of 'campus'"
     assert "1 of 2 owners have delivered" in first.out
     again = run("federate", "pack", "site-a", "--shared", "campus", "-o", str(hub.parent / "x.tar"), cwd=hub)
-    assert "nothing of 'campus' is open for 'site-a': it has delivered" in again.error
+    assert "'site-a' has no open request for 'campus': it has delivered" in again.error
     assert "round 1 of 2 of 'campus': site-a and site-b averaged" in carry(run, hub, "site-b").out
     told = run("--json", "federate", "status", cwd=hub).json
     assert [(one["name"], one["state"], one["number"]) for one in told["shared"]] == [
@@ -69,21 +69,26 @@ def test_two_rounds_carried_by_files_become_a_generalist(run: Any, hub: Path) ->
     assert "`site-a` and `site-b` trained together" in card
     assert run("eval", "seed", "campus", cwd=hub).status == 0
     for command, said in {
-        ("expert", "remove", "site-a", "-m", "campus", "-o", "y"): "nobody can be taken out of it",
-        ("reproduce", "campus"): "was trained in rounds, whose weights are with their owners",
+        ("expert", "remove", "site-a", "-m", "campus", "-o", "y"): "it has no experts to add or remove",
+        ("reproduce", "campus"): "was trained in rounds with weights that only the owners have",
     }.items():
         done = run(*command, cwd=hub)
         assert done.status == 1
         assert said in done.error
 
 
-def test_what_no_round_can_be_is_one_line(run: Any, hub: Path) -> None:
+def test_invalid_rounds_are_one_line_errors(run: Any, hub: Path) -> None:
     for how, said in {
-        ("--recipe", "diloco", "--dp", "epsilon=8,delta=1e-6"): "'diloco' has no differential privacy",
+        (
+            "--recipe",
+            "diloco",
+            "--dp",
+            "epsilon=8,delta=1e-6",
+        ): "'diloco' does not support differential privacy",
         ("--recipe", "diloco", "--option", "max_chang=1"): "did you mean 'max_change'?",
         ("--recipe", "diloco", "--set", "sequence_lenght=3"): "sequence_lenght",
         ("--recipe", "diloco", "--tokens", "40"): "too few for 2 rounds",
-        ("--recipe", "btm"): "--rounds, --quorum and --name belong to the recipes diloco and fedavg",
+        ("--recipe", "btm"): "--rounds, --quorum and --name apply only to the recipes diloco and fedavg",
         ("--recipe", "diloco", "--name", "../x"): "cannot be called '../x'",
         ("--recipe", "diloco", "--name", "seed"): "cannot be called 'seed'",
     }.items():
@@ -91,7 +96,7 @@ def test_what_no_round_can_be_is_one_line(run: Any, hub: Path) -> None:
         assert done.status == 1
         assert said in done.error
     for how, said in {
-        ("--recipe", "diloco"): "rounds are begun with `expertctl federate ask --recipe diloco`",
+        ("--recipe", "diloco"): "start rounds with `expertctl federate ask --recipe diloco`",
         ("--shared", "nothing"): "no shared model 'nothing'",
     }.items():
         done = run("federate", "pack", "site-a", *how, "-o", str(hub.parent / "x"), cwd=hub)

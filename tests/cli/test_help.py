@@ -1,4 +1,4 @@
-"""Help, names and what they cost."""
+"""Help texts, command names and start-up cost."""
 
 from __future__ import annotations
 
@@ -169,6 +169,6 @@ def test_a_broken_plugin_is_one_line_and_the_rest_works(tmp_path: Path) -> None:
     assert "broken_plugin" in first
     assert "no_such_module" in first
     assert "greedy_plugin" in second
-    assert "'merge' exists already" in second
+    assert "'merge' already exists" in second
     assert _expertctl("init", "--help", plugins=tmp_path).stderr == ""
     assert _expertctl("doctor", plugins=tmp_path).returncode == 1

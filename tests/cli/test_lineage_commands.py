@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.workspace import TrainResult, Workspace
 
 
@@ -46,9 +46,9 @@ def test_show_and_doctor_tell_the_command_that_goes_on_with_a_seed(
     assert run("seed", *options, cwd=fresh).status == 130
     assert run("--json", "show").json["unfinished"] == {"seed": command}
     findings = {finding["what"]: finding["found"] for finding in run("--json", "doctor").json["findings"]}
-    assert findings["unfinished seed"] == f"go on with: {command}"
+    assert findings["unfinished seed"] == f"resume with: {command}"
     words = command.split()[1:]
-    assert run(*words).error == "seed: stopped, state saved; the same command goes on"
+    assert run(*words).error == "seed: stopped, state saved; rerun the same command to resume"
     (fresh / "seed" / "run.json").write_text("{}", encoding="utf-8")
     assert run("--json", "show").json["unfinished"] == {"seed": "expertctl seed --force"}
 
@@ -66,7 +66,7 @@ def test_show_gives_the_whole_manifest_of_one_artefact(run: Any, workspace: Path
 
 def test_show_of_an_unfinished_expert_says_how_to_go_on(run: Any, workspace: Path) -> None:
     run("branch", "tax", "--domain", "code")
-    assert "`expertctl train tax` goes on with it" in run("show", "tax").error
+    assert "resume it with `expertctl train tax`" in run("show", "tax").error
 
 
 def test_log_draws_seed_experts_and_generalists(run: Any, workspace: Path) -> None:
@@ -89,12 +89,12 @@ def test_log_says_what_is_gone_or_was_made_again(run: Any, workspace: Path, new_
     shutil.rmtree(workspace / "experts" / "prose")
     new_expert(workspace, "prose", seed=99)
     out = run("log").out
-    assert "(no longer here)" in next(line for line in out.splitlines() if line.startswith("├── code"))
-    assert "(made again since)" in out
+    assert "(deleted)" in next(line for line in out.splitlines() if line.startswith("├── code"))
+    assert "(replaced since)" in out
 
 
 def test_log_of_an_empty_workspace(run: Any, fresh: Path) -> None:
-    assert "begin with `expertctl seed`" in run("log", cwd=fresh).out
+    assert "start with `expertctl seed`" in run("log", cwd=fresh).out
     assert run("--json", "log").json == {"nodes": [], "edges": []}
 
 
@@ -106,7 +106,7 @@ def test_verify_names_what_changed_and_exits_1(run: Any, workspace: Path) -> Non
     assert result.status == 1
     assert "code: changed\n  file notes.txt was added\n" in result.out
     assert "seed: intact\n" in result.out
-    assert result.error == "not as made: code; restore or remake what changed"
+    assert result.error == "changed since they were made: code; restore or recreate them"
     content = run("--json", "verify", "code").json
     assert content["intact"] is False
     assert content["artefacts"]["code"]["problems"] == ["file notes.txt was added"]
@@ -136,7 +136,7 @@ def test_doctor_finds_nothing_wrong_here(run: Any, workspace: Path) -> None:
     assert result.status == 0, [finding for finding in result.json["findings"] if finding["level"] == "wrong"]
     assert result.json["healthy"] is True
     assert {"python", "torch", "cores", "disk", "plugins", "expertctl.yaml"} <= set(findings)
-    assert findings["unfinished tax"]["found"] == "go on with: expertctl train tax"
+    assert findings["unfinished tax"]["found"] == "resume with: expertctl train tax"
 
 
 @pytest.mark.parametrize(

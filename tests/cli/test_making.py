@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 
 
 @pytest.mark.slow
@@ -149,8 +149,8 @@ def test_merge_takes_options_and_domains_to_fit_on(run: Any, workspace: Path) ->
         "code",
     )
     assert result.status == 0
-    config = read_manifest(workspace / "generalists" / "narrow").config
-    assert (config["options"]["samples"], config["options"]["top_k"]) == (2, 1)
-    assert config["fitted_on"] == ["code"]
+    config = read_manifest(workspace / "generalists" / "narrow").merged
+    assert (config.options["samples"], config.options["top_k"]) == (2, 1)
+    assert config.fitted_on == ("code",)
     assert "fitting the prior" in result.err
     assert run("-q", "merge", "narrow", "--method", "ensemble", "--force").err == ""

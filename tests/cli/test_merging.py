@@ -1,4 +1,4 @@
-"""The commands around merges: plans, verbose tensors, resuming, cards, reproducing, statistics, adapters."""
+"""Merge commands: plans, resuming, cards, reproduction, statistics, adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.verification import verify
 
 
 def test_a_plan_is_a_table_and_with_verbose_a_row_for_each_tensor(workspace: Path, run: Any) -> None:
@@ -47,12 +48,12 @@ def test_settings_of_the_project_file_are_taken(workspace: Path, run: Any) -> No
     (workspace / "expertctl.yaml").write_text(yaml.safe_dump(project))
     assert run("merge", "m").status == 0
     manifest = read_manifest(workspace / "generalists" / "m")
-    assert manifest.config["options"]["density"] == [0.3, 0.6]
+    assert manifest.merged.options["density"] == [0.3, 0.6]
     assert (
         json.loads((workspace / "generalists" / "m" / "config.json").read_text()).get("dtype", "bfloat16")
         == "bfloat16"
     )
-    assert run("reproduce", "m").out.strip() == "m: every byte is the same"
+    assert run("reproduce", "m").out.strip() == "m: byte-identical"
 
 
 def test_a_result_that_was_changed_is_not_reproduced(workspace: Path, run: Any) -> None:
@@ -63,7 +64,7 @@ def test_a_result_that_was_changed_is_not_reproduced(workspace: Path, run: Any) 
     path.write_text(json.dumps(content))
     found = run("--json", "reproduce", "m")
     assert found.status == 1
-    assert found.json["differences"] == ["tensor model.norm.weight is another"]
+    assert found.json["differences"] == ["tensor model.norm.weight differs"]
 
 
 def test_an_unfinished_merge_is_shown_with_the_command_that_goes_on(workspace: Path, run: Any) -> None:
@@ -81,7 +82,7 @@ def test_a_card_with_an_evaluation(workspace: Path, run: Any) -> None:
     assert Path("card.md").read_text().startswith("---\n")
     Path("scores.json").write_text("{}")
     assert (
-        "is not what `expertctl eval --json` prints"
+        "is not the output of `expertctl eval --json`"
         in run("card", "forest", "--evaluation", "scores.json").error
     )
 
@@ -89,8 +90,7 @@ def test_a_card_with_an_evaluation(workspace: Path, run: Any) -> None:
 def test_statistics_and_the_merge_by_them(workspace: Path, run: Any) -> None:
     told = run("merge", "m", "--method", "regmean").error
     assert (
-        told
-        == "there are no gram statistics on expert 'code'; gather them with `expertctl stats code --kind gram`"
+        told == "expert 'code' has no gram statistics; collect them with `expertctl stats code --kind gram`"
     )
     found = run("--json", "stats", "code", "prose", "--samples", "2").json["statistics"]
     assert found["prose"]["domain"]["name"] == "prose"
@@ -121,4 +121,4 @@ def test_a_search_on_the_command_line(workspace: Path, run: Any) -> None:
     found = run("merge", "m", "--method", "average", "--search", "--trials", "3")
     assert found.status == 0, found.err
     assert "trial 3 of 3" in found.err
-    assert read_manifest(workspace / "generalists" / "m").config["search"]["trials"] == 3
+    assert read_manifest(workspace / "generalists" / "m").merged.search.trials == 3

@@ -1,4 +1,4 @@
-"""The commands around mixtures: merging, plans, tuning, experts that come and go, proofs, reports, gates."""
+"""Mixture commands: merging, plans, tuning, expert changes, absence checks, routing reports, gates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from flexolmo_workspaces import OWNERS
 
 from expertctl import comparison
-from expertctl.core.artefacts.lineage import read_manifest, verify
-from expertctl.core.hooks.evaluation import Score
+from expertctl.core.hooks.evaluation import Metric, Score
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.verification import verify
 from expertctl.experts.measures import evaluation
 from expertctl.experts.measures.evaluation import EvaluationTable
 from expertctl.workspace import Workspace
@@ -33,19 +34,19 @@ def campus(flexolmo_workspace: Workspace, run: Any) -> Path:
 def test_a_mixture_is_planned_and_merged(campus: Path, run: Any) -> None:
     plan = run("--json", "merge", "other", "--method", "flexolmo", "--plan", cwd=campus).json
     actions = {one["action"] for one in plan["tensors"].values()}
-    assert actions == {"copy", "given"}
+    assert actions == {"copy", "computed"}
     assert plan["bytes_to_write"] > 0
     manifest = read_manifest(campus / "generalists" / "campus")
-    assert manifest.config["kind"] == "moe"
-    assert manifest.config["mixture"]["experts"] == ["public", *OWNERS]
+    assert manifest.merged.kind == "moe"
+    assert list(manifest.merged.experts) == ["public", *OWNERS]
     assert verify(campus / "generalists" / "campus") == []
-    assert run("reproduce", "campus", cwd=campus).out.strip() == "campus: every byte is the same"
+    assert run("reproduce", "campus", cwd=campus).out.strip() == "campus: byte-identical"
 
 
 def test_an_ensemble_is_planned_without_tensors(campus: Path, run: Any) -> None:
     plan = run("--json", "merge", "forest", "--method", "ensemble", "--plan", cwd=campus).json
     assert plan["tensors"] == {}
-    assert "linked, not copied" in plan["notes"][0]
+    assert "linked instead of copied" in plan["notes"][0]
     assert (
         run("merge", "forest", "--method", "ensemble", "--option", "top_q=1", "--plan", cwd=campus).status
         == 1
@@ -57,7 +58,7 @@ def test_experts_leave_and_join_and_are_proved_absent(campus: Path, run: Any) ->
     assert done.json["experts"] == ["public", "prose", "means"]
     absent = run("verify", "quiet", "--absent", "chance", cwd=campus)
     assert absent.status == 0
-    assert "no tensor of 'chance' is in it" in absent.out
+    assert "contains none of the" in absent.out
     present = run("verify", "campus", "--absent", "chance", cwd=campus)
     assert (present.status, present.error) == (1, "'chance' is in campus")
     joined = run("--json", "expert", "add", "chance", "-m", "quiet", "-o", "loud", "--force", cwd=campus)
@@ -83,8 +84,7 @@ def test_experts_are_switched_off_for_one_text(campus: Path, run: Any) -> None:
     apart = run(*words, "--without", "news", "--without", "prose", cwd=campus)
     assert "no expert 'news'" in apart.error
     assert (
-        "has no experts that can be switched off"
-        in run("generate", "seed", "def ", "--without", "prose", cwd=campus).error
+        "has no experts to disable" in run("generate", "seed", "def ", "--without", "prose", cwd=campus).error
     )
 
 
@@ -147,7 +147,9 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
         scored.extend(models)
         values = {name: float(number) for number, name in enumerate(reversed(list(models)))}
         return EvaluationTable(
-            ("prose",), {name: {"prose": Score({"bits_per_byte": values[name]}, 1)} for name in models}
+            ("prose",),
+            {name: {"prose": Score({"bits_per_byte": values[name]}, 1)} for name in models},
+            (Metric("bits_per_byte", "bits per byte"),),
         )
 
     experts = {"ensemble": campus / "experts" / "prose", "means": campus / "experts" / "means"}
@@ -156,7 +158,7 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
     monkeypatch.setattr(evaluation, "evaluate", evaluated)
     found = comparison.compare(Workspace(campus), "campus", ("best-expert", "ensemble"))
     assert len(set(scored)) == 4, "the model, two experts, and an ensemble"
-    means = {name: found.table.mean(name, "bits_per_byte") for name in found.table.scores}
+    means = {name: found.table.mean(name, found.metric) for name in found.table.scores}
     assert means == {"campus": 3.0, "best-expert": 1.0, "ensemble": 0.0}
 
 
@@ -176,23 +178,23 @@ def test_a_mixture_is_tuned_in_a_process_of_its_own(campus: Path, run: Any) -> N
     done = run("--json", "tune", "tuned-here", *words, cwd=campus)
     assert done.status == 0, done.err
     manifest = read_manifest(campus / "generalists" / "tuned-here")
-    assert manifest.config["mixture"]["tuned"][0]["trains"] == "router"
+    assert manifest.tunings[0].trains == "router"
     again = run("tune", "tuned-here", *words, cwd=campus)
     assert "exists" in again.error
-    assert "cannot be made again from its manifest alone" in run("reproduce", "tuned-here", cwd=campus).error
+    assert "cannot be reproduced from its manifest alone" in run("reproduce", "tuned-here", cwd=campus).error
 
 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (("tune", "y"), "there is no unfinished tuning 'y'"),
-        (("tune", "y", "--from", "campus", "--trains", "router"), "say what text to train on"),
+        (("tune", "y", "--from", "campus", "--trains", "router"), "no domains to train on; give --domains A,B"),
         (("tune", "y", "--from", "campus", "--trains", "ruoter", "--domains", "public"), "no trainer 'ruoter'"),
         (("tune", "y", "--from", "absent", "--trains", "router", "--domains", "public"), "no model 'absent'"),
         (("branch", "y", "--domain", "prose", "--trains", "router"), "use it with `expertctl tune NAME --trains router`"),
         (("merge", "y", "--method", "mixture", "--option", "router=embeding"), "no router 'embeding'"),
-        (("merge", "y", "--method", "flexolmo", "--experts", "prose,means,chance", "--option", "top_k=9"), "top_k is 9; with 4 experts it is 1 to 4"),
-        (("merge", "y", "--method", "flexolmo", "--option", "target=mixtral"), "it can as 'flex_olmo', 'container'"),
+        (("merge", "y", "--method", "flexolmo", "--experts", "prose,means,chance", "--option", "top_k=9"), "top_k is 9; with 4 experts it must be in the range 1 to 4"),
+        (("merge", "y", "--method", "flexolmo", "--option", "target=mixtral"), "supported: 'flex_olmo', 'container'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_in_one_line(
@@ -214,7 +216,7 @@ def test_experts_with_attention_of_their_own_are_refused_by_name(
     assert "--method btx" in refused.error
     insisted = run("merge", "m", "--method", "mixture", *options, "--option", "discard=true", cwd=root)
     assert insisted.status == 0
-    assert "outside of the feed-forwards of 'a' are dropped" in insisted.err
+    assert "tensors of 'a' outside the feed-forward networks are dropped" in insisted.err
     assert run("merge", "n", "--method", "btx", cwd=root).status == 0
     config = json.loads((root / "generalists" / "n" / "config.json").read_text())
     assert config["architectures"] == ["FlexOlmoForCausalLM"]

@@ -1,4 +1,4 @@
-"""Tables, on a terminal and elsewhere."""
+"""Tables on terminals and in pipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Private experts and the audit, on the command line."""
+"""Command line: differentially private experts and the extraction audit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_an_expert_is_branched_trained_and_shown(workspace: Path, run: Any) -> N
     }
     train_run(workspace / "experts" / "clinic", lambda record: None, lambda: False)
     shown = run("show", "clinic").out
-    assert "none: the noise can be made again from the random seed" in shown
+    assert "none: the noise is drawn from the random seed" in shown
     assert "documents" in shown
     assert "rounded" in shown
     content = run("--json", "show", "clinic").json
@@ -88,8 +88,8 @@ def test_a_domain_is_tried_on_an_expert_and_its_seed(workspace: Path, run: Any) 
         "largest",
     ]
     assert [line.split()[:3] for line in lines[1:3]] == [["code", "4", "0"], ["seed", "4", "0"]]
-    assert "8 tokens given, 12 asked for, 2 samples each" in result.out
-    assert "extracted from code and not from seed: 0" in result.out
+    assert "8 prompt tokens, 12 continuation tokens, 2 samples per document" in result.out
+    assert "extracted from code, but not from seed: 0" in result.out
 
 
 def test_the_report_as_json_holds_settings_and_no_text(workspace: Path, run: Any) -> None:
@@ -114,7 +114,9 @@ def test_a_gate_looks_at_the_upper_end_of_the_interval(workspace: Path, run: Any
     assert passed.status == 0
     failed = run("audit", "extraction", "code", "--data", "code", *SMALL, "--at-most", "0.01")
     assert failed.status == 3
-    assert "the rate is 0.0000, between 0.0000 and 0.4899, and may be above 0.01" in failed.error
+    assert (
+        "the extraction rate is 0.0000 (95 % interval 0.0000 to 0.4899) and may exceed 0.01" in failed.error
+    )
 
 
 def test_any_model_folder_can_be_audited_outside_of_a_workspace(tmp_path: Path, run: Any) -> None:

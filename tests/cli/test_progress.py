@@ -1,4 +1,4 @@
-"""Progress: what appears, where, and that short work shows nothing."""
+"""Progress displays, including none for short work."""
 
 from __future__ import annotations
 

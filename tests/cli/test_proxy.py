@@ -1,4 +1,4 @@
-"""`expertctl data proxy`: what it says, and that what it says works."""
+"""`expertctl data proxy`: its output, and the configuration lines that it prints."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_a_proxy_is_made_and_the_lines_that_are_printed_make_it_a_domain(run: An
     assert result.status == 0, result.err
     first, second, *lines = result.out.splitlines()
     assert first.startswith("12 documents (")
-    assert first.endswith(f"of 'web' that look like 'prose' are in {with_public / 'proxies' / 'near.jsonl'}")
+    assert first.endswith(f"of 'web' that resemble 'prose' are in {with_public / 'proxies' / 'near.jsonl'}")
     assert second.startswith("held-out accuracy ")
     assert lines == [
         "",
-        "to use it, add to expertctl.yaml:",
+        "to use it, add these lines to expertctl.yaml:",
         "domains:",
         '  "near": {path: "proxies/near.jsonl", licence: "PSF-2.0: as it is"}',
     ]
@@ -80,10 +80,13 @@ def test_fewer_documents_than_asked_for_are_noted(run: Any, with_public: Path) -
     ("words", "said"),
     [
         (("near", "--like", "prosa", "--from", "web"), "no domain 'prosa' (did you mean 'prose'?)"),
-        (("near", "--like", "web", "--from", "web"), "--like and --from both name the domain 'web'"),
+        (("near", "--like", "web", "--from", "web"), "--like and --from are both 'web'"),
         (("code", "--like", "prose", "--from", "web"), "expertctl.yaml has a domain 'code' already"),
-        (("near", "--like", "code", "--from", "web"), "20 are needed to learn how it looks"),
-        (("near", "--like", "prose", "--from", "web", "--documents", "9999"), "when 9,999 are asked for"),
+        (("near", "--like", "code", "--from", "web"), "the classifier needs at least 20"),
+        (
+            ("near", "--like", "prose", "--from", "web", "--documents", "9999"),
+            "cannot select 9,999 documents",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -82,7 +82,7 @@ def test_eval_marks_the_best_of_each_column_and_cuts_nothing_off(run: Any, works
     assert lines[3].split()[0] == long
     marks = [[cell.endswith("*") for cell in line.split()[1:]] for line in lines[2:4]]
     assert [sum(column) for column in zip(*marks, strict=True)] == [1, 1, 1]
-    assert "perplexity per token" in lines
+    assert "perplexity per token (lower is better, * best)" in lines
 
 
 def test_a_gate_that_does_not_hold_is_exit_3_after_the_table(run: Any, workspace: Path) -> None:
@@ -165,7 +165,7 @@ def test_show_experts_marks_by_number_where_there_is_no_colour(run: Any, workspa
 def test_show_experts_needs_a_model_that_has_some(run: Any, workspace: Path) -> None:
     result = run("generate", "code", "x", "--show-experts")
     assert result.status == 1
-    assert "ask an ensemble" in result.error
+    assert "request shares from an ensemble" in result.error
 
 
 def test_generate_works_on_an_ensemble_that_runs_a_part_of_its_experts(run: Any, workspace: Path) -> None:
@@ -178,4 +178,4 @@ def test_a_prompt_may_be_empty_but_not_too_long(run: Any, workspace: Path) -> No
     assert run("generate", "seed", "", "--max-new-tokens", "2").status == 0
     result = run("generate", "seed", "def " * 100)
     assert result.status == 1
-    assert "more than the model's 128 positions" in result.error
+    assert "exceeds the model's 128 positions" in result.error

@@ -65,16 +65,16 @@ def test_a_good_merge_passes() -> None:
 
 
 BAD: dict[str, Callable[[TensorGroup, Any], Any]] = {
-    "gives a list, no tensor": lambda group, options: [group.seed],
-    "gives shape": lambda group, options: mean(group).reshape(-1),
-    "gives torch.float32 for float64": lambda group, options: mean(group).float(),
-    "not finite": lambda group, options: mean(group) / 0,
-    "changes the tensors it is given": in_place,
-    "another result the second time": lambda group, options: (
+    "returns list instead of a tensor": lambda group, options: [group.seed],
+    "returns shape": lambda group, options: mean(group).reshape(-1),
+    "returns torch.float32 for float64": lambda group, options: mean(group).float(),
+    "non-finite": lambda group, options: mean(group) / 0,
+    "modifies its input tensors": in_place,
+    "different result the second time": lambda group, options: (
         mean(group) + torch.rand(()).to(group.seed.dtype)
     ),
-    "copies of the seed does not give the seed": lambda group, options: mean(group) * 2,
-    "come in another order": lambda group, options: group.experts[0],
+    "copies of the seed does not return the seed": lambda group, options: mean(group) * 2,
+    "depends on the order": lambda group, options: group.experts[0],
 }
 
 
@@ -100,5 +100,5 @@ def test_fresh_plugins_keep_their_problems_to_themselves(capsys: pytest.CaptureF
     manager = fresh_plugins(Broken())
     assert [problem.plugin for problem in manager.problems] == ["Broken"]
     assert fresh_plugins().problems == []
-    assert fresh_plugins(builtins=False).merge_methods() == {}
+    assert fresh_plugins(builtins=False).offers(MergeMethod) == {}
     assert capsys.readouterr() == ("", "")

@@ -106,7 +106,7 @@ def test_a_half_written_checkpoint_is_named(copied: Path) -> None:
     (folder / "weights.safetensors").write_bytes(b"\x10")
     error = the_error(expertctl(copied, "train", "late"))
     assert "step-00000004 is damaged" in error
-    assert "delete it to go on from the start" in error
+    assert "delete it to resume from the start" in error
 
 
 def test_an_empty_corpus_is_named(copied: Path) -> None:
@@ -155,7 +155,9 @@ def test_a_full_disk_while_merging_leaves_the_old_generalist(copied: Path) -> No
 def test_a_read_only_workspace_is_named(copied: Path) -> None:
     copied.chmod(0o555)
     try:
-        assert "may not be written" in the_error(expertctl(copied, "merge", "soup", "--method", "average"))
+        assert "no permission to access" in the_error(
+            expertctl(copied, "merge", "soup", "--method", "average")
+        )
     finally:
         copied.chmod(0o755)
 

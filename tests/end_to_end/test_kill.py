@@ -152,7 +152,7 @@ def test_a_killed_worker_is_reported_and_the_same_command_goes_on(
     os.kill(worker, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert b"was ended by signal 9" in errors
+    assert b"was killed by signal 9" in errors
     run(TRAIN, root)
     assert contents(folder) == unbroken
 

@@ -17,8 +17,8 @@ import torch
 from toy_models import Tensors, random_tensors, tensors_of, write_model
 
 import expertctl
-from expertctl.core.artefacts.lineage import verify
 from expertctl.core.errors import UserError
+from expertctl.core.manifests.verification import verify
 
 COMMAND = [sys.executable, "-m", "expertctl.cli.main"]
 JOURNAL = ".out.unfinished/.journal.jsonl"
@@ -98,7 +98,7 @@ def test_a_killed_merge_leaves_nothing_that_loads_and_resumes_to_the_same_bytes(
     with pytest.raises(UserError):
         expertctl.load_model(unfinished)
     told = run(large, *arguments, "--resume").stderr
-    assert f" of {total} tensors were complete and are kept" in told
+    assert f" of {total} tensors are already complete" in told
     assert int(told.partition(" of ")[0].split()[-1]) >= before - 1
     assert contents(output) == contents(large / "whole" / "out")
     assert not unfinished.exists()
@@ -198,7 +198,7 @@ def spoilt(models: Path, harm: str) -> tuple[list[str], str]:
         write_model(models / "x", random_tensors(99, width=32, rows=40))
         write_model(models / "y", random_tensors(98, width=32, rows=40))
         recipe_file(models, "linear", ["x", "y"])
-        return recipe, "do not look related"
+        return recipe, "appear unrelated"
     write_model(models / "x", base)
     if harm == "licence":
         (models / "x" / "README.md").write_text("---\nlicense: llama3\n---\n")
@@ -253,7 +253,7 @@ def test_a_folder_that_may_not_be_written_is_refused(models: Path) -> None:
     recipe_file(models, "linear", ["a", "b"])
     (models / "closed").mkdir(mode=0o500)
     told = run(models, "merge", "--config", "linear.yml", "-o", "closed/out", status=1).stderr
-    assert "may not be written" in told
+    assert "no permission to access" in told
 
 
 def test_a_plan_says_what_it_will_cost_and_reads_no_tensor(models: Path) -> None:
@@ -275,7 +275,9 @@ def test_too_little_disk_is_told_with_both_figures(models: Path, monkeypatch: py
 
     found = read_mergekit(recipe_file(models, "linear", ["a", "b"]))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"needs 0\.00 GB, and its disk has 0\.00 GB left; free some"):
+    with pytest.raises(
+        UserError, match=r"needs 0\.00 GB, but its disk has only 0\.00 GB left; free some space"
+    ):
         merge_recipe(found, models / "out")
     assert not (models / "out").exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from expertctl import verify
-from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_killed_twice_it_ends_with_the_same_bytes_and_the_same_account(
     finish(root)
     assert verify(folder) == []
     assert not (folder / ".training").exists()
-    assert read_manifest(folder).data["privacy"] == read_manifest(unbroken).data["privacy"]
+    assert read_manifest(folder).data.privacy == read_manifest(unbroken).data.privacy
     same = contents(folder) == contents(unbroken)
     assert same == kept, "the same bytes with the same key, others with another"
     assert not any(key in content or key.hex().encode() in content for content in contents(folder).values())

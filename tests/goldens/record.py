@@ -114,7 +114,7 @@ def all_digests(folder: Path) -> Iterator[tuple[str, str]]:
     yield from special_runs(workspace)
     yield from mergekit_files(folder)
     report = json.loads(run(folder, "--json", "federate", "simulate", "--owners", "60", "--seed", "3"))
-    measured = {"cpu_seconds", "seconds", "peak_memory", "memory", "events_per_second"}
+    measured = {"cpu_seconds", "seconds", "peak_memory_bytes", "events_per_second"}
     kept = {key: value for key, value in report.items() if key not in measured}
     yield "simulated federation", sha256([json.dumps(kept, sort_keys=True).encode()])
 
@@ -269,9 +269,12 @@ def digest_of_folder(folder: Path) -> str:
                     f"{place} {name} {tensor.dtype} {tuple(tensor.shape)} {sha256([content])}".encode()
                 )
     config = folder / "config.json"
-    if not lines and not config.is_file():
+    if config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        lines.append(json.dumps(content, sort_keys=True).encode())
+    if not lines:
         sys.exit(f"{folder} holds neither tensors nor config.json")
-    return sha256([*lines, *([config.read_bytes()] if config.is_file() else [])])
+    return sha256(lines)
 
 
 def sha256(pieces: Iterable[bytes]) -> str:

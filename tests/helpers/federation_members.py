@@ -1,4 +1,4 @@
-"""Owners and a coordinator in one process, for tests: text, clocks, and handing in."""
+"""Test helpers for owners and a coordinator in one process: text, clocks and deliveries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.judging.acceptance import Refusal
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.owner.work import work
-from expertctl.experts.federation.protocol.delivery import Signed
+from expertctl.experts.federation.protocol.delivery import SignedStatement
 from expertctl.experts.federation.protocol.parts import read_part
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
 
@@ -32,7 +32,7 @@ def private_text(path: Path, module: ModuleType) -> Path:
 
 
 class Clock:
-    """A time that tests set."""
+    """A clock that tests set."""
 
     def __init__(self) -> None:
         self.time = datetime(2030, 1, 1, tzinfo=UTC)
@@ -48,20 +48,20 @@ def fetch_seed(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -
     for writer in owner.seeds.writers(request):
         for index in writer.missing():
             writer.put(index, coordinator.seed_part(request.owner, request.id, writer.file.name, index))
-    owner.seeds.settle(request)
+    owner.seeds.complete(request)
 
 
 def trained(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> Path:
-    """Let an owner do what was asked; return the expert."""
+    """Train a request's expert at an owner; return its folder."""
     owner.take(request)
     fetch_seed(coordinator, owner, request)
     return work(owner, request.id)
 
 
 def hand_in(
-    coordinator: Coordinator, folder: Path, name: str, request_id: str, signed: Signed
+    coordinator: Coordinator, folder: Path, name: str, request_id: str, signed: SignedStatement
 ) -> Refusal | None:
-    """Hand in a folder with a signed statement; return the refusal, or None."""
+    """Deliver a folder with a signed statement; return the refusal or None."""
     wanted = coordinator.begin(name, request_id, signed)
     if not isinstance(wanted, dict):
         return wanted

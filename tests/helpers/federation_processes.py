@@ -1,4 +1,4 @@
-"""A federation of real processes on loopback: a coordinator that is served, owners that join, and a relay between them."""
+"""Test helpers for a federation of real processes on loopback: a coordinator, owners, and a relay between them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ PATIENCE_S = 150.0
 def wait_until(
     what: Callable[[], object], seconds: float = PATIENCE_S, why: Callable[[], str] = lambda: ""
 ) -> None:
-    """Wait for something to be true; a test that waits in vain fails and shows `why`."""
+    """Wait until a condition holds; fail after `seconds` and show `why`."""
     end = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < end, f"it did not come in {seconds:.0f} s\n{why()}"
+        assert time.monotonic() < end, f"timeout after {seconds:.0f} s\n{why()}"
         time.sleep(0.1)
 
 
 class Process:
-    """A command of ours that runs; what it says is kept."""
+    """A running expertctl command, with its output in a log."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log, self.arguments = log, arguments
@@ -57,7 +57,7 @@ class Process:
                 start_new_session=True,
             )
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
@@ -65,7 +65,7 @@ class Process:
         self.process.wait()
 
     def again(self) -> None:
-        """Start it again after it has ended."""
+        """Start the command again after its end."""
         self._start()
 
     def stop(self) -> None:
@@ -79,12 +79,12 @@ class Process:
 
     def wait(self, seconds: float = PATIENCE_S) -> int:
         """Return the exit status."""
-        wait_until(lambda: self.process.poll() is not None, seconds, self.said)
+        wait_until(lambda: self.process.poll() is not None, seconds, self.output)
         return self.process.returncode
 
 
 class Federation:
-    """A workspace that is served, and the owners that belong to it."""
+    """A served workspace and its owners."""
 
     def __init__(self, root: Path, workspace: Path) -> None:
         self.root, self.workspace = root, workspace
@@ -102,13 +102,13 @@ class Federation:
         return self.workspace / "federation" / "network" / "certificates" / "ca.crt"
 
     def wait_served(self, times: int = 1) -> None:
-        wait_until(lambda: self.server.said().count("owners can join") >= times, why=self.server.said)
+        wait_until(lambda: self.server.output().count("owners can join") >= times, why=self.server.output)
 
     def state(self, name: str) -> Path:
         return self.root / f"state-{name}"
 
     def owner(self, name: str, module: ModuleType, *, invited: bool = True) -> Owner:
-        """Return a new owner with a key, and the source of a module as its text."""
+        """Return a new owner with a key and with a module's source as its text."""
         owner = Owner(self.state(name))
         key = make_key(owner.state)
         text = self.root / f"{name}.jsonl"
@@ -143,12 +143,12 @@ class Federation:
         return self.owners[-1]
 
     def accepted(self) -> dict[str, str]:
-        """Return owner -> expert of what was accepted."""
+        """Return the accepted experts, by owner."""
         entries = self.coordinator.ledger.states().values()
         return {entry.owner: entry.detail for entry in entries if entry.state == "accepted"}
 
     def limit_files(self, size: int) -> None:
-        """Let the server write no file beyond so many bytes, as if the disk were full; -1 for no limit."""
+        """Limit the size of files that the server writes, as if the disk were full; -1 for no limit."""
         _, hard = resource.prlimit(self.server.process.pid, resource.RLIMIT_FSIZE)
         soft = hard if size < 0 else size
         resource.prlimit(self.server.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
@@ -159,9 +159,9 @@ class Federation:
 
 
 class Relay:
-    """Stands between owners and the coordinator: hands bytes on, slowly if told, and cuts connections if told.
+    """TCP relay between owners and the coordinator, with optional throttling and connection cuts.
 
-    With the server's certificate and key it opens the encryption and keeps what it sees, which only a test can do.
+    With the server's certificate and key it decrypts and records the traffic.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Relay:
 
 
 def distinctive_lines(path: Path) -> list[bytes]:
-    """Return lines of an owner's text that nothing else holds, as they stand and as JSON writes them."""
+    """Return lines that occur only in an owner's text, verbatim and JSON-escaped."""
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     lines = {line.strip() for text in texts for line in text.splitlines()}
     long = sorted(line for line in lines if len(line) > 40 and len(re.findall(r"\w+", line)) >= 4)
@@ -258,7 +258,7 @@ def distinctive_lines(path: Path) -> list[bytes]:
 
 
 def work_pid(owner: Owner, request: ExpertRequest) -> int:
-    """Return the process that trains."""
+    """Return the id of the training process."""
     return int((owner.run_folder(request.id) / "process.txt").read_text())
 
 

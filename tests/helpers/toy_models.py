@@ -86,8 +86,8 @@ def engine_merge(
     threads: int = 2,
     pieces: int = PIECE_NUMBERS,
 ) -> Written:
-    """Plan and run a merge with the engine alone: no checks of kinship, licences or tokenizers."""
-    chosen = method or installed_plugins().merge_method(what.method)
+    """Plan and run a merge with the engine alone: no checks of relatedness, licences or tokenizers."""
+    chosen = method or installed_plugins().offer(MergeMethod, what.method)
     stack = plan_tensors(what, chosen, open_sources(what))
     shards = plan_shards(stack.tensors, shard_bytes)
     output.mkdir(exist_ok=True)

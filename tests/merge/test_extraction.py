@@ -1,4 +1,4 @@
-"""Adapters extracted from full models: what peft makes of them, and what they lose."""
+"""Adapters extracted from full models: loading them with peft, and their approximation error."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_an_extracted_adapter_is_an_expert_of_a_merge(models: tuple[Path, Path],
 def test_what_makes_no_sense_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = models
     for how, part in (
-        ({"rank": None}, "give a rank, or"),
-        ({"rank": 4, "energy": 0.5}, "and not both"),
+        ({"rank": None}, "give either a rank or"),
+        ({"rank": 4, "energy": 0.5}, "give either a rank or"),
         ({"rank": 0}, "rank is 0"),
         ({"rank": None, "energy": 1.5}, "energy is 1.5"),
         ({"rank": 4, "targets": "nothing"}, "nothing to extract"),

@@ -1,4 +1,4 @@
-"""A merge from beginning to end: what is refused before any work, and what is written when it is not."""
+"""Whole merges: checks before any work, and the written files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import expertctl
+from expertctl.core.artefacts.digests import digests_of_folder
 from expertctl.core.artefacts.files import exclusive
 from expertctl.core.artefacts.layout import Layout
-from expertctl.core.artefacts.lineage import digests_of_folder, read_manifest, verify
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError
 from expertctl.core.hooks.manager import PluginManager
-from expertctl.core.hooks.merging import MergeMethod
+from expertctl.core.hooks.merging import MergeMethod, ModelBuilder, TensorMerge
 from expertctl.core.hooks.text import ValidationText
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.statements import DataStatement
+from expertctl.core.manifests.verification import verify
 from expertctl.core.models.posterior import EWMA_RATE
 from expertctl.core.testing import fresh_plugins
 from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
@@ -63,9 +66,9 @@ def test_given_weights_are_scaled_to_one_and_follow_the_experts_order() -> None:
     ("wanted", "said"),
     [
         ({"lwa": 1}, r"no expert 'lwa' \(did you mean 'law'\?\); this merge takes: code, law, news"),
-        ({"law": -1, "code": 1, "news": 1}, "the weight of 'law' is -1; weights are 0 or more"),
-        ({"law": 1}, "no weight is given for code, news; name every expert, or leave it out of the merge"),
-        ({"law": 0, "code": 0, "news": 0}, "the weights sum to 0; give at least one that is positive"),
+        ({"law": -1, "code": 1, "news": 1}, "the weight of 'law' is -1; weights must be 0 or more"),
+        ({"law": 1}, "no weight is given for code, news; give a weight for every expert of the merge"),
+        ({"law": 0, "code": 0, "news": 0}, "the weights sum to 0; give at least one positive weight"),
     ],
 )
 def test_weights_that_make_no_sense_are_refused(wanted: dict[str, float], said: str) -> None:
@@ -126,7 +129,7 @@ def test_an_unfinished_expert_is_refused(workspace: Path) -> None:
     (workspace / "experts" / "begun").mkdir()
     expect_refusal(
         workspace,
-        "expert 'begun' is not finished; go on with `expertctl train begun`",
+        "expert 'begun' is not finished; resume it with `expertctl train begun`",
         experts=["begun", "law"],
     )
 
@@ -137,8 +140,8 @@ def test_a_repeated_expert_is_refused(workspace: Path) -> None:
 
 def test_no_expert_at_all_is_refused(tmp_path: Path, new_workspace: Any) -> None:
     empty = new_workspace(tmp_path / "empty", ())
-    expect_refusal(empty, "there is no finished expert to merge; train one")
-    expect_refusal(empty, "there is no finished expert to merge; train one", experts=[])
+    expect_refusal(empty, "there are no finished experts to merge; train one")
+    expect_refusal(empty, "there are no finished experts to merge; train one", experts=[])
 
 
 def rewritten(workspace: Path, name: str, **changes: Any) -> None:
@@ -164,7 +167,8 @@ def test_an_expert_without_a_seed_is_refused(workspace: Path) -> None:
 def test_an_expert_of_another_tokenizer_is_refused(workspace: Path) -> None:
     rewritten(workspace, "law", tokenizer="f" * 64)
     expect_refusal(
-        workspace, f"expert 'law' was trained with tokenizer {'f' * 12}, the seed has .*mean different tokens"
+        workspace,
+        f"expert 'law' was trained with tokenizer {'f' * 12}, but the seed has .*belong to different tokens",
     )
 
 
@@ -185,7 +189,7 @@ def test_a_flipped_bit_in_weights_that_are_read_is_refused(workspace: Path, plac
     path.write_bytes(content)
     expect_refusal(
         workspace,
-        rf"tensor '.*' in .*{place}/model.safetensors was changed: it is not what its manifest says; restore or remake",
+        rf"tensor '.*' in .*{place}/model.safetensors was changed: its digest differs from the manifest; restore or recreate",
         method=method,
     )
 
@@ -200,7 +204,7 @@ def test_truncated_weights_are_refused(workspace: Path) -> None:
 
 def test_a_workspace_without_a_seed_is_refused(workspace: Path) -> None:
     (workspace / "seed" / "seed.json").unlink()
-    expect_refusal(workspace, "there is no finished seed in")
+    expect_refusal(workspace, "has no finished seed")
 
 
 def test_a_merge_that_another_process_is_making_is_refused(
@@ -232,8 +236,8 @@ def test_a_merge_is_a_model_folder_that_can_be_verified(workspace: Path) -> None
     ]
     assert manifest.parents[1].digest == read_manifest(workspace / "experts" / "code").digest
     assert manifest.tokenizer == read_manifest(workspace / "seed").tokenizer
-    assert manifest.config["method"] == "average"
-    assert set(manifest.data) == set(EXPERTS)
+    assert manifest.merged.method == "average"
+    assert set(manifest.expert_data) == set(EXPERTS)
     assert manifest.licence == "CC0-1.0"
     model, tokenizer = expertctl.load_model(folder)
     assert model(torch.tensor([tokenizer("law")["input_ids"]])).logits.shape[-1] == len(tokenizer)
@@ -302,7 +306,7 @@ def test_what_the_project_file_declares_is_merged(tmp_path: Path, new_workspace:
 
 def test_experts_that_are_merged_need_no_data_statement(workspace: Path) -> None:
     """What a plugin or an owner sends may say less than our own training does."""
-    rewritten(workspace, "law", data={})
+    rewritten(workspace, "law", data=DataStatement())
     average(workspace)
 
 
@@ -334,10 +338,10 @@ def with_plugins(
 
 def test_plugins_are_told_and_named_in_the_manifest(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    method = MergeMethod("seed_again", "", merge=lambda group, options: group.seed, options=SlotOptions)
+    method = TensorMerge("seed_again", "", merge=lambda group, options: group.seed, options=SlotOptions)
     with_plugins(monkeypatch, method, told=told)
     manifest = expertctl.Workspace(workspace).merge("m", method="seed_again", options={"scale": "2"})
-    assert manifest.config["options"] == {"scale": 2.0}
+    assert manifest.merged.options == {"scale": 2.0}
     assert manifest.versions["local"] == "?"
     assert [(event.name, event.folder, event.method) for event in told] == [
         ("m", workspace / "generalists" / "m", "seed_again")
@@ -351,7 +355,7 @@ def test_a_method_that_fails_half_way_leaves_nothing(
         (folder / "config.json.new").write_text("x")
         raise UserError("cannot")
 
-    with_plugins(monkeypatch, MergeMethod("fails", "", build=fail))
+    with_plugins(monkeypatch, ModelBuilder("fails", "", build=fail))
     with pytest.raises(UserError, match="cannot"):
         expertctl.Workspace(workspace).merge("m", method="fails")
     assert list((workspace / "generalists").iterdir()) == []
@@ -399,10 +403,10 @@ def test_posterior_weights_are_the_naive_cached_prior(workspace: Path, tmp_path:
     said: list[str] = []
     config = MergeConfig(method="average", weights="posterior")
     manifest = merge(Layout(workspace), "m", config, validation=lambda: texts, run=MergeRun(say=said.append))
-    found = manifest.config["weights"]
+    found = manifest.merged.weights
     assert sum(found.values()) == pytest.approx(1, abs=1e-9)
     assert list(found.values()) == pytest.approx(naive_prior(workspace, texts, 100), abs=1e-5)
-    assert manifest.config["fitted_on"] == ["a", "b"]
+    assert manifest.merged.fitted_on == ("a", "b")
     assert said[0] == "fitting the prior of 3 experts on 10 blocks of a, b"
 
 
@@ -421,7 +425,7 @@ def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: P
 def test_a_text_shorter_than_a_block_is_read_as_it_is(workspace: Path, tmp_path: Path) -> None:
     texts = [some_text(tmp_path, "a", 4, 3, block_size=16)]
     config = MergeConfig(method="average", weights="posterior")
-    found = merge(Layout(workspace), "m", config, validation=lambda: texts).config["weights"]
+    found = merge(Layout(workspace), "m", config, validation=lambda: texts).merged.weights
     assert sum(found.values()) == pytest.approx(1, abs=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""A merge that was stopped goes on: nothing complete is made twice, nothing incomplete is believed."""
+"""Resuming merges: complete tensors are kept, incomplete ones are merged again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toy_models import random_tensors, recipe, tensors_of, write_model
 
-from expertctl.core.hooks.merging import MergeMethod, TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, TensorGroup, TensorMerge
 from expertctl.merge.engine.calculator import EngineSettings, Written, run_merge
 from expertctl.merge.engine.shards import ShardPlan, plan_shards
 from expertctl.merge.engine.writing import JOURNAL_FILE, read_journal
@@ -32,7 +32,7 @@ class Counting:
         self.stop_at = stop_at
 
     def method(self) -> MergeMethod:
-        return MergeMethod("mean", "", merge=self.merge, uses_seed=False, arrays="any")
+        return TensorMerge("mean", "", merge=self.merge, uses_seed=False, arrays="any")
 
     def merge(self, group: TensorGroup, options: Any) -> Any:
         if len(self.asked) == self.stop_at:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from expertctl.core.hooks.merging import MergeMethod
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin_trimmed_mean"
 EXPERTS = ("code", "law", "news")
 
@@ -23,7 +25,7 @@ try:
     manifest = expertctl.Workspace(sys.argv[1]).merge(
         sys.argv[2], method="trimmed_mean", experts=["code", "law", "news"], options={"trim": int(sys.argv[3])}
     )
-    print(json.dumps({"options": manifest.config["options"], "versions": dict(manifest.versions)}))
+    print(json.dumps({"options": manifest.merged.options, "versions": dict(manifest.versions)}))
 except expertctl.UserError as error:
     print(json.dumps({"error": str(error)}))
 """
@@ -98,7 +100,7 @@ def test_the_method_has_the_properties_of_a_merge(site: Path, monkeypatch: pytes
     assert_merge_ok(plugin.trimmed_mean, plugin.Options(trim=2), num_experts=5)
     manager = fresh_plugins(plugin)
     assert manager.problems == []
-    assert manager.merge_method("trimmed_mean").merge is plugin.trimmed_mean
+    assert manager.offer(MergeMethod, "trimmed_mean").merge is plugin.trimmed_mean
 
 
 def test_the_example_stays_as_small_as_it_claims() -> None:

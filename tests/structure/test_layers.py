@@ -155,10 +155,10 @@ import json, sys
 import expertctl
 dir(expertctl), expertctl.hookimpl, expertctl.MergeMethod, expertctl.Workspace
 after_import = sorted(set(sys.modules) & HEAVY)
-from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.manager import OFFER_KINDS, installed_plugins
 plugins = installed_plugins()
-for hook in ("merge_methods", "trainers", "launchers", "corpus_formats", "evaluators", "architectures"):
-    getattr(plugins, hook)()
+for kind in OFFER_KINDS:
+    plugins.offers(kind)
 print(json.dumps([after_import, sorted(set(sys.modules) & HEAVY)]))
 """
 

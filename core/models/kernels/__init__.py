@@ -1,1 +1,1 @@
-"""Expert computation of mixtures on a CPU."""
+"""CPU kernels for the experts of mixtures."""

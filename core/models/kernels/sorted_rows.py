@@ -1,6 +1,6 @@
-"""Tokens are put in the order of their experts, and what experts made of them back in the order of tokens.
+"""Dispatch of tokens to experts by sorting, and gated combination of the experts' outputs per token.
 
-Shapes: N = tokens, k = experts of a token, S = N k rows sorted by expert, d = width, E = experts.
+Shapes: N = tokens, k = experts per token, S = N k rows sorted by expert, d = width, E = experts.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.nn.functional import embedding_bag
 
 @dataclass(frozen=True)
 class SortedRows:
-    """The order of rows sorted by expert, and the way back."""
+    """Permutation of rows sorted by expert, and its inverse."""
 
     counts: list[int]
-    """How many rows each of the E experts has."""
+    """Number of rows of each of the E experts."""
     order: Tensor
-    """Which of the N k choices, token by token, a row is, (S,)."""
+    """Index of each row in the N k choices in token order, (S,)."""
     token: Tensor
-    """Which token a row is of, (S,)."""
+    """Token of each row, (S,)."""
     place: Tensor
-    """Where a token's rows lie, (N, k)."""
+    """Row of each choice of each token, (N, k)."""
 
 
 def sorted_rows(chosen_Nk: Tensor, experts: int) -> SortedRows:
-    """Sort tokens by the experts that were chosen for them; an expert's rows stay in the order of tokens."""
+    """Sort tokens by their chosen experts; the rows of each expert stay in token order."""
     order_S = chosen_Nk.flatten().argsort(stable=True)
     place_S = torch.empty_like(order_S)
     place_S.scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
@@ -44,20 +44,20 @@ def gated_sum(
     gates_Nk: Tensor,
     chosen_Nk: Tensor,
 ) -> Tensor:
-    """Return the gated sum of what `run` makes of each token for each of its experts, (N, d).
+    """Return the gated sum of the experts' outputs for each token, (N, d).
 
-    `run` is given rows (S, d) sorted by expert, and how many of them each of the E experts has.
+    `run` maps the rows (S, d), sorted by expert, and the number of rows of each expert to the outputs (S, d).
     """
     rows = sorted_rows(chosen_Nk, experts)
     to_experts: Callable[..., Tensor] = _ToExperts.apply
     to_tokens: Callable[..., Tensor] = _ToTokens.apply
-    found_Sd = run(to_experts(hidden_Nd, rows), rows.counts)
-    dtype = torch.promote_types(found_Sd.dtype, gates_Nk.dtype)
-    return to_tokens(found_Sd.to(dtype), gates_Nk.to(dtype), rows)
+    output_Sd = run(to_experts(hidden_Nd, rows), rows.counts)
+    dtype = torch.promote_types(output_Sd.dtype, gates_Nk.dtype)
+    return to_tokens(output_Sd.to(dtype), gates_Nk.to(dtype), rows)
 
 
 class _ToExperts(torch.autograd.Function):
-    """`hidden[token]`, whose gradient is summed from known places: adding it up row by row takes several times as long."""
+    """`hidden[token]` with a gather-based backward pass, several times as fast as index_select's scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, hidden_Nd: Tensor, rows: SortedRows) -> Tensor:
@@ -70,32 +70,32 @@ class _ToExperts(torch.autograd.Function):
 
 
 class _ToTokens(torch.autograd.Function):
-    """The gated sum of each token's rows."""
+    """Gated sum of each token's rows."""
 
     @staticmethod
-    def forward(ctx: Any, found_Sd: Tensor, gates_Nk: Tensor, rows: SortedRows) -> Tensor:
-        ctx.save_for_backward(found_Sd, gates_Nk)
+    def forward(ctx: Any, output_Sd: Tensor, gates_Nk: Tensor, rows: SortedRows) -> Tensor:
+        ctx.save_for_backward(output_Sd, gates_Nk)
         ctx.rows = rows
-        return _summed(found_Sd, rows.place, gates_Nk)
+        return _summed(output_Sd, rows.place, gates_Nk)
 
     @staticmethod
     def backward(ctx: Any, gradient_Nd: Tensor) -> tuple[Tensor | None, ...]:
-        found_Sd, gates_Nk = ctx.saved_tensors
+        output_Sd, gates_Nk = ctx.saved_tensors
         rows: SortedRows = ctx.rows
         gradient_Sd = gradient_Nd.index_select(0, rows.token)
         d_gates_Nk = None
         if ctx.needs_input_grad[1]:
-            d_gates_S = (gradient_Sd * found_Sd).sum(dim=1)
+            d_gates_S = (gradient_Sd * output_Sd).sum(dim=1)
             d_gates_Nk = d_gates_S.index_select(0, rows.place.flatten()).view_as(gates_Nk)
         d_found_Sd = gradient_Sd * gates_Nk.flatten().index_select(0, rows.order)[:, None]
         return d_found_Sd, d_gates_Nk, None
 
 
 def _summed(x_Sd: Tensor, place_Nk: Tensor, gates_Nk: Tensor | None = None) -> Tensor:
-    """Return the sum of each token's rows in one pass over them, (N, d)."""
+    """Return the (gated) sum of each token's rows in one pass, (N, d)."""
     if not len(place_Nk):
         return x_Sd
-    if torch.is_grad_enabled():  # a gradient that is to have one of its own, which the bag's has not
+    if torch.is_grad_enabled():  # double backward, which embedding_bag does not support
         rows_Nkd = x_Sd[place_Nk]
         return (rows_Nkd if gates_Nk is None else rows_Nkd * gates_Nk[..., None]).sum(dim=1)
     return embedding_bag(place_Nk, x_Sd, mode="sum", per_sample_weights=gates_Nk)

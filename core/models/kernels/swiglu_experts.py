@@ -1,8 +1,8 @@
-"""Experts of one layer that train while their weights lie in two tensors.
+"""SwiGLU experts of one layer with fused weights and a custom backward pass.
 
-Slices of a parameter as autograd knows them have gradients of their own, which are put together at the end: a copy of
-all weights in every step. Here each expert's products write into its part of one gradient. Shapes: S = rows sorted by
-expert, d = width, i = inner width, E = experts.
+For slices of a parameter, autograd computes separate gradients and then concatenates them, which copies all weights in
+every step. Here each expert's gradient is written directly into its slice of one tensor.
+Shapes: S = rows sorted by expert, d = width, i = inner width, E = experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def swiglu_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    """Return `down(silu(gate(x)) * up(x))` of each expert on its rows: gate_up (E, 2 i, d), down (E, d, i), counts (E)."""
+    """Return `down(silu(gate(x)) * up(x))` of each expert on its rows, (S, d), differentiably.
+
+    `gate_up` is (E, 2 i, d), `down` is (E, d, i), `counts` has E entries.
+    """
     apply: Callable[..., Tensor] = _SwigluExperts.apply
     return apply(x_Sd, gate_up, down, counts)
 
@@ -27,31 +30,32 @@ def gated_experts(
     down: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return `down(activation(gate(x)) * up(x))`, as above, where nothing asks for gradients; activation may work in place."""
-    found_Sd = torch.empty_like(x_Sd)
-    shares = torch.split(x_Sd, counts), torch.split(found_Sd, counts)
-    room = _Room(x_Sd, counts, down)
-    for x, found, to_gate, to_up, to_found in zip(*shares, *_halves(gate_up), down.unbind(), strict=True):
+    """Return `down(activation(gate(x)) * up(x))` as `swiglu_experts`, without gradients; may activate in place."""
+    output_Sd = torch.empty_like(x_Sd)
+    rows = torch.split(x_Sd, counts), torch.split(output_Sd, counts)
+    workspace = _Workspace(x_Sd, counts, down)
+    for x, output, w_gate, w_up, w_down in zip(*rows, *_halves(gate_up), down.unbind(), strict=True):
         if len(x):
-            gate, up = room.of(len(x))
-            torch.mm(x, to_gate.t(), out=gate)
-            torch.mm(x, to_up.t(), out=up)
-            torch.mm(activation(gate).mul_(up), to_found.t(), out=found)
-    return found_Sd
+            gate, up = workspace.of(len(x))
+            torch.mm(x, w_gate.t(), out=gate)
+            torch.mm(x, w_up.t(), out=up)
+            torch.mm(activation(gate).mul_(up), w_down.t(), out=output)
+    return output_Sd
 
 
-def _plainly(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    shares = zip(torch.split(x_Sd, counts), *_halves(gate_up), down.unbind(), strict=True)
+def _differentiable_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+    """Compute `swiglu_experts` with autograd's own operations, for double backward."""
+    experts = zip(torch.split(x_Sd, counts), *_halves(gate_up), down.unbind(), strict=True)
     return torch.cat(
         [
-            (torch.nn.functional.silu(x @ to_gate.T) * (x @ to_up.T)) @ to_found.T
-            for x, to_gate, to_up, to_found in shares
+            (torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T
+            for x, w_gate, w_up, w_down in experts
         ]
     )
 
 
-class _Room:
-    """Two matrices (rows, i) in which expert after expert computes: the processor's cache still has them."""
+class _Workspace:
+    """Two buffers (rows, i) that all experts reuse, so that they stay in the CPU cache."""
 
     def __init__(self, x_Sd: Tensor, counts: list[int], down: Tensor) -> None:
         self._both = x_Sd.new_empty(2, max(counts, default=0), down.shape[2])
@@ -64,66 +68,65 @@ class _Room:
 class _SwigluExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_Sd: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        found_Sd = torch.empty_like(x_Sd)
-        kept: list[Tensor] = []
-        shares = torch.split(x_Sd, counts), torch.split(found_Sd, counts)
-        room = _Room(x_Sd, counts, down)
-        for x, found, to_gate, to_up, to_found in zip(*shares, *_halves(gate_up), down.unbind(), strict=True):
-            gate, up = torch.mm(x, to_gate.t()), torch.mm(x, to_up.t())
+        output_Sd = torch.empty_like(x_Sd)
+        saved: list[Tensor] = []
+        rows = torch.split(x_Sd, counts), torch.split(output_Sd, counts)
+        workspace = _Workspace(x_Sd, counts, down)
+        for x, output, w_gate, w_up, w_down in zip(*rows, *_halves(gate_up), down.unbind(), strict=True):
+            gate, up = torch.mm(x, w_gate.t()), torch.mm(x, w_up.t())
             activated = torch.nn.functional.silu(gate)
-            inner, _ = room.of(len(x))
-            torch.mm(torch.mul(activated, up, out=inner), to_found.t(), out=found)
-            kept += (gate, up, activated)
-        ctx.save_for_backward(x_Sd, gate_up, down, *kept)
+            inner, _ = workspace.of(len(x))
+            torch.mm(torch.mul(activated, up, out=inner), w_down.t(), out=output)
+            saved += (gate, up, activated)
+        ctx.save_for_backward(x_Sd, gate_up, down, *saved)
         ctx.counts = counts
-        return found_Sd
+        return output_Sd
 
     @staticmethod
-    def backward(ctx: Any, d_found_Sd: Tensor) -> tuple[Tensor | None, ...]:
-        x_Sd, gate_up, down, *kept = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-        ):  # gradients that are to have gradients of their own: by autograd's own ways
-            wanted = [
-                one for one, wants in zip((x_Sd, gate_up, down), ctx.needs_input_grad, strict=False) if wants
+    def backward(ctx: Any, d_output_Sd: Tensor) -> tuple[Tensor | None, ...]:
+        x_Sd, gate_up, down, *saved = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # double backward
+            inputs = [
+                tensor for tensor, needed in zip((x_Sd, gate_up, down), needs_grad, strict=True) if needed
             ]
-            found_Sd = _plainly(x_Sd, ctx.counts, gate_up, down)
-            found = iter(torch.autograd.grad(found_Sd, wanted, d_found_Sd, create_graph=True))
-            return *(next(found) if wants else None for wants in ctx.needs_input_grad[:3]), None
-        made = [
-            torch.empty_like(one) if wanted else None
-            for one, wanted in zip((x_Sd, gate_up, down), ctx.needs_input_grad, strict=False)
+            output_Sd = _differentiable_experts(x_Sd, ctx.counts, gate_up, down)
+            gradients = iter(torch.autograd.grad(output_Sd, inputs, d_output_Sd, create_graph=True))
+            return *(next(gradients) if needed else None for needed in needs_grad), None
+        d_inputs = [
+            torch.empty_like(tensor) if needed else None
+            for tensor, needed in zip((x_Sd, gate_up, down), needs_grad, strict=True)
         ]
-        into_x, into_gate_up, into_down = made
-        xs, d_founds = torch.split(x_Sd, ctx.counts), torch.split(d_found_Sd, ctx.counts)
-        d_xs = None if into_x is None else torch.split(into_x, ctx.counts)
-        d_halves = None if into_gate_up is None else _halves(into_gate_up)
-        to_gates, to_ups = _halves(gate_up)
-        room = _Room(x_Sd, ctx.counts, down)
-        for e, (x, d_found, to_found) in enumerate(zip(xs, d_founds, down.unbind(), strict=True)):
-            gate, up, activated = kept[3 * e : 3 * e + 3]
-            d_up, d_gate = room.of(len(x))
-            if into_down is not None:
-                _weight_gradient(d_found, torch.mul(activated, up, out=d_up), into_down[e])
-            d_inner = torch.mm(d_found, to_found, out=d_gate)
+        d_x_Sd, d_gate_up, d_down = d_inputs
+        xs, d_outputs = torch.split(x_Sd, ctx.counts), torch.split(d_output_Sd, ctx.counts)
+        d_xs = None if d_x_Sd is None else torch.split(d_x_Sd, ctx.counts)
+        d_halves = None if d_gate_up is None else _halves(d_gate_up)
+        w_gates, w_ups = _halves(gate_up)
+        workspace = _Workspace(x_Sd, ctx.counts, down)
+        for e, (x, d_output, w_down) in enumerate(zip(xs, d_outputs, down.unbind(), strict=True)):
+            gate, up, activated = saved[3 * e : 3 * e + 3]
+            d_up, d_gate = workspace.of(len(x))
+            if d_down is not None:
+                _weight_gradient(d_output, torch.mul(activated, up, out=d_up), d_down[e])
+            d_inner = torch.mm(d_output, w_down, out=d_gate)
             torch.mul(activated, d_inner, out=d_up)
             torch.ops.aten.silu_backward.grad_input(d_inner.mul_(up), gate, grad_input=d_gate)
             if d_halves is not None:
                 _weight_gradient(d_gate, x, d_halves[0][e])
                 _weight_gradient(d_up, x, d_halves[1][e])
             if d_xs is not None:
-                torch.mm(d_gate, to_gates[e], out=d_xs[e]).addmm_(d_up, to_ups[e])
-        return *made, None
+                torch.mm(d_gate, w_gates[e], out=d_xs[e]).addmm_(d_up, w_ups[e])
+        return *d_inputs, None
 
 
 def _halves(gate_up: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return each expert's two matrices (i, d) as views: all that lead to gates, all that lead to ups."""
+    """Return the gate matrices and the up matrices of all experts, (i, d) each, as views."""
     gates, ups = gate_up.chunk(2, dim=1)
     return gates.unbind(), ups.unbind()
 
 
 def _weight_gradient(d_output: Tensor, x: Tensor, into: Tensor) -> None:
-    """Write `d_output.T @ x` into a matrix in the order in which it is stored; otherwise it is made elsewhere and copied."""
+    """Write `d_output.T @ x` into a matrix in its memory order, which avoids a temporary copy."""
     if into.stride(1) == 1:
         torch.mm(d_output.t(), x, out=into)
     else:

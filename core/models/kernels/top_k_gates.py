@@ -1,4 +1,4 @@
-"""Which k experts a token goes to, and how much of each. Shapes: N = tokens, E = experts, k = experts of a token."""
+"""Top-k gating of tokens to experts. Shapes: N = tokens, E = experts, k = experts per token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 
 def top_k_gates(logits_NE: Tensor, top_k: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
-    """Return the gates of the k largest logits, in float32, and their experts, both (N, k) and the largest first.
+    """Return the gates (float32) and expert indices of the k largest logits, both (N, k), largest first.
 
-    Gates are shares of the softmax over all experts; normalized, they sum to one, which makes them the softmax of the k
-    logits alone. That reads k numbers instead of E, and still tells experts apart whose shares are both below float32's
-    smallest number.
+    Gates are probabilities of the softmax over all experts. Normalised gates sum to 1 and equal the softmax over the k
+    logits alone. That reads k numbers instead of E, and still distinguishes experts whose probabilities over all
+    experts underflow float32.
     """
     if normalized:
         logits_Nk, chosen_Nk = logits_NE.topk(top_k, dim=-1)
@@ -23,16 +23,16 @@ def top_k_gates(logits_NE: Tensor, top_k: int, *, normalized: bool) -> tuple[Ten
 
 
 def choose_before_softmax(router: nn.Module) -> None:
-    """Let a router of transformers whose gates sum to one choose by logits; others stay as they are.
+    """Make a transformers router with normalised gates select experts by logits; other routers are unchanged.
 
-    It saves 2 to 4 hundredths of a narrow layer's time (`docs/log.md`).
+    Saves 2 to 4 percent of a narrow layer's time (`docs/log.md`).
     """
     if type(router).__name__ in (_ALWAYS_NORMALIZES, *_MAY_NORMALIZE) and gates_sum_to_one(router):
         router.forward = partial(_choose_and_normalize, router)
 
 
 def gates_sum_to_one(router: nn.Module) -> bool:
-    """Tell whether a router's gates sum to one; the gate of a single expert is then 1, whatever its logit."""
+    """Return whether a router's gates sum to 1; with one expert per token its gate is then always 1."""
     if type(router).__name__ == _ALWAYS_NORMALIZES:
         return True
     return bool(getattr(router, "norm_topk_prob", getattr(router, "normalized", False)))

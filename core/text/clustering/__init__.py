@@ -1,1 +1,1 @@
-"""Texts sorted into clusters by the words that they use."""
+"""Clustering of texts by their words."""

@@ -1,8 +1,9 @@
 """k-means whose clusters have equal sizes (Cluster-Branch-Train-Merge, arXiv:2303.14177, section 2.1).
 
-The paper assigns by an auction among documents. With few clusters and many points the same problem is solved sooner from its
-dual: each cluster has a price, every point goes where distance plus price is least, and prices are set, one
-cluster at a time, to where exactly as many points want it as it may hold. Shapes: N = points, K = clusters, d = width.
+The paper assigns points by an auction among documents. With few clusters and many points, coordinate ascent on the
+dual problem is faster: each cluster has a price, each point is assigned to the cluster with the lowest distance plus
+price, and each price in turn is set to match demand with the cluster's capacity.
+Shapes: N = points, K = clusters, d = width.
 """
 
 from __future__ import annotations
@@ -15,46 +16,47 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SWEEPS = 50
-"""Rounds over all prices, at most."""
+"""Maximum number of sweeps over all prices."""
 EXCHANGES = 200
-"""Rings of points that change places, at most."""
+"""Maximum number of cyclic exchanges."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What k-means found."""
+    """Result of k-means."""
 
     centres: NDArray[np.float64]
     """(K, d)."""
     rounds: int
+    """Number of rounds run."""
     shift: float
-    """How far the centres moved in the last round, summed."""
+    """Summed movement of the centres in the last round."""
 
 
 def fit(
     points_Nd: NDArray[Any], count: int, *, seed: int = 0, rounds: int = 20, balanced: bool = True
 ) -> Fit:
-    """Return centres of `count` clusters of points; with `balanced`, each of as many points as the others, within one."""
+    """Return the centres of `count` clusters; with `balanced`, cluster sizes differ by at most one point."""
     import numpy as np
 
     centres = first_centres(points_Nd, count, seed)
-    shift, done = float("inf"), 0
-    for done in range(1, rounds + 1):  # noqa: B007  # told below
+    shift, rounds_run = float("inf"), 0
+    for rounds_run in range(1, rounds + 1):  # noqa: B007  # reported in the result
         cost = squared_distances(points_Nd, centres)
-        chosen = balanced_assignment(cost) if balanced else cost.argmin(axis=1)
+        assignment = balanced_assignment(cost) if balanced else cost.argmin(axis=1)
         sums = np.zeros_like(centres)
-        np.add.at(sums, chosen, points_Nd)
-        sizes = np.bincount(chosen, minlength=count)[:, None]
-        moved = np.where(sizes > 0, sums / np.maximum(sizes, 1), centres)
-        shift = float(np.linalg.norm(moved - centres, axis=1).sum())
-        centres = moved
+        np.add.at(sums, assignment, points_Nd)
+        sizes = np.bincount(assignment, minlength=count)[:, None]
+        new_centres = np.where(sizes > 0, sums / np.maximum(sizes, 1), centres)
+        shift = float(np.linalg.norm(new_centres - centres, axis=1).sum())
+        centres = new_centres
         if shift < 1e-3:
             break
-    return Fit(centres, done, shift)
+    return Fit(centres, rounds_run, shift)
 
 
 def first_centres(points_Nd: NDArray[Any], count: int, seed: int) -> NDArray[np.float64]:
-    """Return starting centres: points drawn far from those drawn before (k-means++)."""
+    """Return initial centres by k-means++ seeding, (count, d)."""
     import numpy as np
 
     generator = np.random.default_rng(seed)
@@ -62,28 +64,28 @@ def first_centres(points_Nd: NDArray[Any], count: int, seed: int) -> NDArray[np.
     nearest = squared_distances(points_Nd, points_Nd[chosen]).ravel()
     while len(chosen) < count:
         total = nearest.sum()
-        chance = nearest / total if total > 0 else None  # duplicates only: any will do
-        chosen.append(int(generator.choice(len(points_Nd), p=chance)))
+        probabilities = nearest / total if total > 0 else None  # uniform if all points are duplicates
+        chosen.append(int(generator.choice(len(points_Nd), p=probabilities)))
         nearest = np.minimum(nearest, squared_distances(points_Nd, points_Nd[chosen[-1:]]).ravel())
     return np.asarray(points_Nd[chosen], dtype=np.float64)
 
 
 def squared_distances(points_Nd: NDArray[Any], centres_Kd: NDArray[Any]) -> NDArray[np.float64]:
-    """Return (N, K)."""
+    """Return squared Euclidean distances, (N, K)."""
     import numpy as np
 
     points = np.asarray(points_Nd, dtype=np.float64)
     centres = np.asarray(centres_Kd, dtype=np.float64)
     cross = points @ centres.T
-    found: NDArray[np.float64] = (points**2).sum(axis=1)[:, None] - 2 * cross + (centres**2).sum(axis=1)
-    return np.maximum(found, 0, out=found)
+    distances: NDArray[np.float64] = (points**2).sum(axis=1)[:, None] - 2 * cross + (centres**2).sum(axis=1)
+    return np.maximum(distances, 0, out=distances)
 
 
 def balanced_assignment(cost_NK: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return for each point its cluster, so that sizes differ by one at most, at nearly the least total cost.
+    """Return each point's cluster with near-minimal total cost, subject to sizes that differ by at most one; (N,).
 
-    Prices come first; what they leave out of balance is moved by least regret, and then points change places in rings for as
-    long as that lowers the total, `EXCHANGES` times at most. Where no ring is left, the total is the least there is.
+    Prices come first. The remaining imbalance is removed by moving the points with the least regret. Cyclic exchanges
+    of points then lower the total cost, up to `EXCHANGES` times; the result is optimal once no such exchange is left.
     """
     import numpy as np
 
@@ -92,7 +94,7 @@ def balanced_assignment(cost_NK: NDArray[np.float64]) -> NDArray[np.int64]:
     sizes[: num_points % count] += 1
     prices = np.zeros(count)
     for _ in range(SWEEPS):
-        before = prices.copy()
+        previous_prices = prices.copy()
         for cluster in range(count):
             others = np.delete(cost_NK + prices, cluster, axis=1)
             if not others.shape[1]:
@@ -100,16 +102,17 @@ def balanced_assignment(cost_NK: NDArray[np.float64]) -> NDArray[np.int64]:
             margin = others.min(axis=1) - cost_NK[:, cluster]
             prices[cluster] = _price(margin, int(sizes[cluster]))
         prices -= prices.mean()
-        chosen = (cost_NK + prices).argmin(axis=1)
-        if np.abs(np.bincount(chosen, minlength=count) - sizes).sum() <= count or np.allclose(
-            prices, before, rtol=0, atol=1e-9
+        assignment = (cost_NK + prices).argmin(axis=1)
+        if np.abs(np.bincount(assignment, minlength=count) - sizes).sum() <= count or np.allclose(
+            prices, previous_prices, rtol=0, atol=1e-9
         ):
             break
-    return _exchanged(cost_NK, _evened(cost_NK + prices, (cost_NK + prices).argmin(axis=1), sizes))
+    priced_NK = cost_NK + prices
+    return _exchange_cyclically(cost_NK, _balance(priced_NK, priced_NK.argmin(axis=1), sizes))
 
 
 def _price(margin_N: NDArray[np.float64], size: int) -> float:
-    """Return the price at which exactly `size` points have more to gain than it costs."""
+    """Return the price at which exactly `size` points have a larger margin."""
     import numpy as np
 
     if size == 0:
@@ -120,59 +123,59 @@ def _price(margin_N: NDArray[np.float64], size: int) -> float:
     return float((ordered[len(margin_N) - size - 1] + ordered[len(margin_N) - size]) / 2)
 
 
-def _evened(
-    cost_NK: NDArray[np.float64], chosen_N: NDArray[np.int64], sizes_K: NDArray[np.int64]
+def _balance(
+    cost_NK: NDArray[np.float64], assignment_N: NDArray[np.int64], sizes_K: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Move points out of clusters that hold too many, those first that lose least."""
+    """Move points out of clusters over their size, in order of increasing loss."""
     import numpy as np
 
-    chosen = chosen_N.astype(np.int64)
-    excess = np.bincount(chosen, minlength=len(sizes_K)) - sizes_K
+    assignment = assignment_N.astype(np.int64)
+    excess = np.bincount(assignment, minlength=len(sizes_K)) - sizes_K
     while (excess > 0).any():
         full = np.flatnonzero(excess > 0)
         free = np.flatnonzero(excess < 0)
-        movable = np.flatnonzero(np.isin(chosen, full))
-        loss = cost_NK[np.ix_(movable, free)] - cost_NK[movable, chosen[movable]][:, None]
+        movable = np.flatnonzero(np.isin(assignment, full))
+        loss = cost_NK[np.ix_(movable, free)] - cost_NK[movable, assignment[movable]][:, None]
         best = loss.argmin(axis=1)
-        for place in np.argsort(loss[np.arange(len(movable)), best], kind="stable"):
-            point, target = movable[place], free[best[place]]
-            if excess[chosen[point]] > 0 and excess[target] < 0:
-                excess[chosen[point]] -= 1
+        for index in np.argsort(loss[np.arange(len(movable)), best], kind="stable"):
+            point, target = movable[index], free[best[index]]
+            if excess[assignment[point]] > 0 and excess[target] < 0:
+                excess[assignment[point]] -= 1
                 excess[target] += 1
-                chosen[point] = target
-    return chosen
+                assignment[point] = target
+    return assignment
 
 
-def _exchanged(cost_NK: NDArray[np.float64], chosen_N: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Let points change places in rings through the clusters while that lowers the total cost."""
+def _exchange_cyclically(cost_NK: NDArray[np.float64], assignment_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Exchange points along cycles of clusters while that lowers the total cost."""
     import numpy as np
 
-    chosen, count = chosen_N, cost_NK.shape[1]
-    rows = np.arange(len(chosen))
+    assignment, count = assignment_N, cost_NK.shape[1]
+    rows = np.arange(len(assignment))
     for _ in range(EXCHANGES):
-        gained = cost_NK - cost_NK[rows, chosen][:, None]
+        increase = cost_NK - cost_NK[rows, assignment][:, None]
         cheapest, mover = np.full((count, count), np.inf), np.zeros((count, count), np.int64)
         for cluster in range(count):
-            members = np.flatnonzero(chosen == cluster)
+            members = np.flatnonzero(assignment == cluster)
             if members.size:
-                best = gained[members].argmin(axis=0)
+                best = increase[members].argmin(axis=0)
                 mover[cluster] = members[best]
-                cheapest[cluster] = gained[members[best], np.arange(count)]
+                cheapest[cluster] = increase[members[best], np.arange(count)]
         np.fill_diagonal(cheapest, np.inf)
-        ring = _ring_below_zero(cheapest)
-        if not ring:
+        cycle = _negative_cycle(cheapest)
+        if not cycle:
             break
-        for cluster, target in zip(ring, (*ring[1:], ring[0]), strict=True):
-            chosen[mover[cluster, target]] = target
-    return chosen
+        for cluster, target in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
+            assignment[mover[cluster, target]] = target
+    return assignment
 
 
-def _ring_below_zero(weights_KK: NDArray[np.float64]) -> list[int]:
-    """Return clusters that form a ring of negative total weight, in order (Bellman and Ford); empty: there is none."""
+def _negative_cycle(weights_KK: NDArray[np.float64]) -> list[int]:
+    """Return the clusters of a negative-weight cycle in order (Bellman-Ford), empty if there is none."""
     import numpy as np
 
     count = len(weights_KK)
-    distance, before = np.zeros(count), np.full(count, -1)
+    distance, predecessor = np.zeros(count), np.full(count, -1)
     for _ in range(count):
         through = distance[:, None] + weights_KK
         best = through.argmin(axis=0)
@@ -180,11 +183,11 @@ def _ring_below_zero(weights_KK: NDArray[np.float64]) -> list[int]:
         if not shorter.any():
             return []
         distance = np.where(shorter, through[best, np.arange(count)], distance)
-        before[shorter] = best[shorter]
-    place = int(np.flatnonzero(shorter)[0])
-    for _ in range(count):
-        place = int(before[place])
-    ring = [place]
-    while (place := int(before[place])) != ring[0]:
-        ring.append(place)
-    return ring[::-1]
+        predecessor[shorter] = best[shorter]
+    cluster = int(np.flatnonzero(shorter)[0])
+    for _ in range(count):  # after `count` steps back the walk is inside the cycle
+        cluster = int(predecessor[cluster])
+    cycle = [cluster]
+    while (cluster := int(predecessor[cluster])) != cycle[0]:
+        cycle.append(cluster)
+    return cycle[::-1]

@@ -1,8 +1,8 @@
-"""Texts as points, and points sorted into clusters: tf-idf, truncated SVD, unit length, nearest centre.
+"""Clustering of texts: tf-idf, truncated SVD, normalisation, nearest centre.
 
-After Cluster-Branch-Train-Merge (arXiv:2303.14177, section 2.1 of its code). Since points have length 1, what a word adds to its
-text's point does not depend on the rest of the text: a text is the sum of its words' vectors, brought to length 1. So a text that
-grows needs only its new words. Shapes: N = texts, F = words known, d = width, K = clusters.
+After Cluster-Branch-Train-Merge (arXiv:2303.14177, section 2.1 and its code). A text's embedding is the normalised sum
+of its words' vectors. Normalisation makes a word's vector independent of the rest of the text, so a growing text needs
+only its new words. Shapes: N = texts, F = vocabulary, d = width, K = clusters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...artefacts.files import read_json, write_json
 from ...artefacts.safetensors_io import Checkpoint, write_tensors
 from ...errors import UserError
 from .balanced_kmeans import fit, squared_distances
-from .words import NUMBER, Analyser, hash_of, words_fail, words_of
+from .words import NUMBER, Analyser, hash_of, is_mostly_unspaced, words_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,35 +25,35 @@ if TYPE_CHECKING:
 TENSORS_FILE = "clusterer.safetensors"
 SETTINGS_FILE = "clusterer.json"
 BATCH = 512
-"""Texts that are looked at together."""
+"""Texts per batch."""
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClustererOptions:
-    """How texts become points and points clusters."""
+    """Options of embedding and clustering."""
 
     width: int = 100
-    """Of the points."""
+    """Dimension of the embeddings."""
     words: int = 100_000
-    """Words that are told apart, the most frequent first."""
+    """Maximum vocabulary size, most frequent words first."""
     fewest_texts: int = 2
-    """Texts that a word must be in to be told apart."""
+    """Minimum number of texts that contain a word of the vocabulary."""
     stop_words: str | None = "english"
-    """Words that say nothing of a text: `english` (scikit-learn's list and all numbers), a file with one on each line,
-    or none."""
+    """Ignored words: `english` (scikit-learn's list and all numbers), a file with one word per line, or None."""
     analyser: Analyser | None = None
-    """Not set: words, or runs of letters where most text is in scripts that have no spaces."""
+    """`words` or `characters` (letter n-grams). None: chosen by whether most of the text is in scripts with spaces."""
     characters: int = 20_000
-    """How much of a text's beginning is looked at."""
+    """Number of characters used from the start of each text."""
     balanced: bool = True
-    """Whether the fit makes clusters of equal size."""
+    """Whether clusters have equal sizes."""
     rounds: int = 20
+    """Maximum number of k-means rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClustererSettings(ClustererOptions):
-    """Everything that decides what a fit finds."""
+    """All settings that determine the result of a fit."""
 
     clusters: int
     seed: int = 0
@@ -61,35 +61,35 @@ class ClustererSettings(ClustererOptions):
 
 @dataclass(frozen=True)
 class Clusterer:
-    """Knows words and centres; see `fit_clusterer`."""
+    """A fitted clusterer: vocabulary, word vectors and centres; see `fit_clusterer`."""
 
     settings: ClustererSettings
     vocabulary: NDArray[np.uint64]
-    """(F,), sorted hashes of the words that are told apart."""
+    """Sorted hashes of the words, (F,)."""
     vectors: NDArray[np.float32]
-    """(F, d): what each word adds to its text's point."""
+    """Vector of each word, (F, d)."""
     centres: NDArray[np.float32]
     """(K, d)."""
     spellings: tuple[str, ...] = field(default=(), repr=False)
-    """The words, in the order of `vocabulary`."""
+    """The words in the order of `vocabulary`."""
 
     def sums(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the sum of the vectors of each text's words, (N, d): what a growing text adds up."""
+        """Return the sum of the vectors of each text's words, (N, d); sums of consecutive texts add up."""
         import numpy as np
         from scipy.sparse import csr_matrix
 
         assert self.settings.analyser is not None
         words = words_of([text[: self.settings.characters] for text in texts], self.settings.analyser)
-        places, known = find(self.vocabulary, words.hashes)
+        places, known = find_sorted(self.vocabulary, words.hashes)
         counts = csr_matrix(
             (np.ones(int(known.sum()), np.float32), (words.texts[known], places[known])),
             shape=(len(texts), len(self.vocabulary)),
         )
-        found: NDArray[np.float32] = counts @ self.vectors
-        return found
+        sums: NDArray[np.float32] = counts @ self.vectors
+        return sums
 
     def points(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the texts' points of length 1, (N, d); 0 for a text of which no word is known."""
+        """Return the normalised embeddings of texts, (N, d); zero for a text without a known word."""
         return unit_rows(self.sums(texts))
 
     def distances(self, points_Nd: NDArray[Any]) -> NDArray[np.float64]:
@@ -97,15 +97,15 @@ class Clusterer:
         return squared_distances(points_Nd, self.centres)
 
     def assign(self, texts: Iterable[str]) -> Iterable[int]:
-        """Yield the nearest cluster of each text, in order; texts are held a few at a time."""
+        """Yield the nearest cluster of each text, in order, one batch in memory at a time."""
         for batch in batches(texts, BATCH):
             yield from self.distances(self.points(batch)).argmin(axis=1).tolist()
 
     def top_words(self, cluster: int, count: int = 12) -> list[str]:
-        """Return the words that lead towards a centre most, away from the mean of all."""
+        """Return the `count` words most aligned with a centre relative to the mean of all centres."""
         direction = self.centres[cluster] - self.centres.mean(axis=0)
         order = (self.vectors @ direction).argsort()[::-1][:count]
-        return [self.spellings[place] for place in order]
+        return [self.spellings[index] for index in order]
 
     def write(self, folder: Path) -> None:
         """Write `clusterer.safetensors` and `clusterer.json`."""
@@ -124,7 +124,7 @@ class Clusterer:
 
     @classmethod
     def read(cls, folder: Path) -> Clusterer:
-        """Read what `write` wrote; raises `UserError` where it is not there."""
+        """Read a clusterer written by `write`; raises `UserError` if a file is missing."""
         import numpy as np
 
         stored, content = Checkpoint([folder / TENSORS_FILE]), read_json(folder / SETTINGS_FILE)
@@ -141,9 +141,9 @@ class Clusterer:
 def fit_clusterer(
     texts: Sequence[str], settings: ClustererSettings, say: Callable[[str], None] = lambda line: None
 ) -> Clusterer:
-    """Learn words, points and centres from texts, which should be a sample that fits into memory.
+    """Fit vocabulary, word vectors and centres to a sample of texts, which must fit into memory.
 
-    Raises `UserError` for fewer texts with words than clusters.
+    Raises `UserError` if fewer texts have words of the vocabulary than there are clusters.
     """
     from dataclasses import replace
 
@@ -153,15 +153,15 @@ def fit_clusterer(
 
     shortened = [text[: settings.characters] for text in texts]
     if settings.analyser is None:
-        chosen: Analyser = "characters" if words_fail(shortened) else "words"
-        settings = replace(settings, analyser=chosen)
-        say(f"texts are taken by their {'words' if chosen == 'words' else 'runs of two and three letters'}")
-    counts, vocabulary, spellings = _counted(shortened, settings)
+        analyser: Analyser = "characters" if is_mostly_unspaced(shortened) else "words"
+        settings = replace(settings, analyser=analyser)
+        say(f"clustering by {'words' if analyser == 'words' else 'letter bigrams and trigrams'}")
+    counts, vocabulary, spellings = _count_words(shortened, settings)
     used = np.flatnonzero(np.diff(counts.indptr))
     if len(used) < settings.clusters:
         raise UserError(
-            f"{settings.clusters} clusters need at least as many texts with words that occur in others too, and of "
-            f"{len(texts)} texts {len(used)} have such words; ask for fewer clusters, or add text"
+            f"{settings.clusters} clusters need at least {settings.clusters} texts that share words with other texts; "
+            f"only {len(used)} of {len(texts)} texts do; use fewer clusters or add text"
         )
     idf = TfidfTransformer().fit(counts)
     weighted = idf.transform(counts[used])
@@ -169,52 +169,54 @@ def fit_clusterer(
     if width < 1:
         vectors = np.ones((len(vocabulary), 1), np.float32) * idf.idf_[:, None].astype(np.float32)
     else:
-        # texts that are all the same have variance 0, of which scikit-learn takes shares that nobody reads
+        # identical texts have variance 0, and scikit-learn divides by it for an attribute that is not used here
         with np.errstate(invalid="ignore", divide="ignore"):
             svd = TruncatedSVD(n_components=width, random_state=settings.seed).fit(weighted)
         vectors = (idf.idf_[:, None] * np.transpose(svd.components_)).astype(np.float32)
     points = unit_rows(counts[used].astype(np.float32) @ vectors)
-    found = fit(
+    kmeans = fit(
         points, settings.clusters, seed=settings.seed, rounds=settings.rounds, balanced=settings.balanced
     )
-    say(f"{len(vocabulary):,} words; centres at rest after {found.rounds} rounds (moved {found.shift:.1g})")
-    return Clusterer(settings, vocabulary, vectors, found.centres.astype(np.float32), spellings)
+    say(
+        f"{len(vocabulary):,} words; k-means ended after {kmeans.rounds} rounds (last shift {kmeans.shift:.1g})"
+    )
+    return Clusterer(settings, vocabulary, vectors, kmeans.centres.astype(np.float32), spellings)
 
 
-def _counted(
+def _count_words(
     texts: Sequence[str], settings: ClustererSettings
 ) -> tuple[Any, NDArray[np.uint64], tuple[str, ...]]:
-    """Return counts (N, F), the words that are told apart, and their spellings."""
+    """Return word counts (N, F), the sorted hashes of the vocabulary (F,) and its spellings."""
     import numpy as np
     from scipy.sparse import csr_matrix
 
     assert settings.analyser is not None
-    stopped = _stop_words(settings)
-    rows, hashes, spelled = [], [], {}
+    stop_words = _stop_words(settings)
+    rows, hashes, spelling_of = [], [], {}
     for begin in range(0, len(texts), BATCH):
         words = words_of(texts[begin : begin + BATCH], settings.analyser)
-        kept = ~np.isin(words.hashes, stopped)
+        kept = ~np.isin(words.hashes, stop_words)
         rows.append(words.texts[kept] + begin)
         hashes.append(words.hashes[kept])
-        firsts, places = np.unique(words.hashes, return_index=True)
-        for one, place in zip(firsts.tolist(), places.tolist(), strict=True):
-            if one not in spelled:
-                spelled[one] = words.spelling(place)
+        distinct, first_numbers = np.unique(words.hashes, return_index=True)
+        for word_hash, number in zip(distinct.tolist(), first_numbers.tolist(), strict=True):
+            if word_hash not in spelling_of:
+                spelling_of[word_hash] = words.spelling(number)
     row, column = (
         np.concatenate([[], *rows]).astype(np.int64),
         np.concatenate([np.zeros(0, np.uint64), *hashes]),
     )
-    everything, places = np.unique(column, return_inverse=True)
-    counts = csr_matrix((np.ones(len(row)), (row, places)), shape=(len(texts), len(everything)))
+    all_hashes, columns = np.unique(column, return_inverse=True)
+    counts = csr_matrix((np.ones(len(row)), (row, columns)), shape=(len(texts), len(all_hashes)))
     counts.sum_duplicates()
-    spread = np.bincount(counts.indices, minlength=len(everything))
+    num_texts = np.bincount(counts.indices, minlength=len(all_hashes))
     fewest = min(settings.fewest_texts, len(texts))
-    ranked = np.argsort(-spread, kind="stable")[: settings.words]
-    kept_words = np.sort(ranked[spread[ranked] >= fewest])
+    ranked = np.argsort(-num_texts, kind="stable")[: settings.words]
+    kept_words = np.sort(ranked[num_texts[ranked] >= fewest])
     return (
         counts[:, kept_words].tocsr(),
-        everything[kept_words],
-        tuple(spelled[one] for one in everything[kept_words].tolist()),
+        all_hashes[kept_words],
+        tuple(spelling_of[word_hash] for word_hash in all_hashes[kept_words].tolist()),
     )
 
 
@@ -231,16 +233,17 @@ def _stop_words(settings: ClustererSettings) -> NDArray[np.uint64]:
         path = Path(settings.stop_words).expanduser()
         if not path.is_file():
             raise UserError(
-                f"there are no stop words for '{settings.stop_words}'; take english, none, or a file with a word on each line"
+                f"stop word file '{settings.stop_words}' does not exist; use english, none, or a file with one word "
+                "per line"
             )
         words = path.read_text(encoding="utf-8").lower().split()
     return np.array([hash_of(word) for word in words], np.uint64)
 
 
-def find(
+def find_sorted(
     sorted_F: NDArray[np.uint64], wanted: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return where in a sorted array the wanted values stand, and which of them do."""
+    """Return the positions of the wanted values in a sorted array, and a mask of those that it contains."""
     import numpy as np
 
     if not len(sorted_F):
@@ -250,16 +253,16 @@ def find(
 
 
 def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
-    """Return rows of length 1; one of 0 stays so."""
+    """Return the rows normalised to length 1; zero rows stay zero."""
     import numpy as np
 
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    found: NDArray[np.float32] = (rows / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-    return found
+    normalised: NDArray[np.float32] = (rows / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    return normalised
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of `size` items, the last maybe shorter."""
+    """Yield lists of `size` items; the last may be shorter."""
     batch: list[Item] = []
     for item in items:
         batch.append(item)

@@ -1,35 +1,37 @@
-"""What groups of texts are about, for a human: the words that are more frequent in one than in all."""
+"""Human-readable description of groups of texts by their most distinctive words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .words import words_fail
+from .words import is_mostly_unspaced
 
 
 def distinct_words(
     texts: Sequence[str], groups: Sequence[int], count: int, most: int = 12
 ) -> tuple[tuple[str, ...], ...]:
-    """Return up to `most` words for each of `count` groups: those whose mean tf-idf is furthest above the mean of all."""
+    """Return up to `most` words for each of `count` groups, ranked by mean tf-idf above the mean of all texts."""
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     settings = (
-        {"analyzer": "char_wb", "ngram_range": (2, 3)} if words_fail(texts) else {"stop_words": "english"}
+        {"analyzer": "char_wb", "ngram_range": (2, 3)}
+        if is_mostly_unspaced(texts)
+        else {"stop_words": "english"}
     )
     vectors = TfidfVectorizer(max_features=20_000, sublinear_tf=True, **settings)
     try:
         weights = vectors.fit_transform(texts)
-    except ValueError:  # no text has a word
+    except ValueError:  # empty vocabulary
         return ((),) * count
-    names, everywhere = vectors.get_feature_names_out(), np.asarray(weights.mean(axis=0)).ravel()
-    found: list[tuple[str, ...]] = []
+    names, mean_weights = vectors.get_feature_names_out(), np.asarray(weights.mean(axis=0)).ravel()
+    words: list[tuple[str, ...]] = []
     for group in range(count):
         rows = np.flatnonzero(np.asarray(groups) == group)
         if not rows.size:
-            found.append(())
+            words.append(())
             continue
-        above = np.asarray(weights[rows].mean(axis=0)).ravel() - everywhere
-        order = np.argsort(-above, kind="stable")[:most]
-        found.append(tuple(str(names[place]).strip() for place in order if above[place] > 0))
-    return tuple(found)
+        excess = np.asarray(weights[rows].mean(axis=0)).ravel() - mean_weights
+        order = np.argsort(-excess, kind="stable")[:most]
+        words.append(tuple(str(names[index]).strip() for index in order if excess[index] > 0))
+    return tuple(words)

@@ -1,7 +1,7 @@
-"""The point of a text that grows by tokens: each step costs what is new, and gives what the whole text would.
+"""Incremental embedding of a text that grows token by token; each step costs only the new tokens.
 
-A text's point is the sum of its words' vectors, brought to length 1 (`clusterer.py`). Words that are over are summed up; letters at
-the end, which may become a longer word, are kept as they are.
+A text's embedding is the normalised sum of its words' vectors (`clusterer.py`). Complete words are summed; trailing
+letters, which may become part of a longer word, are buffered.
 """
 
 from __future__ import annotations
@@ -21,60 +21,62 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextSoFar:
-    """What has to be known of a text to let it grow; never changes."""
+class GrowingText:
+    """Immutable state of a growing text."""
 
     sums: NDArray[np.float32]
-    """(d,), of the words that are over."""
+    """Sum of the vectors of all complete words, (d,)."""
     tail: str
-    """Letters at the end."""
+    """Trailing letters that may continue a word."""
     stream: DecodeStream
-    """Knows how the next token is spelled, and tokens that are no whole letter yet."""
+    """Incremental decoder, which buffers tokens of an incomplete character."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Spells tokens, and knows words."""
+    """Decodes tokens and sums the vectors of their words."""
 
     clusterer: Clusterer
     tokenizer: Tokenizer
     separator: int
-    """Id of the token between documents; no word goes on behind it."""
+    """Id of the token between documents, which ends a word."""
 
-    def begin(self) -> TextSoFar:
+    def begin(self) -> GrowingText:
         """Return the empty text."""
         import numpy as np
         from tokenizers.decoders import DecodeStream
 
-        return TextSoFar(np.zeros(self.clusterer.vectors.shape[1], np.float32), "", DecodeStream())
+        return GrowingText(np.zeros(self.clusterer.vectors.shape[1], np.float32), "", DecodeStream())
 
-    def grow(self, text: TextSoFar, pieces: Sequence[Sequence[int]]) -> tuple[TextSoFar, NDArray[np.float32]]:
-        """Let a text grow by pieces of tokens, one after the other.
+    def grow(
+        self, text: GrowingText, pieces: Sequence[Sequence[int]]
+    ) -> tuple[GrowingText, NDArray[np.float32]]:
+        """Append pieces of tokens to a text.
 
-        Returns the grown text, and the sum of all its words after each piece, (pieces, d).
+        Returns the new text and the sum of the vectors of all its words after each piece, (pieces, d).
         """
         if not pieces:
             return text, text.sums[None][:0]
         stream, tail = copy.copy(text.stream), text.tail
         parts = []
         for piece in pieces:
-            letters = tail + self._spelled(stream, piece)
-            end = _end_of_words(letters)
+            letters = tail + self._decode(stream, piece)
+            end = _end_of_complete_words(letters)
             tail = letters[end:]
             parts += [letters[:end], tail]
         sums = self.clusterer.sums(parts)
-        settled = text.sums + sums[::2].cumsum(axis=0)
-        return TextSoFar(settled[-1], tail, stream), settled + sums[1::2]
+        complete = text.sums + sums[::2].cumsum(axis=0)
+        return GrowingText(complete[-1], tail, stream), complete + sums[1::2]
 
-    def _spelled(self, stream: DecodeStream, tokens: Sequence[int]) -> str:
+    def _decode(self, stream: DecodeStream, tokens: Sequence[int]) -> str:
         pieces = (
             "\n" if token == self.separator else stream.step(self.tokenizer, token) or "" for token in tokens
         )
         return "".join(pieces)
 
 
-def _end_of_words(letters: str) -> int:
-    """Return where the last run of letters begins, which may go on."""
+def _end_of_complete_words(letters: str) -> int:
+    """Return the start of the trailing run of letters, which may be an incomplete word."""
     end = len(letters)
     while end and (letters[end - 1].isalnum() or letters[end - 1] == "_"):
         end -= 1

@@ -1,7 +1,7 @@
-"""Which texts are most alike: the nearest points of every point, near enough and without looking at all pairs.
+"""Approximate k-nearest-neighbour search by cosine similarity.
 
-Many points are first divided into cells around centres; a point then looks for neighbours in its own cell and in those next to it.
-Shapes: N = points, d = width, k = neighbours.
+A large set of points is divided into cells around centres (an inverted file index); each point searches its own cell
+and the nearest cells. Shapes: N = points, d = width, k = neighbours.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CELL = 5_000
-"""Points of a cell, on average."""
+"""Mean number of points per cell."""
 PROBES = 4
-"""Cells in which a point looks for neighbours, its own among them."""
+"""Cells searched for each point, including its own."""
 ROWS = 512
-"""Points that are looked at together: `ROWS * PROBES * CELL` similarities are held, some 40 MB."""
+"""Points per batch, which holds `ROWS * PROBES * CELL` similarities in memory, about 40 MB."""
 SAMPLE = 50_000
-"""Points that centres of cells are drawn from."""
+"""Maximum number of points from which the cell centres are drawn."""
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The most similar points of each point, the best first."""
+    """Nearest neighbours of each point, most similar first."""
 
     places: NDArray[np.int64]
-    """(N, k); -1 where there are fewer."""
+    """Indices of the neighbours, (N, k), padded with -1."""
     similarities: NDArray[np.float32]
-    """(N, k), cosines; -1 where there are fewer."""
+    """Cosine similarities, (N, k), padded with -1."""
 
 
 def nearest_neighbours(points_Nd: NDArray[np.float32], count: int, seed: int = 0) -> Neighbours:
-    """Return up to `count` neighbours of points of length 1 (or 0: such a point has none and is nobody's).
+    """Return up to `count` neighbours of each unit vector; a zero vector has none and is nobody's neighbour.
 
-    Exact for up to `PROBES * CELL` points. Time grows as N, memory by N * k.
+    Exact for up to `PROBES * CELL` points. Time is linear in N, memory in N * k.
     """
     import numpy as np
 
     num_points = len(points_Nd)
     places = np.full((num_points, count), -1, np.int64)
     similarities = np.full((num_points, count), -1, np.float32)
-    real = np.flatnonzero((points_Nd != 0).any(axis=1))
-    for members, candidates in _cells(points_Nd, real, seed):
+    nonzero = np.flatnonzero((points_Nd != 0).any(axis=1))
+    for members, candidates in _cells(points_Nd, nonzero, seed):
         for begin in range(0, len(members), ROWS):
             rows = members[begin : begin + ROWS]
             cosines = points_Nd[rows] @ points_Nd[candidates].T
@@ -55,37 +55,39 @@ def nearest_neighbours(points_Nd: NDArray[np.float32], count: int, seed: int = 0
             if kept < 1:
                 continue
             best = np.argpartition(-cosines, kept - 1, axis=1)[:, :kept]
-            found = np.take_along_axis(cosines, best, axis=1)
-            order = np.lexsort((candidates[best], -found), axis=1)
-            found = np.take_along_axis(found, order, axis=1)
-            similar = found > 0
-            places[rows, :kept] = np.where(similar, candidates[np.take_along_axis(best, order, axis=1)], -1)
-            similarities[rows, :kept] = np.where(similar, found, -1)
+            best_cosines = np.take_along_axis(cosines, best, axis=1)
+            order = np.lexsort((candidates[best], -best_cosines), axis=1)
+            best_cosines = np.take_along_axis(best_cosines, order, axis=1)
+            is_similar = best_cosines > 0
+            places[rows, :kept] = np.where(
+                is_similar, candidates[np.take_along_axis(best, order, axis=1)], -1
+            )
+            similarities[rows, :kept] = np.where(is_similar, best_cosines, -1)
     return Neighbours(places, similarities)
 
 
 def _cells(
-    points_Nd: NDArray[np.float32], real: NDArray[np.int64], seed: int
+    points_Nd: NDArray[np.float32], nonzero: NDArray[np.int64], seed: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Return (points of a cell, points among which they look for neighbours), which together are all real ones."""
+    """Return (points of a cell, candidate neighbours of those points); the cells partition the nonzero points."""
     import numpy as np
 
-    count = len(real) // CELL
+    count = len(nonzero) // CELL
     if count <= PROBES:
-        return [(real, real)] if len(real) else []
-    source = np.random.default_rng(seed)
-    sample = points_Nd[source.choice(real, min(SAMPLE, len(real)), replace=False)]
+        return [(nonzero, nonzero)] if len(nonzero) else []
+    generator = np.random.default_rng(seed)
+    sample = points_Nd[generator.choice(nonzero, min(SAMPLE, len(nonzero)), replace=False)]
     centres = first_centres(sample, count, seed)
-    own = np.concatenate(
+    nearest_cells = np.concatenate(
         [
-            squared_distances(points_Nd[real[begin : begin + ROWS]], centres).argmin(axis=1)
-            for begin in range(0, len(real), ROWS)
+            squared_distances(points_Nd[nonzero[begin : begin + ROWS]], centres).argmin(axis=1)
+            for begin in range(0, len(nonzero), ROWS)
         ]
     )
-    members = [real[own == cell] for cell in range(count)]
+    members = [nonzero[nearest_cells == cell] for cell in range(count)]
     near = np.argsort(squared_distances(centres, centres), axis=1, kind="stable")[:, :PROBES]
     return [
-        (members[cell], np.sort(np.concatenate([members[one] for one in {cell, *near[cell].tolist()}])))
+        (members[cell], np.sort(np.concatenate([members[probe] for probe in {cell, *near[cell].tolist()}])))
         for cell in range(count)
         if len(members[cell])
     ]

@@ -1,1 +1,1 @@
-"""The side that hands out seeds and collects experts."""
+"""The coordinator: requests experts from owners, judges deliveries and keeps the accepted ones."""

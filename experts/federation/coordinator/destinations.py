@@ -1,4 +1,4 @@
-"""Where an owner's delivery goes when it is good: among the workspace's experts, or into the open round of a shared model."""
+"""Destinations of accepted deliveries: the workspace's experts, or the open round of a shared model."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Protocol
 
 from ....core.artefacts.files import link_or_copy, remove_tree
 from ....core.artefacts.layout import Layout, check_name
-from ....core.artefacts.lineage import read_manifest
 from ....core.artefacts.safetensors_io import SINGLE_FILE
 from ....core.errors import UserError
+from ....core.manifests.manifest import read_manifest
 from ..judging.acceptance import HeldOut, Measure, Refusal, RefusalCode, Rules, refusal_of_expert
-from ..protocol.delivery import Signed
+from ..protocol.delivery import SignedStatement
 from ..protocol.requests import ExpertRequest
 from ..rounds.shared_model import SharedModel
 
 
 class Destination(Protocol):
-    """Judges what has arrived, and puts it into its place."""
+    """Judges a complete delivery and moves it to its final folder."""
 
     @property
     def seed(self) -> Path:
-        """Folder of what the owner started from."""
+        """Folder of the seed that the owner started from."""
         ...
 
-    def judge(self, folder: Path, signed: Signed, request: ExpertRequest) -> Refusal | None:
-        """Say why an artefact's folder is not taken, or None."""
+    def judge(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
+        """Return the refusal of an artefact's folder, or None."""
 
     def take(self, folder: Path, request: ExpertRequest) -> str:
-        """Take what was judged, folder and all, and return what it is called here."""
+        """Move or consume an accepted artefact's folder; return the artefact's name."""
         ...
 
 
 @dataclass(frozen=True)
-class AmongExperts:
-    """`experts/NAME` of a workspace."""
+class ExpertsFolder:
+    """`experts/NAME` of a workspace, with a number if the name exists."""
 
     layout: Layout
     rules: Rules
@@ -48,7 +48,7 @@ class AmongExperts:
     def seed(self) -> Path:
         return self.layout.seed
 
-    def judge(self, folder: Path, signed: Signed, request: ExpertRequest) -> Refusal | None:
+    def judge(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
         return refusal_of_expert(
             folder, signed, request, self.seed, self.rules, lambda: self.measure(self.seed, folder)
         )
@@ -63,8 +63,8 @@ class AmongExperts:
 
 
 @dataclass(frozen=True)
-class IntoRound:
-    """A round of a shared model."""
+class OpenRound:
+    """The open round of a shared model."""
 
     shared: SharedModel
     rules: Rules
@@ -75,12 +75,12 @@ class IntoRound:
     def seed(self) -> Path:
         return self.shared.seed_folder()
 
-    def judge(self, folder: Path, signed: Signed, request: ExpertRequest) -> Refusal | None:
-        """Judge as an expert is judged, then by what the round asks; who does not pass is not waited for any more."""
-        part, rounds = request.recipe.round, self.shared.rounds
-        assert part is not None
-        if rounds.number != part.number:  # a restart between counting and telling may have closed the round
-            counted = rounds.number > part.number and request.owner in rounds.report(part.number).shares
+    def judge(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
+        """Apply the checks of an expert, then those of the round; a refused owner is left out of the round."""
+        round_, rounds = request.recipe.round, self.shared.rounds
+        assert round_ is not None
+        if rounds.number != round_.number:  # the round may have closed before a restart sent the verdict
+            counted = rounds.number > round_.number and request.owner in rounds.report(round_.number).shares
             return None if counted else Refusal(RefusalCode.LATE)
         refusal = refusal_of_expert(
             folder, signed, request, self.seed, self.rules, lambda: self._held_out(folder)
@@ -88,15 +88,15 @@ class IntoRound:
         if refusal is not None:
             rounds.leave_out(request.owner, refusal.code.name, str(refusal))
             return refusal
-        weight = tokens_of_text(folder)
-        return rounds.deliver(request.owner, folder / SINGLE_FILE, weight, self.now(), number=part.number)
+        weight = declared_tokens(folder)
+        return rounds.deliver(request.owner, folder / SINGLE_FILE, weight, self.now(), number=round_.number)
 
     def take(self, folder: Path, request: ExpertRequest) -> str:
-        remove_tree(folder)  # the round has its weights
+        remove_tree(folder)  # `judge` has copied the weights into the round
         return str(request.recipe.round)
 
     def _held_out(self, folder: Path) -> HeldOut | None:
-        """Score the owner's weights as the model that they are, since no seed of the workspace belongs to them."""
+        """Score the owner's weights with the configuration and tokenizer of the round's seed."""
         with TemporaryDirectory(prefix=".candidate-", dir=self.shared.root) as scratch:
             model = Path(scratch)
             for path in self.seed.iterdir():
@@ -106,10 +106,9 @@ class IntoRound:
             return self.measure(self.seed, model)
 
 
-def tokens_of_text(folder: Path) -> float:
-    """Return how many tokens of text an owner says that there are (to two digits); 0 where it says nothing that makes sense."""
+def declared_tokens(folder: Path) -> float:
+    """Return the token count that an owner declares (two significant digits); 0 if it is missing or invalid."""
     try:
-        domains = read_manifest(folder).data["domains"].values()
-        return float(sum(int(one["tokens"]) for one in domains))
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return float(sum(domain.tokens for domain in read_manifest(folder).domains.values()))
+    except (UserError, OverflowError):
         return 0.0

@@ -1,4 +1,4 @@
-"""How every owner of a federation stands, from what the coordinator has on disk."""
+"""Status of every owner of a federation, from the coordinator's files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .presence import ONLINE_WITHIN
 
 @dataclass(frozen=True)
 class OwnerStatus:
-    """How one owner stands with one request, or with none."""
+    """Status of one owner and one of its requests, if it has any."""
 
     name: str
     online: bool
     seen: datetime | None
-    """When the owner was last heard of."""
+    """When the owner was last heard from; None if never."""
     request: str | None = None
+    """Identifier of the request; None without one, as are the fields below."""
     state: State | None = None
     detail: str = ""
     progress: Progress | None = None
@@ -29,21 +30,21 @@ class OwnerStatus:
 
 
 def owner_statuses(coordinator: Coordinator) -> list[OwnerStatus]:
-    """Return how every member stands: a line for each request, without rounds that are over, and one for whoever has none."""
+    """Return the status of every member: one entry for each current request, or one for a member without requests."""
     heard, now = coordinator.presence.heard(), coordinator.now()
-    found = []
+    statuses = []
     for member in coordinator.members.all():
         entries = coordinator.ledger.states_of(member.name)
-        current = without_superseded([coordinator.request(one) for one in entries])
-        known = {request.id: _progress(coordinator, request) for request in current}
-        times = [at for _, at in known.values() if at is not None]
+        current = without_superseded([coordinator.request(identifier) for identifier in entries])
+        progress = {request.id: _progress(coordinator, request) for request in current}
+        times = [at for _, at in progress.values() if at is not None]
         seen = max([*times, *([heard[member.name]] if member.name in heard else [])], default=None)
         online = member.name in heard and now - heard[member.name] <= ONLINE_WITHIN
         if not current:
-            found.append(OwnerStatus(member.name, online, seen))
+            statuses.append(OwnerStatus(member.name, online, seen))
         for request in current:
             entry = entries[request.id]
-            found.append(
+            statuses.append(
                 OwnerStatus(
                     member.name,
                     online,
@@ -51,11 +52,11 @@ def owner_statuses(coordinator: Coordinator) -> list[OwnerStatus]:
                     request.id,
                     entry.state,
                     _detail(coordinator, entry, request),
-                    known[request.id][0],
+                    progress[request.id][0],
                     request.deadline,
                 )
             )
-    return found
+    return statuses
 
 
 def _detail(coordinator: Coordinator, entry: Entry, request: ExpertRequest) -> str:
@@ -63,18 +64,18 @@ def _detail(coordinator: Coordinator, entry: Entry, request: ExpertRequest) -> s
         return entry.detail
     if request.deadline <= coordinator.now():
         return "the deadline has passed"
-    return _not_taken(coordinator, request) or str(request.recipe.round or "")
+    return _handout_problem(coordinator, request) or str(request.recipe.round or "")
 
 
-def _not_taken(coordinator: Coordinator, request: ExpertRequest) -> str:
-    """Return what an owner's machine answered if it did not take a request."""
+def _handout_problem(coordinator: Coordinator, request: ExpertRequest) -> str:
+    """Return a message if the owner's node did not take the request, else an empty text."""
     path = coordinator.root / "handed" / f"{request.id}.json"
     code = read_json(path)["code"] if path.is_file() else "TAKEN"
-    return "" if code == "TAKEN" else f"the owner's machine answered {code}"
+    return "" if code == "TAKEN" else f"the owner's node replied {code}"
 
 
 def _progress(coordinator: Coordinator, request: ExpertRequest) -> tuple[Progress | None, datetime | None]:
-    """Return the last that an owner said of a training, and when."""
+    """Return the latest progress of a request's training run, and its time."""
     path = coordinator.root / "progress" / f"{request.id}.json"
     if not path.is_file():
         return None, None

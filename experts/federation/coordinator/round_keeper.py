@@ -1,4 +1,4 @@
-"""Moving shared models on: owners are asked for the open round, rounds are closed, and the last one becomes a generalist."""
+"""Progress of shared models: request the open round from owners, close rounds, and write the final generalist."""
 
 from __future__ import annotations
 
@@ -17,95 +17,100 @@ from .coordinator import Coordinator, digest_of_seed
 from .shared_generalist import write_shared_generalist
 
 PAUSE_S = 2.0
+"""Seconds between two passes over all shared models."""
 
 
 @dataclass(frozen=True)
 class SharedStatus:
-    """How one shared model stands."""
+    """Status of one shared model."""
 
     name: str
     recipe: str
     state: str
-    """`waiting` for owners, `short` of them after the deadline, `ready` to be closed, or `finished`."""
+    """`waiting` for owners, `short` of owners after the deadline, `ready` to be closed, or `finished`."""
     number: int
-    """Rounds that are closed."""
+    """Closed rounds."""
     total: int
+    """Planned rounds."""
     owners: int
     delivered: tuple[str, ...]
-    """Owners who count in the open round so far."""
+    """Owners with an accepted delivery in the open round."""
     missing: tuple[str, ...]
+    """Owners who have neither delivered nor been refused in the open round."""
     needed: int
+    """Owners that the quorum requires."""
     deadline: datetime | None
+    """Deadline of the open round; None when all rounds are closed."""
 
 
 def begin_rounds(
     coordinator: Coordinator, name: str, plan: RoundPlan, settings: SharedSettings
 ) -> SharedModel:
-    """Begin the rounds of a shared model and ask for the first; begun already, give the open round its time once more.
+    """Create a shared model and request its first round; if it exists, extend the deadline of the open round.
 
-    Owners who were refused or left out in the open round may then deliver after all. Raises `UserError` for owners who were not
-    invited, for a name that is taken, and for other rounds of the same name.
+    An extension also readmits owners who were refused or left out of the open round. Raises `UserError` for owners who are not
+    members, for a name in use, and if the shared model exists with another plan or settings.
     """
     now = _now(coordinator)
     for owner in plan.owners:
-        coordinator.members.named(owner)
+        coordinator.members.get(owner)
     root = coordinator.shared_root / check_name(name, "a shared model")
     with exclusive(_lock(root), f"shared model '{name}'"):
         if not (root / SETTINGS_FILE).is_file():
             layout = coordinator.layout
             require_free(layout, name, root)
             if not (layout.seed / "seed.json").is_file():
-                raise UserError("there is no finished seed to begin with; make one with `expertctl seed`")
+                raise UserError("there is no finished seed; make one with `expertctl seed`")
             SharedModel.begin(root, layout.seed, plan, settings, now)
         else:
-            _give_more_time(SharedModel(root), plan, settings, now)
+            _extend_open_round(SharedModel(root), plan, settings, now)
     shared = SharedModel(root)
     advance(coordinator, shared)
     return shared
 
 
 def advance(coordinator: Coordinator, shared: SharedModel) -> list[str]:
-    """Do for a shared model what can be done now, and return what is to be said of it.
+    """Take every step that a shared model allows now, and return messages about them.
 
-    Killed at any point and called again, it ends in the same model. Raises `UserError` while another process does the same.
+    Killed at any point and called again, it ends in the same model. Raises `UserError` while another process is advancing it.
     """
-    said: list[str] = []
+    messages: list[str] = []
     if shared.is_finished:
-        return said
+        return messages
     with exclusive(_lock(shared.root), f"shared model '{shared.name}'"):
         while not shared.is_trained:
-            said += _ask(coordinator, shared)
+            messages += _request_missing(coordinator, shared)
             if shared.rounds.state(_now(coordinator)) != "ready":
-                return said + _shortage(coordinator, shared)
-            said.append(_closed(shared, shared.rounds.close(_now(coordinator))))
+                return messages + _shortage_message(coordinator, shared)
+            messages.append(_closing_message(shared, shared.rounds.close(_now(coordinator))))
         manifest = write_shared_generalist(coordinator, shared)
         shared.finish(manifest.digest)
-        said.append(f"'{shared.name}' is finished: generalists/{shared.name}")
-    return said
+        messages.append(f"'{shared.name}' is finished: generalists/{shared.name}")
+    return messages
 
 
 def keep_rounds(
     coordinator: Coordinator, tell: Callable[[str], None], stop: threading.Event, pause_s: float = PAUSE_S
 ) -> None:
-    """Move all shared models on until `stop` is set; what goes wrong is told once, and tried again."""
-    told: dict[str, str] = {}
+    """Advance all shared models until `stop` is set; errors are reported once and retried."""
+    reported: dict[str, str] = {}
     while not stop.wait(pause_s):
         for name, shared in coordinator.shared_models().items():
             try:
-                said = advance(coordinator, shared)
+                messages = advance(coordinator, shared)
             except UserError as error:
-                said = [f"'{name}' cannot go on: {first_line(error)}"]
-            for line in said:
-                if told.get(name) != line:
-                    told[name] = line
-                    tell(line)
+                messages = [f"'{name}' cannot advance: {first_line(error)}"]
+            for message in messages:
+                if reported.get(name) != message:
+                    reported[name] = message
+                    tell(message)
 
 
 def status_of(coordinator: Coordinator, shared: SharedModel) -> SharedStatus:
-    """Return how a shared model stands."""
+    """Return the status of a shared model."""
     rounds, plan = shared.rounds, shared.rounds.plan
-    over = shared.is_trained
-    state = "finished" if shared.is_finished else rounds.state(_now(coordinator)) if not over else "ready"
+    is_trained = shared.is_trained
+    state = "finished" if shared.is_finished else "ready" if is_trained else rounds.state(_now(coordinator))
     return SharedStatus(
         shared.name,
         plan.recipe,
@@ -113,67 +118,67 @@ def status_of(coordinator: Coordinator, shared: SharedModel) -> SharedStatus:
         rounds.number,
         shared.settings.total,
         len(plan.owners),
-        () if over else tuple(rounds.delivered()),
-        () if over else tuple(rounds.missing()),
+        () if is_trained else tuple(rounds.delivered()),
+        () if is_trained else tuple(rounds.missing()),
         plan.needed,
-        None if over else rounds.deadline,
+        None if is_trained else rounds.deadline,
     )
 
 
-def _give_more_time(shared: SharedModel, plan: RoundPlan, settings: SharedSettings, now: datetime) -> None:
-    same_time = replace(plan, round_seconds=shared.rounds.plan.round_seconds)
-    if shared.settings != settings or shared.rounds.plan != same_time:
+def _extend_open_round(shared: SharedModel, plan: RoundPlan, settings: SharedSettings, now: datetime) -> None:
+    expected = replace(plan, round_seconds=shared.rounds.plan.round_seconds)
+    if shared.settings != settings or shared.rounds.plan != expected:
         raise UserError(
-            f"'{shared.name}' is being trained with other owners or settings; ask as before to give it more time, or choose "
-            "another --name"
+            f"'{shared.name}' is being trained with other owners or settings; repeat the first command to extend its deadline, "
+            "or choose another --name"
         )
     if shared.is_trained:
         raise UserError(f"all rounds of '{shared.name}' are closed; choose another --name")
     deadline = now + timedelta(seconds=plan.round_seconds)
     if deadline > shared.rounds.deadline:
         shared.rounds.extend(deadline)
-    shared.rounds.ask_again()
+    shared.rounds.readmit_owners()
 
 
-def _ask(coordinator: Coordinator, shared: SharedModel) -> list[str]:
-    """Ask whoever is missing and has no request for the open round, or one that ends before it."""
+def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]:
+    """Send requests for the open round to missing owners without one, or with one that ends before the round."""
     rounds, recipe, seed = shared.rounds, shared.recipe(), shared.seed_folder()
     digest = digest_of_seed(seed)
-    known = {member.name for member in coordinator.members.all()}
+    member_names = {member.name for member in coordinator.members.all()}
     for owner in rounds.missing():
-        if owner not in known:
-            rounds.leave_out(owner, "REMOVED", "it is no member any more")
-    until = rounds.deadline.replace(microsecond=0)
+        if owner not in member_names:
+            rounds.leave_out(owner, "REMOVED", "no longer a member")
+    deadline = rounds.deadline.replace(microsecond=0)
     due = []
     for owner in rounds.missing():
-        old = coordinator.latest(owner, digest, recipe.digest)
-        if old is None or old.deadline < until:
+        request = coordinator.open_request(owner, digest, recipe.digest)
+        if request is None or request.deadline < deadline:
             due.append(owner)
-    asked = coordinator.ask(due, recipe, until, seed) if due else []
-    if not asked:
+    requests = coordinator.ask(due, recipe, deadline, seed) if due else []
+    if not requests:
+        return []
+    owners = _enumerate([request.owner for request in requests])
+    return [f"{recipe.round}: {owners} asked until {deadline:%Y-%m-%d %H:%M} UTC"]
+
+
+def _shortage_message(coordinator: Coordinator, shared: SharedModel) -> list[str]:
+    status = status_of(coordinator, shared)
+    if status.state != "short":
         return []
     return [
-        f"{recipe.round}: {_listed([request.owner for request in asked])} asked until {until:%Y-%m-%d %H:%M} UTC"
+        f"round {status.number + 1} of {status.total} of '{status.name}' has {len(status.delivered)} of {status.owners} owners "
+        f"and needs {status.needed}; repeat the same `expertctl federate ask` to extend its deadline"
     ]
 
 
-def _shortage(coordinator: Coordinator, shared: SharedModel) -> list[str]:
-    found = status_of(coordinator, shared)
-    if found.state != "short":
-        return []
-    return [
-        f"round {found.number + 1} of {found.total} of '{found.name}' has {len(found.delivered)} of {found.owners} owners "
-        f"and needs {found.needed}; give it more time: the same `expertctl federate ask` again"
-    ]
+def _closing_message(shared: SharedModel, report: RoundReport) -> str:
+    averaged = _enumerate(list(report.shares))
+    message = f"round {report.number + 1} of {shared.settings.total} of '{shared.name}': {averaged} averaged"
+    excluded = [*report.refused, *report.missing]
+    return f"{message}, without {_enumerate(sorted(excluded))}" if excluded else message
 
 
-def _closed(shared: SharedModel, report: RoundReport) -> str:
-    said = f"round {report.number + 1} of {shared.settings.total} of '{shared.name}': {_listed(list(report.shares))} averaged"
-    without = [*report.refused, *report.missing]
-    return f"{said}, without {_listed(sorted(without))}" if without else said
-
-
-def _listed(names: Sequence[str]) -> str:
+def _enumerate(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

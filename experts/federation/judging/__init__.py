@@ -1,1 +1,1 @@
-"""Whether a delivered expert is accepted."""
+"""Acceptance checks of delivered experts."""

@@ -1,60 +1,63 @@
-"""Whether what an owner delivered is taken: every check that can be made without the owner's text.
+"""Acceptance checks of deliveries: every check that needs none of the owner's text.
 
-Files are read in pieces and tensors one beside the seed's, so that memory does not grow with the expert. Nothing that is delivered
-can raise more than a refusal.
+Tensors are compared with the seed's piece by piece, so that memory does not grow with the size of the expert. Invalid content of
+any kind leads to a refusal, never to an exception.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ....core.artefacts.digests import MANIFEST_NAMES
 from ....core.artefacts.files import read_json
-from ....core.artefacts.lineage import MANIFEST_NAMES, Manifest, read_manifest, verify
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, torch_dtype
 from ....core.errors import UserError, first_line
-from ...runs.trainable import changeable
-from ..protocol.delivery import Signed
+from ....core.manifests.manifest import Manifest, read_manifest
+from ....core.manifests.verification import verify
+from ...runs.trainable import changeable_tensors
+from ..protocol.delivery import SignedStatement
 from ..protocol.keys import PublicKey
 from ..protocol.requests import ExpertRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_BESIDE = 4
-"""Files of tensors beside the expert's own: a router row, a domain embedding."""
+MAX_EXTRA_FILES = 4
+"""Most tensor files beside the model's: a router row, a domain embedding."""
 
 
 class RefusalCode(Enum):
-    """Why a delivery is not taken; codes travel, sentences stay with whoever reads them."""
+    """Reasons for a refusal; the code crosses the network, each side has its own sentence."""
 
     SIGNATURE = "the statement is not signed by the owner's key"
-    SOMEONE_ELSES = "the statement is for another request, owner, seed or recipe"
+    SOMEONE_ELSES = "the statement names another request, owner, seed or recipe"
     REPLAY = "the same expert was accepted before"
     LATE = "the deadline has passed"
-    FILES = "files are missing, or there are some that no expert has"
-    TOO_LARGE = "it is larger than an expert of this seed can be"
-    DIGEST = "its bytes are not what its manifest says"
-    MANIFEST = "its manifest is not that of the expert that was asked for"
-    SHAPES = "a tensor is none of the seed's, or of another shape"
-    DTYPES = "a tensor is of another dtype than the seed's"
-    FROZEN = "a tensor differs from the seed's that was to stay"
-    NOT_FINITE = "a tensor has numbers that are not finite"
-    NORM = "a tensor has moved further from the seed's than training takes it"
-    PRIVACY = "it was trained with less privacy than was asked for"
-    HELD_OUT = "it is too bad at public text"
+    FILES = "files are missing or unexpected"
+    TOO_LARGE = "the delivery is larger than an expert of this seed can be"
+    DIGEST = "the files do not match the manifest"
+    MANIFEST = "the manifest does not match the request"
+    SHAPES = "a tensor's name or shape differs from the seed's"
+    DTYPES = "a tensor's dtype differs from the seed's"
+    FROZEN = "a frozen tensor has changed"
+    NOT_FINITE = "a tensor has values that are not finite"
+    NORM = "a tensor differs from the seed's by more than training explains"
+    PRIVACY = "the privacy budget spent exceeds the requested one"
+    HELD_OUT = "the loss on public text is too high"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why one delivery is not taken."""
+    """The refusal of one delivery."""
 
     code: RefusalCode
     detail: str = ""
-    """What exactly, for the coordinator."""
+    """Details for the coordinator; not sent to the owner."""
 
     def __str__(self) -> str:
         return f"{self.code.value}{f' ({self.detail})' if self.detail else ''}"
@@ -62,29 +65,29 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Rules:
-    """Bounds that a delivery is held to."""
+    """Bounds on a delivery."""
 
     max_change: float = 3.0
-    """Most that a tensor may change, as length of the difference against the seed's tensor. Training moves them by less than
-    their own length; weights that were scaled up by four or more are further away."""
-    max_beside: float = 100.0
-    """Largest root mean square of a tensor beside the expert's own."""
+    """Largest change of a tensor: norm of the difference divided by the norm of the seed's tensor. Training changes tensors by
+    less than 1; weights scaled up by four or more exceed the bound."""
+    max_extra_rms: float = 100.0
+    """Largest root mean square of a tensor in an extra file."""
     size_slack: int = 64 << 20
-    """Bytes that an expert may have beyond the seed's."""
+    """Bytes by which an expert may exceed the seed."""
     held_out: float = 2.0
-    """Most that the loss on public text may be, times the seed's."""
+    """Largest loss on public text, as a multiple of the seed's."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Losses on the coordinator's public text, in one unit."""
+    """Losses of seed and expert on the coordinator's public text, in the same unit."""
 
     seed: float
     expert: float
 
 
 Measure = Callable[[Path, Path], HeldOut | None]
-"""Scores the folders of a seed and of what was made of it; None where there is no public text."""
+"""Scores the folders of a seed and an expert; None without public text."""
 
 
 class _Refused(Exception):
@@ -94,9 +97,9 @@ class _Refused(Exception):
 
 
 def refusal_of_statement(
-    signed: Signed, request: ExpertRequest, key: PublicKey, seed_bytes: int, rules: Rules
+    signed: SignedStatement, request: ExpertRequest, key: PublicKey, seed_bytes: int, rules: Rules
 ) -> Refusal | None:
-    """Judge a statement before a byte of the expert has come; None: it may come."""
+    """Judge a statement before any file is sent; return the refusal or None."""
     statement = signed.statement
     if not key.verify(statement.signed_bytes, signed.signature):
         return Refusal(RefusalCode.SIGNATURE)
@@ -108,8 +111,8 @@ def refusal_of_statement(
     others = sorted(set(names) - set(tensors))
     if SINGLE_FILE not in names or others != sorted(["run.json", MANIFEST_NAMES["expert"]]):
         return Refusal(RefusalCode.FILES, ", ".join(names)[:200])
-    if len(tensors) > 1 + MAX_BESIDE:
-        return Refusal(RefusalCode.FILES, f"{len(tensors)} files of tensors")
+    if len(tensors) > 1 + MAX_EXTRA_FILES:
+        return Refusal(RefusalCode.FILES, f"{len(tensors)} tensor files")
     total = sum(file.size for file in statement.files)
     if total > seed_bytes + rules.size_slack:
         return Refusal(RefusalCode.TOO_LARGE, f"{total:,} bytes; the seed has {seed_bytes:,}")
@@ -118,40 +121,38 @@ def refusal_of_statement(
 
 def refusal_of_expert(
     folder: Path,
-    signed: Signed,
+    signed: SignedStatement,
     request: ExpertRequest,
     seed: Path,
     rules: Rules,
     held_out: Callable[[], HeldOut | None] = lambda: None,
 ) -> Refusal | None:
-    """Judge an expert whose files are all there; None: it is taken. `held_out` is called only if all else is good."""
+    """Judge an expert with all its files; return the refusal or None. `held_out` is called after all other checks pass."""
     try:
         manifest = _checked_manifest(folder, signed, request)
         _check_privacy(manifest, request)
         _check_tensors(folder, manifest, seed, rules)
-        _check_beside(folder, rules)
+        _check_extra_files(folder, rules)
         losses = held_out()
     except _Refused as refused:
         return refused.refusal
-    if (
-        losses is not None and not losses.expert <= rules.held_out * losses.seed
-    ):  # also for one that is no number
-        own = f"{losses.expert:.3f}" if losses.expert == losses.expert else "it cannot be scored"
-        return Refusal(RefusalCode.HELD_OUT, f"{own}; the seed has {losses.seed:.3f}")
+    if losses is not None and not losses.expert <= rules.held_out * losses.seed:  # true for NaN as well
+        loss = "the expert cannot be scored" if math.isnan(losses.expert) else f"{losses.expert:.3f}"
+        return Refusal(RefusalCode.HELD_OUT, f"{loss}; the seed has {losses.seed:.3f}")
     return None
 
 
-def _checked_manifest(folder: Path, signed: Signed, request: ExpertRequest) -> Manifest:
+def _checked_manifest(folder: Path, signed: SignedStatement, request: ExpertRequest) -> Manifest:
     try:
         problems = verify(folder)
         manifest = read_manifest(folder)
         run = read_json(folder / "run.json")
     except (UserError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise _Refused(RefusalCode.DIGEST, first_line(error).replace(str(folder), "it")) from None
+        raise _Refused(RefusalCode.DIGEST, first_line(error).replace(str(folder), "the delivery")) from None
     if problems:
         raise _Refused(RefusalCode.DIGEST, problems[0])
     seeds = [parent.digest for parent in manifest.parents if parent.kind == "seed"]
-    said = {
+    entries = {
         "kind": (manifest.kind, "expert"),
         "owner": (manifest.owner, request.owner),
         "seed": (seeds, [request.seed]),
@@ -159,97 +160,98 @@ def _checked_manifest(folder: Path, signed: Signed, request: ExpertRequest) -> M
         "digest": (manifest.digest, signed.statement.expert),
         "run": (run.get("trains"), request.recipe.trains),
     }
-    for what, (found, expected) in said.items():
-        if found != expected:
-            raise _Refused(RefusalCode.MANIFEST, f"{what} is {found!r:.100}")
+    for name, (value, expected) in entries.items():
+        if value != expected:
+            raise _Refused(RefusalCode.MANIFEST, f"{name} is {value!r:.100}")
     return manifest
 
 
 def _check_privacy(manifest: Manifest, request: ExpertRequest) -> None:
-    wanted = request.recipe.privacy
-    if wanted is None:
+    requested = request.recipe.privacy
+    if requested is None:
         return
-    spent = manifest.data.get("privacy")
-    try:
-        good = spent is not None and all(
-            float(spent[name]) <= float(wanted[name]) for name in ("epsilon", "delta")
-        )
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good:
+    spent = manifest.data.privacy
+    is_private_enough = (
+        spent is not None
+        and spent.epsilon is not None
+        and spent.epsilon <= float(requested["epsilon"])
+        and spent.delta <= float(requested["delta"])
+    )
+    if not is_private_enough:
         raise _Refused(RefusalCode.PRIVACY)
 
 
 def _check_tensors(folder: Path, manifest: Manifest, seed: Path, rules: Rules) -> None:
-    """Hold every tensor against the seed's of its name."""
-    own, base = Checkpoint([folder / SINGLE_FILE]), Checkpoint.of_folder(seed)
+    """Compare every tensor with the seed's tensor of the same name."""
+    expert, base = Checkpoint([folder / SINGLE_FILE]), Checkpoint.of_folder(seed)
     model_type = str(read_json(seed / "config.json").get("model_type"))
-    movable = changeable(str(manifest.trainable), base, model_type)
+    trainable = changeable_tensors(str(manifest.trainable), base, model_type)
     seed_digests = read_manifest(seed).tensors
-    if not list(own):
-        raise _Refused(RefusalCode.FILES, "it has no tensor")
-    for name in own:
+    if not list(expert):
+        raise _Refused(RefusalCode.FILES, "there is no tensor")
+    for name in expert:
         if name not in base:
-            raise _Refused(RefusalCode.SHAPES, f"the seed has no '{name:.100}'")
-        entry, before = own.entry(name), base.entry(name)
-        if entry.shape != before.shape:
+            raise _Refused(RefusalCode.SHAPES, f"the seed has no tensor '{name:.100}'")
+        entry, base_entry = expert.entry(name), base.entry(name)
+        if entry.shape != base_entry.shape:
             raise _Refused(
-                RefusalCode.SHAPES, f"'{name}' is {list(entry.shape)}, the seed's {list(before.shape)}"
+                RefusalCode.SHAPES, f"'{name}' is {list(entry.shape)}, the seed's {list(base_entry.shape)}"
             )
-        if entry.dtype != before.dtype:
-            raise _Refused(RefusalCode.DTYPES, f"'{name}' is {entry.dtype}, the seed's {before.dtype}")
-        if name not in movable and own.digest(name) != seed_digests.get(name):
+        if entry.dtype != base_entry.dtype:
+            raise _Refused(RefusalCode.DTYPES, f"'{name}' is {entry.dtype}, the seed's {base_entry.dtype}")
+        if name not in trainable and expert.digest(name) != seed_digests.get(name):
             raise _Refused(RefusalCode.FROZEN, f"'{name}'")
-        change = relative_change(own, base, name)
+        change = relative_change(expert, base, name)
         if not change <= rules.max_change:
             raise _Refused(
-                RefusalCode.NORM, f"'{name}' by {change:.3g} of its length; {rules.max_change:g} is allowed"
+                RefusalCode.NORM, f"'{name}' by {change:.3g} times its norm; {rules.max_change:g} is allowed"
             )
 
 
-def relative_change(own: Checkpoint, base: Checkpoint, name: str) -> float:
-    """Return the length of a tensor's difference from the seed's, divided by that of the seed's.
+def relative_change(expert: Checkpoint, base: Checkpoint, name: str) -> float:
+    """Return the norm of a tensor's difference from the seed's, divided by the norm of the seed's tensor.
 
-    A seed's tensor without length counts as one of ones. Reads both in pieces.
+    A zero-norm seed tensor is treated as all ones. Both are read in pieces.
     """
-    moved = length = count = 0.0
-    kind = own.entry(name).dtype
-    for mine, theirs in zip(own.chunks(name), base.chunks(name), strict=True):
-        numbers, others = _numbers(mine, kind, f"'{name}'"), _numbers(theirs, kind, f"the seed's '{name}'")
-        moved += _squares(numbers - others)
-        length += _squares(others)
-        count += numbers.numel()
-    return float((moved / (length or count or 1.0)) ** 0.5)
+    squared_change = squared_norm = count = 0.0
+    dtype = expert.entry(name).dtype
+    for expert_chunk, base_chunk in zip(expert.chunks(name), base.chunks(name), strict=True):
+        values = _finite_values(expert_chunk, dtype, f"'{name}'")
+        base_values = _finite_values(base_chunk, dtype, f"the seed's '{name}'")
+        squared_change += _squared_norm(values - base_values)
+        squared_norm += _squared_norm(base_values)
+        count += values.numel()
+    return float((squared_change / (squared_norm or count or 1.0)) ** 0.5)
 
 
-def _numbers(piece: memoryview, kind: str, what: str) -> Tensor:
-    """Return a piece of a tensor in float32, or float64 where it is that; refuses what is not finite."""
+def _finite_values(chunk: memoryview, dtype: str, label: str) -> Tensor:
+    """Return a chunk of a tensor as float32, or float64 if stored as such; refuses values that are not finite."""
     import torch
 
-    stored = torch.frombuffer(bytearray(piece), dtype=torch.uint8).view(torch_dtype(kind))
-    found = stored if stored.dtype == torch.float64 else stored.float()
-    if not bool(torch.isfinite(found.abs().max() if found.numel() else torch.zeros(()))):
-        raise _Refused(RefusalCode.NOT_FINITE, what)
-    return found
+    stored = torch.frombuffer(bytearray(chunk), dtype=torch.uint8).view(torch_dtype(dtype))
+    values = stored if stored.dtype == torch.float64 else stored.float()
+    if not bool(torch.isfinite(values.abs().max() if values.numel() else torch.zeros(()))):
+        raise _Refused(RefusalCode.NOT_FINITE, label)
+    return values
 
 
-def _squares(numbers: Tensor) -> float:
+def _squared_norm(values: Tensor) -> float:
     import torch
 
-    return float(torch.linalg.vector_norm(numbers, dtype=torch.float64).square())
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
 
 
-def _check_beside(folder: Path, rules: Rules) -> None:
-    """Hold the files beside the expert's tensors to what rows, biases and embeddings are like."""
+def _check_extra_files(folder: Path, rules: Rules) -> None:
+    """Bound the root mean square of tensors in extra files, such as router rows, biases and embeddings."""
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == SINGLE_FILE:
             continue
         stored = Checkpoint([path])
         for name in stored:
-            what, squares, count = f"'{name:.100}' of {path.name:.100}", 0.0, 0
-            for piece in stored.chunks(name):
-                numbers = _numbers(piece, stored.entry(name).dtype, what)
-                squares += _squares(numbers)
-                count += numbers.numel()
-            if (squares / max(count, 1)) ** 0.5 > rules.max_beside:
-                raise _Refused(RefusalCode.NORM, what)
+            label, squares, count = f"'{name:.100}' of {path.name:.100}", 0.0, 0
+            for chunk in stored.chunks(name):
+                values = _finite_values(chunk, stored.entry(name).dtype, label)
+                squares += _squared_norm(values)
+                count += values.numel()
+            if (squares / max(count, 1)) ** 0.5 > rules.max_extra_rms:
+                raise _Refused(RefusalCode.NORM, label)

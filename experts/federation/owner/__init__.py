@@ -1,1 +1,1 @@
-"""The side that holds private text and trains on it."""
+"""The owner: holds private text, trains on it and signs deliveries."""

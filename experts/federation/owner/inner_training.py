@@ -1,7 +1,7 @@
-"""An owner's side of a shared model: a few steps of the project's training loop in every round, from the shared weights.
+"""Inner training of a shared model: a fixed number of steps per round, starting from the shared weights.
 
-The optimiser's moments, the place in the text and the random numbers stay with the owner from round to round (DiLoCo,
-arXiv:2311.08105, section 2); only weights travel.
+The optimiser's moments, the position in the text and the random state stay with the owner between rounds (DiLoCo,
+arXiv:2311.08105, section 2); only weights are exchanged.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from ..rounds.round_loop import OwnerTask
 
 @dataclass(frozen=True)
 class InnerTraining:
-    """Trains one owner in every round: a `TrainOwner`."""
+    """Inner training of one owner, callable once per round as a `TrainOwner`."""
 
     state: Path
-    """Folder of the owner's own checkpoints."""
+    """Folder of the owner's checkpoints."""
     model: Path
-    """Hugging Face folder of the model, for its configuration."""
+    """Hugging Face folder with the model's configuration."""
     blocks: Blocks | BalancedUnion | SharedUnion
     """The owner's text."""
     config: TrainingConfig
-    """Of all rounds together: `tokens` is the budget over which the learning rate follows its schedule."""
+    """Settings for all rounds together; the learning-rate schedule spans the whole `tokens` budget."""
     steps: int
-    """Optimiser steps in a round (H in the paper)."""
-    told: Callable[[int, float], None] = lambda step, loss: None
-    """Hears the number and the loss, in nats per token, of every step."""
+    """Optimiser steps per round (H in the paper)."""
+    on_step: Callable[[int, float], None] = lambda step, loss: None
+    """Called after every step with its number and its loss in nats per token."""
     stopped: Callable[[], bool] = lambda: False
-    """Asked after every step; once it says yes, the state is saved and the training ends there."""
+    """Called after every step; training is saved and interrupted once it returns true."""
 
     def __call__(self, task: OwnerTask) -> int:
-        """Train one round and return the tokens of the owner's text, by which FedAvg counts owners.
+        """Train one round and return the number of tokens in the owner's text, the owner's weight in FedAvg.
 
-        Raises `UserError` where the owner is further than the round, or training diverges, and `Interrupted` after a stop.
+        Raises `UserError` if the owner's state is past the round or training diverges, and `Interrupted` after a stop.
         """
         import math
 
@@ -54,28 +54,28 @@ class InnerTraining:
         torch.manual_seed(self.config.seed)
         config = AutoConfig.from_pretrained(self.model, local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        folder = task.shared.is_dir()
-        shared = Checkpoint.of_folder(task.shared) if folder else Checkpoint([task.shared])
+        is_folder = task.shared.is_dir()
+        shared = Checkpoint.of_folder(task.shared) if is_folder else Checkpoint([task.shared])
         overlay_tensors(model, shared)
-        loop = TrainingLoop(all_parameters(model, None), self.blocks, self.config)
+        loop = TrainingLoop(all_parameters(model), self.blocks, self.config)
         begin, end = task.round * self.steps, (task.round + 1) * self.steps
         if end > self.config.steps:
             raise UserError(
-                f"round {task.round} goes beyond the {self.config.steps} steps that training.tokens pays for"
+                f"round {task.round} exceeds the {self.config.steps} steps that training.tokens allows"
             )
-        self._go_on(loop, begin, end, shared)
+        self._restore(loop, begin, end, shared)
         saved_at = time.monotonic()
         for report in loop.steps() if loop.step < end else ():
             loss = float(report.loss)
             if not math.isfinite(loss) or not math.isfinite(float(report.gradient_norm)):
                 raise UserError(f"training diverged: loss {loss} at step {report.step}")
-            self.told(report.step, loss)
+            self.on_step(report.step, loss)
             if report.step == end:
                 save_checkpoint(loop, self.state)
                 break
             if self.stopped():
                 save_checkpoint(loop, self.state)
-                raise Interrupted(f"stopped at step {report.step} of {end}; the same command goes on")
+                raise Interrupted(f"stopped at step {report.step} of {end}; the same command resumes")
             if time.monotonic() - saved_at >= self.config.checkpoint_seconds:
                 save_checkpoint(loop, self.state)
                 saved_at = time.monotonic()
@@ -86,13 +86,13 @@ class InnerTraining:
         write_tensors(task.result, stored)
         return len(self.blocks) * self.config.sequence_length
 
-    def _go_on(self, loop: TrainingLoop, begin: int, end: int, shared: Checkpoint) -> None:
-        """Put the owner's own state into the loop: in the middle of the round, at its end, or at its beginning."""
-        found = restore_latest(loop, self.state)
-        if found > end:
+    def _restore(self, loop: TrainingLoop, begin: int, end: int, shared: Checkpoint) -> None:
+        """Restore the owner's latest checkpoint; at the start of a round, load the shared weights over it."""
+        step = restore_latest(loop, self.state)
+        if step > end:
             raise UserError(
-                f"{self.state} is at step {found}, beyond this round's {end}; it belongs to other rounds"
+                f"{self.state} is at step {step}, past this round's end at {end}; it belongs to other rounds"
             )
-        if found <= begin:  # of the rounds before: the shared weights take the place of the owner's
+        if step <= begin:  # the checkpoint is from an earlier round
             overlay_tensors(loop.part.module, shared)
-            loop.step = begin  # an owner who missed a round trains on at the others' learning rate
+            loop.step = begin  # an owner who missed a round follows the others' learning-rate schedule

@@ -1,9 +1,9 @@
-"""An owner's side of a federation: requests are remembered, seeds kept, experts trained in a process of their own.
+"""An owner's side of a federation: stores requests and seeds, and trains experts in separate processes.
 
-Everything is in the owner's state folder, which nobody else can read:
+All files are in the owner's state folder, which other users cannot read:
 
     owner.key owner.pub   settings.json (where the text is)   requests/ID.json   seeds/DIGEST/
-    runs/ID/ (a workspace)   deliveries/ID/   outcomes/ID.json   shared/ROUNDS/ (kept from round to round)
+    runs/ID/ (a workspace)   deliveries/ID/   outcomes/ID.json   shared/ROUNDS/ (state between rounds)
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ....core.artefacts.files import is_alive, read_json, readable_os_errors, remove_tree, write_json
+from ....core.artefacts.files import is_alive, os_errors_as_user_errors, read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.errors import UserError
-from ..protocol.delivery import Signed, make_delivery
+from ..protocol.delivery import SignedStatement, make_delivery
 from ..protocol.keys import OwnerKey, read_key
 from ..protocol.progress import Progress
 from ..protocol.requests import ExpertRequest, is_identifier, without_superseded
@@ -33,27 +33,28 @@ LOG_FILE = "work.log"
 PROGRESS_FILE = "progress.json"
 PROCESS_FILE = "process.txt"
 STOP_S = 10.0
-"""How long a training may take to end before it is killed."""
+"""Seconds that a training process gets to end before it is killed."""
 
 
 @dataclass(frozen=True)
 class OwnerSettings:
-    """Where the owner's text is; never leaves."""
+    """Location of the owner's text, its licence and the owner's privacy demand; stays with the owner."""
 
     data: Path
+    """Folder or file with the text."""
     text_field: str = "text"
     licence: str | None = None
     privacy: Mapping[str, Any] | None = None
-    """Differential privacy that the owner insists on, whatever is asked for."""
+    """Differential privacy that the owner demands for every request; None for none."""
 
 
 @dataclass(frozen=True)
 class Review:
-    """What would leave, for the owner to look at."""
+    """Content of a delivery, for the owner to review before it leaves."""
 
     request: ExpertRequest
     files: Mapping[str, int]
-    """Bytes."""
+    """File sizes in bytes, by name."""
     tensors: tuple[tuple[str, str, tuple[int, ...], int, str], ...]
     """(name, dtype, shape, bytes, digest)."""
     data: Mapping[str, Any]
@@ -61,43 +62,43 @@ class Review:
 
 
 class Owner:
-    """What one data owner has: a key, text, requests, and the experts trained for them."""
+    """State of one data owner: key, text, requests and the experts trained for them."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
         self.seeds = KeptSeeds(state / "seeds")
 
-    # --- who and where ---
+    # --- settings ---
 
     def configure(self, settings: OwnerSettings) -> None:
-        """Remember where the text is, and how private training has to be; raises `UserError` where there is no text."""
+        """Store the settings; raises `UserError` if the text does not exist or the privacy settings are invalid."""
         data = settings.data.expanduser().resolve()
         if not data.exists():
             raise UserError(f"{data} does not exist; name the folder or file with your text")
-        with readable_os_errors(self.state):
+        with os_errors_as_user_errors(self.state):
             self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.state.chmod(0o700)
         privacy = checked_privacy(settings.privacy) if settings.privacy is not None else None
         write_json(self.state / SETTINGS_FILE, {**asdict(settings), "data": str(data), "privacy": privacy})
 
     def settings(self) -> OwnerSettings:
-        """Return where the text is; raises `UserError` before it was told."""
+        """Return the stored settings; raises `UserError` if there are none."""
         if not self.is_configured:
-            raise UserError(f"{self.state} does not know where your text is; name it with --data")
+            raise UserError(f"{self.state} has no location of your text; set it with --data")
         content = read_json(self.state / SETTINGS_FILE)
         return OwnerSettings(**{**content, "data": Path(content["data"])})
 
     @property
     def is_configured(self) -> bool:
-        """Tell whether it is known where the text is."""
+        """Return whether settings are stored."""
         return (self.state / SETTINGS_FILE).is_file()
 
     def privacy(self, request: ExpertRequest) -> dict[str, Any] | None:
-        """Return how private the training for a request has to be; raises `UserError` where it cannot be as the owner insists."""
+        """Return the privacy settings for a request, None for none; raises `UserError` if they exclude each other."""
         return privacy_of(request, self.settings().privacy if self.is_configured else None)
 
-    def why_not(self, request: ExpertRequest) -> str | None:
-        """Return why a request that was taken once is not carried out any more, or None."""
+    def objection(self, request: ExpertRequest) -> str | None:
+        """Return why a stored request conflicts with the owner's current settings, or None."""
         try:
             self.privacy(request)
         except UserError as error:
@@ -110,16 +111,18 @@ class Owner:
     # --- requests ---
 
     def take(self, request: ExpertRequest) -> None:
-        """Remember a request; raises `UserError` for one that is not for this owner's key, or asks what is not done."""
+        """Store a request; raises `UserError` if it is for another key or if the owner must not carry it out."""
         if request.key != self.key().public.fingerprint:
-            raise UserError("the request is for another key than the one here")
+            raise UserError(
+                "the request is for another key; ask the coordinator for a request for the key in this state folder"
+            )
         check_recipe(request)
         self.privacy(request)
         (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self.state / "requests" / f"{request.id}.json", request.as_json())
 
     def requests(self) -> list[ExpertRequest]:
-        """Return what was asked so far."""
+        """Return the stored requests, without superseded rounds."""
         return without_superseded(self._all_requests())
 
     def _all_requests(self) -> list[ExpertRequest]:
@@ -127,10 +130,10 @@ class Owner:
         return [ExpertRequest.of_json(read_json(path)) for path in paths]
 
     def drop_superseded(self) -> None:
-        """Let go of rounds of a shared model that a later one has taken the place of: their training, weights and seeds."""
-        everything, current = self._all_requests(), self.requests()
+        """Delete the requests, runs, deliveries and unused seeds of rounds that a later round replaces."""
+        requests, current = self._all_requests(), self.requests()
         needed = {request.seed for request in current}
-        for request in everything:
+        for request in requests:
             if request in current:
                 continue
             self.stop(request.id)
@@ -142,22 +145,22 @@ class Owner:
                 (self.state / name / f"{request.id}.json").unlink(missing_ok=True)
 
     def shared_folder(self, request: ExpertRequest) -> Path:
-        """Return what is kept from one round of a shared model to the next: the text's tokens, and the optimiser's state."""
-        part = request.recipe.round
-        assert part is not None
-        return self.state / "shared" / _safe(part.rounds)
+        """Return the folder with the state between rounds of a shared model: tokenised text and optimiser state."""
+        round_ = request.recipe.round
+        assert round_ is not None
+        return self.state / "shared" / _checked(round_.rounds)
 
     def request(self, identifier: str) -> ExpertRequest:
         path = self.state / "requests" / f"{identifier}.json"
         if not is_identifier(identifier) or not path.is_file():
-            raise UserError(f"nothing was asked under '{identifier:.40}'")
+            raise UserError(f"there is no request '{identifier:.40}' in {self.state}")
         return ExpertRequest.of_json(read_json(path))
 
     # --- training ---
 
     def run_folder(self, identifier: str) -> Path:
-        """Return the workspace in which a request is worked on."""
-        return self.state / "runs" / _safe(identifier)
+        """Return the workspace in which a request's expert is trained."""
+        return self.state / "runs" / _checked(identifier)
 
     def expert_folder(self, request: ExpertRequest) -> Path:
         return self.run_folder(request.id) / "experts" / request.owner
@@ -167,23 +170,23 @@ class Owner:
         return finished and self.is_private_enough(request)
 
     def is_private_enough(self, request: ExpertRequest) -> bool:
-        """Tell whether what was begun for a request is as private as it has to be now."""
+        """Return whether a request's run keeps to the current privacy settings; true if there is no run."""
         return is_private_enough(self.expert_folder(request), self.privacy(request))
 
-    def begin_anew(self, request: ExpertRequest) -> None:
-        """Let go of what was trained for a request, and of what was made ready to leave; nobody may be working on it."""
+    def discard_training(self, request: ExpertRequest) -> None:
+        """Delete a request's run and delivery; its training process must have ended."""
         remove_tree(self.delivery_folder(request.id))
         remove_tree(self.expert_folder(request))
 
     def start(self, identifier: str) -> None:
-        """Train in a process of its own, which outlives this one and goes on where an earlier one stopped.
+        """Start a training process that outlives this one and resumes from the last checkpoint.
 
-        Does nothing while one is running, and after the expert is finished.
+        Does nothing while a process is training and after the expert is finished.
         """
         request = self.request(identifier)
         if not self.is_private_enough(request):
             self.stop(identifier)
-            self.begin_anew(request)
+            self.discard_training(request)
         if self.is_trained(request) or self.is_working(identifier):
             return
         folder = self.run_folder(identifier)
@@ -203,15 +206,15 @@ class Owner:
         (folder / PROCESS_FILE).write_text(str(process.pid))
 
     def stop(self, identifier: str) -> None:
-        """End the process that trains for a request, if there is one; what it has not saved is lost."""
+        """Stop a request's training process, if there is one; steps since its last checkpoint are lost."""
         path = self.run_folder(identifier) / PROCESS_FILE
-        end = time.monotonic() + STOP_S
+        kill_at = time.monotonic() + STOP_S
         while self.is_working(identifier):
-            os.kill(int(path.read_text()), signal.SIGTERM if time.monotonic() < end else signal.SIGKILL)
+            os.kill(int(path.read_text()), signal.SIGTERM if time.monotonic() < kill_at else signal.SIGKILL)
             time.sleep(0.1)
 
     def is_working(self, identifier: str) -> bool:
-        """Tell whether a process is training for a request."""
+        """Return whether a process is training a request's expert."""
         path = self.run_folder(identifier) / PROCESS_FILE
         if not path.is_file():
             return False
@@ -220,7 +223,7 @@ class Owner:
         return is_alive(pid)
 
     def progress(self, identifier: str) -> Progress:
-        """Return how far a request has come."""
+        """Return the progress of a request's training run."""
         request = self.request(identifier)
         path = self.run_folder(identifier) / PROGRESS_FILE
         last = Progress.of_json(read_json(path)) if path.is_file() else Progress("waiting")
@@ -230,10 +233,10 @@ class Owner:
             return replace(last, state="failed", code="STOPPED", seconds_left=None)
         return last
 
-    # --- what leaves ---
+    # --- deliveries ---
 
     def review(self, identifier: str) -> Review:
-        """Make what would leave, and return what it is; nothing leaves by this."""
+        """Prepare a delivery and return its content for review; sends nothing."""
         request = self.request(identifier)
         signed = self.delivery(identifier)
         folder = self.delivery_folder(identifier)
@@ -253,61 +256,66 @@ class Owner:
         )
 
     def delivery_folder(self, identifier: str) -> Path:
-        return self.state / "deliveries" / _safe(identifier)
+        return self.state / "deliveries" / _checked(identifier)
 
-    def delivery(self, identifier: str) -> Signed:
-        """Return the signed statement of what leaves, making it first where it was not made; raises before training ends."""
+    def delivery(self, identifier: str) -> SignedStatement:
+        """Return the signed statement of a delivery, preparing it if needed.
+
+        Raises `UserError` before training ends and for a run with too little privacy.
+        """
         request = self.request(identifier)
         folder = self.delivery_folder(identifier)
         if not self.is_private_enough(request):
             raise UserError(
-                f"the expert of request {identifier} has less privacy than was asked for, or than you insist on; train it again"
+                f"the expert of request {identifier} was trained with less privacy than the request or your settings demand; "
+                "train it again"
             )
         if (folder / "delivery.json").is_file():
-            return Signed.read(folder)
+            return SignedStatement.read(folder)
         if not self.is_trained(request):
             raise UserError(f"the expert of request {identifier} is not trained yet")
         return make_delivery(self.expert_folder(request), request, self.key(), folder)
 
     def note_outcome(self, identifier: str, refusal: str | None) -> None:
-        """Remember what became of a delivery: None for an accepted one, else the code of the refusal."""
+        """Store the outcome of a delivery: None if accepted, else the refusal's code."""
         (self.state / "outcomes").mkdir(exist_ok=True, mode=0o700)
-        write_json(self.state / "outcomes" / f"{_safe(identifier)}.json", {"refusal": refusal})
+        write_json(self.state / "outcomes" / f"{_checked(identifier)}.json", {"refusal": refusal})
         request = self.request(identifier)
         if refusal is None and request.recipe.round is not None and request.recipe.round.is_last:
             remove_tree(self.shared_folder(request))
 
     def outcome(self, identifier: str) -> str | None:
-        """Return `accepted`, the code of a refusal, or None where nothing was delivered."""
-        path = self.state / "outcomes" / f"{_safe(identifier)}.json"
+        """Return `accepted`, the code of a refusal, or None before a delivery."""
+        path = self.state / "outcomes" / f"{_checked(identifier)}.json"
         return (read_json(path)["refusal"] or "accepted") if path.is_file() else None
 
 
 def check_recipe(request: ExpertRequest) -> None:
-    """Refuse what a coordinator has no business to ask for: paths of this machine, noise that can be subtracted."""
+    """Raise `UserError` for settings a coordinator must not choose: local paths, and noise from a known random seed."""
     recipe = request.recipe
     if recipe.privacy is not None and recipe.privacy.get("noise", "secret") != "secret":
         raise UserError(
-            "the request asks for noise that can be made again, which protects nobody; it is not carried out"
+            "the request asks for seeded noise, which can be subtracted and protects nobody; it is refused"
         )
     for name, value in {**recipe.options, **recipe.training}.items():
         if isinstance(value, str) and any(mark in value for mark in "/\\~"):
             raise UserError(
-                f"the request sets '{name:.40}' to a path, which is not the coordinator's to choose; it is not carried out"
+                f"the request sets '{name:.40}' to a path, which only the owner may choose; it is refused"
             )
         if not isinstance(value, str | int | float | bool | list | None):
-            raise UserError(f"the request sets '{name:.40}' to something that no option takes")
+            raise UserError(f"the request sets '{name:.40}' to a value of an unsupported type; it is refused")
 
 
 def reap(pid: str) -> None:
-    """Let a child that has ended go, so that its number does not seem alive."""
+    """Collect the exit status of a child that has ended, so that its process id does not count as alive."""
     try:
         os.waitpid(int(pid), os.WNOHANG)
     except (ChildProcessError, ValueError):
         return
 
 
-def _safe(identifier: str) -> str:
+def _checked(identifier: str) -> str:
+    """Return an identifier that is safe in a path; raises `UserError` for any other."""
     if not identifier or not all(letter in "0123456789abcdef" for letter in identifier):
-        raise UserError(f"'{identifier:.40}' is no identifier")
+        raise UserError(f"'{identifier:.40}' is not an identifier")
     return identifier

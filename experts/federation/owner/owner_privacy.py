@@ -1,4 +1,4 @@
-"""The privacy that an owner insists on, beside what the coordinator asks for: the stricter of the two is kept to."""
+"""Privacy settings of a request: the stricter of the coordinator's and the owner's demands."""
 
 from __future__ import annotations
 
@@ -6,45 +6,49 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ....core.config.settings import DpConfig, checked
+from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
-from ...runs.specification import RUN_FILE, read_run
+from ....core.manifests.run import RUN_FILE, read_run
 from ..protocol.requests import ExpertRequest
 
-WHAT = "the differential privacy (--dp)"
+LABEL = "the differential privacy (--dp)"
 
 
-def checked_privacy(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is wanted as it stands in recipes and settings; raises `UserError` for what no run could keep to."""
-    checked(DpConfig, dict(wanted), WHAT)
-    return dict(wanted)
+def checked_privacy(privacy: Mapping[str, Any]) -> dict[str, Any]:
+    """Return privacy settings unchanged; raises `UserError` if they are invalid."""
+    validate_settings(DpConfig, dict(privacy), LABEL)
+    return dict(privacy)
 
 
-def privacy_of(request: ExpertRequest, own: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return how private a request's training has to be: as asked, as the owner insists, or the lesser budget of both.
+def privacy_of(request: ExpertRequest, demanded: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the privacy settings for a request: the coordinator's, the owner's, or the smaller budget of both.
 
-    Raises `UserError` for a round of a shared model where the owner insists on noise.
+    None means without differential privacy. Raises `UserError` if the owner demands noise for a round of a shared model.
     """
-    asked = request.recipe.privacy
-    if own is None:
-        return dict(asked) if asked is not None else None
+    requested = request.recipe.privacy
+    if demanded is None:
+        return dict(requested) if requested is not None else None
     if request.recipe.round is not None:
         raise UserError(
-            f"you insist on differential privacy, and {request.recipe.round} is trained without; it is not carried out"
+            f"your settings demand differential privacy, and {request.recipe.round} is trained without; it is refused"
         )
-    if asked is None:
-        return dict(own)
-    return {**asked, **own, **{name: min(asked[name], own[name]) for name in ("epsilon", "delta")}}
+    if requested is None:
+        return dict(demanded)
+    return {
+        **requested,
+        **demanded,
+        **{name: min(requested[name], demanded[name]) for name in ("epsilon", "delta")},
+    }
 
 
-def is_private_enough(run_folder: Path, wanted: Mapping[str, Any] | None) -> bool:
-    """Tell whether a run that was begun spends no more than is wanted; one that was not begun does."""
-    if wanted is None or not (run_folder / RUN_FILE).is_file():
+def is_private_enough(run_folder: Path, privacy: Mapping[str, Any] | None) -> bool:
+    """Return whether a run's settings keep to a privacy budget; true if there is no budget or no run."""
+    if privacy is None or not (run_folder / RUN_FILE).is_file():
         return True
-    found = read_run(run_folder).dp
+    dp = read_run(run_folder).dp
     return (
-        found is not None
-        and found.noise == "secret"
-        and found.epsilon <= wanted["epsilon"]
-        and found.delta <= wanted["delta"]
+        dp is not None
+        and dp.noise == "secret"
+        and dp.epsilon <= privacy["epsilon"]
+        and dp.delta <= privacy["delta"]
     )

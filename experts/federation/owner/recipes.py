@@ -1,11 +1,11 @@
-"""Recipes by the names that people ask for them under."""
+"""Named recipes for expert requests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ....core.config.settings import TrainingConfig, checked
+from ....core.config.settings import TrainingConfig, validate_settings
 from ....core.errors import UserError
 from ....core.hooks.manager import installed_plugins
 from ....core.hooks.options import parse_options
@@ -17,8 +17,8 @@ NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "flexolmo": ("flexolmo", {"embedding": "none"}),
     "btm": ("all", {}),
 }
-"""Name -> (trainer, options). Owners of FlexOlmo experts have no public text, and a row that begins at their own text's
-mean would tell of it; so the row begins at random unless the coordinator asks otherwise."""
+"""Name -> (trainer, default options). FlexOlmo owners have no public text, and a router row initialised to the mean of their text
+would reveal it; so the row is initialised at random unless the coordinator chooses otherwise."""
 
 
 def recipe_of(
@@ -27,15 +27,16 @@ def recipe_of(
     training: Mapping[str, Any] | None = None,
     privacy: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Return a recipe by its name, or by that of a trainer; raises `UserError` for what no owner could carry out."""
-    trains, usual = NAMES.get(name, (name, {}))
+    """Return a recipe by its name or its trainer's name; raises `UserError` for invalid options or settings."""
+    trains, defaults = NAMES.get(name, (name, {}))
     trainer = trainer_for(trains, installed_plugins())
     if trainer.makes != "expert":
         raise UserError(
-            f"trainer '{trainer.name}' makes no expert; recipes: {', '.join(NAMES)}, or a trainer of experts"
+            f"trainer '{trainer.name}' does not train experts; choose {', '.join(NAMES)}, or a trainer that does"
         )
-    chosen = {**usual, **(options or {})}
+    chosen = {**defaults, **(options or {})}
     parse_options(trainer.options, chosen, f"trainer '{trainer.name}'")
-    checked(TrainingConfig, dict(training or {}), "the training of a recipe")
-    asked = checked_privacy(privacy) if privacy is not None else None
-    return Recipe(trains, chosen, dict(training or {}), asked)
+    validate_settings(TrainingConfig, dict(training or {}), "the training of a recipe")
+    return Recipe(
+        trains, chosen, dict(training or {}), checked_privacy(privacy) if privacy is not None else None
+    )

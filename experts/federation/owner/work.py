@@ -1,7 +1,7 @@
-"""The process that trains one request's expert: `python -m expertctl.experts.federation.owner.work STATE REQUEST`.
+"""Training process of one request: `python -m expertctl.experts.federation.owner.work STATE REQUEST`.
 
-It belongs to the owner and to nobody else: it goes on when whoever started it has ended, writes how far it is beside the run, and,
-killed at any point, goes on from its last checkpoint when it is started again.
+It outlives the process that started it and writes its progress into the run's folder. Killed at any point and started again, it
+resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ....core.artefacts.files import exclusive, mendable, write_json, write_text
+from ....core.artefacts.files import exclusive, user_fixable_error, write_json, write_text
 from ....core.artefacts.layout import CONFIG_FILE, Layout
 from ....core.config.project import load_project
-from ....core.config.settings import ExpertConfig, ProjectConfig, checked
+from ....core.config.settings import ExpertConfig, ProjectConfig, validate_settings
 from ....core.errors import Interrupted, UserError
+from ....core.manifests.run import RUN_FILE, read_run
 from ....core.process.allocator import keep_freed_memory
 from ....core.process.environment import prepare_libraries
 from ...runs.branching import branch
-from ...runs.specification import RUN_FILE, read_run
 from ...text.corpora import prepare_domain
 from ...training.run_inputs import RunInputs
 from ...training.starting_point import training_blocks
@@ -33,7 +33,7 @@ Tell = Callable[[Progress], None]
 
 
 def main(arguments: list[str]) -> int:
-    """Train; return the exit status."""
+    """Train the expert; return the exit status."""
     prepare_libraries()
     keep_freed_memory()
     owner, identifier = Owner(Path(arguments[0])), arguments[1]
@@ -52,45 +52,43 @@ def work(
     tell: Tell = lambda progress: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Train a request's expert in this process and return its folder; a finished one costs nothing.
+    """Train a request's expert in this process, unless it is finished, and return its folder.
 
-    Raises `UserError` for what the owner can mend, and notes its code, which is all that others hear.
+    Raises `UserError` for errors that the owner can fix; only their code is reported to the coordinator.
     """
     request = owner.request(identifier)
     folder = owner.run_folder(identifier)
     privacy = owner.privacy(request)
-    note = _Note(folder, tell, private=privacy is not None)
+    reporter = _ProgressReporter(folder, tell, private=privacy is not None)
     with exclusive(folder / ".locks" / "work", f"request {identifier}"):
         if owner.is_trained(request):
             return owner.expert_folder(request)
         if not owner.is_private_enough(request):
-            owner.begin_anew(request)
+            owner.discard_training(request)
         try:
-            note.phase = "SEED"
+            reporter.phase = "SEED"
             layout = _workspace(owner, request)
-            note.phase = "DATA"
+            reporter.phase = "DATA"
             project = load_project(layout.config_file)
             prepare_domain(layout, request.owner, project.domains[request.owner], layout.seed)
-            note.phase = "TRAINING"
+            reporter.phase = "TRAINING"
             _branch(layout, project, request, privacy)
-            note.phase = "DATA"
-            training_blocks(
-                RunInputs.of_folder(layout.experts / request.owner)
-            )  # refuses text of less than a block
-            note.phase = "TRAINING"
-            _train(layout, owner, request, note, stopped)
+            reporter.phase = "DATA"
+            training_blocks(RunInputs.of_folder(layout.experts / request.owner))  # raises for too little text
+            reporter.phase = "TRAINING"
+            _train(layout, owner, request, reporter, stopped)
         except Exception as error:
-            note.failed(error)
+            reporter.fail(error)
             raise
     return owner.expert_folder(request)
 
 
 def _workspace(owner: Owner, request: ExpertRequest) -> Layout:
-    """Make the workspace of a request: the owner's text as its one domain, the seed as it was handed out."""
+    """Create the workspace of a request, with the owner's text as the only domain and the request's seed."""
     settings = owner.settings()
     root = owner.run_folder(request.id)
     if not owner.seeds.has(request):
-        raise UserError(f"seed {request.seed[:12]} is not here yet; fetch it first")
+        raise UserError(f"seed {request.seed[:12]} is missing; fetch it first")
     domain = {"path": str(settings.data), "text_field": settings.text_field, "licence": settings.licence}
     content = json.dumps({"domains": {request.owner: domain}}, indent=2)  # JSON is YAML
     write_text(root / CONFIG_FILE, content)
@@ -119,11 +117,15 @@ def _branch(
     }
     if privacy is not None:
         settings["dp"] = dict(privacy)
-    branch(layout, project, request.owner, checked(ExpertConfig, settings, "the request's recipe"))
+    branch(layout, project, request.owner, validate_settings(ExpertConfig, settings, "the request's recipe"))
 
 
 def _train(
-    layout: Layout, owner: Owner, request: ExpertRequest, note: _Note, stopped: Callable[[], bool]
+    layout: Layout,
+    owner: Owner,
+    request: ExpertRequest,
+    reporter: _ProgressReporter,
+    stopped: Callable[[], bool],
 ) -> None:
     import torch
 
@@ -133,33 +135,37 @@ def _train(
     folder = layout.experts / request.owner
     torch.set_num_threads(read_run(folder).training.threads)
     if request.recipe.round is None:
-        train_run(folder, note.hear, stopped)
+        train_run(folder, reporter.record, stopped)
     else:
-        train_round(folder, request.recipe.round, owner.shared_folder(request) / "state", note.hear, stopped)
-    note.write(Progress("ready", note.last.steps, note.last.steps, note.last.loss, 0.0))
+        train_round(
+            folder, request.recipe.round, owner.shared_folder(request) / "state", reporter.record, stopped
+        )
+    last = reporter.last
+    reporter.write(Progress("ready", last.steps, last.steps, last.loss, 0.0))
 
 
-class _Note:
-    """What is told of a training, on disk and to whoever listens."""
+class _ProgressReporter:
+    """Writes the progress of a training run to disk and passes it to a callback."""
 
     def __init__(self, folder: Path, tell: Tell, *, private: bool) -> None:
         self._path, self._tell, self._private = folder / PROGRESS_FILE, tell, private
         self.phase: FailureCode = "TRAINING"
-        """What it would be that failed."""
-        self._begun: tuple[float, int] | None = None
+        """Code of a failure in the current phase."""
+        self._start: tuple[float, int] | None = None
+        """(time, step) at which training started or resumed."""
         self.last = Progress("training")
 
-    def hear(self, record: Mapping[str, Any]) -> None:
-        """Take in what the training loop tells."""
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Convert a record of the training loop into progress."""
         import time
 
         step, now = int(record.get("step", self.last.step)), time.monotonic()
         steps = int(record.get("total_steps", self.last.steps))
-        if record.get("event") == "started" or self._begun is None:
-            self._begun = (now, step)
-        since, first = self._begun
-        left = (now - since) / (step - first) * (steps - step) if step > first else None
-        loss = None if self._private else record.get("loss")  # a function of the text that no noise covers
+        if record.get("event") == "started" or self._start is None:
+            self._start = (now, step)
+        start, first_step = self._start
+        left = (now - start) / (step - first_step) * (steps - step) if step > first_step else None
+        loss = None if self._private else record.get("loss")  # the loss depends on the text and has no noise
         self.write(
             Progress(
                 "training",
@@ -170,13 +176,13 @@ class _Note:
             )
         )
 
-    def failed(self, error: Exception) -> None:
-        """Write the code of what went wrong: never its words, which may hold paths or text."""
+    def fail(self, error: Exception) -> None:
+        """Write the code of a failure, never its message, which may hold paths or text."""
         code: FailureCode = self.phase
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         if isinstance(error, Interrupted):
             code = "STOPPED"
-        elif isinstance(cause, OSError) and mendable(cause) is not None:
+        elif isinstance(cause, OSError) and user_fixable_error(cause) is not None:
             code = "DISK"
         self.write(Progress("failed", self.last.step, self.last.steps, self.last.loss, None, code))
 

@@ -1,1 +1,1 @@
-"""What coordinator and owners exchange: keys, requests, deliveries and their parts."""
+"""Messages between coordinator and owners: keys, requests, progress, deliveries and file parts."""

@@ -1,7 +1,7 @@
-"""What leaves an owner: an expert as an artefact of its own, and a statement that the owner signed.
+"""Deliveries: the expert that leaves an owner, and the statement that the owner signs.
 
-Its manifest says how much text there was to two digits, and never which: no digest that a guess could be checked against,
-no text, path, host or user.
+The outgoing manifest holds counts of the owner's text to two significant digits. It holds no text, path, host or user name, and
+no digest of text, since a digest confirms a guess.
 """
 
 from __future__ import annotations
@@ -12,35 +12,43 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ....core.artefacts.digests import MANIFEST_NAMES
 from ....core.artefacts.files import link_or_copy, new_folder, read_json, write_json
-from ....core.artefacts.lineage import MANIFEST_NAMES, Manifest, read_manifest
 from ....core.errors import UserError
+from ....core.manifests.manifest import Manifest, read_manifest
+from ....core.manifests.records import record_as_json
+from ....core.manifests.statements import DomainStatement
+from .fields import SAME_VERSION, check_fields
 from .keys import OwnerKey
 from .parts import PART_BYTES, FileParts, parts_of
-from .requests import ExpertRequest, canonical
+from .requests import ExpertRequest, canonical_json
 
 FORMAT = 1
 DELIVERY_FILE = "delivery.json"
 DIGITS = 2
-"""Of counts that are told."""
+"""Significant digits of the counts in a delivery."""
 MAX_STATEMENT = 4 << 20
+"""Largest `delivery.json`, in bytes."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """What an owner says of an expert, and signs."""
+    """An owner's description of a delivered expert, which the owner signs."""
 
     request: str
+    """Identifier of the request."""
     owner: str
     seed: str
+    """Digest of the seed."""
     recipe: str
     """Digest of the recipe."""
     expert: str
-    """Digest of its tensors."""
+    """Digest of the expert's tensors."""
     files: tuple[FileParts, ...]
     data: Mapping[str, Any]
-    """Counts of documents, tokens and bytes, to two digits."""
+    """Counts of documents, tokens and bytes, to two significant digits."""
     privacy: Mapping[str, Any] | None
+    """Privacy budget spent; None without differential privacy."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -57,16 +65,17 @@ class Statement:
 
     @property
     def signed_bytes(self) -> bytes:
-        """What the signature is over."""
-        return canonical(self.as_json())
+        """Return the bytes that the signature covers."""
+        return canonical_json(self.as_json())
 
     @classmethod
     def of_json(cls, content: Any) -> Statement:
-        """Read what `as_json` gives; raises `UserError` for anything else, since it comes from outside."""
+        """Read the result of `as_json`; raises `UserError` for anything else, since it comes from outside."""
         names = {"format", "request", "owner", "seed", "recipe", "expert", "files", "data", "privacy"}
-        if not isinstance(content, dict) or set(content) != names or content["format"] != FORMAT:
+        check_fields(content, "the statement of a delivery", names)
+        if content["format"] != FORMAT:
             raise UserError(
-                "that is no statement of this version; let coordinator and owner use the same version"
+                f"the statement of a delivery has format {content['format']!r}; this version reads format {FORMAT}: {SAME_VERSION}"
             )
         words = [content[name] for name in ("request", "owner", "seed", "recipe", "expert")]
         if (
@@ -75,17 +84,19 @@ class Statement:
             or not isinstance(content["data"], dict)
             or not (content["privacy"] is None or isinstance(content["privacy"], dict))
         ):
-            raise UserError("the statement makes no sense")
+            raise UserError(
+                "a field of the delivery's statement has the wrong type; create the delivery again"
+            )
         files = tuple(FileParts.of_json(file) for file in content["files"])
         if len({file.name for file in files}) != len(files):
-            raise UserError("the statement names a file twice")
+            raise UserError("the delivery's statement lists a file twice; create the delivery again")
         request, owner, seed, recipe, expert = words
         return cls(request, owner, seed, recipe, expert, files, content["data"], content["privacy"])
 
 
 @dataclass(frozen=True)
-class Signed:
-    """A statement with its signature."""
+class SignedStatement:
+    """A statement and its signature."""
 
     statement: Statement
     signature: str
@@ -94,25 +105,29 @@ class Signed:
         return {"statement": self.statement.as_json(), "signature": self.signature}
 
     @classmethod
-    def of_json(cls, content: Any) -> Signed:
-        if not isinstance(content, dict) or not isinstance(content.get("signature"), str):
-            raise UserError("that is no signed statement")
-        return cls(Statement.of_json(content.get("statement")), content["signature"])
+    def of_json(cls, content: Any) -> SignedStatement:
+        """Read the result of `as_json`; raises `UserError` for anything else, since it comes from outside."""
+        check_fields(content, "the delivery", ("statement", "signature"))
+        if not isinstance(content["signature"], str):
+            raise UserError("the signature of the delivery is not text; create the delivery again")
+        return cls(Statement.of_json(content["statement"]), content["signature"])
 
     @classmethod
-    def read(cls, folder: Path) -> Signed:
-        """Read a delivery's statement; raises `UserError` where there is none."""
+    def read(cls, folder: Path) -> SignedStatement:
+        """Read the statement in a delivery's folder; raises `UserError` if there is none."""
         path = folder / DELIVERY_FILE
         if not path.is_file() or path.stat().st_size > MAX_STATEMENT:
-            raise UserError(f"{folder} is no delivery: it has no {DELIVERY_FILE} of sensible size")
+            raise UserError(
+                f"{folder} is not a delivery: {DELIVERY_FILE} is missing or larger than {MAX_STATEMENT:,} bytes"
+            )
         return cls.of_json(read_json(path))
 
 
 def make_delivery(
     expert: Path, request: ExpertRequest, key: OwnerKey, folder: Path, *, part_size: int = PART_BYTES
-) -> Signed:
-    """Write what leaves the owner into `folder` and sign it; the expert itself stays as it is."""
-    manifest = outgoing(read_manifest(expert), request)
+) -> SignedStatement:
+    """Write the files that leave the owner into `folder` and sign them; the expert itself stays unchanged."""
+    manifest = outgoing_manifest(read_manifest(expert), request)
     with new_folder(folder, force=True, what="delivery") as partial:
         for name in manifest.files:
             link_or_copy(expert / name, partial / name)
@@ -125,49 +140,46 @@ def make_delivery(
             recipe=request.recipe.digest,
             expert=manifest.digest,
             files=tuple(parts_of(partial / name, part_size) for name in names),
-            data=manifest.data,
-            privacy=manifest.data.get("privacy"),
+            data=record_as_json(manifest.data),
+            privacy=record_as_json(manifest.data.privacy) if manifest.data.privacy is not None else None,
         )
-        signed = Signed(statement, key.sign(statement.signed_bytes))
+        signed = SignedStatement(statement, key.sign(statement.signed_bytes))
         write_json(partial / DELIVERY_FILE, signed.as_json())
     return signed
 
 
-def outgoing(manifest: Manifest, request: ExpertRequest) -> Manifest:
-    """Return an expert's manifest as it may leave: counts to two digits, no digest of text, losses to three places."""
-    counts = {"documents": 0, "tokens": 0, "bytes": 0}
-    for about in manifest.data.get("domains", {}).values():
-        for name in counts:
-            counts[name] += int(about.get(name, 0))
-    licences = {about.get("licence") for about in manifest.data.get("domains", {}).values()}
-    told = {
-        **{name: rounded(count) for name, count in counts.items()},
-        "licence": licences.pop() if len(licences) == 1 else None,
-    }
+def outgoing_manifest(manifest: Manifest, request: ExpertRequest) -> Manifest:
+    """Return the manifest that leaves: counts to two significant digits, losses to three decimals, no digest of text."""
+    domains = manifest.domains.values()
+    licences = {domain.licence for domain in domains}
+    statement = DomainStatement(
+        round_count(sum(domain.documents for domain in domains)),
+        round_count(sum(domain.tokens for domain in domains)),
+        round_count(sum(domain.bytes for domain in domains)),
+        licence=licences.pop() if len(licences) == 1 else None,
+        rounded=True,
+    )
     return replace(
         manifest,
         owner=request.owner,
-        data={
-            "domains": {request.owner: told},
-            **{name: manifest.data[name] for name in ("trained_tokens", "privacy") if name in manifest.data},
-        },
-        metrics=_shortened(manifest.metrics, request.owner),
+        data=replace(manifest.data, domains={request.owner: statement}),
+        metrics=_rounded_metrics(manifest.metrics, request.owner),
     )
 
 
-def _shortened(metrics: Mapping[str, Any], owner: str) -> dict[str, Any]:
-    """Return metrics with losses to three places; those by domain stand under the owner's name."""
-    found: dict[str, Any] = {}
+def _rounded_metrics(metrics: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Return the metrics with losses to three decimals; losses by domain become one under the owner's name."""
+    rounded: dict[str, Any] = {}
     for name, value in metrics.items():
         if isinstance(value, float):
-            found[name] = round(value, 3)
+            rounded[name] = round(value, 3)
         elif name == "validation_loss" and isinstance(value, Mapping):
-            found[name] = {owner: round(sum(value.values()) / len(value), 3)} if value else {}
-    return found
+            rounded[name] = {owner: round(sum(value.values()) / len(value), 3)} if value else {}
+    return rounded
 
 
-def rounded(count: int, digits: int = DIGITS) -> int:
-    """Return a count to its first two digits: 12,345 -> 12,000."""
+def round_count(count: int, digits: int = DIGITS) -> int:
+    """Round a count to its first `digits` significant digits: 12,345 -> 12,000."""
     if count == 0:
         return 0
     return int(round(count, digits - 1 - math.floor(math.log10(abs(count)))))

@@ -1,6 +1,6 @@
-"""Large files in parts: each has a digest, can be sent alone and again, and lies at its place when it has arrived.
+"""Chunked file transfer: each part of a file has a digest, can be sent on its own, and is written at its final offset.
 
-Neither end ever holds more than one part; dtypes do not matter, bytes are bytes.
+Neither side holds more than one part in memory. The content is opaque bytes.
 """
 
 from __future__ import annotations
@@ -11,39 +11,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....core.artefacts.files import readable_os_errors
+from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.errors import UserError
+from .fields import check_fields
 
 PART_BYTES = 64 << 20
+"""Largest part, and the default size."""
 READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class FileParts:
-    """One file as its parts."""
+    """A file's name, size and digests, as a whole and by part."""
 
     name: str
-    """Without a folder."""
+    """File name without a folder."""
     size: int
+    """Bytes."""
     sha256: str
-    """Of the whole file."""
+    """Digest of the whole file."""
     parts: tuple[str, ...]
     """sha256 of each part, in order."""
     part_size: int = PART_BYTES
+    """Bytes of every part but the last."""
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
-            raise UserError(f"{self.name!r} is no name of a file that is handed on")
+            raise UserError(f"{self.name!r} is not a plain file name")
         digests = [self.sha256, *self.parts]
         if self.size < 0 or self.part_size < 1 or not all(is_digest(digest) for digest in digests):
-            raise UserError(f"what is said of the parts of {self.name} makes no sense")
+            raise UserError(f"the sizes or digests of {self.name} are invalid")
         if len(self.parts) != -(-self.size // self.part_size):
             raise UserError(f"{self.name} of {self.size:,} bytes cannot have {len(self.parts)} parts")
 
     def span(self, index: int) -> tuple[int, int]:
-        """Return where a part begins and ends; raises `UserError` for one that there is not."""
+        """Return the byte range [begin, end) of a part; raises `UserError` for an index out of range."""
         if not 0 <= index < len(self.parts):
-            raise UserError(f"{self.name} has {len(self.parts)} parts, and no part {index}")
+            raise UserError(f"{self.name} has {len(self.parts)} parts; there is no part {index}")
         return index * self.part_size, min((index + 1) * self.part_size, self.size)
 
     def as_json(self) -> dict[str, Any]:
@@ -57,56 +61,50 @@ class FileParts:
 
     @classmethod
     def of_json(cls, content: Any) -> FileParts:
-        """Read what `as_json` gives; raises `UserError` for anything else."""
+        """Read the result of `as_json`; raises `UserError` for anything else."""
+        check_fields(content, "a file entry", ("name", "size", "sha256", "parts", "part_size"))
         try:
-            found = cls(
-                content["name"],
-                content["size"],
-                content["sha256"],
-                tuple(content["parts"]),
-                content["part_size"],
-            )
-        except (KeyError, TypeError, ValueError):
-            raise UserError("what is said of a file's parts makes no sense") from None
-        return found
+            return cls(**{**content, "parts": tuple(content["parts"])})
+        except (TypeError, ValueError):
+            raise UserError("a field of a file entry has the wrong type") from None
 
 
 def is_digest(text: object) -> bool:
-    """Tell whether a text is a sha256 in hexadecimal."""
+    """Return whether a text is a sha256 in hexadecimal."""
     return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 def parts_of(path: Path, part_size: int = PART_BYTES) -> FileParts:
-    """Return a file's parts; it is read once."""
-    whole, digests = hashlib.sha256(), []
+    """Compute the digests of a file and its parts, reading it once."""
+    file_digest, digests = hashlib.sha256(), []
     size = 0
-    with readable_os_errors(path), path.open("rb") as file:
+    with os_errors_as_user_errors(path), path.open("rb") as file:
         while True:
-            part, left = hashlib.sha256(), part_size
+            part_digest, left = hashlib.sha256(), part_size
             while left and (piece := file.read(min(READ_BYTES, left))):
-                part.update(piece)
-                whole.update(piece)
+                part_digest.update(piece)
+                file_digest.update(piece)
                 left -= len(piece)
             if left == part_size:
                 break
             size += part_size - left
-            digests.append(part.hexdigest())
-    return FileParts(path.name, size, whole.hexdigest(), tuple(digests), part_size)
+            digests.append(part_digest.hexdigest())
+    return FileParts(path.name, size, file_digest.hexdigest(), tuple(digests), part_size)
 
 
 def read_part(path: Path, file: FileParts, index: int) -> bytes:
-    """Return one part of a file; raises `UserError` where the file is shorter than it was."""
+    """Read one part of a file; raises `UserError` if the file has become shorter."""
     begin, end = file.span(index)
-    with readable_os_errors(path), path.open("rb") as stream:
+    with os_errors_as_user_errors(path), path.open("rb") as stream:
         stream.seek(begin)
         data = stream.read(end - begin)
     if len(data) != end - begin:
-        raise UserError(f"{path} is shorter than it was; make it again")
+        raise UserError(f"{path} is shorter than expected; create it again")
     return data
 
 
 class PartsWriter:
-    """Gathers the parts of one file, in any order, over any number of tries and processes."""
+    """Writes the parts of one file, in any order and across restarts."""
 
     def __init__(self, folder: Path, file: FileParts) -> None:
         self.file, self.path = file, folder / file.name
@@ -114,53 +112,56 @@ class PartsWriter:
         self._marks = folder / f".{file.name}.marks"
 
     def missing(self) -> list[int]:
-        """Return the parts that have not arrived; none once the file stands."""
+        """Return the indices of the parts that have not arrived; empty once the file is complete."""
         if self.path.is_file():
             return []
         marks = self._marks.read_bytes() if self._marks.is_file() else b""
         return [index for index in range(len(self.file.parts)) if marks[index : index + 1] != b"\x01"]
 
     def put(self, index: int, data: bytes) -> None:
-        """Take one part in; raises `UserError` for bytes that are not what was announced, and for a full disk."""
+        """Write one part; raises `UserError` for bytes that do not match the announced digest and for a full disk."""
         begin, end = self.file.span(index)
         if len(data) != end - begin or hashlib.sha256(data).hexdigest() != self.file.parts[index]:
-            raise UserError(f"part {index} of {self.file.name} is not what was announced; send it again")
+            raise UserError(
+                f"part {index} of {self.file.name} does not match its announced digest; send it again"
+            )
         if index not in self.missing():
             return
-        with readable_os_errors(self.path):
+        with os_errors_as_user_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _write_at(self._partial, begin, data)
-            _write_at(self._marks, index, b"\x01")  # only when the part itself is on the disk
+            _write_at(self._marks, index, b"\x01")  # after the part itself is on disk
 
     def finish(self) -> Path:
-        """Return the file, complete and checked as a whole; raises `UserError` for parts that are missing."""
+        """Check the whole file and move it into place; raises `UserError` for missing parts or another digest."""
         if self.path.is_file():
             return self.path
         missing = self.missing()
         if missing:
             raise UserError(f"{len(missing)} of {len(self.file.parts)} parts of {self.file.name} are missing")
-        with readable_os_errors(self.path):
+        with os_errors_as_user_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.file.parts:
                 self._partial.touch()
             with self._partial.open("rb") as file:
-                whole = hashlib.file_digest(file, "sha256").hexdigest()
-            if whole != self.file.sha256:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != self.file.sha256:
                 self._partial.unlink()
                 self._marks.unlink(missing_ok=True)
-                raise UserError(f"{self.file.name} is not what was announced; send it again")
+                raise UserError(f"{self.file.name} does not match its announced digest; send it again")
             self._partial.rename(self.path)
             self._marks.unlink(missing_ok=True)
         return self.path
 
 
-def _write_at(path: Path, place: int, data: bytes) -> None:
+def _write_at(path: Path, offset: int, data: bytes) -> None:
+    """Write bytes at an offset and flush them to disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         view = memoryview(data)
         while view:
-            written = os.pwrite(descriptor, view, place)
-            view, place = view[written:], place + written
+            written = os.pwrite(descriptor, view, offset)
+            view, offset = view[written:], offset + written
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

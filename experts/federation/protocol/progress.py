@@ -1,12 +1,13 @@
-"""What an owner says of a training while it goes on: a few numbers, and a code where it failed."""
+"""Progress messages of an owner's training run: step counts, loss, time left and a failure code."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from ....core.errors import UserError
+from .fields import check_fields
 
 ProgressState = Literal["waiting", "training", "ready", "failed"]
 FailureCode = Literal["", "SEED", "DATA", "TRAINING", "PRIVACY", "DISK", "STOPPED"]
@@ -14,33 +15,36 @@ FailureCode = Literal["", "SEED", "DATA", "TRAINING", "PRIVACY", "DISK", "STOPPE
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training has come."""
+    """Progress of one training run."""
 
     state: ProgressState
     step: int = 0
+    """Optimiser steps done."""
     steps: int = 0
+    """Optimiser steps in total; 0 while unknown."""
     loss: float | None = None
-    """Of the last step that was logged, nats per token, to two places."""
+    """Loss at the last logged step, nats per token, to two decimals; None if unknown or withheld."""
     seconds_left: float | None = None
+    """Estimated seconds until the end; None if unknown."""
     code: FailureCode = ""
+    """Phase or cause of a failure; empty without one."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def of_json(cls, content: Any) -> Progress:
-        """Read what `as_json` gives; raises `UserError` for anything else, since it comes from outside."""
-        try:
-            found = cls(**content)
-        except TypeError:
-            raise UserError("that is no progress of this version") from None
-        numbers = (found.step, found.steps, found.loss or 0, found.seconds_left or 0)
+        """Read the result of `as_json`; raises `UserError` for anything else, since it comes from outside."""
+        check_fields(content, "a progress message", ("state",), (field.name for field in fields(cls)))
+        progress = cls(**content)
+        numbers = (progress.step, progress.steps, progress.loss or 0, progress.seconds_left or 0)
         if (
-            found.state not in get_args(ProgressState)
-            or found.code not in get_args(FailureCode)
+            progress.state not in get_args(ProgressState)
+            or progress.code not in get_args(FailureCode)
             or not all(
-                isinstance(one, int | float) and math.isfinite(one) and 0 <= one < 1e15 for one in numbers
+                isinstance(number, int | float) and math.isfinite(number) and 0 <= number < 1e15
+                for number in numbers
             )
         ):
-            raise UserError("that progress makes no sense")
-        return found
+            raise UserError("a field of a progress message has an invalid value")
+        return progress

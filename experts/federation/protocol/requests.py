@@ -1,4 +1,4 @@
-"""What a coordinator asks of an owner: an expert of this seed, trained in this way, until then."""
+"""Requests: a coordinator asks an owner for an expert of a seed, trained by a recipe, before a deadline."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from ....core.artefacts.layout import check_name
 from ....core.errors import UserError
+from .fields import SAME_VERSION, check_fields
 from .parts import FileParts
 
 FORMAT = 1
@@ -22,26 +23,30 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 @dataclass(frozen=True)
 class RoundOf:
-    """One round of a shared model, which an owner's part in it belongs to."""
+    """The round of a shared model that a request belongs to."""
 
     model: str
-    """What the shared model is called."""
+    """Name of the shared model."""
     rounds: str
-    """Identifier of all its rounds: what an owner keeps from one to the next is kept under it."""
+    """Identifier of the sequence of rounds; an owner's state between rounds is stored under it."""
     number: int
+    """Number of this round, from 0."""
     total: int
-    """Rounds that there will be."""
+    """Number of rounds planned."""
     steps: int
-    """Optimiser steps in a round."""
+    """Optimiser steps per round."""
 
     def __post_init__(self) -> None:
         numbers = (self.number, self.total, self.steps)
-        if not all(type(one) is int and 0 <= one < 10**9 for one in numbers) or not is_identifier(
-            self.rounds
-        ):
-            raise UserError("the round of a request makes no sense; ask for it again")
+        is_valid = all(type(number) is int and 0 <= number < 10**9 for number in numbers)
+        if not is_valid or not is_identifier(self.rounds):
+            raise UserError(
+                "a field of the request's round is invalid; ask the coordinator for a new request"
+            )
         if not 0 <= self.number < self.total or self.steps < 1:
-            raise UserError("the round of a request is none of its rounds; ask for it again")
+            raise UserError(
+                "the request's round number is out of range; ask the coordinator for a new request"
+            )
         check_name(self.model, "a shared model")
 
     def __str__(self) -> str:
@@ -53,32 +58,34 @@ class RoundOf:
 
     @classmethod
     def of_json(cls, content: Any) -> RoundOf:
-        """Read what a recipe's `as_json` gives; raises `UserError` for anything else."""
-        _check_keys(content, {"model", "rounds", "number", "total", "steps"}, "a round")
+        """Read a round from a recipe's `as_json`; raises `UserError` for anything else."""
+        check_fields(content, "the round of a request", ("model", "rounds", "number", "total", "steps"))
         if not isinstance(content["model"], str):
-            raise UserError("the round of a request has no name; ask for it again")
+            raise UserError(
+                "the shared model's name in the request is not text; ask the coordinator for a new request"
+            )
         return cls(**content)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an expert is trained."""
+    """Training recipe of an expert: trainer, options, settings and privacy."""
 
     trains: str
-    """A trainer: `flexolmo`, `all` ..."""
+    """Name of the trainer: `flexolmo`, `all` ..."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the trainer."""
+    """Options of the trainer."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the training loop that differ from the defaults: `tokens`, `learning_rate` ..."""
+    """Training-loop settings that differ from the defaults: `tokens`, `learning_rate` ..."""
     privacy: Mapping[str, Any] | None = None
-    """What differential privacy is asked for, or None."""
+    """Differential privacy settings; None to train without."""
     round: RoundOf | None = None
-    """Set: what is trained is not an expert, but the shared model for one round."""
+    """Round of a shared model that the request trains; None for an expert."""
 
     @property
     def digest(self) -> str:
-        """Return what tells recipes apart."""
-        return hashlib.sha256(canonical(self.as_json())).hexdigest()
+        """Digest of the recipe's canonical JSON (sha256)."""
+        return hashlib.sha256(canonical_json(self.as_json())).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -91,9 +98,8 @@ class Recipe:
 
     @classmethod
     def of_json(cls, content: Any) -> Recipe:
-        """Read what `as_json` gives; raises `UserError` for anything else."""
-        optional = {"round"} if isinstance(content, dict) and "round" in content else set()
-        _check_keys(content, {"trains", "options", "training", "privacy"} | optional, "a recipe")
+        """Read the result of `as_json`; raises `UserError` for anything else."""
+        check_fields(content, "the recipe", ("trains", "options", "training", "privacy"), ("round",))
         privacy = content["privacy"]
         if (
             not isinstance(content["trains"], str)
@@ -101,22 +107,24 @@ class Recipe:
             or not isinstance(content["training"], dict)
             or not (privacy is None or isinstance(privacy, dict))
         ):
-            raise UserError("the recipe of a request makes no sense; ask for it again")
-        part = RoundOf.of_json(content["round"]) if "round" in content else None
-        return cls(content["trains"], content["options"], content["training"], privacy, part)
+            raise UserError("a field of the recipe has the wrong type; ask the coordinator for a new request")
+        round_ = RoundOf.of_json(content["round"]) if "round" in content else None
+        return cls(content["trains"], content["options"], content["training"], privacy, round_)
 
 
 @dataclass(frozen=True)
 class ExpertRequest:
-    """One expert, asked of one owner."""
+    """A request for one expert from one owner."""
 
     id: str
+    """16 hexadecimal digits."""
     owner: str
     key: str
     """Fingerprint of the owner's key."""
     seed: str
     """Digest of the seed."""
     seed_files: tuple[FileParts, ...]
+    """Files of the seed that the owner downloads."""
     recipe: Recipe
     deadline: datetime
     """UTC."""
@@ -135,27 +143,27 @@ class ExpertRequest:
 
     @classmethod
     def of_json(cls, content: Any) -> ExpertRequest:
-        """Read what `as_json` gives; raises `UserError` for anything else, since it comes from outside."""
+        """Read the result of `as_json`; raises `UserError` for anything else, since it comes from outside."""
         names = {"format", "id", "owner", "key", "seed", "seed_files", "recipe", "deadline"}
-        _check_keys(content, names, "a request")
+        check_fields(content, "the request", names)
         if content["format"] != FORMAT:
             raise UserError(
-                f"the request has format {content['format']!r}; this version reads format {FORMAT}: let coordinator and owner "
-                "use the same version"
+                f"the request has format {content['format']!r}; this version reads format {FORMAT}: {SAME_VERSION}"
             )
         words = [content[name] for name in ("id", "owner", "key", "seed", "deadline")]
-        if not all(isinstance(word, str) and len(word) < 200 for word in words) or not is_identifier(
-            content["id"]
-        ):
-            raise UserError("the request makes no sense; ask for it again")
+        are_texts = all(isinstance(word, str) and len(word) < 200 for word in words)
+        if not are_texts or not is_identifier(content["id"]):
+            raise UserError("a field of the request is invalid; ask the coordinator for a new one")
         if not isinstance(content["seed_files"], list):
-            raise UserError("the request names no files of a seed; ask for it again")
+            raise UserError("the request's seed_files is not a list; ask the coordinator for a new request")
         try:
             deadline = datetime.fromisoformat(content["deadline"])
         except ValueError:
-            raise UserError(f"the deadline {content['deadline']!r} of a request is no time") from None
+            raise UserError(
+                f"the deadline {content['deadline']!r} of the request is not an ISO 8601 time"
+            ) from None
         if deadline.tzinfo is None:
-            raise UserError(f"the deadline {content['deadline']!r} of a request has no time zone")
+            raise UserError(f"the deadline {content['deadline']!r} of the request has no time zone")
         return cls(
             content["id"],
             content["owner"],
@@ -168,7 +176,7 @@ class ExpertRequest:
 
 
 def without_superseded(requests: Sequence[ExpertRequest]) -> list[ExpertRequest]:
-    """Return requests without those for a round of a shared model where a later round was asked for too."""
+    """Return the requests without those for a round of a shared model that a later round replaces."""
     latest: dict[str, int] = {}
     for request in requests:
         if (part := request.recipe.round) is not None:
@@ -181,33 +189,28 @@ def without_superseded(requests: Sequence[ExpertRequest]) -> list[ExpertRequest]
 
 
 def new_identifier() -> str:
-    """Return an identifier that nobody guesses."""
+    """Return a random identifier."""
     return secrets.token_hex(8)
 
 
 def is_identifier(text: object) -> bool:
-    """Tell whether a text can be an identifier, which becomes part of a path."""
+    """Return whether a text has the form of an identifier, which becomes part of a path."""
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{16}", text) is not None
 
 
-def canonical(content: Mapping[str, Any]) -> bytes:
-    """Return the bytes of JSON that are signed and digested: keys sorted, no spaces."""
+def canonical_json(content: Mapping[str, Any]) -> bytes:
+    """Return canonical JSON for signatures and digests: sorted keys, no spaces, UTF-8."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
 def deadline_in(text: str, now: datetime) -> datetime:
-    """Return when `48h`, `30m`, `2d` or `1d 12h` from now is; raises `UserError` for anything else."""
-    found = _DURATION.findall(text.lower())
-    if not found or _DURATION.sub("", text.lower()).strip():
-        raise UserError(f"'{text}' is no time until a deadline; write 30m, 48h, 2d or 1d 12h")
-    seconds = sum(float(number) * _SECONDS[unit] for number, unit in found)
+    """Return the time that is `48h`, `30m`, `2d` or `1d 12h` after `now`; raises `UserError` for other texts."""
+    durations = _DURATION.findall(text.lower())
+    if not durations or _DURATION.sub("", text.lower()).strip():
+        raise UserError(f"'{text}' is not a duration; write 30m, 48h, 2d or 1d 12h")
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in durations)
     if seconds <= 0:
-        raise UserError(f"'{text}' is over at once; write 30m, 48h, 2d or 1d 12h")
+        raise UserError(f"'{text}' is not longer than 0 seconds; write 30m, 48h, 2d or 1d 12h")
     if seconds > 10 * 365 * 86400:
         raise UserError(f"'{text}' is more than ten years")
     return now.astimezone(UTC) + timedelta(seconds=seconds)
-
-
-def _check_keys(content: Any, names: set[str], what: str) -> None:
-    if not isinstance(content, dict) or set(content) != names:
-        raise UserError(f"that is not {what} of this version; let coordinator and owner use the same version")

@@ -1,8 +1,8 @@
-"""One shared model from owners who train apart: checked averaging, and an outer step of SGD with Nesterov momentum.
+"""Federated averaging: checks of owners' weights, and an outer optimiser step of SGD with Nesterov momentum.
 
 DiLoCo (arXiv:2311.08105, algorithm 1) and FedAvg (arXiv:1602.05629, algorithm 1). theta are the shared weights of a round,
-theta_i what owner i made of them: Delta = sum_i w_i (theta - theta_i), and the outer optimiser takes Delta for a gradient.
-A piece of one tensor is in memory at a time, whatever the number of owners and the size of the tensor.
+theta_i the weights of owner i after it: Delta = sum_i w_i (theta - theta_i), which the outer optimiser uses as the gradient.
+Memory holds one span of one tensor at a time, whatever the number of owners and the size of the tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from ....core.artefacts.lineage import digest_of_tensors
+from ....core.artefacts.digests import digest_of_tensors
 from ....core.artefacts.numeric import FLOATING
 from ....core.artefacts.safetensors_io import Checkpoint, digest_start, tensor_bytes
 from ....core.errors import UserError, first_line, unknown_name
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 22
-"""Numbers of a tensor that are in memory at a time."""
+"""Elements of a tensor that are in memory at a time."""
 MOMENTUM, MASTER = "momentum/", "master/"
-"""What stands before a tensor's name in the outer optimiser's state."""
+"""Prefixes of tensor names in the outer optimiser's state."""
 
 
 @dataclass(frozen=True)
 class OuterRecipe:
-    """How a round becomes a step of the shared model."""
+    """Outer optimiser of a synchronous recipe."""
 
     name: str
     learning_rate: float
     momentum: float
     by_tokens: bool
-    """Whether owners count by the tokens of their text (n_k in the paper), or all the same."""
+    """Whether owners are weighted by their token counts (n_k in the paper) or equally."""
 
 
 OUTER_RECIPES = {
@@ -49,7 +49,7 @@ OUTER_RECIPES = {
 
 
 def outer_recipe(name: str) -> OuterRecipe:
-    """Return a recipe by its name; raises `UserError` for any other."""
+    """Return a synchronous recipe by name; raises `UserError` for an unknown name."""
     if name not in OUTER_RECIPES:
         raise unknown_name("synchronous recipe", name, OUTER_RECIPES)
     return OUTER_RECIPES[name]
@@ -57,94 +57,103 @@ def outer_recipe(name: str) -> OuterRecipe:
 
 @dataclass(frozen=True)
 class AveragingRules:
-    """Bounds that an owner's weights are held to."""
+    """Bounds on an owner's weights."""
 
     max_change: float = 1.0
-    """Most that the weights may have moved in a round: length of the difference of all tensors together, over the length of
-    the shared ones."""
+    """Largest change in a round: norm of the difference over all tensors, divided by the norm of the shared weights."""
     max_weight: float = 10.0
-    """Most that an owner may count, against the median of a round: tokens are what owners say they are."""
+    """Cap on an owner's token count, as a multiple of the round's median, since token counts are declared by owners."""
 
 
 @dataclass(frozen=True)
-class Examined:
-    """Weights that may be averaged."""
+class ExaminedWeights:
+    """Digest and change of weights that passed all checks."""
 
     digest: str
     change: float
-    """How far they moved, as in `AveragingRules.max_change`."""
+    """Relative change, as in `AveragingRules.max_change`."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """Weights of one owner that are averaged."""
+    """One owner's weights and its share in the average."""
 
     owner: str
     file: Path
     digest: str
-    """Of its tensors when they were examined."""
+    """Digest of the tensors when they were examined."""
     share: float
+    """Weight in the average; the shares of a round sum to 1."""
 
 
-def examine_weights(file: Path, shared: Checkpoint, rules: AveragingRules) -> Examined | Refusal:
-    """Hold an owner's weights against the shared ones: names, shapes, dtypes, finite numbers, and how far they moved."""
+def examine_weights(file: Path, shared: Checkpoint, rules: AveragingRules) -> ExaminedWeights | Refusal:
+    """Check an owner's weights against the shared weights: names, shapes, dtypes, finite values and relative change."""
     import torch
 
     try:
-        own = Checkpoint([file])
-        refusal = _refusal_of_header(own, shared)
+        weights = Checkpoint([file])
+        refusal = _refusal_of_header(weights, shared)
         if refusal is not None:
             return refusal
         digests: dict[str, str] = {}
-        moved = length = 0.0
+        squared_change = squared_norm = 0.0
         for name in shared:
-            kind = shared.entry(name).dtype
-            state = digest_start(kind, shared.entry(name).shape)
-            for begin, end in spans_of(shared, name):
-                piece, before = own.span(name, begin, end), shared.span(name, begin, end)
-                state.update(tensor_bytes(piece))
-                if kind not in FLOATING:
-                    if not torch.equal(piece, before):
-                        return Refusal(RefusalCode.FROZEN, f"'{name}' is no floating-point tensor")
+            dtype = shared.entry(name).dtype
+            digest = digest_start(dtype, shared.entry(name).shape)
+            for begin, end in tensor_spans(shared, name):
+                piece, shared_piece = weights.span(name, begin, end), shared.span(name, begin, end)
+                digest.update(tensor_bytes(piece))
+                if dtype not in FLOATING:
+                    if not torch.equal(piece, shared_piece):
+                        return Refusal(RefusalCode.FROZEN, f"'{name}' is not a floating-point tensor")
                     continue
-                start, after = _wide(before), _wide(piece)
+                before, after = _upcast(shared_piece), _upcast(piece)
                 if not bool(torch.isfinite(after).all()):
                     return Refusal(RefusalCode.NOT_FINITE, f"'{name}'")
-                moved += float((after - start).square().sum(dtype=torch.float64))
-                length += float(start.square().sum(dtype=torch.float64))
-            digests[name] = state.hexdigest()
+                squared_change += float((after - before).square().sum(dtype=torch.float64))
+                squared_norm += float(before.square().sum(dtype=torch.float64))
+            digests[name] = digest.hexdigest()
     except UserError as error:
         return Refusal(RefusalCode.FILES, first_line(error).replace(str(file), "the file"))
-    change = math.sqrt(moved / length) if length else math.sqrt(moved)
+    change = math.sqrt(squared_change / (squared_norm or 1.0))
     if not change <= rules.max_change:
         return Refusal(
-            RefusalCode.NORM, f"{change:.3g} of the shared weights' length; {rules.max_change:g} is allowed"
+            RefusalCode.NORM,
+            f"by {change:.3g} times the norm of the shared weights; {rules.max_change:g} is allowed",
         )
-    return Examined(digest_of_tensors(digests), change)
+    return ExaminedWeights(digest_of_tensors(digests), change)
 
 
-def _refusal_of_header(own: Checkpoint, shared: Checkpoint) -> Refusal | None:
-    """Judge names, shapes and dtypes, for which no tensor needs to be read."""
-    for name in [*shared, *own]:
-        if name not in own or name not in shared:
-            whose = "the owner's weights lack" if name not in own else "the shared model has no"
-            return Refusal(RefusalCode.SHAPES, f"{whose} '{name:.100}'")
-        mine, theirs = own.entry(name), shared.entry(name)
-        if mine.shape != theirs.shape:
+def _refusal_of_header(weights: Checkpoint, shared: Checkpoint) -> Refusal | None:
+    """Check names, shapes and dtypes without reading tensors."""
+    for name in [*shared, *weights]:
+        if name not in weights or name not in shared:
+            holder = "the owner's weights lack" if name not in weights else "the shared model has no"
+            return Refusal(RefusalCode.SHAPES, f"{holder} '{name:.100}'")
+        entry, shared_entry = weights.entry(name), shared.entry(name)
+        if entry.shape != shared_entry.shape:
             return Refusal(
-                RefusalCode.SHAPES, f"'{name}' is {list(mine.shape)}, the shared one {list(theirs.shape)}"
+                RefusalCode.SHAPES,
+                f"'{name}' is {list(entry.shape)}, the shared tensor {list(shared_entry.shape)}",
             )
-        if mine.dtype != theirs.dtype:
-            return Refusal(RefusalCode.DTYPES, f"'{name}' is {mine.dtype}, the shared one {theirs.dtype}")
+        if entry.dtype != shared_entry.dtype:
+            return Refusal(
+                RefusalCode.DTYPES, f"'{name}' is {entry.dtype}, the shared tensor {shared_entry.dtype}"
+            )
     return None
 
 
-def shares_of(weights: Mapping[str, float], recipe: OuterRecipe, rules: AveragingRules) -> dict[str, float]:
-    """Return how much each owner counts, summing to 1, by sorted name; no weight beyond `rules.max_weight` medians."""
+def owner_shares(
+    weights: Mapping[str, float], recipe: OuterRecipe, rules: AveragingRules
+) -> dict[str, float]:
+    """Return each owner's share in the average, sorted by name and summing to 1.
+
+    Token counts are capped at `rules.max_weight` times their median.
+    """
     if not recipe.by_tokens:
         return {owner: 1 / len(weights) for owner in sorted(weights)}
-    most = rules.max_weight * median(weights.values())
-    capped = {owner: min(weights[owner], most) for owner in sorted(weights)}
+    cap = rules.max_weight * median(weights.values())
+    capped = {owner: min(weights[owner], cap) for owner in sorted(weights)}
     total = math.fsum(capped.values())
     return {owner: weight / total for owner, weight in capped.items()}
 
@@ -152,9 +161,9 @@ def shares_of(weights: Mapping[str, float], recipe: OuterRecipe, rules: Averagin
 def outer_step(
     weights: Tensor, difference: Tensor, momentum: Tensor | None, recipe: OuterRecipe
 ) -> tuple[Tensor, Tensor]:
-    """Return (weights, momentum) after one step of SGD with Nesterov momentum along a tensor of averaged differences.
+    """Return (weights, momentum) after one step of SGD with Nesterov momentum, with `difference` as the gradient.
 
-    The same as torch.optim.SGD(nesterov=True) whose gradient is `difference`; all of one shape and dtype.
+    Equals torch.optim.SGD(nesterov=True). All tensors have the same shape and dtype.
     """
     buffer = difference if momentum is None else recipe.momentum * momentum + difference
     step = difference + recipe.momentum * buffer if recipe.momentum else difference
@@ -169,131 +178,131 @@ def average_round(
     weights_file: Path,
     state_file: Path,
 ) -> str:
-    """Write the shared weights after a round, and the outer optimiser's state, and return the weights' digest.
+    """Write the shared weights after a round and the outer optimiser's state; return the weights' digest.
 
-    Weights have the dtypes of `shared`; momentum is float32 (float64 for float64), and so is a master copy of weights of
-    fewer bits, which would otherwise lose small steps. `state` is what the round before wrote, None for the first. The same
-    contributions give the same bytes. Raises `UserError` where weights are no longer what was examined.
+    Weights keep the dtypes of `shared`. Momentum is float32 (float64 for float64 weights), and so is a master copy of weights
+    with fewer bits, which would otherwise lose small steps. `state` is the previous round's state file, None in the first round.
+    The same contributions give the same bytes. Raises `UserError` if weights have changed since they were examined.
     """
-    sources = [
-        _Source(one, Checkpoint([one.file])) for one in sorted(contributions, key=lambda one: one.owner)
+    readers = [
+        _WeightsReader(contribution) for contribution in sorted(contributions, key=lambda item: item.owner)
     ]
-    kept = _state_shapes(shared, recipe)
+    state_shapes = _state_shapes(shared, recipe)
     shapes = {name: (shared.entry(name).dtype, shared.entry(name).shape) for name in shared}
-    with TensorStream(weights_file, shapes) as weights, TensorStream(state_file, kept) as outer:
+    with TensorStream(weights_file, shapes) as weights, TensorStream(state_file, state_shapes) as outer:
         for name in shared:
-            for source in sources:
-                source.begin(name)
-            _average_tensor(name, shared, sources, state, recipe, weights, outer)
-            for source in sources:
-                source.end()
-        for source in sources:
-            source.require_as_examined()
+            for reader in readers:
+                reader.begin(name)
+            _average_tensor(name, shared, readers, state, recipe, weights, outer)
+            for reader in readers:
+                reader.end()
+        for reader in readers:
+            reader.require_unchanged()
     return digest_of_tensors(weights.digests)
 
 
 def _average_tensor(
     name: str,
     shared: Checkpoint,
-    sources: Sequence[_Source],
+    readers: Sequence[_WeightsReader],
     state: Checkpoint | None,
     recipe: OuterRecipe,
     weights: TensorStream,
     outer: TensorStream,
 ) -> None:
-    """Write one tensor of the shared weights after a round, and of the outer optimiser's state, piece by piece."""
-    for begin, end in spans_of(shared, name):
-        sent = shared.span(name, begin, end)
+    """Average one tensor span by span; write the new weights and the outer optimiser's state."""
+    for begin, end in tensor_spans(shared, name):
+        piece = shared.span(name, begin, end)
         if shared.entry(name).dtype not in FLOATING:
-            weights.add(name, sent)
-            for source in sources:
-                source.read(begin, end)
+            weights.add(name, piece)
+            for reader in readers:
+                reader.read(begin, end)
             continue
-        before = _kept(state, MASTER + name, begin, end)
+        master = _state_span(state, MASTER + name, begin, end)
         after, buffer = outer_step(
-            _wide(sent) if before is None else before,
-            _mean_difference(sent, sources, begin, end),
-            _kept(state, MOMENTUM + name, begin, end),
+            _upcast(piece) if master is None else master,
+            _mean_difference(piece, readers, begin, end),
+            _state_span(state, MOMENTUM + name, begin, end),
             recipe,
         )
-        weights.add(name, after.to(sent.dtype))
-        for prefix, piece in ((MASTER, after), (MOMENTUM, buffer)):
+        weights.add(name, after.to(piece.dtype))
+        for prefix, values in ((MASTER, after), (MOMENTUM, buffer)):
             if prefix + name in outer:
-                outer.add(prefix + name, piece)
+                outer.add(prefix + name, values)
 
 
-class _Source:
-    """One owner's weights as they are read, piece by piece and digested on the way."""
+class _WeightsReader:
+    """Reads one owner's weights span by span and computes their digest."""
 
-    def __init__(self, one: Contribution, checkpoint: Checkpoint) -> None:
-        self.share = one.share
-        self._one, self._checkpoint = one, checkpoint
+    def __init__(self, contribution: Contribution) -> None:
+        self.share = contribution.share
+        self._contribution, self._checkpoint = contribution, Checkpoint([contribution.file])
         self._digests: dict[str, str] = {}
-        self._name, self._state = "", hashlib.sha256()
+        self._name, self._digest = "", hashlib.sha256()
 
     def begin(self, name: str) -> None:
-        """Go on with another tensor."""
+        """Start reading a tensor."""
         entry = self._checkpoint.entry(name)
-        self._name, self._state = name, digest_start(entry.dtype, entry.shape)
+        self._name, self._digest = name, digest_start(entry.dtype, entry.shape)
 
     def read(self, begin: int, end: int) -> Tensor:
-        """Return the next numbers of the tensor."""
+        """Return the tensor's elements [begin, end); spans must be read in order."""
         piece = self._checkpoint.span(self._name, begin, end)
-        self._state.update(tensor_bytes(piece))
+        self._digest.update(tensor_bytes(piece))
         return piece
 
     def end(self) -> None:
-        """Note the digest of the tensor, all of which was read."""
-        self._digests[self._name] = self._state.hexdigest()
+        """Record the digest of the tensor after its last span."""
+        self._digests[self._name] = self._digest.hexdigest()
 
-    def require_as_examined(self) -> None:
-        """Raise `UserError` where what was read is not what was examined."""
-        if digest_of_tensors(self._digests) != self._one.digest:
+    def require_unchanged(self) -> None:
+        """Raise `UserError` if the weights differ from those examined."""
+        if digest_of_tensors(self._digests) != self._contribution.digest:
             raise UserError(
-                f"what '{self._one.owner}' delivered ({self._one.file}) was changed since it was examined; remove it and let the "
-                "owner deliver again"
+                f"the weights of '{self._contribution.owner}' ({self._contribution.file}) have changed since they were examined; "
+                "remove them and let the owner deliver again"
             )
 
 
-def _mean_difference(sent: Tensor, sources: Sequence[_Source], begin: int, end: int) -> Tensor:
-    """Return sum_i w_i (theta - theta_i) of a piece of one tensor."""
+def _mean_difference(shared: Tensor, readers: Sequence[_WeightsReader], begin: int, end: int) -> Tensor:
+    """Return sum_i w_i (theta - theta_i) for one span of a tensor."""
     import torch
 
-    start = _wide(sent)
-    total = torch.zeros_like(start)
-    for source in sources:
-        total.add_(start - _wide(source.read(begin, end)), alpha=source.share)
+    before = _upcast(shared)
+    total = torch.zeros_like(before)
+    for reader in readers:
+        total.add_(before - _upcast(reader.read(begin, end)), alpha=reader.share)
     return total
 
 
-def spans_of(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, int]]:
-    """Yield where the pieces of a tensor begin and end, in numbers."""
+def tensor_spans(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, int]]:
+    """Yield element ranges [begin, end) of at most `PIECE` elements that cover a tensor."""
     count = math.prod(checkpoint.entry(name).shape)
     for begin in range(0, count, PIECE):
         yield begin, min(begin + PIECE, count)
 
 
 def _state_shapes(shared: Checkpoint, recipe: OuterRecipe) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return what the outer optimiser keeps: dtype and shape by name, in the order in which it is written."""
-    kept: dict[str, tuple[str, tuple[int, ...]]] = {}
+    """Return dtype and shape of the outer optimiser's state tensors by name, in the order of writing."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in shared:
         entry = shared.entry(name)
         if entry.dtype not in FLOATING:
             continue
         dtype = "F64" if entry.dtype == "F64" else "F32"
         if entry.dtype not in ("F32", "F64"):
-            kept[MASTER + name] = (dtype, entry.shape)
+            shapes[MASTER + name] = (dtype, entry.shape)
         if recipe.momentum:
-            kept[MOMENTUM + name] = (dtype, entry.shape)
-    return kept
+            shapes[MOMENTUM + name] = (dtype, entry.shape)
+    return shapes
 
 
-def _kept(state: Checkpoint | None, name: str, begin: int, end: int) -> Tensor | None:
+def _state_span(state: Checkpoint | None, name: str, begin: int, end: int) -> Tensor | None:
     return state.span(name, begin, end) if state is not None and name in state else None
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in the numbers that are averaged: float64 stays, all else becomes float32."""
+def _upcast(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype used for averaging: float64 stays, other dtypes become float32."""
     import torch
 
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""Rounds of a shared model in one process: every owner trains in turn, then the round is closed."""
+"""Rounds of a shared model in one process: owners train one after another, then the round is closed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .rounds import Rounds
 
 @dataclass(frozen=True)
 class OwnerTask:
-    """What one owner is to do in one round."""
+    """Training task of one owner in one round."""
 
     owner: str
     round: int
     shared: Path
-    """Safetensors file of the weights to start from, or a folder with them in shards."""
+    """Initial weights: a safetensors file, or a folder with shards."""
     result: Path
-    """Safetensors file to write: the same tensors after training."""
+    """Safetensors file to write, with the same tensors after training."""
 
 
 TrainOwner = Callable[[OwnerTask], int]
-"""Trains one owner's weights into `task.result` and returns the tokens of the owner's text. Called again for the same task after
-a kill, it must give the same bytes. Raises `UserError` where the owner cannot deliver, who is then left out of the round."""
+"""Trains one owner, writes `task.result` and returns the token count of the owner's text. Repeated after a kill, it must write the
+same bytes. A `UserError` leaves the owner out of the round."""
 
 
 def run_rounds(
@@ -37,14 +37,14 @@ def run_rounds(
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     say: Callable[[str], None] = lambda line: None,
 ) -> list[RoundReport]:
-    """Go on with rounds until `total` of them are closed, and return how each ended.
+    """Run rounds until `total` of them are closed, and return their reports.
 
-    Stopped at any point and called again, it ends in the same bytes. Raises `UserError` for a round with too few owners; called
-    again, it lets those who were left out try once more.
+    Stopped at any point and called again, it gives the same bytes. Raises `UserError` for a round with too few owners; the next
+    call lets the owners left out try again.
     """
-    rounds.tidy()  # what a kill left
+    rounds.tidy()  # a kill may have interrupted the cleanup
     if rounds.number < total and rounds.state(now()) == "short":
-        rounds.ask_again()
+        rounds.readmit_owners()
     while rounds.number < total:
         if not rounds.is_closing:
             for owner in rounds.missing():

@@ -1,4 +1,4 @@
-"""What is planned for rounds of a shared model, and what is said of them."""
+"""Plan and reports of the rounds of a shared model."""
 
 from __future__ import annotations
 
@@ -16,72 +16,72 @@ FORMAT = 1
 PLAN_FILE = "plan.json"
 
 
-def needed_of(quorum: float, owners: int) -> int:
-    """Return how many of so many owners a share of them is, at least one."""
-    return max(math.ceil(quorum * owners - 1e-9), 1)  # 0.7 of 10 are 7, whatever 0.7 is in binary
+def quorum_size(quorum: float, owners: int) -> int:
+    """Return the number of owners that a share of them amounts to, rounded up, at least 1."""
+    return max(math.ceil(quorum * owners - 1e-9), 1)  # 0.7 * 10 is 7 despite binary rounding
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What does not change from round to round."""
+    """Settings that are the same for all rounds."""
 
     owners: tuple[str, ...]
     recipe: str
     """`diloco` or `fedavg`."""
     quorum: float = 1.0
-    """Share of the owners without whom a round does not count."""
+    """Share of the owners that a round needs."""
     round_seconds: float = 86_400.0
-    """From the beginning of a round to its deadline."""
+    """Seconds from the start of a round to its deadline."""
     rules: AveragingRules = field(default_factory=AveragingRules)
 
     def __post_init__(self) -> None:
         outer_recipe(self.recipe)
         if not self.owners or len(set(self.owners)) != len(self.owners):
-            raise UserError("rounds need at least one owner, and each of them once")
+            raise UserError("rounds need at least one owner, and no owner twice")
         for owner in self.owners:
             check_name(owner, "an owner")
         if not 0 < self.quorum <= 1 or not self.round_seconds > 0:
-            raise UserError("the quorum is a share between 0 and 1, and a round lasts more than 0 seconds")
+            raise UserError("the quorum must be a share between 0 and 1, and a round longer than 0 seconds")
 
     @property
     def needed(self) -> int:
-        """Owners that must have delivered."""
-        return needed_of(self.quorum, len(self.owners))
+        """Number of owners that must deliver."""
+        return quorum_size(self.quorum, len(self.owners))
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """Weights of one owner that passed."""
+    """Accepted weights of one owner."""
 
     digest: str
     weight: float
-    """Tokens that they were trained on."""
+    """Token count of the owner's text."""
     change: float
-    """How far they moved, as a share of the shared weights' length."""
+    """Norm of the change divided by the norm of the shared weights."""
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """How one round ended."""
+    """Result of one round."""
 
     number: int
     digest: str
-    """Of the shared weights that came out."""
+    """Digest of the shared weights after the round."""
     shares: Mapping[str, float]
-    """How much each owner counted."""
+    """Weight of each owner in the average; sums to 1."""
     refused: Mapping[str, str]
-    """Why owners did not count."""
+    """Reason of each refusal, by owner."""
     missing: tuple[str, ...]
     """Owners who did not deliver."""
 
 
 def write_plan(folder: Path, plan: RoundPlan, start: str) -> None:
-    """Write a plan, with the digest of the weights that its first round starts from."""
+    """Write a plan and the digest of the weights of round 0."""
     write_json(folder / PLAN_FILE, {"format": FORMAT, "start": start, "plan": asdict(plan)})
 
 
 def read_plan(folder: Path) -> tuple[RoundPlan, str]:
-    """Return what `write_plan` wrote; raises `UserError` for anything else."""
+    """Read a plan and the digest written by `write_plan`; raises `UserError` for anything else."""
     path = folder / PLAN_FILE
     content = read_json(path)
     if content.get("format") != FORMAT:

@@ -1,1 +1,1 @@
-"""Planning a federation: the coordinator's own code against owners that are a model on a clock."""
+"""Federation simulator: the coordinator's real code with modelled owners on a simulated clock."""

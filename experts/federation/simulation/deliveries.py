@@ -1,7 +1,7 @@
-"""Stand-ins for what owners hand in: experts of a few bytes that pass, or fail, the same checks as large ones.
+"""Stand-in deliveries: experts of a few bytes that pass or fail the same checks as large ones.
 
-Their keys and signatures are real, and so are manifests and digests; only the tensors are tiny, and nobody trained them. What a
-large expert would take on the line is reckoned apart.
+Keys, signatures, manifests and digests are real; only the tensors are tiny and untrained. The simulation computes the transfer
+times of a full-size expert separately.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ....core.artefacts.digests import digest_of_tensors, digests_of_folder
 from ....core.artefacts.files import remove_tree, write_json
 from ....core.artefacts.layout import CONFIG_FILE, Layout
-from ....core.artefacts.lineage import Manifest, Parent, digest_of_tensors, digests_of_folder, read_manifest
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, write_tensors
-from ..protocol.delivery import Signed, make_delivery
+from ....core.manifests.manifest import Manifest, Parent, read_manifest
+from ....core.manifests.statements import DataStatement, DomainStatement
+from ..protocol.delivery import SignedStatement, make_delivery
 from ..protocol.keys import OwnerKey, make_key, read_key
 from ..protocol.parts import FileParts
 from ..protocol.requests import ExpertRequest, Recipe
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 Delivers = Literal[
     "good", "not_finite", "wrong_shape", "scaled_up", "frozen_part", "forged", "someone_elses", "replay"
 ]
-"""What an owner hands in: an expert, or one of the things that a coordinator must not take."""
+"""Kind of delivery: a valid expert, or one of the invalid ones that a coordinator must refuse."""
 
 RECIPE = Recipe("feed_forward")
 _UP, _DOWN, _FROZEN = (
@@ -36,7 +38,7 @@ _UP, _DOWN, _FROZEN = (
 
 
 def write_stand_in_seed(folder: Path) -> Layout:
-    """Write a workspace with a seed of a few numbers."""
+    """Write a workspace with a seed of a few parameters."""
     import torch
 
     layout = Layout(folder)
@@ -57,45 +59,47 @@ def write_stand_in_seed(folder: Path) -> Layout:
 
 
 class StandIns:
-    """Makes owners' keys and deliveries, in folders that are gone again once they were handed in."""
+    """Creates owners' keys and deliveries, in folders that `forget` deletes."""
 
     def __init__(self, root: Path, layout: Layout) -> None:
         self._root = root
         self._seed = Checkpoint.of_folder(layout.seed)
         self.seed_digest = read_manifest(layout.seed).digest
-        self._signed: dict[str, Signed] = {}
+        self._signed: dict[str, SignedStatement] = {}
         self.last_accepted: int | None = None
-        """Number of an owner whose expert was taken, for whoever replays it."""
+        """Number of the owner whose expert was accepted last, for replays."""
 
     def new_key(self, name: str) -> OwnerKey:
-        """Make an owner's keys."""
+        """Make an owner's key pair."""
         return make_key(self._root / name)
 
-    def made(self, request: ExpertRequest, number: int, delivers: Delivers) -> tuple[Path, Signed]:
-        """Return what the owner of that number hands in, made when it is first asked for: its folder and signed statement."""
+    def delivery(
+        self, request: ExpertRequest, number: int, delivers: Delivers
+    ) -> tuple[Path, SignedStatement]:
+        """Return the folder and signed statement of an owner's delivery, created on the first call."""
         folder = self._root / request.owner / "delivery"
         if request.owner not in self._signed:
             self._signed[request.owner] = self._make(folder, request, number, delivers)
         return folder, self._signed[request.owner]
 
     def files(self, owner: str) -> dict[str, FileParts]:
-        """Return the files of what an owner hands in."""
+        """Return the files of an owner's delivery, by name."""
         return {file.name: file for file in self._signed[owner].statement.files}
 
-    def _make(self, folder: Path, request: ExpertRequest, number: int, delivers: Delivers) -> Signed:
+    def _make(self, folder: Path, request: ExpertRequest, number: int, delivers: Delivers) -> SignedStatement:
         key, expert = read_key(folder.parent), folder.parent / "expert"
         self._write_expert(expert, request, self._tensors(number, delivers))
         signed = make_delivery(expert, request, key, folder)
         if delivers == "forged":
             statement = replace(signed.statement, privacy={"epsilon": 0.1})
-            return Signed(statement, signed.signature)
+            return SignedStatement(statement, signed.signature)
         if delivers == "someone_elses":
             statement = replace(signed.statement, owner=f"{request.owner}-x")
-            return Signed(statement, key.sign(statement.signed_bytes))
+            return SignedStatement(statement, key.sign(statement.signed_bytes))
         return signed
 
     def forget(self, name: str) -> None:
-        """Remove what an owner kept."""
+        """Delete an owner's key and delivery."""
         self._signed.pop(name, None)
         remove_tree(self._root / name)
 
@@ -132,7 +136,7 @@ class StandIns:
             files=files,
             tokenizer="0" * 64,
             parents=(Parent("seed", "seed", self.seed_digest, 1.0),),
-            data={"domains": {request.owner: {"documents": 100, "tokens": 10_000, "bytes": 40_000}}},
+            data=DataStatement({request.owner: DomainStatement(100, 10_000, 40_000)}),
             trainable=request.recipe.trains,
             owner=request.owner,
         ).write(folder)

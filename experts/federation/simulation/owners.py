@@ -1,16 +1,17 @@
-"""What owners are like: read from a trace, or drawn at random."""
+"""Traits of simulated owners: read from a trace or drawn at random."""
 
 from __future__ import annotations
 
 import csv
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from ....core.artefacts.files import readable_os_errors
+from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.artefacts.layout import check_name
 from ....core.errors import UserError, closest
 from .deliveries import Delivers
@@ -18,95 +19,95 @@ from .deliveries import Delivers
 
 @dataclass(frozen=True)
 class OwnerTraits:
-    """One owner: a row of a trace, whose columns have these names."""
+    """One simulated owner; the field names are the columns of a trace."""
 
     name: str
     tokens_per_second: float
-    """Speed of its training."""
+    """Training speed."""
     download_mbit: float
-    """Mbit/s from the coordinator."""
+    """Bandwidth from the coordinator, Mbit/s."""
     upload_mbit: float
-    """Mbit/s to the coordinator."""
+    """Bandwidth to the coordinator, Mbit/s."""
     joins_hours: float = 0.0
-    """Hours after the request was made when it first asks for it."""
+    """Hours from the request until the owner first connects."""
     uptime_hours: float = 0.0
-    """Mean hours until it drops out (exponential); 0: never."""
+    """Mean hours until the owner goes offline (exponential); 0 for never."""
     downtime_hours: float = 1.0
-    """Mean hours until it is back (exponential)."""
+    """Mean hours until the owner is back (exponential)."""
     offline: tuple[tuple[float, float], ...] = ()
-    """Hours in which it was away, `3-5.5;20-22` in a file: a record, in place of the two means."""
+    """Recorded offline periods in hours, `3-5.5;20-22` in a file; they replace the two means."""
     leaves_hours: float = 0.0
-    """Hours after which it is gone for good; 0: never."""
+    """Hours until the owner leaves for good; 0 for never."""
     delivers: Delivers = "good"
-    """What it hands in."""
+    """Kind of delivery."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "an owner")
         for name in ("tokens_per_second", "download_mbit", "upload_mbit"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} of '{self.name}' has to be more than 0")
+                raise UserError(f"{name} of '{self.name}' must be more than 0")
         for name in ("joins_hours", "uptime_hours", "downtime_hours", "leaves_hours"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} of '{self.name}' has to be 0 or more")
+                raise UserError(f"{name} of '{self.name}' must be 0 or more")
         if self.delivers not in get_args(Delivers):
             raise UserError(
-                f"'{self.name}' delivers '{self.delivers}'; it can be {', '.join(get_args(Delivers))}"
+                f"delivers of '{self.name}' is '{self.delivers}'; choose {', '.join(get_args(Delivers))}"
             )
         ends = [0.0, *(hour for span in self.offline for hour in span)]
         if sorted(ends) != ends:
-            raise UserError(f"the hours in which '{self.name}' was offline do not follow each other")
+            raise UserError(f"the offline periods of '{self.name}' are not in order")
 
 
 @dataclass(frozen=True)
 class Population:
-    """How owners are drawn where there is no trace. Speeds are log-normal: a median, and the spread of the logarithm."""
+    """Distribution of random owners. Speeds are log-normal, given as (median, standard deviation of the logarithm)."""
 
     tokens_per_second: tuple[float, float] = (4_000.0, 0.8)
     download_mbit: tuple[float, float] = (200.0, 0.8)
     upload_share: tuple[float, float] = (0.1, 1.0)
-    """An upload's speed as a share of the download's: least and most, even between them."""
+    """Upload speed as a share of the download speed, uniform between these bounds."""
     joins_hours: float = 2.0
-    """Mean (exponential)."""
+    """Mean of `OwnerTraits.joins_hours` (exponential)."""
     uptime_hours: float = 20.0
     downtime_hours: float = 1.5
     leaving: float = 0.03
-    """Share of owners who go for good, at a time even over their first two days."""
+    """Share of owners who leave for good, at a time uniform in their first two days."""
     bad: float = 0.02
-    """Share of owners who hand in what must not be taken, of every kind alike."""
+    """Share of owners with an invalid delivery; all kinds are equally likely."""
 
 
-def drawn_owners(count: int, seed: int, population: Population | None = None) -> list[OwnerTraits]:
-    """Draw owners; the same seed gives the same ones, and more of them begin with the same."""
-    chosen = population or Population()
-    bad = [kind for kind in get_args(Delivers) if kind != "good"]
+def draw_owners(count: int, seed: int, population: Population | None = None) -> list[OwnerTraits]:
+    """Draw random owners; a larger `count` with the same seed starts with the same owners."""
+    population = population or Population()
+    bad_deliveries = [kind for kind in get_args(Delivers) if kind != "good"]
     width = max(len(str(count - 1)), 4)
-    found = []
+    owners = []
     for number in range(count):
         source = random.Random(f"{seed}/{number}")
-        download = source.lognormvariate(0, chosen.download_mbit[1]) * chosen.download_mbit[0]
-        found.append(
+        download = source.lognormvariate(0, population.download_mbit[1]) * population.download_mbit[0]
+        owners.append(
             OwnerTraits(
                 name=f"owner-{number:0{width}d}",
-                tokens_per_second=source.lognormvariate(0, chosen.tokens_per_second[1])
-                * chosen.tokens_per_second[0],
+                tokens_per_second=source.lognormvariate(0, population.tokens_per_second[1])
+                * population.tokens_per_second[0],
                 download_mbit=download,
-                upload_mbit=download * source.uniform(*chosen.upload_share),
-                joins_hours=source.expovariate(1 / chosen.joins_hours),
-                uptime_hours=chosen.uptime_hours,
-                downtime_hours=chosen.downtime_hours,
-                leaves_hours=source.uniform(0.1, 48) if source.random() < chosen.leaving else 0.0,
-                delivers=source.choice(bad) if source.random() < chosen.bad else "good",
+                upload_mbit=download * source.uniform(*population.upload_share),
+                joins_hours=source.expovariate(1 / population.joins_hours),
+                uptime_hours=population.uptime_hours,
+                downtime_hours=population.downtime_hours,
+                leaves_hours=source.uniform(0.1, 48) if source.random() < population.leaving else 0.0,
+                delivers=source.choice(bad_deliveries) if source.random() < population.bad else "good",
             )
         )
-    return found
+    return owners
 
 
 def read_trace(path: Path) -> list[OwnerTraits]:
-    """Read a row for each owner: CSV with a heading, or JSON lines (`.jsonl`), columns as in `OwnerTraits`.
+    """Read owners from CSV with a header row, or from JSON lines (`.jsonl`), with the fields of `OwnerTraits`.
 
     Raises `UserError` that names the row.
     """
-    with readable_os_errors(path):
+    with os_errors_as_user_errors(path):
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     rows: Iterable[Any]
     if path.suffix in (".jsonl", ".ndjson"):
@@ -115,37 +116,32 @@ def read_trace(path: Path) -> list[OwnerTraits]:
         ]
     else:
         rows = list(csv.DictReader(text.splitlines()))
-    found = []
+    owners = []
     for number, row in enumerate(rows, start=1):
         try:
-            found.append(_owner(row))
+            owners.append(_owner(row))
         except UserError as error:
             raise UserError(f"{path}, owner {number}: {error}") from None
-    if not found:
+    if not owners:
         raise UserError(f"{path} has no owner")
-    names = [owner.name for owner in found]
-    twice = (
-        next((name for name in names if names.count(name) > 1), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if twice is not None:
-        raise UserError(f"{path} has '{twice}' twice")
-    return found
+    duplicates = [name for name, count in Counter(owner.name for owner in owners).items() if count > 1]
+    if duplicates:
+        raise UserError(f"{path} has '{duplicates[0]}' twice")
+    return owners
 
 
 def _json_row(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise UserError(f"{path}:{number} is no JSON ({error})") from None
+        raise UserError(f"{path}:{number} is not JSON ({error})") from None
 
 
 def _owner(row: Any) -> OwnerTraits:
-    """Return the owner of one row; raises `UserError` for a column that is missing, unknown or no number."""
+    """Parse one row; raises `UserError` for a column that is missing, unknown or not a number."""
     known = {field.name: field for field in fields(OwnerTraits)}
     if not isinstance(row, Mapping):
-        raise UserError("a row has to be a JSON object")
+        raise UserError("a row must be a JSON object")
     values: dict[str, Any] = {}
     for name, value in row.items():
         if name not in known:
@@ -156,7 +152,7 @@ def _owner(row: Any) -> OwnerTraits:
             values[name] = _value(name, value)
     missing = [name for name in list(known)[:4] if name not in values]
     if missing:
-        raise UserError(f"it has no {missing[0]}")
+        raise UserError(f"the row has no {missing[0]}")
     return OwnerTraits(**values)
 
 
@@ -169,5 +165,5 @@ def _value(name: str, value: Any) -> Any:
         spans = value if isinstance(value, list) else [part.split("-") for part in str(value).split(";")]
         return tuple((float(begin), float(end)) for begin, end in spans)
     except (ValueError, TypeError):
-        form = "such as 3-5.5;20-22" if name == "offline" else "a number"
-        raise UserError(f"{name} is {value!r}, and should be {form}") from None
+        expected = "periods such as 3-5.5;20-22" if name == "offline" else "a number"
+        raise UserError(f"{name} is {value!r}; expected {expected}") from None

@@ -1,7 +1,7 @@
-"""Playing a federation through before it begins: how long it takes, what it carries, who fails.
+"""Simulation of a federation before it starts: duration, traffic and failures.
 
-The coordinator is the real one, with its ledger, requests, signatures and checks, on a workspace that is thrown away; owners are
-a model on a clock that jumps from event to event. Nothing waits.
+The coordinator is the real one, with its ledger, requests, signatures and checks, in a temporary workspace. Owners are models on
+a simulated clock that jumps from event to event.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from ....core.artefacts.files import is_alive
 from ....core.errors import UserError
 from ..coordinator.coordinator import Coordinator
-from ..rounds.round_plan import needed_of
+from ..rounds.round_plan import quorum_size
 from .deliveries import RECIPE, StandIns, write_stand_in_seed
 from .events import Events, Line, SimulatedClock
 from .owners import OwnerTraits
@@ -31,45 +31,50 @@ from .simulated_owner import HOUR, SimulatedOwner
 IN_MEMORY = Path("/dev/shm")
 PREFIX = "expertctl-simulation-"
 BYTES_OF_OWNER = 80_000
+"""Approximate disk space of one simulated owner."""
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
 class Report:
-    """How a simulated federation went. Hours and bytes are the simulation's, seconds and memory its own cost."""
+    """Result of a simulation. Hours and bytes are simulated; seconds and memory are the cost of the simulation itself."""
 
     owners: int
     needed: int
-    """Experts that make the quorum."""
+    """Experts that the quorum requires."""
     hours_to_quorum: float | None
+    """None if the quorum was not reached."""
     hours_to_all: float | None
-    """None where not everyone was accepted."""
+    """None if not every owner was accepted."""
     hours_to: Mapping[str, float | None]
-    """Until a share of all owners was accepted."""
+    """Hours until a share of all owners was accepted, by share; None if not reached."""
     accepted: int
-    """As the coordinator's ledger has it."""
+    """Accepted experts in the coordinator's ledger."""
     refused: Mapping[str, int]
-    """By code."""
+    """Refused owners by code."""
     late: int
+    """Owners whose delivery came after the deadline."""
     never: int
+    """Owners who did not deliver."""
     asked_again: int
+    """Times that missing owners were asked again."""
     bytes_down: int
     bytes_up: int
     bytes_lost: int
-    """Of them: parts that were on the line when an owner dropped out, and had to be sent again."""
+    """Bytes of parts in transfer when an owner went offline; they were sent again."""
     line_hours_down: float
-    """How long the coordinator's line was in use."""
+    """Hours that the coordinator's line was in use."""
     line_hours_up: float
     events: int
     seconds: float
     cpu_seconds: float
     events_per_second: float
-    """By `seconds`."""
+    """Events divided by `seconds`."""
     peak_memory_bytes: int
-    """Of the process."""
+    """Peak memory of the process."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of a JSON object."""
+        """Return the report as JSON content."""
         return asdict(self)
 
 
@@ -79,25 +84,25 @@ def simulate(
     clock: SimulatedClock | None = None,
     *,
     folder: Path | None = None,
-    told: Callable[[int], None] = lambda settled: None,
+    on_settled: Callable[[int], None] = lambda count: None,
 ) -> Report:
-    """Play a federation of these owners through and report.
+    """Simulate a federation and return a report.
 
-    The same owners and plan give the same report, but for its own cost. `folder` holds the coordinator's workspace meanwhile,
-    which takes about `BYTES_OF_OWNER` for each owner (default: in memory where the system has such a folder with room, since
-    every write is made to last, which a disk takes long for); `told` hears how many owners are settled.
+    The same owners and plan give the same report, except for the cost of the simulation. `folder` holds the temporary workspace,
+    about `BYTES_OF_OWNER` per owner; the default is a memory-backed folder if the system has one with enough room, since every
+    write is flushed, which is slow on a disk. `on_settled` is called with the number of settled owners.
     """
-    began, used = time.perf_counter(), time.process_time()
-    where = folder or _scratch_place(len(owners))
-    _clear_killed(where or Path(gettempdir()))
-    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=where) as scratch:
-        world = _Federation(owners, plan, clock or SimulatedClock(), Path(scratch), told)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    parent = folder or _memory_folder(len(owners))
+    _remove_leftovers(parent or Path(gettempdir()))
+    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=parent) as scratch:
+        world = _SimulatedFederation(owners, plan, clock or SimulatedClock(), Path(scratch), on_settled)
         world.run()
-        return world.report(time.perf_counter() - began, time.process_time() - used)
+        return world.report(time.perf_counter() - start, time.process_time() - cpu_start)
 
 
-class _Federation:
-    """Everything that one simulation holds: what owners share (see `World`), and what is reported."""
+class _SimulatedFederation:
+    """State of one simulation: the owners' `World`, and the counts for the report."""
 
     def __init__(
         self,
@@ -105,11 +110,11 @@ class _Federation:
         plan: Plan,
         clock: SimulatedClock,
         scratch: Path,
-        told: Callable[[int], None],
+        on_settled: Callable[[int], None],
     ) -> None:
         if not owners:
             raise UserError("a federation needs at least one owner")
-        self.plan, self.clock, self._told = plan, clock, told
+        self.plan, self.clock, self._on_settled = plan, clock, on_settled
         self.events = Events(clock)
         layout = write_stand_in_seed(scratch / "coordinator")
         self.coordinator = Coordinator(layout, now=clock)
@@ -120,15 +125,15 @@ class _Federation:
         self._accepted_at: list[float] = []
         self._settled: set[int] = set()
         self._asked_again = 0
-        keys = {one.traits.name: self.stand_ins.new_key(one.traits.name).public for one in self.owners}
+        keys = {traits.name: self.stand_ins.new_key(traits.name).public for traits in owners}
         self.coordinator.members.add_all(keys)
 
     @property
     def needed(self) -> int:
-        return needed_of(self.plan.quorum, len(self.owners))
+        return quorum_size(self.plan.quorum, len(self.owners))
 
     def run(self) -> None:
-        """Ask, and let everything happen until all owners are settled, or nobody can be any more."""
+        """Send the requests and run all events until four times the total time limit."""
         seconds = self.plan.deadline.total_seconds()
         self._ask()
         self.events.at(seconds + 1, self._deadline_passed)
@@ -149,17 +154,17 @@ class _Federation:
         for owner in self.owners:
             owner.ask_again()
 
-    def settled(self, owner: SimulatedOwner) -> None:
-        """Note how an owner came out; see `World`."""
+    def settle(self, owner: SimulatedOwner) -> None:
+        """Record an owner's outcome; see `World`."""
         self._settled.add(owner.number)
         if owner.outcome == "accepted":
             self._accepted_at.append(self.clock.seconds)
         if owner.outcome != "late":
             self.stand_ins.forget(owner.traits.name)
-        self._told(len(self._settled))
+        self._on_settled(len(self._settled))
 
     def report(self, seconds: float, cpu_seconds: float) -> Report:
-        """Sum up, once it has run."""
+        """Return the report after `run`."""
         outcomes = Counter(owner.outcome for owner in self.owners if owner.outcome != "accepted")
         late, never = outcomes.pop("late", 0), outcomes.pop("never", 0)
         count = len(self.owners)
@@ -170,7 +175,7 @@ class _Federation:
             needed=self.needed,
             hours_to_quorum=self._hours_until(self.needed),
             hours_to_all=self._hours_until(count),
-            hours_to={f"{share:.0%}": self._hours_until(needed_of(share, count)) for share in SHARES},
+            hours_to={f"{share:.0%}": self._hours_until(quorum_size(share, count)) for share in SHARES},
             accepted=count - len(missing),
             refused=dict(sorted(outcomes.items())),
             late=late,
@@ -189,12 +194,12 @@ class _Federation:
         )
 
     def _hours_until(self, accepted: int) -> float | None:
-        """Return when so many were accepted."""
+        """Return the hours until this many owners were accepted, or None."""
         return self._accepted_at[accepted - 1] / HOUR if len(self._accepted_at) >= accepted else None
 
 
-def _scratch_place(owners: int) -> Path | None:
-    """Return the system's folder in memory if all fits into half of it, else None."""
+def _memory_folder(owners: int) -> Path | None:
+    """Return the system's memory-backed folder if the workspace fits into half of it, else None."""
     try:
         free = shutil.disk_usage(IN_MEMORY).free
     except OSError:
@@ -202,9 +207,9 @@ def _scratch_place(owners: int) -> Path | None:
     return IN_MEMORY if os.access(IN_MEMORY, os.W_OK) and free > 2 * owners * BYTES_OF_OWNER else None
 
 
-def _clear_killed(where: Path) -> None:
-    """Remove what simulations left whose process was killed: it may be memory that lies there."""
-    for path in where.glob(f"{PREFIX}*-*"):
+def _remove_leftovers(parent: Path) -> None:
+    """Delete the folders of killed simulations, which may occupy memory."""
+    for path in parent.glob(f"{PREFIX}*-*"):
         if not is_alive(path.name.removeprefix(PREFIX).partition("-")[0]):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,7 +1,6 @@
-"""An owner as a model: it fetches the seed, trains and hands in, whenever it is there.
+"""Model of an owner: it downloads the seed, trains and delivers whenever it is online.
 
-What it was doing when it dropped out is lost as far as a real owner would lose it: the part that was on the line, and the
-training since the last checkpoint.
+An owner that goes offline loses what a real one would lose: the part in transfer, and the training since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
 
 HOUR = 3600.0
 Phase = Literal["away", "fetching", "training", "sending", "done"]
-TOLD = 4
-"""Times that an owner tells how its training goes."""
+REPORTS = 4
+"""Progress reports per training run."""
 
 
 class World(Protocol):
-    """What owners share."""
+    """State shared by all owners of a simulation."""
 
     plan: Plan
     clock: SimulatedClock
@@ -41,13 +40,13 @@ class World(Protocol):
     up: Line
     lost_bytes: int
 
-    def settled(self, owner: SimulatedOwner) -> None:
-        """Hear that an owner was accepted, refused or is gone for good."""
+    def settle(self, owner: SimulatedOwner) -> None:
+        """Record that an owner was accepted or refused, or has left for good."""
 
 
 @dataclass
 class SimulatedOwner:
-    """One owner, and how far it is."""
+    """One owner and its progress."""
 
     number: int
     traits: OwnerTraits
@@ -60,164 +59,168 @@ class SimulatedOwner:
     """`accepted`, `late`, `never`, or the code of a refusal."""
     request: ExpertRequest | None = None
     left: int = 0
-    """Bytes of the seed or of the expert that are still to be carried."""
+    """Bytes of the seed or the expert that are still to be transferred."""
     trained: float = 0.0
-    """Seconds of training that are done."""
+    """Seconds of training done."""
     _resumed: float = 0.0
-    """Of them, those that were done when the training was last taken up, from a checkpoint."""
+    """Seconds of training in the checkpoint from which training last resumed."""
     _since: float = 0.0
-    """When that was."""
-    _away_until: float = 0.0
+    """Time when training last resumed, in seconds."""
+    _offline_until: float = 0.0
     _turn: int = 0
-    """Counts what it began, so that what was broken off is known when it comes due."""
-    _on_line: int = 0
-    _told: int = 0
-    _spans: Iterator[tuple[float, float]] = field(default_factory=lambda: iter(()))
+    """Number of activities started or interrupted; an event with an older number is void."""
+    _in_transfer: int = 0
+    """Bytes of the part in transfer."""
+    _reports: int = 0
+    """Progress reports sent."""
+    _periods: Iterator[tuple[float, float]] = field(default_factory=lambda: iter(()))
 
     def begin(self, seed: int) -> None:
-        """Plan when it comes for the first time, and when it goes for good."""
+        """Schedule the owner's first connection, offline periods and departure."""
         events, traits = self.world.events, self.traits
-        self._spans = _away(traits, random.Random(f"{seed}/{traits.name}/away"))
-        events.at(traits.joins_hours * HOUR, self._come)
-        self._plan_leave()
+        self._periods = _offline_periods(traits, random.Random(f"{seed}/{traits.name}/away"))
+        events.at(traits.joins_hours * HOUR, self._connect)
+        self._schedule_offline()
         if traits.leaves_hours:
-            events.at(traits.leaves_hours * HOUR, self._go_for_good)
+            events.at(traits.leaves_hours * HOUR, self._leave)
 
     def ask_again(self) -> None:
-        """Hear of a new deadline: one who was too late hands in again, one who never heard of it begins."""
+        """React to a new deadline: a late owner delivers again, one that never saw the request starts."""
         if self.gone:
             return
         if self.outcome == "late":
             self.outcome, self.phase = "never", "sending"
             self.left = self.world.plan.expert_bytes
         elif self.phase != "away":
-            return  # it is at it
+            return  # already working on the request
         if self.online:
-            self._go_on()
+            self._resume_phase()
 
-    # --- being there ---
+    # --- presence ---
 
-    def _come(self) -> None:
-        is_away = self.world.clock.seconds < self._away_until
-        if not (self.online or is_away or self.gone):
+    def _connect(self) -> None:
+        is_offline = self.world.clock.seconds < self._offline_until
+        if not (self.online or is_offline or self.gone):
             self.online = True
-            self._go_on()
+            self._resume_phase()
 
-    def _plan_leave(self) -> None:
-        span = next(self._spans, None)
-        if span is not None:
-            self.world.events.at(span[0], lambda: self._drop_out(span[1]))
+    def _schedule_offline(self) -> None:
+        period = next(self._periods, None)
+        if period is not None:
+            self.world.events.at(period[0], lambda: self._go_offline(period[1]))
 
-    def _drop_out(self, back_at: float) -> None:
+    def _go_offline(self, back_at: float) -> None:
         if self.gone or self.phase == "done":
             return
-        self._break_off()
-        self._away_until = back_at
-        self.world.events.at(max(back_at, self.traits.joins_hours * HOUR), self._come)
-        self.world.events.at(back_at, self._plan_leave)
+        self._interrupt()
+        self._offline_until = back_at
+        self.world.events.at(max(back_at, self.traits.joins_hours * HOUR), self._connect)
+        self.world.events.at(back_at, self._schedule_offline)
 
-    def _go_for_good(self) -> None:
+    def _leave(self) -> None:
         self.gone = True
         if self.phase != "done":
-            self._break_off()
-            self.world.settled(self)
+            self._interrupt()
+            self.world.settle(self)
 
-    def _break_off(self) -> None:
+    def _interrupt(self) -> None:
         world = self.world
         if self.online and self.phase == "training":
-            every = world.plan.checkpoint_seconds
-            self.trained = self._resumed + (world.clock.seconds - self._since) // every * every
-        world.lost_bytes += self._on_line
-        self._on_line = 0
+            interval = world.plan.checkpoint_seconds
+            self.trained = self._resumed + (world.clock.seconds - self._since) // interval * interval
+        world.lost_bytes += self._in_transfer
+        self._in_transfer = 0
         self.online = False
         self._turn += 1
 
-    # --- what it does ---
+    # --- work ---
 
-    def _go_on(self) -> None:
-        """Take up what it is at."""
+    def _resume_phase(self) -> None:
+        """Continue the current phase."""
         if self.phase == "away":
             self._take_request()
         if self.phase == "fetching":
-            self._carry(self.world.down, self.traits.download_mbit, self._seed_is_here)
+            self._transfer(self.world.down, self.traits.download_mbit, self._start_training)
         elif self.phase == "training":
-            self._resume()
+            self._resume_training()
         elif self.phase == "sending":
             self._announce()
 
     def _take_request(self) -> None:
-        found = self.world.coordinator.open_requests(self.traits.name)
-        if found:  # else it came after the deadline
-            self.request, self.phase, self.left = found[0], "fetching", self.world.plan.seed_bytes
+        requests = self.world.coordinator.open_requests(self.traits.name)
+        if requests:  # none after the deadline
+            self.request, self.phase, self.left = requests[0], "fetching", self.world.plan.seed_bytes
 
-    def _carry(self, line: Line, mbit: float, then: Callable[[], None]) -> None:
-        """Carry what is left, a part at a time."""
+    def _transfer(self, line: Line, mbit: float, then: Callable[[], None]) -> None:
+        """Transfer the remaining bytes part by part, then call `then`."""
         if not self.left:
             then()
             return
-        size, turn = min(PART_BYTES, self.left), self._begin()
-        self._on_line = size
+        size, turn = min(PART_BYTES, self.left), self._next_turn()
+        self._in_transfer = size
         arrival = line.arrival(self.world.clock.seconds, size, mbit * 125_000)
 
         def arrived() -> None:
             if turn == self._turn:
                 self.left -= size
-                self._on_line = 0
-                self._carry(line, mbit, then)
+                self._in_transfer = 0
+                self._transfer(line, mbit, then)
 
         self.world.events.at(arrival, arrived)
 
-    def _seed_is_here(self) -> None:
+    def _start_training(self) -> None:
         self.phase = "training"
-        self._resume()
+        self._resume_training()
 
-    def _resume(self) -> None:
+    def _resume_training(self) -> None:
         self._resumed, self._since = self.trained, self.world.clock.seconds
         self._train()
 
     def _train(self) -> None:
-        """Train to the next time that it tells how far it is, or to the end."""
-        plan, turn = self.world.plan, self._begin()
-        whole = plan.tokens / self.traits.tokens_per_second
-        target = whole * (self._told + 1) / TOLD
-        begun_with = self.trained
+        """Train until the next progress report or the end."""
+        plan, turn = self.world.plan, self._next_turn()
+        total_seconds = plan.tokens / self.traits.tokens_per_second
+        target = total_seconds * (self._reports + 1) / REPORTS
+        trained_before = self.trained
 
         def reached() -> None:
             if turn != self._turn:
                 return
-            self.trained = max(target, begun_with)
-            self._told += 1
-            self._tell(whole)
-            if self._told < TOLD:
+            self.trained = max(target, trained_before)
+            self._reports += 1
+            self._report(total_seconds)
+            if self._reports < REPORTS:
                 self._train()
                 return
             self.phase, self.left = "sending", plan.expert_bytes
             self._announce()
 
-        self.world.events.after(max(target - begun_with, 0.0), reached)
+        self.world.events.after(max(target - trained_before, 0.0), reached)
 
-    def _tell(self, whole: float) -> None:
+    def _report(self, total_seconds: float) -> None:
         assert self.request is not None
-        state: Literal["training", "ready"] = "training" if self._told < TOLD else "ready"
-        progress = Progress(state, self._told, TOLD, seconds_left=max(whole - self.trained, 0.0))
-        self.world.coordinator.note_progress(self.traits.name, self.request.id, progress)
+        state: Literal["training", "ready"] = "training" if self._reports < REPORTS else "ready"
+        progress = Progress(
+            state, self._reports, REPORTS, seconds_left=max(total_seconds - self.trained, 0.0)
+        )
+        self.world.coordinator.record_progress(self.traits.name, self.request.id, progress)
 
     def _announce(self) -> None:
-        """Begin to hand in, or go on with it, as an owner does after every cut: with the signed statement."""
+        """Send the signed statement, as an owner does at the start of a delivery and after every interruption."""
         world, request = self.world, self.request
         assert request is not None
-        folder, signed = world.stand_ins.made(request, self.number, self.traits.delivers)
-        wanted = world.coordinator.begin(request.owner, request.id, signed)
-        if not isinstance(wanted, dict):
-            self._end(wanted.code.name)
+        folder, signed = world.stand_ins.delivery(request, self.number, self.traits.delivers)
+        missing = world.coordinator.begin(request.owner, request.id, signed)
+        if not isinstance(missing, dict):
+            self._end(missing.code.name)
             return
-        self._carry(world.up, self.traits.upload_mbit, lambda: self._hand_in(request, folder, wanted))
+        self._transfer(world.up, self.traits.upload_mbit, lambda: self._deliver(request, folder, missing))
 
-    def _hand_in(self, request: ExpertRequest, folder: Path, wanted: Mapping[str, list[int]]) -> None:
-        """Let the coordinator have what stands for the expert, now that all of it would have arrived."""
+    def _deliver(self, request: ExpertRequest, folder: Path, missing: Mapping[str, list[int]]) -> None:
+        """Hand the stand-in to the coordinator at the time when a full-size expert would have arrived."""
         coordinator = self.world.coordinator
         for name, file in self.world.stand_ins.files(request.owner).items():
-            for index in wanted[name]:
+            for index in missing[name]:
                 coordinator.put(request.owner, request.id, name, index, read_part(folder / name, file, index))
         refusal = coordinator.finish(request.owner, request.id)
         if refusal is None:
@@ -227,15 +230,15 @@ class SimulatedOwner:
     def _end(self, refusal: str) -> None:
         self.phase = "done"
         self.outcome = {"": "accepted", "LATE": "late"}.get(refusal, refusal)
-        self.world.settled(self)
+        self.world.settle(self)
 
-    def _begin(self) -> int:
+    def _next_turn(self) -> int:
         self._turn += 1
         return self._turn
 
 
-def _away(traits: OwnerTraits, source: random.Random) -> Iterator[tuple[float, float]]:
-    """Yield when an owner drops out and when it is back, in seconds."""
+def _offline_periods(traits: OwnerTraits, source: random.Random) -> Iterator[tuple[float, float]]:
+    """Yield the (begin, end) of each offline period, in seconds."""
     if traits.offline:
         yield from ((begin * HOUR, end * HOUR) for begin, end in traits.offline)
         return

@@ -1,1 +1,1 @@
-"""Training with differential privacy: noise, accounting, per-example gradients, and what is refused."""
+"""Training with differential privacy: noise, accounting, per-example gradients."""

@@ -1,8 +1,8 @@
-"""Which layers can train privately: those whose gradient can be told apart by example.
+"""Checks that a model's layers support per-example gradients.
 
-What Opacus computes is tried on random tokens before any text is read: the gradients that it finds for each of a few
-examples in one batch must be those of the example alone. So a layer in which examples meet, that is not given a row for
-each example, or whose parameters something else uses, is refused by name, whatever class it is of.
+Opacus's per-example gradients are tested on random tokens before any text is read: for each example of a batch, they
+must equal the gradient of that example alone. This detects layers, of any class, that mix examples, whose input does
+not have one row per example, or whose parameters are used elsewhere.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 PROBE_TOKENS = 16
 RELATIVE_ERROR = 1e-2
-"""Of float32 gradients, against the same in another order of summation."""
+"""Tolerance for float32 gradients summed in different orders."""
 
-ANOTHER_PART = "train another part of the model (--trains)"
+ANOTHER_PART = "train other parameters (--trains)"
 ONE_BY_ONE = (
-    "one block at a time (training.batch_size: 1 and a larger accumulation), which any layer can take"
+    "train one block at a time (training.batch_size: 1 and a larger accumulation), which works for any layer"
 )
 
 Loss = Callable[[Tensor], Tensor]
 
 
 def refuse_stateful(module: nn.Module) -> None:
-    """Raise `UserError` naming a layer that takes more from the text than a gradient: statistics, which get no noise."""
+    """Raise `UserError` for a layer with statistics of the text, which receive no noise."""
     for name, layer in module.named_modules():
-        why = None
+        reason = None
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            why = "batch normalisation, in which examples meet, keeps statistics of the text"
-        elif _trains(layer) and list(layer.buffers(recurse=False)):
-            why = "it keeps buffers, which are no gradients and get no noise"
-        if why is not None:
-            raise UserError(_of_layer(name, layer, f"{why}; {ANOTHER_PART}"))
+            reason = "batch normalisation mixes examples and keeps statistics of the text"
+        elif _has_trainable_parameters(layer) and list(layer.buffers(recurse=False)):
+            reason = "it has buffers, which can store the text and receive no noise"
+        if reason is not None:
+            raise UserError(_layer_message(name, layer, f"{reason}; {ANOTHER_PART}"))
 
 
 def attach_hooks(module: nn.Module) -> GradSampleHooks:
-    """Make backward passes leave each parameter's gradient per example in `grad_sample`, (B, *shape)."""
+    """Attach Opacus's hooks, which store per-example gradients in `parameter.grad_sample`, (B, *shape)."""
     from opacus.grad_sample import GradSampleHooks
 
     try:
         with quiet_hooks():
             return GradSampleHooks(module, batch_first=True, loss_reduction="mean", strict=True)
     except NotImplementedError as error:
-        raise UserError(f"this part cannot train with differential privacy: {first_line(error)}") from None
+        raise UserError(
+            f"these parameters cannot train with differential privacy: {first_line(error)}"
+        ) from None
 
 
 def require_separable(
@@ -65,50 +67,57 @@ def require_separable(
     vocabulary: int,
     block_size: int,
 ) -> None:
-    """Raise `UserError` naming a layer whose gradients, as the hooks find them, are not those of each example alone.
+    """Raise `UserError` for a layer whose per-example gradients in a batch differ from those of each example alone.
 
-    `loss` maps tokens (B, S + 1) to a mean over examples, shape (). Leaves no gradient behind.
+    `loss` maps tokens (B, S + 1) to a mean over examples, shape (). No gradients are left behind.
     """
-    source = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shape = (EXAMPLES, min(block_size, PROBE_TOKENS) + 1)
-    tokens_BT1 = torch.randint(vocabulary, shape, generator=source).to(next(iter(parameters.values())).device)
-    with _without_chance(module):
+    tokens_BT1 = torch.randint(vocabulary, shape, generator=generator).to(
+        next(iter(parameters.values())).device
+    )
+    with _without_dropout(module):
         hooks.disable_hooks()
-        _require_apart(module, loss, tokens_BT1)
+        _require_independent_examples(module, loss, tokens_BT1)
         hooks.enable_hooks()
-        together = _gradients_together(module, parameters, loss, tokens_BT1)
-        scale = max(float(one.abs().max()) for one in together.values() if one is not None) or 1.0
+        batch_gradients = _batch_gradients(module, parameters, loss, tokens_BT1)
+        scale = (
+            max(float(gradient.abs().max()) for gradient in batch_gradients.values() if gradient is not None)
+            or 1.0
+        )
         for row in range(EXAMPLES):
-            alone = _gradients_alone(parameters, loss, tokens_BT1[row : row + 1])
-            for name, expected in alone.items():
-                _compare(name, module, together[name], expected, row, scale)
+            single_gradients = _single_gradients(parameters, loss, tokens_BT1[row : row + 1])
+            for name, expected in single_gradients.items():
+                _compare(name, batch_gradients[name], expected, row, scale)
 
 
-def _require_apart(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> None:
-    """Raise `UserError` naming the first layer in which the examples of a batch meet."""
-    together = _results(module, loss, tokens_BT1)
+def _require_independent_examples(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> None:
+    """Raise `UserError` for the first layer whose output for one example depends on the other examples."""
+    batch_outputs = _layer_outputs(module, loss, tokens_BT1)
     for row in range(len(tokens_BT1)):
-        alone = _results(module, loss, tokens_BT1[row : row + 1])
-        for (name, layer, batch), (_, _, single) in zip(together, alone, strict=False):
+        single_outputs = _layer_outputs(module, loss, tokens_BT1[row : row + 1])
+        for (name, layer, batch), (_, _, single) in zip(batch_outputs, single_outputs, strict=False):
             if len(batch) != len(tokens_BT1) or len(single) != 1 or batch[0].shape != single[0].shape:
-                continue  # positions, for example, which are the same for every example
+                continue  # no example dimension, such as position embeddings
             if not torch.allclose(batch[row].float(), single[0].float(), rtol=RELATIVE_ERROR, atol=1e-4):
-                raise _refusal(name, layer, "its result for one example depends on the others in the batch")
+                raise _refusal(
+                    name, layer, "its output for one example depends on the other examples in the batch"
+                )
 
 
-def _results(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
-    """Return what each layer without layers of its own gave, in the order in which they were called."""
-    found: list[tuple[str, nn.Module, Tensor]] = []
+def _layer_outputs(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
+    """Return (name, layer, output) of each leaf layer, in the order of their calls."""
+    outputs: list[tuple[str, nn.Module, Tensor]] = []
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, given: Any, result: Any) -> None:
-            if isinstance(result, Tensor) and result.dim():
-                found.append((name, layer, result.detach()))
+    def record(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim():
+                outputs.append((name, layer, output.detach()))
 
         return hook
 
     handles = [
-        layer.register_forward_hook(note(name))
+        layer.register_forward_hook(record(name))
         for name, layer in module.named_modules()
         if not list(layer.children())
     ]
@@ -117,141 +126,141 @@ def _results(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> list[tuple[st
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return outputs
 
 
-def _gradients_together(
+def _batch_gradients(
     module: nn.Module, parameters: Mapping[str, nn.Parameter], loss: Loss, tokens_BT1: Tensor
 ) -> dict[str, Tensor | None]:
-    """Return what the hooks find for a batch; raises `UserError` naming a layer that they cannot work on."""
-    at = _Whereabouts()
-    handles = at.watch(module)
+    """Return the per-example gradients of a batch by Opacus's hooks; raises `UserError` for an unsupported layer."""
+    probe = _LayerProbe()
+    handles = probe.attach(module)
     try:
         with quiet_hooks():
             torch.autograd.backward(loss(tokens_BT1))
     except UserError:
         raise
-    except Exception as error:  # whatever vmap or a layer's own code says
-        name, layer = at.last
+    except Exception as error:  # raised by vmap or by the layer's own code
+        name, layer = probe.last
         raise _refusal(
             name,
             layer,
-            f"Opacus finds no gradient per example ({textwrap.shorten(first_line(error), 100)})",
+            f"Opacus cannot compute per-example gradients ({textwrap.shorten(first_line(error), 100)})",
         ) from None
     finally:
         for handle in handles:
             handle.remove()
-    found = {name: take_grad_sample(parameter) for name, parameter in parameters.items()}
+    gradients = {name: take_grad_sample(parameter) for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
-    return found
+    return gradients
 
 
-class _Whereabouts:
-    """Looks at every layer that trains: what it is given, and which was the last that gradients reached."""
+class _LayerProbe:
+    """Hooks on every trainable layer that check its input and record the last layer that gradients reached."""
 
     def __init__(self) -> None:
         self.last: tuple[str, nn.Module] = ("", nn.Identity())
 
-    def watch(self, module: nn.Module) -> list[Any]:
+    def attach(self, module: nn.Module) -> list[Any]:
         handles = []
         for name, layer in module.named_modules():
-            if _trains(layer):
-                handles.append(layer.register_forward_pre_hook(self._check(name), with_kwargs=True))
-                handles.append(layer.register_full_backward_pre_hook(self._note(name)))
+            if _has_trainable_parameters(layer):
+                handles.append(layer.register_forward_pre_hook(self._check_input(name), with_kwargs=True))
+                handles.append(layer.register_full_backward_pre_hook(self._record(name)))
         return handles
 
-    def _check(self, name: str) -> Callable[..., None]:
-        def check(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            rows = [len(one) for one in given if isinstance(one, Tensor) and one.dim()]
-            if len(given) != 1 or len(rows) != 1 or any(isinstance(one, Tensor) for one in named.values()):
+    def _check_input(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            rows = [len(value) for value in inputs if isinstance(value, Tensor) and value.dim()]
+            has_tensor_keyword = any(isinstance(value, Tensor) for value in keywords.values())
+            if len(inputs) != 1 or len(rows) != 1 or has_tensor_keyword:
                 raise _refusal(
-                    name, layer, "it is given more than one tensor, of which Opacus sees the first"
+                    name, layer, "it has more than one input tensor, and Opacus uses only the first"
                 )
             if rows != [EXAMPLES]:
                 raise _refusal(
                     name,
                     layer,
-                    f"for a batch of {EXAMPLES} it is given {rows[0]} rows, so that its gradient cannot be told apart "
-                    "by example",
+                    f"its input has {rows[0]} rows for a batch of {EXAMPLES}, so its gradient cannot be split by "
+                    "example",
                 )
 
-        return check
+        return hook
 
-    def _note(self, name: str) -> Callable[..., None]:
-        def note(layer: nn.Module, gradients: Any) -> None:
+    def _record(self, name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, gradients: Any) -> None:
             self.last = (name, layer)
 
-        return note
+        return hook
 
 
-def _gradients_alone(
+def _single_gradients(
     parameters: Mapping[str, nn.Parameter], loss: Loss, tokens_1T1: Tensor
 ) -> dict[str, Tensor | None]:
     """Return the ordinary gradients of one example."""
     with quiet_hooks():
         torch.autograd.backward(loss(tokens_1T1))
-    found = {}
+    gradients = {}
     for name, parameter in parameters.items():
-        found[name] = parameter.grad
+        gradients[name] = parameter.grad
         parameter.grad = None
         take_grad_sample(parameter)
-    return found
+    return gradients
 
 
-def _compare(
-    name: str, module: nn.Module, together: Tensor | None, expected: Tensor | None, row: int, scale: float
-) -> None:
-    if expected is None:
+def _compare(name: str, batch: Tensor | None, single: Tensor | None, row: int, scale: float) -> None:
+    """Raise `UserError` if row `row` of a batch's per-example gradient differs from the gradient of that example."""
+    if single is None:
         return
-    wanted = expected.double()
-    found = torch.zeros_like(wanted) if together is None else together[row].double()
-    tolerance = RELATIVE_ERROR * float(wanted.abs().max()) + 1e-4 * scale
-    if not float((found - wanted).abs().max()) <= tolerance:
+    expected = single.double()
+    actual = torch.zeros_like(expected) if batch is None else batch[row].double()
+    tolerance = RELATIVE_ERROR * float(expected.abs().max()) + 1e-4 * scale
+    if not float((actual - expected).abs().max()) <= tolerance:
         raise UserError(
-            f"parameter '{name}' cannot train with differential privacy: its gradient does not all pass through "
-            f"the layer that holds it; {ANOTHER_PART}, or {ONE_BY_ONE}"
+            f"parameter '{name}' cannot train with differential privacy: part of its gradient does not pass through "
+            f"the layer that owns it; {ANOTHER_PART}, or {ONE_BY_ONE}"
         )
 
 
 def take_grad_sample(parameter: nn.Parameter) -> Tensor | None:
-    """Return a parameter's gradient per example, (B, *shape), and forget it; None where no example moved it."""
-    found: Tensor | list[Tensor] | None = parameter.grad_sample  # type: ignore[attr-defined]  # Opacus adds it
+    """Return a parameter's per-example gradient, (B, *shape), and clear it; None if there is no gradient."""
+    gradient: Tensor | list[Tensor] | None = parameter.grad_sample  # type: ignore[attr-defined]  # added by Opacus
     parameter.grad_sample = None  # type: ignore[attr-defined]  # as above
-    if isinstance(found, list):  # a layer that the forward pass went through several times
-        return torch.stack(found).sum(dim=0)
-    return found
+    if isinstance(gradient, list):  # one entry for each call of the layer in the forward pass
+        return torch.stack(gradient).sum(dim=0)
+    return gradient
 
 
 @contextmanager
 def quiet_hooks() -> Iterator[None]:
-    """Keep torch from warning that the first layer to train has no input that needs a gradient: it needs none."""
+    """Suppress torch's warning that the input of the first trainable layer needs no gradient, which is expected."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         yield
 
 
 @contextmanager
-def _without_chance(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off, wherever it is: layers without parameters that train are told that nothing trains."""
-    still = [layer for layer in module.modules() if layer.training and not _trains(layer)]
-    for layer in still:
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """Disable dropout: layers without trainable parameters of their own are put into evaluation mode."""
+    layers = [layer for layer in module.modules() if layer.training and not _has_trainable_parameters(layer)]
+    for layer in layers:
         layer.training = False
     try:
         yield
     finally:
-        for layer in still:
+        for layer in layers:
             layer.training = True
 
 
-def _trains(layer: nn.Module) -> bool:
-    """Tell whether a layer has parameters of its own that train."""
+def _has_trainable_parameters(layer: nn.Module) -> bool:
+    """Return whether a layer, without its children, has trainable parameters."""
     return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
-def _refusal(name: str, layer: nn.Module, why: str) -> UserError:
-    return UserError(_of_layer(name, layer, f"{why}; {ANOTHER_PART}, or {ONE_BY_ONE}"))
+def _refusal(name: str, layer: nn.Module, reason: str) -> UserError:
+    return UserError(_layer_message(name, layer, f"{reason}; {ANOTHER_PART}, or {ONE_BY_ONE}"))
 
 
-def _of_layer(name: str, layer: nn.Module, why: str) -> str:
-    return f"layer '{name}' ({type(layer).__name__}) cannot train with differential privacy: {why}"
+def _layer_message(name: str, layer: nn.Module, reason: str) -> str:
+    return f"layer '{name}' ({type(layer).__name__}) cannot train with differential privacy: {reason}"

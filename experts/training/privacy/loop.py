@@ -1,9 +1,9 @@
-"""Differentially private training: DP-SGD's gradient (arXiv:1607.00133, algorithm 1) in the ordinary loop.
+"""Differentially private training loop: DP-SGD's gradient (arXiv:1607.00133, algorithm 1) with AdamW.
 
-An example is one block. Each step draws every block with the same probability, cuts each drawn block's gradient to a norm,
-adds them up, adds noise, and divides by the expected number of blocks; AdamW then uses that in the place of a gradient.
-Where a forward pass is of several blocks, Opacus tells their gradients apart; of one block the gradient is what it is, and any
-layer will do.
+An example is one block. Each step samples every block with the same probability, clips each sampled block's gradient,
+sums the gradients, adds noise and divides by the expected number of blocks; AdamW uses the result as its gradient. For
+forward passes of several blocks, Opacus computes the per-example gradients. With one block per forward pass the
+ordinary gradient is per-example, which works for any layer.
 Shapes: B = blocks in a forward pass, S = block size.
 """
 
@@ -17,6 +17,7 @@ import torch
 from ....core.config.settings import DpConfig, TrainingConfig
 from ....core.errors import UserError
 from ....core.hooks.training import TrainablePart
+from ....core.manifests.statements import PrivacyStatement
 from ....core.text.token_store import Blocks
 from ..loop import TrainingLoop
 from .accounting import Mechanism, new_accountant, privacy_statement
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class PrivateTrainingLoop(TrainingLoop):
-    """The training loop with private gradients, and an account of what they cost."""
+    """The training loop with private gradients and privacy accounting."""
 
     def __init__(
         self,
@@ -54,46 +55,46 @@ class PrivateTrainingLoop(TrainingLoop):
         refuse_stateful(self.module)
         self._one_by_one = config.batch_size == 1
         if not self._one_by_one:
-            self._tell_apart()
+            self._enable_per_example_gradients()
 
-    def _tell_apart(self) -> None:
-        """Have gradients of several blocks told apart; raises `UserError` for what cannot be."""
+    def _enable_per_example_gradients(self) -> None:
+        """Attach Opacus's hooks; raises `UserError` for layers and losses without per-example gradients."""
         if self.part.auxiliary_loss is not None and not self.part.auxiliary_per_example:
             raise UserError(
-                f"this trainer adds a loss over the whole batch, which cannot be told apart by example; {ONE_BY_ONE}"
+                f"this trainer adds a loss over the whole batch, which cannot be split by example; {ONE_BY_ONE}"
             )
         hooks = attach_hooks(self.module)
         vocabulary = int(getattr(getattr(self.module, "config", None), "vocab_size", 0)) or 2
         require_separable(
-            self.module, hooks, self.parameters, self._whole_loss, vocabulary, self.config.sequence_length
+            self.module, hooks, self.parameters, self._full_loss, vocabulary, self.config.sequence_length
         )
 
     def _accumulate(self) -> Tensor:
-        """Put the private gradient in place and return the mean loss of what was drawn, 0 where nothing was."""
-        drawn = self._source.drawn(f"draw/{self.step}", len(self._examples), self.mechanism.rate)
+        """Set the private gradient and return the mean loss of the sampled blocks, 0 if none was sampled."""
+        sampled = self._source.drawn(f"draw/{self.step}", len(self._examples), self.mechanism.rate)
         sums = {
             name: torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             for name, parameter in self.parameters.items()
         }
         total = torch.zeros((), device=self.device)
-        for begin in range(0, len(drawn), self.config.batch_size):
-            chosen = drawn[begin : begin + self.config.batch_size]
-            total += self._add_clipped(sums, self._blocks_of(chosen)) * len(chosen)
+        for begin in range(0, len(sampled), self.config.batch_size):
+            indices = sampled[begin : begin + self.config.batch_size]
+            total += self._add_clipped(sums, self._load_blocks(indices)) * len(indices)
         expected = self.mechanism.rate * len(self._examples)
         for name, parameter in self.parameters.items():
-            parameter.grad = self._noised(name, sums[name]) / expected
+            parameter.grad = self._add_noise(name, sums[name]) / expected
         self.accountant.step(
             noise_multiplier=self.mechanism.noise_multiplier, sample_rate=self.mechanism.rate
         )
-        return total / max(len(drawn), 1)
+        return total / max(len(sampled), 1)
 
-    def _blocks_of(self, chosen: Any) -> Tensor:
+    def _load_blocks(self, indices: Any) -> Tensor:
         """Return blocks as tokens (B, S + 1)."""
         import numpy as np
 
         if self.part.tell_domains is not None:
-            self.part.tell_domains([0] * len(chosen))
-        rows = [self._examples.block(int(index)) for index in chosen]
+            self.part.tell_domains([0] * len(indices))
+        rows = [self._examples.block(int(index)) for index in indices]
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
 
     def _add_clipped(self, sums: Mapping[str, Tensor], tokens_BT1: Tensor) -> Tensor:
@@ -103,7 +104,8 @@ class PrivateTrainingLoop(TrainingLoop):
             torch.autograd.backward(self._with_auxiliary(loss))
         gradients = self._gradients()
         norms_B = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(one, dim=1) for one in gradients.values()]), dim=0
+            torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients.values()]),
+            dim=0,
         )
         factors_B = (self.mechanism.clip / (norms_B + 1e-6)).clamp(max=1.0)
         for name, gradient in gradients.items():
@@ -111,59 +113,57 @@ class PrivateTrainingLoop(TrainingLoop):
         return loss.detach()
 
     def _gradients(self) -> dict[str, Tensor]:
-        """Return what the last backward pass left, by block: (B, numbers)."""
+        """Return the per-example gradients of the last backward pass, (B, parameter size) each, and clear them."""
         gradients = {}
         for name, parameter in self.parameters.items():
-            found = parameter.grad[None] if self._one_by_one and parameter.grad is not None else None
-            parameter.grad = None  # of several blocks the sum, which nobody may use
+            gradient = parameter.grad[None] if self._one_by_one and parameter.grad is not None else None
+            parameter.grad = None  # for several blocks this is their unclipped sum
             if not self._one_by_one:
-                found = take_grad_sample(parameter)
-            if found is not None:
-                gradients[name] = found.reshape(len(found), -1)
+                gradient = take_grad_sample(parameter)
+            if gradient is not None:
+                gradients[name] = gradient.reshape(len(gradient), -1)
         return gradients
 
     def _with_auxiliary(self, loss: Tensor) -> Tensor:
-        further = self.part.auxiliary_loss
-        return loss + further() if further is not None else loss
+        auxiliary_loss = self.part.auxiliary_loss
+        return loss + auxiliary_loss() if auxiliary_loss is not None else loss
 
-    def _whole_loss(self, tokens_BT1: Tensor) -> Tensor:
+    def _full_loss(self, tokens_BT1: Tensor) -> Tensor:
         if self.part.tell_domains is not None:
             self.part.tell_domains([0] * len(tokens_BT1))
         return self._with_auxiliary(self._loss(tokens_BT1))
 
-    def _noised(self, name: str, total: Tensor) -> Tensor:
-        """Return a sum of clipped gradients with the step's noise."""
+    def _add_noise(self, name: str, total: Tensor) -> Tensor:
+        """Return a sum of clipped gradients plus the step's noise."""
         if self.mechanism.noise_multiplier == 0:
             return total
         noise = self._source.normal(f"noise/{self.step}/{name}", total.shape)
         return total + (noise * (self.mechanism.noise_multiplier * self.mechanism.clip)).to(total)
 
     def _clip(self) -> Tensor:
-        """Return the norm of the private gradient, which was clipped where it matters: block by block."""
+        """Return the norm of the private gradient, which is not clipped again: clipping is per block."""
         return torch.nn.utils.get_total_norm(
-            [one.grad for one in self.parameters.values() if one.grad is not None]
+            [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         )
 
-    def statement(self) -> dict[str, Any]:
-        """Return what the run has cost so far, for the manifest."""
+    def statement(self) -> PrivacyStatement:
+        """Return the privacy statement of the run so far."""
         return privacy_statement(
             self.dp, self.mechanism, self.accountant.history, self.config.sequence_length
         )
 
     # --- state ---
 
-    def further_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Any]:
         return {"privacy": {"history": [list(release) for release in self.accountant.history]}}
 
-    def load_further_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what was spent; raises `UserError` where it was spent otherwise than this run would."""
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Load the privacy history; raises `UserError` if it does not match this run's mechanism."""
         history = [
             (float(sigma), float(rate), int(steps)) for sigma, rate, steps in state["privacy"]["history"]
         ]
         steps = int(state["step"])
-        own = (self.mechanism.noise_multiplier, self.mechanism.rate, steps)
-        if history != [*self.mechanism.before, own]:
-            raise UserError(
-                f"its account of privacy, {history}, is not the one that {steps} steps of this run leave"
-            )
+        expected = [*self.mechanism.before, (self.mechanism.noise_multiplier, self.mechanism.rate, steps)]
+        if history != expected:
+            raise UserError(f"its privacy history {history} does not match {steps} steps of this run")
         self.accountant.history = history

@@ -1,8 +1,8 @@
-"""Random numbers that nobody can make again who does not have the key.
+"""Cryptographic pseudo-random numbers from a secret key.
 
-Differential privacy rests on the noise, and on who was drawn, being unknown to whoever looks at the result. Both come from
-a key through SHAKE-256, so every number is a function of key, purpose and step alone: a run that was killed goes on with
-the same numbers, and without the key they cannot be told from chance.
+Differential privacy requires that the noise and the sampled blocks are unknown to an observer of the result. Both are
+derived from a key by SHAKE-256, so every number is a function of key, purpose and step. A resumed run therefore uses
+the same numbers, and without the key they are indistinguishable from random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....core.artefacts.files import readable_os_errors
+from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +30,12 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Numbers by purpose; the same purpose gives the same numbers."""
+    """A keyed random number generator; the same purpose gives the same numbers."""
 
     key: bytes = field(repr=False)
 
     def uniform(self, purpose: str, count: int) -> NDArray[Any]:
-        """Return numbers above 0 and below 1, float64 (count,)."""
+        """Return uniformly distributed numbers in the open interval (0, 1), float64 (count,)."""
         import numpy as np
 
         label = len(self.key).to_bytes(2, "big") + self.key + purpose.encode("utf-8")
@@ -44,43 +44,44 @@ class NoiseSource:
         return numbers
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """Return standard normal numbers, float64, by Box and Muller's method."""
+        """Return standard normal numbers by the Box-Muller transform, float64."""
         import torch
 
         count = math.prod(shape)
         numbers = torch.from_numpy(self.uniform(purpose, 2 * -(-count // 2)))
         first, second = numbers.chunk(2)
         radius, angle = torch.sqrt(-2.0 * torch.log(first)), 2.0 * torch.pi * second
-        both = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
-        return both[:count].reshape(tuple(shape))
+        normals = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
+        return normals[:count].reshape(tuple(shape))
 
     def drawn(self, purpose: str, size: int, rate: float) -> NDArray[Any]:
-        """Return which of `size` examples are drawn, each by itself with probability `rate` (Poisson sampling)."""
+        """Return the indices of the sampled examples out of `size`, each with probability `rate` (Poisson sampling)."""
         import numpy as np
 
         return np.flatnonzero(self.uniform(purpose, size) < rate)
 
 
 def secret_source(state_folder: Path) -> NoiseSource:
-    """Return the source of a run's noise, whose key lies in its state folder and goes with that when the run is done.
+    """Return the noise source of a run; its key is created in the state folder, which is deleted when the run ends.
 
-    Only the owner of the file can read it. Raises `UserError` for a damaged key.
+    Only the file's owner can read the key. Raises `UserError` if the key is damaged.
     """
     path = state_folder / KEY_FILE
-    with readable_os_errors(path):
+    with os_errors_as_user_errors(path):
         if not path.exists():
             state_folder.mkdir(parents=True, exist_ok=True)
             _write_secret(path, secrets.token_bytes(KEY_BYTES))
         key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise UserError(
-            f"{path} is damaged, and the run's noise cannot be gone on with; delete {state_folder} to train from the start"
+            f"{path} is damaged, so the run cannot resume with the same noise; delete {state_folder} to train from "
+            "the start"
         )
     return NoiseSource(key)
 
 
 def _write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read, at once or not at all."""
+    """Atomically write a file that only its owner can read."""
     partial = path.with_name(f"{path.name}.new")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -91,5 +92,5 @@ def _write_secret(path: Path, content: bytes) -> None:
 
 
 def seeded_source(seed: int) -> NoiseSource:
-    """Return a source that anybody can make again: for repeating a run, not for protecting text."""
+    """Return a reproducible source from a random seed, which does not protect the text."""
     return NoiseSource(hashlib.sha256(f"expertctl differential privacy {seed}".encode()).digest())

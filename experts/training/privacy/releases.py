@@ -1,4 +1,4 @@
-"""What a trainer may learn of private text before training begins: means of clipped vectors, with noise."""
+"""Private statistics for trainers before training: noisy means of clipped vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Releases:
-    """Gaussian mechanisms over every block of a text; what they cost stands in `history`."""
+    """Gaussian mechanisms over all blocks of a text; `history` records them for the accountant."""
 
     def __init__(self, source: NoiseSource, embedding_noise: float | None) -> None:
         self._source, self._embedding_noise = source, embedding_noise
@@ -24,18 +24,18 @@ class Releases:
         return self._embedding_noise is not None
 
     def embedding_mean(self, rows: Iterable[Tensor], clip: float) -> Tensor:
-        """Return the mean of vectors (n,), each cut to norm `clip`, with noise.
+        """Return the noisy mean of vectors (n,), each clipped to norm `clip`.
 
-        Adding or removing one vector moves their sum by `clip` at most, which is what the noise is measured by. Their
-        number counts as known, as it does everywhere else.
+        Adding or removing one vector changes the sum by at most `clip`, the sensitivity that scales the noise. The number
+        of vectors is treated as public.
         """
-        assert self._embedding_noise is not None, "no embedding may be released"
+        assert self._embedding_noise is not None, "the run has no budget for an embedding"
         total: Tensor | None = None
         count = 0
         for row_n in rows:
             vector_n = row_n.double()
-            cut_n = vector_n * min(1.0, clip / max(float(vector_n.norm()), 1e-12))
-            total = cut_n if total is None else total + cut_n
+            clipped_n = vector_n * min(1.0, clip / max(float(vector_n.norm()), 1e-12))
+            total = clipped_n if total is None else total + clipped_n
             count += 1
         assert total is not None, "a text has at least one block"
         purpose = f"embedding/{len(self.history)}"

@@ -1,4 +1,4 @@
-"""Starting a private run: the source of its noise, and its training loop."""
+"""Construction of a private run's noise source and training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def noise_source(dp: DpConfig, training: TrainingConfig, state_folder: Path) -> NoiseSource:
-    """Return where the noise of a run comes from."""
+    """Return the noise source of a run."""
     return seeded_source(training.seed) if dp.noise == "seeded" else secret_source(state_folder)
 
 
@@ -30,7 +30,7 @@ def private_loop(
     source: NoiseSource,
     releases: Releases,
 ) -> PrivateTrainingLoop:
-    """Return the loop of a private run with the least noise that its budget allows."""
+    """Return the loop of a private run, with the least noise that its budget permits."""
     from .loop import PrivateTrainingLoop
 
     mechanism = mechanism_for(dp, training, len(blocks), releases.history)

@@ -1,1 +1,1 @@
-"""Weighted means of models."""
+"""Weighted averages of models."""

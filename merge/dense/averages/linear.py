@@ -1,4 +1,4 @@
-"""Linear merge (model soups): the weighted sum of models, divided by the sum of the weights."""
+"""Linear merging (model soups): the weighted average of models."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from ..arrays import Array, is_numpy, namespace
 
 @dataclass(frozen=True)
 class LinearOptions:
-    """How weights count."""
+    """Options of linear merging."""
 
     normalize: bool = True
-    """Divide by the sum of the weights."""
+    """Divide by the sum of the weights; false gives the weighted sum."""
 
 
 def linear(group: TensorGroup, options: LinearOptions) -> Any:
-    """Return sum_i w_i theta_i, over sum_i w_i unless told otherwise (arXiv:2203.05482, section 2)."""
-    total = weighted(group.experts, group.weights)
+    """Return sum_i w_i theta_i, divided by sum_i w_i if `normalize` is set (arXiv:2203.05482, section 2)."""
+    total = fused_weighted_sum(group.experts, group.weights)
     if options.normalize:
         total /= _sum_as_float32(group.weights)
     return total
 
 
 def average(group: TensorGroup, options: Any) -> Any:
-    """Return the weighted mean of the experts (arXiv:2208.03306, section 5); that of equal ones is exact."""
+    """Return the weighted mean of the experts (arXiv:2208.03306, section 5).
+
+    With equal weights the sum is accumulated in float64, so that the mean of identical experts is exact.
+    """
     if len(set(group.weights)) > 1:
-        return weighted(group.experts, group.weights)
+        return fused_weighted_sum(group.experts, group.weights)
     xp = namespace(group.experts[0])
     total = xp.astype(group.experts[0], xp.float64)
     for expert in group.experts[1:]:
@@ -38,8 +41,8 @@ def average(group: TensorGroup, options: Any) -> Any:
     return xp.astype(total / len(group.experts), group.experts[0].dtype)
 
 
-def weighted(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
-    """Return the sum of arrays times weights, each product added with one rounding only, as torch's addcmul does."""
+def fused_weighted_sum(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
+    """Return the weighted sum of arrays by fused multiply-add: one rounding per product, as torch.addcmul."""
     if not is_numpy(arrays[0]):
         import torch
 
@@ -56,9 +59,10 @@ def weighted(arrays: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def _add_product(total: Array, array: Array, weight: Any) -> None:
-    """Add `array * weight` to `total` as a fused multiply-add would: exact product, one rounding.
+    """Add `array * weight` to `total` in place as a fused multiply-add: exact product, one rounding.
 
-    Products with powers of two are exact anyway; else float64, which holds any product of two float32, stands in.
+    A product with a power of two is exact. Other products are computed in float64, which holds any product of
+    two float32 numbers exactly.
     """
     import numpy as np
 
@@ -80,5 +84,5 @@ def _sum_as_float32(weights: Sequence[float]) -> float:
     for weight in weights:
         total = np.float32(total + np.float32(weight))
     if total == 0:
-        raise ValueError("the weights sum to 0, and a sum of 0 cannot be divided by; set normalize to false")
+        raise ValueError("the weights sum to 0, so they cannot be normalized; set normalize to false")
     return float(total)

@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the seed to the experts' mean, told by how much they agree."""
+"""Model Stock: interpolate between seed and mean of the experts by the angle between task vectors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from ....core.hooks.merging import TensorGroup
 from ..arrays import Array, inner_products, namespace, weighted_sum
 
-_SMALLEST = 1e-6
+_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class ModelStockOptions:
-    """What is taken as one vector."""
+    """Options of Model Stock."""
 
     filter_wise: bool = False
-    """Each row by itself, instead of the whole tensor."""
+    """Compute the interpolation ratio per row instead of per tensor."""
 
 
 def model_stock(group: TensorGroup, options: ModelStockOptions) -> Any:
@@ -29,41 +29,41 @@ def model_stock(group: TensorGroup, options: ModelStockOptions) -> Any:
     count = len(group.experts)
     if count < 2:
         raise ValueError(
-            f"model_stock compares experts with one another; it takes 2 or more, and here is {count}"
+            f"model_stock needs 2 or more experts, and {count} is given; add one or choose another method"
         )
     if options.filter_wise and group.seed.ndim > 1:
-        return _row_by_row(group)
+        return _merge_rows(group)
     products = inner_products(group.experts, group.seed)
     cosines = [
-        products[i][j] / max(math.sqrt(products[i][i] * products[j][j]), _SMALLEST)
+        products[i][j] / max(math.sqrt(products[i][i] * products[j][j]), _EPSILON)
         for i, j in combinations(range(count), 2)
     ]
-    t = _ratio(sum(max(-1.0, min(1.0, one)) for one in cosines) / len(cosines), count)
+    t = _interpolation_ratio(sum(max(-1.0, min(1.0, cosine)) for cosine in cosines) / len(cosines), count)
     return weighted_sum((1 - t, *[t / count] * count), (group.seed, *group.experts))
 
 
-def _ratio(cosine: float, count: int) -> float:
+def _interpolation_ratio(cosine: float, count: int) -> float:
     denominator = 1 + (count - 1) * cosine
-    return count * cosine / denominator if abs(denominator) >= _SMALLEST else 0.0
+    return count * cosine / denominator if abs(denominator) >= _EPSILON else 0.0
 
 
-def _row_by_row(group: TensorGroup) -> Array:
+def _merge_rows(group: TensorGroup) -> Array:
     xp = namespace(group.seed)
     count = len(group.experts)
     vectors = [expert - group.seed for expert in group.experts]
-    lengths = [xp.sqrt(xp.sum(one * one, axis=-1, keepdims=True)) for one in vectors]
-    cosine = xp.zeros_like(lengths[0])
+    norms = [xp.sqrt(xp.sum(vector * vector, axis=-1, keepdims=True)) for vector in vectors]
+    cosine = xp.zeros_like(norms[0])
     pairs = list(combinations(range(count), 2))
     for i, j in pairs:
         product = xp.sum(vectors[i] * vectors[j], axis=-1, keepdims=True)
-        cosine += xp.clip(product / xp.clip(lengths[i] * lengths[j], _SMALLEST, math.inf), -1.0, 1.0)
+        cosine += xp.clip(product / xp.clip(norms[i] * norms[j], _EPSILON, math.inf), -1.0, 1.0)
     cosine /= len(pairs)
     denominator = 1 + (count - 1) * cosine
-    singular = abs(denominator) < _SMALLEST
+    is_singular = abs(denominator) < _EPSILON
     t = xp.where(
-        singular,
+        is_singular,
         xp.zeros_like(cosine),
-        count * cosine / xp.where(singular, xp.ones_like(cosine), denominator),
+        count * cosine / xp.where(is_singular, xp.ones_like(cosine), denominator),
     )
     mean = vectors[0]
     for vector in vectors[1:]:

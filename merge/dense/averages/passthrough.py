@@ -1,4 +1,4 @@
-"""Passthrough: one model's tensor as it is, for stacking layers, or scaled."""
+"""Passthrough: copy a tensor of one model, optionally scaled; used to stack layers."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import each
+from ..arrays import per_expert_values
 
 
 @dataclass(frozen=True)
 class PassthroughOptions:
-    """What to do to it."""
+    """Options of passthrough."""
 
     scale: PerExpert = 1.0
-    """What every element is multiplied by."""
+    """Factor applied to every element."""
 
 
 def passthrough(group: TensorGroup, options: PassthroughOptions) -> Any:
-    """Return the one expert's tensor, times `scale`."""
-    (scale,) = each(options.scale, group)
+    """Return the tensor of the single expert times `scale`."""
+    (scale,) = per_expert_values(options.scale, group)
     return group.experts[0] if scale == 1 else group.experts[0] * scale

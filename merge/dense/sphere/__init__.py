@@ -1,1 +1,1 @@
-"""Means and paths on the sphere."""
+"""Spherical interpolation and spherical means of models."""

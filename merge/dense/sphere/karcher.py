@@ -1,4 +1,4 @@
-"""Karcher mean: the point on the sphere whose distances to all models balance."""
+"""Karcher (Riemannian) mean of several models on the sphere."""
 
 from __future__ import annotations
 
@@ -14,60 +14,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KarcherOptions:
-    """When to stop."""
+    """Options of the Karcher mean."""
 
     max_iter: int = 10
-    """Most steps towards the mean."""
+    """Maximum number of iterations."""
     tol: float = 1e-5
-    """Steps, angles and lengths below it count as zero."""
+    """Tolerance below which steps, angles and norms are treated as zero."""
 
     def __post_init__(self) -> None:
         if self.max_iter < 1 or self.tol <= 0:
             raise ValueError(
-                f"max_iter is {self.max_iter} and tol {self.tol}; give at least 1, and more than 0"
+                f"max_iter is {self.max_iter} and tol is {self.tol}; max_iter must be at least 1 and tol "
+                "greater than 0"
             )
 
 
 def karcher(group: TensorGroup, options: KarcherOptions) -> Any:
-    """Return the Riemannian mean of the models' directions, times their mean length (arXiv:2603.04972).
+    """Return the Riemannian mean of the models' directions, scaled to their mean norm (arXiv:2603.04972).
 
-    The mean lies in the span of the models, so that the iteration runs on coefficients and inner products alone.
+    The mean lies in the span of the models, so the iteration needs only coefficients and the Gram matrix.
     """
     import numpy as np
 
     products = np.array(inner_products(group.experts))
-    lengths = np.sqrt(np.diag(products))
+    norms = np.sqrt(np.diag(products))
     shares = np.array(group.weights, dtype=float)
     shares = shares / shares.sum()
-    taken = lengths > options.tol
-    if not taken.any():
+    is_nonzero = norms > options.tol
+    if not is_nonzero.any():
         return weighted_sum(tuple(shares), group.experts)
-    units = products / np.outer(np.where(taken, lengths, 1), np.where(taken, lengths, 1))
-    weights = np.where(taken, shares, 0) / shares[taken].sum()
-    mean = _mean_direction(units, weights, options, int(np.argmax(taken)))
-    coefficients = np.where(taken, mean / np.where(taken, lengths, 1), 0) * (shares * lengths).sum()
-    return weighted_sum([float(one) for one in coefficients], group.experts)
+    units = products / np.outer(np.where(is_nonzero, norms, 1), np.where(is_nonzero, norms, 1))
+    weights = np.where(is_nonzero, shares, 0) / shares[is_nonzero].sum()
+    mean = _mean_direction(units, weights, options, int(np.argmax(is_nonzero)))
+    coefficients = np.where(is_nonzero, mean / np.where(is_nonzero, norms, 1), 0) * (shares * norms).sum()
+    return weighted_sum([float(coefficient) for coefficient in coefficients], group.experts)
 
 
 def _mean_direction(
     units: NDArray[Any], weights: NDArray[Any], options: KarcherOptions, fallback: int
 ) -> NDArray[Any]:
-    """Return the coefficients of the mean direction in the unit vectors, whose inner products are `units`."""
+    """Return the coefficients of the mean direction over unit vectors with Gram matrix `units`."""
     import numpy as np
 
-    def length(coefficients: NDArray[Any]) -> float:
+    def norm_of(coefficients: NDArray[Any]) -> float:
         return float(np.sqrt(max(coefficients @ units @ coefficients, 0.0)))
 
-    start = length(weights)
-    mean = weights / start if start >= options.tol else np.eye(len(weights))[fallback]
+    start_norm = norm_of(weights)
+    mean = weights / start_norm if start_norm >= options.tol else np.eye(len(weights))[fallback]
     for _ in range(options.max_iter):
         cosines = np.clip(units @ mean, -1.0, 1.0)
         angles = np.arccos(cosines)
         factors = weights * np.where(angles < options.tol, 0.0, angles / np.maximum(np.sin(angles), 1e-300))
         tangent = factors - (factors * cosines).sum() * mean
-        size = length(tangent)
-        if size < options.tol:
+        step = norm_of(tangent)
+        if step < options.tol:
             break
-        mean = np.cos(size) * mean + np.sin(size) / size * tangent
-        mean = mean / length(mean)
+        mean = np.cos(step) * mean + np.sin(step) / step * tangent
+        mean = mean / norm_of(mean)
     return mean

@@ -1,4 +1,4 @@
-"""Multi-SLERP: a weighted mean of several models on the sphere, in one step from their straight mean."""
+"""Multi-SLERP: one-step spherical mean of several models, in the tangent space at their linear mean."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ..arrays import inner_products, weighted_sum
 
 @dataclass(frozen=True)
 class MultislerpOptions:
-    """How weights count."""
+    """Options of Multi-SLERP."""
 
     normalize_weights: bool = True
     """Divide the weights by their sum."""
     eps: float = 1e-8
-    """Added where a length is divided by."""
+    """Added to norms before division."""
     task_vectors: bool = False
-    """Interpolate what the experts learned, and add it to the seed."""
+    """Interpolate the task vectors and add the result to the seed."""
 
 
 def multislerp(group: TensorGroup, options: MultislerpOptions) -> Any:
-    """Return the experts' mean in the tangent space at their straight mean, mapped back and given their mean length.
+    """Return the tangent-space mean at the linear mean, mapped to the sphere and scaled to the mean norm.
 
-    As in mergekit. The result lies in the span of the experts: it is worked out on inner products. Raises
-    `ValueError` where the experts cancel each other.
+    As in mergekit. The result lies in the span of the experts, so only their Gram matrix is needed. Raises
+    `ValueError` if the experts cancel each other.
     """
     import numpy as np
 
@@ -36,29 +36,28 @@ def multislerp(group: TensorGroup, options: MultislerpOptions) -> Any:
     if options.normalize_weights:
         weights = weights / weights.sum()
     products = np.array(inner_products(group.experts, base))
-    lengths = np.sqrt(np.diag(products))
-    units = products / np.outer(lengths + options.eps, lengths + options.eps)
+    norms = np.sqrt(np.diag(products))
+    units = products / np.outer(norms + options.eps, norms + options.eps)
 
-    def length(coefficients: Any) -> float:
+    def norm_of(coefficients: Any) -> float:
         return float(np.sqrt(max(coefficients @ units @ coefficients, 0.0)))
 
-    start = length(weights)
-    if start < options.eps:
-        if len(group.experts) > 2 and lengths.max() > options.eps:
-            raise ValueError(
-                f"the experts' directions cancel each other in '{group.name}'; choose other weights"
-            )
-        return _on_seed(weights, group, base)
-    mean = weights / start
+    mean_norm = norm_of(weights)
+    if mean_norm < options.eps:
+        if len(group.experts) > 2 and norms.max() > options.eps:
+            raise ValueError(f"the experts cancel each other in tensor '{group.name}'; choose other weights")
+        return _combine(weights, group, base)
+    mean = weights / mean_norm
     cosines = units @ mean
     tangent = weights - (weights * cosines).sum() * mean
-    size = length(tangent) + options.eps
-    direction = mean * np.cos(size) + tangent * (np.sin(size) / size)
-    return _on_seed(direction / (lengths + options.eps) * (weights * lengths).sum(), group, base)
+    angle = norm_of(tangent) + options.eps
+    direction = mean * np.cos(angle) + tangent * (np.sin(angle) / angle)
+    return _combine(direction / (norms + options.eps) * (weights * norms).sum(), group, base)
 
 
-def _on_seed(coefficients: Any, group: TensorGroup, base: Any) -> Any:
-    given = [float(one) for one in coefficients]
+def _combine(coefficients: Any, group: TensorGroup, base: Any) -> Any:
+    """Return base + sum_i c_i (expert_i - base), or sum_i c_i expert_i without a base."""
+    factors = [float(coefficient) for coefficient in coefficients]
     if base is None:
-        return weighted_sum(given, group.experts)
-    return weighted_sum((1 - sum(given), *given), (base, *group.experts))
+        return weighted_sum(factors, group.experts)
+    return weighted_sum((1 - sum(factors), *factors), (base, *group.experts))

@@ -1,4 +1,4 @@
-"""SLERP: between two models along the arc instead of the chord."""
+"""SLERP: spherical linear interpolation between two models."""
 
 from __future__ import annotations
 
@@ -10,48 +10,49 @@ from ....core.hooks.merging import TensorGroup
 from ..arrays import check_range, inner_products, weighted_sum
 
 COLLINEAR = 0.9995
+"""Absolute cosine above which two tensors are interpolated linearly."""
 _SMALLEST_NORM = 1e-8
 
 
 @dataclass(frozen=True)
 class SlerpOptions:
-    """How far along the arc."""
+    """Options of SLERP."""
 
     t: float = 0.5
-    """0 is the first model, 1 the second."""
+    """Interpolation parameter; 0 is the first model, 1 the second."""
     from_seed: bool = False
-    """Go from the seed to the one expert, instead of from the first to the second of two."""
+    """Interpolate from the seed to a single expert instead of between two experts."""
 
     def __post_init__(self) -> None:
         check_range("t", self.t, 0, 1)
 
 
 def slerp(group: TensorGroup, options: SlerpOptions) -> Any:
-    """Return sin((1-t)O)/sin(O) a + sin(tO)/sin(O) b, O being the angle between the flattened tensors a and b.
+    """Return sin((1-t)O)/sin(O) a + sin(tO)/sin(O) b, O the angle between the flattened tensors a and b.
 
-    Lengths are kept as they are; tensors that are nearly parallel are interpolated on the straight line (Shoemake,
-    1985). Raises `ValueError` for another number of models than two.
+    The tensors are not normalized; nearly parallel tensors are interpolated linearly (Shoemake, 1985). Raises
+    `ValueError` unless there are exactly two models.
     """
-    ends = (group.seed, *group.experts) if options.from_seed else group.experts
-    if len(ends) != 2:
+    endpoints = (group.seed, *group.experts) if options.from_seed else group.experts
+    if len(endpoints) != 2:
         raise ValueError(
-            f"slerp is between two models, and here are {len(ends)}; "
+            f"slerp interpolates two models, and {len(endpoints)} are given; "
             + (
-                "from_seed takes one expert"
+                "give one expert with from_seed"
                 if options.from_seed
-                else "give two experts, or one and from_seed"
+                else "give two experts, or one expert and from_seed"
             )
         )
-    products = inner_products(ends)
+    products = inner_products(endpoints)
     norms = [math.sqrt(products[number][number]) for number in (0, 1)]
-    lengths = [norm if norm > _SMALLEST_NORM else 1.0 for norm in norms]
-    cosine = max(-1.0, min(1.0, products[0][1] / (lengths[0] * lengths[1])))
-    return weighted_sum(arc_coefficients(cosine, options.t, abs(cosine) > COLLINEAR), ends)
+    divisors = [norm if norm > _SMALLEST_NORM else 1.0 for norm in norms]
+    cosine = max(-1.0, min(1.0, products[0][1] / (divisors[0] * divisors[1])))
+    return weighted_sum(arc_coefficients(cosine, options.t, abs(cosine) > COLLINEAR), endpoints)
 
 
-def arc_coefficients(cosine: float, t: float, straight: bool) -> tuple[float, float]:
-    """Return what the two ends are multiplied by."""
-    if straight:
+def arc_coefficients(cosine: float, t: float, is_parallel: bool) -> tuple[float, float]:
+    """Return the coefficients of the two endpoints."""
+    if is_parallel:
         return 1 - t, t
     angle = math.acos(cosine)
     sine = math.sin(angle)

@@ -1,1 +1,1 @@
-"""Merges of task vectors: expert minus seed."""
+"""Merge methods on task vectors (expert minus seed)."""

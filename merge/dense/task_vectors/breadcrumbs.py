@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: drop the smallest changes and, as outliers, the largest."""
+"""Model Breadcrumbs: drop the smallest and the largest elements of each task vector."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import check_range, each, kth_largest_magnitude
-from .changes import EVERYTHING, Keep, add_task_vectors
+from ..arrays import check_range, kth_largest_magnitude, per_expert_values
+from .changes import KEEP_ALL, ElementFilter, add_task_vectors
 
 
 @dataclass(frozen=True)
 class BreadcrumbsOptions:
-    """What is dropped on either side."""
+    """Options of Model Breadcrumbs."""
 
     density: PerExpert = 0.9
-    """Share of each task vector's elements that is kept."""
+    """Fraction of each task vector's elements that is kept."""
     gamma: PerExpert = 0.01
-    """Share of the elements, those of the largest magnitude, that is dropped as outliers."""
+    """Fraction of the elements that is dropped as outliers, those of the largest magnitude."""
     lambda_: float = 1.0
-    """What the merged task vector is multiplied by."""
+    """Scaling factor of the merged task vector."""
     normalize: bool = False
-    """Divide by the sum of the weights (with sign election: of those that agree)."""
+    """Divide by the sum of the weights; with sign election, of the experts that have the elected sign."""
 
     def __post_init__(self) -> None:
         check_range("density", self.density, 0, 1)
@@ -30,35 +30,39 @@ class BreadcrumbsOptions:
 
 
 def breadcrumbs(group: TensorGroup, options: BreadcrumbsOptions) -> Any:
-    """Return the sum of task vectors without small changes and outliers, on the seed (arXiv:2312.06795, section 3).
+    """Return the seed plus task vectors without small elements and outliers (arXiv:2312.06795, section 3).
 
-    Elements as large as a threshold are kept, so that no order among equals is needed.
+    Elements equal to a threshold are kept, so ties need no ordering.
     """
     return _breadcrumbs(group, options, elect=False)
 
 
 def breadcrumbs_ties(group: TensorGroup, options: BreadcrumbsOptions) -> Any:
-    """Return the same with TIES' election of signs (arXiv:2306.01708)."""
+    """Return `breadcrumbs` with sign election as in TIES (arXiv:2306.01708)."""
     return _breadcrumbs(group, options, elect=True)
 
 
 def _breadcrumbs(group: TensorGroup, options: BreadcrumbsOptions, *, elect: bool) -> Any:
-    settings = zip(each(options.density, group), each(options.gamma, group), strict=True)
-    kept = [_middle(group, number, density, gamma) for number, (density, gamma) in enumerate(settings)]
-    return add_task_vectors(group, kept, scaling=options.lambda_, normalize=options.normalize, elect=elect)
+    settings = zip(
+        per_expert_values(options.density, group), per_expert_values(options.gamma, group), strict=True
+    )
+    filters = [
+        _band_filter(group, number, density, gamma) for number, (density, gamma) in enumerate(settings)
+    ]
+    return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
 
 
-def _middle(group: TensorGroup, expert: int, density: float, gamma: float) -> Keep:
-    """Return the two thresholds; fewer outliers are dropped where density leaves no room for more."""
+def _band_filter(group: TensorGroup, expert: int, density: float, gamma: float) -> ElementFilter:
+    """Return the filter between both thresholds; `density` takes precedence over dropping outliers."""
     size = math.prod(group.seed.shape)
-    wanted = int(density * size)
+    count = int(density * size)
     if density >= 1 or size == 0:
-        return EVERYTHING
-    if wanted == 0:
-        return Keep(least=math.inf)
-    outliers = min(int(gamma * size), size - wanted)
+        return KEEP_ALL
+    if count == 0:
+        return ElementFilter(min_magnitude=math.inf)
+    outliers = min(int(gamma * size), size - count)
     vector = group.experts[expert]
-    return Keep(
-        least=kth_largest_magnitude(vector, min(outliers + wanted, size), group.seed),
-        most=kth_largest_magnitude(vector, outliers + 1, group.seed) if outliers else math.inf,
+    return ElementFilter(
+        min_magnitude=kth_largest_magnitude(vector, min(outliers + count, size), group.seed),
+        max_magnitude=kth_largest_magnitude(vector, outliers + 1, group.seed) if outliers else math.inf,
     )

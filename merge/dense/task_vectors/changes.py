@@ -1,61 +1,62 @@
-"""Adding what experts learned to the seed: the part that all methods on task vectors have in common.
+"""Weighted sum of filtered task vectors, shared by all methods on task vectors.
 
-A task vector is an expert minus the seed. Methods differ in which of its elements they keep (`Keep`), and in whether
-experts that disagree in sign cancel each other or one side wins (`elect`).
+A task vector is an expert minus the seed. Methods differ in the elements that they keep (`ElementFilter`) and
+in whether opposite signs cancel out or are resolved by sign election (`elect`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
-from ..arrays import Array, as_numbers, erase, in_pieces, namespace
+from ..arrays import Array, as_indicator, map_chunks, namespace, zero_unkept
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Which elements of one task vector count, and how much."""
+class ElementFilter:
+    """Selection and scaling of the elements of one task vector."""
 
-    least: float = 0.0
+    min_magnitude: float = 0.0
     """Smallest magnitude that is kept."""
-    most: float = math.inf
+    max_magnitude: float = math.inf
     """Largest magnitude that is kept."""
     mask: Array | None = None
-    """True where an element is kept."""
+    """Boolean mask of the kept elements; None keeps all."""
     scale: Array | float = 1.0
-    """What the kept ones are multiplied by."""
+    """Factor applied to the kept elements, a number or an array."""
 
 
-EVERYTHING = Keep()
+KEEP_ALL = ElementFilter()
 
 
 def add_task_vectors(
-    group: TensorGroup, kept: Sequence[Keep], *, scaling: float, normalize: bool, elect: bool
+    group: TensorGroup, filters: Sequence[ElementFilter], *, scaling: float, normalize: bool, elect: bool
 ) -> Any:
-    """Return seed + scaling * mix, where mix is the weighted sum of the kept task vectors.
+    """Return seed + scaling * mix, where mix is the weighted sum of the filtered task vectors.
 
-    With `normalize` it is divided by the weights that take part. With `elect` only elements count whose weighted
-    sign is that of their sum over the experts (0 counts as +): TIES (arXiv:2306.01708, section 4).
+    With `normalize` mix is divided by the sum of the contributing weights. With `elect` only elements
+    contribute whose weighted sign equals the sign of their sum over the experts (0 counts as +): TIES
+    (arXiv:2306.01708, section 4).
     """
     extra = [
         array
-        for keep in kept
-        for array in (keep.mask, keep.scale)
+        for element_filter in filters
+        for array in (element_filter.mask, element_filter.scale)
         if array is not None and not isinstance(array, float | int)
     ]
     total = sum(group.weights)
 
-    def piece(seed: Array, *rest: Array) -> Array:
-        parts = iter(rest[len(group.experts) :])
+    def merge_chunk(seed: Array, *inputs: Array) -> Array:
+        filter_arrays = iter(inputs[len(group.experts) :])
         vectors = [
-            _weighted(_kept_vector(expert - seed, keep, parts), weight)
-            for expert, keep, weight in zip(rest, kept, group.weights, strict=False)
+            _weight_in_place(_filter_in_place(expert - seed, element_filter, filter_arrays), weight)
+            for expert, element_filter, weight in zip(inputs, filters, group.weights, strict=False)
         ]
         if elect:
-            mix = _elected(vectors, group.weights, normalize)
+            mix = _elect_signs(vectors, group.weights, normalize)
         else:
             mix = vectors[0]
             for vector in vectors[1:]:
@@ -67,37 +68,37 @@ def add_task_vectors(
         mix += seed
         return mix
 
-    return in_pieces(piece, group.seed, *group.experts, *extra)
+    return map_chunks(merge_chunk, group.seed, *group.experts, *extra)
 
 
-def _kept_vector(vector: Array, keep: Keep, parts: Any) -> Array:
-    """Return a task vector with 0 where it is not kept; `parts` yields the pieces of mask and scale."""
-    if keep.least > 0:
-        erase(vector, abs(vector) >= keep.least)
-    if keep.most < math.inf:
-        erase(vector, abs(vector) <= keep.most)
-    if keep.mask is not None:
-        erase(vector, next(parts))
-    if not isinstance(keep.scale, float | int):
-        vector *= next(parts)
-    elif keep.scale != 1:
-        vector *= keep.scale
+def _filter_in_place(vector: Array, element_filter: ElementFilter, filter_arrays: Iterator[Array]) -> Array:
+    """Zero unkept elements and scale kept ones; `filter_arrays` yields the chunks of mask and scale."""
+    if element_filter.min_magnitude > 0:
+        zero_unkept(vector, abs(vector) >= element_filter.min_magnitude)
+    if element_filter.max_magnitude < math.inf:
+        zero_unkept(vector, abs(vector) <= element_filter.max_magnitude)
+    if element_filter.mask is not None:
+        zero_unkept(vector, next(filter_arrays))
+    if not isinstance(element_filter.scale, float | int):
+        vector *= next(filter_arrays)
+    elif element_filter.scale != 1:
+        vector *= element_filter.scale
     return vector
 
 
-def _weighted(vector: Array, weight: float) -> Array:
+def _weight_in_place(vector: Array, weight: float) -> Array:
     if weight != 1:
         vector *= weight
     return vector
 
 
-def _elected(vectors: Sequence[Array], weights: Sequence[float], normalize: bool) -> Array:
-    """Return the sum of the elements that have the sign of the whole sum, over their weights if asked."""
+def _elect_signs(vectors: Sequence[Array], weights: Sequence[float], normalize: bool) -> Array:
+    """Return the sum of the elements with the sign of the total; `normalize` gives their weighted mean."""
     xp = namespace(vectors[0])
     total = vectors[0] + 0.0
     for vector in vectors[1:]:
         total += vector
-    total += 0.0  # -0.0, which would elect minus, becomes 0.0
+    total += 0.0  # turns -0.0, which would elect minus, into 0.0
     sign = xp.copysign(xp.ones_like(total), total)
     mix = xp.zeros_like(total)
     divisor = xp.zeros_like(total)
@@ -106,10 +107,10 @@ def _elected(vectors: Sequence[Array], weights: Sequence[float], normalize: bool
         agreeing = xp.maximum(agreeing, xp.zeros_like(agreeing[:1]))
         mix += agreeing
         if normalize:
-            counted = as_numbers(agreeing > 0, total)
-            divisor += counted if weight == 1 else counted * weight
+            indicator = as_indicator(agreeing > 0, total)
+            divisor += indicator if weight == 1 else indicator * weight
     mix *= sign
     if normalize:
-        divisor += as_numbers(divisor == 0, total)
+        divisor += as_indicator(divisor == 0, total)
         mix /= divisor
     return mix

@@ -1,4 +1,4 @@
-"""DELLA: drop changes at random, the small ones of each row more often than the large ones."""
+"""DELLA: drop elements of task vectors at random, small magnitudes of a row more often."""
 
 from __future__ import annotations
 
@@ -6,80 +6,87 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import Array, check_range, each, is_numpy, namespace, random_mask
-from .changes import EVERYTHING, Keep, add_task_vectors
-from .dare import Rescale, rescaling
+from ..arrays import Array, check_range, is_numpy, namespace, per_expert_values, random_mask
+from .changes import KEEP_ALL, ElementFilter, add_task_vectors
+from .dare import Rescale, rescale_factor
 
 
 @dataclass(frozen=True)
 class DellaOptions:
-    """How much is dropped, and how unevenly."""
+    """Options of DELLA."""
 
     density: PerExpert = 0.5
-    """Probability with which elements are kept, on average over a row."""
+    """Mean probability that an element of a row is kept."""
     epsilon: PerExpert = 0.15
-    """Probabilities run from density - epsilon for a row's smallest change to density + epsilon for its largest."""
+    """Half-range of the keep probability: density - epsilon for the smallest magnitude of a row, density +
+    epsilon for the largest."""
     rescale: Rescale = "density"
-    """`density`: kept elements over their own probability, as in the paper; `l1`: times what restores the sum of
-    magnitudes, as mergekit does; `none`."""
+    """Rescaling of the kept elements: `density` divides by their keep probability, as in the paper; `l1`
+    restores the L1 norm of the task vector, as in mergekit; `none`."""
     lambda_: float = 1.0
-    """What the merged task vector is multiplied by."""
+    """Scaling factor of the merged task vector."""
     normalize: bool = True
-    """Divide by the sum of the weights (with sign election: of those that agree)."""
+    """Divide by the sum of the weights; with sign election, of the experts that have the elected sign."""
     random_seed: int = 0
-    """Another seed drops other elements."""
+    """Seed of the random masks."""
 
     def __post_init__(self) -> None:
         check_range("density", self.density, 0, 1)
         check_range("epsilon", self.epsilon, 0, 0.5)
-        pairs = [self.density, self.epsilon]
-        count = max((len(one) for one in pairs if isinstance(one, tuple)), default=1)
-        densities, epsilons = ((one if isinstance(one, tuple) else (one,) * count) for one in pairs)
+        pair = [self.density, self.epsilon]
+        count = max((len(option) for option in pair if isinstance(option, tuple)), default=1)
+        densities, epsilons = (
+            (option if isinstance(option, tuple) else (option,) * count) for option in pair
+        )
         for density, epsilon in zip(densities, epsilons, strict=True):
             if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
                 raise ValueError(
-                    f"density {density} and epsilon {epsilon} give probabilities outside of 0 to 1; choose a smaller "
-                    "epsilon"
+                    f"density {density} and epsilon {epsilon} give probabilities outside the range 0 to 1; "
+                    "choose a smaller epsilon"
                 )
 
 
 def della(group: TensorGroup, options: DellaOptions) -> Any:
-    """Return the disjoint mean of task vectors thinned by magnitude, on the seed (arXiv:2406.11617, section 3)."""
+    """Return the seed plus the disjoint mean of sampled task vectors (arXiv:2406.11617, section 3)."""
     return _della(group, options, elect=True)
 
 
 def della_linear(group: TensorGroup, options: DellaOptions) -> Any:
-    """Return the same without an election of signs."""
+    """Return `della` without sign election."""
     return _della(group, options, elect=False)
 
 
 def _della(group: TensorGroup, options: DellaOptions, *, elect: bool) -> Any:
-    settings = zip(each(options.density, group), each(options.epsilon, group), strict=True)
-    kept = [
-        _thinned(group, number, density, epsilon, options)
+    settings = zip(
+        per_expert_values(options.density, group), per_expert_values(options.epsilon, group), strict=True
+    )
+    filters = [
+        _random_filter(group, number, density, epsilon, options)
         for number, (density, epsilon) in enumerate(settings)
     ]
-    return add_task_vectors(group, kept, scaling=options.lambda_, normalize=options.normalize, elect=elect)
+    return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
 
 
-def _thinned(group: TensorGroup, expert: int, density: float, epsilon: float, options: DellaOptions) -> Keep:
+def _random_filter(
+    group: TensorGroup, expert: int, density: float, epsilon: float, options: DellaOptions
+) -> ElementFilter:
     if density >= 1:
-        return EVERYTHING
+        return KEEP_ALL
     xp = namespace(group.seed)
     if density <= 0:
-        return Keep(mask=xp.zeros_like(group.seed, dtype=xp.bool))
-    chances = keep_probabilities(abs(group.experts[expert] - group.seed), density, epsilon)
+        return ElementFilter(mask=xp.zeros_like(group.seed, dtype=xp.bool))
+    probabilities = keep_probabilities(abs(group.experts[expert] - group.seed), density, epsilon)
     name = group.expert_names[expert]
-    mask = random_mask(group.seed, chances, options.random_seed, group.name, name)
+    mask = random_mask(group.seed, probabilities, options.random_seed, group.name, name)
     if options.rescale == "density":
-        return Keep(mask=mask, scale=1 / chances)
-    return Keep(mask=mask, scale=rescaling(group, expert, mask, options.rescale, density))
+        return ElementFilter(mask=mask, scale=1 / probabilities)
+    return ElementFilter(mask=mask, scale=rescale_factor(group, expert, mask, options.rescale, density))
 
 
 def keep_probabilities(magnitudes: Array, density: float, epsilon: float) -> Array:
-    """Return for each element its probability of being kept: rising evenly with its rank in its row.
+    """Return keep probabilities, which rise linearly with the rank of a magnitude in its row.
 
-    Tensors of fewer than two dimensions are one row; equal magnitudes rank in their order.
+    Tensors of fewer than two dimensions are one row; equal magnitudes are ranked by position.
     """
     rows = magnitudes.reshape(magnitudes.shape[0], -1) if magnitudes.ndim > 1 else magnitudes.reshape(1, -1)
     width = rows.shape[1]
@@ -92,8 +99,8 @@ def keep_probabilities(magnitudes: Array, density: float, epsilon: float) -> Arr
     else:
         import torch
 
-        by_size = torch.argsort(rows, dim=1, stable=True)
-        places = torch.arange(width, dtype=rows.dtype, device=rows.device).expand_as(rows)
-        ranks = torch.empty_like(rows).scatter_(1, by_size, places)
-    chances = (density - epsilon) + ranks * (2 * epsilon / max(width - 1, 1))
-    return chances.reshape(magnitudes.shape)
+        indices = torch.argsort(rows, dim=1, stable=True)
+        positions = torch.arange(width, dtype=rows.dtype, device=rows.device).expand_as(rows)
+        ranks = torch.empty_like(rows).scatter_(1, indices, positions)
+    probabilities = (density - epsilon) + ranks * (2 * epsilon / max(width - 1, 1))
+    return probabilities.reshape(magnitudes.shape)

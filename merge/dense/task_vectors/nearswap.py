@@ -1,4 +1,4 @@
-"""NearSwap: take the expert's value where it is near the seed's, and less of it the further away it is."""
+"""NearSwap: interpolate towards the expert, less where it differs more from the seed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from ....core.hooks.merging import TensorGroup
 from ..arrays import namespace
 
-_SMALLEST = 1e-6
+_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class NearswapOptions:
-    """How near is near."""
+    """Options of NearSwap."""
 
     t: float = 1e-4
-    """Difference up to which the expert's value is taken whole; in the size of the weights."""
+    """Absolute difference up to which the expert's value replaces the seed's."""
 
     def __post_init__(self) -> None:
         if self.t < 0:
-            raise ValueError(f"t is {self.t}; it is 0 or more")
+            raise ValueError(f"t is {self.t}; it must be at least 0")
 
 
 def nearswap(group: TensorGroup, options: NearswapOptions) -> Any:
     """Return w * expert + (1 - w) * seed with w = min(t / |expert - seed|, 1), element by element."""
     xp = namespace(group.seed)
     expert = group.experts[0]
-    share = xp.clip(options.t / xp.clip(abs(group.seed - expert), _SMALLEST, float("inf")), 0.0, 1.0)
+    share = xp.clip(options.t / xp.clip(abs(group.seed - expert), _EPSILON, float("inf")), 0.0, 1.0)
     return share * expert + (1 - share) * group.seed

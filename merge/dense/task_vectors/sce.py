@@ -1,4 +1,4 @@
-"""SCE: select the elements in which experts differ most, weigh experts by how far they moved, erase the minority."""
+"""SCE: select elements by variance, calculate expert weights from the task vectors, erase minority signs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ....core.hooks.merging import TensorGroup
 from ..arrays import (
     Array,
     check_range,
-    in_pieces,
+    chunks,
     inner_products,
     is_numpy,
     kth_largest_magnitude,
+    map_chunks,
     namespace,
-    pieces,
 )
 
 
 @dataclass(frozen=True)
 class SceOptions:
-    """How much is selected."""
+    """Options of SCE."""
 
     select_topk: float = 1.0
-    """Share of the elements with a variance that is kept, those with the largest; the paper tries 0.1 and more."""
+    """Fraction of the elements of nonzero variance that is kept, largest first; 0.1 and more in the paper."""
 
     def __post_init__(self) -> None:
         check_range("select_topk", self.select_topk, 0, 1)
@@ -33,20 +33,20 @@ class SceOptions:
 def sce(group: TensorGroup, options: SceOptions) -> Any:
     """Return the seed plus the fused task vectors (arXiv:2408.07990, section 3.3).
 
-    Per tensor: select by variance over the experts, calculate an expert's weight from the squares of its selected
-    task vector, erase elements whose sign is not that of the unweighted sum.
+    Per tensor: select elements by their variance over the experts, weight each expert by the squared norm of
+    its selected task vector, and erase elements whose sign differs from that of the unweighted sum.
     """
-    least = _least_variance(group, options.select_topk)
-    squares = _squares(group, least)
-    total = sum(squares)
-    count = len(squares)
-    shares = [one / total for one in squares] if total > 0 else [1 / count] * count
+    min_variance = _min_variance(group, options.select_topk)
+    squared_norms = _squared_norms(group, min_variance)
+    total = sum(squared_norms)
+    count = len(squared_norms)
+    shares = [squared_norm / total for squared_norm in squared_norms] if total > 0 else [1 / count] * count
 
-    def piece(seed: Array, *experts: Array) -> Array:
+    def merge_chunk(seed: Array, *experts: Array) -> Array:
         xp = namespace(seed)
         vectors = [expert - seed for expert in experts]
-        if least > 0:
-            selected = _variance(vectors) >= least
+        if min_variance > 0:
+            selected = _variance(vectors) >= min_variance
             vectors = [vector * selected for vector in vectors]
         summed = vectors[0] + 0
         for vector in vectors[1:]:
@@ -59,7 +59,7 @@ def sce(group: TensorGroup, options: SceOptions) -> Any:
             divisor += agrees * (seed.dtype.type(share) if is_numpy(seed) else share)
         return seed + mix / xp.clip(divisor, 1e-6, math.inf)
 
-    return in_pieces(piece, group.seed, *group.experts)
+    return map_chunks(merge_chunk, group.seed, *group.experts)
 
 
 def _variance(vectors: list[Array]) -> Array:
@@ -73,29 +73,28 @@ def _variance(vectors: list[Array]) -> Array:
     return total / len(vectors)
 
 
-def _least_variance(group: TensorGroup, share: float) -> float:
-    """Return the smallest variance that is selected; 0 keeps everything, infinity nothing."""
+def _min_variance(group: TensorGroup, share: float) -> float:
+    """Return the smallest selected variance; 0 selects everything, infinity nothing."""
     if share >= 1:
         return 0.0
 
-    def piece(seed: Array, *experts: Array) -> Array:
+    def variance_chunk(seed: Array, *experts: Array) -> Array:
         return _variance([expert - seed for expert in experts])
 
-    variances = in_pieces(piece, group.seed, *group.experts)
+    variances = map_chunks(variance_chunk, group.seed, *group.experts)
     count = int(share * int((variances > 0).sum()))
     return kth_largest_magnitude(variances, count) if count else math.inf
 
 
-def _squares(group: TensorGroup, least: float) -> list[float]:
-    """Return the sum of squares of each selected task vector."""
-    if least == 0:
+def _squared_norms(group: TensorGroup, min_variance: float) -> list[float]:
+    """Return the squared norm of each selected task vector."""
+    if min_variance == 0:
         products = inner_products(group.experts, group.seed)
         return [products[number][number] for number in range(len(products))]
     sums = [0.0] * len(group.experts)
-
-    for seed, *experts in pieces(group.seed, *group.experts):
+    for seed, *experts in chunks(group.seed, *group.experts):
         vectors = [expert - seed for expert in experts]
-        selected = _variance(vectors) >= least
+        selected = _variance(vectors) >= min_variance
         for number, vector in enumerate(vectors):
             sums[number] += float(((vector * selected) ** 2).sum())
     return sums

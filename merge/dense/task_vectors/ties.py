@@ -1,4 +1,4 @@
-"""TIES: trim small changes, elect a sign for every element, average what agrees with it."""
+"""TIES: trim small elements of task vectors, elect a sign per element, average the values of that sign."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import check_range, each, kth_largest_magnitude
-from .changes import EVERYTHING, Keep, add_task_vectors
+from ..arrays import check_range, kth_largest_magnitude, per_expert_values
+from .changes import KEEP_ALL, ElementFilter, add_task_vectors
 
 
 @dataclass(frozen=True)
 class TiesOptions:
-    """How much is trimmed."""
+    """Options of TIES."""
 
     density: PerExpert = 0.2
-    """Share of each task vector's elements that is kept, those of the largest magnitude; 0.2 in the paper."""
+    """Fraction of each task vector's elements that is kept, largest magnitude first; 0.2 in the paper."""
     lambda_: float = 1.0
-    """What the merged task vector is multiplied by."""
+    """Scaling factor of the merged task vector."""
     normalize: bool = True
-    """Divide by the weights of the experts that agree: the paper's disjoint mean."""
+    """Divide by the sum of the weights of the experts that agree with the elected sign (disjoint mean)."""
 
     def __post_init__(self) -> None:
         check_range("density", self.density, 0, 1)
@@ -29,21 +29,22 @@ class TiesOptions:
 def ties(group: TensorGroup, options: TiesOptions) -> Any:
     """Return seed + lambda * the disjoint mean of trimmed task vectors (arXiv:2306.01708, section 4).
 
-    Trimming is per tensor and expert; elements as large as the smallest that is kept are kept too, so that no order
-    among equals is needed.
+    Task vectors are trimmed per tensor and expert. Elements equal to the threshold are kept, so ties need no
+    ordering.
     """
-    kept = [
-        keep_largest(group, number, density) for number, density in enumerate(each(options.density, group))
+    filters = [
+        magnitude_filter(group, number, density)
+        for number, density in enumerate(per_expert_values(options.density, group))
     ]
-    return add_task_vectors(group, kept, scaling=options.lambda_, normalize=options.normalize, elect=True)
+    return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=True)
 
 
-def keep_largest(group: TensorGroup, expert: int, density: float) -> Keep:
-    """Return the threshold that keeps a share of one task vector's elements, at least one."""
+def magnitude_filter(group: TensorGroup, expert: int, density: float) -> ElementFilter:
+    """Return the filter that keeps the largest fraction `density` of a task vector, at least one element."""
     size = math.prod(group.seed.shape)
     if density >= 1 or size == 0:
-        return EVERYTHING
+        return KEEP_ALL
     if density <= 0:
-        return Keep(least=math.inf)
+        return ElementFilter(min_magnitude=math.inf)
     count = max(1, int(density * size))
-    return Keep(least=kth_largest_magnitude(group.experts[expert], count, group.seed))
+    return ElementFilter(min_magnitude=kth_largest_magnitude(group.experts[expert], count, group.seed))

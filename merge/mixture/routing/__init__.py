@@ -1,1 +1,1 @@
-"""Routers of mixtures: how they start, what they do, and switching experts off."""
+"""Routers of mixtures: initialisation, measurement, and disabling experts."""

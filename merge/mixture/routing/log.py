@@ -1,4 +1,4 @@
-"""Watching the routers of a mixture, whichever class it is of. Shapes: N = tokens, E = experts, k = experts of a token."""
+"""Log and measure routing of any mixture class. Shapes: N = tokens, E = experts, k = experts per token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .report import DEAD_SHARE
 
 @dataclass(frozen=True)
 class Decision:
-    """What one router decided in one forward pass."""
+    """Routing decision of one router in one forward pass."""
 
     logits: Tensor
     """(N, E)."""
@@ -31,16 +31,16 @@ class Decision:
         return int(self.logits.shape[-1])
 
     def mean_gates(self) -> Tensor:
-        """Return the mean over tokens of each expert's gate, (E,)."""
+        """Return the mean gate of each expert over tokens, (E,)."""
         empty_NE = torch.zeros_like(self.logits, dtype=torch.float32)
         return empty_NE.scatter(-1, self.chosen, self.gates.float()).mean(dim=0)
 
     def mean_probabilities(self) -> Tensor:
-        """Return the mean over tokens of the softmax over all experts, (E,)."""
+        """Return the mean softmax probability of each expert over tokens, (E,)."""
         return self.logits.float().softmax(dim=-1).mean(dim=0)
 
     def load(self) -> Tensor:
-        """Return the share of the tokens' choices that each expert got, (E,)."""
+        """Return each expert's share of the token assignments, (E,)."""
         counts = torch.bincount(self.chosen.flatten(), minlength=self.num_experts)
         return counts.float() / self.chosen.numel()
 
@@ -51,20 +51,20 @@ class Decision:
 
 
 def routers_of(model: nn.Module) -> dict[str, Any]:
-    """Return a mixture's routers by name, first layer first; raises `UserError` for a model that has none."""
-    found = {
+    """Return routers by module name, in layer order; raises `UserError` for a model without routers."""
+    routers = {
         name: module
         for name, module in model.named_modules()
         if type(module).__name__.endswith("Router") and hasattr(module, "top_k") and hasattr(module, "weight")
     }
-    if not found:
-        raise UserError(f"{type(model).__name__} is no mixture of experts: it has no router")
-    return found
+    if not routers:
+        raise UserError(f"{type(model).__name__} is not a mixture of experts: it has no router")
+    return routers
 
 
 @dataclass
 class RoutingLog:
-    """The decisions of the last forward pass, a layer each."""
+    """Routing decisions of the last forward pass, by router."""
 
     decisions: dict[str, Decision] = field(default_factory=dict)
 
@@ -73,21 +73,21 @@ class RoutingLog:
 
 
 def attach_log(model: nn.Module) -> tuple[RoutingLog, list[Any]]:
-    """Let routers note what they decide; returns the log, and handles that end it when removed."""
+    """Log the decisions of a model's routers; returns the log and the handles of its hooks."""
     log = RoutingLog()
 
     def hook(name: str) -> Any:
-        def note(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        def record(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
             log.decisions[name] = Decision(*output)
 
-        return note
+        return record
 
     return log, [module.register_forward_hook(hook(name)) for name, module in routers_of(model).items()]
 
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[RoutingLog]:
-    """Yield the log of a model's routers, as long as the context lasts."""
+    """Yield a log of a model's routers, which is detached at the end of the context."""
     log, handles = attach_log(model)
     try:
         yield log
@@ -97,16 +97,20 @@ def watching(model: nn.Module) -> Iterator[RoutingLog]:
 
 
 def routing_measures(decisions: list[Decision]) -> dict[str, float]:
-    """Return how the last tokens were spread: entropy in nats, highest and lowest load, experts that got next to nothing.
+    """Return router entropy in nats, highest and lowest load, and number of dead experts.
 
-    Means over layers but for the count of dead experts. Load is an expert's share of the gates, times the number of experts: 1 where
-    it is even. Loads are those of one batch, so that a dead expert may be one that its domain did not come up for.
+    Measured on the last batch. Entropy and loads are means over layers; dead experts are counted over all layers.
+    Load is an expert's share of the gates times the number of experts, 1 if balanced. An expert can also count as
+    dead because the batch has no text of its domain.
     """
     with torch.no_grad():
         loads = torch.stack(
-            [one.mean_gates() / one.mean_gates().sum() * one.num_experts for one in decisions]
+            [
+                decision.mean_gates() / decision.mean_gates().sum() * decision.num_experts
+                for decision in decisions
+            ]
         )
-        entropy = torch.stack([one.entropy() for one in decisions]).mean()
+        entropy = torch.stack([decision.entropy() for decision in decisions]).mean()
     return {
         "router_entropy": float(entropy),
         "router_highest_load": float(loads.amax(dim=1).mean()),
@@ -116,49 +120,58 @@ def routing_measures(decisions: list[Decision]) -> dict[str, float]:
 
 
 def balance_loss(decisions: list[Decision]) -> Tensor:
-    """Return the sum over layers of E sum_i u_i p_i: u_i the mean gate of expert i, p_i its mean probability.
+    """Return the load-balancing loss: the sum over layers of E sum_i u_i p_i.
 
-    Branch-Train-MiX (arXiv:2403.07816, section 2.3); 1 for each layer where the load is even.
+    u_i is the mean gate of expert i and p_i its mean probability (Branch-Train-MiX, arXiv:2403.07816, section
+    2.3). A balanced layer contributes 1.
     """
     return torch.stack(
-        [one.num_experts * (one.mean_gates() * one.mean_probabilities()).sum() for one in decisions]
+        [
+            decision.num_experts * (decision.mean_gates() * decision.mean_probabilities()).sum()
+            for decision in decisions
+        ]
     ).sum()
 
 
 def z_loss(decisions: list[Decision]) -> Tensor:
-    """Return the mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, equation 5)."""
-    return torch.stack([one.logits.float().logsumexp(dim=-1).square().mean() for one in decisions]).mean()
+    """Return the router z-loss: mean over tokens and layers of logsumexp(logits)^2.
+
+    ST-MoE (arXiv:2202.08906, equation 5).
+    """
+    return torch.stack(
+        [decision.logits.float().logsumexp(dim=-1).square().mean() for decision in decisions]
+    ).mean()
 
 
 class SampledTop1:
-    """Training's form of a top-1 router: Gumbel noise on the logits, the largest of the softmax kept.
+    """Replaces the forward pass of a top-1 router by Gumbel-softmax sampling during training.
 
-    Branch-Train-MiX's Sample Top-1 (section 2.3): the temperature falls as max(0.5, exp(-rate t)) over steps t. When
-    the model is used there is no noise, and the router is an ordinary top-1 router.
+    Sample Top-1 of Branch-Train-MiX (section 2.3): the temperature is max(0.5, exp(-rate t)) at step t. In
+    evaluation mode the router is an ordinary top-1 router.
     """
 
     def __init__(self, router: Any, rate: float) -> None:
         self.step = 0
-        self._router, self._rate, self._plain = router, rate, router.forward
+        self._router, self._rate, self._original_forward = router, rate, router.forward
         router.forward = self
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        decided: tuple[Tensor, Tensor, Tensor] = self._plain(hidden)
+        output: tuple[Tensor, Tensor, Tensor] = self._original_forward(hidden)
         if not self._router.training:
-            return decided
+            return output
         temperature = max(0.5, math.exp(-self._rate * self.step))
-        noisy_NE = torch.nn.functional.gumbel_softmax(decided[0].float(), tau=temperature)
+        noisy_NE = torch.nn.functional.gumbel_softmax(output[0].float(), tau=temperature)
         gates_N1, chosen_N1 = noisy_NE.topk(1, dim=-1)
-        return decided[0], gates_N1.to(decided[1].dtype), chosen_N1
+        return output[0], gates_N1.to(output[1].dtype), chosen_N1
 
 
 def train_with_all_experts(router: Any) -> None:
-    """Let a router send tokens through all experts while the model trains, and through its top k when it is used."""
-    usual, plain = router.top_k, router.forward
+    """Make a router select all experts in training mode and its top k in evaluation mode."""
+    top_k, original_forward = router.top_k, router.forward
 
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        router.top_k = router.num_experts if router.training else usual
-        decided: tuple[Tensor, Tensor, Tensor] = plain(hidden)
-        return decided
+        router.top_k = router.num_experts if router.training else top_k
+        output: tuple[Tensor, Tensor, Tensor] = original_forward(hidden)
+        return output
 
     router.forward = forward

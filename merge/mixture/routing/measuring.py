@@ -1,4 +1,4 @@
-"""Running a mixture on text to measure how its routers spread tokens over the experts."""
+"""Measure the routing of a mixture on text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def routing_of(model: PreTrainedModel, blocks: Sequence[NDArray[Any]]) -> DomainRouting:
-    """Return what a mixture's routers do on token arrays (tokens,)."""
+    """Measure load, gates and entropy of a mixture's routers on token arrays of shape (tokens,)."""
     load: list[Any] = []
     gates: list[Any] = []
     entropy: list[Any] = []
@@ -26,13 +26,13 @@ def routing_of(model: PreTrainedModel, blocks: Sequence[NDArray[Any]]) -> Domain
             model(input_ids=torch.from_numpy(block[None]).to(model.device), use_cache=False)
             layers = log.layers()
             count = len(block)
-            load.append(torch.stack([one.load() for one in layers]) * count)
-            gates.append(torch.stack([one.mean_gates() for one in layers]) * count)
-            entropy.append(torch.stack([one.entropy() for one in layers]) * count)
+            load.append(torch.stack([decision.load() for decision in layers]) * count)
+            gates.append(torch.stack([decision.mean_gates() for decision in layers]) * count)
+            entropy.append(torch.stack([decision.entropy() for decision in layers]) * count)
             tokens += count
 
-    def mean(parts: list[Any]) -> Any:
-        return (torch.stack(parts).sum(dim=0) / max(tokens, 1)).tolist()
+    def mean(totals: list[Any]) -> Any:
+        return (torch.stack(totals).sum(dim=0) / max(tokens, 1)).tolist()
 
     return DomainRouting(
         tokens,

@@ -1,6 +1,7 @@
-"""Ways to begin a mixture's router from prompts: texts of what an expert is good at, and of what it is not.
+"""Router initialisations from prompts: texts that an expert should or should not receive.
 
-Prompts stand in the merge's options: `positive_prompts: {code: [...]}`, `negative_prompts`. Shapes: L = layers, T = tokens, d = width.
+Prompts are merge options: `positive_prompts: {code: [...]}`, `negative_prompts`. Shapes: L = layers, T =
+tokens, d = hidden size.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from .starts import options_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_Side = Callable[[Sequence[str]], "NDArray[Any]"]
-"""Makes one vector for each layer, (L, d), or one for all, (d,), of several prompts."""
+_Embed = Callable[[Sequence[str]], "NDArray[Any]"]
+"""Maps prompts to one vector per layer, (L, d), or one vector for all layers, (d,)."""
 
 
 def prompt_rows(inputs: RouterInputs) -> RouterStart:
-    """Return the mean hidden state of each expert's positive prompts, less that of its negative ones, of length 1.
+    """Return the normalized difference of mean hidden states of positive and negative prompts.
 
-    Hidden states are what the seed gives its feed-forwards, averaged over a prompt's tokens; no padding is involved. Both sides
-    have length 1 before one is taken from the other.
+    Hidden states are the inputs of the seed's feed-forward networks, averaged over the tokens of a prompt
+    without padding. Both means are normalized before subtraction.
     """
     import numpy as np
 
@@ -35,18 +36,19 @@ def prompt_rows(inputs: RouterInputs) -> RouterStart:
 
     def mean(prompts: Sequence[str]) -> NDArray[Any]:
         blocks = [np.asarray(tokenizer(text)["input_ids"], dtype=np.int64) for text in prompts]
-        found: NDArray[Any] = np.mean(
-            [input_moments(model, [one]).mean.numpy() for one in blocks if one.size], axis=0
+        mean_Ld: NDArray[Any] = np.mean(
+            [input_moments(model, [block]).mean.numpy() for block in blocks if block.size], axis=0
         )
-        return _unit(found)
+        return _normalize(mean_Ld)
 
     return _from_prompts(inputs, mean, "prompts")
 
 
 def prompt_state_rows(inputs: RouterInputs) -> RouterStart:
-    """Return what each layer is given at a prompt's last token, positive less negative prompts, of length 1.
+    """Return the normalized difference of layer inputs at the last token of positive and negative prompts.
 
-    As mergekit-moe's `gate_mode: hidden` does it; with option `average` 1 as `hidden_avg`: over all tokens of a prompt.
+    As `gate_mode: hidden` of mergekit-moe; option `average` 1 averages over all tokens of a prompt, as
+    `hidden_avg`.
     """
     import torch
 
@@ -56,24 +58,25 @@ def prompt_state_rows(inputs: RouterInputs) -> RouterStart:
     model, tokenizer = load_model(inputs.seed, dtype="float32")
 
     def mean(prompts: Sequence[str]) -> NDArray[Any]:
-        found = []
+        means = []
         for text in prompts:
             tokens_1T = torch.tensor([tokens_of(tokenizer, text)])
             with torch.inference_mode():
                 states = model(input_ids=tokens_1T, output_hidden_states=True, use_cache=False).hidden_states
             states_LTd = torch.cat(states[: inputs.num_layers]).double()
-            found.append(states_LTd.mean(dim=1) if average else states_LTd[:, -1])
-        mean_Ld: NDArray[Any] = torch.stack(found).mean(dim=0).numpy()
+            means.append(states_LTd.mean(dim=1) if average else states_LTd[:, -1])
+        mean_Ld: NDArray[Any] = torch.stack(means).mean(dim=0).numpy()
         return mean_Ld
 
     return _from_prompts(inputs, mean, "prompt_states")
 
 
 def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
-    """Return the mean token embedding of each expert's prompts, of length 1, the same in every layer.
+    """Return the normalized difference of mean token embeddings of positive and negative prompts.
 
-    Cheap, since no model runs; says little of what deeper layers see. As mergekit-moe's `gate_mode: cheap_embed`: every token
-    counts the same, and both sides have length 1 before one is taken from the other.
+    As `gate_mode: cheap_embed` of mergekit-moe: tokens are weighted equally, and both means are normalized
+    before subtraction. Cheap, since no model runs, but a poor approximation of the hidden states of deeper
+    layers.
     """
     import numpy as np
 
@@ -87,62 +90,67 @@ def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
     entries = Checkpoint.of_folder(inputs.seed).entries
     name = embedding_name(entries)
     if name is None:
-        raise UserError(f"{inputs.seed} has no token embedding that is known by its name")
+        raise UserError(
+            f"{inputs.seed} has no token embedding with a known tensor name; choose another router"
+        )
     with Reader() as reader:
-        embedding = reader.whole(StoredTensor(entries[name], name=name))
+        embedding = reader.read(StoredTensor(entries[name], name=name))
     tokenizer = load_tokenizer(inputs.seed)
 
     def mean(prompts: Sequence[str]) -> NDArray[Any]:
         tokens = np.concatenate([tokens_of(tokenizer, text) for text in prompts])
-        found: NDArray[Any] = embedding[tokens].mean(axis=0, dtype=np.float64)
-        return _unit(found)
+        mean_d: NDArray[Any] = embedding[tokens].mean(axis=0, dtype=np.float64)
+        return _normalize(mean_d)
 
     return _from_prompts(inputs, mean, "prompt_tokens")
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """Return a prompt's tokens, beginning with the token that texts begin with, where there is one."""
-    found: list[int] = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False)["input_ids"]
-    if not found:
-        raise UserError(f"the prompt {text!r} has no tokens; give another")
-    return found
+    """Return the token ids of a prompt, with the beginning-of-sequence token if the tokenizer has one."""
+    tokens: list[int] = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise UserError(f"the prompt {text!r} has no tokens; use another prompt")
+    return tokens
 
 
-def _from_prompts(inputs: RouterInputs, side: _Side, router: str) -> RouterStart:
-    """Return rows of what `side` makes of positive prompts, less what it makes of negative ones."""
+def _from_prompts(inputs: RouterInputs, embed: _Embed, router: str) -> RouterStart:
+    """Return normalized rows: `embed` of the positive prompts minus `embed` of the negative prompts."""
     import numpy as np
 
     rows = np.zeros((inputs.num_layers, len(inputs.experts), inputs.width))
     for number, name in enumerate(inputs.experts):
-        given = inputs.own.get(name, {})
-        positive = prompts_of(given, "positive_prompts", name)
+        settings = inputs.own.get(name, {})
+        positive = prompts_of(settings, "positive_prompts", name)
         if not positive:
             raise UserError(
-                f"router start '{router}' needs positive_prompts for '{name}'; give them under the merge's options, or "
-                "choose another start"
+                f"router start '{router}' needs positive_prompts for '{name}'; add them to the merge's "
+                "options, or choose another router"
             )
-        rows[:, number] = side(positive)
-        negative = prompts_of(given, "negative_prompts", name)
+        rows[:, number] = embed(positive)
+        negative = prompts_of(settings, "negative_prompts", name)
         if negative:
-            rows[:, number] -= side(negative)
+            rows[:, number] -= embed(negative)
         if not rows[:, number].any():
             raise UserError(
-                f"positive and negative prompts of '{name}' say the same, so that nothing leads to it; change one"
+                f"the positive and negative prompts of '{name}' cancel out, which gives a router row of 0; "
+                "change one"
             )
-    return RouterStart(_unit(rows).astype(np.float32))
+    return RouterStart(_normalize(rows).astype(np.float32))
 
 
-def prompts_of(given: Mapping[str, Any], key: str, name: str) -> list[str]:
-    """Return an expert's prompts; raises `UserError` for anything but a list of texts."""
-    prompts = given.get(key, [])
-    if not isinstance(prompts, list | tuple) or not all(isinstance(one, str) and one for one in prompts):
-        raise UserError(f"{key} of '{name}' are no list of texts")
+def prompts_of(settings: Mapping[str, Any], key: str, name: str) -> list[str]:
+    """Return an expert's prompts; raises `UserError` unless they are a list of nonempty strings."""
+    prompts = settings.get(key, [])
+    if not isinstance(prompts, list | tuple) or not all(
+        isinstance(prompt, str) and prompt for prompt in prompts
+    ):
+        raise UserError(f"{key} of '{name}' is not a list of nonempty texts")
     return list(prompts)
 
 
-def _unit(rows: NDArray[Any]) -> NDArray[Any]:
+def _normalize(rows: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
-    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
-    scaled: NDArray[Any] = rows / np.where(lengths > 0, lengths, 1)
-    return scaled
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    normalized: NDArray[Any] = rows / np.where(norms > 0, norms, 1)
+    return normalized

@@ -1,4 +1,4 @@
-"""How a mixture's router spreads text over the experts: load, gates and entropy by layer and domain, dead experts."""
+"""Routing report of a mixture: load, gates and entropy by layer and domain, and dead experts."""
 
 from __future__ import annotations
 
@@ -7,42 +7,42 @@ from dataclasses import dataclass
 from typing import Any
 
 DEAD_SHARE = 0.01
-"""An expert that gets less of the tokens than this share of an even load counts as dead in a layer."""
+"""An expert whose load in a layer is below this fraction of a balanced load counts as dead there."""
 
 
 @dataclass(frozen=True)
 class DomainRouting:
-    """What the routers did on one domain."""
+    """Routing statistics of one domain."""
 
     tokens: int
     load: tuple[tuple[float, ...], ...]
-    """By layer and expert: the share of the tokens' choices."""
+    """Share of the token assignments, by layer and expert."""
     gates: tuple[tuple[float, ...], ...]
-    """By layer and expert: the mean gate."""
+    """Mean gate, by layer and expert."""
     entropy: tuple[float, ...]
-    """By layer, in nats, of the softmax over all experts."""
+    """Mean entropy of the softmax over all experts in nats, by layer."""
 
     def mean_load(self) -> list[float]:
-        """Return each expert's load, the mean over layers."""
+        """Return the mean load of each expert over layers."""
         return [sum(column) / len(self.load) for column in zip(*self.load, strict=True)]
 
 
 @dataclass(frozen=True)
 class RoutingReport:
-    """What the routers of a mixture did on several domains."""
+    """Routing statistics of a mixture on several domains."""
 
     experts: tuple[str, ...]
     domains: Mapping[str, DomainRouting]
 
     def dead(self) -> list[tuple[int, str]]:
-        """Return (layer, expert) wherever an expert gets next to nothing in every domain."""
+        """Return (layer, expert) of all experts that are dead in every domain."""
         limit = DEAD_SHARE / len(self.experts)
         layers = range(len(next(iter(self.domains.values())).load))
         return [
             (layer, name)
             for layer in layers
             for number, name in enumerate(self.experts)
-            if all(one.load[layer][number] < limit for one in self.domains.values())
+            if all(routing.load[layer][number] < limit for routing in self.domains.values())
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -50,13 +50,13 @@ class RoutingReport:
             "experts": list(self.experts),
             "domains": {
                 name: {
-                    "tokens": one.tokens,
-                    "load": dict(zip(self.experts, one.mean_load(), strict=True)),
-                    "load_by_layer": [list(row) for row in one.load],
-                    "gates_by_layer": [list(row) for row in one.gates],
-                    "entropy_by_layer": list(one.entropy),
+                    "tokens": routing.tokens,
+                    "load": dict(zip(self.experts, routing.mean_load(), strict=True)),
+                    "load_by_layer": [list(row) for row in routing.load],
+                    "gates_by_layer": [list(row) for row in routing.gates],
+                    "entropy_by_layer": list(routing.entropy),
                 }
-                for name, one in self.domains.items()
+                for name, routing in self.domains.items()
             },
             "dead": [{"layer": layer, "expert": expert} for layer, expert in self.dead()],
         }

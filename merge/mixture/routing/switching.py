@@ -1,4 +1,4 @@
-"""Experts of a loaded mixture switched off: their tensors leave memory, files stay as they are."""
+"""Disable experts of a loaded mixture: remove their tensors from memory without changing files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collection[str]) -> PreTrainedModel:
-    """Return the mixture with only the experts that are not `gone`; of a top-k no more than there are.
+    """Remove the experts in `gone` from a loaded mixture in place and return it; reduces top-k if needed.
 
-    Raises `UserError` where none is left.
+    Raises `UserError` if no expert is left.
     """
     import torch
     from torch import nn
@@ -23,7 +23,7 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collec
 
     kept = [number for number, name in enumerate(experts) if name not in gone]
     if not kept:
-        raise UserError(f"no expert would be left without {', '.join(gone)}")
+        raise UserError(f"no expert is left without {', '.join(gone)}; keep at least one")
     with torch.no_grad():
         for name, router in routers_of(model).items():
             block = model.get_submodule(name.rpartition(".")[0])
@@ -31,7 +31,7 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collec
                 setattr(router, key, nn.Parameter(parameter[kept].clone(), requires_grad=False))
             router.num_experts = len(kept)
             router.top_k = min(router.top_k, len(kept))
-            block.experts = _chosen(block.experts, kept)
+            block.experts = _select_experts(block.experts, kept)
             if hasattr(block, "num_experts"):
                 block.num_experts = len(kept)
     for key in ("num_experts", "num_local_experts"):
@@ -41,8 +41,8 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collec
     return model
 
 
-def _chosen(experts: Any, kept: Sequence[int]) -> Any:
-    """Return fewer experts: modules of a list, or rows of the tensors that hold all of them."""
+def _select_experts(experts: Any, kept: Sequence[int]) -> Any:
+    """Return a subset of experts, which are a module list or fused tensors with an expert axis."""
     from torch import nn
 
     if isinstance(experts, nn.ModuleList):

@@ -1,1 +1,1 @@
-"""What Flower carries from the coordinator to owners: two files that only name what is installed on either side."""
+"""Flower app bundle sent from the coordinator to owners: two files that import the code installed on each side."""

@@ -1,4 +1,4 @@
-"""The owner's part, by name: the code is that of the owner's installation."""
+"""Client app: imports the code of the owner's installation."""
 
 from expertctl.plugins.flower.owner.taking_in import app
 

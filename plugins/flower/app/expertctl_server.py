@@ -1,4 +1,4 @@
-"""The coordinator's part, by name: the code is that of the coordinator's installation."""
+"""Server app: imports the code of the coordinator's installation."""
 
 from expertctl.plugins.flower.coordinator.handing_out import app
 

@@ -1,1 +1,1 @@
-"""The coordinator's processes: SuperLink, reverse proxy and their supervision."""
+"""The coordinator's processes: SuperLink, reverse proxy and their supervisor."""

@@ -1,6 +1,6 @@
-"""The coordinator's Flower app: hands every open request to its owner's node, once in its life, and notes who has taken it.
+"""The coordinator's Flower app: sends every open request to its owner's node and records the replies.
 
-Runs as long as the server does. Experts do not come this way, so replies are codes of a few bytes.
+It runs as long as the server. Experts are uploaded separately, so replies are codes of a few bytes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from flwr.serverapp import Grid, ServerApp
 from ....core.artefacts.layout import Layout
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.protocol.requests import ExpertRequest
-from .superlink import SIGN_OF_LIFE
+from .superlink import HEARTBEAT_FILE
 
 TAKE = "train.expert"
+"""Flower message type of a request."""
 PAUSE_S = 2.0
-AGAIN_S = 60.0
-"""After which a request that nobody has taken is handed out again."""
+"""Seconds between two passes."""
+RESEND_S = 60.0
+"""Seconds after which an unanswered request is sent again."""
 SPARE_S = 3600.0
-"""How long messages live beyond a request's deadline."""
+"""Lifetime of a message beyond the request's deadline, in seconds."""
 RECORD = "expertctl"
+"""Name of the configuration record in messages and replies."""
 
 log = logging.getLogger("flwr")
 app = ServerApp()
@@ -33,63 +36,63 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Hand out requests until the run is stopped."""
+    """Send requests until the run is stopped."""
     coordinator = Coordinator(Layout(Path(str(context.run_config["workspace"]))))
-    sign = coordinator.root / "network" / SIGN_OF_LIFE
-    handed: dict[str, tuple[ExpertRequest, float]] = {}
-    waiting: dict[str, str] = {}
-    seen: object = None
-    looked = 0.0
+    heartbeat = coordinator.root / "network" / HEARTBEAT_FILE
+    sent: dict[str, tuple[ExpertRequest, float]] = {}  # by request: its content, and when it was sent
+    awaited: dict[str, str] = {}  # message -> request
+    last_state: object = None
+    checked_at = 0.0
     while True:
         nodes = {node.name: node.node_id for node in grid.get_nodes() if node.name}
-        now_seen = (nodes, _stamp(coordinator))
-        if now_seen != seen or time.monotonic() - looked > AGAIN_S:
-            seen, looked = now_seen, time.monotonic()
+        state = (nodes, _ledger_stamp(coordinator))
+        if state != last_state or time.monotonic() - checked_at > RESEND_S:
+            last_state, checked_at = state, time.monotonic()
             due = [
                 (request, node)
                 for name, node in nodes.items()
                 for request in coordinator.open_requests(name)
-                if _is_due(request, handed)
+                if _is_due(request, sent)
             ]
             messages = [message_for(request, node) for request, node in due]
-            sent = grid.push_messages(messages) if messages else []
-            for identifier, (request, _) in zip(sent, due, strict=False):
-                handed[request.id] = (request, time.monotonic())
-                waiting[identifier] = request.id
-        for reply in grid.pull_messages(list(waiting)) if waiting else []:
-            request_id = waiting.pop(reply.metadata.reply_to_message_id, "")
+            identifiers = grid.push_messages(messages) if messages else []
+            for identifier, (request, _) in zip(identifiers, due, strict=False):
+                sent[request.id] = (request, time.monotonic())
+                awaited[identifier] = request.id
+        for reply in grid.pull_messages(list(awaited)) if awaited else []:
+            request_id = awaited.pop(reply.metadata.reply_to_message_id, "")
             if request_id:
                 code = code_of(reply)
                 log.info("request %s: %s", request_id, code)
-                coordinator.note_handed(request_id, code)
+                coordinator.record_handout(request_id, code)
                 if code == "TAKEN":
-                    handed[request_id] = (handed[request_id][0], float("inf"))
-        sign.touch()
+                    sent[request_id] = (sent[request_id][0], float("inf"))
+        heartbeat.touch()
         time.sleep(PAUSE_S)
 
 
-def _stamp(coordinator: Coordinator) -> tuple[int, int]:
-    """Return what changes with every line of the ledger."""
+def _ledger_stamp(coordinator: Coordinator) -> tuple[int, int]:
+    """Return a value that changes with every entry of the ledger."""
     path = coordinator.ledger.path
-    found = path.stat() if path.is_file() else None
-    return (found.st_mtime_ns, found.st_size) if found is not None else (0, 0)
+    status = path.stat() if path.is_file() else None
+    return (status.st_mtime_ns, status.st_size) if status is not None else (0, 0)
 
 
-def _is_due(request: ExpertRequest, handed: dict[str, tuple[ExpertRequest, float]]) -> bool:
-    """Tell whether a request is new, was renewed, or was handed out long ago without an answer."""
-    before = handed.get(request.id)
-    return before is None or before[0] != request or time.monotonic() - before[1] > AGAIN_S
+def _is_due(request: ExpertRequest, sent: dict[str, tuple[ExpertRequest, float]]) -> bool:
+    """Return whether a request is new, renewed, or without a reply for `RESEND_S`."""
+    previous = sent.get(request.id)
+    return previous is None or previous[0] != request or time.monotonic() - previous[1] > RESEND_S
 
 
 def message_for(request: ExpertRequest, node: int) -> Message:
-    """Return what carries a request to a node; it lives longer than the request."""
-    left = (request.deadline - datetime.now(UTC)).total_seconds()
+    """Return the message that carries a request to a node; it outlives the request."""
+    seconds_left = (request.deadline - datetime.now(UTC)).total_seconds()
     content = RecordDict({RECORD: ConfigRecord({"request": json.dumps(request.as_json())})})
-    return Message(content, node, TAKE, ttl=max(left, 0.0) + SPARE_S)
+    return Message(content, node, TAKE, ttl=max(seconds_left, 0.0) + SPARE_S)
 
 
 def code_of(reply: Message) -> str:
-    """Return what an owner's node says: a code, whatever it sends."""
+    """Return the code in an owner node's reply, or a code for an invalid reply."""
     if reply.has_error():
         reason = str(reply.error.reason or "")
         return reason if reason.isupper() and len(reason) < 40 else f"FLOWER_{int(reply.error.code)}"

@@ -1,7 +1,7 @@
-"""The one port that owners reach: of Flower it passes what nodes need and nothing else; beside it stand our own endpoints.
+"""Reverse proxy in front of Flower's server, on the only port that owners reach; it also serves the coordinator's endpoints.
 
-Flower's server has control, runtime and nodes on one port, and whoever reaches its control can start code in every owner's
-node. So it listens on loopback only, and this stands in front of it.
+Flower's server has its control, runtime and node APIs on one port, and a client of the control API can start code on every owner's
+node. So Flower's server listens on loopback only, and the proxy forwards nothing but the calls that nodes need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....core.errors import UserError
 from ..protocol.certificates import Certificates
-from ..protocol.endpoints import PATH, Answer, Endpoints, Failure, failed
+from ..protocol.endpoints import PATH, Answer, Endpoints, Failure, failure_answer
 
 if TYPE_CHECKING:
     import httpx
@@ -38,14 +38,15 @@ FLEET_CALLS = frozenset(
     }
 )
 MAX_FLEET_BODY = 8 << 20
-"""Flower cuts what it sends into objects of 5 MB."""
+"""Largest forwarded request, in bytes; Flower splits messages into objects of 5 MB."""
 SMALL_BODY = 64 << 10
-"""What every connection may hold; most of Flower's messages are smaller."""
+"""Bytes that every connection may buffer without reserving memory; most Flower messages are smaller."""
 MAX_FLEET_BYTES = 256 << 20
-"""What all connections together may hold beyond that. Nobody has shown who he is before his message was read."""
+"""Bytes that all connections together may buffer beyond that, since a message is read before its sender is authenticated."""
 MAX_HEADERS = 64 << 10
+"""Bytes of path and headers."""
 READ_S = 60.0
-"""How long a client may be silent in the middle of a request."""
+"""Longest silence of a client within a request, in seconds."""
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 2000
 HOP_BY_HOP = frozenset(
@@ -69,23 +70,23 @@ Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 class Gateway:
-    """An ASGI application: `/v1/fleet/*` and `/health` to Flower, `/expertctl/v1/*` to the endpoints, 404 for the rest."""
+    """ASGI application that routes `/v1/fleet/*` and `/health` to Flower and `/expertctl/v1/*` to the endpoints; else 404."""
 
     def __init__(self, upstream: Callable[[], str], certificates: Certificates, endpoints: Endpoints) -> None:
         self._upstream, self._certificates, self._endpoints = upstream, certificates, endpoints
         self._client: httpx.AsyncClient | None = None
-        self._left = MAX_FLEET_BYTES
+        self._free_bytes = MAX_FLEET_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._handle_lifespan(receive, send)
             return
-        raw = bytes(scope.get("raw_path") or scope["path"].encode("utf-8", "replace"))
-        target, method = raw.decode("latin-1"), scope["method"]
+        raw_path = bytes(scope.get("raw_path") or scope["path"].encode("utf-8", "replace"))
+        target, method = raw_path.decode("latin-1"), scope["method"]
         try:
             answer: Answer
-            if len(raw) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            if len(raw_path) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
                 answer = 431, b"", "text/plain"
             elif scope["query_string"]:
                 answer = 404, b"", "text/plain"
@@ -97,18 +98,18 @@ class Gateway:
             elif (
                 method == "POST" and target.removeprefix(FLEET) in FLEET_CALLS and target.startswith(FLEET)
             ) or (method == "GET" and target == "/health"):
-                await self._pass_on(method, target, scope["headers"], receive, send)
+                await self._forward(method, target, scope["headers"], receive, send)
                 return
             else:
                 answer = 404, b"", "text/plain"
         except Failure as error:
-            answer = failed(error.code)
-        except _Gone:
+            answer = failure_answer(error.code)
+        except _Disconnected:
             return
         await _reply(send, answer)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        """Close the connections to Flower's server when the door closes."""
+    async def _handle_lifespan(self, receive: Receive, send: Send) -> None:
+        """Close the connections to Flower's server at shutdown."""
         while True:
             event = await receive()
             if event["type"] == "lifespan.shutdown" and self._client is not None:
@@ -117,43 +118,45 @@ class Gateway:
             if event["type"] == "lifespan.shutdown":
                 return
 
-    async def _pass_on(
+    async def _forward(
         self, method: str, target: str, headers: list[tuple[bytes, bytes]], receive: Receive, send: Send
     ) -> None:
-        """Hand a request to Flower's server and its answer back, neither of them larger than Flower's own pieces."""
+        """Forward a request to Flower's server and return its response."""
         import httpx
 
-        kept = [(name, value) for name, value in headers if name not in HOP_BY_HOP]
-        held = 0
+        end_to_end = [(name, value) for name, value in headers if name not in HOP_BY_HOP]
+        reserved = 0
 
-        def hold(size: int) -> None:
-            nonlocal held
-            more = max(size - SMALL_BODY, 0) - held
-            if more > self._left:
+        def reserve(size: int) -> None:
+            nonlocal reserved
+            more = max(size - SMALL_BODY, 0) - reserved
+            if more > self._free_bytes:
                 raise Failure("BUSY")
-            held, self._left = held + more, self._left - more
+            reserved, self._free_bytes = reserved + more, self._free_bytes - more
 
         try:
-            body = await _reader(receive, hold)(MAX_FLEET_BODY)
-            reply = await self._connected().request(
-                method, f"https://{self._upstream()}{target}", headers=kept, content=body
+            body = await _reader(receive, reserve)(MAX_FLEET_BODY)
+            response = await self._connected_client().request(
+                method, f"https://{self._upstream()}{target}", headers=end_to_end, content=body
             )
         except httpx.HTTPError:
             await _reply(send, (503, b"", "text/plain"))
             return
         finally:
-            self._left += held
-        back = [
+            self._free_bytes += reserved
+        response_headers = [
             (name.lower(), value)
-            for name, value in reply.headers.raw
+            for name, value in response.headers.raw
             if name.lower() not in HOP_BY_HOP and name.lower() != b"content-encoding"
         ]
-        content = reply.content
-        back.append((b"content-length", str(len(content)).encode()))
-        await send({"type": "http.response.start", "status": reply.status_code, "headers": back})
+        content = response.content
+        response_headers.append((b"content-length", str(len(content)).encode()))
+        await send(
+            {"type": "http.response.start", "status": response.status_code, "headers": response_headers}
+        )
         await send({"type": "http.response.body", "body": content})
 
-    def _connected(self) -> httpx.AsyncClient:
+    def _connected_client(self) -> httpx.AsyncClient:
         import httpx
 
         if self._client is None:
@@ -162,16 +165,16 @@ class Gateway:
         return self._client
 
 
-class _Gone(Exception):
+class _Disconnected(Exception):
     """The client has closed the connection."""
 
 
 def _reader(
-    receive: Receive, hold: Callable[[int], None] = lambda size: None
+    receive: Receive, reserve: Callable[[int], None] = lambda size: None
 ) -> Callable[[int], Awaitable[bytes]]:
-    """Return what reads a body of at most so many bytes; `hold` hears how many there are, and may refuse."""
+    """Return a function that reads a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`."""
 
-    async def read(most: int) -> bytes:
+    async def read(limit: int) -> bytes:
         body = bytearray()
         while True:
             try:
@@ -179,11 +182,11 @@ def _reader(
             except TimeoutError:
                 raise Failure("NOT_UNDERSTOOD") from None
             if event["type"] == "http.disconnect":
-                raise _Gone
+                raise _Disconnected
             body += event.get("body", b"")
-            if len(body) > most:
+            if len(body) > limit:
                 raise Failure("TOO_LARGE")
-            hold(len(body))
+            reserve(len(body))
             if not event.get("more_body", False):
                 return bytes(body)
 
@@ -194,7 +197,7 @@ async def _reply(send: Send, answer: Answer) -> None:
     status, body, kind = answer
     headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
     if status >= 400:
-        headers.append((b"connection", b"close"))  # a body that was not read must not be taken for a request
+        headers.append((b"connection", b"close"))  # the next request must not start in an unread body
     await send({"type": "http.response.start", "status": status, "headers": headers})
     view = memoryview(body)
     for begin in range(0, max(len(view), 1), 1 << 20):
@@ -202,8 +205,8 @@ async def _reply(send: Send, answer: Answer) -> None:
         await send({"type": "http.response.body", "body": piece, "more_body": begin + len(piece) < len(view)})
 
 
-class Door:
-    """Serves a gateway with TLS in a thread of its own."""
+class TlsServer:
+    """HTTPS server for a gateway, in a separate thread."""
 
     def __init__(self, gateway: Gateway, host: str, port: int, certificates: Certificates) -> None:
         import uvicorn
@@ -229,27 +232,27 @@ class Door:
         )
         self._server: uvicorn.Server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._where = f"{host}:{port}"
+        self._address = f"{host}:{port}"
 
     def _serve(self) -> None:
         try:
             self._server.run()
-        except SystemExit:  # how uvicorn says that it could not listen
+        except SystemExit:  # uvicorn exits if it cannot listen
             return
 
     def open(self) -> int:
-        """Begin to serve; return the port. Raises `UserError` where it cannot listen."""
+        """Start serving and return the port; raises `UserError` if it cannot listen."""
         self._thread.start()
         while not self._server.started:
             self._thread.join(0.05)
             if not self._thread.is_alive():
                 raise UserError(
-                    f"cannot listen on {self._where}; is another server there? name another with --listen"
+                    f"cannot listen on {self._address}; another server may use the port: choose another with --listen"
                 )
         port: int = self._server.servers[0].sockets[0].getsockname()[1]
         return port
 
     def close(self) -> None:
-        """Stop, waiting a few seconds for what is under way."""
+        """Stop the server, giving open requests a few seconds."""
         self._server.should_exit = True
         self._thread.join(10)

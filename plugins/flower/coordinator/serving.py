@@ -1,4 +1,4 @@
-"""The coordinator's process: certificates, Flower's server on loopback, and the one door that owners reach."""
+"""The coordinator's serving process: certificates, Flower's server on loopback, and the reverse proxy that owners reach."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from ....core.errors import UserError, first_line
 from ....core.process.allocator import hand_back_freed_memory
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.coordinator.round_keeper import keep_rounds
+from ..processes.backoff import backoff_s
 from ..processes.child import require_flower
 from ..protocol.certificates import Certificates, certificates_for, reachable_names
 from ..protocol.endpoints import Endpoints
-from .reverse_proxy import Door, Gateway
+from .reverse_proxy import Gateway, TlsServer
 from .superlink import SuperLink
 
 TICK_S = 1.0
-PAUSE_S = 5.0
+"""Seconds between two checks of Flower's server."""
 
 
 @dataclass(frozen=True)
 class Listening:
-    """Where owners reach a coordinator."""
+    """Address and certificates under which owners reach a coordinator."""
 
     host: str
     port: int
@@ -31,10 +32,10 @@ class Listening:
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT` (IPv6 in brackets); raises `UserError` for anything else."""
-    host, mark, port = text.rpartition(":")
-    if not mark or not host or not port.isdigit() or int(port) > 65535:
-        raise UserError(f"'{text}' is no address; write HOST:PORT, such as 0.0.0.0:8443")
+    """Parse `HOST:PORT` (IPv6 in brackets); raises `UserError` for anything else."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65535:
+        raise UserError(f"'{text}' is not an address; write HOST:PORT, such as 0.0.0.0:8443")
     return host.strip("[]"), int(port)
 
 
@@ -47,9 +48,10 @@ def serve(
     opened: Callable[[Listening], None],
     stop: threading.Event,
 ) -> None:
-    """Serve until `stop` is set. Started again after a kill it goes on, since everything that counts is on disk.
+    """Serve a federation until `stop` is set; `opened` is called once the port accepts connections.
 
-    Raises `UserError` where it cannot listen, where Flower is not installed, and where another process serves this workspace.
+    All lasting state is on disk, so a killed server can be restarted. Raises `UserError` if the port is in use, Flower is not
+    installed or another process serves the workspace.
     """
     require_flower()
     hand_back_freed_memory()
@@ -61,29 +63,32 @@ def serve(
         certificates = certificates_for(folder / "certificates", [*reachable_names(host), *names])
         superlink = SuperLink(folder, certificates, coordinator.members, tell)
         endpoints = Endpoints(coordinator, certificates.fingerprint, tell)
-        door = Door(Gateway(lambda: superlink.address, certificates, endpoints), host, port, certificates)
+        gateway = Gateway(lambda: superlink.address, certificates, endpoints)
+        server = TlsServer(gateway, host, port, certificates)
         rounds = threading.Thread(target=keep_rounds, args=(coordinator, tell, stop))
         try:
-            opened(Listening(host, door.open(), certificates))
+            opened(Listening(host, server.open(), certificates))
             rounds.start()
             _supervise(superlink, tell, stop)
         finally:
             stop.set()
-            door.close()
+            server.close()
             superlink.stop()
             if rounds.ident is not None:
                 rounds.join()
 
 
 def _supervise(superlink: SuperLink, tell: Callable[[str], None], stop: threading.Event) -> None:
-    told, ready = "", False
+    reported, failures, was_ready = "", 0, False
     while not stop.wait(TICK_S):
         try:
             superlink.tick()
-            if superlink.ready and not ready:
+            failures = 0
+            if superlink.ready and not was_ready:
                 tell("owners can join")
-            ready = superlink.ready
+            was_ready = superlink.ready
         except UserError as error:
-            if told != (told := first_line(error)):
-                tell(f"{told}; trying again")
-            stop.wait(PAUSE_S)
+            if reported != (reported := first_line(error)):
+                tell(f"{reported}; trying again")
+            failures += 1
+            stop.wait(backoff_s(failures))

@@ -1,6 +1,6 @@
-"""Flower's server: on loopback only, in memory, started again on any exit, and told again who belongs to the federation.
+"""Supervisor of Flower's server (SuperLink): runs it on loopback, restarts it on any exit and registers the members.
 
-What has to outlive it (members, requests, experts) is in the coordinator's own files, so it may lose everything.
+The server keeps its state in memory only; members, requests and experts are in the coordinator's files.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from ..processes.child import Child, environment, flower_command, free_port
 from ..protocol.certificates import Certificates
 
 CONNECTION = "here"
+"""Name of the connection in Flower's configuration."""
 COMMAND_S = 120
+"""Time limit of one `flwr` command, in seconds."""
 SILENT_S = 30.0
-SIGN_OF_LIFE = "app-alive"
-"""A file that the app touches."""
+"""Seconds without a heartbeat after which Flower is asked whether the app still runs."""
+HEARTBEAT_FILE = "app-alive"
+"""File that the app touches while it runs."""
 APP = Path(__file__).parents[1] / "app"
 
 
 class SuperLink:
-    """The supervised server. `tick()` is called every second or so."""
+    """The supervised server; call `tick` about once a second."""
 
     def __init__(
         self, folder: Path, certificates: Certificates, members: Members, tell: Callable[[str], None]
@@ -40,10 +43,12 @@ class SuperLink:
         self.ready = False
         self._child = Child(folder / "superlink.log")
         self._registered: dict[str, str] = {}
-        """Name -> node, of this life of the server."""
-        self._lines: dict[str, str] = {}
-        self._run = ""
-        self._asked = 0.0
+        """Member name -> node id, for the running server process."""
+        self._key_lines: dict[str, str] = {}
+        """Member name -> public key registered."""
+        self._run_id = ""
+        self._checked_at = 0.0
+        """When the app was started or Flower was last asked about it."""
         self._environment = environment(folder / "flower")
 
     @property
@@ -56,35 +61,35 @@ class SuperLink:
 
     @property
     def registered(self) -> tuple[str, ...]:
-        """Names of the members that it knows now."""
+        """Names of the registered members."""
         return tuple(self._registered)
 
     def tick(self) -> None:
-        """Start it where it does not run; tell it who joined and who left; keep the app running."""
-        status = self._child.ended()
+        """Start the server and the app if they do not run, and update the registered members."""
+        status = self._child.poll()
         if status is not None:
-            self._forget()
-            self._tell(f"Flower's server ended with status {status}; it is started again")
+            self._reset()
+            self._tell(f"Flower's server ended with status {status}; restarting it")
         if self._child.is_due():
             self._start()
-        if self._child.runs and not self.ready:
+        if self._child.is_running and not self.ready:
             self.ready = self._is_healthy()
         if self.ready:
-            self._register()
-            self._keep_running()
+            self._update_registrations()
+            self._ensure_app()
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._child.stop()
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
-        self.ready, self._run = False, ""
+    def _reset(self) -> None:
+        self.ready, self._run_id = False, ""
         self._registered.clear()
-        self._lines.clear()
+        self._key_lines.clear()
 
     def _start(self) -> None:
-        self._forget()
+        self._reset()
         self.port = free_port()
         root = self._certificates.authority
         write_text(
@@ -104,60 +109,58 @@ class SuperLink:
         try:
             with urllib.request.urlopen(
                 f"https://{self.address}/health", timeout=5, context=context
-            ) as reply:
-                return bool(reply.status == 200)
+            ) as response:
+                return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 
-    def _register(self) -> None:
-        """Tell the server who was invited since the last look, and who was taken out."""
+    def _update_registrations(self) -> None:
+        """Register new members with the server and unregister removed ones."""
         members = {member.name: member for member in self._members.all()}
-        for name in [
-            name
-            for name, line in self._lines.items()
-            if name not in members or members[name].key.line != line
-        ]:
-            self._control("supernode", "unregister", self._registered[name], CONNECTION)
-            del self._registered[name], self._lines[name]
+        for name, line in list(self._key_lines.items()):
+            if name not in members or members[name].key.line != line:
+                self._flwr("supernode", "unregister", self._registered[name], CONNECTION)
+                del self._registered[name], self._key_lines[name]
         for name, member in members.items():
             if name not in self._registered:
-                self._registered[name] = self._node_of(member)
-                self._lines[name] = member.key.line
+                self._registered[name] = self._register(member)
+                self._key_lines[name] = member.key.line
 
-    def _node_of(self, member: Member) -> str:
+    def _register(self, member: Member) -> str:
+        """Register a member's key and return its node id."""
         public = self.folder / "keys" / f"{member.name}.pub"
         public.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_text(public, f"{member.key.line}\n")
-        found = self._control("supernode", "register", str(public), CONNECTION, "--name", member.name)
-        return str(found["node-id"])
+        output = self._flwr("supernode", "register", str(public), CONNECTION, "--name", member.name)
+        return str(output["node-id"])
 
-    def _keep_running(self) -> None:
-        """Start the app that hands requests to owners, unless it runs."""
-        if self._run and self._app_runs():
+    def _ensure_app(self) -> None:
+        """Start the app that sends requests to owners, unless it runs."""
+        if self._run_id and self._is_app_running():
             return
-        if self._run:
-            self._tell("the app that hands out requests has ended; it is started again")
-        self._run = ""
+        if self._run_id:
+            self._tell("the app that sends requests has ended; restarting it")
+        self._run_id = ""
         settings = f"workspace={json.dumps(str(self.folder.parent.parent.resolve()))}"
-        found = self._control("run", str(APP), CONNECTION, "--run-config", settings)
-        self._run, self._asked = str(found["run-id"]), time.monotonic()
+        output = self._flwr("run", str(APP), CONNECTION, "--run-config", settings)
+        self._run_id, self._checked_at = str(output["run-id"]), time.monotonic()
 
-    def _app_runs(self) -> bool:
-        """Tell whether the app has shown itself lately; only where it has not is Flower asked, which starts a process."""
-        sign, now = self.folder / SIGN_OF_LIFE, time.monotonic()
-        if sign.is_file() and time.time() - sign.stat().st_mtime < SILENT_S:
+    def _is_app_running(self) -> bool:
+        """Return whether the app runs, by its heartbeat or, if that is old, by asking Flower, which starts a process."""
+        heartbeat, now = self.folder / HEARTBEAT_FILE, time.monotonic()
+        if heartbeat.is_file() and time.time() - heartbeat.stat().st_mtime < SILENT_S:
             return True
-        if now - self._asked < SILENT_S:
+        if now - self._checked_at < SILENT_S:
             return True
-        self._asked = now
-        found = self._control("list", "--run-id", self._run, CONNECTION)
-        return not str(found["runs"][0]["status"]).startswith("finished")
+        self._checked_at = now
+        output = self._flwr("list", "--run-id", self._run_id, CONNECTION)
+        return not str(output["runs"][0]["status"]).startswith("finished")
 
-    def _control(self, *arguments: str) -> dict[str, Any]:
-        """Run one command of Flower's client and return what it prints; raises `UserError` when it fails."""
+    def _flwr(self, *arguments: str) -> dict[str, Any]:
+        """Run a `flwr` command and return its JSON output; raises `UserError` if it fails."""
         command = [flower_command("flwr"), *arguments, "--format", "json"]
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 command,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -168,17 +171,18 @@ class SuperLink:
             )
         except subprocess.TimeoutExpired:
             raise UserError(f"`flwr {arguments[0]}` did not answer in {COMMAND_S} s") from None
-        content = _json_in(done.stdout)
-        if done.returncode != 0 or not content.get("success", True):
+        content = _json_in(result.stdout)
+        if result.returncode != 0 or not content.get("success", True):
             reason = (
-                content.get("error-message") or (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                content.get("error-message")
+                or (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             )
             raise UserError(f"`flwr {' '.join(arguments[:2])}` failed: {reason}")
         return content
 
 
 def _json_in(text: str) -> dict[str, Any]:
-    """Return the JSON object that stands in what a command printed, other lines being before it."""
+    """Return the JSON object in a command's output, which may follow other lines; empty if there is none."""
     begin = text.find("{")
     try:
         content = json.loads(text[begin:]) if begin >= 0 else {}

@@ -1,1 +1,1 @@
-"""The owner's processes: SuperNode, guarded client and training."""
+"""The owner's processes: SuperNode, guarded client app and work on requests."""

@@ -1,4 +1,4 @@
-"""Which app bundles an owner's node may run: those whose files are the files of the owner's own installation."""
+"""Allowlist of app bundles for an owner's node: only the bundle of the owner's own installation may run."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ MAX_BYTES = 1 << 20
 
 
 def digest_of_bundle(content: bytes) -> str:
-    """Return a digest of a bundle's file names and contents; how they were packed does not matter, as zlib differs.
+    """Return a digest of a bundle's file names and contents, independent of the compression.
 
-    Raises `UserError` for what is no archive, for a name that comes twice or leads outside, and for far too much.
+    Raises `UserError` for anything but a zip archive, for duplicate or unsafe names and for a bundle that is too large.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MAX_BYTES:
-                raise UserError("the app bundle is larger than this version's")
-            found = {entry.filename: hashlib.sha256(archive.read(entry)).hexdigest() for entry in entries}
+                raise UserError(f"the app bundle exceeds {MAX_FILES} files or {MAX_BYTES:,} bytes")
+            digests = {entry.filename: hashlib.sha256(archive.read(entry)).hexdigest() for entry in entries}
     except (zipfile.BadZipFile, RuntimeError, EOFError, NotImplementedError):
-        raise UserError("the app bundle is no archive") from None
-    if len(found) != len(entries) or any(
-        name.startswith("/") or ".." in name or "\\" in name for name in found
+        raise UserError("the app bundle is not a zip archive") from None
+    if len(digests) != len(entries) or any(
+        name.startswith("/") or ".." in name or "\\" in name for name in digests
     ):
-        raise UserError("the app bundle names a file twice or outside of itself")
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        raise UserError("the app bundle has a file name twice or a path outside the bundle")
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def write_allowed(state: Path) -> str:
-    """Build the bundle of the installed package and note its digest as the only one that may run; return it."""
+    """Build the installed package's bundle, store its digest as the only allowed one and return it."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        done = subprocess.run(
+        result = subprocess.run(
             [flower_command("flwr"), "build", "--app", str(APP)],
             env=environment(folder / "home"),
             stdin=subprocess.DEVNULL,
@@ -54,15 +54,17 @@ def write_allowed(state: Path) -> str:
             check=False,
         )
         bundles = list(folder.glob("*.fab"))
-        if done.returncode != 0 or len(bundles) != 1:
-            raise UserError(f"`flwr build` failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+        if result.returncode != 0 or len(bundles) != 1:
+            raise UserError(
+                f"`flwr build` failed: {(result.stderr.strip().splitlines() or ['no reason'])[-1]}"
+            )
         digest = digest_of_bundle(bundles[0].read_bytes())
     write_json(state / ALLOWED_FILE, {"sha256": [digest]})
     return digest
 
 
 def is_allowed(content: bytes, state: Path) -> bool:
-    """Tell whether a bundle is on the owner's list."""
+    """Return whether a bundle is on the owner's allowlist."""
     try:
         return digest_of_bundle(content) in read_json(state / ALLOWED_FILE)["sha256"]
     except (UserError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The owner's end of the coordinator's endpoints: signed requests over TLS, answers as codes, nothing larger than a part in memory."""
+"""Owner's client of the coordinator's endpoints: signed requests over TLS, with at most one file part in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import quote
 
 from ....core.errors import UserError
-from ....experts.federation.protocol.delivery import Signed
+from ....experts.federation.protocol.delivery import SignedStatement
+from ....experts.federation.protocol.fields import check_fields
 from ....experts.federation.protocol.keys import OwnerKey
 from ....experts.federation.protocol.parts import FileParts
 from ....experts.federation.protocol.progress import Progress
@@ -23,49 +24,62 @@ from ..protocol.signing import EMPTY, signed_headers
 
 PIECE = 1 << 18
 TIMEOUT_S = 90.0
-"""Of silence, not of a whole transfer: a slow link is no error."""
+"""Longest silence of the server, in seconds; the duration of a transfer is not limited."""
 MAX_JSON = 1 << 20
+"""Largest JSON answer, in bytes."""
 SENTENCES = {
-    "UNKNOWN_KEY": "the coordinator does not know this key; give it {public} and ask to be invited",
-    "BAD_SIGNATURE": "the coordinator does not accept this key's signature; --ca has to be the file of this very coordinator",
+    "UNKNOWN_KEY": "the coordinator does not know this key; send it {public} and ask to be invited",
+    "BAD_SIGNATURE": "the coordinator does not accept the signature; --ca must be the ca.crt of this coordinator",
     "CLOCK": "this machine's clock differs from the coordinator's by more than five minutes; set it",
-    "DUPLICATE": "another process with this key is joined already; run `join` in one place only",
-    "DISK": "the coordinator's disk is full; what has arrived is kept",
-    "TOO_LARGE": "the coordinator takes no parts of that size; let both use the same version",
-    "WRONG_BYTES": "what arrived is not what was sent; it is sent again",
+    "DUPLICATE": "another process with this key has joined; run `join` in one place only",
+    "DISK": "the coordinator's disk is full; parts that have arrived are kept",
+    "TOO_LARGE": "the coordinator does not accept parts of that size; install the same version of expertctl on both sides",
+    "WRONG_BYTES": "the data was corrupted in transfer",
 }
 
 
 class Unreachable(Exception):
-    """The connection failed or was cut; the same again, later, is right."""
+    """The connection failed or was cut; the request can be repeated later."""
 
 
 class Declined(Exception):
-    """The coordinator answered with a code."""
+    """The coordinator answered with an error code."""
 
     def __init__(self, code: str) -> None:
         super().__init__(code)
         self.code = code
 
     def sentence(self, public: Path) -> str:
-        """Return what that means for the owner."""
+        """Return the error message for the owner."""
         return SENTENCES.get(self.code, f"the coordinator declined ({self.code})").format(public=public)
 
 
 @dataclass(frozen=True)
 class Hello:
-    """What a coordinator says to an owner who shows up."""
+    """The coordinator's answer to an owner's hello."""
 
     name: str
-    """What it calls the owner."""
+    """The owner's name at the coordinator."""
     open: tuple[str, ...] = ()
-    """Requests that are open."""
+    """Identifiers of open requests."""
     more: bool = False
-    """Whether others will follow by themselves: later rounds of a shared model."""
+    """Whether later rounds of a shared model will bring more requests."""
+
+    @classmethod
+    def of_json(cls, content: Any) -> Hello:
+        """Read the coordinator's answer; raises `UserError` for anything else, since it comes from outside."""
+        check_fields(content, "the coordinator's answer to a hello", ("name", "open", "more"))
+        name, identifiers, more = content["name"], content["open"], content["more"]
+        are_texts = isinstance(identifiers, list) and all(isinstance(text, str) for text in identifiers)
+        if not (isinstance(name, str) and are_texts and isinstance(more, bool)):
+            raise UserError(
+                "a field of the coordinator's answer to a hello has the wrong type; check --server"
+            )
+        return cls(name, tuple(identifiers), more)
 
 
 class CoordinatorClient:
-    """Speaks to one coordinator as one owner."""
+    """Connection of one owner to one coordinator."""
 
     def __init__(self, server: str, authority: Path, key: OwnerKey) -> None:
         import httpx
@@ -85,12 +99,11 @@ class CoordinatorClient:
         self._client.close()
 
     def hello(self) -> Hello:
-        """Show up, and return what the coordinator says."""
-        found = self._ask("GET", "requests")
-        return Hello(str(found["name"]), tuple(str(one) for one in found["open"]), bool(found["more"]))
+        """Report the owner as online and return the coordinator's answer."""
+        return Hello.of_json(self._call("GET", "requests"))
 
     def seed_part(self, request: str, file: FileParts, index: int) -> bytes:
-        """Fetch one part of the seed; its digest is checked by who puts it in its place."""
+        """Download one part of the seed; the caller checks its digest."""
         begin, end = file.span(index)
         target = f"{PATH}seed/{request}/{quote(file.name, safe='')}/{index}"
         data = self._send("GET", target, EMPTY, None, end - begin)
@@ -99,12 +112,14 @@ class CoordinatorClient:
         return data
 
     def progress(self, request: str, progress: Progress) -> None:
-        """Tell how far a training is."""
-        self._ask("POST", f"progress/{request}", progress.as_json())
+        """Send the progress of a training run."""
+        check_fields(
+            self._call("POST", f"progress/{request}", progress.as_json()), "the answer to progress", ()
+        )
 
-    def begin(self, request: str, signed: Signed) -> Mapping[str, Any]:
-        """Announce a delivery: `{"missing": {FILE: [PART...]}}`, or `{"refusal": CODE}`."""
-        return self._ask("POST", f"begin/{request}", signed.as_json())
+    def begin(self, request: str, signed: SignedStatement) -> Mapping[str, Any]:
+        """Announce a delivery; return `{"missing": {FILE: [PART, ...]}}` or `{"refusal": CODE}`."""
+        return self._verdict(f"begin/{request}", "missing", signed.as_json())
 
     def put(self, request: str, file: FileParts, index: int, data: bytes) -> None:
         """Send one part of a file."""
@@ -112,14 +127,22 @@ class CoordinatorClient:
         self._send("PUT", target, file.parts[index], data, MAX_JSON)
 
     def finish(self, request: str) -> Mapping[str, Any]:
-        """Ask for the verdict: `{"state": "accepted" | "judging"}`, or `{"refusal": CODE}`."""
-        return self._ask("POST", f"finish/{request}")
+        """Ask for the verdict; return `{"state": "accepted" | "judging"}` or `{"refusal": CODE}`."""
+        return self._verdict(f"finish/{request}", "state")
 
-    def _ask(self, method: str, what: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _verdict(self, endpoint: str, field: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return an answer with either `field` or a refusal."""
+        answer = self._call("POST", endpoint, content)
+        check_fields(answer, f"the answer to {endpoint}", ("refusal",) if "refusal" in answer else (field,))
+        return answer
+
+    def _call(self, method: str, endpoint: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
         body = json.dumps(content).encode() if content is not None else b""
-        return _object(self._send(method, PATH + what, hashlib.sha256(body).hexdigest(), body, MAX_JSON))
+        return _parse_object(
+            self._send(method, PATH + endpoint, hashlib.sha256(body).hexdigest(), body, MAX_JSON)
+        )
 
-    def _send(self, method: str, target: str, digest: str, body: bytes | None, most: int) -> bytes:
+    def _send(self, method: str, target: str, digest: str, body: bytes | None, limit: int) -> bytes:
         import httpx
 
         headers = signed_headers(self._key, method, target, digest, self.session, self._audience)
@@ -128,26 +151,21 @@ class CoordinatorClient:
         try:
             with self._client.stream(
                 method, target, headers=headers, content=_pieces(body) if body else None
-            ) as reply:
+            ) as response:
                 data = bytearray()
-                for piece in reply.iter_raw():
+                for piece in response.iter_raw():
                     data += piece
-                    if len(data) > most:
-                        raise UserError(
-                            "the coordinator answers with more than was asked for; that is not its server"
-                        )
+                    if len(data) > limit:
+                        raise UserError("the server's answer is too long for a coordinator; check --server")
         except httpx.TransportError as error:
             raise Unreachable(type(error).__name__) from None
-        if reply.status_code == 200:
+        if response.status_code == 200:
             return bytes(data)
-        if reply.status_code >= 500 and reply.status_code != STATUS["DISK"]:
-            raise Unreachable(f"status {reply.status_code}")
-        try:
-            raise Declined(str(_object(bytes(data))["code"])[:40])
-        except KeyError:
-            raise UserError(
-                f"{self._client.base_url.host} answers with status {reply.status_code}, as no coordinator does"
-            ) from None
+        if response.status_code >= 500 and response.status_code != STATUS["DISK"]:
+            raise Unreachable(f"status {response.status_code}")
+        answer = _parse_object(bytes(data))
+        check_fields(answer, f"the server's answer with status {response.status_code}", ("code",))
+        raise Declined(str(answer["code"])[:40])
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:
@@ -156,11 +174,11 @@ def _pieces(body: bytes) -> Iterator[bytes]:
         yield bytes(view[begin : begin + PIECE])
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def _parse_object(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise UserError("the server answers with something else than a coordinator does; check --server")
+        raise UserError("the server's answer is not a coordinator's; check --server")
     return content

@@ -1,7 +1,7 @@
-"""`flwr-clientapp` as an owner's node runs it: app bundles that the owner's installation does not know are refused unopened.
+"""Guarded replacement of Flower's `flwr-clientapp` command: refuses app bundles that are not on the owner's allowlist.
 
-Stands in front of Flower's own command of that name on the node's PATH. It replaces two names of one module of Flower's, which
-is why versions of Flower are bounded; where they are not what they were, it does not run at all.
+It precedes Flower's command of the same name on the node's PATH. It patches two names in a module of Flower, which is why the
+supported versions of Flower are bounded; if a name is missing, the command fails before it runs anything.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .allowed_bundle import is_allowed
 
 STATE_VARIABLE = "EXPERTCTL_OWNER_STATE"
 STATE_SETTING = "state"
-"""The setting of a node that names the owner's state folder; it stays on the node."""
+"""Key of the node configuration that holds the owner's state folder; it stays on the node."""
 NOT_ALLOWED = "APP_NOT_ALLOWED"
 FAILED = "FAILED"
 
 
 def write_shim(state: Path) -> Path:
-    """Write the command that a node finds first; return its folder."""
+    """Write the `flwr-clientapp` script that the node finds first on PATH; return its folder."""
     folder = state / "bin"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     shim = folder / "flwr-clientapp"
@@ -31,18 +31,19 @@ def write_shim(state: Path) -> Path:
 
 
 def guard(module: Any, state: Path) -> None:
-    """Make Flower's module refuse bundles that are not on the list, and say codes in the place of words."""
+    """Patch Flower's module to refuse bundles that are not on the allowlist and to report codes instead of messages."""
     install, error = module.install_from_fab, module.Error
-    refused = []
+    is_refused = False
 
-    def install_allowed(content: bytes, *arguments: Any, **named: Any) -> Any:
+    def install_allowed(content: bytes, *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_refused
         if not is_allowed(content, state):
-            refused.append(True)
+            is_refused = True
             raise PermissionError(NOT_ALLOWED)
-        return install(content, *arguments, **named)
+        return install(content, *args, **kwargs)
 
     def coded_error(code: int, reason: str | None = None) -> Any:
-        return error(code, NOT_ALLOWED if refused else FAILED)
+        return error(code, NOT_ALLOWED if is_refused else FAILED)
 
     module.install_from_fab, module.Error = install_allowed, coded_error
 

@@ -1,4 +1,4 @@
-"""An owner's process: its Flower node, and the work on what is asked."""
+"""The owner's `join` process: its Flower node, its presence at the coordinator and the work on requests."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from ..coordinator.serving import parse_address
 from ..processes.child import require_flower
 from .allowed_bundle import write_allowed
 from .coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
-from .owner_work import Agree, OwnerWork
+from .owner_work import Consent, OwnerWork
 from .supernode import SuperNode
 
 TICK_S = 1.0
 HELLO_S = 10.0
+"""Seconds between two hellos."""
 FINAL = ("UNKNOWN_KEY", "BAD_SIGNATURE", "CLOCK")
+"""Error codes that end the process."""
 DUPLICATE_S = 45.0
-"""How long another process with the same key may be heard of before this one gives up: the last life of this one may have been killed."""
+"""Seconds to wait for another process with the same key, which may be a killed one that the coordinator still counts."""
 
 
 def join(
@@ -31,14 +33,15 @@ def join(
     authority: Path,
     *,
     name: str | None,
-    agree: Agree,
+    consent: Consent,
     tell: Callable[[str], None],
     stop: threading.Event,
     until_done: bool = False,
 ) -> None:
-    """Be part of a federation until `stop` is set (or, with `until_done`, until what was asked is delivered or refused).
+    """Take part in a federation until `stop` is set or, with `until_done`, until every request is closed.
 
-    Raises `UserError` for a key that was not invited, for a name that is another's, and for a second process with the key.
+    Raises `UserError` for a key that is not invited, for another name than the coordinator's and for a second process with the
+    same key.
     """
     require_flower()
     parse_address(server)
@@ -48,79 +51,80 @@ def join(
         write_allowed(owner.state)
         client = CoordinatorClient(server, authority, key)
         node = SuperNode(owner.state, server, authority, key.path, tell)
-        member = _Member(owner, client, name, tell)
-        work = OwnerWork(owner, client, agree, tell, member.pulse)
+        membership = _Membership(owner, client, name, tell)
+        work = OwnerWork(owner, client, consent, tell, membership.pulse)
         try:
-            for request in owner.requests():  # training goes on before anybody is reached
+            for request in owner.requests():  # resume training before connecting
                 if not work.is_over(request) and owner.seeds.has(request):
                     owner.start(request.id)
             while not stop.is_set():
-                member.pulse()
-                if member.said is not None:
+                membership.pulse()
+                if membership.last_hello is not None:
                     node.tick()
                     work.step()
-                if until_done and member.said is not None and _is_done(owner, work, member.said):
-                    return
+                    if until_done and _is_done(owner, work, membership.last_hello):
+                        return
                 stop.wait(TICK_S)
         finally:
             node.stop()
             client.close()
 
 
-def _is_done(owner: Owner, work: OwnerWork, said: Hello) -> bool:
-    """Tell whether all that was asked is over; raises `UserError` where what is left fails time after time.
+def _is_done(owner: Owner, work: OwnerWork, hello: Hello) -> bool:
+    """Return whether all requests are closed; raises `UserError` if all remaining ones fail repeatedly.
 
-    `said` is what the coordinator said last: some of what is open Flower may not have brought yet.
+    `hello` is the coordinator's latest answer; it may list open requests that Flower has not brought yet.
     """
     requests = owner.requests()
-    left = [request for request in requests if not work.is_over(request)]
-    reasons = [work.gave_up(request) for request in left]
-    if left and None not in reasons:
-        raise UserError(f"request {left[0].id}: {reasons[0]}; the same command tries again")
-    to_come = set(said.open) - {request.id for request in requests}
-    return bool(requests) and not (left or to_come or said.more)
+    remaining = [request for request in requests if not work.is_over(request)]
+    reasons = [work.repeated_failure(request) for request in remaining]
+    if remaining and None not in reasons:
+        raise UserError(f"request {remaining[0].id}: {reasons[0]}; run the same command to try again")
+    expected = set(hello.open) - {request.id for request in requests}
+    return bool(requests) and not (remaining or expected or hello.more)
 
 
-class _Member:
-    """Says hello every few seconds, so that the coordinator knows who is there, and a second process is noticed."""
+class _Membership:
+    """Sends a hello every few seconds, which reports presence and detects a second process with the same key."""
 
     def __init__(
         self, owner: Owner, client: CoordinatorClient, name: str | None, tell: Callable[[str], None]
     ) -> None:
         self._owner, self._client, self._name, self._tell = owner, client, name, tell
-        self._next = 0.0
-        self._told = ""
+        self._next_at = 0.0
+        self._reported = ""
         self._duplicate_since: float | None = None
-        self.said: Hello | None = None
-        """What the coordinator said last; None before it let this owner in."""
+        self.last_hello: Hello | None = None
+        """The coordinator's latest answer; None before the owner has joined."""
 
     def pulse(self) -> None:
-        if time.monotonic() < self._next:
+        """Send a hello if one is due."""
+        if time.monotonic() < self._next_at:
             return
-        self._next = time.monotonic() + HELLO_S
+        self._next_at = time.monotonic() + HELLO_S
         try:
-            found = self._client.hello()
+            hello = self._client.hello()
         except Unreachable as error:
             self._say(f"the coordinator cannot be reached ({error}); trying again")
             return
         except Declined as error:
-            self._declined(error)
+            self._handle_error(error)
             return
-        if self._name is not None and found.name != self._name:
+        if self._name is not None and hello.name != self._name:
             raise UserError(
-                f"the coordinator knows this key as '{found.name}'; join with --name {found.name}"
+                f"the coordinator knows this key as '{hello.name}'; join with --name {hello.name}"
             )
         self._duplicate_since = None
-        if self.said is None:
-            self._say(f"joined as '{found.name}'")
-        self.said = found
+        if self.last_hello is None:
+            self._say(f"joined as '{hello.name}'")
+        self.last_hello = hello
 
-    def _declined(self, error: Declined) -> None:
+    def _handle_error(self, error: Declined) -> None:
         sentence = error.sentence(self._owner.state / PUBLIC_FILE)
         if error.code == "DUPLICATE":
             self._duplicate_since = self._duplicate_since or time.monotonic()
             if time.monotonic() - self._duplicate_since < DUPLICATE_S:
-                self._say(f"{sentence} (if it was killed just now, this one takes over in half a minute)")
+                self._say(f"{sentence} (if that process was killed, this one takes over in half a minute)")
                 return
             raise UserError(sentence)
         if error.code in FINAL:
@@ -128,6 +132,6 @@ class _Member:
         self._say(f"{sentence}; trying again")
 
     def _say(self, text: str) -> None:
-        if text != self._told:
-            self._told = text
+        if text != self._reported:
+            self._reported = text
             self._tell(text)

@@ -1,4 +1,4 @@
-"""What an owner's process does with each request: fetch the seed, train, show, deliver. Every step goes on where it was cut."""
+"""Work of an owner's process on each request: fetch the seed, train, review and deliver; every step is resumable."""
 
 from __future__ import annotations
 
@@ -8,78 +8,88 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ....core.errors import UserError
-from ....experts.federation.owner.owner import Owner, Review
-from ....experts.federation.protocol.delivery import Signed, make_delivery
+from ....experts.federation.owner.owner import LOG_FILE, Owner, Review
+from ....experts.federation.protocol.delivery import SignedStatement, make_delivery
 from ....experts.federation.protocol.keys import PUBLIC_FILE
 from ....experts.federation.protocol.parts import PART_BYTES, FileParts, read_part
 from ....experts.federation.protocol.progress import Progress
 from ....experts.federation.protocol.requests import ExpertRequest
+from ..processes.backoff import backoff_s
 from .coordinator_client import CoordinatorClient, Declined, Unreachable
 
 TELL_S = 5.0
-"""Between two messages about one training."""
-RETRY_S = (2.0, 5.0, 10.0, 30.0, 60.0)
+"""Shortest time between two progress messages about one request, in seconds."""
 TRIES = 3
-"""Times that a training may fail before `join --once` gives up on it."""
+"""Failed training runs after which `join --once` gives up."""
 JUDGED_S = 2.0
+"""Seconds between two questions for the verdict."""
 PARTS_OF_A_DELIVERY = 64
 SMALLEST_PART = 1 << 20
 
-Agree = Callable[[Review], bool]
-"""Asks the owner whether this may leave."""
+Consent = Callable[[Review], bool]
+"""Asks the owner whether a delivery may leave."""
 
 
 class OwnerWork:
-    """The requests of one owner. `step()` does what can be done now, and `pulse` is called in between."""
+    """Work on one owner's requests: `step` advances each of them, calling `pulse` between transfers."""
 
     def __init__(
         self,
         owner: Owner,
         client: CoordinatorClient,
-        agree: Agree,
+        consent: Consent,
         tell: Callable[[str], None],
         pulse: Callable[[], None] = lambda: None,
     ) -> None:
-        self._owner, self._client, self._agree, self._tell, self._pulse = owner, client, agree, tell, pulse
-        self._later: dict[str, float] = {}
-        self._tries: dict[str, int] = {}
+        self._owner, self._client, self._consent, self._tell, self._pulse = (
+            owner,
+            client,
+            consent,
+            tell,
+            pulse,
+        )
+        self._wait_until: dict[str, float] = {}
+        self._failures: dict[str, int] = {}
+        """Failed attempts in a row, by request."""
         self._starts: dict[str, int] = {}
-        self._told: dict[str, tuple[float, Progress]] = {}
+        """Started training processes, by request."""
+        self._reported: dict[str, tuple[float, Progress]] = {}
+        """Time and content of the last progress message, by request."""
         self._said: dict[str, str] = {}
 
     def step(self) -> None:
-        """Take every request one step further."""
+        """Advance every request by one step."""
         self._owner.drop_superseded()
         for request in self._owner.requests():
-            if (why := self._owner.why_not(request)) is not None:
-                self._say(request, why)
-            if time.monotonic() < self._later.get(request.id, 0.0) or self.is_over(request):
+            if (objection := self._owner.objection(request)) is not None:
+                self._say(request, objection)
+            if time.monotonic() < self._wait_until.get(request.id, 0.0) or self.is_over(request):
                 continue
             try:
                 self._advance(request)
-                self._tries.pop(request.id, None)
+                self._failures.pop(request.id, None)
             except Unreachable as error:
-                self._wait(request, f"the coordinator cannot be reached ({error}); trying again")
+                self._retry_later(request, f"the coordinator cannot be reached ({error}); trying again")
             except Declined as error:
                 if error.code == "UNKNOWN_KEY":
                     raise UserError(error.sentence(self._owner.state / PUBLIC_FILE)) from None
-                self._wait(request, f"{error.sentence(self._owner.state / PUBLIC_FILE)}; trying again")
+                self._retry_later(request, f"{error.sentence(self._owner.state / PUBLIC_FILE)}; trying again")
 
     def is_over(self, request: ExpertRequest) -> bool:
-        """Tell whether nothing is to be done for a request: delivered, refused, too late, or not what the owner agrees to."""
+        """Return whether a request is closed: delivered, refused, past its deadline or against the owner's settings."""
         return (
             self._owner.outcome(request.id) is not None
             or request.deadline < datetime.now(UTC)
-            or self._owner.why_not(request) is not None
+            or self._owner.objection(request) is not None
         )
 
-    def gave_up(self, request: ExpertRequest) -> str | None:
-        """Return why a training that failed time after time is not worth waiting for, or None."""
+    def repeated_failure(self, request: ExpertRequest) -> str | None:
+        """Return a message if training has failed `TRIES` times and has stopped, else None."""
         progress = self._owner.progress(request.id)
-        failed = progress.state == "failed" and progress.code != "STOPPED"
-        if not failed or self._starts.get(request.id, 0) < TRIES or self._owner.is_working(request.id):
+        has_failed = progress.state == "failed" and progress.code != "STOPPED"
+        if not has_failed or self._starts.get(request.id, 0) < TRIES or self._owner.is_working(request.id):
             return None
-        return f"training failed ({progress.code}) {TRIES} times; {self._owner.run_folder(request.id) / 'work.log'} says why"
+        return f"training failed ({progress.code}) {TRIES} times; see {self._log_file(request)}"
 
     def _advance(self, request: ExpertRequest) -> None:
         if not self._owner.seeds.has(request):
@@ -90,14 +100,16 @@ class OwnerWork:
         self._report(request)
         self._deliver(request)
 
-    def _wait(self, request: ExpertRequest, why: str) -> None:
-        tries = self._tries.get(request.id, 0)
-        self._tries[request.id] = tries + 1
-        self._later[request.id] = time.monotonic() + RETRY_S[min(tries, len(RETRY_S) - 1)]
-        self._say(request, why)
+    def _retry_later(self, request: ExpertRequest, reason: str) -> None:
+        failures = self._failures[request.id] = self._failures.get(request.id, 0) + 1
+        self._wait_until[request.id] = time.monotonic() + backoff_s(failures)
+        self._say(request, reason)
+
+    def _log_file(self, request: ExpertRequest) -> Path:
+        return self._owner.run_folder(request.id) / LOG_FILE
 
     def _say(self, request: ExpertRequest, text: str) -> None:
-        """Say something once, until something else is to be said."""
+        """Report a message about a request, unless it repeats the previous one."""
         if self._said.get(request.id) != text:
             self._said[request.id] = text
             self._tell(f"request {request.id}: {text}")
@@ -110,71 +122,71 @@ class OwnerWork:
             for index in writer.missing():
                 writer.put(index, self._client.seed_part(request.id, writer.file, index))
                 self._pulse()
-        self._owner.seeds.settle(request)
+        self._owner.seeds.complete(request)
 
     # --- training ---
 
     def _train(self, request: ExpertRequest) -> None:
-        """See to it that a process trains; one that ends again and again is started less and less often."""
+        """Ensure that a training process runs; repeated starts are delayed by the back-off."""
         if not self._owner.is_working(request.id) or not self._owner.is_private_enough(request):
             progress, starts = self._owner.progress(request.id), self._starts.get(request.id, 0)
-            log = self._owner.run_folder(request.id) / "work.log"
+            log = self._log_file(request)
             if progress.state == "failed" and progress.code != "STOPPED":
                 self._report(request)
-                self._say(request, f"training failed ({progress.code}); {log} says why; it is tried again")
+                self._say(request, f"training failed ({progress.code}), see {log}; trying again")
             elif starts > 1:
-                self._say(
-                    request, f"training has ended early {starts} times; {log} says why; it is tried again"
-                )
+                self._say(request, f"training has ended early {starts} times, see {log}; trying again")
             else:
                 self._say(request, "training")
             self._owner.start(request.id)
             self._starts[request.id] = starts + 1
-            self._later[request.id] = time.monotonic() + RETRY_S[min(starts, len(RETRY_S) - 1)]
+            self._wait_until[request.id] = time.monotonic() + backoff_s(starts + 1)
         self._report(request)
 
     def _report(self, request: ExpertRequest) -> None:
-        """Tell the coordinator how far the training is, when that has changed, and not too often."""
+        """Send changed progress to the coordinator: a new state at once, else at most every `TELL_S` seconds."""
         progress, now = self._owner.progress(request.id), time.monotonic()
-        at, before = self._told.get(request.id, (0.0, None))
-        if progress == before or (
-            before is not None and progress.state == before.state and now - at < TELL_S
+        sent_at, previous = self._reported.get(request.id, (0.0, None))
+        if progress == previous or (
+            previous is not None and progress.state == previous.state and now - sent_at < TELL_S
         ):
             return
         self._client.progress(request.id, progress)
-        self._told[request.id] = (now, progress)
+        self._reported[request.id] = (now, progress)
 
     # --- delivering ---
 
     def _deliver(self, request: ExpertRequest) -> None:
         signed = self._delivery(request)
-        if not self._agree(self._owner.review(request.id)):
+        if not self._consent(self._owner.review(request.id)):
             self._say(
                 request,
-                "the expert is ready and waits for your yes: look at it with --review, let it go with --yes",
+                "the expert is ready and waits for your consent: inspect it with --review, send it with --yes",
             )
-            self._later[request.id] = time.monotonic() + TELL_S
+            self._wait_until[request.id] = time.monotonic() + TELL_S
             return
-        found = self._client.begin(request.id, signed)
-        if "refusal" not in found:
+        answer = self._client.begin(request.id, signed)
+        if "refusal" not in answer:
             self._say(request, f"delivering {sum(file.size for file in signed.statement.files):,} bytes")
-            self._send(request, signed, found["missing"])
-            while (found := self._client.finish(request.id)).get("state") == "judging":
+            self._send(request, signed, answer["missing"])
+            while (answer := self._client.finish(request.id)).get("state") == "judging":
                 self._pulse()
                 time.sleep(JUDGED_S)
-        refusal = found.get("refusal")
+        refusal = answer.get("refusal")
         self._owner.note_outcome(request.id, refusal)
         self._say(request, "accepted" if refusal is None else f"refused: {refusal}")
 
-    def _delivery(self, request: ExpertRequest) -> Signed:
-        """Return what is delivered, in parts of which a cut costs at most one in 64."""
+    def _delivery(self, request: ExpertRequest) -> SignedStatement:
+        """Return the signed statement, preparing the delivery in about 64 parts if needed."""
         folder = self._owner.delivery_folder(request.id)
         if not (folder / "delivery.json").is_file():
             expert = self._owner.expert_folder(request)
-            make_delivery(expert, request, self._owner.key(), folder, part_size=part_size(_size(expert)))
+            make_delivery(
+                expert, request, self._owner.key(), folder, part_size=part_size(_largest_file(expert))
+            )
         return self._owner.delivery(request.id)
 
-    def _send(self, request: ExpertRequest, signed: Signed, missing: dict[str, list[int]]) -> None:
+    def _send(self, request: ExpertRequest, signed: SignedStatement, missing: dict[str, list[int]]) -> None:
         folder = self._owner.delivery_folder(request.id)
         files: dict[str, FileParts] = {file.name: file for file in signed.statement.files}
         for name, indices in missing.items():
@@ -184,9 +196,10 @@ class OwnerWork:
 
 
 def part_size(total: int) -> int:
-    """Return the size of the parts in which so many bytes are sent: a 64th, from 1 MiB to 64 MiB."""
+    """Return the part size for a file of `total` bytes: a 64th of it, between 1 MiB and 64 MiB."""
     return max(SMALLEST_PART, min(PART_BYTES, -(-total // PARTS_OF_A_DELIVERY)))
 
 
-def _size(folder: Path) -> int:
+def _largest_file(folder: Path) -> int:
+    """Return the size of the largest tensor file, in bytes."""
     return max((path.stat().st_size for path in folder.glob("*.safetensors")), default=0)

@@ -1,4 +1,4 @@
-"""An owner's Flower node: started with the owner's key, again on any exit, and only running what the owner's installation allows."""
+"""Supervisor of an owner's Flower node (SuperNode): restarts it on any exit and lets it run only allowed app bundles."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ....core.errors import UserError
 from ..processes.child import Child, environment, flower_command, free_port
 from .guarded_client import STATE_SETTING, STATE_VARIABLE, write_shim
 
-_CODE = re.compile(r"\[code: (2001|2004)\]")
+_REFUSAL_CODE = re.compile(r"\[code: (2001|2004)\]")
 REFUSED_S = 150.0
-"""How long a node may be refused before it is said: a server that has just started does not know its members yet, and for a minute
-after a node was killed it still counts as there."""
+"""Seconds of refusals before an error: a new server process must first register its members, and it counts a killed node as connected
+for a minute."""
 
 
 class SuperNode:
-    """The supervised node. `tick()` is called every second or so."""
+    """The supervised node; call `tick` about once a second."""
 
     def __init__(
         self, state: Path, server: str, authority: Path, key: Path, tell: Callable[[str], None]
@@ -38,34 +38,34 @@ class SuperNode:
         return self._child.pid
 
     def is_connected(self) -> bool:
-        """Tell whether the server has let it in."""
-        return self._child.runs and "SuperNode ID:" in self._child.said()
+        """Return whether the server has accepted the node."""
+        return self._child.is_running and "SuperNode ID:" in self._child.recent_output()
 
     def tick(self) -> None:
-        """Start it where it does not run; raises `UserError` when the server has refused it for long."""
-        status = self._child.ended()
+        """Start the node if it does not run; raises `UserError` if the server has refused it for `REFUSED_S`."""
+        status = self._child.poll()
         if status is not None:
-            self._note_end(status)
+            self._handle_exit(status)
         if self._child.is_due():
             self._start()
         if self._refused_since is not None and self.is_connected():
             self._refused_since = None
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the node."""
         self._child.stop()
 
-    def _note_end(self, status: int) -> None:
-        found = _CODE.search(self._child.said())
-        if found is None:
-            self._tell(f"Flower's node ended with status {status}; it is started again")
+    def _handle_exit(self, status: int) -> None:
+        refusal = _REFUSAL_CODE.search(self._child.recent_output())
+        if refusal is None:
+            self._tell(f"Flower's node ended with status {status}; restarting it")
             return
         now = time.monotonic()
         self._refused_since = self._refused_since or now
         if now - self._refused_since > REFUSED_S:
             raise UserError(
-                f"the coordinator's server refuses this key [{found[1]}]; it was taken out of the federation, or another "
-                "process uses it: ask the coordinator, and run `join` in one place only"
+                f"the coordinator's server refuses this key [{refusal[1]}]: it was removed from the federation, or another process uses "
+                "it; ask the coordinator, and run `join` in one place only"
             )
 
     def _start(self) -> None:

@@ -1,6 +1,6 @@
-"""The owner's Flower app: remembers a request in the owner's state folder and answers at once.
+"""The owner's Flower app: stores a request in the owner's state folder and replies at once.
 
-Training goes on in the owner's own process. What is answered is a code, never a text or a path, whatever goes wrong.
+Training runs in the owner's own process. The reply is always a code, never a message or a path.
 """
 
 from __future__ import annotations
@@ -25,31 +25,28 @@ app = ClientApp()
 
 @app.train("expert")
 def take(message: Message, context: Context) -> Message:
-    """Take a request in."""
-    return _answer(message, lambda: take_in(message, Path(str(context.node_config[STATE_SETTING]))))
+    """Handle a message with a request."""
+    return _reply(message, lambda: store_request(message, Path(str(context.node_config[STATE_SETTING]))))
 
 
-def take_in(message: Message, state: Path) -> str:
-    """Remember a request; one that was refused before and is asked for again is delivered again."""
+def store_request(message: Message, state: Path) -> str:
+    """Store a request and return `TAKEN`; a request that was refused before is delivered again."""
     owner = Owner(state)
-    request = ExpertRequest.of_json(json.loads(_text(message, "request")))
+    request = ExpertRequest.of_json(json.loads(str(message.content.config_records[RECORD]["request"])))
     owner.take(request)
     if owner.outcome(request.id) not in (None, "accepted"):
         (state / "outcomes" / f"{request.id}.json").unlink()
     return "TAKEN"
 
 
-def _text(message: Message, name: str) -> str:
-    return str(message.content.config_records[RECORD][name])
-
-
-def _answer(message: Message, work: Callable[[], str]) -> Message:
+def _reply(message: Message, handle: Callable[[], str]) -> Message:
+    """Reply with the code that `handle` returns, or with a code for its error."""
     try:
-        code = work()
+        code = handle()
     except UserError as error:
-        log.warning("a request was not taken: %s", error)  # stays in the owner's log
+        log.warning("a request was not stored: %s", error)  # stays in the owner's log
         code = "NOT_TAKEN"
-    except Exception:  # whatever it is, its words may hold paths or text
-        log.exception("a request was not taken")
+    except Exception:  # its message may hold paths or text
+        log.exception("a request was not stored")
         code = "FAILED"
     return Message(RecordDict({RECORD: ConfigRecord({"code": code})}), reply_to=message)

@@ -1,1 +1,1 @@
-"""Child processes that end with their parent."""
+"""Supervised child processes that end with their parent."""

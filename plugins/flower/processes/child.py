@@ -1,4 +1,4 @@
-"""One long-lived process of Flower's that is started again whenever it ends, with growing pauses."""
+"""Supervised child process of Flower, restarted with back-off whenever it ends."""
 
 from __future__ import annotations
 
@@ -11,56 +11,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ....core.errors import UserError
+from .backoff import backoff_s
 
-PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 SETTLED_S = 60.0
-"""A process that lived so long begins again with the shortest pause."""
+"""Lifetime in seconds after which the back-off starts again with the shortest pause."""
 LOG_TAIL = 40_000
+"""Bytes that `recent_output` returns at most."""
 MAX_LOG = 20 << 20
+"""Size in bytes at which a start moves the log to `.old`."""
 
 
 class Child:
-    """A command that is to run; `tick()` starts it, and starts it again."""
+    """A command to keep running: the owner of the object calls `poll`, and `start` when `is_due`."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
-        self._started = 0.0
-        self._next = 0.0
+        self._started_at = 0.0
+        self._restart_at = 0.0
         self._failures = 0
-        self._log_from = 0
+        self._log_start = 0
+        """Size of the log at the last start, in bytes."""
 
     @property
-    def runs(self) -> bool:
-        """Whether it runs now."""
+    def is_running(self) -> bool:
+        """Whether the process is running."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int | None:
-        """Of the leash that holds it."""
+        """Process id of the leash around the command; None before the first start and after an end."""
         return self._process.pid if self._process is not None else None
 
-    def ended(self) -> int | None:
-        """Return the exit status of a process that has ended since the last call, and plan the next start; else None."""
+    def poll(self) -> int | None:
+        """If the process has ended since the last call, schedule its restart and return its exit status; else None."""
         if self._process is None or (status := self._process.poll()) is None:
             return None
         self._close()
-        lived = time.monotonic() - self._started
-        self._failures = 0 if lived > SETTLED_S else self._failures + 1
-        self._next = time.monotonic() + PAUSES_S[min(self._failures, len(PAUSES_S) - 1)]
+        now = time.monotonic()
+        self._failures = 1 if now - self._started_at > SETTLED_S else self._failures + 1
+        self._restart_at = now + backoff_s(self._failures)
         return status
 
     def is_due(self) -> bool:
-        """Tell whether it should be started now."""
-        return self._process is None and time.monotonic() >= self._next
+        """Return whether the command should be started now."""
+        return self._process is None and time.monotonic() >= self._restart_at
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start the command; what it says goes to the log."""
+        """Start the command; its output is appended to the log."""
         self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.log.is_file() and self.log.stat().st_size > MAX_LOG:
             self.log.replace(self.log.with_suffix(".old"))
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
-            self._log_from = os.fstat(log.fileno()).st_size
+            self._log_start = os.fstat(log.fileno()).st_size
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "expertctl.plugins.flower.processes.leash", *command],
                 stdin=subprocess.PIPE,
@@ -69,19 +72,19 @@ class Child:
                 env=dict(environment),
                 start_new_session=True,
             )
-        self._started = time.monotonic()
+        self._started_at = time.monotonic()
 
-    def said(self) -> str:
-        """Return the end of what it has said since its last start."""
+    def recent_output(self) -> str:
+        """Return the end of the output since the last start."""
         if not self.log.is_file():
             return ""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_from, size - LOG_TAIL))
+            file.seek(max(self._log_start, size - LOG_TAIL))
             return file.read().decode("utf-8", "replace")
 
     def stop(self) -> None:
-        """End it and wait."""
+        """Stop the process and wait for its end."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -99,9 +102,9 @@ class Child:
 
 
 def environment(home: Path, *first: Path) -> dict[str, str]:
-    """Return the environment of Flower's processes: nothing phones home, and its commands are those of this installation.
+    """Return the environment of Flower's processes: no telemetry, and this installation's commands first on PATH.
 
-    `first` are folders that are searched before it.
+    Commands in the folders `first` take precedence.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     folders = [*(str(folder) for folder in first), str(_commands())]
@@ -117,7 +120,7 @@ def environment(home: Path, *first: Path) -> dict[str, str]:
 
 
 def flower_command(name: str) -> str:
-    """Return one of Flower's console commands; raises `UserError` where the extra is not installed."""
+    """Return the path of a Flower command; raises `UserError` if the extra is not installed."""
     path = _commands() / name
     if not path.is_file():
         raise UserError(NOT_INSTALLED)
@@ -125,7 +128,7 @@ def flower_command(name: str) -> str:
 
 
 def require_flower() -> None:
-    """Raise `UserError` where Flower is not installed."""
+    """Raise `UserError` if Flower is not installed."""
     from importlib.util import find_spec
 
     if find_spec("flwr") is None:
@@ -134,13 +137,13 @@ def require_flower() -> None:
 
 
 NOT_INSTALLED = (
-    'owners join through Flower, which is not installed here: pip install "expertctl[federation]" '
-    "(without it, `federate pack`, `work` and `deliver` do the same by files)"
+    'joining over a network needs Flower, which is not installed here: pip install "expertctl[federation]" '
+    "(without it, use `federate pack`, `work` and `deliver`, which exchange files)"
 )
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody uses now."""
+    """Return an unused port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

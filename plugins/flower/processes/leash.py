@@ -1,7 +1,7 @@
-"""A process that ends with whoever started it: `python -m expertctl.plugins.flower.processes.leash COMMAND...`.
+"""Wrapper that stops a command when its parent ends: `python -m expertctl.plugins.flower.processes.leash COMMAND...`.
 
-Its standard input is a pipe that nobody writes to. When the starter ends, however it ends, the pipe closes, and the command is
-ended too; so a killed coordinator or owner leaves no server behind that holds a port or a key.
+Its standard input is a pipe from the parent. When the parent ends for any reason, the pipe closes and the wrapper stops the
+command, so that a killed coordinator or owner leaves no process behind that holds a port or a key.
 """
 
 from __future__ import annotations
@@ -15,37 +15,38 @@ import threading
 import time
 
 PATIENCE_S = 8.0
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 def main(command: list[str]) -> int:
-    """Run the command until it ends or the starter does; return its exit status."""
+    """Run the command until it or the parent ends; return its exit status."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    ending = threading.Event()
+    stop = threading.Event()
 
-    def end(*_: object) -> None:
-        ending.set()
+    def request_stop(*_: object) -> None:
+        stop.set()
 
-    def watch() -> None:
+    def watch_parent() -> None:
         while os.read(0, 1024):
             pass
-        end()
+        stop.set()
 
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, end)
-    threading.Thread(target=watch, daemon=True).start()
-    while child.poll() is None and not ending.is_set():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
+    threading.Thread(target=watch_parent, daemon=True).start()
+    while child.poll() is None and not stop.is_set():
         time.sleep(0.05)
     if child.poll() is None:
         child.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(PATIENCE_S)
-    _end_group(child.pid)
+    _kill_group(child.pid)
     status = child.wait()
     return status if status >= 0 else 128 - status
 
 
-def _end_group(group: int) -> None:
-    """End what is left of the command's own children."""
+def _kill_group(group: int) -> None:
+    """Kill the remaining processes of the command's process group."""
     try:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""The coordinator's certificates: an authority of its own, and a server certificate for the names it listens under."""
+"""The coordinator's TLS certificates: its own certificate authority, and a server certificate for its host names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import ipaddress
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ....core.artefacts.files import readable_os_errors
+from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.errors import UserError
 from ....experts.federation.protocol.keys import require_cryptography
 
@@ -20,54 +20,55 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-LIFE = timedelta(days=3650)
-RENEWED_BEFORE = timedelta(days=30)
-ALWAYS = ("127.0.0.1", "localhost")
-EVERYWHERE = {"0.0.0.0", "::", ""}
+LIFETIME = timedelta(days=3650)
+RENEW_BEFORE = timedelta(days=30)
+"""Time before its expiry at which the server's certificate is renewed."""
+LOCAL_NAMES = ("127.0.0.1", "localhost")
+ALL_INTERFACES = {"0.0.0.0", "::", ""}
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """Where the certificates are, and what the authority is known by."""
+    """Paths of the certificates, and the authority's fingerprint."""
 
     authority: Path
-    """What owners get: `ca.crt`."""
+    """Certificate of the authority, `ca.crt`, which owners need."""
     certificate: Path
     key: Path
     fingerprint: str
 
 
 def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
-    """Return the certificates of a coordinator that is reached under these names and addresses, making what is not there.
+    """Return a coordinator's certificates for these host names and addresses, creating missing ones.
 
-    The authority is made once and stays, since owners have it; the server's is made again for another name and before it ends.
-    Raises `UserError` for files that cannot be read.
+    The authority is created once, since owners have a copy. The server's certificate is renewed for a new name and before it
+    expires. Raises `UserError` for unreadable files.
     """
     require_cryptography()
-    wanted = tuple(dict.fromkeys([*ALWAYS, *names]))
-    found = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key", "")
-    with readable_os_errors(folder):
+    all_names = tuple(dict.fromkeys([*LOCAL_NAMES, *names]))
+    certificates = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key", "")
+    with os_errors_as_user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        if not (found.authority.is_file() and (folder / "ca.key").is_file()):
+        if not (certificates.authority.is_file() and (folder / "ca.key").is_file()):
             _make_authority(folder)
-        if not _covers(found, wanted):
-            _make_server(folder, found, wanted)
-    return Certificates(found.authority, found.certificate, found.key, fingerprint_of(found.authority))
+        if not _is_valid_for(certificates, all_names):
+            _make_server(folder, certificates, all_names)
+    return replace(certificates, fingerprint=fingerprint_of(certificates.authority))
 
 
 def reachable_names(host: str) -> list[str]:
-    """Return what a server that listens on `host` can be called: itself, and for every address this machine's names too."""
-    if host not in EVERYWHERE:
+    """Return the names and addresses of a server that listens on `host`; for all interfaces, those of this machine."""
+    if host not in ALL_INTERFACES:
         return [host]
     names = [socket.gethostname(), socket.getfqdn()]
-    with contextlib.suppress(OSError):  # a machine that does not know its own name is called by --name
+    with contextlib.suppress(OSError):  # a machine that cannot resolve its own name needs --name
         names += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)]
     return [name.partition("%")[0] for name in names if name]
 
 
 def fingerprint_of(path: Path) -> str:
-    """Return the sha256 of a certificate, as browsers and `openssl x509 -fingerprint` show it."""
+    """Return a certificate's sha256 in the form of browsers and `openssl x509 -fingerprint`."""
     from cryptography.hazmat.primitives import hashes
 
     return _read(path).fingerprint(hashes.SHA256()).hex(":").upper()
@@ -77,28 +78,28 @@ def _read(path: Path) -> x509.Certificate:
     from cryptography import x509
 
     if not path.is_file():
-        raise UserError(f"{path} does not exist; the coordinator hands out its ca.crt")
+        raise UserError(f"{path} does not exist; ask the coordinator for its ca.crt")
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except ValueError:
-        raise UserError(f"{path} is no certificate; fetch the coordinator's ca.crt again") from None
+        raise UserError(f"{path} is not a certificate; fetch the coordinator's ca.crt again") from None
 
 
-def _covers(found: Certificates, names: Sequence[str]) -> bool:
-    """Tell whether the server's certificate is there, of this authority, not about to end, and for all the names."""
+def _is_valid_for(certificates: Certificates, names: Sequence[str]) -> bool:
+    """Return whether the server's certificate exists, is signed by the authority, covers the names and is not about to expire."""
     from cryptography import x509
     from cryptography.exceptions import InvalidSignature
 
-    if not (found.certificate.is_file() and found.key.is_file()):
+    if not (certificates.certificate.is_file() and certificates.key.is_file()):
         return False
-    certificate = _read(found.certificate)
+    certificate = _read(certificates.certificate)
     try:
-        certificate.verify_directly_issued_by(_read(found.authority))
+        certificate.verify_directly_issued_by(_read(certificates.authority))
     except (ValueError, TypeError, InvalidSignature):
         return False
     alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    known = {str(name.value) for name in alternative}
-    return set(names) <= known and certificate.not_valid_after_utc > datetime.now(UTC) + RENEWED_BEFORE
+    covered = {str(name.value) for name in alternative}
+    return set(names) <= covered and certificate.not_valid_after_utc > datetime.now(UTC) + RENEW_BEFORE
 
 
 def _make_authority(folder: Path) -> None:
@@ -131,15 +132,15 @@ def _make_authority(folder: Path) -> None:
     _write_certificate(folder / "ca.crt", certificate)
 
 
-def _make_server(folder: Path, found: Certificates, names: Sequence[str]) -> None:
+def _make_server(folder: Path, certificates: Certificates, names: Sequence[str]) -> None:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    authority = _read(found.authority)
+    authority = _read(certificates.authority)
     signer = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
-    assert isinstance(signer, ec.EllipticCurvePrivateKey)  # as `_make_authority` wrote it
+    assert isinstance(signer, ec.EllipticCurvePrivateKey)  # `_make_authority` writes this type
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[-1][:64])])
     alternative = x509.SubjectAlternativeName([_general_name(name) for name in names])
@@ -153,8 +154,8 @@ def _make_server(folder: Path, found: Certificates, names: Sequence[str]) -> Non
         )
         .sign(signer, hashes.SHA384())
     )
-    _write_key(found.key, key)
-    _write_certificate(found.certificate, certificate)
+    _write_key(certificates.key, key)
+    _write_certificate(certificates.certificate, certificate)
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:
@@ -167,8 +168,8 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))  # clocks differ
-        .not_valid_after(now + LIFE)
+        .not_valid_before(now - timedelta(days=1))  # tolerates clocks that differ
+        .not_valid_after(now + LIFETIME)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 

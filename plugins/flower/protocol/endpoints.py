@@ -1,7 +1,7 @@
-"""What owners ask of the coordinator beside Flower, through the same port: seeds down, experts up, progress.
+"""The coordinator's HTTP endpoints for owners: seed downloads, expert uploads and progress, on the same port as Flower.
 
-Flower's own path for messages holds three and a half times a payload in memory and costs forty times a raw copy, so it carries
-who is there and what is asked; bulk goes this way, in parts. Every request is signed, and errors are codes.
+Flower's messages need three and a half times the payload in memory and forty times the time of a raw copy, so they carry only
+requests; large files are transferred here in parts. Every HTTP request is signed, and errors are codes.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from ....core.artefacts.files import mendable
+from ....core.artefacts.files import user_fixable_error
 from ....core.errors import UserError, first_line
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.judging.acceptance import Refusal
-from ....experts.federation.protocol.delivery import MAX_STATEMENT
-from ....experts.federation.protocol.delivery import Signed as SignedStatement
+from ....experts.federation.protocol.delivery import MAX_STATEMENT, SignedStatement
 from ....experts.federation.protocol.parts import PART_BYTES
 from ....experts.federation.protocol.progress import Progress
-from .signing import Gatekeeper, NotSigned, Signed
+from .signing import Gatekeeper, NotSigned, SignedRequest
 
 PATH = "/expertctl/v1/"
-SMALL = 16 << 10
+SMALL_BODY = 16 << 10
+"""Largest body of a request without a file or statement, in bytes."""
 ALIVE_S = 30.0
-"""How long an owner's process counts as there after it was heard."""
+"""Seconds for which an owner's session counts as alive after its last request."""
 FINISH_S = 20.0
-"""How long a finish is waited for before the owner is told to ask again."""
+"""Seconds that a `finish` request waits for the verdict before it answers `judging`."""
 PARTS_AT_ONCE = 2
+"""Parts that are held in memory at a time."""
 STATUS = {
     "NOT_SIGNED": 401,
     "UNKNOWN_KEY": 401,
@@ -49,15 +50,15 @@ STATUS = {
 }
 
 Read = Callable[[int], Awaitable[bytes]]
-"""Returns the body, of at most so many bytes."""
+"""Reads a request's body up to a size limit in bytes."""
 Answer = tuple[int, bytes, str]
-"""Status, body, content type."""
+"""HTTP status, body and content type."""
 _IDENTIFIER = r"(?P<request>[0-9a-f]{16})"
 _FILE = r"(?P<file>[A-Za-z0-9._%-]{1,200})/(?P<index>[0-9]{1,7})"
 
 
 class Failure(Exception):
-    """A request that cannot be done; the code travels."""
+    """A request that fails; the client receives the code."""
 
     def __init__(self, code: str) -> None:
         super().__init__(code)
@@ -65,7 +66,7 @@ class Failure(Exception):
 
 
 class Endpoints:
-    """Carries out owners' signed requests on a coordinator."""
+    """Handlers of owners' signed requests to a coordinator."""
 
     def __init__(self, coordinator: Coordinator, audience: str, tell: Callable[[str], None]) -> None:
         self._coordinator, self._tell = coordinator, tell
@@ -73,7 +74,7 @@ class Endpoints:
         self._sessions: dict[str, tuple[str, float]] = {}
         self._finishing: dict[str, asyncio.Task[Refusal | None]] = {}
         self._parts = asyncio.Semaphore(PARTS_AT_ONCE)
-        self._judging = asyncio.Semaphore(1)  # a model is loaded for it
+        self._judging = asyncio.Semaphore(1)  # judging loads a model
         self._routes: list[tuple[str, re.Pattern[str], Callable[..., Awaitable[Answer]]]] = [
             ("GET", re.compile("requests"), self._requests),
             ("GET", re.compile(f"seed/{_IDENTIFIER}/{_FILE}"), self._seed_part),
@@ -84,72 +85,74 @@ class Endpoints:
         ]
 
     async def answer(self, method: str, target: str, headers: Mapping[str, str], read: Read) -> Answer:
-        """Carry one request out; whatever is wrong becomes a code."""
+        """Handle one request; errors become codes."""
         try:
             signed = await asyncio.to_thread(self._gate.check, method, target, headers)
-            self._only_one(signed)
+            self._require_single_session(signed)
             await asyncio.to_thread(
                 self._coordinator.presence.note, signed.member.name, self._coordinator.now()
             )
-            for verb, pattern, work in self._routes:
-                found = pattern.fullmatch(target.removeprefix(PATH))
-                if verb == method and found is not None:
-                    return await work(signed, read, **found.groupdict())
+            for route_method, pattern, handler in self._routes:
+                match = pattern.fullmatch(target.removeprefix(PATH))
+                if route_method == method and match is not None:
+                    return await handler(signed, read, **match.groupdict())
             raise Failure("NO_SUCH_THING")
         except (NotSigned, Failure) as error:
-            return failed(error.code)
+            return failure_answer(error.code)
         except UserError as error:
-            return failed(self._code_of(error))
+            return failure_answer(self._code_of(error))
 
-    def _only_one(self, signed: Signed) -> None:
-        """Refuse a second process with the same key while the first is there."""
+    def _require_single_session(self, signed: SignedRequest) -> None:
+        """Refuse a second process with the same key while the first is alive."""
         name, now = signed.member.name, time.monotonic()
         session, at = self._sessions.get(name, ("", 0.0))
         if session and session != signed.session and now - at < ALIVE_S:
             raise Failure("DUPLICATE")
         if session != signed.session or now - at >= ALIVE_S:
-            self._tell(f"'{name}' is there")
+            self._tell(f"'{name}' is online")
         self._sessions[name] = (signed.session, now)
 
     def _code_of(self, error: UserError) -> str:
         cause = error.__cause__
-        if isinstance(cause, OSError) and mendable(cause) is not None:
+        if isinstance(cause, OSError) and user_fixable_error(cause) is not None:
             self._tell(str(error))
             return "DISK"
         return "REFUSED_NOW"
 
-    async def _requests(self, signed: Signed, read: Read) -> Answer:
-        await _body(signed, read, SMALL)
+    async def _requests(self, signed: SignedRequest, read: Read) -> Answer:
+        await _body(signed, read, SMALL_BODY)
         name = signed.member.name
-        found = await asyncio.to_thread(self._coordinator.open_requests, name)
-        more = await asyncio.to_thread(self._coordinator.has_more_for, name)
-        return _json({"name": name, "open": [request.id for request in found], "more": more})
+        requests = await asyncio.to_thread(self._coordinator.open_requests, name)
+        more = await asyncio.to_thread(self._coordinator.has_later_rounds, name)
+        return _json({"name": name, "open": [request.id for request in requests], "more": more})
 
-    async def _seed_part(self, signed: Signed, read: Read, request: str, file: str, index: str) -> Answer:
-        await _body(signed, read, SMALL)
+    async def _seed_part(
+        self, signed: SignedRequest, read: Read, request: str, file: str, index: str
+    ) -> Answer:
+        await _body(signed, read, SMALL_BODY)
         async with self._parts:
             data = await asyncio.to_thread(
                 self._coordinator.seed_part, signed.member.name, request, unquote(file), int(index)
             )
         return 200, data, "application/octet-stream"
 
-    async def _progress(self, signed: Signed, read: Read, request: str) -> Answer:
-        progress = Progress.of_json(_object(await _body(signed, read, SMALL)))
-        await asyncio.to_thread(self._coordinator.note_progress, signed.member.name, request, progress)
+    async def _progress(self, signed: SignedRequest, read: Read, request: str) -> Answer:
+        progress = Progress.of_json(_parse_json(await _body(signed, read, SMALL_BODY)))
+        await asyncio.to_thread(self._coordinator.record_progress, signed.member.name, request, progress)
         return _json({})
 
-    async def _begin(self, signed: Signed, read: Read, request: str) -> Answer:
-        statement = SignedStatement.of_json(_object(await _body(signed, read, MAX_STATEMENT)))
-        if any(file.part_size > PART_BYTES for file in statement.statement.files):
+    async def _begin(self, signed: SignedRequest, read: Read, request: str) -> Answer:
+        delivery = SignedStatement.of_json(_parse_json(await _body(signed, read, MAX_STATEMENT)))
+        if any(file.part_size > PART_BYTES for file in delivery.statement.files):
             raise Failure("TOO_LARGE")
         name = signed.member.name
-        found = await asyncio.to_thread(self._coordinator.begin, name, request, statement)
-        if isinstance(found, Refusal):
-            self._tell(f"the delivery of '{name}' is refused: {found}")
-            return _json({"refusal": found.code.name})
-        return _json({"missing": found})
+        missing = await asyncio.to_thread(self._coordinator.begin, name, request, delivery)
+        if isinstance(missing, Refusal):
+            self._tell(f"the delivery of '{name}' is refused: {missing}")
+            return _json({"refusal": missing.code.name})
+        return _json({"missing": missing})
 
-    async def _part(self, signed: Signed, read: Read, request: str, file: str, index: str) -> Answer:
+    async def _part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
         async with self._parts:
             data = await _body(signed, read, PART_BYTES)
             await asyncio.to_thread(
@@ -157,8 +160,8 @@ class Endpoints:
             )
         return _json({})
 
-    async def _finish(self, signed: Signed, read: Read, request: str) -> Answer:
-        await _body(signed, read, SMALL)
+    async def _finish(self, signed: SignedRequest, read: Read, request: str) -> Answer:
+        await _body(signed, read, SMALL_BODY)
         name = signed.member.name
         task = self._finishing.get(request)
         if task is None:
@@ -180,24 +183,25 @@ class Endpoints:
         async with self._judging:
             try:
                 return await asyncio.to_thread(self._coordinator.finish, name, request)
-            except UserError as error:  # the owner hears a code and tries again
+            except UserError as error:  # the owner receives a code and tries again
                 self._tell(f"the delivery of '{name}' cannot be judged now: {first_line(error)}")
                 raise
 
 
-def failed(code: str) -> Answer:
-    """Return the answer that says no."""
+def failure_answer(code: str) -> Answer:
+    """Return the error answer for a code."""
     return STATUS.get(code, 409), json.dumps({"code": code}).encode(), "application/json"
 
 
-async def _body(signed: Signed, read: Read, most: int) -> bytes:
-    data = await read(most)
+async def _body(signed: SignedRequest, read: Read, limit: int) -> bytes:
+    """Read a body up to a size limit and check its signed digest."""
+    data = await read(limit)
     if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != signed.digest:
         raise Failure("WRONG_BYTES")
     return data
 
 
-def _object(data: bytes) -> Any:
+def _parse_json(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""Requests that an owner signs: method, path, digest of the body, time, a number used once, and whose server it is for.
+"""Signed HTTP requests of owners: the signature covers method, path, body digest, time, nonce, session and server.
 
-The signature says who asks; TLS says who answers. Both ends use what is here.
+The signature authenticates the owner; TLS authenticates the server. Both sides use this module.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from ....experts.federation.protocol.keys import OwnerKey
 
 PREFIX = "x-expertctl-"
 WINDOW_S = 300.0
-"""Most that the clocks of the two ends may differ."""
+"""Largest difference between the clocks of the two sides, in seconds."""
 NONCE_BYTES = 16
 EMPTY = hashlib.sha256(b"").hexdigest()
+"""Digest of an empty body."""
 
 
 class NotSigned(Exception):
-    """A request that is not answered; the code says why."""
+    """A request without a valid signature; `code` gives the reason."""
 
     def __init__(self, code: str) -> None:
         super().__init__(code)
@@ -31,27 +32,27 @@ class NotSigned(Exception):
 
 
 @dataclass(frozen=True)
-class Signed:
-    """A request whose signature is good."""
+class SignedRequest:
+    """A request with a valid signature."""
 
     member: Member
     digest: str
-    """sha256 that the body has to have."""
+    """sha256 that the body must have."""
     session: str
-    """Which process of the owner asks."""
+    """Identifies the owner's process."""
 
 
 def signed_bytes(
     method: str, target: str, digest: str, at: str, nonce: str, session: str, audience: str
 ) -> bytes:
-    """Return what a signature is over. None of the parts can hold a line break, so no two requests have the same bytes."""
+    """Return the bytes that a signature covers; no field can hold a line break, so they identify the request."""
     return "\n".join(("expertctl-1", method, target, digest, at, nonce, session, audience)).encode()
 
 
 def signed_headers(
     key: OwnerKey, method: str, target: str, digest: str, session: str, audience: str
 ) -> dict[str, str]:
-    """Return the headers that sign one request; `audience` is the fingerprint of the server's authority."""
+    """Return the headers that sign a request; `audience` is the fingerprint of the server's certificate authority."""
     at, nonce = f"{time.time():.3f}", secrets.token_hex(NONCE_BYTES)
     signature = key.sign(signed_bytes(method, target, digest, at, nonce, session, audience))
     return {
@@ -65,16 +66,16 @@ def signed_headers(
 
 
 class Gatekeeper:
-    """Checks signatures, and takes each signed request once."""
+    """Checks signatures and accepts each signed request once."""
 
     def __init__(self, members: Members, audience: str, now: Callable[[], float] = time.time) -> None:
         self._members, self._audience, self._now = members, audience, now
-        self._begun = now()
+        self._started_at = now()
         self._used: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def check(self, method: str, target: str, headers: Mapping[str, str]) -> Signed:
-        """Return who asks; raises `NotSigned` for a request that is not signed by a member, now, and for the first time."""
+    def check(self, method: str, target: str, headers: Mapping[str, str]) -> SignedRequest:
+        """Return the authenticated request; raises `NotSigned` unless a member signed it just now and for the first time."""
         values = [
             headers.get(f"{PREFIX}{name}", "")
             for name in ("key", "digest", "time", "nonce", "session", "signature")
@@ -82,7 +83,7 @@ class Gatekeeper:
         key, digest, at, nonce, session, signature = values
         if not all(values) or any(len(value) > 300 for value in values) or not _is_hex(digest, 64):
             raise NotSigned("NOT_SIGNED")
-        member = self._members.with_key(key)
+        member = self._members.find_by_key(key)
         if member is None:
             raise NotSigned("UNKNOWN_KEY")
         if not member.key.verify(
@@ -90,23 +91,22 @@ class Gatekeeper:
         ):
             raise NotSigned("BAD_SIGNATURE")
         try:
-            then = float(at)
+            signed_at = float(at)
         except ValueError:
             raise NotSigned("NOT_SIGNED") from None
-        self._take_once(f"{key} {nonce}", then)
-        return Signed(member, digest, session)
+        self._accept_once(f"{key} {nonce}", signed_at)
+        return SignedRequest(member, digest, session)
 
-    def _take_once(self, nonce: str, then: float) -> None:
+    def _accept_once(self, nonce: str, signed_at: float) -> None:
         now = self._now()
-        if not abs(now - then) <= WINDOW_S:
+        if not abs(now - signed_at) <= WINDOW_S:
             raise NotSigned("CLOCK")
         with self._lock:
-            if (
-                then < self._begun - 2 or nonce in self._used
-            ):  # what was used before a restart is not known any more
+            # nonces used before a restart are lost, so requests signed before it are refused
+            if signed_at < self._started_at - 2 or nonce in self._used:
                 raise NotSigned("REPLAYED")
-            self._used = {one: until for one, until in self._used.items() if until > now}
-            self._used[nonce] = then + 2 * WINDOW_S
+            self._used = {used: until for used, until in self._used.items() if until > now}
+            self._used[nonce] = signed_at + 2 * WINDOW_S
 
 
 def _is_hex(text: str, length: int) -> bool:

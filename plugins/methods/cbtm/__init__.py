@@ -1,4 +1,4 @@
-"""Cluster-Branch-Train-Merge: domains found in unlabelled text."""
+"""Cluster-Branch-Train-Merge: discovery of domains in unlabelled text."""
 
 from .plugin import domain_discoverers
 

@@ -1,4 +1,4 @@
-"""Domains by what a field of metadata says: one for each value, rare ones together where fewer domains are asked for."""
+"""Domains by a metadata field: one per value; rare values share a domain if fewer domains are requested."""
 
 from __future__ import annotations
 
@@ -21,52 +21,54 @@ if TYPE_CHECKING:
 VALUES_FILE = "values.json"
 OTHER = "other"
 WORDS_FROM = 200
-"""Documents of each domain, at most, that its words are taken from."""
+"""Maximum number of documents per domain from which its characteristic words are taken."""
 
 
 @dataclass(frozen=True)
 class MetadataOptions:
-    """What documents are told apart by."""
+    """Options of the discoverer `metadata`."""
 
     field: str = "source"
-    """Of each document's record; a text, a number or a truth value."""
+    """Field of each document's record: a string, number or boolean."""
     most: int = 64
-    """Domains that may come out where their number is not asked for."""
+    """Maximum number of domains if no number is requested."""
 
 
 @dataclass(frozen=True)
 class MetadataDomains:
-    """The values that are domains of their own, and whether a domain takes the rest."""
+    """Domains by the values of a metadata field."""
 
     field: str
     values: tuple[str, ...]
-    """The most frequent first."""
+    """Values with a domain of their own, most frequent first."""
     others: bool
+    """Whether a last domain contains all other values."""
     words: tuple[tuple[str, ...], ...]
+    """Characteristic words of each domain."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The values, as far as they can be part of a folder's name; numbered where two would be called the same."""
+        """Values converted to folder names, numbered if two would be equal."""
         return _labels([*self.values, *([OTHER] if self.others else [])])
 
     def distances(self, documents: Sequence[Document]) -> NDArray[np.float64]:
-        """Return 0 for each document's own domain, 1 for all others, (N, K)."""
+        """Return distances (N, K): 0 to a document's own domain, 1 to the others."""
         import numpy as np
 
-        places = {value: number for number, value in enumerate(self.values)}
-        found = np.ones((len(documents), len(self.labels)))
+        indices = {value: number for number, value in enumerate(self.values)}
+        distances = np.ones((len(documents), len(self.labels)))
         for row, document in enumerate(documents):
-            place = places.get(str(document.value), len(self.values) if self.others else None)
-            if place is None:
+            index = indices.get(str(document.value), len(self.values) if self.others else None)
+            if index is None:
                 raise UserError(
-                    f"'{self.field}' is '{document.value}' in validation text only; add training text of it, or ask for a "
-                    "number of clusters, the last of which takes what is rare"
+                    f"'{self.field}' is '{document.value}' in validation text only; add training text with "
+                    "this value, or request a number of clusters, the last of which contains rare values"
                 )
-            found[row, place] = 0
-        return found
+            distances[row, index] = 0
+        return distances
 
     def top_words(self, domain: int) -> tuple[str, ...]:
-        """Return words that are more frequent in the domain than elsewhere."""
+        """Return words that are more frequent in the domain than in the others."""
         return self.words[domain]
 
     def write(self, folder: Path) -> None:
@@ -77,9 +79,10 @@ class MetadataDomains:
 
 
 def fit_metadata(inputs: DiscoveryInputs, options: MetadataOptions) -> MetadataDomains:
-    """Count the values of a field over all training text.
+    """Fit domains to the values of a field over all training text.
 
-    Raises `UserError` for fewer values than clusters are asked for, and for too many where no number is.
+    Raises `UserError` for fewer values than requested clusters, and for more than `most` values if no number
+    is requested.
     """
     counts: Counter[str] = Counter()
     texts: dict[str, list[str]] = {}
@@ -89,30 +92,34 @@ def fit_metadata(inputs: DiscoveryInputs, options: MetadataOptions) -> MetadataD
         if counts[value] <= WORDS_FROM and len(texts) <= 10 * options.most:
             texts.setdefault(value, []).append(document.text)
     ranked = sorted(counts, key=lambda value: (-counts[value], value))
-    wanted = inputs.clusters or len(ranked)
+    count = inputs.clusters or len(ranked)
     if not ranked:
-        raise UserError("there is no training text to sort; add some")
+        raise UserError("there is no training text; add some to the configuration")
     if inputs.clusters is None and len(ranked) > options.most:
         raise UserError(
-            f"'{options.field}' has {len(ranked):,} values; ask for a number of clusters, the last of which takes what is "
-            f"rare, or set most above {options.most}"
+            f"'{options.field}' has {len(ranked):,} values; request a number of clusters, the last of which "
+            f"contains rare values, or set most above {options.most}"
         )
-    if wanted > len(ranked):
-        raise UserError(f"'{options.field}' has {len(ranked)} values, too few for {wanted} clusters")
-    others = wanted < len(ranked)
-    kept = tuple(ranked[: wanted - 1] if others else ranked)
-    places = {value: number for number, value in enumerate(kept)}
-    told = [(text, places.get(value, len(kept))) for value, some in texts.items() for text in some]
-    words = distinct_words([text for text, _ in told], [place for _, place in told], wanted)
+    if count > len(ranked):
+        raise UserError(
+            f"'{options.field}' has {len(ranked)} values, too few for {count} clusters; request fewer"
+        )
+    others = count < len(ranked)
+    kept = tuple(ranked[: count - 1] if others else ranked)
+    indices = {value: number for number, value in enumerate(kept)}
+    samples = [
+        (text, indices.get(value, len(kept))) for value, value_texts in texts.items() for text in value_texts
+    ]
+    words = distinct_words([text for text, _ in samples], [index for _, index in samples], count)
     return MetadataDomains(options.field, kept, others, words)
 
 
 def _labels(values: Sequence[str]) -> tuple[str, ...]:
-    found: list[str] = []
+    labels: list[str] = []
     for value in values:
         plain = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:40] or "value"
         label, number = plain, 2
-        while label in found:
+        while label in labels:
             label, number = f"{plain}-{number}", number + 1
-        found.append(label)
-    return tuple(found)
+        labels.append(label)
+    return tuple(labels)

@@ -1,6 +1,7 @@
-"""Cluster-Branch-Train-Merge (arXiv:2303.14177): domains for text that nobody labelled.
+"""Domain discoverers of Cluster-Branch-Train-Merge (arXiv:2303.14177), for unlabelled text.
 
-Its experts are ordinary ones (`branch --clusters`), and its ensemble is the `ensemble` method with `router: cluster`.
+Experts of the clusters are started by `branch --clusters`, and merged by method `ensemble` with `router:
+cluster`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WordClusters:
-    """Clusters by the words of texts, as found domains."""
+    """Domains that are clusters of tf-idf vectors."""
 
     clusterer: Clusterer
 
@@ -43,52 +44,53 @@ class WordClusters:
 
 @dataclass(frozen=True, kw_only=True)
 class VectorOptions:
-    """How vectors become clusters."""
+    """Options of k-means on text vectors."""
 
     balanced: bool = True
-    """Whether the fit makes clusters of equal size."""
+    """Whether k-means fits clusters of equal size."""
     rounds: int = 20
+    """Maximum number of k-means iterations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStateOptions(VectorOptions):
-    """How the seed reads texts."""
+    """Options of the discoverer `hidden_states`."""
 
     tokens: int = 256
-    """Of each text's beginning that are looked at."""
+    """Number of tokens at the start of each text that are embedded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceOptions(VectorOptions):
-    """Which model embeds texts."""
+    """Options of the discoverer `sentence_embeddings`."""
 
     folder: str | None = None
-    """Hugging Face folder of a sentence-embedding model."""
+    """Folder of a sentence-embedding model in Hugging Face format."""
 
 
 def by_words(inputs: DiscoveryInputs, options: ClustererOptions) -> WordClusters:
-    """Sort texts by their words."""
-    settings = ClustererSettings(**asdict(options), clusters=_count(inputs), seed=inputs.random_seed)
+    """Cluster texts by tf-idf vectors."""
+    settings = ClustererSettings(**asdict(options), clusters=_num_clusters(inputs), seed=inputs.random_seed)
     return WordClusters(fit_clusterer(inputs.sample(), settings, inputs.say))
 
 
 def by_hidden_states(inputs: DiscoveryInputs, options: HiddenStateOptions) -> VectorClusters:
-    """Sort texts by what the seed makes of them."""
+    """Cluster texts by the seed's mean hidden states."""
     from ....experts.measures.embedder import HiddenStateEmbedder
 
     if not (inputs.seed / "config.json").is_file():
-        raise UserError("hidden_states are the seed's, and there is no seed yet; run `expertctl seed`")
+        raise UserError("discoverer hidden_states needs a seed, and there is none; run `expertctl seed`")
     if options.tokens < 1:
-        raise UserError(f"tokens is {options.tokens}; it is 1 or more")
+        raise UserError(f"tokens is {options.tokens}; it must be at least 1")
     return _by_vectors(HiddenStateEmbedder(inputs.seed, options.tokens), inputs, options)
 
 
 def by_sentence_embeddings(inputs: DiscoveryInputs, options: SentenceOptions) -> VectorClusters:
-    """Sort texts by another model's embeddings."""
+    """Cluster texts by the embeddings of a sentence-embedding model."""
     from ....experts.measures.embedder import SentenceEmbedder
 
     if options.folder is None:
-        raise UserError("sentence_embeddings needs the folder of a model: --option folder=DIR")
+        raise UserError("discoverer sentence_embeddings needs the folder of a model; add --option folder=DIR")
     return _by_vectors(SentenceEmbedder(inputs.root / Path(options.folder).expanduser()), inputs, options)
 
 
@@ -96,16 +98,16 @@ def _by_vectors(embed: Embed, inputs: DiscoveryInputs, options: VectorOptions) -
     return fit_vector_clusters(
         embed,
         inputs.sample(),
-        _count(inputs),
+        _num_clusters(inputs),
         seed=inputs.random_seed,
         rounds=options.rounds,
         balanced=options.balanced,
     )
 
 
-def _count(inputs: DiscoveryInputs) -> int:
+def _num_clusters(inputs: DiscoveryInputs) -> int:
     if inputs.clusters is None:
-        raise UserError("say how many clusters there are to be: --clusters K")
+        raise UserError("the number of clusters is missing; add --clusters K")
     return inputs.clusters
 
 
@@ -114,26 +116,26 @@ def domain_discoverers() -> list[DomainDiscoverer]:
     return [
         DomainDiscoverer(
             "tfidf",
-            "clusters by the words of texts (balanced k-means of tf-idf)",
+            "balanced k-means on tf-idf vectors",
             by_words,
             options=ClustererOptions,
             read=lambda folder: WordClusters(Clusterer.read(folder)),
         ),
         DomainDiscoverer(
             "hidden_states",
-            "clusters by the seed's mean hidden states",
+            "balanced k-means on the seed's mean hidden states",
             by_hidden_states,
             options=HiddenStateOptions,
         ),
         DomainDiscoverer(
             "sentence_embeddings",
-            "clusters by a local sentence-embedding model",
+            "balanced k-means on embeddings of a local sentence-embedding model",
             by_sentence_embeddings,
             options=SentenceOptions,
         ),
         DomainDiscoverer(
             "metadata",
-            "a domain for each value of a field of the documents' records",
+            "one domain per value of a metadata field",
             fit_metadata,
             options=MetadataOptions,
             field=lambda options: str(options.field),

@@ -1,6 +1,7 @@
-"""Clusters of texts that a model turns into vectors: hidden states of a language model, sentence embeddings.
+"""Clusters of text embeddings: hidden states of a language model or sentence embeddings.
 
-Such vectors share a large common part, which is taken off before they are brought to length 1. Shapes: N = texts, d = width, K = clusters.
+Embeddings are centred before normalization, since they share a large common component. Shapes: N = texts, d =
+embedding size, K = clusters.
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ if TYPE_CHECKING:
 TENSORS_FILE = "centres.safetensors"
 WORDS_FILE = "centres.json"
 Embed = Callable[[Sequence[str]], "NDArray[np.float32]"]
-"""Returns the vectors of texts, (N, d)."""
+"""Returns the embeddings of texts, (N, d)."""
 
 
 @dataclass(frozen=True)
 class VectorClusters:
-    """Knows centres; see `fit_vector_clusters`."""
+    """Domains that are clusters of text embeddings."""
 
     embed: Embed
     mean: NDArray[np.float32]
-    """(d,): what is taken off."""
+    """Mean embedding, subtracted before normalization, (d,)."""
     centres: NDArray[np.float32]
-    """(K, d)."""
+    """Cluster centres, (K, d)."""
     words: tuple[tuple[str, ...], ...]
+    """Characteristic words of each cluster."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The clusters' numbers."""
+        """Cluster numbers, zero-padded."""
         return numbered(len(self.centres))
 
     def distances(self, documents: Sequence[Document]) -> NDArray[np.float64]:
@@ -50,7 +52,7 @@ class VectorClusters:
         return squared_distances(unit_rows(vectors - self.mean), self.centres)
 
     def top_words(self, domain: int) -> tuple[str, ...]:
-        """Return words that are more frequent in the cluster than elsewhere."""
+        """Return words that are more frequent in the cluster than in the others."""
         return self.words[domain]
 
     def write(self, folder: Path) -> None:
@@ -61,7 +63,7 @@ class VectorClusters:
             folder / TENSORS_FILE,
             {"mean": torch.from_numpy(self.mean), "centres": torch.from_numpy(self.centres)},
         )
-        write_json(folder / WORDS_FILE, {"words": [list(one) for one in self.words]})
+        write_json(folder / WORDS_FILE, {"words": [list(words) for words in self.words]})
 
 
 def fit_vector_clusters(
@@ -73,27 +75,29 @@ def fit_vector_clusters(
     rounds: int = 20,
     balanced: bool = True,
 ) -> VectorClusters:
-    """Learn centres from texts, which should be a sample that fits into memory.
+    """Fit k-means to the embeddings of texts, which must fit into memory.
 
     Raises `UserError` for fewer texts than clusters.
     """
     import numpy as np
 
     if len(texts) < clusters:
-        raise UserError(f"{clusters} clusters need as many texts, and there are {len(texts)}; ask for fewer")
+        raise UserError(
+            f"{clusters} clusters need at least as many texts, and there are {len(texts)}; request fewer"
+        )
     vectors = embed(texts)
     mean = vectors.mean(axis=0)
     points = unit_rows(vectors - mean)
-    found = fit(points, clusters, seed=seed, rounds=rounds, balanced=balanced)
-    groups = squared_distances(points, found.centres).argmin(axis=1)
+    fitted = fit(points, clusters, seed=seed, rounds=rounds, balanced=balanced)
+    groups = squared_distances(points, fitted.centres).argmin(axis=1)
     return VectorClusters(
         embed,
         mean.astype(np.float32),
-        found.centres.astype(np.float32),
+        fitted.centres.astype(np.float32),
         distinct_words(texts, groups.tolist(), clusters),
     )
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """Return `0`, `1` ... in digits of one length."""
+    """Return `0`, `1` ..., zero-padded to equal length."""
     return tuple(f"{number:0{len(str(count - 1))}d}" for number in range(count))

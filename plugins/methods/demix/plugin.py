@@ -1,9 +1,10 @@
-"""DEMix layers (arXiv:2108.05036): a feed-forward for each domain, trained jointly over shared layers.
+"""DEMix layers (arXiv:2108.05036): one feed-forward network per domain, trained jointly with shared layers.
 
-Trainer `demix` makes a generalist from the seed (`tune NAME --from seed --trains demix --domains a,b,c`). Its experts share all
-but their feed-forwards, and are mixed by the domain posterior as an ensemble's are: no router has parameters. Trainer
-`demix_dapt` adds a domain later: the expert that the posterior finds nearest is copied, and its feed-forward alone trains.
-Experts leave with `expertctl expert remove`; the shared layers have seen their text.
+Trainer `demix` makes a generalist from the seed (`tune NAME --from seed --trains demix --domains a,b,c`). Its
+experts share all tensors outside the feed-forward networks and are mixed by the domain posterior, as in an
+ensemble, without a trained router. Trainer `demix_dapt` adds a domain: it copies the expert with the largest
+posterior and trains only its feed-forward networks. `expertctl expert remove` removes an expert, but the
+shared layers remain trained on its text.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ....core.artefacts.files import link_or_copy, read_json
 from ....core.errors import UserError
+from ....core.hooks.architectures import architecture_of
 from ....core.hooks.hookspecs import hookimpl
 from ....core.hooks.option_checks import check_at_least
-from ....core.hooks.text import TrainingText
-from ....core.hooks.training import TrainablePart, Trainer
+from ....core.hooks.training import TrainablePart, Trainer, TrainingContext, TrainingText
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,50 +30,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DemixTraining:
-    """How domain feed-forwards train jointly, and how they are mixed afterwards."""
+    """Options of trainer `demix`."""
 
     posterior: Literal["prefix", "last_token"] = "prefix"
+    """Evidence of the posterior: the whole text so far, or only its last token."""
     prior: Literal["updating", "uniform"] = "updating"
-    """Of the domains, when the model is used."""
+    """Prior over domains at inference."""
 
 
 @dataclass(frozen=True)
 class DemixAdaptation:
-    """How a domain joins a DEMix model."""
+    """Options of trainer `demix_dapt`."""
 
     name: str | None = None
-    """What its expert is called. Not set: as the domain."""
+    """Name of the new expert. Not set: the name of the domain."""
     samples: int = 32
-    """Blocks of the domain by which the nearest expert is found."""
+    """Number of blocks of the domain for finding the nearest expert."""
 
     def __post_init__(self) -> None:
         check_at_least("samples", self.samples, 1)
 
 
 def require_dense(folder: Path, options: DemixTraining, domains: Sequence[str]) -> None:
-    """Raise `UserError` for a generalist that is no dense model, and for fewer than two domains."""
-    from ....core.artefacts.lineage import manifest_path, read_manifest
+    """Raise `UserError` unless the model is dense and there are two or more domains."""
+    from ....core.manifests.manifest import manifest_path, read_manifest
 
     if len(domains) < 2:
         raise UserError(
-            "demix trains a feed-forward for each domain; name two domains or more: --domains A,B"
+            "demix trains one feed-forward network per domain; name two or more domains: --domains A,B"
         )
-    config = read_manifest(folder).config if manifest_path(folder) is not None else {}
-    if config.get("kind") in ("ensemble", "stitched") or "router" in (config.get("mixture") or {}):
+    merged = read_manifest(folder).merged if manifest_path(folder) is not None else None
+    if merged is not None and (merged.kind in ("ensemble", "stitched") or merged.mixture is not None):
         raise UserError(
-            f"demix divides the feed-forwards of a dense model, and '{folder.name}' has several already; begin with the seed: "
-            "--from seed, or add a domain to a DEMix model: --trains demix_dapt"
+            f"demix needs a dense model, and '{folder.name}' already has several experts; start from the "
+            "seed with --from seed, or add a domain to a DEMix model with --trains demix_dapt"
         )
 
 
-def require_shared_rest(folder: Path, options: DemixAdaptation, domains: Sequence[str]) -> None:
-    """Raise `UserError` for a generalist that is no ensemble of experts which share all but their feed-forwards.
+def require_shared_layers(folder: Path, options: DemixAdaptation, domains: Sequence[str]) -> None:
+    """Raise `UserError` unless the model is an ensemble whose experts share all but the FFNs.
 
-    And for a name that the new expert cannot have.
+    Also raises `UserError` for an invalid or existing name of the new expert.
     """
     from ....core.artefacts.layout import check_name
     from ....core.artefacts.safetensors_io import Checkpoint
-    from ....core.hooks.manager import installed_plugins
     from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
     from ....merge.planning.assembly import split_feed_forward
 
@@ -80,77 +81,81 @@ def require_shared_rest(folder: Path, options: DemixAdaptation, domains: Sequenc
     family = config.get("member", {}).get("model_type")
     if not (folder / SEED_FOLDER).is_dir() or family is None:
         raise UserError(
-            f"demix_dapt adds a domain to a model whose experts share all but their feed-forwards, and '{folder.name}' is "
-            "none; name a DEMix model, or an ensemble of such experts, with --from"
+            "demix_dapt needs an ensemble whose experts share all tensors outside the feed-forward "
+            f"networks, and '{folder.name}' is not one; name a DEMix model or such an ensemble with --from"
         )
     for file in sorted((folder / EXPERTS_FOLDER).glob("*.safetensors")):
-        _, other = split_feed_forward(Checkpoint([file]).entries, installed_plugins().architecture_of(family))
-        if other:
+        _, outside = split_feed_forward(Checkpoint([file]).entries, architecture_of(family))
+        if outside:
             raise UserError(
-                f"demix_dapt adds a domain to a model whose experts share all but their feed-forwards, and expert '{file.stem}' of "
-                f"'{folder.name}' has its own {other[0]}; name another with --from"
+                "demix_dapt needs an ensemble whose experts share all tensors outside the feed-forward "
+                f"networks, and expert '{file.stem}' of '{folder.name}' has its own {outside[0]}; name "
+                "another model with --from"
             )
     if options.name is None and len(domains) > 1:
         raise UserError(
-            "one expert is trained, on all domains together; say what it is called: --option name=NAME"
+            "demix_dapt trains one expert on all domains, which needs a name; add --option name=NAME"
         )
-    name = check_name(_name(options, domains), "an expert")
+    name = check_name(_expert_name(options, domains), "an expert")
     if name in config.get("experts", ()):
         raise UserError(
-            f"the model has an expert '{name}' already; call the new one otherwise: --option name=NAME"
+            f"'{folder.name}' already has an expert '{name}'; choose another name with --option name=NAME"
         )
 
 
-def _name(options: DemixAdaptation, domains: Iterable[str]) -> str:
+def _expert_name(options: DemixAdaptation, domains: Iterable[str]) -> str:
     return options.name if options.name is not None else next(iter(domains))
 
 
-def prepare(model: PreTrainedModel, options: DemixTraining, text: TrainingText) -> TrainablePart:
-    """Give each domain its own feed-forwards and train everything."""
-    from .domain_feed_forwards import choose, divide
+def prepare(context: TrainingContext) -> TrainablePart:
+    """Split the feed-forward networks by domain and make all parameters trainable."""
+    model = context.model
+    options: DemixTraining = context.options
+    text = context.text
+    from .domain_feed_forwards import set_domains, split_by_domain
 
     names = tuple(text.domains)
-    parts = divide(model, len(names))
+    modules = split_by_domain(model, len(names))
     model.requires_grad_(True)
 
     def finish(folder: Path) -> None:
-        shared, own = _sorted_tensors(model, names)
+        shared, own = _split_tensors(model, names)
         _write(folder, text.folder, shared, own, options)
 
     return TrainablePart(
         model,
         dict(model.named_parameters()),
-        tell_domains=lambda domains: choose(parts, domains),
+        tell_domains=lambda domains: set_domains(modules, domains),
         finish=finish,
-        config={**_described(names, options.prior), "tuning": {"made": list(names)}},
+        config={**_manifest_config(names, options.prior), "tuning": {"trained_inside": tuple(names)}},
     )
 
 
-def _described(names: Sequence[str], prior: str) -> dict[str, Any]:
+def _manifest_config(names: Sequence[str], prior: str) -> dict[str, Any]:
     return {
         "method": "ensemble",
         "kind": "ensemble",
         "weights": {name: 1 / len(names) for name in names},
-        "mixture": {"experts": list(names)},
+        "experts": tuple(names),
         "options": {"prior": prior},
     }
 
 
-def _sorted_tensors(
+def _split_tensors(
     model: PreTrainedModel, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Return (shared tensors, each domain's own), by the seed's names."""
+    """Return the shared tensors and each domain's own tensors, by their names in the seed."""
     from ....core.models.loading import checkpoint_tensors
 
     shared: dict[str, Tensor] = {}
     own: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for key, tensor in checkpoint_tensors(model).items():
-        before, marked, after = key.partition(".experts.")
-        if not marked:
+        module, separator, expert_key = key.partition(".experts.")
+        if not separator:
             shared[key] = tensor
             continue
-        number, _, rest = after.partition(".")
-        own[names[int(number)]][f"{before}.{rest}"] = tensor
+        number, _, parameter = expert_key.partition(".")
+        own[names[int(number)]][f"{module}.{parameter}"] = tensor
     return shared, own
 
 
@@ -161,16 +166,17 @@ def _write(
     own: Mapping[str, Mapping[str, Tensor]],
     options: DemixTraining,
 ) -> None:
-    """Write the model as an ensemble whose experts share all but their feed-forwards."""
+    """Write the model as an ensemble whose experts share all tensors outside the feed-forward networks."""
     from ....core.artefacts.safetensors_io import write_tensors
     from ....experts.training.tuned_model import stored_dtype
     from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     dtype = stored_dtype(seed)
-    for place in (EXPERTS_FOLDER, SEED_FOLDER):
-        (folder / place).mkdir(exist_ok=True)
+    for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
+        (folder / subfolder).mkdir(exist_ok=True)
     write_tensors(
-        folder / SEED_FOLDER / "model.safetensors", {key: one.to("cpu", dtype) for key, one in shared.items()}
+        folder / SEED_FOLDER / "model.safetensors",
+        {key: tensor.to("cpu", dtype) for key, tensor in shared.items()},
     )
     for name, tensors in own.items():
         cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
@@ -179,15 +185,16 @@ def _write(
     write_config(folder, ensemble_config(seed, own, prior, options.prior, options.posterior, None))
 
 
-def prepare_adaptation(
-    model: EnsembleForCausalLM, options: DemixAdaptation, text: TrainingText
-) -> TrainablePart:
-    """Copy the expert that is nearest to the new domain and train its feed-forwards alone."""
+def prepare_adaptation(context: TrainingContext) -> TrainablePart:
+    """Copy the expert nearest to the new domain and make only its feed-forward networks trainable."""
+    model: EnsembleForCausalLM = context.model
+    options: DemixAdaptation = context.options
+    text = context.text
     import copy
 
     from ....core.models.feed_forwards import feed_forwards
 
-    name = _name(options, text.domains)
+    name = _expert_name(options, text.domains)
     nearest = nearest_expert(model, text, options.samples)
     member = copy.deepcopy(model.members[nearest])
     member.requires_grad_(False)
@@ -198,16 +205,20 @@ def prepare_adaptation(
             parameters[f"{part.name}.{key}"] = parameter
 
     def finish(folder: Path) -> None:
-        _write_joined(folder, text.folder, name, {key: one.detach() for key, one in parameters.items()})
+        tensors = {key: parameter.detach() for key, parameter in parameters.items()}
+        _write_with_expert(folder, text.folder, name, tensors)
 
     names = (*model.expert_names, name)
-    described = _described(names, model.config.prior_kind)
-    described["tuning"] = {"made": [name], "began_as": {name: model.expert_names[nearest]}}
-    return TrainablePart(member, parameters, finish=finish, config=described)
+    manifest_config = _manifest_config(names, model.config.prior_kind)
+    manifest_config["tuning"] = {
+        "trained_inside": (name,),
+        "copied_from": {name: model.expert_names[nearest]},
+    }
+    return TrainablePart(member, parameters, finish=finish, config=manifest_config)
 
 
 def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int) -> int:
-    """Return the number of the expert with the largest posterior on a sample of the run's text."""
+    """Return the index of the expert with the largest posterior on a sample of the run's text."""
     import torch
 
     from ....core.models.feed_forwards import spread_blocks
@@ -225,23 +236,23 @@ def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int)
     return int(total.argmax())
 
 
-def _write_joined(folder: Path, base: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write an ensemble with one more expert: all other files are the base's own."""
+def _write_with_expert(folder: Path, base: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write an ensemble with one more expert; all other files are linked from `base`."""
     from ....core.artefacts.files import write_json
     from ....core.artefacts.safetensors_io import write_tensors
     from ....experts.training.tuned_model import stored_dtype
     from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
 
-    for place in (EXPERTS_FOLDER, SEED_FOLDER):
-        (folder / place).mkdir(exist_ok=True)
-        for file in sorted((base / place).iterdir()):
-            link_or_copy(file, folder / place / file.name)
+    for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
+        (folder / subfolder).mkdir(exist_ok=True)
+        for file in sorted((base / subfolder).iterdir()):
+            link_or_copy(file, folder / subfolder / file.name)
     dtype = stored_dtype(base / SEED_FOLDER)
     cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
     write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", cast)
     config = read_json(base / "config.json")
     count = len(config["experts"]) + 1
-    # the newcomer gets the mean of the others' prior, which says nothing about it
+    # the new expert gets the mean prior, which is uninformative
     prior = [share * (count - 1) / count for share in config["prior"]]
     write_json(
         folder / "config.json",
@@ -254,7 +265,7 @@ def trainers() -> list[Trainer]:
     return [
         Trainer(
             "demix",
-            "a feed-forward for each domain over shared layers, all trained jointly",
+            "one feed-forward network per domain, trained jointly with shared layers",
             prepare,
             DemixTraining,
             uses_text=True,
@@ -263,11 +274,11 @@ def trainers() -> list[Trainer]:
         ),
         Trainer(
             "demix_dapt",
-            "one more domain's feed-forward for a DEMix model, from its nearest expert",
+            "feed-forward networks of a new domain in a DEMix model, starting from the nearest expert",
             prepare_adaptation,
             DemixAdaptation,
             uses_text=True,
             makes="generalist",
-            require=require_shared_rest,
+            require=require_shared_layers,
         ),
     ]

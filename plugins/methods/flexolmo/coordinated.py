@@ -1,8 +1,8 @@
-"""Training to coordinate: an owner's feed-forward beside the frozen public one, joined by a router of two rows.
+"""Coordinated training: an owner's feed-forward network beside the frozen public one, with a two-way router.
 
-FlexOlmo (arXiv:2507.07024, section 3.3). Shapes: B = batch, T = tokens, d = width, L = layers. The public row is the
-origin: a softmax sees only differences of logits, so the owner's row is its difference from the public one, and no two
-owners need to agree on anything but the seed.
+FlexOlmo (arXiv:2507.07024, section 3.3). Shapes: B = batch, T = tokens, d = hidden size, L = layers. The
+public row is fixed at 0: a softmax depends only on differences of logits, so an owner's row is relative to
+the public one. Owners therefore need to share nothing but the seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ....core.models.feed_forwards import feed_forwards
 
 
 class OwnersLogit(nn.Module):
-    """row x + min(bias, 0). A layer of its own, so that its gradient can be told apart by example."""
+    """Owner's logit, row x + min(bias, 0); a separate module for per-example gradients."""
 
     def __init__(self, row_d: Tensor, *, bias: bool) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class OwnersLogit(nn.Module):
 
 
 class CoordinatedFeedForward(nn.Module):
-    """p_public FF_public(x) + p_own FF_own(x), with (p_public, p_own) = softmax(0, row x + min(bias, 0))."""
+    """p_public FFN_public(x) + p_own FFN_own(x); (p_public, p_own) = softmax(0, row x + min(bias, 0))."""
 
     def __init__(self, public: nn.Module, row_d: Tensor, *, bias: bool) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class CoordinatedFeedForward(nn.Module):
         self.own.requires_grad_(True)
         self.logit = OwnersLogit(row_d, bias=bias)
         self.logits_BT: Tensor | None = None
-        """Of the last forward pass that gradients can follow."""
+        """Logits of the last forward pass; None without gradients."""
 
     @property
     def row(self) -> nn.Parameter:
@@ -58,20 +58,20 @@ class CoordinatedFeedForward(nn.Module):
 
 
 def coordinate(model: nn.Module, rows_Ld: Tensor, *, bias: bool) -> list[CoordinatedFeedForward]:
-    """Put a coordinated feed-forward in place of each of a model's, freezing all else; return them, first layer first."""
+    """Replace each FFN by a coordinated one and freeze all else; return the modules in layer order."""
     model.requires_grad_(False)
-    found = []
+    modules = []
     for layer, part in enumerate(feed_forwards(model)):
-        joined = CoordinatedFeedForward(part.module, rows_Ld[layer], bias=bias)
-        setattr(part.parent, part.attribute, joined)
-        found.append(joined)
-    return found
+        module = CoordinatedFeedForward(part.module, rows_Ld[layer], bias=bias)
+        setattr(part.parent, part.attribute, module)
+        modules.append(module)
+    return modules
 
 
-def z_loss(parts: Sequence[CoordinatedFeedForward]) -> Tensor:
-    """Return the mean over tokens and layers of logsumexp(logits)^2, which keeps router logits small, shape ()."""
+def z_loss(modules: Sequence[CoordinatedFeedForward]) -> Tensor:
+    """Return the router z-loss: mean of logsumexp(logits)^2 over tokens and layers, shape ()."""
     means = []
-    for part in parts:
-        assert part.logits_BT is not None, "no forward pass with gradients yet"
-        means.append(nn.functional.softplus(part.logits_BT).square().mean())
+    for module in modules:
+        assert module.logits_BT is not None, "no forward pass with gradients yet"
+        means.append(nn.functional.softplus(module.logits_BT).square().mean())
     return torch.stack(means).mean()

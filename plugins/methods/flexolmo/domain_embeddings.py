@@ -1,9 +1,9 @@
-"""Where an owner's router row begins: the direction in which the owner's text differs from public text.
+"""Initial router row of an owner: the direction in which the owner's text differs from public text.
 
-Shapes: L = layers, d = width. In each layer the embedding of a domain is the mean of what the seed gives its
-feed-forward there, brought to length 1; the row is the owner's embedding less the public one, scaled so that the
-logit's root mean square over tokens of both texts is 1. Both embeddings have the same length, so a token halfway between
-them gets the logit 0.
+Shapes: L = layers, d = hidden size. The embedding of a domain in a layer is the normalized mean input of the
+seed's feed-forward network. The row is the owner's embedding minus the public one, scaled to a root mean
+square of 1 of the logits over tokens of both texts. Since both embeddings have unit norm, a token halfway
+between them has logit 0.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DomainEmbedding:
-    """What is known of a domain in the seed's own terms, float32."""
+    """Router rows and mean hidden states of a domain, float32."""
 
     rows: Tensor
     """Router rows (L, d)."""
     domain: Tensor
-    """Mean of what the feed-forwards are given on the domain (L, d)."""
+    """Mean inputs of the feed-forward networks on the domain (L, d)."""
     public: Tensor
-    """The same on public text."""
+    """Mean inputs of the feed-forward networks on public text (L, d)."""
 
 
 def hidden_state_embedding(
@@ -43,10 +43,12 @@ def hidden_state_embedding(
     """Return the embedding of a domain by the seed's hidden states; blocks are token arrays (tokens,)."""
     import torch
 
-    domain, elsewhere = input_moments(model, own).mean, input_moments(model, public).mean
-    away = torch.nn.functional.normalize(domain, dim=-1) - torch.nn.functional.normalize(elsewhere, dim=-1)
-    rows = scaled_to_unit_logits(model, away.float(), [*own, *public])
-    return DomainEmbedding(rows, domain.float(), elsewhere.float())
+    domain, public_mean = input_moments(model, own).mean, input_moments(model, public).mean
+    direction = torch.nn.functional.normalize(domain, dim=-1) - torch.nn.functional.normalize(
+        public_mean, dim=-1
+    )
+    rows = scale_to_unit_logits(model, direction.float(), [*own, *public])
+    return DomainEmbedding(rows, domain.float(), public_mean.float())
 
 
 def private_hidden_state_embedding(
@@ -55,27 +57,27 @@ def private_hidden_state_embedding(
     public: Sequence[NDArray[Any]],
     private: PrivateReleases,
 ) -> DomainEmbedding:
-    """Return the embedding of a private domain by the seed's hidden states, with noise.
+    """Return the differentially private embedding of a domain by the seed's hidden states.
 
-    Of each block of the domain the mean input of every feed-forward counts, as its difference from the public mean in
-    units of that one's length, all layers in one vector cut to the square root of their number. Scale and public
-    mean are made of public text alone.
+    Each block contributes the mean inputs of all feed-forward networks, minus the public means and divided by
+    their norms, as one vector clipped to a norm of sqrt(L). Scale and public means depend on public text
+    only.
     """
     import torch
 
-    elsewhere_Ld = input_moments(model, public).mean
-    lengths_L1 = elsewhere_Ld.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    public_Ld = input_moments(model, public).mean
+    norms_L1 = public_Ld.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
     def rows() -> Iterator[Tensor]:
         for index in range(len(own)):
             mean_Ld = input_moments(model, [own.block(index)[:-1]]).mean
-            yield ((mean_Ld - elsewhere_Ld) / lengths_L1).flatten()
+            yield ((mean_Ld - public_Ld) / norms_L1).flatten()
 
-    away = private.embedding_mean(rows(), clip=len(elsewhere_Ld) ** 0.5)
-    domain_Ld = elsewhere_Ld + away.reshape_as(elsewhere_Ld) * lengths_L1
-    direction_Ld = torch.nn.functional.normalize(domain_Ld, dim=-1) - elsewhere_Ld / lengths_L1
-    scaled = scaled_to_unit_logits(model, direction_Ld.float(), public)
-    return DomainEmbedding(scaled, domain_Ld.float(), elsewhere_Ld.float())
+    offset = private.embedding_mean(rows(), clip=len(public_Ld) ** 0.5)
+    domain_Ld = public_Ld + offset.reshape_as(public_Ld) * norms_L1
+    direction_Ld = torch.nn.functional.normalize(domain_Ld, dim=-1) - public_Ld / norms_L1
+    scaled = scale_to_unit_logits(model, direction_Ld.float(), public)
+    return DomainEmbedding(scaled, domain_Ld.float(), public_Ld.float())
 
 
 def sentence_embedding(
@@ -86,27 +88,30 @@ def sentence_embedding(
     texts: tuple[Sequence[str], Sequence[str]],
     seed: int = 0,
 ) -> DomainEmbedding:
-    """Return the embedding of a domain by another model's sentence embeddings, projected at random onto the width.
+    """Return the embedding of a domain by a sentence-embedding model, projected to the hidden size at random.
 
-    The projection is the same for everyone who uses the same `seed` and embedder; in every layer the direction is
-    the same, and its scale that layer's own.
+    The projection depends only on `seed` and the embedding size. All layers share the direction; the scale is
+    set per layer.
     """
     import torch
 
     embed = SentenceEmbedder(folder)
-    away = torch.nn.functional.normalize(embed.mean(texts[0]), dim=0) - torch.nn.functional.normalize(
+    difference = torch.nn.functional.normalize(embed.mean(texts[0]), dim=0) - torch.nn.functional.normalize(
         embed.mean(texts[1]), dim=0
     )
-    domain, elsewhere = input_moments(model, own).mean, input_moments(model, public).mean
-    source = torch.Generator().manual_seed(seed)
-    projection = torch.randn(domain.shape[-1], away.shape[0], generator=source) / away.shape[0] ** 0.5
-    direction = (projection @ away).expand(domain.shape[0], -1)
-    rows = scaled_to_unit_logits(model, direction, [*own, *public])
-    return DomainEmbedding(rows, domain.float(), elsewhere.float())
+    domain, public_mean = input_moments(model, own).mean, input_moments(model, public).mean
+    generator = torch.Generator().manual_seed(seed)
+    size = difference.shape[0]
+    projection = torch.randn(domain.shape[-1], size, generator=generator) / size**0.5
+    direction = (projection @ difference).expand(domain.shape[0], -1)
+    rows = scale_to_unit_logits(model, direction, [*own, *public])
+    return DomainEmbedding(rows, domain.float(), public_mean.float())
 
 
-def scaled_to_unit_logits(model: PreTrainedModel, away_Ld: Tensor, blocks: Sequence[NDArray[Any]]) -> Tensor:
-    """Return directions scaled so that their products with the feed-forwards' inputs have a root mean square of 1."""
+def scale_to_unit_logits(
+    model: PreTrainedModel, direction_Ld: Tensor, blocks: Sequence[NDArray[Any]]
+) -> Tensor:
+    """Return directions scaled to a root mean square of 1 of their products with the feed-forward inputs."""
     import torch
 
     parts = feed_forwards(model)
@@ -114,11 +119,11 @@ def scaled_to_unit_logits(model: PreTrainedModel, away_Ld: Tensor, blocks: Seque
     tokens = 0
 
     def hook(layer: int) -> Any:
-        def gather(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            logits = inputs[0].detach() @ away_Ld[layer].to(inputs[0])
+        def accumulate(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            logits = inputs[0].detach() @ direction_Ld[layer].to(inputs[0])
             squares[layer] += float(logits.double().square().sum())
 
-        return gather
+        return accumulate
 
     handles = [part.module.register_forward_pre_hook(hook(layer)) for layer, part in enumerate(parts)]
     try:
@@ -129,5 +134,5 @@ def scaled_to_unit_logits(model: PreTrainedModel, away_Ld: Tensor, blocks: Seque
     finally:
         for handle in handles:
             handle.remove()
-    size = (squares / max(tokens, 1)).sqrt()
-    return away_Ld / torch.where(size > 0, size, torch.ones_like(size)).float()[:, None]
+    rms = (squares / max(tokens, 1)).sqrt()
+    return direction_Ld / torch.where(rms > 0, rms, torch.ones_like(rms)).float()[:, None]

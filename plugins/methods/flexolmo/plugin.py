@@ -1,9 +1,9 @@
-"""FlexOlmo (arXiv:2507.07024): owners train a feed-forward each beside the frozen public one; merging concatenates.
+"""FlexOlmo (arXiv:2507.07024): each owner trains a feed-forward network beside the frozen public one.
 
-Trainer `flexolmo`: attention, norms, embeddings, head and public feed-forward stay the seed's; the owner's
-feed-forward, its router row and a bias that is never positive are all that trains. Merge method `flexolmo`: the public
-feed-forward is the first expert, each owner's the next, each with the row that it was trained with. Afterwards the rows
-may be tuned on public text (`expertctl tune --trains router`).
+Trainer `flexolmo` trains the owner's feed-forward networks, router rows and non-positive biases; all other
+parameters are frozen at the seed's. Merge method `flexolmo` builds a mixture of the public feed-forward
+network and the owners', each with the router row that it was trained with. The rows can then be fine-tuned on
+public text (`expertctl tune --trains router`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....core.errors import UserError
 from ....core.hooks.hookspecs import hookimpl
-from ....core.hooks.merging import MergeMethod
+from ....core.hooks.merging import Assembler, MergeMethod
 from ....core.hooks.option_checks import check_at_least, check_positive
-from ....core.hooks.text import TrainingText
-from ....core.hooks.training import PrivateReleases, TrainablePart, Trainer
+from ....core.hooks.training import PrivateReleases, TrainablePart, Trainer, TrainingContext, TrainingText
 from ....merge.mixture.mixing import plan_mixture
 from ....merge.mixture.options import MixtureOptions
 from ....merge.mixture.routing.starts import ROUTER_FILE
@@ -34,24 +33,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlexOlmoTraining:
-    """How an owner's expert trains."""
+    """Training options of an owner's expert."""
 
     public: str | None = None
-    """Domain of public text, which the owner's is told apart from. Not set: what the seed was pretrained on."""
+    """Domain of public text to contrast the owner's with. Not set: the seed's pretraining domains."""
     embedding: str | None = None
-    """Where the router row begins: `hidden` (mean hidden states of the seed), `none` (small random numbers), or the
-    folder of a sentence-embedding model. Not set: `hidden`; with differential privacy `none`, or `hidden` with noise
-    where `embedding_noise` is set."""
+    """Initialisation of the router row: `hidden` (mean hidden states of the seed), `none` (small random
+    values), or the folder of a sentence-embedding model. Not set: `hidden`; with differential privacy `none`,
+    or `hidden` with noise if `embedding_noise` is set."""
     bias: bool = True
-    """Learn a bias of the owner's logit, never positive: the owner's part must win clearly."""
+    """Train a non-positive bias of the owner's logit: select the owner's expert only by a clear margin."""
     coordinate: bool = True
-    """Train beside the public feed-forward; without, the owner's trains alone and its row stays where it begins."""
+    """Train beside the public FFN; if false, train the owner's FFN alone with a frozen row."""
     z_loss: float = 1e-3
-    """Weight of the loss that keeps the router's logits small."""
+    """Weight of the router z-loss, which keeps the logits small."""
     logit_size: float = 1.0
-    """Root mean square of the router's logit, over tokens of both texts, where it begins."""
+    """Initial root mean square of the router logit over tokens of both texts."""
     samples: int = 64
-    """Blocks of each text that the embedding looks at."""
+    """Number of blocks of each text for the embedding."""
 
     def __post_init__(self) -> None:
         check_at_least("z_loss", self.z_loss, 0)
@@ -59,8 +58,11 @@ class FlexOlmoTraining:
         check_at_least("samples", self.samples, 1)
 
 
-def prepare(model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingText) -> TrainablePart:
-    """Freeze the seed and return what the owner trains; raises `UserError` where there is no public text."""
+def prepare(context: TrainingContext) -> TrainablePart:
+    """Freeze the seed and add the owner's parameters; raises `UserError` if there is no public text."""
+    model = context.model
+    options: FlexOlmoTraining = context.options
+    text = context.text
     import torch
 
     from .coordinated import coordinate, z_loss
@@ -76,19 +78,19 @@ def prepare(model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingTex
         for part in parts:
             part.row.requires_grad_(False)
             part.bias.requires_grad_(False)
-            part.forward = part.own.forward  # type: ignore[method-assign]  # the ablation: the owner's part alone
+            part.forward = part.own.forward  # type: ignore[method-assign]  # ablation: only the owner's network
 
     def trained() -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in _own_parameters(model).items()}
 
     def beside() -> Mapping[str, Mapping[str, Tensor]]:
-        found = {
+        tensors = {
             "rows": torch.stack([part.row.detach() for part in parts]).cpu(),
             "biases": torch.stack([part.bias.detach().clamp(max=0) for part in parts]).cpu(),
         }
         if embedding is not None:
-            found |= {"domain": embedding.domain, "public": embedding.public}
-        return {ROUTER_FILE: found}
+            tensors |= {"domain": embedding.domain, "public": embedding.public}
+        return {ROUTER_FILE: tensors}
 
     uses_z = options.z_loss > 0 and options.coordinate
     return TrainablePart(
@@ -102,7 +104,7 @@ def prepare(model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingTex
 
 
 def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Make the seed into the two experts side by side that an owner trained."""
+    """Convert the seed into the coordinated model that an owner trained."""
     import torch
 
     from ....core.artefacts.safetensors_io import Checkpoint
@@ -112,23 +114,23 @@ def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     router = Checkpoint([folder / ROUTER_FILE])
     rows, biases = router.read("rows").to(model.dtype), router.read("biases").to(model.dtype)
     parts = coordinate(model, rows, bias=True)
-    own = Checkpoint([folder / WEIGHTS_FILE])
+    weights = Checkpoint([folder / WEIGHTS_FILE])
     with torch.no_grad():
         for name, parameter in _own_parameters(model).items():
-            if name in own:
-                parameter.copy_(own.read(name))
+            if name in weights:
+                parameter.copy_(weights.read(name))
         for layer, part in enumerate(parts):
             part.bias.copy_(biases[layer])
     return model
 
 
 def _own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return the owners' feed-forwards' parameters by the seed's names."""
+    """Return the parameters of the owner's feed-forward networks, by their names in the seed."""
     from .coordinated import CoordinatedFeedForward
 
     return {
-        f"{place}.{name}": parameter
-        for place, module in model.named_modules()
+        f"{module_name}.{name}": parameter
+        for module_name, module in model.named_modules()
         if isinstance(module, CoordinatedFeedForward)
         for name, parameter in module.own.named_parameters()
     }
@@ -161,45 +163,50 @@ def _embedding(
 def _private_embedding(
     model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingText, private: PrivateReleases
 ) -> DomainEmbedding | None:
-    """Return the embedding with noise, or None where none may be released; raises `UserError` if one is asked for."""
+    """Return the embedding with noise, or None if none is requested; raises `UserError` without a budget for it."""
     from .domain_embeddings import private_hidden_state_embedding
 
     if options.embedding not in (None, "hidden"):
         raise UserError(
-            "with differential privacy the router row begins with --option embedding=none or hidden; sentence embeddings "
-            "get no noise"
+            "sentence embeddings are not supported with differential privacy; use --option embedding=none "
+            "or hidden"
         )
     if options.embedding is None and not private.releases_embedding:
         return None
     if not private.releases_embedding:
         raise UserError(
-            "the mean embedding of private text tells of that text; pay for it with --dp ...,embedding_noise=5, or begin "
-            "with --option embedding=none"
+            "the mean embedding of private text reveals information about that text; add noise with --dp "
+            "...,embedding_noise=5, or use --option embedding=none"
         )
     ((name, own),) = text.domains.items()
     if name in (options.public, *text.seed_domains):
         raise UserError(
-            f"'{name}' cannot be private and public text at once; name other public text with --option public=DOMAIN"
+            f"'{name}' cannot be both private and public text; name another domain of public text with "
+            "--option public=DOMAIN"
         )
     return private_hidden_state_embedding(model, own, _public_blocks(options, text), private)
 
 
 def _public_blocks(options: FlexOlmoTraining, text: TrainingText) -> list[NDArray[Any]]:
-    """Return blocks of public text; raises `UserError` where none is known."""
+    """Return blocks of public text; raises `UserError` if there is none."""
     from ....core.models.feed_forwards import spread_blocks
 
     names = (options.public,) if options.public is not None else text.seed_domains
     if not names:
         raise UserError(
-            "the router row begins where the owner's text differs from public text, and none is known; name a "
-            "domain of public text with --option public=DOMAIN, or begin with --option embedding=none"
+            "the initial router row needs public text, and no domain of it is known; name one with --option "
+            "public=DOMAIN, or use --option embedding=none"
         )
-    share = max(options.samples // len(names), 1)
-    return [block for name in names for block in spread_blocks(text.other(name), share)]
+    count = max(options.samples // len(names), 1)
+    return [block for name in names for block in spread_blocks(text.other(name), count)]
 
 
 def _rows(model: PreTrainedModel, embedding: DomainEmbedding | None, size: float) -> Tensor:
-    """Return the rows to begin with, (L, d); without an embedding the paper's: normal, deviation 0.002, never positive."""
+    """Return the initial rows, (L, d).
+
+    Without an embedding they are normally distributed with standard deviation 0.002, truncated to
+    non-positive values, as in the paper.
+    """
     import torch
 
     from ....core.models.feed_forwards import feed_forwards
@@ -212,10 +219,10 @@ def _rows(model: PreTrainedModel, embedding: DomainEmbedding | None, size: float
 
 @dataclass(frozen=True)
 class FlexOlmoMerge(MixtureOptions):
-    """A mixture of the seed's and the owners' feed-forwards, with the rows that the owners trained."""
+    """Mixture options with the seed as an expert and the router rows trained by the owners."""
 
     top_k: int | None = None
-    """Experts that each token passes through. Not set: 4, or all where there are fewer."""
+    """Number of experts per token. Not set: 4, or all if there are fewer."""
     router: str = "embedding"
     with_seed: bool = True
     bias: Literal["auto", "fold", "drop", "carry"] = "drop"
@@ -227,7 +234,8 @@ def trainers() -> list[Trainer]:
     return [
         Trainer(
             "flexolmo",
-            "the owner's feed-forward beside the frozen public one, with a router row",
+            "feed-forward networks and router row of an owner, beside the frozen public feed-forward "
+            "networks",
             prepare,
             FlexOlmoTraining,
             uses_text=True,
@@ -241,11 +249,10 @@ def trainers() -> list[Trainer]:
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
-        MergeMethod(
+        Assembler(
             name="flexolmo",
-            summary="one mixture of experts: the public feed-forward and the owners', concatenated",
+            summary="mixture of experts: public and owners' feed-forward networks with trained router rows",
             assemble=plan_mixture,
-            kind="moe",
             options=FlexOlmoMerge,
             switch_off=without_experts,
         )

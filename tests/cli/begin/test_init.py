@@ -63,7 +63,7 @@ def test_every_commented_line_is_valid_once_its_mark_is_removed(
     assert project.seed.from_ == "path/to/model"
     assert project.domains["code"].text_field == "content"
     assert project.experts["tax"].from_ == {"law": 0.7, "code": 0.3}
-    assert project.launcher == "local"
+    assert project.launcher.name == "local"
 
 
 def test_the_values_shown_are_the_defaults(run: Any, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_an_existing_project_is_left_alone(run: Any, workspace: Path) -> None:
     before = (workspace / "expertctl.yaml").read_bytes()
     result = run("init", ".")
     assert result.status == 1
-    assert "exists already" in result.error
+    assert "already exists" in result.error
     assert (workspace / "expertctl.yaml").read_bytes() == before
 
 
@@ -92,7 +92,7 @@ def test_a_folder_without_a_model_is_no_seed(run: Any, tmp_path: Path) -> None:
 def test_the_way_on_can_be_pasted_whatever_the_folder_is_called(run: Any, tmp_path: Path) -> None:
     folder = tmp_path / "it's my project"
     said = run("init", folder, "--bundled").out.strip()
-    steps = said.partition("go on with: ")[2]
+    steps = said.partition("next: ")[2]
     assert shlex.split(steps) == ["cd", str(folder), "&&", "expertctl", "seed"]
 
 

@@ -1,4 +1,4 @@
-"""`expertctl federate` without a network: from keys to a merged model, in real processes, killed and refused on the way."""
+"""Offline federation with `expertctl federate`: from keys to a merged model, with kills and refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def work(hub: Path, name: str, *how: str) -> list[str]:
     ]
 
 
-def test_owners_hand_in_experts_by_file_and_they_merge(run: Any, hub: Path) -> None:
+def test_owners_deliver_experts_by_file_and_they_merge(run: Any, hub: Path) -> None:
     for name in MODULES:
         invite(run, hub, name)
         pack(run, hub, name)
@@ -77,16 +77,16 @@ def test_owners_hand_in_experts_by_file_and_they_merge(run: Any, hub: Path) -> N
     load_model(workspace.generalists / "campus")
     assert verify(workspace.generalists / "campus") == []
     again = run("federate", "pack", "site-a", *TRAINING, "-o", str(hub.parent / "x"), cwd=hub)
-    assert "'site-a' has delivered what this recipe asks for" in again.error
+    assert "'site-a' has delivered an expert for this recipe" in again.error
 
 
-def test_nothing_leaves_unseen(run: Any, hub: Path) -> None:
+def test_nothing_leaves_without_consent(run: Any, hub: Path) -> None:
     invite(run, hub, "site-a")
     pack(run, hub, "site-a")
     done = run(*work(hub, "site-a"), cwd=hub.parent)
     assert done.status == 1
-    assert "nothing leaves without your yes" in done.error
-    assert "told of your text: about" in done.err
+    assert "nothing is sent without your consent" in done.error
+    assert "statement about your text: about" in done.err
     assert not (hub.parent / "from-site-a.tar").exists()
     whole = run(*work(hub, "site-a", "--review", "--yes"), cwd=hub.parent)
     assert "model.layers.0.mlp.up_proj.weight" in whole.err
@@ -103,7 +103,7 @@ def test_nothing_leaves_unseen(run: Any, hub: Path) -> None:
     assert {(member.uid, member.uname, member.mtime) for member in members} == {(0, "", 0)}
 
 
-def test_a_delivery_that_was_altered_on_the_way_is_refused(run: Any, hub: Path) -> None:
+def test_a_delivery_altered_in_transit_is_refused(run: Any, hub: Path) -> None:
     invite(run, hub, "site-a")
     pack(run, hub, "site-a")
     assert run(*work(hub, "site-a", "--yes"), cwd=hub.parent).status == 0
@@ -115,7 +115,7 @@ def test_a_delivery_that_was_altered_on_the_way_is_refused(run: Any, hub: Path) 
     (folder / "model.safetensors").write_bytes(data)
     done = run("federate", "deliver", str(folder), cwd=hub)
     assert done.status == 1
-    assert "is not what was announced" in done.error
+    assert "does not match its announced digest" in done.error
     content = json.loads((folder / "delivery.json").read_text())
     content["statement"]["owner"] = "site-b"
     (folder / "delivery.json").write_text(json.dumps(content))
@@ -145,13 +145,15 @@ def _empty(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (_escape, "which is no plain file; it is not opened"),
-        (_garbage, "is no archive that can be opened"),
-        (_empty, "is no pack: it has no request.json"),
+        (_escape, "which is not a regular file; it is not unpacked"),
+        (_garbage, "is not a readable archive"),
+        (_empty, "is not a pack: it has no request.json"),
         (lambda folder: folder / "nowhere.tar", "does not exist"),
     ],
 )
-def test_packs_that_are_none_are_told(run: Any, hub: Path, make: Callable[[Path], Path], said: str) -> None:
+def test_invalid_packs_are_one_line_errors(
+    run: Any, hub: Path, make: Callable[[Path], Path], said: str
+) -> None:
     state = invite(run, hub, "site-a")
     done = run(
         *("federate", "work", str(make(hub.parent)), "--data", str(hub.parent / "site-a.jsonl")),
@@ -162,9 +164,9 @@ def test_packs_that_are_none_are_told(run: Any, hub: Path, make: Callable[[Path]
     assert said in done.error
 
 
-def test_what_is_missing_is_told_in_a_line(run: Any, hub: Path) -> None:
+def test_missing_things_are_one_line_errors(run: Any, hub: Path) -> None:
     state = hub.parent / "state"
-    assert "nobody is invited" in run("federate", "status", cwd=hub).out
+    assert "no owner is invited" in run("federate", "status", cwd=hub).out
     assert "there is no key in" in run(*work(hub, "site-a"), cwd=hub.parent).error
     assert (
         "does not exist; the owner makes it"
@@ -173,7 +175,7 @@ def test_what_is_missing_is_told_in_a_line(run: Any, hub: Path) -> None:
     assert "no member 'site-z'" in run("federate", "pack", "site-z", "-o", str(state), cwd=hub).error
     invite(run, hub, "site-a")
     for how, said in {
-        ("--deadline", "soon"): "'soon' is no time until a deadline",
+        ("--deadline", "soon"): "'soon' is not a duration",
         ("--recipe", "flexlomo"): "did you mean 'flexolmo'?",
         ("--set", "sequence_lenght=3"): "sequence_lenght",
         ("--option", "embeding=none"): "has no option 'embeding'",
@@ -185,7 +187,7 @@ def test_what_is_missing_is_told_in_a_line(run: Any, hub: Path) -> None:
 
 
 @pytest.mark.slow
-def test_work_that_is_killed_goes_on_to_the_same_bytes(run: Any, hub: Path) -> None:
+def test_killed_work_resumes_to_the_same_bytes(run: Any, hub: Path) -> None:
     invite(run, hub, "site-a")
     long = ("--tokens", "12800", "--set", "checkpoint_seconds=0.2")
     pack(run, hub, "site-a", *long)

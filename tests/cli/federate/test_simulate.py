@@ -1,4 +1,4 @@
-"""`expertctl federate simulate` as people and scripts call it."""
+"""`expertctl federate simulate`: tables, JSON and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from expertctl.cli.main import cli, main
 SMALL = ["federate", "simulate", "--owners", "6", "--expert-size", "100MB", "--seed-size", "0"]
 
 
-def test_a_small_federation_is_told_and_printed_as_json(
+def test_a_small_federation_is_reported_as_tables_and_json(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import json
@@ -39,15 +39,15 @@ def test_a_small_federation_is_told_and_printed_as_json(
     [
         (["--owners", "0"], 2, "0 is not in the range"),
         (["--quorum", "1.5"], 2, "1.5 is not in the range"),
-        (["--deadline", "soon"], 1, "'soon' is no time until a deadline"),
-        (["--expert-size", "big"], 2, "'big' is no size"),
-        (["--tokens", "5GB"], 2, "'5GB' is no count of tokens"),
-        (["--deadline", "0h"], 1, "'0h' is over at once"),
-        (["--owners", "3", "--trace", "owners.csv"], 2, "give one of the two"),
-        (["--trace", "owners.csv"], 1, "owner 1: it has no tokens_per_second"),
+        (["--deadline", "soon"], 1, "'soon' is not a duration"),
+        (["--expert-size", "big"], 2, "'big' is not a size"),
+        (["--tokens", "5GB"], 2, "'5GB' is not a number of tokens"),
+        (["--deadline", "0h"], 1, "'0h' is not longer than 0 seconds"),
+        (["--owners", "3", "--trace", "owners.csv"], 2, "use only one of the two"),
+        (["--trace", "owners.csv"], 1, "owner 1: the row has no tokens_per_second"),
     ],
 )
-def test_what_cannot_be_simulated_is_one_clear_line(
+def test_invalid_simulations_are_one_line_errors(
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,7 +69,7 @@ def test_help_has_an_example() -> None:
 
 @pytest.mark.slow
 def test_the_example_prints_a_row_for_each_size() -> None:
-    example = Path(__file__).parents[2] / "examples" / "federation" / "simulate.py"
+    example = Path(__file__).parents[3] / "examples" / "federation" / "simulate.py"
     done = subprocess.run(
         [sys.executable, example, "--sizes", "2,4", "--seed-size", "0", "-q"],
         capture_output=True,

@@ -23,9 +23,9 @@ from expertctl.core.artefacts.files import (
     is_alive,
     link_or_copy,
     new_folder,
+    os_errors_as_user_errors,
     partial_sibling,
     read_json,
-    readable_os_errors,
     refuse_existing,
     remove_tree,
     resumable_folder,
@@ -126,14 +126,14 @@ def test_weights_that_find_no_room_leave_the_old_ones_and_nothing_else(
     [
         (errno.ENOSPC, "no space left while writing"),
         (errno.EDQUOT, "no space left while writing"),
-        (errno.EROFS, "may not be written or read .*check who owns the folder"),
-        (errno.EACCES, "may not be written or read"),
-        (errno.EPERM, "may not be written or read"),
+        (errno.EROFS, "no permission to access .*check the folder's owner"),
+        (errno.EACCES, "no permission to access"),
+        (errno.EPERM, "no permission to access"),
         (errno.EIO, "Input/output error"),
     ],
 )
 def test_what_the_operating_system_refuses_is_one_clear_line(tmp_path: Path, error: int, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught, readable_os_errors(tmp_path / "x"):
+    with pytest.raises(UserError, match=said) as caught, os_errors_as_user_errors(tmp_path / "x"):
         refusing(error)()
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -146,11 +146,11 @@ def test_a_read_only_folder_is_one_clear_line(
     """The calls are made to refuse, since tests may run as root, whom no mode bits stop."""
     monkeypatch.setattr(Path, "mkdir", refusing(error))
     monkeypatch.setattr(Path, "open", refusing(error))
-    with pytest.raises(UserError, match="may not be written"), new_folder(tmp_path / "x"):
+    with pytest.raises(UserError, match="no permission to access"), new_folder(tmp_path / "x"):
         pass
-    with pytest.raises(UserError, match="may not be written"):
+    with pytest.raises(UserError, match="no permission to access"):
         write_text(tmp_path / "x", "")
-    with pytest.raises(UserError, match="may not be written"), exclusive(tmp_path / "locks" / "x", "it"):
+    with pytest.raises(UserError, match="no permission to access"), exclusive(tmp_path / "locks" / "x", "it"):
         pass
     monkeypatch.undo()
     assert names(tmp_path) == []

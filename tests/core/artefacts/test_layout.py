@@ -25,7 +25,7 @@ def test_a_workspace_is_found_upward_as_git_does(
 
 def test_outside_a_workspace_the_way_to_make_one_is_told(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"no expertctl\.yaml in .* or above; make a workspace with `expertctl init"
+        UserError, match=r"no expertctl\.yaml in .* or its parents; create a workspace with `expertctl init"
     ):
         Layout.find(tmp_path)
 
@@ -52,7 +52,7 @@ def test_an_unknown_artefact_is_refused_with_the_choices(new_workspace: object, 
     ):
         layout.artefact("lwa")
     (layout.experts / "begun").mkdir()
-    with pytest.raises(UserError, match="begun is not finished; `expertctl train begun` goes on with it"):
+    with pytest.raises(UserError, match="begun is not finished; resume it with `expertctl train begun`"):
         layout.artefact("begun")
 
 
@@ -76,7 +76,9 @@ def test_a_result_raises_only_when_asked_and_only_for_what_did_not_finish() -> N
     TrainResult(("law",)).raise_for_failures()
     with pytest.raises(UserError, match=r"^code: no space left; tax: out of memory$"):
         TrainResult(("law",), {"code": "no space left", "tax": "out of memory"}).raise_for_failures()
-    with pytest.raises(Interrupted, match=r"^law, code: stopped, state saved; the same command goes on$"):
+    with pytest.raises(
+        Interrupted, match=r"^law, code: stopped, state saved; rerun the same command to resume$"
+    ):
         TrainResult((), {"tax": "out of memory"}, ("law", "code")).raise_for_failures()
 
 

@@ -71,5 +71,5 @@ def test_dtypes_as_people_write_them() -> None:
         "F16",
         "F32",
     ]
-    with pytest.raises(UserError, match="'int4' is no dtype"):
+    with pytest.raises(UserError, match="'int4' is not a supported dtype"):
         dtype_of_word("int4")

@@ -255,7 +255,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     for size in range(len(content)):
         cut.write_bytes(content[:size])
-        with pytest.raises(UserError, match=r"cut\.safetensors is damaged: .*; fetch or make it again"):
+        with pytest.raises(UserError, match=r"cut\.safetensors is damaged: .*; download or create it again"):
             read_header(cut)
 
 
@@ -264,7 +264,7 @@ def test_bytes_too_many_are_refused(tmp_path: Path) -> None:
     write_tensors(path, {"a": torch.randn(3)})
     with path.open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(UserError, match=r"it has [\d,]+ bytes where its header says"):
+    with pytest.raises(UserError, match=r"it has [\d,]+ bytes, its header requires"):
         read_header(path)
 
 
@@ -310,15 +310,13 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, case: str) -> N
 @pytest.mark.parametrize("length", [1 << 20, 1 << 40, 1 << 62, (1 << 64) - 1])
 def test_a_header_length_beyond_the_file_is_refused_without_reading(tmp_path: Path, length: int) -> None:
     path = raw_file(tmp_path / "model.safetensors", {}, length=length)
-    with pytest.raises(UserError, match="truncated within its header, or no safetensors file"):
+    with pytest.raises(UserError, match="its header is truncated, or it is not a safetensors file"):
         read_header(path)
 
 
 def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
     path = raw_file(tmp_path / "model.safetensors", {"a": entry(0, 8, dtype="F33")}, b"x" * 8)
-    with pytest.raises(
-        UserError, match=r"model\.safetensors: tensor 'a' is of dtype F33, which is not read here"
-    ):
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor 'a' has unsupported dtype F33"):
         read_header(path)
 
 
@@ -368,21 +366,21 @@ def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": torch.ones(2)}, TWO: {"b": torch.ones(2)}})
     (tmp_path / TWO).unlink()
-    with pytest.raises(UserError, match=f"names {TWO}, which is not there"):
+    with pytest.raises(UserError, match=f"lists {TWO}, which does not exist"):
         checkpoint_files(tmp_path)
 
 
 def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": torch.ones(2)}, TWO: {"b": torch.ones(2)}})
     save_file({"other": torch.ones(2)}, tmp_path / TWO)
-    with pytest.raises(UserError, match=f"says that 'b' is in {TWO}, and it is not"):
+    with pytest.raises(UserError, match=f"places 'b' in {TWO}, which does not hold it"):
         Checkpoint.of_folder(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path, {ONE: {"a": torch.ones(2)}, TWO: {"b": torch.ones(2)}})
     save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / TWO)
-    with pytest.raises(UserError, match=r"tensor 'a' stands in .* and again in"):
+    with pytest.raises(UserError, match=r"tensor 'a' is in both .* and "):
         Checkpoint.of_folder(tmp_path)
 
 

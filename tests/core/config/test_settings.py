@@ -17,8 +17,8 @@ from expertctl.core.config.settings import (
     MergeConfig,
     ProjectConfig,
     TrainingConfig,
-    checked,
     overlay,
+    validate_settings,
 )
 from expertctl.core.errors import UserError
 from expertctl.core.hooks.options import parse_options
@@ -94,11 +94,11 @@ WRONG = {
     # missing ones
     "merges:\n  f:\n    weights: uniform": "2: merges.f.method: field required",
     # wrong types
-    "- a": "1: input should be keys with values",
-    "3": "1: input should be keys with values",
-    "[]": "1: input should be keys with values",
-    "training: [1]": "1: training: input should be keys with values",
-    "domains:\n  law:": "2: domains.law: input should be keys with values",
+    "- a": "1: input should be a mapping of keys to values",
+    "3": "1: input should be a mapping of keys to values",
+    "[]": "1: input should be a mapping of keys to values",
+    "training: [1]": "1: training: input should be a mapping of keys to values",
+    "domains:\n  law:": "2: domains.law: input should be a mapping of keys to values",
     "training:\n  tokens: many": "2: training.tokens: input should be a valid integer, … (it is 'many')",
     "training:\n  tokens: 3.5": "2: training.tokens: input should be a valid integer, … (it is 3.5)",
     "training:\n  learning_rate: yes": "2: training.learning_rate: input should not be true or false",
@@ -123,25 +123,23 @@ WRONG = {
     "merges:\n  f:\n    method: m\n    weights: {a: .nan}": "4: merges.f.weights.a: input should be a finite number (it is nan)",
     "domains:\n  law: {}": "2: domains.law: give exactly one of 'bundled', 'path' or 'train'",
     "domains:\n  law: {bundled: python, path: x}": "2: domains.law: give exactly one of 'bundled', 'path' or 'train'",
-    "domains:\n  law: {train: x}": "2: domains.law: 'train' and 'valid' go together; 'path' splits one source by itself",
+    "domains:\n  law: {train: x}": "2: domains.law: 'train' and 'valid' go together; use 'path' to split one source",
     "domains:\n  law: {path: x,\n        valid_share: 1}": "3: domains.law.valid_share: input should be less than 1 (it is 1)",
     # names that do not exist
-    LAW
-    + "experts:\n  a:\n    domain: lwa": "4: experts.a.domain: there is no domain 'lwa' (did you mean 'law'?)",
-    LAW
-    + "experts:\n  v1.2:\n    domain: zz": "4: experts.v1.2.domain: there is no domain 'zz'; domains: law",
-    LAW + "seed:\n  domains: [law, xyz]": "3: seed.domains: there is no domain 'xyz'; domains: law",
-    "experts:\n  a:\n    domain: law": "3: experts.a.domain: there is no domain 'law'; domains: none",
+    LAW + "experts:\n  a:\n    domain: lwa": "4: experts.a.domain: no domain 'lwa' (did you mean 'law'?)",
+    LAW + "experts:\n  v1.2:\n    domain: zz": "4: experts.v1.2.domain: no domain 'zz'; domains: law",
+    LAW + "seed:\n  domains: [law, xyz]": "3: seed.domains: no domain 'xyz'; domains: law",
+    "experts:\n  a:\n    domain: law": "3: experts.a.domain: no domain 'law'; domains: none",
     # names that cannot be folders
     "domains:\n  law: {bundled: python}\n  a/b: {bundled: cpp}": (
-        "3: domains.a/b: a domain cannot be called 'a/b': use letters, digits, '-', '_' and '.', beginning with …"
+        "3: domains.a/b: a domain cannot be called 'a/b': use letters, digits, '-', '_' and '.', starting with …"
     ),
     "domains:\n  ..: {bundled: cpp}": "2: domains...: a domain cannot be called '..': use letters, …",
     "domains:\n  'my law': {bundled: cpp}": "2: domains.my law: a domain cannot be called 'my law': use …",
     "domains:\n  '': {bundled: cpp}": "2: domains.: a domain cannot be called '': use letters, …",
     # the same key twice
-    "training:\n  tokens: 1\n  tokens: 2": "3: 'tokens' stands here twice",
-    LAW + "'domains': {}": "2: 'domains' stands here twice",
+    "training:\n  tokens: 1\n  tokens: 2": "3: duplicate key 'tokens'",
+    LAW + "'domains': {}": "2: duplicate key 'domains'",
     # not YAML
     "a: [": "1: not valid YAML: …",
     "a: b: c": "1: not valid YAML: mapping values are not allowed here",
@@ -216,11 +214,11 @@ def test_steps_are_what_the_budget_pays_for_and_at_least_one() -> None:
 
 
 def test_settings_given_in_code_are_checked_like_the_file() -> None:
-    assert checked(ExpertConfig, {"domain": "law", "from": "auto"}, "expert 'a'").from_ == "auto"
+    assert validate_settings(ExpertConfig, {"domain": "law", "from": "auto"}, "expert 'a'").from_ == "auto"
     with pytest.raises(UserError, match="expert 'a': unknown key 'trian'; did you mean 'trains'"):
-        checked(ExpertConfig, {"domain": "law", "trian": "all"}, "expert 'a'")
+        validate_settings(ExpertConfig, {"domain": "law", "trian": "all"}, "expert 'a'")
     with pytest.raises(UserError, match=r"merge 'f': weights: input should be 'uniform' or 'posterior'"):
-        checked(MergeConfig, {"method": "average", "weights": "unifrom"}, "merge 'f'")
+        validate_settings(MergeConfig, {"method": "average", "weights": "unifrom"}, "merge 'f'")
 
 
 # --- options of plugins ---

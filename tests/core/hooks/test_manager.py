@@ -14,14 +14,17 @@ from typing import Any
 
 import pytest
 
-from expertctl import Evaluator, MergeFinished, MergeMethod, Trainer, hookimpl
+from expertctl import Evaluator, MergeFinished, MergeMethod, TensorMerge, Trainer, hookimpl
 from expertctl.core.errors import UserError
+from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.manager import BUILTIN_PLUGINS, PluginManager, PluginProblem, installed_plugins
+from expertctl.core.hooks.text import CorpusFormat
+from expertctl.core.hooks.training import Launcher
 from expertctl.core.testing import fresh_plugins
 
 
 def method(name: str) -> MergeMethod:
-    return MergeMethod(name, "for a test", merge=lambda group, options: group.seed)
+    return TensorMerge(name, "for a test", merge=lambda group, options: group.seed)
 
 
 def offering(function: Callable[..., Any], hook: str = "merge_methods") -> ModuleType:
@@ -44,11 +47,11 @@ def problems(manager: PluginManager) -> list[str]:
 
 def test_the_built_ins_load_without_a_problem_and_offer_what_the_method_needs() -> None:
     manager = fresh_plugins()
-    assert set(manager.merge_methods()) >= {"average", "ensemble"}
-    assert set(manager.trainers()) >= {"all", "feed_forward"}
-    assert set(manager.launchers()) >= {"local"}
-    assert set(manager.corpus_formats()) >= {"jsonl", "text", "parquet"}
-    assert set(manager.evaluators()) >= {"perplexity"}
+    assert set(manager.offers(MergeMethod)) >= {"average", "ensemble"}
+    assert set(manager.offers(Trainer)) >= {"all", "feed_forward"}
+    assert set(manager.offers(Launcher)) >= {"local"}
+    assert set(manager.offers(CorpusFormat)) >= {"jsonl", "text", "parquet"}
+    assert set(manager.offers(Evaluator)) >= {"perplexity"}
     assert {info.name for info in manager.plugins()} == {path.rpartition(".")[2] for path in BUILTIN_PLUGINS}
     assert {info.distribution for info in manager.plugins()} == {"expertctl"}
     assert manager.problems == []
@@ -56,18 +59,18 @@ def test_the_built_ins_load_without_a_problem_and_offer_what_the_method_needs() 
 
 def test_a_plugin_adds_to_the_built_ins() -> None:
     manager = fresh_plugins(offering(lambda: [method("mine")]))
-    assert manager.merge_method("mine").summary == "for a test"
-    assert "average" in manager.merge_methods()
-    provider = manager.provider("merge_methods", "mine")
+    assert manager.offer(MergeMethod, "mine").summary == "for a test"
+    assert "average" in manager.offers(MergeMethod)
+    provider = manager.provider(MergeMethod, "mine")
     assert (provider.name, provider.distribution, provider.hooks) == ("tested", "local", ("merge_methods",))
-    assert manager.provider("merge_methods", "average").distribution == "expertctl"
+    assert manager.provider(MergeMethod, "average").distribution == "expertctl"
 
 
 def test_a_plugin_registered_late_is_seen() -> None:
     manager = fresh_plugins()
-    assert "mine" not in manager.merge_methods()
+    assert "mine" not in manager.offers(MergeMethod)
     assert manager.register(offering(lambda: [method("mine")]), "late")
-    assert "mine" in manager.merge_methods()
+    assert "mine" in manager.offers(MergeMethod)
 
 
 def test_a_hook_may_have_a_function_of_another_name() -> None:
@@ -76,7 +79,7 @@ def test_a_hook_may_have_a_function_of_another_name() -> None:
         def offer(self) -> list[MergeMethod]:
             return [method("mine")]
 
-    assert fresh_plugins(Plugin()).merge_method("mine")
+    assert fresh_plugins(Plugin()).offer(MergeMethod, "mine")
 
 
 def test_hooks_are_asked_once() -> None:
@@ -88,7 +91,7 @@ def test_hooks_are_asked_once() -> None:
 
     manager = fresh_plugins(offering(offer))
     for _ in range(3):
-        manager.merge_method("mine")
+        manager.offer(MergeMethod, "mine")
     assert len(asked) == 1
 
 
@@ -96,15 +99,15 @@ def test_hooks_are_asked_once() -> None:
     ("ask", "said"),
     [
         (
-            lambda m: m.merge_method("avrage"),
+            lambda m: m.offer(MergeMethod, "avrage"),
             r"no merge method 'avrage' \(did you mean 'average'\?\); installed: .*average",
         ),
         (
-            lambda m: m.trainer("al"),
+            lambda m: m.offer(Trainer, "al"),
             r"no trainer 'al' \(did you mean 'all'\?\); installed: all, .*feed_forward",
         ),
-        (lambda m: m.launcher("slurm"), "no launcher 'slurm'; installed: local"),
-        (lambda m: m.evaluator("x"), "no evaluator 'x'; installed: perplexity"),
+        (lambda m: m.offer(Launcher, "slurm"), "no launcher 'slurm'; installed: local"),
+        (lambda m: m.offer(Evaluator, "x"), "no evaluator 'x'; installed: perplexity"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_choices(ask: Callable[[PluginManager], Any], said: str) -> None:
@@ -113,8 +116,8 @@ def test_an_unknown_name_is_refused_with_the_choices(ask: Callable[[PluginManage
 
 
 def test_families_are_found_by_their_model_type() -> None:
-    assert fresh_plugins().architecture_of("olmo2").mixtures[0].model_class == "FlexOlmoForCausalLM"
-    assert fresh_plugins().architecture_of("gemma2").name == "gemma"
+    assert architecture_of("olmo2").mixtures[0].model_class == "FlexOlmoForCausalLM"
+    assert architecture_of("gemma2").name == "gemma"
 
 
 # --- what does not ---
@@ -123,7 +126,7 @@ def test_families_are_found_by_their_model_type() -> None:
 def test_a_misspelt_hook_is_named_with_the_nearest_one() -> None:
     manager = fresh_plugins(offering(nothing, "merge_method"))
     assert problems(manager) == ["there is no hook 'merge_method' (did you mean 'merge_methods'?)"]
-    assert "average" in manager.merge_methods()
+    assert "average" in manager.offers(MergeMethod)
 
 
 def test_a_hook_that_is_nothing_like_any_is_named_with_all_of_them() -> None:
@@ -154,35 +157,35 @@ def test_a_hook_wrapper_is_refused_since_hooks_are_called_one_by_one() -> None:
     ("returned", "said"),
     [
         (None, "merge_methods returned a NoneType, not a list of MergeMethod"),
-        (method("x"), "merge_methods returned a MergeMethod, not a list of MergeMethod"),
+        (method("x"), "merge_methods returned a TensorMerge, not a list of MergeMethod"),
         ({"x": method("x")}, "merge_methods returned a dict, not a list of MergeMethod"),
         ((item for item in ()), "merge_methods returned a generator, not a list of MergeMethod"),
         (["x"], "merge_methods returned a str in its list, not MergeMethod"),
         ([Evaluator("x", "", (), print)], "merge_methods returned a Evaluator in its list, not MergeMethod"),
-        ([MergeMethod(3, "", merge=print)], "merge_methods offers something called 3, which is no name"),
+        ([TensorMerge(3, "", merge=print)], "merge_methods offers something called 3, which is no name"),
         (
-            [MergeMethod(["x"], "", merge=print)],
+            [TensorMerge(["x"], "", merge=print)],
             "merge_methods offers something called ['x'], which is no name",
         ),
-        ([MergeMethod("", "", merge=print)], "merge_methods offers something called '', which is no name"),
+        ([TensorMerge("", "", merge=print)], "merge_methods offers something called '', which is no name"),
     ],
 )
 def test_a_wrong_return_value_is_named(returned: Any, said: str) -> None:
     manager = fresh_plugins(offering(lambda: returned))
-    assert "average" in manager.merge_methods()
+    assert "average" in manager.offers(MergeMethod)
     assert problems(manager) == [said]
 
 
 def test_a_good_item_beside_a_bad_one_is_kept() -> None:
     manager = fresh_plugins(offering(lambda: ["x", method("mine")]))
-    assert "mine" in manager.merge_methods()
+    assert "mine" in manager.offers(MergeMethod)
     assert len(manager.problems) == 1
 
 
 def test_a_name_that_is_taken_stays_with_who_had_it() -> None:
     manager = fresh_plugins(offering(lambda: [method("average"), method("mine")]))
-    assert manager.merge_method("average").summary != "for a test"
-    assert "mine" in manager.merge_methods()
+    assert manager.offer(MergeMethod, "average").summary != "for a test"
+    assert "mine" in manager.offers(MergeMethod)
     assert problems(manager) == ["merge_methods offers 'average', a name that plugin 'btm' has taken"]
 
 
@@ -194,7 +197,7 @@ def test_no_plugin_can_take_a_name_by_coming_first(order: dict[str, bool]) -> No
             return [method("average")]
 
     manager = fresh_plugins(Plugin())
-    assert manager.provider("merge_methods", "average").distribution == "expertctl"
+    assert manager.provider(MergeMethod, "average").distribution == "expertctl"
     assert len(manager.problems) == 1
 
 
@@ -204,14 +207,14 @@ def test_a_plugin_name_that_is_taken_is_refused() -> None:
     assert [str(problem) for problem in manager.problems] == [
         "plugin 'btm' (another): a plugin of that name is already loaded"
     ]
-    assert manager.provider("merge_methods", "average").distribution == "expertctl"
+    assert manager.provider(MergeMethod, "average").distribution == "expertctl"
 
 
 def test_a_second_try_after_a_broken_plugin_of_the_same_name_counts() -> None:
     manager = fresh_plugins()
     manager.register(ModuleType("empty"), "x", distribution="broken")
     assert manager.register(offering(lambda: [method("mine")]), "x", distribution="good", version="2")
-    assert manager.provider("merge_methods", "mine").distribution == "good"
+    assert manager.provider(MergeMethod, "mine").distribution == "good"
 
 
 def test_a_hook_that_raises_is_named_and_the_rest_keeps_working() -> None:
@@ -219,7 +222,7 @@ def test_a_hook_that_raises_is_named_and_the_rest_keeps_working() -> None:
         raise RuntimeError("first line\nsecond line")
 
     manager = fresh_plugins(offering(fail))
-    assert "average" in manager.merge_methods()
+    assert "average" in manager.offers(MergeMethod)
     assert problems(manager) == ["merge_methods failed: RuntimeError: first line second line"]
 
 
@@ -228,14 +231,10 @@ def test_a_hook_that_raises_is_named_and_the_rest_keeps_working() -> None:
     [
         (
             lambda: MergeMethod("x", ""),
-            "merge method 'x' offers none of 'merge', 'build' and 'assemble'; exactly one is needed",
+            "merge method 'x' is a plain MergeMethod; use TensorMerge, Assembler or ModelBuilder",
         ),
         (
-            lambda: MergeMethod("x", "", merge=print, build=print),
-            "merge method 'x' offers 'merge' and 'build' of 'merge', 'build' and 'assemble'; exactly one is needed",
-        ),
-        (
-            lambda: MergeMethod("x", "", merge=print, options=dict),
+            lambda: TensorMerge("x", "", merge=print, options=dict),
             "options of merge method 'x' are no dataclass",
         ),
         (lambda: Trainer("x", "", prepare=print, options=int), "options of trainer 'x' are no dataclass"),
@@ -244,8 +243,8 @@ def test_a_hook_that_raises_is_named_and_the_rest_keeps_working() -> None:
 def test_an_offer_that_cannot_work_is_named(make: Callable[[], Any], said: str) -> None:
     hook = "trainers" if "trainer" in said else "merge_methods"
     manager = fresh_plugins(offering(lambda: [make()], hook))
-    manager.trainers()
-    manager.merge_methods()
+    manager.offers(Trainer)
+    manager.offers(MergeMethod)
     assert problems(manager) == [f"{hook} failed: ValueError: {said}"]
 
 
@@ -253,7 +252,7 @@ def test_a_built_in_that_fails_is_our_bug_and_is_raised() -> None:
     manager = PluginManager(report=lambda problem: None)
     manager.register(offering(lambda: 1 / 0), "ours", distribution="expertctl")
     with pytest.raises(ZeroDivisionError):
-        manager.merge_methods()
+        manager.offers(MergeMethod)
 
 
 # --- telling plugins ---
@@ -320,9 +319,9 @@ def test_a_problem_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[s
 # --- installed distributions ---
 
 SOURCES = {
-    "good": "from expertctl import MergeMethod, hookimpl\n"
+    "good": "from expertctl import TensorMerge, hookimpl\n"
     "@hookimpl\n"
-    "def merge_methods(): return [MergeMethod('good', '', merge=print)]\n",
+    "def merge_methods(): return [TensorMerge('good', '', merge=print)]\n",
     "broken": "import no_such_module_anywhere\n",
     "quits": "import sys\nsys.exit(3)\n",
     "misspelt": "from expertctl import hookimpl\n@hookimpl\ndef trainer(): return []\n",
@@ -366,9 +365,10 @@ def load(site: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], 
 def test_installed_plugins_are_found_and_broken_ones_named_in_a_fresh_process(site: Path) -> None:
     script = (
         "import json\n"
+        "from expertctl import MergeMethod\n"
         "from expertctl.core.hooks.manager import installed_plugins\n"
         "m = installed_plugins()\n"
-        "print(json.dumps([sorted(m.merge_methods()), m.provider('merge_methods', 'good').version]))\n"
+        "print(json.dumps([sorted(m.offers(MergeMethod)), m.provider(MergeMethod, 'good').version]))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "EXPERTCTL_PLUGINS"}
     done = subprocess.run(

@@ -32,7 +32,7 @@ def test_a_plain_folder_loads_as_transformers_loads_it(tmp_path: Path, family: s
 
 def test_what_an_unfinished_job_has_written_is_refused_even_where_no_file_is_missing(tmp_path: Path) -> None:
     folder = tiny_model_folder(tmp_path / ".merged.unfinished", "llama")
-    with pytest.raises(UserError, match="is what a job has written that did not end"):
+    with pytest.raises(UserError, match="is the output of an unfinished job"):
         expertctl.load_model(folder)
 
 
@@ -91,7 +91,9 @@ def test_an_expert_of_another_seed_is_refused(
         UserError, match=r"expert 'law' was branched from seed [0-9a-f]{12}, but .* is [0-9a-f]{12}"
     ):
         expertctl.load_model(shared_workspace / "experts" / "law", seed=other / "seed")
-    with pytest.raises(UserError, match=r"needs its seed, and .* is no seed folder; give it with seed="):
+    with pytest.raises(
+        UserError, match=r"needs its seed, and .* is not a seed folder; pass the seed with seed="
+    ):
         expertctl.load_model(shared_workspace / "experts" / "law", seed=tmp_path)
 
 
@@ -99,10 +101,12 @@ def test_an_expert_of_another_seed_is_refused(
 
 
 def test_an_unfinished_expert_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config\.json: it is no model folder, or an unfinished one"):
+    with pytest.raises(
+        UserError, match=r"has no config\.json: it is not a model folder, or it is unfinished"
+    ):
         expertctl.load_model(tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is not finished: it has a run\.json and no manifest"):
+    with pytest.raises(UserError, match=r"is an unfinished run: it has a run\.json and no manifest"):
         expertctl.load_model(tmp_path)
 
 
@@ -111,7 +115,7 @@ def test_a_seed_whose_manifest_is_not_there_yet_is_refused(model_folder: Path, t
     folder = tmp_path / "seed"
     shutil.copytree(model_folder, folder)
     (folder / "run.json").write_text("{}")
-    with pytest.raises(UserError, match=r"seed is not finished: it has a run\.json and no manifest"):
+    with pytest.raises(UserError, match=r"seed is an unfinished run: it has a run\.json and no manifest"):
         expertctl.load_model(folder)
 
 
@@ -153,7 +157,7 @@ def test_a_folder_without_a_tokenizer_is_a_users_error(model_folder: Path, tmp_p
     shutil.copytree(model_folder, folder)
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(UserError, match="has no tokenizer that can be loaded") as caught:
+    with pytest.raises(UserError, match="has no loadable tokenizer") as caught:
         expertctl.load_model(folder)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""A coordinator with a tiny seed, and owners with text of their own."""
+"""Fixtures: a coordinator with a tiny seed, and owners with private text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def coordinator(tmp_path: Path, new_workspace: Any, clock: Clock) -> Coordinator
 
 @pytest.fixture
 def new_owner(tmp_path: Path, coordinator: Coordinator) -> Callable[[str], Owner]:
-    """Makes an owner of that name with text and a key, and invites it."""
+    """Return a function that creates an owner with text and a key, and invites it."""
 
     def make(name: str) -> Owner:
         owner = Owner(tmp_path / f"state-{name}")

@@ -1,4 +1,4 @@
-"""From a request to an accepted expert, and every delivery that is not taken."""
+"""From a request to an accepted expert, and every reason for a refusal."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from federation_members import BTM, FLEXOLMO, MODULES, Clock, hand_in, trained
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, Workspace, load_model, verify
-from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.records import record_as_json
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
 from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.owner.owner import Owner
-from expertctl.experts.federation.protocol.delivery import Signed, Statement, make_delivery, rounded
+from expertctl.experts.federation.protocol.delivery import (
+    SignedStatement,
+    Statement,
+    make_delivery,
+    round_count,
+)
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
 
@@ -66,7 +73,7 @@ def test_two_owners_train_apart_and_their_experts_merge(
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_nothing_of_the_owner_leaves_but_what_the_review_shows(
+def test_a_delivery_holds_only_what_the_review_shows(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     owner = new_owner("site-a")
@@ -76,10 +83,12 @@ def test_nothing_of_the_owner_leaves_but_what_the_review_shows(
     folder = owner.delivery_folder(request.id)
     assert set(review.files) == {path.name for path in folder.iterdir()} - {"delivery.json"}
     assert {name for name, *_ in review.tensors} >= set(load_file(folder / "model.safetensors"))
-    exact = read_manifest(expert).data["domains"]["site-a"]
+    exact = read_manifest(expert).domains["site-a"]
     assert review.data["domains"]["site-a"] == {
-        **{name: rounded(exact[name]) for name in ("documents", "tokens", "bytes")},
+        **{name: round_count(getattr(exact, name)) for name in ("documents", "tokens", "bytes")},
+        "digest": None,
         "licence": None,
+        "rounded": True,
     }
     crossed = b"".join(path.read_bytes() for path in folder.iterdir())
     lines = [
@@ -87,7 +96,7 @@ def test_nothing_of_the_owner_leaves_but_what_the_review_shows(
     ]
     assert len(lines) > 50
     assert not [line for line in lines if line.encode() in crossed]
-    private = (exact["digest"], str(owner.state), str(owner.settings().data), "site-a.jsonl")
+    private = (str(exact.digest), str(owner.state), str(owner.settings().data), "site-a.jsonl")
     places = [word for word in (socket.gethostname(), f"/{getpass.getuser()}/") if len(word) > 5]
     assert not [word for word in (*private, *places) if word.encode() in crossed]
 
@@ -95,11 +104,11 @@ def test_nothing_of_the_owner_leaves_but_what_the_review_shows(
 @pytest.mark.parametrize(
     ("count", "told"), [(0, 0), (7, 7), (12, 12), (12345, 12000), (995, 1000), (19999, 20000)]
 )
-def test_counts_are_told_to_two_digits(count: int, told: int) -> None:
-    assert rounded(count) == told
+def test_counts_are_rounded_to_two_significant_digits(count: int, told: int) -> None:
+    assert round_count(count) == told
 
 
-def test_a_restarted_coordinator_and_owner_know_everything(
+def test_coordinator_and_owner_keep_their_state_across_restarts(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     owner = new_owner("site-a")
@@ -123,18 +132,18 @@ def test_a_restarted_coordinator_and_owner_know_everything(
     assert hand_in(again, folder, "site-a", request.id, signed) is None
 
 
-def test_a_request_that_an_owners_machine_does_not_take_shows_in_the_status(
+def test_the_status_shows_a_request_that_the_owners_node_did_not_take(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a")
-    coordinator.note_handed(request.id, "NOT_TAKEN")
-    assert owner_statuses(coordinator)[0].detail == "the owner's machine answered NOT_TAKEN"
-    coordinator.note_handed(request.id, "TAKEN")
+    coordinator.record_handout(request.id, "NOT_TAKEN")
+    assert owner_statuses(coordinator)[0].detail == "the owner's node replied NOT_TAKEN"
+    coordinator.record_handout(request.id, "TAKEN")
     assert owner_statuses(coordinator)[0].detail == ""
 
 
-def test_a_late_owner_is_welcome_when_asked_again(
+def test_a_late_owner_can_deliver_after_a_renewed_request(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     owner = new_owner("site-a")
@@ -152,26 +161,26 @@ def test_a_late_owner_is_welcome_when_asked_again(
     assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
 
 
-def test_a_seed_that_lies_there_already_is_used(
+def test_a_seed_in_a_local_folder_is_used(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock, tmp_path: Path
 ) -> None:
     owner = new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a")
     owner.take(request)
     shutil.copytree(coordinator.layout.seed, tmp_path / "copy")
-    assert read_manifest(owner.seeds.use(request, tmp_path / "copy")).digest == request.seed
+    assert read_manifest(owner.seeds.copy(request, tmp_path / "copy")).digest == request.seed
     other = tmp_path / "other"
     shutil.copytree(coordinator.layout.seed, other)
     (other / "config.json").write_text("{}")
     fresh = Owner(tmp_path / "fresh")
-    with pytest.raises(UserError, match=r"config.json is not the seed's"):
-        fresh.seeds.use(request, other)
+    with pytest.raises(UserError, match=r"config.json differs from the requested seed's"):
+        fresh.seeds.copy(request, other)
 
 
 # --- what an owner does not do ---
 
 
-def test_an_owner_takes_only_what_is_meant_for_it(
+def test_an_owner_refuses_requests_for_others_and_forbidden_settings(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     owner, other = new_owner("site-a"), new_owner("site-b")
@@ -179,9 +188,9 @@ def test_an_owner_takes_only_what_is_meant_for_it(
     with pytest.raises(UserError, match="for another key"):
         other.take(request)
     for options in ({"embedding": "/home/you/model"}, {"embedding": "~/x"}, {"public": "..\\x"}):
-        with pytest.raises(UserError, match="is not the coordinator's to choose"):
+        with pytest.raises(UserError, match="which only the owner may choose"):
             owner.take(replace(request, recipe=Recipe("flexolmo", options)))
-    with pytest.raises(UserError, match="which protects nobody"):
+    with pytest.raises(UserError, match="protects nobody"):
         owner.take(
             replace(request, recipe=replace(BTM, privacy={"epsilon": 8, "delta": 1e-6, "noise": "seeded"}))
         )
@@ -195,7 +204,7 @@ def test_an_owner_takes_only_what_is_meant_for_it(
         (lambda owner: owner.settings().data.write_text('{"text": "a"}\n{"text": "b"}\n'), "DATA"),
     ],
 )
-def test_what_fails_at_an_owner_is_told_outside_by_a_code_alone(
+def test_failures_at_an_owner_are_reported_as_codes_only(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock, break_it: Any, code: str
 ) -> None:
     owner = new_owner("site-a")
@@ -205,7 +214,7 @@ def test_what_fails_at_an_owner_is_told_outside_by_a_code_alone(
         trained(coordinator, owner, request)
     progress = owner.progress(request.id)
     assert (progress.state, progress.code) == ("failed", code)
-    coordinator.note_progress("site-a", request.id, progress)
+    coordinator.record_progress("site-a", request.id, progress)
     assert owner_statuses(coordinator)[0].progress == progress
 
 
@@ -226,15 +235,15 @@ def ready(
 
 def rewritten(
     owner: Owner, request: ExpertRequest, change: Callable[[Path], None], /, **manifest: Any
-) -> Signed:
-    """Change what is delivered and make it consistent again, as a dishonest owner would; return it signed anew."""
+) -> SignedStatement:
+    """Alter a delivery, make it consistent again as a dishonest owner would, and return a new signed statement."""
     folder = owner.delivery_folder(request.id)
     for path in list(folder.iterdir()):  # they share the expert's bytes
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content)
     change(folder)
-    signed = Signed.read(folder)
+    signed = SignedStatement.read(folder)
     (folder / "delivery.json").unlink()
     tensors, files = digests_of_folder(folder)
     made = replace(
@@ -245,7 +254,7 @@ def rewritten(
     statement = replace(
         signed.statement, expert=made.digest, files=tuple(parts_of(folder / name) for name in names)
     )
-    return Signed(statement, owner.key().sign(statement.signed_bytes))
+    return SignedStatement(statement, owner.key().sign(statement.signed_bytes))
 
 
 def with_tensors(
@@ -314,21 +323,21 @@ def rows_of(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_a_bad_expert_is_put_apart_with_a_reason(
+def test_an_invalid_expert_is_quarantined_with_a_reason(
     ready: tuple[Coordinator, Owner, ExpertRequest],
     change: Callable[[Path], None],
     manifest: dict[str, Any],
     code: RefusalCode,
 ) -> None:
     coordinator, owner, request = ready
-    good = Signed.read(owner.delivery_folder(request.id))
+    good = SignedStatement.read(owner.delivery_folder(request.id))
     try:
         signed = rewritten(owner, request, change, **manifest)
     except UserError:  # it is no safetensors file any more: deliver it as it is
         folder = owner.delivery_folder(request.id)
         files = tuple(parts_of(folder / file.name) for file in good.statement.files)
         statement = replace(good.statement, files=files)
-        signed = Signed(statement, owner.key().sign(statement.signed_bytes))
+        signed = SignedStatement(statement, owner.key().sign(statement.signed_bytes))
     refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
     assert refusal is not None
     assert refusal.code is code
@@ -345,27 +354,30 @@ def test_a_bad_expert_is_put_apart_with_a_reason(
     assert coordinator.layout.finished_experts() == ["site-a"]
 
 
-def restated(signed: Signed, key: Any, **change: Any) -> Signed:
+def restated(signed: SignedStatement, key: Any, **change: Any) -> SignedStatement:
     statement: Statement = replace(signed.statement, **change)
-    return Signed(statement, key.sign(statement.signed_bytes))
+    return SignedStatement(statement, key.sign(statement.signed_bytes))
 
 
-def test_statements_of_others_are_refused_before_a_byte_comes(
+def test_forged_statements_are_refused_before_any_upload(
     ready: tuple[Coordinator, Owner, ExpertRequest], new_owner: NewOwner, clock: Clock
 ) -> None:
     coordinator, owner, request = ready
     other = new_owner("site-b")
-    good = Signed.read(owner.delivery_folder(request.id))
+    good = SignedStatement.read(owner.delivery_folder(request.id))
     own = owner.key()
     file = good.statement.files[0]
     huge = replace(file, size=10 * 2**30, part_size=10 * 2**30, parts=("0" * 64,))
     cases = {
         "forged": (
-            Signed(good.statement, other.key().sign(good.statement.signed_bytes)),
+            SignedStatement(good.statement, other.key().sign(good.statement.signed_bytes)),
             RefusalCode.SIGNATURE,
         ),
-        "unsigned": (Signed(good.statement, ""), RefusalCode.SIGNATURE),
-        "altered": (Signed(replace(good.statement, owner="site-b"), good.signature), RefusalCode.SIGNATURE),
+        "unsigned": (SignedStatement(good.statement, ""), RefusalCode.SIGNATURE),
+        "altered": (
+            SignedStatement(replace(good.statement, owner="site-b"), good.signature),
+            RefusalCode.SIGNATURE,
+        ),
         "other owner": (restated(good, own, owner="site-b"), RefusalCode.SOMEONE_ELSES),
         "other request": (restated(good, own, request="0" * 16), RefusalCode.SOMEONE_ELSES),
         "other seed": (restated(good, own, seed="0" * 64), RefusalCode.SOMEONE_ELSES),
@@ -383,7 +395,7 @@ def test_statements_of_others_are_refused_before_a_byte_comes(
         assert refusal.code is code, name
     with pytest.raises(UserError, match="there is no such request"):
         coordinator.begin("site-b", request.id, good)
-    with pytest.raises(UserError, match="nothing was announced"):
+    with pytest.raises(UserError, match="was not announced"):
         coordinator.put("site-a", request.id, file.name, 0, b"")
     assert not any((coordinator.root / "incoming").iterdir())
     assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, good) is None
@@ -391,7 +403,7 @@ def test_statements_of_others_are_refused_before_a_byte_comes(
 
 def test_a_replay_is_refused(ready: tuple[Coordinator, Owner, ExpertRequest], clock: Clock) -> None:
     coordinator, owner, request = ready
-    good = Signed.read(owner.delivery_folder(request.id))
+    good = SignedStatement.read(owner.delivery_folder(request.id))
     assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, good) is None
     longer = Recipe("flexolmo", FLEXOLMO.options, {**FLEXOLMO.training, "tokens": 640})
     (second,) = ask(coordinator, clock, "site-a", recipe=longer)
@@ -405,11 +417,11 @@ def test_a_replay_is_refused(ready: tuple[Coordinator, Owner, ExpertRequest], cl
     assert coordinator.layout.finished_experts() == ["site-a"]
 
 
-def test_an_expert_that_forgot_public_text_is_refused(
+def test_an_expert_with_a_high_loss_on_public_text_is_refused(
     ready: tuple[Coordinator, Owner, ExpertRequest],
 ) -> None:
     coordinator, owner, request = ready
-    signed = Signed.read(owner.delivery_folder(request.id))
+    signed = SignedStatement.read(owner.delivery_folder(request.id))
     seen: list[Path] = []
 
     def measure(seed: Path, folder: Path) -> HeldOut:
@@ -426,7 +438,7 @@ def test_an_expert_that_forgot_public_text_is_refused(
     assert len(list((coordinator.root / "quarantine").iterdir())) == 2
 
 
-def test_less_privacy_than_was_asked_for_is_refused(
+def test_less_privacy_than_requested_is_refused(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     owner = new_owner("site-a")
@@ -436,7 +448,7 @@ def test_less_privacy_than_was_asked_for_is_refused(
     path = coordinator.root / "requests" / f"{request.id}.json"
     path.write_text(json.dumps(private.as_json()))
     (owner.state / "requests" / f"{request.id}.json").write_text(json.dumps(private.as_json()))
-    with pytest.raises(UserError, match="less privacy than was asked for"):
+    with pytest.raises(UserError, match="with less privacy than the request"):
         owner.delivery(request.id)  # an honest owner's machine does not even sign it
     expert = owner.expert_folder(request)
     signed = make_delivery(expert, private, owner.key(), owner.delivery_folder(request.id))
@@ -445,7 +457,7 @@ def test_less_privacy_than_was_asked_for_is_refused(
     assert refusal.code is RefusalCode.PRIVACY
 
 
-def test_privacy_that_was_asked_for_is_spent_told_and_judged(
+def test_requested_privacy_is_applied_stated_and_checked(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     owner = new_owner("site-a")
@@ -459,4 +471,6 @@ def test_privacy_that_was_asked_for_is_spent_told_and_judged(
     assert spent["delta"] == 1e-5
     signed = owner.delivery(request.id)
     assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
-    assert read_manifest(coordinator.layout.experts / "site-a").data["privacy"] == spent
+    privacy = read_manifest(coordinator.layout.experts / "site-a").data.privacy
+    assert privacy is not None
+    assert record_as_json(privacy) == spent

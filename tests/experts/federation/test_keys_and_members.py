@@ -1,4 +1,4 @@
-"""Who is who: keys that sign, lines that others can read, and a list without doubles."""
+"""Owner keys and the member list: signatures, file permissions and uniqueness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from expertctl.experts.federation.coordinator.members import Members
 from expertctl.experts.federation.protocol.keys import PublicKey, make_key, read_key
 
 
-def test_a_key_signs_what_its_public_part_verifies(tmp_path: Path) -> None:
+def test_the_public_key_verifies_signatures_of_the_private_key(tmp_path: Path) -> None:
     key, other = make_key(tmp_path / "a"), make_key(tmp_path / "b")
     signature = key.sign(b"an expert")
     public = PublicKey.read(tmp_path / "a" / "owner.pub")
@@ -26,7 +26,7 @@ def test_a_key_signs_what_its_public_part_verifies(tmp_path: Path) -> None:
     assert not public.verify(b"an expert", "")
 
 
-def test_the_private_part_is_its_owners_alone_and_is_not_replaced(tmp_path: Path) -> None:
+def test_the_private_key_is_readable_by_its_owner_only_and_not_replaced(tmp_path: Path) -> None:
     make_key(tmp_path / "state")
     path = tmp_path / "state" / "owner.key"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -36,7 +36,7 @@ def test_the_private_part_is_its_owners_alone_and_is_not_replaced(tmp_path: Path
         make_key(tmp_path / "state")
     assert path.read_bytes() == before
     path.chmod(0o644)
-    with pytest.raises(UserError, match="can be read by others; make it yours alone: chmod 600"):
+    with pytest.raises(UserError, match="can be read by other users; restrict it: chmod 600"):
         read_key(tmp_path / "state")
 
 
@@ -44,11 +44,11 @@ def test_other_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no key in"):
         read_key(tmp_path)
     for line in ("", "ssh-ed25519 AAAA", "not a key", "ecdsa-sha2-nistp384 notbase64!"):
-        with pytest.raises(UserError, match=r"no public key of a data owner|is damaged"):
+        with pytest.raises(UserError, match=r"not an owner's public key|is damaged"):
             PublicKey.parse(line)
     make_key(tmp_path / "a")
     (tmp_path / "a" / "owner.key").write_text("garbage")
-    with pytest.raises(UserError, match="is damaged or locked"):
+    with pytest.raises(UserError, match="is damaged or has a passphrase"):
         read_key(tmp_path / "a")
 
 
@@ -61,7 +61,7 @@ def test_ssh_keygen_shows_the_same_fingerprint_and_its_keys_work(tmp_path: Path)
     assert key.public.fingerprint in shown
 
 
-def test_members_have_one_name_and_one_key_each(tmp_path: Path) -> None:
+def test_names_and_keys_of_members_are_unique(tmp_path: Path) -> None:
     members = Members(tmp_path / "federation" / "members.json")
     first, second = make_key(tmp_path / "a").public, make_key(tmp_path / "b").public
     assert members.all() == []
@@ -75,14 +75,14 @@ def test_members_have_one_name_and_one_key_each(tmp_path: Path) -> None:
         members.add("../x", second)
     members.add("site-a", second)
     assert [member.name for member in Members(members.path).all()] == ["site-a", "site-b"]
-    assert members.with_key(second.fingerprint) == members.named("site-a")
+    assert members.find_by_key(second.fingerprint) == members.get("site-a")
     members.remove("site-a")
-    assert members.with_key(second.fingerprint) is None
+    assert members.find_by_key(second.fingerprint) is None
     with pytest.raises(UserError, match="no member 'site-a'"):
-        members.named("site-a")
+        members.get("site-a")
 
 
-def test_several_are_invited_together_or_not_at_all(tmp_path: Path) -> None:
+def test_several_owners_are_invited_all_or_none(tmp_path: Path) -> None:
     members, others = Members(tmp_path / "members.json"), Members(tmp_path / "members.json")
     first, second = make_key(tmp_path / "a").public, make_key(tmp_path / "b").public
     with pytest.raises(UserError, match="'site-a' has that key"):
@@ -92,6 +92,6 @@ def test_several_are_invited_together_or_not_at_all(tmp_path: Path) -> None:
         "site-b",
         "site-a",
     ]
-    assert others.named("site-b").key == first
+    assert others.get("site-b").key == first
     members.remove("site-b")
     assert [member.name for member in others.all()] == ["site-a"]

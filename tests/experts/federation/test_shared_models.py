@@ -1,4 +1,4 @@
-"""A model that owners train together, in rounds, through the same requests and deliveries as experts."""
+"""Shared models: rounds through the same requests and deliveries as experts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from federation_members import MODULES, TRAINING, Clock, hand_in, private_text, 
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, Workspace, load_model, verify
+from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
 from expertctl.core.artefacts.layout import Layout
-from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.experts.federation.coordinator import round_keeper
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
@@ -31,7 +32,7 @@ from expertctl.experts.federation.coordinator.round_keeper import (
 )
 from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
-from expertctl.experts.federation.protocol.delivery import Signed
+from expertctl.experts.federation.protocol.delivery import SignedStatement
 from expertctl.experts.federation.protocol.keys import make_key
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
@@ -55,7 +56,7 @@ def open_request(coordinator: Coordinator, name: str) -> ExpertRequest:
 
 
 def play(coordinator: Coordinator, owners: dict[str, Owner], *names: str) -> None:
-    """Let these owners train and deliver what is open."""
+    """Train and deliver every owner's open request."""
     for name in names or owners:
         request = open_request(coordinator, name)
         trained(coordinator, owners[name], request)
@@ -75,7 +76,7 @@ def owners(new_owner: NewOwner) -> dict[str, Owner]:
 
 
 @pytest.mark.parametrize("recipe", ["fedavg", "diloco"])
-def test_rounds_end_in_a_generalist_that_is_the_average_of_what_owners_made(
+def test_rounds_end_in_a_generalist_that_averages_the_owners(
     coordinator: Coordinator, owners: dict[str, Owner], recipe: str
 ) -> None:
     shared = begin_rounds(coordinator, "together", plan(recipe), SETTINGS)
@@ -104,8 +105,8 @@ def test_rounds_end_in_a_generalist_that_is_the_average_of_what_owners_made(
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
     manifest = read_manifest(folder)
     assert manifest.parents[0].digest == read_manifest(coordinator.layout.seed).digest
-    assert [one["number"] for one in manifest.config["rounds"]] == [0, 1]
-    assert sorted(manifest.data) == sorted(MODULES)
+    assert [one["number"] for one in manifest.merged.rounds] == [0, 1]
+    assert sorted(manifest.expert_data) == sorted(MODULES)
     assert coordinator.layout.finished_experts() == []
     assert status_of(coordinator, shared).state == "finished"
     assert advance(coordinator, shared) == []
@@ -114,9 +115,7 @@ def test_rounds_end_in_a_generalist_that_is_the_average_of_what_owners_made(
     ] * 2
 
 
-def test_owners_keep_nothing_of_rounds_that_are_over(
-    coordinator: Coordinator, owners: dict[str, Owner]
-) -> None:
+def test_owners_delete_the_state_of_closed_rounds(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
     shared = begin_rounds(coordinator, "together", plan(), SETTINGS)
     play(coordinator, owners)
     advance(coordinator, shared)
@@ -134,7 +133,7 @@ def test_owners_keep_nothing_of_rounds_that_are_over(
     assert sorted(path.name for path in (shared.root / "seeds").iterdir()) == ["00001"]
 
 
-def test_the_optimiser_goes_on_where_the_round_before_ended(
+def test_the_optimiser_state_persists_between_rounds(
     coordinator: Coordinator, owners: dict[str, Owner]
 ) -> None:
     begin_rounds(coordinator, "together", plan(), replace(SETTINGS, total=5))
@@ -146,7 +145,7 @@ def test_the_optimiser_goes_on_where_the_round_before_ended(
         assert f"step-{2 * (number + 1):08d}" in steps
 
 
-def test_after_the_deadline_a_quorum_is_enough_and_who_was_missing_comes_back(
+def test_a_quorum_suffices_after_the_deadline_and_missing_owners_return(
     coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
 ) -> None:
     shared = begin_rounds(coordinator, "together", plan(quorum=0.5), SETTINGS)
@@ -166,7 +165,7 @@ def test_after_the_deadline_a_quorum_is_enough_and_who_was_missing_comes_back(
     assert sorted(shared.rounds.report(1).shares) == sorted(MODULES)
 
 
-def test_too_few_owners_wait_for_more_time(
+def test_a_round_below_the_quorum_waits_for_an_extension(
     coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
 ) -> None:
     shared = begin_rounds(coordinator, "together", plan(), SETTINGS)
@@ -174,7 +173,7 @@ def test_too_few_owners_wait_for_more_time(
     request = open_request(coordinator, "site-b")
     clock.pass_hours(2)
     (said,) = advance(coordinator, shared)
-    assert said.startswith("round 1 of 2 of 'together' has 1 of 2 owners and needs 2; give it more time")
+    assert said.startswith("round 1 of 2 of 'together' has 1 of 2 owners and needs 2; repeat the same")
     assert status_of(coordinator, shared).state == "short"
     begin_rounds(coordinator, "together", plan(), SETTINGS)
     again = open_request(coordinator, "site-b")
@@ -184,7 +183,7 @@ def test_too_few_owners_wait_for_more_time(
 
 
 def altered(owner: Owner, request: ExpertRequest, factor: float) -> None:
-    """Deliver other weights than were trained, consistent and signed."""
+    """Deliver altered weights, with a consistent and signed statement."""
     folder = owner.delivery_folder(request.id)
     signed = owner.delivery(request.id)
     weights = {name: factor * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -205,7 +204,7 @@ def altered(owner: Owner, request: ExpertRequest, factor: float) -> None:
     (folder / "delivery.json").write_text(json.dumps(resigned.as_json()))
 
 
-def test_two_models_that_begin_alike_have_the_same_first_round_and_old_rounds_do_not_count_again(
+def test_two_models_share_a_first_round_and_closed_rounds_cannot_be_replayed(
     coordinator: Coordinator, owners: dict[str, Owner]
 ) -> None:
     first = begin_rounds(coordinator, "first", plan(), SETTINGS)
@@ -219,7 +218,7 @@ def test_two_models_that_begin_alike_have_the_same_first_round_and_old_rounds_do
     request = next(
         one for one in coordinator.open_requests("site-a") if str(one.recipe.round).endswith("of 'first'")
     )
-    signed = Signed.read(kept)
+    signed = SignedStatement.read(kept)
     statement = replace(signed.statement, request=request.id, seed=request.seed, recipe=request.recipe.digest)
     again = replace(
         signed, statement=statement, signature=owners["site-a"].key().sign(statement.signed_bytes)
@@ -233,10 +232,10 @@ def test_two_models_that_begin_alike_have_the_same_first_round_and_old_rounds_do
     ("factor", "code"),
     [(float("nan"), RefusalCode.NOT_FINITE), (2.5, RefusalCode.NORM), (9.0, RefusalCode.NORM)],
 )
-def test_bad_weights_are_left_out_and_the_round_goes_on(
+def test_invalid_weights_are_left_out_of_the_round(
     coordinator: Coordinator, owners: dict[str, Owner], factor: float, code: RefusalCode
 ) -> None:
-    """2.5: each tensor is within an expert's bound, and together they have moved further than a round's."""
+    """Scale 2.5 keeps each tensor within the bound of an expert but exceeds the bound of a round."""
     shared = begin_rounds(coordinator, "together", plan(quorum=0.5), SETTINGS)
     play(coordinator, owners, "site-a")
     request = open_request(coordinator, "site-b")
@@ -252,7 +251,7 @@ def test_bad_weights_are_left_out_and_the_round_goes_on(
     assert len(coordinator.open_requests("site-b")) == 1  # that of the next round
 
 
-def test_weights_that_forgot_public_text_are_left_out(
+def test_weights_with_a_high_loss_on_public_text_are_left_out(
     coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
 ) -> None:
     seen: list[tuple[Path, Path]] = []
@@ -272,7 +271,7 @@ def test_weights_that_forgot_public_text_are_left_out(
     assert seen[0][0] == shared.seed_folder()
 
 
-def test_whoever_was_taken_out_is_not_waited_for(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
+def test_a_removed_member_is_not_awaited(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
     shared = begin_rounds(coordinator, "together", plan(quorum=0.5), SETTINGS)
     play(coordinator, owners, "site-a")
     coordinator.members.remove("site-b")
@@ -280,28 +279,28 @@ def test_whoever_was_taken_out_is_not_waited_for(coordinator: Coordinator, owner
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
+    """Simulates kill -9: no handler catches it."""
 
 
 def killed_at(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> None:
-    """Deliver, and die when the round has the weights and the ledger does not know of it."""
-    note = coordinator._note
+    """Deliver, and die after the round has stored the weights and before the ledger entry."""
+    log = coordinator._log
 
     def dying(state: str, *rest: str, **more: str) -> None:
         if state == "accepted":
             raise Killed
-        note(state, *rest, **more)  # type: ignore[arg-type]
+        log(state, *rest, **more)  # type: ignore[arg-type]
 
-    coordinator._note = dying  # type: ignore[method-assign, assignment]
+    coordinator._log = dying  # type: ignore[method-assign, assignment]
     with pytest.raises(Killed):
         deliver(coordinator, owner, request)
-    coordinator._note = note  # type: ignore[method-assign]
+    coordinator._log = log  # type: ignore[method-assign]
 
 
 def test_kills_of_the_coordinator_end_in_the_same_weights(
     tmp_path: Path, new_workspace: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after a delivery counted and before it was told, after the last average, and after the generalist stood."""
+    """Kills between a delivery and its verdict, after the last average, and after the generalist is written."""
     digests = []
     for kind in ("whole", "killed"):
         coordinator = Coordinator(Layout(new_workspace(tmp_path / kind, experts=())), now=clock)
@@ -341,7 +340,7 @@ def dies(*_: object) -> None:
     raise Killed
 
 
-def test_what_cannot_be_begun_is_refused_before_anything_is_asked(
+def test_invalid_shared_models_are_refused_before_any_request(
     coordinator: Coordinator, owners: dict[str, Owner]
 ) -> None:
     with pytest.raises(UserError, match="320 tokens are 10 steps of 32, too few for 11 rounds"):
@@ -350,7 +349,7 @@ def test_what_cannot_be_begun_is_refused_before_anything_is_asked(
     with pytest.raises(UserError, match="eve"):
         begin_rounds(coordinator, "together", stranger, SETTINGS)
     (coordinator.layout.generalists / "taken").mkdir(parents=True)
-    with pytest.raises(UserError, match="has the name 'taken' already"):
+    with pytest.raises(UserError, match="the name 'taken' is taken by"):
         begin_rounds(coordinator, "taken", plan(), SETTINGS)
     assert coordinator.requests() == []
     begin_rounds(coordinator, "together", plan(), SETTINGS)
@@ -358,7 +357,7 @@ def test_what_cannot_be_begun_is_refused_before_anything_is_asked(
         begin_rounds(coordinator, "together", plan("diloco"), SETTINGS)
 
 
-def test_a_keeper_tells_what_happens_once(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
+def test_the_round_keeper_reports_each_event_once(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
     begin_rounds(coordinator, "together", plan(), SETTINGS)
     told: list[str] = []
     stop = threading.Event()
@@ -396,7 +395,7 @@ def test_a_keeper_tells_what_happens_once(coordinator: Coordinator, owners: dict
         {"number": 1.0},
     ],
 )
-def test_a_round_that_makes_no_sense_is_refused_by_its_owner(changed: dict[str, object]) -> None:
+def test_an_owner_refuses_an_invalid_round(changed: dict[str, object]) -> None:
     recipe = Recipe("all", round=RoundOf("together", "0" * 16, 1, 2, 5))
     content = recipe.as_json()
     assert Recipe.of_json(content) == recipe
@@ -407,7 +406,7 @@ def test_a_round_that_makes_no_sense_is_refused_by_its_owner(changed: dict[str, 
         Recipe.of_json({**content, "round": {**content["round"], "more": 1}})
 
 
-def test_rules_of_rounds_are_kept_on_disk(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
+def test_averaging_rules_persist_on_disk(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
     rules = AveragingRules(max_change=0.5)
     shared = begin_rounds(coordinator, "together", plan(rules=rules), SETTINGS)
     assert SharedModel(shared.root).rounds.plan.rules == rules

@@ -1,4 +1,4 @@
-"""A simulated federation: times that can be reckoned by hand, and the real coordinator's judgement of what is handed in."""
+"""Simulated federations: times computed by hand, and the real coordinator's checks of deliveries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expertctl.experts.federation.judging.acceptance import RefusalCode
 from expertctl.experts.federation.protocol.parts import PART_BYTES
 from expertctl.experts.federation.simulation.deliveries import Delivers
 from expertctl.experts.federation.simulation.events import Events, Line, SimulatedClock
-from expertctl.experts.federation.simulation.owners import OwnerTraits, drawn_owners, read_trace
+from expertctl.experts.federation.simulation.owners import OwnerTraits, draw_owners, read_trace
 from expertctl.experts.federation.simulation.plan import Plan
 from expertctl.experts.federation.simulation.planning import Report, simulate
 
@@ -38,7 +38,7 @@ def hours_to_all(owners: Sequence[OwnerTraits], plan: Plan = PLAN) -> float:
     return report.hours_to_all
 
 
-def test_events_happen_in_order_of_time_and_then_of_planning() -> None:
+def test_events_run_in_order_of_time_and_then_of_scheduling() -> None:
     clock = SimulatedClock(datetime(2031, 1, 1, tzinfo=UTC))
     events, seen = Events(clock), []
     for name, seconds in (("late", 20.0), ("a", 10.0), ("b", 10.0)):
@@ -54,7 +54,7 @@ def test_events_happen_in_order_of_time_and_then_of_planning() -> None:
     assert events.done == 4
 
 
-def test_a_line_carries_parts_one_after_the_other() -> None:
+def test_a_line_transfers_parts_in_sequence() -> None:
     line = Line(bytes_per_second=100.0)
     assert line.arrival(0.0, 200, 1e9) == 2.0
     assert line.arrival(0.0, 100, 1e9) == 3.0  # behind the first
@@ -62,7 +62,7 @@ def test_a_line_carries_parts_one_after_the_other() -> None:
     assert (line.carried, line.busy_seconds) == (400, 4.0)
 
 
-def test_one_owner_takes_what_fetching_training_and_sending_take() -> None:
+def test_one_owners_time_is_download_plus_training_plus_upload() -> None:
     assert hours_to_all([owner()]) == pytest.approx(2 + 10 + 1)
     assert hours_to_all([owner(joins_hours=3.0)]) == pytest.approx(16)
     assert hours_to_all([owner(upload_mbit=0.5)]) == pytest.approx(14)
@@ -71,7 +71,7 @@ def test_one_owner_takes_what_fetching_training_and_sending_take() -> None:
 
 
 def test_the_coordinators_line_is_shared() -> None:
-    """Eight owners with lines that are no limit, behind one that carries 450 MB an hour each way."""
+    """Eight owners with fast connections share a coordinator's line of 450 MB an hour in each direction."""
     fast = [owner(f"o{number}", download_mbit=1e6, upload_mbit=1e6) for number in range(8)]
     report = simulate(fast, replace(PLAN, line_gbit=0.001, deadline=timedelta(hours=100)))
     assert report.hours_to_all == pytest.approx(8 * 2 + 10 + 8 * 1, abs=1.5)
@@ -79,14 +79,14 @@ def test_the_coordinators_line_is_shared() -> None:
     assert (report.bytes_down, report.bytes_up) == (8 * 900_000_000, 8 * 450_000_000)
 
 
-def test_training_goes_on_from_the_checkpoint_after_a_dropout() -> None:
+def test_training_resumes_from_the_checkpoint_after_an_offline_period() -> None:
     every = replace(PLAN, checkpoint_seconds=3600.0)
     # Training begins at 2.0; at 5.5 three and a half hours are done, and three of them are in a checkpoint.
     assert hours_to_all([owner(offline=((5.5, 8.0),))], every) == pytest.approx(8.0 + 7 + 1)
     assert hours_to_all([owner(offline=((5.5, 8.0), (8.5, 20.0)))], every) == pytest.approx(20.0 + 7 + 1)
 
 
-def test_a_part_that_was_on_the_line_is_sent_again_and_what_arrived_is_not() -> None:
+def test_only_the_part_in_transfer_is_sent_again() -> None:
     part = PART_BYTES / 450_000_000  # hours
     cut_at = 12 + 2.5 * part
     report = simulate([owner(offline=((cut_at, 20.0),))], PLAN)
@@ -95,7 +95,7 @@ def test_a_part_that_was_on_the_line_is_sent_again_and_what_arrived_is_not() -> 
     assert report.bytes_up == 450_000_000 + PART_BYTES
 
 
-def test_an_owner_that_is_away_when_it_would_join_joins_when_it_is_back() -> None:
+def test_an_owner_offline_at_its_joining_time_joins_when_it_is_back() -> None:
     assert hours_to_all([owner(joins_hours=1.0, offline=((0.0, 3.0),))]) == pytest.approx(3 + 13)
     assert hours_to_all([owner(joins_hours=4.0, offline=((0.0, 3.0),))]) == pytest.approx(4 + 13)
 
@@ -112,7 +112,7 @@ CODES = {
 }
 
 
-def test_the_real_checks_judge_what_is_handed_in() -> None:
+def test_the_real_checks_judge_deliveries() -> None:
     assert set(CODES) == set(get_args(Delivers))
     bad = [owner(kind.replace("_", "-"), delivers=kind, joins_hours=1.0) for kind in CODES if kind != "good"]
     report = simulate([owner(), *bad], replace(PLAN, quorum=0.1))
@@ -124,7 +124,7 @@ def test_the_real_checks_judge_what_is_handed_in() -> None:
     assert report.bytes_up == 5 * 450_000_000
 
 
-def test_who_is_late_or_gone_is_counted_and_asked_again() -> None:
+def test_late_and_departed_owners_are_counted_and_asked_again() -> None:
     owners = [owner("a"), owner("b", tokens_per_second=300.0), owner("c", leaves_hours=5.0)]
     plan = replace(PLAN, deadline=timedelta(hours=30), quorum=0.6)
     once = simulate(owners, plan)
@@ -134,7 +134,7 @@ def test_who_is_late_or_gone_is_counted_and_asked_again() -> None:
     assert again.hours_to_quorum == pytest.approx(2 + 10 / 0.3 + 1, rel=1e-3)
 
 
-def test_one_who_was_told_late_hands_in_again_when_asked_again() -> None:
+def test_a_late_owner_delivers_again_when_asked_again() -> None:
     slow = owner("b", upload_mbit=0.1)  # announces at 12 h, has sent it all at 22 h
     plan = replace(PLAN, deadline=timedelta(hours=20), ask_again=1)
     report = simulate([slow], plan)
@@ -151,16 +151,16 @@ def without_cost(report: Report) -> dict[str, Any]:
 
 def test_the_same_seed_gives_the_same_federation() -> None:
     plan = Plan(expert_bytes=200_000_000, seed_bytes=0)
-    first, second = (simulate(drawn_owners(30, 7), plan) for _ in range(2))
+    first, second = (simulate(draw_owners(30, 7), plan) for _ in range(2))
     assert without_cost(first) == without_cost(second)
     assert first.accepted > 20
     assert first.peak_memory_bytes > 1_000_000
     assert first.accepted + sum(first.refused.values()) + first.late + first.never == 30
-    assert drawn_owners(40, 7)[:30] == drawn_owners(30, 7)
-    assert drawn_owners(30, 8) != drawn_owners(30, 7)
+    assert draw_owners(40, 7)[:30] == draw_owners(30, 7)
+    assert draw_owners(30, 8) != draw_owners(30, 7)
 
 
-def test_nothing_is_left_behind_and_what_a_killed_one_left_is_cleared(tmp_path: Path) -> None:
+def test_temporary_folders_are_removed_including_those_of_killed_simulations(tmp_path: Path) -> None:
     alive, dead = (tmp_path / f"expertctl-simulation-{pid}-x" for pid in (os.getpid(), 2**22 + 1))
     for folder in (alive, dead):
         (folder / "coordinator").mkdir(parents=True)
@@ -219,14 +219,14 @@ def test_a_trace_is_read_from_csv_and_json_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("court,800", "court,fast"), r"owner 2: tokens_per_second is 'fast', and should be a number"),
-        (("court,800", "court,0"), r"owner 2: tokens_per_second of 'court' has to be more than 0"),
+        (("court,800", "court,fast"), r"owner 2: tokens_per_second is 'fast'; expected a number"),
+        (("court,800", "court,0"), r"owner 2: tokens_per_second of 'court' must be more than 0"),
         (("court,800", "clinic,800"), r"has 'clinic' twice"),
         (("upload_mbit", "upload_mbits"), r"no column 'upload_mbits' \(did you mean 'upload_mbit'\?\)"),
-        (("3-5.5;20-22", "3 to 5"), r"offline is '3 to 5', and should be such as 3-5.5;20-22"),
-        (("3-5.5;20-22", "5-3"), r"the hours in which 'clinic' was offline do not follow each other"),
-        (("forged", "nonsense"), r"'court' delivers 'nonsense'; it can be good, not_finite"),
-        (("court,800,50", "court,800,"), r"owner 2: it has no download_mbit"),
+        (("3-5.5;20-22", "3 to 5"), r"offline is '3 to 5'; expected periods such as 3-5.5;20-22"),
+        (("3-5.5;20-22", "5-3"), r"the offline periods of 'clinic' are not in order"),
+        (("forged", "nonsense"), r"delivers of 'court' is 'nonsense'; choose good, not_finite"),
+        (("court,800,50", "court,800,"), r"owner 2: the row has no download_mbit"),
         (("court,800", "../court,800"), r"an owner cannot be called '\.\./court'"),
         ((TRACE[TRACE.index("clinic") :], ""), r"has no owner"),
     ],
@@ -238,11 +238,11 @@ def test_a_damaged_trace_is_one_clear_error(tmp_path: Path, change: tuple[str, s
         read_trace(path)
 
 
-def test_lines_that_are_no_json_are_named(tmp_path: Path) -> None:
+def test_lines_that_are_not_json_are_named(tmp_path: Path) -> None:
     path = tmp_path / "owners.jsonl"
     path.write_text('{"name": \n')
-    with pytest.raises(UserError, match=r"owners.jsonl:1 is no JSON"):
+    with pytest.raises(UserError, match=r"owners.jsonl:1 is not JSON"):
         read_trace(path)
     path.write_text("[1]\n")
-    with pytest.raises(UserError, match="a row has to be a JSON object"):
+    with pytest.raises(UserError, match="a row must be a JSON object"):
         read_trace(path)

@@ -186,7 +186,7 @@ def test_documents_are_chosen_evenly_and_short_ones_are_counted(fresh: Path) -> 
 def test_what_cannot_be_done_is_one_clear_error(fresh: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no document has 32 tokens \(1 are shorter\); lower --prefix"):
         audit_extraction(fresh, ["short"], SMALL)
-    with pytest.raises(UserError, match=r"fresh looks at 128 tokens, .* are 289; lower --continuation"):
+    with pytest.raises(UserError, match=r"fresh has 128 positions, .* need 289; lower --continuation"):
         audit_extraction(fresh, documents(2), AttackSettings())
     other = tiny_model_folder(tmp_path / "other", "llama")
     tokenizer = json.loads((other / "tokenizer_config.json").read_text())

@@ -55,7 +55,7 @@ def test_fisher_information_is_the_mean_square_of_the_blocks_gradients(model: An
 
 def test_no_text_is_an_error(model: Any) -> None:
     for gather in (gather_grams, gather_fisher):
-        with pytest.raises(UserError, match="no text to gather statistics on"):
+        with pytest.raises(UserError, match="no text to compute statistics on"):
             gather(model, [])
 
 
@@ -71,7 +71,7 @@ def ws(tmp_path: Path, new_workspace: Any) -> Workspace:
 
 @pytest.mark.parametrize(("method", "kind"), [("regmean", "gram"), ("fisher", "fisher")])
 def test_a_merge_by_statistics(ws: Workspace, method: str, kind: str) -> None:
-    with pytest.raises(UserError, match=f"gather them with `expertctl stats code --kind {kind}`"):
+    with pytest.raises(UserError, match=f"collect them with `expertctl stats code --kind {kind}`"):
         ws.merge("m", method=method)
     for name in ("code", "law"):
         written = ws.statistics(name, kind=kind, domain="code", samples=4)
@@ -91,7 +91,7 @@ def test_statistics_of_another_training_are_refused(ws: Workspace) -> None:
     path = ws.root / "statistics" / "law" / "gram" / "statistics.json"
     digest = (ws.experts / "law" / "expert.json").read_text().partition('"digest": "')[2][:64]
     path.write_text(path.read_text().replace(digest, "0" * 64))
-    with pytest.raises(UserError, match="are of an earlier expert 'law'"):
+    with pytest.raises(UserError, match="belong to an earlier version of expert 'law'"):
         ws.merge("m", method="regmean")
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, load_model, verify
 from expertctl.core.artefacts.layout import Layout
-from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.core.config.project import load_project
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.testing import tiny_model_folder
 from expertctl.experts.runs.seed import import_seed, start_pretraining
 from expertctl.workspace import Workspace
@@ -124,7 +124,7 @@ def test_a_missing_shard_is_named(layout: Layout, tmp_path: Path) -> None:
     source = tiny_model_folder(tmp_path / "model")
     shard(source)
     (source / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors, which is not there"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors, which does not exist"):
         import_seed(layout, source)
 
 
@@ -134,7 +134,7 @@ def test_a_folder_that_is_no_model_is_refused(layout: Layout, tmp_path: Path) ->
         import_seed(layout, tmp_path / "empty")
     source = tiny_model_folder(tmp_path / "model")
     (source / "config.json").write_text(json.dumps({"model_type": "frobnicator"}))
-    with pytest.raises(UserError, match="no causal language model that transformers knows"):
+    with pytest.raises(UserError, match="not a causal language model supported by transformers"):
         import_seed(layout, source)
 
 
@@ -146,9 +146,9 @@ def test_a_seed_is_not_replaced_without_force(layout: Layout, model_folder: Path
 
 def test_a_pretrained_seed_says_what_it_was_made_of(seeded_project: Path) -> None:
     manifest = read_manifest(seeded_project / "seed")
-    assert set(manifest.data["domains"]) == {"prose", "chance"}
-    assert manifest.config["preset"] == "tiny"
-    assert manifest.config["training"]["schedule_end"] == 0.5
+    assert set(manifest.domains) == {"prose", "chance"}
+    assert manifest.run.preset == "tiny"
+    assert manifest.run.training.schedule_end == 0.5
     assert verify(seeded_project / "seed") == []
 
 
@@ -170,7 +170,7 @@ def test_going_on_with_other_settings_is_refused(project: Workspace) -> None:
     start_pretraining(project.layout, project.config)
     path = project.layout.config_file
     path.write_text(path.read_text().replace('"tokens": 1280', '"tokens": 2560'))
-    with pytest.raises(UserError, match="was begun with other settings"):
+    with pytest.raises(UserError, match="was started with other settings"):
         start_pretraining(project.layout, load_project(path))
 
 
@@ -180,5 +180,5 @@ def test_a_preset_too_short_for_the_blocks_is_refused(project: Workspace) -> Non
     shutil.rmtree(project.layout.seed)
     path = project.layout.config_file
     path.write_text(path.read_text().replace('"sequence_length": 32', '"sequence_length": 4096'))
-    with pytest.raises(UserError, match="more than the 1024 positions of preset 'tiny'"):
+    with pytest.raises(UserError, match="exceeds the 1024 positions of preset 'tiny'"):
         start_pretraining(project.layout, load_project(path))

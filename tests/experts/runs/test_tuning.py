@@ -12,10 +12,11 @@ from flexolmo_workspaces import OWNERS, tune_here
 
 from expertctl import UserError, load_model
 from expertctl.core.artefacts.files import remove_tree
-from expertctl.core.artefacts.lineage import read_manifest, verify
 from expertctl.core.config.settings import TrainingConfig
-from expertctl.experts.runs.replaced import put_back
-from expertctl.experts.runs.specification import read_run
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.run import read_run
+from expertctl.core.manifests.verification import verify
+from expertctl.experts.runs.replaced import restore_backup
 from expertctl.experts.runs.tuning import require_same, start_tuning
 from expertctl.experts.training.run import train_run
 from expertctl.merge.generalists.card import model_card
@@ -55,10 +56,14 @@ def begun(workspace: Workspace, name: str, base: str, **training: Any) -> Path:
             "flexolmo",
             "'flexolmo' trains an expert; use it with `expertctl branch NAME --trains flexolmo`",
         ),
-        ("prose", "router", "'prose' is an expert, and whole models are tuned; branch a new one from it"),
+        (
+            "prose",
+            "router",
+            "'prose' is an expert, and only full models can be tuned; branch a new expert from it",
+        ),
         ("trees-to-tune", "all", "'trees-to-tune' is of kind ensemble and holds several models"),
-        ("trees-to-tune", "router", "'trees-to-tune' is no mixture of experts"),
-        ("to-tune", "demix", "divides the feed-forwards of a dense model, and 'to-tune' has several already"),
+        ("trees-to-tune", "router", "'trees-to-tune' is not a mixture of experts"),
+        ("to-tune", "demix", "demix needs a dense model, and 'to-tune' already has several"),
     ],
 )
 def test_what_a_trainer_cannot_do_is_said_before_it_is_set_up(
@@ -77,13 +82,15 @@ def test_weights_of_losses_are_numbers_of_zero_or_more(merged: Workspace, option
 
 
 def test_nothing_is_trained_into_itself(merged: Workspace) -> None:
-    with pytest.raises(UserError, match="'to-tune' cannot be trained into itself; choose another name"):
+    with pytest.raises(
+        UserError, match="'to-tune' cannot be both the base and the result; choose another name"
+    ):
         merged.tune("to-tune", "to-tune", trains="router", domains=["prose"], force=True)
     assert verify(merged.generalists / "to-tune") == []
 
 
 def test_experts_have_none_to_switch_off(merged: Workspace) -> None:
-    with pytest.raises(UserError, match="is an expert and has none that can be switched off"):
+    with pytest.raises(UserError, match="is a single expert; only experts of ensembles"):
         load_model(merged.experts / "prose", without=["prose"])
 
 
@@ -91,7 +98,7 @@ def test_an_unfinished_tuning_is_gone_on_with_by_its_own_command(merged: Workspa
     folder = merged.generalists / "half-tuned"
     folder.mkdir()
     try:
-        with pytest.raises(UserError, match="is not finished; `expertctl tune half-tuned` goes on with it"):
+        with pytest.raises(UserError, match="is not finished; resume it with `expertctl tune half-tuned`"):
             merged.layout.artefact("half-tuned")
     finally:
         folder.rmdir()
@@ -100,7 +107,7 @@ def test_an_unfinished_tuning_is_gone_on_with_by_its_own_command(merged: Workspa
 def test_an_unfinished_tuning_goes_on_as_it_began_in_every_setting(merged: Workspace) -> None:
     folder = begun(merged, "goes-on", "to-tune", tokens=512, learning_rate=1e-3)
     for training, told in (
-        ({"tokens": 1024}, "with training.tokens 512, not 1024"),
+        ({"tokens": 1024}, "has training.tokens 512, not 1024"),
         ({"learning_rate": 1}, "not 1.0"),
     ):
         with pytest.raises(UserError, match=told):
@@ -123,15 +130,15 @@ def test_a_tuned_models_card_says_how_it_was_tuned(merged: Workspace) -> None:
 
 def test_experts_are_changed_looked_for_and_switched_off_from_python(merged: Workspace) -> None:
     fewer = merged.change_experts("to-tune", "fewer", remove=["means"])
-    assert fewer.config["mixture"]["experts"] == ["public", "prose", "chance"]
+    assert list(fewer.merged.experts) == ["public", "prose", "chance"]
     absence = merged.absence("fewer", "means")
     assert (absence.found, absence.merged) == ((), None)
     assert merged.absence("to-tune", "means").found
     whole = merged.change_experts("fewer", merged.root / "elsewhere", add=["means"])
-    assert whole.config["mixture"]["experts"] == ["public", "prose", "chance", "means"]
+    assert list(whole.merged.experts) == ["public", "prose", "chance", "means"]
     other = merged.change_experts("fewer", "renewed", replace={"prose": "means"})
-    assert other.config["mixture"]["experts"] == ["public", "prose", "chance"]
-    with pytest.raises(UserError, match="has the name 'prose' already"):
+    assert list(other.merged.experts) == ["public", "prose", "chance"]
+    with pytest.raises(UserError, match="the name 'prose' is taken by"):
         merged.change_experts("to-tune", "prose", remove=["means"])
     said = merged.generate("to-tune", "def ", max_new_tokens=2, without=["means"]).text
     assert said == merged.generate("fewer", "def ", max_new_tokens=2).text
@@ -144,9 +151,7 @@ def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> N
     before = read_manifest(merged.generalists / "remade").digest
     merged.merge("remade", options={"top_k": 1}, force=True, **settings)
     assert read_manifest(merged.generalists / "remade").digest == before, "the tensors are the same"
-    with pytest.raises(
-        UserError, match=r"'remade/config\.json' was made again since 'of-remade' began from it"
-    ):
+    with pytest.raises(UserError, match=r"'remade/config\.json' changed since 'of-remade' was set up"):
         train_run(folder, lambda record: None, lambda: False)
     assert folder.is_dir(), "what was refused for another reason than the trainer's can still go on"
     remove_tree(folder)
@@ -155,12 +160,12 @@ def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> N
 def test_a_refused_tuning_replaces_nothing(merged: Workspace) -> None:
     kept = tune_here(merged, "kept", "to-tune", trains="router", domains=["prose"], training={"tokens": 256})
     for trains, options, message in (
-        ("demix", {}, "demix divides"),
-        ("demix_dapt", {}, "demix_dapt adds"),
+        ("demix", {}, "demix needs"),
+        ("demix_dapt", {}, "demix_dapt needs"),
         (
             "mixture",
             {"routing": "sample"},
-            "trains mixtures with top_k 1",
+            "requires a mixture with top_k 1",
         ),  # refused once the model is loaded
         ("model.nothing.*", {}, "nothing"),
     ):
@@ -179,7 +184,7 @@ def test_a_refused_tuning_replaces_nothing(merged: Workspace) -> None:
     tune_here(
         merged, "kept", "to-tune", trains="router", domains=["means"], training={"tokens": 256}, force=True
     )
-    assert list(read_manifest(kept).config["mixture"]["tuned"][0]["domains"]) == ["means"]
+    assert list(read_manifest(kept).tunings[0].domains) == ["means"]
     assert not list(merged.generalists.glob(".kept*"))
 
 
@@ -188,7 +193,7 @@ def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) ->
     divided = tune_here(
         merged, "divided", "dense-tuned", trains="demix", domains=["prose", "means"], training={"tokens": 256}
     )
-    assert read_manifest(divided).config["mixture"]["experts"] == ["prose", "means"]
+    assert list(read_manifest(divided).merged.experts) == ["prose", "means"]
 
 
 def test_what_was_finished_since_is_what_is_kept(merged: Workspace) -> None:
@@ -198,7 +203,7 @@ def test_what_was_finished_since_is_what_is_kept(merged: Workspace) -> None:
     first = read_manifest(folder).digest
     begun(merged, "begun-twice", "to-tune", tokens=256)
     begun(merged, "begun-twice", "to-tune", tokens=256)  # the first try never trained
-    put_back(folder)
+    restore_backup(folder)
     assert read_manifest(folder).digest == first
     begun(merged, "begun-twice", "to-tune", tokens=256)
     merged.merge(
@@ -206,5 +211,5 @@ def test_what_was_finished_since_is_what_is_kept(merged: Workspace) -> None:
     )  # something else has the name now
     second = read_manifest(folder).digest
     begun(merged, "begun-twice", "to-tune", tokens=256)
-    put_back(folder)
+    restore_backup(folder)
     assert read_manifest(folder).digest == second != first

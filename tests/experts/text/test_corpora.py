@@ -139,7 +139,7 @@ def test_copies_of_one_document_cannot_be_split(layout: Layout, model_folder: Pa
     path = jsonl(layout.root / "one.jsonl", ["the same"] * 3)
     assert 0 in map(len, split_of(layout, ["the same"] * 3, 0.1))
     with pytest.raises(
-        UserError, match="split by document and needs two that differ: add text, or give train"
+        UserError, match="split by document and needs two different documents: add text, or give train"
     ):
         prepare(layout, model_folder, path=path)
 
@@ -212,7 +212,7 @@ def test_a_missing_file_and_an_unknown_format_are_named(layout: Layout, model_fo
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
         prepare(layout, model_folder, train="nowhere.jsonl", valid="nowhere.jsonl")
     (layout.root / "x.pdf").write_bytes(b"%PDF")
-    with pytest.raises(UserError, match=r"x\.pdf is of no known format; known endings: .*\.jsonl"):
+    with pytest.raises(UserError, match=r"x\.pdf has an unknown format; known suffixes: .*\.jsonl"):
         prepare(layout, model_folder, train="x.pdf", valid="x.pdf")
 
 

@@ -95,16 +95,16 @@ def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspa
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"clusters": 5000}, "5000 clusters need at least as many texts"),
+        ({"clusters": 5000}, "5000 clusters need at least 5000 texts"),
         ({"clusters": 2, "domains": ["nix"]}, "no domain 'nix'"),
-        ({"clusters": 2, "stop_words": "klingon"}, "no stop words for 'klingon'"),
-        ({}, "say how many clusters there are to be"),
+        ({"clusters": 2, "stop_words": "klingon"}, "stop word file 'klingon' does not exist"),
+        ({}, "the number of clusters is missing"),
         ({"clusters": 2, "by": "feeling"}, "no domain discoverer 'feeling'; installed: hidden_states"),
         ({"clusters": 2, "colour": 1}, "domain discoverer 'tfidf' has no option 'colour'"),
-        ({"clusters": 2, "by": "hidden_states"}, "there is no seed yet"),
+        ({"clusters": 2, "by": "hidden_states"}, "discoverer hidden_states needs a seed"),
         ({"clusters": 2, "by": "sentence_embeddings"}, "needs the folder of a model"),
         ({"clusters": 2, "by": "sentence_embeddings", "folder": "nowhere"}, "has no config.json"),
-        ({"by": "metadata"}, "mixed.jsonl:1: no field 'source' to sort by; there are: text"),
+        ({"by": "metadata"}, "mixed.jsonl:1: no field 'source'; fields: text"),
     ],
 )
 def test_what_cannot_be_is_refused_with_nothing_left(
@@ -120,15 +120,15 @@ def test_what_cannot_be_is_refused_with_nothing_left(
 @pytest.mark.parametrize(
     ("texts", "clusters", "said"),
     [
-        ([""] * 20, 2, "there is no training document to sort in mixed"),
-        (["the same text over and over"] * 60, 1, "gets no (training|validation) document"),
-        (["the court held", "a poem of words"], 4, "4 clusters need at least as many texts"),
+        ([""] * 20, 2, "no training document to cluster in mixed"),
+        (["the same text over and over"] * 60, 1, "has no (training|validation) document"),
+        (["the court held", "a poem of words"], 4, "4 clusters need at least 4 texts"),
         (
             [f"word{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(60)],
             3,
-            "of .. texts 0 have such words",
+            "only 0 of .. texts do",
         ),
-        (["law", "code", "poem", "song"] * 15, 2, "gets no (training|validation) document"),
+        (["law", "code", "poem", "song"] * 15, 2, "has no (training|validation) document"),
     ],
     ids=["empty", "duplicates", "fewer", "strangers", "one word"],
 )
@@ -170,7 +170,7 @@ def test_a_set_is_not_replaced_unasked_nor_made_of_itself(workspace: Workspace) 
     workspace.discover("campus", 2)
     with pytest.raises(UserError, match="exists already"):
         workspace.discover("campus", 2)
-    with pytest.raises(UserError, match="'campus-0' is one of the clusters 'campus' itself"):
+    with pytest.raises(UserError, match="'campus-0' is itself one of the clusters 'campus'"):
         workspace.discover("campus", 2, domains=["campus-0"], force=True)
     assert len(workspace.discover("campus", 3, force=True).clusters) == 3
     finer = workspace.discover("finer", 2, domains=["campus-0"])
@@ -189,7 +189,7 @@ def test_a_domain_of_the_project_file_goes_before_a_cluster(workspace: Workspace
 def test_a_damaged_list_of_clusters_is_named(workspace: Workspace) -> None:
     found = workspace.discover("campus", 2)
     (found.folder / "clusters.json").write_text('{"clusters": [{}]}')
-    with pytest.raises(UserError, match=r"clusters.json is no list of clusters"):
+    with pytest.raises(UserError, match=r"clusters.json is not a valid list of clusters"):
         Workspace(workspace.root).config  # noqa: B018  # reading it is what is tested
 
 

@@ -164,7 +164,7 @@ def test_a_plugins_order_is_used_and_held_to_its_word(
             "in_context", "", lambda texts: sorted(range(len(texts)), key=texts.__getitem__)
         )
     }
-    monkeypatch.setattr(corpora.installed_plugins(), "document_order", offers.__getitem__)
+    monkeypatch.setattr(corpora.installed_plugins(), "offer", lambda kind, name: offers[name])
     prepared = workspace.prepare(["sorted"])[0]
     store = prepared.open("train")
     encoder = TextEncoder.of_folder(workspace.layout.seed)
@@ -174,5 +174,5 @@ def test_a_plugins_order_is_used_and_held_to_its_word(
     first = encoder.encode(texts[:1])[0]
     assert store.read(1, 1 + len(first)).tolist() == first
     offers["in_context"] = DocumentOrder("in_context", "", lambda texts: [0] * len(texts))
-    with pytest.raises(RuntimeError, match="gives no permutation"):
+    with pytest.raises(RuntimeError, match="does not return a permutation"):
         workspace.prepare(["sorted"], force=True)

@@ -61,7 +61,7 @@ def run(loop: TrainingLoop, steps: int | None = None) -> list[float]:
 
 
 def test_the_loop_equals_a_hand_written_one_with_torch_adamw(blocks: TokenBlocks) -> None:
-    loop = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
+    loop = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     batches = []
     draw = loop._batch
     loop._batch = lambda: batches.append(draw()) or batches[-1]  # type: ignore[method-assign,func-returns-value]
@@ -91,9 +91,9 @@ def test_the_loop_equals_a_hand_written_one_with_torch_adamw(blocks: TokenBlocks
 
 
 def test_accumulation_equals_one_larger_batch(blocks: TokenBlocks) -> None:
-    whole = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
+    whole = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     halves = CONFIG.model_copy(update={"batch_size": 1, "accumulation": 2})
-    split = TrainingLoop(all_parameters(tiny_model(), None), blocks, halves)
+    split = TrainingLoop(all_parameters(tiny_model()), blocks, halves)
     assert run(whole) == pytest.approx(run(split), abs=1e-5)
 
 
@@ -101,13 +101,13 @@ def test_accumulation_equals_one_larger_batch(blocks: TokenBlocks) -> None:
 def test_going_on_from_a_checkpoint_gives_the_same_bits(
     blocks: TokenBlocks, tmp_path: Path, stop: int
 ) -> None:
-    whole = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
+    whole = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     losses = run(whole)
 
-    first = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
+    first = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     begun = run(first, stop)
     save_checkpoint(first, tmp_path / "state")
-    second = TrainingLoop(all_parameters(tiny_model(seed=9), None), blocks, CONFIG)
+    second = TrainingLoop(all_parameters(tiny_model(seed=9)), blocks, CONFIG)
     assert restore_latest(second, tmp_path / "state") == stop
     assert begun + run(second) == losses
     for name, parameter in whole.parameters.items():
@@ -117,7 +117,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(
 
 
 def test_random_numbers_go_on_too(blocks: TokenBlocks, tmp_path: Path) -> None:
-    loop = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
+    loop = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     save_checkpoint(loop, tmp_path / "state")
     expected = torch.rand(4)
     torch.manual_seed(123)
@@ -126,7 +126,7 @@ def test_random_numbers_go_on_too(blocks: TokenBlocks, tmp_path: Path) -> None:
 
 
 def test_only_two_checkpoints_are_kept(blocks: TokenBlocks, tmp_path: Path) -> None:
-    loop = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
+    loop = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     for _ in loop.steps():
         save_checkpoint(loop, tmp_path / "state")
     assert [path.name for path in sorted((tmp_path / "state").iterdir())] == [
@@ -137,7 +137,7 @@ def test_only_two_checkpoints_are_kept(blocks: TokenBlocks, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "state"])
 def test_a_damaged_checkpoint_is_one_clear_error(blocks: TokenBlocks, tmp_path: Path, damage: str) -> None:
-    loop = TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG)
+    loop = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     run(loop, 2)
     folder = save_checkpoint(loop, tmp_path / "state")
     weights = folder / "weights.safetensors"
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(blocks: TokenBlocks, tmp_path: 
     else:
         (folder / "state.json").write_text('{"step": 2')
     with pytest.raises(
-        UserError, match=r"checkpoint .*step-00000002 is damaged .*delete it to go on from the start"
+        UserError, match=r"checkpoint .*step-00000002 is damaged .*delete it to resume from the start"
     ):
         restore_latest(loop, tmp_path / "state")
 
@@ -170,17 +170,17 @@ def test_only_the_chosen_part_moves_and_has_optimiser_state(blocks: TokenBlocks)
 def test_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
     write_part(tmp_path, [("abc", [1, 2, 3])], separator=0, vocabulary=64)
     with pytest.raises(UserError, match="shorter than one block of 16 tokens"):
-        TrainingLoop(all_parameters(tiny_model(), None), TokenBlocks(TokenStore(tmp_path), 16), CONFIG)
+        TrainingLoop(all_parameters(tiny_model()), TokenBlocks(TokenStore(tmp_path), 16), CONFIG)
 
 
 def test_an_unknown_device_is_refused(blocks: TokenBlocks) -> None:
     config = CONFIG.model_copy(update={"device": "gpu"})
-    with pytest.raises(UserError, match="no kind of device 'gpu'"):
-        TrainingLoop(all_parameters(tiny_model(), None), blocks, config)
+    with pytest.raises(UserError, match="unknown device 'gpu'"):
+        TrainingLoop(all_parameters(tiny_model()), blocks, config)
 
 
 def test_the_golden_losses_of_a_seeded_run(blocks: TokenBlocks) -> None:
-    losses = run(TrainingLoop(all_parameters(tiny_model(), None), blocks, CONFIG))
+    losses = run(TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG))
     assert losses == pytest.approx(GOLDEN, abs=2e-4)
 
 

@@ -16,25 +16,25 @@ from hypothesis.extra.numpy import arrays
 
 from expertctl.core.errors import UserError
 from expertctl.core.hooks.manager import installed_plugins
-from expertctl.core.hooks.merging import TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, TensorGroup, TensorMerge
 from expertctl.core.hooks.options import parse_options
 from expertctl.core.testing import assert_merge_ok, in_numpy, tensor_group
-from expertctl.merge.dense.arrays import in_pieces, inner_products, kth_largest_magnitude, random_mask
-from expertctl.merge.dense.averages.linear import weighted
+from expertctl.merge.dense.arrays import inner_products, kth_largest_magnitude, map_chunks, random_mask
+from expertctl.merge.dense.averages.linear import fused_weighted_sum
 
 BY_ORDER = {"slerp"}
 """From the first to the second: order is meant."""
 COUNTS = {"slerp": 2, "nuslerp": 2, "nearswap": 1, "arcee_fusion": 1, "passthrough": 1}
 METHODS = [
     method.name
-    for method in installed_plugins().merge_methods().values()
-    if method.merge is not None and method.statistics is None
+    for method in installed_plugins().offers(MergeMethod).values()
+    if isinstance(method, TensorMerge) and method.statistics is None
 ]
 
 
 def merger(name: str, **values: Any) -> Callable[[TensorGroup], Any]:
-    method = installed_plugins().merge_method(name)
-    assert method.merge is not None
+    method = installed_plugins().offer(MergeMethod, name)
+    assert isinstance(method, TensorMerge)
     options = parse_options(method.options, values, name)
     merge = method.merge
     return lambda group: merge(group, options)
@@ -46,8 +46,8 @@ def numbers(*shape: int) -> Any:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in BY_ORDER])
 def test_every_method_has_the_properties_of_a_merge(name: str) -> None:
-    method = installed_plugins().merge_method(name)
-    assert method.merge is not None
+    method = installed_plugins().offer(MergeMethod, name)
+    assert isinstance(method, TensorMerge)
     count = COUNTS.get(name, 3)
     assert_merge_ok(method.merge, parse_options(method.options, {}, name), num_experts=count, arrays="any")
 
@@ -117,10 +117,10 @@ def test_density_zero_keeps_the_seed_and_one_keeps_everything(name: str) -> None
 @pytest.mark.parametrize(
     ("name", "values", "part"),
     [
-        ("ties", {"density": 1.5}, "density is 1.5; it is 0 to 1"),
+        ("ties", {"density": 1.5}, "density is 1.5; it must be in the range 0 to 1"),
         ("ties", {"density": [0.2, -1]}, "density is -1"),
-        ("slerp", {"t": 2}, "t is 2.0; it is 0 to 1"),
-        ("della", {"density": 0.1, "epsilon": 0.3}, "outside of 0 to 1"),
+        ("slerp", {"t": 2}, "t is 2.0; it must be in the range 0 to 1"),
+        ("della", {"density": 0.1, "epsilon": 0.3}, "outside the range 0 to 1"),
         ("dare_ties", {"rescale": "l3"}, "option rescale"),
         ("nearswap", {"t": -1}, "t is -1.0"),
         ("fisher", {"floor": 0}, "floor is 0.0"),
@@ -188,15 +188,15 @@ def test_threads_do_not_disturb_each_other() -> None:
 def test_a_weighted_sum_has_the_bits_of_torchs_fused_addition() -> None:
     group = tensor_group((300, 257))
     for weights in ((0.3, 1.1, 0.7), (1.0, 1.0, 1.0), (0.25, -0.5, 2.0), (0.0, 1.0, 0.1)):
-        found = weighted(in_numpy(group).experts, weights)
-        assert np.array_equal(found, weighted(group.experts, weights).numpy())
+        found = fused_weighted_sum(in_numpy(group).experts, weights)
+        assert np.array_equal(found, fused_weighted_sum(group.experts, weights).numpy())
 
 
 def test_work_in_pieces_gives_what_work_on_the_whole_gives() -> None:
     values = np.random.default_rng(0).standard_normal((700, 300)).astype("f4")
-    found = in_pieces(lambda a, b: a * 2 + b, values, values)
+    found = map_chunks(lambda a, b: a * 2 + b, values, values)
     np.testing.assert_array_equal(found, values * 2 + values)
-    assert in_pieces(lambda a: a + 1, np.zeros((0, 4), "f4")).shape == (0, 4)
+    assert map_chunks(lambda a: a + 1, np.zeros((0, 4), "f4")).shape == (0, 4)
 
 
 def test_inner_products_are_those_of_the_differences() -> None:

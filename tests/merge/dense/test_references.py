@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertctl.core.hooks.manager import installed_plugins
-from expertctl.core.hooks.merging import TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, TensorGroup, TensorMerge
 from expertctl.core.hooks.options import parse_options
 from expertctl.core.testing import in_numpy
 from expertctl.merge.dense.arrays import random_mask
@@ -254,8 +254,8 @@ def test_a_method_is_what_its_definition_says(
     weights: tuple[float, ...],
     shape: tuple[int, ...],
 ) -> None:
-    method = installed_plugins().merge_method(name)
-    assert method.merge is not None
+    method = installed_plugins().offer(MergeMethod, name)
+    assert isinstance(method, TensorMerge)
     options = parse_options(method.options, values, name)
     group = group_of(shape, count, weights)
     expected = naive(group)
@@ -270,8 +270,8 @@ def test_a_method_is_what_its_definition_says(
 def test_fisher_weighs_every_element_by_its_information() -> None:
     information = tuple(torch.rand(30, 4, generator=torch.Generator().manual_seed(n)) for n in range(2))
     group = group_of((30, 4), 2, (0.25, 0.75), statistics=information)
-    method = installed_plugins().merge_method("fisher")
-    assert method.merge is not None
+    method = installed_plugins().offer(MergeMethod, "fisher")
+    assert isinstance(method, TensorMerge)
     _, experts, weights = wide(group)
     counts = [w * f.double().numpy() for w, f in zip(weights, information, strict=True)]
     expected = sum(c * x for c, x in zip(counts, experts, strict=True)) / sum(counts)
@@ -290,8 +290,8 @@ def test_regmean_is_the_least_squares_fit_of_every_experts_outputs() -> None:
     stacked = np.vstack(inputs)
     wanted = np.vstack([x @ w.T for x, w in zip(inputs, experts, strict=True)])
     expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
-    method = installed_plugins().merge_method("regmean")
-    assert method.merge is not None
+    method = installed_plugins().offer(MergeMethod, "regmean")
+    assert isinstance(method, TensorMerge)
     options = parse_options(method.options, {"scale": 1.0, "ridge": 0.0}, "regmean")
     for given in (group, in_numpy(group)):
         np.testing.assert_allclose(np.asarray(method.merge(given, options)), expected, rtol=1e-3, atol=1e-4)
@@ -299,8 +299,8 @@ def test_regmean_is_the_least_squares_fit_of_every_experts_outputs() -> None:
 
 def test_regmean_averages_what_is_no_linear_layer() -> None:
     group = group_of((7,), 2, (0.25, 0.75), statistics=(None, None))
-    method = installed_plugins().merge_method("regmean")
-    assert method.merge is not None
+    method = installed_plugins().offer(MergeMethod, "regmean")
+    assert isinstance(method, TensorMerge)
     found = method.merge(group, parse_options(method.options, {}, "regmean"))
     torch.testing.assert_close(found, 0.25 * group.experts[0] + 0.75 * group.experts[1])
 

@@ -1,4 +1,4 @@
-"""The streaming engine: what it reads, gives to methods, rounds and writes; against plain loops in float64."""
+"""The streaming engine, compared with plain loops in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from toy_models import Tensors, engine_merge, random_tensors, recipe, tensors_of
 
 from expertctl.core.artefacts.safetensors_io import Checkpoint, read_header
 from expertctl.core.errors import UserError
-from expertctl.core.hooks.merging import MergeMethod, TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, TensorGroup, TensorMerge
 
 LINE = "model.layers.1.mlp.up_proj.weight"
 
@@ -27,9 +27,9 @@ def mean(group: TensorGroup, options: Any) -> Any:
     return total
 
 
-MEAN = MergeMethod("mean", "", merge=mean, uses_seed=False, elementwise=True, arrays="any")
-WHOLE = MergeMethod("mean", "", merge=mean, uses_seed=False, arrays="any")
-IN_TORCH = MergeMethod("mean", "", merge=mean, uses_seed=False)
+MEAN = TensorMerge("mean", "", merge=mean, uses_seed=False, elementwise=True, arrays="any")
+WHOLE = TensorMerge("mean", "", merge=mean, uses_seed=False, arrays="any")
+IN_TORCH = TensorMerge("mean", "", merge=mean, uses_seed=False)
 
 
 def folders(root: Path, count: int, **how: Any) -> dict[str, Path]:
@@ -163,7 +163,7 @@ def test_what_no_expert_changed_is_copied_without_asking_the_method(tmp_path: Pa
         asked.append(group.name)
         return group.experts[0]
 
-    method = MergeMethod("look", "", merge=look, arrays="any")
+    method = TensorMerge("look", "", merge=look, arrays="any")
     what = recipe("look", {"seed": seed.folder, "law": seed.folder}, seed="seed")
     stack = plan_tensors(what, method, {"seed": seed, "law": expert})
     (tmp_path / "out").mkdir()
@@ -182,7 +182,7 @@ def test_integers_that_agree_are_copied_and_those_that_differ_are_refused(tmp_pa
     assert tensors_of(tmp_path / "out")["count"].tolist() == [3, 4]
     models["y"] = write_model(tmp_path / "z", {**other, "count": torch.tensor([3, 5])})
     with pytest.raises(
-        UserError, match="tensor 'count' holds I64 numbers, which are never averaged, and it differs"
+        UserError, match="tensor 'count' has dtype I64, which cannot be averaged, but differs"
     ):
         engine_merge(recipe("mean", models), tmp_path / "two", method=MEAN)
 
@@ -216,15 +216,17 @@ def test_a_method_sees_float32_of_every_expert_in_order_with_its_weight(
 
 
 def test_a_method_without_seed_says_so_when_it_asks_for_it(tmp_path: Path) -> None:
-    greedy = MergeMethod("greedy", "", merge=lambda group, options: group.seed, uses_seed=False)
+    greedy = TensorMerge("greedy", "", merge=lambda group, options: group.seed, uses_seed=False)
     with pytest.raises(ValueError, match="there is no seed for"):
         engine_merge(recipe("greedy", folders(tmp_path, 2)), tmp_path / "out", method=greedy)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_method_that_changes_a_shape_is_named(tmp_path: Path, threads: int) -> None:
-    bad = MergeMethod("bad", "", merge=lambda group, options: group.experts[0][:1], uses_seed=False)
-    with pytest.raises(UserError, match=r"merge method 'bad' made '.*' \[1(, 4)?\] of \["):
+    bad = TensorMerge("bad", "", merge=lambda group, options: group.experts[0][:1], uses_seed=False)
+    with pytest.raises(
+        UserError, match=r"merge method 'bad' returned shape \[1(, 4)?\] for tensor '.*'; expected \["
+    ):
         engine_merge(recipe("bad", folders(tmp_path, 2)), tmp_path / "out", method=bad, threads=threads)
 
 
@@ -232,7 +234,7 @@ def test_an_error_in_a_method_stops_all_threads_and_keeps_its_traceback(tmp_path
     def fails(group: TensorGroup, options: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    broken = MergeMethod("broken", "", merge=fails, uses_seed=False)
+    broken = TensorMerge("broken", "", merge=fails, uses_seed=False)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         engine_merge(recipe("broken", folders(tmp_path, 2, layers=20)), tmp_path / "out", method=broken)
 
@@ -246,4 +248,4 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     last = max(source.tensors.values(), key=lambda one: one.entry.end)
     with Reader() as reader, pytest.raises(UserError, match="ends within tensor"):
-        reader.whole(last)
+        reader.read(last)

@@ -1,4 +1,4 @@
-"""Files of a merge on their way to the disk."""
+"""Writing the files of a merge."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from toy_models import engine_merge, random_tensors, recipe, write_model
 
 from expertctl.core.errors import UserError
-from expertctl.core.hooks.merging import MergeMethod
+from expertctl.core.hooks.merging import TensorMerge
 from expertctl.merge.engine import writing
 
-FIRST = MergeMethod("first", "", merge=lambda group, _: group.experts[0], uses_seed=False, elementwise=True)
+FIRST = TensorMerge("first", "", merge=lambda group, _: group.experts[0], uses_seed=False, elementwise=True)
 
 
 def models(root: Path) -> dict[str, Path]:

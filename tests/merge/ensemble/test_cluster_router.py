@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 import expertctl
 from expertctl import UserError, load_model
 from expertctl.core.artefacts.files import read_json
-from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.testing import tiny_model_folder
 from expertctl.core.text.clustering.clusterer import Clusterer, unit_rows
 from expertctl.core.text.tokenizer import TextEncoder
 from expertctl.experts.training.run import train_run
-from expertctl.merge.ensemble.cluster_router import ClusterRouter, ClusterRouting, fitted_temperature
+from expertctl.merge.ensemble.cluster_router import ClusterRouter, ClusterRouting, fit_temperature
 from expertctl.workspace import Workspace
 
 LAW = "the court held that the contract of the parties is void and the appeal was dismissed with costs"
@@ -59,7 +59,7 @@ def naive_weights(router: ClusterRouter, clusterer: Clusterer, tokens: list[int]
     routing = router.routing
     found = [np.zeros(len(routing.clusters))]
     for count in range(1, len(tokens) + 1):
-        if not routing.due(count):
+        if not routing.is_update_due(count):
             found.append(found[-1])
             continue
         text = router.reader.tokenizer.decode(tokens[:count], skip_special_tokens=False)
@@ -168,7 +168,7 @@ def test_the_fitted_temperature_is_the_best_of_many(made: Workspace) -> None:
             total -= float(np.logaddexp.reduce(joint, axis=1).sum())
         return total
 
-    best = fitted_temperature(model.router, texts)
+    best = fit_temperature(model.router, texts)
     assert loss(best) <= min(loss(10**power) for power in np.linspace(-3, 1, 20)) + 1e-3
 
 
@@ -192,9 +192,9 @@ def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"prior": "uniform"}, "weights or a prior would be ignored"),
+        ({"prior": "uniform"}, "ignores weights and prior"),
         ({"clusters": "campsu"}, "no set of clusters 'campsu'"),
-        ({"temperature": 0.0}, "temperature is 0; it is above 0"),
+        ({"temperature": 0.0}, "temperature is 0; it must be greater than 0"),
         ({"top_k": 3}, "top_k is 3"),
         ({"every": 0}, "every is 0"),
     ],
@@ -209,12 +209,12 @@ def test_the_manifest_says_what_was_settled_so_that_the_same_can_be_merged_witho
     made: Workspace,
 ) -> None:
     manifest = read_manifest(made.generalists / "forest")
-    options, config = manifest.config["options"], read_json(made.generalists / "forest" / "config.json")
+    options, config = manifest.merged.options, read_json(made.generalists / "forest" / "config.json")
     assert options["clusters"] == "campus"
     assert options["temperature"] == config["router"]["temperature"]
-    assert manifest.config["weights"] == {}
+    assert manifest.merged.weights == {}
     again = made.merge("again", method="ensemble", options=options)
-    assert again.config["fitted_on"] == []
+    assert again.merged.fitted_on == ()
     assert read_json(made.generalists / "again" / "config.json") == config
     assert again.digest == manifest.digest
 
@@ -224,7 +224,7 @@ def test_clusters_that_no_text_can_be_followed_by_are_refused(made: Workspace) -
     before = path.read_text()
     try:
         path.write_text(json.dumps(json.loads(before) | {"by": "hidden_states"}))
-        with pytest.raises(UserError, match="'campus' was found by hidden_states"):
+        with pytest.raises(UserError, match="'campus' was made by hidden_states"):
             made.merge("other", method="ensemble", options={"router": "cluster"})
     finally:
         path.write_text(before)
@@ -232,4 +232,4 @@ def test_clusters_that_no_text_can_be_followed_by_are_refused(made: Workspace) -
 
 def test_routing_is_due_early_and_then_regularly() -> None:
     routing = ClusterRouting((0, 1), 0.1, every=8)
-    assert [count for count in range(1, 25) if routing.due(count)] == [1, 2, 4, 8, 16, 24]
+    assert [count for count in range(1, 25) if routing.is_update_due(count)] == [1, 2, 4, 8, 16, 24]

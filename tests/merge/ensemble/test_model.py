@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 import expertctl
 from expertctl.core.artefacts.layout import Layout
-from expertctl.core.artefacts.lineage import verify
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError
+from expertctl.core.manifests.verification import verify
 from expertctl.core.models.posterior import EWMA_RATE
 from expertctl.merge.merging import merge
 
@@ -373,7 +373,7 @@ def test_top_k_does_not_open_the_files_of_the_others(new_workspace: Any, tmp_pat
 
 @pytest.mark.parametrize("top_k", [0, 4, -1])
 def test_top_k_must_name_between_one_and_all_experts(olmo: Path, top_k: int) -> None:
-    with pytest.raises(UserError, match=f"top_k is {top_k}; with 3 experts it is 1 to 3"):
+    with pytest.raises(UserError, match=f"top_k is {top_k}; with 3 experts it must be in the range 1 to 3"):
         make_ensemble(olmo, top_k=top_k)
 
 
@@ -522,3 +522,20 @@ def test_auto_classes_load_an_ensemble_in_a_fresh_process(olmo: Path) -> None:
     assert name == "EnsembleForCausalLM 300"
     expected = loaded(folder).generate(torch.tensor([[72, 41, 8]]), max_new_tokens=6, do_sample=False)
     assert generated == str(expected.tolist())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (GenerationMixin, "_supports_default_dynamic_cache"),
+        (PretrainedConfig, "_attn_implementation"),
+        (PreTrainedModel, "_init_weights"),
+        (PreTrainedModel, "_supports_flash_attn"),
+        (PreTrainedModel, "_supports_sdpa"),
+    ],
+)
+def test_private_names_of_transformers_that_model_classes_override_exist(owner: type, name: str) -> None:
+    assert hasattr(owner, name), (
+        f"transformers no longer has {owner.__name__}.{name}, which the ensemble, the mixture container or the stitched "
+        "model uses; adapt the model class to its replacement"
+    )

@@ -1,4 +1,4 @@
-"""Model cards: valid metadata for the hub, and everything that the manifest knows."""
+"""Model cards: valid hub metadata and the contents of the manifest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.statements import PrivacyStatement
+from expertctl.core.manifests.verification import verify
 from expertctl.merge.generalists.card import model_card
 from expertctl.workspace import Workspace
 
@@ -64,11 +66,23 @@ def test_the_card_says_what_protects_private_text(workspace: Path) -> None:
     from dataclasses import replace
 
     law = read_manifest(workspace / "experts" / "law")
-    spent = {"epsilon": 7.991, "delta": 1e-6, "protects": "one block of 32 tokens, added or removed"}
-    text = model_card(replace(law, data={**law.data, "privacy": spent}))
+    spent = PrivacyStatement(
+        "one block of 32 tokens, added or removed",
+        7.991,
+        1e-6,
+        "rdp",
+        "secret",
+        1.0,
+        1.0,
+        0.1,
+        5,
+        (),
+        "1.6.0",
+    )
+    text = model_card(replace(law, data=replace(law.data, privacy=spent)))
     assert (
         "law (10 tokens); differential privacy: epsilon 7.99 at delta 1e-06 for one block of 32 tokens, added or removed"
         in text
     )
-    seeded = model_card(replace(law, data={**law.data, "privacy": {**spent, "epsilon": None}}))
+    seeded = model_card(replace(law, data=replace(law.data, privacy=replace(spent, epsilon=None))))
     assert "differential privacy" not in seeded

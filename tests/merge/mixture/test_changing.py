@@ -14,7 +14,8 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tun
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.verification import verify
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
@@ -52,12 +53,12 @@ def test_leaving_gives_the_bytes_of_a_merge_without(
     manifest = change_experts(whole, tmp_path / "smaller", Change(remove=(gone,)))
     assert model_files(tmp_path / "smaller") == model_files(direct)
     assert verify(tmp_path / "smaller") == []
-    assert manifest.config["mixture"]["experts"] == ["public", *without(OWNERS, gone)]
-    (entry,) = manifest.config["mixture"]["history"]
-    assert (entry["what"], entry["expert"]) == ("left", gone)
-    assert entry["from"] == read_manifest(whole).digest
+    assert list(manifest.merged.experts) == ["public", *without(OWNERS, gone)]
+    (entry,) = manifest.history
+    assert (entry.change, entry.expert) == ("left", gone)
+    assert entry.base_digest == read_manifest(whole).digest
     assert gone not in {parent.name for parent in manifest.parents}
-    assert f"`{gone}` left on {entry['when']}" in (tmp_path / "smaller" / "README.md").read_text()
+    assert f"`{gone}` left on {entry.date}" in (tmp_path / "smaller" / "README.md").read_text()
     absence = find_expert(tmp_path / "smaller", flexolmo_workspace.experts / gone)
     assert absence.found == ()
     assert absence.compared > 0
@@ -77,10 +78,10 @@ def test_joining_gives_the_bytes_of_a_merge_with(
     change = Change(add={late: flexolmo_workspace.experts / late})
     manifest = change_experts(small, tmp_path / "larger", change)
     assert model_files(tmp_path / "larger") == model_files(direct)
-    assert manifest.config["mixture"]["history"][0]["what"] == "joined"
+    assert manifest.history[0].change == "joined"
     back = change_experts(tmp_path / "larger", tmp_path / "back", Change(remove=(late,)))
     assert model_files(tmp_path / "back") == model_files(small)
-    assert [entry["what"] for entry in back.config["mixture"]["history"]] == ["joined", "left"]
+    assert [entry.change for entry in back.history] == ["joined", "left"]
 
 
 def test_taking_a_place_gives_the_bytes_of_a_merge_with_the_other(
@@ -124,9 +125,9 @@ def test_others_are_what_they_were(flexolmo_workspace: Workspace, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        (Change(), "nothing is to be changed"),
+        (Change(), "there is nothing to change"),
         (Change(remove=("chnace",)), "no expert 'chnace' .did you mean 'chance'"),
-        (Change(remove=("public",)), "'public' is the seed's own part"),
+        (Change(remove=("public",)), "'public' is the seed's feed-forward network"),
         (Change(remove=("prose",), add={"chance": Path("x")}), "'chance' is in the mixture already"),
     ],
 )
@@ -160,7 +161,7 @@ def test_what_an_expert_has_outside_of_its_feed_forwards_is_not_lost_silently(
     change_experts(
         dropping, tmp_path / "changed", Change(replace={"prose": entire}), run=MergeRun(say=said.append)
     )
-    assert any("tensors outside of the feed-forwards of 'prose' are dropped" in line for line in said)
+    assert any("tensors of 'prose' outside the feed-forward networks are dropped" in line for line in said)
 
 
 def test_an_expert_without_rows_is_told_why_it_cannot_join(
@@ -169,7 +170,7 @@ def test_an_expert_without_rows_is_told_why_it_cannot_join(
     workspace = Workspace(copytree(flexolmo_workspace.root, tmp_path / "w"))
     inner = train_here(workspace, "inner", domain="prose", trains="feed_forward")
     whole = merge(workspace, "all-plain", OWNERS)
-    with pytest.raises(UserError, match=r"brings no router row .* this router is made of its experts' rows"):
+    with pytest.raises(UserError, match=r"has no router row .* router is made of its experts' rows"):
         change_experts(whole, tmp_path / "changed", Change(add={"inner": inner}))
 
 
@@ -213,15 +214,16 @@ def test_what_was_trained_jointly_is_told(flexolmo_workspace: Workspace, tmp_pat
         )
     said: list[str] = []
     change_experts(tuned, tmp_path / "smaller", Change(remove=("means",)), run=MergeRun(say=said.append))
-    assert any("'means' was in the mixture when its router was trained on public" in line for line in said)
+    assert any("trainer 'router' ran on public while 'means' was one of the experts" in line for line in said)
     absence = find_expert(tmp_path / "smaller", flexolmo_workspace.experts / "means")
     assert absence.found == ()
     assert any(
-        "router was trained on public while 'means' was one of the experts" in line for line in absence.traces
+        "trainer 'router' ran on public while 'means' was one of the experts" in line
+        for line in absence.traces
     )
     assert any(line.startswith("'means' left on") for line in absence.traces)
     smaller, _ = load_model(tmp_path / "smaller", dtype="float32")
-    with pytest.warns(UserWarning, match="while 'means' was one of its experts"):
+    with pytest.warns(UserWarning, match="while 'means' was one of the experts"):
         switched, _ = load_model(tuned, dtype="float32", without=["means"])
     with torch.inference_mode():
         torch.testing.assert_close(smaller(input_ids=TOKENS).logits, switched(input_ids=TOKENS).logits)
@@ -245,9 +247,9 @@ def test_tuning_moves_rows_only(flexolmo_workspace: Workspace) -> None:
     assert changed == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)}
     manifest = read_manifest(tuned)
     assert verify(tuned) == []
-    assert manifest.config["mixture"]["tuned"][0]["domains"].keys() == {"public"}
+    assert manifest.tunings[0].domains.keys() == {"public"}
     assert {parent.name for parent in manifest.parents} == {"all-plain", "seed", *OWNERS}
-    assert "recipe" not in manifest.config
+    assert manifest.merged.recipe is None
 
 
 def test_random_rows_are_made_again_for_those_who_join(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_the_name_of_the_seeds_own_part_is_no_experts(flexolmo_workspace: Worksp
     with pytest.raises(UserError, match="an expert cannot be called 'public'"):
         flexolmo_workspace.branch("public", domain="prose", trains="flexolmo", options={"public": "public"})
     folder = copytree(flexolmo_workspace.experts / "prose", tmp_path / "public")
-    with pytest.raises(UserError, match="'public': that is the seed's own feed-forward"):
+    with pytest.raises(UserError, match="'public' in a mixture: that is the seed's feed-forward"):
         flexolmo_workspace.merge(
             "named", experts=(str(folder),), method="mixture", options={"router": "random"}
         )
@@ -273,7 +275,7 @@ def test_a_refused_tuning_leaves_its_name_free(flexolmo_workspace: Workspace) ->
     merge(flexolmo_workspace, "all-plain", OWNERS)
     settings: dict[str, Any] = {"domains": ("public",), "training": {"tokens": 512}}
     for trains in ("router", "mixture"):
-        with pytest.raises(UserError, match="'seed' is no mixture of experts"):
+        with pytest.raises(UserError, match="'seed' is not a mixture of experts"):
             flexolmo_workspace.tune("tuned-late", "seed", trains=trains, **settings)
     assert not (flexolmo_workspace.generalists / "tuned-late").exists()
 
@@ -308,10 +310,10 @@ def test_rows_fitted_on_text_of_all_let_nobody_join_alone(
 ) -> None:
     two = merge(flexolmo_workspace, "hidden-two", OWNERS[:2], method="mixture")
     join = Change(add={OWNERS[2]: flexolmo_workspace.experts / OWNERS[2]})
-    with pytest.raises(UserError, match="fitted on text of all its experts together"):
+    with pytest.raises(UserError, match="fitted on the text of all experts"):
         change_experts(two, tmp_path / "joined", join, layout=flexolmo_workspace.layout)
     assert not (tmp_path / "joined").exists()
-    with pytest.raises(UserError, match="is fitted on text; run its `merge` again"):
+    with pytest.raises(UserError, match="was fitted on text; repeat its `expertctl merge`"):
         reproduce(read_manifest(two), two, layout=flexolmo_workspace.layout)
 
 
@@ -358,7 +360,7 @@ def test_cards_and_licences_follow_the_experts(tmp_path: Path) -> None:
     nobody = workspace.experts / OWNERS[1]
     replace(read_manifest(nobody), licence="cc-by-nd-4.0").write(nobody)
     join = Change(add={OWNERS[1]: nobody})
-    with pytest.raises(UserError, match="allows no derived models"):
+    with pytest.raises(UserError, match="forbids derived models"):
         change_experts(tmp_path / "left", tmp_path / "joined", join)
     allowed = MergeRun(permissions=Permissions(licences=True))
     assert change_experts(tmp_path / "left", tmp_path / "joined", join, run=allowed).licence is None
@@ -372,7 +374,7 @@ def test_an_expert_that_left_a_tuned_mixture_is_looked_for_by_its_tensors(
     tuned = tune_here(flexolmo_workspace, "looked-for", base.name, trains="router", domains=["public"])
     change_experts(tuned, tmp_path / "left", Change(remove=(OWNERS[0],)))
     absence = flexolmo_workspace.absence(str(tmp_path / "left"), OWNERS[0])
-    assert (absence.found, absence.merged, absence.made_in_it) == ((), None, False)
+    assert (absence.found, absence.merged, absence.trained_inside) == ((), None, False)
     assert absence.compared > 0
 
 
@@ -382,4 +384,4 @@ def test_a_top_k_that_is_possible_is_kept(flexolmo_workspace: Workspace, tmp_pat
     train_again(flexolmo_workspace, tmp_path / "prose")
     change = Change(replace={"prose": tmp_path / "prose"})
     manifest = change_experts(whole, tmp_path / "renewed", change, layout=flexolmo_workspace.layout)
-    assert manifest.config["mixture"]["top_k"] == 4
+    assert manifest.merged.mixture.top_k == 4

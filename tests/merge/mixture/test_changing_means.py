@@ -9,13 +9,13 @@ from changed_mixtures import merge, model_files
 from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tune_here
 
 from expertctl import UserError, load_model
-from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.verification import verify
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
 from expertctl.merge.remaking.expert_changes import change_experts
 from expertctl.merge.remaking.reproducing import reproduce
-from expertctl.merge.sources.history import history_of
 from expertctl.workspace import Workspace
 
 
@@ -37,14 +37,14 @@ def test_who_left_what_is_made_again_is_written_down(averaged: Workspace, tmp_pa
         averaged.generalists / "soft", tmp_path / "less", change, layout=averaged.layout
     )
     assert model_files(tmp_path / "less") == model_files(direct)
-    (event,) = history_of(manifest)
-    assert (event["what"], event["expert"]) == ("left", "means")
-    assert event["from"] == read_manifest(averaged.generalists / "soft").digest
+    (event,) = manifest.history
+    assert (event.change, event.expert) == ("left", "means")
+    assert event.base_digest == read_manifest(averaged.generalists / "soft").digest
     assert verify(tmp_path / "less") == []
     assert "`means` left on" in (tmp_path / "less" / "README.md").read_text()
     absence = find_expert(tmp_path / "less", averaged.experts / "means")
     assert (absence.found, absence.merged) == ((), None)
-    assert absence.traces == (f"'means' left on {event['when']}",)
+    assert absence.traces == (f"'means' left on {event.date}",)
     assert reproduce(manifest, tmp_path / "less", layout=averaged.layout).same
     joined = change_experts(
         tmp_path / "less",
@@ -52,12 +52,12 @@ def test_who_left_what_is_made_again_is_written_down(averaged: Workspace, tmp_pa
         Change(add={"means": averaged.experts / "means"}),
         layout=averaged.layout,
     )
-    assert [event["what"] for event in history_of(joined)] == ["left", "joined"]
+    assert [event.change for event in joined.history] == ["left", "joined"]
 
 
 def test_nobody_joins_twice(averaged: Workspace, tmp_path: Path) -> None:
     change = Change(add={"prose": averaged.experts / "prose"})
-    with pytest.raises(UserError, match=r"'prose' is in .*soup already"):
+    with pytest.raises(UserError, match=r"'prose' is already in .*soup"):
         change_experts(averaged.generalists / "soup", tmp_path / "twice", change, layout=averaged.layout)
     assert not (tmp_path / "twice").exists()
 
@@ -70,18 +70,20 @@ def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(
     manifest = change_experts(
         tuned, tmp_path / "less", Change(remove=("means",)), run=MergeRun(say=said.append)
     )
-    assert any("stays a mean that 'means' is part of" in line for line in said)
-    assert set(manifest.config["weights"]) == set(OWNERS)
-    assert manifest.config["mixture"]["experts"] == list(OWNERS[:2])
+    assert any("stay a mean that includes 'means'" in line for line in said)
+    assert set(manifest.merged.weights) == set(OWNERS)
+    assert list(manifest.merged.experts) == list(OWNERS[:2])
     absence = averaged.absence(str(tmp_path / "less"), "means")
     assert absence.compared > 0
     assert absence.found == ()
-    assert absence.merged == "'means' is part of the mean that all but its feed-forwards is"
+    assert absence.merged == "'means' is part of the mean of all tensors outside the feed-forward networks"
     again = change_experts(tmp_path / "less", tmp_path / "least", Change(remove=("chance",)))
-    assert {one["name"] for one in again.config["mixture"]["averaged"]} == set(OWNERS)
+    assert {expert.name for expert in again.merged.mixture.averaged} == set(OWNERS)
     with (
         pytest.warns(UserWarning, match="is the mean of its experts, 'prose' included"),
-        pytest.warns(UserWarning, match="its router trained on public while 'prose' was one of its experts"),
+        pytest.warns(
+            UserWarning, match="trainer 'router' ran on public while 'prose' was one of the experts"
+        ),
     ):
         load_model(tuned, without=["prose"])
 
@@ -97,7 +99,7 @@ def test_who_takes_a_place_has_no_share_in_the_mean(averaged: Workspace, tmp_pat
     assert weights["means"] is None
     assert weights["prose"] == pytest.approx(1 / 3)
     old = find_expert(tmp_path / "renewed", averaged.experts / "means")
-    assert old.merged == "'means' is part of the mean that all but its feed-forwards is"
+    assert old.merged == "'means' is part of the mean of all tensors outside the feed-forward networks"
 
 
 def test_licences_of_those_in_the_mean_still_count(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_a_replaced_expert_does_not_come_back(averaged: Workspace, tmp_path: Pat
     aside = averaged.root / "aside"
     (averaged.experts / "means").rename(aside)
     try:
-        with pytest.raises(UserError, match=r"is not the 'prose' that .*soup-renewed was made of"):
+        with pytest.raises(UserError, match=r"is not the 'prose' that .*soup-renewed was made from"):
             change_experts(renewed, tmp_path / "x", Change(remove=("chance",)), layout=averaged.layout)
     finally:
         aside.rename(averaged.experts / "means")
@@ -135,8 +137,8 @@ def test_a_replaced_expert_does_not_come_back(averaged: Workspace, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (Change(), "nothing is to be changed"),
-        (Change(remove=("prose",), replace={"prose": Path("means")}), "either leaves or is replaced"),
+        (Change(), "there is nothing to change"),
+        (Change(remove=("prose",), replace={"prose": Path("means")}), "cannot both remove and replace prose"),
     ],
 )
 def test_changes_without_sense_are_refused(

@@ -13,7 +13,7 @@ from mixtures_of_copies import TOKENS, copies, mix
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.merge.merging import merge_recipe
 from expertctl.merge.recipes.recipe import Recipe, whole_models
 
@@ -213,7 +213,7 @@ def test_families_that_nobody_describes_run_in_the_container(tmp_path: Path, fam
     ("family", "said"),
     [
         ("bloom", "BloomMLP\\) takes hidden_states, residual"),
-        ("opt", "no feed-forwards where family 'opt' keeps"),
+        ("opt", "no feed-forward tensors where family 'opt' has"),
     ],
 )
 def test_families_without_feed_forwards_of_their_own_are_refused(

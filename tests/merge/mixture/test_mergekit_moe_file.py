@@ -53,7 +53,7 @@ def read(tmp_path: Path) -> Any:
 )
 def test_every_gate_mode_makes_a_mixture(read: Any, tmp_path: Path, mode: str) -> None:
     manifest = merge_recipe(read(gate_mode=mode), tmp_path / "out")
-    assert manifest.config["mixture"]["experts"] == ["a", "b"]
+    assert list(manifest.merged.experts) == ["a", "b"]
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     base = load_file(tmp_path / "base" / "model.safetensors")
     assert torch.equal(
@@ -81,7 +81,7 @@ def test_a_plan_runs_no_model(read: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_one_model_may_be_several_experts(read: Any, tmp_path: Path) -> None:
     recipe = read(experts=[*PROMPTS, {**PROMPTS[0], "positive_prompts": ["import"]}], experts_per_token=3)
     assert recipe.experts == ("a", "b", "a#2")
-    assert merge_recipe(recipe, tmp_path / "out").config["mixture"]["top_k"] == 3
+    assert merge_recipe(recipe, tmp_path / "out").merged.mixture.top_k == 3
 
 
 def test_dtype_and_architecture(read: Any, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_dtype_and_architecture(read: Any, tmp_path: Path) -> None:
         ({"architecture": "deepseek"}, "no architecture 'deepseek'"),
         (
             {"experts": [PROMPTS[0], {**PROMPTS[0], "source_model": "b"}]},
-            r"moe.yml:\d+: the prompts of all experts are the same",
+            r"moe.yml:\d+: all experts have the same prompts",
         ),
         ({"experts": [{"source_model": "nowhere"}]}, "there is no folder nowhere"),
         ({"expert_per_token": 2}, "unknown key 'expert_per_token'; did you mean 'experts_per_token'"),
@@ -115,14 +115,17 @@ def test_what_is_not_supported_is_refused_by_key(read: Any, content: dict[str, A
 
 
 def test_more_experts_than_there_are_and_missing_prompts_are_refused(read: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"moe.yml:\d+: 'experts_per_token' is 3, and there are 2 experts"):
+    with pytest.raises(
+        UserError, match=r"moe.yml:\d+: 'experts_per_token' is 3, but there are only 2 experts"
+    ):
         merge_recipe(read(gate_mode="random", experts_per_token=3), tmp_path / "out")
     for prompts in ({}, {"positive_prompts": [" "]}):
         with pytest.raises(
-            UserError, match=r"moe.yml:\d+: gate_mode 'hidden' needs positive_prompts for 'b'"
+            UserError,
+            match=r"moe.yml:\d+: gate_mode 'hidden' needs positive_prompts \(example texts\) for 'b'",
         ):
             read(experts=[PROMPTS[0], {"source_model": "b", **prompts}])
-    with pytest.raises(UserError, match=r"moe.yml:\d+: 'int8' is no dtype"):
+    with pytest.raises(UserError, match=r"moe.yml:\d+: 'int8' is not a supported dtype"):
         read(dtype="int8")
     with pytest.raises(UserError, match=r"moe.yml:\d+: experts: "):
         read(experts=[])

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoConfig
 
 from expertctl.core.errors import UserError
-from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.mixtures import MixtureShape
-from expertctl.merge.mixture.stated_settings import with_all_stated
+from expertctl.merge.mixture.stated_settings import fill_config_defaults
 from expertctl.merge.mixture.targets import choose_target
 
 FAMILIES = ("llama", "mistral", "olmo2", "qwen2", "qwen3")
@@ -27,8 +27,8 @@ def whole(family: str) -> dict[str, Any]:
 
 def as_mixture(dense: dict[str, Any]) -> dict[str, Any]:
     """Return all settings of the mixture as its class in transformers reads them."""
-    family = installed_plugins().architecture_of(dense["model_type"])
-    stated = with_all_stated(dense)
+    family = architecture_of(dense["model_type"])
+    stated = fill_config_defaults(dense)
     settings = dict(choose_target(family, stated, SHAPE).config(stated, SHAPE))
     found = AutoConfig.for_model(settings.pop("model_type"), **settings).to_dict()
     return {key: value for key, value in found.items() if key not in IGNORED}
@@ -59,7 +59,7 @@ def test_what_is_usual_is_filled_in_without_transformers(
     short = {key: value for key, value in dense.items() if key not in left_out}
     read = AutoConfig.for_model(**short).to_dict()
     monkeypatch.setitem(sys.modules, "transformers", None)
-    stated = with_all_stated(short)
+    stated = fill_config_defaults(short)
     for key in left_out:
         assert stated[key] == read[key], key
 
@@ -67,12 +67,12 @@ def test_what_is_usual_is_filled_in_without_transformers(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_configuration_is_taken_as_it_is(family: str) -> None:
     dense = whole(family)
-    assert with_all_stated(dense) is dense
+    assert fill_config_defaults(dense) is dense
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default"}, None])
 def test_half_a_rope_is_completed(rope: dict[str, Any] | None) -> None:
-    found = with_all_stated(whole("llama") | {"rope_parameters": rope})
+    found = fill_config_defaults(whole("llama") | {"rope_parameters": rope})
     assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -93,13 +93,11 @@ def test_layers_that_a_sliding_window_covers_are_said() -> None:
 
 
 def test_a_configuration_that_its_class_refuses_is_told() -> None:
-    with pytest.raises(
-        UserError, match=r"config\.json of the seed is not what transformers takes for 'llama'"
-    ):
-        with_all_stated({"model_type": "llama", "hidden_size": "wide"})
+    with pytest.raises(UserError, match=r"transformers rejects config\.json of the seed as 'llama'"):
+        fill_config_defaults({"model_type": "llama", "hidden_size": "wide"})
 
 
 def test_a_whole_configuration_needs_no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = whole("mistral")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert with_all_stated(dense) is dense
+    assert fill_config_defaults(dense) is dense

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from expertctl import UserError
-from expertctl.core.hooks.manager import installed_plugins
+from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.mixtures import Architecture, MixtureShape
 from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.mixture.targets import MIXTRAL, QWEN3_MOE, choose_target, feed_forward_module
@@ -21,7 +21,7 @@ def dense(tmp_path: Path, family: str, **changes: Any) -> dict[str, Any]:
 
 
 def choose(config: dict[str, Any], shape: MixtureShape, wanted: str = "auto") -> str:
-    family = installed_plugins().architecture_of(config["model_type"])
+    family = architecture_of(config["model_type"])
     return choose_target(family, config, shape, wanted).name
 
 
@@ -30,7 +30,7 @@ def choose(config: dict[str, Any], shape: MixtureShape, wanted: str = "auto") ->
     [
         ("llama", {"attention_bias": True}, MixtureShape(2, 1), "its attention has no biases"),
         ("llama", {"mlp_bias": True}, MixtureShape(2, 1), "its experts have no biases"),
-        ("llama", {}, MixtureShape(4, 2, normalized=False), "its gates always sum to one"),
+        ("llama", {}, MixtureShape(4, 2, normalized=False), "its gates always sum to 1"),
         ("llama", {}, MixtureShape(4, 2, router_bias=True), "its router has no biases"),
         ("olmo2", {}, MixtureShape(4, 2, router_bias=True), "its router has no biases"),
         (
@@ -39,7 +39,7 @@ def choose(config: dict[str, Any], shape: MixtureShape, wanted: str = "auto") ->
             MixtureShape(2, 1),
             "its sliding window covers all layers or none",
         ),
-        ("olmo", {}, MixtureShape(2, 1), "its norms are RMS norms with weights"),
+        ("olmo", {}, MixtureShape(2, 1), "it has RMS norms with weights"),
     ],
 )
 def test_a_rule_that_is_broken_is_named_with_what_fits(
@@ -47,14 +47,14 @@ def test_a_rule_that_is_broken_is_named_with_what_fits(
 ) -> None:
     config = dense(tmp_path, family, **changes)
     assert choose(config, shape) == "container"
-    native = installed_plugins().architecture_of(family).mixtures[0].name
-    with pytest.raises(UserError, match=rf"written as '{native}'.*{rule}.*it can as 'container'"):
+    native = architecture_of(family).mixtures[0].name
+    with pytest.raises(UserError, match=rf"written as '{native}'.*{rule}.*supported: 'container'"):
         choose(config, shape, native)
 
 
 def test_a_class_of_another_family_is_refused_with_those_that_fit(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="'olmo2' models cannot be written as 'mixtral'; it can as 'flex_olmo', 'container'"
+        UserError, match="'olmo2' models cannot be written as 'mixtral'; supported: 'flex_olmo', 'container'"
     ):
         choose(dense(tmp_path, "olmo2"), MixtureShape(2, 1), "mixtral")
 
@@ -81,6 +81,6 @@ def test_gates_sum_to_one_unless_asked_otherwise(tmp_path: Path) -> None:
 
 def test_a_family_whose_feed_forward_is_no_one_module_is_refused() -> None:
     family = Architecture("odd", ("odd",), ("model.layers.*.fc1.*", "model.layers.*.fc2.*"), (), (), ())
-    with pytest.raises(UserError, match="are no single module in each layer"):
+    with pytest.raises(UserError, match="is not a single module per layer"):
         feed_forward_module(family)
-    assert feed_forward_module(installed_plugins().architecture_of("gpt2")) == "mlp"
+    assert feed_forward_module(architecture_of("gpt2")) == "mlp"

@@ -1,4 +1,4 @@
-"""Searching for weights: never worse than the start, the same again, going on from its log."""
+"""Weight search: never worse than the start, deterministic, resumable from its log."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_a_search_is_never_worse_than_its_start_and_names_what_it_found(
     ws: Workspace, strategy: str, method: str
 ) -> None:
     manifest = ws.merge("m", method=method, search=settings(strategy))
-    found = manifest.config["search"]
+    found = manifest.merged.search
     lines = log_of(ws, "m")
-    assert found["trials"] == 9 == len(lines) - 1
-    assert found["start_bits_per_byte"] == lines[1]["mean"]
-    assert found["bits_per_byte"] == min(line["mean"] for line in lines[1:]) <= lines[1]["mean"]
+    assert found.trials == 9 == len(lines) - 1
+    assert found.start_bits_per_byte == lines[1]["mean"]
+    assert found.bits_per_byte == min(line["mean"] for line in lines[1:]) <= lines[1]["mean"]
     best = min(lines[1:], key=lambda line: line["mean"])
-    assert found["weights"] == best["weights"]
-    assert manifest.config["fitted_on"] == ["code", "law"]
+    assert found.weights == best["weights"]
+    assert manifest.merged.fitted_on == ("code", "law")
 
 
 def test_a_trials_score_is_that_of_the_written_model(ws: Workspace) -> None:
@@ -68,12 +68,12 @@ def test_a_trials_score_is_that_of_the_written_model(ws: Workspace) -> None:
             scores = [token_log_probs(model, torch.from_numpy(block)[None]) for block in chosen]
         nats = -sum(float(one.double().sum()) for one in scores) / sum(one.numel() for one in scores)
         values.append(nats / math.log(2) * text.blocks.num_targets / text.blocks.num_bytes)
-    assert manifest.config["search"]["bits_per_byte"] == pytest.approx(sum(values) / 2, rel=1e-5)
+    assert manifest.merged.search.bits_per_byte == pytest.approx(sum(values) / 2, rel=1e-5)
 
 
 def test_layer_groups_give_gradients(ws: Workspace) -> None:
     manifest = ws.merge("m", method="average", search=settings("coordinate", layer_groups=2))
-    assert all(len(weights) == 2 for weights in manifest.config["search"]["weights"].values())
+    assert all(len(weights) == 2 for weights in manifest.merged.search.weights.values())
 
 
 def test_a_search_that_was_stopped_takes_its_trials_from_the_log(
@@ -98,7 +98,7 @@ def test_a_search_that_was_stopped_takes_its_trials_from_the_log(
     )
     resumed = ws.merge("m", method="average", search=settings("cma"))
     assert len(asked) == 9 - 4
-    assert resumed.config["search"] == whole.config["search"]
+    assert resumed.merged.search == whole.merged.search
     assert resumed.tensors == whole.tensors
 
 
@@ -114,7 +114,7 @@ def test_there_has_to_be_text_and_weights(ws: Workspace, tmp_path: Path, new_wor
         Workspace(new_workspace(tmp_path / "bare", ("code",))).merge(
             "m", method="average", search={"trials": 2}
         )
-    with pytest.raises(UserError, match="no weights to search"):
+    with pytest.raises(UserError, match="does not support --search"):
         ws.merge("m", method="ensemble", search={"trials": 2})
     with pytest.raises(UserError, match=r"search\.strategy"):
         ws.merge("m", method="average", search={"strategy": "random"})

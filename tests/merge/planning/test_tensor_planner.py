@@ -1,4 +1,4 @@
-"""What is refused before a tensor is read, layers that are stacked, options and weights per tensor."""
+"""Tensor plans: checks, stacked layers, options and weights per tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from toy_models import Tensors, random_tensors, recipe, tensors_of, write_model
 
 from expertctl.core.errors import UserError
-from expertctl.core.hooks.merging import MergeMethod, PerExpert, TensorGroup
+from expertctl.core.hooks.merging import MergeMethod, PerExpert, TensorGroup, TensorMerge
 from expertctl.merge.engine.shards import index_of, plan_shards
 from expertctl.merge.planning.tensor_planner import Stack, plan_tensors
 from expertctl.merge.recipes.recipe import OutputSlice, Recipe, SourceSlice
@@ -35,9 +35,9 @@ def never(group: TensorGroup, options: Any) -> Any:
     pytest.fail("no method is called while a merge is planned")
 
 
-PLAIN = MergeMethod("plain", "", merge=never, options=Options, uses_seed=False, arrays="any")
-DELTAS = MergeMethod("deltas", "", merge=never, options=Options, weights="factors")
-ONE = MergeMethod("one", "", merge=never, uses_seed=False, expert_count=(1, 1))
+PLAIN = TensorMerge("plain", "", merge=never, options=Options, uses_seed=False, arrays="any")
+DELTAS = TensorMerge("deltas", "", merge=never, options=Options, weights="factors")
+ONE = TensorMerge("one", "", merge=never, uses_seed=False, expert_count=(1, 1))
 
 
 def planned(what: Recipe, method: MergeMethod = PLAIN) -> Stack:
@@ -107,11 +107,11 @@ def test_a_method_names_how_many_experts_it_takes(
     model: Callable[..., Path], refused: Callable[..., str]
 ) -> None:
     message = refused(recipe("one", {"a": model("a"), "b": model("b")}), ONE)
-    assert message == "merge method 'one' takes 1 experts, and here are 2: a, b"
+    assert message == "merge method 'one' takes 1 experts, but this merge has 2: a, b"
 
 
 def test_a_method_that_needs_a_seed_says_so(model: Callable[..., Path], refused: Callable[..., str]) -> None:
-    assert "names none; give it as base_model" in refused(recipe("deltas", {"a": model("a")}), DELTAS)
+    assert "has no seed; set base_model" in refused(recipe("deltas", {"a": model("a")}), DELTAS)
 
 
 # --- options and weights ---
@@ -146,7 +146,7 @@ def test_unknown_and_impossible_options_are_refused(
     assert "density is 1.5; it is 0 to 1" in refused(recipe("plain", models, options={"density": 1.5}))
     assert "option lambda" in refused(recipe("plain", models, options={"lambda": "much"}))
     parts = (OutputSlice((SourceSlice("a", parameters={"lambda": 0.3}), SourceSlice("b"))),)
-    assert "one for all experts" in refused(recipe("plain", models, slices=parts))
+    assert "applies to all experts" in refused(recipe("plain", models, slices=parts))
 
 
 def test_shares_sum_to_one_and_factors_stay_as_given(model: Callable[..., Path]) -> None:
@@ -168,7 +168,7 @@ def test_shares_sum_to_one_and_factors_stay_as_given(model: Callable[..., Path])
         ({"a": 1}, "no weight is given for b"),
         ({"a": -1, "b": 1}, "the weight of 'a' is -1"),
         ({"a": 0, "b": 0}, "sum to 0"),
-        ({"a": "much", "b": 1}, "which is no number"),
+        ({"a": "much", "b": 1}, "which is not a number"),
     ],
 )
 def test_impossible_shares_are_refused(
@@ -201,7 +201,7 @@ def test_impossible_layers_are_refused(
 ) -> None:
     parts = (OutputSlice((SourceSlice("a", layers),)),)
     message = refused(recipe("one", {"a": model("a", layers=4)}, slices=parts), ONE)
-    assert f"layer_range [{layers[0]}, {layers[1]}] of 'a' is impossible" in message
+    assert f"layer_range [{layers[0]}, {layers[1]}] of 'a' is out of range" in message
     assert "has 4 layers" in message
 
 

@@ -1,4 +1,4 @@
-"""Parameters per layer and per module: gradients, filters, and which place goes before which."""
+"""Parameters per layer and per module: gradients, filters and precedence."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_what_is_more_particular_goes_first_and_a_filter_that_does_not_match_let
     [
         ([], "empty list"),
         ([0.1, {"value": 1}], "mixes numbers"),
-        ([{"filter": "mlp"}], "is not understood"),
-        ([{"fliter": "mlp", "value": 1}], "is not understood"),
+        ([{"filter": "mlp"}], "is not a condition"),
+        ([{"fliter": "mlp", "value": 1}], "is not a condition"),
         ([[0, 1], [1, 0]], "list of lists"),
     ],
 )

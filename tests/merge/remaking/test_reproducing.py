@@ -1,4 +1,4 @@
-"""Making a generalist again from its manifest."""
+"""Repeating a merge from a manifest."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from toy_models import random_tensors, recipe, write_model
 
-from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.core.errors import UserError
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.merge.merging import MergeRun, merge_recipe
 from expertctl.merge.remaking.reproducing import reproduce
 from expertctl.workspace import Workspace
@@ -44,7 +44,7 @@ def test_folders_beside_the_result_are_found_and_others_are_named(tmp_path: Path
     manifest = merge_recipe(recipe("linear", models, weights={"a": 1, "b": 3}), tmp_path / "out")
     assert reproduce(manifest, tmp_path / "out").same
     (tmp_path / "b").rename(tmp_path / "c")
-    with pytest.raises(UserError, match="model 'b' is not found; say where it is: --model b=DIR"):
+    with pytest.raises(UserError, match="model 'b' was not found; give its folder: --model b=DIR"):
         reproduce(manifest, tmp_path / "out")
     assert reproduce(manifest, tmp_path / "out", models={"b": tmp_path / "c"}).same
 
@@ -56,7 +56,7 @@ def test_an_input_that_changed_is_named(tmp_path: Path) -> None:
     write_model(tmp_path / "new", other)
     found = reproduce(manifest, tmp_path / "out", models={"b": tmp_path / "new"})
     assert not found.same
-    assert found.differences[0].startswith("model 'b' is not what it was")
+    assert found.differences[0].startswith("model 'b' has changed")
 
 
 def test_other_versions_are_told(tmp_path: Path) -> None:
@@ -69,5 +69,5 @@ def test_other_versions_are_told(tmp_path: Path) -> None:
 def test_what_was_fitted_on_text_is_refused(workspace: Path) -> None:
     Workspace(workspace).merge("e", method="ensemble", options={"prior": "uniform"})
     folder = workspace / "generalists" / "e"
-    with pytest.raises(UserError, match="fitted on text; run its `merge` again"):
+    with pytest.raises(UserError, match="fitted on text; repeat its `expertctl merge`"):
         reproduce(read_manifest(folder), folder)

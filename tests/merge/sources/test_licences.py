@@ -1,4 +1,4 @@
-"""Which licences contradict each other, and what the merged model is under."""
+"""Licence conflicts and the licence of the merged model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_licences_that_contradict_name_both_models(licences: tuple[str, str]) ->
     report = check_licences(dict(zip(("law", "code"), licences, strict=True)))
     assert "'law'" in report.conflicts[0]
     assert licences[0].lower() in report.conflicts[0]
-    with pytest.raises(UserError, match="insist with --allow-licences"):
+    with pytest.raises(UserError, match="use --allow-licences"):
         require_compatible(report, False)
     require_compatible(report, True)
 

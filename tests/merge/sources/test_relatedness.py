@@ -1,4 +1,4 @@
-"""Telling relatives from strangers by samples of their matrices."""
+"""Relatedness of checkpoints, estimated from samples of their matrices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from toy_models import Tensors, random_tensors, write_model
 
 from expertctl.core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from expertctl.core.errors import UserError
-from expertctl.merge.sources.relatedness import RELATED, kinship, require_related
+from expertctl.merge.sources.relatedness import RELATED, relatedness, require_related
 
 
 def entries(folder: Path, tensors: Tensors) -> dict[str, TensorEntry]:
@@ -23,16 +23,16 @@ def big(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
 
 def test_strangers_are_near_zero_and_relatives_near_one(tmp_path: Path) -> None:
     base = entries(tmp_path / "a", big(0))
-    assert abs(kinship(base, entries(tmp_path / "b", big(1))).similarity) < 0.1
+    assert abs(relatedness(base, entries(tmp_path / "b", big(1))).similarity) < 0.1
     tuned = {name: tensor + 0.5 * torch.randn(tensor.shape) for name, tensor in big(0).items()}
-    found = kinship(base, entries(tmp_path / "c", tuned))
+    found = relatedness(base, entries(tmp_path / "c", tuned))
     assert found.similarity > 0.7
     assert found.tensors > 3
 
 
 def test_another_dtype_is_no_difference(tmp_path: Path) -> None:
     base = entries(tmp_path / "a", big(0))
-    assert kinship(base, entries(tmp_path / "b", big(0, torch.bfloat16))).similarity > 0.99
+    assert relatedness(base, entries(tmp_path / "b", big(0, torch.bfloat16))).similarity > 0.99
 
 
 def test_two_trainings_of_one_seed_stay_relatives_and_another_seeds_does_not(tmp_path: Path) -> None:
@@ -54,17 +54,17 @@ def test_two_trainings_of_one_seed_stay_relatives_and_another_seeds_does_not(tmp
     one, two, other = (
         entries(tmp_path / str(n), trained(*how)) for n, how in enumerate(((0, 1), (0, 2), (5, 1)))
     )
-    assert kinship(one, two).similarity > RELATED + 0.05
-    assert kinship(one, other).similarity < RELATED - 0.05
+    assert relatedness(one, two).similarity > RELATED + 0.05
+    assert relatedness(one, other).similarity < RELATED - 0.05
 
 
 def test_constant_and_missing_tensors_say_nothing(tmp_path: Path) -> None:
     zeros = entries(tmp_path / "a", {name: torch.zeros_like(tensor) for name, tensor in big(0).items()})
-    assert kinship(zeros, zeros).tensors == 0
+    assert relatedness(zeros, zeros).tensors == 0
     require_related(("a", zeros), {"b": zeros})
 
 
 def test_a_stranger_is_named_with_the_way_to_insist(tmp_path: Path) -> None:
     base, stranger = entries(tmp_path / "a", big(0)), entries(tmp_path / "b", big(1))
-    with pytest.raises(UserError, match=r"'law' and 'seed' do not look related.*--allow-unrelated"):
+    with pytest.raises(UserError, match=r"'law' and 'seed' appear unrelated.*--allow-unrelated"):
         require_related(("seed", base), {"law": stranger})

@@ -1,4 +1,4 @@
-"""Tensor names sorted into the layers of a decoder."""
+"""Grouping of tensor names by decoder layer."""
 
 from __future__ import annotations
 

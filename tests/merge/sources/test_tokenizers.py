@@ -1,4 +1,4 @@
-"""Tokenizers in a merge: the same pass, different ones need a policy, rows follow their tokens."""
+"""Tokenizers in a merge: policies for different tokenizers, and rows looked up by token."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_different_ones_are_refused_with_both_sides_and_the_policies(tmp_path: P
         plan_vocabulary(vocabulary(one), {"b": vocabulary(two)}, "refuse")
     size = len(vocabulary(one).tokens)
     message = str(caught.value)
-    assert (
-        f"{size:,} and {size + 2:,} tokens, 2 of them not the same ('<law>' is missing and {size}" in message
-    )
+    assert f"{size:,} and {size + 2:,} tokens, 2 of them different ('<law>' is missing and {size}" in message
     assert "--tokenizer base, union" in message
     with pytest.raises(UserError, match=r"no tokenizer policy .unoin. .did you mean .union."):
         plan_vocabulary(vocabulary(one), {"b": vocabulary(two)}, "unoin")
@@ -89,7 +87,7 @@ def test_a_union_takes_added_rows_from_those_that_have_them(tmp_path: Path) -> N
         "b": np.full((size + 2, 3), 2, "f4"),
         "c": np.full((size + 1, 3), 4, "f4"),
     }
-    found = plan.rearranged(own)
+    found = plan.rearrange(own)
     for name in own:
         assert found[name].shape == (size + 2, 3)
         np.testing.assert_array_equal(found[name][:size], own[name][:size])
@@ -120,7 +118,7 @@ def test_base_looks_rows_up_by_token(tmp_path: Path) -> None:
         "a": np.arange(one.rows, dtype="f4")[:, None],
         "b": 1000 + np.arange(two.rows, dtype="f4")[:, None],
     }
-    found = plan.rearranged(own)
+    found = plan.rearrange(own)
     for token, row in one.tokens.items():
         expected = 1000 + two.tokens[token] if token in two.tokens else row
         assert found["b"][row, 0] == expected
@@ -136,10 +134,10 @@ def test_single_tokens_may_come_from_a_model(tmp_path: Path) -> None:
     own = {"a": np.zeros((one.rows, 1), "f4"), "b": np.ones((two.rows, 1), "f4")}
     forced = plan_vocabulary(one, {"b": two}, "base", {"the": TokenSource("b", force=True)})
     assert forced is not None
-    assert forced.rearranged(own)["a"][row, 0] == 1
+    assert forced.rearrange(own)["a"][row, 0] == 1
     gentle = plan_vocabulary(one, {"b": two}, "base", {"the": TokenSource("b")})
     assert gentle is not None
-    assert gentle.rearranged(own)["a"][row, 0] == 0
+    assert gentle.rearrange(own)["a"][row, 0] == 0
     with pytest.raises(UserError, match="no token 'teh'"):
         plan_vocabulary(one, {"b": two}, "base", {"teh": TokenSource("b")})
 
@@ -149,7 +147,7 @@ def test_a_multiple_is_padded_to(tmp_path: Path) -> None:
     plan = plan_vocabulary(vocabulary(a), {}, "base", {}, 128)
     assert plan is not None
     assert plan.size == 128
-    padded = plan.rearranged({"a": np.ones((vocabulary(a).rows, 2), "f4")})["a"]
+    padded = plan.rearrange({"a": np.ones((vocabulary(a).rows, 2), "f4")})["a"]
     assert padded[vocabulary(a).rows :].sum() == 0
 
 

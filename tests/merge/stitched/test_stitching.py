@@ -12,12 +12,13 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, tune_here
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertctl import UserError, Workspace, load_model, register_auto_classes
-from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.verification import verify
 from expertctl.merge.stitched.configuration import StitchedConfig
 from expertctl.merge.stitched.container import StitchedForCausalLM
 from expertctl.merge.stitched.layers import ExpertsIntoHub, HubIntoExperts
 from expertctl.merge.stitched.members import MEMBERS_FOLDER
-from expertctl.merge.stitched.points import hub_points, joins_hub, matched_points
+from expertctl.merge.stitched.points import hub_points, leads_into_hub, matched_points
 from expertctl.merge.stitched.stepwise import Stepwise, decoder_layers
 
 TOKENS = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -100,7 +101,7 @@ def test_stitches_are_at_equal_depths_the_last_after_all_layers(
     layers: int, stitches: int, points: tuple[int, ...]
 ) -> None:
     assert hub_points(layers, stitches) == points
-    assert [joins_hub(number, 4) for number in range(4)] == [False, True, False, True]
+    assert [leads_into_hub(number, 4) for number in range(4)] == [False, True, False, True]
 
 
 def test_depths_are_matched_by_their_share_of_the_whole() -> None:
@@ -159,8 +160,8 @@ def test_only_stitches_train_and_members_stay_to_the_bit(workspace: Workspace) -
     assert all(one for name, one in moved.items() if name.startswith("stitches.1."))
     assert verify(folder) == []
     manifest = read_manifest(folder)
-    assert manifest.config["kind"] == "stitched"
-    assert manifest.config["mixture"]["tuned"][0]["trains"] == "stitches"
+    assert manifest.merged.kind == "stitched"
+    assert manifest.tunings[0].trains == "stitches"
     assert set(manifest.tensors) == {name for name, _ in after.stitches.named_parameters(prefix="stitches")}
 
 
@@ -187,7 +188,7 @@ def test_one_that_was_trained_warns_that_the_stitches_have_seen_the_expert(works
     folder = tune_here(
         workspace, "trained-once", base.name, trains="stitches", domains=["public"], training={"tokens": 256}
     )
-    with pytest.warns(UserWarning, match="its stitches trained on public while 'prose' was one"):
+    with pytest.warns(UserWarning, match="trainer 'stitches' ran on public while 'prose' was one"):
         load_model(folder, without=["prose"])
 
 
@@ -226,10 +227,10 @@ def test_what_it_refers_to_must_be_there_and_the_same(workspace: Workspace, tmp_
     folder = stitch(made, "stitched")
     expert = made.experts / "prose"
     expert.rename(made.experts / "away")
-    with pytest.raises(UserError, match=r"is stitched to 'prose' in .* which is not there"):
+    with pytest.raises(UserError, match=r"references member 'prose' in .* which does not exist"):
         load_model(folder)
     shutil.copytree(made.experts / "chance", expert)
-    with pytest.raises(UserError, match="is another by now"):
+    with pytest.raises(UserError, match="has changed since the merge"):
         load_model(folder)
 
 

@@ -9,11 +9,12 @@ import pytest
 import transformers
 
 from expertctl.core.artefacts.safetensors_io import Checkpoint
+from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.mixtures import Architecture
 from expertctl.core.testing import fresh_plugins, tiny_model_folder
 
 PLUGINS = fresh_plugins()
-MODEL_TYPES = sorted(kind for family in PLUGINS.architectures().values() for kind in family.model_types)
+MODEL_TYPES = sorted(kind for family in PLUGINS.offers(Architecture).values() for kind in family.model_types)
 
 
 def matching(names: set[str], patterns: tuple[str, ...]) -> set[str]:
@@ -24,7 +25,7 @@ def matching(names: set[str], patterns: tuple[str, ...]) -> set[str]:
 def test_every_tensor_belongs_to_a_part_and_feed_forwards_to_no_other(
     tmp_path: Path, model_type: str
 ) -> None:
-    family = PLUGINS.architecture_of(model_type)
+    family = architecture_of(model_type)
     folder = tiny_model_folder(tmp_path / "m", model_type)
     names = set(Checkpoint.of_folder(folder))
     feed_forward = matching(names, family.feed_forward)
@@ -36,7 +37,7 @@ def test_every_tensor_belongs_to_a_part_and_feed_forwards_to_no_other(
         assert matching(names, getattr(family, part)) or (family.name, part) == ("olmo", "norms"), part
 
 
-@pytest.mark.parametrize("family", PLUGINS.architectures().values(), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", PLUGINS.offers(Architecture).values(), ids=lambda family: family.name)
 def test_mixture_classes_exist(family: Architecture) -> None:
     for target in family.mixtures:
         assert hasattr(transformers, target.model_class)

@@ -110,10 +110,10 @@ def test_jsonl_gives_back_what_was_written(
             "law.jsonl:3: no field 'text'; fields: body, id; set text_field to the one with the text",
         ),
         ("{}", "law.jsonl:3: no field 'text'; fields: none"),
-        ('{"text": 7}', "law.jsonl:3: 'text' is a number, not a string; mend or drop it, or set text_field"),
+        ('{"text": 7}', "law.jsonl:3: 'text' is a number, not a string; fix or remove it, or set text_field"),
         ('{"text": null}', "law.jsonl:3: 'text' is null, not a string"),
         ('{"text": ["a"]}', "law.jsonl:3: 'text' is a list, not a string"),
-        ('{"text": "\\ud83d"}', "law.jsonl:3: 'text' has half a character (a lone surrogate) at position 0"),
+        ('{"text": "\\ud83d"}', "law.jsonl:3: 'text' has a lone surrogate (half a character) at position 0"),
         (b'{"text": "caf\xe9"}', "law.jsonl:3: not UTF-8 at byte 13 of the line; save the file as UTF-8"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_gzip_file_that_is_cut_short_says_so_with_the_line(tmp_path: Path) -> 
     path = written(tmp_path / "law.jsonl.gz", gzip.compress(lines.encode())[:-2000])
     message = error_of("jsonl", path)
     assert message.startswith("law.jsonl.gz:")
-    assert "the gzip data is cut short or damaged" in message
+    assert "the gzip data is truncated or damaged" in message
     assert int(message.split(":")[1]) > 1
 
 
@@ -153,7 +153,7 @@ def test_a_gzip_file_that_is_cut_short_says_so_with_the_line(tmp_path: Path) -> 
 )
 def test_what_is_no_gzip_data_says_so(tmp_path: Path, content: bytes) -> None:
     message = error_of("jsonl", written(tmp_path / "law.jsonl.gz", content))
-    assert message.startswith("law.jsonl.gz:1: the gzip data is cut short or damaged")
+    assert message.startswith("law.jsonl.gz:1: the gzip data is truncated or damaged")
 
 
 def test_reading_jsonl_does_not_hold_the_file(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_parquet_text_that_is_not_utf_8_names_its_row(tmp_path: Path) -> None:
 def test_what_is_no_parquet_says_so(tmp_path: Path, content: bytes) -> None:
     pytest.importorskip("pyarrow")
     message = error_of("parquet", written(tmp_path / "law.parquet", content))
-    assert message.startswith("law.parquet: not a parquet file, or damaged after row 0 (")
+    assert message.startswith("law.parquet: not a Parquet file, or damaged after row 0 (")
 
 
 def test_parquet_with_damaged_pages_says_so(tmp_path: Path) -> None:

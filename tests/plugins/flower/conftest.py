@@ -1,4 +1,4 @@
-"""A coordinator behind its door, in this process; Flower's server is played by a recorder."""
+"""Fixtures: a coordinator behind its reverse proxy in this process, with a recorder in place of Flower's server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expertctl.core.artefacts.layout import Layout
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
 from expertctl.experts.federation.protocol.keys import make_key
-from expertctl.plugins.flower.coordinator.reverse_proxy import Door, Gateway
+from expertctl.plugins.flower.coordinator.reverse_proxy import Gateway, TlsServer
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
 from expertctl.plugins.flower.protocol.certificates import Certificates, certificates_for
 from expertctl.plugins.flower.protocol.endpoints import Endpoints
@@ -25,7 +25,7 @@ from expertctl.plugins.flower.protocol.endpoints import Endpoints
 
 @dataclass
 class Upstream:
-    """Stands where Flower's server would: notes what reaches it and answers with what it got."""
+    """Replaces Flower's server: records requests and returns their bodies reversed."""
 
     seen: list[tuple[str, str, bytes]] = field(default_factory=list)
 
@@ -46,7 +46,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Hub:
-    """A coordinator that listens."""
+    """A coordinator that listens on a port."""
 
     coordinator: Coordinator
     certificates: Certificates
@@ -75,11 +75,11 @@ def hub(tmp_path: Path, new_workspace: Any) -> Iterator[Hub]:
     coordinator = Coordinator(Layout(new_workspace(tmp_path / "hub", experts=())))
     certificates = certificates_for(tmp_path / "certificates", [])
     upstream, told = Upstream(), list[str]()
-    behind = Door(upstream, "127.0.0.1", 0, certificates)  # type: ignore[arg-type]  # any application
+    behind = TlsServer(upstream, "127.0.0.1", 0, certificates)  # type: ignore[arg-type]  # any application
     inner = behind.open()
     endpoints = Endpoints(coordinator, certificates.fingerprint, told.append)
     gateway = Gateway(lambda: f"127.0.0.1:{inner}", certificates, endpoints)
-    door = Door(gateway, "127.0.0.1", 0, certificates)
+    door = TlsServer(gateway, "127.0.0.1", 0, certificates)
     found = Hub(coordinator, certificates, door.open(), gateway, upstream, told, [])
     yield found
     for client in found.clients:

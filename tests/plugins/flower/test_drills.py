@@ -1,4 +1,4 @@
-"""What goes wrong in a federation, with real processes on loopback: what was delivered stays, the rest goes on."""
+"""Failure drills of a federation with real processes on loopback: accepted work stays, everything else resumes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ from federation_processes import Federation, Relay, distinctive_lines, kill_work
 from safetensors.torch import load_file, save_file
 
 from expertctl import Workspace, load_model, verify
+from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
 from expertctl.core.artefacts.files import is_alive, read_json
-from expertctl.core.artefacts.lineage import digest_of_tensors, digests_of_folder, read_manifest
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
 from expertctl.experts.federation.coordinator.round_keeper import begin_rounds
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.owner.work import work
-from expertctl.experts.federation.protocol.delivery import Signed, make_delivery
+from expertctl.experts.federation.protocol.delivery import SignedStatement, make_delivery
 from expertctl.experts.federation.protocol.parts import parts_of, read_part
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
 from expertctl.experts.federation.rounds.round_plan import RoundPlan
@@ -59,7 +60,7 @@ FLEXOLMO_LONG = Recipe("flexolmo", {"embedding": "none"}, LONG)
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory, new_workspace: Any) -> Iterator[Federation]:
-    """One coordinator for all drills: each has owners of its own, and must leave it working."""
+    """One coordinator for all drills; each drill has its own owners and must leave the coordinator working."""
     root = tmp_path_factory.mktemp("federation")
     hub = new_workspace(root / "hub", experts=(), config="training: {sequence_length: 16}\n")
     found = Federation(root, hub)
@@ -81,17 +82,17 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def checkpoint_of(owner: Owner, request: ExpertRequest) -> int:
-    """Return the step of a training's newest checkpoint."""
+    """Return the step of a run's newest checkpoint."""
     return max((int(path.name[5:]) for path in owner.run_folder(request.id).rglob("step-*")), default=0)
 
 
 # --- ends of processes ---
 
 
-def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training(
+def test_a_coordinator_killed_after_one_of_three_deliveries_and_an_owner_killed_in_training(
     federation: Federation,
 ) -> None:
-    """Also: an owner that never answers, late deliveries to the restarted coordinator, and a merge of what there is."""
+    """Includes an owner that never answers, deliveries to the restarted coordinator, and a merge of the accepted experts."""
     modules = {"first": textwrap, "second": statistics, "third": zipfile}
     owners = {name: federation.owner(name, module) for name, module in modules.items()}
     federation.owner("silent", calendar)
@@ -99,10 +100,10 @@ def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training
     requests = {name: federation.ask(name, recipe) for name, recipe in recipes.items()}
     silent = federation.ask("silent", FLEXOLMO, seconds=1)
     joined = {name: federation.join(name) for name in modules}
-    assert joined["first"].wait() == 0, joined["first"].said()
+    assert joined["first"].wait() == 0, joined["first"].output()
     first = content_of(federation.workspace / "experts" / "first")
     for name in ("second", "third"):
-        wait_until(has_begun(owners[name], requests[name]), why=joined[name].said)
+        wait_until(has_begun(owners[name], requests[name]), why=joined[name].output)
     wait_until(lambda: checkpoint_of(owners["third"], requests["third"]) > 10)
 
     federation.server.kill()  # after one of three
@@ -116,7 +117,7 @@ def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training
     wait_until(
         lambda: owners["second"].progress(requests["second"].id).step > before
     )  # nobody is needed for it
-    wait_until(lambda: "the coordinator cannot be reached" in joined["second"].said())
+    wait_until(lambda: "the coordinator cannot be reached" in joined["second"].output())
     kept = checkpoint_of(owners["third"], requests["third"])
 
     federation.server.again()
@@ -125,7 +126,7 @@ def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training
     assert owners["third"].progress(requests["third"].id).step >= kept  # not from the start
     federation.wait_served(times=2)
     for name in ("second", "third"):
-        assert joined[name].wait() == 0, joined[name].said()
+        assert joined[name].wait() == 0, joined[name].output()
     assert federation.accepted() == {"first": "first", "second": "second", "third": "third"}
     assert content_of(federation.workspace / "experts" / "first") == first
     asked = [entry.owner for entry in federation.coordinator.ledger.entries() if entry.state == "asked"]
@@ -141,16 +142,16 @@ def test_a_coordinator_killed_after_one_of_three_and_an_owner_killed_in_training
     assert verify(workspace.experts / "third") == []
 
 
-def test_what_crosses_and_what_the_coordinator_keeps_holds_no_line_of_the_owner_s_text(
+def test_traffic_and_coordinator_files_hold_no_line_of_the_owners_text(
     federation: Federation,
 ) -> None:
-    """The relay opens the encryption with the coordinator's key, so it sees every byte, Flower's too."""
+    """The relay decrypts the traffic with the coordinator's key, so it sees every byte, including Flower's."""
     folder = federation.ca.parent
     relay = Relay(federation.port, opened_by=(folder / "server.crt", folder / "server.key", federation.ca))
     owner = federation.owner("open", configparser)
     request = federation.ask("open", BTM)
     joined = federation.join("open", port=relay.port)
-    assert joined.wait() == 0, joined.said()
+    assert joined.wait() == 0, joined.output()
     relay.close()
     seen = bytes(relay.seen)
     assert request.id.encode() in seen
@@ -180,11 +181,11 @@ def test_rounds_of_a_shared_model_survive_the_coordinator_and_an_owner_in_traini
     seed = load_file(federation.workspace / "seed" / "model.safetensors")
     joined = {name: federation.join(name) for name in modules}
     for name, owner in owners.items():
-        wait_until(lambda owner=owner: bool(owner.requests()), why=joined[name].said)
+        wait_until(lambda owner=owner: bool(owner.requests()), why=joined[name].output)
     (request,) = owners["left"].requests()
     state = owners["left"].shared_folder(request) / "state"
-    wait_until(lambda: list(state.glob("step-*")), why=joined["left"].said)
-    served = federation.server.said().count("owners can join")
+    wait_until(lambda: list(state.glob("step-*")), why=joined["left"].output)
+    served = federation.server.output().count("owners can join")
     federation.server.kill()
     joined["left"].kill()
     kill_work(owners["left"], request)
@@ -194,9 +195,9 @@ def test_rounds_of_a_shared_model_survive_the_coordinator_and_an_owner_in_traini
     joined["left"].again()
     federation.wait_served(times=served + 1)
     for name in modules:
-        assert joined[name].wait() == 0, joined[name].said()
-    wait_until(lambda: shared.is_finished, why=federation.server.said)
-    assert "round 1 of 2 of 'both': left and right averaged" in federation.server.said()
+        assert joined[name].wait() == 0, joined[name].output()
+    wait_until(lambda: shared.is_finished, why=federation.server.output)
+    assert "round 1 of 2 of 'both': left and right averaged" in federation.server.output()
     assert [sorted(shared.rounds.report(number).shares) for number in range(2)] == [["left", "right"]] * 2
     folder = federation.workspace / "generalists" / "both"
     assert verify(folder) == []
@@ -210,14 +211,14 @@ def test_rounds_of_a_shared_model_survive_the_coordinator_and_an_owner_in_traini
 # --- links ---
 
 
-def test_a_delivery_over_a_slow_link_that_is_cut_three_times_arrives_and_sends_little_twice(
+def test_a_delivery_over_a_slow_link_with_three_cuts_repeats_few_bytes(
     federation: Federation,
 ) -> None:
-    """Parts of 4 KiB of a small expert stand for parts of 32 MiB of a large one."""
+    """Parts of 4 KiB of a small expert represent parts of 32 MiB of a large one."""
     owner = federation.owner("cut", cProfile)
     request = federation.ask("cut", BTM)
     owner.take(request)
-    owner.seeds.use(request, federation.workspace / "seed")
+    owner.seeds.copy(request, federation.workspace / "seed")
     work(owner, request.id)
     make_delivery(
         owner.expert_folder(request), request, owner.key(), owner.delivery_folder(request.id), part_size=4096
@@ -225,25 +226,25 @@ def test_a_delivery_over_a_slow_link_that_is_cut_three_times_arrives_and_sends_l
     size = sum(file.size for file in owner.delivery(request.id).statement.files)
     relay = Relay(federation.port, bytes_per_second=100_000, cut_after=(30_000, 60_000, 90_000))
     joined = federation.join("cut", port=relay.port)
-    assert joined.wait() == 0, joined.said()
+    assert joined.wait() == 0, joined.output()
     relay.close()
     assert len(relay.cuts) == 3
-    assert "the coordinator cannot be reached" in joined.said()
+    assert "the coordinator cannot be reached" in joined.output()
     assert federation.accepted()["cut"] == "cut"
     assert relay.up < size + 150_000  # Flower's own messages among it
 
 
-def test_a_full_disk_at_the_coordinator_keeps_what_has_arrived_and_goes_on(federation: Federation) -> None:
+def test_a_delivery_resumes_after_a_full_disk_at_the_coordinator(federation: Federation) -> None:
     owner = federation.owner("full", ftplib)
     request = federation.ask("full", BTM)
     before = federation.accepted()
     federation.limit_files(40_000)
     joined = federation.join("full")
-    wait_until(lambda: "the coordinator's disk is full" in joined.said(), why=joined.said)
-    assert "no space left while writing" in federation.server.said()
+    wait_until(lambda: "the coordinator's disk is full" in joined.output(), why=joined.output)
+    assert "no space left while writing" in federation.server.output()
     assert joined.process.poll() is None
     federation.limit_files(-1)
-    assert joined.wait() == 0, joined.said()
+    assert joined.wait() == 0, joined.output()
     assert owner.outcome(request.id) == "accepted"
     assert federation.accepted() == {**before, "full": "full"}
 
@@ -251,8 +252,8 @@ def test_a_full_disk_at_the_coordinator_keeps_what_has_arrived_and_goes_on(feder
 # --- deliveries that are not taken ---
 
 
-def deliver(client: CoordinatorClient, folder: Path, request_id: str, signed: Signed) -> str:
-    """Hand a folder in as an owner's process does, without its checks; return the verdict."""
+def deliver(client: CoordinatorClient, folder: Path, request_id: str, signed: SignedStatement) -> str:
+    """Deliver a folder as an owner's process does, without its checks; return the verdict."""
     found = client.begin(request_id, signed)
     if "refusal" not in found:
         for file in signed.statement.files:
@@ -265,8 +266,8 @@ def deliver(client: CoordinatorClient, folder: Path, request_id: str, signed: Si
 
 def altered(
     owner: Owner, request: ExpertRequest, change: Callable[[dict[str, torch.Tensor]], None]
-) -> tuple[Path, Signed]:
-    """Return a delivery with other weights, consistent in itself and signed by the owner."""
+) -> tuple[Path, SignedStatement]:
+    """Return a delivery with altered weights, self-consistent and signed by the owner."""
     folder = owner.state / "altered"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(owner.delivery_folder(request.id), folder)
@@ -285,7 +286,7 @@ def altered(
     statement = replace(
         old, expert=changed.digest, files=tuple(parts_of(folder / name, 1 << 20) for name in names)
     )
-    return folder, Signed(statement, owner.key().sign(statement.signed_bytes))
+    return folder, SignedStatement(statement, owner.key().sign(statement.signed_bytes))
 
 
 def not_finite(weights: dict[str, torch.Tensor]) -> None:
@@ -302,13 +303,13 @@ def reshaped(weights: dict[str, torch.Tensor]) -> None:
     weights[name] = weights[name].reshape(-1)[:-1].clone()
 
 
-def test_bad_deliveries_are_refused_with_a_code_and_a_good_one_is_still_welcome(
+def test_invalid_deliveries_are_refused_with_a_code_and_a_valid_one_is_accepted(
     federation: Federation,
 ) -> None:
     owner, other = federation.owner("bad", gettext), federation.owner("thief", pprint)
     request, theirs = federation.ask("bad", BTM), federation.ask("thief", BTM)
     owner.take(request)
-    owner.seeds.use(request, federation.workspace / "seed")
+    owner.seeds.copy(request, federation.workspace / "seed")
     work(owner, request.id)
     good = owner.delivery(request.id)
     client, thief = client_of(federation, owner), client_of(federation, other)
@@ -318,13 +319,15 @@ def test_bad_deliveries_are_refused_with_a_code_and_a_good_one_is_still_welcome(
             folder, signed = altered(owner, request, change)
             assert deliver(client, folder, request.id, signed) == code
         folder = owner.delivery_folder(request.id)
-        forged = Signed(good.statement, other.key().sign(good.statement.signed_bytes))
+        forged = SignedStatement(good.statement, other.key().sign(good.statement.signed_bytes))
         assert deliver(client, folder, request.id, forged) == "SIGNATURE"
         assert deliver(thief, folder, theirs.id, good) in ("SIGNATURE", "SOMEONE_ELSES")
         mine = replace(good.statement, request=theirs.id, owner="thief")
         assert federation.accepted() == before
         assert deliver(client, folder, request.id, good) == "accepted"
-        stolen = Signed(mine, other.key().sign(mine.signed_bytes))  # what was accepted from somebody else
+        stolen = SignedStatement(
+            mine, other.key().sign(mine.signed_bytes)
+        )  # what was accepted from somebody else
         assert deliver(thief, folder, theirs.id, stolen) == "REPLAY"
     finally:
         client.close()
@@ -343,28 +346,28 @@ def test_an_unregistered_key_is_refused_in_one_line(federation: Federation) -> N
     federation.owner("stranger", tarfile, invited=False)
     joined = federation.join("stranger")
     assert joined.wait() == 1
-    (line,) = [line for line in joined.said().splitlines() if line]
-    assert line.startswith("Error: the coordinator does not know this key; give it ")
+    (line,) = [line for line in joined.output().splitlines() if line]
+    assert line.startswith("Error: the coordinator does not know this key; send it ")
 
 
-def test_a_second_process_with_a_key_gives_up_and_the_first_goes_on(federation: Federation) -> None:
+def test_a_second_process_with_a_key_exits_and_the_first_continues(federation: Federation) -> None:
     federation.owner("twin", inspect)
     first = federation.join("twin", once=False)
-    wait_until(lambda: "joined as 'twin'" in first.said(), why=first.said)
+    wait_until(lambda: "joined as 'twin'" in first.output(), why=first.output)
     shutil.copytree(federation.state("twin"), federation.state("copy"))
     second = federation.join("copy")
     assert second.wait() == 1
-    assert second.said().splitlines()[-1] == (
-        "Error: another process with this key is joined already; run `join` in one place only"
+    assert second.output().splitlines()[-1] == (
+        "Error: another process with this key has joined; run `join` in one place only"
     )
     same = federation.join("twin")  # and in the same state folder, at once
     assert same.wait() == 1
-    assert "another process is working on the owner's state" in same.said()
+    assert "another process is working on the owner's state" in same.output()
     assert first.process.poll() is None
     first.stop()
 
 
-def test_the_authority_s_certificate_alone_opens_neither_control_nor_runtime(
+def test_the_authoritys_certificate_alone_gives_no_access_to_control_or_runtime(
     federation: Federation, tmp_path: Path
 ) -> None:
     context = ssl.create_default_context(cafile=str(federation.ca))
@@ -430,7 +433,9 @@ def test_an_altered_app_bundle_is_refused_before_its_code_runs(
     joined = federation.join("guarded", once=False)
     state = federation.state("guarded")
     log = state / "flower" / "supernode.log"
-    wait_until(lambda: log.is_file() and "SuperNode ID:" in log.read_text(errors="replace"), why=joined.said)
+    wait_until(
+        lambda: log.is_file() and "SuperNode ID:" in log.read_text(errors="replace"), why=joined.output
+    )
     bundle, verdict, marker = tmp_path / "app", tmp_path / "verdict", tmp_path / "ran"
     shutil.copytree(APP, bundle)
     (bundle / "expertctl_server.py").write_text(ALTERED_SERVER)
@@ -448,8 +453,8 @@ def test_an_altered_app_bundle_is_refused_before_its_code_runs(
     assert not marker.exists()
     assert joined.process.poll() is None
     request = federation.ask("guarded", FLEXOLMO)  # and the right app goes on
-    wait_until(lambda: federation.accepted().get("guarded") == "guarded", why=joined.said)
+    wait_until(lambda: federation.accepted().get("guarded") == "guarded", why=joined.output)
     wait_until(
-        lambda: Owner(state).outcome(request.id) == "accepted", why=joined.said
+        lambda: Owner(state).outcome(request.id) == "accepted", why=joined.output
     )  # it hears of it a moment later
     joined.stop()

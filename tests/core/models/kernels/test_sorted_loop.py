@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from expertctl.core.models.kernels.sorted_loop import NAME, mixed, use_sorted_loop
+from expertctl.core.models.kernels.sorted_loop import NAME, combine_experts, use_sorted_loop
 from expertctl.core.models.loading import register_auto_classes
 
 SIZE = {
@@ -162,14 +162,14 @@ def test_experts_that_get_no_token_are_not_run() -> None:
 
     hidden = torch.arange(6.0).reshape(3, 2)
     gates, chosen = torch.full((3, 1), 2.0), torch.full((3, 1), 1)
-    assert mixed([never, lambda one: one + 1, never], hidden, gates, chosen).equal((hidden + 1) * 2)
+    assert combine_experts([never, lambda one: one + 1, never], hidden, gates, chosen).equal((hidden + 1) * 2)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_no_token_at_all(top_k: int) -> None:
     hidden = torch.zeros(0, 2, requires_grad=True)
     nothing = torch.zeros(0, top_k)
-    found = mixed([lambda one: one], hidden, nothing, nothing.long())
+    found = combine_experts([lambda one: one], hidden, nothing, nothing.long())
     found.sum().backward()
     assert found.shape == hidden.grad.shape == (0, 2)
 

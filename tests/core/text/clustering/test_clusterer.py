@@ -94,7 +94,7 @@ def test_a_text_of_which_no_word_is_known_goes_somewhere(clusterer: Clusterer, t
     ],
 )
 def test_too_few_texts_for_the_clusters_are_refused(texts: list[str]) -> None:
-    with pytest.raises(UserError, match="4 clusters need at least as many texts with words"):
+    with pytest.raises(UserError, match="4 clusters need at least 4 texts that share words"):
         fit_clusterer(texts, ClustererSettings(clusters=4))
 
 
@@ -109,11 +109,11 @@ def test_chinese_is_taken_by_its_characters() -> None:
     found = fit_clusterer(lines, ClustererSettings(clusters=2), told.append)
     assert found.settings.analyser == "characters"
     assert "明月" in found.spellings
-    assert told[0] == "texts are taken by their runs of two and three letters"
+    assert told[0] == "clustering by letter bigrams and trigrams"
 
 
 def test_unknown_stop_words_are_refused() -> None:
-    with pytest.raises(UserError, match="no stop words for 'klingon'"):
+    with pytest.raises(UserError, match="stop word file 'klingon' does not exist"):
         fit_clusterer(corpus(), ClustererSettings(clusters=2, stop_words="klingon"))
 
 

@@ -1,4 +1,4 @@
-"""Lines that are only added: nothing that was told is lost, nothing that was not told counts."""
+"""The append-only ledger: complete entries survive kills and concurrent writers, incomplete ones are ignored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def entry(state: State, request: str, owner: str = "a", recipe: str = "r", deliv
     return Entry(state, request, owner, "s", recipe, "2030-01-01T00:00:00+00:00", "", delivery)
 
 
-def test_the_last_line_of_a_request_counts(tmp_path: Path) -> None:
+def test_the_latest_entry_of_a_request_is_its_state(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "federation" / "ledger.jsonl")
     assert ledger.state("1") is None
     for state in ("asked", "delivered", "refused", "accepted"):
@@ -26,12 +26,12 @@ def test_the_last_line_of_a_request_counts(tmp_path: Path) -> None:
     assert len(again.entries()) == 5
     assert again.missing("s", "r", ["a", "b", "c"]) == ["b", "c"]
     assert again.missing("s", "other", ["a", "b"]) == ["a", "b"]
-    assert again.deliverers("d") == {("a", "s")}
-    assert again.deliverers("e") == frozenset()
+    assert again.accepted_from("d") == {("a", "s")}
+    assert again.accepted_from("e") == frozenset()
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
-def test_a_line_that_a_kill_cut_short_does_not_count_and_hinders_nothing(tmp_path: Path, cut: int) -> None:
+def test_a_line_cut_short_by_a_kill_is_ignored(tmp_path: Path, cut: int) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.add(entry("asked", "1"))
     ledger.add(entry("accepted", "1"))
@@ -48,7 +48,7 @@ def test_a_line_that_a_kill_cut_short_does_not_count_and_hinders_nothing(tmp_pat
     assert [one.request for one in ledger.entries()][-2:] == ["2", "2"]
 
 
-def test_a_damaged_line_amid_others_is_told(tmp_path: Path) -> None:
+def test_a_damaged_line_between_others_is_an_error(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.path.write_text('{"state": "asked"}\n')
     for request in ("1", "2"):
@@ -62,7 +62,7 @@ def _add_many(path: Path, name: str) -> None:
         Ledger(path).add(entry("asked", f"{name}{number}"))
 
 
-def test_several_processes_add_lines_whole(tmp_path: Path) -> None:
+def test_concurrent_processes_append_complete_lines(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_add_many, args=(path, name)) for name in "xyz"]
@@ -75,7 +75,7 @@ def test_several_processes_add_lines_whole(tmp_path: Path) -> None:
     )
 
 
-def test_what_another_process_adds_is_seen_and_what_was_read_is_not_read_again(tmp_path: Path) -> None:
+def test_entries_of_other_processes_are_read_incrementally(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     mine, others = Ledger(path), Ledger(path)
     mine.add(entry("asked", "1", owner="a"))
@@ -90,7 +90,7 @@ def test_what_another_process_adds_is_seen_and_what_was_read_is_not_read_again(t
     assert mine.entries() == before
 
 
-def test_a_ledger_that_was_restored_from_a_copy_is_read_afresh(tmp_path: Path) -> None:
+def test_a_ledger_restored_from_a_copy_is_read_from_the_start(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     ledger.add(entry("asked", "1"))

@@ -1,4 +1,4 @@
-"""Who is there: the file that one process writes and another reads."""
+"""Owner presence: the file that the serving process writes and other processes read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol.progress import Progress
 
 
-def test_owners_are_online_for_a_while_after_they_were_heard(
+def test_owners_stay_online_for_a_while_after_a_hello(
     coordinator: Coordinator, new_owner: Callable[[str], Owner], clock: Clock
 ) -> None:
     new_owner("site-a")
@@ -28,12 +28,14 @@ def test_owners_are_online_for_a_while_after_they_were_heard(
     clock.pass_hours(1)
     assert [one.online for one in owner_statuses(coordinator)] == [False, False]
     (request,) = coordinator.ask(["site-b"], BTM, clock() + timedelta(hours=1))
-    coordinator.note_progress("site-b", request.id, Progress("training", 1, 2))
+    coordinator.record_progress("site-b", request.id, Progress("training", 1, 2))
     first, second = owner_statuses(coordinator)
     assert (first.seen, second.seen) == (clock() - timedelta(hours=1), clock())
 
 
-def test_the_file_follows_a_newcomer_at_once_and_others_after_seconds(tmp_path: Path, clock: Clock) -> None:
+def test_the_file_is_written_at_once_for_a_new_owner_and_within_seconds_for_others(
+    tmp_path: Path, clock: Clock
+) -> None:
     written, reader = (
         Presence(tmp_path / "network" / "heard.json"),
         Presence(tmp_path / "network" / "heard.json"),
@@ -50,7 +52,7 @@ def test_the_file_follows_a_newcomer_at_once_and_others_after_seconds(tmp_path: 
     assert sorted(reader.heard()) == ["a", "b", "c"]
 
 
-def test_a_full_disk_keeps_nobody_from_what_it_came_for(
+def test_a_full_disk_does_not_fail_an_owners_request(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

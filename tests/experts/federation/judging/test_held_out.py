@@ -1,4 +1,4 @@
-"""The loss on public text that a delivery is held to."""
+"""The loss on public text that bounds a delivery."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def model_beside(layout: Layout, scale: float) -> Path:
     return folder
 
 
-def test_a_model_is_measured_beside_its_seed_and_the_seed_once(
+def test_an_expert_is_measured_against_its_seed_whose_loss_is_cached(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = held_out_measure(layout)
@@ -64,7 +64,7 @@ def test_a_model_is_measured_beside_its_seed_and_the_seed_once(
     assert measure(layout.seed, layout.root.parent / "scaled-1.0") == same
 
 
-def test_the_loss_is_the_mean_over_blocks_that_are_spread_over_the_text(
+def test_the_loss_is_the_mean_over_evenly_spaced_blocks(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = held_out._public_text(layout, load_project(layout.config_file), layout.seed)
@@ -86,7 +86,7 @@ def test_the_loss_is_the_mean_over_blocks_that_are_spread_over_the_text(
         assert math.isclose(loss_on(layout.seed, text), naive([0, len(blocks) - 1]), rel_tol=1e-5)
 
 
-def test_what_cannot_be_scored_is_the_experts_fault_or_ours(layout: Layout) -> None:
+def test_an_expert_that_cannot_be_scored_is_refused_and_a_seed_is_an_error(layout: Layout) -> None:
     broken = model_beside(layout, 2.0)
     (broken / "config.json").write_text("{}")
     found = held_out_measure(layout)(layout.seed, broken)

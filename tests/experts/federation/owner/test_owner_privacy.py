@@ -1,4 +1,4 @@
-"""Privacy that an owner insists on, whatever the coordinator asks for."""
+"""Differential privacy that an owner demands, whatever the request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from federation_members import BTM, TRAINING, Clock, hand_in, trained
 
 from expertctl import UserError
-from expertctl.core.artefacts.lineage import read_manifest
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.records import record_as_json
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.owner.owner_privacy import privacy_of
@@ -31,24 +32,24 @@ def ask(coordinator: Coordinator, clock: Clock, recipe: Recipe = BTM) -> ExpertR
     return request
 
 
-def test_an_owner_adds_noise_that_nobody_asked_for(
+def test_an_owner_can_demand_privacy_that_the_request_does_not(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     pytest.importorskip("opacus")
     owner = new_owner("site-a")
     insist(owner)
     request = ask(coordinator, clock)
-    spent = read_manifest(trained(coordinator, owner, request)).data["privacy"]
-    assert 0 < spent["epsilon"] <= 8.0
+    spent = read_manifest(trained(coordinator, owner, request)).data.privacy
+    assert 0 < spent.epsilon <= 8.0
     review = owner.review(request.id)
-    assert review.privacy == spent
+    assert review.privacy == record_as_json(spent)
     signed = owner.delivery(request.id)
     assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
     kept = read_manifest(coordinator.layout.experts / "site-a")
-    assert (kept.data["privacy"], kept.metrics) == (spent, {})
+    assert (kept.data.privacy, kept.metrics) == (spent, {})
 
 
-def test_what_was_trained_without_noise_does_not_leave_once_the_owner_insists(
+def test_an_expert_without_noise_is_not_delivered_after_the_owner_demands_privacy(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     pytest.importorskip("opacus")
@@ -58,10 +59,10 @@ def test_what_was_trained_without_noise_does_not_leave_once_the_owner_insists(
     before = owner.delivery(request.id).statement.expert
     insist(owner)
     assert not owner.is_trained(request)
-    with pytest.raises(UserError, match="or than you insist on"):
+    with pytest.raises(UserError, match="or your settings demand"):
         owner.review(request.id)
     work(owner, request.id)
-    assert read_manifest(expert).data["privacy"]["epsilon"] <= 8.0
+    assert read_manifest(expert).data.privacy.epsilon <= 8.0
     assert owner.delivery(request.id).statement.expert != before
     insist(owner, epsilon=9.0)  # what is there spends less than that
     assert owner.is_trained(request)
@@ -83,7 +84,7 @@ def test_what_was_trained_without_noise_does_not_leave_once_the_owner_insists(
         ),
     ],
 )
-def test_the_stricter_of_both_is_kept_to(
+def test_the_stricter_privacy_budget_applies(
     coordinator: Coordinator,
     new_owner: NewOwner,
     clock: Clock,
@@ -95,7 +96,7 @@ def test_the_stricter_of_both_is_kept_to(
     assert privacy_of(ask(coordinator, clock, replace(BTM, privacy=asked)), own) == found
 
 
-def test_rounds_are_not_taken_by_an_owner_who_insists_on_noise(
+def test_an_owner_who_demands_privacy_refuses_rounds(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock
 ) -> None:
     owner = new_owner("site-a")
@@ -107,15 +108,15 @@ def test_rounds_are_not_taken_by_an_owner_who_insists_on_noise(
     assert owner.requests() == []
     owner.configure(replace(owner.settings(), privacy=None))
     owner.take(request)
-    assert owner.why_not(request) is None
+    assert owner.objection(request) is None
     insist(owner)
-    assert "round 1 of 2 of 'campus' is trained without" in str(owner.why_not(request))
+    assert "round 1 of 2 of 'campus' is trained without" in str(owner.objection(request))
 
 
 @pytest.mark.parametrize(
     "wrong", [{"epsilon": 0, "delta": 1e-6}, {"epsilon": 8}, {"epsilon": 8, "detla": 1e-6}]
 )
-def test_privacy_that_no_run_can_keep_to_is_refused_when_it_is_asked_for(
+def test_invalid_privacy_settings_are_refused_when_requested(
     new_owner: NewOwner, wrong: dict[str, float]
 ) -> None:
     with pytest.raises(UserError, match="differential privacy"):

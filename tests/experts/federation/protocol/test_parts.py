@@ -1,4 +1,4 @@
-"""Files in parts: any order, any number of tries, never a byte that was not announced."""
+"""Chunked file transfer: parts in any order, repeated attempts, and digest checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expertctl.experts.federation.protocol.parts import FileParts, PartsWriter, 
 
 @given(st.binary(max_size=300), st.integers(1, 64), st.randoms())
 @settings(max_examples=40, deadline=None)
-def test_parts_in_any_order_are_the_file_again(
+def test_parts_in_any_order_restore_the_file(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, size: int, source: object
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
@@ -45,25 +45,25 @@ def parts(tmp_path: Path) -> FileParts:
     return parts_of(tmp_path / "x.bin", 40)
 
 
-def test_other_bytes_are_refused_and_what_stood_stays(tmp_path: Path, parts: FileParts) -> None:
+def test_wrong_bytes_are_refused_and_earlier_parts_stay(tmp_path: Path, parts: FileParts) -> None:
     writer = PartsWriter(tmp_path / "to", parts)
     writer.put(0, bytes(range(40)))
     for index, data in ((1, bytes(40)), (1, b""), (2, bytes(range(40)))):
-        with pytest.raises(UserError, match="is not what was announced"):
+        with pytest.raises(UserError, match="does not match its announced digest"):
             writer.put(index, data)
-    with pytest.raises(UserError, match="has 3 parts, and no part 3"):
+    with pytest.raises(UserError, match="has 3 parts; there is no part 3"):
         writer.put(3, b"")
     with pytest.raises(UserError, match=r"2 of 3 parts of x\.bin are missing"):
         writer.finish()
     assert writer.missing() == [1, 2]
 
 
-def test_a_file_that_was_changed_while_it_was_gathered_is_found(tmp_path: Path, parts: FileParts) -> None:
+def test_a_file_changed_during_the_transfer_is_detected(tmp_path: Path, parts: FileParts) -> None:
     writer = PartsWriter(tmp_path / "to", parts)
     for index in range(3):
         writer.put(index, read_part(tmp_path / "x.bin", parts, index))
     (tmp_path / "to" / ".x.bin.parts").write_bytes(bytes(100))
-    with pytest.raises(UserError, match="is not what was announced; send it again"):
+    with pytest.raises(UserError, match="does not match its announced digest; send it again"):
         writer.finish()
     assert writer.missing() == [0, 1, 2]
 
@@ -83,13 +83,13 @@ def test_a_file_that_was_changed_while_it_was_gathered_is_found(tmp_path: Path, 
         {"parts": None},
     ],
 )
-def test_descriptions_that_make_no_sense_are_refused(parts: FileParts, change: dict[str, object]) -> None:
+def test_invalid_file_entries_are_refused(parts: FileParts, change: dict[str, object]) -> None:
     with pytest.raises(UserError):
         FileParts.of_json({**parts.as_json(), **change})
 
 
-def test_a_full_disk_is_told_in_a_line_and_keeps_what_arrived(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: it gives the same kind of error."""
+def test_a_full_disk_is_a_one_line_error_and_keeps_arrived_parts(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk; it raises the same kind of error."""
     path = tmp_path / "x.bin"
     path.write_bytes(bytes(range(256)) * 400)
     program = f"""

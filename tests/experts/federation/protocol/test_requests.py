@@ -1,4 +1,4 @@
-"""What is asked: read back as it was written, refused when it is anything else."""
+"""Requests and progress: round trips through JSON, and refusal of invalid content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUEST = ExpertRequest(
 )
 
 
-def test_a_request_is_read_as_it_was_written() -> None:
+def test_a_request_survives_a_json_round_trip() -> None:
     assert ExpertRequest.of_json(REQUEST.as_json()) == REQUEST
     assert ExpertRequest.of_json(REQUEST.as_json()).recipe.digest == REQUEST.recipe.digest
     assert Recipe("flexolmo").digest != REQUEST.recipe.digest
@@ -46,13 +46,13 @@ def test_a_request_is_read_as_it_was_written() -> None:
         {"more": 1},
     ],
 )
-def test_anything_else_is_refused(change: dict[str, Any]) -> None:
+def test_invalid_requests_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         ExpertRequest.of_json({**REQUEST.as_json(), **change})
 
 
 @pytest.mark.parametrize("content", [None, [], "x", {}])
-def test_what_is_no_object_is_refused(content: Any) -> None:
+def test_content_that_is_not_an_object_is_refused(content: Any) -> None:
     with pytest.raises(UserError):
         ExpertRequest.of_json(content)
 
@@ -60,17 +60,17 @@ def test_what_is_no_object_is_refused(content: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "hours"), [("48h", 48), ("30m", 0.5), ("2d", 48), ("1d 12h", 36), ("1.5h", 1.5), ("90s", 0.025)]
 )
-def test_times_until_a_deadline(text: str, hours: float) -> None:
+def test_durations_are_parsed(text: str, hours: float) -> None:
     assert deadline_in(text, NOW) - NOW == timedelta(hours=hours)
 
 
 @pytest.mark.parametrize("text", ["", "soon", "48", "h", "-3h", "3h later", "99999w"])
-def test_what_is_no_time_is_told(text: str) -> None:
-    with pytest.raises(UserError, match=r"is no time until a deadline|more than ten years"):
+def test_invalid_durations_are_errors(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not a duration|more than ten years"):
         deadline_in(text, NOW)
 
 
-def test_identifiers_are_not_guessed() -> None:
+def test_identifiers_are_random() -> None:
     assert len({new_identifier() for _ in range(100)}) == 100
 
 

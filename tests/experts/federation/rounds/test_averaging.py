@@ -1,4 +1,4 @@
-"""Averaging and the outer step, against torch's own SGD in float64; and what is not averaged."""
+"""Averaging and the outer step against torch.optim.SGD in float64, and refusal of invalid weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from expertctl.experts.federation.rounds.averaging import (
     OUTER_RECIPES,
     AveragingRules,
     Contribution,
-    Examined,
+    ExaminedWeights,
     average_round,
     examine_weights,
     outer_recipe,
-    shares_of,
+    owner_shares,
 )
 
 RULES = AveragingRules()
@@ -41,7 +41,7 @@ def shared_weights(dtype: torch.dtype, seed: int = 0) -> Tensors:
 
 
 def moved(weights: Mapping[str, torch.Tensor], seed: int, scale: float = 0.05) -> Tensors:
-    """What an owner might make of the weights."""
+    """Return weights as after an owner's training."""
     source = torch.Generator().manual_seed(seed)
     return {
         name: (tensor.double() + scale * torch.randn(tensor.shape, generator=source, dtype=torch.float64)).to(
@@ -57,7 +57,7 @@ def contribution(folder: Path, owner: str, tensors: Tensors, share: float, share
     file = folder / f"{owner}.safetensors"
     write_tensors(file, tensors)
     found = examine_weights(file, Checkpoint([shared]), RULES)
-    assert isinstance(found, Examined), found
+    assert isinstance(found, ExaminedWeights), found
     return Contribution(owner, file, found.digest, share)
 
 
@@ -120,7 +120,7 @@ def test_fedavg_is_the_weighted_mean_of_the_owners(tmp_path: Path) -> None:
 
 
 def test_small_steps_are_not_lost_to_bfloat16(tmp_path: Path) -> None:
-    """Sixteen steps that each round to nothing move a weight all the same."""
+    """Sixteen steps, each too small for bfloat16, move a weight."""
     shared, state = tmp_path / "shared.safetensors", None
     write_tensors(shared, {"w": torch.ones(4, dtype=torch.bfloat16)})
     recipe = OUTER_RECIPES["fedavg"]
@@ -164,15 +164,15 @@ def damaged(kind: str, tensors: Tensors) -> Tensors:
     [
         ("keys", RefusalCode.SHAPES, "the owner's weights lack 'scale'"),
         ("more keys", RefusalCode.SHAPES, "the shared model has no 'extra'"),
-        ("shape", RefusalCode.SHAPES, r"'embed.weight' is [4, 6], the shared one [6, 4]"),
-        ("dtype", RefusalCode.DTYPES, "'embed.weight' is F64, the shared one F32"),
+        ("shape", RefusalCode.SHAPES, r"'embed.weight' is [4, 6], the shared tensor [6, 4]"),
+        ("dtype", RefusalCode.DTYPES, "'embed.weight' is F64, the shared tensor F32"),
         ("nan", RefusalCode.NOT_FINITE, "'embed.weight'"),
         ("infinite", RefusalCode.NOT_FINITE, "'embed.weight'"),
-        ("scaled", RefusalCode.NORM, "of the shared weights' length; 1 is allowed"),
-        ("integers", RefusalCode.FROZEN, "'positions' is no floating-point tensor"),
+        ("scaled", RefusalCode.NORM, "times the norm of the shared weights; 1 is allowed"),
+        ("integers", RefusalCode.FROZEN, "'positions' is not a floating-point tensor"),
     ],
 )
-def test_what_cannot_be_averaged_is_refused(
+def test_weights_that_cannot_be_averaged_are_refused(
     tmp_path: Path, kind: str, code: RefusalCode, detail: str
 ) -> None:
     shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
@@ -184,7 +184,7 @@ def test_what_cannot_be_averaged_is_refused(
     assert detail in found.detail
 
 
-def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
     write_tensors(shared, shared_weights(torch.float32))
     own.write_bytes(shared.read_bytes()[:-3])
@@ -194,13 +194,13 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(found)
 
 
-def test_weights_that_were_changed_after_the_examination_stop_the_round(tmp_path: Path) -> None:
+def test_weights_changed_after_the_examination_stop_the_round(tmp_path: Path) -> None:
     shared = tmp_path / "shared.safetensors"
     write_tensors(shared, shared_weights(torch.float32))
     given = contribution(tmp_path, "one", moved(shared_weights(torch.float32), 1), 1.0, shared)
     write_tensors(given.file, moved(shared_weights(torch.float32), 2))
     after, outer = tmp_path / "after.safetensors", tmp_path / "outer.safetensors"
-    with pytest.raises(UserError, match=r"what 'one' delivered .* was changed since it was examined"):
+    with pytest.raises(UserError, match=r"the weights of 'one' .* have changed since they were examined"):
         average_round(Checkpoint([shared]), [given], None, OUTER_RECIPES["diloco"], after, outer)
     assert not after.exists()
     assert not outer.exists()
@@ -235,7 +235,7 @@ def test_pieces_of_any_size_give_the_same_bytes(
     for piece in (1 << 22, 5, 1):
         monkeypatch.setattr(averaging, "PIECE", piece)
         examined = examine_weights(given[0].file, Checkpoint([shared]), RULES)
-        assert isinstance(examined, Examined)
+        assert isinstance(examined, ExaminedWeights)
         assert examined.digest == given[0].digest
         files = [tmp_path / f"{name}-{piece}.safetensors" for name in ("first", "outer", "second", "last")]
         average_round(Checkpoint([shared]), given, None, OUTER_RECIPES["diloco"], files[0], files[1])
@@ -251,19 +251,19 @@ def test_an_unknown_recipe_is_named() -> None:
 
 
 @given(st.dictionaries(st.text("abcdef", min_size=1), st.floats(1e-3, 1e9), min_size=1, max_size=8))
-def test_shares_sum_to_one_and_nobody_buys_the_round_with_a_number(weights: dict[str, float]) -> None:
-    equal = shares_of(weights, OUTER_RECIPES["diloco"], RULES)
+def test_shares_sum_to_one_and_a_false_count_cannot_dominate(weights: dict[str, float]) -> None:
+    equal = owner_shares(weights, OUTER_RECIPES["diloco"], RULES)
     assert set(equal.values()) == {1 / len(weights)}
-    by_tokens = shares_of(weights, OUTER_RECIPES["fedavg"], RULES)
+    by_tokens = owner_shares(weights, OUTER_RECIPES["fedavg"], RULES)
     assert sum(by_tokens.values()) == pytest.approx(1.0)
     assert list(by_tokens) == sorted(weights)
     largest = {**weights, "liar": 1e30}
     if len(weights) >= 3:
-        assert shares_of(largest, OUTER_RECIPES["fedavg"], RULES)["liar"] < 1.0
+        assert owner_shares(largest, OUTER_RECIPES["fedavg"], RULES)["liar"] < 1.0
 
 
-def test_a_lie_about_tokens_counts_ten_medians() -> None:
-    shares = shares_of({"a": 1.0, "b": 1.0, "liar": 1e12}, OUTER_RECIPES["fedavg"], RULES)
+def test_an_excessive_token_count_is_capped_at_ten_medians() -> None:
+    shares = owner_shares({"a": 1.0, "b": 1.0, "liar": 1e12}, OUTER_RECIPES["fedavg"], RULES)
     assert shares == pytest.approx({"a": 1 / 12, "b": 1 / 12, "liar": 10 / 12})
 
 
@@ -271,10 +271,13 @@ def test_a_stream_that_fails_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(UserError), TensorStream(path, {"a": ("F32", (2,)), "b": ("F32", (2,))}) as stream:
         stream.add("a", Checkpoint([path]).read("a"))
-    with pytest.raises(AssertionError, match="not every tensor"), TensorStream(path, {"a": ("F32", (2,))}):
+    with (
+        pytest.raises(AssertionError, match="not every announced tensor"),
+        TensorStream(path, {"a": ("F32", (2,))}),
+    ):
         pass
     for wrong, said in (
-        (torch.zeros(3), "there is more of a"),
+        (torch.zeros(3), "a has more elements"),
         (torch.zeros(2, dtype=torch.bfloat16), "announced F32 for a"),
     ):
         with (

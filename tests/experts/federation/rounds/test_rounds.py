@@ -1,4 +1,4 @@
-"""Rounds on disk, and the loop over them: quorum, deadlines, what does not count, and kills at any point."""
+"""Rounds on disk and the round loop: quorum, deadlines, refusals, and kills at any point."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def begin(folder: Path, **settings: object) -> Rounds:
 
 
 def nudge(task: OwnerTask) -> int:
-    """A cheap training: a step that depends on owner and round alone."""
+    """Cheap training: a step that depends only on the owner and the round."""
     shared = Checkpoint([task.shared])
     step = torch.randn(3, 4, generator=torch.Generator().manual_seed(100 * task.round + len(task.owner)))
     write_tensors(task.result, {"w": shared.read("w") + 0.1 * step, "n": shared.read("n")})
@@ -56,7 +56,7 @@ def delivered_file(rounds: Rounds, owner: str) -> Path:
 
 
 def content(rounds: Rounds) -> dict[str, bytes]:
-    """All that must come out the same after a kill."""
+    """Return everything that must be identical after a kill."""
     return {
         path.relative_to(rounds.root).as_posix(): path.read_bytes()
         for path in sorted(rounds.root.rglob("*"))
@@ -64,7 +64,7 @@ def content(rounds: Rounds) -> dict[str, bytes]:
     }
 
 
-def test_a_round_waits_for_owners_and_then_counts_them(tmp_path: Path) -> None:
+def test_a_round_waits_for_all_owners_before_the_deadline(tmp_path: Path) -> None:
     rounds = begin(tmp_path)
     assert rounds.state(NOW) == "waiting"
     assert rounds.missing() == list(OWNERS)
@@ -81,7 +81,7 @@ def test_a_round_waits_for_owners_and_then_counts_them(tmp_path: Path) -> None:
     assert rounds.deadline == NOW + timedelta(hours=1)
 
 
-def test_after_the_deadline_a_quorum_is_enough_and_less_is_an_error(tmp_path: Path) -> None:
+def test_after_the_deadline_a_quorum_suffices_and_less_is_an_error(tmp_path: Path) -> None:
     rounds = begin(tmp_path, quorum=0.6)
     late = NOW + timedelta(hours=2)
     assert rounds.plan.needed == 2
@@ -99,7 +99,7 @@ def test_after_the_deadline_a_quorum_is_enough_and_less_is_an_error(tmp_path: Pa
     assert (sorted(report.shares), report.missing) == (["clinic", "court"], ("press",))
 
 
-def test_bad_weights_are_left_out_with_a_reason_and_may_come_again(tmp_path: Path) -> None:
+def test_invalid_weights_are_refused_with_a_reason_and_can_be_replaced(tmp_path: Path) -> None:
     rounds = begin(tmp_path, quorum=0.6)
     bad = tmp_path / "bad.safetensors"
     write_tensors(bad, {"w": torch.full((3, 4), float("nan")), "n": torch.tensor([3])})
@@ -115,9 +115,9 @@ def test_bad_weights_are_left_out_with_a_reason_and_may_come_again(tmp_path: Pat
     assert sorted(rounds.close(NOW).shares) == list(OWNERS)
 
 
-def test_strangers_and_other_plans_are_refused(tmp_path: Path) -> None:
+def test_unknown_owners_and_other_plans_are_refused(tmp_path: Path) -> None:
     rounds = begin(tmp_path)
-    with pytest.raises(UserError, match="'eve' is no owner of these rounds"):
+    with pytest.raises(UserError, match="'eve' is not an owner of these rounds"):
         rounds.deliver("eve", tmp_path / "start.safetensors", 1, NOW)
     assert begin(tmp_path).number == 0
     with pytest.raises(UserError, match="holds rounds of another plan or model"):
@@ -127,7 +127,7 @@ def test_strangers_and_other_plans_are_refused(tmp_path: Path) -> None:
             RoundPlan(**{"owners": OWNERS, "recipe": "diloco", **wrong})  # type: ignore[arg-type]
 
 
-def test_weights_of_closed_rounds_are_removed_and_their_records_stay(tmp_path: Path) -> None:
+def test_weights_of_closed_rounds_are_deleted_and_records_stay(tmp_path: Path) -> None:
     rounds = begin(tmp_path)
     run_rounds(rounds, nudge, 4, now=lambda: NOW)
     names = content(rounds)
@@ -142,12 +142,12 @@ def test_weights_of_closed_rounds_are_removed_and_their_records_stay(tmp_path: P
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing catches it."""
+    """Simulates kill -9: no handler catches it."""
 
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Kills at the n-th thing that is written; `[0]` counts down, below 0 it never strikes."""
+    """Kills at the n-th write; `[0]` counts down and is negative for no kill."""
     left = [-1]
     write, put, average = rounds_module.write_json, files._put_in_place, rounds_module.average_round
     tidy = rounds_module.Rounds.tidy
@@ -174,17 +174,17 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("point", range(1, 47))
 def test_a_kill_at_any_point_ends_in_the_same_bytes(tmp_path: Path, kill_at: list[int], point: int) -> None:
-    whole, rounds = begin(tmp_path / "whole"), begin(tmp_path / "killed")
-    run_rounds(whole, nudge, 2, now=lambda: NOW)
+    expected, rounds = begin(tmp_path / "expected"), begin(tmp_path / "killed")
+    run_rounds(expected, nudge, 2, now=lambda: NOW)
     kill_at[0] = point
     with pytest.raises(Killed):
         run_rounds(rounds, nudge, 2, now=lambda: NOW)
     kill_at[0] = -1
     run_rounds(Rounds(rounds.root), nudge, 2, now=lambda: NOW)
-    assert content(rounds) == content(whole)
+    assert content(rounds) == content(expected)
 
 
-def test_who_comes_after_the_round_was_settled_is_late(tmp_path: Path, kill_at: list[int]) -> None:
+def test_a_delivery_after_the_closing_record_is_late(tmp_path: Path, kill_at: list[int]) -> None:
     rounds = begin(tmp_path, quorum=0.6)
     for owner in ("clinic", "court"):
         rounds.deliver(owner, delivered_file(rounds, owner), 1000, NOW)
@@ -213,7 +213,7 @@ def test_an_owner_that_fails_is_left_out_while_the_quorum_holds(tmp_path: Path) 
     assert lines[0].startswith("'press' is left out of round 0: training diverged")
 
 
-def test_too_few_owners_stop_the_loop_and_another_try_asks_them_again(tmp_path: Path) -> None:
+def test_too_few_owners_stop_the_loop_and_the_next_call_readmits_them(tmp_path: Path) -> None:
     rounds, broken = begin(tmp_path), [True]
 
     def fails_once(task: OwnerTask) -> int:
@@ -249,7 +249,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenBlocks]:
-    """Each owner's text is a cycle of its own through the vocabulary, which a model can learn."""
+    """Each owner's text is a distinct cycle through the vocabulary, which a model can learn."""
     found = {}
     for number, owner in enumerate(OWNERS):
         folder = tmp_path_factory.mktemp(owner)
@@ -297,22 +297,24 @@ def test_real_training_lowers_the_loss_and_a_kill_changes_no_byte(
     assert content(killed) == content(whole)
 
 
-def test_an_owner_that_is_ahead_of_the_rounds_is_an_error(
+def test_owner_state_past_the_round_is_an_error(
     tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]
 ) -> None:
     training = InnerTraining(tmp_path / "state", model, texts["court"], CONFIG, STEPS)
     task = OwnerTask("court", 1, model / "model.safetensors", tmp_path / "out.safetensors")
     assert training(task) == len(texts["court"]) * CONFIG.sequence_length
-    with pytest.raises(UserError, match="is at step 12, beyond this round's 6; it belongs to other rounds"):
+    with pytest.raises(
+        UserError, match="is at step 12, past this round's end at 6; it belongs to other rounds"
+    ):
         training(OwnerTask("court", 0, task.shared, task.result))
-    with pytest.raises(UserError, match="round 4 goes beyond the 24 steps"):
+    with pytest.raises(UserError, match="round 4 exceeds the 24 steps"):
         training(OwnerTask("court", 4, task.shared, task.result))
 
 
 def test_a_round_trained_twice_gives_the_same_bytes(
     tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]
 ) -> None:
-    """The kill after the last checkpoint of a round, before its weights were handed in."""
+    """A kill after the last checkpoint of a round and before the delivery of its weights."""
     training = InnerTraining(tmp_path / "state", model, texts["court"], CONFIG, STEPS)
     task = OwnerTask("court", 0, model / "model.safetensors", tmp_path / "out.safetensors")
     training(task)
@@ -328,7 +330,7 @@ from datetime import datetime, UTC
 from pathlib import Path
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.experts.federation.rounds.round_loop import run_rounds
-from expertctl.experts.federation.rounds import Rounds
+from expertctl.experts.federation.rounds.rounds import Rounds
 
 def nudge(task):
     shared = Checkpoint([task.shared])
@@ -342,8 +344,8 @@ run_rounds(Rounds(Path(sys.argv[1])), nudge, int(sys.argv[2]), now=lambda: datet
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    whole, rounds = begin(tmp_path / "whole"), begin(tmp_path / "killed")
-    run_rounds(whole, nudge, 40, now=lambda: NOW)
+    expected, rounds = begin(tmp_path / "expected"), begin(tmp_path / "killed")
+    run_rounds(expected, nudge, 40, now=lambda: NOW)
     command = [sys.executable, "-c", PROCESS, rounds.root, "40"]
     for kill in range(3):
         process = subprocess.Popen(command)
@@ -353,7 +355,7 @@ def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_pat
         process.wait()
         assert rounds.number < 40
     assert subprocess.run(command, check=False).returncode == 0
-    assert content(rounds) == content(whole)
+    assert content(rounds) == content(expected)
 
 
 MEMORY = """
@@ -361,24 +363,24 @@ import resource, sys, torch
 from pathlib import Path
 from expertctl.core.process.allocator import hand_back_freed_memory
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
-from expertctl.experts.federation import averaging
+from expertctl.experts.federation.rounds import averaging
 from expertctl.experts.federation.rounds.averaging import *
 
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 recipe, shared = OUTER_RECIPES["diloco"], Checkpoint([folder / "shared.safetensors"])
 
-hand_back_freed_memory()  # as the process that serves does
+hand_back_freed_memory()  # as the serving process does
 averaging.PIECE = 1 << 20
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 def round_of(owners, state):
-    given = []
+    contributions = []
     for owner in range(owners):
-        found = examine_weights(folder / f"owner-{owner}.safetensors", shared, AveragingRules(max_change=9.0))
-        given.append(Contribution(str(owner), folder / f"owner-{owner}.safetensors", found.digest, 1 / owners))
-    average_round(shared, given, state, recipe, folder / "after.safetensors", folder / "outer.safetensors")
+        examined = examine_weights(folder / f"owner-{owner}.safetensors", shared, AveragingRules(max_change=9.0))
+        contributions.append(Contribution(str(owner), folder / f"owner-{owner}.safetensors", examined.digest, 1 / owners))
+    average_round(shared, contributions, state, recipe, folder / "after.safetensors", folder / "outer.safetensors")
 
 round_of(1, None)
 before = peak()
@@ -388,7 +390,7 @@ print(peak() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in other units")
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory has another unit")
 @pytest.mark.parametrize(
     "shapes", [{f"layers.{number}.weight": 1 << 20 for number in range(24)}, {"embed": 24 << 20}]
 )

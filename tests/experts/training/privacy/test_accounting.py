@@ -11,11 +11,11 @@ from expertctl import UserError
 from expertctl.core.config.settings import DpConfig
 from expertctl.experts.training.privacy.accounting import (
     Mechanism,
+    describe_privacy,
     epsilon_of,
     mechanism_for,
     noise_multiplier,
     privacy_statement,
-    say,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Optimal order:UserWarning")
@@ -34,9 +34,9 @@ def test_noise_and_figure_are_opacus_own() -> None:
     for _ in range(CONFIG.steps):
         accountant.step(noise_multiplier=expected, sample_rate=rate)
     spent = privacy_statement(DP, mechanism, accountant.history, 16)
-    assert spent["epsilon"] == accountant.get_epsilon(1e-6)
-    assert 7.9 < spent["epsilon"] <= 8
-    assert spent["history"] == [[expected, rate, CONFIG.steps]]
+    assert spent.epsilon == accountant.get_epsilon(1e-6)
+    assert 7.9 < spent.epsilon <= 8
+    assert spent.history == ((expected, rate, CONFIG.steps),)
 
 
 @pytest.mark.slow
@@ -62,15 +62,15 @@ def test_what_is_released_before_training_is_paid_for() -> None:
 @pytest.mark.parametrize(
     ("dp", "blocks", "before", "message"),
     [
-        (DP, 7, (), r"a step draws 8 blocks and the text has 7; lower training.batch_size"),
+        (DP, 7, (), r"a step samples 8 blocks, but the text has only 7; lower training.batch_size"),
         (
             DpConfig(epsilon=8, delta=0.01),
             100,
             (),
-            r"delta 0.01 is not below one in 100 blocks.*at most 0.001",
+            r"delta 0.01 is not below 1 / 100 blocks.*at most 0.001",
         ),
-        (DP, 400, ((0.1, 1.0, 1),), r"before training costs epsilon .* of 8; raise dp.embedding_noise"),
-        (DpConfig(epsilon=1e-9, delta=1e-12), 400, (), r"no noise keeps epsilon 1e-09"),
+        (DP, 400, ((0.1, 1.0, 1),), r"before training spend epsilon .* of 8; raise dp.embedding_noise"),
+        (DpConfig(epsilon=1e-9, delta=1e-12), 400, (), r"no amount of noise meets epsilon 1e-09"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(
@@ -85,9 +85,9 @@ def test_noise_that_can_be_made_again_gives_no_epsilon() -> None:
     history = [(1.0, 0.02, 50)]
     seeded = privacy_statement(DpConfig(epsilon=8, delta=1e-6, noise="seeded"), mechanism, history, 16)
     secret = privacy_statement(DP, mechanism, history, 16)
-    assert seeded["epsilon"] is None
-    assert seeded["epsilon_if_noise_were_secret"] == secret["epsilon"] > 0
-    assert say(seeded).startswith("none: the noise can be made again")
-    assert say(secret).startswith(
-        f"epsilon {secret['epsilon']:.2f} at delta 1e-06 (rdp) for one block of 16 tokens"
+    assert seeded.epsilon is None
+    assert seeded.epsilon_if_noise_were_secret == secret.epsilon > 0
+    assert describe_privacy(seeded).startswith("none: the noise is drawn from the random seed")
+    assert describe_privacy(secret).startswith(
+        f"epsilon {secret.epsilon:.2f} at delta 1e-06 (rdp) for one block of 16 tokens"
     )

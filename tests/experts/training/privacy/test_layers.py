@@ -79,34 +79,34 @@ REFUSED = {
     ),
     "used past its forward pass": (
         lambda: Small(Bare(), apply=lambda layer, hidden: hidden @ layer.weight),
-        "parameter 'middle.weight' cannot train .*its gradient does not all pass through the layer that holds it",
+        "parameter 'middle.weight' cannot train .*part of its gradient does not pass through the layer that owns it",
     ),
     "examples that meet": (
         lambda: Small(Mixing()),
-        "layer 'middle' (Mixing) .*its result for one example depends on the others in the batch",
+        "layer 'middle' (Mixing) .*its output for one example depends on the other examples",
     ),
     "tokens without their example": (
         lambda: Small(
             nn.Linear(8, 8),
             apply=lambda layer, hidden: layer(hidden.flatten(0, 1)).view_as(hidden),
         ),
-        "layer 'middle' (Linear) .*for a batch of 3 it is given 48 rows",
+        "layer 'middle' (Linear) .*its input has 48 rows for a batch of 3",
     ),
     "several inputs": (
         lambda: Small(nn.Bilinear(8, 8, 8), apply=lambda layer, hidden: layer(hidden, hidden)),
-        "layer 'middle' (Bilinear) .*more than one tensor",
+        "layer 'middle' (Bilinear) .*more than one input tensor",
     ),
     "a choice": (
         lambda: Small(Choosing()),
-        "layer 'middle' (Choosing) .*no gradient per example",
+        "layer 'middle' (Choosing) .*cannot compute per-example gradients",
     ),
     "fused experts": (
         lambda: make_model("mixtral"),
-        "layer 'model.layers.0.mlp.gate' (MixtralTopKRouter) .*for a batch of 3 it is given 48 rows",
+        "layer 'model.layers.0.mlp.gate' (MixtralTopKRouter) .*its input has 48 rows for a batch of 3",
     ),
     "positions for the whole batch": (
         lambda: make_model("gpt2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-        "layer 'transformer.wpe' (Embedding) .*for a batch of 3 it is given 1 rows",
+        "layer 'transformer.wpe' (Embedding) .*its input has 1 rows for a batch of 3",
     ),
 }
 
@@ -115,7 +115,7 @@ REFUSED = {
 def test_refused_with_the_layer_and_the_reason(blocks: TokenBlocks, case: str) -> None:
     make, message = REFUSED[case]
     with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")) as refused:
-        private_loop(all_parameters(make(), None), blocks)
+        private_loop(all_parameters(make()), blocks)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
 
@@ -124,9 +124,9 @@ def test_refused_with_the_layer_and_the_reason(blocks: TokenBlocks, case: str) -
 def test_one_block_at_a_time_any_layer_can_train(blocks: TokenBlocks, case: str) -> None:
     """And the gradient is that of a loop over single examples."""
     model = REFUSED[case][0]()
-    twin = all_parameters(copy.deepcopy(model), None)
+    twin = all_parameters(copy.deepcopy(model))
     single = changed(CONFIG, batch_size=1, accumulation=8)
-    loop = private_loop(all_parameters(model, None), blocks, clip=0.25, config=single)
+    loop = private_loop(all_parameters(model), blocks, clip=0.25, config=single)
     loop._accumulate()
     tokens = torch.from_numpy(np.stack([blocks.block(index) for index in drawn(loop)]))
     alone = naive_gradients(lambda one: next_token_loss(twin.module, one), dict(twin.parameters), tokens)
@@ -142,13 +142,13 @@ def test_one_block_at_a_time_any_layer_can_train(blocks: TokenBlocks, case: str)
 
 def test_batch_normalisation_is_refused_for_single_blocks_too(blocks: TokenBlocks) -> None:
     with pytest.raises(UserError, match="keeps statistics of the text"):
-        private_loop(all_parameters(batch_norm(), None), blocks, config=changed(CONFIG, batch_size=1))
+        private_loop(all_parameters(batch_norm()), blocks, config=changed(CONFIG, batch_size=1))
 
 
 def test_one_block_at_a_time_gives_what_several_give(blocks: TokenBlocks) -> None:
-    several = private_loop(all_parameters(make_model("llama"), None), blocks, clip=0.5, noise=1.0)
+    several = private_loop(all_parameters(make_model("llama")), blocks, clip=0.5, noise=1.0)
     single = private_loop(
-        all_parameters(make_model("llama"), None),
+        all_parameters(make_model("llama")),
         blocks,
         clip=0.5,
         noise=1.0,
@@ -163,7 +163,7 @@ def test_one_block_at_a_time_gives_what_several_give(blocks: TokenBlocks) -> Non
 
 
 def test_a_loss_over_the_whole_batch_is_refused(blocks: TokenBlocks) -> None:
-    part = all_parameters(make_model("llama"), None)
+    part = all_parameters(make_model("llama"))
     odd = TrainablePart(part.module, part.parameters, auxiliary_loss=lambda: torch.zeros(()))
     with pytest.raises(UserError, match="a loss over the whole batch"):
         private_loop(odd, blocks)

@@ -13,11 +13,11 @@ import torch
 from flexolmo_workspaces import train_here
 
 from expertctl import UserError, verify
-from expertctl.core.artefacts.lineage import read_manifest
 from expertctl.core.artefacts.safetensors_io import Checkpoint
 from expertctl.core.hooks.training import TrainablePart, Trainer
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.run import read_run
 from expertctl.experts.runs.privacy_rules import check_private
-from expertctl.experts.runs.specification import read_run
 from expertctl.experts.training.privacy.accounting import epsilon_of
 from expertctl.experts.training.privacy.noise import NoiseSource
 from expertctl.experts.training.privacy.releases import Releases
@@ -46,24 +46,24 @@ def test_an_expert_says_what_it_cost_and_nothing_of_its_text(
     folder = train_here(workspace, "clinic", domain="prose", trains=trains, options=options, dp=DP)
     manifest = read_manifest(folder)
     assert verify(folder) == []
-    spent = manifest.data["privacy"]
+    spent = manifest.data.privacy
     run = read_run(folder)
     assert run.dp is not None
-    history = [tuple(one) for one in spent["history"]]
-    assert history == [(spent["noise_multiplier"], spent["sampling_rate"], run.training.steps)]
-    assert spent["epsilon"] == epsilon_of(history, run.dp) <= 8
-    assert spent["epsilon"] > 7.9
-    assert (spent["delta"], spent["clip"], spent["accountant"]) == (1e-6, 1.0, "rdp")
-    assert spent["protects"] == "one block of 32 tokens, added or removed"
+    history = [tuple(one) for one in spent.history]
+    assert history == [(spent.noise_multiplier, spent.sampling_rate, run.training.steps)]
+    assert spent.epsilon == epsilon_of(history, run.dp) <= 8
+    assert spent.epsilon > 7.9
+    assert (spent.delta, spent.clip, spent.accountant) == (1e-6, 1.0, "rdp")
+    assert spent.protects == "one block of 32 tokens, added or removed"
 
     assert manifest.metrics == {}
-    statement = manifest.data["domains"]["prose"]
-    assert "digest" not in statement
+    statement = manifest.domains["prose"]
+    assert statement.digest is None
     full = workspace.prepare(["prose"])[0].train
     for name in ("documents", "tokens", "bytes"):
         exact = getattr(full, name)
-        assert statement[name] == pytest.approx(exact, rel=0.05)
-        assert set(str(statement[name])[2:]) <= {"0"}
+        assert getattr(statement, name) == pytest.approx(exact, rel=0.05)
+        assert set(str(getattr(statement, name))[2:]) <= {"0"}
     text = (folder / "expert.json").read_text()
     assert full.digest not in text
 
@@ -79,17 +79,17 @@ def test_the_secret_is_new_for_each_run_and_a_seed_is_not(workspace: Workspace) 
 
     assert digest("one", "seeded") == digest("two", "seeded")
     assert digest("three", "secret") != digest("four", "secret")
-    seeded = read_manifest(workspace.experts / "one").data["privacy"]
-    assert seeded["epsilon"] is None
-    assert 7.9 < seeded["epsilon_if_noise_were_secret"] <= 8
+    seeded = read_manifest(workspace.experts / "one").data.privacy
+    assert seeded.epsilon is None
+    assert 7.9 < seeded.epsilon_if_noise_were_secret <= 8
 
 
 def test_ordinary_runs_say_nothing_of_privacy(workspace: Workspace) -> None:
     folder = train_here(workspace, "plain", domain="prose", trains="feed_forward")
-    assert "dp" not in json.loads((folder / "run.json").read_text())
+    assert json.loads((folder / "run.json").read_text())["dp"] is None
     manifest = read_manifest(folder)
-    assert "dp" not in manifest.config
-    assert "privacy" not in manifest.data
+    assert manifest.run.dp is None
+    assert manifest.data.privacy is None
     assert manifest.metrics["loss"] > 0
 
 
@@ -106,18 +106,22 @@ def test_a_router_row_begins_at_random_unless_its_noise_is_paid_for(workspace: W
     router = Checkpoint([plain / "router.safetensors"])
     assert "domain" not in router
     assert "domain" in Checkpoint([paid / "router.safetensors"])
-    spent, without = (read_manifest(one).data["privacy"] for one in (paid, plain))
-    assert spent["history"][0] == [5.0, 1.0, 1]
-    assert 7.9 < spent["epsilon"] <= 8
-    assert spent["noise_multiplier"] > without["noise_multiplier"], "training gets what is left"
+    spent, without = (read_manifest(one).data.privacy for one in (paid, plain))
+    assert spent.history[0] == (5.0, 1.0, 1)
+    assert 7.9 < spent.epsilon <= 8
+    assert spent.noise_multiplier > without.noise_multiplier, "training gets what is left"
 
 
 @pytest.mark.parametrize(
     ("options", "dp", "message"),
     [
-        ({"public": "public", "embedding": "hidden"}, {}, r"tells of that text; pay for it with --dp"),
-        ({"public": "public", "embedding": "./embedder"}, {}, r"sentence embeddings get no noise"),
-        ({"public": "prose"}, {"embedding_noise": 5}, r"'prose' cannot be private and public text at once"),
+        (
+            {"public": "public", "embedding": "hidden"},
+            {},
+            r"reveals information about that text; add noise with --dp",
+        ),
+        ({"public": "public", "embedding": "./embedder"}, {}, r"sentence embeddings are not supported"),
+        ({"public": "prose"}, {"embedding_noise": 5}, r"'prose' cannot be both private and public text"),
     ],
 )
 def test_a_row_that_would_tell_is_refused(
@@ -174,9 +178,9 @@ def test_one_block_moves_the_mean_by_the_clip_at_most(clip: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start": "auto"}, r"`from: auto` weighs the experts by the private text"),
-        ({"training": {"compile": True}}, r"training.compile does not go with differential privacy"),
-        ({"training": {"precision": "bfloat16"}}, r"gradients are computed in float32"),
+        ({"start": "auto"}, r"`from: auto` computes weights from the private text"),
+        ({"training": {"compile": True}}, r"training.compile does not work with differential privacy"),
+        ({"training": {"precision": "bfloat16"}}, r"differential privacy requires float32 gradients"),
         ({"dp": {"epsilon": 8}}, r"expert 'odd': dp.delta: field required"),
         ({"dp": {**DP, "epsilon": -1}}, r"dp.epsilon: input should be greater than 0"),
         ({"dp": {**DP, "delta": 2}}, r"dp.delta: input should be less than 1"),
@@ -195,12 +199,12 @@ def test_branching_refuses_what_would_tell_or_cannot_be(
 def test_a_trainer_that_reads_the_text_must_say_that_it_does_so_privately() -> None:
     from expertctl.core.config.settings import DpConfig, ExpertConfig, TrainingConfig
 
-    def prepare(model: Any, options: Any, text: Any) -> TrainablePart:
+    def prepare(context: Any) -> TrainablePart:
         raise AssertionError("never asked")
 
     expert = ExpertConfig(domain="prose", dp=DpConfig(**DP))
     reader = Trainer("reader", "reads", prepare, uses_text=True)
-    with pytest.raises(UserError, match="trainer 'reader' reads the text before it trains"):
+    with pytest.raises(UserError, match="trainer 'reader' reads the text before training"):
         check_private(expert, TrainingConfig(), reader)
     check_private(
         expert, TrainingConfig(), Trainer("good", "asks", prepare, uses_text=True, private_text=True)
@@ -223,7 +227,7 @@ def test_without_opacus_it_says_how_to_get_it(workspace: Workspace, monkeypatch:
 
 
 def test_too_little_text_is_refused_before_training(workspace: Workspace) -> None:
-    with pytest.raises(UserError, match=r"a step draws 4096 blocks and the text has \d+; lower"):
+    with pytest.raises(UserError, match=r"a step samples 4096 blocks, but the text has only \d+; lower"):
         train_here(
             workspace,
             "odd",

@@ -33,12 +33,12 @@ def gradients(loop: PrivateTrainingLoop) -> dict[str, torch.Tensor]:
 def test_without_noise_and_clipping_it_is_the_gradient_of_the_ordinary_loop(
     blocks: TokenBlocks, family: str
 ) -> None:
-    loop = private_loop(all_parameters(make_model(family), None), blocks)
+    loop = private_loop(all_parameters(make_model(family)), blocks)
     chosen = drawn(loop)
     found = gradients(loop)
 
     ordinary = TrainingLoop(
-        all_parameters(make_model(family), None),
+        all_parameters(make_model(family)),
         blocks,
         CONFIG.model_copy(update={"batch_size": len(chosen), "accumulation": 1}),
     )
@@ -89,12 +89,12 @@ def double_loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def test_one_block_moves_the_sum_by_the_clip_at_most(blocks: TokenBlocks) -> None:
     """Which is what the noise is measured by: leave each drawn block out in turn."""
     clip = 0.05
-    loop = private_loop(all_parameters(make_model("olmo2"), None), blocks, clip=clip)
+    loop = private_loop(all_parameters(make_model("olmo2")), blocks, clip=clip)
     chosen = drawn(loop)
 
     def total(indices: list[int]) -> torch.Tensor:
         sums = {name: torch.zeros_like(one) for name, one in loop.parameters.items()}
-        loop._add_clipped(sums, loop._blocks_of(np.array(indices)))
+        loop._add_clipped(sums, loop._load_blocks(np.array(indices)))
         return torch.cat([one.flatten() for one in sums.values()]).double()
 
     whole = total(chosen)
@@ -104,8 +104,8 @@ def test_one_block_moves_the_sum_by_the_clip_at_most(blocks: TokenBlocks) -> Non
 
 
 def test_noise_is_as_large_as_it_should_be_and_new_in_each_step_and_parameter(blocks: TokenBlocks) -> None:
-    quiet = gradients(private_loop(all_parameters(make_model("llama"), None), blocks, clip=0.5))
-    loop = private_loop(all_parameters(make_model("llama"), None), blocks, clip=0.5, noise=3.0)
+    quiet = gradients(private_loop(all_parameters(make_model("llama")), blocks, clip=0.5))
+    loop = private_loop(all_parameters(make_model("llama")), blocks, clip=0.5, noise=3.0)
     noisy = gradients(loop)
     expected = CONFIG.batch_size * CONFIG.accumulation
     noise = torch.cat([((noisy[name] - quiet[name]) * expected).flatten() for name in quiet])
@@ -134,7 +134,7 @@ def test_frozen_parts_get_no_gradient_and_never_move(blocks: TokenBlocks) -> Non
 
 
 def test_a_step_that_draws_nothing_is_noise_alone(blocks: TokenBlocks) -> None:
-    loop = private_loop(all_parameters(make_model("llama"), None), blocks, noise=1.0, clip=1.0)
+    loop = private_loop(all_parameters(make_model("llama")), blocks, noise=1.0, clip=1.0)
     loop._source = Barren(loop._source.key)
     loss = loop._accumulate()
     assert float(loss) == 0.0
@@ -152,7 +152,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits_and_the_same_account(
     blocks: TokenBlocks, tmp_path: Path, stop: int
 ) -> None:
     def fresh(seed: int = 0) -> PrivateTrainingLoop:
-        return private_loop(all_parameters(make_model("llama"), None), blocks, noise=1.0, clip=0.5)
+        return private_loop(all_parameters(make_model("llama")), blocks, noise=1.0, clip=0.5)
 
     whole = fresh()
     losses = [float(report.loss) for report in whole.steps()]
@@ -175,16 +175,16 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits_and_the_same_account(
 
 
 def test_an_account_of_other_noise_is_refused(blocks: TokenBlocks, tmp_path: Path) -> None:
-    first = private_loop(all_parameters(make_model("llama"), None), blocks, noise=0.5, clip=0.5)
+    first = private_loop(all_parameters(make_model("llama")), blocks, noise=0.5, clip=0.5)
     next(first.steps())
     save_checkpoint(first, tmp_path / "state")
-    second = private_loop(all_parameters(make_model("llama"), None), blocks, noise=1.0, clip=0.5)
-    with pytest.raises(UserError, match="is not the one that 1 steps of this run leave"):
+    second = private_loop(all_parameters(make_model("llama")), blocks, noise=1.0, clip=0.5)
+    with pytest.raises(UserError, match="does not match 1 steps of this run"):
         restore_latest(second, tmp_path / "state")
 
 
 def test_the_loss_that_is_told_is_the_mean_over_what_was_drawn(blocks: TokenBlocks) -> None:
-    loop = private_loop(all_parameters(make_model("llama"), None), blocks)
+    loop = private_loop(all_parameters(make_model("llama")), blocks)
     tokens = tokens_of(blocks, drawn(loop))
     with torch.no_grad():
         expected = next_token_loss(loop.module, tokens)

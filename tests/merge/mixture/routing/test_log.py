@@ -15,6 +15,7 @@ from flexolmo_workspaces import OWNERS, tune_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
+from expertctl.core.hooks.training import TrainingContext
 from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.merging import merge_recipe
 from expertctl.merge.mixture.routing.log import (
@@ -98,7 +99,7 @@ def test_routers_of_every_class_are_watched(tmp_path: Path, family: str) -> None
 
 
 def test_a_dense_model_has_no_router(model_folder: Path) -> None:
-    with pytest.raises(UserError, match="is no mixture of experts"):
+    with pytest.raises(UserError, match="is not a mixture of experts"):
         routers_of(load_model(model_folder)[0])
 
 
@@ -117,13 +118,13 @@ def test_switched_off_experts_take_no_part(tmp_path: Path, family: str) -> None:
     assert only == (40, 2)
     last = without_experts(smaller, ["e0", "e2"], ["e0"])
     assert last(input_ids=TOKENS).logits.isfinite().all()
-    with pytest.raises(UserError, match="no expert would be left"):
+    with pytest.raises(UserError, match="no expert is left"):
         without_experts(last, ["e2"], ["e2"])
 
 
 def test_tuning_the_router_sends_tokens_through_all_experts_while_it_trains(tmp_path: Path) -> None:
     model = mixture(tmp_path, top_k=1)
-    part = prepare_router(model, RouterTuning(z_loss=0.1, balance=0.2))
+    part = prepare_router(TrainingContext(model, RouterTuning(z_loss=0.1, balance=0.2)))
     assert set(part.parameters) == {f"{name}.weight" for name in routers_of(model)}
     assert {name for name, one in model.named_parameters() if one.requires_grad} == set(part.parameters)
     for mode, expected in ((True, 3), (False, 1), (True, 3)):
@@ -142,15 +143,17 @@ def test_experts_can_stay_frozen(tmp_path: Path) -> None:
     for experts, moving in (("trained", True), ("frozen", False)):
         shutil.rmtree(tmp_path, ignore_errors=True)
         model = mixture(tmp_path)
-        part = prepare_mixture(model, MixtureTraining(experts=experts))
+        part = prepare_mixture(TrainingContext(model, MixtureTraining(experts=experts)))
         assert any(".experts." in name for name in part.parameters) == moving
         assert any(".gate." in name for name in part.parameters)
         assert any("q_proj" in name for name in part.parameters)
 
 
 def test_sampling_is_for_mixtures_of_one_expert_at_a_time(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="routing 'sample' trains mixtures with top_k 1, and this one has 2"):
-        prepare_mixture(mixture(tmp_path, top_k=2), MixtureTraining(routing="sample"))
+    with pytest.raises(
+        UserError, match="routing 'sample' requires a mixture with top_k 1, and this one has 2"
+    ):
+        prepare_mixture(TrainingContext(mixture(tmp_path, top_k=2), MixtureTraining(routing="sample")))
 
 
 @pytest.mark.parametrize("routing", ["top_k", "sample"])
@@ -163,7 +166,7 @@ def test_a_router_that_text_does_not_teach_is_told(
     for expert, parameter in model.named_parameters():  # copies would all be worth the same
         if ".experts." in expert:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    part = prepare_mixture(model, MixtureTraining(routing=routing))
+    part = prepare_mixture(TrainingContext(model, MixtureTraining(routing=routing)))
     model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
     largest = [float(router.weight.grad.abs().max()) for router in routers_of(model).values()]
     if part.notes:
@@ -174,13 +177,15 @@ def test_a_router_that_text_does_not_teach_is_told(
 
 
 def test_advice_is_what_the_trainer_takes(tmp_path: Path) -> None:
-    (note,) = prepare_router(mixture(tmp_path, top_k=1), RouterTuning(all_experts=False)).notes
-    assert "leave out all_experts=false" in note
+    (note,) = prepare_router(
+        TrainingContext(mixture(tmp_path, top_k=1), RouterTuning(all_experts=False))
+    ).notes
+    assert "remove all_experts=false" in note
     assert "routing" not in note
 
 
 def test_no_note_where_all_experts_teach_the_router(tmp_path: Path) -> None:
-    assert prepare_router(mixture(tmp_path, top_k=1), RouterTuning()).notes == ()
+    assert prepare_router(TrainingContext(mixture(tmp_path, top_k=1), RouterTuning())).notes == ()
 
 
 def test_sampling_draws_by_the_softmax_and_cools_down(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from expertctl import UserError, load_model
 from expertctl.core.hooks.mixtures import RouterInputs, RouterStart
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.models.feed_forwards import feed_forwards, input_moments
-from expertctl.merge.mixture.mixing import settle_bias
+from expertctl.merge.mixture.mixing import apply_bias
 from expertctl.merge.mixture.routing.prompt_starts import (
     prompt_rows,
     prompt_state_rows,
@@ -107,7 +107,7 @@ def test_what_experts_bring_stands_in_their_place(flexolmo_workspace: Workspace)
 
 
 def test_an_expert_without_a_row_is_named(model_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"expert 'a' .* brings no router row .*--trains flexolmo"):
+    with pytest.raises(UserError, match=r"expert 'a' .* has no router row .*--trains flexolmo"):
         embedding_rows(inputs(model_folder))
 
 
@@ -186,14 +186,14 @@ def test_prompts_without_a_token_are_refused() -> None:
         def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": []}
 
-    with pytest.raises(UserError, match="the prompt 'x' has no tokens; give another"):
+    with pytest.raises(UserError, match="the prompt 'x' has no tokens; use another prompt"):
         tokens_of(Tokenizer(), "x")
 
 
 @pytest.mark.parametrize("router", [prompt_rows, prompt_state_rows, prompt_token_rows])
 def test_prompts_that_cancel_are_refused(model_folder: Path, router: Any) -> None:
     own = {"a": {"positive_prompts": ["x y"], "negative_prompts": ["x y"]}, "b": {"positive_prompts": ["z"]}}
-    with pytest.raises(UserError, match="positive and negative prompts of 'a' say the same"):
+    with pytest.raises(UserError, match="positive and negative prompts of 'a' cancel out"):
         router(inputs(model_folder, own=own))
 
 
@@ -201,7 +201,10 @@ def test_prompts_that_cancel_are_refused(model_folder: Path, router: Any) -> Non
     ("own", "part"),
     [
         ({"a": {"positive_prompts": ["x"]}}, "needs positive_prompts for 'b'"),
-        ({"a": {"positive_prompts": "x"}, "b": {}}, "positive_prompts of 'a' are no list of texts"),
+        (
+            {"a": {"positive_prompts": "x"}, "b": {}},
+            "positive_prompts of 'a' is not a list of nonempty texts",
+        ),
     ],
 )
 def test_prompts_that_are_missing_or_no_texts_are_named(model_folder: Path, own: Any, part: str) -> None:
@@ -215,7 +218,7 @@ def test_discriminants_choose_the_expert_of_the_text(model_folder: Path) -> None
         inputs(model_folder, {"public": None, "a": model_folder, "b": model_folder}, validation=lambda: texts)
     )
     assert not start.rows[:, 0].any()
-    router = settle_bias(start, "carry")
+    router = apply_bias(start, "carry")
     model, _ = load_model(model_folder, dtype="float32")
     for number, text in enumerate(texts, start=1):
         for layer in range(2):
@@ -223,7 +226,7 @@ def test_discriminants_choose_the_expert_of_the_text(model_folder: Path) -> None
             logits = x @ router.rows[layer].T + router.biases[layer]
             other = 3 - number
             assert (logits[:, number] > logits[:, other]).mean() > 0.8
-    folded = settle_bias(start, "fold")
+    folded = apply_bias(start, "fold")
     assert folded.biases is None
     everything = np.concatenate([all_inputs(model, text.blocks, 1) for text in texts])
     np.testing.assert_allclose((everything @ start.unit[1, 0]).mean(), 1, rtol=1e-4)
@@ -246,7 +249,7 @@ def test_an_expert_without_text_is_named(model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "part"), [({"sed": 1}, "has no option 'sed'"), ({"seed": "x"}, "is no number")]
+    ("options", "part"), [({"sed": 1}, "has no option 'sed'"), ({"seed": "x"}, "it must be a number")]
 )
 def test_options_that_are_not_understood_are_refused(model_folder: Path, options: Any, part: str) -> None:
     with pytest.raises(UserError, match=part):
@@ -257,8 +260,8 @@ def test_a_bias_is_folded_along_the_unit_direction() -> None:
     rows = np.zeros((1, 2, 3), np.float32)
     unit = np.array([[[1.0, 0, 0], [0, 0.5, 0]]], np.float32)
     start = RouterStart(rows, np.array([[-1.0, -2.0]], np.float32), unit)
-    np.testing.assert_allclose(settle_bias(start, "fold").rows, [[[-1, 0, 0], [0, -1, 0]]])
-    assert settle_bias(start, "carry").biases is not None
-    assert not settle_bias(start, "drop").rows.any()
+    np.testing.assert_allclose(apply_bias(start, "fold").rows, [[[-1, 0, 0], [0, -1, 0]]])
+    assert apply_bias(start, "carry").biases is not None
+    assert not apply_bias(start, "drop").rows.any()
     with pytest.raises(UserError, match="no direction to fold"):
-        settle_bias(RouterStart(rows, start.biases), "fold")
+        apply_bias(RouterStart(rows, start.biases), "fold")

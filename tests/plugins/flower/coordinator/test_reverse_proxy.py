@@ -1,4 +1,4 @@
-"""The one port: what passes to Flower, what does not, and what owners can ask beside it."""
+"""The reverse proxy: forwarded and refused calls, and the coordinator's endpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol import parts
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.progress import Progress
-from expertctl.plugins.flower.coordinator import reverse_proxy as proxy
+from expertctl.plugins.flower.coordinator import reverse_proxy
 from expertctl.plugins.flower.coordinator.serving import serve
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
 from expertctl.plugins.flower.owner.owner_work import OwnerWork, part_size
@@ -40,7 +40,7 @@ SOON = timedelta(hours=1)
 # --- what reaches Flower ---
 
 
-def test_calls_of_nodes_pass_with_body_status_and_headers(hub: Any) -> None:
+def test_node_calls_are_forwarded_with_body_status_and_headers(hub: Any) -> None:
     with hub.browser() as browser:
         for _ in range(3):  # over one connection
             reply = browser.post("/v1/fleet/pull-messages", content=b"abc")
@@ -75,8 +75,8 @@ NOT_PASSED = (
 )
 
 
-def test_nothing_else_does(hub: Any) -> None:
-    """Sent as it stands: clients would tidy some of these up."""
+def test_all_other_calls_are_refused(hub: Any) -> None:
+    """Paths are sent verbatim, since HTTP clients would normalise some of them."""
     for path in NOT_PASSED:
         for method in ("GET", "POST", "PUT"):
             assert raw_request(hub, f"{method} {path} HTTP/1.1") == 404, (method, path)
@@ -86,7 +86,7 @@ def test_nothing_else_does(hub: Any) -> None:
 
 
 def raw_request(hub: Any, line: str, *headers: str, body: bytes = b"", send_all: bool = True) -> int:
-    """Send bytes as they stand; return the status, or 0 for a connection that was closed."""
+    """Send a verbatim request; return the status, or 0 for a closed connection."""
     context = ssl.create_default_context(cafile=str(hub.certificates.authority))
     with (
         socket.create_connection(("127.0.0.1", hub.port), timeout=20) as plain,
@@ -98,10 +98,10 @@ def raw_request(hub: Any, line: str, *headers: str, body: bytes = b"", send_all:
     return int(answer.split()[1]) if answer else 0
 
 
-def test_what_is_too_large_or_no_http_ends_the_connection_and_nothing_reaches_flower(hub: Any) -> None:
+def test_oversized_and_malformed_requests_never_reach_flower(hub: Any) -> None:
     call = "POST /v1/fleet/push-object HTTP/1.1"
     with hub.browser() as browser:
-        reply = browser.post("/v1/fleet/push-object", content=bytes(proxy.MAX_FLEET_BODY + 1))
+        reply = browser.post("/v1/fleet/push-object", content=bytes(reverse_proxy.MAX_FLEET_BODY + 1))
         assert (reply.status_code, reply.json()) == (413, {"code": "TOO_LARGE"})
     assert raw_request(hub, call, "x-long: " + "a" * 100_000) in (
         400,
@@ -113,10 +113,10 @@ def test_what_is_too_large_or_no_http_ends_the_connection_and_nothing_reaches_fl
     assert hub.upstream.seen == []
 
 
-def test_many_large_bodies_at_once_are_refused_and_small_ones_pass(
+def test_concurrent_large_bodies_are_refused_and_small_ones_pass(
     hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub.gateway, "_left", 3 << 20)
+    monkeypatch.setattr(hub.gateway, "_free_bytes", 3 << 20)
     context = ssl.create_default_context(cafile=str(hub.certificates.authority))
     size = 2 << 20
     head = f"POST /v1/fleet/push-object HTTP/1.1\r\nhost: hub\r\ncontent-length: {size}\r\n\r\n".encode()
@@ -126,17 +126,17 @@ def test_many_large_bodies_at_once_are_refused_and_small_ones_pass(
         held.sendall(head + bytes(size - 1))  # and the last byte never comes
         with hub.browser() as browser:
             end = time.monotonic() + 20
-            while hub.gateway._left > 2 << 20 and time.monotonic() < end:
+            while hub.gateway._free_bytes > 2 << 20 and time.monotonic() < end:
                 time.sleep(0.01)
             reply = browser.post("/v1/fleet/push-object", content=bytes(size))
             assert (reply.status_code, reply.json()) == (503, {"code": "BUSY"})
             assert browser.post("/v1/fleet/push-object", content=bytes(60_000)).status_code == 200
         held.sendall(b"x")
         assert held.recv(100).startswith(b"HTTP/1.1 200")
-    assert hub.gateway._left == 3 << 20
+    assert hub.gateway._free_bytes == 3 << 20
 
 
-def test_plain_http_and_old_tls_are_not_spoken(hub: Any) -> None:
+def test_plain_http_and_old_tls_are_refused(hub: Any) -> None:
     with pytest.raises(httpx.TransportError):
         httpx.get(f"http://{hub.address}/health", timeout=5, trust_env=False)
     context = ssl.create_default_context(cafile=str(hub.certificates.authority))
@@ -147,21 +147,21 @@ def test_plain_http_and_old_tls_are_not_spoken(hub: Any) -> None:
         context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
-def test_a_server_that_is_away_is_said_to_be_away(hub: Any) -> None:
-    gateway = proxy.Gateway(lambda: "127.0.0.1:9", hub.certificates, None)  # type: ignore[arg-type]  # is not asked
-    door = proxy.Door(gateway, "127.0.0.1", 0, hub.certificates)
+def test_an_unavailable_flower_server_gives_status_503(hub: Any) -> None:
+    gateway = reverse_proxy.Gateway(lambda: "127.0.0.1:9", hub.certificates, None)  # type: ignore[arg-type]  # is not asked
+    door = reverse_proxy.TlsServer(gateway, "127.0.0.1", 0, hub.certificates)
     port = door.open()
     context = ssl.create_default_context(cafile=str(hub.certificates.authority))
     assert httpx.get(f"https://127.0.0.1:{port}/health", verify=context, trust_env=False).status_code == 503
     with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1"):
-        proxy.Door(gateway, "127.0.0.1", port, hub.certificates).open()
+        reverse_proxy.TlsServer(gateway, "127.0.0.1", port, hub.certificates).open()
     door.close()
 
 
 # --- who may ask ---
 
 
-def test_an_owner_that_was_not_invited_hears_so(hub: Any, new_owner: NewOwner) -> None:
+def test_an_uninvited_owner_gets_an_error(hub: Any, new_owner: NewOwner) -> None:
     stranger = new_owner("stranger", invited=False)
     with pytest.raises(Declined) as raised:
         hub.client(stranger).hello()
@@ -170,7 +170,7 @@ def test_an_owner_that_was_not_invited_hears_so(hub: Any, new_owner: NewOwner) -
         assert browser.get("/expertctl/v1/requests").json() == {"code": "NOT_SIGNED"}
 
 
-def test_a_second_process_with_the_key_is_refused_while_the_first_is_there(
+def test_a_second_process_with_the_key_is_refused_while_the_first_is_alive(
     hub: Any, new_owner: NewOwner
 ) -> None:
     owner = new_owner("site-a")
@@ -179,7 +179,7 @@ def test_a_second_process_with_the_key_is_refused_while_the_first_is_there(
         hub.client(owner).hello()
 
 
-def test_a_request_counts_once_and_only_as_it_was_signed(hub: Any, new_owner: NewOwner) -> None:
+def test_a_signed_request_is_accepted_once_and_only_unaltered(hub: Any, new_owner: NewOwner) -> None:
     owner, audience = new_owner("site-a"), hub.certificates.fingerprint
     target = "/expertctl/v1/requests"
     good = signed_headers(owner.key(), "GET", target, EMPTY, "s", audience)
@@ -203,7 +203,7 @@ def test_a_request_counts_once_and_only_as_it_was_signed(hub: Any, new_owner: Ne
         assert reply.json() == {"code": "WRONG_BYTES"}
 
 
-def test_old_requests_and_those_before_a_restart_do_not_count(hub: Any, new_owner: NewOwner) -> None:
+def test_requests_signed_long_ago_or_before_a_restart_are_refused(hub: Any, new_owner: NewOwner) -> None:
     owner = new_owner("site-a")
     headers = signed_headers(owner.key(), "GET", "/x", EMPTY, "s", "aud")
     members = hub.coordinator.members
@@ -219,7 +219,7 @@ def test_old_requests_and_those_before_a_restart_do_not_count(hub: Any, new_owne
 @pytest.mark.parametrize(
     "path", ["requests/../x", "seed/..%2f..%2fmembers.json/0", "seed/members.json/0", "part/x/y/0", ""]
 )
-def test_signed_requests_for_what_there_is_not_are_declined(hub: Any, new_owner: NewOwner, path: str) -> None:
+def test_signed_requests_for_missing_resources_are_declined(hub: Any, new_owner: NewOwner, path: str) -> None:
     owner = new_owner("site-a")
     target = f"/expertctl/v1/{path}"
     headers = signed_headers(owner.key(), "GET", target, EMPTY, "s", hub.certificates.fingerprint)
@@ -230,7 +230,7 @@ def test_signed_requests_for_what_there_is_not_are_declined(hub: Any, new_owner:
 # --- what they ask for ---
 
 
-def test_seed_down_progress_and_expert_up_through_the_door(hub: Any, new_owner: NewOwner) -> None:
+def test_seed_progress_and_expert_pass_through_the_reverse_proxy(hub: Any, new_owner: NewOwner) -> None:
     owner, other = new_owner("site-a"), new_owner("site-b")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     client = hub.client(owner)
@@ -259,7 +259,9 @@ def test_seed_down_progress_and_expert_up_through_the_door(hub: Any, new_owner: 
     assert said[-1].endswith("accepted")
 
 
-def test_a_part_with_other_bytes_is_declined_and_the_right_one_taken(hub: Any, new_owner: NewOwner) -> None:
+def test_a_part_with_wrong_bytes_is_declined_and_the_correct_one_accepted(
+    hub: Any, new_owner: NewOwner
+) -> None:
     owner = new_owner("site-a")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     trained(hub.coordinator, owner, request)
@@ -273,7 +275,7 @@ def test_a_part_with_other_bytes_is_declined_and_the_right_one_taken(hub: Any, n
     assert client.begin(request.id, signed)["missing"][file.name] == []
 
 
-def test_a_full_disk_is_said_in_a_code_and_the_same_part_goes_through_later(
+def test_a_full_disk_is_reported_as_a_code_and_the_upload_resumes(
     hub: Any, new_owner: NewOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = new_owner("site-a")
@@ -292,12 +294,12 @@ def test_a_full_disk_is_said_in_a_code_and_the_same_part_goes_through_later(
     assert any("no space left" in line for line in hub.told)
     assert owner.outcome(request.id) is None
     monkeypatch.setattr(parts, "_write_at", real)
-    work._later.clear()
+    work._wait_until.clear()
     work.step()
     assert owner.outcome(request.id) == "accepted"
 
 
-def test_a_coordinator_that_is_away_is_waited_for(hub: Any, new_owner: NewOwner, tmp_path: Path) -> None:
+def test_an_owner_waits_for_an_unreachable_coordinator(hub: Any, new_owner: NewOwner, tmp_path: Path) -> None:
     owner = new_owner("site-a")
     other = certificates_for(tmp_path / "other", []).authority
     for address, authority in (
@@ -318,8 +320,10 @@ def test_parts_are_a_64th_within_bounds(tmp_path: Path) -> None:
     assert len(parts_of(tmp_path / "file", part_size(300)).parts) == 1
 
 
-def test_a_port_that_is_taken_is_one_line(tmp_path: Path, hub: Any) -> None:
-    with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:\d+; is another server there"):
+def test_a_port_in_use_is_a_one_line_error(tmp_path: Path, hub: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"cannot listen on 127\.0\.0\.1:\d+; another server may use the port"
+    ):
         serve(
             hub.coordinator,
             hub.address,

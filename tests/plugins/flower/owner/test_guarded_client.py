@@ -1,4 +1,4 @@
-"""Which app bundles run at an owner's, what leaves when something fails, and processes that end with their starter."""
+"""The allowlist of app bundles, error codes of the owner's app, and child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from expertctl.experts.federation.owner.owner import Owner
 from expertctl.plugins.flower.coordinator.superlink import APP, _json_in
 from expertctl.plugins.flower.owner.allowed_bundle import digest_of_bundle, is_allowed, write_allowed
 from expertctl.plugins.flower.owner.guarded_client import FAILED, NOT_ALLOWED, guard, write_shim
-from expertctl.plugins.flower.processes import child
-from expertctl.plugins.flower.processes.child import Child, environment
+from expertctl.plugins.flower.processes import backoff
+from expertctl.plugins.flower.processes.child import Child, environment, flower_command, require_flower
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower imports
 
@@ -43,7 +43,7 @@ def bundle(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED, twice: s
     return packed.getvalue()
 
 
-def test_a_bundle_is_known_by_its_files_and_not_by_how_it_was_packed() -> None:
+def test_the_digest_of_a_bundle_ignores_its_compression() -> None:
     known = digest_of_bundle(bundle(FILES))
     assert digest_of_bundle(bundle(FILES, zipfile.ZIP_STORED)) == known
     assert digest_of_bundle(bundle(dict(reversed(FILES.items())))) == known
@@ -62,7 +62,7 @@ def test_a_bundle_is_known_by_its_files_and_not_by_how_it_was_packed() -> None:
     ],
     ids=["no-archive", "above", "absolute", "bomb", "many"],
 )
-def test_strange_bundles_are_refused(content: bytes, tmp_path: Path) -> None:
+def test_invalid_bundles_are_refused(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the app bundle"):
         digest_of_bundle(content)
     assert not is_allowed(content, tmp_path)
@@ -86,7 +86,7 @@ def test_the_bundle_of_this_installation_is_allowed_and_an_altered_one_is_not(tm
     assert not is_allowed(bundle(files), tmp_path)
 
 
-def test_the_guard_refuses_before_anything_is_installed_and_says_codes(tmp_path: Path) -> None:
+def test_the_guard_refuses_before_installation_and_reports_codes(tmp_path: Path) -> None:
     installed: list[bytes] = []
     module = SimpleNamespace(
         install_from_fab=lambda content, skip_prompt: installed.append(content),
@@ -100,14 +100,14 @@ def test_the_guard_refuses_before_anything_is_installed_and_says_codes(tmp_path:
     assert module.Error(2, "whatever") == (2, NOT_ALLOWED)
 
 
-def test_flower_still_has_what_the_guard_replaces() -> None:
+def test_flower_still_has_the_names_that_the_guard_patches() -> None:
     from importlib import import_module
 
     module: Any = import_module("flwr.supernode.runtime.run_clientapp")
     assert {"install_from_fab", "Error"} <= set(vars(module))
 
 
-def test_the_shim_is_what_a_node_finds_first(tmp_path: Path) -> None:
+def test_the_shim_comes_first_on_the_nodes_path(tmp_path: Path) -> None:
     folders = environment(tmp_path / "home", write_shim(tmp_path))
     found = [Path(folder) / "flwr-clientapp" for folder in folders["PATH"].split(os.pathsep)]
     assert next(path for path in found if path.exists()) == tmp_path / "bin" / "flwr-clientapp"
@@ -115,7 +115,7 @@ def test_the_shim_is_what_a_node_finds_first(tmp_path: Path) -> None:
     assert folders["FLWR_DISABLE_UPDATE_CHECK"] == "1"
 
 
-def test_what_flower_s_client_prints_before_its_json_does_not_matter() -> None:
+def test_output_before_the_json_of_flwr_is_ignored() -> None:
     assert _json_in('warning: {}\nno\n{"a": 1}') == {}
     assert _json_in('Loading...\n{"success": true, "run-id": "7"}\n') == {"success": True, "run-id": "7"}
 
@@ -123,15 +123,13 @@ def test_what_flower_s_client_prints_before_its_json_does_not_matter() -> None:
 def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "expertctl\[federation\]"'):
-        child.require_flower()
+        require_flower()
 
 
-def test_flower_s_commands_that_are_not_there_name_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_flower_commands_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UserError, match="not installed here"):
-        child.flower_command("flwr")
+        flower_command("flwr")
 
 
 # --- the owner's app ---
@@ -143,21 +141,21 @@ def take_message(content: str) -> Any:
     return SimpleNamespace(content=RecordDict({"expertctl": ConfigRecord({"request": content})}))
 
 
-def test_the_app_takes_a_request_into_the_owner_s_state(hub: Any, new_owner: Callable[..., Owner]) -> None:
+def test_the_app_stores_a_request_in_the_owners_state(hub: Any, new_owner: Callable[..., Owner]) -> None:
     import json
 
-    from expertctl.plugins.flower.owner.taking_in import take_in
+    from expertctl.plugins.flower.owner.taking_in import store_request
 
     owner = new_owner("site-a")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
     content = json.dumps(request.as_json())
-    assert take_in(take_message(content), owner.state) == "TAKEN"
+    assert store_request(take_message(content), owner.state) == "TAKEN"
     assert [one.as_json() for one in owner.requests()] == [request.as_json()]
     owner.note_outcome(request.id, "LATE")
-    assert take_in(take_message(content), owner.state) == "TAKEN"
+    assert store_request(take_message(content), owner.state) == "TAKEN"
     assert owner.outcome(request.id) is None  # it is delivered again
     with pytest.raises(UserError):
-        take_in(take_message("{}"), owner.state)
+        store_request(take_message("{}"), owner.state)
 
 
 # --- processes ---
@@ -170,7 +168,7 @@ def wait_until(what: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-def test_a_child_ends_with_a_starter_that_is_killed(tmp_path: Path) -> None:
+def test_a_child_ends_with_its_killed_parent(tmp_path: Path) -> None:
     script = (
         "import sys, time, pathlib, os\n"
         "from expertctl.plugins.flower.processes.child import Child\n"
@@ -187,28 +185,28 @@ def test_a_child_ends_with_a_starter_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not is_alive(pid))
 
 
-def test_a_child_that_ends_is_due_again_after_a_pause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(child, "PAUSES_S", (0.0, 0.3))
-    one = Child(tmp_path / "log")
-    assert one.is_due()
-    one.start([sys.executable, "-c", "print('first'); raise SystemExit(7)"], os.environ)
-    found: list[int] = []
+def test_a_child_is_restarted_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "PAUSES_S", (0.3,))
+    child = Child(tmp_path / "log")
+    assert child.is_due()
+    child.start([sys.executable, "-c", "print('first'); raise SystemExit(7)"], os.environ)
+    statuses: list[int] = []
 
-    def ended() -> bool:
-        status = one.ended()
-        found.extend([status] if status is not None else [])
-        return bool(found)
+    def has_ended() -> bool:
+        status = child.poll()
+        statuses.extend([status] if status is not None else [])
+        return bool(statuses)
 
-    wait_until(ended)
-    assert found == [7]
-    assert one.said() == "first\n"
-    assert not one.is_due()
-    wait_until(one.is_due)
-    one.start([sys.executable, "-c", "print('second', flush=True); import time; time.sleep(600)"], os.environ)
-    wait_until(lambda: "second" in one.said())
-    assert "first" not in one.said()
-    assert one.runs
-    one.stop()
-    assert not one.runs
+    wait_until(has_ended)
+    assert statuses == [7]
+    assert child.recent_output() == "first\n"
+    assert not child.is_due()
+    wait_until(child.is_due)
+    child.start(
+        [sys.executable, "-c", "print('second', flush=True); import time; time.sleep(600)"], os.environ
+    )
+    wait_until(lambda: "second" in child.recent_output())
+    assert "first" not in child.recent_output()
+    assert child.is_running
+    child.stop()
+    assert not child.is_running

@@ -1,4 +1,4 @@
-"""When `join --once` ends: what was asked is over, or fails time after time."""
+"""The end of `join --once`: all requests closed, or repeated failures."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol.progress import FailureCode, Progress
 from expertctl.experts.federation.rounds.round_plan import RoundPlan
 from expertctl.experts.federation.rounds.shared_model import SharedSettings
-from expertctl.plugins.flower.owner import owner_work
 from expertctl.plugins.flower.owner.coordinator_client import Hello
 from expertctl.plugins.flower.owner.joining import _is_done
 from expertctl.plugins.flower.owner.owner_work import TRIES, OwnerWork
+from expertctl.plugins.flower.processes import backoff
 
 NOTHING = Hello("site-a")
 
 
 @pytest.mark.parametrize(("code", "ends"), [("DATA", True), ("STOPPED", False)])
-def test_a_training_that_fails_time_after_time_ends_it_in_one_line(
+def test_repeated_training_failures_end_the_process_with_one_line(
     hub: Any,
     new_owner: Callable[[str], Owner],
     monkeypatch: pytest.MonkeyPatch,
@@ -44,7 +44,7 @@ def test_a_training_that_fails_time_after_time_ends_it_in_one_line(
         write_json(self.run_folder(identifier) / "progress.json", Progress("failed", code=code).as_json())
 
     monkeypatch.setattr(Owner, "start", fail)
-    monkeypatch.setattr(owner_work, "RETRY_S", (0.0,))
+    monkeypatch.setattr(backoff, "PAUSES_S", (0.0,))
     work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
     for _ in range(TRIES - 1):
         work.step()
@@ -52,15 +52,13 @@ def test_a_training_that_fails_time_after_time_ends_it_in_one_line(
     work.step()
     assert len(starts) == TRIES
     if ends:
-        with pytest.raises(
-            UserError, match=f"training failed \\({code}\\) {TRIES} times; .*work.log says why"
-        ):
+        with pytest.raises(UserError, match=f"training failed \\({code}\\) {TRIES} times; see .*work.log"):
             _is_done(owner, work, NOTHING)
     else:
         assert not _is_done(owner, work, NOTHING)
 
 
-def test_it_ends_when_everything_is_over(hub: Any, new_owner: Callable[[str], Owner]) -> None:
+def test_it_ends_when_all_requests_are_closed(hub: Any, new_owner: Callable[[str], Owner]) -> None:
     owner = new_owner("site-a")
     work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
     assert not _is_done(owner, work, NOTHING)  # nothing was asked yet
@@ -71,7 +69,7 @@ def test_it_ends_when_everything_is_over(hub: Any, new_owner: Callable[[str], Ow
     assert _is_done(owner, work, NOTHING)
 
 
-def test_it_waits_for_what_the_coordinator_has_open_and_for_the_next_round(
+def test_it_waits_for_open_requests_and_for_the_next_round(
     hub: Any, new_owner: Callable[[str], Owner]
 ) -> None:
     owner = new_owner("site-a")
@@ -86,7 +84,7 @@ def test_it_waits_for_what_the_coordinator_has_open_and_for_the_next_round(
     assert not _is_done(owner, work, Hello("site-a", (), more=True))
 
 
-def test_more_is_to_come_until_a_shared_model_is_finished(
+def test_later_rounds_are_expected_until_a_shared_model_is_finished(
     hub: Any, new_owner: Callable[[str], Owner]
 ) -> None:
     owner, other = new_owner("site-a"), new_owner("site-b")

@@ -1,4 +1,4 @@
-"""Certificates: an authority that stays, a server's for every name, keys for nobody else, and what openssl says of them."""
+"""TLS certificates: a stable authority, server certificates for every name, private key files, verification by openssl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from expertctl import UserError
 from expertctl.plugins.flower.protocol.certificates import certificates_for, fingerprint_of, reachable_names
 
 
-def test_the_server_is_known_under_every_name_and_by_this_authority_only(tmp_path: Path) -> None:
+def test_the_server_certificate_covers_every_name_and_only_this_authority_signs_it(tmp_path: Path) -> None:
     from cryptography import x509
 
     made = certificates_for(tmp_path / "tls", ["hub.example.org", "192.0.2.7", "2001:db8::1"])
@@ -40,7 +40,7 @@ def test_the_server_is_known_under_every_name_and_by_this_authority_only(tmp_pat
         assert said.returncode == 0, said.stderr
 
 
-def test_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
+def test_private_keys_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     certificates_for(tmp_path / "tls", [])
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "tls").glob("*.key")} == {
         "ca.key": "0o600",
@@ -49,7 +49,7 @@ def test_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     assert (tmp_path / "tls").stat().st_mode & 0o077 == 0
 
 
-def test_the_authority_stays_and_the_server_s_is_made_again_for_another_name(tmp_path: Path) -> None:
+def test_a_new_name_renews_the_server_certificate_but_not_the_authority(tmp_path: Path) -> None:
     first = certificates_for(tmp_path / "tls", ["a.example.org"])
     content = first.certificate.read_bytes()
     assert certificates_for(tmp_path / "tls", ["a.example.org"]).certificate.read_bytes() == content
@@ -59,14 +59,14 @@ def test_the_authority_stays_and_the_server_s_is_made_again_for_another_name(tmp
     ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(second.certificate, second.key)
 
 
-def test_what_is_no_certificate_is_named(tmp_path: Path) -> None:
+def test_files_that_are_not_certificates_are_named(tmp_path: Path) -> None:
     (tmp_path / "ca.crt").write_text("hello")
-    with pytest.raises(UserError, match=r"ca\.crt is no certificate"):
+    with pytest.raises(UserError, match=r"ca\.crt is not a certificate"):
         fingerprint_of(tmp_path / "ca.crt")
-    with pytest.raises(UserError, match="the coordinator hands out"):
+    with pytest.raises(UserError, match="ask the coordinator for its"):
         fingerprint_of(tmp_path / "other.crt")
 
 
-def test_a_server_for_every_address_is_called_by_this_machine_s_names() -> None:
+def test_a_server_on_all_interfaces_has_the_names_of_this_machine() -> None:
     assert reachable_names("hub.example.org") == ["hub.example.org"]
     assert len(reachable_names("0.0.0.0")) >= 2

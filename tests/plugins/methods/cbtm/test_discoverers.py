@@ -76,11 +76,11 @@ def test_rare_values_share_the_last_domain_where_fewer_are_asked_for(workspace: 
 @pytest.mark.parametrize(
     ("lines", "settings", "said"),
     [
-        ([{"text": "a b", "from": ["x"]}] * 2, {}, "'from' is a list, which no domain can be called by"),
+        ([{"text": "a b", "from": ["x"]}] * 2, {}, "'from' is a list, which cannot name a domain"),
         (
             [{"text": f"a {n}", "from": n} for n in range(90)],
             {},
-            "'from' has .. values; ask for a number of clusters",
+            "'from' has .. values; request a number of clusters",
         ),
         (
             [{"text": f"a {n}", "from": n % 2} for n in range(90)],
@@ -127,7 +127,7 @@ def test_parquet_has_fields_as_well(workspace: Workspace) -> None:
     )
     found = Workspace(workspace.root).discover("by", by="metadata", field="from")
     assert texts_of(found.folder, "by-means") == set(pieces(statistics))
-    with pytest.raises(UserError, match="no field 'author' to sort by; there are: from, text"):
+    with pytest.raises(UserError, match="no field 'author'; fields: from, text"):
         Workspace(workspace.root).discover("again", domains=["mixed"], by="metadata", field="author")
 
 
@@ -225,7 +225,7 @@ def test_a_plugins_discoverer_is_used_like_ours(
         return ByLength(border)
 
     offer = DomainDiscoverer("length", "by length", fit, read=ByLength.read)
-    monkeypatch.setattr(discovery.installed_plugins(), "domain_discoverer", lambda name: offer)
+    monkeypatch.setattr(discovery.installed_plugins(), "offer", lambda kind, name: offer)
     found = workspace.discover("by", by="length")
     assert max(map(len, texts_of(found.folder, "by-short"))) <= border
     assert min(map(len, texts_of(found.folder, "by-long"))) > border

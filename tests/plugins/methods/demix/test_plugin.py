@@ -11,12 +11,13 @@ from flexolmo_workspaces import make_flexolmo_workspace, tune_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.artefacts.lineage import read_manifest, verify
+from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.manifests.verification import verify
 from expertctl.merge.generalists.card import model_card
 from expertctl.merge.mixture.absence import find_own_expert
 from expertctl.merge.mixture.changing import Change
 from expertctl.merge.remaking.expert_changes import change_experts
-from expertctl.plugins.methods.demix.domain_feed_forwards import choose, divide
+from expertctl.plugins.methods.demix.domain_feed_forwards import set_domains, split_by_domain
 from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -52,18 +53,18 @@ def demix(flexolmo_workspace: Workspace) -> Path:
 
 def test_rows_pass_through_the_feed_forwards_of_their_domain(model_folder: Path) -> None:
     model, _ = load_model(model_folder, dtype="float32")
-    parts = divide(model, 2)
+    parts = split_by_domain(model, 2)
     with torch.no_grad():
         for part in parts:
             for parameter in part.experts[1].parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    choose(parts, [0, 1, 1, 0])
+    set_domains(parts, [0, 1, 1, 0])
     mixed = model(input_ids=TOKENS).logits
     for domain, rows in ((0, [0, 3]), (1, [1, 2])):
-        choose(parts, [domain])
+        set_domains(parts, [domain])
         torch.testing.assert_close(model(input_ids=TOKENS[rows]).logits, mixed[rows], atol=1e-5, rtol=1e-5)
     seed, _ = load_model(model_folder, dtype="float32")
-    choose(parts, [0])
+    set_domains(parts, [0])
     torch.testing.assert_close(
         model(input_ids=TOKENS).logits, seed(input_ids=TOKENS).logits, atol=1e-5, rtol=1e-5
     )
@@ -71,8 +72,8 @@ def test_rows_pass_through_the_feed_forwards_of_their_domain(model_folder: Path)
 
 def test_gradients_reach_a_domains_own_feed_forward_only(model_folder: Path) -> None:
     model, _ = load_model(model_folder, dtype="float32")
-    parts = divide(model, 2)
-    choose(parts, [1])
+    parts = split_by_domain(model, 2)
+    set_domains(parts, [1])
     model(input_ids=TOKENS).logits.square().mean().backward()
     for part in parts:
         assert all(one.grad is None for one in part.experts[0].parameters())
@@ -94,7 +95,7 @@ def test_the_result_is_an_ensemble_that_shares_all_but_feed_forwards(
     assert not torch.equal(own["prose"][name], own["chance"][name])
     assert verify(demix) == []
     manifest = read_manifest(demix)
-    assert manifest.config["kind"] == "ensemble"
+    assert manifest.merged.kind == "ensemble"
     assert set(manifest.metrics["validation_loss"]) == set(DOMAINS)
     model, _ = load_model(demix, dtype="float32")
     assert model.expert_names == DOMAINS
@@ -108,7 +109,7 @@ def test_a_domain_joins_by_its_feed_forward_alone(flexolmo_workspace: Workspace,
     assert model.expert_names == [*DOMAINS, "means"]
     for place in ("seed/model.safetensors", *(f"experts/{name}.safetensors" for name in DOMAINS)):
         assert (joined / place).read_bytes() == (demix / place).read_bytes()
-    start = read_manifest(joined).config["mixture"]["tuned"][-1]["began_as"]["means"]
+    start = read_manifest(joined).tunings[-1].copied_from["means"]
     assert start in DOMAINS
     own, origin = (load_file(joined / "experts" / f"{name}.safetensors") for name in ("means", start))
     assert own.keys() == origin.keys()
@@ -122,9 +123,9 @@ def test_a_domain_leaves_and_the_shared_layers_are_said_to_have_seen_it(demix: P
     model, _ = load_model(tmp_path / "smaller", dtype="float32")
     assert model.expert_names == ["chance"]
     assert not (tmp_path / "smaller" / "experts" / "prose.safetensors").exists()
-    assert manifest.config["mixture"]["tuned"][0]["experts"] == DOMAINS
-    assert manifest.config["mixture"]["history"][0]["expert"] == "prose"
-    with pytest.warns(UserWarning, match="while 'prose' was one of its experts"):
+    assert list(manifest.tunings[0].experts) == list(DOMAINS)
+    assert manifest.history[0].expert == "prose"
+    with pytest.warns(UserWarning, match="while 'prose' was one of the experts"):
         switched, _ = load_model(demix, dtype="float32", without=["prose"])
     torch.testing.assert_close(switched(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
@@ -135,31 +136,29 @@ def test_ensembles_of_whole_experts_shrink_too(flexolmo_workspace: Workspace, tm
         weights = {"prose": 0.5, "chance": 0.3, "means": 0.2}
         flexolmo_workspace.merge("trees", method="ensemble", experts=list(weights), weights=weights)
     manifest = change_experts(folder, tmp_path / "smaller", Change(remove=("chance",)))
-    assert manifest.config["weights"] == pytest.approx({"prose": 5 / 7, "means": 2 / 7})
+    assert manifest.merged.weights == pytest.approx({"prose": 5 / 7, "means": 2 / 7})
     model, _ = load_model(tmp_path / "smaller", dtype="float32")
     switched, _ = load_model(folder, dtype="float32", without=["chance"])
     torch.testing.assert_close(switched(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
-    with pytest.raises(UserError, match="by merging again"):
+    with pytest.raises(UserError, match="because its prior is fitted; merge again"):
         change_experts(folder, tmp_path / "larger", Change(add={"x": tmp_path}))
 
 
 def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -> None:
-    with pytest.raises(UserError, match="name two domains or more"):
+    with pytest.raises(UserError, match="name two or more domains"):
         tune_here(flexolmo_workspace, "one", "seed", trains="demix", domains=["prose"])
-    with pytest.raises(UserError, match="experts share all but their feed-forwards, and 'seed' is none"):
+    with pytest.raises(UserError, match="outside the feed-forward networks, and 'seed' is not one"):
         adapt(flexolmo_workspace, "none", base="seed", domains=("prose",))
-    with pytest.raises(UserError, match="has an expert 'prose' already"):
+    with pytest.raises(UserError, match="already has an expert 'prose'"):
         adapt(flexolmo_workspace, "twice", domains=("prose",))
     for name in ("../../evil", "a/b", "a,b", "seed", "public", ""):
         with pytest.raises(UserError, match="an expert cannot be called"):
             adapt(flexolmo_workspace, "named", name=name)
-    with pytest.raises(UserError, match="say what it is called: --option name=NAME"):
+    with pytest.raises(UserError, match="needs a name; add --option name=NAME"):
         adapt(flexolmo_workspace, "two", domains=("means", "public"))
     with pytest.raises(UserError, match="samples is 0; it is 1 or more"):
         adapt(flexolmo_workspace, "few", samples=0)
-    with pytest.raises(
-        UserError, match="divides the feed-forwards of a dense model, and 'demix' has several"
-    ):
+    with pytest.raises(UserError, match="demix needs a dense model, and 'demix' already has several"):
         tune_here(flexolmo_workspace, "again", "demix", trains="demix", domains=["prose", "means"])
     for refused in ("one", "twice", "named", "two"):
         assert not (flexolmo_workspace.generalists / refused).exists(), (
@@ -171,7 +170,7 @@ def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
     flexolmo_workspace: Workspace, demix: Path, tmp_path: Path
 ) -> None:
     joined = adapt(flexolmo_workspace, "demix-traced", name="sums")
-    origin = read_manifest(joined).config["mixture"]["tuned"][-1]["began_as"]["sums"]
+    origin = read_manifest(joined).tunings[-1].copied_from["sums"]
     (other,) = set(DOMAINS) - {origin}
     inside = find_own_expert(
         joined, "prose"
@@ -183,16 +182,16 @@ def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
     left = find_own_expert(tmp_path / "less", origin)
     assert left is not None
     assert left.merged is None
-    assert f"'sums' began as a copy of '{origin}'" in left.traces
-    assert any("its demix was trained" in trace for trace in left.traces)
-    assert not any("began as a copy" in trace for trace in find_own_expert(joined, other).traces)
+    assert f"'sums' started as a copy of '{origin}'" in left.traces
+    assert any("trainer 'demix' ran on" in trace for trace in left.traces)
+    assert not any("started as a copy" in trace for trace in find_own_expert(joined, other).traces)
     back = change_experts(joined, tmp_path / "back", Change(remove=("sums",)))
     assert back.digest == read_manifest(demix).digest
-    assert [one.get("left", False) for one in back.config["mixture"]["tuned"]] == [False, True]
+    assert [one.left for one in back.tunings] == [False, True]
     assert "means" not in model_card(back), "its text has left with it"
     asked = find_own_expert(tmp_path / "back", "sums")
     assert asked is not None
-    assert (asked.merged, asked.made_in_it) == (None, True)
+    assert (asked.merged, asked.trained_inside) == (None, True)
     assert [trace for trace in asked.traces if "left on" in trace] == list(asked.traces)
 
 
@@ -204,18 +203,18 @@ def test_copies_of_copies_are_traced_to_the_first(
         adapt(flexolmo_workspace, f"demix-{name}", base=base, name=name)
         base = f"demix-{name}"
     folder = flexolmo_workspace.generalists / base
-    tuned = read_manifest(folder).config["mixture"]["tuned"]
-    assert tuned[2]["began_as"] == {"third": "second"}
-    (origin,) = tuned[1]["began_as"].values()
+    tuned = read_manifest(folder).tunings
+    assert tuned[2].copied_from == {"third": "second"}
+    (origin,) = tuned[1].copied_from.values()
     change_experts(folder, tmp_path / "less", Change(remove=("second", origin)))
     left = find_own_expert(tmp_path / "less", origin)
     assert left is not None
-    assert f"'third' began as a copy of '{origin}'" in left.traces
+    assert f"'third' started as a copy of '{origin}'" in left.traces
 
 
 def test_experts_with_attention_of_their_own_are_no_place_for_a_newcomer(tmp_path: Path) -> None:
     workspace = make_flexolmo_workspace(tmp_path / "whole", "llama", owners=("prose", "means"), trains="all")
     workspace.merge("forest", method="ensemble", experts=["prose", "means"], weights={"prose": 1, "means": 1})
-    with pytest.raises(UserError, match="share all but their feed-forwards, and 'forest' is none"):
+    with pytest.raises(UserError, match="outside the feed-forward networks, and 'forest' is not one"):
         tune_here(workspace, "more", "forest", trains="demix_dapt", domains=["public"])
     assert not (workspace.generalists / "more").exists()

@@ -12,11 +12,11 @@ from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
-from expertctl.core.artefacts.lineage import read_manifest
-from expertctl.core.hooks.text import TrainingText
+from expertctl.core.hooks.training import TrainingContext, TrainingText
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.testing import tiny_model_folder
 from expertctl.plugins.methods.flexolmo.coordinated import CoordinatedFeedForward, coordinate, z_loss
-from expertctl.plugins.methods.flexolmo.domain_embeddings import hidden_state_embedding, scaled_to_unit_logits
+from expertctl.plugins.methods.flexolmo.domain_embeddings import hidden_state_embedding, scale_to_unit_logits
 from expertctl.plugins.methods.flexolmo.plugin import FlexOlmoTraining, prepare
 from expertctl.workspace import Workspace
 
@@ -52,7 +52,7 @@ def test_at_the_start_it_is_the_seed(tmp_path: Path, family: str) -> None:
     seed, _ = load_model(folder, dtype="float32")
     expected = seed(input_ids=tokens()).logits
     model, _ = load_model(folder, dtype="float32")
-    part = prepare(model, FlexOlmoTraining(public="public"), text())
+    part = prepare(TrainingContext(model, FlexOlmoTraining(public="public"), text()))
     found = part.module(input_ids=tokens()).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -60,7 +60,7 @@ def test_at_the_start_it_is_the_seed(tmp_path: Path, family: str) -> None:
 def test_only_the_owners_half_is_trained_and_has_optimiser_state(model_folder: Path) -> None:
     model, _ = load_model(model_folder, dtype="float32")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    part = prepare(model, FlexOlmoTraining(public="public"), text())
+    part = prepare(TrainingContext(model, FlexOlmoTraining(public="public"), text()))
     optimiser = torch.optim.AdamW(list(part.parameters.values()), lr=0.1)
     assert {id(one) for one in part.parameters.values()} == {
         id(one) for one in model.parameters() if one.requires_grad
@@ -128,7 +128,7 @@ def test_rows_have_logits_of_size_one_and_tell_the_texts_apart(model_folder: Pat
     both = torch.cat([logits["own"], logits["public"]], dim=1)
     torch.testing.assert_close(both.square().mean(dim=1).sqrt(), torch.ones(2), atol=0.05, rtol=0)
     assert (logits["own"].mean(dim=1) > logits["public"].mean(dim=1)).all()
-    again = scaled_to_unit_logits(
+    again = scale_to_unit_logits(
         load_model(model_folder, dtype="float32")[0], embedding.rows * 7, [*own, *public]
     )
     torch.testing.assert_close(again, embedding.rows, atol=1e-4, rtol=1e-4)

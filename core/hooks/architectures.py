@@ -1,8 +1,16 @@
-"""Where a model keeps its parts whose family no plugin describes: where most families do."""
+"""Where the parts of a model family are: as a plugin describes the family, else by the usual tensor names."""
 
 from __future__ import annotations
 
+from .manager import PluginManager, installed_plugins
 from .mixtures import Architecture
+
+
+def architecture_of(model_type: str, plugins: PluginManager | None = None) -> Architecture:
+    """Return the family of a `config.json` model type; a family that no plugin describes gets the usual names."""
+    offers = (plugins or installed_plugins()).offers(Architecture)
+    families = {kind: family for family in offers.values() for kind in family.model_types}
+    return families.get(model_type) or usual_architecture(model_type)
 
 
 def usual_architecture(model_type: str) -> Architecture:

@@ -9,21 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertctl.core.artefacts.lineage import (
-    Manifest,
-    Parent,
-    digest_of_tensors,
-    digest_of_tokenizer,
-    digests_of_folder,
-    manifest_path,
-    package_version,
-    read_manifest,
-    require_intact,
-    tool_versions,
-    verify,
-)
+from expertctl.core.artefacts.digests import digest_of_tensors, digest_of_tokenizer, digests_of_folder
 from expertctl.core.artefacts.safetensors_io import Checkpoint, tensor_digest, write_tensors
+from expertctl.core.artefacts.versions import package_version, tool_versions
 from expertctl.core.errors import UserError
+from expertctl.core.manifests.manifest import ImportedSeed, Manifest, Parent, manifest_path, read_manifest
+from expertctl.core.manifests.statements import DataStatement, DomainStatement
+from expertctl.core.manifests.verification import require_intact, verify
 
 
 @pytest.fixture
@@ -50,8 +42,8 @@ def finish(folder: Path) -> Manifest:
         files=files,
         tokenizer=digest_of_tokenizer(folder),
         parents=(Parent("expert", "a", "0" * 64, 0.25), Parent("expert", "b", "1" * 64)),
-        config={"seed": 3, "learning_rate": 1e-3},
-        data={"domains": {"law": {"tokens": 12}}},
+        config=ImportedSeed("llama"),
+        data=DataStatement({"law": DomainStatement(tokens=12)}),
         metrics={"loss": 0.5},
         trainable="all",
         owner="Bibliothèque",
@@ -80,19 +72,19 @@ def test_the_same_artefact_gives_the_same_manifest_bytes(artefact: Path) -> None
 
 
 def test_a_folder_without_a_manifest_is_no_finished_artefact(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no finished artefact"):
+    with pytest.raises(UserError, match="not a finished artefact"):
         read_manifest(tmp_path)
 
 
 def test_a_manifest_of_a_later_format_is_refused(artefact: Path) -> None:
     path = artefact / "seed.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(UserError, match=r"has format 2; this version reads format 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    with pytest.raises(UserError, match=r"has format 3; this version reads format 2"):
         read_manifest(artefact)
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "parents": [1]}', '{"format": 1, "extra": 1}']
+    "content", ["", "{", "[]", '{"format": 2}', '{"format": 2, "parents": [1]}', '{"format": 2, "extra": 1}']
 )
 def test_a_damaged_manifest_is_named(artefact: Path, content: str) -> None:
     (artefact / "seed.json").write_text(content)

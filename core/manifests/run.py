@@ -1,0 +1,62 @@
+"""The specification of one training run: `run.json`, in the folder that becomes the artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..artefacts.digests import MANIFEST_NAMES
+from ..artefacts.files import read_json, write_json
+from ..config.settings import DpConfig, TrainingConfig
+from .records import parse_record, record, record_as_json
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "training.log"
+STATE_FOLDER = ".training"
+
+
+@record
+class RunSpec:
+    """Everything that a process needs to train one model, or to resume its training."""
+
+    kind: Literal["seed", "expert", "generalist"]
+    """What the folder becomes."""
+    name: str
+    domains: tuple[str, ...]
+    """Training blocks are drawn from the domains in turn."""
+    training: TrainingConfig
+    trains: str = "all"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the trainer."""
+    start: Mapping[str, float] = field(default_factory=lambda: {"seed": 1.0})
+    """Model that training starts from: `seed`, or experts with weights that sum to 1."""
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the models it starts from, as they were when it was branched."""
+    base: str | None = None
+    """The generalist (or `seed`) that a generalist is trained from."""
+    slice: tuple[int, int] | None = None
+    """(i, n): train on the i-th of n random slices of all domains together (the random-split baseline)."""
+    preset: str | None = None
+    """Size of a seed that is pretrained from scratch."""
+    family: str | None = None
+    """Architecture of a seed that is pretrained from scratch."""
+    owner: str | None = None
+    licence: str | None = None
+    dp: DpConfig | None = None
+    """Differential privacy; None trains without."""
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / RUN_FILE, record_as_json(self))
+
+
+def read_run(folder: Path) -> RunSpec:
+    """Read the specification in a run's folder; raises `UserError` if there is none or it is damaged."""
+    return parse_record(RunSpec, read_json(folder / RUN_FILE), str(folder / RUN_FILE))
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a run's folder has become an artefact."""
+    return any((folder / name).is_file() for name in MANIFEST_NAMES.values())

@@ -1,0 +1,75 @@
+"""Every package that the code imports is declared in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OURS = {"conftest"} | {
+    path.stem
+    for folder in ("tests/helpers", "examples", "examples/benchmarks", "examples/plugin_trimmed_mean")
+    for path in (ROOT / folder).glob("*.py")
+}
+
+
+def declared(*extras: str) -> set[str]:
+    """Return the distributions of the run-time dependencies and of some extras, in lower case."""
+    wanted = [*SETTINGS["dependencies"]]
+    for extra in extras:
+        wanted += SETTINGS["optional-dependencies"][extra]
+    return {re.split(r"[<>=!\[; ]", name)[0].lower().replace("_", "-") for name in wanted}
+
+
+def imported(*folders: str) -> dict[str, str]:
+    """Return the top-level modules of others that the files of some folders import, with one file that does."""
+    modules: dict[str, str] = {}
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module]
+                    if isinstance(node, ast.ImportFrom) and not node.level and node.module
+                    else []
+                )
+                modules |= {name.split(".")[0]: str(path.relative_to(ROOT)) for name in names}
+    own = {"expertctl", "expertctl_client", "expertctl_server", *sys.stdlib_module_names}
+    return {name: place for name, place in modules.items() if name not in own}
+
+
+def undeclared(modules: dict[str, str], known: set[str]) -> list[str]:
+    distributions = packages_distributions()
+    return [
+        f"{place} imports {name}"
+        for name, place in sorted(modules.items())
+        if not {found.lower().replace("_", "-") for found in distributions.get(name, [name])} & known
+    ]
+
+
+def test_what_the_package_imports_is_a_dependency_or_an_extra() -> None:
+    extras = [name for name in SETTINGS["optional-dependencies"] if name != "dev"]
+    modules = imported("core", "experts", "merge", "plugins", "cli")
+    assert {"torch", "transformers", "click"} <= modules.keys()
+    assert undeclared(modules, declared(*extras)) == []
+
+
+def test_the_federations_own_imports_are_in_its_extra() -> None:
+    modules = imported("plugins/flower", "experts/federation", "cli/federate")
+    assert undeclared(modules, declared("federation", "privacy")) == []
+
+
+def test_what_tests_and_examples_import_is_in_the_development_extra() -> None:
+    modules = {name: place for name, place in imported("tests", "examples").items() if name not in OURS}
+    assert undeclared(modules, declared("dev")) == []
+
+
+def test_the_development_extra_holds_every_other_one() -> None:
+    others = [name for name in SETTINGS["optional-dependencies"] if name != "dev"]
+    assert declared(*others) <= declared("dev")

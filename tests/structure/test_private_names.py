@@ -1,0 +1,24 @@
+"""The private names of other libraries that the code uses are still there."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+PRIVATE = {
+    (
+        "transformers.utils.logging",
+        "_tqdm_active",
+    ): "core/process/environment.py keeps loading bars off the screen",
+    (
+        "transformers.integrations.moe",
+        "_default_apply_gate",
+    ): "core/models/kernels/sorted_loop.py recognises plain experts",
+}
+
+
+@pytest.mark.parametrize(("module", "name"), PRIVATE, ids=lambda value: value)
+def test_a_private_name_of_another_library_is_there(module: str, name: str) -> None:
+    purpose = PRIVATE[module, name]
+    assert hasattr(importlib.import_module(module), name), f"{module} dropped {name}, by which {purpose}"
