@@ -233,5 +233,5 @@ def test_stitches_are_trained_again_when_an_expert_leaves(campus: Path, run: Any
     assert done.status == 0, done.err
     assert "prose" not in done.json["experts"]
     manifest = json.loads((campus / "generalists" / "less" / "generalist.json").read_text())
-    assert list(manifest["config"]["mixture"]["tuned"][-1]["domains"]) == ["public", "chance"]
+    assert list(manifest["config"]["tunings"][-1]["domains"]) == ["public", "chance"]
     assert (campus / "generalists" / "less-untrained").is_dir()

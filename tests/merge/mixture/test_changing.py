@@ -296,12 +296,12 @@ def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Works
         training=TrainingConfig(tokens=512),
     )
     for settings, part in (
-        ({"base": "seed"}, "with --from all-plain, not seed"),
-        ({"trains": "mixture"}, "with --trains router, not mixture"),
-        ({"domains": ("prose", "public")}, "with --domains public, not prose,public"),
-        ({"options": {"balance": 0.5}}, "with --option {}, not {'balance': 0.5}"),
+        ({"base": "seed"}, "--from all-plain, not seed"),
+        ({"trains": "mixture"}, "--trains router, not mixture"),
+        ({"domains": ("prose", "public")}, "--domains public, not prose,public"),
+        ({"options": {"balance": 0.5}}, "--option {}, not {'balance': 0.5}"),
     ):
-        with pytest.raises(UserError, match=f"an unfinished tuning 'begun' is there, {part}.*--force"):
+        with pytest.raises(UserError, match=f"the unfinished tuning 'begun' has {part}.*--force"):
             flexolmo_workspace.tune("begun", **settings)
 
 

@@ -80,7 +80,7 @@ def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(
     again = change_experts(tmp_path / "less", tmp_path / "least", Change(remove=("chance",)))
     assert {expert.name for expert in again.merged.mixture.averaged} == set(OWNERS)
     with (
-        pytest.warns(UserWarning, match="is the mean of its experts, 'prose' included"),
+        pytest.warns(UserWarning, match="is still the average of all experts, including 'prose'"),
         pytest.warns(
             UserWarning, match="trainer 'router' ran on public while 'prose' was one of the experts"
         ),

@@ -100,5 +100,5 @@ def test_experts_train_and_merge_from_such_rows(tmp_path: Path, embedder: Path) 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no folder of a sentence-embedding model: it has no config\.json"):
+    with pytest.raises(UserError, match=r"is not a sentence-embedding model: it has no config\.json"):
         embedded(tiny_model_folder(tmp_path / "seed", "olmo2"), tmp_path / "empty")
