@@ -36,7 +36,7 @@ ENGINE = """
 import sys, time
 from pathlib import Path
 from expertctl.core.hooks.manager import installed_plugins
-from expertctl.merge.engine import run_merge
+from expertctl.merge.engine.calculator import run_merge
 from expertctl.merge.recipes.mergekit_file import read_mergekit
 from expertctl.merge.planning.plan import prepare_merge
 import expertctl.merge.dense.averages.linear

@@ -44,7 +44,7 @@ def ready():
 FIRST_STEP = {
     "expertctl": """
 from expertctl.experts.runs.trainable import all_parameters
-from expertctl.experts.training import TrainingLoop
+from expertctl.experts.training.loop import TrainingLoop
 loop = TrainingLoop(all_parameters(model), blocks, training.settings())
 ready()
 next(loop.steps())

@@ -137,9 +137,10 @@ def per_target_rows(workspace: Workspace) -> dict[str, dict[str, float]]:
     for domain in workspace.config.domains:
         average = {"method": "average", "weights": "posterior", "fit_on": [domain]}
         folders = {TARGET_AVERAGE: merged(workspace, f"{TARGET_AVERAGE} {domain}", average)}
-        manifest = read_manifest(workspace.generalists / folders[TARGET_AVERAGE])
+        merged_average = read_manifest(workspace.generalists / folders[TARGET_AVERAGE]).merged
+        assert merged_average is not None
         for name, options in TARGET_ENSEMBLES.items():
-            settings = {"method": "ensemble", "weights": manifest.config["weights"], "options": options}
+            settings = {"method": "ensemble", "weights": dict(merged_average.weights), "options": options}
             folders[name] = merged(workspace, f"{name} {domain}", settings)
         table = workspace.evaluate(*folders.values(), domains=[domain])
         for name, folder in folders.items():
