@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of libraries that modules import
+
 FILES = sorted(
     path
     for folder in ("docs", "examples", "tests")
