@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ....core.artefacts.files import link_or_copy, read_json
 from ....core.errors import UserError
@@ -187,7 +187,7 @@ def _write(
 
 def prepare_adaptation(context: TrainingContext) -> TrainablePart:
     """Copy the expert nearest to the new domain and make only its feed-forward networks trainable."""
-    model: EnsembleForCausalLM = context.model
+    model = cast("EnsembleForCausalLM", context.model)
     options: DemixAdaptation = context.options
     text = context.text
     import copy
