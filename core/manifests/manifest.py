@@ -142,7 +142,10 @@ def read_manifest(folder: Path) -> Manifest:
         )
     content = read_json(path)
     if content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}; this version reads format {FORMAT}")
+        raise UserError(
+            f"{path} has format {content.get('format')}; this version reads format {FORMAT}: make the artefact again, or use "
+            "the version of expertctl that made it"
+        )
     content.pop(CHECKSUM, None)
     config = content.get("config")
     if config is not None:

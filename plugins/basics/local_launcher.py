@@ -60,7 +60,7 @@ class _WorkerProcesses:
         return result
 
     def _train(self, run: Path) -> LaunchResult:
-        from ...core.manifests.run import LOG_FILE
+        from ...core.manifests.run import LOG_FILE  # here: it loads pydantic, and plugins load for `--help`
 
         # standard error is kept beside the run only if the process fails unexpectedly
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
