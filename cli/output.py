@@ -90,8 +90,7 @@ def _print_rich(table: Table) -> None:
         )
     for row, cells in enumerate(table.rows):
         styled = (
-            Text(cell, style="bold green" if (row, column) in table.strong else "")
-            for column, cell in enumerate(cells)
+            Text(cell, style="bold green" if (row, column) in table.strong else "") for column, cell in enumerate(cells)
         )
         rich_table.add_row(*styled)
     if table.title:

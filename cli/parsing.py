@@ -102,9 +102,7 @@ def gate(value: str) -> tuple[str, str]:
     """Parse `A < B` as a pair of names."""
     match = GATE.fullmatch(value)
     if match is None:
-        raise click.BadParameter(
-            f"'{value}' is not a comparison; write \"A < B\" with the names of two models"
-        )
+        raise click.BadParameter(f"'{value}' is not a comparison; write \"A < B\" with the names of two models")
     return match["lower"], match["upper"]
 
 

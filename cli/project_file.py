@@ -68,10 +68,7 @@ def project_file(*, seed: Path | None = None, bundled: bool = False) -> str:
 def _domains() -> str:
     from ..experts.text.bundled import BUNDLED
 
-    lines = [
-        f"  {name}: {{bundled: {name}}}".ljust(34) + f"# {source.summary}\n"
-        for name, source in BUNDLED.items()
-    ]
+    lines = [f"  {name}: {{bundled: {name}}}".ljust(34) + f"# {source.summary}\n" for name, source in BUNDLED.items()]
     return "domains:\n" + "".join(lines) + DOMAIN_HINTS
 
 

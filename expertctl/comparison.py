@@ -120,9 +120,7 @@ def _row(expert: str) -> str:
 def _experts_of(workspace: ComparedWorkspace, folder: Path) -> dict[str, Path]:
     """Return the experts that a generalist was made of, as far as they are in the workspace."""
     if manifest_path(folder) is None:
-        raise UserError(
-            f"{folder} has no manifest, so that its experts are not known; name models to compare with"
-        )
+        raise UserError(f"{folder} has no manifest, so that its experts are not known; name models to compare with")
     found = {}
     for parent in read_manifest(folder).parents:
         if parent.kind == "expert":

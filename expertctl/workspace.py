@@ -230,22 +230,15 @@ class Workspace:
         given = dict(settings.get("training") or {})
         total = int(given.get("tokens") or self.config.training.tokens)
         training = {**given, "tokens": max(total // len(names), 1)}
-        return [
-            self.branch(name, domain=name, force=force, **{**settings, "training": training})
-            for name in names
-        ]
+        return [self.branch(name, domain=name, force=force, **{**settings, "training": training}) for name in names]
 
     def _expert_config(self, name: str, settings: Mapping[str, Any]) -> ExpertConfig:
-        given = {
-            ("from" if key == "start" else key): value for key, value in settings.items() if value is not None
-        }
+        given = {("from" if key == "start" else key): value for key, value in settings.items() if value is not None}
         declared = self.config.experts.get(name)
         if declared is not None:
             given = _laid_over(declared.model_dump(by_alias=True, exclude_unset=True), given)
         if "domain" not in given:
-            raise UserError(
-                f"expert '{name}' is not in expertctl.yaml; say which domain it is for: --domain DOMAIN"
-            )
+            raise UserError(f"expert '{name}' is not in expertctl.yaml; say which domain it is for: --domain DOMAIN")
         return validate_settings(ExpertConfig, given, f"expert '{name}'")
 
     def train(
@@ -266,18 +259,14 @@ class Workspace:
 
         wanted = names or self.expert_names()
         if not wanted:
-            raise UserError(
-                "there is no expert to train; start one with `expertctl branch NAME --domain DOMAIN`"
-            )
+            raise UserError("there is no expert to train; start one with `expertctl branch NAME --domain DOMAIN`")
         for name in wanted:
             if not (self.experts / name).is_dir() and name not in self.config.experts:
                 known = {*self.config.experts, *self.expert_names()}
                 raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
         finished = [name for name in wanted if is_finished(self.experts / name)]
         for name in finished:
-            remove_tree(
-                self.experts / name / STATE_FOLDER
-            )  # left by a kill after the last byte of the expert
+            remove_tree(self.experts / name / STATE_FOLDER)  # left by a kill after the last byte of the expert
         pending = [name for name in wanted if name not in finished]
         failed: dict[str, str] = {}
         interrupted: list[str] = []
@@ -289,9 +278,7 @@ class Workspace:
             finished += result.finished
             failed |= result.failed
             interrupted += result.interrupted
-        return TrainResult(
-            tuple(name for name in wanted if name in finished), failed, (*interrupted, *pending)
-        )
+        return TrainResult(tuple(name for name in wanted if name in finished), failed, (*interrupted, *pending))
 
     def _branched(self, names: Sequence[str], failed: dict[str, str]) -> list[Path]:
         """Branch what is not branched yet and return the runs; what cannot be branched is noted in `failed`."""
@@ -328,9 +315,7 @@ class Workspace:
         reporter: RunReporter | None,
     ) -> TrainResult:
         chosen = (
-            validate_settings(LauncherConfig, {"name": launcher}, "launcher")
-            if isinstance(launcher, str)
-            else launcher
+            validate_settings(LauncherConfig, {"name": launcher}, "launcher") if isinstance(launcher, str) else launcher
         )
         return launch(runs, jobs, chosen or self.config.launcher, reporter)
 
@@ -514,10 +499,7 @@ class Workspace:
 
         change = Change(
             tuple(dict.fromkeys([remove] if isinstance(remove, str) else remove)),
-            {
-                folder.name: folder
-                for folder in map(self.layout.artefact, [add] if isinstance(add, str) else add)
-            },
+            {folder.name: folder for folder in map(self.layout.artefact, [add] if isinstance(add, str) else add)},
             {name: self.layout.artefact(by) for name, by in (replace or {}).items()},
         )
         target = self.layout.generalist(output)
@@ -530,9 +512,7 @@ class Workspace:
         folder = self.layout.artefact(model)
         return find_own_expert(folder, expert) or find_expert(folder, self.layout.artefact(expert))
 
-    def _merge_config(
-        self, name: str, *, options: Mapping[str, Any] | None = None, **settings: Any
-    ) -> MergeConfig:
+    def _merge_config(self, name: str, *, options: Mapping[str, Any] | None = None, **settings: Any) -> MergeConfig:
         """Return the settings of a merge: what is given, over what `expertctl.yaml` says; all names checked."""
         from expertctl.experts.text.corpora import domain_config
 
@@ -696,9 +676,7 @@ class Workspace:
 
 def _laid_over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with what `own` gives; `training` and `options` key by key, since each is a section."""
-    sections = {
-        key: {**base[key], **own[key]} for key in ("training", "options") if key in base and key in own
-    }
+    sections = {key: {**base[key], **own[key]} for key in ("training", "options") if key in base and key in own}
     return {**base, **own, **sections}
 
 

@@ -88,15 +88,9 @@ def extract_adapter(
                 squared_error, squared_norm = squared_error + error**2 * squares, squared_norm + squares
             tell(number)
         changed_others = [
-            name
-            for name in other_names
-            if float(abs(_difference(reader, base_source, model_source, name)).max()) > 0
+            name for name in other_names if float(abs(_difference(reader, base_source, model_source, name)).max()) > 0
         ]
-        saved = (
-            {name: _read_tensor(reader, model_source.tensors[name]) for name in changed_others}
-            if save_rest
-            else {}
-        )
+        saved = {name: _read_tensor(reader, model_source.tensors[name]) for name in changed_others} if save_rest else {}
     if not extractions and not saved:
         raise UserError(f"nothing to extract: {model} and {base} have the same tensors in '{targets}'")
     report = ExtractionReport(
@@ -167,9 +161,7 @@ def _rank_for(squares: Tensor, total: float, energy: float) -> int:
     return int(reached.nonzero()[0]) + 1 if bool(reached.any()) else len(squares)
 
 
-def _write(
-    folder: Path, base: Path, tensors: Mapping[str, Tensor], report: ExtractionReport, dtype: str
-) -> None:
+def _write(folder: Path, base: Path, tensors: Mapping[str, Tensor], report: ExtractionReport, dtype: str) -> None:
     kind = torch_dtype(dtype)
     write_tensors(
         folder / ADAPTER_WEIGHTS,

@@ -149,9 +149,7 @@ def plan_recipe(recipe: Recipe, output: Path | None, *, run: MergeRun | None = N
     return plan
 
 
-def recipe_of(
-    seed: Path, experts: Mapping[str, Path], config: MergeConfig, weights: Mapping[str, Setting]
-) -> Recipe:
+def recipe_of(seed: Path, experts: Mapping[str, Path], config: MergeConfig, weights: Mapping[str, Setting]) -> Recipe:
     """Return the recipe of a project's merge; options given by expert become parameters of the experts."""
     scopes: dict[str, dict[str, Setting]] = {name: {} for name in experts}
     shared_scope: dict[str, Setting] = {}
@@ -164,9 +162,7 @@ def recipe_of(
         elif isinstance(setting, Mapping) and setting and not {"filter", "value"} & set(setting):
             for name, value in setting.items():
                 if name not in experts:
-                    raise unknown_name(
-                        f"expert in option '{key}'", name, experts, listed_as="this merge takes"
-                    )
+                    raise unknown_name(f"expert in option '{key}'", name, experts, listed_as="this merge takes")
                 scopes[name][key] = value
         else:
             shared_scope[key] = setting

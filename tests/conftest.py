@@ -75,9 +75,7 @@ def make_workspace(
     return folder
 
 
-def write_expert(
-    workspace: Path, name: str, *, changed: str = "*", seed: int = 1, scale: float = 0.5
-) -> Path:
+def write_expert(workspace: Path, name: str, *, changed: str = "*", seed: int = 1, scale: float = 0.5) -> Path:
     """Write a finished expert of a workspace's seed: the seed plus noise in the tensors that `changed` matches."""
     import torch
 
@@ -94,11 +92,7 @@ def write_expert(
     for tensor_name in sorted(base):
         tensor = base.read(tensor_name)
         if fnmatchcase(tensor_name, changed) and tensor.is_floating_point():
-            step = (
-                torch.randn(tensor.shape, generator=noise)
-                * scale
-                * tensor.float().std(correction=0).clamp(min=0.1)
-            )
+            step = torch.randn(tensor.shape, generator=noise) * scale * tensor.float().std(correction=0).clamp(min=0.1)
             tensors[tensor_name] = (tensor.float() + step).to(tensor.dtype)
     folder = workspace / "experts" / name
     folder.mkdir(parents=True)

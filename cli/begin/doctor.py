@@ -156,9 +156,7 @@ def _workspace(session: Session) -> Iterator[Finding]:
     yield Finding("ok", "workspace", str(workspace.root))
     yield _disk(workspace.root)
     if not os.access(workspace.root, os.W_OK):
-        yield Finding(
-            "wrong", "workspace", f"{workspace.root} is not writable; check the owner of the folder"
-        )
+        yield Finding("wrong", "workspace", f"{workspace.root} is not writable; check the owner of the folder")
     try:
         config = workspace.config
     except UserError as error:

@@ -19,9 +19,7 @@ from ..group import cli_command
     metavar="FOLDER",
     help="Use this Hugging Face causal language model as the seed. Default: pretrain a seed.",
 )
-@click.option(
-    "--bundled", is_flag=True, help="List the bundled corpora, which are already installed, as domains."
-)
+@click.option("--bundled", is_flag=True, help="List the bundled corpora, which are already installed, as domains.")
 @pass_session
 def command(session: Session, folder: Path, seed: Path | None, bundled: bool) -> None:
     """Create a workspace with a commented expertctl.yaml."""

@@ -39,10 +39,7 @@ def command(session: Session) -> None:
     }
     table = Table(
         ("offers", "name", "description", "plugin", "from"),
-        [
-            (offer["kind"], offer["name"], offer["summary"], offer["plugin"], offer["from"])
-            for offer in offers
-        ],
+        [(offer["kind"], offer["name"], offer["summary"], offer["plugin"], offer["from"]) for offer in offers],
     )
     hook_only = [
         f"plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) implements {', '.join(plugin.hooks)}"

@@ -72,9 +72,7 @@ training:
     help="Total training budget in tokens: half for the seed, the rest divided equally among the experts.",
 )
 @pass_session
-def command(
-    session: Session, folder: Path, corpora: Path | None, baselines: bool, jobs: int, tokens: int
-) -> None:
+def command(session: Session, folder: Path, corpora: Path | None, baselines: bool, jobs: int, tokens: int) -> None:
     """Run the whole workflow in a few minutes.
 
     Prepares text, pretrains a tiny seed, trains an expert for each domain in its own process, merges the experts in
@@ -116,9 +114,7 @@ def _workspace(folder: Path, corpora: Path | None, tokens: int) -> Workspace:
             folder.mkdir(parents=True, exist_ok=True)
         write_text(target, text)
     elif target.read_text(encoding="utf-8") != text:
-        raise UserError(
-            f"{target} was not written by this quickstart; choose another folder, or remove the file"
-        )
+        raise UserError(f"{target} was not written by this quickstart; choose another folder, or remove the file")
     return Workspace(folder)
 
 
@@ -136,9 +132,7 @@ def _domains(corpora: Path | None) -> Iterator[tuple[str, str]]:
         return
     folders = [folder for folder in sorted(corpora.resolve().iterdir()) if (folder / "train.jsonl").is_file()]
     if len(folders) < 2:
-        raise UserError(
-            f"{corpora} needs subfolders for at least two domains, each with train.jsonl and valid.jsonl"
-        )
+        raise UserError(f"{corpora} needs subfolders for at least two domains, each with train.jsonl and valid.jsonl")
     for folder in folders:
         check_name(folder.name, "the expert of a folder's text")
         files = {part: str(folder / f"{part}.jsonl") for part in ("train", "valid")}
@@ -176,9 +170,7 @@ def _require_finished(result: TrainResult) -> None:
     from ...core.errors import Interrupted, UserError
 
     if result.interrupted:
-        raise Interrupted(
-            f"stopped, state saved: {', '.join(result.interrupted)}; rerun the same command to resume"
-        )
+        raise Interrupted(f"stopped, state saved: {', '.join(result.interrupted)}; rerun the same command to resume")
     if result.failed:
         raise UserError("; ".join(f"{name}: {error}" for name, error in result.failed.items()))
 
@@ -194,11 +186,7 @@ def _train_baselines(session: Session, workspace: Workspace, jobs: int) -> None:
 
 def _evaluate(session: Session, workspace: Workspace, domains: list[str]) -> EvaluationTable:
     finished = {folder.name for folder in workspace.layout.finished()}
-    models = [
-        name
-        for name in ("seed", *workspace.expert_names(), *BASELINES, *reversed(MERGES))
-        if name in finished
-    ]
+    models = [name for name in ("seed", *workspace.expert_names(), *BASELINES, *reversed(MERGES)) if name in finished]
     session.note(f"evaluating {len(models)} models on the validation text of {len(domains)} domains")
     with session.count("evaluating", "scores", len(models) * len(domains)) as count:
         return workspace.evaluate(*models, tell=lambda model, domain: count.next())
@@ -217,8 +205,7 @@ def _explanation(table: EvaluationTable) -> str:
     """Return an explanation of every model in the table and of the means."""
     experts = [name for name in table.scores if name in table.domains]
     best_at_home = sum(
-        table.metrics[0].best({name: table.scores[name][domain].values["bits_per_byte"] for name in experts})
-        == domain
+        table.metrics[0].best({name: table.scores[name][domain].values["bits_per_byte"] for name in experts}) == domain
         for domain in table.domains
     )
     lines = [
@@ -234,9 +221,7 @@ def _explanation(table: EvaluationTable) -> str:
         lines.append(
             "dense              the seed, trained further on all domains for as many tokens as all experts together."
         )
-        lines.append(
-            "random-split       an ensemble of experts trained on random slices of the text, without domains."
-        )
+        lines.append("random-split       an ensemble of experts trained on random slices of the text, without domains.")
     means = {name: table.mean(name, table.metrics[0]) for name in table.scores}
     lines.append("")
     lines.append(

@@ -62,9 +62,7 @@ def ask(
         _ask_for_rounds(session, names, deadline, rounds or ROUNDS, quorum or QUORUM, name or NAME, recipe)
         return
     if (rounds, quorum, name) != (None, None, None):
-        raise UserError(
-            f"--rounds, --quorum and --name apply only to the recipes {' and '.join(OUTER_RECIPES)}"
-        )
+        raise UserError(f"--rounds, --quorum and --name apply only to the recipes {' and '.join(OUTER_RECIPES)}")
     _ask_for_experts(session, names, deadline, recipe)
 
 
@@ -73,9 +71,7 @@ def _ask_for_experts(session: Session, names: list[str], deadline: str, recipe: 
 
     from ...experts.federation.protocol.requests import deadline_in
 
-    requests = coordinator_of(session).ask(
-        names, recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC))
-    )
+    requests = coordinator_of(session).ask(names, recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC)))
     delivered = sorted(set(names) - {request.owner for request in requests})
     lines = [
         f"'{request.owner}' is asked until {request.deadline:%Y-%m-%d %H:%M} UTC: request {request.id}"

@@ -140,9 +140,7 @@ def _status_table(statuses: list[OwnerStatus]) -> Table | str:
             if progress.state == "training":
                 training = f"step {number(progress.step)} of {number(progress.steps)}"
                 training += f", loss {progress.loss:.2f}" if progress.loss is not None else ""
-                training += (
-                    f", {duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
-                )
+                training += f", {duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
         rows.append(
             (
                 status.name,

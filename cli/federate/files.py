@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from ...experts.federation.protocol.requests import ExpertRequest
 
 
-@cli_command(
-    "pack", example="expertctl federate pack site-a --recipe flexolmo --tokens 2000000 -o for-site-a.tar"
-)
+@cli_command("pack", example="expertctl federate pack site-a --recipe flexolmo --tokens 2000000 -o for-site-a.tar")
 @click.argument("name", metavar="NAME")
 @with_recipe
 @click.option(
@@ -75,9 +73,7 @@ def pack(
     )
 
 
-def _request_expert(
-    coordinator: Coordinator, name: str, deadline: str, recipe: dict[str, Any]
-) -> ExpertRequest:
+def _request_expert(coordinator: Coordinator, name: str, deadline: str, recipe: dict[str, Any]) -> ExpertRequest:
     """Request an expert from an owner; raises `UserError` if one was accepted already."""
     from datetime import UTC
 
@@ -211,9 +207,7 @@ def deliver(session: Session, delivery: Path) -> None:
     coordinator = coordinator_of(session)
     with open_pack(delivery, coordinator.root) as folder:
         if (folder / REQUEST_FILE).is_file():
-            raise UserError(
-                f"{delivery} is a pack for an owner; deliver the output of `expertctl federate work`"
-            )
+            raise UserError(f"{delivery} is a pack for an owner; deliver the output of `expertctl federate work`")
         request, refusal = receive_delivery(coordinator, folder)
     if refusal is not None:
         raise UserError(f"the delivery of '{request.owner}' is refused: {refusal}")

@@ -40,9 +40,7 @@ owner_options = [
         metavar="PATH",
         help="Your text: a folder or a file. Required the first time.",
     ),
-    click.option(
-        "--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."
-    ),
+    click.option("--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."),
     click.option("--licence", metavar="TEXT", help="Licence of the text; stated in the expert's manifest."),
     click.option(
         "--dp",
@@ -114,9 +112,7 @@ def with_owner(function: click.decorators.FC) -> click.decorators.FC:
     return function
 
 
-def owner_from(
-    data: Path | None, text_field: str, licence: str | None, dp: str | None, state: Path | None
-) -> Owner:
+def owner_from(data: Path | None, text_field: str, licence: str | None, dp: str | None, state: Path | None) -> Owner:
     """Return an owner with the options of `with_owner` stored; omitted options keep their stored values."""
     from dataclasses import replace
 

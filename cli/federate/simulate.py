@@ -82,9 +82,7 @@ if TYPE_CHECKING:
     metavar="GBIT",
     help="Bandwidth of the coordinator in each direction, Gbit/s.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
 @pass_session
 def simulate_command(
     session: Session,

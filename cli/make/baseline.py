@@ -35,9 +35,7 @@ def dense(session: Session, same_batch: bool, force: bool) -> None:
     session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest))
 
 
-@cli_command(
-    "random-split", example="expertctl baseline random-split --jobs 2 && expertctl eval forest random-split"
-)
+@cli_command("random-split", example="expertctl baseline random-split --jobs 2 && expertctl eval forest random-split")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),

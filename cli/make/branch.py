@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     metavar="SET",
     help="Create an expert for each cluster of this set (see `data discover`) and divide --tokens among them.",
 )
-@click.option(
-    "--domain", metavar="DOMAIN", help="Domain to train on. Default: the domain of NAME in expertctl.yaml."
-)
+@click.option("--domain", metavar="DOMAIN", help="Domain to train on. Default: the domain of NAME in expertctl.yaml.")
 @click.option(
     "--trains",
     metavar="PART",

@@ -51,8 +51,7 @@ def list_(session: Session) -> None:
     domains = workspace.config.domains
     prepared = workspace.prepared()
     content = {
-        name: {"source": _source(domain), "prepared": _content(prepared[name])}
-        for name, domain in domains.items()
+        name: {"source": _source(domain), "prepared": _content(prepared[name])} for name, domain in domains.items()
     }
     if not domains:
         session.finish({"domains": {}}, f"no domains yet; add one to {workspace.layout.config_file}")
@@ -71,9 +70,7 @@ def list_(session: Session) -> None:
 @cli_command("proxy", example="expertctl data proxy law-proxy --like law --from web --documents 500")
 @click.argument("name", metavar="NAME")
 @click.option("--like", required=True, metavar="DOMAIN", help="Domain that the documents should resemble.")
-@click.option(
-    "--from", "source", required=True, metavar="PUBLIC", help="Public domain to select documents from."
-)
+@click.option("--from", "source", required=True, metavar="PUBLIC", help="Public domain to select documents from.")
 @click.option(
     "--documents",
     type=click.IntRange(min=1),
@@ -90,9 +87,7 @@ def list_(session: Session) -> None:
 )
 @click.option("--force", is_flag=True, help="Replace an existing proxy corpus of that name.")
 @pass_session
-def proxy(
-    session: Session, name: str, like: str, source: str, documents: int | None, seed: int, force: bool
-) -> None:
+def proxy(session: Session, name: str, like: str, source: str, documents: int | None, seed: int, force: bool) -> None:
     """Build a proxy corpus: public documents that resemble a domain.
 
     A router can be tuned on a proxy corpus where the domain's own text is not available. None of the domain's text is
@@ -144,9 +139,7 @@ def proxy(
     metavar="KEY=VALUE",
     help="Set an option of the discoverer; repeatable.",
 )
-@click.option(
-    "--domains", type=names, metavar="A,B", help="Domains to cluster. Default: all that were not discovered."
-)
+@click.option("--domains", type=names, metavar="A,B", help="Domains to cluster. Default: all that were not discovered.")
 @click.option(
     "--sample",
     type=click.IntRange(min=1),
@@ -164,12 +157,8 @@ def proxy(
     help="Text features. Default: words, or characters for scripts without spaces.",
 )
 @click.option("--unbalanced", is_flag=True, help="Do not balance cluster sizes when fitting centroids.")
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
-)
-@click.option(
-    "--jobs", type=click.IntRange(min=1), metavar="N", help="Number of processes. Default: one per core."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Number of processes. Default: one per core.")
 @click.option("--force", is_flag=True, help="Replace an existing set of that name.")
 @pass_session
 def discover(

@@ -150,9 +150,7 @@ def _require_stitches(folder: Path) -> None:
     if merged is None or merged.kind != "stitched":
         raise UserError(f"{folder} is not a stitched model, which --retrain needs; omit --retrain")
     if merged.run is None:
-        raise UserError(
-            f"the stitches of {folder} were never trained; omit --retrain, then run `expertctl tune`"
-        )
+        raise UserError(f"the stitches of {folder} were never trained; omit --retrain, then run `expertctl tune`")
 
 
 def _retrained(session: Session, name: str, start: Path, change: Change, force: bool) -> Manifest:

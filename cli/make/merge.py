@@ -223,9 +223,7 @@ def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Man
     from ..use.eval import report_comparison
 
     name = folder.name if folder.parent == workspace.generalists else str(folder)
-    status, comparison = report_comparison(
-        session, workspace, name, None, artefact=artefact_content(folder, manifest)
-    )
+    status, comparison = report_comparison(session, workspace, name, None, artefact=artefact_content(folder, manifest))
     note_evaluation(folder, comparison.table.as_json(), comparison.verdict(), comparison.holds)
     return status
 
@@ -241,9 +239,7 @@ def _refuse_with_file(name: str | None, other_options: dict[str, Any]) -> None:
         raise click.UsageError("--config defines the merge; omit NAME and give the output folder with -o DIR")
     for option, value in other_options.items():
         if value is not None:
-            raise click.UsageError(
-                f"--config defines the whole merge; omit --{option.replace('_', '-').rstrip('s')}"
-            )
+            raise click.UsageError(f"--config defines the whole merge; omit --{option.replace('_', '-').rstrip('s')}")
 
 
 def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun, plan_only: bool) -> None:

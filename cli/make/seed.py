@@ -18,9 +18,7 @@ from ..group import cli_command
     metavar="FOLDER",
     help="Import this Hugging Face causal language model. Its files are linked, not copied.",
 )
-@click.option(
-    "--scratch", is_flag=True, help="Pretrain a seed even if expertctl.yaml names a model to import."
-)
+@click.option("--scratch", is_flag=True, help="Pretrain a seed even if expertctl.yaml names a model to import.")
 @click.option("--preset", metavar="NAME", help="Size of a pretrained seed: tiny or small.")
 @click.option(
     "--force",

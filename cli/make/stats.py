@@ -21,9 +21,7 @@ from ..output import number
     show_default=True,
     help="gram: second moments of layer inputs, for regmean; fisher: squared gradients, for fisher.",
 )
-@click.option(
-    "--domain", metavar="DOMAIN", help="Domain to collect on. Default: the expert's training domain."
-)
+@click.option("--domain", metavar="DOMAIN", help="Domain to collect on. Default: the expert's training domain.")
 @click.option(
     "--samples",
     type=click.IntRange(min=1),

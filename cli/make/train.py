@@ -20,9 +20,7 @@ INTERRUPTED = 130
 
 @cli_command("train", example="expertctl train --all --jobs 2")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option(
-    "--all", "everything", is_flag=True, help="Train all branched experts and all experts of expertctl.yaml."
-)
+@click.option("--all", "everything", is_flag=True, help="Train all branched experts and all experts of expertctl.yaml.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -80,9 +78,7 @@ def command(
     return _report(result)
 
 
-def _launcher(
-    workspace: Workspace, name: str | None, options: tuple[tuple[str, Any], ...]
-) -> LauncherConfig | None:
+def _launcher(workspace: Workspace, name: str | None, options: tuple[tuple[str, Any], ...]) -> LauncherConfig | None:
     """Return the launcher of the command line; the project's options apply only to the project's launcher."""
     from ...core.config.settings import LauncherConfig
 

@@ -12,9 +12,7 @@ from ..output import short
 from ..parsing import as_dictionary, names, setting
 
 
-@cli_command(
-    "tune", example="expertctl tune campus-tuned --from campus --trains router --domains web --tokens 500000"
-)
+@cli_command("tune", example="expertctl tune campus-tuned --from campus --trains router --domains web --tokens 500000")
 @click.argument("name", metavar="NAME")
 @click.option("--from", "base", metavar="GENERALIST", help="Model to train: a generalist, or seed.")
 @click.option(

@@ -27,9 +27,7 @@ def command() -> None:
     """
 
 
-@cli_command(
-    "extraction", example="expertctl audit extraction clinic --data clinic --against seed --documents 500"
-)
+@cli_command("extraction", example="expertctl audit extraction clinic --data clinic --against seed --documents 500")
 @click.argument("model", metavar="EXPERT")
 @click.option(
     "--data",
@@ -81,9 +79,7 @@ def command() -> None:
     metavar="N",
     help="Number of samples per document.",
 )
-@click.option(
-    "--top-k", type=POSITIVE, default=50, show_default=True, metavar="K", help="Top-k of the sampling."
-)
+@click.option("--top-k", type=POSITIVE, default=50, show_default=True, metavar="K", help="Top-k of the sampling.")
 @click.option(
     "--top-p",
     type=click.FloatRange(0, 1, min_open=True),
@@ -116,9 +112,7 @@ def command() -> None:
     metavar="N",
     help="Number of continuations to sample at the same time. Affects memory, speed and the random samples.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
 @click.option(
     "--at-most",
     type=click.FloatRange(0, 1),
@@ -152,9 +146,7 @@ def extraction(
             count.total = total
             count.to(done, name)
 
-        audit = audit_extraction(
-            folder, documents, AttackSettings(**settings), reference=reference, tell=tell
-        )
+        audit = audit_extraction(folder, documents, AttackSettings(**settings), reference=reference, tell=tell)
     session.finish(audit.as_json(), _table(audit), "", *_notes(audit))
     low, high = audit.model.interval
     if at_most is not None and high > at_most:
@@ -210,9 +202,7 @@ def _notes(audit: ExtractionAudit) -> list[str]:
         f"documents: {number(audit.long_enough)} long enough, {number(audit.too_short)} too short",
     ]
     if audit.reference is not None:
-        notes.append(
-            f"extracted from {audit.model.model}, but not from {audit.reference.model}: {audit.only_model}"
-        )
+        notes.append(f"extracted from {audit.model.model}, but not from {audit.reference.model}: {audit.only_model}")
     return notes
 
 

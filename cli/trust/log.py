@@ -55,9 +55,7 @@ def _tree(manifests: Sequence[Manifest]) -> list[str]:
     for manifest in manifests:
         if manifest.kind == "seed":
             lines.append(f"seed  {short(manifest.digest)}  {origin(manifest)}")
-            lines += _branches(
-                [_expert(expert, current_digests) for expert in manifests if expert.kind == "expert"]
-            )
+            lines += _branches([_expert(expert, current_digests) for expert in manifests if expert.kind == "expert"])
     for manifest in manifests:
         if manifest.kind == "generalist":
             lines += [
@@ -76,15 +74,12 @@ def _branches(items: Sequence[str]) -> list[str]:
 def _expert(manifest: Manifest, current_digests: dict[str, str]) -> str:
     expert_parents = [parent for parent in manifest.parents if parent.kind == "expert"]
     starts = [
-        f"{parent.name} {parent.weight or 0:.2f}{_staleness(parent, current_digests)}"
-        for parent in expert_parents
+        f"{parent.name} {parent.weight or 0:.2f}{_staleness(parent, current_digests)}" for parent in expert_parents
     ]
     start = f", from {', '.join(starts)}" if starts else ""
     seed = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
     seed_note = (
-        f"  (from another seed, {short(seed.digest)})"
-        if seed and seed.digest != current_digests.get("seed")
-        else ""
+        f"  (from another seed, {short(seed.digest)})" if seed and seed.digest != current_digests.get("seed") else ""
     )
     return f"{manifest.name}  {short(manifest.digest)}  {origin(manifest)}{start}{seed_note}"
 

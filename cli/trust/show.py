@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 @cli_command("show", example="expertctl show forest")
 @click.argument("name", metavar="[NAME]", required=False)
-@click.option(
-    "--routing", metavar="MODEL", help="Show how the routers of a mixture distribute text over its experts."
-)
+@click.option("--routing", metavar="MODEL", help="Show how the routers of a mixture distribute text over its experts.")
 @click.option("--domains", type=names, metavar="A,B", help="Domains for --routing. Default: all domains.")
 @pass_session
 def command(session: Session, name: str | None, routing: str | None, domains: tuple[str, ...] | None) -> None:
@@ -49,9 +47,7 @@ def _show_artefact(session: Session, folder: Path) -> None:
 
     manifest = read_manifest(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    facts = Table(
-        ("", ""), [*_facts(folder, manifest), ("weights on disk", f"{number(size)} bytes")], headings=False
-    )
+    facts = Table(("", ""), [*_facts(folder, manifest), ("weights on disk", f"{number(size)} bytes")], headings=False)
     session.finish({"folder": str(folder), **record_as_json(manifest)}, facts)
 
 
@@ -164,13 +160,9 @@ def _show_workspace(session: Session, workspace: Workspace) -> None:
         "not_begun": _not_started(workspace),
     }
     rows: list[tuple[str, str, str, str]] = [
-        (manifest.name, manifest.kind, short(manifest.digest), origin(manifest))
-        for manifest in finished.values()
+        (manifest.name, manifest.kind, short(manifest.digest), origin(manifest)) for manifest in finished.values()
     ]
-    rows += [
-        (name, "unfinished", "", f"resume with: {resume_command}")
-        for name, resume_command in unfinished.items()
-    ]
+    rows += [(name, "unfinished", "", f"resume with: {resume_command}") for name, resume_command in unfinished.items()]
     rows += [
         (name, "not started", "", f"in expertctl.yaml; start with: {start_command}")
         for name, start_command in content["not_begun"].items()

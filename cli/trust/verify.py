@@ -40,9 +40,7 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
         for name, folder in folders.items():
             problems_by_name[name] = _problems(folder)
             count.next()
-    absences = (
-        {name: _find_absence(session, folder, absent) for name, folder in folders.items()} if absent else {}
-    )
+    absences = {name: _find_absence(session, folder, absent) for name, folder in folders.items()} if absent else {}
     session.finish(
         {
             **({"absent": {name: asdict(absence) for name, absence in absences.items()}} if absences else {}),
@@ -57,9 +55,7 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
     )
     damaged = [name for name, problems in problems_by_name.items() if problems]
     if damaged:
-        click.echo(
-            f"Error: changed since they were made: {', '.join(damaged)}; restore or recreate them", err=True
-        )
+        click.echo(f"Error: changed since they were made: {', '.join(damaged)}; restore or recreate them", err=True)
     present = [name for name, absence in absences.items() if absence.found or absence.merged]
     if present:
         click.echo(f"Error: '{absent}' is in {', '.join(present)}", err=True)
@@ -96,6 +92,4 @@ def _problems(folder: Path) -> list[str]:
 
 
 def _line(name: str, problems: list[str]) -> str:
-    return "\n".join(
-        [f"{name}: {'intact' if not problems else 'changed'}", *(f"  {problem}" for problem in problems)]
-    )
+    return "\n".join([f"{name}: {'intact' if not problems else 'changed'}", *(f"  {problem}" for problem in problems)])

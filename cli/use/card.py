@@ -42,14 +42,10 @@ def command(session: Session, model: str, evaluation: Path | None, output: Path 
     manifest = read_manifest(session.artefact(model))
     scores = read_json(evaluation) if evaluation is not None else None
     if scores is not None and not {"domains", "models"} <= scores.keys():
-        raise UserError(
-            f"{evaluation} is not the output of `expertctl eval --json`: 'domains' or 'models' is missing"
-        )
+        raise UserError(f"{evaluation} is not the output of `expertctl eval --json`: 'domains' or 'models' is missing")
     text = model_card(manifest, scores)
     if output is None:
         session.finish({"name": manifest.name, "card": text}, text.rstrip("\n"))
         return
     write_text(output, text)
-    session.finish(
-        {"name": manifest.name, "file": str(output)}, f"the card of {manifest.name} is in {output}"
-    )
+    session.finish({"name": manifest.name, "file": str(output)}, f"the card of {manifest.name} is in {output}")

@@ -89,9 +89,7 @@ def command(
             jobs=jobs,
             tell=lambda model, domain: count.next(),
         )
-    session.finish(
-        table.as_json(), *(part for metric in table.metrics for part in (score_table(table, metric), ""))
-    )
+    session.finish(table.as_json(), *(part for metric in table.metrics for part in (score_table(table, metric), "")))
     metric = table.metrics[0]
     failed = [pair for pair in gates if not table.mean(pair[0], metric) < table.mean(pair[1], metric)]
     for lower, upper in failed:
@@ -139,16 +137,11 @@ def score_table(table: EvaluationTable, metric: Metric) -> Table:
     best.append(table.best_mean(metric))
     rows = []
     for model, scores in table.scores.items():
-        values = [scores[domain].values[metric.name] for domain in table.domains] + [
-            table.mean(model, metric)
-        ]
+        values = [scores[domain].values[metric.name] for domain in table.domains] + [table.mean(model, metric)]
         rows.append(
             (
                 model,
-                *(
-                    f"{value:.4f}{'*' if model == winner else ' '}"
-                    for value, winner in zip(values, best, strict=True)
-                ),
+                *(f"{value:.4f}{'*' if model == winner else ' '}" for value, winner in zip(values, best, strict=True)),
             )
         )
     strong = frozenset(

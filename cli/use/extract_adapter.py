@@ -15,9 +15,7 @@ from ..output import Table
 @cli_command("extract-adapter", example="expertctl extract-adapter law --base seed -o law-lora --rank 16")
 @click.argument("model", metavar="MODEL")
 @click.option("--base", required=True, metavar="MODEL", help="Model that MODEL was fine-tuned from.")
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder."
-)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of all matrices. Default: 16.")
 @click.option(
     "--energy",
@@ -74,8 +72,6 @@ def command(
     if report.saved_whole:
         parts.append(f"stored in full: {', '.join(report.saved_whole)}")
     if report.left_out:
-        parts.append(
-            f"changed, but not in the adapter: {', '.join(report.left_out)}; use --save-rest to include them"
-        )
+        parts.append(f"changed, but not in the adapter: {', '.join(report.left_out)}; use --save-rest to include them")
     parts.append(f"adapter in {output}: {len(rows)} matrices, relative error {report.error:.2%}")
     session.finish({"folder": str(output), **asdict(report)}, *parts)

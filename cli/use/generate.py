@@ -58,9 +58,7 @@ COLOURS = (
     metavar="P",
     help="Sample only from the most probable tokens up to this cumulative probability.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed."
-)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
 @click.option(
     "--without",
     type=names,
@@ -68,9 +66,7 @@ COLOURS = (
     metavar="A,B",
     help="Disable these experts of an ensemble or a mixture for this call.",
 )
-@click.option(
-    "--show-experts", is_flag=True, help="Mark each token with the expert of the highest weight (ensembles)."
-)
+@click.option("--show-experts", is_flag=True, help="Mark each token with the expert of the highest weight (ensembles).")
 @pass_session
 def command(
     session: Session,
@@ -131,9 +127,7 @@ def _by_expert(generation: Generation) -> tuple[str, ...]:
             counts[max(token.shares, key=token.shares.__getitem__)] += 1
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     numbers = {name: number for number, name in enumerate(generation.experts, start=1)}
-    text = "".join(
-        _mark(piece, numbers[name], in_colour) if name else piece for name, piece in _runs_of_tokens(tokens)
-    )
+    text = "".join(_mark(piece, numbers[name], in_colour) if name else piece for name, piece in _runs_of_tokens(tokens))
     legend = (
         f"{_mark(name, number, in_colour) if in_colour else f'[{number}] {name}'}: {counts[name]} tokens"
         for name, number in numbers.items()

@@ -59,9 +59,7 @@ def digests_of_untouched(checkpoint: Checkpoint, known: Mapping[str, str]) -> di
     }
     hashed = checkpoint.digests(set(checkpoint.entries) - set(available))
     for file in files:
-        remember_digests(
-            file, {name: hashed[name] for name in hashed if checkpoint.entries[name].file == file}
-        )
+        remember_digests(file, {name: hashed[name] for name in hashed if checkpoint.entries[name].file == file})
     return available | hashed
 
 

@@ -54,9 +54,7 @@ def digest_of_tokenizer(folder: Path) -> str:
     return state.hexdigest()
 
 
-def digests_of_folder(
-    folder: Path, known: Mapping[str, str] | None = None
-) -> tuple[dict[str, str], dict[str, str]]:
+def digests_of_folder(folder: Path, known: Mapping[str, str] | None = None) -> tuple[dict[str, str], dict[str, str]]:
     """Return (tensor digests, file digests) of an artefact folder, without its manifest.
 
     Together they cover every byte: tensor digests the tensors, file digests the safetensors headers and all other

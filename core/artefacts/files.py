@@ -83,9 +83,7 @@ def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iter
 
 
 @contextmanager
-def resumable_folder(
-    path: Path, *, force: bool = False, resume: bool = False, what: str = "folder"
-) -> Iterator[Path]:
+def resumable_folder(path: Path, *, force: bool = False, resume: bool = False, what: str = "folder") -> Iterator[Path]:
     """Yield a hidden sibling folder (`unfinished_sibling`) that survives a kill, an interruption or a full disk.
 
     With `resume` it holds what the last attempt left, otherwise it is empty. It is renamed to `path` on success
@@ -260,9 +258,7 @@ def cache_folder() -> Path:
 
 
 def _user_error(path: Path, error: OSError) -> UserError:
-    return user_fixable_error(error, path) or UserError(
-        f"{error.filename or path}: {error.strerror or error}"
-    )
+    return user_fixable_error(error, path) or UserError(f"{error.filename or path}: {error.strerror or error}")
 
 
 def user_fixable_error(error: OSError, path: Path | None = None) -> UserError | None:
@@ -273,9 +269,7 @@ def user_fixable_error(error: OSError, path: Path | None = None) -> UserError | 
             f"no space left while writing {where} ({error.strerror}); free some space and rerun the command"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(
-            f"no permission to access {where} ({error.strerror}); check the folder's owner and mode"
-        )
+        return UserError(f"no permission to access {where} ({error.strerror}); check the folder's owner and mode")
     return None
 
 

@@ -29,9 +29,7 @@ class Layout:
         for folder in (first, *first.parents):
             if (folder / CONFIG_FILE).is_file():
                 return cls(folder)
-        raise UserError(
-            f"no {CONFIG_FILE} in {first} or its parents; create a workspace with `expertctl init {first}`"
-        )
+        raise UserError(f"no {CONFIG_FILE} in {first} or its parents; create a workspace with `expertctl init {first}`")
 
     @property
     def config_file(self) -> Path:

@@ -58,9 +58,7 @@ def working_dtype(dtype: str) -> str:
     return "float64" if dtype == "F64" else "float32"
 
 
-def decode(
-    raw: Any, dtype: str, shape: tuple[int, ...], scratch: NDArray[np.uint32] | None = None
-) -> NDArray[Any]:
+def decode(raw: Any, dtype: str, shape: tuple[int, ...], scratch: NDArray[np.uint32] | None = None) -> NDArray[Any]:
     """Decode the buffer `raw` into an array: floats as float32 or float64, integers unchanged.
 
     float32 and float64 results are views of the buffer, so the result must not be modified. `scratch`, an array of

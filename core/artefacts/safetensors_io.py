@@ -75,9 +75,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         size = path.stat().st_size
         header, data_start = _parse_header(file, size, path)
     entries = {
-        name: _entry(name, record, path, data_start)
-        for name, record in header.items()
-        if name != "__metadata__"
+        name: _entry(name, record, path, data_start) for name, record in header.items() if name != "__metadata__"
     }
     expected = data_start
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
@@ -95,14 +93,10 @@ def _entry(name: str, record: Any, path: Path, data_start: int) -> TensorEntry:
         kind, shape, (begin, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, "its header is not a safetensors header") from None
-    if not isinstance(kind, str) or any(
-        type(number) is not int or number < 0 for number in (*shape, begin, end)
-    ):
+    if not isinstance(kind, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise _damaged(path, f"the header entry of tensor '{name}' is invalid")
     if kind not in DTYPES:
-        raise UserError(
-            f"{path}: tensor '{name}' has unsupported dtype {kind}; supported: {', '.join(DTYPES)}"
-        )
+        raise UserError(f"{path}: tensor '{name}' has unsupported dtype {kind}; supported: {', '.join(DTYPES)}")
     if end - begin != _num_bytes(kind, shape):
         raise _damaged(
             path,
@@ -147,9 +141,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return files
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    pickled = sorted(
-        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    )
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         raise UserError(
             f"{folder} has only pickled weights ({pickled[0]}), which are refused because loading them can run "
@@ -166,9 +158,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise _damaged(index, "it has no 'weight_map'")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise _damaged(
-                index, f"it places '{tensor}' in {file!r}, which is not a shard in the same folder"
-            )
+            raise _damaged(index, f"it places '{tensor}' in {file!r}, which is not a shard in the same folder")
     return weight_map
 
 
@@ -191,9 +181,7 @@ class Checkpoint:
         if checkpoint.files != (folder / SINGLE_FILE,):
             for tensor, file in _weight_map(folder / INDEX_FILE).items():
                 if tensor not in checkpoint or checkpoint.entries[tensor].file.name != file:
-                    raise _damaged(
-                        folder, f"{INDEX_FILE} places '{tensor}' in {file}, which does not hold it"
-                    )
+                    raise _damaged(folder, f"{INDEX_FILE} places '{tensor}' in {file}, which does not hold it")
         return checkpoint
 
     def __contains__(self, name: object) -> bool:
@@ -261,9 +249,7 @@ class Checkpoint:
     def digests(self, names: Iterable[str] | None = None) -> dict[str, str]:
         """Return the digests of the named tensors (default: all), sorted by name, computed by two threads."""
         ordered_names = sorted(self.entries if names is None else names)
-        if (
-            sum(self.entry(name).num_bytes for name in ordered_names) < CHUNK_BYTES
-        ):  # starting threads takes longer
+        if sum(self.entry(name).num_bytes for name in ordered_names) < CHUNK_BYTES:  # starting threads takes longer
             return {name: self.digest(name) for name in ordered_names}
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashing and reading release the interpreter lock
             return dict(zip(ordered_names, pool.map(self.digest, ordered_names), strict=True))

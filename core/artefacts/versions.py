@@ -5,10 +5,7 @@ from __future__ import annotations
 
 def tool_versions() -> dict[str, str]:
     """Return the version of each package that can change the bytes of a result."""
-    return {
-        name: package_version(name)
-        for name in ("expertctl", "torch", "transformers", "tokenizers", "safetensors")
-    }
+    return {name: package_version(name) for name in ("expertctl", "torch", "transformers", "tokenizers", "safetensors")}
 
 
 def package_version(name: str) -> str:

@@ -28,9 +28,7 @@ def discovered_domains(root: Path) -> dict[str, DomainConfig]:
                     part: f"{CLUSTERS_FOLDER}/{path.parent.name}/{cluster['name']}/{part}.jsonl"
                     for part in ("train", "valid")
                 }
-                domains[cluster["name"]] = DomainConfig.model_validate(
-                    {**parts, "licence": content.get("licence")}
-                )
+                domains[cluster["name"]] = DomainConfig.model_validate({**parts, "licence": content.get("licence")})
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is not a valid list of clusters ({error}); run `expertctl data discover` again"

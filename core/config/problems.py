@@ -12,9 +12,7 @@ from ..errors import closest
 from .yaml_lines import KeyPath
 
 
-def first_problem(
-    error: ValidationError, path: Path, lines: Mapping[KeyPath, int], root: type[BaseModel]
-) -> str:
+def first_problem(error: ValidationError, path: Path, lines: Mapping[KeyPath, int], root: type[BaseModel]) -> str:
     """Return one sentence on a file's validation error: path, line, key and the nearest valid name."""
     problem = _worst(error)
     location: KeyPath = problem["loc"]

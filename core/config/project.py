@@ -27,6 +27,4 @@ def load_project(path: Path) -> ProjectConfig:
     except ValidationError as error:
         raise UserError(first_problem(error, path, lines, ProjectConfig)) from None
     discovered = discovered_domains(path.parent)
-    return (
-        project.model_copy(update={"domains": {**discovered, **project.domains}}) if discovered else project
-    )
+    return project.model_copy(update={"domains": {**discovered, **project.domains}}) if discovered else project

@@ -220,9 +220,7 @@ class MergeConfig(Section):
     method: str
     experts: tuple[str, ...] | None = None
     """Experts to merge. None: every finished expert."""
-    weights: Annotated[Annotated[Literal["uniform", "posterior"], Tag("(word)")] | Settings, _BY_KIND] = (
-        "uniform"
-    )
+    weights: Annotated[Annotated[Literal["uniform", "posterior"], Tag("(word)")] | Settings, _BY_KIND] = "uniform"
     """`uniform`, `posterior`, or for each expert a number or numbers per layer and per module."""
     fit_on: tuple[str, ...] | None = None
     """Domains with the validation text for priors and posterior weights. None: the experts' domains."""
@@ -306,9 +304,7 @@ class ProjectConfig(Section):
     def _require_domain(self, domain: str, *where: str) -> None:
         if domain not in self.domains:
             guess = closest(domain, self.domains)
-            hint = (
-                f" (did you mean '{guess}'?)" if guess else f"; domains: {', '.join(self.domains) or 'none'}"
-            )
+            hint = f" (did you mean '{guess}'?)" if guess else f"; domains: {', '.join(self.domains) or 'none'}"
             # a custom error because a ValueError cannot carry the location for the line number
             raise PydanticCustomError(
                 "unknown_domain",

@@ -135,9 +135,7 @@ class PluginManager:
         from importlib.metadata import entry_points
 
         selection = os.environ.get(SELECTION_VARIABLE)
-        wanted = (
-            None if selection is None else {name.strip() for name in selection.split(",") if name.strip()}
-        )
+        wanted = None if selection is None else {name.strip() for name in selection.split(",") if name.strip()}
         points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
         for point in points:
             if wanted is not None and point.name not in wanted:
@@ -268,9 +266,7 @@ class PluginManager:
             self._add_problem(plugin, distribution, f"{hook} failed: {_one_line(error)}")
             return []
         if not isinstance(items, list | tuple):
-            self._add_problem(
-                plugin, distribution, f"{hook} returned {_kind(items)}, not a list of {offered.__name__}"
-            )
+            self._add_problem(plugin, distribution, f"{hook} returned {_kind(items)}, not a list of {offered.__name__}")
             return []
         good = []
         for item in items:
@@ -279,9 +275,7 @@ class PluginManager:
                     plugin, distribution, f"{hook} returned {_kind(item)} in its list, not {offered.__name__}"
                 )
             elif not isinstance(name := item.name, str) or not name:  # type: ignore[attr-defined]  # all have one
-                self._add_problem(
-                    plugin, distribution, f"{hook} offers something called {name!r}, which is no name"
-                )
+                self._add_problem(plugin, distribution, f"{hook} offers something called {name!r}, which is no name")
             else:
                 good.append(item)
         return good
@@ -309,9 +303,7 @@ class PluginManager:
                 plugin = implementation.plugin_name
                 if (plugin, hook) not in self._failed:  # its next error may be worded otherwise
                     self._failed.add((plugin, hook))
-                    self._add_problem(
-                        plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}"
-                    )
+                    self._add_problem(plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}")
 
 
 @functools.cache

@@ -137,9 +137,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = manifest_path(folder)
     if path is None:
-        raise UserError(
-            f"{folder} is not a finished artefact: it has none of {', '.join(MANIFEST_NAMES.values())}"
-        )
+        raise UserError(f"{folder} is not a finished artefact: it has none of {', '.join(MANIFEST_NAMES.values())}")
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise UserError(
@@ -149,9 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
     content.pop(CHECKSUM, None)
     config = content.get("config")
     if config is not None:
-        content["config"] = parse_record(
-            _config_class(content.get("kind"), config), config, f"{path}: config"
-        )
+        content["config"] = parse_record(_config_class(content.get("kind"), config), config, f"{path}: config")
     return parse_record(Manifest, content, str(path))
 
 

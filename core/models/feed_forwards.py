@@ -63,9 +63,7 @@ class InputMoments:
     """E[x x^T] (L, d, d), or its diagonal (L, d)."""
 
 
-def input_moments(
-    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], *, full: bool = False
-) -> InputMoments:
+def input_moments(model: PreTrainedModel, blocks: Iterable[NDArray[Any]], *, full: bool = False) -> InputMoments:
     """Return the moments of all FFN inputs over token arrays (tokens,); raises `UserError` if there are none.
 
     With `full` the second moments are matrices, otherwise their diagonals.
@@ -86,9 +84,7 @@ def input_moments(
 
         return gather
 
-    handles = [
-        network.module.register_forward_pre_hook(hook(layer)) for layer, network in enumerate(networks)
-    ]
+    handles = [network.module.register_forward_pre_hook(hook(layer)) for layer, network in enumerate(networks)]
     try:
         with torch.inference_mode():
             for block in blocks:

@@ -92,15 +92,11 @@ def load_network(
         raise UserError(f"{path} is the output of an unfinished job; resume the job")
     manifest = _manifest_of(path)
     if manifest is None and (path / "run.json").is_file():
-        raise UserError(
-            f"{path} is an unfinished run: it has a run.json and no manifest; resume its training"
-        )
+        raise UserError(f"{path} is an unfinished run: it has a run.json and no manifest; resume its training")
     with _LOADING, without_loading_bars():
         if manifest is not None and manifest.kind == "expert":
             if without:
-                raise UserError(
-                    f"{path} is a single expert; only experts of ensembles and mixtures can be disabled"
-                )
+                raise UserError(f"{path} is a single expert; only experts of ensembles and mixtures can be disabled")
             model = _from_pretrained(seed_of(path, manifest, seed), dtype)
             trainer = installed_plugins().offers(Trainer).get(manifest.trainable or "")
             if as_trained and trainer is not None and trainer.restore is not None:
@@ -157,9 +153,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(
-            f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json"
-        ) from None
+        raise UserError(f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json") from None
     return tokenizer
 
 
@@ -184,9 +178,7 @@ def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
         try:
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder} is not a model supported by transformers: {first_line(error)}"
-            ) from None
+            raise UserError(f"{folder} is not a model supported by transformers: {first_line(error)}") from None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
@@ -196,9 +188,7 @@ def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
     model, report = loaded
     for name in sorted(report["missing_keys"]):
         # transformers would initialise it randomly and only warn
-        raise UserError(
-            f"{folder} has no tensor '{name}', which its config.json requires; download or create it again"
-        )
+        raise UserError(f"{folder} has no tensor '{name}', which its config.json requires; download or create it again")
     return model.eval()
 
 
@@ -276,9 +266,7 @@ def overlay_tensors(model: PreTrainedModel, tensors: Checkpoint | Mapping[str, T
     with torch.no_grad():
         for name in tensors:
             if name not in model_tensors:
-                raise UserError(
-                    f"the model has no tensor '{name}': the expert belongs to another architecture"
-                )
+                raise UserError(f"the model has no tensor '{name}': the expert belongs to another architecture")
             source = tensors.read(name) if isinstance(tensors, Checkpoint) else tensors[name]
             model_tensors[name].copy_(source)
 

@@ -21,7 +21,5 @@ def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
         return scored
     logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
     targets_BT = tokens_BT1[:, 1:]
-    loss = torch.nn.functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
-    )
+    loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
     return -loss.view_as(targets_BT)

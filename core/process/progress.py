@@ -242,9 +242,7 @@ class RunProgress(_OpenDisplay):
 class Count(_OpenDisplay):
     """Progress of countable work, as one job or as several named jobs."""
 
-    def __init__(
-        self, name: str, unit: str, total: int | None, where: Display, clock: Clock = time.monotonic
-    ) -> None:
+    def __init__(self, name: str, unit: str, total: int | None, where: Display, clock: Clock = time.monotonic) -> None:
         super().__init__(where, () if total is None else (name,), clock)
         self._name, self._unit, self.total = name, unit, total
         """Total number of units; may be set once it is known."""

@@ -31,9 +31,7 @@ def tensor_group(
     kind: torch.dtype = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(tuple(shape), generator=generator)
-    experts = tuple(
-        (base + torch.randn(tuple(shape), generator=generator)).to(kind) for _ in range(num_experts)
-    )
+    experts = tuple((base + torch.randn(tuple(shape), generator=generator)).to(kind) for _ in range(num_experts))
     return TensorGroup(
         name="model.layers.0.mlp.up_proj.weight",
         experts=experts,
@@ -62,9 +60,7 @@ def assert_merge_ok(
     """
     for shape in SHAPES:
         for dtype in DTYPES:
-            group = tensor_group(
-                shape, num_experts=num_experts, dtype=dtype, weights=_uneven_weights(num_experts)
-            )
+            group = tensor_group(shape, num_experts=num_experts, dtype=dtype, weights=_uneven_weights(num_experts))
             where = f"for {dtype} {list(shape)} with {num_experts} experts"
             if arrays == "any":
 
@@ -96,24 +92,18 @@ def _check_result(merge: Merge, group: TensorGroup, options: Any, where: str) ->
 
     originals = [tensor.clone() for tensor in (group.seed, *group.experts)]
     merged = merge(group, options)
-    assert isinstance(merged, torch.Tensor), (
-        f"the merge returns {type(merged).__name__} instead of a tensor {where}"
-    )
+    assert isinstance(merged, torch.Tensor), f"the merge returns {type(merged).__name__} instead of a tensor {where}"
     assert merged.shape == group.seed.shape, f"the merge returns shape {list(merged.shape)} {where}"
     assert merged.dtype == group.seed.dtype, f"the merge returns {merged.dtype} {where}"
     assert bool(torch.isfinite(merged).all()), f"the merge returns non-finite numbers {where}"
     for before, after in zip(originals, (group.seed, *group.experts), strict=True):
         assert torch.equal(before, after), f"the merge modifies its input tensors {where}"
-    assert torch.equal(merged, merge(group, options)), (
-        f"the merge returns a different result the second time {where}"
-    )
+    assert torch.equal(merged, merge(group, options)), f"the merge returns a different result the second time {where}"
 
 
 def _check_identity(merge: Merge, group: TensorGroup, options: Any, where: str) -> None:
     copies = replace(group, experts=tuple(group.seed.clone() for _ in group.experts))
-    assert _close(merge(copies, options), group.seed), (
-        f"merging copies of the seed does not return the seed {where}"
-    )
+    assert _close(merge(copies, options), group.seed), f"merging copies of the seed does not return the seed {where}"
 
 
 def _check_order(merge: Merge, group: TensorGroup, options: Any, where: str) -> None:

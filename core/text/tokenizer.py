@@ -39,9 +39,7 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text; texts are encoded in parallel."""
-        return [
-            encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _load(folder: Path) -> Tokenizer:
@@ -61,9 +59,7 @@ def _load(folder: Path) -> Tokenizer:
             folder, local_files_only=True, trust_remote_code=False
         ).backend_tokenizer
     except Exception as error:
-        raise UserError(
-            f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json"
-        ) from None
+        raise UserError(f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json") from None
     return converted
 
 
@@ -81,9 +77,7 @@ def _separator(folder: Path, tokenizer: Tokenizer) -> int:
             configured_id = configured_id[0]
         if isinstance(configured_id, int):
             return configured_id
-    raise UserError(
-        f"the tokenizer in {folder} has no end-of-sequence token; add eos_token to tokenizer_config.json"
-    )
+    raise UserError(f"the tokenizer in {folder} has no end-of-sequence token; add eos_token to tokenizer_config.json")
 
 
 def _read_json_if_present(path: Path) -> dict[str, Any]:

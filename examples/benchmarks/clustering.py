@@ -36,9 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path)
     parser.add_argument("--points", type=at_least(1), default=1_000_000)
-    parser.add_argument(
-        "--sizes", type=lambda text: [int(part) for part in text.split(",")], default=[20_000, 200_000]
-    )
+    parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=[20_000, 200_000])
     parser.add_argument("--letters", type=at_least(1), default=1000, help="of each document, for memory")
     parser.add_argument("--only", choices=["speed", "balance", "memory"], help="one of the tables")
     parser.add_argument("--discover", type=Path, help=argparse.SUPPRESS)
@@ -148,9 +146,7 @@ def memory_table(pieces: list[str], sizes: list[int]) -> str:
             command = [sys.executable, __file__, "--discover", folder]
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             megabytes = path.stat().st_size / 1e6
-            lines.append(
-                f"| {size:,} documents | {megabytes:.0f} | {told['seconds']:.1f} | {told['peak']:.0f} |"
-            )
+            lines.append(f"| {size:,} documents | {megabytes:.0f} | {told['seconds']:.1f} | {told['peak']:.0f} |")
     return "\n".join(lines)
 
 

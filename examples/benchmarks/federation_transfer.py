@@ -63,9 +63,7 @@ def measure(folder: Path, megabytes: int) -> None:
         ("expert up, in parts", owner["up"], made["expert_bytes"]),
     ]
     for name, seconds, size in rows:
-        print(
-            f"{name:34}{seconds:9.1f}{size / seconds / 1e6:8.0f}{seconds / size * made['seed_bytes'] / raw:11.2f}"
-        )
+        print(f"{name:34}{seconds:9.1f}{size / seconds / 1e6:8.0f}{seconds / size * made['seed_bytes'] / raw:11.2f}")
     print(f"{'expert judged tensor by tensor':34}{owner['judged']:9.1f}")
     peaks = {"coordinator": hub_said, "owner": owner, "raw sender": sender, "raw receiver": received}
     print("peak memory, MB: " + ", ".join(f"{name} {said['peak'] / 1e6:.0f}" for name, said in peaks.items()))
@@ -169,9 +167,7 @@ def write_random(folder: Path, config: object, seed: int) -> None:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        shapes = {
-            name: one.shape for name, one in AutoModelForCausalLM.from_config(config).state_dict().items()
-        }
+        shapes = {name: one.shape for name, one in AutoModelForCausalLM.from_config(config).state_dict().items()}
     noise = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.randn(shape, generator=noise, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
@@ -208,9 +204,7 @@ def owner(folder: Path) -> dict[str, float]:
     from expertctl.plugins.flower.owner.owner_work import part_size
 
     one = Owner(folder / "owner")
-    client = CoordinatorClient(
-        f"127.0.0.1:{(folder / 'port').read_text()}", folder / "tls" / "ca.crt", one.key()
-    )
+    client = CoordinatorClient(f"127.0.0.1:{(folder / 'port').read_text()}", folder / "tls" / "ca.crt", one.key())
     (request,) = one.requests()
     client.hello()  # connected, as a joined owner is
     begun = time.monotonic()

@@ -77,9 +77,7 @@ def make_models(folder: Path, family: str, tied: bool, dtype: str, names: Sequen
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = AutoConfig.for_model(
-        family, vocab_size=256, num_key_value_heads=2, tie_word_embeddings=tied, **sizes
-    )
+    config = AutoConfig.for_model(family, vocab_size=256, num_key_value_heads=2, tie_word_embeddings=tied, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     words = Tokenizer(models.BPE({chr(33 + number): number for number in range(200)}, [], unk_token="!"))
@@ -101,9 +99,7 @@ def write_recipe(folder: Path, title: str, given: dict[str, Any]) -> Path:
     method = title.partition(",")[0]
     content: dict[str, Any] = {"merge_method": method}
     if "slices" in given:
-        content["slices"] = [
-            {"sources": [{"model": one, "layer_range": pair}]} for one, pair in given["slices"]
-        ]
+        content["slices"] = [{"sources": [{"model": one, "layer_range": pair}]} for one, pair in given["slices"]]
     else:
         content["models"] = [
             {"model": name, "parameters": _parameters(method, number, given)}
@@ -168,23 +164,17 @@ def compare(folder: Path, mergekit: Path, title: str, given: dict[str, Any], num
         os.chdir(here)
     # without a network mergekit dies after it has written the weights
     command = [str(mergekit), str(recipe), str(theirs)]
-    subprocess.run(
-        command, cwd=folder, capture_output=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    subprocess.run(command, cwd=folder, capture_output=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return distance(tensors_of(ours), tensors_of(theirs), task_vector_length(folder))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", type=Path, required=True, help="mergekit-yaml of another environment")
     parser.add_argument("--models", type=at_least(1), default=len(MODELS), help="how many of the models")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     given = parser.parse_args(arguments)
-    print(
-        "| method | model | numbers the same | furthest, units in the last place | difference / task vectors |"
-    )
+    print("| method | model | numbers the same | furthest, units in the last place | difference / task vectors |")
     print("|---|---|---:|---:|---:|")
     for family, tied, dtype in MODELS[: given.models]:
         with tempfile.TemporaryDirectory() as temporary:

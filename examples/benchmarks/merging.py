@@ -151,9 +151,7 @@ def run(command: Sequence[str | Path], cwd: Path) -> tuple[Cost, str]:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody is to compile source anew in each round
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begin = time.perf_counter()
-        process = subprocess.Popen(
-            [str(one) for one in command], cwd=cwd, stdout=out, stderr=err, env=environment
-        )
+        process = subprocess.Popen([str(one) for one in command], cwd=cwd, stdout=out, stderr=err, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begin
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -178,9 +176,7 @@ def evict(files: Sequence[Path]) -> None:
 class Bench:
     """One run: the models, the recipes, and rounds of everything that is compared."""
 
-    def __init__(
-        self, folder: Path, size: Size, rounds: int, mergekit: Path | None, mergekit_rounds: int
-    ) -> None:
+    def __init__(self, folder: Path, size: Size, rounds: int, mergekit: Path | None, mergekit_rounds: int) -> None:
         self.folder, self.rounds, self.mergekit, self.mergekit_rounds = (
             folder,
             rounds,
@@ -235,9 +231,7 @@ def report(bench: Bench, methods: Sequence[str]) -> None:
     for cold in (False, True):
         floor = bench.rounds_of(bench.floor, bench.rounds, cold)
         engine = bench.rounds_of(bench.engine, bench.rounds, cold)
-        print(
-            f"\n{'cold' if cold else 'warm'}: reading four inputs and copying one takes {floor.seconds:.2f} s"
-        )
+        print(f"\n{'cold' if cold else 'warm'}: reading four inputs and copying one takes {floor.seconds:.2f} s")
         print(
             f"linear, engine only: {engine.seconds:.2f} s, {engine.seconds / floor.seconds:.2f} of that (at most 2.5)"
         )
@@ -258,9 +252,7 @@ def report(bench: Bench, methods: Sequence[str]) -> None:
             print(f"{row} {WANTED.get(method, '')} |", flush=True)
 
 
-def report_memory(
-    folder: Path, hidden: int, vocabulary: int, layers: Sequence[int], methods: Sequence[str]
-) -> None:
+def report_memory(folder: Path, hidden: int, vocabulary: int, layers: Sequence[int], methods: Sequence[str]) -> None:
     """Print the peak memory of models that differ in nothing but their number of layers."""
     print("\n| peak MB | " + " | ".join(f"{count} layers" for count in layers) + " |")
     print("|---|" + "---:|" * len(layers))
@@ -268,17 +260,13 @@ def report_memory(
     for count in layers:
         bench = Bench(folder / f"layers{count}", Size(hidden, count, vocabulary), 1, None, 1)
         for method in methods:
-            peaks[method].append(
-                bench.rounds_of(lambda bench=bench, method=method: bench.ours(method), 1).peak_mb
-            )  # type: ignore[misc]
+            peaks[method].append(bench.rounds_of(lambda bench=bench, method=method: bench.ours(method), 1).peak_mb)  # type: ignore[misc]
     for method, found in peaks.items():
         print(f"| {method} | " + " | ".join(f"{peak:.0f}" for peak in found) + " |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of another environment")
     parser.add_argument("--mergekit-rounds", type=at_least(1), default=1)
     parser.add_argument("--rounds", type=at_least(1), default=5)
@@ -287,9 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=at_least(1), default=32000)
     parser.add_argument("--memory-layers", type=at_least(1), nargs="*", default=[2, 24])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument(
-        "--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder"
-    )
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)

@@ -36,9 +36,7 @@ def write_recipe(folder: Path, models: Sequence[Path]) -> Path:
     experts = [{"source_model": model.name, "positive_prompts": [model.name]} for model in models]
     recipe = folder / "moe.yml"
     recipe.write_text(
-        json.dumps(
-            {"base_model": models[0].name, "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
-        )
+        json.dumps({"base_model": models[0].name, "gate_mode": "random", "dtype": "bfloat16", "experts": experts})
     )
     return recipe
 
@@ -175,9 +173,7 @@ def report_running(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit-moe", type=Path, help="mergekit-moe of another environment")
     parser.add_argument("--mergekit-rounds", type=at_least(1), default=3)
     parser.add_argument("--rounds", type=at_least(1), default=5)
@@ -201,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="EXPERTS,TOP_K",
     )
     parser.add_argument("--layer-rounds", type=at_least(1), default=15)
-    parser.add_argument(
-        "--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder"
-    )
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary)).resolve()

@@ -95,9 +95,7 @@ def new_blocks(folder: str) -> Any:
 def settings(**changes: Any) -> Any:
     from expertctl.core.config.settings import TrainingConfig
 
-    return TrainingConfig(
-        tokens=10_000_000, sequence_length=LENGTH, batch_size=BATCH, device="cpu", **changes
-    )
+    return TrainingConfig(tokens=10_000_000, sequence_length=LENGTH, batch_size=BATCH, device="cpu", **changes)
 
 
 def plain_loop(folder: str) -> Callable[[], None]:
@@ -172,9 +170,7 @@ def measure_first_step(folder: str, rounds: int) -> None:
     for _ in range(rounds):
         for name in names:
             found[name].append(first_step(name, folder))
-    print(
-        "\n| seconds, median | built model to first step, wall | the same, CPU | process to end of first step, CPU |"
-    )
+    print("\n| seconds, median | built model to first step, wall | the same, CPU | process to end of first step, CPU |")
     print("|---|---:|---:|---:|")
     for name, rows in found.items():
         cells = (f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True))
@@ -186,9 +182,7 @@ def first_step(name: str, folder: str) -> tuple[float, float, float]:
     here = str(Path(__file__).parent)
     code = (SETUP + FIRST_STEP[name]).format(here=here, folder=folder) + REPORT
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    words = dict(
-        line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith(("ready", "process"))
-    )
+    words = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith(("ready", "process")))
     wall, cpu = words["ready"].split()
     return float(wall), float(cpu), float(words["process"])
 

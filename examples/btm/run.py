@@ -61,12 +61,8 @@ def main() -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path, help="default: the bundled corpora")
-    parser.add_argument(
-        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=2_000_000, help="the whole budget (default: %(default)s)"
-    )
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="the whole budget (default: %(default)s)")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("btm-runs"))

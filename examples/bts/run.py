@@ -68,9 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=["python", "scripture", "speeches", "metamath"],
         help="folders of --corpora",
     )
-    parser.add_argument(
-        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
-    )
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--public-share", type=float, default=0.3, help="of every domain's documents")
     parser.add_argument("--seed-tokens", type=int, default=2_000_000)

@@ -73,9 +73,7 @@ def main() -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path, required=True)
-    parser.add_argument(
-        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
-    )
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--clusters", type=int, default=6)
     parser.add_argument("--passage-bytes", type=int, default=2000, help="of a document")
     parser.add_argument("--preset", default="tiny")
@@ -105,9 +103,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     workspace.random_split_baseline(jobs=options.jobs)
     experts = workspace.layout.finished_experts()
     ensembles = {
-        row: settings
-        for row, settings in ENSEMBLES.items()
-        if (settings.get("top_k") or 0) <= options.clusters
+        row: settings for row, settings in ENSEMBLES.items() if (settings.get("top_k") or 0) <= options.clusters
     }
     folders = {row: row.replace(", ", "-").replace(" ", "-") for row in ensembles}
     for row, settings in ensembles.items():
@@ -166,9 +162,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[
             "learning_rate": options.learning_rate,
             "seed": seed,
         },
-        "domains": {
-            name: {part: str(path) for part, path in parts.items()} for name, parts in domains.items()
-        },
+        "domains": {name: {part: str(path) for part, path in parts.items()} for name, parts in domains.items()},
     }
     write_config(root, config)
     return Workspace(root), labels

@@ -78,9 +78,7 @@ def main() -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path, required=True)
-    parser.add_argument(
-        "--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2]
-    )
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--public-share", type=float, default=0.3, help="of every owner's documents")
     parser.add_argument("--seed-tokens", type=int, default=2_000_000)
@@ -175,9 +173,7 @@ def unrestricted(workspace: Workspace, owners: list[str], tokens: int) -> str:
             experts=[str(copy) for copy in copies],
             options={"top_k": min(4, len(copies))},
         )
-    return tuned(
-        workspace, UNRESTRICTED, start.name, "mixture", [PUBLIC, *owners], tokens, learning_rate=4e-3
-    )
+    return tuned(workspace, UNRESTRICTED, start.name, "mixture", [PUBLIC, *owners], tokens, learning_rate=4e-3)
 
 
 def tuned(

@@ -25,9 +25,7 @@ def trimmed_mean(group: TensorGroup, options: Options) -> Tensor:
 
     count = len(group.experts)
     if options.trim < 0 or 2 * options.trim >= count:
-        raise UserError(
-            f"trim {options.trim} leaves nothing of {count} experts; it is 0 to {(count - 1) // 2}"
-        )
+        raise UserError(f"trim {options.trim} leaves nothing of {count} experts; it is 0 to {(count - 1) // 2}")
     ordered = torch.stack(group.experts).sort(dim=0).values
     return ordered[options.trim : count - options.trim].mean(dim=0)
 

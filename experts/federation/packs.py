@@ -77,9 +77,7 @@ def read_request(folder: Path) -> ExpertRequest:
     """Read the request of a pack; raises `UserError` if there is none."""
     path = folder / REQUEST_FILE
     if not path.is_file():
-        raise UserError(
-            f"{folder} is not a pack: it has no {REQUEST_FILE}; make one with `expertctl federate pack`"
-        )
+        raise UserError(f"{folder} is not a pack: it has no {REQUEST_FILE}; make one with `expertctl federate pack`")
     return ExpertRequest.of_json(read_json(path))
 
 
@@ -101,9 +99,7 @@ def receive_delivery(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequ
         return request, missing
     for file in statement.files:
         for index in missing[file.name]:
-            coordinator.put(
-                request.owner, request.id, file.name, index, read_part(folder / file.name, file, index)
-            )
+            coordinator.put(request.owner, request.id, file.name, index, read_part(folder / file.name, file, index))
     return request, coordinator.finish(request.owner, request.id)
 
 

@@ -26,9 +26,7 @@ class SentenceEmbedder:
 
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a sentence-embedding model: it has no config.json")
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:

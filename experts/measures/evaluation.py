@@ -36,9 +36,7 @@ class EvaluationTable:
 
     def best(self, domain: str, metric: Metric) -> str:
         """Return the model with the best value on a domain."""
-        return metric.best(
-            {model: scores[domain].values[metric.name] for model, scores in self.scores.items()}
-        )
+        return metric.best({model: scores[domain].values[metric.name] for model, scores in self.scores.items()})
 
     def best_mean(self, metric: Metric) -> str:
         """Return the model with the best mean over the domains."""

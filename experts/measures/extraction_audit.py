@@ -227,9 +227,7 @@ def choose_targets(documents: Iterable[str], encoder: TextEncoder, settings: Att
             chosen[index] = target
         long_enough += 1
     if not chosen:
-        raise UserError(
-            f"no document has {needed} tokens ({too_short} are shorter); lower --prefix and --continuation"
-        )
+        raise UserError(f"no document has {needed} tokens ({too_short} are shorter); lower --prefix and --continuation")
     return Targets(tuple(chosen), long_enough, too_short)
 
 

@@ -66,9 +66,7 @@ def trained_experts(layout: Layout) -> list[RunSpec]:
     """Return the specifications of the finished experts; raises `UserError` if there are none."""
     names = layout.finished_experts()
     if not names:
-        raise UserError(
-            "a baseline is matched to the finished experts, and there are none; train experts first"
-        )
+        raise UserError("a baseline is matched to the finished experts, and there are none; train experts first")
     return [read_run(layout.experts / name) for name in names]
 
 

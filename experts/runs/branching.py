@@ -24,9 +24,7 @@ from .trainable import trainer_for
 AUTO_SAMPLE_BLOCKS = 32
 
 
-def branch(
-    layout: Layout, project: ProjectConfig, name: str, expert: ExpertConfig, *, force: bool = False
-) -> RunSpec:
+def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConfig, *, force: bool = False) -> RunSpec:
     """Set up the run of a new expert in `experts/NAME` and return its specification.
 
     Raises `UserError` if the seed is missing, a name is unknown, or the expert exists.
@@ -138,9 +136,7 @@ def start_weights(layout: Layout, project: ProjectConfig, expert: ExpertConfig) 
     return {name: weight / total for name, weight in weights.items()}
 
 
-def nearest_experts(
-    layout: Layout, project: ProjectConfig, domain: str, experts: list[str]
-) -> dict[str, float]:
+def nearest_experts(layout: Layout, project: ProjectConfig, domain: str, experts: list[str]) -> dict[str, float]:
     """Return the posterior probability of each expert's domain on a sample of a new domain's training text.
 
     Branch-Train-Merge initialises a new branch with the average of the experts, weighted by p(D = j | sample)
@@ -152,9 +148,7 @@ def nearest_experts(
     from ...core.models.scoring import token_log_probs
 
     prepared = prepare_domain(layout, domain, domain_config(project, domain), layout.seed)
-    blocks = TokenBlocks(
-        prepared.open("train"), min(project.training.sequence_length, max_positions(layout.seed))
-    )
+    blocks = TokenBlocks(prepared.open("train"), min(project.training.sequence_length, max_positions(layout.seed)))
     available = max(len(blocks), 1)
     count = min(AUTO_SAMPLE_BLOCKS, available)  # evenly spaced: adjacent blocks are from the same document
     sample = [blocks.block(index * available // count)[None] for index in range(count)]
@@ -164,9 +158,7 @@ def nearest_experts(
         model, _ = load_model(layout.experts / name, dtype="float32", as_trained=False)
         model.to(best_device())
         with torch.inference_mode():
-            scores.append(
-                [token_log_probs(model, torch.from_numpy(batch).to(model.device)).cpu() for batch in sample]
-            )
+            scores.append([token_log_probs(model, torch.from_numpy(batch).to(model.device)).cpu() for batch in sample])
         del model
     uniform = torch.full((len(experts),), 1 / len(experts)).log()
     block_scores = [torch.stack(by_expert) for by_expert in zip(*scores, strict=True)]

@@ -26,16 +26,12 @@ class TrainResult:
     def raise_for_failures(self) -> None:
         """Raise `UserError` that lists every failed run, or `Interrupted` if runs were stopped."""
         if self.interrupted:
-            raise Interrupted(
-                f"{', '.join(self.interrupted)}: stopped, state saved; rerun the same command to resume"
-            )
+            raise Interrupted(f"{', '.join(self.interrupted)}: stopped, state saved; rerun the same command to resume")
         if self.failed:
             raise UserError("; ".join(f"{name}: {error}" for name, error in self.failed.items()))
 
 
-def launch(
-    runs: Sequence[Path], jobs: int, launcher: LauncherConfig, reporter: RunReporter | None
-) -> TrainResult:
+def launch(runs: Sequence[Path], jobs: int, launcher: LauncherConfig, reporter: RunReporter | None) -> TrainResult:
     """Train runs with a launcher, `jobs` at a time; a failed run does not raise.
 
     Raises `UserError` for an unknown launcher or invalid options.

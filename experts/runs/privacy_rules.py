@@ -12,9 +12,7 @@ def require_opacus() -> None:
     from importlib.util import find_spec
 
     if find_spec("opacus") is None:
-        raise UserError(
-            "differential privacy needs Opacus, which is not installed: pip install 'expertctl[privacy]'"
-        )
+        raise UserError("differential privacy needs Opacus, which is not installed: pip install 'expertctl[privacy]'")
 
 
 def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Trainer) -> None:
@@ -35,6 +33,4 @@ def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Train
     if training.compile:
         raise UserError("training.compile does not work with differential privacy; set compile: false")
     if training.precision == "bfloat16":
-        raise UserError(
-            "differential privacy requires float32 gradients for exact clipping; set precision: auto"
-        )
+        raise UserError("differential privacy requires float32 gradients for exact clipping; set precision: auto")

@@ -69,9 +69,7 @@ def _names_in_memory(source: Path) -> set[str]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(
-            f"{source} is not a causal language model supported by transformers: {first}"
-        ) from None
+        raise UserError(f"{source} is not a causal language model supported by transformers: {first}") from None
     return set(checkpoint_tensors(model))
 
 
@@ -113,9 +111,7 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
         licence=settings.licence,
     )
     if not spec.domains:
-        raise UserError(
-            "there is no domain to pretrain the seed on; add one under 'domains' in expertctl.yaml"
-        )
+        raise UserError("there is no domain to pretrain the seed on; add one under 'domains' in expertctl.yaml")
     size = preset(settings.preset)
     if spec.training.sequence_length > size.max_position_embeddings:
         raise UserError(

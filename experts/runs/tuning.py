@@ -69,9 +69,7 @@ def start_tuning(
     refuse_existing(folder, force=force, what="generalist")
     start = layout.artefact(base)
     if start == folder:
-        raise UserError(
-            f"'{name}' cannot be both the base and the result; choose another name for the result"
-        )
+        raise UserError(f"'{name}' cannot be both the base and the result; choose another name for the result")
     trainer = trainer_for(trains, installed_plugins())
     _require_tunable(start, trainer)
     check_loadable(start)

@@ -14,9 +14,7 @@ def next_wave(pending: Sequence[str], declared: Mapping[str, ExpertConfig], expe
 
     `declared` are the experts of `expertctl.yaml`, which must include those not yet branched below `experts`.
     """
-    starts = {
-        name: "seed" if (experts / name / RUN_FILE).is_file() else declared[name].from_ for name in pending
-    }
+    starts = {name: "seed" if (experts / name / RUN_FILE).is_file() else declared[name].from_ for name in pending}
     ready = [name for name, start in starts.items() if start == "seed"]
     if ready:
         return ready

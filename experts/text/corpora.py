@@ -109,9 +109,7 @@ def prepare_domain(
                         if domain.path
                         else ""
                     )
-                    raise UserError(
-                        f"domain '{name}' has no documents in its {part} part ({_source(domain)}){remedy}"
-                    )
+                    raise UserError(f"domain '{name}' has no documents in its {part} part ({_source(domain)}){remedy}")
                 num_documents += written.documents
             write_json(
                 partial / DOMAIN_FILE,
@@ -138,15 +136,11 @@ def _ordered_documents(domain: DomainConfig, root: Path, part: str, scratch: Pat
     with SpooledTexts(documents, scratch) as texts:
         numbers = [int(number) for number in order.order(texts)]
         if sorted(numbers) != list(range(len(texts))):
-            raise RuntimeError(
-                f"document order '{order.name}' does not return a permutation of {len(texts)} documents"
-            )
+            raise RuntimeError(f"document order '{order.name}' does not return a permutation of {len(texts)} documents")
         yield (texts[number] for number in numbers)
 
 
-def prepared_domain(
-    layout: Layout, name: str, domain: DomainConfig, tokenizer_folder: Path
-) -> PreparedDomain | None:
+def prepared_domain(layout: Layout, name: str, domain: DomainConfig, tokenizer_folder: Path) -> PreparedDomain | None:
     """Return a domain if its current text is cached, otherwise None; reads no text."""
     folder = layout.corpora / name / digest_of_tokenizer(tokenizer_folder)[:12]
     return _cached(folder, _fingerprint(domain, layout.root))

@@ -149,9 +149,7 @@ def discover(
 # --- reading ---
 
 
-def _sources(
-    layout: Layout, project: ProjectConfig, name: str, requested: Sequence[str] | None
-) -> tuple[str, ...]:
+def _sources(layout: Layout, project: ProjectConfig, name: str, requested: Sequence[str] | None) -> tuple[str, ...]:
     """Return the names of the domains to cluster; raises `UserError` if there are none."""
     discovered = {domain for domains in cluster_sets(layout.root).values() for domain in domains}
     sources = (
@@ -162,9 +160,7 @@ def _sources(
     for domain in sources:
         domain_config(project, domain)
         if domain in cluster_sets(layout.root).get(name, ()):
-            raise UserError(
-                f"'{domain}' is itself one of the clusters '{name}'; give the domains that were clustered"
-            )
+            raise UserError(f"'{domain}' is itself one of the clusters '{name}'; give the domains that were clustered")
     if not sources:
         raise UserError("there is no text to cluster; add a domain to expertctl.yaml")
     return sources
@@ -243,9 +239,7 @@ def _write_clusters(
 class _Assigner:
     """Assigns documents to clusters, in worker processes if there are many and the discoverer supports it."""
 
-    def __init__(
-        self, discoverer: DomainDiscoverer, domains: FoundDomains, folder: Path, jobs: int | None
-    ) -> None:
+    def __init__(self, discoverer: DomainDiscoverer, domains: FoundDomains, folder: Path, jobs: int | None) -> None:
         self._name, self._domains, self._folder = discoverer.name, domains, folder
         self._jobs = (jobs or available_cores()) if discoverer.read is not None else 1
         self._pool: ProcessPoolExecutor | None = None

@@ -46,9 +46,7 @@ def text_points(texts: Sequence[str]) -> NDArray[np.float32] | None:
         )
     except UserError:  # no shared words, which is not an error here
         return None
-    return np.concatenate(
-        [clusterer.points(texts[begin : begin + BATCH]) for begin in range(0, len(texts), BATCH)]
-    )
+    return np.concatenate([clusterer.points(texts[begin : begin + BATCH]) for begin in range(0, len(texts), BATCH)])
 
 
 def greedy_path(neighbours: Neighbours) -> list[int]:

@@ -133,9 +133,7 @@ def make_proxy(
     _check_names(project, name, like, source)
     refuse_existing(path, force=force, what="proxy")
     with exclusive(layout.lock(f"proxy-{name}"), f"proxy '{name}'"):
-        refuse_existing(
-            path, force=force, what="proxy"
-        )  # again: another process may have written it meanwhile
+        refuse_existing(path, force=force, what="proxy")  # again: another process may have written it meanwhile
 
         def read(domain: DomainConfig, work: str) -> Iterator[Keyed]:
             keyed = _with_keys(domain_documents(domain, layout.root, "train"), settings.seed)
@@ -146,9 +144,7 @@ def make_proxy(
         number = _number_to_select(documents, source_count)
         classifiers = _train_classifiers(like_sample, source_sample, settings)
         del like_sample, source_sample  # free the memory before scoring
-        scores = best_distinct(
-            _score_documents(read(public, f"scoring {source}"), classifiers, settings), number
-        )
+        scores = best_distinct(_score_documents(read(public, f"scoring {source}"), classifiers, settings), number)
         with _replacement_file(path) as file:
             text = _write_selected(read(public, "writing"), set(scores), file, name)
         proxy = Proxy(
@@ -220,9 +216,7 @@ def _report_progress(documents: Iterable[Keyed], work: str, tell: Tell) -> Itera
             tell(work, index)
 
 
-def _sample(
-    documents: Iterable[Keyed], name: str, settings: ProxySettings
-) -> tuple[dict[bytes, str], TextCount]:
+def _sample(documents: Iterable[Keyed], name: str, settings: ProxySettings) -> tuple[dict[bytes, str], TextCount]:
     """Return the truncated documents with the lowest keys, sorted by key, and the counts of all documents."""
     kept: dict[bytes, str] = {}
     count = _Counter(name)
@@ -303,8 +297,7 @@ def _train_classifiers(
     of_lower = _fit_classifier(like_lower, source_lower, settings)
     of_upper = _fit_classifier(like_upper, source_upper, settings)
     held_out_accuracy = (
-        _balanced_accuracy(of_lower, like_upper, source_upper)
-        + _balanced_accuracy(of_upper, like_lower, source_lower)
+        _balanced_accuracy(of_lower, like_upper, source_upper) + _balanced_accuracy(of_upper, like_lower, source_lower)
     ) / 2
     return _CrossFittedClassifiers(list(source)[len(source_lower)], of_lower, of_upper, held_out_accuracy)
 

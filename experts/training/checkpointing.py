@@ -32,9 +32,7 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
     with new_folder(folder, force=True, what="checkpoint") as partial:
         digests = {
             "weights": digest_of_tensors(write_tensors(partial / "weights.safetensors", loop.weights())),
-            "optimiser": digest_of_tensors(
-                write_tensors(partial / "optimiser.safetensors", loop.optimiser_state())
-            ),
+            "optimiser": digest_of_tensors(write_tensors(partial / "optimiser.safetensors", loop.optimiser_state())),
             "random": digest_of_tensors(write_tensors(partial / "random.safetensors", _random_states())),
         }
         state = {
@@ -63,17 +61,14 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
     try:
         state = read_json(folder / STATE_FILE)
         tensors = {
-            name: _read_checked(folder, name, state["digests"][name])
-            for name in ("weights", "optimiser", "random")
+            name: _read_checked(folder, name, state["digests"][name]) for name in ("weights", "optimiser", "random")
         }
         position = Position(**state["position"])
         step = int(state["step"])
         loop.load_extra_state(state)
     except (UserError, KeyError, TypeError, ValueError) as error:
         previous = f"step {int(folders[-2].name[5:])}" if len(folders) > 1 else "the start"
-        raise UserError(
-            f"checkpoint {folder} is damaged ({error}); delete it to resume from {previous}"
-        ) from None
+        raise UserError(f"checkpoint {folder} is damaged ({error}); delete it to resume from {previous}") from None
     if state.get("data", {}) != dict(data or {}):
         raise UserError(
             f"the text changed since checkpoint {folder} was written; restore the text, or delete {state_folder} to "

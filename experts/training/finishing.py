@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 OPTIMISER_FILE = Path(TRAINING_FOLDER) / "optimiser.safetensors"
 
 
-def write_artefact(
-    run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, metrics: Mapping[str, Any]
-) -> None:
+def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, metrics: Mapping[str, Any]) -> None:
     """Write the weights, then the manifest, which marks the folder as complete."""
     if run.from_scratch:
         write_tensors(run.folder / WEIGHTS_FILE, checkpoint_tensors(model))

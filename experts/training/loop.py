@@ -83,9 +83,7 @@ class TrainingLoop:
         for _ in range(self.config.accumulation):
             with self._autocast():
                 loss = self._loss(self._batch())
-                objective = (
-                    loss + self.part.auxiliary_loss() if self.part.auxiliary_loss is not None else loss
-                )
+                objective = loss + self.part.auxiliary_loss() if self.part.auxiliary_loss is not None else loss
             torch.autograd.backward(objective / self.config.accumulation)
             total += loss.detach() / self.config.accumulation
         return total
@@ -175,9 +173,7 @@ def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
         for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if members
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 
 
 def resolve_device(setting: str) -> Any:

@@ -106,9 +106,7 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callabl
         if stopped():
             _require_finite(report)
             save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
-            raise Interrupted(
-                f"stopped at step {report.step} of {config.steps}; rerun the same command to resume"
-            )
+            raise Interrupted(f"stopped at step {report.step} of {config.steps}; rerun the same command to resume")
         if time.monotonic() - saved_at >= config.checkpoint_seconds:
             _require_finite(report)
             save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)

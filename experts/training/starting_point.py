@@ -107,9 +107,7 @@ def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
         loop.load_optimiser_state({name: state.read(name) for name in state})
 
 
-def training_blocks(
-    run: RunInputs, shares: Mapping[str, float] | None = None
-) -> Blocks | BalancedUnion | SharedUnion:
+def training_blocks(run: RunInputs, shares: Mapping[str, float] | None = None) -> Blocks | BalancedUnion | SharedUnion:
     """Return the run's training blocks; raises `UserError` for a domain with less than one block of text."""
     size = run.spec.training.sequence_length
     parts = [TokenBlocks(domain.open("train"), size) for domain in run.domains]

@@ -83,9 +83,7 @@ def run_merge(
     ):
         resumed = len(writer.digests)
         calculator = Calculator(method, reader, vocabulary, resolved_settings.device)
-        remaining = [
-            tensor for shard in shards for tensor in shard.tensors if tensor.name not in writer.digests
-        ]
+        remaining = [tensor for shard in shards for tensor in shard.tensors if tensor.name not in writer.digests]
         done = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors) - sum(
             tensor.num_bytes for tensor in remaining
         )
@@ -194,9 +192,7 @@ class Calculator:
             return
         readers = {stored: self._reader.pieces(stored) for stored in tensor.inputs}
         for _ in range(0, tensor.num_numbers, self._reader.piece_numbers):
-            yield encode(
-                self._call(tensor, {stored: next(pieces) for stored, pieces in readers.items()}), tensor.dtype
-            )
+            yield encode(self._call(tensor, {stored: next(pieces) for stored, pieces in readers.items()}), tensor.dtype)
         for pieces in readers.values():  # read to the end, where the digest is checked
             next(pieces, None)
 
@@ -218,9 +214,7 @@ class Calculator:
         stored = dict(zip(tensor.expert_names, tensor.experts, strict=True))
         if tensor.seed is not None and tensor.seed_name is not None:
             stored[tensor.seed_name] = tensor.seed
-        rearranged = self._vocabulary.rearrange(
-            {name: arrays[stored_tensor] for name, stored_tensor in stored.items()}
-        )
+        rearranged = self._vocabulary.rearrange({name: arrays[stored_tensor] for name, stored_tensor in stored.items()})
         return {stored_tensor: rearranged[name] for name, stored_tensor in stored.items()}
 
     def _call(self, tensor: TensorPlan, arrays: dict[StoredTensor, NDArray[Any]]) -> NDArray[Any]:
@@ -292,9 +286,7 @@ class Calculator:
             if digest != digests[first]:
                 floating = tensor.dtype in FLOATING
                 reason = (
-                    "is shared by all experts"
-                    if floating
-                    else f"has dtype {tensor.dtype}, which cannot be averaged"
+                    "is shared by all experts" if floating else f"has dtype {tensor.dtype}, which cannot be averaged"
                 )
                 hint = "; to use the first one, set --option discard=true" if floating else ""
                 raise UserError(

@@ -52,9 +52,7 @@ class Reader:
         `hashed=False`, the caller has to compute the digest and call `note`.
         """
         entry = stored.entry
-        state = (
-            digest_start(entry.dtype, entry.shape) if hashed and self.known_digest(stored) is None else None
-        )
+        state = digest_start(entry.dtype, entry.shape) if hashed and self.known_digest(stored) is None else None
         size = self.piece_numbers * DTYPES[entry.dtype][1]
         buffer = memoryview(bytearray(min(size, entry.num_bytes)))
         position = entry.begin
@@ -87,9 +85,7 @@ class Reader:
         for piece in self.pieces(stored):
             flat[begin : begin + piece.size] = piece
             begin += piece.size
-        return (
-            self._round(stored.adapter.apply(stored.name, numbers)) if stored.adapter is not None else numbers
-        )
+        return self._round(stored.adapter.apply(stored.name, numbers)) if stored.adapter is not None else numbers
 
     def _round(self, numbers: NDArray[Any]) -> NDArray[Any]:
         if self._round_to is None or self._round_to in ("F32", "F64"):
@@ -103,9 +99,7 @@ class Reader:
             while filled < len(target):
                 count = os.preadv(descriptor, [target[filled:]], position + filled)
                 if not count:
-                    raise UserError(
-                        f"{entry.file} is damaged: it ends within tensor '{entry.name}'; download it again"
-                    )
+                    raise UserError(f"{entry.file} is damaged: it ends within tensor '{entry.name}'; download it again")
                 filled += count
 
     def _descriptor(self, path: Path) -> int:

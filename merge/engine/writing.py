@@ -195,11 +195,7 @@ class _Flusher:
         while self._wake.wait() and not self._stopped:
             self._wake.clear()
             with self._lock:
-                full = [
-                    file_descriptor
-                    for file_descriptor, size in self._unflushed.items()
-                    if size >= FLUSH_BYTES
-                ]
+                full = [file_descriptor for file_descriptor, size in self._unflushed.items() if size >= FLUSH_BYTES]
                 self._unflushed.update(dict.fromkeys(full, 0))
             for descriptor in full:
                 try:

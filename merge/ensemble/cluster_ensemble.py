@@ -66,9 +66,7 @@ def cluster_router(inputs: MergeInputs, options: RouterOptions) -> NamedRouter:
     _check(inputs, options)
     folder, clusters = _clusters_of(inputs, options.clusters)
     encoder = TextEncoder.of_folder(inputs.seed)
-    routing = ClusterRouting(
-        clusters, options.temperature or 1.0, options.distance, options.every, options.top_k
-    )
+    routing = ClusterRouting(clusters, options.temperature or 1.0, options.distance, options.every, options.top_k)
     router = ClusterRouter(routing, Reader(Clusterer.read(folder), encoder.tokenizer, encoder.separator))
     if options.temperature is not None:
         return NamedRouter(router, folder.name)
@@ -88,9 +86,7 @@ def cluster_router(inputs: MergeInputs, options: RouterOptions) -> NamedRouter:
 
 def _check(inputs: MergeInputs, options: RouterOptions) -> None:
     if inputs.weights_given or options.prior is not None:
-        raise UserError(
-            "router: cluster weights experts by their clusters and ignores weights and prior; remove them"
-        )
+        raise UserError("router: cluster weights experts by their clusters and ignores weights and prior; remove them")
     if options.temperature is not None and not options.temperature > 0:
         raise UserError(f"temperature is {options.temperature:g}; it must be greater than 0")
     if options.every < 1:
@@ -109,13 +105,9 @@ def _clusters_of(inputs: MergeInputs, wanted: str | None) -> tuple[Path, tuple[i
     if wanted is not None and wanted not in sets:
         raise unknown_name("set of clusters", wanted, sets, listed_as="this workspace has")
     trained = {name: tuple(read_manifest(path).domains) for name, path in inputs.experts.items()}
-    indices = {
-        name: {cluster: number for number, cluster in enumerate(clusters)} for name, clusters in sets.items()
-    }
+    indices = {name: {cluster: number for number, cluster in enumerate(clusters)} for name, clusters in sets.items()}
     for name in [wanted] if wanted is not None else sets:
-        clusters = [
-            indices[name].get(domains[0]) if len(domains) == 1 else None for domains in trained.values()
-        ]
+        clusters = [indices[name].get(domains[0]) if len(domains) == 1 else None for domains in trained.values()]
         if None not in clusters:
             if (discoverer := discoverer_of(root, name)) != PER_TOKEN_DISCOVERER:
                 raise UserError(

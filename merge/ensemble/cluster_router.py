@@ -117,9 +117,7 @@ class ClusterRouter:
         rows, new_texts = [], []
         for number, ids in enumerate(ids_BT.tolist()):
             is_token = [True] * len(ids) if mask_BT is None else mask_BT[number].bool().tolist()
-            weights, text = self._route_row(
-                ids, is_token, texts[number] if texts is not None else self.begin()
-            )
+            weights, text = self._route_row(ids, is_token, texts[number] if texts is not None else self.begin())
             rows.append(torch.from_numpy(weights).float())
             new_texts.append(text)
         return torch.stack(rows).to(ids_BT.device), new_texts
@@ -146,18 +144,14 @@ class ClusterRouter:
         all_weights = np.concatenate([before.log_weights[None], updates])
         return all_weights[is_update.cumsum()], RoutedText(text, count, tuple(pending), all_weights[-1])
 
-    def squared_distances(
-        self, sums_Nd: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def squared_distances(self, sums_Nd: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return squared distances to the experts' centres, (N, K), and whether texts have a known word."""
         points = unit_rows(sums_Nd)
         distances = self.reader.clusterer.distances(points)[:, list(self.routing.clusters)]
         return distances, (points != 0).any(axis=1)
 
 
-def fit_temperature(
-    router: ClusterRouter, texts: Sequence[tuple[Sequence[int], NDArray[np.float64]]]
-) -> float:
+def fit_temperature(router: ClusterRouter, texts: Sequence[tuple[Sequence[int], NDArray[np.float64]]]) -> float:
     """Return the temperature that maximises the log-likelihood of texts under the weighted experts.
 
     A text is given as T + 1 token ids and the log-probabilities of all but the first token per expert, (K,

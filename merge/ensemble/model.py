@@ -109,9 +109,7 @@ class EnsembleCache(MembersCache):
         self._select_rows(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "the cache of an ensemble cannot be cropped; generate without an assistant model"
-        )
+        raise NotImplementedError("the cache of an ensemble cannot be cropped; generate without an assistant model")
 
     def _select_rows(self, rows: Tensor) -> None:
         self.scores = [_take_rows(tensor, rows) for tensor in self.scores]
@@ -307,9 +305,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     # --- files ---
 
     @classmethod
-    def from_pretrained(
-        cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any
-    ) -> EnsembleForCausalLM:
+    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> EnsembleForCausalLM:
         """Load an ensemble folder; supports only the `dtype` and `device_map` options of transformers."""
         root = Path(folder)
         if not isinstance(config, EnsembleConfig):
@@ -362,16 +358,10 @@ class _MemberLoader:
         empty = _empty_member(self._config)
         for key in sorted(checkpoint_tensors(empty).keys() - tensors.keys()):
             # transformers would initialise it with no more than a warning
-            raise UserError(
-                f"{self._root} has no tensor '{key}' for expert '{name}'; merge the ensemble again"
-            )
+            raise UserError(f"{self._root} has no tensor '{key}' for expert '{name}'; merge the ensemble again")
         config = _member_config(self._config)
-        dtype = next(
-            (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32
-        )
-        member: PreTrainedModel = type(empty).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype
-        )
+        dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+        member: PreTrainedModel = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
         return member.eval()
 
     def _seed_tensor(self, name: str) -> Tensor:
@@ -440,9 +430,7 @@ def _member_logits(
     if cache is not None and unread is not None:
         input_ids = _append_tokens(unread, input_ids)
         cache.unread_tokens[index] = None
-        position_ids = (
-            None if attention_mask is None else _positions(attention_mask)[:, -input_ids.shape[1] :]
-        )
+        position_ids = None if attention_mask is None else _positions(attention_mask)[:, -input_ids.shape[1] :]
     logits: Tensor = member(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -477,9 +465,7 @@ def _counts(input_ids: Tensor, attention_mask: Tensor | None, continues: bool) -
 
 def _loss(mixture_BTV: Tensor, labels: Tensor) -> Tensor:
     """Return the mean negative log-likelihood of the labels, each predicted from the tokens before it."""
-    return torch.nn.functional.nll_loss(
-        mixture_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
+    return torch.nn.functional.nll_loss(mixture_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def ensemble_config(

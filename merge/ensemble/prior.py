@@ -77,8 +77,7 @@ def validation_scores(
 
     if not validation:
         raise UserError(
-            f"{what.split(' of ')[0]} is fitted on validation text, and there is none; run `expertctl data "
-            "prepare`"
+            f"{what.split(' of ')[0]} is fitted on validation text, and there is none; run `expertctl data prepare`"
         )
     batches = _sample(validation, samples)
     count = sum(len(batch) for batch in batches)

@@ -120,13 +120,7 @@ def _changes_since_merge(merged: GeneralistConfig) -> str:
 
 def _join_names(names: Sequence[str]) -> str:
     quoted = [f"`{name}`" for name in names]
-    return (
-        quoted[0]
-        if len(quoted) == 1
-        else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
-        if quoted
-        else "its parents"
-    )
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}" if quoted else "its parents"
 
 
 def _parents_section(manifest: Manifest) -> str:
@@ -220,6 +214,4 @@ def _lineage(manifest: Manifest) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

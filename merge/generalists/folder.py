@@ -134,8 +134,7 @@ def _options(plan: MergePlan) -> dict[str, Any]:
 def as_options(options: Any) -> dict[str, Any]:
     """Return options in user syntax: lists for tuples, names without a trailing underscore."""
     return {
-        key.rstrip("_"): list(value) if isinstance(value, tuple) else value
-        for key, value in asdict(options).items()
+        key.rstrip("_"): list(value) if isinstance(value, tuple) else value for key, value in asdict(options).items()
     }
 
 

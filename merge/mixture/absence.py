@@ -51,9 +51,7 @@ def find_expert(folder: Path, expert: Path) -> Absence:
         raise UserError(f"{expert} is not an expert but a {expert_manifest.kind}")
     entries = _comparable_entries(expert, expert_manifest)
     digests = {expert_manifest.tensors[name] for name in entries} | _rounded_digests(entries, _dtypes(folder))
-    matches = [
-        name for name, digest in _all_digests(folder, len(_slots(manifest))).items() if digest in digests
-    ]
+    matches = [name for name, digest in _all_digests(folder, len(_slots(manifest))).items() if digest in digests]
     return Absence(
         expert_manifest.name,
         len(entries),

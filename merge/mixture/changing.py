@@ -180,9 +180,7 @@ def _changed_parts(
         else:
             if row is None:
                 reason = (
-                    "has been trained since the merge"
-                    if mixture.merged.tunings
-                    else "is made of its experts' rows"
+                    "has been trained since the merge" if mixture.merged.tunings else "is made of its experts' rows"
                 )
                 raise UserError(
                     f"expert '{name}' ({folder}) has no router row ({ROUTER_FILE}), and the mixture's "
@@ -196,9 +194,7 @@ def _changed_parts(
     return experts, RouterParts(rows, biases), joined
 
 
-def _read_expert(
-    mixture: OpenedMixture, name: str, folder: Path
-) -> tuple[ExpertParts, RouterParts | None, Manifest]:
+def _read_expert(mixture: OpenedMixture, name: str, folder: Path) -> tuple[ExpertParts, RouterParts | None, Manifest]:
     """Return an expert's feed-forward tensors, its router row if it has one, and its manifest.
 
     Raises `UserError` for an artefact that is not an expert of the mixture's seed.
@@ -244,9 +240,7 @@ def _dropped(mixture: OpenedMixture, names: Collection[str], manifest: Manifest)
     """Return an expert's tensors outside the FFNs that differ from the mixture's shared tensors."""
     feed_forward = mixture.experts[0].feed_forward
     shared = {name: plan.experts[0].expected for name, plan in mixture.shared.items()}
-    return [
-        name for name in names if name not in feed_forward and manifest.tensors.get(name) != shared.get(name)
-    ]
+    return [name for name in names if name not in feed_forward and manifest.tensors.get(name) != shared.get(name)]
 
 
 def _tensors(

@@ -201,9 +201,7 @@ def _outside(plans: Sequence[TensorPlan], family: Architecture) -> dict[str, Ten
 def _copy_plan(plan: TensorPlan, discard: bool) -> TensorPlan:
     """Return the plan that copies the leading model's tensor and, without `discard`, requires equality."""
     if plan.is_vocabulary:
-        return (
-            plan  # weights are 1 and 0: rows that the leading model lacks come from the models that have them
-        )
+        return plan  # weights are 1 and 0: rows that the leading model lacks come from the models that have them
     experts = plan.experts[:1] if discard else tuple(dict.fromkeys(plan.experts))
     owners = dict(zip(plan.experts, plan.expert_names, strict=True))
     action: Action = "require_equal" if len(experts) > 1 else "copy"
@@ -256,9 +254,7 @@ def _router_start(inputs: AssemblyInputs, options: MixtureOptions, slots: Sequen
     start = router.start(
         RouterInputs(
             seed=leading.model_folder,
-            experts={
-                name: inputs.sources[name].folder if name in inputs.recipe.experts else None for name in slots
-            },
+            experts={name: inputs.sources[name].folder if name in inputs.recipe.experts else None for name in slots},
             num_layers=leading.num_layers,
             width=width,
             options=options.router_options,

@@ -59,9 +59,7 @@ def open_mixture(folder: Path) -> OpenedMixture:
     record = merged.mixture
     family = architecture_of(record.dense["model_type"])
     target = next(
-        candidate
-        for candidate in (*family.mixtures, container_target(family))
-        if candidate.name == record.target
+        candidate for candidate in (*family.mixtures, container_target(family)) if candidate.name == record.target
     )
     source = open_source(manifest.name, folder, allow_containers=True)
     tensors = _MixtureTensors(source, merged.experts, record, target)
@@ -81,9 +79,7 @@ def open_mixture(folder: Path) -> OpenedMixture:
 class _MixtureTensors:
     """Maps the tensors of a mixture to experts, shared tensors and router."""
 
-    def __init__(
-        self, source: Source, names: tuple[str, ...], record: MixtureRecord, target: MixtureTarget
-    ) -> None:
+    def __init__(self, source: Source, names: tuple[str, ...], record: MixtureRecord, target: MixtureTarget) -> None:
         self.source, self.names, self.record, self.target = source, names, record, target
         self.tensors = {name.removeprefix(target.prefix): stored for name, stored in source.tensors.items()}
         self.layers = layer_names(self.tensors)

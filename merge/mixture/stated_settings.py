@@ -104,7 +104,5 @@ def _load_config(dense: Mapping[str, Any], where: Path | str) -> Mapping[str, An
     try:
         config: Mapping[str, Any] = AutoConfig.for_model(kind, **settings).to_diff_dict()
     except Exception as error:  # the checks of configuration classes raise various exceptions
-        raise UserError(
-            f"transformers rejects config.json of {where} as '{kind}': {first_line(error)}"
-        ) from None
+        raise UserError(f"transformers rejects config.json of {where} as '{kind}': {first_line(error)}") from None
     return config

@@ -19,9 +19,7 @@ _QWEN2_SHARED_WIDTH = 64
 """Hidden size of the all-zero shared expert that Qwen2-MoE requires; small, and divisible among GPUs."""
 
 
-def _copy_config(
-    dense: Mapping[str, Any], model_type: str, model_class: str, **changes: Any
-) -> dict[str, Any]:
+def _copy_config(dense: Mapping[str, Any], model_type: str, model_class: str, **changes: Any) -> dict[str, Any]:
     kept = {key: value for key, value in dense.items() if key not in _NOT_COPIED}
     return {"architectures": [model_class], "model_type": model_type, **kept, **changes}
 
@@ -46,11 +44,7 @@ def _bias_refusal(dense: Mapping[str, Any]) -> str | None:
 def _mixtral_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
     window = dense.get("sliding_window") if dense.get("model_type") == "mistral" else None
     # settings of Llama that Mixtral does not have
-    kept = {
-        key: value
-        for key, value in dense.items()
-        if key not in ("attention_bias", "mlp_bias", "pretraining_tp")
-    }
+    kept = {key: value for key, value in dense.items() if key not in ("attention_bias", "mlp_bias", "pretraining_tp")}
     return _copy_config(
         kept,
         "mixtral",
@@ -230,8 +224,7 @@ def choose_target(
         return targets[supported[0]]
     if wanted not in targets:
         raise UserError(
-            f"a mixture of '{family.name}' models cannot be written as '{wanted}'; supported: "
-            f"{_quoted(supported)}"
+            f"a mixture of '{family.name}' models cannot be written as '{wanted}'; supported: {_quoted(supported)}"
         )
     if refusals[wanted] is not None:
         raise UserError(

@@ -87,18 +87,14 @@ def plan_assembly(
     for layer, suffixes in enumerate(names.layers):
         full_names = {suffix: names.name(layer, suffix) for suffix in sorted(suffixes, key=_natural_key)}
         plans += [_rename(shared[name], target) for name in full_names.values() if name in shared]
-        feed_forward_names = {
-            suffix: name for suffix, name in full_names.items() if name in first.feed_forward
-        }
+        feed_forward_names = {suffix: name for suffix, name in full_names.items() if name in first.feed_forward}
         expert_tensors = (
             _fused(feed_forward_names, experts)
             if layout == "fused"
             else _per_expert(feed_forward_names, experts, target)
         )
         for suffix, stored in expert_tensors.items():
-            plans.append(
-                _plan_tensor(_target_name(target, names, layer, suffix), stored, len(experts), stored_dtype)
-            )
+            plans.append(_plan_tensor(_target_name(target, names, layer, suffix), stored, len(experts), stored_dtype))
         for suffix, values in _router_tensors(router, layer, target, layout, config).items():
             plans.append(
                 TensorPlan(
@@ -155,9 +151,7 @@ def _fused(feed_forward_names: Mapping[str, str], experts: Sequence[ExpertParts]
             f"{', '.join(feed_forward_names)}; use layout: per_expert"
         )
     return {
-        fused_name: [
-            (expert.name, expert.feed_forward[by_kind[kind]]) for expert in experts for kind in kinds
-        ]
+        fused_name: [(expert.name, expert.feed_forward[by_kind[kind]]) for expert in experts for kind in kinds]
         for fused_name, kinds in (
             ("mlp.experts.gate_up_proj", ("gate_proj", "up_proj")),
             ("mlp.experts.down_proj", ("down_proj",)),

@@ -105,26 +105,16 @@ class MergePlan:
         with Reader() as reader:
             calculator = Calculator(self.tensor_method, reader, self.vocabulary)
             needs = [calculator.bytes_needed(tensor) for tensor in self.stack.tensors]
-        base = (
-            BASE_BYTES
-            if self.tensor_method.arrays == "any" and self.settings.device == "cpu"
-            else TORCH_BYTES
-        )
-        concurrent = (
-            min(sum(sorted(needs)[:-1][-self.threads + 1 :]), CONCURRENT_BYTES) if self.threads > 1 else 0
-        )
+        base = BASE_BYTES if self.tensor_method.arrays == "any" and self.settings.device == "cpu" else TORCH_BYTES
+        concurrent = min(sum(sorted(needs)[:-1][-self.threads + 1 :]), CONCURRENT_BYTES) if self.threads > 1 else 0
         return base + max(needs, default=0) + concurrent
 
     def seconds(self) -> float:
         """Return the estimated duration in seconds, from a timed sample of the method and assumed disk speeds."""
         merged = sum(
-            tensor.num_numbers * len(tensor.experts)
-            for tensor in self.stack.tensors
-            if tensor.action == "merge"
+            tensor.num_numbers * len(tensor.experts) for tensor in self.stack.tensors if tensor.action == "merge"
         )
-        calculating = merged * _seconds_per_number(self) + _hashing_seconds(
-            self.bytes_to_read + self.bytes_to_write
-        )
+        calculating = merged * _seconds_per_number(self) + _hashing_seconds(self.bytes_to_read + self.bytes_to_write)
         reading = self.bytes_to_read / READ_BYTES_PER_SECOND
         return (calculating + reading) / self.threads + self.bytes_to_write / WRITE_BYTES_PER_SECOND
 
@@ -154,9 +144,7 @@ class MergePlan:
                     asdict(tensor.options) if tensor.options is not None else None,
                     [[str(stored.entry.file), stored.entry.begin, stored.name] for stored in tensor.inputs],
                     [stored is not None for stored in tensor.statistics],
-                    hashlib.sha256(tensor.values.tobytes()).hexdigest()
-                    if tensor.values is not None
-                    else None,
+                    hashlib.sha256(tensor.values.tobytes()).hexdigest() if tensor.values is not None else None,
                 ]
                 for tensor in self.stack.tensors
             ],
@@ -167,9 +155,7 @@ class MergePlan:
                     for file in {stored.entry.file for stored in tensor.inputs}
                 }
             ),
-            "adapters": {
-                name: source.adapter.digest() for name, source in self.sources.items() if source.adapter
-            },
+            "adapters": {name: source.adapter.digest() for name, source in self.sources.items() if source.adapter},
             "vocabulary": repr(self.vocabulary),
             "round_to": self.recipe.input_dtype,
             "shards": [[shard.file, shard.num_bytes] for shard in self.shards],
@@ -284,14 +270,10 @@ def _check_device(device: str) -> None:
 
     kind, _, number = device.partition(":")
     if kind != "cuda" or (number and not number.isdigit()):
-        raise UserError(
-            f"there is no device '{device}'; devices are cpu, cuda, and cuda:1 for the second GPU"
-        )
+        raise UserError(f"there is no device '{device}'; devices are cpu, cuda, and cuda:1 for the second GPU")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
-        raise UserError(
-            f"there is no device '{device}': torch finds {count} GPUs on this machine; use --device cpu"
-        )
+        raise UserError(f"there is no device '{device}': torch finds {count} GPUs on this machine; use --device cpu")
 
 
 def open_sources(recipe: Recipe) -> dict[str, Source]:
@@ -347,10 +329,7 @@ def _require_related_models(recipe: Recipe, sources: Mapping[str, Source]) -> No
         others[name] = source
     require_related(
         (first, {name: stored.entry for name, stored in origin.tensors.items()}),
-        {
-            name: {tensor: stored.entry for tensor, stored in source.tensors.items()}
-            for name, source in others.items()
-        },
+        {name: {tensor: stored.entry for tensor, stored in source.tensors.items()} for name, source in others.items()},
     )
 
 
@@ -368,9 +347,7 @@ def _plan_vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> Vocabular
     leading = recipe.seed or recipe.slices[0].sources[0].model
     base = sources[leading]
     others = {
-        name: source
-        for name, source in sources.items()
-        if name != leading and source.model_folder != base.model_folder
+        name: source for name, source in sources.items() if name != leading and source.model_folder != base.model_folder
     }
     if (
         not recipe.tokens
@@ -415,8 +392,7 @@ def _seconds_per_number(plan: MergePlan) -> float:
 
     generator = np.random.default_rng(0)
     arrays: list[Any] = [
-        generator.standard_normal(_SAMPLE_SHAPE, dtype="float32")
-        for _ in range(len(sample_tensor.experts) + 1)
+        generator.standard_normal(_SAMPLE_SHAPE, dtype="float32") for _ in range(len(sample_tensor.experts) + 1)
     ]
     group = TensorGroup(
         sample_tensor.name,

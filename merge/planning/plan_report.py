@@ -18,9 +18,7 @@ def plan_content(plan: MergePlan, output: Path | None) -> dict[str, Any]:
     return {
         "method": plan.method.name,
         "output": str(output) if output is not None else None,
-        "models": {
-            name: {"folder": str(source.folder), "kind": source.kind} for name, source in plan.sources.items()
-        },
+        "models": {name: {"folder": str(source.folder), "kind": source.kind} for name, source in plan.sources.items()},
         "weights": plan.weights(),
         "layers": len(plan.stack.layers),
         "tensors": {tensor.name: _tensor_content(tensor) for tensor in plan.stack.tensors},
@@ -45,8 +43,7 @@ def plan_rows(plan: MergePlan, output: Path | None) -> list[tuple[str, str]]:
     rows = [
         (
             "method",
-            plan.method.name
-            + ("" if len(settings) <= 1 else f", {len(settings)} settings by layer or module"),
+            plan.method.name + ("" if len(settings) <= 1 else f", {len(settings)} settings by layer or module"),
         ),
         ("experts", ", ".join(f"{name} {weights[name]:.3g}" for name in plan.experts)),
         ("models", ", ".join(f"{name} ({source.kind})" for name, source in plan.sources.items())),

@@ -56,9 +56,7 @@ def search_weights(
     there is no validation text or the merge changes the vocabulary.
     """
     if not texts:
-        raise UserError(
-            "a weight search needs validation text, but there is none; run `expertctl data prepare`"
-        )
+        raise UserError("a weight search needs validation text, but there is none; run `expertctl data prepare`")
     space = _Space(tuple(start), config.layer_groups)
     plan = plan_for(space.weights(space.point(start)))
     if plan.vocabulary is not None:
@@ -86,9 +84,7 @@ class _Space:
         self.experts, self.groups = experts, groups
 
     def point(self, weights: Mapping[str, float]) -> Point:
-        return tuple(
-            math.log(max(weights[name], SMALLEST)) for name in self.experts for _ in range(self.groups)
-        )
+        return tuple(math.log(max(weights[name], SMALLEST)) for name in self.experts for _ in range(self.groups))
 
     def weights(self, point: Point) -> dict[str, Setting]:
         """Return each expert's weight, or a gradient over the layers if there are several groups."""
@@ -110,10 +106,7 @@ class _Scorer:
 
     def identity(self) -> dict[str, Any]:
         """Return a fingerprint of the blocks of each domain."""
-        return {
-            domain: fingerprint_of([block.tolist() for block in blocks])
-            for domain, blocks in self._blocks.items()
-        }
+        return {domain: fingerprint_of([block.tolist() for block in blocks]) for domain, blocks in self._blocks.items()}
 
     def score(self, weights: Weights) -> dict[str, float]:
         """Return the bits per byte of each domain."""

@@ -79,9 +79,7 @@ class _Planner:
         return names + [head for head in dict.fromkeys(heads) if head is not None and head not in names]
 
     def _outer_tensor(self, name: str, output_slice: OutputSlice) -> TensorPlan | None:
-        return self._tensor(
-            name, output_slice, {source.model: name for source in self._with_seed(output_slice)}, 0.0
-        )
+        return self._tensor(name, output_slice, {source.model: name for source in self._with_seed(output_slice)}, 0.0)
 
     def _layer_tensors(
         self, output_slice: OutputSlice, offset: int, leading: LayerNames, target: int, depth: float
@@ -195,9 +193,7 @@ class _Planner:
         if action != "merge":
             return plan
         if self.method.statistics is not None:
-            expert_statistics = [
-                self.statistics.get(source.model, {}).get(inputs[source.model]) for source in experts
-            ]
+            expert_statistics = [self.statistics.get(source.model, {}).get(inputs[source.model]) for source in experts]
             plan = replace(plan, statistics=tuple(expert_statistics))
         seed_tensor = present[seed] if seed is not None else None
         return self.settings.resolve_for(
@@ -214,11 +210,7 @@ class _Planner:
     def _stored(self, model: str, tensor: str) -> StoredTensor | None:
         """Return a model's tensor, None if it has none; a tied output head is the embedding."""
         tensors = self.sources[model].tensors
-        if (
-            tensor not in tensors
-            and tensor in HEADS
-            and self.sources[model].config.get("tie_word_embeddings", True)
-        ):
+        if tensor not in tensors and tensor in HEADS and self.sources[model].config.get("tie_word_embeddings", True):
             embedding = embedding_name(tensors)
             return tensors[embedding] if embedding is not None else None
         return tensors.get(tensor)
@@ -245,9 +237,7 @@ class _Planner:
                     f"tensor '{inputs[model]}' is {list(tensor.shape)} in {self._describe(model)}, but "
                     f"{list(reference.shape)} in {self._describe(first)}"
                 )
-            if tensor.dtype != reference.dtype and (
-                self.recipe.dtype is None or not _are_floating(tensor, reference)
-            ):
+            if tensor.dtype != reference.dtype and (self.recipe.dtype is None or not _are_floating(tensor, reference)):
                 hint = (
                     "; choose the output dtype, for example --dtype bfloat16"
                     if _are_floating(tensor, reference)

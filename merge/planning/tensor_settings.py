@@ -24,9 +24,7 @@ class TensorSettings:
         self.recipe, self.method = recipe, method
         options_class = method.options or NoOptions
         hints = typing.get_type_hints(options_class)
-        self.shared = {
-            _user_name(option.name) for option in fields(options_class) if hints[option.name] != PerExpert
-        }
+        self.shared = {_user_name(option.name) for option in fields(options_class) if hints[option.name] != PerExpert}
         self.per_expert = {
             _user_name(option.name) for option in fields(options_class) if hints[option.name] == PerExpert
         }
@@ -53,9 +51,7 @@ class TensorSettings:
             expert_values = [
                 resolve(key, (source.parameters, *scopes), inputs[source.model], depth) for source in experts
             ]
-            values[key] = (
-                expert_values[0] if len(set(expert_values)) == 1 else self._fill_defaults(key, expert_values)
-            )
+            values[key] = expert_values[0] if len(set(expert_values)) == 1 else self._fill_defaults(key, expert_values)
         options = self._parse({key: value for key, value in values.items() if value is not None})
         given_weights = [
             resolve(WEIGHT, (source.parameters, *scopes), inputs[source.model], depth) for source in experts
@@ -86,9 +82,7 @@ class TensorSettings:
         """Return one value per expert; missing values are the method's default."""
         options_class = self.method.options or NoOptions
         default = next(
-            getattr(options_class(), option.name)
-            for option in fields(options_class)
-            if _user_name(option.name) == key
+            getattr(options_class(), option.name) for option in fields(options_class) if _user_name(option.name) == key
         )
         return tuple(default if value is None else value for value in expert_values)
 
@@ -99,9 +93,7 @@ class TensorSettings:
             self._parsed[key] = parse_options(self.method.options, values, owner)
         return self._parsed[key]
 
-    def _normalise_weights(
-        self, values: Sequence[Any], experts: Sequence[str], tensor: str
-    ) -> tuple[float, ...]:
+    def _normalise_weights(self, values: Sequence[Any], experts: Sequence[str], tensor: str) -> tuple[float, ...]:
         for name, weight in zip(experts, values, strict=True):
             if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
                 raise UserError(f"the weight of '{name}' is {weight!r}, which is not a number")
@@ -111,9 +103,7 @@ class TensorSettings:
             return (1 / len(experts),) * len(experts)
         missing = [name for name, weight in zip(experts, values, strict=True) if weight is None]
         if missing:
-            raise UserError(
-                f"no weight is given for {', '.join(missing)}; give a weight for every expert of the merge"
-            )
+            raise UserError(f"no weight is given for {', '.join(missing)}; give a weight for every expert of the merge")
         for name, weight in zip(experts, values, strict=True):
             if weight < 0:
                 raise UserError(

@@ -21,9 +21,7 @@ def check_weights(wanted: str | Mapping[str, Any], experts: Mapping[str, Path]) 
             raise unknown_name("expert", name, experts, listed_as="this merge takes")
     missing = [name for name in experts if name not in wanted]
     if missing:
-        raise UserError(
-            f"no weight is given for {', '.join(missing)}; give a weight for every expert of the merge"
-        )
+        raise UserError(f"no weight is given for {', '.join(missing)}; give a weight for every expert of the merge")
 
 
 def resolve_weights(

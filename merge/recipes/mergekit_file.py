@@ -96,18 +96,12 @@ METHODS: dict[str, _Method] = {
     "karcher": _Method("input", dropped=(WEIGHT, "int8_mask")),
     "task_arithmetic": _Method("seed", (WEIGHT,), _TASK_VECTORS, ("int8_mask", "density", "rescale")),
     "ties": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "normalize": True}),
-    "dare_linear": _Method(
-        "seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True
-    ),
-    "dare_ties": _Method(
-        "seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True
-    ),
+    "dare_linear": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True),
+    "dare_ties": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True),
     "della": _Method(
         "seed", (WEIGHT,), {"normalize": True, "lambda": 1.0, "density": 1.0, "rescale": "l1"}, rescales=True
     ),
-    "della_linear": _Method(
-        "seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True
-    ),
+    "della_linear": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0, "rescale": "l1"}, rescales=True),
     "breadcrumbs": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0}),
     "breadcrumbs_ties": _Method("seed", (WEIGHT,), {**_TASK_VECTORS, "density": 1.0}),
     "sce": _Method("seed", (), {"select_topk": 1.0}),
@@ -147,11 +141,7 @@ class _Reader:
         if file.merge_method not in METHODS:
             raise UserError(
                 f"{self.named.at('merge_method')}: "
-                + str(
-                    unknown_name(
-                        "merge method", file.merge_method, METHODS, listed_as="of mergekit's there are"
-                    )
-                )
+                + str(unknown_name("merge method", file.merge_method, METHODS, listed_as="of mergekit's there are"))
             )
         self.method = METHODS[file.merge_method]
 
@@ -162,11 +152,7 @@ class _Reader:
         base = self.named.model(file.base_model, ("base_model",)) if file.base_model is not None else None
         if self.method.base in ("seed", "first") and base is None and not self._slices_name_bases(module):
             raise UserError(f"{self.path}: merge method '{file.merge_method}' needs a base_model")
-        slices = (
-            self._slices(module, base)
-            if module.slices is not None
-            else self._whole(module.models or (), base)
-        )
+        slices = self._slices(module, base) if module.slices is not None else self._whole(module.models or (), base)
         scopes = [self._scope(module.parameters, ("modules",)), self._scope(file.parameters, ("parameters",))]
         if self.method.base == "optional" and base is not None:
             scopes.append({"task_vectors": True})
@@ -174,9 +160,7 @@ class _Reader:
         tokenizer, tokens = self._tokenizer()
         seed = base if self.method.base in ("seed", "optional") else None
         models = (
-            {base: self.named.models[base], **self.named.models}
-            if base is not None and seed
-            else self.named.models
+            {base: self.named.models[base], **self.named.models} if base is not None and seed else self.named.models
         )
         return Recipe(
             method=file.merge_method,
@@ -215,9 +199,7 @@ class _Reader:
         return module
 
     def _slices_name_bases(self, module: _Module) -> bool:
-        return module.slices is not None and all(
-            file_slice.base_model is not None for file_slice in module.slices
-        )
+        return module.slices is not None and all(file_slice.base_model is not None for file_slice in module.slices)
 
     def _whole(self, models: Sequence[_Model], base: str | None) -> tuple[OutputSlice, ...]:
         named = [
@@ -238,9 +220,7 @@ class _Reader:
         for number, file_slice in enumerate(module.slices or ()):
             at: tuple[Any, ...] = ("slices", number)
             if file_slice.residual_weight is not None:
-                raise UserError(
-                    f"{self.named.at(*at, 'residual_weight')}: 'residual_weight' is not supported"
-                )
+                raise UserError(f"{self.named.at(*at, 'residual_weight')}: 'residual_weight' is not supported")
             slice_base = (
                 self.named.model(file_slice.base_model, (*at, "base_model"))
                 if file_slice.base_model is not None
@@ -301,18 +281,14 @@ class _Reader:
         if self.method.rescales:
             return "l1" if value else "none"
         if value:
-            raise UserError(
-                f"{self.named.at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
-            )
+            raise UserError(f"{self.named.at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'")
         return None
 
     def _tokenizer(self) -> tuple[str, dict[str, TokenSource]]:
         """Return the tokenizer policy and the sources of single tokens' rows."""
         file = self.file
         if file.tokenizer is not None and file.tokenizer_source is not None:
-            raise UserError(
-                f"{self.named.at('tokenizer_source')}: give 'tokenizer' or 'tokenizer_source', not both"
-            )
+            raise UserError(f"{self.named.at('tokenizer_source')}: give 'tokenizer' or 'tokenizer_source', not both")
         source = file.tokenizer.source if file.tokenizer is not None else file.tokenizer_source
         tokens = (file.tokenizer.tokens if file.tokenizer is not None else None) or {}
         if source is None:

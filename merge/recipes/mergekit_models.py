@@ -55,9 +55,7 @@ class NamedModels:
             if isinstance(part, dict):
                 for setting in set(part) - {"path"}:
                     if part[setting] is not None:
-                        raise UserError(
-                            f"{self.at(*at)}: '{setting}' of a model is not supported; name a folder"
-                        )
+                        raise UserError(f"{self.at(*at)}: '{setting}' of a model is not supported; name a folder")
                 part = part.get("path")
             parts.append(part)
         return str(parts[0]), parts[1]

@@ -68,9 +68,7 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
     models = {_SEED: named.models[base]}
     expert_parameters: dict[str, dict[str, Any]] = {}
     for number, expert in enumerate(file.experts):
-        name = _unique_name(
-            named.model(expert.source_model, ("experts", number, "source_model")), expert_parameters
-        )
+        name = _unique_name(named.model(expert.source_model, ("experts", number, "source_model")), expert_parameters)
         if router in _FROM_PROMPTS:
             _require_prompts(expert, file.gate_mode, named.at("experts", number))
         models[name] = named.models[name.partition("#")[0]]
@@ -90,9 +88,7 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
         models=models,
         slices=whole_models(tuple(expert_parameters), expert_parameters),
         seed=_SEED,
-        adapter_bases={
-            _name: folder for _name, folder in named.adapter_bases.items() if _name in expert_parameters
-        },
+        adapter_bases={_name: folder for _name, folder in named.adapter_bases.items() if _name in expert_parameters},
         scopes=(options,),
         dtype=named.dtype(file.dtype, "dtype"),
         tokenizer=file.tokenizer_source or "refuse",
@@ -106,9 +102,7 @@ def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
             f"{len(file.experts)} experts"
         )
     if file.shared_experts:
-        raise UserError(
-            f"{named.at('shared_experts')}: 'shared_experts' is not supported; all experts are routed"
-        )
+        raise UserError(f"{named.at('shared_experts')}: 'shared_experts' is not supported; all experts are routed")
     for number, expert in enumerate(file.experts):
         for key in ("noise_scale", "residual_scale"):
             if getattr(expert, key) not in (None, 0 if key == "noise_scale" else 1):
@@ -136,9 +130,7 @@ def _unique_name(name: str, used_names: Mapping[str, Any]) -> str:
     """Return a unique expert name; the same model can occur several times with different prompts."""
     if name not in used_names:
         return name
-    return next(
-        f"{name}#{number}" for number in range(2, len(used_names) + 3) if f"{name}#{number}" not in used_names
-    )
+    return next(f"{name}#{number}" for number in range(2, len(used_names) + 3) if f"{name}#{number}" not in used_names)
 
 
 def _target(file: _MoeFile, named: NamedModels) -> str:

@@ -78,9 +78,7 @@ class Recipe:
         return tuple(dict.fromkeys(name for name in names if name != self.seed))
 
 
-def whole_models(
-    names: Sequence[str], parameters: Mapping[str, Scope] | None = None
-) -> tuple[OutputSlice, ...]:
+def whole_models(names: Sequence[str], parameters: Mapping[str, Scope] | None = None) -> tuple[OutputSlice, ...]:
     """Return the single slice of a merge of all layers of all models."""
     by_name = parameters or {}
     return (OutputSlice(tuple(SourceSlice(name, parameters=by_name.get(name, {})) for name in names)),)

@@ -62,9 +62,7 @@ def change_experts(
     if merged.kind == "ensemble":
         return _shrink_ensemble(folder, output, change, run)
     if merged.kind == "stitched":
-        return change_stitched(
-            folder, output, change, force=run.force, allow_licences=run.permissions.licences
-        )
+        return change_stitched(folder, output, change, force=run.force, allow_licences=run.permissions.licences)
     if merged.mixture is not None and _is_changed_directly(manifest.name, merged, merged.mixture, change):
         return _change_mixture(folder, output, change, run)
     if merged.kind == "shared":
@@ -134,9 +132,7 @@ def _shrink_ensemble(folder: Path, output: Path, change: Change, run: MergeRun) 
         if name not in config["experts"]:
             raise unknown_name("expert", name, config["experts"], listed_as="the ensemble has")
     kept = {
-        name: share
-        for name, share in zip(config["experts"], config["prior"], strict=True)
-        if name not in change.remove
+        name: share for name, share in zip(config["experts"], config["prior"], strict=True) if name not in change.remove
     }
     total = sum(kept.values())
     if not kept or not total > 0:
@@ -184,9 +180,7 @@ def _shrunk_manifest(manifest: Manifest, change: Change, name: str, config: Mapp
         history=(*merged.history, *history_entries(manifest, change)),
         tunings=tunings,
     )
-    statements = {
-        key: statement for key, statement in manifest.expert_data.items() if key not in removed_names
-    }
+    statements = {key: statement for key, statement in manifest.expert_data.items() if key not in removed_names}
     return replace(manifest, name=name, parents=parents, config=new_config, expert_data=statements)
 
 

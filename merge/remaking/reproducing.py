@@ -57,9 +57,7 @@ def reproduce(
         tell=run.tell,
     )
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        repeated_manifest = merge_recipe(
-            recipe, Path(scratch) / folder.name, run=repeated_run, name=manifest.name
-        )
+        repeated_manifest = merge_recipe(recipe, Path(scratch) / folder.name, run=repeated_run, name=manifest.name)
     return compare(manifest, repeated_manifest)
 
 
@@ -99,9 +97,7 @@ def compare(before: Manifest, after: Manifest) -> Reproduction:
         ("file", before.files, after.files),
     ):
         differences += [
-            f"{item} {name} differs"
-            if name in then and name in now
-            else f"{item} {name} is in only one of the two"
+            f"{item} {name} differs" if name in then and name in now else f"{item} {name} is in only one of the two"
             for name in sorted({*then, *now})
             if then.get(name) != now.get(name) and not (name == CARD_FILE and _has_changed_card(before))
         ]
@@ -134,9 +130,7 @@ def locate(
     names = [*recipe["models"], *(f"base of {name}" for name in recipe["adapter_bases"])]
     digests = {parent.name: parent.digest for parent in manifest.parents}
     located = {
-        name: folders[name]
-        if name in folders
-        else _find(name, digests.get(name), folder, layout, require_digest)
+        name: folders[name] if name in folders else _find(name, digests.get(name), folder, layout, require_digest)
         for name in names
     }
     return recipe_from_json(recipe, located)

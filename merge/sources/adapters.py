@@ -140,9 +140,7 @@ def _with_magnitude(
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise UserError(
-            f"{folder} is an adapter of type {peft_type}; only LoRA adapters can be merged exactly"
-        )
+        raise UserError(f"{folder} is an adapter of type {peft_type}; only LoRA adapters can be merged exactly")
     for key, reason in _UNSUPPORTED.items():
         if config.get(key):
             raise UserError(f"{folder} cannot be merged exactly: {reason} ('{key}' in {ADAPTER_CONFIG})")
@@ -157,9 +155,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
 class _Matcher:
     """Maps the tensors of an adapter to the tensors of its base model."""
 
-    def __init__(
-        self, folder: Path, config: Mapping[str, Any], adapter: Checkpoint, base: Checkpoint
-    ) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], adapter: Checkpoint, base: Checkpoint) -> None:
         self.folder, self.config, self.adapter, self.base = folder, config, adapter, base
 
     def changes(self) -> dict[str, _Change]:
@@ -210,9 +206,7 @@ class _Matcher:
             )
         return changes
 
-    def _check_factors(
-        self, module: str, target: str, a: TensorEntry, b: TensorEntry, is_embedding: bool
-    ) -> bool:
+    def _check_factors(self, module: str, target: str, a: TensorEntry, b: TensorEntry, is_embedding: bool) -> bool:
         """Return whether the base model stores the weight transposed; raises `UserError` if the factors do not fit."""
         base_shape = self.base.entry(target).shape
         if len(base_shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:

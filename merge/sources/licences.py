@@ -61,9 +61,7 @@ class LicenceReport:
 
 def check_licences(licences: Mapping[str, str | None]) -> LicenceReport:
     """Return the compatibility of the licences of models (by name)."""
-    known = {
-        name: licence.strip().lower() for name, licence in licences.items() if licence and licence.strip()
-    }
+    known = {name: licence.strip().lower() for name, licence in licences.items() if licence and licence.strip()}
     table = licence_table()
     conflicts = [
         f"'{name}' is under {licence}, which forbids derived models"

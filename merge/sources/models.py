@@ -77,9 +77,7 @@ class Source:
         raise UserError(f"{self.model_folder / 'config.json'} does not contain the number of layers")
 
 
-def open_source(
-    name: str, folder: Path, seed: Source | None = None, *, allow_containers: bool = False
-) -> Source:
+def open_source(name: str, folder: Path, seed: Source | None = None, *, allow_containers: bool = False) -> Source:
     """Open one model by its headers: an artefact, a Hugging Face folder, or an adapter of `seed`.
 
     Raises `UserError` for folders that are unfinished, damaged, pickled or of an unknown kind, and for generalists that
@@ -92,9 +90,7 @@ def open_source(
     path = manifest_path(folder)
     if path is None:
         if (folder / "run.json").is_file():
-            raise UserError(
-                f"{folder} is not finished: it has a run.json, but no manifest; finish its training first"
-            )
+            raise UserError(f"{folder} is not finished: it has a run.json, but no manifest; finish its training first")
         return _open_model(name, folder, "model", None)
     manifest = read_manifest(folder)
     if manifest.kind == "expert":
@@ -111,8 +107,7 @@ def _open_model(name: str, folder: Path, kind: str, manifest: Manifest | None) -
     checkpoint = Checkpoint.of_folder(folder)
     expected = _expected_digests(folder, manifest)
     tensors = {
-        tensor: StoredTensor(entry, expected.get(tensor), name=tensor)
-        for tensor, entry in checkpoint.entries.items()
+        tensor: StoredTensor(entry, expected.get(tensor), name=tensor) for tensor, entry in checkpoint.entries.items()
     }
     tensors = _drop_tied_heads(tensors, read_json(folder / "config.json"))
     return Source(name, folder, folder, tensors, kind, manifest, changed=frozenset(tensors))
@@ -121,14 +116,8 @@ def _open_model(name: str, folder: Path, kind: str, manifest: Manifest | None) -
 def _open_expert(name: str, folder: Path, manifest: Manifest, seed: Source | None) -> Source:
     """Open an expert: the tensors that training changed, and the seed's tensors otherwise."""
     seed_source = seed
-    if (
-        seed_source is None
-        or seed_source.manifest is None
-        or not _descends_from(manifest, seed_source.manifest)
-    ):
-        seed_source = _open_model(
-            "seed", seed_folder := seed_of(folder, manifest), "seed", read_manifest(seed_folder)
-        )
+    if seed_source is None or seed_source.manifest is None or not _descends_from(manifest, seed_source.manifest):
+        seed_source = _open_model("seed", seed_folder := seed_of(folder, manifest), "seed", read_manifest(seed_folder))
     trained_entries = ExpertTensors(Checkpoint.of_folder(seed_source.folder), folder).changed.entries
     changed = {
         tensor: StoredTensor(entry, manifest.tensors.get(tensor), name=tensor)

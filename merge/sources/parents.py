@@ -58,9 +58,7 @@ def check_lineage(
     if not (seed / MANIFEST_NAMES["seed"]).is_file():
         raise UserError(f"{seed} has no finished seed; make it with `expertctl seed`")
     seed_manifest = read_manifest(seed)
-    with_manifest = {
-        name: folder for name, folder in experts.items() if (folder / MANIFEST_NAMES["expert"]).is_file()
-    }
+    with_manifest = {name: folder for name, folder in experts.items() if (folder / MANIFEST_NAMES["expert"]).is_file()}
     manifests = {name: read_manifest(folder) for name, folder in with_manifest.items()}
     for name, manifest in manifests.items():
         if not unrelated:

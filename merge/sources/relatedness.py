@@ -52,9 +52,7 @@ def relatedness(first: Mapping[str, TensorEntry], second: Mapping[str, TensorEnt
         and second[name].dtype in FLOATING
     ]
     step = max(len(shared) // SAMPLED_TENSORS, 1)
-    cosines = [
-        cosine for name in shared[::step] if (cosine := _cosine(first[name], second[name])) is not None
-    ]
+    cosines = [cosine for name in shared[::step] if (cosine := _cosine(first[name], second[name])) is not None]
     if not cosines:
         return Relatedness(0.0, 0)
     sorted_cosines = sorted(cosines)

@@ -52,8 +52,7 @@ def _open(name: str, expert: Path, kind: str, layout: Layout | None) -> dict[str
     digests = manifest.get("tensors", {})
     checkpoint = Checkpoint([statistics_weights(folder)])
     return {
-        tensor: StoredTensor(entry, digests.get(tensor), name=tensor)
-        for tensor, entry in checkpoint.entries.items()
+        tensor: StoredTensor(entry, digests.get(tensor), name=tensor) for tensor, entry in checkpoint.entries.items()
     }
 
 

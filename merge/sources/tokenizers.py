@@ -124,9 +124,7 @@ class VocabularyPlan:
         lacking = {name: self._missing_rows(name, tensors[name].shape[0]) for name in tensors}
         for row in sorted(set().union(self.shared, *lacking.values())):
             models_with_row = [name for name in tensors if row not in lacking[name]]
-            source_models = [
-                name for name in self.fills.get(row, ()) if name in models_with_row
-            ] or models_with_row
+            source_models = [name for name in self.fills.get(row, ()) if name in models_with_row] or models_with_row
             if not source_models:
                 continue  # padding that no model has stays zero
             value = np.mean([rearranged_tensors[name][row].astype("f8") for name in source_models], axis=0)
@@ -176,12 +174,8 @@ def plan_vocabulary(
         fills=fills,
         shared=frozenset(shared),
         added=added,
-        added_by={
-            token: next(model.folder for model in models.values() if token in model.tokens) for token in added
-        },
-        notes=tuple(
-            f"token '{token}' is added to the tokenizer with id {number}" for token, number in added.items()
-        ),
+        added_by={token: next(model.folder for model in models.values() if token in model.tokens) for token in added},
+        notes=tuple(f"token '{token}' is added to the tokenizer with id {number}" for token, number in added.items()),
     )
 
 
@@ -204,20 +198,14 @@ def _file_contents(folder: Path) -> dict[str, bytes]:
 def _difference(base: ModelVocabulary, other: ModelVocabulary) -> str:
     """Return an error message with the differences of two tokenizers."""
     prefix = f"the tokenizers of '{base.name}' ({base.folder}) and '{other.name}' ({other.folder}) differ: "
-    hint = (
-        "; choose a policy: --tokenizer base, union, or a model's name (tokenizer_source in a mergekit file)"
-    )
+    hint = "; choose a policy: --tokenizer base, union, or a model's name (tokenizer_source in a mergekit file)"
     if base.content is None or other.content is None or base.tokens == other.tokens:
         if base.rows != other.rows:
             return f"{prefix}the same tokens, but {base.rows:,} and {other.rows:,} embedding rows{hint}"
         return f"{prefix}the same tokens, but different tokenisation rules{hint}"
     base_tokens, other_tokens = base.tokens, other.tokens
     changed = sorted(
-        (
-            token
-            for token in {*base_tokens, *other_tokens}
-            if base_tokens.get(token) != other_tokens.get(token)
-        ),
+        (token for token in {*base_tokens, *other_tokens} if base_tokens.get(token) != other_tokens.get(token)),
         key=lambda token: (other_tokens.get(token, base_tokens.get(token, 0)), token),
     )
     examples = ", ".join(
@@ -267,9 +255,7 @@ def _size(base: ModelVocabulary, num_added: int, multiple: int | None) -> int:
     return needed
 
 
-def _source_rows(
-    model: ModelVocabulary, token_ids: Mapping[str, int], size: int, leading: bool
-) -> tuple[int, ...]:
+def _source_rows(model: ModelVocabulary, token_ids: Mapping[str, int], size: int, leading: bool) -> tuple[int, ...]:
     """Return the model's row of the same token for each output row, -1 if missing."""
     if leading or model.content is None:
         return tuple(row if row < model.rows else -1 for row in range(size))
@@ -307,9 +293,7 @@ def _fills(
         if token not in token_ids:
             raise unknown_name("token", token, token_ids, listed_as="the output has")
         if source.model not in models:
-            raise unknown_name(
-                f"model for token '{token}'", source.model, models, listed_as="this merge takes"
-            )
+            raise unknown_name(f"model for token '{token}'", source.model, models, listed_as="this merge takes")
         if token not in models[source.model].tokens:
             raise UserError(f"'{source.model}' has no token '{token}' to take the row from")
         fills[token_ids[token]] = (source.model,)
@@ -366,9 +350,7 @@ def chat_template(wanted: str, models: Mapping[str, Path]) -> str | None:
         return max(templates, key=templates.count) if templates else None
     if "{" in wanted:
         return wanted
-    raise UserError(
-        f"chat_template '{wanted}' is neither 'auto' nor a template; give the text of the template"
-    )
+    raise UserError(f"chat_template '{wanted}' is neither 'auto' nor a template; give the text of the template")
 
 
 def template_of(folder: Path) -> str | None:

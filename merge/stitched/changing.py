@@ -128,8 +128,7 @@ def _manifest(
         manifest,
         name=name,
         parents=tuple(
-            replace(parent, weight=shares[parent.name]) if parent.name in shares else parent
-            for parent in parents
+            replace(parent, weight=shares[parent.name]) if parent.name in shares else parent for parent in parents
         ),
         config=replace(merged, weights=shares, history=(*merged.history, *history_entries(manifest, change))),
         expert_data=statements | {expert: expert_manifest.data for expert, expert_manifest in joined.items()},

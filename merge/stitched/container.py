@@ -36,9 +36,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(
-        self, config: StitchedConfig, hub: PreTrainedModel, experts: Mapping[str, PreTrainedModel]
-    ) -> None:
+    def __init__(self, config: StitchedConfig, hub: PreTrainedModel, experts: Mapping[str, PreTrainedModel]) -> None:
         super().__init__(config)
         self.hub = hub
         self.experts = nn.ModuleList(experts.values())
@@ -46,8 +44,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         """Names of the active experts; `drop` removes some."""
         self.points = hub_points(len(decoder_layers(hub)), config.num_stitches)
         self._expert_points = {
-            name: matched_points(self.points, name, len(decoder_layers(expert)))
-            for name, expert in experts.items()
+            name: matched_points(self.points, name, len(decoder_layers(expert))) for name, expert in experts.items()
         }
         self.stitches = new_stitches(config)
         for member in (hub, *self.experts):
@@ -102,9 +99,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
                 "use_cache": cache is not None,
             }
 
-        passes = {
-            name: Stepwise(expert) for name, expert in zip(self.expert_names, self.experts, strict=True)
-        }
+        passes = {name: Stepwise(expert) for name, expert in zip(self.expert_names, self.experts, strict=True)}
         for number, stepwise in enumerate(passes.values(), start=1):
             stepwise.begin(**inputs(number))
         hooks = self._register_stitches(passes)
@@ -128,9 +123,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
 
         def hook(layer: nn.Module, args: Any, output: Any) -> Any:
             hub = hidden_states_of(output)
-            states = {
-                name: stepwise.advance(self._expert_points[name][number]) for name, stepwise in passes.items()
-            }
+            states = {name: stepwise.advance(self._expert_points[name][number]) for name, stepwise in passes.items()}
             if isinstance(stitch, ExpertsIntoHub):
                 hub, projected = stitch(hub, states)
                 changed = projected if self.config.projected and number + 1 < len(self.stitches) else {}
@@ -145,9 +138,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
     # --- files ---
 
     @classmethod
-    def from_pretrained(
-        cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any
-    ) -> StitchedForCausalLM:
+    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> StitchedForCausalLM:
         """Load a stitched model and its members; supports `dtype` and `device_map` of transformers."""
         from .members import load_members
 
@@ -229,9 +220,7 @@ def new_stitches(config: StitchedConfig) -> nn.ModuleList:
 
 def write_stitches(folder: Path, stitches: nn.ModuleList) -> None:
     """Write stitch layers as `stitches.safetensors`."""
-    tensors = {
-        name: parameter.detach().to("cpu") for name, parameter in stitches.named_parameters(prefix="stitches")
-    }
+    tensors = {name: parameter.detach().to("cpu") for name, parameter in stitches.named_parameters(prefix="stitches")}
     write_tensors(folder / STITCHES_FILE, tensors)
 
 

@@ -47,9 +47,7 @@ def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contai
     }
 
 
-def load_members(
-    root: Path, config: StitchedConfig, dtype: Any
-) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
+def load_members(root: Path, config: StitchedConfig, dtype: Any) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
     """Load hub and experts; tensors that an expert shares with the hub are loaded once.
 
     Raises `UserError` for a member that is missing or has changed since the merge.
@@ -61,9 +59,7 @@ def load_members(
     for member in config.members[1:]:
         folder = _check_member(root, member)
         kind = read_manifest(folder).kind if manifest_path(folder) is not None else None
-        expert = load_network(
-            folder, seed=hub_folder if kind == "expert" else None, dtype=dtype_name, as_trained=False
-        )
+        expert = load_network(folder, seed=hub_folder if kind == "expert" else None, dtype=dtype_name, as_trained=False)
         expert.to(hub.dtype)
         if kind == "expert":
             _share(expert, hub, set(Checkpoint([folder / "model.safetensors"])))

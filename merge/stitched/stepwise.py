@@ -17,8 +17,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(
-        f"{type(model).__name__} has no list of {count} decoder layers; models of this family cannot be "
-        "stitched"
+        f"{type(model).__name__} has no list of {count} decoder layers; models of this family cannot be stitched"
     )
 
 

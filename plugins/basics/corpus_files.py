@@ -136,9 +136,7 @@ def _rows(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
                         value = values and _checked_value(values[index].as_py(), str(field), where)
                         yield Document(text, value)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: row {row}: '{text_field}' is not UTF-8; write the file again as UTF-8"
-        ) from error
+        raise UserError(f"{path}: row {row}: '{text_field}' is not UTF-8; write the file again as UTF-8") from error
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # raised by the system: pyarrow's own have no errno
             raise _unreadable(path, error) from error
@@ -213,17 +211,13 @@ def _record_of_line(line: bytes, text_field: str, where: str) -> dict[str, Any]:
         # without the line end, so that an error at the end is reported in the right column
         record = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8"
-        ) from error
+        raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise _bad_json(where, f"{error.msg} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # such as an oversized number or unbounded nesting
         raise _bad_json(where, _quoted(error)) from error
     if not isinstance(record, dict):
-        raise UserError(
-            f"{where}: {_kind(record)}, not an object; write each line as {{{json.dumps(text_field)}: …}}"
-        )
+        raise UserError(f"{where}: {_kind(record)}, not an object; write each line as {{{json.dumps(text_field)}: …}}")
     return record
 
 
@@ -274,9 +268,7 @@ def _check_column(schema: Any, text_field: str, path: Path) -> None:
     kind = schema.field(text_field).type
     plain = kind.value_type if kinds.is_dictionary(kind) else kind
     if not (kinds.is_string(plain) or kinds.is_large_string(plain)):
-        raise UserError(
-            f"{path}: column '{text_field}' holds {kind}, not strings; set text_field to another column"
-        )
+        raise UserError(f"{path}: column '{text_field}' holds {kind}, not strings; set text_field to another column")
 
 
 # --- error messages ---
@@ -284,9 +276,7 @@ def _check_column(schema: Any, text_field: str, path: Path) -> None:
 
 def _no_field(what: str, name: str, known: list[str], where: str) -> UserError:
     choices = _quoted(", ".join(known)) if known else "none"
-    return UserError(
-        f"{where}: no {what} '{name}'; {what}s: {choices}; set text_field to the one with the text"
-    )
+    return UserError(f"{where}: no {what} '{name}'; {what}s: {choices}; set text_field to the one with the text")
 
 
 def _no_value(name: str, known: list[str], where: str) -> UserError:
@@ -299,9 +289,7 @@ def _bad_json(where: str, reason: str) -> UserError:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: cannot be read ({_quoted(error.strerror or error)}); check the path and its permissions"
-    )
+    return UserError(f"{path}: cannot be read ({_quoted(error.strerror or error)}); check the path and its permissions")
 
 
 def _kind(value: object) -> str:

@@ -24,9 +24,7 @@ def launchers() -> list[Launcher]:
     return [Launcher("local", "one process per run on this machine", launch)]
 
 
-def launch(
-    runs: Sequence[Path], jobs: int, reporter: RunReporter, options: object = None
-) -> list[LaunchResult]:
+def launch(runs: Sequence[Path], jobs: int, reporter: RunReporter, options: object = None) -> list[LaunchResult]:
     """Train every run, at most `jobs` at a time; a failed process does not affect the others.
 
     On Ctrl-C every running process writes a checkpoint and stops; the remaining runs are not started.

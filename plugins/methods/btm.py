@@ -83,9 +83,7 @@ def _prior_kind(inputs: MergeInputs, options: EnsembleOptions) -> str:
     if options.top_k is not None:
         count = len(inputs.experts)
         if not 1 <= options.top_k <= count:
-            raise UserError(
-                f"top_k is {options.top_k}; with {count} experts it must be in the range 1 to {count}"
-            )
+            raise UserError(f"top_k is {options.top_k}; with {count} experts it must be in the range 1 to {count}")
         if kind == "uniform" and options.top_k < count:
             raise UserError(
                 "top_k selects the experts with the largest prior, which a uniform prior does not rank; "
@@ -130,9 +128,7 @@ def ensemble_classes() -> tuple[type, type]:
     return EnsembleConfig, EnsembleForCausalLM
 
 
-def without_members(
-    model: EnsembleForCausalLM, experts: Sequence[str], gone: Collection[str]
-) -> EnsembleForCausalLM:
+def without_members(model: EnsembleForCausalLM, experts: Sequence[str], gone: Collection[str]) -> EnsembleForCausalLM:
     """Return an ensemble without some experts, prior renormalized; raises `UserError` if none is left."""
     from ...merge.ensemble.cluster_router import routing_as_json
     from ...merge.ensemble.model import EnsembleForCausalLM

@@ -56,17 +56,13 @@ def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
     from ...merge.stitched.points import hub_points, matched_points
 
     if HUB in inputs.experts:
-        raise UserError(
-            f"an expert cannot be called '{HUB}' in a stitched model: that is the seed; rename its folder"
-        )
+        raise UserError(f"an expert cannot be called '{HUB}' in a stitched model: that is the seed; rename its folder")
     members = [
         add_member(name, source, inputs.seed, folder, self_contained=options.self_contained)
         for name, source in {HUB: inputs.seed, **inputs.experts}.items()
     ]
     hub, *experts = members
-    count = (
-        options.num_stitches if options.num_stitches is not None else min(DEFAULT_STITCHES, hub["num_layers"])
-    )
+    count = options.num_stitches if options.num_stitches is not None else min(DEFAULT_STITCHES, hub["num_layers"])
     points = hub_points(hub["num_layers"], count)
     for expert in experts:
         matched_points(points, expert["name"], expert["num_layers"])
@@ -95,8 +91,7 @@ def prepare(context: TrainingContext) -> TrainablePart:
 
     if not isinstance(model, StitchedForCausalLM):
         raise UserError(
-            "trainer 'stitches' needs a stitched model; make one with merge --method stitch and name it "
-            "with --from"
+            "trainer 'stitches' needs a stitched model; make one with merge --method stitch and name it with --from"
         )
     model.requires_grad_(False)
     model.stitches.requires_grad_(True)
@@ -119,9 +114,7 @@ def shares(domains: Sequence[str], seed_domains: Collection[str], seed_share: fl
     return {name: seed_share / len(old) if name in old else (1 - seed_share) / len(new) for name in domains}
 
 
-def without_experts(
-    model: StitchedForCausalLM, experts: Sequence[str], gone: Collection[str]
-) -> StitchedForCausalLM:
+def without_experts(model: StitchedForCausalLM, experts: Sequence[str], gone: Collection[str]) -> StitchedForCausalLM:
     """Remove experts from a loaded stitched model in place and return it."""
     model.drop(gone)
     return model
@@ -138,8 +131,7 @@ def merge_methods() -> list[MergeMethod]:
     return [
         ModelBuilder(
             "stitch",
-            "stitched model: frozen seed and experts, connected by trainable stitch layers "
-            "(Branch-Train-Stitch)",
+            "stitched model: frozen seed and experts, connected by trainable stitch layers (Branch-Train-Stitch)",
             build=build,
             kind="stitched",
             options=StitchOptions,

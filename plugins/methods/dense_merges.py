@@ -26,9 +26,7 @@ from ...merge.dense.task_vectors.ties import TiesOptions, ties
 
 
 def _dense(name: str, summary: str, merge: Any, options: type, **fields: Any) -> MergeMethod:
-    return TensorMerge(
-        name, summary, merge=merge, options=options, arrays="any", **{"weights": "factors", **fields}
-    )
+    return TensorMerge(name, summary, merge=merge, options=options, arrays="any", **{"weights": "factors", **fields})
 
 
 def _on_task_vectors(options: Any) -> bool:

@@ -63,8 +63,7 @@ def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
     manifest = read_manifest(folder)
     if manifest.merged is None or manifest.merged.mixture is None:
         raise UserError(
-            f"'{folder.name}' is not a mixture of experts and has no router to train; name a mixture with "
-            "--from"
+            f"'{folder.name}' is not a mixture of experts and has no router to train; name a mixture with --from"
         )
 
 
@@ -150,9 +149,7 @@ def prepare_mixture(context: TrainingContext) -> TrainablePart:
         auxiliary_loss=_auxiliary_loss(log, options.balance, options.z_loss),
         tell_step=set_sampling_step if samplers else None,
         measures=lambda: routing_measures(log.layers()),
-        notes=_gradient_notes(
-            model, "train with --option routing=sample", is_sampled=options.routing == "sample"
-        ),
+        notes=_gradient_notes(model, "train with --option routing=sample", is_sampled=options.routing == "sample"),
     )
 
 

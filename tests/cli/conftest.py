@@ -77,9 +77,7 @@ def _quiet_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_texts(folder: Path) -> None:
     """Write two small domains: functions of the standard library, and paragraphs of its documentation."""
     folder.mkdir(parents=True)
-    code = [
-        inspect.getsource(value) for value in vars(textwrap.TextWrapper).values() if inspect.isfunction(value)
-    ]
+    code = [inspect.getsource(value) for value in vars(textwrap.TextWrapper).values() if inspect.isfunction(value)]
     prose = [part for part in (argparse_doc() + json_doc()).split("\n\n") if len(part) > 40]
     write_documents(folder / "code-train.jsonl", code[2:] * 2)
     write_documents(folder / "code-valid.jsonl", code[:2])
@@ -89,15 +87,11 @@ def write_texts(folder: Path) -> None:
 def argparse_doc() -> str:
     import argparse
 
-    return "\n\n".join(
-        filter(None, [argparse.__doc__, *(inspect.getdoc(value) for value in vars(argparse).values())])
-    )
+    return "\n\n".join(filter(None, [argparse.__doc__, *(inspect.getdoc(value) for value in vars(argparse).values())]))
 
 
 def json_doc() -> str:
-    return "\n\n".join(
-        filter(None, [json.__doc__, *(inspect.getdoc(value) for value in vars(json).values())])
-    )
+    return "\n\n".join(filter(None, [json.__doc__, *(inspect.getdoc(value) for value in vars(json).values())]))
 
 
 def write_documents(path: Path, texts: list[str]) -> None:

@@ -15,8 +15,7 @@ def test_clusters_are_listed_and_become_experts(run: Any, workspace: Path) -> No
     assert last == "next: expertctl branch --clusters campus"
     listed = run("--json", "data", "list").json["domains"]
     assert (
-        listed["campus-1"]["source"]
-        == "clusters/campus/campus-1/train.jsonl and clusters/campus/campus-1/valid.jsonl"
+        listed["campus-1"]["source"] == "clusters/campus/campus-1/train.jsonl and clusters/campus/campus-1/valid.jsonl"
     )
     done = run("--json", "branch", "--clusters", "campus", "--tokens", "4000", "--set", "sequence_length=16")
     assert [(one["name"], one["training"]["tokens"]) for one in done.json["experts"]] == [

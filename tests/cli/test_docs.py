@@ -30,8 +30,7 @@ def commands() -> dict[str, Any]:
         command = cli.get_command(context, name)
         if isinstance(command, click.Group):
             found |= {
-                f"{name} {child}": command.get_command(context, child)
-                for child in command.list_commands(context)
+                f"{name} {child}": command.get_command(context, child) for child in command.list_commands(context)
             }
         else:
             found[name] = command

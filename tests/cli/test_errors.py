@@ -24,9 +24,7 @@ def test_no_workspace(run: Any, tmp_path: Path) -> None:
     )
 
 
-def test_the_workspace_is_found_from_a_folder_below_and_by_option(
-    run: Any, workspace: Path, tmp_path: Path
-) -> None:
+def test_the_workspace_is_found_from_a_folder_below_and_by_option(run: Any, workspace: Path, tmp_path: Path) -> None:
     here = run("--json", "show", cwd=workspace / "text").json
     assert here == run("-w", workspace, "--json", "show", cwd=tmp_path).json
     assert here == run("show", "--workspace", workspace, "--json", cwd=tmp_path).json
@@ -37,9 +35,7 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
     (workspace / "expertctl.yaml").write_text("domains: {}\ntrainin: {tokens: 3}\n", encoding="utf-8")
     result = run("show")
     assert result.status == 1
-    assert result.error == (
-        f"{workspace / 'expertctl.yaml'}:2: unknown key 'trainin'; did you mean 'training'?"
-    )
+    assert result.error == (f"{workspace / 'expertctl.yaml'}:2: unknown key 'trainin'; did you mean 'training'?")
 
 
 @pytest.mark.parametrize(
@@ -204,8 +200,5 @@ def test_ctrl_c_during_training_leaves_it_resumable(workspace: Path, run: Any) -
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert '"interrupted": [\n    "long"\n  ]' in out
-    assert (
-        err.strip().splitlines()[-1]
-        == "Error: interrupted, state saved: long; rerun the same command to resume"
-    )
+    assert err.strip().splitlines()[-1] == "Error: interrupted, state saved: long; rerun the same command to resume"
     assert run("--json", "show").json["unfinished"] == {"long": "expertctl train long"}

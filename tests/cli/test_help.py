@@ -92,9 +92,7 @@ def test_no_command_shows_the_help_and_is_a_usage_error(run: Any) -> None:
         (["zzzz"], "no command 'zzzz' (commands: init, "),
     ],
 )
-def test_an_unknown_command_is_a_usage_error_that_names_the_nearest(
-    words: list[str], said: str, run: Any
-) -> None:
+def test_an_unknown_command_is_a_usage_error_that_names_the_nearest(words: list[str], said: str, run: Any) -> None:
     result = run(*words)
     assert result.status == 2
     assert said in result.error

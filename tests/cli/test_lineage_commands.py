@@ -146,9 +146,7 @@ def test_doctor_finds_nothing_wrong_here(run: Any, workspace: Path) -> None:
         ("domains: {law: {path: text/law}}\n", "text/law does not exist"),
     ],
 )
-def test_doctor_finds_what_is_wrong_with_a_workspace(
-    config: str, said: str, run: Any, workspace: Path
-) -> None:
+def test_doctor_finds_what_is_wrong_with_a_workspace(config: str, said: str, run: Any, workspace: Path) -> None:
     (workspace / "expertctl.yaml").write_text(config, encoding="utf-8")
     result = run("doctor")
     assert result.status == 1

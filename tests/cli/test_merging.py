@@ -26,9 +26,7 @@ def test_a_plan_is_a_table_and_with_verbose_a_row_for_each_tensor(workspace: Pat
 def test_options_per_layer_and_module_reach_the_tensors(workspace: Path, run: Any) -> None:
     option = "density=[{filter: mlp, value: [0.1, 0.9]}, {value: 0.5}]"
     plan = run("--json", "merge", "m", "--method", "ties", "--option", option, "--plan").json
-    found = {
-        name: one["options"]["density"] for name, one in plan["tensors"].items() if one["action"] == "merge"
-    }
+    found = {name: one["options"]["density"] for name, one in plan["tensors"].items() if one["action"] == "merge"}
     layers = plan["layers"]
     assert found["model.layers.0.mlp.up_proj.weight"] == 0.1
     assert found[f"model.layers.{layers - 1}.mlp.up_proj.weight"] == 0.9
@@ -50,8 +48,7 @@ def test_settings_of_the_project_file_are_taken(workspace: Path, run: Any) -> No
     manifest = read_manifest(workspace / "generalists" / "m")
     assert manifest.merged.options["density"] == [0.3, 0.6]
     assert (
-        json.loads((workspace / "generalists" / "m" / "config.json").read_text()).get("dtype", "bfloat16")
-        == "bfloat16"
+        json.loads((workspace / "generalists" / "m" / "config.json").read_text()).get("dtype", "bfloat16") == "bfloat16"
     )
     assert run("reproduce", "m").out.strip() == "m: byte-identical"
 
@@ -81,26 +78,19 @@ def test_a_card_with_an_evaluation(workspace: Path, run: Any) -> None:
     assert run("card", "code", "-o", "card.md").status == 0
     assert Path("card.md").read_text().startswith("---\n")
     Path("scores.json").write_text("{}")
-    assert (
-        "is not the output of `expertctl eval --json`"
-        in run("card", "forest", "--evaluation", "scores.json").error
-    )
+    assert "is not the output of `expertctl eval --json`" in run("card", "forest", "--evaluation", "scores.json").error
 
 
 def test_statistics_and_the_merge_by_them(workspace: Path, run: Any) -> None:
     told = run("merge", "m", "--method", "regmean").error
-    assert (
-        told == "expert 'code' has no gram statistics; collect them with `expertctl stats code --kind gram`"
-    )
+    assert told == "expert 'code' has no gram statistics; collect them with `expertctl stats code --kind gram`"
     found = run("--json", "stats", "code", "prose", "--samples", "2").json["statistics"]
     assert found["prose"]["domain"]["name"] == "prose"
     assert run("merge", "m", "--method", "regmean").status == 0
 
 
 def test_an_adapter_is_extracted_and_merged(workspace: Path, run: Any) -> None:
-    found = run(
-        "--json", "extract-adapter", "code", "--base", "seed", "-o", "lora", "--energy", "0.9", "--save-rest"
-    )
+    found = run("--json", "extract-adapter", "code", "--base", "seed", "-o", "lora", "--energy", "0.9", "--save-rest")
     assert found.status == 0, found.err
     assert 0 < found.json["error"] < 0.33
     assert run("merge", "m", "--method", "linear", "--experts", "prose,lora").status == 0

@@ -24,10 +24,7 @@ def campus(flexolmo_workspace: Workspace, run: Any) -> Path:
     """The root of a workspace with the mixture `campus` of all owners."""
     root = flexolmo_workspace.root
     if not (root / "generalists" / "campus").exists():
-        assert (
-            run("merge", "campus", "--method", "flexolmo", "--experts", ",".join(OWNERS), cwd=root).status
-            == 0
-        )
+        assert run("merge", "campus", "--method", "flexolmo", "--experts", ",".join(OWNERS), cwd=root).status == 0
     return root
 
 
@@ -47,10 +44,7 @@ def test_an_ensemble_is_planned_without_tensors(campus: Path, run: Any) -> None:
     plan = run("--json", "merge", "forest", "--method", "ensemble", "--plan", cwd=campus).json
     assert plan["tensors"] == {}
     assert "linked instead of copied" in plan["notes"][0]
-    assert (
-        run("merge", "forest", "--method", "ensemble", "--option", "top_q=1", "--plan", cwd=campus).status
-        == 1
-    )
+    assert run("merge", "forest", "--method", "ensemble", "--option", "top_q=1", "--plan", cwd=campus).status == 1
 
 
 def test_experts_leave_and_join_and_are_proved_absent(campus: Path, run: Any) -> None:
@@ -83,9 +77,7 @@ def test_experts_are_switched_off_for_one_text(campus: Path, run: Any) -> None:
     assert "no expert 'news'" in apart.error
     apart = run(*words, "--without", "news", "--without", "prose", cwd=campus)
     assert "no expert 'news'" in apart.error
-    assert (
-        "has no experts to disable" in run("generate", "seed", "def ", "--without", "prose", cwd=campus).error
-    )
+    assert "has no experts to disable" in run("generate", "seed", "def ", "--without", "prose", cwd=campus).error
 
 
 def test_routing_is_shown_by_domain_and_expert(campus: Path, run: Any) -> None:
@@ -125,9 +117,7 @@ def test_a_gate_says_how_a_mixture_compares_and_writes_it_down(campus: Path, run
 
 def test_a_model_that_is_called_like_a_baseline_is_compared_with_it(campus: Path, run: Any) -> None:
     usual = run("--json", "eval", "campus", "--against", "average,best-expert", cwd=campus).json["models"]
-    assert (
-        run("merge", "average", "--method", "flexolmo", "--experts", ",".join(OWNERS), cwd=campus).status == 0
-    )
+    assert run("merge", "average", "--method", "flexolmo", "--experts", ",".join(OWNERS), cwd=campus).status == 0
     found = run("--json", "eval", "average", "--against", "average,best-expert", cwd=campus).json
     shutil.rmtree(campus / "generalists" / "average")
     assert usual["campus"]["bits_per_byte"] != usual["average"]["bits_per_byte"]
@@ -141,9 +131,7 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
 ) -> None:
     scored: list[str] = []
 
-    def evaluated(
-        layout: Any, project: Any, models: dict[str, Path], *args: Any, **kwargs: Any
-    ) -> EvaluationTable:
+    def evaluated(layout: Any, project: Any, models: dict[str, Path], *args: Any, **kwargs: Any) -> EvaluationTable:
         scored.extend(models)
         values = {name: float(number) for number, name in enumerate(reversed(list(models)))}
         return EvaluationTable(
@@ -164,10 +152,7 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
 
 def test_one_model_is_compared_at_a_time(campus: Path, run: Any) -> None:
     assert run("eval", "campus", "seed", "--against", "seed", cwd=campus).status == 2
-    assert (
-        "no model 'sead' (did you mean 'seed'?)"
-        in run("eval", "campus", "--against", "sead", cwd=campus).error
-    )
+    assert "no model 'sead' (did you mean 'seed'?)" in run("eval", "campus", "--against", "sead", cwd=campus).error
     assert "was made of no experts" in run("eval", "seed", "--against", "average", cwd=campus).error
     assert run("eval", "prose", "--against", "seed", "--domains", "prose", cwd=campus).status in (0, 3)
 
@@ -197,18 +182,14 @@ def test_a_mixture_is_tuned_in_a_process_of_its_own(campus: Path, run: Any) -> N
         (("merge", "y", "--method", "flexolmo", "--option", "target=mixtral"), "supported: 'flex_olmo', 'container'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_in_one_line(
-    campus: Path, run: Any, words: tuple[str, ...], part: str
-) -> None:
+def test_what_cannot_be_done_is_refused_in_one_line(campus: Path, run: Any, words: tuple[str, ...], part: str) -> None:
     result = run(*words, cwd=campus)
     assert result.status == 1
     assert part in result.error
     assert not (campus / "generalists" / "y").exists()
 
 
-def test_experts_with_attention_of_their_own_are_refused_by_name(
-    new_workspace: Any, tmp_path: Path, run: Any
-) -> None:
+def test_experts_with_attention_of_their_own_are_refused_by_name(new_workspace: Any, tmp_path: Path, run: Any) -> None:
     root = new_workspace(tmp_path / "w", ("a", "b"))
     options = ("--option", "router=random")
     refused = run("merge", "m", "--method", "mixture", *options, cwd=root)

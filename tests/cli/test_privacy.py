@@ -55,9 +55,7 @@ def test_the_project_file_says_it_too_and_the_command_line_goes_before_it(worksp
         ("epsilon=many,delta=1e-6", "dp.epsilon: input should be a valid number"),
     ],
 )
-def test_a_budget_that_is_none_is_one_clear_error(
-    workspace: Path, run: Any, budget: str, message: str
-) -> None:
+def test_a_budget_that_is_none_is_one_clear_error(workspace: Path, run: Any, budget: str, message: str) -> None:
     result = run(*BRANCH, budget)
     assert result.status == 1
     assert message in result.error
@@ -114,18 +112,14 @@ def test_a_gate_looks_at_the_upper_end_of_the_interval(workspace: Path, run: Any
     assert passed.status == 0
     failed = run("audit", "extraction", "code", "--data", "code", *SMALL, "--at-most", "0.01")
     assert failed.status == 3
-    assert (
-        "the extraction rate is 0.0000 (95 % interval 0.0000 to 0.4899) and may exceed 0.01" in failed.error
-    )
+    assert "the extraction rate is 0.0000 (95 % interval 0.0000 to 0.4899) and may exceed 0.01" in failed.error
 
 
 def test_any_model_folder_can_be_audited_outside_of_a_workspace(tmp_path: Path, run: Any) -> None:
     model = tiny_model_folder(tmp_path / "model")
     text = tmp_path / "private.jsonl"
     text.write_text("".join(json.dumps({"body": f"{number} " * 30}) + "\n" for number in range(3)))
-    result = run(
-        "--json", "audit", "extraction", model, "--data", text, "--text-field", "body", *SMALL, cwd=tmp_path
-    )
+    result = run("--json", "audit", "extraction", model, "--data", text, "--text-field", "body", *SMALL, cwd=tmp_path)
     assert result.json["documents"] == 3
 
 

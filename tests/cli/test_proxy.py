@@ -90,9 +90,7 @@ def test_fewer_documents_than_asked_for_are_noted(run: Any, with_public: Path) -
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_the_user_can_mend_is_one_line(
-    words: tuple[str, ...], said: str, run: Any, with_public: Path
-) -> None:
+def test_what_the_user_can_mend_is_one_line(words: tuple[str, ...], said: str, run: Any, with_public: Path) -> None:
     result = run("data", "proxy", *words, cwd=with_public)
     assert result.status == 1
     assert said in result.error

@@ -47,9 +47,7 @@ def test_eval_of_a_broken_model_is_valid_json_all_the_same(
     assert models["seed"]["bits_per_byte"]["code"] > 0
 
 
-def test_eval_reads_no_folder_twice_to_check_it(
-    run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval_reads_no_folder_twice_to_check_it(run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     check = loading.require_intact
 
@@ -92,9 +90,7 @@ def test_a_gate_that_does_not_hold_is_exit_3_after_the_table(run: Any, workspace
     }
     low, high = sorted(means, key=means.__getitem__)
     assert run("eval", "code", "prose", "--require", f"{low} < {high}").status == 0
-    failed = run(
-        "--json", "eval", "code", "prose", "--require", f"{low}<{high}", "--require", f"{high} < {low}"
-    )
+    failed = run("--json", "eval", "code", "prose", "--require", f"{low}<{high}", "--require", f"{high} < {low}")
     assert failed.status == 3
     assert set(failed.json) == {"domains", "models"}
     assert failed.error.startswith(f"{high} < {low} does not hold: ")

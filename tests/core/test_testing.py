@@ -70,9 +70,7 @@ BAD: dict[str, Callable[[TensorGroup, Any], Any]] = {
     "returns torch.float32 for float64": lambda group, options: mean(group).float(),
     "non-finite": lambda group, options: mean(group) / 0,
     "modifies its input tensors": in_place,
-    "different result the second time": lambda group, options: (
-        mean(group) + torch.rand(()).to(group.seed.dtype)
-    ),
+    "different result the second time": lambda group, options: mean(group) + torch.rand(()).to(group.seed.dtype),
     "copies of the seed does not return the seed": lambda group, options: mean(group) * 2,
     "depends on the order": lambda group, options: group.experts[0],
 }

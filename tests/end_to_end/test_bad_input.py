@@ -76,9 +76,7 @@ def flip(path: Path, position: int) -> None:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_flipped_bit_in_an_expert_is_noticed_by_every_command(
-    copied: Path, arguments: tuple[str, ...]
-) -> None:
+def test_a_flipped_bit_in_an_expert_is_noticed_by_every_command(copied: Path, arguments: tuple[str, ...]) -> None:
     flip(copied / "experts" / "prose" / "model.safetensors", -1000)
     result = expertctl(copied, *arguments)
     assert result.returncode == 1
@@ -123,9 +121,7 @@ def test_invalid_json_names_file_and_line(copied: Path) -> None:
 
 
 def test_an_unknown_expert_lists_the_known(copied: Path) -> None:
-    error = the_error(
-        expertctl(copied, "merge", "forest", "--method", "average", "--experts", "prose,chanse")
-    )
+    error = the_error(expertctl(copied, "merge", "forest", "--method", "average", "--experts", "prose,chanse"))
     assert "no expert 'chanse' (did you mean 'chance'?); finished: chance, prose" in error
 
 
@@ -155,9 +151,7 @@ def test_a_full_disk_while_merging_leaves_the_old_generalist(copied: Path) -> No
 def test_a_read_only_workspace_is_named(copied: Path) -> None:
     copied.chmod(0o555)
     try:
-        assert "no permission to access" in the_error(
-            expertctl(copied, "merge", "soup", "--method", "average")
-        )
+        assert "no permission to access" in the_error(expertctl(copied, "merge", "soup", "--method", "average"))
     finally:
         copied.chmod(0o755)
 

@@ -49,9 +49,7 @@ def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path
     stamps = {}
     for folder in folders:
         assert verify(folder) == []
-        stamps[folder] = (
-            (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else 0
-        )
+        stamps[folder] = (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else 0
     assert json.loads(run(*call)) == found
     for folder, stamp in stamps.items():
         assert not stamp or (folder / "config.json").stat().st_mtime_ns == stamp
@@ -70,9 +68,7 @@ def test_the_branch_train_merge_example_prints_its_table(corpora: Path, tmp_path
         tmp_path,
     )
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| ")}
-    assert {"dense", "random-split forest", "ensemble, cached prior", "posterior average, per target"} <= set(
-        rows
-    )
+    assert {"dense", "random-split forest", "ensemble, cached prior", "posterior average, per target"} <= set(rows)
     scores = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
     mean = sum(scores["seed"].values()) / 2
     assert f"{mean:.4f}" in rows["seed"]
@@ -92,9 +88,7 @@ def test_the_flexolmo_example_prints_its_tables(corpora: Path, tmp_path: Path) -
     )
     out = run(*call, "--no-ablations")
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| ")}
-    assert {"flexolmo", "flexolmo, router tuned on public text", "unrestricted mixture", "everybody"} <= set(
-        rows
-    )
+    assert {"flexolmo", "flexolmo, router tuned on public text", "unrestricted mixture", "everybody"} <= set(rows)
     assert "flexolmo, no bias" not in rows
     scores = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
     mean = sum(scores["flexolmo"].values()) / 2

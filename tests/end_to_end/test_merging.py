@@ -82,13 +82,9 @@ def test_a_killed_merge_leaves_nothing_that_loads_and_resumes_to_the_same_bytes(
         "1",
     ]
     total = len(random_tensors(0, layers=60))
-    process = subprocess.Popen(
-        [*COMMAND, *arguments], cwd=large, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=large, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = tmp_path / JOURNAL
-    while process.poll() is None and (
-        not journal.exists() or journal.read_text().count("\n") < share * total
-    ):
+    while process.poll() is None and (not journal.exists() or journal.read_text().count("\n") < share * total):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -175,9 +171,7 @@ def spoilt(models: Path, harm: str) -> tuple[list[str], str]:
     base = related(5)
     recipe_file(models, "linear", ["a", "x"])
     if harm == "method":
-        (models / "linear.yml").write_text(
-            (models / "linear.yml").read_text().replace('"linear"', '"linaer"')
-        )
+        (models / "linear.yml").write_text((models / "linear.yml").read_text().replace('"linear"', '"linaer"'))
         return recipe, "did you mean 'linear'?"
     if harm == "layers":
         write_model(models / "x", related(5, layers=3))
@@ -230,9 +224,7 @@ HARMS = [
 
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("how", ["merge", "plan"])
-def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(
-    models: Path, harm: str, how: str
-) -> None:
+def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(models: Path, harm: str, how: str) -> None:
     arguments, part = spoilt(models, harm)
     before = set(models.rglob("*"))
     found = run(models, *arguments, *(["--plan"] if how == "plan" else []), status=1)
@@ -275,9 +267,7 @@ def test_too_little_disk_is_told_with_both_figures(models: Path, monkeypatch: py
 
     found = read_mergekit(recipe_file(models, "linear", ["a", "b"]))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
-    with pytest.raises(
-        UserError, match=r"needs 0\.00 GB, but its disk has only 0\.00 GB left; free some space"
-    ):
+    with pytest.raises(UserError, match=r"needs 0\.00 GB, but its disk has only 0\.00 GB left; free some space"):
         merge_recipe(found, models / "out")
     assert not (models / "out").exists()
 
@@ -293,9 +283,7 @@ def test_a_device_that_is_not_there_is_refused(models: Path, device: str, part: 
 
 def test_one_model_passed_through_is_that_model(models: Path) -> None:
     recipe_file(models, "passthrough", ["a"])
-    (models / "passthrough.yml").write_text(
-        json.dumps({"merge_method": "passthrough", "models": [{"model": "a"}]})
-    )
+    (models / "passthrough.yml").write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": "a"}]}))
     run(models, "merge", "--config", "passthrough.yml", "-o", "out", "--shard-size", "300")
     found, expected = tensors_of(models / "out"), tensors_of(models / "a")
     assert found.keys() == expected.keys()
@@ -314,9 +302,7 @@ def test_transformers_finds_every_key_and_none_too_many(tmp_path: Path, family: 
     for seed, name in enumerate(("a", "b")):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(
-                family, vocab_size=50, num_key_value_heads=2, tie_word_embeddings=tied, **sizes
-            )
+            AutoConfig.for_model(family, vocab_size=50, num_key_value_heads=2, tie_word_embeddings=tied, **sizes)
         )
         torch.manual_seed(seed)
         with torch.no_grad():

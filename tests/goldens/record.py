@@ -121,13 +121,9 @@ def all_digests(folder: Path) -> Iterator[tuple[str, str]]:
 
 def dense_merges(workspace: Path) -> Iterator[tuple[str, str]]:
     for method in DATA_FREE_METHODS:
-        experts = (
-            "cpp" if method in ONE_EXPERT else "cpp,python" if method in TWO_EXPERTS else "cpp,manual,python"
-        )
+        experts = "cpp" if method in ONE_EXPERT else "cpp,python" if method in TWO_EXPERTS else "cpp,manual,python"
         options = [word for option in OPTIONS.get(method, []) for word in ("--option", option)]
-        weights = (
-            [] if method in ONE_EXPERT | TWO_EXPERTS | {"model_stock"} else ["--weights", weights_of(experts)]
-        )
+        weights = [] if method in ONE_EXPERT | TWO_EXPERTS | {"model_stock"} else ["--weights", weights_of(experts)]
         run(workspace, "merge", f"m-{method}", "--method", method, "--experts", experts, *weights, *options)
     for kind, method in (("gram", "regmean"), ("fisher", "fisher")):
         run(workspace, "stats", "cpp", "python", "--kind", kind, "--samples", "16")
@@ -138,9 +134,7 @@ def dense_merges(workspace: Path) -> Iterator[tuple[str, str]]:
 
 
 def weights_of(experts: str) -> str:
-    return ",".join(
-        f"{name}:{weight}" for name, weight in zip(experts.split(","), (0.5, 0.3, 0.2), strict=False)
-    )
+    return ",".join(f"{name}:{weight}" for name, weight in zip(experts.split(","), (0.5, 0.3, 0.2), strict=False))
 
 
 def other_generalists(workspace: Path) -> Iterator[tuple[str, str]]:
@@ -265,9 +259,7 @@ def digest_of_folder(folder: Path) -> str:
                 tensor = opened.get_tensor(name).contiguous()
                 content = tensor.flatten().view(torch.uint8).numpy().tobytes()
                 place = path.parent.relative_to(folder).as_posix()
-                lines.append(
-                    f"{place} {name} {tensor.dtype} {tuple(tensor.shape)} {sha256([content])}".encode()
-                )
+                lines.append(f"{place} {name} {tensor.dtype} {tuple(tensor.shape)} {sha256([content])}".encode())
     config = folder / "config.json"
     if config.is_file():
         content = json.loads(config.read_text(encoding="utf-8"))

@@ -30,9 +30,7 @@ COMMAND = [sys.executable, "-m", "expertctl.cli.main"]
 PATIENCE_S = 150.0
 
 
-def wait_until(
-    what: Callable[[], object], seconds: float = PATIENCE_S, why: Callable[[], str] = lambda: ""
-) -> None:
+def wait_until(what: Callable[[], object], seconds: float = PATIENCE_S, why: Callable[[], str] = lambda: "") -> None:
     """Wait until a condition holds; fail after `seconds` and show `why`."""
     end = time.monotonic() + seconds
     while not what():
@@ -92,9 +90,7 @@ class Federation:
         self.port = free_port()
         self.owners: list[Process] = []
         listen = f"127.0.0.1:{self.port}"
-        self.server = Process(
-            root / "serve.log", "-w", str(workspace), "federate", "serve", "--listen", listen
-        )
+        self.server = Process(root / "serve.log", "-w", str(workspace), "federate", "serve", "--listen", listen)
         self.wait_served()
 
     @property
@@ -125,9 +121,7 @@ class Federation:
         (request,) = self.coordinator.ask([name], recipe, deadline)
         return request
 
-    def join(
-        self, name: str, *, port: int | None = None, state: Path | None = None, once: bool = True
-    ) -> Process:
+    def join(self, name: str, *, port: int | None = None, state: Path | None = None, once: bool = True) -> Process:
         log = self.root / f"join-{name}-{len(self.owners)}.log"
         arguments = [
             "federate",

@@ -61,9 +61,7 @@ def make_flexolmo_workspace(
     workspace.seed(tiny_model_folder(root / ".origin", family, tied=tied))
     chosen = options if options is not None else {"public": "public", "samples": 4}
     for owner in owners:
-        train_here(
-            workspace, owner, domain=owner, trains=trains, options=chosen if trains == "flexolmo" else None
-        )
+        train_here(workspace, owner, domain=owner, trains=trains, options=chosen if trains == "flexolmo" else None)
     return workspace
 
 

@@ -26,7 +26,5 @@ def copies(folder: Path, family: str, count: int, **settings: Any) -> dict[str, 
 def mix(folder: Path, models: dict[str, Path], **options: Any) -> Path:
     names = [name for name in models if name != "base"]
     given = {"router": "random", **options}
-    merge_recipe(
-        Recipe("mixture", models, whole_models(names), seed="base", scopes=(given,)), folder / "mixture"
-    )
+    merge_recipe(Recipe("mixture", models, whole_models(names), seed="base", scopes=(given,)), folder / "mixture")
     return folder / "mixture"

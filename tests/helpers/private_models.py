@@ -85,17 +85,13 @@ def drawn(loop: PrivateTrainingLoop, step: int = 0) -> list[int]:
     return [int(one) for one in source.drawn(f"draw/{step}", len(loop._examples), loop.mechanism.rate)]
 
 
-def naive_gradients(
-    loss: Any, parameters: dict[str, nn.Parameter], tokens: torch.Tensor
-) -> list[dict[str, Any]]:
+def naive_gradients(loss: Any, parameters: dict[str, nn.Parameter], tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Return each example's gradient, from a backward pass of its own."""
     found = []
     for row in range(len(tokens)):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook")
-            gradients = torch.autograd.grad(
-                loss(tokens[row : row + 1]), list(parameters.values()), allow_unused=True
-            )
+            gradients = torch.autograd.grad(loss(tokens[row : row + 1]), list(parameters.values()), allow_unused=True)
         found.append(
             {
                 name: torch.zeros_like(parameter) if gradient is None else gradient

@@ -57,9 +57,7 @@ def test_full_rank_and_the_rest_give_the_model_back(models: tuple[Path, Path], t
 
 
 @pytest.mark.parametrize("how", [{"rank": 4}, {"rank": None, "energy": 0.7}])
-def test_the_reported_loss_is_what_peft_sees(
-    models: tuple[Path, Path], tmp_path: Path, how: dict[str, Any]
-) -> None:
+def test_the_reported_loss_is_what_peft_sees(models: tuple[Path, Path], tmp_path: Path, how: dict[str, Any]) -> None:
     base, tuned = models
     report = extract_adapter(base, tuned, tmp_path / "lora", **how)
     merged, before, after = with_adapter(base, tmp_path / "lora"), state(base), state(tuned)
@@ -69,9 +67,7 @@ def test_the_reported_loss_is_what_peft_sees(
         missing = float((after[one.name].double() - merged[one.name].double()).norm())
         assert missing / float(delta.norm()) == pytest.approx(one.error, rel=1e-3)
         values = np.linalg.svd(delta.numpy(), compute_uv=False)
-        assert one.error == pytest.approx(
-            float(np.linalg.norm(values[one.rank :]) / np.linalg.norm(values)), rel=1e-6
-        )
+        assert one.error == pytest.approx(float(np.linalg.norm(values[one.rank :]) / np.linalg.norm(values)), rel=1e-6)
         lost, whole = lost + missing**2, whole + float(delta.norm()) ** 2
     assert report.error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
     assert "model.norm.weight" in report.left_out
@@ -90,9 +86,7 @@ def test_an_extracted_adapter_is_an_expert_of_a_merge(models: tuple[Path, Path],
     from toy_models import engine_merge, recipe, tensors_of
 
     extract_adapter(*models, tmp_path / "lora", rank=10_000, save_rest=True)
-    engine_merge(
-        recipe("linear", {"seed": models[0], "lora": tmp_path / "lora"}, seed="seed"), tmp_path / "out"
-    )
+    engine_merge(recipe("linear", {"seed": models[0], "lora": tmp_path / "lora"}, seed="seed"), tmp_path / "out")
     for name, tensor in tensors_of(tmp_path / "out").items():
         torch.testing.assert_close(tensor, tensors_of(models[1])[name], rtol=1e-4, atol=1e-5)
 

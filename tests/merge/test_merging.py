@@ -107,9 +107,7 @@ def test_an_unknown_or_bad_option_is_refused(workspace: Path) -> None:
     expect_refusal(
         workspace, r"has no option 'topk' \(did you mean 'top_k'\?\)", method="ensemble", options={"topk": 1}
     )
-    expect_refusal(
-        workspace, "option posterior: Input should be", method="ensemble", options={"posterior": "x"}
-    )
+    expect_refusal(workspace, "option posterior: Input should be", method="ensemble", options={"posterior": "x"})
 
 
 def test_a_bad_name_is_refused(workspace: Path) -> None:
@@ -154,9 +152,7 @@ def test_an_expert_of_another_seed_is_refused(workspace: Path) -> None:
     parent = replace(read_manifest(workspace / "experts" / "law").parents[0], digest="e" * 64)
     rewritten(workspace, "law", parents=(parent,))
     seed = read_manifest(workspace / "seed").digest[:12]
-    expect_refusal(
-        workspace, f"expert 'law' was branched from seed {'e' * 12}, but this workspace's seed is {seed}"
-    )
+    expect_refusal(workspace, f"expert 'law' was branched from seed {'e' * 12}, but this workspace's seed is {seed}")
 
 
 def test_an_expert_without_a_seed_is_refused(workspace: Path) -> None:
@@ -197,9 +193,7 @@ def test_a_flipped_bit_in_weights_that_are_read_is_refused(workspace: Path, plac
 def test_truncated_weights_are_refused(workspace: Path) -> None:
     path = workspace / "experts" / "law" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
-    expect_refusal(
-        workspace, r"experts/law is not what its manifest says: file .*|model\.safetensors is damaged"
-    )
+    expect_refusal(workspace, r"experts/law is not what its manifest says: file .*|model\.safetensors is damaged")
 
 
 def test_a_workspace_without_a_seed_is_refused(workspace: Path) -> None:
@@ -207,9 +201,7 @@ def test_a_workspace_without_a_seed_is_refused(workspace: Path) -> None:
     expect_refusal(workspace, "has no finished seed")
 
 
-def test_a_merge_that_another_process_is_making_is_refused(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_another_process_is_making_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(workspace)
     monkeypatch.setattr(exclusive.__wrapped__, "__kwdefaults__", {"patience_s": 0.1})
     with (
@@ -318,9 +310,7 @@ class SlotOptions:
     scale: float = 1.0
 
 
-def with_plugins(
-    monkeypatch: pytest.MonkeyPatch, *methods: MergeMethod, told: list[Any] | None = None
-) -> None:
+def with_plugins(monkeypatch: pytest.MonkeyPatch, *methods: MergeMethod, told: list[Any] | None = None) -> None:
     class Plugin:
         @expertctl.hookimpl
         def merge_methods(self) -> list[MergeMethod]:
@@ -348,9 +338,7 @@ def test_plugins_are_told_and_named_in_the_manifest(workspace: Path, monkeypatch
     ]
 
 
-def test_a_method_that_fails_half_way_leaves_nothing(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_that_fails_half_way_leaves_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(inputs: Any, options: Any, folder: Path) -> None:
         (folder / "config.json.new").write_text("x")
         raise UserError("cannot")
@@ -390,9 +378,7 @@ def naive_prior(workspace: Path, texts: list[ValidationText], samples: int) -> l
             for t in range(1, len(tokens)):
                 joint = [share * math.exp(total) for share, total in zip(prior, totals, strict=True)]
                 seen.append([one / sum(joint) for one in joint])
-                totals = [
-                    total + float(log[t - 1, tokens[t]]) for total, log in zip(totals, logs, strict=True)
-                ]
+                totals = [total + float(log[t - 1, tokens[t]]) for total, log in zip(totals, logs, strict=True)]
         mean = [sum(row[k] for row in seen) / len(seen) for k in range(len(EXPERTS))]
         prior = [EWMA_RATE * new + (1 - EWMA_RATE) * old for new, old in zip(mean, prior, strict=True)]
     return prior

@@ -52,9 +52,7 @@ def shards_of(what: Recipe, shard_bytes: int = 200) -> list[ShardPlan]:
     return plan_shards(plan_tensors(what, Counting().method(), sources).tensors, shard_bytes)
 
 
-def run(
-    what: Recipe, folder: Path, counting: Counting, fingerprint: str = "one", shard_bytes: int = 200
-) -> Written:
+def run(what: Recipe, folder: Path, counting: Counting, fingerprint: str = "one", shard_bytes: int = 200) -> Written:
     folder.mkdir(exist_ok=True)
     return run_merge(
         counting.method(),
@@ -70,9 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stop_at", range(MOST))
-def test_a_stopped_merge_goes_on_after_the_last_complete_tensor(
-    what: Recipe, tmp_path: Path, stop_at: int
-) -> None:
+def test_a_stopped_merge_goes_on_after_the_last_complete_tensor(what: Recipe, tmp_path: Path, stop_at: int) -> None:
     whole = Counting()
     run(what, tmp_path / "whole", whole)
     broken = Counting(stop_at)
@@ -151,6 +147,4 @@ def test_the_headers_come_first_and_the_journal_names_what_is_complete(what: Rec
 def test_the_result_is_the_mean(what: Recipe, tmp_path: Path) -> None:
     run(what, tmp_path / "out", Counting())
     a, b = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
-    assert all(
-        ((a[name] + b[name]) / 2).equal(tensor) for name, tensor in tensors_of(tmp_path / "out").items()
-    )
+    assert all(((a[name] + b[name]) / 2).equal(tensor) for name, tensor in tensors_of(tmp_path / "out").items())

@@ -91,7 +91,9 @@ def test_imports_point_down() -> None:
 
 def test_the_import_checker_sees_relative_and_absolute_imports() -> None:
     """Else the test above would pass whatever is imported."""
-    source = "from ..merge import engine\nfrom .. import cli\nimport expertctl.plugins.methods.btm\nfrom .errors import x\n"
+    source = (
+        "from ..merge import engine\nfrom .. import cli\nimport expertctl.plugins.methods.btm\nfrom .errors import x\n"
+    )
     found = [module for _, module in imported_modules(ROOT / "core" / "x.py", ast.parse(source))]
     assert found == [
         "expertctl.merge",
@@ -179,9 +181,7 @@ def public_definitions(path: Path) -> Iterator[tuple[str, ast.AST]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     yield str(path.relative_to(ROOT)), tree
     for node in tree.body:
-        if not isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        ) or node.name.startswith("_"):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
         if not any(ast.unparse(decorator).startswith("hookimpl") for decorator in node.decorator_list):
             yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node

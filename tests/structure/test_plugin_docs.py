@@ -62,9 +62,7 @@ def test_every_block_of_python_is_python_and_imports_what_exists(block: str) -> 
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_every_example_registers_without_a_problem(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_example_registers_without_a_problem(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from expertctl.core.testing import fresh_plugins
 
     (block,) = re.findall(r"^```python\n(.*?)^```", SECTIONS[heading_of(name)], re.MULTILINE | re.DOTALL)

@@ -17,9 +17,7 @@ MOST_ROOMS = 12
 def folders() -> list[Path]:
     """Return every folder with modules; the links inside `expertctl` are not followed."""
     below = [path.parent for name in PACKAGES for path in (ROOT / name).rglob("__init__.py")]
-    return sorted(
-        path for path in set(below) if path == ROOT / "expertctl" or ROOT / "expertctl" not in path.parents
-    )
+    return sorted(path for path in set(below) if path == ROOT / "expertctl" or ROOT / "expertctl" not in path.parents)
 
 
 def rooms(folder: Path) -> list[str]:

@@ -82,9 +82,7 @@ def _is_standard_layout(module: Any) -> bool:
     if getattr(type(module), "_apply_gate", None) is not _default_apply_gate:
         return False
     deviations = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    return (
-        module.has_gate and module.is_concatenated and not any(getattr(module, name) for name in deviations)
-    )
+    return module.has_gate and module.is_concatenated and not any(getattr(module, name) for name in deviations)
 
 
 def use_sorted_loop(model: PreTrainedModel) -> None:
@@ -97,9 +95,7 @@ def use_sorted_loop(model: PreTrainedModel) -> None:
             for part in experts.modules():
                 if isinstance(part, nn.Linear):
                     lay_out_for_few_rows(part.weight)
-        elif isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter) and _is_standard_layout(
-            experts
-        ):
+        elif isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter) and _is_standard_layout(experts):
             any_supported = True
             lay_out_for_few_rows(experts.gate_up_proj)
             lay_out_for_few_rows(experts.down_proj)

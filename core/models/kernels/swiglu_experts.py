@@ -47,10 +47,7 @@ def _differentiable_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, do
     """Compute `swiglu_experts` with autograd's own operations, for double backward."""
     experts = zip(torch.split(x_Sd, counts), *_halves(gate_up), down.unbind(), strict=True)
     return torch.cat(
-        [
-            (torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T
-            for x, w_gate, w_up, w_down in experts
-        ]
+        [(torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T for x, w_gate, w_up, w_down in experts]
     )
 
 
@@ -87,9 +84,7 @@ class _SwigluExperts(torch.autograd.Function):
         x_Sd, gate_up, down, *saved = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # double backward
-            inputs = [
-                tensor for tensor, needed in zip((x_Sd, gate_up, down), needs_grad, strict=True) if needed
-            ]
+            inputs = [tensor for tensor, needed in zip((x_Sd, gate_up, down), needs_grad, strict=True) if needed]
             output_Sd = _differentiable_experts(x_Sd, ctx.counts, gate_up, down)
             gradients = iter(torch.autograd.grad(output_Sd, inputs, d_output_Sd, create_graph=True))
             return *(next(gradients) if needed else None for needed in needs_grad), None

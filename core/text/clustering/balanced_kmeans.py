@@ -33,9 +33,7 @@ class Fit:
     """Summed movement of the centres in the last round."""
 
 
-def fit(
-    points_Nd: NDArray[Any], count: int, *, seed: int = 0, rounds: int = 20, balanced: bool = True
-) -> Fit:
+def fit(points_Nd: NDArray[Any], count: int, *, seed: int = 0, rounds: int = 20, balanced: bool = True) -> Fit:
     """Return the centres of `count` clusters; with `balanced`, cluster sizes differ by at most one point."""
     import numpy as np
 

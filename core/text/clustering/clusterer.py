@@ -174,18 +174,12 @@ def fit_clusterer(
             svd = TruncatedSVD(n_components=width, random_state=settings.seed).fit(weighted)
         vectors = (idf.idf_[:, None] * np.transpose(svd.components_)).astype(np.float32)
     points = unit_rows(counts[used].astype(np.float32) @ vectors)
-    kmeans = fit(
-        points, settings.clusters, seed=settings.seed, rounds=settings.rounds, balanced=settings.balanced
-    )
-    say(
-        f"{len(vocabulary):,} words; k-means ended after {kmeans.rounds} rounds (last shift {kmeans.shift:.1g})"
-    )
+    kmeans = fit(points, settings.clusters, seed=settings.seed, rounds=settings.rounds, balanced=settings.balanced)
+    say(f"{len(vocabulary):,} words; k-means ended after {kmeans.rounds} rounds (last shift {kmeans.shift:.1g})")
     return Clusterer(settings, vocabulary, vectors, kmeans.centres.astype(np.float32), spellings)
 
 
-def _count_words(
-    texts: Sequence[str], settings: ClustererSettings
-) -> tuple[Any, NDArray[np.uint64], tuple[str, ...]]:
+def _count_words(texts: Sequence[str], settings: ClustererSettings) -> tuple[Any, NDArray[np.uint64], tuple[str, ...]]:
     """Return word counts (N, F), the sorted hashes of the vocabulary (F,) and its spellings."""
     import numpy as np
     from scipy.sparse import csr_matrix

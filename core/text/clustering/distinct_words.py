@@ -15,9 +15,7 @@ def distinct_words(
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     settings = (
-        {"analyzer": "char_wb", "ngram_range": (2, 3)}
-        if is_mostly_unspaced(texts)
-        else {"stop_words": "english"}
+        {"analyzer": "char_wb", "ngram_range": (2, 3)} if is_mostly_unspaced(texts) else {"stop_words": "english"}
     )
     vectors = TfidfVectorizer(max_features=20_000, sublinear_tf=True, **settings)
     try:

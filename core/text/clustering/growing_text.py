@@ -48,9 +48,7 @@ class Reader:
 
         return GrowingText(np.zeros(self.clusterer.vectors.shape[1], np.float32), "", DecodeStream())
 
-    def grow(
-        self, text: GrowingText, pieces: Sequence[Sequence[int]]
-    ) -> tuple[GrowingText, NDArray[np.float32]]:
+    def grow(self, text: GrowingText, pieces: Sequence[Sequence[int]]) -> tuple[GrowingText, NDArray[np.float32]]:
         """Append pieces of tokens to a text.
 
         Returns the new text and the sum of the vectors of all its words after each piece, (pieces, d).
@@ -69,9 +67,7 @@ class Reader:
         return GrowingText(complete[-1], tail, stream), complete + sums[1::2]
 
     def _decode(self, stream: DecodeStream, tokens: Sequence[int]) -> str:
-        pieces = (
-            "\n" if token == self.separator else stream.step(self.tokenizer, token) or "" for token in tokens
-        )
+        pieces = ("\n" if token == self.separator else stream.step(self.tokenizer, token) or "" for token in tokens)
         return "".join(pieces)
 
 

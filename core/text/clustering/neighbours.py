@@ -59,9 +59,7 @@ def nearest_neighbours(points_Nd: NDArray[np.float32], count: int, seed: int = 0
             order = np.lexsort((candidates[best], -best_cosines), axis=1)
             best_cosines = np.take_along_axis(best_cosines, order, axis=1)
             is_similar = best_cosines > 0
-            places[rows, :kept] = np.where(
-                is_similar, candidates[np.take_along_axis(best, order, axis=1)], -1
-            )
+            places[rows, :kept] = np.where(is_similar, candidates[np.take_along_axis(best, order, axis=1)], -1)
             similarities[rows, :kept] = np.where(is_similar, best_cosines, -1)
     return Neighbours(places, similarities)
 

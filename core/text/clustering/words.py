@@ -104,9 +104,7 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     return np.flatnonzero(changes == 1), np.flatnonzero(changes == -1)
 
 
-def _ngrams(
-    begins: NDArray[np.int64], ends: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _ngrams(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the begins and ends of all bigrams and trigrams within the runs, in order."""
     import numpy as np
 
@@ -121,9 +119,7 @@ def _ngrams(
     return starts[order], stops[order]
 
 
-def _hashes(
-    codes: NDArray[np.uint32], begins: NDArray[np.int64], ends: NDArray[np.int64]
-) -> NDArray[np.uint64]:
+def _hashes(codes: NDArray[np.uint32], begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return the hash of each range of code points: a 64-bit polynomial with a final mixing step."""
     import numpy as np
 

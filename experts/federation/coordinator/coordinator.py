@@ -99,13 +99,9 @@ class Coordinator:
     def open_requests(self, name: str) -> list[ExpertRequest]:
         """Return an owner's requests without an accepted delivery whose deadline has not passed."""
         requests = [
-            self.request(entry.request)
-            for entry in self.ledger.states_of(name).values()
-            if entry.state != "accepted"
+            self.request(entry.request) for entry in self.ledger.states_of(name).values() if entry.state != "accepted"
         ]
-        return [
-            request for request in requests if request.deadline > self.now() and self._is_current(request)
-        ]
+        return [request for request in requests if request.deadline > self.now() and self._is_current(request)]
 
     def seed_folder(self, request: ExpertRequest) -> Path:
         """Return the folder of a request's seed; raises `UserError` if another seed has replaced it."""
@@ -129,8 +125,7 @@ class Coordinator:
     def has_later_rounds(self, name: str) -> bool:
         """Return whether an owner takes part in a shared model that is not finished."""
         return any(
-            name in shared.rounds.plan.owners and not shared.is_finished
-            for shared in self.shared_models().values()
+            name in shared.rounds.plan.owners and not shared.is_finished for shared in self.shared_models().values()
         )
 
     @property
@@ -223,9 +218,7 @@ class Coordinator:
             return Refusal(RefusalCode.LATE)
         seed_bytes = sum(file.size for file in request.seed_files)
         refusal = refusal_of_statement(signed, request, member.key, seed_bytes, self.rules)
-        if refusal is None and self.ledger.accepted_from(signed.statement.expert) - self._allowed_repeats(
-            request
-        ):
+        if refusal is None and self.ledger.accepted_from(signed.statement.expert) - self._allowed_repeats(request):
             return Refusal(RefusalCode.REPLAY)
         return refusal
 

@@ -82,9 +82,7 @@ class OpenRound:
         if rounds.number != round_.number:  # the round may have closed before a restart sent the verdict
             counted = rounds.number > round_.number and request.owner in rounds.report(round_.number).shares
             return None if counted else Refusal(RefusalCode.LATE)
-        refusal = refusal_of_expert(
-            folder, signed, request, self.seed, self.rules, lambda: self._held_out(folder)
-        )
+        refusal = refusal_of_expert(folder, signed, request, self.seed, self.rules, lambda: self._held_out(folder))
         if refusal is not None:
             rounds.leave_out(request.owner, refusal.code.name, str(refusal))
             return refusal

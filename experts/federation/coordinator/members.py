@@ -50,9 +50,7 @@ class Members:
         try:
             members = [Member(name, PublicKey.parse(line)) for name, line in content["members"].items()]
         except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({error}); restore it, or invite the owners again"
-            ) from None
+            raise UserError(f"{self.path} is damaged ({error}); restore it, or invite the owners again") from None
         return sorted(members, key=lambda member: member.name)
 
     def get(self, name: str) -> Member:

@@ -43,9 +43,7 @@ class SharedStatus:
     """Deadline of the open round; None when all rounds are closed."""
 
 
-def begin_rounds(
-    coordinator: Coordinator, name: str, plan: RoundPlan, settings: SharedSettings
-) -> SharedModel:
+def begin_rounds(coordinator: Coordinator, name: str, plan: RoundPlan, settings: SharedSettings) -> SharedModel:
     """Create a shared model and request its first round; if it exists, extend the deadline of the open round.
 
     An extension also readmits owners who were refused or left out of the open round. Raises `UserError` for owners who are not

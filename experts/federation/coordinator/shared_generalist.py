@@ -62,8 +62,6 @@ def _statements(coordinator: Coordinator, shared: SharedModel) -> dict[str, Data
         if round_ is not None and round_.rounds == shared.identifier:
             number, _ = latest.get(request.owner, (-1, DataStatement()))
             if round_.number > number:
-                data = parse_record(
-                    DataStatement, dict(signed.statement.data), f"delivery of {request.owner}"
-                )
+                data = parse_record(DataStatement, dict(signed.statement.data), f"delivery of {request.owner}")
                 latest[request.owner] = (round_.number, DataStatement(data.domains))
     return {owner: data for owner, (_, data) in sorted(latest.items())}

@@ -194,9 +194,7 @@ def _check_tensors(folder: Path, manifest: Manifest, seed: Path, rules: Rules) -
             raise _Refused(RefusalCode.SHAPES, f"the seed has no tensor '{name:.100}'")
         entry, base_entry = expert.entry(name), base.entry(name)
         if entry.shape != base_entry.shape:
-            raise _Refused(
-                RefusalCode.SHAPES, f"'{name}' is {list(entry.shape)}, the seed's {list(base_entry.shape)}"
-            )
+            raise _Refused(RefusalCode.SHAPES, f"'{name}' is {list(entry.shape)}, the seed's {list(base_entry.shape)}")
         if entry.dtype != base_entry.dtype:
             raise _Refused(RefusalCode.DTYPES, f"'{name}' is {entry.dtype}, the seed's {base_entry.dtype}")
         if name not in trainable and expert.digest(name) != seed_digests.get(name):

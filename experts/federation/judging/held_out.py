@@ -116,9 +116,7 @@ def loss_on(folder: Path, text: Mapping[str, TokenBlocks]) -> float:
             num_blocks = max(len(blocks), 1)  # a text shorter than a block still has one short block
             indices = np.unique(np.linspace(0, num_blocks - 1, min(BLOCKS, num_blocks)).astype(int))
             for index in indices.tolist():
-                log_probs = token_log_probs(
-                    model, torch.from_numpy(blocks.block(index)[None]).to(model.device)
-                )
+                log_probs = token_log_probs(model, torch.from_numpy(blocks.block(index)[None]).to(model.device))
                 total -= float(log_probs.double().sum())
                 count += log_probs.numel()
             losses.append(total / max(count, 1))

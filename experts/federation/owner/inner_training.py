@@ -60,9 +60,7 @@ class InnerTraining:
         loop = TrainingLoop(all_parameters(model), self.blocks, self.config)
         begin, end = task.round * self.steps, (task.round + 1) * self.steps
         if end > self.config.steps:
-            raise UserError(
-                f"round {task.round} exceeds the {self.config.steps} steps that training.tokens allows"
-            )
+            raise UserError(f"round {task.round} exceeds the {self.config.steps} steps that training.tokens allows")
         self._restore(loop, begin, end, shared)
         saved_at = time.monotonic()
         for report in loop.steps() if loop.step < end else ():

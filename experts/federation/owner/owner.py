@@ -294,14 +294,10 @@ def check_recipe(request: ExpertRequest) -> None:
     """Raise `UserError` for settings a coordinator must not choose: local paths, and noise from a known random seed."""
     recipe = request.recipe
     if recipe.privacy is not None and recipe.privacy.get("noise", "secret") != "secret":
-        raise UserError(
-            "the request asks for seeded noise, which can be subtracted and protects nobody; it is refused"
-        )
+        raise UserError("the request asks for seeded noise, which can be subtracted and protects nobody; it is refused")
     for name, value in {**recipe.options, **recipe.training}.items():
         if isinstance(value, str) and any(mark in value for mark in "/\\~"):
-            raise UserError(
-                f"the request sets '{name:.40}' to a path, which only the owner may choose; it is refused"
-            )
+            raise UserError(f"the request sets '{name:.40}' to a path, which only the owner may choose; it is refused")
         if not isinstance(value, str | int | float | bool | list | None):
             raise UserError(f"the request sets '{name:.40}' to a value of an unsupported type; it is refused")
 

@@ -46,9 +46,4 @@ def is_private_enough(run_folder: Path, privacy: Mapping[str, Any] | None) -> bo
     if privacy is None or not (run_folder / RUN_FILE).is_file():
         return True
     dp = read_run(run_folder).dp
-    return (
-        dp is not None
-        and dp.noise == "secret"
-        and dp.epsilon <= privacy["epsilon"]
-        and dp.delta <= privacy["delta"]
-    )
+    return dp is not None and dp.noise == "secret" and dp.epsilon <= privacy["epsilon"] and dp.delta <= privacy["delta"]

@@ -37,6 +37,4 @@ def recipe_of(
     chosen = {**defaults, **(options or {})}
     parse_options(trainer.options, chosen, f"trainer '{trainer.name}'")
     validate_settings(TrainingConfig, dict(training or {}), "the training of a recipe")
-    return Recipe(
-        trains, chosen, dict(training or {}), checked_privacy(privacy) if privacy is not None else None
-    )
+    return Recipe(trains, chosen, dict(training or {}), checked_privacy(privacy) if privacy is not None else None)

@@ -37,9 +37,7 @@ def train_round(folder: Path, round_: RoundOf, state: Path, tell: Tell, stopped:
             told_at = now
             tell({"step": step - round_.number * round_.steps, "total_steps": round_.steps, "loss": loss})
 
-    training = InnerTraining(
-        state, run.base, training_blocks(run), run.spec.training, round_.steps, on_step, stopped
-    )
+    training = InnerTraining(state, run.base, training_blocks(run), run.spec.training, round_.steps, on_step, stopped)
     with exclusive(state.with_name("state.lock"), f"the rounds of '{round_.model}'", patience_s=60):
         training(OwnerTask(run.spec.name, round_.number, run.base, folder / SINGLE_FILE))
     metrics = {"loss": last_loss} if not math.isnan(last_loss) else {}  # NaN if a kill followed the last step

@@ -102,9 +102,7 @@ def _workspace(owner: Owner, request: ExpertRequest) -> Layout:
     return Layout(root)
 
 
-def _branch(
-    layout: Layout, project: ProjectConfig, request: ExpertRequest, privacy: Mapping[str, Any] | None
-) -> None:
+def _branch(layout: Layout, project: ProjectConfig, request: ExpertRequest, privacy: Mapping[str, Any] | None) -> None:
     if (layout.experts / request.owner / RUN_FILE).is_file():
         return
     recipe = request.recipe
@@ -137,9 +135,7 @@ def _train(
     if request.recipe.round is None:
         train_run(folder, reporter.record, stopped)
     else:
-        train_round(
-            folder, request.recipe.round, owner.shared_folder(request) / "state", reporter.record, stopped
-        )
+        train_round(folder, request.recipe.round, owner.shared_folder(request) / "state", reporter.record, stopped)
     last = reporter.last
     reporter.write(Progress("ready", last.steps, last.steps, last.loss, 0.0))
 

@@ -84,9 +84,7 @@ class Statement:
             or not isinstance(content["data"], dict)
             or not (content["privacy"] is None or isinstance(content["privacy"], dict))
         ):
-            raise UserError(
-                "a field of the delivery's statement has the wrong type; create the delivery again"
-            )
+            raise UserError("a field of the delivery's statement has the wrong type; create the delivery again")
         files = tuple(FileParts.of_json(file) for file in content["files"])
         if len({file.name for file in files}) != len(files):
             raise UserError("the delivery's statement lists a file twice; create the delivery again")

@@ -34,9 +34,7 @@ class PublicKey:
         words = text.split()
         if len(words) < 2 or words[0] != KIND:
             kind = words[0][:40] if words else "an empty file"
-            raise UserError(
-                f"not an owner's public key ({kind}); `expertctl federate keys` makes one of type {KIND}"
-            )
+            raise UserError(f"not an owner's public key ({kind}); `expertctl federate keys` makes one of type {KIND}")
         key = cls(f"{words[0]} {words[1]}")
         key._load()
         return key

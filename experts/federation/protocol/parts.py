@@ -122,9 +122,7 @@ class PartsWriter:
         """Write one part; raises `UserError` for bytes that do not match the announced digest and for a full disk."""
         begin, end = self.file.span(index)
         if len(data) != end - begin or hashlib.sha256(data).hexdigest() != self.file.parts[index]:
-            raise UserError(
-                f"part {index} of {self.file.name} does not match its announced digest; send it again"
-            )
+            raise UserError(f"part {index} of {self.file.name} does not match its announced digest; send it again")
         if index not in self.missing():
             return
         with os_errors_as_user_errors(self.path):

@@ -42,8 +42,7 @@ class Progress:
             progress.state not in get_args(ProgressState)
             or progress.code not in get_args(FailureCode)
             or not all(
-                isinstance(number, int | float) and math.isfinite(number) and 0 <= number < 1e15
-                for number in numbers
+                isinstance(number, int | float) and math.isfinite(number) and 0 <= number < 1e15 for number in numbers
             )
         ):
             raise UserError("a field of a progress message has an invalid value")

@@ -40,13 +40,9 @@ class RoundOf:
         numbers = (self.number, self.total, self.steps)
         is_valid = all(type(number) is int and 0 <= number < 10**9 for number in numbers)
         if not is_valid or not is_identifier(self.rounds):
-            raise UserError(
-                "a field of the request's round is invalid; ask the coordinator for a new request"
-            )
+            raise UserError("a field of the request's round is invalid; ask the coordinator for a new request")
         if not 0 <= self.number < self.total or self.steps < 1:
-            raise UserError(
-                "the request's round number is out of range; ask the coordinator for a new request"
-            )
+            raise UserError("the request's round number is out of range; ask the coordinator for a new request")
         check_name(self.model, "a shared model")
 
     def __str__(self) -> str:
@@ -61,9 +57,7 @@ class RoundOf:
         """Read a round from a recipe's `as_json`; raises `UserError` for anything else."""
         check_fields(content, "the round of a request", ("model", "rounds", "number", "total", "steps"))
         if not isinstance(content["model"], str):
-            raise UserError(
-                "the shared model's name in the request is not text; ask the coordinator for a new request"
-            )
+            raise UserError("the shared model's name in the request is not text; ask the coordinator for a new request")
         return cls(**content)
 
 
@@ -159,9 +153,7 @@ class ExpertRequest:
         try:
             deadline = datetime.fromisoformat(content["deadline"])
         except ValueError:
-            raise UserError(
-                f"the deadline {content['deadline']!r} of the request is not an ISO 8601 time"
-            ) from None
+            raise UserError(f"the deadline {content['deadline']!r} of the request is not an ISO 8601 time") from None
         if deadline.tzinfo is None:
             raise UserError(f"the deadline {content['deadline']!r} of the request has no time zone")
         return cls(
@@ -182,9 +174,7 @@ def without_superseded(requests: Sequence[ExpertRequest]) -> list[ExpertRequest]
         if (part := request.recipe.round) is not None:
             latest[part.rounds] = max(part.number, latest.get(part.rounds, 0))
     return [
-        request
-        for request in requests
-        if (part := request.recipe.round) is None or part.number == latest[part.rounds]
+        request for request in requests if (part := request.recipe.round) is None or part.number == latest[part.rounds]
     ]
 
 

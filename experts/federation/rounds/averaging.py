@@ -137,15 +137,11 @@ def _refusal_of_header(weights: Checkpoint, shared: Checkpoint) -> Refusal | Non
                 f"'{name}' is {list(entry.shape)}, the shared tensor {list(shared_entry.shape)}",
             )
         if entry.dtype != shared_entry.dtype:
-            return Refusal(
-                RefusalCode.DTYPES, f"'{name}' is {entry.dtype}, the shared tensor {shared_entry.dtype}"
-            )
+            return Refusal(RefusalCode.DTYPES, f"'{name}' is {entry.dtype}, the shared tensor {shared_entry.dtype}")
     return None
 
 
-def owner_shares(
-    weights: Mapping[str, float], recipe: OuterRecipe, rules: AveragingRules
-) -> dict[str, float]:
+def owner_shares(weights: Mapping[str, float], recipe: OuterRecipe, rules: AveragingRules) -> dict[str, float]:
     """Return each owner's share in the average, sorted by name and summing to 1.
 
     Token counts are capped at `rules.max_weight` times their median.
@@ -184,9 +180,7 @@ def average_round(
     with fewer bits, which would otherwise lose small steps. `state` is the previous round's state file, None in the first round.
     The same contributions give the same bytes. Raises `UserError` if weights have changed since they were examined.
     """
-    readers = [
-        _WeightsReader(contribution) for contribution in sorted(contributions, key=lambda item: item.owner)
-    ]
+    readers = [_WeightsReader(contribution) for contribution in sorted(contributions, key=lambda item: item.owner)]
     state_shapes = _state_shapes(shared, recipe)
     shapes = {name: (shared.entry(name).dtype, shared.entry(name).shape) for name in shared}
     with TensorStream(weights_file, shapes) as weights, TensorStream(state_file, state_shapes) as outer:

@@ -55,9 +55,7 @@ class Rounds:
         if root.exists():
             rounds = cls(root)
             if rounds.plan != plan or rounds.start != digest:
-                raise UserError(
-                    f"{root} holds rounds of another plan or model; choose another folder, or remove it"
-                )
+                raise UserError(f"{root} holds rounds of another plan or model; choose another folder, or remove it")
             return rounds
         with new_folder(root, what="rounds") as partial:
             write_plan(partial, plan, digest)
@@ -139,9 +137,7 @@ class Rounds:
                 return verdict
             with new_folder(self._delivery_folder(owner), force=True, what="delivery") as partial:
                 link_or_copy(file, partial / SINGLE_FILE)
-                write_json(
-                    partial / DELIVERY_FILE, asdict(Delivery(verdict.digest, float(weight), verdict.change))
-                )
+                write_json(partial / DELIVERY_FILE, asdict(Delivery(verdict.digest, float(weight), verdict.change)))
             (self._folder() / "refused" / f"{owner}.json").unlink(missing_ok=True)
         return None
 
@@ -193,9 +189,7 @@ class Rounds:
             raise UserError(f"round {number} is not closed yet")
         content = read_json(path)
         before = content["before"]
-        return RoundReport(
-            number, content["digest"], before["shares"], before["refused"], tuple(before["missing"])
-        )
+        return RoundReport(number, content["digest"], before["shares"], before["refused"], tuple(before["missing"]))
 
     def _record_closing(self, folder: Path) -> dict[str, Any]:
         """Record once which owners count; later deliveries are late."""
@@ -258,9 +252,7 @@ class Rounds:
 
     def _require_owner(self, owner: str) -> None:
         if owner not in self.plan.owners:
-            raise UserError(
-                f"'{owner}' is not an owner of these rounds; owners: {', '.join(self.plan.owners)}"
-            )
+            raise UserError(f"'{owner}' is not an owner of these rounds; owners: {', '.join(self.plan.owners)}")
 
     def _folder(self) -> Path:
         return self.root / _name(self.number)
@@ -276,9 +268,7 @@ def _name(number: int) -> str:
     return f"round-{number:05d}"
 
 
-def _write_round(
-    folder: Path, number: int, digest: str, deadline: datetime, before: Mapping[str, Any]
-) -> None:
+def _write_round(folder: Path, number: int, digest: str, deadline: datetime, before: Mapping[str, Any]) -> None:
     write_json(
         folder / ROUND_FILE,
         {

@@ -66,17 +66,13 @@ class SharedModel:
     def __init__(self, root: Path) -> None:
         content = read_json(root / SETTINGS_FILE)
         if content.get("format") != FORMAT:
-            raise UserError(
-                f"{root / SETTINGS_FILE} has format {content.get('format')}; this version reads {FORMAT}"
-            )
+            raise UserError(f"{root / SETTINGS_FILE} has format {content.get('format')}; this version reads {FORMAT}")
         self.root, self.name = root, root.name
         self.identifier, self.settings = str(content["rounds"]), SharedSettings(**content["settings"])
         self.rounds = Rounds(root / "rounds")
 
     @classmethod
-    def begin(
-        cls, root: Path, seed: Path, plan: RoundPlan, settings: SharedSettings, now: datetime
-    ) -> SharedModel:
+    def begin(cls, root: Path, seed: Path, plan: RoundPlan, settings: SharedSettings, now: datetime) -> SharedModel:
         """Create a shared model from a seed's weights, replacing the remains of a killed attempt."""
         remove_tree(root)
         first_seed = root / "seeds" / _folder_name(0)
@@ -100,9 +96,7 @@ class SharedModel:
 
     def recipe(self) -> Recipe:
         """Return the recipe of requests for the open round."""
-        round_ = RoundOf(
-            self.name, self.identifier, self.rounds.number, self.settings.total, self.settings.steps
-        )
+        round_ = RoundOf(self.name, self.identifier, self.rounds.number, self.settings.total, self.settings.steps)
         return Recipe(TRAINS, {}, dict(self.settings.training), round=round_)
 
     def seed_folder(self) -> Path:

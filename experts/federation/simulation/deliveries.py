@@ -24,9 +24,7 @@ from ..protocol.requests import ExpertRequest, Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-Delivers = Literal[
-    "good", "not_finite", "wrong_shape", "scaled_up", "frozen_part", "forged", "someone_elses", "replay"
-]
+Delivers = Literal["good", "not_finite", "wrong_shape", "scaled_up", "frozen_part", "forged", "someone_elses", "replay"]
 """Kind of delivery: a valid expert, or one of the invalid ones that a coordinator must refuse."""
 
 RECIPE = Recipe("feed_forward")
@@ -73,9 +71,7 @@ class StandIns:
         """Make an owner's key pair."""
         return make_key(self._root / name)
 
-    def delivery(
-        self, request: ExpertRequest, number: int, delivers: Delivers
-    ) -> tuple[Path, SignedStatement]:
+    def delivery(self, request: ExpertRequest, number: int, delivers: Delivers) -> tuple[Path, SignedStatement]:
         """Return the folder and signed statement of an owner's delivery, created on the first call."""
         folder = self._root / request.owner / "delivery"
         if request.owner not in self._signed:

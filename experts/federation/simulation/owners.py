@@ -50,9 +50,7 @@ class OwnerTraits:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} of '{self.name}' must be 0 or more")
         if self.delivers not in get_args(Delivers):
-            raise UserError(
-                f"delivers of '{self.name}' is '{self.delivers}'; choose {', '.join(get_args(Delivers))}"
-            )
+            raise UserError(f"delivers of '{self.name}' is '{self.delivers}'; choose {', '.join(get_args(Delivers))}")
         ends = [0.0, *(hour for span in self.offline for hour in span)]
         if sorted(ends) != ends:
             raise UserError(f"the offline periods of '{self.name}' are not in order")
@@ -111,9 +109,7 @@ def read_trace(path: Path) -> list[OwnerTraits]:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     rows: Iterable[Any]
     if path.suffix in (".jsonl", ".ndjson"):
-        rows = [
-            _json_row(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        rows = [_json_row(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
         rows = list(csv.DictReader(text.splitlines()))
     owners = []

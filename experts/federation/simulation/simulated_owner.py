@@ -200,9 +200,7 @@ class SimulatedOwner:
     def _report(self, total_seconds: float) -> None:
         assert self.request is not None
         state: Literal["training", "ready"] = "training" if self._reports < REPORTS else "ready"
-        progress = Progress(
-            state, self._reports, REPORTS, seconds_left=max(total_seconds - self.trained, 0.0)
-        )
+        progress = Progress(state, self._reports, REPORTS, seconds_left=max(total_seconds - self.trained, 0.0))
         self.world.coordinator.record_progress(self.traits.name, self.request.id, progress)
 
     def _announce(self) -> None:

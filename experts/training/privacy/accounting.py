@@ -38,9 +38,7 @@ class Mechanism:
     """Releases before training."""
 
 
-def mechanism_for(
-    dp: DpConfig, training: TrainingConfig, blocks: int, before: Sequence[Release] = ()
-) -> Mechanism:
+def mechanism_for(dp: DpConfig, training: TrainingConfig, blocks: int, before: Sequence[Release] = ()) -> Mechanism:
     """Return the mechanism with the least noise that keeps a run within its privacy budget.
 
     Raises `UserError` for a text with too few blocks, and for a budget that no noise can meet.

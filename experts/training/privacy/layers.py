@@ -27,9 +27,7 @@ RELATIVE_ERROR = 1e-2
 """Tolerance for float32 gradients summed in different orders."""
 
 ANOTHER_PART = "train other parameters (--trains)"
-ONE_BY_ONE = (
-    "train one block at a time (training.batch_size: 1 and a larger accumulation), which works for any layer"
-)
+ONE_BY_ONE = "train one block at a time (training.batch_size: 1 and a larger accumulation), which works for any layer"
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -54,9 +52,7 @@ def attach_hooks(module: nn.Module) -> GradSampleHooks:
         with quiet_hooks():
             return GradSampleHooks(module, batch_first=True, loss_reduction="mean", strict=True)
     except NotImplementedError as error:
-        raise UserError(
-            f"these parameters cannot train with differential privacy: {first_line(error)}"
-        ) from None
+        raise UserError(f"these parameters cannot train with differential privacy: {first_line(error)}") from None
 
 
 def require_separable(
@@ -73,18 +69,13 @@ def require_separable(
     """
     generator = torch.Generator().manual_seed(0)
     shape = (EXAMPLES, min(block_size, PROBE_TOKENS) + 1)
-    tokens_BT1 = torch.randint(vocabulary, shape, generator=generator).to(
-        next(iter(parameters.values())).device
-    )
+    tokens_BT1 = torch.randint(vocabulary, shape, generator=generator).to(next(iter(parameters.values())).device)
     with _without_dropout(module):
         hooks.disable_hooks()
         _require_independent_examples(module, loss, tokens_BT1)
         hooks.enable_hooks()
         batch_gradients = _batch_gradients(module, parameters, loss, tokens_BT1)
-        scale = (
-            max(float(gradient.abs().max()) for gradient in batch_gradients.values() if gradient is not None)
-            or 1.0
-        )
+        scale = max(float(gradient.abs().max()) for gradient in batch_gradients.values() if gradient is not None) or 1.0
         for row in range(EXAMPLES):
             single_gradients = _single_gradients(parameters, loss, tokens_BT1[row : row + 1])
             for name, expected in single_gradients.items():
@@ -100,9 +91,7 @@ def _require_independent_examples(module: nn.Module, loss: Loss, tokens_BT1: Ten
             if len(batch) != len(tokens_BT1) or len(single) != 1 or batch[0].shape != single[0].shape:
                 continue  # no example dimension, such as position embeddings
             if not torch.allclose(batch[row].float(), single[0].float(), rtol=RELATIVE_ERROR, atol=1e-4):
-                raise _refusal(
-                    name, layer, "its output for one example depends on the other examples in the batch"
-                )
+                raise _refusal(name, layer, "its output for one example depends on the other examples in the batch")
 
 
 def _layer_outputs(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
@@ -175,9 +164,7 @@ class _LayerProbe:
             rows = [len(value) for value in inputs if isinstance(value, Tensor) and value.dim()]
             has_tensor_keyword = any(isinstance(value, Tensor) for value in keywords.values())
             if len(inputs) != 1 or len(rows) != 1 or has_tensor_keyword:
-                raise _refusal(
-                    name, layer, "it has more than one input tensor, and Opacus uses only the first"
-                )
+                raise _refusal(name, layer, "it has more than one input tensor, and Opacus uses only the first")
             if rows != [EXAMPLES]:
                 raise _refusal(
                     name,

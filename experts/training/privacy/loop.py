@@ -65,9 +65,7 @@ class PrivateTrainingLoop(TrainingLoop):
             )
         hooks = attach_hooks(self.module)
         vocabulary = int(getattr(getattr(self.module, "config", None), "vocab_size", 0)) or 2
-        require_separable(
-            self.module, hooks, self.parameters, self._full_loss, vocabulary, self.config.sequence_length
-        )
+        require_separable(self.module, hooks, self.parameters, self._full_loss, vocabulary, self.config.sequence_length)
 
     def _accumulate(self) -> Tensor:
         """Set the private gradient and return the mean loss of the sampled blocks, 0 if none was sampled."""
@@ -83,9 +81,7 @@ class PrivateTrainingLoop(TrainingLoop):
         expected = self.mechanism.rate * len(self._examples)
         for name, parameter in self.parameters.items():
             parameter.grad = self._add_noise(name, sums[name]) / expected
-        self.accountant.step(
-            noise_multiplier=self.mechanism.noise_multiplier, sample_rate=self.mechanism.rate
-        )
+        self.accountant.step(noise_multiplier=self.mechanism.noise_multiplier, sample_rate=self.mechanism.rate)
         return total / max(len(sampled), 1)
 
     def _load_blocks(self, indices: Any) -> Tensor:
@@ -148,9 +144,7 @@ class PrivateTrainingLoop(TrainingLoop):
 
     def statement(self) -> PrivacyStatement:
         """Return the privacy statement of the run so far."""
-        return privacy_statement(
-            self.dp, self.mechanism, self.accountant.history, self.config.sequence_length
-        )
+        return privacy_statement(self.dp, self.mechanism, self.accountant.history, self.config.sequence_length)
 
     # --- state ---
 
@@ -159,9 +153,7 @@ class PrivateTrainingLoop(TrainingLoop):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Load the privacy history; raises `UserError` if it does not match this run's mechanism."""
-        history = [
-            (float(sigma), float(rate), int(steps)) for sigma, rate, steps in state["privacy"]["history"]
-        ]
+        history = [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in state["privacy"]["history"]]
         steps = int(state["step"])
         expected = [*self.mechanism.before, (self.mechanism.noise_multiplier, self.mechanism.rate, steps)]
         if history != expected:

@@ -28,9 +28,7 @@ def model_stock(group: TensorGroup, options: ModelStockOptions) -> Any:
     """
     count = len(group.experts)
     if count < 2:
-        raise ValueError(
-            f"model_stock needs 2 or more experts, and {count} is given; add one or choose another method"
-        )
+        raise ValueError(f"model_stock needs 2 or more experts, and {count} is given; add one or choose another method")
     if options.filter_wise and group.seed.ndim > 1:
         return _merge_rows(group)
     products = inner_products(group.experts, group.seed)

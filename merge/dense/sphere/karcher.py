@@ -24,8 +24,7 @@ class KarcherOptions:
     def __post_init__(self) -> None:
         if self.max_iter < 1 or self.tol <= 0:
             raise ValueError(
-                f"max_iter is {self.max_iter} and tol is {self.tol}; max_iter must be at least 1 and tol "
-                "greater than 0"
+                f"max_iter is {self.max_iter} and tol is {self.tol}; max_iter must be at least 1 and tol greater than 0"
             )
 
 
@@ -50,9 +49,7 @@ def karcher(group: TensorGroup, options: KarcherOptions) -> Any:
     return weighted_sum([float(coefficient) for coefficient in coefficients], group.experts)
 
 
-def _mean_direction(
-    units: NDArray[Any], weights: NDArray[Any], options: KarcherOptions, fallback: int
-) -> NDArray[Any]:
+def _mean_direction(units: NDArray[Any], weights: NDArray[Any], options: KarcherOptions, fallback: int) -> NDArray[Any]:
     """Return the coefficients of the mean direction over unit vectors with Gram matrix `units`."""
     import numpy as np
 

@@ -58,9 +58,7 @@ def _slerp_rows(group: TensorGroup, t: float, base: Array | None, axis: int) -> 
         xp.clip(xp.sqrt(xp.sum(endpoint * endpoint, axis=axis, keepdims=True)), _SMALLEST_NORM, math.inf)
         for endpoint in endpoints
     ]
-    cosine = xp.clip(
-        xp.sum((endpoints[0] / norms[0]) * (endpoints[1] / norms[1]), axis=axis, keepdims=True), -1.0, 1.0
-    )
+    cosine = xp.clip(xp.sum((endpoints[0] / norms[0]) * (endpoints[1] / norms[1]), axis=axis, keepdims=True), -1.0, 1.0)
     is_parallel = 1 - cosine * cosine <= _PARALLEL_SINE_SQUARED
     angle = xp.acos(xp.where(is_parallel, xp.zeros_like(cosine), cosine))
     sine = xp.sin(angle)

@@ -43,12 +43,8 @@ def breadcrumbs_ties(group: TensorGroup, options: BreadcrumbsOptions) -> Any:
 
 
 def _breadcrumbs(group: TensorGroup, options: BreadcrumbsOptions, *, elect: bool) -> Any:
-    settings = zip(
-        per_expert_values(options.density, group), per_expert_values(options.gamma, group), strict=True
-    )
-    filters = [
-        _band_filter(group, number, density, gamma) for number, (density, gamma) in enumerate(settings)
-    ]
+    settings = zip(per_expert_values(options.density, group), per_expert_values(options.gamma, group), strict=True)
+    filters = [_band_filter(group, number, density, gamma) for number, (density, gamma) in enumerate(settings)]
     return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
 
 

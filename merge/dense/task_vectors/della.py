@@ -35,9 +35,7 @@ class DellaOptions:
         check_range("epsilon", self.epsilon, 0, 0.5)
         pair = [self.density, self.epsilon]
         count = max((len(option) for option in pair if isinstance(option, tuple)), default=1)
-        densities, epsilons = (
-            (option if isinstance(option, tuple) else (option,) * count) for option in pair
-        )
+        densities, epsilons = ((option if isinstance(option, tuple) else (option,) * count) for option in pair)
         for density, epsilon in zip(densities, epsilons, strict=True):
             if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
                 raise ValueError(
@@ -57,12 +55,9 @@ def della_linear(group: TensorGroup, options: DellaOptions) -> Any:
 
 
 def _della(group: TensorGroup, options: DellaOptions, *, elect: bool) -> Any:
-    settings = zip(
-        per_expert_values(options.density, group), per_expert_values(options.epsilon, group), strict=True
-    )
+    settings = zip(per_expert_values(options.density, group), per_expert_values(options.epsilon, group), strict=True)
     filters = [
-        _random_filter(group, number, density, epsilon, options)
-        for number, (density, epsilon) in enumerate(settings)
+        _random_filter(group, number, density, epsilon, options) for number, (density, epsilon) in enumerate(settings)
     ]
     return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
 

@@ -105,10 +105,7 @@ def routing_measures(decisions: list[Decision]) -> dict[str, float]:
     """
     with torch.no_grad():
         loads = torch.stack(
-            [
-                decision.mean_gates() / decision.mean_gates().sum() * decision.num_experts
-                for decision in decisions
-            ]
+            [decision.mean_gates() / decision.mean_gates().sum() * decision.num_experts for decision in decisions]
         )
         entropy = torch.stack([decision.entropy() for decision in decisions]).mean()
     return {
@@ -126,10 +123,7 @@ def balance_loss(decisions: list[Decision]) -> Tensor:
     2.3). A balanced layer contributes 1.
     """
     return torch.stack(
-        [
-            decision.num_experts * (decision.mean_gates() * decision.mean_probabilities()).sum()
-            for decision in decisions
-        ]
+        [decision.num_experts * (decision.mean_gates() * decision.mean_probabilities()).sum() for decision in decisions]
     ).sum()
 
 
@@ -138,9 +132,7 @@ def z_loss(decisions: list[Decision]) -> Tensor:
 
     ST-MoE (arXiv:2202.08906, equation 5).
     """
-    return torch.stack(
-        [decision.logits.float().logsumexp(dim=-1).square().mean() for decision in decisions]
-    ).mean()
+    return torch.stack([decision.logits.float().logsumexp(dim=-1).square().mean() for decision in decisions]).mean()
 
 
 class SampledTop1:

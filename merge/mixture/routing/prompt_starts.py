@@ -90,9 +90,7 @@ def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
     entries = Checkpoint.of_folder(inputs.seed).entries
     name = embedding_name(entries)
     if name is None:
-        raise UserError(
-            f"{inputs.seed} has no token embedding with a known tensor name; choose another router"
-        )
+        raise UserError(f"{inputs.seed} has no token embedding with a known tensor name; choose another router")
     with Reader() as reader:
         embedding = reader.read(StoredTensor(entries[name], name=name))
     tokenizer = load_tokenizer(inputs.seed)
@@ -132,8 +130,7 @@ def _from_prompts(inputs: RouterInputs, embed: _Embed, router: str) -> RouterSta
             rows[:, number] -= embed(negative)
         if not rows[:, number].any():
             raise UserError(
-                f"the positive and negative prompts of '{name}' cancel out, which gives a router row of 0; "
-                "change one"
+                f"the positive and negative prompts of '{name}' cancel out, which gives a router row of 0; change one"
             )
     return RouterStart(_normalize(rows).astype(np.float32))
 
@@ -141,9 +138,7 @@ def _from_prompts(inputs: RouterInputs, embed: _Embed, router: str) -> RouterSta
 def prompts_of(settings: Mapping[str, Any], key: str, name: str) -> list[str]:
     """Return an expert's prompts; raises `UserError` unless they are a list of nonempty strings."""
     prompts = settings.get(key, [])
-    if not isinstance(prompts, list | tuple) or not all(
-        isinstance(prompt, str) and prompt for prompt in prompts
-    ):
+    if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
         raise UserError(f"{key} of '{name}' is not a list of nonempty texts")
     return list(prompts)
 

@@ -27,9 +27,7 @@ def options_of(inputs: RouterInputs, defaults: Mapping[str, Any], router: str) -
     """Return a router start's options merged into its defaults; raises `UserError` for an unknown option."""
     for key, value in inputs.options.items():
         if key not in defaults:
-            raise UserError(
-                f"router start '{router}' has no option '{key}'; it has {', '.join(defaults) or 'none'}"
-            )
+            raise UserError(f"router start '{router}' has no option '{key}'; it has {', '.join(defaults) or 'none'}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"option '{key}' of router start '{router}' is {value!r}; it must be a number")
     return {**defaults, **inputs.options}
@@ -56,9 +54,7 @@ def linear_rows(inputs: RouterInputs) -> RouterStart:
     """
     options = options_of(inputs, {"seed": 0}, "linear")
     bound = inputs.width**-0.5
-    return _draw_rows(
-        inputs, options["seed"], lambda generator, shape: generator.uniform(-bound, bound, shape)
-    )
+    return _draw_rows(inputs, options["seed"], lambda generator, shape: generator.uniform(-bound, bound, shape))
 
 
 def _draw_rows(
@@ -180,9 +176,7 @@ def hidden_rows(inputs: RouterInputs) -> RouterStart:
                 f"router start 'hidden' needs validation text of the domain of '{name}'; name domains with "
                 "--fit-on, or choose another router"
             )
-        blocks = [
-            block for domain in domains for block in spread_blocks(texts[domain], int(options["samples"]))
-        ]
+        blocks = [block for domain in domains for block in spread_blocks(texts[domain], int(options["samples"]))]
         moments[number] = input_moments(model, blocks, full=True)
         inputs.say(f"hidden states of '{name}': {moments[number].tokens:,} tokens of {', '.join(domains)}")
     means = [domain.mean for domain in moments.values()]

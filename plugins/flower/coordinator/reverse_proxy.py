@@ -91,13 +91,11 @@ class Gateway:
             elif scope["query_string"]:
                 answer = 404, b"", "text/plain"
             elif target.startswith(PATH):
-                headers = {
-                    name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-                }
+                headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
                 answer = await self._endpoints.answer(method, target, headers, _reader(receive))
-            elif (
-                method == "POST" and target.removeprefix(FLEET) in FLEET_CALLS and target.startswith(FLEET)
-            ) or (method == "GET" and target == "/health"):
+            elif (method == "POST" and target.removeprefix(FLEET) in FLEET_CALLS and target.startswith(FLEET)) or (
+                method == "GET" and target == "/health"
+            ):
                 await self._forward(method, target, scope["headers"], receive, send)
                 return
             else:
@@ -151,9 +149,7 @@ class Gateway:
         ]
         content = response.content
         response_headers.append((b"content-length", str(len(content)).encode()))
-        await send(
-            {"type": "http.response.start", "status": response.status_code, "headers": response_headers}
-        )
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response_headers})
         await send({"type": "http.response.body", "body": content})
 
     def _connected_client(self) -> httpx.AsyncClient:
@@ -169,9 +165,7 @@ class _Disconnected(Exception):
     """The client has closed the connection."""
 
 
-def _reader(
-    receive: Receive, reserve: Callable[[int], None] = lambda size: None
-) -> Callable[[int], Awaitable[bytes]]:
+def _reader(receive: Receive, reserve: Callable[[int], None] = lambda size: None) -> Callable[[int], Awaitable[bytes]]:
     """Return a function that reads a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`."""
 
     async def read(limit: int) -> bytes:

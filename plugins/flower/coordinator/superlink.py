@@ -35,9 +35,7 @@ APP = Path(__file__).parents[1] / "app"
 class SuperLink:
     """The supervised server; call `tick` about once a second."""
 
-    def __init__(
-        self, folder: Path, certificates: Certificates, members: Members, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, folder: Path, certificates: Certificates, members: Members, tell: Callable[[str], None]) -> None:
         self.folder, self._certificates, self._members, self._tell = folder, certificates, members, tell
         self.port = 0
         self.ready = False
@@ -107,9 +105,7 @@ class SuperLink:
     def _is_healthy(self) -> bool:
         context = ssl.create_default_context(cafile=str(self._certificates.authority))
         try:
-            with urllib.request.urlopen(
-                f"https://{self.address}/health", timeout=5, context=context
-            ) as response:
+            with urllib.request.urlopen(f"https://{self.address}/health", timeout=5, context=context) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False
@@ -173,10 +169,7 @@ class SuperLink:
             raise UserError(f"`flwr {arguments[0]}` did not answer in {COMMAND_S} s") from None
         content = _json_in(result.stdout)
         if result.returncode != 0 or not content.get("success", True):
-            reason = (
-                content.get("error-message")
-                or (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-            )
+            reason = content.get("error-message") or (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"`flwr {' '.join(arguments[:2])}` failed: {reason}")
         return content
 

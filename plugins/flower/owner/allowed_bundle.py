@@ -33,9 +33,7 @@ def digest_of_bundle(content: bytes) -> str:
             digests = {entry.filename: hashlib.sha256(archive.read(entry)).hexdigest() for entry in entries}
     except (zipfile.BadZipFile, RuntimeError, EOFError, NotImplementedError):
         raise UserError("the app bundle is not a zip archive") from None
-    if len(digests) != len(entries) or any(
-        name.startswith("/") or ".." in name or "\\" in name for name in digests
-    ):
+    if len(digests) != len(entries) or any(name.startswith("/") or ".." in name or "\\" in name for name in digests):
         raise UserError("the app bundle has a file name twice or a path outside the bundle")
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
@@ -55,9 +53,7 @@ def write_allowed(state: Path) -> str:
         )
         bundles = list(folder.glob("*.fab"))
         if result.returncode != 0 or len(bundles) != 1:
-            raise UserError(
-                f"`flwr build` failed: {(result.stderr.strip().splitlines() or ['no reason'])[-1]}"
-            )
+            raise UserError(f"`flwr build` failed: {(result.stderr.strip().splitlines() or ['no reason'])[-1]}")
         digest = digest_of_bundle(bundles[0].read_bytes())
     write_json(state / ALLOWED_FILE, {"sha256": [digest]})
     return digest

@@ -72,9 +72,7 @@ class Hello:
         name, identifiers, more = content["name"], content["open"], content["more"]
         are_texts = isinstance(identifiers, list) and all(isinstance(text, str) for text in identifiers)
         if not (isinstance(name, str) and are_texts and isinstance(more, bool)):
-            raise UserError(
-                "a field of the coordinator's answer to a hello has the wrong type; check --server"
-            )
+            raise UserError("a field of the coordinator's answer to a hello has the wrong type; check --server")
         return cls(name, tuple(identifiers), more)
 
 
@@ -113,9 +111,7 @@ class CoordinatorClient:
 
     def progress(self, request: str, progress: Progress) -> None:
         """Send the progress of a training run."""
-        check_fields(
-            self._call("POST", f"progress/{request}", progress.as_json()), "the answer to progress", ()
-        )
+        check_fields(self._call("POST", f"progress/{request}", progress.as_json()), "the answer to progress", ())
 
     def begin(self, request: str, signed: SignedStatement) -> Mapping[str, Any]:
         """Announce a delivery; return `{"missing": {FILE: [PART, ...]}}` or `{"refusal": CODE}`."""
@@ -138,9 +134,7 @@ class CoordinatorClient:
 
     def _call(self, method: str, endpoint: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
         body = json.dumps(content).encode() if content is not None else b""
-        return _parse_object(
-            self._send(method, PATH + endpoint, hashlib.sha256(body).hexdigest(), body, MAX_JSON)
-        )
+        return _parse_object(self._send(method, PATH + endpoint, hashlib.sha256(body).hexdigest(), body, MAX_JSON))
 
     def _send(self, method: str, target: str, digest: str, body: bytes | None, limit: int) -> bytes:
         import httpx

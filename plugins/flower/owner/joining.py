@@ -87,9 +87,7 @@ def _is_done(owner: Owner, work: OwnerWork, hello: Hello) -> bool:
 class _Membership:
     """Sends a hello every few seconds, which reports presence and detects a second process with the same key."""
 
-    def __init__(
-        self, owner: Owner, client: CoordinatorClient, name: str | None, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, owner: Owner, client: CoordinatorClient, name: str | None, tell: Callable[[str], None]) -> None:
         self._owner, self._client, self._name, self._tell = owner, client, name, tell
         self._next_at = 0.0
         self._reported = ""
@@ -111,9 +109,7 @@ class _Membership:
             self._handle_error(error)
             return
         if self._name is not None and hello.name != self._name:
-            raise UserError(
-                f"the coordinator knows this key as '{hello.name}'; join with --name {hello.name}"
-            )
+            raise UserError(f"the coordinator knows this key as '{hello.name}'; join with --name {hello.name}")
         self._duplicate_since = None
         if self.last_hello is None:
             self._say(f"joined as '{hello.name}'")

@@ -181,9 +181,7 @@ class OwnerWork:
         folder = self._owner.delivery_folder(request.id)
         if not (folder / "delivery.json").is_file():
             expert = self._owner.expert_folder(request)
-            make_delivery(
-                expert, request, self._owner.key(), folder, part_size=part_size(_largest_file(expert))
-            )
+            make_delivery(expert, request, self._owner.key(), folder, part_size=part_size(_largest_file(expert)))
         return self._owner.delivery(request.id)
 
     def _send(self, request: ExpertRequest, signed: SignedStatement, missing: dict[str, list[int]]) -> None:

@@ -21,9 +21,7 @@ for a minute."""
 class SuperNode:
     """The supervised node; call `tick` about once a second."""
 
-    def __init__(
-        self, state: Path, server: str, authority: Path, key: Path, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, state: Path, server: str, authority: Path, key: Path, tell: Callable[[str], None]) -> None:
         self._state, self._server, self._authority, self._key = state, server, authority, key
         self._tell = tell
         self._child = Child(state / "flower" / "supernode.log")

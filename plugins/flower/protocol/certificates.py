@@ -108,9 +108,7 @@ def _make_authority(folder: Path) -> None:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name(
-        [x509.NameAttribute(x509.NameOID.COMMON_NAME, f"expertctl federation {os.urandom(4).hex()}")]
-    )
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"expertctl federation {os.urandom(4).hex()}")])
     usage = x509.KeyUsage(
         digital_signature=True,
         key_cert_sign=True,
@@ -149,9 +147,7 @@ def _make_server(folder: Path, certificates: Certificates, names: Sequence[str])
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(alternative, critical=False)
         .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
         .sign(signer, hashes.SHA384())
     )
     _write_key(certificates.key, key)

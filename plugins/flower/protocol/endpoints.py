@@ -89,9 +89,7 @@ class Endpoints:
         try:
             signed = await asyncio.to_thread(self._gate.check, method, target, headers)
             self._require_single_session(signed)
-            await asyncio.to_thread(
-                self._coordinator.presence.note, signed.member.name, self._coordinator.now()
-            )
+            await asyncio.to_thread(self._coordinator.presence.note, signed.member.name, self._coordinator.now())
             for route_method, pattern, handler in self._routes:
                 match = pattern.fullmatch(target.removeprefix(PATH))
                 if route_method == method and match is not None:
@@ -126,9 +124,7 @@ class Endpoints:
         more = await asyncio.to_thread(self._coordinator.has_later_rounds, name)
         return _json({"name": name, "open": [request.id for request in requests], "more": more})
 
-    async def _seed_part(
-        self, signed: SignedRequest, read: Read, request: str, file: str, index: str
-    ) -> Answer:
+    async def _seed_part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
         await _body(signed, read, SMALL_BODY)
         async with self._parts:
             data = await asyncio.to_thread(
@@ -155,9 +151,7 @@ class Endpoints:
     async def _part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
         async with self._parts:
             data = await _body(signed, read, PART_BYTES)
-            await asyncio.to_thread(
-                self._coordinator.put, signed.member.name, request, unquote(file), int(index), data
-            )
+            await asyncio.to_thread(self._coordinator.put, signed.member.name, request, unquote(file), int(index), data)
         return _json({})
 
     async def _finish(self, signed: SignedRequest, read: Read, request: str) -> Answer:

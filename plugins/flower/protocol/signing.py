@@ -42,16 +42,12 @@ class SignedRequest:
     """Identifies the owner's process."""
 
 
-def signed_bytes(
-    method: str, target: str, digest: str, at: str, nonce: str, session: str, audience: str
-) -> bytes:
+def signed_bytes(method: str, target: str, digest: str, at: str, nonce: str, session: str, audience: str) -> bytes:
     """Return the bytes that a signature covers; no field can hold a line break, so they identify the request."""
     return "\n".join(("expertctl-1", method, target, digest, at, nonce, session, audience)).encode()
 
 
-def signed_headers(
-    key: OwnerKey, method: str, target: str, digest: str, session: str, audience: str
-) -> dict[str, str]:
+def signed_headers(key: OwnerKey, method: str, target: str, digest: str, session: str, audience: str) -> dict[str, str]:
     """Return the headers that sign a request; `audience` is the fingerprint of the server's certificate authority."""
     at, nonce = f"{time.time():.3f}", secrets.token_hex(NONCE_BYTES)
     signature = key.sign(signed_bytes(method, target, digest, at, nonce, session, audience))
@@ -77,8 +73,7 @@ class Gatekeeper:
     def check(self, method: str, target: str, headers: Mapping[str, str]) -> SignedRequest:
         """Return the authenticated request; raises `NotSigned` unless a member signed it just now and for the first time."""
         values = [
-            headers.get(f"{PREFIX}{name}", "")
-            for name in ("key", "digest", "time", "nonce", "session", "signature")
+            headers.get(f"{PREFIX}{name}", "") for name in ("key", "digest", "time", "nonce", "session", "signature")
         ]
         key, digest, at, nonce, session, signature = values
         if not all(values) or any(len(value) > 300 for value in values) or not _is_hex(digest, 64):
@@ -86,9 +81,7 @@ class Gatekeeper:
         member = self._members.find_by_key(key)
         if member is None:
             raise NotSigned("UNKNOWN_KEY")
-        if not member.key.verify(
-            signed_bytes(method, target, digest, at, nonce, session, self._audience), signature
-        ):
+        if not member.key.verify(signed_bytes(method, target, digest, at, nonce, session, self._audience), signature):
             raise NotSigned("BAD_SIGNATURE")
         try:
             signed_at = float(at)

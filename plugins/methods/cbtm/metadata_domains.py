@@ -73,9 +73,7 @@ class MetadataDomains:
 
     def write(self, folder: Path) -> None:
         """Write `values.json`."""
-        write_json(
-            folder / VALUES_FILE, {"field": self.field, "values": list(self.values), "others": self.others}
-        )
+        write_json(folder / VALUES_FILE, {"field": self.field, "values": list(self.values), "others": self.others})
 
 
 def fit_metadata(inputs: DiscoveryInputs, options: MetadataOptions) -> MetadataDomains:
@@ -101,15 +99,11 @@ def fit_metadata(inputs: DiscoveryInputs, options: MetadataOptions) -> MetadataD
             f"contains rare values, or set most above {options.most}"
         )
     if count > len(ranked):
-        raise UserError(
-            f"'{options.field}' has {len(ranked)} values, too few for {count} clusters; request fewer"
-        )
+        raise UserError(f"'{options.field}' has {len(ranked)} values, too few for {count} clusters; request fewer")
     others = count < len(ranked)
     kept = tuple(ranked[: count - 1] if others else ranked)
     indices = {value: number for number, value in enumerate(kept)}
-    samples = [
-        (text, indices.get(value, len(kept))) for value, value_texts in texts.items() for text in value_texts
-    ]
+    samples = [(text, indices.get(value, len(kept))) for value, value_texts in texts.items() for text in value_texts]
     words = distinct_words([text for text, _ in samples], [index for _, index in samples], count)
     return MetadataDomains(options.field, kept, others, words)
 

@@ -82,9 +82,7 @@ def fit_vector_clusters(
     import numpy as np
 
     if len(texts) < clusters:
-        raise UserError(
-            f"{clusters} clusters need at least as many texts, and there are {len(texts)}; request fewer"
-        )
+        raise UserError(f"{clusters} clusters need at least as many texts, and there are {len(texts)}; request fewer")
     vectors = embed(texts)
     mean = vectors.mean(axis=0)
     points = unit_rows(vectors - mean)

@@ -56,9 +56,7 @@ def require_dense(folder: Path, options: DemixTraining, domains: Sequence[str]) 
     from ....core.manifests.manifest import manifest_path, read_manifest
 
     if len(domains) < 2:
-        raise UserError(
-            "demix trains one feed-forward network per domain; name two or more domains: --domains A,B"
-        )
+        raise UserError("demix trains one feed-forward network per domain; name two or more domains: --domains A,B")
     merged = read_manifest(folder).merged if manifest_path(folder) is not None else None
     if merged is not None and (merged.kind in ("ensemble", "stitched") or merged.mixture is not None):
         raise UserError(
@@ -93,14 +91,10 @@ def require_shared_layers(folder: Path, options: DemixAdaptation, domains: Seque
                 "another model with --from"
             )
     if options.name is None and len(domains) > 1:
-        raise UserError(
-            "demix_dapt trains one expert on all domains, which needs a name; add --option name=NAME"
-        )
+        raise UserError("demix_dapt trains one expert on all domains, which needs a name; add --option name=NAME")
     name = check_name(_expert_name(options, domains), "an expert")
     if name in config.get("experts", ()):
-        raise UserError(
-            f"'{folder.name}' already has an expert '{name}'; choose another name with --option name=NAME"
-        )
+        raise UserError(f"'{folder.name}' already has an expert '{name}'; choose another name with --option name=NAME")
 
 
 def _expert_name(options: DemixAdaptation, domains: Iterable[str]) -> str:

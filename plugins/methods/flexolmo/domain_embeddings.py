@@ -44,9 +44,7 @@ def hidden_state_embedding(
     import torch
 
     domain, public_mean = input_moments(model, own).mean, input_moments(model, public).mean
-    direction = torch.nn.functional.normalize(domain, dim=-1) - torch.nn.functional.normalize(
-        public_mean, dim=-1
-    )
+    direction = torch.nn.functional.normalize(domain, dim=-1) - torch.nn.functional.normalize(public_mean, dim=-1)
     rows = scale_to_unit_logits(model, direction.float(), [*own, *public])
     return DomainEmbedding(rows, domain.float(), public_mean.float())
 
@@ -108,9 +106,7 @@ def sentence_embedding(
     return DomainEmbedding(rows, domain.float(), public_mean.float())
 
 
-def scale_to_unit_logits(
-    model: PreTrainedModel, direction_Ld: Tensor, blocks: Sequence[NDArray[Any]]
-) -> Tensor:
+def scale_to_unit_logits(model: PreTrainedModel, direction_Ld: Tensor, blocks: Sequence[NDArray[Any]]) -> Tensor:
     """Return directions scaled to a root mean square of 1 of their products with the feed-forward inputs."""
     import torch
 

@@ -136,9 +136,7 @@ def _own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _embedding(
-    model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingText
-) -> DomainEmbedding | None:
+def _embedding(model: PreTrainedModel, options: FlexOlmoTraining, text: TrainingText) -> DomainEmbedding | None:
     if options.embedding == "none":
         return None
     if text.private is not None:
@@ -168,8 +166,7 @@ def _private_embedding(
 
     if options.embedding not in (None, "hidden"):
         raise UserError(
-            "sentence embeddings are not supported with differential privacy; use --option embedding=none "
-            "or hidden"
+            "sentence embeddings are not supported with differential privacy; use --option embedding=none or hidden"
         )
     if options.embedding is None and not private.releases_embedding:
         return None
@@ -234,8 +231,7 @@ def trainers() -> list[Trainer]:
     return [
         Trainer(
             "flexolmo",
-            "feed-forward networks and router row of an owner, beside the frozen public feed-forward "
-            "networks",
+            "feed-forward networks and router row of an owner, beside the frozen public feed-forward networks",
             prepare,
             FlexOlmoTraining,
             uses_text=True,

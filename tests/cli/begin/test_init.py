@@ -27,9 +27,7 @@ def test_bundled_lists_the_four_corpora_each_with_an_expert(run: Any, tmp_path: 
     run("init", tmp_path / "new", "--bundled")
     project = load_project(tmp_path / "new" / "expertctl.yaml")
     assert list(project.domains) == ["python", "cpp", "manual", "science"]
-    assert {name: expert.domain for name, expert in project.experts.items()} == {
-        name: name for name in project.domains
-    }
+    assert {name: expert.domain for name, expert in project.experts.items()} == {name: name for name in project.domains}
 
 
 def test_a_seed_folder_is_noted_by_its_full_path(
@@ -41,22 +39,15 @@ def test_a_seed_folder_is_noted_by_its_full_path(
 
 
 @pytest.mark.parametrize("bundled", [[], ["--bundled"]])
-def test_every_commented_line_is_valid_once_its_mark_is_removed(
-    bundled: list[str], run: Any, tmp_path: Path
-) -> None:
+def test_every_commented_line_is_valid_once_its_mark_is_removed(bundled: list[str], run: Any, tmp_path: Path) -> None:
     run("init", tmp_path / "new", *bundled)
     path = tmp_path / "new" / "expertctl.yaml"
     lines = path.read_text(encoding="utf-8").splitlines()
-    settings = [
-        line.replace("# ", "", 1) if line.lstrip().startswith("# ") and ":" in line else line
-        for line in lines
-    ]
+    settings = [line.replace("# ", "", 1) if line.lstrip().startswith("# ") and ":" in line else line for line in lines]
     kept = [
         line
         for line in settings
-        if not line.startswith(
-            ("How every", "What this", "The checkpoint", "Named", "One expert", "Generalists")
-        )
+        if not line.startswith(("How every", "What this", "The checkpoint", "Named", "One expert", "Generalists"))
     ]
     path.write_text("\n".join(kept), encoding="utf-8")
     project = load_project(path)

@@ -151,9 +151,7 @@ def _empty(folder: Path) -> Path:
         (lambda folder: folder / "nowhere.tar", "does not exist"),
     ],
 )
-def test_invalid_packs_are_one_line_errors(
-    run: Any, hub: Path, make: Callable[[Path], Path], said: str
-) -> None:
+def test_invalid_packs_are_one_line_errors(run: Any, hub: Path, make: Callable[[Path], Path], said: str) -> None:
     state = invite(run, hub, "site-a")
     done = run(
         *("federate", "work", str(make(hub.parent)), "--data", str(hub.parent / "site-a.jsonl")),
@@ -168,10 +166,7 @@ def test_missing_things_are_one_line_errors(run: Any, hub: Path) -> None:
     state = hub.parent / "state"
     assert "no owner is invited" in run("federate", "status", cwd=hub).out
     assert "there is no key in" in run(*work(hub, "site-a"), cwd=hub.parent).error
-    assert (
-        "does not exist; the owner makes it"
-        in run("federate", "invite", "none.pub", "--name", "a", cwd=hub).error
-    )
+    assert "does not exist; the owner makes it" in run("federate", "invite", "none.pub", "--name", "a", cwd=hub).error
     assert "no member 'site-z'" in run("federate", "pack", "site-z", "-o", str(state), cwd=hub).error
     invite(run, hub, "site-a")
     for how, said in {

@@ -97,9 +97,7 @@ def test_json_that_is_missing_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json")
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
-    tmp_path: Path, full_disk: None
-) -> None:
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path: Path, full_disk: None) -> None:
     (tmp_path / "x.txt").write_text("old")
     with pytest.raises(UserError, match=r"no space left while writing .*x\.txt.*; free some"):
         write_text(tmp_path / "x.txt", "new" * 10_000)
@@ -107,9 +105,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
     assert names(tmp_path) == ["x.txt"]
 
 
-def test_weights_that_find_no_room_leave_the_old_ones_and_nothing_else(
-    tmp_path: Path, full_disk: None
-) -> None:
+def test_weights_that_find_no_room_leave_the_old_ones_and_nothing_else(tmp_path: Path, full_disk: None) -> None:
     import torch
 
     from expertctl.core.artefacts.safetensors_io import write_tensors
@@ -140,9 +136,7 @@ def test_what_the_operating_system_refuses_is_one_clear_line(tmp_path: Path, err
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
-def test_a_read_only_folder_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
-) -> None:
+def test_a_read_only_folder_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     """The calls are made to refuse, since tests may run as root, whom no mode bits stop."""
     monkeypatch.setattr(Path, "mkdir", refusing(error))
     monkeypatch.setattr(Path, "open", refusing(error))
@@ -266,9 +260,7 @@ def test_files_are_linked_and_not_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "b").is_symlink()
 
 
-def test_where_hard_links_do_not_work_a_symbolic_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_hard_links_do_not_work_a_symbolic_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_text("1")
     monkeypatch.setattr(os, "link", refusing(errno.EXDEV))
     link_or_copy(tmp_path / "a", tmp_path / "b")
@@ -303,9 +295,7 @@ def holder(tmp_path: Path) -> Any:
     process.stdout.close()
 
 
-def test_a_lock_keeps_another_process_out_until_it_dies_by_whatever_means(
-    tmp_path: Path, holder: Any
-) -> None:
+def test_a_lock_keeps_another_process_out_until_it_dies_by_whatever_means(tmp_path: Path, holder: Any) -> None:
     lock = tmp_path / "locks" / "x.lock"
     begun = time.monotonic()
     with (

@@ -14,9 +14,7 @@ from expertctl.core.text import token_store
 from expertctl.workspace import TrainResult, Workspace
 
 
-def test_a_workspace_is_found_upward_as_git_does(
-    shared_workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_workspace_is_found_upward_as_git_does(shared_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = shared_workspace / "experts" / "law"
     assert Layout.find(deep).root == shared_workspace.resolve()
     monkeypatch.chdir(deep)
@@ -47,9 +45,7 @@ def test_an_artefact_is_found_by_name_or_path(shared_workspace: Path) -> None:
 
 def test_an_unknown_artefact_is_refused_with_the_choices(new_workspace: object, tmp_path: Path) -> None:
     layout = Layout(new_workspace(tmp_path / "ws", ("law",)))
-    with pytest.raises(
-        UserError, match=r"no model 'lwa' \(did you mean 'law'\?\); this workspace has: law, seed"
-    ):
+    with pytest.raises(UserError, match=r"no model 'lwa' \(did you mean 'law'\?\); this workspace has: law, seed"):
         layout.artefact("lwa")
     (layout.experts / "begun").mkdir()
     with pytest.raises(UserError, match="begun is not finished; resume it with `expertctl train begun`"):
@@ -61,9 +57,7 @@ def test_names_that_are_safe_as_folders_are_taken(name: str) -> None:
     assert check_name(name, "an expert") == name
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".law", "-law", "a/b", "../a", "a b", "größe", "seed", "a\n", "_"]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", ".law", "-law", "a/b", "../a", "a b", "größe", "seed", "a\n", "_"])
 def test_names_that_are_not_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="an expert cannot be called"):
         check_name(name, "an expert")
@@ -76,9 +70,7 @@ def test_a_result_raises_only_when_asked_and_only_for_what_did_not_finish() -> N
     TrainResult(("law",)).raise_for_failures()
     with pytest.raises(UserError, match=r"^code: no space left; tax: out of memory$"):
         TrainResult(("law",), {"code": "no space left", "tax": "out of memory"}).raise_for_failures()
-    with pytest.raises(
-        Interrupted, match=r"^law, code: stopped, state saved; rerun the same command to resume$"
-    ):
+    with pytest.raises(Interrupted, match=r"^law, code: stopped, state saved; rerun the same command to resume$"):
         TrainResult((), {"tax": "out of memory"}, ("law", "code")).raise_for_failures()
 
 

@@ -26,9 +26,7 @@ def numbers() -> torch.Tensor:
     found = torch.randn(50_000, generator=source) * scale
     halves = torch.arange(0, 2**16, dtype=torch.int32) * 2**16 + 2**15
     ties = halves.view(torch.float32)
-    return torch.cat(
-        [found, ties[torch.isfinite(ties)], torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])]
-    )
+    return torch.cat([found, ties[torch.isfinite(ties)], torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])])
 
 
 @pytest.mark.parametrize("dtype", KINDS)

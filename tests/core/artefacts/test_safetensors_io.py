@@ -120,9 +120,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
-@given(
-    st.dictionaries(names, st.tuples(st.sampled_from(DTYPES), shapes), max_size=5), st.integers(0, 2**32 - 1)
-)
+@given(st.dictionaries(names, st.tuples(st.sampled_from(DTYPES), shapes), max_size=5), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_is_written_is_read_back_bit_by_bit(
     tmp_path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]], seed: int

@@ -107,8 +107,7 @@ WRONG = {
     "training:\n  device: 3": "2: training.device: input should be a valid string (it is 3)",
     "merges:\n  f: {method: m,\n      experts: a}": "3: merges.f.experts: input should be a valid list (it is 'a')",
     "merges:\n  f:\n    method: m\n    weights: {a: x}": "4: merges.f.weights.a: input should be a valid number, … 'x')",
-    LAW
-    + "experts:\n  a:\n    domain: law\n    from: [b]": "5: experts.a.from: input should be a valid string",
+    LAW + "experts:\n  a:\n    domain: law\n    from: [b]": "5: experts.a.from: input should be a valid string",
     LAW
     + "experts:\n  a:\n    domain: law\n    from: {b: x}": "5: experts.a.from.b: input should be a valid number, … 'x')",
     "1: 2": "1: 1: keys should be strings",

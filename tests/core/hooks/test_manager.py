@@ -298,9 +298,9 @@ def test_commands_are_added_to_the_group() -> None:
     import click
 
     group = click.Group("expertctl")
-    fresh_plugins(
-        offering(lambda cli: cli.add_command(click.Command("mine")), "register_commands")
-    ).register_commands(group)
+    fresh_plugins(offering(lambda cli: cli.add_command(click.Command("mine")), "register_commands")).register_commands(
+        group
+    )
     assert "mine" in group.commands
 
 
@@ -384,12 +384,8 @@ def test_installed_plugins_are_found_and_broken_ones_named_in_a_fresh_process(si
     assert version == "1.0"
     told = [line for line in done.stderr.splitlines() if "dist-" in line]
     assert len(told) == 3
-    assert (
-        "plugin 'broken' (dist-broken): cannot be imported: ModuleNotFoundError: No module named" in told[0]
-    )
-    assert (
-        "plugin 'misspelt' (dist-misspelt): there is no hook 'trainer' (did you mean 'trainers'?)" in told[1]
-    )
+    assert "plugin 'broken' (dist-broken): cannot be imported: ModuleNotFoundError: No module named" in told[0]
+    assert "plugin 'misspelt' (dist-misspelt): there is no hook 'trainer' (did you mean 'trainers'?)" in told[1]
     assert "plugin 'quits' (dist-quits): cannot be imported: SystemExit: 3" in told[2]
 
 
@@ -405,10 +401,7 @@ def test_an_empty_selection_loads_none(load: Callable[[str | None], Loaded]) -> 
 
 def test_a_selected_plugin_that_is_not_installed_is_named(load: Callable[[str | None], Loaded]) -> None:
     (problem,) = load("goood").problems
-    assert (
-        str(problem)
-        == "plugin 'goood' (EXPERTCTL_PLUGINS): is asked for but not installed (did you mean 'good'?)"
-    )
+    assert str(problem) == "plugin 'goood' (EXPERTCTL_PLUGINS): is asked for but not installed (did you mean 'good'?)"
 
 
 def test_the_process_has_one_manager() -> None:

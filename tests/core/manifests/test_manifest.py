@@ -173,9 +173,7 @@ def test_what_changed_is_named(artefact: Path) -> None:
     tensors = {name: weights.read(name) for name in weights}
     write_tensors(artefact / "model.safetensors", tensors | {"b": torch.zeros(2, 2).bfloat16()})
     assert verify(artefact) == ["tensor b was changed"]
-    with pytest.raises(
-        UserError, match="is not what its manifest says: tensor b was changed; restore or remake"
-    ):
+    with pytest.raises(UserError, match="is not what its manifest says: tensor b was changed; restore or remake"):
         require_intact(artefact)
 
 

@@ -62,9 +62,7 @@ def test_a_dtype_may_be_asked_for(shared_workspace: Path, new_workspace: Any, tm
 
 
 def test_an_unknown_dtype_is_a_users_error(shared_workspace: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"no dtype 'flaot32' \(did you mean 'float32'\?\); known: auto, bfloat16"
-    ):
+    with pytest.raises(UserError, match=r"no dtype 'flaot32' \(did you mean 'float32'\?\); known: auto, bfloat16"):
         expertctl.load_model(shared_workspace / "seed", dtype="flaot32")
 
 
@@ -83,17 +81,11 @@ def test_an_expert_elsewhere_needs_its_seed_named(shared_workspace: Path, tmp_pa
     assert tokenizer_folder(away, shared_workspace / "seed") == shared_workspace / "seed"
 
 
-def test_an_expert_of_another_seed_is_refused(
-    shared_workspace: Path, new_workspace: Any, tmp_path: Path
-) -> None:
+def test_an_expert_of_another_seed_is_refused(shared_workspace: Path, new_workspace: Any, tmp_path: Path) -> None:
     other = new_workspace(tmp_path / "ws", (), seed=5)
-    with pytest.raises(
-        UserError, match=r"expert 'law' was branched from seed [0-9a-f]{12}, but .* is [0-9a-f]{12}"
-    ):
+    with pytest.raises(UserError, match=r"expert 'law' was branched from seed [0-9a-f]{12}, but .* is [0-9a-f]{12}"):
         expertctl.load_model(shared_workspace / "experts" / "law", seed=other / "seed")
-    with pytest.raises(
-        UserError, match=r"needs its seed, and .* is not a seed folder; pass the seed with seed="
-    ):
+    with pytest.raises(UserError, match=r"needs its seed, and .* is not a seed folder; pass the seed with seed="):
         expertctl.load_model(shared_workspace / "experts" / "law", seed=tmp_path)
 
 
@@ -101,9 +93,7 @@ def test_an_expert_of_another_seed_is_refused(
 
 
 def test_an_unfinished_expert_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"has no config\.json: it is not a model folder, or it is unfinished"
-    ):
+    with pytest.raises(UserError, match=r"has no config\.json: it is not a model folder, or it is unfinished"):
         expertctl.load_model(tmp_path)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match=r"is an unfinished run: it has a run\.json and no manifest"):

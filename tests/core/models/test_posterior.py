@@ -48,9 +48,7 @@ def test_the_posterior_is_bayes_rule(kind: str) -> None:
     found = log_posterior(scores, torch.tensor(prior).log(), kind).exp()
     for b in range(2):
         expected = naive_posterior(scores[:, b].double().tolist(), prior, kind)
-        torch.testing.assert_close(
-            found[:, b].T.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(found[:, b].T.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,8 +56,7 @@ def test_the_mixture_is_the_sum_over_experts(kind: str) -> None:
     scores, prior = random_scores(3, 1, 5), [0.1, 0.6, 0.3]
     weights = naive_posterior(scores[:, 0].double().tolist(), prior, kind)
     expected = [
-        math.log(math.fsum(weights[t][k] * math.exp(float(scores[k, 0, t])) for k in range(3)))
-        for t in range(5)
+        math.log(math.fsum(weights[t][k] * math.exp(float(scores[k, 0, t])) for k in range(3))) for t in range(5)
     ]
     found = mixture_log_probs(scores, torch.tensor(prior).log(), kind)[0]
     torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)

@@ -108,9 +108,7 @@ def test_a_damaged_part_is_refused_with_the_way_to_mend_it(tmp_path: Path) -> No
     store = written(tmp_path, [[1, 2, 3]])
     path = tmp_path / "tokens-00000.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        UserError, match=r"tokens-00000\.bin is damaged; delete .* and run `expertctl data prepare`"
-    ):
+    with pytest.raises(UserError, match=r"tokens-00000\.bin is damaged; delete .* and run `expertctl data prepare`"):
         TokenStore(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match=r"tokens-00000\.bin is damaged"):
@@ -221,9 +219,7 @@ def test_domains_give_their_shares_at_any_point(sizes: list[int], data: st.DataO
     for name, size in enumerate(sizes):
         mine = [index for of, index in drawn if of == name]
         assert len(mine) < size or sorted(mine[:size]) == list(range(size))
-        assert [domain_at(union, Position(0, index)) == name for index in range(300)] == [
-            of == name for of, _ in drawn
-        ]
+        assert [domain_at(union, Position(0, index)) == name for index in range(300)] == [of == name for of, _ in drawn]
 
 
 def test_domains_of_a_union_are_shuffled_each_for_itself() -> None:

@@ -61,10 +61,7 @@ def test_bytes_are_neither_lost_nor_added(encoder: TextEncoder, texts: list[str]
 
 def test_it_agrees_with_what_transformers_loads(model_folder: Path, encoder: TextEncoder) -> None:
     theirs = load_tokenizer(model_folder)
-    assert (
-        encoder.encode(["def area(width):"])[0]
-        == theirs("def area(width):", add_special_tokens=False)["input_ids"]
-    )
+    assert encoder.encode(["def area(width):"])[0] == theirs("def area(width):", add_special_tokens=False)["input_ids"]
     assert theirs.eos_token_id == encoder.separator
     assert len(theirs) == encoder.vocabulary
 
@@ -73,9 +70,7 @@ def test_training_a_tokenizer_gives_the_same_bytes_again(tmp_path: Path) -> None
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         train_tokenizer(iter(["to be or not to be"] * 9), 270, tmp_path / name, max_length=64)
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (
-        tmp_path / "b" / "tokenizer.json"
-    ).read_bytes()
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
     assert TextEncoder.of_folder(tmp_path / "a").vocabulary <= 270
 
 

@@ -54,9 +54,7 @@ def test_two_owners_train_apart_and_their_experts_merge(
         trained(coordinator, owner, request)
         assert owner.progress(request.id).state == "ready"
         signed = owner.delivery(request.id)
-        assert (
-            hand_in(coordinator, owner.delivery_folder(request.id), request.owner, request.id, signed) is None
-        )
+        assert hand_in(coordinator, owner.delivery_folder(request.id), request.owner, request.id, signed) is None
         assert coordinator.finish(request.owner, request.id) is None  # told twice, done once
         assert coordinator.begin(request.owner, request.id, signed) == {
             file.name: [] for file in signed.statement.files
@@ -91,9 +89,7 @@ def test_a_delivery_holds_only_what_the_review_shows(
         "rounded": True,
     }
     crossed = b"".join(path.read_bytes() for path in folder.iterdir())
-    lines = [
-        line.strip() for line in (owner.settings().data).read_text().split("\\n") if len(line.strip()) > 20
-    ]
+    lines = [line.strip() for line in (owner.settings().data).read_text().split("\\n") if len(line.strip()) > 20]
     assert len(lines) > 50
     assert not [line for line in lines if line.encode() in crossed]
     private = (str(exact.digest), str(owner.state), str(owner.settings().data), "site-a.jsonl")
@@ -101,9 +97,7 @@ def test_a_delivery_holds_only_what_the_review_shows(
     assert not [word for word in (*private, *places) if word.encode() in crossed]
 
 
-@pytest.mark.parametrize(
-    ("count", "told"), [(0, 0), (7, 7), (12, 12), (12345, 12000), (995, 1000), (19999, 20000)]
-)
+@pytest.mark.parametrize(("count", "told"), [(0, 0), (7, 7), (12, 12), (12345, 12000), (995, 1000), (19999, 20000)])
 def test_counts_are_rounded_to_two_significant_digits(count: int, told: int) -> None:
     assert round_count(count) == told
 
@@ -191,9 +185,7 @@ def test_an_owner_refuses_requests_for_others_and_forbidden_settings(
         with pytest.raises(UserError, match="which only the owner may choose"):
             owner.take(replace(request, recipe=Recipe("flexolmo", options)))
     with pytest.raises(UserError, match="protects nobody"):
-        owner.take(
-            replace(request, recipe=replace(BTM, privacy={"epsilon": 8, "delta": 1e-6, "noise": "seeded"}))
-        )
+        owner.take(replace(request, recipe=replace(BTM, privacy={"epsilon": 8, "delta": 1e-6, "noise": "seeded"})))
     assert owner.requests() == []
 
 
@@ -222,9 +214,7 @@ def test_failures_at_an_owner_are_reported_as_codes_only(
 
 
 @pytest.fixture
-def ready(
-    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
-) -> tuple[Coordinator, Owner, ExpertRequest]:
+def ready(coordinator: Coordinator, new_owner: NewOwner, clock: Clock) -> tuple[Coordinator, Owner, ExpertRequest]:
     """Return a coordinator and an owner whose FlexOlmo expert is trained and not delivered."""
     owner = new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a", recipe=FLEXOLMO)
@@ -246,14 +236,10 @@ def rewritten(
     signed = SignedStatement.read(folder)
     (folder / "delivery.json").unlink()
     tensors, files = digests_of_folder(folder)
-    made = replace(
-        read_manifest(folder), tensors=tensors, files=files, digest=digest_of_tensors(tensors), **manifest
-    )
+    made = replace(read_manifest(folder), tensors=tensors, files=files, digest=digest_of_tensors(tensors), **manifest)
     made.write(folder)
     names = [file.name for file in signed.statement.files]
-    statement = replace(
-        signed.statement, expert=made.digest, files=tuple(parts_of(folder / name) for name in names)
-    )
+    statement = replace(signed.statement, expert=made.digest, files=tuple(parts_of(folder / name) for name in names))
     return SignedStatement(statement, owner.key().sign(statement.signed_bytes))
 
 
@@ -438,9 +424,7 @@ def test_an_expert_with_a_high_loss_on_public_text_is_refused(
     assert len(list((coordinator.root / "quarantine").iterdir())) == 2
 
 
-def test_less_privacy_than_requested_is_refused(
-    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
-) -> None:
+def test_less_privacy_than_requested_is_refused(coordinator: Coordinator, new_owner: NewOwner, clock: Clock) -> None:
     owner = new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a")
     trained(coordinator, owner, request)

@@ -82,9 +82,7 @@ def test_rounds_end_in_a_generalist_that_averages_the_owners(
     shared = begin_rounds(coordinator, "together", plan(recipe), SETTINGS)
     seed = load_file(coordinator.layout.seed / "model.safetensors")
     play(coordinator, owners)
-    made = [
-        load_file(owner.expert_folder(owner.requests()[0]) / "model.safetensors") for owner in owners.values()
-    ]
+    made = [load_file(owner.expert_folder(owner.requests()[0]) / "model.safetensors") for owner in owners.values()]
     (report,) = advance(coordinator, shared)[:1]
     assert report == "round 1 of 2 of 'together': site-a and site-b averaged"
     shares = shared.rounds.report(0).shares
@@ -133,9 +131,7 @@ def test_owners_delete_the_state_of_closed_rounds(coordinator: Coordinator, owne
     assert sorted(path.name for path in (shared.root / "seeds").iterdir()) == ["00001"]
 
 
-def test_the_optimiser_state_persists_between_rounds(
-    coordinator: Coordinator, owners: dict[str, Owner]
-) -> None:
+def test_the_optimiser_state_persists_between_rounds(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
     begin_rounds(coordinator, "together", plan(), replace(SETTINGS, total=5))
     for number in range(2):
         play(coordinator, owners)
@@ -215,14 +211,10 @@ def test_two_models_share_a_first_round_and_closed_rounds_cannot_be_replayed(
     begin_rounds(coordinator, "second", plan("diloco"), SETTINGS)
     play(coordinator, owners)
     advance(coordinator, first)
-    request = next(
-        one for one in coordinator.open_requests("site-a") if str(one.recipe.round).endswith("of 'first'")
-    )
+    request = next(one for one in coordinator.open_requests("site-a") if str(one.recipe.round).endswith("of 'first'"))
     signed = SignedStatement.read(kept)
     statement = replace(signed.statement, request=request.id, seed=request.seed, recipe=request.recipe.digest)
-    again = replace(
-        signed, statement=statement, signature=owners["site-a"].key().sign(statement.signed_bytes)
-    )
+    again = replace(signed, statement=statement, signature=owners["site-a"].key().sign(statement.signed_bytes))
     refusal = hand_in(coordinator, kept, "site-a", request.id, again)
     assert refusal is not None
     assert refusal.code is RefusalCode.REPLAY
@@ -330,9 +322,7 @@ def test_kills_of_the_coordinator_end_in_the_same_weights(
         assert shared.is_finished
         folder = coordinator.layout.generalists / "together"
         assert verify(folder) == []
-        digests.append(
-            (read_manifest(folder).digest, read_manifest(folder).config, read_manifest(folder).data)
-        )
+        digests.append((read_manifest(folder).digest, read_manifest(folder).config, read_manifest(folder).data))
     assert digests[0] == digests[1]
 
 

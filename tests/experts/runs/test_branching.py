@@ -69,20 +69,14 @@ def test_the_same_branch_gives_the_same_bytes(trained: Workspace, project: Works
     project.branch("prose", domain="prose")
     assert not project.train("prose").failed
     for name in ("model.safetensors", "expert.json"):
-        assert (project.experts / "prose" / name).read_bytes() == (
-            trained.experts / "prose" / name
-        ).read_bytes()
+        assert (project.experts / "prose" / name).read_bytes() == (trained.experts / "prose" / name).read_bytes()
 
 
 def test_a_branch_may_start_from_an_average_of_experts(trained: Workspace) -> None:
-    trained.branch(
-        "mixed", domain="prose", start={"prose": 3, "chance": 1}, trains="*.mlp.down_proj.*", force=True
-    )
+    trained.branch("mixed", domain="prose", start={"prose": 3, "chance": 1}, trains="*.mlp.down_proj.*", force=True)
     assert not trained.train("mixed").failed
     seed = Checkpoint.of_folder(trained.layout.seed)
-    prose, chance, mixed = (
-        ExpertTensors(seed, trained.experts / name) for name in ("prose", "chance", "mixed")
-    )
+    prose, chance, mixed = (ExpertTensors(seed, trained.experts / name) for name in ("prose", "chance", "mixed"))
     frozen = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(mixed.read(frozen), 0.75 * prose.read(frozen) + 0.25 * chance.read(frozen))
     assert [parent.name for parent in read_manifest(trained.experts / "mixed").parents] == [
@@ -127,9 +121,7 @@ def test_the_loaded_expert_is_what_was_trained(trained: Workspace) -> None:
         ({}, r"say which domain it is for"),
     ],
 )
-def test_a_branch_that_makes_no_sense_is_refused(
-    project: Workspace, settings: dict[str, object], message: str
-) -> None:
+def test_a_branch_that_makes_no_sense_is_refused(project: Workspace, settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         project.branch("new", **settings)
     assert not (project.experts / "new").exists()

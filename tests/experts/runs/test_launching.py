@@ -61,9 +61,7 @@ def test_options_arrive_typed(recorder: Recorder, tmp_path: Path) -> None:
         (LauncherConfig(name="local", options={"gpus": 1}), "launcher 'local' has no option 'gpus'"),
     ],
 )
-def test_unknown_launchers_and_options_are_refused(
-    recorder: Recorder, config: LauncherConfig, message: str
-) -> None:
+def test_unknown_launchers_and_options_are_refused(recorder: Recorder, config: LauncherConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         launching.launch([], 1, config, None)
     assert recorder.calls == []

@@ -35,9 +35,7 @@ def shard(folder: Path) -> None:
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -63,9 +61,7 @@ def test_a_seed_is_the_model_it_was_imported_from(
 
 def test_weights_are_linked_and_not_copied(layout: Layout, model_folder: Path) -> None:
     import_seed(layout, model_folder)
-    assert (layout.seed / "model.safetensors").stat().st_ino == (
-        model_folder / "model.safetensors"
-    ).stat().st_ino
+    assert (layout.seed / "model.safetensors").stat().st_ino == (model_folder / "model.safetensors").stat().st_ino
 
 
 def test_the_digest_does_not_depend_on_sharding(layout: Layout, tmp_path: Path) -> None:
@@ -158,9 +154,7 @@ def test_the_tokenizer_of_a_seed_is_the_same_every_time(seeded_project: Path, tm
     root = shutil.copytree(seeded_project, tmp_path / "again")
     shutil.rmtree(root / "seed")
     start_pretraining(Layout(root), load_project(root / "expertctl.yaml"))
-    assert (root / "seed" / "tokenizer.json").read_bytes() == (
-        seeded_project / "seed" / "tokenizer.json"
-    ).read_bytes()
+    assert (root / "seed" / "tokenizer.json").read_bytes() == (seeded_project / "seed" / "tokenizer.json").read_bytes()
 
 
 def test_going_on_with_other_settings_is_refused(project: Workspace) -> None:

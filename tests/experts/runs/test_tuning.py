@@ -82,9 +82,7 @@ def test_weights_of_losses_are_numbers_of_zero_or_more(merged: Workspace, option
 
 
 def test_nothing_is_trained_into_itself(merged: Workspace) -> None:
-    with pytest.raises(
-        UserError, match="'to-tune' cannot be both the base and the result; choose another name"
-    ):
+    with pytest.raises(UserError, match="'to-tune' cannot be both the base and the result; choose another name"):
         merged.tune("to-tune", "to-tune", trains="router", domains=["prose"], force=True)
     assert verify(merged.generalists / "to-tune") == []
 
@@ -119,9 +117,7 @@ def test_an_unfinished_tuning_goes_on_as_it_began_in_every_setting(merged: Works
 
 
 def test_a_tuned_models_card_says_how_it_was_tuned(merged: Workspace) -> None:
-    folder = tune_here(
-        merged, "carded", "to-tune", trains="router", domains=["prose"], training={"tokens": 256}
-    )
+    folder = tune_here(merged, "carded", "to-tune", trains="router", domains=["prose"], training={"tokens": 256})
     recipe = model_card(read_manifest(folder)).split("## Recipe")[1].split("```")[1].removeprefix("yaml")
     assert yaml.safe_load(recipe) == {
         "tuned": {"carded": {"from": "to-tune", "trains": "router", "domains": ["prose"], "tokens": 256}}
@@ -181,9 +177,7 @@ def test_a_refused_tuning_replaces_nothing(merged: Workspace) -> None:
             )
         assert verify(kept) == []
         assert not list(merged.generalists.glob(".kept*"))
-    tune_here(
-        merged, "kept", "to-tune", trains="router", domains=["means"], training={"tokens": 256}, force=True
-    )
+    tune_here(merged, "kept", "to-tune", trains="router", domains=["means"], training={"tokens": 256}, force=True)
     assert list(read_manifest(kept).tunings[0].domains) == ["means"]
     assert not list(merged.generalists.glob(".kept*"))
 
@@ -197,18 +191,14 @@ def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) ->
 
 
 def test_what_was_finished_since_is_what_is_kept(merged: Workspace) -> None:
-    folder = tune_here(
-        merged, "begun-twice", "to-tune", trains="router", domains=["prose"], training={"tokens": 256}
-    )
+    folder = tune_here(merged, "begun-twice", "to-tune", trains="router", domains=["prose"], training={"tokens": 256})
     first = read_manifest(folder).digest
     begun(merged, "begun-twice", "to-tune", tokens=256)
     begun(merged, "begun-twice", "to-tune", tokens=256)  # the first try never trained
     restore_backup(folder)
     assert read_manifest(folder).digest == first
     begun(merged, "begun-twice", "to-tune", tokens=256)
-    merged.merge(
-        "begun-twice", method="flexolmo", experts=OWNERS[:2], force=True
-    )  # something else has the name now
+    merged.merge("begun-twice", method="flexolmo", experts=OWNERS[:2], force=True)  # something else has the name now
     second = read_manifest(folder).digest
     begun(merged, "begun-twice", "to-tune", tokens=256)
     restore_backup(folder)

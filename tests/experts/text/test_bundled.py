@@ -86,9 +86,7 @@ def test_no_document_stands_in_two_corpora(corpora: dict[str, BundledText], one:
     assert not set(everything(corpora[one])) & set(everything(corpora[other]))
 
 
-@pytest.mark.parametrize(
-    ("name", "comment"), [("cpp", r"/\*.*?\*/|(//[^\n]*\n)+"), ("python", r"(#[^\n]*\n)+")]
-)
+@pytest.mark.parametrize(("name", "comment"), [("cpp", r"/\*.*?\*/|(//[^\n]*\n)+"), ("python", r"(#[^\n]*\n)+")])
 def test_code_starts_with_no_licence(corpora: dict[str, BundledText], name: str, comment: str) -> None:
     for text in everything(corpora[name]):
         top = re.match(rf"\s*({comment})", text, re.DOTALL)
@@ -104,9 +102,7 @@ def test_each_says_what_it_is_and_under_which_licence(corpora: dict[str, Bundled
 
 
 def test_an_unknown_name_lists_the_corpora() -> None:
-    with pytest.raises(
-        UserError, match=r"no bundled corpus 'pyhton' \(did you mean 'python'\?\); known: cpp,"
-    ):
+    with pytest.raises(UserError, match=r"no bundled corpus 'pyhton' \(did you mean 'python'\?\); known: cpp,"):
         read_bundled("pyhton")
 
 
@@ -129,9 +125,7 @@ def stdlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_the_choice_does_not_depend_on_where_the_files_lie(
-    stdlib: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_choice_does_not_depend_on_where_the_files_lie(stdlib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_bundled("python")
     elsewhere = stdlib.rename(stdlib.with_name("elsewhere"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(elsewhere))
@@ -270,9 +264,7 @@ def test_docstrings_of_definitions_and_added_ones_are_found_without_an_import(
 
 def test_a_missing_package_says_which_and_that_the_domain_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match="'cpp': this installation lacks the package torch; leave that domain out"
-    ):
+    with pytest.raises(UserError, match="'cpp': this installation lacks the package torch; leave that domain out"):
         read_bundled("cpp")
     with pytest.raises(UserError, match="'science': this installation lacks the package numpy"):
         read_bundled("science")
@@ -292,9 +284,7 @@ def test_torch_without_headers_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_python_without_its_manual_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(
-        UserError, match=r"'manual': this installation lacks Python's module pydoc_data\.topics"
-    ):
+    with pytest.raises(UserError, match=r"'manual': this installation lacks Python's module pydoc_data\.topics"):
         read_bundled("manual")
 
 

@@ -17,10 +17,7 @@ from expertctl.core.text.tokenizer import TextEncoder
 from expertctl.experts.text import corpora
 from expertctl.experts.text.corpora import PreparedDomain, domain_documents, prepare_domain
 
-TEXTS = [
-    f"Document {number}: " + "all work and no play makes a dull boy. " * (number % 5 + 1)
-    for number in range(40)
-]
+TEXTS = [f"Document {number}: " + "all work and no play makes a dull boy. " * (number % 5 + 1) for number in range(40)]
 
 
 def jsonl(path: Path, texts: list[str], field: str = "text") -> str:
@@ -72,15 +69,11 @@ def test_counts_are_those_of_the_text(layout: Layout, model_folder: Path) -> Non
     )
     assert prepared.train.documents == 2
     assert prepared.train.bytes == sum(len(part.encode()) for part in text)
-    assert [size for _, size in prepared.open("train").document_bytes()] == [
-        len(part.encode()) for part in text
-    ]
+    assert [size for _, size in prepared.open("train").document_bytes()] == [len(part.encode()) for part in text]
     assert prepared.train.tokens == len(prepared.open("train"))
 
 
-def test_a_second_time_costs_nothing_and_changed_text_is_prepared_again(
-    layout: Layout, model_folder: Path
-) -> None:
+def test_a_second_time_costs_nothing_and_changed_text_is_prepared_again(layout: Layout, model_folder: Path) -> None:
     train, valid = (
         jsonl(layout.root / "train.jsonl", TEXTS[:30]),
         jsonl(layout.root / "valid.jsonl", TEXTS[30:]),
@@ -95,9 +88,7 @@ def test_a_second_time_costs_nothing_and_changed_text_is_prepared_again(
     assert changed.valid.digest == first.valid.digest
 
 
-def test_one_path_is_split_by_document_and_equal_documents_stay_together(
-    layout: Layout, model_folder: Path
-) -> None:
+def test_one_path_is_split_by_document_and_equal_documents_stay_together(layout: Layout, model_folder: Path) -> None:
     many = [f"{text} ({number})" for number in range(10) for text in TEXTS]
     config = DomainConfig(path=jsonl(layout.root / "all.jsonl", many + many))
     train = list(domain_documents(config, layout.root, "train"))
@@ -138,9 +129,7 @@ def test_a_few_documents_are_split_so_that_no_part_is_empty(layout: Layout, shar
 def test_copies_of_one_document_cannot_be_split(layout: Layout, model_folder: Path) -> None:
     path = jsonl(layout.root / "one.jsonl", ["the same"] * 3)
     assert 0 in map(len, split_of(layout, ["the same"] * 3, 0.1))
-    with pytest.raises(
-        UserError, match="split by document and needs two different documents: add text, or give train"
-    ):
+    with pytest.raises(UserError, match="split by document and needs two different documents: add text, or give train"):
         prepare(layout, model_folder, path=path)
 
 
@@ -179,9 +168,7 @@ def test_a_folder_is_read_sorted_whatever_the_formats(layout: Layout) -> None:
 
 
 def test_another_field_may_hold_the_text(layout: Layout) -> None:
-    config = DomainConfig(
-        path=jsonl(layout.root / "x.jsonl", ["hello"], field="content"), text_field="content"
-    )
+    config = DomainConfig(path=jsonl(layout.root / "x.jsonl", ["hello"], field="content"), text_field="content")
     assert [
         *domain_documents(config, layout.root, "train"),
         *domain_documents(config, layout.root, "valid"),

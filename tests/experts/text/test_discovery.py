@@ -41,9 +41,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 def texts_of(workspace: Workspace, domains: list[str], part: str) -> list[str]:
     return [
-        text
-        for domain in domains
-        for text in domain_documents(workspace.config.domains[domain], workspace.root, part)
+        text for domain in domains for text in domain_documents(workspace.config.domains[domain], workspace.root, part)
     ]
 
 
@@ -87,9 +85,7 @@ def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspa
     path = workspace.root / "mixed.jsonl"
     path.write_text("".join(sorted(path.read_text().splitlines(keepends=True))))
     again = workspace.discover("again", 3, domains=["mixed"], sample=60)
-    assert [cluster.top_words for cluster in one.clusters] == [
-        cluster.top_words for cluster in again.clusters
-    ]
+    assert [cluster.top_words for cluster in one.clusters] == [cluster.top_words for cluster in again.clusters]
 
 
 @pytest.mark.parametrize(
@@ -107,14 +103,10 @@ def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspa
         ({"by": "metadata"}, "mixed.jsonl:1: no field 'source'; fields: text"),
     ],
 )
-def test_what_cannot_be_is_refused_with_nothing_left(
-    workspace: Workspace, settings: dict[str, Any], said: str
-) -> None:
+def test_what_cannot_be_is_refused_with_nothing_left(workspace: Workspace, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         workspace.discover("campus", **settings)
-    assert (
-        not list((workspace.root / "clusters").glob("*")) if (workspace.root / "clusters").exists() else True
-    )
+    assert not list((workspace.root / "clusters").glob("*")) if (workspace.root / "clusters").exists() else True
 
 
 @pytest.mark.parametrize(

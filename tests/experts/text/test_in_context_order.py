@@ -156,21 +156,15 @@ def test_an_unknown_order_is_told_with_the_choices(workspace: Workspace) -> None
         Workspace(workspace.root).prepare(["sorted"])
 
 
-def test_a_plugins_order_is_used_and_held_to_its_word(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plugins_order_is_used_and_held_to_its_word(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     offers = {
-        "in_context": DocumentOrder(
-            "in_context", "", lambda texts: sorted(range(len(texts)), key=texts.__getitem__)
-        )
+        "in_context": DocumentOrder("in_context", "", lambda texts: sorted(range(len(texts)), key=texts.__getitem__))
     }
     monkeypatch.setattr(corpora.installed_plugins(), "offer", lambda kind, name: offers[name])
     prepared = workspace.prepare(["sorted"])[0]
     store = prepared.open("train")
     encoder = TextEncoder.of_folder(workspace.layout.seed)
-    texts = sorted(
-        json.loads(line)["text"] for line in (workspace.root / "train.jsonl").read_text().splitlines()
-    )
+    texts = sorted(json.loads(line)["text"] for line in (workspace.root / "train.jsonl").read_text().splitlines())
     first = encoder.encode(texts[:1])[0]
     assert store.read(1, 1 + len(first)).tolist() == first
     offers["in_context"] = DocumentOrder("in_context", "", lambda texts: [0] * len(texts))

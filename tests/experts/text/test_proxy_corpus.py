@@ -50,12 +50,8 @@ def code_of(*modules: ModuleType, pieces: int) -> list[str]:
     return found
 
 
-PRIVATE = code_of(
-    calendar, csv, difflib, fractions, pprint, random, shlex, shutil, string, textwrap, pieces=12
-)
-CODE = code_of(
-    argparse, configparser, dataclasses, heapq, netrc, optparse, tarfile, tempfile, threading, pieces=7
-)
+PRIVATE = code_of(calendar, csv, difflib, fractions, pprint, random, shlex, shutil, string, textwrap, pieces=12)
+CODE = code_of(argparse, configparser, dataclasses, heapq, netrc, optparse, tarfile, tempfile, threading, pieces=7)
 PROSE = [
     part
     for name in sorted(topics)
@@ -115,9 +111,7 @@ def test_the_picked_documents_are_of_the_right_topic(layout: Layout) -> None:
     assert 0 < proxy.lowest_score < 1
 
 
-def test_no_document_is_judged_by_a_classifier_that_learnt_it(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_document_is_judged_by_a_classifier_that_learnt_it(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     class Remembering:
         """Takes what it knows for public text, and everything else for what is wanted."""
 
@@ -129,9 +123,7 @@ def test_no_document_is_judged_by_a_classifier_that_learnt_it(
 
         predict = decision_function
 
-    monkeypatch.setattr(
-        proxy_module, "_fit_classifier", lambda like, source, settings: Remembering(like, source)
-    )
+    monkeypatch.setattr(proxy_module, "_fit_classifier", lambda like, source, settings: Remembering(like, source))
     assert pick(layout, documents=len(PROSE)).lowest_score > 0.7
 
 

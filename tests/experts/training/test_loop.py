@@ -98,9 +98,7 @@ def test_accumulation_equals_one_larger_batch(blocks: TokenBlocks) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 7])
-def test_going_on_from_a_checkpoint_gives_the_same_bits(
-    blocks: TokenBlocks, tmp_path: Path, stop: int
-) -> None:
+def test_going_on_from_a_checkpoint_gives_the_same_bits(blocks: TokenBlocks, tmp_path: Path, stop: int) -> None:
     whole = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
     losses = run(whole)
 
@@ -151,9 +149,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(blocks: TokenBlocks, tmp_path: 
         weights.unlink()
     else:
         (folder / "state.json").write_text('{"step": 2')
-    with pytest.raises(
-        UserError, match=r"checkpoint .*step-00000002 is damaged .*delete it to resume from the start"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint .*step-00000002 is damaged .*delete it to resume from the start"):
         restore_latest(loop, tmp_path / "state")
 
 

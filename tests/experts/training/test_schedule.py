@@ -21,9 +21,7 @@ def test_decay_reaches_the_middle_half_way(schedule: str, middle: float) -> None
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_decay_ends_at_the_final_share(schedule: str) -> None:
-    config = TrainingConfig.model_validate(
-        {"learning_rate": 2.0, "final_learning_rate": 0.25, "schedule": schedule}
-    )
+    config = TrainingConfig.model_validate({"learning_rate": 2.0, "final_learning_rate": 0.25, "schedule": schedule})
     assert learning_rate(config, 1.0) == pytest.approx(0.5)
 
 
@@ -37,9 +35,7 @@ def test_an_expert_goes_on_where_the_seed_stopped_whatever_their_numbers_of_step
 
 
 def test_every_step_lies_inside_its_span() -> None:
-    config = TrainingConfig(
-        tokens=640, sequence_length=64, batch_size=1, schedule_begin=0.25, schedule_end=0.75
-    )
+    config = TrainingConfig(tokens=640, sequence_length=64, batch_size=1, schedule_begin=0.25, schedule_end=0.75)
     points = [progress_at(config, step) for step in range(config.steps)]
     assert points == sorted(points)
     assert 0.25 < points[0] < points[-1] < 0.75

@@ -105,9 +105,7 @@ def test_elements_as_large_as_the_threshold_are_all_kept() -> None:
     np.testing.assert_array_equal(merger("ties", density=0.25)(group), [3, -3, 3, 0])
 
 
-@pytest.mark.parametrize(
-    "name", ["ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "breadcrumbs_ties"]
-)
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "breadcrumbs_ties"])
 def test_density_zero_keeps_the_seed_and_one_keeps_everything(name: str) -> None:
     group = in_numpy(tensor_group((9, 8), num_experts=1, weights=(1.0,)))
     np.testing.assert_array_equal(merger(name, density=0.0)(group), group.seed)

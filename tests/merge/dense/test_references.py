@@ -21,9 +21,7 @@ Array = np.ndarray[Any, Any]
 SHAPES = [(300, 251), (8, 6), (7,), (1,), ()]
 
 
-def group_of(
-    shape: tuple[int, ...], count: int, weights: tuple[float, ...], seed: int = 0, **more: Any
-) -> TensorGroup:
+def group_of(shape: tuple[int, ...], count: int, weights: tuple[float, ...], seed: int = 0, **more: Any) -> TensorGroup:
     source = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=source)
     experts = tuple(base + 0.3 * torch.randn(shape, generator=source) for _ in range(count))
@@ -41,9 +39,7 @@ def agree(vectors: list[Array], weights: list[float], normalize: bool) -> Array:
     masks = [np.sign(weight * vector) == sign for weight, vector in zip(weights, vectors, strict=True)]
     mix = sum(mask * weight * vector for mask, weight, vector in zip(masks, weights, vectors, strict=True))
     divisor = (
-        sum(mask * weight for mask, weight in zip(masks, weights, strict=True))
-        if normalize
-        else np.ones_like(sign)
+        sum(mask * weight for mask, weight in zip(masks, weights, strict=True)) if normalize else np.ones_like(sign)
     )
     return mix / np.where(divisor == 0, 1, divisor)
 
@@ -72,9 +68,7 @@ def naive_ties(group: TensorGroup) -> Array:
 
 def masked(group: TensorGroup, density: float, random_seed: int = 0) -> list[Array]:
     seed, experts, _ = wide(group)
-    masks = [
-        random_mask(seed, density, random_seed, group.name, name).astype("f8") for name in group.expert_names
-    ]
+    masks = [random_mask(seed, density, random_seed, group.name, name).astype("f8") for name in group.expert_names]
     return [mask * (x - seed) for mask, x in zip(masks, experts, strict=True)]
 
 
@@ -134,9 +128,7 @@ def naive_sce(group: TensorGroup) -> Array:
 def naive_model_stock(group: TensorGroup) -> Array:
     seed, experts, _ = wide(group)
     deltas = [(x - seed).ravel() for x in experts]
-    pairs = [
-        a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-6) for a, b in itertools.combinations(deltas, 2)
-    ]
+    pairs = [a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-6) for a, b in itertools.combinations(deltas, 2)]
     c, n = np.mean(pairs), len(experts)
     t = n * c / (1 + (n - 1) * c)
     return t * sum(experts) / n + (1 - t) * seed
@@ -243,9 +235,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[[TensorGroup], Array], int, tupl
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("name", "values", "naive", "count", "weights"), CASES, ids=lambda value: str(value)[:24]
-)
+@pytest.mark.parametrize(("name", "values", "naive", "count", "weights"), CASES, ids=lambda value: str(value)[:24])
 def test_a_method_is_what_its_definition_says(
     name: str,
     values: dict[str, Any],

@@ -33,10 +33,7 @@ IN_TORCH = TensorMerge("mean", "", merge=mean, uses_seed=False)
 
 
 def folders(root: Path, count: int, **how: Any) -> dict[str, Path]:
-    return {
-        f"m{number}": write_model(root / f"m{number}", random_tensors(number, **how))
-        for number in range(count)
-    }
+    return {f"m{number}": write_model(root / f"m{number}", random_tensors(number, **how)) for number in range(count)}
 
 
 def naive_mean(models: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
@@ -55,9 +52,7 @@ def test_a_weighted_mean_equals_a_plain_loop(tmp_path: Path, dtype: torch.dtype,
     found = tensors_of(tmp_path / "out")
     expected = naive_mean([tensors_of(folder) for folder in models.values()], [0.5, 0.2, 0.3])
     assert found.keys() == expected.keys()
-    tolerance = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[
-        dtype
-    ]
+    tolerance = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     for name, tensor in expected.items():
         assert found[name].dtype == dtype
         torch.testing.assert_close(found[name].double(), tensor, rtol=tolerance, atol=1e-6)
@@ -100,9 +95,7 @@ def test_digests_of_what_is_read_and_written_are_those_of_the_files(tmp_path: Pa
     assert written.digests == Checkpoint.of_folder(tmp_path / "out").digests()
     for folder in models.values():
         checkpoint = Checkpoint.of_folder(folder)
-        assert {
-            entry.name: written.read[entry] for entry in checkpoint.entries.values()
-        } == checkpoint.digests()
+        assert {entry.name: written.read[entry] for entry in checkpoint.entries.values()} == checkpoint.digests()
 
 
 def test_tensors_of_mixed_widths_are_aligned(tmp_path: Path) -> None:
@@ -181,9 +174,7 @@ def test_integers_that_agree_are_copied_and_those_that_differ_are_refused(tmp_pa
     engine_merge(recipe("mean", models), tmp_path / "out", method=MEAN)
     assert tensors_of(tmp_path / "out")["count"].tolist() == [3, 4]
     models["y"] = write_model(tmp_path / "z", {**other, "count": torch.tensor([3, 5])})
-    with pytest.raises(
-        UserError, match="tensor 'count' has dtype I64, which cannot be averaged, but differs"
-    ):
+    with pytest.raises(UserError, match="tensor 'count' has dtype I64, which cannot be averaged, but differs"):
         engine_merge(recipe("mean", models), tmp_path / "two", method=MEAN)
 
 
@@ -191,9 +182,7 @@ def test_integers_that_agree_are_copied_and_those_that_differ_are_refused(tmp_pa
 
 
 @pytest.mark.parametrize("method", [MEAN, IN_TORCH], ids=["numpy", "torch"])
-def test_a_method_sees_float32_of_every_expert_in_order_with_its_weight(
-    tmp_path: Path, method: MergeMethod
-) -> None:
+def test_a_method_sees_float32_of_every_expert_in_order_with_its_weight(tmp_path: Path, method: MergeMethod) -> None:
     seen: list[TensorGroup] = []
 
     def look(group: TensorGroup, options: Any) -> Any:
@@ -224,9 +213,7 @@ def test_a_method_without_seed_says_so_when_it_asks_for_it(tmp_path: Path) -> No
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_method_that_changes_a_shape_is_named(tmp_path: Path, threads: int) -> None:
     bad = TensorMerge("bad", "", merge=lambda group, options: group.experts[0][:1], uses_seed=False)
-    with pytest.raises(
-        UserError, match=r"merge method 'bad' returned shape \[1(, 4)?\] for tensor '.*'; expected \["
-    ):
+    with pytest.raises(UserError, match=r"merge method 'bad' returned shape \[1(, 4)?\] for tensor '.*'; expected \["):
         engine_merge(recipe("bad", folders(tmp_path, 2)), tmp_path / "out", method=bad, threads=threads)
 
 

@@ -86,9 +86,7 @@ def test_weights_are_the_formula_however_the_text_arrives(
 ) -> None:
     router = router_of(made, distance=distance, top_k=top_k, temperature=0.3)
     clusterer = Clusterer.read(made.generalists / "forest")
-    tokens = TextEncoder.of_folder(made.layout.seed).encode([f"{CODE} né {LAW}"])[0][
-        begin : begin + sum(cuts)
-    ]
+    tokens = TextEncoder.of_folder(made.layout.seed).encode([f"{CODE} né {LAW}"])[0][begin : begin + sum(cuts)]
     texts, found = None, []
     for cut in cuts:
         ids, tokens_left = tokens[:cut], tokens[cut:]

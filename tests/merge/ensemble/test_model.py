@@ -52,9 +52,7 @@ class NaiveMixture:
     def token_log_probs(self, tokens: Sequence[int]) -> np.ndarray:
         """Each member's log-probabilities after every token, (K, T, V)."""
         with torch.inference_mode():
-            logits = [
-                member(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] for member in self.members
-            ]
+            logits = [member(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] for member in self.members]
         return np.stack([one.double().log_softmax(-1).numpy() for one in logits])
 
     def after(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,9 +99,7 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def workspace(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_workspace: Any
-) -> Path:
+def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_workspace: Any) -> Path:
     return new_workspace(tmp_path_factory.mktemp(request.param) / "ws", EXPERTS, **FAMILIES[request.param])
 
 
@@ -113,9 +109,7 @@ def olmo(tmp_path_factory: pytest.TempPathFactory, new_workspace: Any) -> Path:
     return new_workspace(tmp_path_factory.mktemp("olmo") / "ws", EXPERTS)
 
 
-def make_ensemble(
-    workspace: Path, experts: Sequence[str] = EXPERTS, weights: Any = PRIOR, **options: Any
-) -> Path:
+def make_ensemble(workspace: Path, experts: Sequence[str] = EXPERTS, weights: Any = PRIOR, **options: Any) -> Path:
     """Merge into an ensemble with the prior that is given by `weights`; made once for each set of arguments."""
     name = "-".join(str(part).replace("_", "") for part in ("e", *experts, *options.values()))
     folder = workspace / "generalists" / name
@@ -390,9 +384,7 @@ def _moved(naive: NaiveMixture, prior: np.ndarray, tokens: Sequence[int]) -> np.
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
-def test_the_updating_prior_moves_with_every_text_and_starts_again_when_loaded(
-    olmo: Path, posterior: str
-) -> None:
+def test_the_updating_prior_moves_with_every_text_and_starts_again_when_loaded(olmo: Path, posterior: str) -> None:
     folder = make_ensemble(olmo, prior="updating", posterior=posterior)
     naive = NaiveMixture(independent_members(olmo, EXPERTS), [1 / 3] * 3, posterior)
     model, prior = loaded(folder), np.full(3, 1 / 3)
@@ -447,9 +439,7 @@ def test_experts_that_changed_everything_need_no_seed_in_the_folder(olmo: Path) 
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"prior": "updating", "top_k": 2}], ids=str)
-def test_saving_and_loading_again_changes_nothing(
-    olmo: Path, tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_saving_and_loading_again_changes_nothing(olmo: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     model = loaded(make_ensemble(olmo, **options))
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

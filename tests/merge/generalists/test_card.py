@@ -42,9 +42,7 @@ def test_the_recipe_in_the_card_can_be_pasted_and_gives_the_same_model(folder: P
 def test_owners_licences_data_and_scores_are_told(folder: Path, workspace: Path) -> None:
     scores = {
         "domains": ["law"],
-        "models": {
-            "soup": {"bits_per_byte": {"law": 1.23456}, "perplexity": {"law": 3.0}, "tokens": {"law": 9}}
-        },
+        "models": {"soup": {"bits_per_byte": {"law": 1.23456}, "perplexity": {"law": 3.0}, "tokens": {"law": 9}}},
     }
     text = model_card(read_manifest(folder), scores)
     assert "| law | expert | 1 | not known | CC0-1.0 | law (10 tokens) |" in text

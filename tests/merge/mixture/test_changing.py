@@ -69,9 +69,7 @@ def test_leaving_gives_the_bytes_of_a_merge_without(
 
 
 @pytest.mark.parametrize("late", OWNERS)
-def test_joining_gives_the_bytes_of_a_merge_with(
-    flexolmo_workspace: Workspace, tmp_path: Path, late: str
-) -> None:
+def test_joining_gives_the_bytes_of_a_merge_with(flexolmo_workspace: Workspace, tmp_path: Path, late: str) -> None:
     early = without(OWNERS, late)
     small = merge(flexolmo_workspace, f"no-{late}-plain", early)
     direct = merge(flexolmo_workspace, f"then-{late}", (*early, late))
@@ -158,15 +156,11 @@ def test_what_an_expert_has_outside_of_its_feed_forwards_is_not_lost_silently(
             change_experts(whole, tmp_path / "changed", change)
     dropping = merge(workspace, "dropping", OWNERS, options={"discard": True})
     said: list[str] = []
-    change_experts(
-        dropping, tmp_path / "changed", Change(replace={"prose": entire}), run=MergeRun(say=said.append)
-    )
+    change_experts(dropping, tmp_path / "changed", Change(replace={"prose": entire}), run=MergeRun(say=said.append))
     assert any("tensors of 'prose' outside the feed-forward networks are dropped" in line for line in said)
 
 
-def test_an_expert_without_rows_is_told_why_it_cannot_join(
-    flexolmo_workspace: Workspace, tmp_path: Path
-) -> None:
+def test_an_expert_without_rows_is_told_why_it_cannot_join(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
     workspace = Workspace(copytree(flexolmo_workspace.root, tmp_path / "w"))
     inner = train_here(workspace, "inner", domain="prose", trains="feed_forward")
     whole = merge(workspace, "all-plain", OWNERS)
@@ -217,10 +211,7 @@ def test_what_was_trained_jointly_is_told(flexolmo_workspace: Workspace, tmp_pat
     assert any("trainer 'router' ran on public while 'means' was one of the experts" in line for line in said)
     absence = find_expert(tmp_path / "smaller", flexolmo_workspace.experts / "means")
     assert absence.found == ()
-    assert any(
-        "trainer 'router' ran on public while 'means' was one of the experts" in line
-        for line in absence.traces
-    )
+    assert any("trainer 'router' ran on public while 'means' was one of the experts" in line for line in absence.traces)
     assert any(line.startswith("'means' left on") for line in absence.traces)
     smaller, _ = load_model(tmp_path / "smaller", dtype="float32")
     with pytest.warns(UserWarning, match="while 'means' was one of the experts"):
@@ -266,9 +257,7 @@ def test_the_name_of_the_seeds_own_part_is_no_experts(flexolmo_workspace: Worksp
         flexolmo_workspace.branch("public", domain="prose", trains="flexolmo", options={"public": "public"})
     folder = copytree(flexolmo_workspace.experts / "prose", tmp_path / "public")
     with pytest.raises(UserError, match="'public' in a mixture: that is the seed's feed-forward"):
-        flexolmo_workspace.merge(
-            "named", experts=(str(folder),), method="mixture", options={"router": "random"}
-        )
+        flexolmo_workspace.merge("named", experts=(str(folder),), method="mixture", options={"router": "random"})
 
 
 def test_a_refused_tuning_leaves_its_name_free(flexolmo_workspace: Workspace) -> None:
@@ -305,9 +294,7 @@ def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Works
             flexolmo_workspace.tune("begun", **settings)
 
 
-def test_rows_fitted_on_text_of_all_let_nobody_join_alone(
-    flexolmo_workspace: Workspace, tmp_path: Path
-) -> None:
+def test_rows_fitted_on_text_of_all_let_nobody_join_alone(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
     two = merge(flexolmo_workspace, "hidden-two", OWNERS[:2], method="mixture")
     join = Change(add={OWNERS[2]: flexolmo_workspace.experts / OWNERS[2]})
     with pytest.raises(UserError, match="fitted on the text of all experts"):

@@ -22,9 +22,7 @@ from expertctl.workspace import Workspace
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with experts that trained whole, the soft BTX mixture `soft` of them, and their average `soup`."""
-    workspace = make_flexolmo_workspace(
-        tmp_path_factory.mktemp("averaged") / "workspace", "llama", trains="all"
-    )
+    workspace = make_flexolmo_workspace(tmp_path_factory.mktemp("averaged") / "workspace", "llama", trains="all")
     merge(workspace, "soft", OWNERS, method="btx", options={"top_k": 3})
     merge(workspace, "soup", OWNERS[:2], method="average")
     return workspace
@@ -33,9 +31,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def test_who_left_what_is_made_again_is_written_down(averaged: Workspace, tmp_path: Path) -> None:
     change = Change(remove=("means",))
     direct = merge(averaged, "soft-direct", OWNERS[:2], method="btx", options={"top_k": 2})
-    manifest = change_experts(
-        averaged.generalists / "soft", tmp_path / "less", change, layout=averaged.layout
-    )
+    manifest = change_experts(averaged.generalists / "soft", tmp_path / "less", change, layout=averaged.layout)
     assert model_files(tmp_path / "less") == model_files(direct)
     (event,) = manifest.history
     assert (event.change, event.expert) == ("left", "means")
@@ -62,14 +58,10 @@ def test_nobody_joins_twice(averaged: Workspace, tmp_path: Path) -> None:
     assert not (tmp_path / "twice").exists()
 
 
-def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(
-    averaged: Workspace, tmp_path: Path
-) -> None:
+def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(averaged: Workspace, tmp_path: Path) -> None:
     tuned = tune_here(averaged, "soft-tuned", "soft", trains="router", domains=["public"])
     said: list[str] = []
-    manifest = change_experts(
-        tuned, tmp_path / "less", Change(remove=("means",)), run=MergeRun(say=said.append)
-    )
+    manifest = change_experts(tuned, tmp_path / "less", Change(remove=("means",)), run=MergeRun(say=said.append))
     assert any("stay a mean that includes 'means'" in line for line in said)
     assert set(manifest.merged.weights) == set(OWNERS)
     assert list(manifest.merged.experts) == list(OWNERS[:2])
@@ -81,9 +73,7 @@ def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(
     assert {expert.name for expert in again.merged.mixture.averaged} == set(OWNERS)
     with (
         pytest.warns(UserWarning, match="is still the average of all experts, including 'prose'"),
-        pytest.warns(
-            UserWarning, match="trainer 'router' ran on public while 'prose' was one of the experts"
-        ),
+        pytest.warns(UserWarning, match="trainer 'router' ran on public while 'prose' was one of the experts"),
     ):
         load_model(tuned, without=["prose"])
 
@@ -92,9 +82,7 @@ def test_who_takes_a_place_has_no_share_in_the_mean(averaged: Workspace, tmp_pat
     tuned = tune_here(averaged, "soft-replaced", "soft", trains="router", domains=["public"])
     if not (averaged.experts / "other").exists():
         train_here(averaged, "other", domain="means", trains="all", training={"seed": 3})
-    manifest = change_experts(
-        tuned, tmp_path / "renewed", Change(replace={"means": averaged.experts / "other"})
-    )
+    manifest = change_experts(tuned, tmp_path / "renewed", Change(replace={"means": averaged.experts / "other"}))
     weights = {parent.name: parent.weight for parent in manifest.parents}
     assert weights["means"] is None
     assert weights["prose"] == pytest.approx(1 / 3)
@@ -108,9 +96,7 @@ def test_licences_of_those_in_the_mean_still_count(tmp_path: Path) -> None:
         train_here(workspace, name, domain="prose", trains="all", licence=licence)
     merge(workspace, "two", ("prose", "means"), method="btx", options={"top_k": 2})
     tuned = tune_here(workspace, "two-tuned", "two", trains="router", domains=["public"])
-    manifest = change_experts(
-        tuned, tmp_path / "renewed", Change(replace={"means": workspace.experts / "other"})
-    )
+    manifest = change_experts(tuned, tmp_path / "renewed", Change(replace={"means": workspace.experts / "other"}))
     assert manifest.licence == "cc-by-nc-4.0"
 
 
@@ -141,9 +127,7 @@ def test_a_replaced_expert_does_not_come_back(averaged: Workspace, tmp_path: Pat
         (Change(remove=("prose",), replace={"prose": Path("means")}), "cannot both remove and replace prose"),
     ],
 )
-def test_changes_without_sense_are_refused(
-    averaged: Workspace, tmp_path: Path, change: Change, message: str
-) -> None:
+def test_changes_without_sense_are_refused(averaged: Workspace, tmp_path: Path, change: Change, message: str) -> None:
     for name in ("soft", "soup"):
         with pytest.raises(UserError, match=message):
             change_experts(averaged.generalists / name, tmp_path / "x", change, layout=averaged.layout)

@@ -38,9 +38,7 @@ def pair(folder: Path, family: str, **changes: Any) -> tuple[Any, Any]:
         ("starcoder2", {"sliding_window": 5}),
     ],
 )
-def test_generation_is_the_dense_models(
-    tmp_path: Path, family: str, changes: dict[str, Any], given: str
-) -> None:
+def test_generation_is_the_dense_models(tmp_path: Path, family: str, changes: dict[str, Any], given: str) -> None:
     mixture, dense = pair(tmp_path, family, **changes)
     padded = TOKENS.clamp(min=3) * LEFT_PADDED
     inputs: dict[str, Any] = {
@@ -80,9 +78,7 @@ def test_checkpointed_gradients_are_the_same(tmp_path: Path) -> None:
             mixture.gradient_checkpointing_enable()
         mixture.zero_grad()
         mixture(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        found.append(
-            {name: one.grad.clone() for name, one in mixture.named_parameters() if one.grad is not None}
-        )
+        found.append({name: one.grad.clone() for name, one in mixture.named_parameters() if one.grad is not None})
     assert any("experts" in name for name in found[0])
     torch.testing.assert_close(found[1], found[0])
 

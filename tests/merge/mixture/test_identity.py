@@ -48,9 +48,7 @@ def logits(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", [*NATIVE, *CONTAINED])
 @pytest.mark.parametrize(("count", "top_k"), [(2, 1), (3, 2), (4, 4)])
-def test_copies_of_the_seed_give_the_seed(
-    tmp_path: Path, family: str, count: int, top_k: int, tied: bool
-) -> None:
+def test_copies_of_the_seed_give_the_seed(tmp_path: Path, family: str, count: int, top_k: int, tied: bool) -> None:
     models = copies(tmp_path, family, count, tied=tied)
     folder = mix(tmp_path, models, top_k=top_k)
     assert json.loads((folder / "config.json").read_text())["architectures"] == [
@@ -67,9 +65,7 @@ def test_the_container_takes_every_family_and_gives_the_same(tmp_path: Path, fam
         differ(models[f"copy{number}"], number)
     native = logits(mix(tmp_path, models, router="random", router_options={"deviation": 1.0}))
     shutil.rmtree(tmp_path / "mixture")
-    ours = logits(
-        mix(tmp_path, models, router="random", router_options={"deviation": 1.0}, target="container")
-    )
+    ours = logits(mix(tmp_path, models, router="random", router_options={"deviation": 1.0}, target="container"))
     torch.testing.assert_close(ours, native, atol=1e-4, rtol=1e-4)
 
 
@@ -87,9 +83,7 @@ def differ(folder: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
 @pytest.mark.parametrize("family", NATIVE)
-def test_plain_transformers_finds_every_key_and_none_too_many(
-    tmp_path: Path, family: str, layout: str
-) -> None:
+def test_plain_transformers_finds_every_key_and_none_too_many(tmp_path: Path, family: str, layout: str) -> None:
     models = copies(tmp_path, family, 3)
     for number in range(3):
         differ(models[f"copy{number}"], number)
@@ -182,9 +176,7 @@ def test_the_container_generates_with_a_cache_as_it_does_without(tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "float32"])
-def test_a_container_is_loaded_in_any_precision_whatever_its_dense_models_was(
-    tmp_path: Path, dtype: str
-) -> None:
+def test_a_container_is_loaded_in_any_precision_whatever_its_dense_models_was(tmp_path: Path, dtype: str) -> None:
     models = copies(tmp_path, "llama", 2, dtype="bfloat16")
     for model in models.values():
         config = json.loads((model / "config.json").read_text()) | {"dtype": "bfloat16"}
@@ -216,9 +208,7 @@ def test_families_that_nobody_describes_run_in_the_container(tmp_path: Path, fam
         ("opt", "no feed-forward tensors where family 'opt' has"),
     ],
 )
-def test_families_without_feed_forwards_of_their_own_are_refused(
-    tmp_path: Path, family: str, said: str
-) -> None:
+def test_families_without_feed_forwards_of_their_own_are_refused(tmp_path: Path, family: str, said: str) -> None:
     models = copies(tmp_path, family, 2)
     with pytest.raises(UserError, match=said):
         mix(tmp_path, models)

@@ -31,26 +31,20 @@ def read(tmp_path: Path) -> Any:
         folder = shutil.copytree(base, tmp_path / name)
         tensors = load_file(folder / "model.safetensors")
         noise = torch.Generator().manual_seed(number)
-        changed = {
-            key: tensor + 0.1 * torch.randn(tensor.shape, generator=noise) for key, tensor in tensors.items()
-        }
+        changed = {key: tensor + 0.1 * torch.randn(tensor.shape, generator=noise) for key, tensor in tensors.items()}
         from safetensors.torch import save_file
 
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
 
     def call(**content: Any) -> Any:
         path = tmp_path / "moe.yml"
-        path.write_text(
-            yaml.safe_dump({"base_model": "base", "experts": PROMPTS, **content}, sort_keys=False)
-        )
+        path.write_text(yaml.safe_dump({"base_model": "base", "experts": PROMPTS, **content}, sort_keys=False))
         return read_mergekit(path)
 
     return call
 
 
-@pytest.mark.parametrize(
-    "mode", ["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
-)
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"])
 def test_every_gate_mode_makes_a_mixture(read: Any, tmp_path: Path, mode: str) -> None:
     manifest = merge_recipe(read(gate_mode=mode), tmp_path / "out")
     assert list(manifest.merged.experts) == ["a", "b"]
@@ -89,9 +83,7 @@ def test_dtype_and_architecture(read: Any, tmp_path: Path) -> None:
     merge_recipe(recipe, tmp_path / "out")
     gate = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.block_sparse_moe.gate.weight"]
     assert gate.float().std() == pytest.approx(1, rel=0.4)  # as theirs
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
-        torch.bfloat16
-    }
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +107,7 @@ def test_what_is_not_supported_is_refused_by_key(read: Any, content: dict[str, A
 
 
 def test_more_experts_than_there_are_and_missing_prompts_are_refused(read: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"moe.yml:\d+: 'experts_per_token' is 3, but there are only 2 experts"
-    ):
+    with pytest.raises(UserError, match=r"moe.yml:\d+: 'experts_per_token' is 3, but there are only 2 experts"):
         merge_recipe(read(gate_mode="random", experts_per_token=3), tmp_path / "out")
     for prompts in ({}, {"positive_prompts": [" "]}):
         with pytest.raises(

@@ -41,9 +41,7 @@ def test_a_key_that_is_left_out_is_the_dense_class_s_default(family: str) -> Non
     keys = [key for key in dense if key not in IGNORED]
     assert len(keys) > 12, "there is something to leave out"
     # a head's width is made of two others where it is not given, by both classes
-    left_out = {
-        key: as_mixture({name: value for name, value in dense.items() if name != key}) for key in keys
-    }
+    left_out = {key: as_mixture({name: value for name, value in dense.items() if name != key}) for key in keys}
     for found in (expected, *left_out.values()):
         if found.get("head_dim") is None:
             found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
@@ -51,9 +49,7 @@ def test_a_key_that_is_left_out_is_the_dense_class_s_default(family: str) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_usual_is_filled_in_without_transformers(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_usual_is_filled_in_without_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = whole(family)
     left_out = ("max_position_embeddings", "num_key_value_heads", "rms_norm_eps", "rope_parameters")
     short = {key: value for key, value in dense.items() if key not in left_out}
@@ -85,9 +81,7 @@ def test_rope_as_older_files_have_it_is_kept() -> None:
 def test_layers_that_a_sliding_window_covers_are_said() -> None:
     dense = whole("qwen2") | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
     del dense["layer_types"]
-    wanted = AutoConfig.for_model(
-        "qwen2", **{k: v for k, v in dense.items() if k != "model_type"}
-    ).layer_types
+    wanted = AutoConfig.for_model("qwen2", **{k: v for k, v in dense.items() if k != "model_type"}).layer_types
     assert len(set(wanted)) == 2
     assert as_mixture(dense)["layer_types"] == wanted
 

@@ -31,9 +31,7 @@ def ws(tmp_path: Path, new_workspace: Any) -> Workspace:
 
 
 def log_of(ws: Workspace, name: str) -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (ws.root / "reports" / f"search-{name}.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line) for line in (ws.root / "reports" / f"search-{name}.jsonl").read_text().splitlines()]
 
 
 def settings(strategy: str, **more: Any) -> dict[str, Any]:
@@ -57,9 +55,7 @@ def test_a_search_is_never_worse_than_its_start_and_names_what_it_found(
 
 
 def test_a_trials_score_is_that_of_the_written_model(ws: Workspace) -> None:
-    manifest = ws.merge(
-        "m", method="average", weights={"code": 3, "law": 1}, search=settings("coordinate", trials=1)
-    )
+    manifest = ws.merge("m", method="average", weights={"code": 3, "law": 1}, search=settings("coordinate", trials=1))
     model, _ = load_model(ws.generalists / "m")
     values = []
     for text in ws.validation(["code", "law"]):
@@ -111,9 +107,7 @@ def test_another_search_begins_anew(ws: Workspace) -> None:
 
 def test_there_has_to_be_text_and_weights(ws: Workspace, tmp_path: Path, new_workspace: Any) -> None:
     with pytest.raises(UserError, match=r"validation text and there is none|fitted on validation text"):
-        Workspace(new_workspace(tmp_path / "bare", ("code",))).merge(
-            "m", method="average", search={"trials": 2}
-        )
+        Workspace(new_workspace(tmp_path / "bare", ("code",))).merge("m", method="average", search={"trials": 2})
     with pytest.raises(UserError, match="does not support --search"):
         ws.merge("m", method="ensemble", search={"trials": 2})
     with pytest.raises(UserError, match=r"search\.strategy"):

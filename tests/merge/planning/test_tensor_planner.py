@@ -48,9 +48,7 @@ def planned(what: Recipe, method: MergeMethod = PLAIN) -> Stack:
 def model(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str, tensors: Tensors | None = None, **how: Any) -> Path:
         settings = {key: how.pop(key) for key in ("layers", "width", "rows", "dtype") if key in how}
-        return write_model(
-            tmp_path / name, random_tensors(0, **settings) if tensors is None else tensors, **how
-        )
+        return write_model(tmp_path / name, random_tensors(0, **settings) if tensors is None else tensors, **how)
 
     return make
 
@@ -73,9 +71,7 @@ def test_layers_shapes_names_and_dtypes_that_differ_show_both_sides(
 ) -> None:
     a = model("a")
     deep = refused(recipe("plain", {"a": a, "b": model("deep", layers=3)}))
-    assert deep == (
-        "'b' has 3 layers where 'a' has 2; models of different depth cannot be merged tensor by tensor"
-    )
+    assert deep == ("'b' has 3 layers where 'a' has 2; models of different depth cannot be merged tensor by tensor")
     wide = refused(recipe("plain", {"a": a, "b": model("wide", width=8)}))
     assert "is [6, 8] in 'b'" in wide
     assert "but [6, 4] in 'a'" in wide
@@ -103,9 +99,7 @@ def test_buffers_that_models_calculate_anew_may_be_missing(model: Callable[..., 
         assert {one.name for one in stack.tensors} == set(random_tensors(0))
 
 
-def test_a_method_names_how_many_experts_it_takes(
-    model: Callable[..., Path], refused: Callable[..., str]
-) -> None:
+def test_a_method_names_how_many_experts_it_takes(model: Callable[..., Path], refused: Callable[..., str]) -> None:
     message = refused(recipe("one", {"a": model("a"), "b": model("b")}), ONE)
     assert message == "merge method 'one' takes 1 experts, but this merge has 2: a, b"
 
@@ -120,10 +114,7 @@ def test_a_method_that_needs_a_seed_says_so(model: Callable[..., Path], refused:
 def test_options_are_resolved_for_every_tensor(model: Callable[..., Path]) -> None:
     models = {"seed": model("seed", layers=3), "a": model("a", layers=3), "b": model("b", layers=3)}
     options = {"density": [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.25}], "lambda": 0.5}
-    tensors = {
-        one.name: one
-        for one in planned(recipe("deltas", models, seed="seed", options=options), DELTAS).tensors
-    }
+    tensors = {one.name: one for one in planned(recipe("deltas", models, seed="seed", options=options), DELTAS).tensors}
     found = {name: one.options.density for name, one in tensors.items()}
     assert [found[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)] == [0.0, 0.5, 1.0]
     assert found["model.layers.1.self_attn.q_proj.weight"] == 0.25
@@ -137,9 +128,7 @@ def test_an_option_may_be_given_for_one_expert(model: Callable[..., Path]) -> No
     assert {one.options.density for one in stack.tensors} == {(0.3, 1.0)}
 
 
-def test_unknown_and_impossible_options_are_refused(
-    model: Callable[..., Path], refused: Callable[..., str]
-) -> None:
+def test_unknown_and_impossible_options_are_refused(model: Callable[..., Path], refused: Callable[..., str]) -> None:
     models = {"a": model("a"), "b": model("b")}
     unknown = refused(recipe("plain", models, options={"desnity": 0.5}))
     assert "merge method 'plain' has no option 'desnity' (did you mean 'density'?)" in unknown
@@ -225,9 +214,7 @@ def test_a_tied_head_is_its_embedding_where_another_model_has_one_of_its_own(
     tied = random_tensors(1)
     del tied["lm_head.weight"]
     models = {"tied": model("tied", tied), "own": model("own")}
-    tensors = {
-        one.name: one for one in planned(recipe("plain", {name: models[name] for name in order})).tensors
-    }
+    tensors = {one.name: one for one in planned(recipe("plain", {name: models[name] for name in order})).tensors}
     head = dict(zip(tensors["lm_head.weight"].expert_names, tensors["lm_head.weight"].experts, strict=True))
     assert head["tied"].name == "model.embed_tokens.weight"
     assert head["own"].name == "lm_head.weight"
@@ -236,9 +223,7 @@ def test_a_tied_head_is_its_embedding_where_another_model_has_one_of_its_own(
 # --- other people's folders ---
 
 
-def test_shards_in_any_order_an_unused_shard_and_extra_metadata(
-    model: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_shards_in_any_order_an_unused_shard_and_extra_metadata(model: Callable[..., Path], tmp_path: Path) -> None:
     names = list(random_tensors(0))
     model("a", shards=[names[3:], names[:3]])
     write_model(tmp_path / "other", {"junk": torch.ones(2)})

@@ -71,9 +71,7 @@ def test_mergekits_defaults_are_filled_in(read: Any) -> None:
     dare = options_of(read(merge_method="dare_ties", base_model="base", models=TWO)).options
     assert (dare.density, dare.rescale, dare.normalize) == (1.0, "l1", False)
     parameters = {"rescale": False, "int8_mask": True, "density": 0.3}
-    plain = options_of(
-        read(merge_method="dare_ties", base_model="base", models=TWO, parameters=parameters)
-    ).options
+    plain = options_of(read(merge_method="dare_ties", base_model="base", models=TWO, parameters=parameters)).options
     assert (plain.density, plain.rescale) == (0.3, "none")
 
 
@@ -125,9 +123,7 @@ def test_interpolation_of_task_vectors_where_there_is_a_base(read: Any) -> None:
     assert with_base.options.task_vectors
     assert with_base.expert_names == ("a", "b")
     assert not options_of(read(merge_method="multislerp", models=TWO)).options.task_vectors
-    sources = [
-        {"model": name, "layer_range": [0, 4], "parameters": {"weight": 1}} for name in ("a", "b", "base")
-    ]
+    sources = [{"model": name, "layer_range": [0, 4], "parameters": {"weight": 1}} for name in ("a", "b", "base")]
     in_slice = options_of(read(merge_method="nuslerp", slices=[{"sources": sources, "base_model": "base"}]))
     assert in_slice.options.task_vectors
     assert (in_slice.expert_names, in_slice.seed_name) == (("a", "b"), "base")
@@ -145,16 +141,12 @@ def test_slices_with_gradients_and_bases_of_their_own(read: Any) -> None:
     found = {one.name: one.options.t for one in plan.stack.tensors}
     assert [found[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)] == [0.0, 0.5, 1.0]
     assert found["lm_head.weight"] == 0.0
-    inputs = next(
-        one for one in plan.stack.tensors if one.name == "model.layers.0.mlp.up_proj.weight"
-    ).experts
+    inputs = next(one for one in plan.stack.tensors if one.name == "model.layers.0.mlp.up_proj.weight").experts
     assert [one.name for one in inputs] == [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
 
 
 def test_one_module_is_what_it_holds(read: Any) -> None:
-    recipe = read(
-        merge_method="linear", modules={"default": {"models": TWO, "parameters": {"normalize": False}}}
-    )
+    recipe = read(merge_method="linear", modules={"default": {"models": TWO, "parameters": {"normalize": False}}})
     assert not options_of(recipe).options.normalize
     with pytest.raises(UserError, match=r"recipe.yml:2: several modules \(text, vision\)"):
         read(merge_method="linear", modules={"text": {"models": TWO}, "vision": {"models": TWO}})

@@ -32,9 +32,7 @@ MLP = "model.layers.3.mlp.up_proj.weight"
         ([False, True], 0.5, False),
     ],
 )
-def test_numbers_lie_on_a_gradient_and_words_change_in_steps(
-    setting: Any, depth: float, expected: Any
-) -> None:
+def test_numbers_lie_on_a_gradient_and_words_change_in_steps(setting: Any, depth: float, expected: Any) -> None:
     assert evaluate("t", setting, MLP, depth) == expected
 
 

@@ -108,9 +108,7 @@ def test_an_adapter_gives_what_peft_merges(tmp_path: Path, family: str, settings
 def test_adapters_of_different_ranks_and_targets_merge_as_full_models(tmp_path: Path) -> None:
     models = {}
     wanted = []
-    for number, (rank, targets) in enumerate(
-        [(4, ["q_proj"]), (8, ["q_proj", "v_proj"]), (16, ["down_proj"])]
-    ):
+    for number, (rank, targets) in enumerate([(4, ["q_proj"]), (8, ["q_proj", "v_proj"]), (16, ["down_proj"])]):
         model = base_model(tmp_path / "base", "llama")
         wanted.append(adapted(tmp_path / f"a{number}", model, r=rank, target_modules=targets))
         models[f"a{number}"] = tmp_path / f"a{number}"
@@ -163,9 +161,7 @@ def change(folder: Path, **settings: Any) -> None:
         ({"init_lora_weights": "olora"}, "changed the base model's weights"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(
-    plain: tuple[Path, Path], settings: dict[str, Any], part: str
-) -> None:
+def test_what_cannot_be_exact_is_refused(plain: tuple[Path, Path], settings: dict[str, Any], part: str) -> None:
     change(plain[1], **settings)
     assert part in opened(plain)
 

@@ -30,9 +30,7 @@ def tokenizer(folder: Path, added: tuple[str, ...] = (), text: list[str] = TEXT,
     folder.mkdir(parents=True, exist_ok=True)
     made = Tokenizer(models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False)
-    )
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False))
     made.add_tokens([AddedToken(token) for token in added])
     made.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {}}
@@ -74,8 +72,7 @@ def test_padding_that_differs_is_told(tmp_path: Path) -> None:
 def test_a_union_takes_added_rows_from_those_that_have_them(tmp_path: Path) -> None:
     """One token in one expert only, one in both with other rows and numbers."""
     a, b, c = (
-        tokenizer(tmp_path / name, added)
-        for name, added in (("a", ()), ("b", ("<law>", "<both>")), ("c", ("<both>",)))
+        tokenizer(tmp_path / name, added) for name, added in (("a", ()), ("b", ("<law>", "<both>")), ("c", ("<both>",)))
     )
     size = len(vocabulary(a).tokens)
     plan = plan_vocabulary(vocabulary(a), {"b": vocabulary(b), "c": vocabulary(c)}, "union")

@@ -27,9 +27,7 @@ TOKENS = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     made = make_flexolmo_workspace(tmp_path_factory.mktemp("stitch") / "ws", "llama", trains="all")
     made.merge("start", method="stitch")
-    tune_here(
-        made, "trained", "start", trains="stitches", domains=["public", *OWNERS], training={"tokens": 512}
-    )
+    tune_here(made, "trained", "start", trains="stitches", domains=["public", *OWNERS], training={"tokens": 512})
     return made
 
 

@@ -124,9 +124,7 @@ def test_a_cache_gives_what_the_whole_text_gives(workspace: Workspace) -> None:
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
     greedy = [
-        model.generate(
-            TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=4, do_sample=False, use_cache=one
-        )
+        model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=4, do_sample=False, use_cache=one)
         for one in (True, False)
     ]
     assert torch.equal(*greedy)
@@ -153,8 +151,7 @@ def test_only_stitches_train_and_members_stay_to_the_bit(workspace: Workspace) -
     before, _ = load_model(base)
     after, _ = load_model(folder)
     moved = {
-        name: not torch.equal(one, dict(after.named_parameters())[name])
-        for name, one in before.named_parameters()
+        name: not torch.equal(one, dict(after.named_parameters())[name]) for name, one in before.named_parameters()
     }
     assert all(not one for name, one in moved.items() if not name.startswith("stitches."))
     assert all(one for name, one in moved.items() if name.startswith("stitches.1."))

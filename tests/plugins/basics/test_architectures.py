@@ -22,9 +22,7 @@ def matching(names: set[str], patterns: tuple[str, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_tensor_belongs_to_a_part_and_feed_forwards_to_no_other(
-    tmp_path: Path, model_type: str
-) -> None:
+def test_every_tensor_belongs_to_a_part_and_feed_forwards_to_no_other(tmp_path: Path, model_type: str) -> None:
     family = architecture_of(model_type)
     folder = tiny_model_folder(tmp_path / "m", model_type)
     names = set(Checkpoint.of_folder(folder))

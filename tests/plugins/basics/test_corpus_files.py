@@ -64,9 +64,7 @@ def test_jsonl_yields_the_named_field_of_each_line(tmp_path: Path) -> None:
 
 
 def test_blank_lines_and_empty_texts_are_skipped(tmp_path: Path) -> None:
-    path = written(
-        tmp_path / "law.jsonl", '\n{"text": "a"}\n  \n{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n\n'
-    )
+    path = written(tmp_path / "law.jsonl", '\n{"text": "a"}\n  \n{"text": ""}\n{"text": " \\n"}\n{"text": "b"}\n\n')
     assert list(read_jsonl(path, "text")) == ["a", "b"]
 
 
@@ -85,9 +83,7 @@ def test_gzipped_jsonl_reads_as_the_plain_one_does(tmp_path: Path) -> None:
 
 
 @given(st.lists(TEXTS))
-def test_jsonl_gives_back_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
-) -> None:
+def test_jsonl_gives_back_what_was_written(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     lines = "".join(json.dumps({"text": text}, ensure_ascii=len(text) % 2 == 0) + "\n" for text in texts)
     path = written(tmp_path_factory.mktemp("jsonl") / "law.jsonl", lines)
     assert list(read_jsonl(path, "text")) == [text for text in texts if text.strip()]
@@ -148,9 +144,7 @@ def test_a_gzip_file_that_is_cut_short_says_so_with_the_line(tmp_path: Path) -> 
     assert int(message.split(":")[1]) > 1
 
 
-@pytest.mark.parametrize(
-    "content", [b'{"text": "plain"}\n', gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 40]
-)
+@pytest.mark.parametrize("content", [b'{"text": "plain"}\n', gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 40])
 def test_what_is_no_gzip_data_says_so(tmp_path: Path, content: bytes) -> None:
     message = error_of("jsonl", written(tmp_path / "law.jsonl.gz", content))
     assert message.startswith("law.jsonl.gz:1: the gzip data is truncated or damaged")
@@ -223,12 +217,8 @@ def test_a_large_text_is_cut_between_paragraphs_or_as_near_to_that_as_can_be(
     assert list(read_text(written(tmp_path / "notes.txt", text), "text")) == documents
 
 
-@given(
-    st.lists(st.sampled_from(["\n\n", "\n", " ", "a", "ü", "世界", "🌍", "word"]), max_size=60).map("".join)
-)
-def test_the_documents_of_a_large_text_are_the_whole_text(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
+@given(st.lists(st.sampled_from(["\n\n", "\n", " ", "a", "ü", "世界", "🌍", "word"]), max_size=60).map("".join))
+def test_the_documents_of_a_large_text_are_the_whole_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = written(tmp_path_factory.mktemp("text") / "notes.txt", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_files, "TEXT_DOCUMENT_BYTES", 9)
@@ -314,9 +304,7 @@ def test_parquet_with_damaged_pages_says_so(tmp_path: Path) -> None:
     assert "damaged after row" in error_of("parquet", written(path, bytes(content)))
 
 
-def test_without_pyarrow_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pyarrow_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_import = builtins.__import__
 
     def without_pyarrow(name: str, *arguments: Any, **options: Any) -> Any:

@@ -31,9 +31,7 @@ def test_bits_per_byte_and_perplexity_score_every_token_once(
             log_probs = model(input_ids=torch.tensor([block])).logits[0].double().log_softmax(-1)
             total -= sum(float(log_probs[t - 1, block[t]]) for t in range(1, len(block)))
     score = (
-        fresh_plugins()
-        .offer(Evaluator, "perplexity")
-        .evaluate(model, TokenBlocks(TokenStore(tmp_path), block_size))
+        fresh_plugins().offer(Evaluator, "perplexity").evaluate(model, TokenBlocks(TokenStore(tmp_path), block_size))
     )
     assert score.tokens == len(stream) - 1
     assert score.values["perplexity"] == pytest.approx(math.exp(total / score.tokens), rel=1e-5)

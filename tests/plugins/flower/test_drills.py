@@ -114,9 +114,7 @@ def test_a_coordinator_killed_after_one_of_three_deliveries_and_an_owner_killed_
     assert (stopped_at.state, stopped_at.code) == ("failed", "STOPPED")
     assert stopped_at.step > 0
     before = owners["second"].progress(requests["second"].id).step
-    wait_until(
-        lambda: owners["second"].progress(requests["second"].id).step > before
-    )  # nobody is needed for it
+    wait_until(lambda: owners["second"].progress(requests["second"].id).step > before)  # nobody is needed for it
     wait_until(lambda: "the coordinator cannot be reached" in joined["second"].output())
     kept = checkpoint_of(owners["third"], requests["third"])
 
@@ -156,9 +154,7 @@ def test_traffic_and_coordinator_files_hold_no_line_of_the_owners_text(
     seen = bytes(relay.seen)
     assert request.id.encode() in seen
     assert b"/v1/fleet/pull-messages" in seen  # Flower's traffic came this way
-    assert (owner.delivery_folder(request.id) / "model.safetensors").read_bytes()[
-        -4000:
-    ] in seen  # and the expert
+    assert (owner.delivery_folder(request.id) / "model.safetensors").read_bytes()[-4000:] in seen  # and the expert
     lines = distinctive_lines(federation.root / "open.jsonl")
     assert len(lines) > 100
     private = [str(owner.state).encode(), str(federation.root / "open.jsonl").encode(), b"work.log"]
@@ -220,9 +216,7 @@ def test_a_delivery_over_a_slow_link_with_three_cuts_repeats_few_bytes(
     owner.take(request)
     owner.seeds.copy(request, federation.workspace / "seed")
     work(owner, request.id)
-    make_delivery(
-        owner.expert_folder(request), request, owner.key(), owner.delivery_folder(request.id), part_size=4096
-    )
+    make_delivery(owner.expert_folder(request), request, owner.key(), owner.delivery_folder(request.id), part_size=4096)
     size = sum(file.size for file in owner.delivery(request.id).statement.files)
     relay = Relay(federation.port, bytes_per_second=100_000, cut_after=(30_000, 60_000, 90_000))
     joined = federation.join("cut", port=relay.port)
@@ -283,9 +277,7 @@ def altered(
     changed.write(folder)
     old = owner.delivery(request.id).statement
     names = [file.name for file in old.files]
-    statement = replace(
-        old, expert=changed.digest, files=tuple(parts_of(folder / name, 1 << 20) for name in names)
-    )
+    statement = replace(old, expert=changed.digest, files=tuple(parts_of(folder / name, 1 << 20) for name in names))
     return folder, SignedStatement(statement, owner.key().sign(statement.signed_bytes))
 
 
@@ -325,17 +317,13 @@ def test_invalid_deliveries_are_refused_with_a_code_and_a_valid_one_is_accepted(
         mine = replace(good.statement, request=theirs.id, owner="thief")
         assert federation.accepted() == before
         assert deliver(client, folder, request.id, good) == "accepted"
-        stolen = SignedStatement(
-            mine, other.key().sign(mine.signed_bytes)
-        )  # what was accepted from somebody else
+        stolen = SignedStatement(mine, other.key().sign(mine.signed_bytes))  # what was accepted from somebody else
         assert deliver(thief, folder, theirs.id, stolen) == "REPLAY"
     finally:
         client.close()
         thief.close()
     assert federation.accepted() == {**before, "bad": "bad"}
-    reasons = [
-        read_json(path)["code"] for path in federation.coordinator.root.glob("quarantine/*/reason.json")
-    ]
+    reasons = [read_json(path)["code"] for path in federation.coordinator.root.glob("quarantine/*/reason.json")]
     assert {"NOT_FINITE", "SHAPES", "NORM"} <= set(reasons)
 
 
@@ -380,9 +368,7 @@ def test_the_authoritys_certificate_alone_gives_no_access_to_control_or_runtime(
     ):
         url = f"https://127.0.0.1:{federation.port}/v1/{path}"
         with pytest.raises(urllib.error.HTTPError) as raised:
-            urllib.request.urlopen(
-                urllib.request.Request(url, b"", method="POST"), context=context, timeout=20
-            )
+            urllib.request.urlopen(urllib.request.Request(url, b"", method="POST"), context=context, timeout=20)
         raised.value.close()
         assert raised.value.code == 404, path
     outside = environment(tmp_path / "home")
@@ -426,16 +412,12 @@ __all__ = ["app"]
 """
 
 
-def test_an_altered_app_bundle_is_refused_before_its_code_runs(
-    federation: Federation, tmp_path: Path
-) -> None:
+def test_an_altered_app_bundle_is_refused_before_its_code_runs(federation: Federation, tmp_path: Path) -> None:
     federation.owner("guarded", optparse)
     joined = federation.join("guarded", once=False)
     state = federation.state("guarded")
     log = state / "flower" / "supernode.log"
-    wait_until(
-        lambda: log.is_file() and "SuperNode ID:" in log.read_text(errors="replace"), why=joined.output
-    )
+    wait_until(lambda: log.is_file() and "SuperNode ID:" in log.read_text(errors="replace"), why=joined.output)
     bundle, verdict, marker = tmp_path / "app", tmp_path / "verdict", tmp_path / "ran"
     shutil.copytree(APP, bundle)
     (bundle / "expertctl_server.py").write_text(ALTERED_SERVER)
@@ -446,9 +428,7 @@ def test_an_altered_app_bundle_is_refused_before_its_code_runs(
         [*command, "--format", "json"], env=home, capture_output=True, text=True, check=False, timeout=90
     )
     assert '"success": true' in done.stdout, done.stdout
-    wait_until(
-        lambda: verdict.is_file() and verdict.read_text(), why=lambda: log.read_text(errors="replace")[-3000:]
-    )
+    wait_until(lambda: verdict.is_file() and verdict.read_text(), why=lambda: log.read_text(errors="replace")[-3000:])
     assert verdict.read_text() == "APP_NOT_ALLOWED"
     assert not marker.exists()
     assert joined.process.poll() is None

@@ -38,9 +38,7 @@ def merged(folder: Path, count: int) -> Path:
     for number in range(count):
         models[f"copy{number}"] = folder / f"copy{number}"
         shutil.copytree(base, models[f"copy{number}"], dirs_exist_ok=True)
-    recipe = Recipe(
-        "mixture", models, whole_models(list(models)[1:]), seed="base", scopes=({"router": "random"},)
-    )
+    recipe = Recipe("mixture", models, whole_models(list(models)[1:]), seed="base", scopes=({"router": "random"},))
     merge_recipe(recipe, folder / f"mixture{count}")
     return folder / f"mixture{count}"
 

@@ -147,9 +147,7 @@ def test_a_mixture_pickled_whole_runs_where_classes_are_registered(monkeypatch: 
 
 def test_a_dense_model_is_left_alone() -> None:
     model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
+        LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     before = model.config._experts_implementation
     use_sorted_loop(model)

@@ -77,6 +77,4 @@ def test_first_centres_of_duplicates_are_those_duplicates() -> None:
 @pytest.mark.parametrize("count", [1, 5])
 def test_one_cluster_and_as_many_as_points(count: int) -> None:
     found = fit(np.arange(10.0).reshape(5, 2), count)
-    assert sorted(found.centres.tolist()) == (
-        [[4.0, 5.0]] if count == 1 else np.arange(10.0).reshape(5, 2).tolist()
-    )
+    assert sorted(found.centres.tolist()) == ([[4.0, 5.0]] if count == 1 else np.arange(10.0).reshape(5, 2).tolist())

@@ -37,9 +37,7 @@ def clusterer() -> Clusterer:
 
 def test_points_are_those_of_scikit_learn() -> None:
     settings = ClustererSettings(clusters=3, width=15, stop_words=None, words=10_000)
-    texts = [
-        text for text in corpus() if not any(letter.isdigit() for letter in text)
-    ]  # numbers are folded here
+    texts = [text for text in corpus() if not any(letter.isdigit() for letter in text)]  # numbers are folded here
     ours = fit_clusterer(texts, settings)
     tfidf = TfidfVectorizer(min_df=2)
     weighted = tfidf.fit_transform(texts)

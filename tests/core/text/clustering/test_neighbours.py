@@ -16,9 +16,7 @@ def all_pairs(points: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
     found = []
     for row in range(len(points)):
         cosines = [
-            (other, float(points[row].astype(float) @ points[other]))
-            for other in range(len(points))
-            if other != row
+            (other, float(points[row].astype(float) @ points[other])) for other in range(len(points)) if other != row
         ]
         ranked = sorted((one for one in cosines if one[1] > 1e-7), key=lambda one: -one[1])
         found.append(ranked[:count])
@@ -55,9 +53,7 @@ def test_cells_find_nearly_what_all_pairs_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(neighbours, "CELL", 60)
     near = nearest_neighbours(points, 5)
     assert (near.places >= 0).all()
-    same = np.mean(
-        [len(set(one) & set(other)) / 5 for one, other in zip(exact.places, near.places, strict=True)]
-    )
+    same = np.mean([len(set(one) & set(other)) / 5 for one, other in zip(exact.places, near.places, strict=True)])
     assert same > 0.9
     again = nearest_neighbours(points, 5)
     assert (again.places == near.places).all()

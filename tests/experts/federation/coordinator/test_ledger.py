@@ -37,9 +37,7 @@ def test_a_line_cut_short_by_a_kill_is_ignored(tmp_path: Path, cut: int) -> None
     ledger.add(entry("accepted", "1"))
     whole = ledger.path.read_bytes()
     ledger.path.write_bytes(whole[:-cut])
-    expected = (
-        "accepted" if cut == 1 else "asked"
-    )  # only the end of the line is missing: all of it was written
+    expected = "accepted" if cut == 1 else "asked"  # only the end of the line is missing: all of it was written
     assert ledger.state("1") == expected
     ledger.add(entry("asked", "2"))
     assert ledger.state("1") == expected

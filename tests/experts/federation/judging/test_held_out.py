@@ -64,9 +64,7 @@ def test_an_expert_is_measured_against_its_seed_whose_loss_is_cached(
     assert measure(layout.seed, layout.root.parent / "scaled-1.0") == same
 
 
-def test_the_loss_is_the_mean_over_evenly_spaced_blocks(
-    layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_is_the_mean_over_evenly_spaced_blocks(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     text = held_out._public_text(layout, load_project(layout.config_file), layout.seed)
     (blocks,) = text.values()
     assert len(blocks) > 4

@@ -113,12 +113,8 @@ def test_an_owner_who_demands_privacy_refuses_rounds(
     assert "round 1 of 2 of 'campus' is trained without" in str(owner.objection(request))
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"epsilon": 0, "delta": 1e-6}, {"epsilon": 8}, {"epsilon": 8, "detla": 1e-6}]
-)
-def test_invalid_privacy_settings_are_refused_when_requested(
-    new_owner: NewOwner, wrong: dict[str, float]
-) -> None:
+@pytest.mark.parametrize("wrong", [{"epsilon": 0, "delta": 1e-6}, {"epsilon": 8}, {"epsilon": 8, "detla": 1e-6}])
+def test_invalid_privacy_settings_are_refused_when_requested(new_owner: NewOwner, wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="differential privacy"):
         recipe_of("btm", privacy=wrong)
     owner = new_owner("site-a")

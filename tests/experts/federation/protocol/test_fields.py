@@ -19,9 +19,7 @@ IDENTIFIER, DIGEST = "0123456789abcdef", "ab" * 32
 FILE = FileParts("config.json", 1, DIGEST, (DIGEST,))
 ROUND = RoundOf("campus", IDENTIFIER, 0, 2, 5)
 RECIPE = Recipe("all", round=ROUND)
-REQUEST = ExpertRequest(
-    IDENTIFIER, "site-a", "SHA256:x", DIGEST, (FILE,), RECIPE, datetime(2030, 1, 1, tzinfo=UTC)
-)
+REQUEST = ExpertRequest(IDENTIFIER, "site-a", "SHA256:x", DIGEST, (FILE,), RECIPE, datetime(2030, 1, 1, tzinfo=UTC))
 STATEMENT = Statement(IDENTIFIER, "site-a", DIGEST, RECIPE.digest, DIGEST, (FILE,), {}, None)
 
 

@@ -34,8 +34,7 @@ def shared_weights(dtype: torch.dtype, seed: int = 0) -> Tensors:
     source = torch.Generator().manual_seed(seed)
     shapes = {"embed.weight": (6, 4), "norm.weight": (4,), "scale": ()}
     floating = {
-        name: torch.randn(shape, generator=source, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
+        name: torch.randn(shape, generator=source, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
     }
     return {**floating, "positions": torch.arange(5)}
 
@@ -83,9 +82,7 @@ def rounds_on_disk(folder: Path, dtype: torch.dtype, recipe: str, count: int) ->
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
 )
-def test_rounds_equal_torch_sgd_in_float64(
-    tmp_path: Path, recipe: str, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_rounds_equal_torch_sgd_in_float64(tmp_path: Path, recipe: str, dtype: torch.dtype, tolerance: float) -> None:
     last, (*history, state) = rounds_on_disk(tmp_path, dtype, recipe, 5)
     settings = OUTER_RECIPES[recipe]
     for name, first in history[0][0].items():
@@ -172,9 +169,7 @@ def damaged(kind: str, tensors: Tensors) -> Tensors:
         ("integers", RefusalCode.FROZEN, "'positions' is not a floating-point tensor"),
     ],
 )
-def test_weights_that_cannot_be_averaged_are_refused(
-    tmp_path: Path, kind: str, code: RefusalCode, detail: str
-) -> None:
+def test_weights_that_cannot_be_averaged_are_refused(tmp_path: Path, kind: str, code: RefusalCode, detail: str) -> None:
     shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
     write_tensors(shared, shared_weights(torch.float32))
     write_tensors(own, damaged(kind, moved(shared_weights(torch.float32), 1)))
@@ -227,10 +222,7 @@ def test_pieces_of_any_size_give_the_same_bytes(
 ) -> None:
     shared = tmp_path / "shared.safetensors"
     write_tensors(shared, shared_weights(dtype))
-    given = [
-        contribution(tmp_path, str(index), moved(shared_weights(dtype), index), 0.5, shared)
-        for index in range(2)
-    ]
+    given = [contribution(tmp_path, str(index), moved(shared_weights(dtype), index), 0.5, shared) for index in range(2)]
     found = []
     for piece in (1 << 22, 5, 1):
         monkeypatch.setattr(averaging, "PIECE", piece)

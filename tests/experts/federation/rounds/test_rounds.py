@@ -253,9 +253,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenBlocks]:
     found = {}
     for number, owner in enumerate(OWNERS):
         folder = tmp_path_factory.mktemp(owner)
-        rows = [
-            ((np.arange(40) * (number + 1) + start) % 60 + 60 * number).tolist() for start in range(0, 60, 2)
-        ]
+        rows = [((np.arange(40) * (number + 1) + start) % 60 + 60 * number).tolist() for start in range(0, 60, 2)]
         write_part(folder, [("x" * 40, row) for row in rows], separator=0, vocabulary=300)
         found[owner] = TokenBlocks(TokenStore(folder), CONFIG.sequence_length)
     return found
@@ -297,23 +295,17 @@ def test_real_training_lowers_the_loss_and_a_kill_changes_no_byte(
     assert content(killed) == content(whole)
 
 
-def test_owner_state_past_the_round_is_an_error(
-    tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]
-) -> None:
+def test_owner_state_past_the_round_is_an_error(tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]) -> None:
     training = InnerTraining(tmp_path / "state", model, texts["court"], CONFIG, STEPS)
     task = OwnerTask("court", 1, model / "model.safetensors", tmp_path / "out.safetensors")
     assert training(task) == len(texts["court"]) * CONFIG.sequence_length
-    with pytest.raises(
-        UserError, match="is at step 12, past this round's end at 6; it belongs to other rounds"
-    ):
+    with pytest.raises(UserError, match="is at step 12, past this round's end at 6; it belongs to other rounds"):
         training(OwnerTask("court", 0, task.shared, task.result))
     with pytest.raises(UserError, match="round 4 exceeds the 24 steps"):
         training(OwnerTask("court", 4, task.shared, task.result))
 
 
-def test_a_round_trained_twice_gives_the_same_bytes(
-    tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]
-) -> None:
+def test_a_round_trained_twice_gives_the_same_bytes(tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]) -> None:
     """A kill after the last checkpoint of a round and before the delivery of its weights."""
     training = InnerTraining(tmp_path / "state", model, texts["court"], CONFIG, STEPS)
     task = OwnerTask("court", 0, model / "model.safetensors", tmp_path / "out.safetensors")
@@ -391,9 +383,7 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory has another unit")
-@pytest.mark.parametrize(
-    "shapes", [{f"layers.{number}.weight": 1 << 20 for number in range(24)}, {"embed": 24 << 20}]
-)
+@pytest.mark.parametrize("shapes", [{f"layers.{number}.weight": 1 << 20 for number in range(24)}, {"embed": 24 << 20}])
 def test_memory_grows_neither_with_owners_nor_with_the_model_nor_with_a_tensor(
     tmp_path: Path, shapes: dict[str, int]
 ) -> None:
@@ -402,8 +392,6 @@ def test_memory_grows_neither_with_owners_nor_with_the_model_nor_with_a_tensor(
         tensors = {name: torch.randn(count, generator=source).bfloat16() for name, count in shapes.items()}
         write_tensors(tmp_path / f"owner-{number}.safetensors", tensors)
     (tmp_path / "owner-5.safetensors").rename(tmp_path / "shared.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, tmp_path, "5"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path, "5"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 24 << 20  # half a model; in float32 it has 96 MiB

@@ -133,9 +133,7 @@ def test_one_block_at_a_time_any_layer_can_train(blocks: TokenBlocks, case: str)
     norms = [float(torch.stack([one.square().sum() for one in each.values()]).sum().sqrt()) for each in alone]
     assert max(norms) > 0.25, "something is clipped"
     for name, parameter in loop.parameters.items():
-        expected = sum(
-            min(1.0, 0.25 / (norm + 1e-6)) * each[name] for norm, each in zip(norms, alone, strict=True)
-        )
+        expected = sum(min(1.0, 0.25 / (norm + 1e-6)) * each[name] for norm, each in zip(norms, alone, strict=True))
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, expected / 8, atol=1e-6, rtol=1e-3)
 
@@ -196,9 +194,7 @@ def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBloc
             for one in parts:
                 one.bias.fill_(-0.1)  # at 0 the clamp has no slope
         parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        return TrainablePart(
-            model, parameters, auxiliary_loss=lambda: 0.5 * z_loss(parts), auxiliary_per_example=True
-        )
+        return TrainablePart(model, parameters, auxiliary_loss=lambda: 0.5 * z_loss(parts), auxiliary_per_example=True)
 
     loop = private_loop(part(), blocks, clip=clip)
     assert any(re.search(r"logit\.row", name) for name in loop.parameters)
@@ -215,8 +211,6 @@ def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBloc
     norms = [float(torch.stack([one.square().sum() for one in each.values()]).sum().sqrt()) for each in alone]
     expected_size = CONFIG.batch_size * CONFIG.accumulation
     for name, parameter in loop.parameters.items():
-        expected = sum(
-            min(1.0, clip / (norm + 1e-6)) * each[name] for norm, each in zip(norms, alone, strict=True)
-        )
+        expected = sum(min(1.0, clip / (norm + 1e-6)) * each[name] for norm, each in zip(norms, alone, strict=True))
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, expected / expected_size, atol=1e-6, rtol=1e-3)

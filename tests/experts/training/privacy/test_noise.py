@@ -43,9 +43,7 @@ def test_draws_are_binomial_and_independent_between_steps() -> None:
 
 
 @given(st.text(max_size=20), st.integers(0, 40))
-def test_the_same_purpose_gives_the_same_numbers_and_more_of_them_begin_alike(
-    purpose: str, count: int
-) -> None:
+def test_the_same_purpose_gives_the_same_numbers_and_more_of_them_begin_alike(purpose: str, count: int) -> None:
     assert np.array_equal(SOURCE.uniform(purpose, count), SOURCE.uniform(purpose, count + 3)[:count])
     assert not np.array_equal(SOURCE.uniform(purpose, 8), SOURCE.uniform(purpose + "x", 8))
     assert not np.array_equal(SOURCE.uniform(purpose, 8), NoiseSource(b"l" * 32).uniform(purpose, 8))

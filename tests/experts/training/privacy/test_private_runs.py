@@ -206,9 +206,7 @@ def test_a_trainer_that_reads_the_text_must_say_that_it_does_so_privately() -> N
     reader = Trainer("reader", "reads", prepare, uses_text=True)
     with pytest.raises(UserError, match="trainer 'reader' reads the text before training"):
         check_private(expert, TrainingConfig(), reader)
-    check_private(
-        expert, TrainingConfig(), Trainer("good", "asks", prepare, uses_text=True, private_text=True)
-    )
+    check_private(expert, TrainingConfig(), Trainer("good", "asks", prepare, uses_text=True, private_text=True))
     check_private(ExpertConfig(domain="prose"), TrainingConfig(), reader)
 
 
@@ -220,9 +218,7 @@ def test_without_opacus_it_says_how_to_get_it(workspace: Workspace, monkeypatch:
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    with pytest.raises(
-        UserError, match=r"needs Opacus, which is not installed: pip install 'expertctl\[privacy\]'"
-    ):
+    with pytest.raises(UserError, match=r"needs Opacus, which is not installed: pip install 'expertctl\[privacy\]'"):
         workspace.branch("odd", domain="prose", dp=DP)
 
 

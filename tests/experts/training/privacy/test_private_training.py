@@ -30,9 +30,7 @@ def gradients(loop: PrivateTrainingLoop) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "tied", "olmo2", "qwen3"])
-def test_without_noise_and_clipping_it_is_the_gradient_of_the_ordinary_loop(
-    blocks: TokenBlocks, family: str
-) -> None:
+def test_without_noise_and_clipping_it_is_the_gradient_of_the_ordinary_loop(blocks: TokenBlocks, family: str) -> None:
     loop = private_loop(all_parameters(make_model(family)), blocks)
     chosen = drawn(loop)
     found = gradients(loop)
@@ -48,9 +46,7 @@ def test_without_noise_and_clipping_it_is_the_gradient_of_the_ordinary_loop(
     assert len(chosen) != expected, "else the two would agree whatever they divide by"
     for name, parameter in ordinary.parameters.items():
         assert parameter.grad is not None
-        torch.testing.assert_close(
-            found[name], parameter.grad * (len(chosen) / expected), atol=1e-6, rtol=1e-4
-        )
+        torch.testing.assert_close(found[name], parameter.grad * (len(chosen) / expected), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("trained", ["*", "*.mlp.*", "*norm*"])
@@ -63,9 +59,7 @@ def test_each_block_is_clipped_by_itself(blocks: TokenBlocks, trained: str) -> N
     alone = naive_gradients(
         lambda tokens: double_loss(twin.module, tokens), dict(twin.parameters), tokens_of(blocks, chosen)
     )
-    norms = [
-        torch.stack([gradient.square().sum() for gradient in one.values()]).sum().sqrt() for one in alone
-    ]
+    norms = [torch.stack([gradient.square().sum() for gradient in one.values()]).sum().sqrt() for one in alone]
     clip = float(torch.stack(norms).median())
 
     model = make_model("llama").double()
@@ -112,9 +106,7 @@ def test_noise_is_as_large_as_it_should_be_and_new_in_each_step_and_parameter(bl
     assert float(noise.std()) == pytest.approx(3.0 * 0.5, rel=0.05)
     assert abs(float(noise.mean())) < 0.05
     shape = next(iter(loop.parameters.values())).shape
-    drawn_noise = [
-        loop._source.normal(f"noise/{step}/{name}", shape) for step in (0, 1) for name in loop.parameters
-    ]
+    drawn_noise = [loop._source.normal(f"noise/{step}/{name}", shape) for step in (0, 1) for name in loop.parameters]
     assert len({one.numpy().tobytes() for one in drawn_noise}) == len(drawn_noise)
 
 
@@ -167,9 +159,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits_and_the_same_account(
     assert restore_latest(second, tmp_path / "state") == stop
     assert second.accountant.history == [(1.0, whole.mechanism.rate, stop)]
     assert begun + [float(report.loss) for report in second.steps()] == losses
-    assert (
-        second.accountant.history == whole.accountant.history == [(1.0, whole.mechanism.rate, CONFIG.steps)]
-    )
+    assert second.accountant.history == whole.accountant.history == [(1.0, whole.mechanism.rate, CONFIG.steps)]
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, second.parameters[name]), name
 

@@ -150,9 +150,7 @@ def test_experts_can_stay_frozen(tmp_path: Path) -> None:
 
 
 def test_sampling_is_for_mixtures_of_one_expert_at_a_time(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="routing 'sample' requires a mixture with top_k 1, and this one has 2"
-    ):
+    with pytest.raises(UserError, match="routing 'sample' requires a mixture with top_k 1, and this one has 2"):
         prepare_mixture(TrainingContext(mixture(tmp_path, top_k=2), MixtureTraining(routing="sample")))
 
 
@@ -178,9 +176,7 @@ def test_a_router_that_text_does_not_teach_is_told(
 
 
 def test_advice_is_what_the_trainer_takes(tmp_path: Path) -> None:
-    (note,) = prepare_router(
-        TrainingContext(mixture(tmp_path, top_k=1), RouterTuning(all_experts=False))
-    ).notes
+    (note,) = prepare_router(TrainingContext(mixture(tmp_path, top_k=1), RouterTuning(all_experts=False))).notes
     assert "remove all_experts=false" in note
     assert "routing" not in note
 
@@ -231,9 +227,7 @@ def test_reports_add_up_and_name_dead_experts(tmp_path: Path) -> None:
     assert dead.as_json()["domains"]["x"]["load"] == {"a": 0.75, "b": 0.25}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"experts": "frozen"}, {"routing": "sample", "balance": 0.1}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"experts": "frozen"}, {"routing": "sample", "balance": 0.1}], ids=str)
 def test_a_mixture_of_whole_experts_is_trained_further(
     flexolmo_workspace: Workspace, tmp_path: Path, options: dict[str, Any]
 ) -> None:

@@ -142,9 +142,7 @@ def test_states_of_prompts_are_mergekits(model_folder: Path, average: bool) -> N
     def side(prompts: list[str]) -> torch.Tensor:
         states = []
         for text in prompts:
-            given = tokenizer(
-                (tokenizer.bos_token or "") + text, add_special_tokens=False, return_tensors="pt"
-            )
+            given = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False, return_tensors="pt")
             layers = torch.stack(model(**given, output_hidden_states=True).hidden_states[:-1])[:, 0].double()
             states.append(layers.mean(dim=1) if average else layers[:, -1])
         return torch.stack(states).mean(dim=0)
@@ -164,9 +162,7 @@ def test_embeddings_of_prompts_are_mergekits(model_folder: Path) -> None:
     def side(prompts: list[str]) -> torch.Tensor:
         total = torch.zeros(16, dtype=torch.float64)
         for text in prompts:
-            given = tokenizer(
-                (tokenizer.bos_token or "") + text, add_special_tokens=False, return_tensors="pt"
-            )
+            given = tokenizer((tokenizer.bos_token or "") + text, add_special_tokens=False, return_tensors="pt")
             total += model.get_input_embeddings()(given["input_ids"])[0].double().sum(dim=0)
         return total / total.norm()
 

@@ -113,9 +113,7 @@ def test_oversized_and_malformed_requests_never_reach_flower(hub: Any) -> None:
     assert hub.upstream.seen == []
 
 
-def test_concurrent_large_bodies_are_refused_and_small_ones_pass(
-    hub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_large_bodies_are_refused_and_small_ones_pass(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.gateway, "_free_bytes", 3 << 20)
     context = ssl.create_default_context(cafile=str(hub.certificates.authority))
     size = 2 << 20
@@ -170,9 +168,7 @@ def test_an_uninvited_owner_gets_an_error(hub: Any, new_owner: NewOwner) -> None
         assert browser.get("/expertctl/v1/requests").json() == {"code": "NOT_SIGNED"}
 
 
-def test_a_second_process_with_the_key_is_refused_while_the_first_is_alive(
-    hub: Any, new_owner: NewOwner
-) -> None:
+def test_a_second_process_with_the_key_is_refused_while_the_first_is_alive(hub: Any, new_owner: NewOwner) -> None:
     owner = new_owner("site-a")
     assert hub.client(owner).hello() == Hello("site-a")
     with pytest.raises(Declined, match="DUPLICATE"):
@@ -188,13 +184,9 @@ def test_a_signed_request_is_accepted_once_and_only_unaltered(hub: Any, new_owne
         assert browser.get(target, headers=good).json() == {"code": "REPLAYED"}
         for change in ("digest", "time", "nonce", "session"):
             headers = signed_headers(owner.key(), "GET", target, EMPTY, "s", audience)
-            headers[f"{PREFIX}{change}"] = {"digest": "0" * 64, "time": f"{time.time() + 1:.3f}"}.get(
-                change, "other"
-            )
+            headers[f"{PREFIX}{change}"] = {"digest": "0" * 64, "time": f"{time.time() + 1:.3f}"}.get(change, "other")
             assert browser.get(target, headers=headers).json() == {"code": "BAD_SIGNATURE"}, change
-        other = signed_headers(
-            owner.key(), "GET", target, EMPTY, "s", "AA:BB"
-        )  # meant for another coordinator
+        other = signed_headers(owner.key(), "GET", target, EMPTY, "s", "AA:BB")  # meant for another coordinator
         assert browser.get(target, headers=other).json() == {"code": "BAD_SIGNATURE"}
         elsewhere = signed_headers(owner.key(), "POST", target, EMPTY, "s", audience)
         assert browser.get(target, headers=elsewhere).json() == {"code": "BAD_SIGNATURE"}
@@ -259,9 +251,7 @@ def test_seed_progress_and_expert_pass_through_the_reverse_proxy(hub: Any, new_o
     assert said[-1].endswith("accepted")
 
 
-def test_a_part_with_wrong_bytes_is_declined_and_the_correct_one_accepted(
-    hub: Any, new_owner: NewOwner
-) -> None:
+def test_a_part_with_wrong_bytes_is_declined_and_the_correct_one_accepted(hub: Any, new_owner: NewOwner) -> None:
     owner = new_owner("site-a")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     trained(hub.coordinator, owner, request)
@@ -321,9 +311,7 @@ def test_parts_are_a_64th_within_bounds(tmp_path: Path) -> None:
 
 
 def test_a_port_in_use_is_a_one_line_error(tmp_path: Path, hub: Any) -> None:
-    with pytest.raises(
-        UserError, match=r"cannot listen on 127\.0\.0\.1:\d+; another server may use the port"
-    ):
+    with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:\d+; another server may use the port"):
         serve(
             hub.coordinator,
             hub.address,

@@ -202,9 +202,7 @@ def test_a_child_is_restarted_after_a_pause(tmp_path: Path, monkeypatch: pytest.
     assert child.recent_output() == "first\n"
     assert not child.is_due()
     wait_until(child.is_due)
-    child.start(
-        [sys.executable, "-c", "print('second', flush=True); import time; time.sleep(600)"], os.environ
-    )
+    child.start([sys.executable, "-c", "print('second', flush=True); import time; time.sleep(600)"], os.environ)
     wait_until(lambda: "second" in child.recent_output())
     assert "first" not in child.recent_output()
     assert child.is_running

@@ -69,9 +69,7 @@ def test_it_ends_when_all_requests_are_closed(hub: Any, new_owner: Callable[[str
     assert _is_done(owner, work, NOTHING)
 
 
-def test_it_waits_for_open_requests_and_for_the_next_round(
-    hub: Any, new_owner: Callable[[str], Owner]
-) -> None:
+def test_it_waits_for_open_requests_and_for_the_next_round(hub: Any, new_owner: Callable[[str], Owner]) -> None:
     owner = new_owner("site-a")
     work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
     soon = datetime.now(UTC) + timedelta(hours=1)

@@ -122,9 +122,7 @@ def test_parquet_has_fields_as_well(workspace: Workspace) -> None:
     lines = [json.loads(line) for line in (workspace.root / "mixed.jsonl").read_text().splitlines()]
     table = pa.table({"from": [line["from"] for line in lines], "text": [line["text"] for line in lines]})
     pq.write_table(table, workspace.root / "mixed.parquet")
-    (workspace.root / "expertctl.yaml").write_text(
-        yaml.safe_dump({"domains": {"mixed": {"path": "mixed.parquet"}}})
-    )
+    (workspace.root / "expertctl.yaml").write_text(yaml.safe_dump({"domains": {"mixed": {"path": "mixed.parquet"}}}))
     found = Workspace(workspace.root).discover("by", by="metadata", field="from")
     assert texts_of(found.folder, "by-means") == set(pieces(statistics))
     with pytest.raises(UserError, match="no field 'author'; fields: from, text"):
@@ -213,9 +211,7 @@ class ByLength:
         return cls(float((folder / "border.txt").read_text()))
 
 
-def test_a_plugins_discoverer_is_used_like_ours(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plugins_discoverer_is_used_like_ours(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [len(text) for module in MODULES.values() for text in pieces(module)]
     border = statistics.median(lengths)
 

@@ -46,9 +46,7 @@ def adapt(
 
 @pytest.fixture(scope="module")
 def demix(flexolmo_workspace: Workspace) -> Path:
-    return tune_here(
-        flexolmo_workspace, "demix", "seed", trains="demix", domains=DOMAINS, training={"tokens": 512}
-    )
+    return tune_here(flexolmo_workspace, "demix", "seed", trains="demix", domains=DOMAINS, training={"tokens": 512})
 
 
 def test_rows_pass_through_the_feed_forwards_of_their_domain(model_folder: Path) -> None:
@@ -65,9 +63,7 @@ def test_rows_pass_through_the_feed_forwards_of_their_domain(model_folder: Path)
         torch.testing.assert_close(model(input_ids=TOKENS[rows]).logits, mixed[rows], atol=1e-5, rtol=1e-5)
     seed, _ = load_model(model_folder, dtype="float32")
     set_domains(parts, [0])
-    torch.testing.assert_close(
-        model(input_ids=TOKENS).logits, seed(input_ids=TOKENS).logits, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, seed(input_ids=TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_a_domains_own_feed_forward_only(model_folder: Path) -> None:
@@ -161,9 +157,7 @@ def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -
     with pytest.raises(UserError, match="demix needs a dense model, and 'demix' already has several"):
         tune_here(flexolmo_workspace, "again", "demix", trains="demix", domains=["prose", "means"])
     for refused in ("one", "twice", "named", "two"):
-        assert not (flexolmo_workspace.generalists / refused).exists(), (
-            "nothing stands in the way of another try"
-        )
+        assert not (flexolmo_workspace.generalists / refused).exists(), "nothing stands in the way of another try"
 
 
 def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
@@ -172,9 +166,7 @@ def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
     joined = adapt(flexolmo_workspace, "demix-traced", name="sums")
     origin = read_manifest(joined).tunings[-1].copied_from["sums"]
     (other,) = set(DOMAINS) - {origin}
-    inside = find_own_expert(
-        joined, "prose"
-    )  # not the artefact of that name, which has nothing to do with it
+    inside = find_own_expert(joined, "prose")  # not the artefact of that name, which has nothing to do with it
     assert inside is not None
     assert inside.merged == "'prose' is one of its experts"
     assert find_own_expert(flexolmo_workspace.layout.seed, "prose") is None
@@ -195,9 +187,7 @@ def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
     assert [trace for trace in asked.traces if "left on" in trace] == list(asked.traces)
 
 
-def test_copies_of_copies_are_traced_to_the_first(
-    flexolmo_workspace: Workspace, demix: Path, tmp_path: Path
-) -> None:
+def test_copies_of_copies_are_traced_to_the_first(flexolmo_workspace: Workspace, demix: Path, tmp_path: Path) -> None:
     base = "demix"
     for name in ("second", "third"):  # of the same text, to which the second is the nearest once it is there
         adapt(flexolmo_workspace, f"demix-{name}", base=base, name=name)

@@ -62,9 +62,7 @@ def test_only_the_owners_half_is_trained_and_has_optimiser_state(model_folder: P
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     part = prepare(TrainingContext(model, FlexOlmoTraining(public="public"), text()))
     optimiser = torch.optim.AdamW(list(part.parameters.values()), lr=0.1)
-    assert {id(one) for one in part.parameters.values()} == {
-        id(one) for one in model.parameters() if one.requires_grad
-    }
+    assert {id(one) for one in part.parameters.values()} == {id(one) for one in model.parameters() if one.requires_grad}
     for _ in range(3):
         loss = part.module(input_ids=tokens()).logits.square().mean() + part.auxiliary_loss()
         loss.backward()
@@ -97,9 +95,7 @@ def test_the_joined_feed_forward_equals_a_softmax_over_two(model_folder: Path) -
     share = logits.softmax(dim=-1)
     expected = share[..., :1] * first.public(x).double() + share[..., 1:] * first.own(x).double()
     torch.testing.assert_close(first(x).double(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        z_loss([first]).double(), logits.logsumexp(dim=-1).square().mean(), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(z_loss([first]).double(), logits.logsumexp(dim=-1).square().mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_positive_bias_counts_as_none(model_folder: Path) -> None:
@@ -128,9 +124,7 @@ def test_rows_have_logits_of_size_one_and_tell_the_texts_apart(model_folder: Pat
     both = torch.cat([logits["own"], logits["public"]], dim=1)
     torch.testing.assert_close(both.square().mean(dim=1).sqrt(), torch.ones(2), atol=0.05, rtol=0)
     assert (logits["own"].mean(dim=1) > logits["public"].mean(dim=1)).all()
-    again = scale_to_unit_logits(
-        load_model(model_folder, dtype="float32")[0], embedding.rows * 7, [*own, *public]
-    )
+    again = scale_to_unit_logits(load_model(model_folder, dtype="float32")[0], embedding.rows * 7, [*own, *public])
     torch.testing.assert_close(again, embedding.rows, atol=1e-4, rtol=1e-4)
 
 
@@ -165,9 +159,7 @@ def test_what_was_trained_is_loaded_as_it_was_trained(flexolmo_workspace: Worksp
 
     with torch.inference_mode():
         scores = [-token_log_probs(trained, torch.from_numpy(batch)) for batch in blocks.batches(4, limit=2)]
-    assert float(torch.cat([one.flatten() for one in scores]).mean()) == pytest.approx(
-        losses["prose"], abs=1e-4
-    )
+    assert float(torch.cat([one.flatten() for one in scores]).mean()) == pytest.approx(losses["prose"], abs=1e-4)
 
 
 def test_public_text_must_be_named_where_the_seed_was_imported(flexolmo_workspace: Workspace) -> None:

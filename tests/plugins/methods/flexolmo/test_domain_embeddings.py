@@ -43,9 +43,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embedded(folder: Path, embedder: Path, seed: int = 0) -> tuple[DomainEmbedding, object, list]:
     model, tokenizer = load_model(folder)
-    own, public = (
-        [tokenizer(text, return_tensors="np")["input_ids"][0] for text in part] for part in (OWN, PUBLIC)
-    )
+    own, public = ([tokenizer(text, return_tensors="np")["input_ids"][0] for text in part] for part in (OWN, PUBLIC))
     return sentence_embedding(model, embedder, own, public, (OWN, PUBLIC), seed), model, [*own, *public]
 
 
@@ -55,9 +53,7 @@ def test_rows_are_the_projected_difference_scaled_in_every_layer(tmp_path: Path,
 
     def mean(texts: list[str]) -> torch.Tensor:
         with torch.inference_mode():
-            states = [
-                other(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts
-            ]
+            states = [other(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts]
         vector = torch.stack(states).mean(0).double()
         return vector / vector.norm()
 
@@ -69,9 +65,7 @@ def test_rows_are_the_projected_difference_scaled_in_every_layer(tmp_path: Path,
     squares = input_moments(model, blocks)
     assert squares.mean.shape == found.rows.shape
     gathered: list[torch.Tensor] = []
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(
-        lambda _, given: gathered.append(given[0][0])
-    )
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, given: gathered.append(given[0][0]))
     with torch.inference_mode():
         for block in blocks:
             model(input_ids=torch.from_numpy(block[None]))
