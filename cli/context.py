@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
     from ..core.artefacts.layout import Layout
-    from ..core.process.progress import Count, RunProgress
+    from ..core.process.progress import Progress
 
 
 class Session:
@@ -72,17 +72,11 @@ class Session:
         for part in parts:
             print_part(part)
 
-    def runs(self, names: Sequence[str]) -> RunProgress:
-        """Return the progress display of training runs."""
-        from ..core.process.progress import RunProgress, display
+    def progress(self, *expected: str) -> Progress:
+        """Return the progress display of this call; `expected` are the names of the known jobs, such as experts."""
+        from ..core.process.progress import Progress, display
 
-        return RunProgress(display(quiet=self.quiet, plain=self.json), names)
-
-    def count(self, name: str, unit: str, total: int | None = None) -> Count:
-        """Return the progress display of counted work."""
-        from ..core.process.progress import Count, display
-
-        return Count(name, unit, total, display(quiet=self.quiet, plain=self.json))
+        return Progress(display(quiet=self.quiet, plain=self.json), expected)
 
 
 pass_session = click.make_pass_decorator(Session, ensure=True)

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from expertctl.core.config.project import load_project as load_project
     from expertctl.core.errors import UserError as UserError
+    from expertctl.core.hooks.ensembles import Mixer as Mixer
+    from expertctl.core.hooks.ensembles import MixingPass as MixingPass
+    from expertctl.core.hooks.ensembles import TextMixer as TextMixer
+    from expertctl.core.hooks.ensembles import TextState as TextState
     from expertctl.core.hooks.evaluation import Evaluator as Evaluator
     from expertctl.core.hooks.evaluation import Metric as Metric
     from expertctl.core.hooks.evaluation import Score as Score
@@ -29,8 +33,8 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.mixtures import Architecture as Architecture
     from expertctl.core.hooks.mixtures import MixtureShape as MixtureShape
     from expertctl.core.hooks.mixtures import MixtureTarget as MixtureTarget
-    from expertctl.core.hooks.mixtures import Router as Router
     from expertctl.core.hooks.mixtures import RouterInputs as RouterInputs
+    from expertctl.core.hooks.mixtures import RouterRows as RouterRows
     from expertctl.core.hooks.mixtures import RouterStart as RouterStart
     from expertctl.core.hooks.text import CorpusFormat as CorpusFormat
     from expertctl.core.hooks.text import DiscoveryInputs as DiscoveryInputs
@@ -40,17 +44,22 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.text import FoundDomains as FoundDomains
     from expertctl.core.hooks.text import ValidationText as ValidationText
     from expertctl.core.hooks.training import Launcher as Launcher
-    from expertctl.core.hooks.training import LaunchResult as LaunchResult
     from expertctl.core.hooks.training import PrivateReleases as PrivateReleases
-    from expertctl.core.hooks.training import RunReporter as RunReporter
     from expertctl.core.hooks.training import TrainablePart as TrainablePart
     from expertctl.core.hooks.training import Trainer as Trainer
     from expertctl.core.hooks.training import TrainingContext as TrainingContext
     from expertctl.core.hooks.training import TrainingText as TrainingText
     from expertctl.core.manifests.verification import verify as verify
+    from expertctl.core.models.generation import Sampling as Sampling
     from expertctl.core.models.loading import load_model as load_model
     from expertctl.core.models.loading import register_auto_classes as register_auto_classes
+    from expertctl.core.reporting import LaunchResult as LaunchResult
+    from expertctl.core.reporting import Reporter as Reporter
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
+    from expertctl.experts.runs.launching import TrainResult as TrainResult
+    from expertctl.experts.runs.tuning import TuningSettings as TuningSettings
+    from expertctl.experts.text.discovery import DiscoverySettings as DiscoverySettings
+    from expertctl.merge.ensemble.routed_mixing import RoutedMixer as RoutedMixer
     from expertctl.merge.merging import MergeRun as MergeRun
     from expertctl.merge.merging import merge_recipe as merge_recipe
     from expertctl.merge.recipes.mergekit_file import read_mergekit as read_mergekit
@@ -59,6 +68,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "core.config.project": ("load_project",),
     "core.errors": ("UserError",),
+    "core.hooks.ensembles": ("Mixer", "MixingPass", "TextMixer", "TextState"),
     "core.hooks.evaluation": (
         "Evaluator",
         "Metric",
@@ -84,10 +94,11 @@ _HOMES = {
         "Architecture",
         "MixtureShape",
         "MixtureTarget",
-        "Router",
         "RouterInputs",
+        "RouterRows",
         "RouterStart",
     ),
+    "core.reporting": ("LaunchResult", "Reporter"),
     "core.hooks.text": (
         "CorpusFormat",
         "DiscoveryInputs",
@@ -98,21 +109,24 @@ _HOMES = {
         "ValidationText",
     ),
     "core.hooks.training": (
-        "LaunchResult",
         "Launcher",
         "PrivateReleases",
-        "RunReporter",
         "TrainablePart",
         "Trainer",
         "TrainingContext",
         "TrainingText",
     ),
     "core.manifests.verification": ("verify",),
+    "core.models.generation": ("Sampling",),
     "core.models.loading": (
         "load_model",
         "register_auto_classes",
     ),
     "core.text.token_store": ("TokenBlocks",),
+    "experts.runs.launching": ("TrainResult",),
+    "experts.runs.tuning": ("TuningSettings",),
+    "experts.text.discovery": ("DiscoverySettings",),
+    "merge.ensemble.routed_mixing": ("RoutedMixer",),
     "merge.merging": (
         "MergeRun",
         "merge_recipe",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.artefacts.files import new_folder, write_json, write_text
 from ..core.artefacts.safetensors_io import torch_dtype, write_tensors
 from ..core.errors import UserError
+from ..core.reporting import SILENT, Reporter
 from .engine.reading import Reader
 from .recipes.parameters import matches
 from .sources.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WEIGHT = ".weight"
-Tell = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def extract_adapter(
     save_rest: bool = False,
     dtype: str = "F32",
     force: bool = False,
-    tell: Tell = lambda done: None,
+    reporter: Reporter = SILENT,
 ) -> ExtractionReport:
     """Write a PEFT LoRA folder with an adapter that approximates `model` on top of `base`.
 
@@ -86,7 +86,7 @@ def extract_adapter(
                 factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
                 extractions.append(TensorExtraction(name, a.shape[0], error))
                 squared_error, squared_norm = squared_error + error**2 * squares, squared_norm + squares
-            tell(number)
+            reporter.progress("extracting", number, unit="matrices")
         changed_others = [
             name for name in other_names if float(abs(_difference(reader, base_source, model_source, name)).max()) > 0
         ]

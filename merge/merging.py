@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..core.artefacts.digests import (
-    MANIFEST_NAMES,
-    TOKENIZER_FILES,
-    digest_of_tokenizer,
-)
+from ..core.artefacts.digests import MANIFEST_NAMES, TOKENIZER_FILES, digest_of_tokenizer
 from ..core.artefacts.files import (
     exclusive,
     exclusive_output,
@@ -26,41 +22,27 @@ from ..core.artefacts.layout import Layout, check_name, require_free
 from ..core.config.settings import MergeConfig
 from ..core.errors import Interrupted, UserError, unknown_name
 from ..core.hooks.events import MergeFinished
-from ..core.hooks.manager import PluginManager, installed_plugins
+from ..core.hooks.manager import installed_plugins
 from ..core.hooks.merging import Assembler, BuiltModel, MergeInputs, MergeMethod, ModelBuilder
 from ..core.hooks.options import parse_options
 from ..core.hooks.text import ValidationText
 from ..core.manifests.finishing import finish_artefact
 from ..core.manifests.generalist import ExpertChange, GeneralistConfig, SearchRecord
-from ..core.manifests.manifest import Manifest
-from .engine.calculator import EngineSettings
-from .engine.shards import DEFAULT_SHARD_BYTES
+from ..core.manifests.manifest import Manifest, Parent
 from .generalists.card import model_card
-from .generalists.folder import write_generalist
-from .planning.plan import MergePlan, Permissions, check_output, open_sources, prepare_merge
+from .generalists.folder import method_version, write_generalist
+from .planning.plan import MergePlan, check_output, prepare_merge
+from .planning.plan import MergeRun as MergeRun
 from .planning.search import search_weights
 from .planning.tensor_planner import Stack
 from .planning.weights import check_weights, resolve_weights
 from .recipes.recipe import WEIGHT, Recipe, Scope, Setting, whole_models
-from .sources.licences import LicenceReport, check_licences, licence_of_folder, require_compatible
-from .sources.parents import SEED, check_lineage, expert_folders, parents_of
+from .sources.licences import LicenceReport, check_licences, require_compatible
+from .sources.models import Source, open_sources
+from .sources.parents import SEED, check_lineage, expert_folders
 from .sources.statistics import find_statistics
 
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class MergeRun:
-    """Runtime settings and safety overrides of a merge; only `shard_bytes` affects the output files."""
-
-    force: bool = False
-    resume: bool = False
-    permissions: Permissions = field(default_factory=Permissions)
-    settings: EngineSettings = field(default_factory=EngineSettings)
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    say: Say = lambda line: None
-    tell: Callable[[int, int], None] = lambda done, total: None
-    """Progress callback, called with bytes written so far and in total."""
+Validation = Callable[[], Sequence[ValidationText]]
 
 
 def merge(
@@ -70,7 +52,7 @@ def merge(
     *,
     output: Path | None = None,
     experts_folder: Path | None = None,
-    validation: Callable[[], Sequence[ValidationText]] = tuple,
+    validation: Validation = tuple,
     run: MergeRun | None = None,
 ) -> Manifest:
     """Merge experts of a workspace into `generalists/NAME` (or `output`) and return the manifest.
@@ -78,14 +60,11 @@ def merge(
     All checks run before any work; they raise `UserError`. `validation` returns the text to fit priors and weights on
     and is called only if needed.
     """
-    run = run or MergeRun()
-    method = installed_plugins().offer(MergeMethod, config.method)
-    target = _target(layout, name, output, run)
-    folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
-    check_weights(config.weights, folders)
-    if isinstance(method, ModelBuilder):
-        return _build_model(layout, name, config, method, folders, target, validation, run)
-    return _merge_tensors(layout, name, config, folders, target, validation, run)
+    workspace_merge = _WorkspaceMerge.open(layout, name, config, output, experts_folder, run or MergeRun())
+    text = _LazyText(validation)
+    if isinstance(workspace_merge.method, ModelBuilder):
+        return workspace_merge.build(workspace_merge.method, text)
+    return workspace_merge.merge_tensors(text)
 
 
 def plan_merge(
@@ -101,20 +80,7 @@ def plan_merge(
 
     Weights that have to be fitted are uniform in the plan.
     """
-    run = run or MergeRun()
-    target = _target(layout, name, output, run)
-    folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
-    check_weights(config.weights, folders)
-    check_lineage(layout.seed, folders, tensors=False, unrelated=run.permissions.unrelated)
-    method = installed_plugins().offer(MergeMethod, config.method)
-    if isinstance(method, ModelBuilder):
-        plan = _plan_build(layout, config, method, folders, run)
-        check_output(plan, target)
-        return plan
-    weights = config.weights if not isinstance(config.weights, str) else {}
-    plan = _plan(recipe_of(layout.seed, folders, config, weights), run, layout)
-    check_output(plan, target)
-    return plan
+    return _WorkspaceMerge.open(layout, name, config, output, experts_folder, run or MergeRun()).plan()
 
 
 def merge_recipe(
@@ -131,8 +97,8 @@ def merge_recipe(
     """
     run = run or MergeRun()
     plan = plan_recipe(recipe, output, run=run)
-    if isinstance(plan.method, Assembler):
-        plan = _plan(recipe, run, None, tuple)  # plan again to fit the router
+    if plan.assembly is not None and not plan.assembly.is_fitted:
+        plan = plan.with_recipe(recipe, tuple, run.reporter)
     with exclusive_output(output, f"generalist {output}"):
         refuse_existing(output, force=run.force, what="generalist")
         return _write(plan, output, name or output.name, run, history=history)
@@ -141,41 +107,244 @@ def merge_recipe(
 def plan_recipe(recipe: Recipe, output: Path | None, *, run: MergeRun | None = None) -> MergePlan:
     """Return the plan of a merge without a workspace; raises the same `UserError`s as the checks of `merge_recipe`."""
     run = run or MergeRun()
-    if output is not None:
-        refuse_existing(output, force=run.force, what="generalist")
-    plan = _plan(recipe, run, None)
-    if output is not None:
-        check_output(plan, output)
+    if output is None:
+        return prepare_merge(recipe, run)
+    refuse_existing(output, force=run.force, what="generalist")
+    plan = prepare_merge(recipe, run)
+    check_output(plan, output)
     return plan
 
 
-def recipe_of(seed: Path, experts: Mapping[str, Path], config: MergeConfig, weights: Mapping[str, Setting]) -> Recipe:
-    """Return the recipe of a project's merge; options given by expert become parameters of the experts."""
-    scopes: dict[str, dict[str, Setting]] = {name: {} for name in experts}
-    shared_scope: dict[str, Setting] = {}
-    for name, weight in weights.items():
-        scopes[name][WEIGHT] = weight
-    mapping_options = _mapping_options(installed_plugins().offer(MergeMethod, config.method))
-    for key, setting in config.options.items():
-        if key in mapping_options:
-            shared_scope[key] = setting
-        elif isinstance(setting, Mapping) and setting and not {"filter", "value"} & set(setting):
-            for name, value in setting.items():
-                if name not in experts:
-                    raise unknown_name(f"expert in option '{key}'", name, experts, listed_as="this merge takes")
-                scopes[name][key] = value
+class _LazyText:
+    """The validation text of a merge, prepared on first use; `read` holds the used text."""
+
+    def __init__(self, prepare: Validation) -> None:
+        self._prepare = prepare
+        self.read: Sequence[ValidationText] = ()
+
+    def __call__(self) -> Sequence[ValidationText]:
+        self.read = self.read or tuple(self._prepare())
+        return self.read
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        return tuple(text.domain for text in self.read)
+
+
+@dataclass(frozen=True)
+class _WorkspaceMerge:
+    """A merge of a workspace's experts: its settings, and its models, which are opened once."""
+
+    layout: Layout
+    name: str
+    config: MergeConfig
+    target: Path
+    run: MergeRun
+    method: MergeMethod
+    sources: Mapping[str, Source]
+
+    @classmethod
+    def open(
+        cls,
+        layout: Layout,
+        name: str,
+        config: MergeConfig,
+        output: Path | None,
+        experts_folder: Path | None,
+        run: MergeRun,
+    ) -> _WorkspaceMerge:
+        method = installed_plugins().offer(MergeMethod, config.method)
+        target = output if output is not None else layout.generalists / check_name(name, "a generalist")
+        if output is None:
+            require_free(layout, name, target)
+        refuse_existing(target, force=run.force, what="generalist")
+        folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
+        check_weights(config.weights, folders)
+        if not (layout.seed / MANIFEST_NAMES["seed"]).is_file():
+            raise UserError(f"{layout.seed} has no finished seed; make it with `expertctl seed`")
+        models = {SEED: layout.seed, **folders}
+        sources = open_sources(models, SEED, allow_containers=isinstance(method, ModelBuilder))
+        return cls(layout, name, config, target, run, method, sources)
+
+    @cached_property
+    def experts(self) -> dict[str, Source]:
+        return {name: source for name, source in self.sources.items() if name != SEED}
+
+    @cached_property
+    def folders(self) -> dict[str, Path]:
+        return {name: source.folder for name, source in self.experts.items()}
+
+    def plan(self) -> MergePlan:
+        """Check everything and return the plan; weights that have to be fitted are uniform in it."""
+        if isinstance(self.method, ModelBuilder):
+            plan = self._plan_build(self.method)
         else:
-            shared_scope[key] = setting
-    expert_scopes: Mapping[str, Scope] = scopes
-    return Recipe(
-        method=config.method,
-        models={SEED: seed, **experts},
-        slices=whole_models(tuple(experts), expert_scopes),
-        seed=SEED,
-        scopes=(shared_scope,),
-        dtype=config.stored_dtype,
-        tokenizer=config.tokenizer,
-    )
+            check_lineage(self.sources, tensors=False, unrelated=self.run.permissions.unrelated)
+            recipe = self.recipe(self.config.weights if not isinstance(self.config.weights, str) else {})
+            statistics = find_statistics(self.method, recipe.experts, self.sources, self.layout)
+            plan = prepare_merge(recipe, self.run, sources=self.sources, statistics=statistics)
+        check_output(plan, self.target)
+        return plan
+
+    def recipe(self, weights: Mapping[str, Setting]) -> Recipe:
+        """Return the recipe of the merge; options given by expert become parameters of the experts."""
+        scopes: dict[str, dict[str, Setting]] = {name: {} for name in self.experts}
+        shared_scope: dict[str, Setting] = {}
+        for name, weight in weights.items():
+            scopes[name][WEIGHT] = weight
+        mapping_options = _mapping_options(self.method)
+        for key, setting in self.config.options.items():
+            is_by_expert = isinstance(setting, Mapping) and setting and not {"filter", "value"} & set(setting)
+            if key in mapping_options or not is_by_expert:
+                shared_scope[key] = setting
+                continue
+            for name, value in setting.items():
+                if name not in scopes:
+                    raise unknown_name(f"expert in option '{key}'", name, scopes, listed_as="this merge takes")
+                scopes[name][key] = value
+        expert_scopes: Mapping[str, Scope] = scopes
+        return Recipe(
+            method=self.config.method,
+            models={name: source.folder for name, source in self.sources.items()},
+            slices=whole_models(tuple(scopes), expert_scopes),
+            seed=SEED,
+            scopes=(shared_scope,),
+            dtype=self.config.stored_dtype,
+            tokenizer=self.config.tokenizer,
+        )
+
+    def merge_tensors(self, text: _LazyText) -> Manifest:
+        """Merge tensor by tensor; the digests of tensors are verified while they are read."""
+        if self.config.search is not None and isinstance(self.method, Assembler):
+            raise UserError(
+                f"merge method '{self.method.name}' does not support --search; search with --method average and use the "
+                "found weights"
+            )
+        plan = self.plan()
+        with exclusive(self.layout.lock(f"generalist-{self.target.name}"), f"generalist '{self.name}'"):
+            search: SearchRecord | None = None
+            if self.config.weights == "posterior" or self.config.search is not None:
+                weights, search = self._fit_weights(plan, text())
+                plan = plan.with_recipe(self.recipe(weights), text, self.run.reporter)
+            elif plan.assembly is not None and not plan.assembly.is_fitted:
+                plan = plan.with_recipe(plan.recipe, text, self.run.reporter)
+            return _write(plan, self.target, self.name, self.run, text.domains, search)
+
+    def _fit_weights(
+        self, plan: MergePlan, texts: Sequence[ValidationText]
+    ) -> tuple[Mapping[str, Setting], SearchRecord | None]:
+        """Return weights fitted on validation text, by the posterior or a search, and the record of the search."""
+        wanted = "posterior" if self.config.weights == "uniform" else self.config.weights
+        start = resolve_weights(wanted, self.layout.seed, self.folders, lambda: texts, self.run.reporter)
+        if self.config.search is None:
+            return start, None
+        if self.method.weights == "factors" and isinstance(self.config.weights, str):
+            start = {expert: weight * len(start) for expert, weight in start.items()}  # factors have mean 1
+        search = search_weights(
+            lambda weights: plan.with_recipe(self.recipe(weights)),
+            self.layout.seed,
+            start,
+            texts,
+            self.config.search,
+            self.layout.reports / f"search-{self.name}.jsonl",
+            self.run.reporter,
+        )
+        self.run.reporter.say(
+            f"best of {search.trials} trials: {search.bits_per_byte:.4f} bits per byte, "
+            f"{search.start_bits_per_byte:.4f} at the start"
+        )
+        return search.weights, search
+
+    # --- methods that build their own kind of model ---
+
+    def _check_build(self, method: ModelBuilder, *, tensors: bool) -> tuple[Any, LicenceReport]:
+        """Return the checked options and licences; with `tensors`, every byte of the experts is verified."""
+        options = parse_options(
+            method.options_class(self.config.options), self.config.options, f"merge method '{method.name}'"
+        )
+        if self.config.search is not None:
+            raise UserError(f"merge method '{method.name}' does not support --search")
+        for name, source in self.experts.items():
+            if source.kind == "expert":
+                continue
+            if not method.takes_models:
+                raise UserError(
+                    f"'{name}' ({source.folder}) is not an expert made by expertctl, which merge method '{method.name}' needs"
+                )
+            if digest_of_tokenizer(source.folder) != self.sources[SEED].tokenizer:
+                raise UserError(
+                    f"'{name}' ({source.folder}) has a different tokenizer than the seed; merge method '{method.name}' "
+                    "needs the same one"
+                )
+        check_lineage(self.sources, tensors=tensors)
+        licences = check_licences({name: source.licence for name, source in self.sources.items()})
+        require_compatible(licences, self.run.permissions.licences)
+        return options, licences
+
+    def _plan_build(self, method: ModelBuilder) -> MergePlan:
+        """Return a plan without tensors."""
+        _, licences = self._check_build(method, tensors=False)
+        models = {name: source.folder for name, source in self.sources.items()}
+        return MergePlan(
+            recipe=Recipe(self.config.method, models, whole_models(tuple(self.experts)), seed=SEED),
+            method=method,
+            sources=self.sources,
+            stack=Stack((), ()),
+            shard_bytes=self.run.shard_bytes,
+            licence=licences.result if not licences.conflicts else None,
+            notes=(
+                f"'{method.name}' keeps its experts unchanged: their files are linked instead of copied if the file system "
+                "allows it",
+                *licences.conflicts,
+                *licences.notes,
+            ),
+        )
+
+    def build(self, method: ModelBuilder, text: _LazyText) -> Manifest:
+        """Let the method build its own kind of model from fully verified artefacts."""
+        options, licences = self._check_build(method, tensors=True)
+        seed, reporter = self.layout.seed, self.run.reporter
+        with (
+            exclusive(self.layout.lock(f"generalist-{self.target.name}"), f"generalist '{self.name}'"),
+            new_folder(self.target, force=self.run.force, what="generalist") as partial,
+        ):
+            weights = resolve_weights(self.config.weights, seed, self.folders, text, reporter)
+            inputs = MergeInputs(seed, self.folders, weights, self.config.weights != "uniform", text, reporter)
+            for file in (*TOKENIZER_FILES, "generation_config.json"):
+                if (seed / file).is_file():
+                    link_or_copy(seed / file, partial / file)
+            built = method.build(inputs, options, partial) or BuiltModel()
+            weights = dict(weights if built.weights is None else built.weights)
+            manifest = Manifest(
+                kind="generalist",
+                name=self.name,
+                parents=tuple(_parent(source, weights.get(name)) for name, source in self.sources.items()),
+                config=GeneralistConfig(
+                    method=method.name,
+                    kind=method.kind,
+                    weights=weights,
+                    options=asdict(options) | dict(built.resolved_options),
+                    fitted_on=text.domains,
+                    merge=self.config.model_dump(mode="json"),
+                ),
+                expert_data={
+                    name: source.manifest.data
+                    for name, source in self.experts.items()
+                    if source.kind == "expert" and source.manifest is not None
+                },
+                licence=licences.result,
+                versions=method_version(method),
+            )
+            manifest = finish_artefact(partial, manifest, card=model_card)
+        installed_plugins().merge_finished(MergeFinished(self.name, self.target, method.name))
+        return manifest
+
+
+def _parent(source: Source, weight: float | None) -> Parent:
+    """Return a model as a parent; models other than the seed and its experts are identified by their tensors."""
+    if source.manifest is not None and source.kind in ("seed", "expert"):
+        return Parent.of(source.manifest, source.name, weight)
+    return Parent("model", source.name, source.digest({}), weight, licence=source.licence)
 
 
 def _mapping_options(method: MergeMethod) -> set[str]:
@@ -184,117 +353,6 @@ def _mapping_options(method: MergeMethod) -> set[str]:
         return set()
     hints = typing.get_type_hints(method.options)
     return {key for key, hint in hints.items() if typing.get_origin(hint) is Mapping}
-
-
-def _target(layout: Layout, name: str, output: Path | None, run: MergeRun) -> Path:
-    target = output if output is not None else layout.generalists / check_name(name, "a generalist")
-    if output is None:
-        require_free(layout, name, target)
-    refuse_existing(target, force=run.force, what="generalist")
-    return target
-
-
-def _plan(
-    recipe: Recipe,
-    run: MergeRun,
-    layout: Layout | None,
-    validation: Callable[[], Sequence[ValidationText]] | None = None,
-) -> MergePlan:
-    method = installed_plugins().offer(MergeMethod, recipe.method)
-    return prepare_merge(
-        recipe,
-        permissions=run.permissions,
-        settings=run.settings,
-        shard_bytes=run.shard_bytes,
-        statistics=find_statistics(method, recipe, layout),
-        validation=validation,
-        say=run.say,
-    )
-
-
-def _merge_tensors(
-    layout: Layout,
-    name: str,
-    config: MergeConfig,
-    folders: Mapping[str, Path],
-    target: Path,
-    validation: Callable[[], Sequence[ValidationText]],
-    run: MergeRun,
-) -> Manifest:
-    """Merge tensor by tensor; the digests of tensors are verified while they are read."""
-    check_lineage(layout.seed, folders, tensors=False, unrelated=run.permissions.unrelated)
-    method = installed_plugins().offer(MergeMethod, config.method)
-    if config.search is not None and isinstance(method, Assembler):
-        raise UserError(
-            f"merge method '{config.method}' does not support --search; search with --method average and use the found weights"
-        )
-    weights: Mapping[str, Setting] = config.weights if not isinstance(config.weights, str) else {}
-    plan = _plan(recipe_of(layout.seed, folders, config, weights), run, layout)
-    check_output(plan, target)
-    with _lock(layout, name, target):
-        search: SearchRecord | None = None
-        text = _LazyText(validation)
-        if config.weights == "posterior" or config.search is not None:
-            weights, search = _fit_weights(layout, name, config, folders, text(), run)
-            plan = _plan(recipe_of(layout.seed, folders, config, weights), run, layout, text)
-        elif isinstance(plan.method, Assembler):
-            plan = _plan(plan.recipe, run, layout, text)
-        fitted_on = [validation_text.domain for validation_text in text.read]
-        return _write(plan, target, name, run, fitted_on, search)
-
-
-class _LazyText:
-    """The validation text of a merge, prepared on first use; `read` holds the used text."""
-
-    def __init__(self, prepare: Callable[[], Sequence[ValidationText]]) -> None:
-        self._prepare = prepare
-        self.read: Sequence[ValidationText] = ()
-
-    def __call__(self) -> Sequence[ValidationText]:
-        self.read = self.read or tuple(self._prepare())
-        return self.read
-
-
-def _fit_weights(
-    layout: Layout,
-    name: str,
-    config: MergeConfig,
-    folders: Mapping[str, Path],
-    texts: Sequence[ValidationText],
-    run: MergeRun,
-) -> tuple[Mapping[str, Setting], SearchRecord | None]:
-    """Return weights fitted on validation text, by the posterior or a search, and the record of the search."""
-    start = resolve_weights(
-        "posterior" if config.weights == "uniform" else config.weights,
-        layout.seed,
-        folders,
-        lambda: texts,
-        run.say,
-    )
-    if config.search is None:
-        return start, None
-    method = installed_plugins().offer(MergeMethod, config.method)
-    if method.weights == "factors" and isinstance(config.weights, str):
-        num_experts = len(start)  # factors have mean 1, their default
-        start = {expert: weight * num_experts for expert, weight in start.items()}
-    search = search_weights(
-        lambda weights: _plan(recipe_of(layout.seed, folders, config, weights), run, layout),
-        layout.seed,
-        start,
-        texts,
-        config.search,
-        layout.reports / f"search-{name}.jsonl",
-        run.say,
-    )
-    run.say(
-        f"best of {search.trials} trials: {search.bits_per_byte:.4f} bits per byte, {search.start_bits_per_byte:.4f} at "
-        "the start"
-    )
-    return search.weights, search
-
-
-def _lock(layout: Layout, name: str, target: Path) -> AbstractContextManager[None]:
-    return exclusive(layout.lock(f"generalist-{target.name}"), f"generalist '{name}'")
 
 
 def _write(
@@ -306,19 +364,10 @@ def _write(
     search: SearchRecord | None = None,
     history: Sequence[ExpertChange] = (),
 ) -> Manifest:
-    for note in plan.notes:
-        run.say(note)
     try:
         with resumable_folder(target, force=run.force, resume=run.resume, what="generalist") as partial:
             manifest = write_generalist(
-                plan,
-                partial,
-                name,
-                fitted_on=fitted_on,
-                search=search,
-                history=history,
-                say=run.say,
-                tell=run.tell,
+                plan, partial, name, fitted_on=fitted_on, search=search, history=history, reporter=run.reporter
             )
     except KeyboardInterrupt:
         raise Interrupted(
@@ -326,107 +375,3 @@ def _write(
         ) from None
     installed_plugins().merge_finished(MergeFinished(name, target, plan.method.name))
     return manifest
-
-
-def _check_build(
-    layout: Layout,
-    config: MergeConfig,
-    method: ModelBuilder,
-    folders: Mapping[str, Path],
-    run: MergeRun,
-    *,
-    tensors: bool,
-) -> tuple[Any, Manifest, dict[str, Manifest], LicenceReport]:
-    """Check a merge whose method builds its own kind of model; return options, manifests and licences."""
-    options = parse_options(method.options, config.options, f"merge method '{method.name}'")
-    if config.search is not None:
-        raise UserError(f"merge method '{method.name}' does not support --search")
-    for expert, folder in folders.items():
-        if (folder / MANIFEST_NAMES["expert"]).is_file():
-            continue
-        if not method.takes_models:
-            raise UserError(
-                f"'{expert}' ({folder}) is not an expert made by expertctl, which merge method '{method.name}' needs"
-            )
-        if digest_of_tokenizer(folder) != digest_of_tokenizer(layout.seed):
-            raise UserError(
-                f"'{expert}' ({folder}) has a different tokenizer than the seed; merge method '{method.name}' needs the same one"
-            )
-    seed, experts = check_lineage(layout.seed, folders, tensors=tensors)
-    licences = check_licences(
-        {SEED: seed.licence, **{name: licence_of_folder(folder) for name, folder in folders.items()}}
-    )
-    require_compatible(licences, run.permissions.licences)
-    return options, seed, experts, licences
-
-
-def _plan_build(
-    layout: Layout, config: MergeConfig, method: ModelBuilder, folders: Mapping[str, Path], run: MergeRun
-) -> MergePlan:
-    """Return the plan of a merge whose method builds its own kind of model; it has no tensor plans."""
-    licences = _check_build(layout, config, method, folders, run, tensors=False)[3]
-    recipe = Recipe(config.method, {SEED: layout.seed, **folders}, whole_models(tuple(folders)), seed=SEED)
-    return MergePlan(
-        recipe,
-        method,
-        open_sources(recipe),
-        Stack((), ()),
-        (),
-        run.shard_bytes,
-        None,
-        licences.result if not licences.conflicts else None,
-        (
-            f"'{method.name}' keeps its experts unchanged: their files are linked instead of copied if the file system allows it",
-            *licences.conflicts,
-            *licences.notes,
-        ),
-    )
-
-
-def _build_model(
-    layout: Layout,
-    name: str,
-    config: MergeConfig,
-    method: ModelBuilder,
-    folders: Mapping[str, Path],
-    target: Path,
-    validation: Callable[[], Sequence[ValidationText]],
-    run: MergeRun,
-) -> Manifest:
-    """Let the method build its own kind of model from fully verified artefacts."""
-    options, seed, experts, licences = _check_build(layout, config, method, folders, run, tensors=True)
-    texts = _LazyText(validation)
-    plugins = installed_plugins()
-    with _lock(layout, name, target), new_folder(target, force=run.force, what="generalist") as partial:
-        weights = resolve_weights(config.weights, layout.seed, folders, texts, run.say)
-        inputs = MergeInputs(layout.seed, folders, weights, config.weights != "uniform", texts, run.say)
-        for file in (*TOKENIZER_FILES, "generation_config.json"):
-            if (layout.seed / file).is_file():
-                link_or_copy(layout.seed / file, partial / file)
-        built = method.build(inputs, options, partial) or BuiltModel()
-        weights = dict(weights if built.weights is None else built.weights)
-        manifest = Manifest(
-            kind="generalist",
-            name=name,
-            parents=parents_of(seed, folders, experts, weights),
-            config=GeneralistConfig(
-                method=method.name,
-                kind=method.kind,
-                weights=weights,
-                options=asdict(options) | dict(built.resolved_options),
-                fitted_on=tuple(text.domain for text in texts.read),
-                merge=config.model_dump(mode="json"),
-            ),
-            expert_data={parent: expert_manifest.data for parent, expert_manifest in experts.items()},
-            licence=licences.result,
-            versions=plugin_version(plugins, method),
-        )
-        manifest = finish_artefact(partial, manifest, card=model_card)
-    plugins.merge_finished(MergeFinished(name, target, method.name))
-    return manifest
-
-
-def plugin_version(plugins: PluginManager, method: MergeMethod) -> dict[str, str]:
-    """Return the version of the distribution that provides the method."""
-    provider = plugins.provider(MergeMethod, method.name)
-    return {provider.distribution: provider.version}

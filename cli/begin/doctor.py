@@ -187,7 +187,7 @@ def _state(workspace: Workspace) -> Iterator[Finding]:
     for lock in sorted((workspace.root / ".locks").glob("*.lock")):
         if _is_held(lock):
             yield Finding("note", "in progress", f"another process holds {lock.name}")
-    for folder in (workspace.root, workspace.experts, workspace.generalists, workspace.layout.baselines):
+    for folder in (workspace.root, workspace.experts.folder, workspace.generalists.folder, workspace.layout.baselines):
         for path in sorted((*folder.glob(".*.partial-*"), *folder.glob(".*.discarded-*"))):
             if not is_alive(path.name.rpartition("-")[2]):
                 yield Finding("note", "leftover", f"{path}, from a killed command; you can delete it")

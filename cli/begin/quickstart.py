@@ -14,7 +14,7 @@ from ..group import cli_command
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from expertctl.workspace import TrainResult, Workspace
+    from expertctl.workspace import Workspace
 
     from ...experts.measures.evaluation import EvaluationTable
 
@@ -78,6 +78,7 @@ def command(session: Session, folder: Path, corpora: Path | None, baselines: boo
     Prepares text, pretrains a tiny seed, trains an expert for each domain in its own process, merges the experts in
     three ways and evaluates all models. If it is interrupted, run the same command again to resume.
     """
+    from ...core.reporting import SILENT
     from ...merge.merging import MergeRun
 
     workspace = _workspace(folder, corpora, tokens)
@@ -88,7 +89,8 @@ def command(session: Session, folder: Path, corpora: Path | None, baselines: boo
     for name in MERGES:
         if not (workspace.generalists / name / "generalist.json").is_file():
             session.note(f"merging {len(domains)} experts: {name}")
-            workspace.merge(name, run=MergeRun(say=session.detail))
+            with session.progress() as progress:
+                workspace.merge(name, run=MergeRun(reporter=progress if session.verbose else SILENT))
     if baselines:
         _train_baselines(session, workspace, jobs)
     table = _evaluate(session, workspace, domains)
@@ -152,44 +154,35 @@ def _make_seed(session: Session, workspace: Workspace) -> None:
 
     if not is_finished(workspace.layout.seed):
         session.note("pretraining the seed on all domains")
-        with session.runs(["seed"]) as progress:
+        with session.progress("seed") as progress:
             workspace.seed(reporter=progress)
-    with session.count("preparing text", "documents") as count:
-        workspace.prepare(tell=lambda domain, done: count.to(done, domain))
+    with session.progress() as progress:
+        workspace.prepare(reporter=progress)
 
 
 def _train_experts(session: Session, workspace: Workspace, jobs: int) -> None:
-    names = workspace.expert_names()
+    names = workspace.experts.names()
     session.note(f"training {len(names)} experts, one per domain, {jobs} at a time")
-    with session.runs(names) as progress:
+    with session.progress(*names) as progress:
         result = workspace.train(*names, jobs=jobs, reporter=progress)
-    _require_finished(result)
-
-
-def _require_finished(result: TrainResult) -> None:
-    from ...core.errors import Interrupted, UserError
-
-    if result.interrupted:
-        raise Interrupted(f"stopped, state saved: {', '.join(result.interrupted)}; rerun the same command to resume")
-    if result.failed:
-        raise UserError("; ".join(f"{name}: {error}" for name, error in result.failed.items()))
+    result.raise_for_failures()
 
 
 def _train_baselines(session: Session, workspace: Workspace, jobs: int) -> None:
     session.note("training the dense baseline for as many tokens as all experts")
-    with session.runs(["dense"]) as progress:
-        workspace.dense_baseline(reporter=progress)
+    with session.progress("dense") as progress:
+        workspace.baselines.dense(reporter=progress)
     session.note("training experts on random splits of the text")
-    with session.runs([]) as progress:
-        workspace.random_split_baseline(jobs=jobs, reporter=progress)
+    with session.progress() as progress:
+        workspace.baselines.random_split(jobs=jobs, reporter=progress)
 
 
 def _evaluate(session: Session, workspace: Workspace, domains: list[str]) -> EvaluationTable:
     finished = {folder.name for folder in workspace.layout.finished()}
-    models = [name for name in ("seed", *workspace.expert_names(), *BASELINES, *reversed(MERGES)) if name in finished]
+    models = [name for name in ("seed", *workspace.experts.names(), *BASELINES, *reversed(MERGES)) if name in finished]
     session.note(f"evaluating {len(models)} models on the validation text of {len(domains)} domains")
-    with session.count("evaluating", "scores", len(models) * len(domains)) as count:
-        return workspace.evaluate(*models, tell=lambda model, domain: count.next())
+    with session.progress() as progress:
+        return workspace.evaluate(*models, reporter=progress)
 
 
 def _report(session: Session, workspace: Workspace, table: EvaluationTable) -> None:

@@ -24,10 +24,7 @@ ROUNDS, QUORUM, NAME = 10, 0.5, "shared"  # defaults of the options
 @click.option("--experts", "owners", required=True, metavar="NAME,...", help="Owners to ask.")
 @with_recipe
 @click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help=f"diloco, fedavg: number of rounds. Default: {ROUNDS}",
+    "--rounds", type=click.IntRange(min=1), metavar="N", help=f"diloco, fedavg: number of rounds. Default: {ROUNDS}"
 )
 @click.option(
     "--quorum",
@@ -91,13 +88,7 @@ def _ask_for_experts(session: Session, names: list[str], deadline: str, recipe: 
 
 
 def _ask_for_rounds(
-    session: Session,
-    names: list[str],
-    deadline: str,
-    rounds: int,
-    quorum: float,
-    name: str,
-    recipe: dict[str, Any],
+    session: Session, names: list[str], deadline: str, rounds: int, quorum: float, name: str, recipe: dict[str, Any]
 ) -> None:
     from ...experts.federation.coordinator.round_keeper import begin_rounds, status_of
 
@@ -118,8 +109,8 @@ def _plan_from(
     from datetime import UTC, datetime
 
     from ...core.hooks.options import parse_options
+    from ...experts.federation.judging.round_weights import AveragingRules
     from ...experts.federation.protocol.requests import deadline_in
-    from ...experts.federation.rounds.averaging import AveragingRules
     from ...experts.federation.rounds.round_plan import RoundPlan
     from ...experts.federation.rounds.shared_model import SharedSettings
 

@@ -68,9 +68,7 @@ def keys(session: Session, state: Path | None) -> None:
         "fingerprint": key.public.fingerprint,
     }
     session.finish(
-        content,
-        f"send this file to the coordinator: {folder / PUBLIC_FILE}",
-        f"fingerprint: {key.public.fingerprint}",
+        content, f"send this file to the coordinator: {folder / PUBLIC_FILE}", f"fingerprint: {key.public.fingerprint}"
     )
 
 
@@ -84,7 +82,7 @@ def invite(session: Session, public: Path, name: str) -> None:
 
     if not public.is_file():
         raise UserError(f"{public} does not exist; the owner makes it with `expertctl federate keys`")
-    member = coordinator_of(session).members.add(name, PublicKey.read(public))
+    member = coordinator_of(session).files.members.add(name, PublicKey.read(public))
     session.finish(
         {"name": member.name, "fingerprint": member.key.fingerprint},
         f"'{member.name}' is invited: {member.key.fingerprint}",
@@ -96,7 +94,7 @@ def invite(session: Session, public: Path, name: str) -> None:
 @pass_session
 def remove(session: Session, name: str) -> None:
     """Remove an owner from the federation; its accepted experts stay."""
-    coordinator_of(session).members.remove(name)
+    coordinator_of(session).files.members.remove(name)
     session.finish({"removed": name}, f"'{name}' is removed; its accepted experts stay")
 
 

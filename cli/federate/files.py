@@ -11,13 +11,12 @@ import click
 from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
-from .options import coordinator_of, force_option, owner_from, recipe_from, with_owner, with_recipe
+from .options import coordinator_of, force_option, owner_from, recipe_from, stopped_by_signals, with_owner, with_recipe
 from .review import require_consent, review_content
 from .shared import shared_content, shared_line
 
 if TYPE_CHECKING:
     from ...experts.federation.coordinator.coordinator import Coordinator
-    from ...experts.federation.owner.owner import Owner
     from ...experts.federation.protocol.requests import ExpertRequest
 
 
@@ -62,12 +61,7 @@ def pack(
     )
     write_pack(coordinator, request, output, with_seed=not without_seed, force=force)
     session.finish(
-        {
-            "request": request.id,
-            "owner": name,
-            "output": str(output),
-            "deadline": request.deadline.isoformat(),
-        },
+        {"request": request.id, "owner": name, "output": str(output), "deadline": request.deadline.isoformat()},
         f"request {request.id} for '{name}' is in {output}, until {request.deadline:%Y-%m-%d %H:%M} UTC",
         f"next, at the owner: expertctl federate work {output.name} --data FOLDER -o delivery.tar",
     )
@@ -96,8 +90,8 @@ def _open_round_request(coordinator: Coordinator, name: str, shared: str) -> Exp
     from ...experts.federation.coordinator.round_keeper import advance
     from ...experts.federation.rounds.shared_model import shared_model
 
-    coordinator.members.get(name)
-    model = shared_model(coordinator.shared_root, shared)
+    coordinator.files.members.get(name)
+    model = shared_model(coordinator.files.shared_root, shared)
     advance(coordinator, model)
     for request in coordinator.open_requests(name):
         if request.recipe.round is not None and request.recipe.round.model == shared:
@@ -146,6 +140,7 @@ def work(
     your consent.
     """
     from ...core.artefacts.files import refuse_existing
+    from ...experts.federation.owner.work import work as train
     from ...experts.federation.packs import SEED_FOLDER, open_pack, read_request, write_delivery
 
     refuse_existing(output, force=force, what="delivery")
@@ -159,7 +154,8 @@ def work(
             if not source.is_dir():
                 raise UserError("the pack has no seed; name its folder with --seed")
             owner.seeds.copy(request, source)
-    _train(session, owner, request.id)
+    with stopped_by_signals() as stop, session.progress() as reporter:
+        train(owner, request.id, reporter, stop.is_set)
     content = owner.review(request.id)
     require_consent(session, content, full=review, yes=yes)
     write_delivery(owner.delivery_folder(request.id), output, force=force)
@@ -167,30 +163,6 @@ def work(
         {"request": request.id, "output": str(output), **review_content(content)},
         f"the delivery is in {output}; next, at the coordinator: expertctl federate deliver {output.name}",
     )
-
-
-def _train(session: Session, owner: Owner, identifier: str) -> None:
-    """Train in this process with a progress bar; Ctrl-C leaves a checkpoint."""
-    import signal
-    import threading
-
-    from ...experts.federation.owner.work import work as train
-    from ...experts.federation.protocol.progress import Progress
-
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        with session.count("training", "steps") as count:
-
-            def tell(progress: Progress) -> None:
-                count.total = progress.steps or None
-                count.to(progress.step)
-
-            train(owner, identifier, tell, stop.is_set)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @cli_command("deliver", example="expertctl federate deliver delivery.tar")
@@ -205,7 +177,7 @@ def deliver(session: Session, delivery: Path) -> None:
     from ...experts.federation.packs import REQUEST_FILE, open_pack, receive_delivery
 
     coordinator = coordinator_of(session)
-    with open_pack(delivery, coordinator.root) as folder:
+    with open_pack(delivery, coordinator.files.root) as folder:
         if (folder / REQUEST_FILE).is_file():
             raise UserError(f"{delivery} is a pack for an owner; deliver the output of `expertctl federate work`")
         request, refusal = receive_delivery(coordinator, folder)
@@ -214,7 +186,7 @@ def deliver(session: Session, delivery: Path) -> None:
     if request.recipe.round is not None:
         _deliver_into_round(session, coordinator, request)
         return
-    expert = coordinator.ledger.states()[request.id].detail
+    expert = coordinator.files.ledger.states()[request.id].detail
     session.finish(
         {"request": request.id, "owner": request.owner, "expert": expert},
         f"the expert of '{request.owner}' is accepted: experts/{expert}",
@@ -228,7 +200,7 @@ def _deliver_into_round(session: Session, coordinator: Coordinator, request: Exp
 
     round_ = request.recipe.round
     assert round_ is not None
-    model = shared_model(coordinator.shared_root, round_.model)
+    model = shared_model(coordinator.files.shared_root, round_.model)
     messages = advance(coordinator, model)
     status = status_of(coordinator, model)
     session.finish(

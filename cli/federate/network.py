@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...core.errors import UserError
+from ...core.reporting import Reporter
 from ..context import Session, pass_session
 from ..group import cli_command
-from .options import coordinator_of, owner_from, with_owner
+from .options import coordinator_of, owner_from, stopped_by_signals, with_owner
 from .review import require_consent
 
 if TYPE_CHECKING:
@@ -24,27 +24,18 @@ if TYPE_CHECKING:
     from ...plugins.flower.owner.owner_work import Consent
 
 
-@contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C and SIGTERM set."""
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+class _Notes(Reporter):
+    """Prints messages only, since a progress display would disturb the question for consent."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def say(self, line: str) -> None:
+        self._session.note(line)
 
 
 @cli_command("serve", example="expertctl federate serve --listen 0.0.0.0:8443 --name hub.example.org")
-@click.option(
-    "--listen",
-    default="0.0.0.0:8443",
-    show_default=True,
-    metavar="HOST:PORT",
-    help="Address to listen on.",
-)
+@click.option("--listen", default="0.0.0.0:8443", show_default=True, metavar="HOST:PORT", help="Address to listen on.")
 @click.option(
     "--name",
     "names",
@@ -59,6 +50,9 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
     Creates a certificate authority and a server certificate on first use; owners need the file ca.crt. All state is on disk:
     stopped or killed at any point, the same command resumes, and owners reconnect by themselves.
     """
+    from ...plugins.flower.processes.child import require_flower
+
+    require_flower()
     from ...plugins.flower.coordinator.serving import serve as run
 
     def report_opened(listening: Listening) -> None:
@@ -77,12 +71,11 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
 
     coordinator = coordinator_of(session)
     with stopped_by_signals() as stop:
-        run(coordinator, listen, names, tell=session.note, opened=report_opened, stop=stop)
+        run(coordinator, listen, names, reporter=_Notes(session), opened=report_opened, stop=stop)
 
 
 @cli_command(
-    "join",
-    example="expertctl federate join --server hub.example.org:8443 --ca ca.crt --data ./private --name site-a",
+    "join", example="expertctl federate join --server hub.example.org:8443 --ca ca.crt --data ./private --name site-a"
 )
 @click.option("--server", required=True, metavar="HOST:PORT", help="Address of the coordinator.")
 @click.option(
@@ -114,6 +107,9 @@ def join(
     Receives requests, trains on your text and delivers experts. Training runs in a separate process and continues when this
     command ends. Before a delivery is sent, its content is shown and you are asked for your consent, unless --yes is given.
     """
+    from ...plugins.flower.processes.child import require_flower
+
+    require_flower()
     from ...plugins.flower.owner.joining import join as run
 
     owner = owner_from(**owner_options)
@@ -124,7 +120,7 @@ def join(
             ca,
             name=name,
             consent=_consent(session, review=review, yes=yes),
-            tell=session.note,
+            reporter=_Notes(session),
             stop=stop,
             until_done=once,
         )

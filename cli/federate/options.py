@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,31 +66,12 @@ recipe_options = [
         "(one shared model, in rounds).",
     ),
     click.option(
-        "--tokens",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Tokens that each owner trains on (over all rounds).",
+        "--tokens", type=click.IntRange(min=1), metavar="N", help="Tokens that each owner trains on (over all rounds)."
     ),
+    click.option("--set", "settings", type=setting, multiple=True, metavar="KEY=VALUE", help="Training setting."),
+    click.option("--option", "options", type=setting, multiple=True, metavar="KEY=VALUE", help="Trainer option."),
     click.option(
-        "--set",
-        "settings",
-        type=setting,
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Training setting.",
-    ),
-    click.option(
-        "--option",
-        "options",
-        type=setting,
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Trainer option.",
-    ),
-    click.option(
-        "--dp",
-        metavar="epsilon=E,delta=D",
-        help="Request differential privacy, and refuse experts that spent more.",
+        "--dp", metavar="epsilon=E,delta=D", help="Request differential privacy, and refuse experts that spent more."
     ),
     click.option(
         "--deadline",
@@ -159,3 +144,16 @@ def coordinator_of(session: Session) -> Coordinator:
 
     layout = session.open().layout
     return Coordinator(layout, measure=held_out_measure(layout))
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C and SIGTERM set."""
+    stop = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

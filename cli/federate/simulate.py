@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 @cli_command("simulate", example="expertctl federate simulate --owners 1000 --quorum 0.8 --deadline 48h")
 @click.option(
-    "--owners",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of owners to draw at random. Default: 100.",
+    "--owners", type=click.IntRange(min=1), metavar="N", help="Number of owners to draw at random. Default: 100."
 )
 @click.option(
     "--trace",
@@ -61,12 +58,7 @@ if TYPE_CHECKING:
     help="Tokens that each owner trains on.",
 )
 @click.option(
-    "--expert-size",
-    type=byte_count,
-    default="2GB",
-    show_default=True,
-    metavar="SIZE",
-    help="Size of an expert.",
+    "--expert-size", type=byte_count, default="2GB", show_default=True, metavar="SIZE", help="Size of an expert."
 )
 @click.option(
     "--seed-size",
@@ -123,8 +115,8 @@ def simulate_command(
         ask_again=ask_again,
         seed=seed,
     )
-    with session.count("simulation", "owners settled", len(simulated)) as count:
-        report = simulate(simulated, plan, on_settled=count.to)
+    with session.progress() as reporter:
+        report = simulate(simulated, plan, reporter=reporter)
     session.finish(report.as_json(), *_tables(report))
 
 
@@ -134,10 +126,7 @@ def _tables(report: Report) -> tuple[str | Table, ...]:
     codes = ", ".join(f"{code} {count}" for code, count in report.refused.items())
     again = f", asked again {report.asked_again} times" if report.asked_again else ""
     rows = [
-        (
-            "quorum",
-            f"{_hours(report.hours_to_quorum)}, {number(report.needed)} of {number(report.owners)}{again}",
-        ),
+        ("quorum", f"{_hours(report.hours_to_quorum)}, {number(report.needed)} of {number(report.owners)}{again}"),
         ("all", _hours(report.hours_to_all)),
         ("accepted", number(report.accepted)),
         ("refused", f"{number(refused)}{f': {codes}' if codes else ''}"),
@@ -154,8 +143,7 @@ def _tables(report: Report) -> tuple[str | Table, ...]:
         ),
     ]
     shares = Table(
-        ("share of owners accepted", "after"),
-        [(share, _hours(hours)) for share, hours in report.hours_to.items()],
+        ("share of owners accepted", "after"), [(share, _hours(hours)) for share, hours in report.hours_to.items()]
     )
     return Table(("", ""), rows, headings=False), "", shares
 

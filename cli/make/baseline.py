@@ -27,8 +27,8 @@ def dense(session: Session, same_batch: bool, force: bool) -> None:
     Training starts from the seed and covers all domains of the experts.
     """
     workspace = session.open()
-    with session.runs(()) as progress:
-        manifest = workspace.dense_baseline(same_batch=same_batch, reporter=progress, force=force)
+    with session.progress() as progress:
+        manifest = workspace.baselines.dense(same_batch=same_batch, reporter=progress, force=force)
     from ..summaries import artefact_content, artefact_line
 
     folder = workspace.layout.baselines / manifest.name
@@ -53,8 +53,8 @@ def random_split(session: Session, jobs: int, force: bool) -> None:
     of the domains.
     """
     workspace = session.open()
-    with session.runs(()) as progress:
-        manifest = workspace.random_split_baseline(jobs=jobs, reporter=progress, force=force)
+    with session.progress() as progress:
+        manifest = workspace.baselines.random_split(jobs=jobs, reporter=progress, force=force)
     from ..summaries import artefact_content, artefact_line
 
     folder = workspace.layout.baselines / "random-split"

@@ -98,7 +98,7 @@ def command(
     if clusters is not None:
         if domain is not None:
             raise click.UsageError("--clusters selects the domains; omit --domain")
-        specs = session.open().branch_clusters(clusters, **settings_of_run)
+        specs = session.open().experts.branch_clusters(clusters, **settings_of_run)
         steps = sum(spec.training.steps for spec in specs)
         session.finish(
             {"experts": [_content(spec) for spec in specs]},

@@ -35,10 +35,8 @@ def prepare(session: Session, domains: tuple[str, ...], force: bool) -> None:
     Training and evaluation do this automatically when needed. Domains that are already prepared are skipped.
     """
     workspace = session.open()
-    with session.count("documents", "documents") as count:
-        prepared = workspace.prepare(
-            domains or None, force=force, tell=lambda domain, documents: count.to(documents, domain)
-        )
+    with session.progress() as progress:
+        prepared = workspace.prepare(domains or None, force=force, reporter=progress)
     by_name = {domain.name: domain for domain in prepared}
     session.finish({"domains": {name: _content(domain) for name, domain in by_name.items()}}, _table(by_name))
 
@@ -49,7 +47,7 @@ def list_(session: Session) -> None:
     """List the domains with the source and size of their text."""
     workspace = session.open()
     domains = workspace.config.domains
-    prepared = workspace.prepared()
+    prepared = workspace.data.prepared()
     content = {
         name: {"source": _source(domain), "prepared": _content(prepared[name])} for name, domain in domains.items()
     }
@@ -94,15 +92,15 @@ def proxy(session: Session, name: str, like: str, source: str, documents: int | 
     written.
     """
     workspace = session.open()
-    with session.count("documents", "documents") as count:
-        corpus = workspace.proxy(
+    with session.progress() as progress:
+        corpus = workspace.data.proxy(
             name,
             like=like,
             source=source,
             documents=documents,
             seed=seed,
             force=force,
-            tell=lambda work, done: count.to(done, work),
+            reporter=progress,
         )
     text = corpus.text
     if documents is not None and text.documents < documents:
@@ -183,19 +181,16 @@ def discover(
         ("balanced", False, unbalanced),
     ]
     chosen = as_dictionary((*options, *((key, value) for key, value, is_given in flags if is_given)))
+    from ...experts.text.discovery import SAMPLE, DiscoverySettings
+
     workspace = session.open()
-    with session.count("documents", "documents") as count:
+    with session.progress() as progress:
         discovery = workspace.discover(
             name,
             clusters,
-            by=by,
-            domains=domains,
-            sample=sample,
-            seed=seed,
-            jobs=jobs,
+            DiscoverySettings(by, domains, sample or SAMPLE, seed, jobs),
             force=force,
-            say=session.note,
-            tell=lambda work, done: count.to(done, work),
+            reporter=progress,
             **chosen,
         )
     rows = [

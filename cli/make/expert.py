@@ -113,22 +113,21 @@ def _change(
     from ...merge.mixture.changing import Change
     from ...merge.planning.plan import Permissions
     from ...merge.remaking.expert_changes import change_experts
-    from .merge import MergeProgress
 
     folder = session.artefact(model)
     layout = session.layout()
     target = layout.generalist(output) if layout is not None else output
     change = Change(tuple(dict.fromkeys(remove)), add or {}, replace or {})
     allowed = Permissions(licences=allow_licences)
-    run = MergeRun(force=force, resume=resume, permissions=allowed, say=session.note)
     start = target
     if retrain:
         if layout is None or target.parent != layout.generalists:
             raise click.UsageError("--retrain needs a generalist of this workspace; give its name with -o")
         _require_stitches(folder)
         start = layout.generalists / f"{target.name}-untrained"
-    with MergeProgress(session) as progress:
-        manifest = change_experts(folder, start, change, layout=layout, run=progress.watched(run))
+    with session.progress() as reporter:
+        run = MergeRun(force=force, resume=resume, permissions=allowed, reporter=reporter)
+        manifest = change_experts(folder, start, change, layout=layout, run=run)
     if retrain:
         manifest = _retrained(session, target.name, start, change, force)
     session.finish(
@@ -156,6 +155,7 @@ def _require_stitches(folder: Path) -> None:
 def _retrained(session: Session, name: str, start: Path, change: Change, force: bool) -> Manifest:
     """Train the stitches of a changed model on its current experts' text, with the previous settings."""
     from ...core.manifests.manifest import read_manifest
+    from ...experts.runs.tuning import TuningSettings
 
     merged = read_manifest(start).merged
     assert merged is not None
@@ -166,18 +166,17 @@ def _retrained(session: Session, name: str, start: Path, change: Change, force: 
     removed_domains = {
         domain
         for name_removed in (*change.remove, *change.replace)
-        for domain in workspace.trained_domains([workspace.experts / name_removed])
+        for domain in workspace.data.trained_domains([workspace.experts / name_removed])
     }
     domains = [domain for domain in spec.domains if domain not in removed_domains]
     domains += [domain for expert in new_experts for domain in expert.domains if domain not in domains]
-    with session.runs([name]) as progress:
+    with session.progress(name) as progress:
         return workspace.tune(
             name,
             start.name,
-            trains=spec.trains,
-            domains=domains,
-            options=dict(spec.options),
-            training=spec.training.model_dump(mode="json", exclude_none=True),
+            TuningSettings(
+                spec.trains, domains, dict(spec.options), spec.training.model_dump(mode="json", exclude_none=True)
+            ),
             force=force,
             reporter=progress,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ...core.manifests.manifest import Manifest
     from ...merge.merging import MergeRun
     from ...merge.planning.plan import MergePlan
-
-MEGA = 1_000_000
 
 
 @cli_command("merge", example="expertctl merge forest --method ensemble --experts code,law --option top_k=1")
@@ -173,7 +172,6 @@ def command(
         permissions=Permissions(unrelated=allow_unrelated, licences=allow_licences),
         settings=EngineSettings(threads=threads, device=device),
         shard_bytes=shard_size,
-        say=session.note,
     )
     if self_contained:
         options = (*options, ("self_contained", True))
@@ -205,10 +203,12 @@ def command(
     }
     workspace = session.open()
     if plan_only:
-        _show_plan(session, workspace.plan(name, run=run, **settings), output or workspace.generalists / name)
+        _show_plan(
+            session, workspace.generalists.plan(name, run=run, **settings), output or workspace.generalists / name
+        )
         return 0
-    with MergeProgress(session) as progress:
-        manifest = workspace.merge(name, run=progress.watched(run), **settings)
+    with session.progress() as reporter:
+        manifest = workspace.merge(name, run=replace(run, reporter=reporter), **settings)
     folder = output or workspace.generalists / name
     if not gate:
         _finish(session, folder, manifest)
@@ -222,7 +222,7 @@ def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Man
     from ..summaries import artefact_content
     from ..use.eval import report_comparison
 
-    name = folder.name if folder.parent == workspace.generalists else str(folder)
+    name = folder.name if folder.parent == workspace.generalists.folder else str(folder)
     status, comparison = report_comparison(session, workspace, name, None, artefact=artefact_content(folder, manifest))
     note_evaluation(folder, comparison.table.as_json(), comparison.verdict(), comparison.holds)
     return status
@@ -252,33 +252,9 @@ def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun
         return
     if output is None:
         raise click.UsageError("--config needs an output folder: -o DIR")
-    with MergeProgress(session) as progress:
-        manifest = merge_recipe(recipe, output, run=progress.watched(run))
+    with session.progress() as reporter:
+        manifest = merge_recipe(recipe, output, run=replace(run, reporter=reporter))
     _finish(session, output, manifest)
-
-
-class MergeProgress:
-    """Progress display of a merge, in megabytes written."""
-
-    def __init__(self, session: Session) -> None:
-        self._count = session.count("merging", "MB")
-
-    def __enter__(self) -> MergeProgress:
-        self._count.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._count.__exit__(*exception)
-
-    def watched(self, run: MergeRun) -> MergeRun:
-        """Return the run with its progress reported to this display."""
-        from dataclasses import replace
-
-        def tell(done: int, total: int) -> None:
-            self._count.total = total // MEGA
-            self._count.to(done // MEGA)
-
-        return replace(run, tell=tell)
 
 
 def _finish(session: Session, folder: Path, manifest: Manifest) -> None:

@@ -34,7 +34,7 @@ def command(session: Session, source: Path | None, scratch: bool, preset: str | 
     if source is not None and (scratch or preset is not None):
         raise click.UsageError("--from imports a model; --scratch and --preset are for pretraining one")
     workspace = session.open()
-    with session.runs(["seed"]) as progress:
+    with session.progress("seed") as progress:
         manifest = workspace.seed(
             source, scratch=scratch or preset is not None, preset=preset, force=force, reporter=progress
         )

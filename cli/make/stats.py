@@ -57,9 +57,9 @@ def command(
     workspace = session.open()
     statistics: dict[str, Any] = {}
     for name in experts:
-        with session.count(f"{kind} of {name}", "blocks", samples) as count:
-            statistics[name] = workspace.statistics(
-                name, kind=kind, domain=domain, samples=samples, output=output, force=force, tell=count.to
+        with session.progress() as progress:
+            statistics[name] = workspace.experts.statistics(
+                name, kind=kind, domain=domain, samples=samples, output=output, force=force, reporter=progress
             )
     session.finish(
         {"statistics": statistics},

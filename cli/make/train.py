@@ -11,9 +11,10 @@ from ..group import cli_command
 from ..parsing import as_dictionary, setting
 
 if TYPE_CHECKING:
-    from expertctl.workspace import TrainResult, Workspace
+    from expertctl.workspace import Workspace
 
     from ...core.config.settings import LauncherConfig
+    from ...experts.runs.launching import TrainResult
 
 INTERRUPTED = 130
 
@@ -59,8 +60,8 @@ def command(
     if bool(names) == everything:
         raise click.UsageError("name the experts to train, or give --all")
     workspace = session.open()
-    expert_names = tuple(dict.fromkeys(names)) or workspace.expert_names()
-    with session.runs(expert_names) as progress:
+    expert_names = tuple(dict.fromkeys(names)) or workspace.experts.names()
+    with session.progress(*expert_names) as progress:
         result = workspace.train(
             *expert_names,
             jobs=jobs,

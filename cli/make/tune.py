@@ -56,16 +56,15 @@ def command(
     To resume an interrupted run, give only NAME. The manifest of the new generalist records which tensors were trained
     on which text: removing an expert from a mixture later does not undo joint training.
     """
+    from ...experts.runs.tuning import TuningSettings
+
     training = as_dictionary([*settings, *([("tokens", tokens)] if tokens is not None else [])])
     workspace = session.open()
-    with session.runs([name]) as progress:
+    with session.progress(name) as progress:
         manifest = workspace.tune(
             name,
             base,
-            trains=trains,
-            domains=domains or (),
-            options=as_dictionary(options),
-            training=training,
+            TuningSettings(trains, domains or (), as_dictionary(options), training),
             force=force,
             reporter=progress,
         )

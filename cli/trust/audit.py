@@ -140,13 +140,8 @@ def extraction(
     documents = _documents(session, data, text_field)
     from ...experts.measures.extraction_audit import AttackSettings, audit_extraction
 
-    with session.count("attacking", "documents") as count:
-
-        def tell(name: str, done: int, total: int) -> None:
-            count.total = total
-            count.to(done, name)
-
-        audit = audit_extraction(folder, documents, AttackSettings(**settings), reference=reference, tell=tell)
+    with session.progress() as progress:
+        audit = audit_extraction(folder, documents, AttackSettings(**settings), reference=reference, reporter=progress)
     session.finish(audit.as_json(), _table(audit), "", *_notes(audit))
     low, high = audit.model.interval
     if at_most is not None and high > at_most:

@@ -31,17 +31,16 @@ def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...
     from ...core.manifests.manifest import read_manifest
     from ...merge.merging import MergeRun
     from ...merge.remaking.reproducing import reproduce
-    from ..make.merge import MergeProgress
 
     path = Path(manifest)
     folder = path.parent.resolve() if path.is_file() else session.artefact(manifest)
-    with MergeProgress(session) as progress:
+    with session.progress() as reporter:
         reproduction = reproduce(
             read_manifest(folder),
             folder,
             layout=session.layout(),
             models=dict(models),
-            run=progress.watched(MergeRun(say=session.note)),
+            run=MergeRun(reporter=reporter),
         )
     verdict = "byte-identical" if reproduction.same else "different"
     session.finish(

@@ -52,7 +52,7 @@ def _show_artefact(session: Session, folder: Path) -> None:
 
 
 def _show_routing(session: Session, model: str, domains: tuple[str, ...] | None) -> None:
-    report = session.open().routing(model, domains)
+    report = session.open().generalists.routing(model, domains)
     columns = ("domain", "tokens", *report.experts, "entropy")
     rows = [
         (

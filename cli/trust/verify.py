@@ -35,11 +35,11 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
         folders = {name: session.artefact(name) for name in names}
     else:
         folders = {folder.name: folder for folder in session.open().layout.finished()}
-    with session.count("checking", "artefacts", len(folders)) as count:
+    with session.progress() as progress:
         problems_by_name = {}
-        for name, folder in folders.items():
+        for done, (name, folder) in enumerate(folders.items(), start=1):
             problems_by_name[name] = _problems(folder)
-            count.next()
+            progress.progress("checking", done, len(folders), "artefacts")
     absences = {name: _find_absence(session, folder, absent) for name, folder in folders.items()} if absent else {}
     session.finish(
         {

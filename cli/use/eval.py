@@ -14,8 +14,8 @@ from ..parsing import gate, names
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from expertctl.comparison import Comparison
     from expertctl.workspace import Workspace
+    from expertctl.workspace.comparison import Comparison
 
     from ...core.hooks.evaluation import Metric
     from ...experts.measures.evaluation import EvaluationTable
@@ -81,13 +81,13 @@ def command(
         return report_comparison(session, workspace, models[0], against, domains, jobs)[0]
     model_names = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
     _require_models(gates, model_names)
-    with session.count("evaluating", "scores", _num_scores(workspace, model_names, domains)) as count:
+    with session.progress() as progress:
         table = workspace.evaluate(
             *model_names,
             domains=domains,
             evaluator=evaluator,
             jobs=jobs,
-            tell=lambda model, domain: count.next(),
+            reporter=progress,
         )
     session.finish(table.as_json(), *(part for metric in table.metrics for part in (score_table(table, metric), "")))
     metric = table.metrics[0]
@@ -115,10 +115,8 @@ def report_comparison(
 
     `artefact` is the `--json` content of a new model; the evaluation is then added to it.
     """
-    with session.count("evaluating", "scores") as count:
-        comparison = workspace.compare(
-            model, against, domains, jobs=jobs, say=session.note, tell=lambda model, domain: count.next()
-        )
+    with session.progress() as progress:
+        comparison = workspace.compare(model, against, domains, jobs=jobs, reporter=progress)
     content = {**comparison.table.as_json(), "holds": comparison.holds, "best_baseline": comparison.best}
     session.finish(
         content if artefact is None else {**artefact, "evaluation": content},
@@ -158,10 +156,6 @@ def score_table(table: EvaluationTable, metric: Metric) -> Table:
         right=frozenset(range(1, len(columns))),
         strong=strong,
     )
-
-
-def _num_scores(workspace: Workspace, models: Sequence[str], domains: Sequence[str] | None) -> int:
-    return len(models) * len(workspace.config.domains if domains is None else domains)
 
 
 def _require_models(gates: Sequence[tuple[str, str]], models: Sequence[str]) -> None:

@@ -54,7 +54,7 @@ def command(
     from ...core.artefacts.numeric import dtype_of_word
     from ...merge.extraction import extract_adapter
 
-    with session.count("extracting", "matrices") as count:
+    with session.progress() as reporter:
         report = extract_adapter(
             session.artefact(base),
             session.artefact(model),
@@ -65,7 +65,7 @@ def command(
             save_rest=save_rest,
             dtype=dtype_of_word(dtype),
             force=force,
-            tell=count.to,
+            reporter=reporter,
         )
     rows = [(matrix.name, str(matrix.rank), f"{matrix.error:.2%}") for matrix in report.tensors]
     parts: list[str | Table] = [Table(("matrix", "rank", "error"), rows, right=frozenset({1, 2}))]

@@ -85,20 +85,17 @@ def command(
     """
     folder = session.artefact(model)
     text = sys.stdin.read() if prompt == "-" else prompt
-    from ...core.models.generation import generate
+    from ...core.models.generation import Sampling, generate
 
-    with session.count("writing", "tokens", max_new_tokens) as count, warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: session.note(str(message))
+    with session.progress() as progress, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: progress.say(str(message))
         generation = generate(
             folder,
             text,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+            Sampling(max_new_tokens, temperature, top_p, seed),
             without=[name for several in without for name in several],
             shares=show_experts,
-            tell=count.to,
+            reporter=progress,
         )
     content = {
         "model": model,

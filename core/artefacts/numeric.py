@@ -6,6 +6,7 @@ the upper half of a float32; the rare 8-bit floats are converted by torch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -14,43 +15,52 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_EIGHT_BITS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_NUMPY = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "u1",
-    "BOOL": "?",
-}
-_BFLOAT16_NAN = 0x7FC0
 
-_DTYPE_WORDS = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "fp32": "F32",
-    "fp16": "F16",
-    "bf16": "BF16",
+@dataclass(frozen=True)
+class Dtype:
+    """One dtype of safetensors files."""
+
+    torch: str
+    """torch's name."""
+    num_bytes: int
+    """Bytes per element."""
+    numpy: str | None
+    """numpy's code; None if numpy has no such dtype."""
+    is_floating: bool = False
+    words: tuple[str, ...] = ()
+    """Names in settings, the preferred one first."""
+
+
+DTYPES = {
+    "F64": Dtype("float64", 8, "<f8", True, ("float64",)),
+    "F32": Dtype("float32", 4, "<f4", True, ("float32", "fp32")),
+    "F16": Dtype("float16", 2, "<f2", True, ("float16", "fp16")),
+    "BF16": Dtype("bfloat16", 2, None, True, ("bfloat16", "bf16")),
+    "F8_E4M3": Dtype("float8_e4m3fn", 1, None, True),
+    "F8_E5M2": Dtype("float8_e5m2", 1, None, True),
+    "I64": Dtype("int64", 8, "<i8"),
+    "I32": Dtype("int32", 4, "<i4"),
+    "I16": Dtype("int16", 2, "<i2"),
+    "I8": Dtype("int8", 1, "i1"),
+    "U64": Dtype("uint64", 8, "<u8"),
+    "U32": Dtype("uint32", 4, "<u4"),
+    "U16": Dtype("uint16", 2, "<u2"),
+    "U8": Dtype("uint8", 1, "u1"),
+    "BOOL": Dtype("bool", 1, "?"),
 }
+"""All dtypes, by safetensors' name."""
+FLOATING = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating)
+_BFLOAT16_NAN = 0x7FC0
 
 
 def dtype_of_word(word: str) -> str:
     """Return safetensors' name of a dtype given as `bfloat16`, `fp16`, `F32` ...; raises `UserError` if unknown."""
     plain = word.removeprefix("torch.")
-    if plain in FLOATING:
-        return plain
-    if plain.lower() in _DTYPE_WORDS:
-        return _DTYPE_WORDS[plain.lower()]
-    raise UserError(f"'{word}' is not a supported dtype; use one of {', '.join(list(_DTYPE_WORDS)[:4])}")
+    for name in FLOATING:
+        if plain == name or plain.lower() in DTYPES[name].words:
+            return name
+    known = ", ".join(dtype.words[0] for dtype in DTYPES.values() if dtype.words)
+    raise UserError(f"'{word}' is not a supported dtype; use one of {known}")
 
 
 def working_dtype(dtype: str) -> str:
@@ -72,9 +82,9 @@ def decode(raw: Any, dtype: str, shape: tuple[int, ...], scratch: NDArray[np.uin
         np.copyto(wide, bits)
         np.left_shift(wide, 16, out=wide)
         return wide.view("<f4").reshape(shape)
-    if dtype in _EIGHT_BITS:
+    if DTYPES[dtype].numpy is None:
         return np.asarray(_float8_values(dtype)[np.frombuffer(raw, "u1")]).reshape(shape)
-    numbers: NDArray[Any] = np.frombuffer(raw, _NUMPY[dtype]).reshape(shape)
+    numbers: NDArray[Any] = np.frombuffer(raw, DTYPES[dtype].numpy).reshape(shape)
     return numbers.astype("<f4") if dtype == "F16" else numbers
 
 
@@ -88,10 +98,10 @@ def encode(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
     flat = np.ascontiguousarray(numbers).reshape(-1)
     if dtype == "BF16":
         return _to_bfloat16(flat.astype("<f4", copy=False)).view("u1")
-    if dtype in _EIGHT_BITS:
+    if DTYPES[dtype].numpy is None:
         return _to_float8(flat, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        return flat.astype(_NUMPY[dtype], copy=False).view("u1")
+        return flat.astype(DTYPES[dtype].numpy, copy=False).view("u1")
 
 
 def _to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -114,7 +124,7 @@ def _float8_values(dtype: str) -> NDArray[np.float32]:
     """Return the 256 values of an 8-bit floating-point dtype."""
     import torch
 
-    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, _EIGHT_BITS[dtype]))
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, DTYPES[dtype].torch))
     numbers: NDArray[np.float32] = codes.float().numpy()
     return numbers
 
@@ -123,6 +133,6 @@ def _to_float8(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
     import numpy as np
     import torch
 
-    kind = getattr(torch, _EIGHT_BITS[dtype])
+    kind = getattr(torch, DTYPES[dtype].torch)
     result: NDArray[np.uint8] = torch.from_numpy(np.array(numbers)).to(kind).view(torch.uint8).numpy()
     return result

@@ -14,12 +14,14 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import UserError, unknown_name
 from .files import os_errors_as_user_errors, partial_sibling, read_json
+from .numeric import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -27,25 +29,9 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHUNK_BYTES = 1 << 22
+SPAN = 1 << 22
+"""Elements of a tensor that `Checkpoint.spans` covers at a time."""
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own parser
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U64": ("uint64", 8),
-    "U32": ("uint32", 4),
-    "U16": ("uint16", 2),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
-"""safetensors' name of a dtype -> (torch's name, bytes per element)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +50,30 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         return self.end - self.begin
+
+    def read(self, begin: int = 0, end: int | None = None) -> bytearray:
+        """Return the bytes `begin` to `end` of the tensor; raises `UserError` if the file ends before."""
+        content = bytearray((self.num_bytes if end is None else end) - begin)
+        with os_errors_as_user_errors(self.file), self.file.open("rb", buffering=0) as file:
+            self._fill(memoryview(content), file.fileno(), begin)
+        return content
+
+    def pieces(self, descriptor: int, piece_bytes: int) -> Iterator[memoryview]:
+        """Yield all bytes from an open file in pieces, each valid until the next one is requested."""
+        buffer = memoryview(bytearray(min(piece_bytes, self.num_bytes)))
+        with os_errors_as_user_errors(self.file):
+            for begin in range(0, self.num_bytes, piece_bytes):
+                piece = buffer[: self.num_bytes - begin]
+                self._fill(piece, descriptor, begin)
+                yield piece
+
+    def _fill(self, target: memoryview, descriptor: int, begin: int) -> None:
+        filled = 0
+        while filled < len(target):
+            count = os.preadv(descriptor, [target[filled:]], self.begin + begin + filled)
+            if not count:
+                raise _damaged(self.file, f"it ends within tensor '{self.name}'")
+            filled += count
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -198,45 +208,29 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Return one tensor in newly allocated memory."""
         entry = self.entry(name)
-        return self._numbers(name, 0, entry.num_bytes).reshape(entry.shape)
+        return _as_tensor(entry.read(), entry.dtype).reshape(entry.shape)
 
     def span(self, name: str, begin: int, end: int) -> Tensor:
         """Return the elements `begin` to `end` of one tensor in row-major order, shape (end - begin,)."""
-        size = DTYPES[self.entry(name).dtype][1]
-        return self._numbers(name, begin * size, end * size)
-
-    def _numbers(self, name: str, begin: int, end: int) -> Tensor:
-        """Return the elements in the bytes `begin` to `end` of one tensor, in newly allocated memory."""
-        import torch
-
         entry = self.entry(name)
-        buffer = bytearray(end - begin)
-        with os_errors_as_user_errors(entry.file), entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.begin + begin)
-            view, filled = memoryview(buffer), 0
-            while filled < len(buffer):
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise _damaged(entry.file, f"it ends within tensor '{name}'")
-                filled += count
-        kind = torch_dtype(entry.dtype)
-        if not buffer:
-            return torch.empty(0, dtype=kind)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(kind)
+        width = DTYPES[entry.dtype].num_bytes
+        return _as_tensor(entry.read(begin * width, end * width), entry.dtype)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of one tensor in chunks; each chunk is valid until the next one is requested."""
         entry = self.entry(name)
-        buffer = bytearray(min(CHUNK_BYTES, entry.num_bytes))
-        view, left = memoryview(buffer), entry.num_bytes
         with os_errors_as_user_errors(entry.file), entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            while left:
-                count = file.readinto(view[: min(left, CHUNK_BYTES)])
-                if not count:
-                    raise _damaged(entry.file, f"it ends within tensor '{name}'")
-                yield view[:count]
-                left -= count
+            yield from entry.pieces(file.fileno(), CHUNK_BYTES)
+
+    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype and shape of each tensor, by name, as `new_file` takes them."""
+        return {name: (entry.dtype, entry.shape) for name, entry in self.entries.items()}
+
+    def spans(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield ranges [begin, end) of at most `SPAN` elements that cover a tensor."""
+        count = math.prod(self.entry(name).shape)
+        for begin in range(0, count, SPAN):
+            yield begin, min(begin + SPAN, count)
 
     def digest(self, name: str) -> str:
         """Return the digest of one tensor: sha256 over dtype, shape and bytes, independent of the file."""
@@ -253,6 +247,14 @@ class Checkpoint:
             return {name: self.digest(name) for name in ordered_names}
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashing and reading release the interpreter lock
             return dict(zip(ordered_names, pool.map(self.digest, ordered_names), strict=True))
+
+
+def _as_tensor(content: bytearray, dtype: str) -> Tensor:
+    """Return the flat tensor that shares the memory of its bytes."""
+    import torch
+
+    kind = torch_dtype(dtype)
+    return torch.frombuffer(content, dtype=torch.uint8).view(kind) if content else torch.empty(0, dtype=kind)
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -295,6 +297,96 @@ def header_of_file(
     )
 
 
+class TensorWriter:
+    """Writes the bytes of one tensor in order, at its place in an open file, and hashes them unless `digest` is given."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        span: tuple[int, int],
+        digest: str | None = None,
+    ) -> None:
+        self.descriptor, self.name = descriptor, name
+        self._position, self._end = span
+        self._digest, self._state = digest, digest_start(dtype, shape)
+
+    def write(self, content: Any) -> int:
+        """Write the bytes of any buffer and return their number."""
+        view = memoryview(content)
+        assert self._position + len(view) <= self._end, f"{self.name} has more elements than announced"
+        write_at(self.descriptor, view, self._position)
+        if self._digest is None:
+            self._state.update(view)
+        self._position += len(view)
+        return len(view)
+
+    @property
+    def is_complete(self) -> bool:
+        return self._position == self._end
+
+    def digest(self) -> str:
+        """Return the digest of the complete tensor."""
+        assert self.is_complete, f"{self.name} has fewer elements than announced"
+        return self._digest or self._state.hexdigest()
+
+
+def write_at(descriptor: int, content: memoryview, offset: int) -> None:
+    """Write all bytes at an offset of a file."""
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, content[written:], offset + written)
+
+
+class FileWriter:
+    """Writes the tensors of an open safetensors file piece by piece, interleaved in any order; see `new_file`."""
+
+    def __init__(self, tensors: Mapping[str, tuple[str, TensorWriter]]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def add(self, name: str, piece: Tensor) -> None:
+        """Write the next elements of a tensor, in row-major order."""
+        announced, writer = self._tensors[name]
+        dtype = dtype_name(piece.dtype)
+        assert dtype == announced, f"announced {announced} for {name}, got {dtype}"
+        writer.write(tensor_bytes(piece))
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of all tensors, by name, in file order; they must be complete."""
+        return {name: writer.digest() for name, (_, writer) in self._tensors.items()}
+
+
+@contextmanager
+def new_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[FileWriter]:
+    """Yield a writer of one safetensors file, which appears under its name if the block succeeds.
+
+    `shapes` maps each tensor name to safetensors' dtype name and shape, in file order.
+    """
+    header, spans = header_of_file(shapes)
+    partial = partial_sibling(path)
+    try:
+        with os_errors_as_user_errors(path), partial.open("wb") as file:
+            write_at(file.fileno(), memoryview(header), 0)
+            writer = FileWriter(
+                {
+                    name: (dtype, TensorWriter(file.fileno(), name, dtype, tuple(shape), spans[name]))
+                    for name, (dtype, shape) in shapes.items()
+                }
+            )
+            yield writer
+            writer.digests()  # raises for a tensor that is not complete
+            os.fsync(file.fileno())  # before the manifest, which must never exist without its tensors
+        with os_errors_as_user_errors(path):
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_file(
     path: Path,
     shapes: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -302,31 +394,15 @@ def write_file(
 ) -> dict[str, str]:
     """Stream tensors into one safetensors file and return their digests.
 
-    `shapes` maps each tensor name to safetensors' dtype name and shape, in file order. `tensors` yields the tensors
-    in that order, so only one needs to be in memory. The file is renamed into place once complete.
+    `tensors` yields the tensors in the order of `shapes`, so only one needs to be in memory; see `new_file`.
     """
-    header, _ = header_of_file(shapes)
-    digests: dict[str, str] = {}
-    partial = partial_sibling(path)
-    try:
-        with os_errors_as_user_errors(path), partial.open("wb") as file:
-            file.write(header)
-            for (name, tensor), (expected, (kind, shape)) in zip(tensors, shapes.items(), strict=True):
-                actual = (name, dtype_name(tensor.dtype), tuple(tensor.shape))
-                if actual != (expected, kind, tuple(shape)):
-                    raise ValueError(f"announced {expected} {kind} {shape}, got {actual}")
-                state = digest_start(kind, tuple(shape))
-                content = tensor_bytes(tensor)
-                state.update(content)
-                file.write(content)
-                digests[name] = state.hexdigest()
-            file.flush()
-            os.fsync(file.fileno())  # before the manifest, which must never exist without its tensors
-        with os_errors_as_user_errors(path):
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digests
+    with new_file(path, shapes) as file:
+        for (name, tensor), (expected, (kind, shape)) in zip(tensors, shapes.items(), strict=True):
+            actual = (name, dtype_name(tensor.dtype), tuple(tensor.shape))
+            if actual != (expected, kind, tuple(shape)):
+                raise ValueError(f"announced {expected} {kind} {shape}, got {actual}")
+            file.add(name, tensor)
+    return file.digests()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -337,7 +413,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _num_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    return DTYPES[kind][1] * math.prod(shape)
+    return DTYPES[kind].num_bytes * math.prod(shape)
 
 
 def torch_dtype(name: str) -> dtype:
@@ -346,13 +422,13 @@ def torch_dtype(name: str) -> dtype:
 
     if name not in DTYPES:
         raise unknown_name("tensor dtype", name, DTYPES)
-    kind: torch.dtype = getattr(torch, DTYPES[name][0])
+    kind: torch.dtype = getattr(torch, DTYPES[name].torch)
     return kind
 
 
 def dtype_name(kind: dtype) -> str:
     """Return safetensors' name of a torch dtype."""
-    for name, (torch_name, _) in DTYPES.items():
-        if str(kind) == f"torch.{torch_name}":
+    for name, row in DTYPES.items():
+        if str(kind) == f"torch.{row.torch}":
             return name
     raise UserError(f"tensors of dtype {kind} cannot be written to safetensors")

@@ -13,10 +13,11 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
+    from .ensembles import Mixer
     from .evaluation import Evaluator
     from .events import ExpertFinished, MergeFinished, TrainingStep
     from .merging import MergeMethod
-    from .mixtures import Architecture, Router
+    from .mixtures import Architecture, RouterStart
     from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
     from .training import Launcher, Trainer
 
@@ -32,8 +33,13 @@ def merge_methods() -> list[MergeMethod]:  # type: ignore[empty-body]  # pluggy 
 
 
 @hookspec
-def routers() -> list[Router]:  # type: ignore[empty-body]  # as above
-    """Ways to begin the router of a mixture of experts."""
+def mixers() -> list[Mixer]:  # type: ignore[empty-body]  # as above
+    """Ways to weight the members of an ensemble from text to text."""
+
+
+@hookspec
+def router_starts() -> list[RouterStart]:  # type: ignore[empty-body]  # as above
+    """How the router rows of a mixture of experts begin."""
 
 
 @hookspec

@@ -20,10 +20,11 @@ import pluggy
 from ..artefacts.versions import package_version
 from ..errors import closest, unknown_name
 from . import hookspecs
+from .ensembles import Mixer
 from .evaluation import Evaluator
 from .events import ExpertFinished, MergeFinished, TrainingStep
 from .merging import MergeMethod
-from .mixtures import Architecture, Router
+from .mixtures import Architecture, RouterStart
 from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
 from .training import Launcher, Trainer
 
@@ -68,7 +69,8 @@ class OfferKind:
 
 OFFER_KINDS: Mapping[type, OfferKind] = {
     MergeMethod: OfferKind("merge_methods", "merge method"),
-    Router: OfferKind("routers", "router"),
+    Mixer: OfferKind("mixers", "mixer"),
+    RouterStart: OfferKind("router_starts", "router start"),
     Trainer: OfferKind("trainers", "trainer"),
     Launcher: OfferKind("launchers", "launcher"),
     CorpusFormat: OfferKind("corpus_formats", "corpus format"),

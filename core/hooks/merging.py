@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..reporting import SILENT, Reporter
 from .option_checks import check_options_class
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class MergeMethod:
     summary: str
     options: type | None = field(default=None, kw_only=True)
     """A frozen dataclass with a default for every field, or None. Users leave out a trailing underscore (`lambda_`)."""
+    options_for: Callable[[Mapping[str, Any]], type] | None = field(default=None, kw_only=True)
+    """In place of `options`: returns the class for options as users wrote them, if it depends on one of them."""
     kind: GeneralistKind = field(default="average", kw_only=True)
     """What kind of generalist it makes."""
     weights: Literal["shares", "factors"] = field(default="shares", kw_only=True)
@@ -79,6 +82,10 @@ class MergeMethod:
         default=None, kw_only=True
     )
     """`switch_off(model, experts, gone)` returns a loaded model without some of its `experts` (all, in order)."""
+
+    def options_class(self, values: Mapping[str, Any]) -> type | None:
+        """Return the class of its options for those that users wrote."""
+        return self.options_for(values) if self.options_for is not None else self.options
 
     def __post_init__(self) -> None:
         if type(self) is MergeMethod:
@@ -116,7 +123,7 @@ class Assembler(MergeMethod):
     """Puts the experts' tensors together as a model of another class; the engine copies and writes."""
 
     assemble: Callable[[Any, Any], Any]
-    """`assemble(inputs, options)` takes `merge.planning.assembly_inputs.AssemblyInputs` and returns
+    """`assemble(inputs, options)` takes `merge.planning.assembly.AssemblyInputs` and returns
     `merge.planning.assembly.Assembly`."""
     kind: GeneralistKind = field(default="moe", kw_only=True)
 
@@ -146,5 +153,5 @@ class MergeInputs:
     validation: Callable[[], Sequence[ValidationText]] = tuple
     """Returns what priors, temperatures and weights may be fitted on, preparing it when it is first asked for;
     empty when the merge was given none."""
-    say: Callable[[str], None] = field(default=lambda line: None)
-    """Tells the user what is going on, a line at a time."""
+    reporter: Reporter = SILENT
+    """Receives messages for the user."""

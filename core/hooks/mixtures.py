@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..reporting import SILENT, Reporter
+
 if TYPE_CHECKING:
     from .text import ValidationText
 
@@ -27,11 +29,12 @@ class RouterInputs:
     validation: Callable[[], Sequence[ValidationText]] = tuple
     domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The domains that each expert was trained on, as far as is known."""
-    say: Callable[[str], None] = field(default=lambda line: None)
+    reporter: Reporter = SILENT
+    """Receives messages for the user."""
 
 
 @dataclass(frozen=True)
-class RouterStart:
+class RouterRows:
     """The rows and biases that a router begins with, float32 numpy arrays."""
 
     rows: Any
@@ -43,12 +46,12 @@ class RouterStart:
 
 
 @dataclass(frozen=True)
-class Router:
+class RouterStart:
     """A way to begin the router of a mixture of given experts."""
 
     name: str
     summary: str
-    start: Callable[[RouterInputs], RouterStart]
+    start: Callable[[RouterInputs], RouterRows]
     """`start(inputs)`; raises `UserError` for what it lacks."""
     uses_model: bool = False
     """Whether it runs the seed, which plans leave for later."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..reporting import SILENT, Reporter
 from .option_checks import check_options_class
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class DiscoveryInputs:
     """Of the workspace: where relative paths begin."""
     seed: Path
     """Folder of the seed, which may not have been made yet."""
-    say: Callable[[str], None] = field(default=lambda line: None)
+    reporter: Reporter = SILENT
+    """Receives messages for the user."""
 
 
 class FoundDomains(Protocol):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from ..reporting import LaunchResult, Reporter
     from ..text.token_store import TokenBlocks
 
 
@@ -129,30 +130,12 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class LaunchResult:
-    """How one run ended, as the launcher saw it."""
-
-    run: Path
-    error: str | None
-    """One line, or None when the run finished."""
-    interrupted: bool = False
-
-
-class RunReporter(Protocol):
-    """What a launcher tells about its runs while they go on."""
-
-    def started(self, run: Path, total_steps: int) -> None: ...
-    def progressed(self, run: Path, record: Mapping[str, Any]) -> None: ...
-    def finished(self, result: LaunchResult) -> None: ...
-
-
-@dataclass(frozen=True)
 class Launcher:
     """Where training runs: a process here, a node of a cluster, a data owner."""
 
     name: str
     summary: str
-    launch: Callable[[Sequence[Path], int, RunReporter, Any], list[LaunchResult]]
+    launch: Callable[[Sequence[Path], int, Reporter, Any], list[LaunchResult]]
     """`launch(runs, jobs, reporter, options)` trains every run folder, at most `jobs` at a time, and returns when all
     have ended. A run that fails must not affect the others."""
     options: type | None = None

@@ -13,13 +13,14 @@ from ..errors import UserError
 from .manifest import CHECKSUM, Manifest, manifest_path, read_manifest
 
 
-def verify(folder: str | Path, *, tensors: bool = True) -> list[str]:
+def verify(folder: str | Path, *, tensors: bool = True, manifest: Manifest | None = None) -> list[str]:
     """Check every byte of an artefact and return what differs, a line each; empty when all is as written.
 
-    Without `tensors` their bytes are left to whoever reads them: headers and all other files are checked.
+    Without `tensors` their bytes are left to whoever reads them: headers and all other files are checked. `manifest` is
+    the folder's, if it has been read.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     found: list[str] = []
     files = {path.relative_to(folder).as_posix(): path for path in artefact_files(folder)}
     for name in sorted(manifest.files.keys() | files.keys()):
@@ -71,10 +72,11 @@ def _verify_tensors(folder: Path, manifest: Manifest, files: Mapping[str, Path])
     return found + [f"tensor {name} is missing" for name in sorted(manifest.tensors.keys() - seen)]
 
 
-def require_intact(folder: Path, *, tensors: bool = True) -> Manifest:
+def require_intact(folder: Path, *, tensors: bool = True, manifest: Manifest | None = None) -> Manifest:
     """Return the manifest of an artefact that was checked (see `verify`); raises `UserError` naming what changed."""
-    problems = verify(folder, tensors=tensors)
+    manifest = manifest or read_manifest(folder)
+    problems = verify(folder, tensors=tensors, manifest=manifest)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{folder} is not what its manifest says: {problems[0]}{more}; restore or remake it")
-    return read_manifest(folder)
+    return manifest

@@ -5,13 +5,14 @@ Shapes: B = 1, T = tokens, K = experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..process.compute import best_device
+from ..reporting import SILENT, Reporter
 from .loading import load_model, require_intact_model
 
 if TYPE_CHECKING:
@@ -45,22 +46,30 @@ class Generation:
         return "".join(token.text for token in self.continuation)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is sampled, and how many are."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+    seed: int = 0
+
+
 def generate(
     folder: Path,
     prompt: str,
+    sampling: Sampling = Sampling(),
     *,
-    max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_p: float = 1.0,
-    seed: int = 0,
     without: Collection[str] = (),
     shares: bool = False,
-    tell: Callable[[int], None] = lambda tokens: None,
+    reporter: Reporter = SILENT,
 ) -> Generation:
-    """Sample a continuation of `prompt`; temperature 0 is greedy decoding.
+    """Sample a continuation of `prompt`.
 
-    `tell` is called with the number of new tokens so far. Raises `UserError` if `shares` are requested from a model
-    without experts, and if prompt and continuation exceed the model's positions.
+    Raises `UserError` if `shares` are requested from a model without experts, and if prompt and continuation exceed
+    the model's positions.
     """
     import torch
 
@@ -71,17 +80,18 @@ def generate(
             f"{folder.name} does not mix the experts' predictions per token; request shares from an ensemble"
         )
     model.to(best_device())
-    prompt_1T = _prompt_tokens(model, tokenizer, prompt, max_new_tokens).to(model.device)
-    torch.manual_seed(seed)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    prompt_1T = _prompt_tokens(model, tokenizer, prompt, sampling.max_new_tokens).to(model.device)
+    torch.manual_seed(sampling.seed)
+    temperature = sampling.temperature
+    options = {"temperature": temperature, "top_p": sampling.top_p, "top_k": 0} if temperature > 0 else {}
     with torch.inference_mode():
         text_1T = model.generate(
             prompt_1T,
             attention_mask=torch.ones_like(prompt_1T),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
             do_sample=temperature > 0,
-            streamer=_TokenCounter(tell),
-            **sampling,
+            streamer=_TokenCounter(reporter, sampling.max_new_tokens),
+            **options,
         )
         token_shares = _shares(model, text_1T) if shares else None
     ids = text_1T[0].tolist()
@@ -97,13 +107,13 @@ def generate(
 class _TokenCounter:
     """A transformers streamer that reports the number of new tokens."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self._tell = tell
+    def __init__(self, reporter: Reporter, total: int) -> None:
+        self._reporter, self._total = reporter, total
         self._count = -1  # the first call passes the prompt
 
     def put(self, tokens: Tensor) -> None:
         self._count += 1
-        self._tell(self._count)
+        self._reporter.progress("writing", self._count, self._total, "tokens")
 
     def end(self) -> None: ...
 

@@ -1,7 +1,6 @@
 """Progress display: bars on a terminal, otherwise a plain line every few seconds, nothing when quiet.
 
-Work that ends within two seconds shows nothing. All output goes to standard error. Launchers report training runs
-to `RunProgress`; `Count` is for other countable work.
+Work that ends within two seconds shows no progress. All output goes to standard error.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock, Timer
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
-from ..hooks.training import LaunchResult
+from ..reporting import LaunchResult, Reporter
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich import progress as rich_progress
 
 SILENT_SECONDS = 2.0
 LINE_SECONDS = 5.0
@@ -125,8 +123,8 @@ class Bars:
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._expected: tuple[str, ...] = ()
-        self._tasks: dict[str, TaskID] = {}
-        self._progress: Progress | None = None
+        self._tasks: dict[str, rich_progress.TaskID] = {}
+        self._progress: rich_progress.Progress | None = None
         self._closed = False
         self._lock = RLock()
         self._timer = Timer(SILENT_SECONDS, self._appear)
@@ -156,13 +154,14 @@ class Bars:
                 self._progress.stop()
 
     def _appear(self) -> None:
+        from rich import progress as rich_progress
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
         with self._lock:
             if self._closed:
                 return
-            self._progress = Progress(
+            self._progress = rich_progress.Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 TaskProgressColumn(),
@@ -191,35 +190,38 @@ def display(*, quiet: bool = False, plain: bool = False) -> Display:
     return Lines() if plain or not sys.stderr.isatty() else Bars()
 
 
-class _OpenDisplay:
-    """Context manager that opens and closes a display."""
+class Progress(Reporter):
+    """Reporter that shows messages, tasks and training runs on a display, as a context manager.
+
+    `expected` are the names of the known future jobs.
+    """
 
     def __init__(self, where: Display, expected: Sequence[str] = (), clock: Clock = time.monotonic) -> None:
         self._display, self._expected, self._clock = where, expected, clock
-        self._lock = RLock()  # launchers report from several threads
+        self._jobs: dict[str | Path, Job] = {}
+        self._lock = RLock()  # work reports from several threads
 
     def __enter__(self) -> Self:
         self._display.open(self._expected)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._display.close()
 
+    def say(self, line: str) -> None:
+        self._display.say(line)
 
-class RunProgress(_OpenDisplay):
-    """Reporter for launchers that shows training runs."""
+    def progress(self, task: str, done: int, total: int | None = None, unit: str = "") -> None:
+        with self._lock:
+            job = self._jobs.setdefault(task, Job(task, unit, total, self._clock()))
+            job.done, job.total = done, total
+            self._display.show(job)
 
-    def __init__(self, where: Display, expected: Sequence[str] = (), clock: Clock = time.monotonic) -> None:
-        super().__init__(where, expected, clock)
-        self._jobs: dict[Path, Job] = {}
-
-    def started(self, run: Path, total_steps: int) -> None:
+    def run_started(self, run: Path, total_steps: int) -> None:
         with self._lock:
             self._jobs[run] = Job(run.name, "steps", total_steps, self._clock())
 
-    def progressed(self, run: Path, record: Mapping[str, Any]) -> None:
+    def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
         with self._lock:
             job = self._jobs[run]
             job.done = int(record["step"])
@@ -231,34 +233,9 @@ class RunProgress(_OpenDisplay):
                     self._display.say(f"{run.name}: {note}")
             self._display.show(job)
 
-    def finished(self, result: LaunchResult) -> None:
+    def run_finished(self, result: LaunchResult) -> None:
         with self._lock:
             job = self._jobs.get(result.run)
             if job is not None and job.total is not None and result.error is None and not result.interrupted:
                 job.done = job.total
                 self._display.show(job)
-
-
-class Count(_OpenDisplay):
-    """Progress of countable work, as one job or as several named jobs."""
-
-    def __init__(self, name: str, unit: str, total: int | None, where: Display, clock: Clock = time.monotonic) -> None:
-        super().__init__(where, () if total is None else (name,), clock)
-        self._name, self._unit, self.total = name, unit, total
-        """Total number of units; may be set once it is known."""
-        self._jobs: dict[str, Job] = {}
-
-    def to(self, done: int, part: str | None = None) -> None:
-        """Set the number of finished units, of the job `part` if given."""
-        with self._lock:
-            name = part if part is not None else self._name
-            if name not in self._jobs:
-                self._jobs[name] = Job(name, self._unit, self.total, self._clock())
-            self._jobs[name].done = done
-            self._jobs[name].total = self.total
-            self._display.show(self._jobs[name])
-
-    def next(self) -> None:
-        """Count one more finished unit."""
-        with self._lock:
-            self.to(self._jobs[self._name].done + 1 if self._name in self._jobs else 1)

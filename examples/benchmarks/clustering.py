@@ -151,10 +151,10 @@ def memory_table(pieces: list[str], sizes: list[int]) -> str:
 
 
 def discover_here(folder: Path) -> dict[str, float]:
-    from expertctl import Workspace
+    from expertctl import DiscoverySettings, Workspace
 
     begin = time.perf_counter()
-    Workspace(folder).discover("found", CLUSTERS, jobs=1)
+    Workspace(folder).discover("found", CLUSTERS, DiscoverySettings(jobs=1))
     return {"seconds": time.perf_counter() - begin, "peak": peak_megabytes()}
 
 

@@ -128,7 +128,7 @@ def make(folder: Path) -> dict[str, float]:
     coordinator = Coordinator(Layout(hub))
     owner = Owner(folder / "owner")
     key = make_key(owner.state)
-    coordinator.members.add("site-a", key.public)
+    coordinator.files.members.add("site-a", key.public)
     (folder / "text.txt").write_text("nothing is trained here\n")
     owner.configure(OwnerSettings(folder / "text.txt"))
     (request,) = coordinator.ask(["site-a"], Recipe("all"), datetime.now(UTC) + timedelta(hours=5))

@@ -75,9 +75,9 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, di
     if not (workspace.layout.seed / "seed.json").exists():
         workspace.seed()
     require(workspace.train(jobs=options.jobs).failed)
-    workspace.dense_baseline()
-    workspace.dense_baseline(same_batch=True)
-    workspace.random_split_baseline(jobs=options.jobs)
+    workspace.baselines.dense()
+    workspace.baselines.dense(same_batch=True)
+    workspace.baselines.random_split(jobs=options.jobs)
     return shared_rows(workspace) | per_target_rows(workspace)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
 
-from expertctl import Workspace
+from expertctl import TuningSettings, Workspace
 
 CROSSED = "crossed"
 """The domain whose documents hold two domains; only measured on."""
@@ -98,7 +98,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
         if not (workspace.generalists / folders[row] / "generalist.json").exists():
             training = {"tokens": options.tuning_tokens, "learning_rate": rate}
             domains = [PUBLIC, *options.domains]
-            workspace.tune(folders[row], folders[base], trains=trains, domains=domains, training=training)
+            workspace.tune(folders[row], folders[base], TuningSettings(trains, domains, training=training))
     experts = [f"dense-{domain}" for domain in options.domains]
     table = workspace.evaluate("seed", *experts, *folders.values(), domains=[*options.domains, CROSSED])
     scores = {

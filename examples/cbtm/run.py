@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
 
-from expertctl import Workspace
+from expertctl import DiscoverySettings, Workspace
 from expertctl.core.text.clustering.clusterer import ClustererSettings, fit_clusterer
 
 MIXED = "mixed"
@@ -38,13 +38,13 @@ TEMPERATURE = 0.1
 ENSEMBLES = {
     **{
         f"clusters, {'all' if top is None else f'top {top}'}": {
-            "router": "cluster",
+            "mixer": "clusters",
             "temperature": TEMPERATURE,
             "top_k": top,
         }
         for top in TOP
     },
-    "clusters, all, temperature fitted": {"router": "cluster"},
+    "clusters, all, temperature fitted": {"mixer": "clusters"},
     "clusters, posterior of the text": {"prior": "cached"},
 }
 BASELINES = {
@@ -90,17 +90,17 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     """Carry out everything for one random seed; return clusters' figures, bits per byte by row and set, temperatures."""
     workspace, labels = make_workspace(root, seed, options)
     if not (root / "clusters" / FOUND / "clusters.json").exists():
-        workspace.discover(FOUND, options.clusters, domains=[MIXED], seed=seed)
+        workspace.discover(FOUND, options.clusters, DiscoverySettings(domains=[MIXED], seed=seed))
     if not (workspace.layout.seed / "seed.json").exists():
         workspace.seed()
     if not workspace.layout.finished_experts():
-        workspace.branch_clusters(FOUND, force=True)
+        workspace.experts.branch_clusters(FOUND, force=True)
     failed = workspace.train(jobs=options.jobs).failed
     if failed:
         sys.exit(f"failed: {failed}")
-    workspace.dense_baseline()
-    workspace.dense_baseline(same_batch=True)
-    workspace.random_split_baseline(jobs=options.jobs)
+    workspace.baselines.dense()
+    workspace.baselines.dense(same_batch=True)
+    workspace.baselines.random_split(jobs=options.jobs)
     experts = workspace.layout.finished_experts()
     ensembles = {
         row: settings for row, settings in ENSEMBLES.items() if (settings.get("top_k") or 0) <= options.clusters
@@ -123,9 +123,9 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
         "clusters": figures(labels, options.clusters, seed),
         "scores": {row: scores[model] for row, model in (*named.items(), ("best single expert", best))},
         "temperatures": {
-            row: read_json(workspace.generalists / folders[row] / "config.json")["router"]["temperature"]
+            row: read_json(workspace.generalists / folders[row] / "config.json")["mixer_settings"]["temperature"]
             for row, settings in ensembles.items()
-            if settings.get("router") == "cluster"
+            if settings.get("mixer") == "clusters"
         },
     }
 

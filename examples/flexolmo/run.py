@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
 
-from expertctl import Workspace
+from expertctl import TuningSettings, Workspace
 from expertctl.merge.mixture.changing import Change
 from expertctl.merge.remaking.expert_changes import change_experts
 
@@ -188,7 +188,7 @@ def tuned(
     folder = folder_name(row)
     if not (workspace.generalists / folder / "generalist.json").exists():
         training = {"tokens": tokens, "learning_rate": learning_rate}
-        workspace.tune(folder, base, trains=trains, domains=domains, training=training)
+        workspace.tune(folder, base, TuningSettings(trains, domains, training=training))
     return folder
 
 

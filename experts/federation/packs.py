@@ -29,12 +29,7 @@ TAR = ".tar"
 
 
 def write_pack(
-    coordinator: Coordinator,
-    request: ExpertRequest,
-    target: Path,
-    *,
-    with_seed: bool = True,
-    force: bool = False,
+    coordinator: Coordinator, request: ExpertRequest, target: Path, *, with_seed: bool = True, force: bool = False
 ) -> None:
     """Write a pack: a request, with the seed unless `with_seed` is false, as a folder or a `.tar` file."""
     refuse_existing(target, force=force, what="pack")
@@ -93,7 +88,7 @@ def receive_delivery(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequ
     """Receive a delivery from a folder with the checks of the network path; return its request and the refusal or None."""
     signed = SignedStatement.read(folder)
     statement = signed.statement
-    request = coordinator.request(statement.request)
+    request = coordinator.files.request(statement.request)
     missing = coordinator.begin(request.owner, request.id, signed)
     if isinstance(missing, Refusal):
         return request, missing
@@ -120,17 +115,11 @@ def _folder_for(target: Path, *, force: bool) -> Iterator[Path]:
             with tarfile.open(partial, "w") as archive:
                 for path in sorted(content.rglob("*")):
                     archive.add(
-                        path.resolve(),
-                        path.relative_to(content).as_posix(),
-                        recursive=False,
-                        filter=_anonymise,
+                        path.resolve(), path.relative_to(content).as_posix(), recursive=False, filter=_anonymise
                     )
             partial.replace(target)
 
 
-def _anonymise(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+def _anonymise(member: tarfile.TarInfo) -> tarfile.TarInfo:
     """Clear the user, group and modification time of an archive member."""
-    member.uid = member.gid = 0
-    member.uname = member.gname = ""
-    member.mtime = 0
-    return member
+    return member.replace(uid=0, gid=0, uname="", gname="", mtime=0, deep=False)

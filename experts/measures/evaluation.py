@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,9 @@ from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.manager import installed_plugins
 from ...core.models.loading import load_model, max_positions, require_intact_models, tokenizer_folder
 from ...core.process.compute import best_device, concurrently
+from ...core.reporting import SILENT, Reporter
 from ...core.text.token_store import TokenBlocks
 from ..text.corpora import domain_config, prepare_domain
-
-Tell = Callable[[str, str], None]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def evaluate(
     *,
     evaluator: str = "perplexity",
     jobs: int | None = None,
-    tell: Tell = lambda model, domain: None,
+    reporter: Reporter = SILENT,
 ) -> EvaluationTable:
     """Score models (display name -> folder) on domains (default: all of the project).
 
-    Each model uses its own tokenizer; bits per byte are comparable across tokenizers. `tell` is called with (model,
-    domain) after each score. Raises `UserError` for a damaged model or an unknown domain.
+    Each model uses its own tokenizer; bits per byte are comparable across tokenizers. Raises `UserError` for a
+    damaged model or an unknown domain.
     """
     names = tuple(domains if domains is not None else project.domains)
     if not names:
@@ -81,6 +81,8 @@ def evaluate(
             prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer)
             blocks[model, name] = TokenBlocks(prepared.open("valid"), min(size, max_positions(tokenizer)))
 
+    counter = itertools.count(1)
+
     def score(model: str) -> dict[str, Score]:
         network, _ = load_model(models[model], dtype="float32")
         network.to(best_device())
@@ -89,7 +91,7 @@ def evaluate(
             if hasattr(network, "begin_text"):
                 network.begin_text()  # reset an adaptive prior, so that scores do not depend on the order of domains
             domain_scores[name] = scorer.evaluate(network, blocks[model, name])
-            tell(model, name)
+            reporter.progress("evaluating", next(counter), len(models) * len(names), "scores")
         return domain_scores
 
     largest = max((_num_bytes(folder) for folder in models.values()), default=0)

@@ -8,7 +8,7 @@ of at least a threshold. Shapes: B = documents, P = prompt tokens, N = tokens in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.errors import UserError
 from ...core.models.loading import load_model, max_positions, require_intact_model, tokenizer_folder
 from ...core.process.compute import best_device
+from ...core.reporting import SILENT, Reporter
 from ...core.text.tokenizer import TextEncoder
 
 if TYPE_CHECKING:
@@ -149,12 +150,11 @@ def audit_extraction(
     settings: AttackSettings,
     *,
     reference: Path | None = None,
-    tell: Callable[[str, int, int], None] = lambda model, done, total: None,
+    reporter: Reporter = SILENT,
 ) -> ExtractionAudit:
     """Attack a model, and optionally a reference, with the same documents of the model's training text.
 
-    `tell` is called with the model's name, the number of documents done and their total. Raises `UserError` if the
-    tokenizers differ, a model has too few positions, or no document is long enough.
+    Raises `UserError` if the tokenizers differ, a model has too few positions, or no document is long enough.
     """
     require_rapidfuzz()
     folders = [model, *([reference] if reference is not None else [])]
@@ -172,13 +172,7 @@ def audit_extraction(
     for folder in folders:
         network, _ = load_model(folder)
         network.to(best_device())
-        similarities = attack(
-            network,
-            targets.chosen,
-            encoder.separator,
-            settings,
-            tell=lambda done, folder=folder: tell(folder.name, done, len(targets.chosen)),  # type: ignore[misc]  # mypy cannot infer a lambda with a default
-        )
+        similarities = attack(network, targets.chosen, encoder.separator, settings, reporter, folder.name)
         extractions.append(Extraction(folder.name, similarities, settings.threshold))
     return ExtractionAudit(
         settings,
@@ -242,8 +236,8 @@ def attack(
     targets: Sequence[Target],
     separator: int,
     settings: AttackSettings,
-    *,
-    tell: Callable[[int], None] = lambda done: None,
+    reporter: Reporter = SILENT,
+    task: str = "attacking",
 ) -> tuple[float, ...]:
     """Return the similarity, 0 to 1, of each document's best sample to its true continuation.
 
@@ -260,7 +254,7 @@ def attack(
         for number, target in enumerate(group):
             target_samples = samples[number * settings.samples : (number + 1) * settings.samples]
             best.append(max(similarity(sample, target.continuation) for sample in target_samples))
-        tell(len(best))
+        reporter.progress(task, len(best), len(targets), "documents")
     return tuple(best)
 
 

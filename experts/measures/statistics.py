@@ -6,7 +6,7 @@ the text, so share them only where the expert itself may be shared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from ...core.errors import UserError
 from ...core.manifests.manifest import read_manifest
 from ...core.models.loading import checkpoint_tensors, load_model
 from ...core.process.compute import best_device
+from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.token_store import TokenBlocks
 
 if TYPE_CHECKING:
@@ -30,23 +31,20 @@ Kind = Literal["gram", "fisher"]
 KINDS: tuple[Kind, ...] = ("gram", "fisher")
 SAMPLES = 256
 """Default number of blocks, as in the papers' code."""
-Tell = Callable[[int], None]
 
 
 def gather_statistics(
-    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], kind: Kind, tell: Tell = lambda done: None
+    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], kind: Kind, reporter: Reporter = SILENT
 ) -> dict[str, Tensor]:
     """Return statistics by tensor name, in float32: `gram` matrices (in, in), or diagonal `fisher` information.
 
     `blocks` are token arrays of shape (tokens + 1,). Raises `UserError` if there are none.
     """
     gather = {"gram": gather_grams, "fisher": gather_fisher}[kind]
-    return gather(model, blocks, tell)
+    return gather(model, reported(blocks, reporter, kind, "blocks"))
 
 
-def gather_grams(
-    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], tell: Tell = lambda done: None
-) -> dict[str, Tensor]:
+def gather_grams(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict[str, Tensor]:
     """Return X^T X / N of each linear layer's inputs, by the name of its weight (arXiv:2212.09849, section 3).
 
     N is the number of tokens. All matrices are in memory at once, in^2 numbers per layer. Layers with a tied weight,
@@ -69,10 +67,9 @@ def gather_grams(
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
     try:
         with torch.inference_mode():
-            for done, block in enumerate(blocks, start=1):
+            for block in blocks:
                 model(input_ids=torch.from_numpy(block[None, :-1]).to(model.device), use_cache=False)
                 tokens += len(block) - 1
-                tell(done)
     finally:
         for handle in handles:
             handle.remove()
@@ -81,9 +78,7 @@ def gather_grams(
     return {name: (total / tokens).float() for name, total in sums.items()}
 
 
-def gather_fisher(
-    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], tell: Tell = lambda done: None
-) -> dict[str, Tensor]:
+def gather_fisher(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict[str, Tensor]:
     """Return E[(grad log p(block))^2] for every tensor, the mean over blocks (arXiv:2111.09832, section 3.2).
 
     log p is the sum over a block's tokens, given the token before it. This is the empirical Fisher information, which
@@ -106,7 +101,6 @@ def gather_fisher(
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 sums[name] += parameter.grad.float() ** 2
-        tell(count)
     model.zero_grad(set_to_none=True)
     if not count:
         raise UserError("no text to compute statistics on; run `expertctl data prepare`")
@@ -144,7 +138,7 @@ def write_statistics(
     domain: Mapping[str, Any],
     samples: int = SAMPLES,
     force: bool = False,
-    tell: Tell = lambda done: None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Compute one kind of statistics for an expert, write them to `output/KIND/` and return their manifest.
 
@@ -158,7 +152,7 @@ def write_statistics(
     available = max(len(blocks), 1)
     count = min(samples, available)
     selected = (blocks.block(index * available // count) for index in range(count))
-    tensors = gather_statistics(model, selected, kind, tell)
+    tensors = gather_statistics(model, selected, kind, reporter)
     with new_folder(target, force=force, what="statistics") as partial:
         digests = write_tensors(statistics_weights(partial), tensors)
         content = {

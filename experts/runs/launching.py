@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...core.config.settings import LauncherConfig
 from ...core.errors import Interrupted, UserError
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
-from ...core.hooks.training import Launcher, LaunchResult, RunReporter
+from ...core.hooks.training import Launcher
+from ...core.reporting import SILENT, Reporter
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,16 @@ class TrainResult:
             raise UserError("; ".join(f"{name}: {error}" for name, error in self.failed.items()))
 
 
-def launch(runs: Sequence[Path], jobs: int, launcher: LauncherConfig, reporter: RunReporter | None) -> TrainResult:
+def launch(runs: Sequence[Path], jobs: int, launcher: LauncherConfig, reporter: Reporter = SILENT) -> TrainResult:
     """Train runs with a launcher, `jobs` at a time; a failed run does not raise.
 
     Raises `UserError` for an unknown launcher or invalid options.
     """
     plugin = installed_plugins().offer(Launcher, launcher.name)
     options = parse_options(plugin.options, launcher.options, f"launcher '{plugin.name}'")
-    results = plugin.launch(runs, jobs, reporter or _Silent(), options)
+    results = plugin.launch(runs, jobs, reporter, options)
     return TrainResult(
         finished=tuple(result.run.name for result in results if not result.error and not result.interrupted),
         failed={result.run.name: result.error for result in results if result.error},
         interrupted=tuple(result.run.name for result in results if result.interrupted),
     )
-
-
-class _Silent:
-    """A reporter that ignores all reports."""
-
-    def started(self, run: Path, total_steps: int) -> None: ...
-    def progressed(self, run: Path, record: Mapping[str, Any]) -> None: ...
-    def finished(self, result: LaunchResult) -> None: ...

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...core.artefacts.files import refuse_existing
 from ...core.artefacts.layout import Layout, check_name, require_free
-from ...core.config.settings import ProjectConfig, TrainingConfig
+from ...core.config.settings import ProjectConfig, TrainingConfig, validate_settings
 from ...core.errors import UserError
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
@@ -21,23 +22,34 @@ from .branching import parent_digests, write_run
 from .trainable import trainer_for
 
 
-def require_same(
-    folder: Path,
-    base: str | None,
-    trains: str | None,
-    domains: Sequence[str],
-    options: Mapping[str, Any],
-    training: TrainingConfig,
-) -> None:
+@dataclass(frozen=True)
+class TuningSettings:
+    """What a tuning trains, on which text."""
+
+    trains: str | None = None
+    """Trainable parameters: `router` (the default), `mixture`, another trainer of generalists, or a pattern of names."""
+    domains: Sequence[str] = ()
+    """Domains to train on, in equal shares."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the trainer."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Training settings that differ from the project's."""
+
+    def checked_training(self) -> TrainingConfig:
+        """Return the training settings; raises `UserError` if one is invalid."""
+        return validate_settings(TrainingConfig, self.training, "training")
+
+
+def require_same(folder: Path, base: str | None, settings: TuningSettings) -> None:
     """Raise `UserError` if an unfinished tuning has other settings than requested; None or empty means any."""
     spec = read_run(folder)
     pairs: dict[str, tuple[Any, Any]] = {
         "--from": (base, spec.base),
-        "--trains": (trains, spec.trains),
-        "--domains": (",".join(domains) or None, ",".join(spec.domains)),
-        "--option": (dict(options) or None, dict(spec.options)),
+        "--trains": (settings.trains, spec.trains),
+        "--domains": (",".join(settings.domains) or None, ",".join(spec.domains)),
+        "--option": (dict(settings.options) or None, dict(spec.options)),
     }
-    for key, value in training.model_dump(exclude_unset=True).items():
+    for key, value in settings.checked_training().model_dump(exclude_unset=True).items():
         pairs[f"training.{key}"] = (value, spec.training.model_dump().get(key))
     for setting, (requested, existing) in pairs.items():
         if requested is not None and requested != existing:
@@ -51,18 +63,17 @@ def start_tuning(
     layout: Layout,
     project: ProjectConfig,
     name: str,
-    *,
     base: str,
-    trains: str,
-    domains: Sequence[str],
-    options: Mapping[str, Any],
-    training: TrainingConfig,
+    settings: TuningSettings,
+    *,
     force: bool = False,
-) -> Path:
-    """Set up the run of a generalist in `generalists/NAME` and return its folder.
+) -> None:
+    """Set up the run of a generalist in `generalists/NAME`.
 
     Raises `UserError` if the base is missing, a name is unknown, or the generalist exists.
     """
+    trains, domains = settings.trains or "router", tuple(settings.domains)
+    training = project.training_of(settings.checked_training())
     check_name(name, "a generalist")
     folder = layout.generalists / name
     require_free(layout, name, folder)
@@ -77,29 +88,27 @@ def start_tuning(
         raise UserError("no domains to train on; give --domains A,B")
     for domain in domains:
         domain_config(project, domain)
-    parsed_options = parse_options(trainer.options, options, f"trainer '{trainer.name}'")
+    parsed_options = parse_options(trainer.options, settings.options, f"trainer '{trainer.name}'")
     if trainer.require is not None:
         trainer.require(start, parsed_options, domains)
-    settings = project.training_of(training)
-    if settings.schedule_begin is None:
-        settings = settings.model_copy(update={"schedule_begin": 0.0})
-    if settings.sequence_length > max_positions(start):
+    if training.schedule_begin is None:
+        training = training.model_copy(update={"schedule_begin": 0.0})
+    if training.sequence_length > max_positions(start):
         raise UserError(
-            f"training.sequence_length {settings.sequence_length} exceeds the {max_positions(start)} positions of "
+            f"training.sequence_length {training.sequence_length} exceeds the {max_positions(start)} positions of "
             f"'{base}'; lower it"
         )
     spec = RunSpec(
         kind="generalist",
         name=name,
-        domains=tuple(domains),
-        training=settings,
+        domains=domains,
+        training=training,
         trains=trains,
-        options=dict(options),
+        options=dict(settings.options),
         parents=parent_digests(layout, {"seed": 1.0}, base),
         base=base,
     )
     write_run(layout, folder, spec, force=force)
-    return folder
 
 
 def _require_tunable(start: Path, trainer: Trainer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ...core.errors import UserError, unknown_name
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.text import CorpusFormat, Document, DocumentOrder
 from ...core.manifests.statements import DomainStatement
+from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.token_store import TokenPart, TokenStore, write_part
 from ...core.text.tokenizer import TextEncoder
 from .spooled_texts import SpooledTexts
@@ -29,8 +30,6 @@ CHARACTERS_PER_BATCH = 4 << 20  # limits the memory of batches of long documents
 
 SPLIT = b"expertctl split\n"
 """Prefix of the hashed text that decides on a document's part."""
-
-Tell = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -77,12 +76,11 @@ def prepare_domain(
     tokenizer_folder: Path,
     *,
     force: bool = False,
-    tell: Tell = lambda documents: None,
+    reporter: Reporter = SILENT,
 ) -> PreparedDomain:
     """Tokenise a domain into the cache, unless its current text is cached already.
 
-    `tell` is called with the number of documents done. Raises `UserError` for unreadable text and for a part without
-    documents.
+    Raises `UserError` for unreadable text and for a part without documents.
     """
     encoder_digest = digest_of_tokenizer(tokenizer_folder)
     folder = layout.corpora / name / encoder_digest[:12]
@@ -96,9 +94,12 @@ def prepare_domain(
             for part in PARTS:
                 (partial / part).mkdir()
                 with _ordered_documents(domain, layout.root, part, partial) as documents:
+                    counted = reported(
+                        documents, reporter, name, "documents", every=DOCUMENTS_PER_BATCH, done=num_documents
+                    )
                     written = write_part(
                         partial / part,
-                        _encode(_report_progress(documents, num_documents, tell), encoder),
+                        _encode(counted, encoder),
                         separator=encoder.separator,
                         vocabulary=encoder.vocabulary,
                     )
@@ -173,13 +174,6 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _report_progress(documents: Iterable[str], num_done: int, tell: Tell) -> Iterator[str]:
-    for index, document in enumerate(documents, start=num_done + 1):
-        if index % DOCUMENTS_PER_BATCH == 0:
-            tell(index)
-        yield document
 
 
 def domain_documents(domain: DomainConfig, root: Path, part: str) -> Iterator[str]:

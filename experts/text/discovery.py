@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,6 +26,7 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.text import DiscoveryInputs, Document, DomainDiscoverer, FoundDomains
 from ...core.process.compute import available_cores
+from ...core.reporting import SILENT, Reporter
 from ...core.text.clustering.clusterer import BATCH, batches
 from .corpora import domain_config, domain_values
 
@@ -38,7 +39,21 @@ PARALLEL_FROM = 20 * BATCH
 EXAMPLES = 3
 EXAMPLE_LETTERS = 100
 PARTS = ("train", "valid")
-Tell = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class DiscoverySettings:
+    """Settings of a discovery that do not depend on the discoverer."""
+
+    by: str = "tfidf"
+    """Name of the domain discoverer."""
+    domains: Sequence[str] | None = None
+    """Domains to cluster; None: all but discovered ones."""
+    sample: int = SAMPLE
+    """Number of documents that vocabulary and centroids are fitted on."""
+    seed: int = 0
+    jobs: int | None = None
+    """Number of processes; None: one per core."""
 
 
 @dataclass(frozen=True)
@@ -89,29 +104,24 @@ def discover(
     project: ProjectConfig,
     name: str,
     clusters: int | None,
+    settings: DiscoverySettings,
+    options: Mapping[str, Any],
     *,
-    by: str = "tfidf",
-    options: Mapping[str, Any] | None = None,
-    domains: Sequence[str] | None = None,
-    sample: int = SAMPLE,
-    seed: int = 0,
-    jobs: int | None = None,
     force: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    tell: Tell = lambda work, documents: None,
+    reporter: Reporter = SILENT,
 ) -> Discovery:
-    """Cluster the documents of domains (default: all but discovered ones) into `clusters/NAME`.
+    """Cluster the documents of domains into `clusters/NAME`; `options` are the discoverer's.
 
     Validation documents stay validation documents. Raises `UserError` if there is too little text for the clusters.
     """
     folder = layout.root / CLUSTERS_FOLDER / check_name(name, "a set of clusters")
-    discoverer = installed_plugins().offer(DomainDiscoverer, by)
-    parsed_options = parse_options(discoverer.options, options or {}, f"domain discoverer '{by}'")
+    discoverer = installed_plugins().offer(DomainDiscoverer, settings.by)
+    parsed_options = parse_options(discoverer.options, options, f"domain discoverer '{settings.by}'")
     field = discoverer.field(parsed_options) if discoverer.field is not None else None
-    text = _Text(layout, project, _sources(layout, project, name, domains), field)
+    text = _Text(layout, project, _sources(layout, project, name, settings.domains), field)
     refuse_existing(folder, force=force, what="set of clusters")
     with exclusive(layout.lock(f"clusters-{name}"), f"clusters '{name}'"):
-        sampled = _sample(text("train"), sample, seed, tell)
+        sampled = _sample(text("train"), settings.sample, settings.seed, reporter)
         if not sampled:
             raise UserError(
                 f"no training document to cluster in {', '.join(text.domains)}: empty texts are skipped, and a path is "
@@ -121,24 +131,24 @@ def discover(
             documents=lambda: (document for _, document in text("train")),
             sample=lambda: [document.text for document in sampled],
             clusters=clusters,
-            random_seed=seed,
+            random_seed=settings.seed,
             root=layout.root,
             seed=layout.seed,
-            say=say,
+            reporter=reporter,
         )
         found_domains = discoverer.fit(inputs, parsed_options)
         with new_folder(folder, force=force, what="set of clusters") as partial:
             found_domains.write(partial)
             names = [check_name(f"{name}-{label}", "a cluster") for label in found_domains.labels]
             counts, digests = _write_clusters(
-                text, _Assigner(discoverer, found_domains, partial, jobs), partial, names, tell
+                text, _Assigner(discoverer, found_domains, partial, settings.jobs), partial, names, reporter
             )
             discovery = Discovery(
                 folder,
                 digests,
                 _describe_clusters(found_domains, names, counts, sampled),
-                by,
-                {"clusters": len(names), "seed": seed, **asdict(parsed_options)},
+                settings.by,
+                {"clusters": len(names), "seed": settings.seed, **asdict(parsed_options)},
                 _shared_licence(project, text.domains),
             )
             _require_documents(discovery)
@@ -186,7 +196,7 @@ def _truncate(document: Document) -> Document:
     return Document(document.text[:CHARACTERS], document.value)
 
 
-def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, tell: Tell) -> list[Document]:
+def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, reporter: Reporter) -> list[Document]:
     """Return `size` truncated documents, selected by a keyed hash and independent of the input order."""
     key = seed.to_bytes(8, "little", signed=False)
     kept: list[tuple[int, str, str | None]] = []  # a heap whose root has the largest hash
@@ -198,7 +208,7 @@ def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, tel
         elif priority > kept[0][0]:
             heapq.heapreplace(kept, (priority, document.text[:CHARACTERS], document.value))
         if number % BATCH == 0:
-            tell("sampling", number)
+            reporter.progress("sampling", number, unit="documents")
     return [Document(text, value) for _, text, value in sorted(kept, key=lambda entry: (-entry[0], entry[1]))]
 
 
@@ -206,7 +216,7 @@ def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, tel
 
 
 def _write_clusters(
-    text: _Text, assigner: _Assigner, folder: Path, names: Sequence[str], tell: Tell
+    text: _Text, assigner: _Assigner, folder: Path, names: Sequence[str], reporter: Reporter
 ) -> tuple[dict[str, list[list[int]]], dict[str, str]]:
     """Write every document to its cluster's file.
 
@@ -232,7 +242,7 @@ def _write_clusters(
                     counts[part][label][0] += 1
                     counts[part][label][1] += len(encoded)
                 num_written += len(batch)
-                tell("sorting", num_written)
+                reporter.progress("sorting", num_written, unit="documents")
     return counts, {domain: state.hexdigest() for domain, state in states.items()}
 
 

@@ -12,7 +12,7 @@ import heapq
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -31,6 +31,7 @@ from ...core.artefacts.layout import Layout, check_name
 from ...core.artefacts.versions import package_version
 from ...core.config.settings import DomainConfig, ProjectConfig
 from ...core.errors import UserError
+from ...core.reporting import SILENT, Reporter, reported
 from .corpora import domain_config, domain_documents
 
 FORMAT = 1
@@ -40,7 +41,6 @@ MOST_BY_DEFAULT = 1000
 SAMPLE = 5000
 SCORED_TOGETHER = 256
 
-Tell = Callable[[str, int], None]
 Keyed = tuple[bytes, str]
 """A document's key (a hash of its text) and its text."""
 
@@ -118,14 +118,13 @@ def make_proxy(
     documents: int | None = None,
     settings: ProxySettings | None = None,
     force: bool = False,
-    tell: Tell = lambda work, documents: None,
+    reporter: Reporter = SILENT,
 ) -> Proxy:
     """Write the documents of the domain `source` that are most similar to the domain `like` to `proxies/NAME.jsonl`.
 
     `documents` is their number; the default is a tenth of the source's documents, at most 1,000. Only the training
     parts are read: `like` once, `source` three times. Memory holds the sample and a few bytes per selected document.
-    `tell` is called with the current step and the number of documents done. Raises `UserError` if there is too little
-    text, or if the text changes while it is read.
+    Raises `UserError` if there is too little text, or if the text changes while it is read.
     """
     settings = settings or ProxySettings()
     path = layout.root / PROXIES / f"{check_name(name, 'a proxy')}.jsonl"
@@ -137,7 +136,7 @@ def make_proxy(
 
         def read(domain: DomainConfig, work: str) -> Iterator[Keyed]:
             keyed = _with_keys(domain_documents(domain, layout.root, "train"), settings.seed)
-            return _report_progress(keyed, work, tell)
+            return reported(keyed, reporter, work, "documents", every=SCORED_TOGETHER)
 
         like_sample, like_count = _sample(read(private, f"reading {like}"), like, settings)
         source_sample, source_count = _sample(read(public, f"reading {source}"), source, settings)
@@ -207,13 +206,6 @@ def _with_keys(documents: Iterable[str], seed: int) -> Iterator[Keyed]:
     for text in documents:
         key = hashlib.blake2b(_bytes(text), digest_size=16, key=seed.to_bytes(8, "little"))
         yield key.digest(), text
-
-
-def _report_progress(documents: Iterable[Keyed], work: str, tell: Tell) -> Iterator[Keyed]:
-    for index, document in enumerate(documents, start=1):
-        yield document
-        if index % SCORED_TOGETHER == 0:
-            tell(work, index)
 
 
 def _sample(documents: Iterable[Keyed], name: str, settings: ProxySettings) -> tuple[dict[bytes, str], TextCount]:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ...core.artefacts.files import os_errors_as_user_errors
+from ...core.artefacts.json_lines import JsonLines
 from ...core.hooks.events import TrainingStep
 from ...core.hooks.manager import PluginManager
 from ...core.hooks.training import TrainablePart
 from ...core.manifests.run import METRICS_FILE, RunSpec
+from ...core.reporting import Reporter
 from .loop import StepReport
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROGRESS_SECONDS = 0.5
-
-Tell = Callable[[Mapping[str, Any]], None]
 
 
 class MetricsLog:
@@ -31,31 +29,31 @@ class MetricsLog:
         folder: Path,
         spec: RunSpec,
         plugins: PluginManager,
-        tell: Tell,
+        reporter: Reporter,
         part: TrainablePart,
     ) -> None:
         self._measures, self._notes = part.measures, part.notes
-        self._folder, self._spec, self._plugins, self._tell = folder, spec, plugins, tell
-        self._path = folder / METRICS_FILE
+        self._folder, self._spec, self._plugins, self._reporter = folder, spec, plugins, reporter
+        # a resumed run repeats the steps after its checkpoint, so lines that a power failure takes are written again
+        self._file = JsonLines(folder / METRICS_FILE, dict, durable=False)
         self._throughput = Throughput()
         self._losses: list[Tensor] = []
         self._reported_at = 0.0
 
     def open(self, start_step: int) -> None:
         """Drop the lines of steps that will be repeated, and report the start of the run."""
-        if self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) <= start_step]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if self._file.path.is_file():
+            self._file.rewrite(record for record in self._file.read() if record["step"] <= start_step)
         training = self._spec.training
-        self._tell(
+        self._reporter.run_progressed(
+            self._folder,
             {
                 "event": "started",
                 "step": start_step,
                 "total_steps": training.steps,
                 "tokens_per_step": training.tokens_per_step,
                 "notes": list(self._notes),
-            }
+            },
         )
         self._throughput.take()
 
@@ -68,7 +66,9 @@ class MetricsLog:
             self._log(report)
         if time.monotonic() - self._reported_at >= PROGRESS_SECONDS:
             self._reported_at = time.monotonic()
-            self._tell({"event": "progress", "step": report.step, "loss": float(report.loss)})
+            self._reporter.run_progressed(
+                self._folder, {"event": "progress", "step": report.step, "loss": float(report.loss)}
+            )
 
     def _log(self, report: StepReport) -> None:
         record = {
@@ -79,19 +79,15 @@ class MetricsLog:
             **(self._measures() if self._measures is not None else {}),
         }
         self._losses.clear()
-        self._write({"step": report.step, **record})
+        self._file.append({"step": report.step, **record})
         self._plugins.training_step(
             TrainingStep(self._spec.name, self._folder, report.step, self._spec.training.steps, record)
         )
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Record the validation losses; the time of validation is excluded from the throughput."""
-        self._write({"step": step, "validation_loss": dict(losses)})
+        self._file.append({"step": step, "validation_loss": dict(losses)})
         self._throughput.pause()
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        with os_errors_as_user_errors(self._path), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
 
 class Throughput:
@@ -115,10 +111,3 @@ class Throughput:
         self._tokens, self._seconds = 0, 0.0
         self._since = time.perf_counter()
         return rate
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62  # drops a line truncated by a crash

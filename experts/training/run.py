@@ -15,6 +15,7 @@ from ...core.hooks.options import parse_options
 from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
 from ...core.manifests.run import STATE_FOLDER, is_finished
 from ...core.models.scoring import token_log_probs
+from ...core.reporting import Reporter
 from ...core.text.token_store import BalancedUnion, SharedUnion, TokenBlocks
 from ..runs.privacy_rules import require_opacus
 from ..runs.replaced import delete_backup, restore_backup
@@ -22,7 +23,7 @@ from ..runs.trainable import trainer_for
 from .checkpointing import restore_latest, save_checkpoint
 from .finishing import write_artefact
 from .loop import StepReport, TrainingLoop, autocast
-from .metrics_log import MetricsLog, Tell
+from .metrics_log import MetricsLog
 from .privacy.releases import Releases
 from .privacy.starting import noise_source, private_loop
 from .run_inputs import RunInputs
@@ -32,11 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
+def train_run(folder: Path, reporter: Reporter, stopped: Callable[[], bool]) -> None:
     """Train the run in `folder` to its end or until `stopped()`; returns at once if it is finished.
 
-    `tell` is called with a progress record about every half second. Raises `Interrupted` after a stop, with the state
-    saved.
+    Progress is reported about every half second. Raises `Interrupted` after a stop, with the state saved.
     """
     if is_finished(folder):
         remove_tree(folder / STATE_FOLDER)
@@ -52,7 +52,7 @@ def train_run(folder: Path, tell: Tell, stopped: Callable[[], bool]) -> None:
     part = loop.part
     inherit_optimiser(run, loop)
     start_step = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
-    log = MetricsLog(folder, run.spec, run.plugins, tell, part)
+    log = MetricsLog(folder, run.spec, run.plugins, reporter, part)
     log.open(start_step)
     last = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)

@@ -22,6 +22,7 @@ from ...core.errors import Interrupted, UserError
 from ...core.manifests.run import read_run
 from ...core.process.allocator import keep_freed_memory
 from ...core.process.environment import prepare_libraries
+from ...core.reporting import Reporter
 
 
 def main(arguments: list[str]) -> int:
@@ -38,9 +39,9 @@ def main(arguments: list[str]) -> int:
             _prepare_torch(spec.training.threads)
             from .run import train_run
 
-            train_run(folder, _tell, stop.is_set)
+            train_run(folder, _JsonLines(), stop.is_set)
     except Interrupted as error:
-        _tell({"event": "interrupted", "message": str(error)})
+        _print({"event": "interrupted", "message": str(error)})
         return error.exit_status
     except UserError as error:
         return _fail(str(error))
@@ -49,12 +50,12 @@ def main(arguments: list[str]) -> int:
         if message is None:
             raise
         return _fail(message)
-    _tell({"event": "finished"})
+    _print({"event": "finished"})
     return 0
 
 
 def _fail(message: str) -> int:
-    _tell({"event": "error", "message": message})
+    _print({"event": "error", "message": message})
     return 1
 
 
@@ -71,7 +72,14 @@ def _user_message(error: Exception) -> str | None:
     return None
 
 
-def _tell(record: Mapping[str, Any]) -> None:
+class _JsonLines(Reporter):
+    """Prints the records of the run, for the launcher to read."""
+
+    def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
+        _print(record)
+
+
+def _print(record: Mapping[str, Any]) -> None:
     print(json.dumps(record), flush=True)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digest_cache import cached_digests, remember_digests
 from ...core.artefacts.files import os_errors_as_user_errors
-from ...core.artefacts.numeric import decode, encode, working_dtype
-from ...core.artefacts.safetensors_io import DTYPES, TensorEntry, digest_start
+from ...core.artefacts.numeric import DTYPES, decode, encode, working_dtype
+from ...core.artefacts.safetensors_io import TensorEntry, digest_start
 from ...core.errors import UserError
 from ..sources.models import StoredTensor
 
@@ -34,16 +34,12 @@ class Reader:
         self._newly_hashed: set[TensorEntry] = set()
         self._lock = Lock()
 
-    def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for descriptor in self._files.values():
+            os.close(descriptor)
 
     def raw(self, stored: StoredTensor, *, hashed: bool = True) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in pieces; each piece is valid until the next one is requested.
@@ -53,15 +49,9 @@ class Reader:
         """
         entry = stored.entry
         state = digest_start(entry.dtype, entry.shape) if hashed and self.known_digest(stored) is None else None
-        size = self.piece_numbers * DTYPES[entry.dtype][1]
-        buffer = memoryview(bytearray(min(size, entry.num_bytes)))
-        position = entry.begin
-        while position < entry.end:
-            piece = buffer[: min(size, entry.end - position)]
-            self._fill(entry, piece, position)
+        for piece in entry.pieces(self._descriptor(entry.file), self.piece_numbers * DTYPES[entry.dtype].num_bytes):
             if state is not None:
                 state.update(piece)
-            position += len(piece)
             yield piece
         if state is not None:
             self.note(stored, state.hexdigest())
@@ -70,7 +60,7 @@ class Reader:
         """Yield the numbers of a tensor as flat float32 (or float64) pieces; see `raw`."""
         import numpy as np
 
-        item_bytes = DTYPES[stored.dtype][1]
+        item_bytes = DTYPES[stored.dtype].num_bytes
         scratch = np.empty(min(self.piece_numbers, max(stored.entry.num_bytes // item_bytes, 1)), "<u4")
         for piece in self.raw(stored):
             yield self._round(decode(piece, stored.dtype, (len(piece) // item_bytes,), scratch))
@@ -92,18 +82,8 @@ class Reader:
             return numbers
         return decode(encode(numbers, self._round_to), self._round_to, numbers.shape)
 
-    def _fill(self, entry: TensorEntry, target: memoryview, position: int) -> None:
-        filled = 0
-        with os_errors_as_user_errors(entry.file):
-            descriptor = self._descriptor(entry.file)
-            while filled < len(target):
-                count = os.preadv(descriptor, [target[filled:]], position + filled)
-                if not count:
-                    raise UserError(f"{entry.file} is damaged: it ends within tensor '{entry.name}'; download it again")
-                filled += count
-
     def _descriptor(self, path: Path) -> int:
-        with self._lock:
+        with self._lock, os_errors_as_user_errors(path):
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
             return self._files[path]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ...core.artefacts.safetensors_io import DTYPES, SINGLE_FILE, header_of_file
+from ...core.artefacts.numeric import DTYPES
+from ...core.artefacts.safetensors_io import SINGLE_FILE, header_of_file
 from .tensor_plan import TensorPlan
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -44,7 +45,7 @@ def plan_shards(tensors: Sequence[TensorPlan], shard_bytes: int = DEFAULT_SHARD_
             size = 0
         groups[-1].append(tensor)
         size += tensor.num_bytes
-    ordered = [tuple(sorted(group, key=lambda planned: -DTYPES[planned.dtype][1])) for group in groups]
+    ordered = [tuple(sorted(group, key=lambda planned: -DTYPES[planned.dtype].num_bytes)) for group in groups]
     if len(ordered) == 1:
         return [ShardPlan(SINGLE_FILE, ordered[0])]
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...core.artefacts.safetensors_io import DTYPES
+from ...core.artefacts.numeric import DTYPES
 from ..sources.models import StoredTensor
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class TensorPlan:
 
     @property
     def num_bytes(self) -> int:
-        return DTYPES[self.dtype][1] * self.num_numbers
+        return DTYPES[self.dtype].num_bytes * self.num_numbers
 
     @cached_property
     def inputs(self) -> tuple[StoredTensor, ...]:

@@ -9,7 +9,7 @@ experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +41,14 @@ class ClusterRouting:
     """Interval in tokens between updates of the weights; the first updates are after 1, 2, 4 ... tokens."""
     top_k: int | None = None
     """Number of experts with nonzero weight; None for all."""
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> ClusterRouting:
+        """Restore the settings from `as_json`."""
+        return cls(**{**content, "clusters": tuple(content["clusters"])})
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "clusters": list(self.clusters)}
 
     def is_update_due(self, count: int) -> bool:
         """Return whether weights are updated after `count` tokens of a text."""
@@ -181,13 +189,3 @@ def fit_temperature(router: ClusterRouter, texts: Sequence[tuple[Sequence[int], 
     best = int(np.argmin([loss(log_temperature) for log_temperature in grid]))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, GRID_SIZE - 1)])
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
-
-
-def routing_as_json(routing: ClusterRouting) -> dict[str, Any]:
-    """Return the routing settings as stored in an ensemble's configuration."""
-    return {**asdict(routing), "clusters": list(routing.clusters)}
-
-
-def routing_from_json(content: dict[str, Any]) -> ClusterRouting:
-    """Parse the routing settings of an ensemble's configuration."""
-    return ClusterRouting(**{**content, "clusters": tuple(content["clusters"])})

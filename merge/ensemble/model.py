@@ -10,7 +10,7 @@ existing files, so merging copies nothing. In memory, tensors shared with the se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,13 @@ from transformers import (
 )
 from transformers.utils.generic import ModelOutput
 
-from ...core.artefacts.files import read_json, write_json
+from ...core.artefacts.files import write_json
 from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ...core.errors import UserError
+from ...core.hooks.ensembles import Mixer, TextMixer, TextState
+from ...core.hooks.manager import installed_plugins
 from ...core.models.loading import checkpoint_tensors
-from ...core.models.posterior import PosteriorKind, keep_top, log_posterior, mixture_log_probs, updated_prior
-from ...core.models.scoring import token_log_probs
 from ..sources.shared_settings import SHARED_SETTINGS
-from .cluster_router import ClusterRouter, RoutedText, routing_from_json
 from .members_cache import MembersCache
 
 MODEL_TYPE = "expertctl_ensemble"
@@ -41,7 +40,7 @@ SEED_FOLDER = "seed"
 
 
 class EnsembleConfig(PretrainedConfig):
-    """Configuration of an ensemble: its experts, prior and posterior or router."""
+    """Configuration of an ensemble: its experts and their mixer."""
 
     model_type = MODEL_TYPE
 
@@ -49,25 +48,17 @@ class EnsembleConfig(PretrainedConfig):
         self,
         member: Mapping[str, Any] | None = None,
         experts: Sequence[str] = (),
-        prior: Sequence[float] = (),
-        prior_kind: str = "uniform",
-        posterior: PosteriorKind = "prefix",
-        top_experts: int | None = None,
-        router: Mapping[str, Any] | None = None,
+        mixer: str = "posterior",
+        mixer_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.member = dict(member or {})
         """`config.json` of the seed, shared by all experts."""
         self.experts = list(experts)
-        self.prior = list(prior)
-        """Prior probability of each expert, in the order of `experts`."""
-        self.prior_kind = prior_kind
-        """Origin of the prior; an `updating` prior changes while text is scored."""
-        self.posterior = posterior
-        self.top_experts = top_experts
-        """Number of active experts, by prior; None for all. `top_k` is a generation setting."""
-        self.router = dict(router) if router is not None else None
-        """`ClusterRouting` if a cluster router replaces prior and posterior, else None."""
+        self.mixer = mixer
+        """Name of the mixer that weights the experts."""
+        self.mixer_settings = dict(mixer_settings or {})
+        """`TextMixer.settings`."""
         for name in SHARED_SETTINGS:
             if name in self.member:
                 kwargs.setdefault(name, self.member[name])
@@ -75,18 +66,13 @@ class EnsembleConfig(PretrainedConfig):
 
 
 class EnsembleCache(MembersCache):
-    """Key-value cache and log-likelihood of the text so far per expert."""
+    """Key-value cache per member, and the mixer's state of the texts so far."""
 
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(num_experts)
-        self.scores: list[Tensor | None] = [None] * num_experts
-        """Log-likelihood of the text so far, (B,) per expert."""
-        self.last_log_probs: list[Tensor | None] = [None] * num_experts
-        """Log-probabilities of the next token, (B, V) per expert."""
-        self.unread_tokens: list[Tensor | None] = [None] * num_experts
-        """Tokens (B, t) that an expert skipped because its weight was 0 in all rows."""
-        self.routed: list[RoutedText] | None = None
-        """Routing state of each row with a cluster router, else None."""
+    def __init__(self, num_members: int) -> None:
+        super().__init__(num_members)
+        self.unread_tokens: list[Tensor | None] = [None] * num_members
+        """Tokens (B, t) that a member skipped because its weight was 0 in all rows."""
+        self.text_state: TextState | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         unread = self.unread_tokens[0]
@@ -98,11 +84,8 @@ class EnsembleCache(MembersCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.scores = [_repeat_rows(tensor, repeats) for tensor in self.scores]
-        self.last_log_probs = [_repeat_rows(tensor, repeats) for tensor in self.last_log_probs]
-        self.unread_tokens = [_repeat_rows(tensor, repeats) for tensor in self.unread_tokens]
-        if self.routed is not None:
-            self.routed = [text for text in self.routed for _ in range(repeats)]
+        if self.text_state is not None:
+            self._select_rows(torch.arange(len(self.text_state)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -112,19 +95,12 @@ class EnsembleCache(MembersCache):
         raise NotImplementedError("the cache of an ensemble cannot be cropped; generate without an assistant model")
 
     def _select_rows(self, rows: Tensor) -> None:
-        self.scores = [_take_rows(tensor, rows) for tensor in self.scores]
-        self.last_log_probs = [_take_rows(tensor, rows) for tensor in self.last_log_probs]
-        self.unread_tokens = [_take_rows(tensor, rows) for tensor in self.unread_tokens]
-        if self.routed is not None:
-            self.routed = [self.routed[row] for row in rows.tolist()]
-
-
-def _repeat_rows(tensor: Tensor | None, repeats: int) -> Tensor | None:
-    return None if tensor is None else tensor.repeat_interleave(repeats, dim=0)
-
-
-def _take_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+        self.unread_tokens = [
+            tensor if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+            for tensor in self.unread_tokens
+        ]
+        if self.text_state is not None:
+            self.text_state = self.text_state.select_rows(rows.tolist())
 
 
 @dataclass
@@ -140,10 +116,9 @@ class EnsembleOutput(ModelOutput):
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
-    """Ensemble of a seed's experts, mixed per token by the domain posterior or by a cluster router."""
+    """Ensemble of a seed's experts, mixed per token by a mixer such as the domain posterior."""
 
     config_class = EnsembleConfig
-    prior: Tensor
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -152,18 +127,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         config: EnsembleConfig,
         members: Sequence[PreTrainedModel] | None = None,
-        router: ClusterRouter | None = None,
+        mixer: TextMixer | None = None,
     ) -> None:
         super().__init__(config)
-        self.router = router
-        """Cluster router that replaces prior and posterior, or None."""
-        self.active = active_experts(config)
-        """Indices of the active experts: all, or the `top_experts` with the largest prior."""
+        self.mixer = mixer or read_mixer(config)
+        self.active = list(self.mixer.active)
+        """Indices of the experts that can have a weight; the others are not loaded."""
         if members is None:
             members = [_empty_member(config) for _ in self.active]
         self.members = nn.ModuleList(members)
-        prior = _initial_prior(config)[self.active]
-        self.register_buffer("prior", prior, persistent=False)
         self.post_init()
 
     @classmethod
@@ -176,12 +148,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return [self.config.experts[index] for index in self.active]
 
     # --- inference ---
-
-    def _log_prior(self) -> Tensor:
-        """Return the log prior, (K,); of an updating prior only the `top_experts` largest entries."""
-        is_truncated = self.config.prior_kind == "updating" and self.config.top_experts is not None
-        prior: Tensor = keep_top(self.prior, self.config.top_experts) if is_truncated else self.prior
-        return prior.log()
 
     def forward(
         self,
@@ -207,100 +173,54 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]
         counts_BT = _counts(input_ids, attention_mask, continues)
 
-        if self.router is not None:
-            mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-            texts = cache.routed if cache is not None else None
-            weights_BTK, routed = self.router(input_ids, mask, texts)
-            if cache is not None:
-                cache.routed = routed
-        else:
-            weights_BTK = None
-        log_prior_K = self._log_prior()
-        evidence = []
+        mask_BT = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        mixing = self.mixer.begin(input_ids, mask_BT, counts_BT, cache.text_state if cache is not None else None)
         total: Tensor | None = None
         for index, member in enumerate(self.members):
-            if weights_BTK is not None and bool((weights_BTK[:, kept, index] == -torch.inf).all()):
+            if mixing.is_skipped(index, kept):
                 if cache is not None:
                     cache.unread_tokens[index] = _append_tokens(cache.unread_tokens[index], input_ids)
                 continue
             logits = _member_logits(member, index, input_ids, attention_mask, position_ids, cache)
             log_probs_BTV = logits.float().log_softmax(dim=-1)
-            if weights_BTK is not None:
-                weighted = weights_BTK[:, kept, index, None] + log_probs_BTV[:, kept]
-            else:
-                evidence_BT = self._update_evidence(log_probs_BTV, input_ids, counts_BT, cache, index)
-                evidence.append(evidence_BT)
-                weighted = (log_prior_K[index] + evidence_BT[:, kept, None]) + log_probs_BTV[:, kept]
+            weighted = mixing.log_weights(index, log_probs_BTV)[:, kept, None] + log_probs_BTV[:, kept]
             total = weighted if total is None else torch.logaddexp(total, weighted)
         assert total is not None
-        if weights_BTK is None:
-            joint_KBT = log_prior_K[:, None, None] + torch.stack(evidence)
-            total = total - joint_KBT.logsumexp(dim=0)[:, kept, None]
-            weights_BTK = joint_KBT.log_softmax(dim=0).permute(1, 2, 0)
+        log_weights_BTK, log_sum_BT = mixing.finish()
+        if log_sum_BT is not None:
+            total = total - log_sum_BT[:, kept, None]
+        if cache is not None:
+            cache.text_state = mixing.state()
         return EnsembleOutput(
             loss=None if labels is None else _loss(total, labels),
             logits=total,
             past_key_values=cache,
-            expert_weights=weights_BTK.exp(),
+            expert_weights=log_weights_BTK.exp(),
         )
 
-    def _update_evidence(
-        self,
-        log_probs_BTV: Tensor,
-        input_ids: Tensor,
-        counts_BT: Tensor,
-        cache: EnsembleCache | None,
-        index: int,
-    ) -> Tensor:
-        """Return one expert's evidence (log-likelihood) after each token, (B, T), and update the cache."""
-        token_log_probs_BT = torch.zeros_like(counts_BT)
-        token_log_probs_BT[:, 1:] = log_probs_BTV[:, :-1].gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-        before = None if cache is None else cache.last_log_probs[index]
-        if before is not None:
-            token_log_probs_BT[:, :1] = before.gather(-1, input_ids[:, :1])
-        token_log_probs_BT = token_log_probs_BT * counts_BT
-        log_likelihoods_BT = token_log_probs_BT.cumsum(dim=1)
-        if cache is not None:
-            score = cache.scores[index]
-            if score is not None:
-                log_likelihoods_BT = log_likelihoods_BT + score[:, None]
-            cache.scores[index] = log_likelihoods_BT[:, -1]
-            cache.last_log_probs[index] = log_probs_BTV[:, -1]
-        return log_likelihoods_BT if self.config.posterior == "prefix" else token_log_probs_BT
-
     def begin_text(self) -> None:
-        """Reset an `updating` prior; other priors are constant."""
-        self.prior = _initial_prior(self.config)[self.active].to(self.prior.device)
+        """Forget the texts that were scored before, if they change the weights of later ones."""
+        self.mixer.begin_text()
 
     def target_log_probs(self, tokens_BT1: Tensor) -> Tensor:
         """Return log p(x_t | x_<t) for all but the first token, (B, T), without the full distribution.
 
         An `updating` prior is updated with this batch afterwards.
         """
-        if self.router is not None:
-            return self._routed_log_probs(tokens_BT1).logsumexp(dim=0)
-        scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
-        log_prior = self._log_prior()
-        if self.config.prior_kind == "updating":
-            self.prior = updated_prior(self.prior, [scores_KBT], self.config.posterior)
-        return mixture_log_probs(scores_KBT, log_prior, self.config.posterior)
+        return self.mixer.joint_log_probs(list(self.members), tokens_BT1, adapt=True).logsumexp(dim=0)
 
     def responsibilities(self, tokens_BT1: Tensor) -> Tensor:
         """Return p(expert | tokens up to and including the target) for each target, (B, T, K)."""
-        if self.router is not None:
-            return self._routed_log_probs(tokens_BT1).softmax(dim=0).permute(1, 2, 0)
-        scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in self.members])
-        joint_KBT = log_posterior(scores_KBT, self._log_prior(), self.config.posterior) + scores_KBT
+        joint_KBT = self.mixer.joint_log_probs(list(self.members), tokens_BT1, adapt=False)
         return joint_KBT.softmax(dim=0).permute(1, 2, 0)
 
-    def _routed_log_probs(self, tokens_BT1: Tensor) -> Tensor:
-        """Return log(weight_k p_k(x_t | x_<t)), (K, B, T); experts with weight 0 everywhere are skipped."""
-        assert self.router is not None
-        joint_KBT = self.router(tokens_BT1[:, :-1])[0].permute(2, 0, 1).contiguous()
-        for index, member in enumerate(self.members):
-            if not bool((joint_KBT[index] == -torch.inf).all()):
-                joint_KBT[index] += token_log_probs(member, tokens_BT1)
-        return joint_KBT
+    def without(self, names: Collection[str]) -> EnsembleForCausalLM:
+        """Return the ensemble without some experts; raises `UserError` if none with a weight is left."""
+        kept = [place for place, name in enumerate(self.expert_names) if name not in names]
+        mixer = self.mixer.subset([self.active[place] for place in kept])
+        experts = [self.expert_names[place] for place in kept]
+        config = ensemble_config(self.config.member, experts, self.config.mixer, mixer)
+        return EnsembleForCausalLM(config, [self.members[place] for place in kept], mixer)
 
     # --- files ---
 
@@ -312,9 +232,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             config = EnsembleConfig.from_pretrained(root)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
         loader = _MemberLoader(root, config, dtype)
-        members = [loader.load(config.experts[index]) for index in active_experts(config)]
-        router = ClusterRouter.read(root, routing_from_json(config.router)) if config.router else None
-        model: EnsembleForCausalLM = cls(config, members, router).eval()
+        mixer = read_mixer(config, root)
+        members = [loader.load(config.experts[index]) for index in mixer.active]
+        model: EnsembleForCausalLM = cls(config, members, mixer).eval()
         device = kwargs.get("device_map")
         if isinstance(device, str | torch.device) and device != "auto":
             model.to(device)
@@ -326,13 +246,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         (root / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
         for name, member in zip(self.expert_names, self.members, strict=True):
             write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", checkpoint_tensors(member))
-        config = EnsembleConfig.from_dict(self.config.to_dict())
-        config.experts, config.prior = self.expert_names, self.prior.tolist()
-        if config.prior_kind != "updating":
-            config.top_experts = None  # inactive experts are not saved
-        if self.router is not None:
-            self.router.write(root)
-        write_config(root, config)
+        mixer = self.mixer.current()
+        mixer.write(root)
+        write_config(root, ensemble_config(self.config.member, self.expert_names, self.config.mixer, mixer))
         if self.generation_config is not None:
             self.generation_config.save_pretrained(root)
 
@@ -383,22 +299,9 @@ def write_config(folder: Path, config: EnsembleConfig) -> None:
     write_json(folder / "config.json", config.to_dict())
 
 
-def active_experts(config: EnsembleConfig) -> list[int]:
-    """Return the indices of the active experts.
-
-    `top_experts` restricts a constant prior, so the other experts need not run. With an updating prior all
-    experts run, since the next prior is computed from their evidence.
-    """
-    if config.prior_kind == "updating":
-        return list(range(len(config.experts)))
-    return [index for index, share in enumerate(_initial_prior(config).tolist()) if share > 0]
-
-
-def _initial_prior(config: EnsembleConfig) -> Tensor:
-    prior = torch.tensor(config.prior, dtype=torch.float32)
-    if config.top_experts and config.prior_kind != "updating":
-        return keep_top(prior, config.top_experts)
-    return prior
+def read_mixer(config: EnsembleConfig, folder: Path | None = None) -> TextMixer:
+    """Restore an ensemble's mixer; `folder` holds its files, if it has any."""
+    return installed_plugins().offer(Mixer, config.mixer).read(config.mixer_settings, folder)
 
 
 def _member_config(config: EnsembleConfig) -> PretrainedConfig:
@@ -468,22 +371,6 @@ def _loss(mixture_BTV: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.nll_loss(mixture_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def ensemble_config(
-    seed: Path,
-    experts: Iterable[str],
-    prior: Sequence[float],
-    prior_kind: str,
-    posterior: PosteriorKind,
-    top_k: int | None,
-    router: Mapping[str, Any] | None = None,
-) -> EnsembleConfig:
-    """Return the configuration of an ensemble of a seed's experts."""
-    return EnsembleConfig(
-        member=read_json(seed / "config.json"),
-        experts=list(experts),
-        prior=list(prior),
-        prior_kind=prior_kind,
-        posterior=posterior,
-        top_experts=top_k,
-        router=router,
-    )
+def ensemble_config(member: Mapping[str, Any], experts: Iterable[str], name: str, mixer: TextMixer) -> EnsembleConfig:
+    """Return the configuration of an ensemble; `member` is the seed's `config.json`, `name` the mixer's."""
+    return EnsembleConfig(member=member, experts=list(experts), mixer=name, mixer_settings=mixer.settings())

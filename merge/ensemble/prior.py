@@ -7,7 +7,7 @@ domain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from ...core.models.loading import load_model
 from ...core.models.posterior import PosteriorKind, cached_prior
 from ...core.models.scoring import token_log_probs
 from ...core.process.compute import best_device, concurrently
+from ...core.reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
     from numpy import float32, int64
@@ -33,7 +34,7 @@ def fit_prior(
     posterior: PosteriorKind,
     *,
     samples: int = SAMPLES,
-    say: Callable[[str], None] = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, float]:
     """Return the prior probability of each expert.
 
@@ -42,7 +43,7 @@ def fit_prior(
     import torch
 
     batches = validation_scores(
-        seed, experts, validation, samples, say=say, what=f"the prior of {len(experts)} experts"
+        seed, experts, validation, samples, reporter=reporter, what=f"the prior of {len(experts)} experts"
     )
     scores = [[torch.from_numpy(block.scores)[:, None] for block in batch] for batch in batches]
     prior = cached_prior(scores, len(experts), posterior).double()
@@ -65,7 +66,7 @@ def validation_scores(
     validation: Sequence[ValidationText],
     samples: int,
     *,
-    say: Callable[[str], None],
+    reporter: Reporter,
     what: str,
 ) -> list[list[ScoredBlock]]:
     """Return batches of one block per domain, scored by all experts.
@@ -81,7 +82,7 @@ def validation_scores(
         )
     batches = _sample(validation, samples)
     count = sum(len(batch) for batch in batches)
-    say(f"fitting {what} on {count} blocks of {', '.join(text.domain for text in validation)}")
+    reporter.say(f"fitting {what} on {count} blocks of {', '.join(text.domain for text in validation)}")
 
     def scores_of(folder: Path) -> list[list[NDArray[float32]]]:
         model, _ = load_model(folder, seed=seed, dtype="float32", as_trained=False)

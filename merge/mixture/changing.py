@@ -20,8 +20,7 @@ from ...core.hooks.mixtures import MixtureShape
 from ...core.manifests.generalist import AveragedExpert, ExpertChange, GeneralistConfig, MixtureRecord
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.models.loading import WEIGHTS_FILE
-from ..engine.shards import DEFAULT_SHARD_BYTES, plan_shards
-from ..generalists.folder import Provenance
+from ..engine.shards import DEFAULT_SHARD_BYTES
 from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly
 from ..planning.plan import MergePlan
 from ..planning.tensor_planner import Stack
@@ -50,7 +49,8 @@ class ChangedMixture:
     """Plan and provenance of a changed mixture."""
 
     plan: MergePlan
-    provenance: Provenance
+    provenance: Manifest
+    """Parents, configuration, data and licence."""
 
 
 def plan_change(
@@ -82,9 +82,7 @@ def plan_change(
         method=_method(mixture),
         sources={mixture.manifest.name: mixture.source},
         stack=Stack(tensors, tuple((mixture.manifest.name, layer) for layer in range(len(router.rows)))),
-        shards=tuple(plan_shards(tensors, mixture.merged.shard_bytes or DEFAULT_SHARD_BYTES)),
         shard_bytes=mixture.merged.shard_bytes or DEFAULT_SHARD_BYTES,
-        vocabulary=None,
         licence=licences.result if not licences.conflicts else None,
         notes=notes,
         assembly=Assembly(tensors, config, merged.experts, record, notes),
@@ -338,7 +336,7 @@ def _provenance(
     joined: Mapping[str, Manifest],
     merged: GeneralistConfig,
     licences: LicenceReport,
-) -> Provenance:
+) -> Manifest:
     manifest = mixture.manifest
     is_averaged = merged.mixture is not None and bool(merged.mixture.averaged)
     removed = {*change.remove, *change.replace}
@@ -356,11 +354,13 @@ def _provenance(
     ]
     statements = {name: data for name, data in manifest.expert_data.items() if name not in removed}
     statements |= {name: expert.data for name, expert in joined.items()}
-    return Provenance(
-        tuple(parents),
-        replace(merged, weights=weights, recipe=recipe),
-        statements,
-        licences.result if not licences.conflicts else None,
+    return Manifest(
+        kind="generalist",
+        name=manifest.name,
+        parents=tuple(parents),
+        config=replace(merged, weights=weights, recipe=recipe),
+        expert_data=statements,
+        licence=licences.result if not licences.conflicts else None,
     )
 
 

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 from ...core.errors import UserError
 from ...core.hooks.architectures import architecture_of
 from ...core.hooks.manager import installed_plugins
-from ...core.hooks.mixtures import Architecture, Router, RouterInputs, RouterStart
+from ...core.hooks.mixtures import Architecture, RouterInputs, RouterRows, RouterStart
 from ...core.manifests.generalist import MixtureRecord, RouterRecord
 from ..engine.tensor_plan import Action, TensorPlan
-from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly, split_feed_forward
-from ..planning.assembly_inputs import AssemblyInputs
+from ..planning.assembly import (
+    Assembly,
+    AssemblyInputs,
+    ExpertParts,
+    RouterParts,
+    plan_assembly,
+    split_feed_forward,
+)
 from ..recipes.recipe import WEIGHT, Recipe, whole_models
 from ..sources.models import Source
 from ..sources.tensor_names import layer_names
@@ -54,7 +60,9 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
     target = choose_target(family, dense, shape, options.target)
     shared, notes = _shared(inputs, options, family)
     slots = tuple(expert.name for expert in experts)
-    start = _router_start(inputs, options, slots)
+    router_method = installed_plugins().offer(RouterStart, options.router)
+    is_fitted = inputs.validation is not None or not (router_method.uses_model or router_method.uses_text)
+    start = _router_start(inputs, router_method, options, slots, is_fitted=is_fitted)
     bias = options.bias
     if bias == "auto":
         bias = "drop" if start.unit is None else "fold"
@@ -82,7 +90,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
             router=RouterRecord(
                 start=options.router,
                 biases=bias if start.biases is not None else "none",
-                uses_text=installed_plugins().offer(Router, options.router).uses_text,
+                uses_text=router_method.uses_text,
             ),
             options=asdict(options),
             family=family.name,
@@ -90,10 +98,11 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
             feed_forward=tuple(sorted({suffix for layer in layer_names(names).layers for suffix in layer})),
         ),
         notes,
+        is_fitted,
     )
 
 
-def apply_bias(start: RouterStart, bias: str) -> RouterParts:
+def apply_bias(start: RouterRows, bias: str) -> RouterParts:
     """Return the router with its biases folded into the rows, dropped or carried.
 
     Raises `UserError` if the biases cannot be folded.
@@ -226,7 +235,7 @@ def _changed_outside(inputs: AssemblyInputs, family: Architecture) -> dict[str, 
         source = inputs.sources[name]
         if source.kind not in ("expert", "adapter") or source.name == inputs.leading.name:
             continue
-        _, outside = split_feed_forward(sorted(source.changed), family)
+        _, outside = split_feed_forward(sorted(source.own), family)
         if outside:
             changed[name] = outside
     return changed
@@ -235,10 +244,12 @@ def _changed_outside(inputs: AssemblyInputs, family: Architecture) -> dict[str, 
 # --- the router ---
 
 
-def _router_start(inputs: AssemblyInputs, options: MixtureOptions, slots: Sequence[str]) -> RouterStart:
+def _router_start(
+    inputs: AssemblyInputs, router: RouterStart, options: MixtureOptions, slots: Sequence[str], *, is_fitted: bool
+) -> RouterRows:
+    """Return the rows of the router; zeros unless `is_fitted`."""
     import numpy as np
 
-    router = installed_plugins().offer(Router, options.router)
     leading = inputs.leading
     width = leading.config.get("hidden_size") or leading.config.get("n_embd")
     if not isinstance(width, int):
@@ -249,8 +260,8 @@ def _router_start(inputs: AssemblyInputs, options: MixtureOptions, slots: Sequen
         if source.manifest is not None and source.kind == "expert"
     }
     shape = (leading.num_layers, len(slots), width)
-    if router.uses_model and inputs.validation is None:
-        return RouterStart(np.zeros(shape, np.float32))
+    if not is_fitted:
+        return RouterRows(np.zeros(shape, np.float32))
     start = router.start(
         RouterInputs(
             seed=leading.model_folder,
@@ -261,7 +272,7 @@ def _router_start(inputs: AssemblyInputs, options: MixtureOptions, slots: Sequen
             own=inputs.expert_options,
             validation=inputs.validation or tuple,
             domains=domains,
-            say=inputs.say,
+            reporter=inputs.reporter,
         )
     )
     _check_shape(start.rows, shape, router.name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.safetensors_io import DTYPES
+from ...core.artefacts.numeric import DTYPES
 from ...core.errors import UserError
 from ...core.hooks.architectures import architecture_of
 from ...core.hooks.mixtures import Architecture, MixtureTarget
@@ -156,7 +156,7 @@ def slice_of(fused: StoredTensor, number: int, count: int) -> StoredTensor:
     size = entry.num_bytes // count
     begin = entry.begin + number * size
     inner = entry.shape[2:]
-    width = DTYPES[entry.dtype][1]
+    width = DTYPES[entry.dtype].num_bytes
     for axis in inner:
         width *= axis
     tensor_slice = replace(

@@ -19,7 +19,7 @@ class MixtureOptions:
     normalized: bool = True
     """Normalize the top-k gates to sum to 1, so that copies of the seed give the seed (`norm_topk_prob`)."""
     router: str = "hidden"
-    """Initialisation of the router: a name that `expertctl plugins` lists under routers."""
+    """Initialisation of the router: a name that `expertctl plugins` lists under router starts."""
     router_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the router initialisation, such as `{seed: 1}`."""
     shared: Literal["seed", "average"] = "seed"

@@ -6,16 +6,19 @@ The tensors of experts are copied byte by byte, so every one can be traced to it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.errors import UserError
 from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
+from ...core.hooks.text import ValidationText
 from ...core.manifests.generalist import MixtureRecord
+from ...core.reporting import SILENT, Reporter
 from ..engine.tensor_plan import TensorPlan
-from ..sources.models import StoredTensor
+from ..recipes.recipe import Recipe
+from ..sources.models import Source, StoredTensor
 from ..sources.tensor_names import LayerNames, layer_names
 
 if TYPE_CHECKING:
@@ -24,6 +27,26 @@ if TYPE_CHECKING:
 _Placed = dict[str, list[tuple[str, StoredTensor]]]
 """Tensor name within a layer -> (expert name, stored tensor) of every tensor to stack."""
 _NUMBER = re.compile(r"(\d+)")
+
+
+@dataclass(frozen=True)
+class AssemblyInputs:
+    """Recipe, opened sources and validation text for `Assembler.assemble`."""
+
+    recipe: Recipe
+    sources: Mapping[str, Source]
+    dense: Callable[[Recipe], Sequence[TensorPlan]]
+    """`dense(recipe)` plans the weighted mean of the models, tensor by tensor, with the merged vocabulary."""
+    expert_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Expert name -> options that the recipe sets for this expert only."""
+    validation: Callable[[], Sequence[ValidationText]] | None = None
+    """Returns validation text; None: plan only, without fitting."""
+    reporter: Reporter = SILENT
+
+    @property
+    def leading(self) -> Source:
+        """The seed, or the first model of a recipe without a seed."""
+        return self.sources[self.recipe.leading]
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,8 @@ class Assembly:
     record: MixtureRecord
     """Manifest entry."""
     notes: tuple[str, ...] = ()
+    is_fitted: bool = True
+    """Whether the router is final; otherwise, it needs a model or text that planning does not read."""
 
 
 def plan_assembly(

@@ -8,11 +8,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.artefacts.numeric import FLOATING
 from ...core.artefacts.versions import package_version
 from ...core.errors import UserError
@@ -20,15 +20,15 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import Assembler, MergeMethod, ModelBuilder, TensorGroup, TensorMerge
 from ...core.hooks.options import parse_options
 from ...core.hooks.text import ValidationText
-from ...core.manifests.manifest import Manifest
-from ...core.process.compute import available_cores
-from ..engine.calculator import CONCURRENT_BYTES, MAX_THREADS, Calculator, EngineSettings
-from ..engine.reading import Reader
+from ...core.reporting import SILENT, Reporter
+from ..engine.actions import bytes_needed
+from ..engine.calculator import CONCURRENT_BYTES, EngineSettings
 from ..engine.shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
 from ..recipes.recipe import WEIGHT, Recipe
-from ..sources.licences import LicenceReport, check_licences, licence_of_folder, require_compatible
-from ..sources.models import Source, StoredTensor, open_source
+from ..sources.licences import check_licences, require_compatible
+from ..sources.models import Source, open_sources
 from ..sources.relatedness import require_related
+from ..sources.statistics import Statistics, find_statistics
 from ..sources.tensor_names import embedding_name, head_name
 from ..sources.tokenizers import ModelVocabulary, VocabularyPlan, plan_vocabulary
 from .tensor_planner import Stack, plan_tensors
@@ -56,6 +56,18 @@ class Permissions:
 
 
 @dataclass(frozen=True)
+class MergeRun:
+    """Runtime settings and safety overrides of a merge; only `shard_bytes` affects the output files."""
+
+    force: bool = False
+    resume: bool = False
+    permissions: Permissions = field(default_factory=Permissions)
+    settings: EngineSettings = field(default_factory=EngineSettings)
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    reporter: Reporter = SILENT
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """One checked merge: source of every tensor, output files and estimated cost."""
 
@@ -63,12 +75,13 @@ class MergePlan:
     method: MergeMethod
     sources: Mapping[str, Source]
     stack: Stack
-    shards: tuple[ShardPlan, ...]
     shard_bytes: int
-    vocabulary: VocabularyPlan | None
     licence: str | None
     notes: tuple[str, ...]
     """Warnings for the user."""
+    vocabulary: VocabularyPlan | None = None
+    """None: all models have the same vocabulary."""
+    statistics: Statistics = field(default_factory=dict)
     settings: EngineSettings = field(default_factory=EngineSettings)
     assembly: Assembly | None = None
     """Plan of a new model class (mixtures); None: the result has the class of its inputs."""
@@ -81,11 +94,16 @@ class MergePlan:
     @property
     def leading(self) -> Source:
         """The model that provides configuration and tokenizer: the seed, or the first model without a seed."""
-        return self.sources[self.recipe.seed or self.recipe.slices[0].sources[0].model]
+        return self.sources[self.recipe.leading]
 
     @property
     def experts(self) -> tuple[str, ...]:
         return self.recipe.experts
+
+    @cached_property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        """The output files."""
+        return tuple(plan_shards(self.stack.tensors, self.shard_bytes)) if self.stack.tensors else ()
 
     @property
     def bytes_to_read(self) -> int:
@@ -96,27 +114,24 @@ class MergePlan:
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
-    def threads(self) -> int:
-        return self.settings.threads or min(available_cores(), MAX_THREADS)
-
-    @property
     def peak_bytes(self) -> int:
         """Estimated peak memory in bytes; independent of the number of layers."""
-        with Reader() as reader:
-            calculator = Calculator(self.tensor_method, reader, self.vocabulary)
-            needs = [calculator.bytes_needed(tensor) for tensor in self.stack.tensors]
-        base = BASE_BYTES if self.tensor_method.arrays == "any" and self.settings.device == "cpu" else TORCH_BYTES
-        concurrent = min(sum(sorted(needs)[:-1][-self.threads + 1 :]), CONCURRENT_BYTES) if self.threads > 1 else 0
+        method, threads = self.tensor_method, self.settings.num_threads
+        needs = sorted(bytes_needed(tensor, method) for tensor in self.stack.tensors)
+        base = BASE_BYTES if method.arrays == "any" and self.settings.device == "cpu" else TORCH_BYTES
+        concurrent = min(sum(needs[:-1][-threads + 1 :]), CONCURRENT_BYTES) if threads > 1 else 0
         return base + max(needs, default=0) + concurrent
 
     def seconds(self) -> float:
         """Return the estimated duration in seconds, from a timed sample of the method and assumed disk speeds."""
+        sample = bytes(1 << 20)
+        hashing = _seconds(lambda: hashlib.sha256(sample).digest()) / len(sample)
         merged = sum(
             tensor.num_numbers * len(tensor.experts) for tensor in self.stack.tensors if tensor.action == "merge"
         )
-        calculating = merged * _seconds_per_number(self) + _hashing_seconds(self.bytes_to_read + self.bytes_to_write)
+        calculating = merged * _seconds_per_number(self) + hashing * (self.bytes_to_read + self.bytes_to_write)
         reading = self.bytes_to_read / READ_BYTES_PER_SECOND
-        return (calculating + reading) / self.threads + self.bytes_to_write / WRITE_BYTES_PER_SECOND
+        return (calculating + reading) / self.settings.num_threads + self.bytes_to_write / WRITE_BYTES_PER_SECOND
 
     def weights(self) -> dict[str, float]:
         """Return each expert's mean weight over the tensors that the method merges."""
@@ -133,6 +148,7 @@ class MergePlan:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the output bytes; a resumed merge must have the same identity."""
+        files = {stored.entry.file for tensor in self.stack.tensors for stored in tensor.inputs}
         return {
             "method": self.method.name,
             "tensors": [
@@ -148,146 +164,75 @@ class MergePlan:
                 ]
                 for tensor in self.stack.tensors
             ],
-            "files": sorted(
-                {
-                    (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-                    for tensor in self.stack.tensors
-                    for file in {stored.entry.file for stored in tensor.inputs}
-                }
-            ),
-            "adapters": {name: source.adapter.digest() for name, source in self.sources.items() if source.adapter},
+            "files": sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+            "adapters": {name: source.adapter.digest for name, source in self.sources.items() if source.adapter},
             "vocabulary": repr(self.vocabulary),
             "round_to": self.recipe.input_dtype,
             "shards": [[shard.file, shard.num_bytes] for shard in self.shards],
             "versions": {name: package_version(name) for name in ("expertctl", "numpy")},
         }
 
+    def with_recipe(
+        self,
+        recipe: Recipe,
+        validation: Callable[[], Sequence[ValidationText]] | None = None,
+        reporter: Reporter = SILENT,
+    ) -> MergePlan:
+        """Return the plan of the same models with other weights, or with a router fitted on `validation`."""
+        rows = self.vocabulary.size if self.vocabulary is not None else None
+        if isinstance(self.method, TensorMerge):
+            return replace(
+                self, recipe=recipe, stack=plan_tensors(recipe, self.method, self.sources, rows, self.statistics)
+            )
+        assert isinstance(self.method, Assembler)
+        assembly = _assemble(recipe, self.method, self.sources, rows, validation, reporter)
+        layers = tuple((recipe.leading, layer) for layer in range(self.leading.num_layers))
+        return replace(self, recipe=recipe, stack=Stack(assembly.tensors, layers), assembly=assembly)
+
 
 def prepare_merge(
     recipe: Recipe,
+    run: MergeRun | None = None,
     *,
-    permissions: Permissions | None = None,
-    settings: EngineSettings | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    statistics: Mapping[str, Mapping[str, StoredTensor]] | None = None,
-    validation: Callable[[], Sequence[ValidationText]] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    sources: Mapping[str, Source] | None = None,
+    statistics: Statistics | None = None,
 ) -> MergePlan:
-    """Open the headers of all models, check their compatibility, and return the plan of the merge.
+    """Check the compatibility of all models and return the plan of the merge.
 
-    No tensor is read, except for a few kilobytes to check whether models are related, unless `validation` is given:
-    then the router of a mixture is fitted if its initialisation needs a model. Raises `UserError` with the key, file or
-    tensor and both values.
+    No tensor is read, except for a few kilobytes to check whether models are related. `sources` and `statistics` are
+    opened here if they have not been. Raises `UserError` with the key, file or tensor and both values.
     """
-    allowed = permissions or Permissions()
-    _check_device((settings or EngineSettings()).device)
+    run = run or MergeRun()
+    _check_device(run.settings.device)
     method = installed_plugins().offer(MergeMethod, recipe.method)
     if isinstance(method, ModelBuilder):
         raise UserError(
             f"merge method '{method.name}' builds its own kind of model and does not merge tensor by tensor"
         )
-    sources = open_sources(recipe)
+    if sources is None:
+        sources = open_sources(recipe.models, recipe.seed, recipe.adapter_bases)
+    if statistics is None:
+        statistics = find_statistics(method, recipe.experts, sources, None)
     vocabulary = _plan_vocabulary(recipe, sources)
-    rows = vocabulary.size if vocabulary else None
-    if not allowed.unrelated:
+    if not run.permissions.unrelated:
         _require_related_models(recipe, sources)
-    report = licence_report(sources)
-    require_compatible(report, allowed.licences)
-    assembly: Assembly | None = None
-    if isinstance(method, Assembler):
-        assembly = _assemble(recipe, method, sources, rows, validation, say)
-        leading = recipe.seed or recipe.slices[0].sources[0].model
-        layers = tuple((leading, layer) for layer in range(sources[leading].num_layers))
-        stack = Stack(assembly.tensors, layers)
-    else:
-        assert isinstance(method, TensorMerge)
-        stack = plan_tensors(recipe, method, sources, rows, statistics)
-    if not any(tensor.dtype in FLOATING for tensor in stack.tensors):
+    licences = check_licences({name: source.licence for name, source in sources.items()})
+    require_compatible(licences, run.permissions.licences)
+    plan = MergePlan(
+        recipe=recipe,
+        method=method,
+        sources=sources,
+        stack=Stack((), ()),
+        shard_bytes=run.shard_bytes,
+        licence=licences.result if not licences.conflicts else None,
+        notes=(*licences.conflicts, *licences.notes, *(vocabulary.notes if vocabulary is not None else ())),
+        vocabulary=vocabulary,
+        statistics=statistics,
+        settings=run.settings,
+    ).with_recipe(recipe, reporter=run.reporter)
+    if not any(tensor.dtype in FLOATING for tensor in plan.stack.tensors):
         raise UserError("the models have no floating-point tensors to merge")
-    return MergePlan(
-        recipe,
-        method,
-        sources,
-        stack,
-        tuple(plan_shards(stack.tensors, shard_bytes)),
-        shard_bytes,
-        vocabulary,
-        report.result if not report.conflicts else None,
-        (
-            *report.conflicts,
-            *report.notes,
-            *(vocabulary.notes if vocabulary else ()),
-            *(assembly.notes if assembly else ()),
-        ),
-        settings or EngineSettings(),
-        assembly,
-    )
-
-
-def _average_method() -> TensorMerge:
-    """Return the method `average`, which assembled models use for their shared tensors."""
-    mean = installed_plugins().offer(MergeMethod, "average")
-    assert isinstance(mean, TensorMerge)
-    return mean
-
-
-def _assemble(
-    recipe: Recipe,
-    method: Assembler,
-    sources: Mapping[str, Source],
-    vocabulary_rows: int | None,
-    validation: Callable[[], Sequence[ValidationText]] | None,
-    say: Callable[[str], None],
-) -> Assembly:
-    """Let a method plan a new model class."""
-    from .assembly_inputs import AssemblyInputs
-
-    merged_options = {key: value for scope in reversed(recipe.scopes) for key, value in scope.items()}
-    options = parse_options(method.options, merged_options, f"merge method '{method.name}'")
-    expert_options = {
-        source.model: {key: value for key, value in source.parameters.items() if key != WEIGHT}
-        for output_slice in recipe.slices
-        for source in output_slice.sources
-    }
-    mean = _average_method()
-    inputs = AssemblyInputs(
-        recipe,
-        sources,
-        lambda dense: plan_tensors(dense, mean, sources, vocabulary_rows).tensors,
-        expert_options,
-        validation,
-        say,
-    )
-    assembly: Assembly = method.assemble(inputs, options)
-    return assembly
-
-
-def _check_device(device: str) -> None:
-    """Raise `UserError` for an unavailable device; does not import torch for the CPU."""
-    if device == "cpu":
-        return
-    import torch
-
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()):
-        raise UserError(f"there is no device '{device}'; devices are cpu, cuda, and cuda:1 for the second GPU")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(number or 0) >= count:
-        raise UserError(f"there is no device '{device}': torch finds {count} GPUs on this machine; use --device cpu")
-
-
-def open_sources(recipe: Recipe) -> dict[str, Source]:
-    """Open all models of a recipe; the seed first, because experts and adapters are based on it."""
-    sources: dict[str, Source] = {}
-    if recipe.seed is not None:
-        sources[recipe.seed] = open_source(recipe.seed, recipe.models[recipe.seed])
-    for name, folder in recipe.models.items():
-        if name not in sources:
-            base = sources.get(recipe.seed) if recipe.seed is not None else None
-            if name in recipe.adapter_bases:
-                base = open_source(f"base of {name}", recipe.adapter_bases[name])
-            sources[name] = open_source(name, folder, base)
-    return sources
+    return replace(plan, notes=(*plan.notes, *plan.assembly.notes)) if plan.assembly is not None else plan
 
 
 def check_output(plan: MergePlan, output: Path) -> None:
@@ -307,61 +252,88 @@ def check_output(plan: MergePlan, output: Path) -> None:
         )
 
 
-def licence_report(sources: Mapping[str, Source]) -> LicenceReport:
-    """Return whether the licences of all models are compatible."""
-    return check_licences({name: licence_of_folder(source.folder) for name, source in sources.items()})
+def _average_method() -> TensorMerge:
+    """Return the method `average`, which assembled models use for their shared tensors."""
+    mean = installed_plugins().offer(MergeMethod, "average")
+    assert isinstance(mean, TensorMerge)
+    return mean
+
+
+def _assemble(
+    recipe: Recipe,
+    method: Assembler,
+    sources: Mapping[str, Source],
+    vocabulary_rows: int | None,
+    validation: Callable[[], Sequence[ValidationText]] | None,
+    reporter: Reporter,
+) -> Assembly:
+    """Let a method plan a new model class."""
+    from .assembly import AssemblyInputs
+
+    merged_options = {key: value for scope in reversed(recipe.scopes) for key, value in scope.items()}
+    options = parse_options(method.options, merged_options, f"merge method '{method.name}'")
+    expert_options = {
+        source.model: {key: value for key, value in source.parameters.items() if key != WEIGHT}
+        for output_slice in recipe.slices
+        for source in output_slice.sources
+    }
+    mean = _average_method()
+    inputs = AssemblyInputs(
+        recipe,
+        sources,
+        lambda dense: plan_tensors(dense, mean, sources, vocabulary_rows).tensors,
+        expert_options,
+        validation,
+        reporter,
+    )
+    assembly: Assembly = method.assemble(inputs, options)
+    return assembly
+
+
+def _check_device(device: str) -> None:
+    """Raise `UserError` for an unavailable device; does not import torch for the CPU."""
+    if device == "cpu":
+        return
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise UserError(f"there is no device '{device}'; devices are cpu, cuda, and cuda:1 for the second GPU")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        raise UserError(f"there is no device '{device}': torch finds {count} GPUs on this machine; use --device cpu")
 
 
 def _require_related_models(recipe: Recipe, sources: Mapping[str, Source]) -> None:
     """Raise `UserError` for models of different seeds, by their manifests or by the similarity of their tensors."""
-    first = recipe.seed or recipe.slices[0].sources[0].model
+    first = recipe.leading
     origin = sources[first]
     others = {}
     for name, source in sources.items():
-        if name == first or source.adapter is not None or source.model_folder == origin.model_folder:
+        if source.kind == "adapter" or source.model_folder == origin.model_folder:
             continue
-        ours, theirs = _seed_digest(origin), _seed_digest(source)
+        ours, theirs = origin.seed_digest, source.seed_digest
         if source.kind == "expert" and theirs is not None and ours is not None and theirs != ours:
             raise UserError(
                 f"expert '{name}' was branched from seed {theirs[:12]}, but '{first}' has seed {ours[:12]}; "
                 "experts of different seeds cannot be merged (override: --allow-unrelated)"
             )
-        others[name] = source
-    require_related(
-        (first, {name: stored.entry for name, stored in origin.tensors.items()}),
-        {name: {tensor: stored.entry for tensor, stored in source.tensors.items()} for name, source in others.items()},
-    )
-
-
-def _seed_digest(source: Source) -> str | None:
-    """Return the digest of a model's seed (its own digest for a seed); None if it is not recorded."""
-    if source.manifest is None:
-        return None
-    if source.manifest.kind == "seed":
-        return source.manifest.digest
-    return next((parent.digest for parent in source.manifest.parents if parent.kind == "seed"), None)
+        others[name] = {tensor: stored.entry for tensor, stored in source.tensors.items()}
+    require_related((first, {name: stored.entry for name, stored in origin.tensors.items()}), others)
 
 
 def _plan_vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> VocabularyPlan | None:
     """Return the plan of the merged vocabulary; None if all models have the same vocabulary."""
-    leading = recipe.seed or recipe.slices[0].sources[0].model
-    base = sources[leading]
-    others = {
-        name: source for name, source in sources.items() if name != leading and source.model_folder != base.model_folder
-    }
-    if (
-        not recipe.tokens
-        and recipe.pad_to_multiple_of is None
-        and all(
-            digest_of_tokenizer(source.model_folder) == digest_of_tokenizer(base.model_folder)
-            and _embedding_rows(source) == _embedding_rows(base)
-            for source in others.values()
-        )
-    ):
+    base = sources[recipe.leading]
+    others = [source for source in sources.values() if source.model_folder != base.model_folder]
+    is_same = all(
+        source.tokenizer == base.tokenizer and _embedding_rows(source) == _embedding_rows(base) for source in others
+    )
+    if is_same and not recipe.tokens and recipe.pad_to_multiple_of is None:
         return None
     return plan_vocabulary(
         _vocabulary_of(base),
-        {name: _vocabulary_of(source) for name, source in others.items()},
+        {source.name: _vocabulary_of(source) for source in others},
         recipe.tokenizer,
         recipe.tokens,
         recipe.pad_to_multiple_of,
@@ -402,20 +374,11 @@ def _seconds_per_number(plan: MergePlan) -> float:
         arrays[0] if sample_tensor.seed is not None else None,
     )
     method.merge(group, sample_tensor.options)  # warm-up: the first call may import modules
+    seconds = _seconds(lambda: method.merge(group, sample_tensor.options))
+    return seconds / (math.prod(_SAMPLE_SHAPE) * len(sample_tensor.experts))
+
+
+def _seconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
-    method.merge(group, sample_tensor.options)
-    return (time.perf_counter() - begin) / (math.prod(_SAMPLE_SHAPE) * len(sample_tensor.experts))
-
-
-def _hashing_seconds(num_bytes: int) -> float:
-    import hashlib
-
-    sample = bytes(1 << 20)
-    begin = time.perf_counter()
-    hashlib.sha256(sample).digest()
-    return (time.perf_counter() - begin) / len(sample) * num_bytes
-
-
-def manifests_of(plan: MergePlan) -> dict[str, Manifest]:
-    """Return the manifests of the models that have one."""
-    return {name: source.manifest for name, source in plan.sources.items() if source.manifest is not None}
+    work()
+    return time.perf_counter() - begin

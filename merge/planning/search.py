@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.files import os_errors_as_user_errors
+from ...core.artefacts.json_lines import JsonLines
 from ...core.config.settings import SearchConfig
 from ...core.errors import UserError
 from ...core.hooks.text import ValidationText
@@ -20,7 +21,8 @@ from ...core.manifests.generalist import SearchRecord
 from ...core.models.loading import load_model, overlay_tensors
 from ...core.models.scoring import token_log_probs
 from ...core.process.compute import best_device
-from ..engine.calculator import Calculator
+from ...core.reporting import SILENT, Reporter
+from ..engine.actions import MergeTools, MergeWhole
 from ..engine.reading import Reader
 from ..engine.writing import fingerprint_of
 from ..recipes.recipe import Setting
@@ -48,7 +50,7 @@ def search_weights(
     texts: Sequence[ValidationText],
     config: SearchConfig,
     log: Path,
-    say: Callable[[str], None] = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> SearchRecord:
     """Return the weights with the lowest mean bits per byte over the domains, at most those of `start`.
 
@@ -68,7 +70,7 @@ def search_weights(
         "plan": plan.identity(),
         "text": scorer.identity(),
     }
-    trials = _Trials(log, fingerprint_of(identity), space, scorer, config.trials, say)
+    trials = _Trials(log, fingerprint_of(identity), space, scorer, config.trials, reporter)
     strategy = {"coordinate": _coordinate_search, "cma": _cma_search}[config.strategy]
     start_score = trials.score(space.point(start))
     assert start_score is not None
@@ -134,11 +136,12 @@ class _Scorer:
             self._model.to(best_device())
         plan = self._plan_for(weights)
         with Reader(plan.recipe.input_dtype) as reader:
-            calculator = Calculator(plan.tensor_method, reader, None, plan.settings.device)
+            tools = MergeTools(plan.tensor_method, reader, device=plan.settings.device)
             for tensor in plan.stack.tensors:
                 if tensor.action != "require_equal":
-                    numbers = torch.from_numpy(calculator.numbers_of(tensor).copy())
-                    overlay_tensors(self._model, {tensor.name: numbers})
+                    is_merged = tensor.action == "merge"
+                    numbers = MergeWhole(tensor, tools).numbers() if is_merged else reader.read(tensor.experts[0])
+                    overlay_tensors(self._model, {tensor.name: torch.from_numpy(numbers.copy())})
         return self._model
 
 
@@ -152,23 +155,20 @@ class _Trials:
     """Evaluates each point at most once and writes the log."""
 
     def __init__(
-        self,
-        log: Path,
-        fingerprint: str,
-        space: _Space,
-        scorer: _Scorer,
-        limit: int,
-        say: Callable[[str], None],
+        self, log: Path, fingerprint: str, space: _Space, scorer: _Scorer, limit: int, reporter: Reporter
     ) -> None:
         self.done: list[tuple[Point, float]] = []
-        self._log, self._space, self._scorer, self._limit, self._say = log, space, scorer, limit, say
-        self._logged = _read_log(log, fingerprint)
-        if not self._logged:
+        self._space, self._scorer, self._limit, self._reporter = space, scorer, limit, reporter
+        self._log = JsonLines[dict[str, Any]](log, dict, durable=False)
+        records = self._log.read()
+        if not records or records[0].get("fingerprint") != fingerprint:
             with os_errors_as_user_errors(log):
                 log.parent.mkdir(parents=True, exist_ok=True)
-                log.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
-        else:
-            say(f"reusing {len(self._logged)} trials of this search from {log}")
+            self._log.rewrite([{"fingerprint": fingerprint}])
+            records = []
+        self._logged = {json.dumps(record["weights"]): record["mean"] for record in records if "weights" in record}
+        if self._logged:
+            reporter.say(f"reusing {len(self._logged)} trials of this search from {log}")
 
     def score(self, point: Point) -> float | None:
         """Return the mean bits per byte of a point; None if no trials are left."""
@@ -185,33 +185,11 @@ class _Trials:
             by_domain = self._scorer.score(weights)
             score = sum(by_domain.values()) / len(by_domain)
             score = score if math.isfinite(score) else math.inf
-            self._log_trial({"weights": weights, "bits_per_byte": by_domain, "mean": score})
+            self._log.append({"weights": weights, "bits_per_byte": by_domain, "mean": score})
         self.done.append((point, score))
         best = min(trial_score for _, trial_score in self.done)
-        self._say(f"trial {len(self.done)} of {self._limit}: {score:.4f} bits per byte, best {best:.4f}")
+        self._reporter.say(f"trial {len(self.done)} of {self._limit}: {score:.4f} bits per byte, best {best:.4f}")
         return score
-
-    def _log_trial(self, record: Mapping[str, Any]) -> None:
-        with os_errors_as_user_errors(self._log), self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def _read_log(log: Path, fingerprint: str) -> dict[str, float]:
-    """Return the logged scores of the same search by weights (as JSON); an incomplete last line is ignored."""
-    if not log.is_file():
-        return {}
-    scores: dict[str, float] = {}
-    lines = log.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if number == 0 and record.get("fingerprint") != fingerprint:
-            return {}
-        if "weights" in record:
-            scores[json.dumps(record["weights"])] = record["mean"]
-    return scores
 
 
 def _coordinate_search(trials: _Trials, start: Point, score: float, seed: int) -> None:

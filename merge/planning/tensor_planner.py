@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from ...core.hooks.merging import TensorMerge
 from ..engine.tensor_plan import Action, TensorPlan
 from ..recipes.recipe import OutputSlice, Recipe, SourceSlice
 from ..sources.models import DERIVED, Source, StoredTensor
+from ..sources.statistics import Statistics
 from ..sources.tensor_names import HEADS, LayerNames, embedding_name, head_name, layer_names
 from .tensor_settings import TensorSettings
 
@@ -29,7 +31,7 @@ def plan_tensors(
     method: TensorMerge,
     sources: Mapping[str, Source],
     vocabulary_rows: int | None = None,
-    statistics: Mapping[str, Mapping[str, StoredTensor]] | None = None,
+    statistics: Statistics | None = None,
 ) -> Stack:
     """Return the plans of all output tensors.
 
@@ -49,7 +51,7 @@ class _Planner:
         method: TensorMerge,
         sources: Mapping[str, Source],
         vocabulary_rows: int | None,
-        statistics: Mapping[str, Mapping[str, StoredTensor]],
+        statistics: Statistics,
     ) -> None:
         self.recipe, self.method, self.sources = recipe, method, sources
         self.vocabulary_rows, self.statistics = vocabulary_rows, statistics
@@ -134,20 +136,15 @@ class _Planner:
         return sizes[first]
 
     def _check_count(self, output_slice: OutputSlice) -> None:
-        count = len(self._experts(output_slice))
+        names = [source.model for source in self._experts(output_slice)]
         minimum, maximum = self.method.expert_count
-        if count < minimum or (maximum is not None and count > maximum):
-            wanted = (
-                f"{minimum}"
-                if minimum == maximum
-                else f"{minimum} or more"
-                if maximum is None
-                else f"{minimum} to {maximum}"
-            )
-            raise UserError(
-                f"merge method '{self.method.name}' takes {wanted} experts, but this merge has {count}: "
-                f"{', '.join(source.model for source in self._experts(output_slice)) or 'none'}"
-            )
+        if minimum <= len(names) <= (maximum or math.inf):
+            return
+        wanted = f"{minimum} to {maximum}" if maximum is not None else f"{minimum} or more"
+        raise UserError(
+            f"merge method '{self.method.name}' takes {minimum if minimum == maximum else wanted} experts, but this "
+            f"merge has {len(names)}: {', '.join(names) or 'none'}"
+        )
 
     def _experts(self, output_slice: OutputSlice) -> list[SourceSlice]:
         return [source for source in output_slice.sources if source.model != self._seed_of(output_slice)]
@@ -155,36 +152,32 @@ class _Planner:
     def _tensor(
         self, name: str, output_slice: OutputSlice, inputs: Mapping[str, str], depth: float
     ) -> TensorPlan | None:
-        first = output_slice.sources[0].model
-        stored = {model: self._stored(model, tensor) for model, tensor in inputs.items()}
-        absent = [model for model, tensor in stored.items() if tensor is None]
-        if absent:
+        present = {model: stored for model, key in inputs.items() if (stored := self._stored(model, key)) is not None}
+        absent = next((model for model in inputs if model not in present), None)
+        if absent is not None:
             if name.endswith(DERIVED):
                 return None
-            holder = next((model for model, tensor in stored.items() if tensor is not None), first)
-            raise self._missing_error(inputs[absent[0]], holder, absent[0])
+            raise self._missing_error(inputs[absent], next(iter(present), output_slice.sources[0].model), absent)
         experts = self._experts(output_slice)
-        present = {model: tensor for model, tensor in stored.items() if tensor is not None}
         is_vocabulary = self._is_vocabulary(present)
         self._check_same_format(inputs, present, is_vocabulary)
         merged = tuple(present[source.model] for source in experts)
+        first = merged[0]
         seed = self._seed_of(output_slice)
-        compared = [*merged, *([present[seed]] if seed is not None else [])]
-        shape = merged[0].shape if not is_vocabulary else (self._rows(), *merged[0].shape[1:])
+        seed_tensor = present[seed] if seed is not None else None
+        is_shared = all(stored == first for stored in (*merged, seed_tensor or first))
+        has_comparison = seed is not None or self.method.uses_seed is False
         action: Action = "merge"
-        if merged[0].dtype not in FLOATING:
+        if first.dtype not in FLOATING:
             action = "require_equal"
-        elif (
-            self.method.keeps_seed
-            and len(set(compared)) == 1
-            and (seed is not None or self.method.uses_seed is False)
-            and not is_vocabulary
-        ):
+        elif is_shared and has_comparison and self.method.keeps_seed and not is_vocabulary:
             action = "copy"
+        dtype = self.recipe.dtype or self.recipe.input_dtype if action != "require_equal" else None
+        rows = self.vocabulary_rows if is_vocabulary else None
         plan = TensorPlan(
             name=name,
-            dtype=self._dtype(merged[0]) if action != "require_equal" else merged[0].dtype,
-            shape=shape,
+            dtype=dtype or first.dtype,
+            shape=(rows, *first.shape[1:]) if rows is not None else first.shape,
             action=action,
             experts=merged,
             expert_names=tuple(source.model for source in experts),
@@ -195,17 +188,9 @@ class _Planner:
         if self.method.statistics is not None:
             expert_statistics = [self.statistics.get(source.model, {}).get(inputs[source.model]) for source in experts]
             plan = replace(plan, statistics=tuple(expert_statistics))
-        seed_tensor = present[seed] if seed is not None else None
         return self.settings.resolve_for(
             replace(plan, seed_name=seed), output_slice, experts, inputs, depth, seed_tensor
         )
-
-    def _rows(self) -> int:
-        assert self.vocabulary_rows is not None
-        return self.vocabulary_rows
-
-    def _dtype(self, stored: StoredTensor) -> str:
-        return self.recipe.dtype or self.recipe.input_dtype or stored.dtype
 
     def _stored(self, model: str, tensor: str) -> StoredTensor | None:
         """Return a model's tensor, None if it has none; a tied output head is the embedding."""
@@ -216,35 +201,29 @@ class _Planner:
         return tensors.get(tensor)
 
     def _is_vocabulary(self, present: Mapping[str, StoredTensor]) -> bool:
+        """Return whether the rows of a tensor belong to tokens of vocabularies that differ."""
         return self.vocabulary_rows is not None and all(
-            tensor.name.endswith("weight") and tensor.name in self._vocabulary_names(model)
-            for model, tensor in present.items()
+            stored.name.endswith("weight")
+            and stored.name in (embedding_name(self.sources[model].tensors), head_name(self.sources[model].tensors))
+            for model, stored in present.items()
         )
-
-    def _vocabulary_names(self, model: str) -> tuple[str | None, ...]:
-        tensors = self.sources[model].tensors
-        return embedding_name(tensors), head_name(tensors)
 
     def _check_same_format(
         self, inputs: Mapping[str, str], present: Mapping[str, StoredTensor], is_vocabulary: bool
     ) -> None:
-        first = next(iter(present))
+        first, reference = next(iter(present.items()))
         skip = 1 if is_vocabulary else 0
-        for model, tensor in present.items():
-            reference = present[first]
-            if tensor.shape[skip:] != reference.shape[skip:]:
+        for model, stored in present.items():
+            if stored.shape[skip:] != reference.shape[skip:]:
                 raise UserError(
-                    f"tensor '{inputs[model]}' is {list(tensor.shape)} in {self._describe(model)}, but "
+                    f"tensor '{inputs[model]}' is {list(stored.shape)} in {self._describe(model)}, but "
                     f"{list(reference.shape)} in {self._describe(first)}"
                 )
-            if tensor.dtype != reference.dtype and (self.recipe.dtype is None or not _are_floating(tensor, reference)):
-                hint = (
-                    "; choose the output dtype, for example --dtype bfloat16"
-                    if _are_floating(tensor, reference)
-                    else ""
-                )
+            are_floating = stored.dtype in FLOATING and reference.dtype in FLOATING
+            if stored.dtype != reference.dtype and not (are_floating and self.recipe.dtype is not None):
+                hint = "; choose the output dtype, for example --dtype bfloat16" if are_floating else ""
                 raise UserError(
-                    f"tensor '{inputs[model]}' is {tensor.dtype} in {self._describe(model)}, but {reference.dtype} in "
+                    f"tensor '{inputs[model]}' is {stored.dtype} in {self._describe(model)}, but {reference.dtype} in "
                     f"{self._describe(first)}{hint}"
                 )
 
@@ -260,7 +239,3 @@ class _Planner:
 
 def _first_layer(source: SourceSlice) -> int:
     return source.layers[0] if source.layers is not None else 0
-
-
-def _are_floating(first: StoredTensor, second: StoredTensor) -> bool:
-    return first.dtype in FLOATING and second.dtype in FLOATING

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...core.errors import UserError, unknown_name
 from ...core.hooks.text import ValidationText
+from ...core.reporting import Reporter
 from ..ensemble.prior import fit_prior
 from ..recipes.parameters import is_varied
 
@@ -19,7 +20,11 @@ def check_weights(wanted: str | Mapping[str, Any], experts: Mapping[str, Path]) 
     for name in wanted:
         if name not in experts:
             raise unknown_name("expert", name, experts, listed_as="this merge takes")
-    missing = [name for name in experts if name not in wanted]
+    require_all_weights([name for name in experts if name not in wanted])
+
+
+def require_all_weights(missing: Sequence[str]) -> None:
+    """Raise `UserError` if there are experts without a weight."""
     if missing:
         raise UserError(f"no weight is given for {', '.join(missing)}; give a weight for every expert of the merge")
 
@@ -29,7 +34,7 @@ def resolve_weights(
     seed: Path,
     experts: Mapping[str, Path],
     validation: Callable[[], Sequence[ValidationText]],
-    say: Callable[[str], None],
+    reporter: Reporter,
 ) -> dict[str, float]:
     """Return one weight per expert, for all tensors; the weights sum to 1.
 
@@ -39,7 +44,7 @@ def resolve_weights(
     if wanted == "uniform":
         return {name: 1 / len(experts) for name in experts}
     if wanted == "posterior":
-        return fit_prior(seed, experts, validation(), "prefix", say=say)
+        return fit_prior(seed, experts, validation(), "prefix", reporter=reporter)
     assert isinstance(wanted, Mapping), wanted
     check_weights(wanted, experts)
     for name, weight in wanted.items():

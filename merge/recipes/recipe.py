@@ -72,6 +72,11 @@ class Recipe:
     chat_template: str | None = None
 
     @property
+    def leading(self) -> str:
+        """Name of the model that provides configuration and tokenizer: the seed, or the first model without a seed."""
+        return self.seed or self.slices[0].sources[0].model
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """Names of the merged models without the seed, in order of first appearance."""
         names = [source.model for output_slice in self.slices for source in output_slice.sources]

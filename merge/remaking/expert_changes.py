@@ -18,6 +18,8 @@ from ...core.artefacts.files import (
 )
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError, unknown_name
+from ...core.hooks.ensembles import Mixer
+from ...core.hooks.manager import installed_plugins
 from ...core.manifests.finishing import CARD_FILE, finish_artefact
 from ...core.manifests.generalist import GeneralistConfig, MixtureRecord, Tuning
 from ...core.manifests.manifest import Manifest, read_manifest
@@ -104,22 +106,17 @@ def _change_mixture(folder: Path, output: Path, change: Change, run: MergeRun) -
     refuse_existing(output, force=run.force, what="generalist")
     changed = plan_change(folder, change, allow_licences=run.permissions.licences)
     check_output(changed.plan, output)
-    with exclusive_output(output, f"generalist {output}"):
-        for note in changed.plan.notes:
-            run.say(note)
-        with resumable_folder(output, force=run.force, resume=run.resume, what="generalist") as partial:
-            return write_generalist(
-                changed.plan,
-                partial,
-                output.name,
-                provenance=changed.provenance,
-                say=run.say,
-                tell=run.tell,
-            )
+    with (
+        exclusive_output(output, f"generalist {output}"),
+        resumable_folder(output, force=run.force, resume=run.resume, what="generalist") as partial,
+    ):
+        return write_generalist(
+            changed.plan, partial, output.name, provenance=changed.provenance, reporter=run.reporter
+        )
 
 
 def _shrink_ensemble(folder: Path, output: Path, change: Change, run: MergeRun) -> Manifest:
-    """Write an ensemble without some experts; the other files are linked and the prior is renormalised."""
+    """Write an ensemble without some experts; the other files are linked."""
     if change.add or change.replace:
         raise UserError(
             "experts cannot be added to an ensemble, because its prior is fitted; merge again, or for a DEMix model use "
@@ -131,18 +128,12 @@ def _shrink_ensemble(folder: Path, output: Path, change: Change, run: MergeRun) 
     for name in change.remove:
         if name not in config["experts"]:
             raise unknown_name("expert", name, config["experts"], listed_as="the ensemble has")
-    kept = {
-        name: share for name, share in zip(config["experts"], config["prior"], strict=True) if name not in change.remove
-    }
-    total = sum(kept.values())
-    if not kept or not total > 0:
+    kept = [index for index, name in enumerate(config["experts"]) if name not in change.remove]
+    if not kept:
         raise UserError("the change would remove all experts")
-    top_experts = config.get("top_experts")
-    config |= {
-        "experts": list(kept),
-        "prior": [share / total for share in kept.values()],
-        "top_experts": min(top_experts, len(kept)) if top_experts is not None else None,
-    }
+    mixer = installed_plugins().offer(Mixer, config["mixer"]).read(config["mixer_settings"], folder).subset(kept)
+    experts = [config["experts"][index] for index in kept]
+    config |= {"experts": experts, "mixer_settings": mixer.settings()}
     with new_folder(output, force=run.force, what="generalist") as partial:
         for file in sorted(folder.rglob("*")):
             new_path = partial / file.relative_to(folder)
@@ -152,15 +143,16 @@ def _shrink_ensemble(folder: Path, output: Path, change: Change, run: MergeRun) 
             elif file.name not in ("config.json", "generalist.json", CARD_FILE) and not is_removed:
                 link_or_copy(file, new_path)
         write_json(partial / "config.json", config)
-        changed = _shrunk_manifest(manifest, change, output.name, config)
+        changed = _shrunk_manifest(manifest, change, output.name, experts)
         return finish_artefact(partial, changed, card=model_card)
 
 
-def _shrunk_manifest(manifest: Manifest, change: Change, name: str, config: Mapping[str, Any]) -> Manifest:
+def _shrunk_manifest(manifest: Manifest, change: Change, name: str, experts: Sequence[str]) -> Manifest:
     """Return the manifest of an ensemble without the removed experts."""
     merged = manifest.merged
     assert merged is not None
-    shares = dict(zip(config["experts"], config["prior"], strict=True))
+    total = sum(share for expert, share in merged.weights.items() if expert in experts)
+    shares = {expert: share / total for expert, share in merged.weights.items() if expert in experts}
     trained_inside = {expert for tuning in merged.tunings for expert in tuning.trained_inside}
     # removing an expert also removes tunings that only trained copies of it
     tunings = tuple(replace(tuning, left=_has_left(tuning, change.remove)) for tuning in merged.tunings)
@@ -176,7 +168,7 @@ def _shrunk_manifest(manifest: Manifest, change: Change, name: str, config: Mapp
     new_config = replace(
         merged,
         weights=shares,
-        experts=tuple(shares),
+        experts=tuple(experts),
         history=(*merged.history, *history_entries(manifest, change)),
         tunings=tunings,
     )

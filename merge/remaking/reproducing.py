@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,8 @@ def reproduce(
     if merged is None or merged.recipe is None or merged.shard_bytes is None or _has_fitted_router(merged):
         raise UserError(f"{folder} cannot be reproduced from its manifest alone: it {_why_not(manifest)}")
     recipe = locate(manifest, merged.recipe, folder, layout, models or {})
-    run = run or MergeRun()
-    repeated_run = MergeRun(
-        permissions=Permissions(unrelated=True, licences=True),  # the original merge was allowed
-        settings=run.settings,
-        shard_bytes=merged.shard_bytes,
-        say=run.say,
-        tell=run.tell,
-    )
+    allowed = Permissions(unrelated=True, licences=True)  # the original merge was allowed
+    repeated_run = replace(run or MergeRun(), permissions=allowed, shard_bytes=merged.shard_bytes)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         repeated_manifest = merge_recipe(recipe, Path(scratch) / folder.name, run=repeated_run, name=manifest.name)
     return compare(manifest, repeated_manifest)

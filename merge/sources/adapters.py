@@ -7,15 +7,15 @@ not the mean of products: a merge uses the full tensors of the adapted model.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digests import digest_of_tensors
-from ...core.artefacts.files import os_errors_as_user_errors, read_json
+from ...core.artefacts.files import read_json
 from ...core.artefacts.numeric import decode
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIXES = ("base_model.model.", "base_model.")
 _UNSUPPORTED = {
     "layer_replication": "it repeats layers of the base model",
     "alora_invocation_tokens": "it is switched on by tokens (aLoRA)",
@@ -61,24 +60,17 @@ class _Change:
     """Added to the tensor, multiplied by `scale` (the bias of B)."""
     replaced_by: TensorEntry | None = None
     """Replaces the base model's tensor; factors, if any, are applied to it."""
-    transposed: bool = False
-    """Whether the weight has shape (in, out)."""
-    is_embedding: bool = False
+    is_transposed: bool = False
+    """Whether the tensor has shape (in, out): an embedding, or a weight that the base model stores transposed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA adapter, checked against the headers of its base model."""
 
-    folder: Path
-    base_model: str | None
-    """Base model according to the adapter's configuration."""
-    changes: Mapping[str, _Change] = field(repr=False)
-
-    @property
-    def changed(self) -> frozenset[str]:
-        """Names of the changed tensors of the base model."""
-        return frozenset(self.changes)
+    checkpoint: Checkpoint
+    changes: Mapping[str, _Change]
+    """Changed tensors of the base model, by name."""
 
     @classmethod
     def open(cls, folder: Path, base: Checkpoint) -> Adapter:
@@ -94,35 +86,34 @@ class Adapter:
                 f"{folder} has no {ADAPTER_WEIGHTS}; pickled weights (.bin) are refused because loading them can run code: "
                 "save the adapter again with safe_serialization=True"
             )
-        changes = _Matcher(folder, config, Checkpoint([weights]), base).changes()
-        return cls(folder, config.get("base_model_name_or_path"), changes)
+        checkpoint = Checkpoint([weights])
+        return cls(checkpoint, _Matcher(folder, config, checkpoint, base).changes())
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the adapter's tensors."""
+        return digest_of_tensors(self.checkpoint.digests())
 
     def apply(self, name: str, numbers: NDArray[Any]) -> NDArray[Any]:
         """Return the adapted tensor for a tensor of the base model, in the same dtype."""
-        result: NDArray[Any] = self._changed(name, numbers)
-        return result
-
-    def _changed(self, name: str, numbers: NDArray[Any]) -> Any:
         change = self.changes[name]
         if change.replaced_by is not None:
             numbers = _read(change.replaced_by).astype(numbers.dtype)
             if change.a is None:
                 return numbers
+        added: NDArray[Any]
         if change.added is not None:
-            return numbers + (_read(change.added) * change.scale).astype(numbers.dtype)
-        assert change.a is not None
-        assert change.b is not None
-        product = _read(change.b) @ _read(change.a)
-        if change.is_embedding:
-            return numbers + (product.T * change.scale).astype(numbers.dtype)
-        if change.magnitude is None:
-            delta = product.T if change.transposed else product
-            return numbers + (delta * change.scale).astype(numbers.dtype)
-        return _with_magnitude(numbers, product * change.scale, _read(change.magnitude), change.transposed)
-
-    def digest(self) -> str:
-        """Return the digest of the adapter's tensors."""
-        return digest_of_tensors(Checkpoint([self.folder / ADAPTER_WEIGHTS]).digests())
+            added = _read(change.added)
+        else:
+            assert change.a is not None
+            assert change.b is not None
+            added = _read(change.b) @ _read(change.a)
+            if change.magnitude is not None:
+                return _with_magnitude(numbers, added * change.scale, _read(change.magnitude), change.is_transposed)
+            if change.is_transposed:
+                added = added.T
+        adapted: NDArray[Any] = numbers + (added * change.scale).astype(numbers.dtype)
+        return adapted
 
 
 def _with_magnitude(
@@ -161,68 +152,62 @@ class _Matcher:
     def changes(self) -> dict[str, _Change]:
         """Return the change of each changed tensor of the base model."""
         factors: dict[str, dict[str, TensorEntry]] = {}
-        changes_by_name: dict[str, _Change] = {}
+        changes: dict[str, _Change] = {}
         for key, entry in self.adapter.entries.items():
-            name = _without_prefix(key)
+            name = key.removeprefix("base_model.model.").removeprefix("base_model.")
             match = _FACTOR.match(name)
             if match is not None:
                 factors.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = entry
                 continue
-            target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            changes_by_name[self._target(target, key)] = self._replacement(target, key, entry)
+            base_entry = self._base_entry(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."), key)
+            if entry.shape != base_entry.shape:
+                raise self._refusal(
+                    f"'{key}' is {list(entry.shape)}, but the base model's '{base_entry.name}' is {list(base_entry.shape)}"
+                )
+            changes[base_entry.name] = _Change(replaced_by=entry)
         for module, parts in factors.items():
             for target, change in self._factor_changes(module, parts).items():
-                base = changes_by_name[target].replaced_by if target in changes_by_name else None
-                changes_by_name[target] = replace(change, replaced_by=base)
-        if not changes_by_name:
+                base = changes[target].replaced_by if target in changes else None
+                changes[target] = replace(change, replaced_by=base)
+        if not changes:
             raise self._refusal("it changes nothing")
-        return changes_by_name
-
-    def _replacement(self, target: str, key: str, entry: TensorEntry) -> _Change:
-        base_entry = self.base.entry(self._target(target, key))
-        if entry.shape != base_entry.shape:
-            raise self._refusal(
-                f"'{key}' is {list(entry.shape)}, but the base model's '{base_entry.name}' is {list(base_entry.shape)}"
-            )
-        return _Change(replaced_by=entry)
+        return changes
 
     def _factor_changes(self, module: str, parts: Mapping[str, TensorEntry]) -> dict[str, _Change]:
         is_embedding = "lora_embedding_A" in parts
         a, b = (parts.get(f"lora_{'embedding_' if is_embedding else ''}{factor}") for factor in "AB")
         if a is None or b is None:
             raise self._refusal(f"'{module}' has only one of its factors A and B")
-        target = self._target(f"{module}.weight", module)
+        weight = self._base_entry(f"{module}.weight", module)
         magnitude = parts.get("lora_magnitude_vector")
         if is_embedding and magnitude is not None:
             raise self._refusal(f"it adapts the embedding '{module}' with DoRA")
-        if target.endswith(TOKEN_EMBEDDINGS) and not any(head in self.base for head in HEADS):
-            raise self._refusal(f"it adapts '{target}', which the base model also uses as output head")
-        transposed = self._check_factors(module, target, a, b, is_embedding)
+        if weight.name.endswith(TOKEN_EMBEDDINGS) and not any(head in self.base for head in HEADS):
+            raise self._refusal(f"it adapts '{weight.name}', which the base model also uses as output head")
+        is_transposed = is_embedding or bool(self.config.get("fan_in_fan_out"))
+        self._check_factors(module, weight, a, b, is_transposed)
         scale = self._scale(module, a.shape[0])
-        changes = {target: _Change(scale, a, b, magnitude, None, None, transposed, is_embedding)}
+        changes = {weight.name: _Change(scale, a, b, magnitude, is_transposed=is_transposed)}
         if "lora_B.bias" in parts:
-            changes[self._target(f"{module}.bias", f"{module}.lora_B.bias")] = _Change(
-                scale, added=parts["lora_B.bias"]
-            )
+            bias = self._base_entry(f"{module}.bias", f"{module}.lora_B.bias")
+            changes[bias.name] = _Change(scale, added=parts["lora_B.bias"])
         return changes
 
-    def _check_factors(self, module: str, target: str, a: TensorEntry, b: TensorEntry, is_embedding: bool) -> bool:
-        """Return whether the base model stores the weight transposed; raises `UserError` if the factors do not fit."""
-        base_shape = self.base.entry(target).shape
-        if len(base_shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+    def _check_factors(
+        self, module: str, weight: TensorEntry, a: TensorEntry, b: TensorEntry, is_transposed: bool
+    ) -> None:
+        """Raise `UserError` if the product of the factors does not have the weight's shape."""
+        if len(weight.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise self._refusal(
-                f"'{module}' has factors {list(b.shape)} and {list(a.shape)} for a weight {list(base_shape)}; only matrices "
+                f"'{module}' has factors {list(b.shape)} and {list(a.shape)} for a weight {list(weight.shape)}; only matrices "
                 "are supported"
             )
-        product = (b.shape[0], a.shape[1])
-        transposed = bool(self.config.get("fan_in_fan_out")) and not is_embedding
-        expected = product[::-1] if transposed or is_embedding else product
-        if expected != base_shape:
+        product = (a.shape[1], b.shape[0]) if is_transposed else (b.shape[0], a.shape[1])
+        if product != weight.shape:
             raise self._refusal(
-                f"the product of its factors for '{module}' is {list(expected)}, but the base model's '{target}' is "
-                f"{list(base_shape)}"
+                f"the product of its factors for '{module}' is {list(product)}, but the base model's '{weight.name}' is "
+                f"{list(weight.shape)}"
             )
-        return transposed
 
     def _scale(self, module: str, rank: int) -> float:
         """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
@@ -233,15 +218,14 @@ class _Matcher:
         )
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    def _target(self, name: str, key: str) -> str:
-        """Return the base model's name of a tensor; checkpoints may lack prefixes of module names."""
-        candidates = [name, *(name[match.end() :] for match in re.finditer(r"\.", name))]
-        for candidate in candidates:
+    def _base_entry(self, name: str, key: str) -> TensorEntry:
+        """Return the base model's entry of a tensor; checkpoints may lack prefixes of module names."""
+        for candidate in (name, *(name[match.end() :] for match in re.finditer(r"\.", name))):
             if candidate in self.base:
-                return candidate
+                return self.base.entries[candidate]
         longer_names = [base_name for base_name in self.base if base_name.endswith(f".{name}")]
         if len(longer_names) == 1:
-            return longer_names[0]
+            return self.base.entries[longer_names[0]]
         raise self._refusal(f"it changes '{name}' (by '{key}'), which the base model does not have")
 
     def _refusal(self, reason: str) -> UserError:
@@ -251,14 +235,5 @@ class _Matcher:
         )
 
 
-def _without_prefix(key: str) -> str:
-    for prefix in _PREFIXES:
-        if key.startswith(prefix):
-            return key.removeprefix(prefix)
-    return key
-
-
 def _read(entry: TensorEntry) -> NDArray[Any]:
-    with os_errors_as_user_errors(entry.file), entry.file.open("rb", buffering=0) as file:
-        raw = os.pread(file.fileno(), entry.num_bytes, entry.begin)
-    return decode(raw, entry.dtype, entry.shape)
+    return decode(entry.read(), entry.dtype, entry.shape)

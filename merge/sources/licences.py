@@ -15,7 +15,6 @@ from pathlib import Path
 import yaml
 
 from ...core.errors import UserError
-from ...core.manifests.manifest import manifest_path, read_manifest
 
 CARD = "README.md"
 
@@ -77,27 +76,18 @@ def check_licences(licences: Mapping[str, str | None]) -> LicenceReport:
     return LicenceReport(tuple(conflicts), tuple(_notes(licences, known)), _result(licences, known))
 
 
-def licence_of_folder(folder: Path) -> str | None:
-    """Return the licence of a model folder, from its manifest or its model card; None if neither has one."""
-    if manifest_path(folder) is not None:
-        return read_manifest(folder).licence
+def licence_on_card(folder: Path) -> str | None:
+    """Return the licence in the YAML front matter of a folder's model card; None without one."""
     card = folder / CARD
-    if not card.is_file():
-        return None
-    licence = front_matter(card.read_text(encoding="utf-8", errors="replace")).get("license")
-    return licence if isinstance(licence, str) else None
-
-
-def front_matter(text: str) -> dict[str, object]:
-    """Return the YAML front matter of a model card; empty if missing or malformed."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if not text.startswith("---"):
-        return {}
-    head, _, _ = text[3:].partition("\n---")
+        return None
     try:
-        content = yaml.safe_load(head)
+        content = yaml.safe_load(text[3:].partition("\n---")[0])
     except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        return None
+    licence = content.get("license") if isinstance(content, dict) else None
+    return licence if isinstance(licence, str) else None
 
 
 def require_compatible(report: LicenceReport, allow_conflicts: bool) -> None:
@@ -107,13 +97,10 @@ def require_compatible(report: LicenceReport, allow_conflicts: bool) -> None:
 
 
 def _is_conflict(first: str, second: str) -> bool:
-    if first == second:
+    table, pair = licence_table(), frozenset({first, second})
+    if first == second or pair in table.combines_into:
         return False
-    table = licence_table()
-    pair = frozenset({first, second})
-    if pair in table.combines_into:
-        return False
-    if pair in table.incompatible or (first in table.copyleft and second in table.copyleft):
+    if pair in table.incompatible or pair <= table.copyleft:
         return True
     return any(
         restricted in table.non_commercial and other in table.copyleft
@@ -141,13 +128,9 @@ def _result(licences: Mapping[str, str | None], known: Mapping[str, str]) -> str
     if not distinct:
         return None
     if len(distinct) == 1:
-        name = next(iter(known))
-        original_spelling = licences[name]
-        return original_spelling.strip() if original_spelling is not None else None
+        return (licences[next(iter(known))] or "").strip()  # in its original spelling
     table = licence_table()
     binding = sorted(distinct & (table.copyleft | table.non_commercial))
     while len(binding) > 1 and frozenset(binding[:2]) in table.combines_into:
         binding = sorted({table.combines_into[frozenset(binding[:2])], *binding[2:]})
-    if len(binding) == 1:
-        return binding[0]
-    return "; ".join(sorted(distinct))
+    return binding[0] if len(binding) == 1 else "; ".join(sorted(distinct))

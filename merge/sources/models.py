@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...core.artefacts.digests import tensor_prefix
+from ...core.artefacts.digest_cache import digests_of_untouched
+from ...core.artefacts.digests import digest_of_tensors, digest_of_tokenizer
 from ...core.artefacts.files import read_json
-from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry, checkpoint_files
+from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.models.loading import ExpertTensors, seed_of
-from .adapters import ADAPTER_CONFIG
+from .adapters import ADAPTER_CONFIG, Adapter
+from .licences import licence_on_card
 from .tensor_names import HEADS, embedding_name
-
-if TYPE_CHECKING:
-    from .adapters import Adapter
 
 DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 """Name suffixes of buffers in old checkpoints that models recompute."""
@@ -45,26 +44,82 @@ class StoredTensor:
         return self.entry.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """One model of a merge."""
+    """One model of a merge. Its manifest is read once; headers and configuration are read once, at first use."""
 
     name: str
     folder: Path
-    model_folder: Path
-    """Folder with `config.json` and tokenizer; for an expert, its seed's folder."""
-    tensors: Mapping[str, StoredTensor]
     kind: str
     """`seed`, `expert`, `generalist`, `adapter`, or `model` for any other Hugging Face folder."""
     manifest: Manifest | None = None
-    adapter: Adapter | None = None
-    changed: frozenset[str] = field(default_factory=frozenset)
-    """Names of tensors that differ from the seed's."""
+    seed: Source | None = None
+    """Seed of the merge, or the given base model of an adapter."""
+
+    @cached_property
+    def base(self) -> Source | None:
+        """Model that an expert or adapter changes; None for a whole model."""
+        if self.kind == "adapter":
+            return self.seed
+        if self.kind != "expert" or self.manifest is None:
+            return None
+        seed_digests = [parent.digest for parent in self.manifest.parents if parent.kind == "seed"]
+        if self.seed is not None and self.seed.manifest is not None and self.seed.manifest.digest in seed_digests:
+            return self.seed
+        return open_source("seed", seed_of(self.folder, self.manifest))
+
+    @property
+    def root(self) -> Source:
+        """The whole model below an expert or adapter."""
+        return self if self.base is None else self.base.root
+
+    @property
+    def model_folder(self) -> Path:
+        """Folder with `config.json` and tokenizer; for an expert, its seed's folder."""
+        return self.root.folder
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """Headers of the weights in the folder; for an expert, of the tensors that training changed."""
+        if self.kind == "expert":
+            return ExpertTensors(self.root.checkpoint, self.folder).changed
+        if not (self.folder / "config.json").is_file():
+            raise UserError(f"{self.folder} has no config.json: it is not a model folder, or it is unfinished")
+        return Checkpoint.of_folder(self.folder)
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The adapter in the folder; None for other models."""
+        return Adapter.open(self.folder, self.root.checkpoint) if self.kind == "adapter" else None
+
+    @cached_property
+    def own(self) -> Mapping[str, StoredTensor]:
+        """Tensors that differ from the base; all tensors of a whole model."""
+        if self.base is not None and self.adapter is not None:
+            base = self.base.tensors
+            return {
+                name: StoredTensor(base[name].entry, base[name].expected, self.adapter, name)
+                for name in self.adapter.changes
+            }
+        expected = self.manifest.tensors if self.manifest is not None else {}
+        entries = self.checkpoint.entries
+        # loading drops a stored output head that is tied to the embedding
+        is_tied = self.base is None and self.config.get("tie_word_embeddings", False) and embedding_name(entries)
+        return {
+            name: StoredTensor(entry, expected.get(name), name=name)
+            for name, entry in entries.items()
+            if not (is_tied and name in HEADS)
+        }
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """All tensors by name."""
+        return self.own if self.base is None else {**self.base.tensors, **self.own}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """Content of `config.json`."""
-        return read_json(self.model_folder / "config.json")
+        return read_json(self.folder / "config.json") if self.base is None else self.base.config
 
     @cached_property
     def num_layers(self) -> int:
@@ -76,106 +131,75 @@ class Source:
                 return value
         raise UserError(f"{self.model_folder / 'config.json'} does not contain the number of layers")
 
+    @cached_property
+    def licence(self) -> str | None:
+        """Licence according to the manifest or the model card; None if neither has one."""
+        return self.manifest.licence if self.manifest is not None else licence_on_card(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """Digest of the tokenizer files."""
+        return digest_of_tokenizer(self.model_folder)
+
+    @property
+    def seed_digest(self) -> str | None:
+        """Digest of the model's seed (its own for a seed); None if it is not recorded."""
+        if self.manifest is None:
+            return None
+        if self.manifest.kind == "seed":
+            return self.manifest.digest
+        return next((parent.digest for parent in self.manifest.parents if parent.kind == "seed"), None)
+
+    def digest(self, read: Mapping[TensorEntry, str]) -> str:
+        """Return the digest of a model without a manifest; `read` holds digests computed during a merge."""
+        if self.adapter is not None:
+            return self.adapter.digest
+        known = {name: read[entry] for name, entry in self.checkpoint.entries.items() if entry in read}
+        return digest_of_tensors(digests_of_untouched(self.checkpoint, known))
+
 
 def open_source(name: str, folder: Path, seed: Source | None = None, *, allow_containers: bool = False) -> Source:
-    """Open one model by its headers: an artefact, a Hugging Face folder, or an adapter of `seed`.
+    """Open one model: an artefact, a Hugging Face folder, or an adapter of `seed`.
 
-    Raises `UserError` for folders that are unfinished, damaged, pickled or of an unknown kind, and for generalists that
-    contain several models, unless `allow_containers` is set.
+    Raises `UserError` for folders that are unfinished, and for generalists that contain several models, unless
+    `allow_containers` is set; the first use of its tensors raises for weights that are damaged or pickled.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; merges need local model folders")
     if (folder / ADAPTER_CONFIG).is_file():
-        return _open_adapter(name, folder, seed)
-    path = manifest_path(folder)
-    if path is None:
+        if seed is None:
+            raise UserError(
+                f"{folder} is an adapter and needs the model it was trained on; give that model as the seed (base_model)"
+            )
+        return Source(name, folder, "adapter", seed=seed)
+    if manifest_path(folder) is None:
         if (folder / "run.json").is_file():
             raise UserError(f"{folder} is not finished: it has a run.json, but no manifest; finish its training first")
-        return _open_model(name, folder, "model", None)
+        return Source(name, folder, "model")
     manifest = read_manifest(folder)
-    if manifest.kind == "expert":
-        return _open_expert(name, folder, manifest, seed)
-    model_type = str(read_json(folder / "config.json").get("model_type", ""))
-    if model_type.startswith("expertctl_") and not allow_containers:
+    source = Source(name, folder, manifest.kind, manifest, seed)
+    if manifest.kind == "expert" or allow_containers:
+        return source
+    if str(source.config.get("model_type", "")).startswith("expertctl_"):
         raise UserError(f"{folder} is a generalist that contains several models; merge its experts instead")
-    return _open_model(name, folder, manifest.kind, manifest)
+    return source
 
 
-def _open_model(name: str, folder: Path, kind: str, manifest: Manifest | None) -> Source:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json: it is not a model folder, or it is unfinished")
-    checkpoint = Checkpoint.of_folder(folder)
-    expected = _expected_digests(folder, manifest)
-    tensors = {
-        tensor: StoredTensor(entry, expected.get(tensor), name=tensor) for tensor, entry in checkpoint.entries.items()
-    }
-    tensors = _drop_tied_heads(tensors, read_json(folder / "config.json"))
-    return Source(name, folder, folder, tensors, kind, manifest, changed=frozenset(tensors))
-
-
-def _open_expert(name: str, folder: Path, manifest: Manifest, seed: Source | None) -> Source:
-    """Open an expert: the tensors that training changed, and the seed's tensors otherwise."""
-    seed_source = seed
-    if seed_source is None or seed_source.manifest is None or not _descends_from(manifest, seed_source.manifest):
-        seed_source = _open_model("seed", seed_folder := seed_of(folder, manifest), "seed", read_manifest(seed_folder))
-    trained_entries = ExpertTensors(Checkpoint.of_folder(seed_source.folder), folder).changed.entries
-    changed = {
-        tensor: StoredTensor(entry, manifest.tensors.get(tensor), name=tensor)
-        for tensor, entry in trained_entries.items()
-    }
-    tensors = {**seed_source.tensors, **changed}
-    return Source(
-        name,
-        folder,
-        seed_source.model_folder,
-        tensors,
-        "expert",
-        manifest,
-        changed=frozenset(changed),
-    )
-
-
-def _descends_from(expert: Manifest, seed: Manifest) -> bool:
-    return any(parent.kind == "seed" and parent.digest == seed.digest for parent in expert.parents)
-
-
-def _open_adapter(name: str, folder: Path, base: Source | None) -> Source:
-    from .adapters import Adapter
-
-    if base is None:
-        raise UserError(
-            f"{folder} is an adapter and needs the model it was trained on; give that model as the seed (base_model)"
-        )
-    adapter = Adapter.open(folder, Checkpoint.of_folder(base.model_folder))
-    changed = {
-        tensor: StoredTensor(base.tensors[tensor].entry, base.tensors[tensor].expected, adapter, tensor)
-        for tensor in adapter.changed
-    }
-    return Source(
-        name,
-        folder,
-        base.model_folder,
-        {**base.tensors, **changed},
-        "adapter",
-        None,
-        adapter,
-        frozenset(changed),
-    )
-
-
-def _expected_digests(folder: Path, manifest: Manifest | None) -> dict[str, str]:
-    """Return the digests of a checkpoint's tensors according to its manifest."""
-    if manifest is None:
-        return {}
-    files = checkpoint_files(folder)
-    prefixes = {tensor_prefix(folder, file) for file in files}
-    assert prefixes == {""}, prefixes  # checkpoint files are at the top of their folder
-    return dict(manifest.tensors)
-
-
-def _drop_tied_heads(tensors: dict[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """Drop a stored output head if it is tied to the embedding, as loading does."""
-    embedding = embedding_name(tensors)
-    if not config.get("tie_word_embeddings", False) or embedding is None:
-        return tensors
-    return {name: tensor for name, tensor in tensors.items() if name not in HEADS}
+def open_sources(
+    models: Mapping[str, Path],
+    seed: str | None,
+    adapter_bases: Mapping[str, Path] | None = None,
+    *,
+    allow_containers: bool = False,
+) -> dict[str, Source]:
+    """Open all models of a merge; the seed first, because experts and adapters are based on it."""
+    sources: dict[str, Source] = {}
+    if seed is not None:
+        sources[seed] = open_source(seed, models[seed], allow_containers=allow_containers)
+    for name, folder in models.items():
+        if name != seed:
+            base = sources[seed] if seed is not None else None
+            if adapter_bases is not None and name in adapter_bases:
+                base = open_source(f"base of {name}", adapter_bases[name])
+            sources[name] = open_source(name, folder, base, allow_containers=allow_containers)
+    return sources

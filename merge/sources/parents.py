@@ -1,18 +1,16 @@
-"""Selects the experts of a merge, checks their lineage, and records them as parents."""
+"""Selects the experts of a workspace's merge and checks their lineage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...core.artefacts.digest_cache import digests_of_untouched
-from ...core.artefacts.digests import MANIFEST_NAMES, digest_of_tensors
+from ...core.artefacts.digests import MANIFEST_NAMES
 from ...core.artefacts.layout import Layout
-from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError, unknown_name
-from ...core.manifests.manifest import Manifest, Parent, read_manifest
+from ...core.manifests.manifest import Manifest
 from ...core.manifests.verification import require_intact
-from .licences import licence_of_folder
+from .models import Source
 
 SEED = "seed"
 
@@ -46,26 +44,20 @@ def _outside_folder(layout: Layout, name: str) -> Path:
     return path.resolve() if path.is_dir() or path.is_absolute() else (layout.root / path).resolve()
 
 
-def check_lineage(
-    seed: Path, experts: Mapping[str, Path], *, tensors: bool = True, unrelated: bool = False
-) -> tuple[Manifest, dict[str, Manifest]]:
-    """Check the seed and the experts against their manifests and return the manifests.
+def check_lineage(sources: Mapping[str, Source], *, tensors: bool = True, unrelated: bool = False) -> None:
+    """Check the seed and the experts of a workspace's merge against their manifests.
 
-    With `tensors`, every byte is verified; otherwise, tensors are left to the code that reads them. Folders without a
-    manifest are not checked. Raises `UserError` for changed files and, unless `unrelated`, for experts with another
-    seed or tokenizer.
+    With `tensors`, every byte is verified; otherwise, tensors are left to the code that reads them. Other models are
+    not checked. Raises `UserError` for changed files and, unless `unrelated`, for experts with another seed or tokenizer.
     """
-    if not (seed / MANIFEST_NAMES["seed"]).is_file():
-        raise UserError(f"{seed} has no finished seed; make it with `expertctl seed`")
-    seed_manifest = read_manifest(seed)
-    with_manifest = {name: folder for name, folder in experts.items() if (folder / MANIFEST_NAMES["expert"]).is_file()}
-    manifests = {name: read_manifest(folder) for name, folder in with_manifest.items()}
+    seed = sources[SEED].manifest
+    assert seed is not None
+    manifests = {name: source.manifest for name, source in sources.items() if source.kind == "expert"}
     for name, manifest in manifests.items():
-        if not unrelated:
-            _require_same_seed(name, manifest, seed_manifest)
-    for folder in (seed, *with_manifest.values()):
-        require_intact(folder, tensors=tensors)
-    return seed_manifest, manifests
+        if manifest is not None and not unrelated:
+            _require_same_seed(name, manifest, seed)
+    for name in (SEED, *manifests):
+        require_intact(sources[name].folder, tensors=tensors, manifest=sources[name].manifest)
 
 
 def _require_same_seed(name: str, manifest: Manifest, seed: Manifest) -> None:
@@ -81,24 +73,3 @@ def _require_same_seed(name: str, manifest: Manifest, seed: Manifest) -> None:
             f"expert '{name}' was trained with tokenizer {manifest.tokenizer[:12]}, but the seed has "
             f"{seed.tokenizer[:12]}; their embedding rows belong to different tokens"
         )
-
-
-def parents_of(
-    seed: Manifest, folders: Mapping[str, Path], experts: Mapping[str, Manifest], weights: Mapping[str, float]
-) -> tuple[Parent, ...]:
-    """Return the parents of a generalist for its manifest, the seed first.
-
-    Models without a manifest are identified by the digest of their tensors.
-    """
-
-    def of_folder(name: str, folder: Path) -> Parent:
-        digest = digest_of_tensors(digests_of_untouched(Checkpoint.of_folder(folder), {}))
-        return Parent("model", name, digest, weights.get(name), licence=licence_of_folder(folder))
-
-    return (
-        Parent.of(seed, SEED),
-        *(
-            Parent.of(experts[name], name, weights.get(name)) if name in experts else of_folder(name, folder)
-            for name, folder in folders.items()
-        ),
-    )

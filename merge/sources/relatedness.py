@@ -6,14 +6,12 @@ similarity, while two random initialisations are nearly orthogonal. This is a sa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.files import os_errors_as_user_errors
-from ...core.artefacts.numeric import FLOATING, decode
-from ...core.artefacts.safetensors_io import DTYPES, TensorEntry
+from ...core.artefacts.numeric import DTYPES, FLOATING, decode
+from ...core.artefacts.safetensors_io import TensorEntry
 from ...core.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,13 +86,12 @@ def _sample(entry: TensorEntry) -> NDArray[Any]:
     """Return evenly spaced pieces of a tensor, concatenated, as float64."""
     import numpy as np
 
-    width = DTYPES[entry.dtype][1]
+    width = DTYPES[entry.dtype].num_bytes
     count = entry.num_bytes // width
     size = min(PIECE_NUMBERS, count)
     begins = [(count - size) * index // max(SAMPLED_PIECES - 1, 1) for index in range(SAMPLED_PIECES)]
-    with os_errors_as_user_errors(entry.file), entry.file.open("rb", buffering=0) as file:
-        pieces = [
-            decode(os.pread(file.fileno(), size * width, entry.begin + begin * width), entry.dtype, (size,))
-            for begin in dict.fromkeys(begins)
-        ]
+    pieces = [
+        decode(entry.read(begin * width, (begin + size) * width), entry.dtype, (size,))
+        for begin in dict.fromkeys(begins)
+    ]
     return np.concatenate(pieces).astype("f8")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from ...core.artefacts.files import read_json
 from ...core.artefacts.layout import Layout
@@ -16,26 +15,31 @@ from ...core.artefacts.statistics_files import (
 )
 from ...core.errors import UserError
 from ...core.hooks.merging import MergeMethod, TensorMerge
-from ...core.manifests.manifest import manifest_path, read_manifest
-from ..recipes.recipe import Recipe
-from .models import StoredTensor
+from .models import Source, StoredTensor
+
+Statistics = Mapping[str, Mapping[str, StoredTensor]]
+"""Statistics of tensors, by expert and tensor."""
 
 
 def find_statistics(
-    method: MergeMethod, recipe: Recipe, layout: Layout | None
-) -> Mapping[str, Mapping[str, StoredTensor]] | None:
-    """Return the statistics that a method needs, by expert and tensor; None if it needs none.
+    method: MergeMethod, experts: Sequence[str], sources: Mapping[str, Source], layout: Layout | None
+) -> Statistics:
+    """Return the statistics that a method needs; empty if it needs none.
 
     Statistics are in the workspace's `statistics/EXPERT/KIND`, or in `statistics/NAME/KIND` beside an expert's folder.
     Raises `UserError` with the command to run if statistics are missing or outdated.
     """
     if not isinstance(method, TensorMerge) or method.statistics is None:
-        return None
-    return {name: _open(name, recipe.models[name], method.statistics, layout) for name in recipe.experts}
+        return {}
+    return {name: _open(sources[name], method.statistics, layout) for name in experts}
 
 
-def _open(name: str, expert: Path, kind: str, layout: Layout | None) -> dict[str, StoredTensor]:
-    folder = _find_folder(name, expert, kind, layout)
+def _open(source: Source, kind: str, layout: Layout | None) -> dict[str, StoredTensor]:
+    name = source.name
+    candidates = [source.folder.parent / STATISTICS_FOLDER / name / kind]
+    if layout is not None:
+        candidates.insert(0, layout.statistics / name / kind)
+    folder = next((candidate for candidate in candidates if statistics_manifest(candidate).is_file()), None)
     command = f"expertctl stats {name} --kind {kind}"
     if folder is None:
         raise UserError(f"expert '{name}' has no {kind} statistics; collect them with `{command}`")
@@ -44,7 +48,7 @@ def _open(name: str, expert: Path, kind: str, layout: Layout | None) -> dict[str
         raise UserError(
             f"{statistics_manifest(folder)} has the unsupported format {manifest.get('format')}; collect it again with `{command}`"
         )
-    if manifest_path(expert) is not None and manifest.get("expert_digest") != read_manifest(expert).digest:
+    if source.manifest is not None and manifest.get("expert_digest") != source.manifest.digest:
         raise UserError(
             f"the {kind} statistics in {folder} belong to an earlier version of expert '{name}'; collect them again with "
             f"`{command} --force`"
@@ -54,10 +58,3 @@ def _open(name: str, expert: Path, kind: str, layout: Layout | None) -> dict[str
     return {
         tensor: StoredTensor(entry, digests.get(tensor), name=tensor) for tensor, entry in checkpoint.entries.items()
     }
-
-
-def _find_folder(name: str, expert: Path, kind: str, layout: Layout | None) -> Path | None:
-    candidates = [expert.parent / STATISTICS_FOLDER / name / kind]
-    if layout is not None:
-        candidates.insert(0, layout.statistics / name / kind)
-    return next((candidate for candidate in candidates if statistics_manifest(candidate).is_file()), None)

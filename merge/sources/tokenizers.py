@@ -14,7 +14,7 @@ rows of the same token are merged:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,10 +59,9 @@ class ModelVocabulary:
         return {part: self.content.get(part) for part in _PARTS}
 
     @cached_property
-    def added(self) -> dict[str, int]:
-        """Added tokens -> token id."""
-        entries = (self.content or {}).get("added_tokens") or []
-        return {token["content"]: token["id"] for token in entries}
+    def added(self) -> dict[str, dict[str, Any]]:
+        """Added tokens -> entry in tokenizer.json."""
+        return {entry["content"]: entry for entry in (self.content or {}).get("added_tokens") or []}
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -75,11 +74,23 @@ class ModelVocabulary:
         vocabulary = self.content.get("model", {}).get("vocab", {})
         if isinstance(vocabulary, list):  # unigram: a list of (token, score)
             vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
-        return {**vocabulary, **self.added}
+        return {**vocabulary, **{token: entry["id"] for token, entry in self.added.items()}}
 
-    @cached_property
-    def has_files(self) -> bool:
-        return any((self.folder / name).is_file() for name in TOKENIZER_FILES)
+    @property
+    def num_tokens(self) -> int:
+        """One more than the largest token id."""
+        return max(self.tokens.values(), default=-1) + 1
+
+    def is_equivalent(self, other: ModelVocabulary) -> bool:
+        """Return whether two models have equivalent tokenizers and the same number of embedding rows."""
+        if self.rows != other.rows:
+            return False
+        if self.parts is not None and other.parts is not None:
+            return self.parts == other.parts
+        for folder in (self.folder, other.folder):
+            if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+                return True  # without tokenizer files, the tokenizer of the other model applies
+        return _file_contents(self.folder) == _file_contents(other.folder)
 
 
 @dataclass(frozen=True)
@@ -96,41 +107,31 @@ class VocabularyPlan:
     """Output row -> models whose mean row is used by models that lack it."""
     shared: frozenset[int] = frozenset()
     """Output rows that all models take from `fills`, even if they have the row."""
-    added: Mapping[str, int] = field(default_factory=dict)
-    """Tokens added to the tokenizer of `source` -> token id."""
-    added_by: Mapping[str, Path] = field(default_factory=dict)
-    """Added token -> folder of the first model that has it."""
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Tokens added to the tokenizer of `source` -> entry of tokenizer.json."""
     notes: tuple[str, ...] = ()
 
     def rearrange(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the models' tensors, rearranged from (rows, ...) to (size, ...); rows that no model has are zero."""
         import numpy as np
 
-        rearranged_tensors: dict[str, NDArray[Any]] = {}
+        rearranged: dict[str, NDArray[Any]] = {}
         for name, tensor in tensors.items():
             rows = np.asarray(self.rows.get(name, range(self.size)))
-            rows = np.where(rows < tensor.shape[0], rows, -1)
-            rearranged_tensors[name] = np.where(
-                (rows >= 0).reshape(-1, *[1] * (tensor.ndim - 1)),
-                tensor[np.maximum(rows, 0)],
-                tensor.dtype.type(0),
-            )
-        self._fill(rearranged_tensors, tensors)
-        return rearranged_tensors
-
-    def _fill(self, rearranged_tensors: dict[str, NDArray[Any]], tensors: Mapping[str, NDArray[Any]]) -> None:
-        import numpy as np
-
-        lacking = {name: self._missing_rows(name, tensors[name].shape[0]) for name in tensors}
-        for row in sorted(set().union(self.shared, *lacking.values())):
-            models_with_row = [name for name in tensors if row not in lacking[name]]
+            is_present = ((rows >= 0) & (rows < tensor.shape[0])).reshape(-1, *[1] * (tensor.ndim - 1))
+            source_rows = tensor[np.where(rows < tensor.shape[0], np.maximum(rows, 0), 0)]
+            rearranged[name] = np.where(is_present, source_rows, tensor.dtype.type(0))
+        missing = {name: self._missing_rows(name, tensor.shape[0]) for name, tensor in tensors.items()}
+        for row in sorted(set().union(self.shared, *missing.values())):
+            models_with_row = [name for name in tensors if row not in missing[name]]
             source_models = [name for name in self.fills.get(row, ()) if name in models_with_row] or models_with_row
             if not source_models:
                 continue  # padding that no model has stays zero
-            value = np.mean([rearranged_tensors[name][row].astype("f8") for name in source_models], axis=0)
+            value = np.mean([rearranged[name][row].astype("f8") for name in source_models], axis=0)
             for name in tensors:
-                if row in self.shared or row in lacking[name]:
-                    rearranged_tensors[name][row] = value
+                if row in self.shared or row in missing[name]:
+                    rearranged[name][row] = value
+        return rearranged
 
     def _missing_rows(self, name: str, rows: int) -> set[int]:
         source_rows = self.rows.get(name)
@@ -154,7 +155,7 @@ def plan_vocabulary(
     models = {base.name: base, **others}
     if policy not in POLICIES and policy not in models:
         raise unknown_name("tokenizer policy", policy, [*POLICIES, *models], listed_as="there are")
-    different = [other for other in others.values() if not _is_equivalent(base, other)]
+    different = [other for other in others.values() if not base.is_equivalent(other)]
     token_sources = tokens or {}
     is_change_requested = bool(token_sources) or pad_to_multiple_of is not None or policy in others
     if not different and not is_change_requested:
@@ -162,9 +163,9 @@ def plan_vocabulary(
     if different and policy == "refuse":
         raise UserError(_difference(base, different[0]))
     base_model = models.get(policy, base)
-    added = _added_tokens(base_model, list(models.values())) if policy == "union" else {}
+    added = _added_tokens(base_model, models.values()) if policy == "union" else {}
     size = _size(base_model, len(added), pad_to_multiple_of)
-    token_ids = {**base_model.tokens, **added} if (different or is_change_requested) else {}
+    token_ids = {**base_model.tokens, **{token: entry["id"] for token, entry in added.items()}}
     rows = {name: _source_rows(model, token_ids, size, model is base_model) for name, model in models.items()}
     fills, shared = _fills(base_model, models, token_ids, added, token_sources)
     return VocabularyPlan(
@@ -174,20 +175,8 @@ def plan_vocabulary(
         fills=fills,
         shared=frozenset(shared),
         added=added,
-        added_by={token: next(model.folder for model in models.values() if token in model.tokens) for token in added},
-        notes=tuple(f"token '{token}' is added to the tokenizer with id {number}" for token, number in added.items()),
+        notes=tuple(f"token '{token}' is added to the tokenizer with id {added[token]['id']}" for token in added),
     )
-
-
-def _is_equivalent(first: ModelVocabulary, second: ModelVocabulary) -> bool:
-    """Return whether two models have equivalent tokenizers and the same number of embedding rows."""
-    if first.rows != second.rows:
-        return False
-    if first.parts is not None and second.parts is not None:
-        return first.parts == second.parts
-    if not second.has_files or not first.has_files:
-        return True  # without tokenizer files, the tokenizer of the other model applies
-    return _file_contents(first.folder) == _file_contents(second.folder)
 
 
 def _file_contents(folder: Path) -> dict[str, bytes]:
@@ -215,18 +204,16 @@ def _difference(base: ModelVocabulary, other: ModelVocabulary) -> str:
     return f"{prefix}{len(base_tokens):,} and {len(other_tokens):,} tokens, {len(changed):,} of them different ({examples}){hint}"
 
 
-def _added_tokens(base: ModelVocabulary, models: Sequence[ModelVocabulary]) -> dict[str, int]:
-    """Return tokens added by other models with their new ids, which use padding rows first."""
-    new_tokens: dict[str, int] = {}
-    next_id = max(base.tokens.values(), default=-1) + 1
+def _added_tokens(base: ModelVocabulary, models: Iterable[ModelVocabulary]) -> dict[str, dict[str, Any]]:
+    """Return the entries of tokens added by other models with their new ids, which use padding rows first."""
+    new_tokens: dict[str, dict[str, Any]] = {}
     for model in models:
         if model.content is None or base.content is None:
             continue
         _require_same_core(base, model)
-        for token, _ in sorted(model.added.items(), key=lambda pair: pair[1]):
+        for token, entry in sorted(model.added.items(), key=lambda pair: pair[1]["id"]):
             if token not in base.tokens and token not in new_tokens:
-                new_tokens[token] = next_id
-                next_id += 1
+                new_tokens[token] = {**entry, "id": base.num_tokens + len(new_tokens)}
     return new_tokens
 
 
@@ -243,7 +230,7 @@ def _require_same_core(base: ModelVocabulary, model: ModelVocabulary) -> None:
 
 
 def _size(base: ModelVocabulary, num_added: int, multiple: int | None) -> int:
-    num_tokens = max(base.tokens.values(), default=-1) + 1 if base.content is not None else base.rows
+    num_tokens = base.num_tokens if base.content is not None else base.rows
     needed = num_tokens + num_added
     if multiple is not None:
         return -(-needed // multiple) * multiple
@@ -275,7 +262,7 @@ def _fills(
     leading: ModelVocabulary,
     models: Mapping[str, ModelVocabulary],
     token_ids: Mapping[str, int],
-    added: Mapping[str, int],
+    added: Mapping[str, Any],
     token_sources: Mapping[str, TokenSource],
 ) -> tuple[dict[int, tuple[str, ...]], set[int]]:
     """Return the source models of missing rows, and the rows that all models take from them."""
@@ -316,24 +303,20 @@ def write_tokenizer(plan: VocabularyPlan | None, leading: Path, output: Path) ->
 def _add_tokens(plan: VocabularyPlan, output: Path) -> None:
     """Add the new tokens to the written files, in the format of the tokenizers library."""
     content = read_json(output / TOKENIZER_FILE)
-    content.setdefault("added_tokens", [])
-    decoder: dict[str, Any] = {}
-    for token, number in plan.added.items():
-        entry = next(
-            added_token
-            for added_token in read_json(plan.added_by[token] / TOKENIZER_FILE)["added_tokens"]
-            if added_token["content"] == token
-        )
-        content["added_tokens"].append({**entry, "id": number})
-        decoder[str(number)] = {key: value for key, value in entry.items() if key != "id"}
+    content["added_tokens"] = [*content.get("added_tokens", []), *plan.added.values()]
     _write(output / TOKENIZER_FILE, content)
-    if (output / "tokenizer_config.json").is_file():
-        config = read_json(output / "tokenizer_config.json")
+    config_file, ids_file = output / "tokenizer_config.json", output / "added_tokens.json"
+    if config_file.is_file():
+        config = read_json(config_file)
         if "added_tokens_decoder" in config:
-            config["added_tokens_decoder"] |= decoder
-            _write(output / "tokenizer_config.json", config)
-    if (output / "added_tokens.json").is_file():
-        _write(output / "added_tokens.json", {**read_json(output / "added_tokens.json"), **plan.added})
+            config["added_tokens_decoder"] |= {
+                str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+                for entry in plan.added.values()
+            }
+            _write(config_file, config)
+    if ids_file.is_file():
+        ids = {token: entry["id"] for token, entry in plan.added.items()}
+        _write(ids_file, {**read_json(ids_file), **ids})
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

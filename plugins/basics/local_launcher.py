@@ -16,7 +16,8 @@ from typing import IO, Any
 
 from ...core.artefacts.files import user_fixable_error, write_text
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.training import Launcher, LaunchResult, RunReporter
+from ...core.hooks.training import Launcher
+from ...core.reporting import LaunchResult, Reporter
 
 
 @hookimpl
@@ -24,7 +25,7 @@ def launchers() -> list[Launcher]:
     return [Launcher("local", "one process per run on this machine", launch)]
 
 
-def launch(runs: Sequence[Path], jobs: int, reporter: RunReporter, options: object = None) -> list[LaunchResult]:
+def launch(runs: Sequence[Path], jobs: int, reporter: Reporter, options: object = None) -> list[LaunchResult]:
     """Train every run, at most `jobs` at a time; a failed process does not affect the others.
 
     On Ctrl-C every running process writes a checkpoint and stops; the remaining runs are not started.
@@ -42,7 +43,7 @@ def launch(runs: Sequence[Path], jobs: int, reporter: RunReporter, options: obje
 class _WorkerProcesses:
     """The worker processes of one launch."""
 
-    def __init__(self, reporter: RunReporter) -> None:
+    def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self._running: set[subprocess.Popen[str]] = set()
         self._stopping = Event()
@@ -54,7 +55,7 @@ class _WorkerProcesses:
             result = self._train(run)
         except OSError as error:
             result = LaunchResult(run, str(user_fixable_error(error, run) or error))
-        self._reporter.finished(result)
+        self._reporter.run_finished(result)
         return result
 
     def _train(self, run: Path) -> LaunchResult:
@@ -109,9 +110,9 @@ class _WorkerProcesses:
                 continue
             last_record = record
             if record.get("event") == "started":
-                self._reporter.started(run, int(record["total_steps"]))
+                self._reporter.run_started(run, int(record["total_steps"]))
             if record.get("event") in ("started", "progress"):
-                self._reporter.progressed(run, record)
+                self._reporter.run_progressed(run, record)
         return last_record
 
     def stop(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.merging import Assembler, MergeMethod
-from ...core.hooks.mixtures import Router
+from ...core.hooks.mixtures import RouterStart
 from ...merge.mixture.mixing import plan_mixture
 from ...merge.mixture.options import MixtureOptions
 from ...merge.mixture.routing.prompt_starts import prompt_rows, prompt_state_rows, prompt_token_rows
@@ -40,26 +40,26 @@ def merge_methods() -> list[MergeMethod]:
 
 
 @hookimpl
-def routers() -> list[Router]:
+def router_starts() -> list[RouterStart]:
     return [
-        Router("random", "normally distributed rows", random_rows),
-        Router("linear", "uniformly distributed rows, as in torch.nn.Linear", linear_rows),
-        Router("uniform", "rows of 0: equal logits for all experts", uniform_rows),
-        Router("embedding", "router rows trained with the experts (trainer flexolmo)", embedding_rows),
-        Router("prompts", "hidden states of positive and negative prompts", prompt_rows, uses_model=True),
-        Router(
+        RouterStart("random", "normally distributed rows", random_rows),
+        RouterStart("linear", "uniformly distributed rows, as in torch.nn.Linear", linear_rows),
+        RouterStart("uniform", "rows of 0: equal logits for all experts", uniform_rows),
+        RouterStart("embedding", "router rows trained with the experts (trainer flexolmo)", embedding_rows),
+        RouterStart("prompts", "hidden states of positive and negative prompts", prompt_rows, uses_model=True),
+        RouterStart(
             "prompt_states",
             "layer inputs at the last token of prompts, as in mergekit-moe",
             prompt_state_rows,
             uses_model=True,
         ),
-        Router(
+        RouterStart(
             "prompt_tokens",
             "token embeddings of prompts, the same in every layer",
             prompt_token_rows,
             uses_model=True,
         ),
-        Router(
+        RouterStart(
             "hidden",
             "linear discriminants of hidden states of validation text",
             hidden_rows,

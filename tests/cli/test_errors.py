@@ -44,7 +44,7 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
         (["eval", "forst"], "no model 'forst' (did you mean 'forest'?)"),
         (["eval", "seed", "--domains", "prosa"], "no domain 'prosa' (did you mean 'prose'?)"),
         (["data", "prepare", "cod"], "no domain 'cod' (did you mean 'code'?)"),
-        (["merge", "x"], "merge 'x' is not in expertctl.yaml; say how: --method METHOD"),
+        (["merge", "x"], "merge 'x' is not in expertctl.yaml; give its method: --method METHOD"),
         (["merge", "x", "--method", "ensmble"], "no merge method 'ensmble' (did you mean 'ensemble'?)"),
         (["merge", "x", "--method", "average", "--experts", "cde"], "no expert 'cde' (did you mean 'code'?)"),
         (
@@ -58,7 +58,7 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
         (["merge", "forest", "--method", "ensemble"], "exists already; use --force"),
         (
             ["branch", "law"],
-            "expert 'law' is not in expertctl.yaml; say which domain it is for: --domain DOMAIN",
+            "expert 'law' is not in expertctl.yaml; give its domain: --domain DOMAIN",
         ),
         (["branch", "code", "--domain", "code"], "exists already; use --force"),
         (["branch", "seed", "--domain", "code"], "an expert cannot be called 'seed'"),
@@ -140,23 +140,23 @@ def test_verbose_shows_where_an_error_arose(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_bug_keeps_its_traceback(run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertctl.workspace import Workspace
+    from expertctl.workspace.generalists import Generalists
 
-    def broken(self: Workspace, *arguments: object, **settings: object) -> None:
+    def broken(self: Generalists, *arguments: object, **settings: object) -> None:
         raise ZeroDivisionError("our fault")
 
-    monkeypatch.setattr(Workspace, "merge", broken)
+    monkeypatch.setattr(Generalists, "merge", broken)
     with pytest.raises(ZeroDivisionError, match="our fault"):
         run("merge", "x", "--method", "average")
 
 
 def test_ctrl_c_is_one_line_and_130(run: Any, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertctl.workspace import Workspace
+    from expertctl.workspace.generalists import Generalists
 
-    def stopped(self: Workspace, *arguments: object, **settings: object) -> None:
+    def stopped(self: Generalists, *arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Workspace, "merge", stopped)
+    monkeypatch.setattr(Generalists, "merge", stopped)
     result = run("--json", "merge", "x", "--method", "average")
     assert result.status == 130
     assert result.json == {"error": "interrupted; run the same command again"}

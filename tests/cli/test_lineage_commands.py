@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from expertctl import TrainResult
 from expertctl.core.manifests.manifest import read_manifest
-from expertctl.workspace import TrainResult, Workspace
+from expertctl.workspace.project import Project
 
 
 def test_show_lists_what_is_there_and_what_is_not_yet(run: Any, workspace: Path) -> None:
@@ -37,10 +38,10 @@ def test_show_lists_what_is_there_and_what_is_not_yet(run: Any, workspace: Path)
 def test_show_and_doctor_tell_the_command_that_goes_on_with_a_seed(
     run: Any, fresh: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], source: str, command: str
 ) -> None:
-    def stopped(self: Workspace, runs: list[Path], *others: object) -> TrainResult:
+    def stopped(self: Project, runs: list[Path], **others: object) -> TrainResult:
         return TrainResult((), interrupted=tuple(folder.name for folder in runs))
 
-    monkeypatch.setattr(Workspace, "_launch", stopped)
+    monkeypatch.setattr(Project, "launch", stopped)
     config = (fresh / "expertctl.yaml").read_text(encoding="utf-8").replace("seed: {", f"seed: {{{source}")
     (fresh / "expertctl.yaml").write_text(config, encoding="utf-8")
     assert run("seed", *options, cwd=fresh).status == 130

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from flexolmo_workspaces import OWNERS
 
-from expertctl import comparison
 from expertctl.core.hooks.evaluation import Metric, Score
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
 from expertctl.experts.measures import evaluation
 from expertctl.experts.measures.evaluation import EvaluationTable
-from expertctl.workspace import Workspace
+from expertctl.workspace import Workspace, comparison
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_routing_is_shown_by_domain_and_expert(campus: Path, run: Any) -> None:
         assert len(one["load_by_layer"]) == 2
     shown = run("show", "--routing", "campus", "--domains", "prose", cwd=campus)
     assert "entropy" in shown.out
-    assert "is no mixture of experts" in run("show", "--routing", "seed", cwd=campus).error
+    assert "is not a mixture of experts" in run("show", "--routing", "seed", cwd=campus).error
     assert run("show", "campus", "--domains", "prose", cwd=campus).status == 2
 
 
@@ -144,7 +143,7 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
     monkeypatch.setattr(comparison, "_experts_of", lambda *args: experts)
     monkeypatch.setattr(comparison, "_merged", lambda *args: campus / "seed")
     monkeypatch.setattr(evaluation, "evaluate", evaluated)
-    found = comparison.compare(Workspace(campus), "campus", ("best-expert", "ensemble"))
+    found = Workspace(campus).compare("campus", ("best-expert", "ensemble"))
     assert len(set(scored)) == 4, "the model, two experts, and an ensemble"
     means = {name: found.table.mean(name, found.metric) for name in found.table.scores}
     assert means == {"campus": 3.0, "best-expert": 1.0, "ensemble": 0.0}
@@ -177,7 +176,7 @@ def test_a_mixture_is_tuned_in_a_process_of_its_own(campus: Path, run: Any) -> N
         (("tune", "y", "--from", "campus", "--trains", "ruoter", "--domains", "public"), "no trainer 'ruoter'"),
         (("tune", "y", "--from", "absent", "--trains", "router", "--domains", "public"), "no model 'absent'"),
         (("branch", "y", "--domain", "prose", "--trains", "router"), "use it with `expertctl tune NAME --trains router`"),
-        (("merge", "y", "--method", "mixture", "--option", "router=embeding"), "no router 'embeding'"),
+        (("merge", "y", "--method", "mixture", "--option", "router=embeding"), "no router start 'embeding'"),
         (("merge", "y", "--method", "flexolmo", "--experts", "prose,means,chance", "--option", "top_k=9"), "top_k is 9; with 4 experts it must be in the range 1 to 4"),
         (("merge", "y", "--method", "flexolmo", "--option", "target=mixtral"), "supported: 'flex_olmo', 'container'"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from expertctl import Reporter
 from expertctl.core.testing import tiny_model_folder
 from expertctl.experts.training.run import train_run
 
@@ -26,7 +27,7 @@ def test_an_expert_is_branched_trained_and_shown(workspace: Path, run: Any) -> N
         "noise": "seeded",
         "embedding_noise": None,
     }
-    train_run(workspace / "experts" / "clinic", lambda record: None, lambda: False)
+    train_run(workspace / "experts" / "clinic", Reporter(), lambda: False)
     shown = run("show", "clinic").out
     assert "none: the noise is drawn from the random seed" in shown
     assert "documents" in shown
@@ -35,7 +36,7 @@ def test_an_expert_is_branched_trained_and_shown(workspace: Path, run: Any) -> N
     assert content["data"]["privacy"]["clip"] == 0.5
 
     run(*BRANCH, BUDGET, "--set", "batch_size=1", "--force")
-    train_run(workspace / "experts" / "clinic", lambda record: None, lambda: False)
+    train_run(workspace / "experts" / "clinic", Reporter(), lambda: False)
     assert "at delta 0.001 (rdp) for one block of 64 tokens, added or removed" in run("show", "clinic").out
 
 

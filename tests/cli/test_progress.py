@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from expertctl.core.hooks.training import LaunchResult
+from expertctl import LaunchResult
 from expertctl.core.process import progress
-from expertctl.core.process.progress import Bars, Count, Lines, RunProgress, Silence, display, duration
+from expertctl.core.process.progress import Bars, Lines, Progress, Silence, display, duration
 
 RUN = Path("experts/law")
 
@@ -25,14 +25,14 @@ class Clock:
 
 def test_lines_come_after_two_seconds_and_then_every_five() -> None:
     clock, stream = Clock(), io.StringIO()
-    with RunProgress(Lines(stream, clock), ["law"], clock) as shown:
-        shown.started(RUN, 200)
-        shown.progressed(RUN, {"event": "started", "step": 40, "total_steps": 200, "tokens_per_step": 100})
+    with Progress(Lines(stream, clock), ["law"], clock) as shown:
+        shown.run_started(RUN, 200)
+        shown.run_progressed(RUN, {"event": "started", "step": 40, "total_steps": 200, "tokens_per_step": 100})
         for step in range(41, 81):
             clock.now += 0.25
-            shown.progressed(RUN, {"event": "progress", "step": step, "loss": 2.5})
+            shown.run_progressed(RUN, {"event": "progress", "step": step, "loss": 2.5})
         clock.now += 0.1
-        shown.finished(LaunchResult(RUN, None))
+        shown.run_finished(LaunchResult(RUN, None))
     assert stream.getvalue().splitlines() == [
         "law: 24%, 48 of 200 steps, loss 2.500, 400 tokens/s, 0:38 left",
         "law: 34%, 68 of 200 steps, loss 2.500, 400 tokens/s, 0:33 left",
@@ -45,30 +45,30 @@ def test_notes_of_a_run_are_shown_at_once(
 ) -> None:
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
     where = Bars() if bars else Lines()
-    with RunProgress(where, ["law"]) as shown:
+    with Progress(where, ["law"]) as shown:
         if isinstance(where, Bars):
             where._timer.join(timeout=10)
-        shown.started(RUN, 10)
-        shown.progressed(RUN, {"event": "started", "step": 0, "notes": ["text does not teach [its] router"]})
-        shown.progressed(RUN, {"event": "progress", "step": 1, "loss": 2.5})
+        shown.run_started(RUN, 10)
+        shown.run_progressed(RUN, {"event": "started", "step": 0, "notes": ["text does not teach [its] router"]})
+        shown.run_progressed(RUN, {"event": "progress", "step": 1, "loss": 2.5})
     assert capsys.readouterr().err.count("law: text does not teach [its] router") == 1
 
 
 def test_work_under_two_seconds_shows_nothing() -> None:
     clock, stream = Clock(), io.StringIO()
-    with Count("evaluating", "scores", 3, Lines(stream, clock), clock) as count:
-        for _ in range(3):
+    with Progress(Lines(stream, clock), clock=clock) as shown:
+        for done in range(1, 4):
             clock.now += 0.5
-            count.next()
+            shown.progress("evaluating", done, 3, "scores")
     assert stream.getvalue() == ""
 
 
 def test_work_of_unknown_size_is_counted() -> None:
     clock, stream = Clock(), io.StringIO()
-    with Count("documents", "documents", None, Lines(stream, clock), clock) as count:
-        count.to(512, "law")
+    with Progress(Lines(stream, clock), clock=clock) as shown:
+        shown.progress("law", 512, unit="documents")
         clock.now += 3
-        count.to(2048, "law")
+        shown.progress("law", 2048, unit="documents")
     assert stream.getvalue() == "law: 2,048 documents\n"
 
 
@@ -77,10 +77,10 @@ def test_bars_appear_after_the_silence_and_name_every_run(
 ) -> None:
     monkeypatch.setattr(progress, "SILENT_SECONDS", 0.0)
     bars = Bars()
-    with RunProgress(bars, ["law", "code"]) as shown:
+    with Progress(bars, ["law", "code"]) as shown:
         bars._timer.join(timeout=10)
-        shown.started(RUN, 10)
-        shown.progressed(RUN, {"event": "progress", "step": 5, "loss": 2.5})
+        shown.run_started(RUN, 10)
+        shown.run_progressed(RUN, {"event": "progress", "step": 5, "loss": 2.5})
     err = capsys.readouterr().err
     assert "law" in err
     assert "code" in err
@@ -88,8 +88,8 @@ def test_bars_appear_after_the_silence_and_name_every_run(
 
 
 def test_bars_of_short_work_never_appear(capsys: pytest.CaptureFixture[str]) -> None:
-    with Count("evaluating", "scores", 3, Bars()) as count:
-        count.next()
+    with Progress(Bars()) as shown:
+        shown.progress("evaluating", 1, 3, "scores")
     assert capsys.readouterr().err == ""
 
 

@@ -158,7 +158,7 @@ def other_generalists(workspace: Path) -> Iterator[tuple[str, str]]:
             "--experts",
             "topics-0,topics-1,topics-2",
         ),
-        *("--option", "router=cluster"),
+        *("--option", "mixer=clusters"),
     )
     yield from artefacts(workspace, "clusters", "experts/topics-*", "generalists/g-*")
 

@@ -113,7 +113,7 @@ class Federation:
         text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
         owner.configure(OwnerSettings(text))
         if invited:
-            self.coordinator.members.add(name, key.public)
+            self.coordinator.files.members.add(name, key.public)
         return owner
 
     def ask(self, name: str, recipe: Recipe, **until: float) -> ExpertRequest:
@@ -138,7 +138,7 @@ class Federation:
 
     def accepted(self) -> dict[str, str]:
         """Return the accepted experts, by owner."""
-        entries = self.coordinator.ledger.states().values()
+        entries = self.coordinator.files.ledger.states().values()
         return {entry.owner: entry.detail for entry in entries if entry.state == "accepted"}
 
     def limit_files(self, size: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from expertctl import Reporter, TuningSettings
 from expertctl.core.testing import tiny_model_folder
 from expertctl.experts.training.run import train_run
 from expertctl.workspace import Workspace
@@ -68,17 +69,15 @@ def make_flexolmo_workspace(
 def train_here(workspace: Workspace, name: str, **settings: Any) -> Path:
     """Branch and train one expert in this process."""
     workspace.branch(name, **settings)
-    train_run(workspace.experts / name, lambda record: None, lambda: False)
+    train_run(workspace.experts / name, Reporter(), lambda: False)
     return workspace.experts / name
 
 
-def tune_here(workspace: Workspace, name: str, base: str, **settings: Any) -> Path:
+def tune_here(workspace: Workspace, name: str, base: str, *, force: bool = False, **settings: Any) -> Path:
     """Tune a generalist in this process."""
-    from expertctl.core.config.settings import TrainingConfig
     from expertctl.experts.runs.tuning import start_tuning
 
-    given: dict[str, Any] = {"options": {}, "training": {}, **settings}
-    given["training"] = TrainingConfig(**given["training"])
-    folder = start_tuning(workspace.layout, workspace.config, name, base=base, **given)
-    train_run(folder, lambda record: None, lambda: False)
+    start_tuning(workspace.layout, workspace.config, name, base, TuningSettings(**settings), force=force)
+    folder = workspace.generalists / name
+    train_run(folder, Reporter(), lambda: False)
     return folder

@@ -15,9 +15,9 @@ from expertctl.core.hooks.merging import MergeMethod
 from expertctl.merge.engine.calculator import EngineSettings, Written, run_merge
 from expertctl.merge.engine.reading import PIECE_NUMBERS
 from expertctl.merge.engine.shards import plan_shards
-from expertctl.merge.planning.plan import open_sources
 from expertctl.merge.planning.tensor_planner import plan_tensors
 from expertctl.merge.recipes.recipe import Recipe, whole_models
+from expertctl.merge.sources.models import open_sources
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,7 +88,7 @@ def engine_merge(
 ) -> Written:
     """Plan and run a merge with the engine alone: no checks of relatedness, licences or tokenizers."""
     chosen = method or installed_plugins().offer(MergeMethod, what.method)
-    stack = plan_tensors(what, chosen, open_sources(what))
+    stack = plan_tensors(what, chosen, open_sources(what.models, what.seed, what.adapter_bases))
     shards = plan_shards(stack.tensors, shard_bytes)
     output.mkdir(exist_ok=True)
     return run_merge(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reporters import Recorder
 from safetensors.torch import load_file, save_file
 
 import expertctl
@@ -28,6 +29,7 @@ from expertctl.core.manifests.verification import verify
 from expertctl.core.models.posterior import EWMA_RATE
 from expertctl.core.testing import fresh_plugins
 from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.reporting import SILENT
 from expertctl.merge.merging import MergeRun, merge
 from expertctl.merge.planning.weights import resolve_weights
 
@@ -50,7 +52,7 @@ def average(workspace: Path, name: str = "m", **settings: Any) -> Any:
 
 
 def weights(wanted: Any, experts: tuple[str, ...] = EXPERTS) -> dict[str, float]:
-    return resolve_weights(wanted, Path("seed"), dict.fromkeys(experts, Path()), [], lambda line: None)
+    return resolve_weights(wanted, Path("seed"), dict.fromkeys(experts, Path()), tuple, SILENT)
 
 
 def test_uniform_weights_are_equal_and_sum_to_one() -> None:
@@ -292,7 +294,7 @@ def test_what_the_project_file_declares_is_merged(tmp_path: Path, new_workspace:
     workspace = new_workspace(tmp_path / "ws", EXPERTS, config=config)
     manifest = expertctl.Workspace(workspace).merge("m")
     assert {parent.name: parent.weight for parent in manifest.parents[1:]} == {"law": 0.75, "code": 0.25}
-    with pytest.raises(UserError, match=r"merge 'n' is not in expertctl\.yaml; say how: --method METHOD"):
+    with pytest.raises(UserError, match=r"merge 'n' is not in expertctl\.yaml; give its method: --method METHOD"):
         expertctl.Workspace(workspace).merge("n")
 
 
@@ -322,7 +324,7 @@ def with_plugins(monkeypatch: pytest.MonkeyPatch, *methods: MergeMethod, told: l
                 told.append(event)
 
     manager: PluginManager = fresh_plugins(Plugin())
-    for module in ("merge.merging", "merge.planning.plan", "merge.generalists.folder", "workspace"):
+    for module in ("merge.merging", "merge.planning.plan", "merge.generalists.folder", "workspace.generalists"):
         monkeypatch.setattr(f"expertctl.{module}.installed_plugins", lambda: manager)
 
 
@@ -386,14 +388,14 @@ def naive_prior(workspace: Path, texts: list[ValidationText], samples: int) -> l
 
 def test_posterior_weights_are_the_naive_cached_prior(workspace: Path, tmp_path: Path) -> None:
     texts = [some_text(tmp_path, "a", 41, 1), some_text(tmp_path, "b", 17, 2)]
-    said: list[str] = []
+    recorder = Recorder()
     config = MergeConfig(method="average", weights="posterior")
-    manifest = merge(Layout(workspace), "m", config, validation=lambda: texts, run=MergeRun(say=said.append))
+    manifest = merge(Layout(workspace), "m", config, validation=lambda: texts, run=MergeRun(reporter=recorder))
     found = manifest.merged.weights
     assert sum(found.values()) == pytest.approx(1, abs=1e-9)
     assert list(found.values()) == pytest.approx(naive_prior(workspace, texts, 100), abs=1e-5)
     assert manifest.merged.fitted_on == ("a", "b")
-    assert said[0] == "fitting the prior of 3 experts on 10 blocks of a, b"
+    assert recorder.lines[0] == "fitting the prior of 3 experts on 10 blocks of a, b"
 
 
 def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: Path) -> None:
@@ -401,11 +403,11 @@ def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: P
     config = MergeConfig(method="ensemble", options={"samples": 4})
     merge(Layout(workspace), "m", config, validation=lambda: texts)
     stored = json.loads((workspace / "generalists" / "m" / "config.json").read_text())
-    assert stored["prior"] == pytest.approx(naive_prior(workspace, texts, 4), abs=1e-5)
+    assert stored["mixer_settings"]["prior"] == pytest.approx(naive_prior(workspace, texts, 4), abs=1e-5)
     model, _ = expertctl.load_model(workspace / "generalists" / "m")
-    assert model.prior.tolist() == pytest.approx(stored["prior"])
+    assert model.mixer.prior.tolist() == pytest.approx(stored["mixer_settings"]["prior"])
     model.target_log_probs(torch.tensor([[4, 5, 6, 7]]))
-    assert model.prior.tolist() == pytest.approx(stored["prior"])
+    assert model.mixer.prior.tolist() == pytest.approx(stored["mixer_settings"]["prior"])
 
 
 def test_a_text_shorter_than_a_block_is_read_as_it_is(workspace: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ only its new words. Shapes: N = texts, F = vocabulary, d = width, K = clusters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ...artefacts.files import read_json, write_json
 from ...artefacts.safetensors_io import Checkpoint, write_tensors
 from ...errors import UserError
+from ...reporting import SILENT, Reporter
 from .balanced_kmeans import fit, squared_distances
 from .words import NUMBER, Analyser, hash_of, is_mostly_unspaced, words_of
 
@@ -138,9 +139,7 @@ class Clusterer:
         )
 
 
-def fit_clusterer(
-    texts: Sequence[str], settings: ClustererSettings, say: Callable[[str], None] = lambda line: None
-) -> Clusterer:
+def fit_clusterer(texts: Sequence[str], settings: ClustererSettings, reporter: Reporter = SILENT) -> Clusterer:
     """Fit vocabulary, word vectors and centres to a sample of texts, which must fit into memory.
 
     Raises `UserError` if fewer texts have words of the vocabulary than there are clusters.
@@ -155,7 +154,7 @@ def fit_clusterer(
     if settings.analyser is None:
         analyser: Analyser = "characters" if is_mostly_unspaced(shortened) else "words"
         settings = replace(settings, analyser=analyser)
-        say(f"clustering by {'words' if analyser == 'words' else 'letter bigrams and trigrams'}")
+        reporter.say(f"clustering by {'words' if analyser == 'words' else 'letter bigrams and trigrams'}")
     counts, vocabulary, spellings = _count_words(shortened, settings)
     used = np.flatnonzero(np.diff(counts.indptr))
     if len(used) < settings.clusters:
@@ -175,7 +174,9 @@ def fit_clusterer(
         vectors = (idf.idf_[:, None] * np.transpose(svd.components_)).astype(np.float32)
     points = unit_rows(counts[used].astype(np.float32) @ vectors)
     kmeans = fit(points, settings.clusters, seed=settings.seed, rounds=settings.rounds, balanced=settings.balanced)
-    say(f"{len(vocabulary):,} words; k-means ended after {kmeans.rounds} rounds (last shift {kmeans.shift:.1g})")
+    reporter.say(
+        f"{len(vocabulary):,} words; k-means ended after {kmeans.rounds} rounds (last shift {kmeans.shift:.1g})"
+    )
     return Clusterer(settings, vocabulary, vectors, kmeans.centres.astype(np.float32), spellings)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
 from ....core.artefacts.files import link_or_copy, remove_tree
 from ....core.artefacts.layout import Layout, check_name
@@ -20,22 +19,6 @@ from ..protocol.requests import ExpertRequest
 from ..rounds.shared_model import SharedModel
 
 
-class Destination(Protocol):
-    """Judges a complete delivery and moves it to its final folder."""
-
-    @property
-    def seed(self) -> Path:
-        """Folder of the seed that the owner started from."""
-        ...
-
-    def judge(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
-        """Return the refusal of an artefact's folder, or None."""
-
-    def take(self, folder: Path, request: ExpertRequest) -> str:
-        """Move or consume an accepted artefact's folder; return the artefact's name."""
-        ...
-
-
 @dataclass(frozen=True)
 class ExpertsFolder:
     """`experts/NAME` of a workspace, with a number if the name exists."""
@@ -46,14 +29,17 @@ class ExpertsFolder:
 
     @property
     def seed(self) -> Path:
+        """Folder of the seed that the owner started from."""
         return self.layout.seed
 
     def judge(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
+        """Return the refusal of an artefact's folder, or None."""
         return refusal_of_expert(
             folder, signed, request, self.seed, self.rules, lambda: self.measure(self.seed, folder)
         )
 
     def take(self, folder: Path, request: ExpertRequest) -> str:
+        """Move an accepted artefact's folder and return the artefact's name."""
         name, number = request.owner, 2
         while (self.layout.experts / name).exists():
             name, number = f"{request.owner}-{number}", number + 1

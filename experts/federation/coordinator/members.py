@@ -41,17 +41,13 @@ class Members:
         status = self.path.stat()
         stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
         if stamp != self._file_stamp:
-            self._cache = {member.name: member for member in self._read()}
-            self._file_stamp = stamp
+            content = read_json(self.path)
+            try:
+                members = {name: Member(name, PublicKey.parse(line)) for name, line in content["members"].items()}
+            except (KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{self.path} is damaged ({error}); restore it, or invite the owners again") from None
+            self._cache, self._file_stamp = dict(sorted(members.items())), stamp
         return self._cache
-
-    def _read(self) -> list[Member]:
-        content = read_json(self.path)
-        try:
-            members = [Member(name, PublicKey.parse(line)) for name, line in content["members"].items()]
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}); restore it, or invite the owners again") from None
-        return sorted(members, key=lambda member: member.name)
 
     def get(self, name: str) -> Member:
         """Return a member by name; raises `UserError` that lists the members."""

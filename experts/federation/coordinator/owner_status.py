@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from ....core.artefacts.files import read_json
 from ..protocol.progress import Progress
 from ..protocol.requests import ExpertRequest, without_superseded
 from .coordinator import Coordinator
-from .ledger import Entry, State
+from .ledger import State
 from .presence import ONLINE_WITHIN
 
 
@@ -31,54 +30,30 @@ class OwnerStatus:
 
 def owner_statuses(coordinator: Coordinator) -> list[OwnerStatus]:
     """Return the status of every member: one entry for each current request, or one for a member without requests."""
-    heard, now = coordinator.presence.heard(), coordinator.now()
+    files, now = coordinator.files, coordinator.now()
+    heard = files.presence.heard()
     statuses = []
-    for member in coordinator.members.all():
-        entries = coordinator.ledger.states_of(member.name)
-        current = without_superseded([coordinator.request(identifier) for identifier in entries])
-        progress = {request.id: _progress(coordinator, request) for request in current}
-        times = [at for _, at in progress.values() if at is not None]
-        seen = max([*times, *([heard[member.name]] if member.name in heard else [])], default=None)
-        online = member.name in heard and now - heard[member.name] <= ONLINE_WITHIN
-        if not current:
+    for member in files.members.all():
+        entries = files.ledger.states_of(member.name)
+        requests = without_superseded([files.request(identifier) for identifier in entries])
+        progress = {request.id: files.progress(request.id) for request in requests}
+        heard_at = heard.get(member.name)
+        seen = max(filter(None, [heard_at, *(at for _, at in progress.values())]), default=None)
+        online = heard_at is not None and now - heard_at <= ONLINE_WITHIN
+        if not requests:
             statuses.append(OwnerStatus(member.name, online, seen))
-        for request in current:
+        for request in requests:
             entry = entries[request.id]
+            detail = entry.detail if entry.state != "asked" else _open_detail(coordinator, request)
+            training = progress[request.id][0]
             statuses.append(
-                OwnerStatus(
-                    member.name,
-                    online,
-                    seen,
-                    request.id,
-                    entry.state,
-                    _detail(coordinator, entry, request),
-                    progress[request.id][0],
-                    request.deadline,
-                )
+                OwnerStatus(member.name, online, seen, request.id, entry.state, detail, training, request.deadline)
             )
     return statuses
 
 
-def _detail(coordinator: Coordinator, entry: Entry, request: ExpertRequest) -> str:
-    if entry.state != "asked":
-        return entry.detail
+def _open_detail(coordinator: Coordinator, request: ExpertRequest) -> str:
     if request.deadline <= coordinator.now():
         return "the deadline has passed"
-    return _handout_problem(coordinator, request) or str(request.recipe.round or "")
-
-
-def _handout_problem(coordinator: Coordinator, request: ExpertRequest) -> str:
-    """Return a message if the owner's node did not take the request, else an empty text."""
-    path = coordinator.root / "handed" / f"{request.id}.json"
-    code = read_json(path)["code"] if path.is_file() else "TAKEN"
-    return "" if code == "TAKEN" else f"the owner's node replied {code}"
-
-
-def _progress(coordinator: Coordinator, request: ExpertRequest) -> tuple[Progress | None, datetime | None]:
-    """Return the latest progress of a request's training run, and its time."""
-    path = coordinator.root / "progress" / f"{request.id}.json"
-    if not path.is_file():
-        return None, None
-    content = read_json(path)
-    seen = datetime.fromisoformat(content.pop("at"))
-    return Progress.of_json(content), seen
+    code = coordinator.files.handout(request.id)
+    return f"the owner's node replied {code}" if code != "TAKEN" else str(request.recipe.round or "")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from ....core.artefacts.files import exclusive
+from ....core.artefacts.files import exclusive, link_or_copy, new_folder
 from ....core.artefacts.layout import check_name, require_free
 from ....core.errors import UserError, first_line
+from ....core.manifests.finishing import finish_artefact
+from ....core.manifests.generalist import GeneralistConfig
+from ....core.manifests.manifest import Manifest, Parent, read_manifest
+from ....core.manifests.records import parse_record
+from ....core.manifests.statements import DataStatement
+from ....core.reporting import Reporter
 from ..rounds.round_plan import RoundPlan, RoundReport
 from ..rounds.shared_model import SETTINGS_FILE, SharedModel, SharedSettings
 from .coordinator import Coordinator, digest_of_seed
-from .shared_generalist import write_shared_generalist
 
 PAUSE_S = 2.0
 """Seconds between two passes over all shared models."""
@@ -51,8 +56,8 @@ def begin_rounds(coordinator: Coordinator, name: str, plan: RoundPlan, settings:
     """
     now = _now(coordinator)
     for owner in plan.owners:
-        coordinator.members.get(owner)
-    root = coordinator.shared_root / check_name(name, "a shared model")
+        coordinator.files.members.get(owner)
+    root = coordinator.files.shared_root / check_name(name, "a shared model")
     with exclusive(_lock(root), f"shared model '{name}'"):
         if not (root / SETTINGS_FILE).is_file():
             layout = coordinator.layout
@@ -79,7 +84,14 @@ def advance(coordinator: Coordinator, shared: SharedModel) -> list[str]:
         while not shared.is_trained:
             messages += _request_missing(coordinator, shared)
             if shared.rounds.state(_now(coordinator)) != "ready":
-                return messages + _shortage_message(coordinator, shared)
+                status = status_of(coordinator, shared)
+                if status.state == "short":
+                    messages.append(
+                        f"round {status.number + 1} of {status.total} of '{status.name}' has {len(status.delivered)} of "
+                        f"{status.owners} owners and needs {status.needed}; repeat the same `expertctl federate ask` to "
+                        "extend its deadline"
+                    )
+                return messages
             messages.append(_closing_message(shared, shared.rounds.close(_now(coordinator))))
         manifest = write_shared_generalist(coordinator, shared)
         shared.finish(manifest.digest)
@@ -87,9 +99,7 @@ def advance(coordinator: Coordinator, shared: SharedModel) -> list[str]:
     return messages
 
 
-def keep_rounds(
-    coordinator: Coordinator, tell: Callable[[str], None], stop: threading.Event, pause_s: float = PAUSE_S
-) -> None:
+def keep_rounds(coordinator: Coordinator, reporter: Reporter, stop: threading.Event, pause_s: float = PAUSE_S) -> None:
     """Advance all shared models until `stop` is set; errors are reported once and retried."""
     reported: dict[str, str] = {}
     while not stop.wait(pause_s):
@@ -101,7 +111,7 @@ def keep_rounds(
             for message in messages:
                 if reported.get(name) != message:
                     reported[name] = message
-                    tell(message)
+                    reporter.say(message)
 
 
 def status_of(coordinator: Coordinator, shared: SharedModel) -> SharedStatus:
@@ -142,7 +152,7 @@ def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]
     """Send requests for the open round to missing owners without one, or with one that ends before the round."""
     rounds, recipe, seed = shared.rounds, shared.recipe(), shared.seed_folder()
     digest = digest_of_seed(seed)
-    member_names = {member.name for member in coordinator.members.all()}
+    member_names = {member.name for member in coordinator.files.members.all()}
     for owner in rounds.missing():
         if owner not in member_names:
             rounds.leave_out(owner, "REMOVED", "no longer a member")
@@ -159,21 +169,61 @@ def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]
     return [f"{recipe.round}: {owners} asked until {deadline:%Y-%m-%d %H:%M} UTC"]
 
 
-def _shortage_message(coordinator: Coordinator, shared: SharedModel) -> list[str]:
-    status = status_of(coordinator, shared)
-    if status.state != "short":
-        return []
-    return [
-        f"round {status.number + 1} of {status.total} of '{status.name}' has {len(status.delivered)} of {status.owners} owners "
-        f"and needs {status.needed}; repeat the same `expertctl federate ask` to extend its deadline"
-    ]
-
-
 def _closing_message(shared: SharedModel, report: RoundReport) -> str:
     averaged = _enumerate(list(report.shares))
     message = f"round {report.number + 1} of {shared.settings.total} of '{shared.name}': {averaged} averaged"
     excluded = [*report.refused, *report.missing]
     return f"{message}, without {_enumerate(sorted(excluded))}" if excluded else message
+
+
+def write_shared_generalist(coordinator: Coordinator, shared: SharedModel) -> Manifest:
+    """Write `generalists/NAME`, unless it exists with the same weights, and return its manifest.
+
+    Raises `UserError` if another artefact has the name.
+    """
+    layout, last = coordinator.layout, shared.seed_folder()
+    target = layout.generalists / shared.name
+    weights = read_manifest(last).digest
+    if (target / "generalist.json").is_file() and read_manifest(target).digest == weights:
+        return read_manifest(target)
+    with new_folder(target, what="generalist") as partial:
+        for path in sorted(last.iterdir()):
+            if path.name not in ("seed.json", "README.md"):
+                link_or_copy(path, partial / path.name)
+        return finish_artefact(partial, _manifest(coordinator, shared))
+
+
+def _manifest(coordinator: Coordinator, shared: SharedModel) -> Manifest:
+    rounds, seed = shared.rounds, read_manifest(shared.seed_folder())
+    reports = [rounds.report(number) for number in range(shared.settings.total)]
+    return Manifest(
+        kind="generalist",
+        name=shared.name,
+        tokenizer=seed.tokenizer,
+        parents=(Parent("seed", "seed", rounds.start, None, seed.owner, seed.licence),),
+        config=GeneralistConfig(
+            method=rounds.plan.recipe,
+            kind="shared",
+            options={"quorum": rounds.plan.quorum, **asdict(rounds.plan.rules)},
+            training={**shared.settings.training, "steps_per_round": shared.settings.steps},
+            rounds=tuple(asdict(report) for report in reports),
+        ),
+        expert_data=_statements(coordinator, shared),
+        licence=seed.licence,
+    )
+
+
+def _statements(coordinator: Coordinator, shared: SharedModel) -> dict[str, DataStatement]:
+    """Return the data statement of each owner's latest accepted delivery."""
+    latest: dict[str, tuple[int, DataStatement]] = {}
+    for request, signed in coordinator.files.accepted():
+        round_ = request.recipe.round
+        if round_ is not None and round_.rounds == shared.identifier:
+            number, _ = latest.get(request.owner, (-1, DataStatement()))
+            if round_.number > number:
+                data = parse_record(DataStatement, dict(signed.statement.data), f"delivery of {request.owner}")
+                latest[request.owner] = (round_.number, DataStatement(data.domains))
+    return {owner: data for owner, (_, data) in sorted(latest.items())}
 
 
 def _enumerate(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ....core.artefacts.digests import MANIFEST_NAMES
 from ....core.artefacts.files import read_json
-from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, torch_dtype
+from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, TensorEntry, torch_dtype
 from ....core.errors import UserError, first_line
 from ....core.manifests.manifest import Manifest, read_manifest
 from ....core.manifests.verification import verify
@@ -97,7 +97,7 @@ class _Refused(Exception):
 
 
 def refusal_of_statement(
-    signed: SignedStatement, request: ExpertRequest, key: PublicKey, seed_bytes: int, rules: Rules
+    signed: SignedStatement, request: ExpertRequest, key: PublicKey, rules: Rules
 ) -> Refusal | None:
     """Judge a statement before any file is sent; return the refusal or None."""
     statement = signed.statement
@@ -114,6 +114,7 @@ def refusal_of_statement(
     if len(tensors) > 1 + MAX_EXTRA_FILES:
         return Refusal(RefusalCode.FILES, f"{len(tensors)} tensor files")
     total = sum(file.size for file in statement.files)
+    seed_bytes = sum(file.size for file in request.seed_files)
     if total > seed_bytes + rules.size_slack:
         return Refusal(RefusalCode.TOO_LARGE, f"{total:,} bytes; the seed has {seed_bytes:,}")
     return None
@@ -192,11 +193,9 @@ def _check_tensors(folder: Path, manifest: Manifest, seed: Path, rules: Rules) -
     for name in expert:
         if name not in base:
             raise _Refused(RefusalCode.SHAPES, f"the seed has no tensor '{name:.100}'")
-        entry, base_entry = expert.entry(name), base.entry(name)
-        if entry.shape != base_entry.shape:
-            raise _Refused(RefusalCode.SHAPES, f"'{name}' is {list(entry.shape)}, the seed's {list(base_entry.shape)}")
-        if entry.dtype != base_entry.dtype:
-            raise _Refused(RefusalCode.DTYPES, f"'{name}' is {entry.dtype}, the seed's {base_entry.dtype}")
+        refusal = refusal_of_entry(expert.entry(name), base.entry(name), "the seed's")
+        if refusal is not None:
+            raise _Refused(refusal.code, refusal.detail)
         if name not in trainable and expert.digest(name) != seed_digests.get(name):
             raise _Refused(RefusalCode.FROZEN, f"'{name}'")
         change = relative_change(expert, base, name)
@@ -204,6 +203,15 @@ def _check_tensors(folder: Path, manifest: Manifest, seed: Path, rules: Rules) -
             raise _Refused(
                 RefusalCode.NORM, f"'{name}' by {change:.3g} times its norm; {rules.max_change:g} is allowed"
             )
+
+
+def refusal_of_entry(entry: TensorEntry, expected: TensorEntry, label: str) -> Refusal | None:
+    """Refuse a tensor of another shape or dtype than the expected one, which the refusal calls `label`."""
+    if entry.shape != expected.shape:
+        return Refusal(RefusalCode.SHAPES, f"'{entry.name}' is {list(entry.shape)}, {label} {list(expected.shape)}")
+    if entry.dtype != expected.dtype:
+        return Refusal(RefusalCode.DTYPES, f"'{entry.name}' is {entry.dtype}, {label} {expected.dtype}")
+    return None
 
 
 def relative_change(expert: Checkpoint, base: Checkpoint, name: str) -> float:
@@ -227,10 +235,17 @@ def _finite_values(chunk: memoryview, dtype: str, label: str) -> Tensor:
     import torch
 
     stored = torch.frombuffer(bytearray(chunk), dtype=torch.uint8).view(torch_dtype(dtype))
-    values = stored if stored.dtype == torch.float64 else stored.float()
+    values = upcast(stored)
     if not bool(torch.isfinite(values.abs().max() if values.numel() else torch.zeros(()))):
         raise _Refused(RefusalCode.NOT_FINITE, label)
     return values
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype used for comparing and averaging: float64 stays, other dtypes become float32."""
+    import torch
+
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _squared_norm(values: Tensor) -> float:

@@ -54,13 +54,12 @@ class KeptSeeds:
             raise UserError(
                 f"{folder} holds seed {digest[:12]}, the request needs {request.seed[:12]}; name another folder"
             )
-        files = {file.name: file for file in request.seed_files}
-        for name, file in files.items():
-            if not (folder / name).is_file() or parts_of(folder / name, file.part_size).sha256 != file.sha256:
-                raise UserError(
-                    f"{folder / name} differs from the requested seed's; fetch the seed again, or omit --seed"
-                )
-        return self._store(request, {name: folder / name for name in files})
+        paths = {file.name: folder / file.name for file in request.seed_files}
+        for file in request.seed_files:
+            path = paths[file.name]
+            if not path.is_file() or parts_of(path, file.part_size).sha256 != file.sha256:
+                raise UserError(f"{path} differs from the requested seed's; fetch the seed again, or omit --seed")
+        return self._store(request, paths)
 
     def drop(self, request: ExpertRequest) -> None:
         """Delete a request's seed and its partial download."""

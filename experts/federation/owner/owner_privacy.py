@@ -34,11 +34,7 @@ def privacy_of(request: ExpertRequest, demanded: Mapping[str, Any] | None) -> di
         )
     if requested is None:
         return dict(demanded)
-    return {
-        **requested,
-        **demanded,
-        **{name: min(requested[name], demanded[name]) for name in ("epsilon", "delta")},
-    }
+    return {**requested, **demanded, **{name: min(requested[name], demanded[name]) for name in ("epsilon", "delta")}}
 
 
 def is_private_enough(run_folder: Path, privacy: Mapping[str, Any] | None) -> bool:

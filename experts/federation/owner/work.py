@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ....core.errors import Interrupted, UserError
 from ....core.manifests.run import RUN_FILE, read_run
 from ....core.process.allocator import keep_freed_memory
 from ....core.process.environment import prepare_libraries
+from ....core.reporting import SILENT, Reporter
 from ...runs.branching import branch
 from ...text.corpora import prepare_domain
 from ...training.run_inputs import RunInputs
@@ -28,8 +30,6 @@ from ...training.starting_point import training_blocks
 from ..protocol.progress import FailureCode, Progress
 from ..protocol.requests import ExpertRequest
 from .owner import PROCESS_FILE, PROGRESS_FILE, Owner
-
-Tell = Callable[[Progress], None]
 
 
 def main(arguments: list[str]) -> int:
@@ -47,10 +47,7 @@ def main(arguments: list[str]) -> int:
 
 
 def work(
-    owner: Owner,
-    identifier: str,
-    tell: Tell = lambda progress: None,
-    stopped: Callable[[], bool] = lambda: False,
+    owner: Owner, identifier: str, reporter: Reporter = SILENT, stopped: Callable[[], bool] = lambda: False
 ) -> Path:
     """Train a request's expert in this process, unless it is finished, and return its folder.
 
@@ -59,26 +56,26 @@ def work(
     request = owner.request(identifier)
     folder = owner.run_folder(identifier)
     privacy = owner.privacy(request)
-    reporter = _ProgressReporter(folder, tell, private=privacy is not None)
+    progress = _ProgressFile(folder / PROGRESS_FILE, reporter, private=privacy is not None)
     with exclusive(folder / ".locks" / "work", f"request {identifier}"):
         if owner.is_trained(request):
             return owner.expert_folder(request)
         if not owner.is_private_enough(request):
             owner.discard_training(request)
         try:
-            reporter.phase = "SEED"
+            progress.phase = "SEED"
             layout = _workspace(owner, request)
-            reporter.phase = "DATA"
+            progress.phase = "DATA"
             project = load_project(layout.config_file)
             prepare_domain(layout, request.owner, project.domains[request.owner], layout.seed)
-            reporter.phase = "TRAINING"
+            progress.phase = "TRAINING"
             _branch(layout, project, request, privacy)
-            reporter.phase = "DATA"
+            progress.phase = "DATA"
             training_blocks(RunInputs.of_folder(layout.experts / request.owner))  # raises for too little text
-            reporter.phase = "TRAINING"
-            _train(layout, owner, request, reporter, stopped)
+            progress.phase = "TRAINING"
+            _train(layout.experts / request.owner, owner, request, progress, stopped)
         except Exception as error:
-            reporter.fail(error)
+            progress.fail(error)
             raise
     return owner.expert_folder(request)
 
@@ -119,58 +116,43 @@ def _branch(layout: Layout, project: ProjectConfig, request: ExpertRequest, priv
 
 
 def _train(
-    layout: Layout,
-    owner: Owner,
-    request: ExpertRequest,
-    reporter: _ProgressReporter,
-    stopped: Callable[[], bool],
+    folder: Path, owner: Owner, request: ExpertRequest, progress: _ProgressFile, stopped: Callable[[], bool]
 ) -> None:
     import torch
 
     from ...training.run import train_run
-    from .round_training import train_round
+    from .inner_training import train_round
 
-    folder = layout.experts / request.owner
     torch.set_num_threads(read_run(folder).training.threads)
     if request.recipe.round is None:
-        train_run(folder, reporter.record, stopped)
+        train_run(folder, progress, stopped)
     else:
-        train_round(folder, request.recipe.round, owner.shared_folder(request) / "state", reporter.record, stopped)
-    last = reporter.last
-    reporter.write(Progress("ready", last.steps, last.steps, last.loss, 0.0))
+        train_round(folder, request.recipe.round, owner.shared_folder(request) / "state", progress, stopped)
+    last = progress.last
+    progress.write(Progress("ready", last.steps, last.steps, last.loss, 0.0))
 
 
-class _ProgressReporter:
-    """Writes the progress of a training run to disk and passes it to a callback."""
+class _ProgressFile(Reporter):
+    """Writes the progress of a training run to a file and passes it on; without the loss if the run is `private`."""
 
-    def __init__(self, folder: Path, tell: Tell, *, private: bool) -> None:
-        self._path, self._tell, self._private = folder / PROGRESS_FILE, tell, private
+    def __init__(self, path: Path, reporter: Reporter, *, private: bool) -> None:
+        self._path, self._reporter, self._private = path, reporter, private
         self.phase: FailureCode = "TRAINING"
         """Code of a failure in the current phase."""
         self._start: tuple[float, int] | None = None
         """(time, step) at which training started or resumed."""
         self.last = Progress("training")
 
-    def record(self, record: Mapping[str, Any]) -> None:
-        """Convert a record of the training loop into progress."""
-        import time
-
+    def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
         step, now = int(record.get("step", self.last.step)), time.monotonic()
         steps = int(record.get("total_steps", self.last.steps))
         if record.get("event") == "started" or self._start is None:
             self._start = (now, step)
         start, first_step = self._start
-        left = (now - start) / (step - first_step) * (steps - step) if step > first_step else None
+        left = round((now - start) / (step - first_step) * (steps - step), 1) if step > first_step else None
         loss = None if self._private else record.get("loss")  # the loss depends on the text and has no noise
-        self.write(
-            Progress(
-                "training",
-                step,
-                steps,
-                round(float(loss), 2) if loss is not None else self.last.loss,
-                round(left, 1) if left is not None else None,
-            )
-        )
+        loss = round(float(loss), 2) if loss is not None else self.last.loss
+        self.write(Progress("training", step, steps, loss, left))
 
     def fail(self, error: Exception) -> None:
         """Write the code of a failure, never its message, which may hold paths or text."""
@@ -185,7 +167,7 @@ class _ProgressReporter:
     def write(self, progress: Progress) -> None:
         self.last = progress
         write_json(self._path, progress.as_json())
-        self._tell(progress)
+        self._reporter.progress("training", progress.step, progress.steps or None, "steps")
 
 
 if __name__ == "__main__":

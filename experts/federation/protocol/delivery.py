@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from ....core.artefacts.digests import MANIFEST_NAMES
 from ....core.artefacts.files import link_or_copy, new_folder, read_json, write_json
@@ -18,12 +20,11 @@ from ....core.errors import UserError
 from ....core.manifests.manifest import Manifest, read_manifest
 from ....core.manifests.records import record_as_json
 from ....core.manifests.statements import DomainStatement
-from .fields import SAME_VERSION, check_fields
+from .fields import Message, Word
 from .keys import OwnerKey
 from .parts import PART_BYTES, FileParts, parts_of
 from .requests import ExpertRequest, canonical_json
 
-FORMAT = 1
 DELIVERY_FILE = "delivery.json"
 DIGITS = 2
 """Significant digits of the counts in a delivery."""
@@ -32,83 +33,48 @@ MAX_STATEMENT = 4 << 20
 
 
 @dataclass(frozen=True)
-class Statement:
+class Statement(Message):
     """An owner's description of a delivered expert, which the owner signs."""
 
-    request: str
+    LABEL = "the statement of a delivery"
+    FORMAT = 1
+
+    request: Word
     """Identifier of the request."""
-    owner: str
-    seed: str
+    owner: Word
+    seed: Word
     """Digest of the seed."""
-    recipe: str
+    recipe: Word
     """Digest of the recipe."""
-    expert: str
+    expert: Word
     """Digest of the expert's tensors."""
-    files: tuple[FileParts, ...]
+    files: tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...]
     data: Mapping[str, Any]
     """Counts of documents, tokens and bytes, to two significant digits."""
     privacy: Mapping[str, Any] | None
     """Privacy budget spent; None without differential privacy."""
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "request": self.request,
-            "owner": self.owner,
-            "seed": self.seed,
-            "recipe": self.recipe,
-            "expert": self.expert,
-            "files": [file.as_json() for file in self.files],
-            "data": dict(self.data),
-            "privacy": dict(self.privacy) if self.privacy is not None else None,
-        }
+    def __post_init__(self) -> None:
+        if len({file.name for file in self.files}) != len(self.files):
+            raise UserError("the delivery's statement lists a file twice; create the delivery again")
 
     @property
     def signed_bytes(self) -> bytes:
         """Return the bytes that the signature covers."""
         return canonical_json(self.as_json())
 
-    @classmethod
-    def of_json(cls, content: Any) -> Statement:
-        """Read the result of `as_json`; raises `UserError` for anything else, since it comes from outside."""
-        names = {"format", "request", "owner", "seed", "recipe", "expert", "files", "data", "privacy"}
-        check_fields(content, "the statement of a delivery", names)
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"the statement of a delivery has format {content['format']!r}; this version reads format {FORMAT}: {SAME_VERSION}"
-            )
-        words = [content[name] for name in ("request", "owner", "seed", "recipe", "expert")]
-        if (
-            not all(isinstance(word, str) and len(word) < 200 for word in words)
-            or not isinstance(content["files"], list)
-            or not isinstance(content["data"], dict)
-            or not (content["privacy"] is None or isinstance(content["privacy"], dict))
-        ):
-            raise UserError("a field of the delivery's statement has the wrong type; create the delivery again")
-        files = tuple(FileParts.of_json(file) for file in content["files"])
-        if len({file.name for file in files}) != len(files):
-            raise UserError("the delivery's statement lists a file twice; create the delivery again")
-        request, owner, seed, recipe, expert = words
-        return cls(request, owner, seed, recipe, expert, files, content["data"], content["privacy"])
-
 
 @dataclass(frozen=True)
-class SignedStatement:
+class SignedStatement(Message):
     """A statement and its signature."""
 
-    statement: Statement
+    LABEL = "the delivery"
+
+    statement: Annotated[Statement, BeforeValidator(Statement.of_json)]
     signature: str
 
     def as_json(self) -> dict[str, Any]:
         return {"statement": self.statement.as_json(), "signature": self.signature}
-
-    @classmethod
-    def of_json(cls, content: Any) -> SignedStatement:
-        """Read the result of `as_json`; raises `UserError` for anything else, since it comes from outside."""
-        check_fields(content, "the delivery", ("statement", "signature"))
-        if not isinstance(content["signature"], str):
-            raise UserError("the signature of the delivery is not text; create the delivery again")
-        return cls(Statement.of_json(content["statement"]), content["signature"])
 
     @classmethod
     def read(cls, folder: Path) -> SignedStatement:

@@ -7,18 +7,21 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.errors import UserError
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
+try:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+except ImportError:
+    raise UserError('the federation extra is not installed: pip install "expertctl[federation]"') from None
 
 KEY_FILE = "owner.key"
 PUBLIC_FILE = "owner.pub"
 KIND = "ecdsa-sha2-nistp384"
-EXTRA = 'the federation extra is not installed: pip install "expertctl[federation]"'
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,16 @@ class PublicKey:
 
     def verify(self, data: bytes, signature: str) -> bool:
         """Return whether the owner's private key signed these bytes."""
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives import hashes
-        from cryptography.hazmat.primitives.asymmetric import ec
-
         try:
             self._load().verify(base64.b64decode(signature, validate=True), data, ec.ECDSA(hashes.SHA384()))
         except (InvalidSignature, ValueError):
             return False
         return True
 
-    def _load(self) -> EllipticCurvePublicKey:
-        require_cryptography()
-        from cryptography.hazmat.primitives.asymmetric import ec
-        from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+    def _load(self) -> ec.EllipticCurvePublicKey:
 
         try:
-            key = load_ssh_public_key(self.line.encode())
+            key = serialization.load_ssh_public_key(self.line.encode())
         except Exception as error:  # the library raises several types
             raise UserError(
                 f"the public key is damaged ({type(error).__name__}); ask the owner to send it again"
@@ -90,23 +86,11 @@ class OwnerKey:
 
     def sign(self, data: bytes) -> str:
         """Sign bytes with ECDSA and SHA-384; return the signature in base64."""
-        from cryptography.hazmat.primitives import hashes
-        from cryptography.hazmat.primitives.asymmetric import ec
-
         return base64.b64encode(_read_private(self.path).sign(data, ec.ECDSA(hashes.SHA384()))).decode()
 
 
 def make_key(folder: Path) -> OwnerKey:
     """Make a key pair in a folder, with a private key only its owner can read; raises `UserError` if one exists."""
-    require_cryptography()
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import (
-        Encoding,
-        NoEncryption,
-        PrivateFormat,
-        PublicFormat,
-    )
-
     path = folder / KEY_FILE
     if path.exists():
         raise UserError(f"{path} exists already and identifies you to the coordinator; it is not replaced")
@@ -124,32 +108,20 @@ def make_key(folder: Path) -> OwnerKey:
 
 def read_key(folder: Path) -> OwnerKey:
     """Read the key pair in a folder; raises `UserError` if it is missing or others can read the private key."""
-    require_cryptography()
     path = folder / KEY_FILE
     if not path.is_file():
         raise UserError(f"there is no key in {folder}; make one with `expertctl federate keys`")
     if path.stat().st_mode & 0o077:
         raise UserError(f"{path} can be read by other users; restrict it: chmod 600 {path}")
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     public = _read_private(path).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     return OwnerKey(path, PublicKey.parse(public))
 
 
-def require_cryptography() -> None:
-    """Raise `UserError` if the cryptography package is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("cryptography") is None:
-        raise UserError(EXTRA)
-
-
-def _read_private(path: Path) -> EllipticCurvePrivateKey:
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
 
     try:
-        key = load_ssh_private_key(path.read_bytes(), password=None)
+        key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
     except Exception as error:  # the library raises several types
         raise UserError(
             f"{path} is damaged or has a passphrase ({type(error).__name__}); make a new key and send its public part to the coordinator"

@@ -9,11 +9,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ....core.artefacts.files import os_errors_as_user_errors
+from ....core.artefacts.safetensors_io import write_at
 from ....core.errors import UserError
-from .fields import check_fields
+from .fields import Message
 
 PART_BYTES = 64 << 20
 """Largest part, and the default size."""
@@ -21,8 +21,10 @@ READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class FileParts:
+class FileParts(Message):
     """A file's name, size and digests, as a whole and by part."""
+
+    LABEL = "a file entry"
 
     name: str
     """File name without a folder."""
@@ -49,24 +51,6 @@ class FileParts:
         if not 0 <= index < len(self.parts):
             raise UserError(f"{self.name} has {len(self.parts)} parts; there is no part {index}")
         return index * self.part_size, min((index + 1) * self.part_size, self.size)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "size": self.size,
-            "sha256": self.sha256,
-            "parts": list(self.parts),
-            "part_size": self.part_size,
-        }
-
-    @classmethod
-    def of_json(cls, content: Any) -> FileParts:
-        """Read the result of `as_json`; raises `UserError` for anything else."""
-        check_fields(content, "a file entry", ("name", "size", "sha256", "parts", "part_size"))
-        try:
-            return cls(**{**content, "parts": tuple(content["parts"])})
-        except (TypeError, ValueError):
-            raise UserError("a field of a file entry has the wrong type") from None
 
 
 def is_digest(text: object) -> bool:
@@ -127,8 +111,8 @@ class PartsWriter:
             return
         with os_errors_as_user_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write_at(self._partial, begin, data)
-            _write_at(self._marks, index, b"\x01")  # after the part itself is on disk
+            _write_durably(self._partial, begin, data)
+            _write_durably(self._marks, index, b"\x01")  # after the part itself is on disk
 
     def finish(self) -> Path:
         """Check the whole file and move it into place; raises `UserError` for missing parts or another digest."""
@@ -152,14 +136,11 @@ class PartsWriter:
         return self.path
 
 
-def _write_at(path: Path, offset: int, data: bytes) -> None:
+def _write_durably(path: Path, offset: int, data: bytes) -> None:
     """Write bytes at an offset and flush them to disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            view, offset = view[written:], offset + written
+        write_at(descriptor, memoryview(data), offset)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

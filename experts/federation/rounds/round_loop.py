@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ....core.errors import Interrupted, UserError
+from ....core.reporting import SILENT, Reporter
 from .round_plan import RoundReport
 from .rounds import Rounds
 
@@ -35,7 +36,7 @@ def run_rounds(
     total: int,
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    say: Callable[[str], None] = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> list[RoundReport]:
     """Run rounds until `total` of them are closed, and return their reports.
 
@@ -50,18 +51,14 @@ def run_rounds(
             for owner in rounds.missing():
                 if now() >= rounds.deadline:
                     break
-                _train(rounds, owner, train_owner, now, say)
+                _train(rounds, owner, train_owner, now, reporter)
         report = rounds.close(now())
-        say(f"round {report.number}: {len(report.shares)} of {len(rounds.plan.owners)} owners averaged")
+        reporter.say(f"round {report.number}: {len(report.shares)} of {len(rounds.plan.owners)} owners averaged")
     return [rounds.report(number) for number in range(total)]
 
 
 def _train(
-    rounds: Rounds,
-    owner: str,
-    train_owner: TrainOwner,
-    now: Callable[[], datetime],
-    say: Callable[[str], None],
+    rounds: Rounds, owner: str, train_owner: TrainOwner, now: Callable[[], datetime], reporter: Reporter
 ) -> None:
     work = rounds.work_folder(owner)
     task = OwnerTask(owner, rounds.number, rounds.shared, work / "result.safetensors")
@@ -71,8 +68,8 @@ def _train(
         raise
     except UserError as error:
         rounds.leave_out(owner, "TRAINING", str(error))
-        say(f"'{owner}' is left out of round {task.round}: {error}")
+        reporter.say(f"'{owner}' is left out of round {task.round}: {error}")
         return
     refusal = rounds.deliver(owner, task.result, tokens, now())
     if refusal is not None:
-        say(f"'{owner}' is left out of round {task.round}: {refusal}")
+        reporter.say(f"'{owner}' is left out of round {task.round}: {refusal}")

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from ....core.artefacts.files import read_json, write_json
 from ....core.artefacts.layout import check_name
 from ....core.errors import UserError
-from .averaging import AveragingRules, outer_recipe
-
-FORMAT = 1
-PLAN_FILE = "plan.json"
+from ..judging.round_weights import AveragingRules
+from .averaging import outer_recipe
 
 
 def quorum_size(quorum: float, owners: int) -> int:
@@ -73,22 +69,3 @@ class RoundReport:
     """Reason of each refusal, by owner."""
     missing: tuple[str, ...]
     """Owners who did not deliver."""
-
-
-def write_plan(folder: Path, plan: RoundPlan, start: str) -> None:
-    """Write a plan and the digest of the weights of round 0."""
-    write_json(folder / PLAN_FILE, {"format": FORMAT, "start": start, "plan": asdict(plan)})
-
-
-def read_plan(folder: Path) -> tuple[RoundPlan, str]:
-    """Read a plan and the digest written by `write_plan`; raises `UserError` for anything else."""
-    path = folder / PLAN_FILE
-    content = read_json(path)
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path} has format {content.get('format')}; this version reads {FORMAT}")
-    try:
-        plan = dict(content["plan"])
-        rules = AveragingRules(**plan.pop("rules"))
-        return RoundPlan(owners=tuple(plan.pop("owners")), rules=rules, **plan), content["start"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); restore it from a copy") from None

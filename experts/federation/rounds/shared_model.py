@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ....core.artefacts.files import link_or_copy, new_folder, read_json, remove_tree, write_json
-from ....core.artefacts.safetensors_io import INDEX_FILE, SINGLE_FILE, Checkpoint
+from ....core.artefacts.safetensors_io import INDEX_FILE, SINGLE_FILE, Checkpoint, new_file
 from ....core.config.settings import ProjectConfig, TrainingConfig, validate_settings
 from ....core.errors import UserError, unknown_name
 from ....core.manifests.finishing import finish_artefact
 from ....core.manifests.manifest import read_manifest
 from ....core.manifests.run import RUN_FILE
 from ..protocol.requests import Recipe, RoundOf, new_identifier
-from ..protocol.tensor_stream import TensorStream
-from .averaging import tensor_spans
 from .round_plan import RoundPlan
 from .rounds import Rounds
 
@@ -78,10 +76,7 @@ class SharedModel:
         first_seed = root / "seeds" / _folder_name(0)
         make_round_seed(seed, None, first_seed)
         Rounds.begin(root / "rounds", first_seed / SINGLE_FILE, plan, now)
-        write_json(
-            root / SETTINGS_FILE,
-            {"format": FORMAT, "rounds": new_identifier(), "settings": asdict(settings)},
-        )
+        write_json(root / SETTINGS_FILE, {"format": FORMAT, "rounds": new_identifier(), "settings": asdict(settings)})
         return cls(root)
 
     @property
@@ -153,11 +148,10 @@ def _merge_shards(source: Path, target: Path) -> None:
         link_or_copy(source / SINGLE_FILE, target)
         return
     shards = Checkpoint.of_folder(source)
-    shapes = {name: (shards.entry(name).dtype, shards.entry(name).shape) for name in sorted(shards)}
-    with TensorStream(target, shapes) as stream:
-        for name in shapes:
-            for begin, end in tensor_spans(shards, name):
-                stream.add(name, shards.span(name, begin, end))
+    with new_file(target, dict(sorted(shards.shapes().items()))) as file:
+        for name in sorted(shards):
+            for begin, end in shards.spans(name):
+                file.add(name, shards.span(name, begin, end))
 
 
 def _folder_name(number: int) -> str:

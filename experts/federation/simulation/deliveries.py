@@ -28,11 +28,7 @@ Delivers = Literal["good", "not_finite", "wrong_shape", "scaled_up", "frozen_par
 """Kind of delivery: a valid expert, or one of the invalid ones that a coordinator must refuse."""
 
 RECIPE = Recipe("feed_forward")
-_UP, _DOWN, _FROZEN = (
-    "model.layers.0.mlp.up_proj.weight",
-    "model.layers.0.mlp.down_proj.weight",
-    "model.norm.weight",
-)
+_UP, _DOWN, _FROZEN = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight")
 
 
 def write_stand_in_seed(folder: Path) -> Layout:
@@ -47,8 +43,7 @@ def write_stand_in_seed(folder: Path) -> Layout:
     source = torch.Generator().manual_seed(0)
     shapes = {_UP: (6, 4), _DOWN: (4, 6), _FROZEN: (4,)}
     write_tensors(
-        layout.seed / SINGLE_FILE,
-        {name: torch.randn(shape, generator=source) for name, shape in shapes.items()},
+        layout.seed / SINGLE_FILE, {name: torch.randn(shape, generator=source) for name, shape in shapes.items()}
     )
     tensors, files = digests_of_folder(layout.seed)
     digest = digest_of_tensors(tensors)

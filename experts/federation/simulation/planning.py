@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -20,6 +20,7 @@ from typing import Any
 
 from ....core.artefacts.files import is_alive
 from ....core.errors import UserError
+from ....core.reporting import SILENT, Reporter
 from ..coordinator.coordinator import Coordinator
 from ..rounds.round_plan import quorum_size
 from .deliveries import RECIPE, StandIns, write_stand_in_seed
@@ -84,19 +85,19 @@ def simulate(
     clock: SimulatedClock | None = None,
     *,
     folder: Path | None = None,
-    on_settled: Callable[[int], None] = lambda count: None,
+    reporter: Reporter = SILENT,
 ) -> Report:
     """Simulate a federation and return a report.
 
     The same owners and plan give the same report, except for the cost of the simulation. `folder` holds the temporary workspace,
     about `BYTES_OF_OWNER` per owner; the default is a memory-backed folder if the system has one with enough room, since every
-    write is flushed, which is slow on a disk. `on_settled` is called with the number of settled owners.
+    write is flushed, which is slow on a disk.
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     parent = folder or _memory_folder(len(owners))
     _remove_leftovers(parent or Path(gettempdir()))
     with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=parent) as scratch:
-        world = _SimulatedFederation(owners, plan, clock or SimulatedClock(), Path(scratch), on_settled)
+        world = _SimulatedFederation(owners, plan, clock or SimulatedClock(), Path(scratch), reporter)
         world.run()
         return world.report(time.perf_counter() - start, time.process_time() - cpu_start)
 
@@ -105,16 +106,11 @@ class _SimulatedFederation:
     """State of one simulation: the owners' `World`, and the counts for the report."""
 
     def __init__(
-        self,
-        owners: Sequence[OwnerTraits],
-        plan: Plan,
-        clock: SimulatedClock,
-        scratch: Path,
-        on_settled: Callable[[int], None],
+        self, owners: Sequence[OwnerTraits], plan: Plan, clock: SimulatedClock, scratch: Path, reporter: Reporter
     ) -> None:
         if not owners:
             raise UserError("a federation needs at least one owner")
-        self.plan, self.clock, self._on_settled = plan, clock, on_settled
+        self.plan, self.clock, self._reporter = plan, clock, reporter
         self.events = Events(clock)
         layout = write_stand_in_seed(scratch / "coordinator")
         self.coordinator = Coordinator(layout, now=clock)
@@ -126,7 +122,7 @@ class _SimulatedFederation:
         self._settled: set[int] = set()
         self._asked_again = 0
         keys = {traits.name: self.stand_ins.new_key(traits.name).public for traits in owners}
-        self.coordinator.members.add_all(keys)
+        self.coordinator.files.members.add_all(keys)
 
     @property
     def needed(self) -> int:
@@ -161,7 +157,7 @@ class _SimulatedFederation:
             self._accepted_at.append(self.clock.seconds)
         if owner.outcome != "late":
             self.stand_ins.forget(owner.traits.name)
-        self._on_settled(len(self._settled))
+        self._reporter.progress("simulation", len(self._settled), len(self.owners), "owners settled")
 
     def report(self, seconds: float, cpu_seconds: float) -> Report:
         """Return the report after `run`."""
@@ -169,7 +165,7 @@ class _SimulatedFederation:
         late, never = outcomes.pop("late", 0), outcomes.pop("never", 0)
         count = len(self.owners)
         names = [owner.traits.name for owner in self.owners]
-        missing = self.coordinator.ledger.missing(self.stand_ins.seed_digest, RECIPE.digest, names)
+        missing = self.coordinator.files.ledger.missing(self.stand_ins.seed_digest, RECIPE.digest, names)
         return Report(
             owners=count,
             needed=self.needed,

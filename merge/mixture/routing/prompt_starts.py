@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ....core.errors import UserError
-from ....core.hooks.mixtures import RouterInputs, RouterStart
+from ....core.hooks.mixtures import RouterInputs, RouterRows
 from .starts import options_of
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _Embed = Callable[[Sequence[str]], "NDArray[Any]"]
 """Maps prompts to one vector per layer, (L, d), or one vector for all layers, (d,)."""
 
 
-def prompt_rows(inputs: RouterInputs) -> RouterStart:
+def prompt_rows(inputs: RouterInputs) -> RouterRows:
     """Return the normalized difference of mean hidden states of positive and negative prompts.
 
     Hidden states are the inputs of the seed's feed-forward networks, averaged over the tokens of a prompt
@@ -44,7 +44,7 @@ def prompt_rows(inputs: RouterInputs) -> RouterStart:
     return _from_prompts(inputs, mean, "prompts")
 
 
-def prompt_state_rows(inputs: RouterInputs) -> RouterStart:
+def prompt_state_rows(inputs: RouterInputs) -> RouterRows:
     """Return the normalized difference of layer inputs at the last token of positive and negative prompts.
 
     As `gate_mode: hidden` of mergekit-moe; option `average` 1 averages over all tokens of a prompt, as
@@ -71,7 +71,7 @@ def prompt_state_rows(inputs: RouterInputs) -> RouterStart:
     return _from_prompts(inputs, mean, "prompt_states")
 
 
-def prompt_token_rows(inputs: RouterInputs) -> RouterStart:
+def prompt_token_rows(inputs: RouterInputs) -> RouterRows:
     """Return the normalized difference of mean token embeddings of positive and negative prompts.
 
     As `gate_mode: cheap_embed` of mergekit-moe: tokens are weighted equally, and both means are normalized
@@ -111,7 +111,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
     return tokens
 
 
-def _from_prompts(inputs: RouterInputs, embed: _Embed, router: str) -> RouterStart:
+def _from_prompts(inputs: RouterInputs, embed: _Embed, router: str) -> RouterRows:
     """Return normalized rows: `embed` of the positive prompts minus `embed` of the negative prompts."""
     import numpy as np
 
@@ -132,7 +132,7 @@ def _from_prompts(inputs: RouterInputs, embed: _Embed, router: str) -> RouterSta
             raise UserError(
                 f"the positive and negative prompts of '{name}' cancel out, which gives a router row of 0; change one"
             )
-    return RouterStart(_normalize(rows).astype(np.float32))
+    return RouterRows(_normalize(rows).astype(np.float32))
 
 
 def prompts_of(settings: Mapping[str, Any], key: str, name: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....core.errors import UserError
-from ....core.hooks.mixtures import RouterInputs, RouterStart
+from ....core.hooks.mixtures import RouterInputs, RouterRows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ def options_of(inputs: RouterInputs, defaults: Mapping[str, Any], router: str) -
     return {**defaults, **inputs.options}
 
 
-def random_rows(inputs: RouterInputs) -> RouterStart:
+def random_rows(inputs: RouterInputs) -> RouterRows:
     """Return normally distributed rows (Branch-Train-MiX, arXiv:2403.07816, section 2.2).
 
     The standard deviation is 0.02 by default. An expert's row depends only on `seed` and its name, not on the
@@ -47,7 +47,7 @@ def random_rows(inputs: RouterInputs) -> RouterStart:
     )
 
 
-def linear_rows(inputs: RouterInputs) -> RouterStart:
+def linear_rows(inputs: RouterInputs) -> RouterRows:
     """Return rows uniformly distributed in [-b, b], b = 1 / sqrt(d), as in `torch.nn.Linear`.
 
     An expert's row depends only on `seed` and its name, as in `random_rows`.
@@ -59,7 +59,7 @@ def linear_rows(inputs: RouterInputs) -> RouterStart:
 
 def _draw_rows(
     inputs: RouterInputs, seed: float, draw: Callable[[np.random.Generator, tuple[int, int]], NDArray[Any]]
-) -> RouterStart:
+) -> RouterRows:
     import numpy as np
 
     rows = np.empty((inputs.num_layers, len(inputs.experts), inputs.width), np.float32)
@@ -67,18 +67,18 @@ def _draw_rows(
         key = hashlib.sha256(f"{int(seed)}:{name}".encode()).digest()
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "little")))
         rows[:, number] = draw(generator, (inputs.num_layers, inputs.width))
-    return RouterStart(rows)
+    return RouterRows(rows)
 
 
-def uniform_rows(inputs: RouterInputs) -> RouterStart:
+def uniform_rows(inputs: RouterInputs) -> RouterRows:
     """Return rows of 0: all experts have equal logits, and top-k selects the first ones."""
     import numpy as np
 
     options_of(inputs, {}, "uniform")
-    return RouterStart(np.zeros((inputs.num_layers, len(inputs.experts), inputs.width), np.float32))
+    return RouterRows(np.zeros((inputs.num_layers, len(inputs.experts), inputs.width), np.float32))
 
 
-def embedding_rows(inputs: RouterInputs) -> RouterStart:
+def embedding_rows(inputs: RouterInputs) -> RouterRows:
     """Return the rows and biases of the experts, 0 for the seed (FlexOlmo, arXiv:2507.07024, section 3.3.2).
 
     Option `scale` multiplies them: rows are trained against the public expert only, and the softmax over more
@@ -106,17 +106,17 @@ def embedding_rows(inputs: RouterInputs) -> RouterStart:
         if start.unit is not None:
             units[:, number] = start.unit[:, 0]
     can_fold = all(start is None or start.unit is not None for start in starts)
-    return RouterStart(rows, biases, units if can_fold else None)
+    return RouterRows(rows, biases, units if can_fold else None)
 
 
-def read_router_start(folder: Path, name: str, scale: float = 1.0) -> RouterStart:
+def read_router_start(folder: Path, name: str, scale: float = 1.0) -> RouterRows:
     """Read one expert's router row, times `scale`: rows (L, 1, d), biases (L, 1)."""
     tensors = read_router(folder, name)
     unit = None
     if "public" in tensors:
         mean = tensors["public"]
         unit = (mean / (mean**2).sum(axis=-1, keepdims=True))[:, None]
-    return RouterStart(tensors["rows"][:, None] * scale, tensors["biases"][:, None] * scale, unit)
+    return RouterRows(tensors["rows"][:, None] * scale, tensors["biases"][:, None] * scale, unit)
 
 
 def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
@@ -148,7 +148,7 @@ def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def hidden_rows(inputs: RouterInputs) -> RouterStart:
+def hidden_rows(inputs: RouterInputs) -> RouterRows:
     """Return linear discriminants (LDA) of the hidden states of each expert's validation text.
 
     Row e is S^-1 (m_e - m), with m_e the mean hidden state of the expert's domains, m the mean over experts
@@ -178,7 +178,7 @@ def hidden_rows(inputs: RouterInputs) -> RouterStart:
             )
         blocks = [block for domain in domains for block in spread_blocks(texts[domain], int(options["samples"]))]
         moments[number] = input_moments(model, blocks, full=True)
-        inputs.say(f"hidden states of '{name}': {moments[number].tokens:,} tokens of {', '.join(domains)}")
+        inputs.reporter.say(f"hidden states of '{name}': {moments[number].tokens:,} tokens of {', '.join(domains)}")
     means = [domain.mean for domain in moments.values()]
     mean = torch.stack(means).mean(dim=0)
     second = torch.stack([domain.second for domain in moments.values()]).mean(dim=0)
@@ -195,7 +195,7 @@ def hidden_rows(inputs: RouterInputs) -> RouterStart:
     unit /= (unit * mean).sum(
         dim=-1, keepdim=True
     )  # its product with hidden states is a least-squares fit of 1, exact on average
-    return RouterStart(
+    return RouterRows(
         rows.numpy().astype(np.float32),
         biases.numpy().astype(np.float32),
         unit.numpy().astype(np.float32)[:, None],

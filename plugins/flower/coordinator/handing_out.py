@@ -38,7 +38,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Send requests until the run is stopped."""
     coordinator = Coordinator(Layout(Path(str(context.run_config["workspace"]))))
-    heartbeat = coordinator.root / "network" / HEARTBEAT_FILE
+    heartbeat = coordinator.files.root / "network" / HEARTBEAT_FILE
     sent: dict[str, tuple[ExpertRequest, float]] = {}  # by request: its content, and when it was sent
     awaited: dict[str, str] = {}  # message -> request
     last_state: object = None
@@ -64,7 +64,7 @@ def main(grid: Grid, context: Context) -> None:
             if request_id:
                 code = code_of(reply)
                 log.info("request %s: %s", request_id, code)
-                coordinator.record_handout(request_id, code)
+                coordinator.files.record_handout(request_id, code, coordinator.now())
                 if code == "TAKEN":
                     sent[request_id] = (sent[request_id][0], float("inf"))
         heartbeat.touch()
@@ -73,7 +73,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def _ledger_stamp(coordinator: Coordinator) -> tuple[int, int]:
     """Return a value that changes with every entry of the ledger."""
-    path = coordinator.ledger.path
+    path = coordinator.files.ledger.path
     status = path.stat() if path.is_file() else None
     return (status.st_mtime_ns, status.st_size) if status is not None else (0, 0)
 

@@ -10,15 +10,14 @@ import asyncio
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx
+import uvicorn
 
 from ....core.errors import UserError
 from ..protocol.certificates import Certificates
 from ..protocol.endpoints import PATH, Answer, Endpoints, Failure, failure_answer
-
-if TYPE_CHECKING:
-    import httpx
-    import uvicorn
 
 FLEET = "/v1/fleet/"
 FLEET_CALLS = frozenset(
@@ -120,8 +119,6 @@ class Gateway:
         self, method: str, target: str, headers: list[tuple[bytes, bytes]], receive: Receive, send: Send
     ) -> None:
         """Forward a request to Flower's server and return its response."""
-        import httpx
-
         end_to_end = [(name, value) for name, value in headers if name not in HOP_BY_HOP]
         reserved = 0
 
@@ -153,8 +150,6 @@ class Gateway:
         await send({"type": "http.response.body", "body": content})
 
     def _connected_client(self) -> httpx.AsyncClient:
-        import httpx
-
         if self._client is None:
             context = ssl.create_default_context(cafile=str(self._certificates.authority))
             self._client = httpx.AsyncClient(verify=context, timeout=60, trust_env=False)
@@ -203,8 +198,6 @@ class TlsServer:
     """HTTPS server for a gateway, in a separate thread."""
 
     def __init__(self, gateway: Gateway, host: str, port: int, certificates: Certificates) -> None:
-        import uvicorn
-
         config = uvicorn.Config(
             gateway,
             host=host,
@@ -224,7 +217,7 @@ class TlsServer:
             limit_concurrency=MAX_CONNECTIONS,
             h11_max_incomplete_event_size=MAX_HEADERS,
         )
-        self._server: uvicorn.Server = uvicorn.Server(config)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._address = f"{host}:{port}"
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ....core.artefacts.files import exclusive
 from ....core.errors import UserError, first_line
 from ....core.process.allocator import hand_back_freed_memory
+from ....core.reporting import Reporter
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.coordinator.round_keeper import keep_rounds
-from ..processes.backoff import backoff_s
-from ..processes.child import require_flower
+from ..processes.child import backoff_s
 from ..protocol.certificates import Certificates, certificates_for, reachable_names
 from ..protocol.endpoints import Endpoints
 from .reverse_proxy import Gateway, TlsServer
@@ -44,32 +44,31 @@ def serve(
     listen: str,
     names: Sequence[str],
     *,
-    tell: Callable[[str], None],
+    reporter: Reporter,
     opened: Callable[[Listening], None],
     stop: threading.Event,
 ) -> None:
     """Serve a federation until `stop` is set; `opened` is called once the port accepts connections.
 
-    All lasting state is on disk, so a killed server can be restarted. Raises `UserError` if the port is in use, Flower is not
-    installed or another process serves the workspace.
+    All lasting state is on disk, so a killed server can be restarted. Raises `UserError` if the port is in use or
+    another process serves the workspace.
     """
-    require_flower()
     hand_back_freed_memory()
     host, port = parse_address(listen)
-    folder = coordinator.root / "network"
+    folder = coordinator.files.root / "network"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    coordinator.root.chmod(0o700)
+    coordinator.files.root.chmod(0o700)
     with exclusive(folder / "serve.lock", "this federation's server"):
         certificates = certificates_for(folder / "certificates", [*reachable_names(host), *names])
-        superlink = SuperLink(folder, certificates, coordinator.members, tell)
-        endpoints = Endpoints(coordinator, certificates.fingerprint, tell)
+        superlink = SuperLink(folder, certificates, coordinator.files.members, reporter)
+        endpoints = Endpoints(coordinator, certificates.fingerprint, reporter)
         gateway = Gateway(lambda: superlink.address, certificates, endpoints)
         server = TlsServer(gateway, host, port, certificates)
-        rounds = threading.Thread(target=keep_rounds, args=(coordinator, tell, stop))
+        rounds = threading.Thread(target=keep_rounds, args=(coordinator, reporter, stop))
         try:
             opened(Listening(host, server.open(), certificates))
             rounds.start()
-            _supervise(superlink, tell, stop)
+            _supervise(superlink, reporter, stop)
         finally:
             stop.set()
             server.close()
@@ -78,17 +77,17 @@ def serve(
                 rounds.join()
 
 
-def _supervise(superlink: SuperLink, tell: Callable[[str], None], stop: threading.Event) -> None:
+def _supervise(superlink: SuperLink, reporter: Reporter, stop: threading.Event) -> None:
     reported, failures, was_ready = "", 0, False
     while not stop.wait(TICK_S):
         try:
             superlink.tick()
             failures = 0
             if superlink.ready and not was_ready:
-                tell("owners can join")
+                reporter.say("owners can join")
             was_ready = superlink.ready
         except UserError as error:
             if reported != (reported := first_line(error)):
-                tell(f"{reported}; trying again")
+                reporter.say(f"{reported}; trying again")
             failures += 1
             stop.wait(backoff_s(failures))

@@ -11,13 +11,13 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ....core.artefacts.files import write_text
 from ....core.errors import UserError
-from ....experts.federation.coordinator.members import Member, Members
+from ....core.reporting import Reporter
+from ....experts.federation.coordinator.members import Members
 from ..processes.child import Child, environment, flower_command, free_port
 from ..protocol.certificates import Certificates
 
@@ -35,15 +35,13 @@ APP = Path(__file__).parents[1] / "app"
 class SuperLink:
     """The supervised server; call `tick` about once a second."""
 
-    def __init__(self, folder: Path, certificates: Certificates, members: Members, tell: Callable[[str], None]) -> None:
-        self.folder, self._certificates, self._members, self._tell = folder, certificates, members, tell
+    def __init__(self, folder: Path, certificates: Certificates, members: Members, reporter: Reporter) -> None:
+        self.folder, self._certificates, self._members, self._reporter = folder, certificates, members, reporter
         self.port = 0
         self.ready = False
         self._child = Child(folder / "superlink.log")
-        self._registered: dict[str, str] = {}
-        """Member name -> node id, for the running server process."""
-        self._key_lines: dict[str, str] = {}
-        """Member name -> public key registered."""
+        self._registered: dict[str, tuple[str, str]] = {}
+        """Member name -> public key and node id, for the running server process."""
         self._run_id = ""
         self._checked_at = 0.0
         """When the app was started or Flower was last asked about it."""
@@ -53,21 +51,12 @@ class SuperLink:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    @property
-    def pid(self) -> int | None:
-        return self._child.pid
-
-    @property
-    def registered(self) -> tuple[str, ...]:
-        """Names of the registered members."""
-        return tuple(self._registered)
-
     def tick(self) -> None:
         """Start the server and the app if they do not run, and update the registered members."""
         status = self._child.poll()
         if status is not None:
             self._reset()
-            self._tell(f"Flower's server ended with status {status}; restarting it")
+            self._reporter.say(f"Flower's server ended with status {status}; restarting it")
         if self._child.is_due():
             self._start()
         if self._child.is_running and not self.ready:
@@ -84,7 +73,6 @@ class SuperLink:
     def _reset(self) -> None:
         self.ready, self._run_id = False, ""
         self._registered.clear()
-        self._key_lines.clear()
 
     def _start(self) -> None:
         self._reset()
@@ -113,29 +101,23 @@ class SuperLink:
     def _update_registrations(self) -> None:
         """Register new members with the server and unregister removed ones."""
         members = {member.name: member for member in self._members.all()}
-        for name, line in list(self._key_lines.items()):
+        for name, (line, node) in list(self._registered.items()):
             if name not in members or members[name].key.line != line:
-                self._flwr("supernode", "unregister", self._registered[name], CONNECTION)
-                del self._registered[name], self._key_lines[name]
-        for name, member in members.items():
-            if name not in self._registered:
-                self._registered[name] = self._register(member)
-                self._key_lines[name] = member.key.line
-
-    def _register(self, member: Member) -> str:
-        """Register a member's key and return its node id."""
-        public = self.folder / "keys" / f"{member.name}.pub"
-        public.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_text(public, f"{member.key.line}\n")
-        output = self._flwr("supernode", "register", str(public), CONNECTION, "--name", member.name)
-        return str(output["node-id"])
+                self._flwr("supernode", "unregister", node, CONNECTION)
+                del self._registered[name]
+        for name in [name for name in members if name not in self._registered]:
+            line, public = members[name].key.line, self.folder / "keys" / f"{name}.pub"
+            public.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_text(public, f"{line}\n")
+            output = self._flwr("supernode", "register", str(public), CONNECTION, "--name", name)
+            self._registered[name] = (line, str(output["node-id"]))
 
     def _ensure_app(self) -> None:
         """Start the app that sends requests to owners, unless it runs."""
         if self._run_id and self._is_app_running():
             return
         if self._run_id:
-            self._tell("the app that sends requests has ended; restarting it")
+            self._reporter.say("the app that sends requests has ended; restarting it")
         self._run_id = ""
         settings = f"workspace={json.dumps(str(self.folder.parent.parent.resolve()))}"
         output = self._flwr("run", str(APP), CONNECTION, "--run-config", settings)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
+
 from ....core.errors import UserError
 from ....experts.federation.protocol.delivery import SignedStatement
-from ....experts.federation.protocol.fields import check_fields
+from ....experts.federation.protocol.fields import Message, check_fields
 from ....experts.federation.protocol.keys import OwnerKey
 from ....experts.federation.protocol.parts import FileParts
 from ....experts.federation.protocol.progress import Progress
@@ -55,8 +57,10 @@ class Declined(Exception):
 
 
 @dataclass(frozen=True)
-class Hello:
+class Hello(Message):
     """The coordinator's answer to an owner's hello."""
+
+    LABEL = "the coordinator's answer to a hello"
 
     name: str
     """The owner's name at the coordinator."""
@@ -65,32 +69,16 @@ class Hello:
     more: bool = False
     """Whether later rounds of a shared model will bring more requests."""
 
-    @classmethod
-    def of_json(cls, content: Any) -> Hello:
-        """Read the coordinator's answer; raises `UserError` for anything else, since it comes from outside."""
-        check_fields(content, "the coordinator's answer to a hello", ("name", "open", "more"))
-        name, identifiers, more = content["name"], content["open"], content["more"]
-        are_texts = isinstance(identifiers, list) and all(isinstance(text, str) for text in identifiers)
-        if not (isinstance(name, str) and are_texts and isinstance(more, bool)):
-            raise UserError("a field of the coordinator's answer to a hello has the wrong type; check --server")
-        return cls(name, tuple(identifiers), more)
-
 
 class CoordinatorClient:
     """Connection of one owner to one coordinator."""
 
     def __init__(self, server: str, authority: Path, key: OwnerKey) -> None:
-        import httpx
-
         self._key, self._audience = key, fingerprint_of(authority)
         self.session = secrets.token_hex(8)
         context = ssl.create_default_context(cafile=str(authority))
         self._client = httpx.Client(
-            base_url=f"https://{server}",
-            verify=context,
-            timeout=TIMEOUT_S,
-            trust_env=False,
-            follow_redirects=False,
+            base_url=f"https://{server}", verify=context, timeout=TIMEOUT_S, trust_env=False, follow_redirects=False
         )
 
     def close(self) -> None:
@@ -137,8 +125,6 @@ class CoordinatorClient:
         return _parse_object(self._send(method, PATH + endpoint, hashlib.sha256(body).hexdigest(), body, MAX_JSON))
 
     def _send(self, method: str, target: str, digest: str, body: bytes | None, limit: int) -> bytes:
-        import httpx
-
         headers = signed_headers(self._key, method, target, digest, self.session, self._audience)
         if body is not None:
             headers["content-length"] = str(len(body))

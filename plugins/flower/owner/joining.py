@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from ....core.artefacts.files import exclusive
 from ....core.errors import UserError
+from ....core.reporting import Reporter
 from ....experts.federation.owner.owner import Owner
 from ....experts.federation.protocol.keys import PUBLIC_FILE
 from ..coordinator.serving import parse_address
-from ..processes.child import require_flower
 from .allowed_bundle import write_allowed
 from .coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
 from .owner_work import Consent, OwnerWork
@@ -34,7 +33,7 @@ def join(
     *,
     name: str | None,
     consent: Consent,
-    tell: Callable[[str], None],
+    reporter: Reporter,
     stop: threading.Event,
     until_done: bool = False,
 ) -> None:
@@ -43,22 +42,21 @@ def join(
     Raises `UserError` for a key that is not invited, for another name than the coordinator's and for a second process with the
     same key.
     """
-    require_flower()
     parse_address(server)
     key = owner.key()
     owner.settings()
     with exclusive(owner.state / ".locks" / "join", f"the owner's state {owner.state}"):
         write_allowed(owner.state)
         client = CoordinatorClient(server, authority, key)
-        node = SuperNode(owner.state, server, authority, key.path, tell)
-        membership = _Membership(owner, client, name, tell)
-        work = OwnerWork(owner, client, consent, tell, membership.pulse)
+        node = SuperNode(owner.state, server, authority, key.path, reporter)
+        membership = _Membership(owner, client, name, reporter)
+        work = OwnerWork(owner, client, consent, membership)
         try:
             for request in owner.requests():  # resume training before connecting
                 if not work.is_over(request) and owner.seeds.has(request):
                     owner.start(request.id)
             while not stop.is_set():
-                membership.pulse()
+                membership.send_hello()
                 if membership.last_hello is not None:
                     node.tick()
                     work.step()
@@ -84,18 +82,27 @@ def _is_done(owner: Owner, work: OwnerWork, hello: Hello) -> bool:
     return bool(requests) and not (remaining or expected or hello.more)
 
 
-class _Membership:
-    """Sends a hello every few seconds, which reports presence and detects a second process with the same key."""
+class _Membership(Reporter):
+    """Sends a hello every few seconds, which reports presence and detects a second process with the same key.
 
-    def __init__(self, owner: Owner, client: CoordinatorClient, name: str | None, tell: Callable[[str], None]) -> None:
-        self._owner, self._client, self._name, self._tell = owner, client, name, tell
+    As the reporter of the owner's work, it does so between the parts of a transfer too.
+    """
+
+    def __init__(self, owner: Owner, client: CoordinatorClient, name: str | None, reporter: Reporter) -> None:
+        self._owner, self._client, self._name, self._reporter = owner, client, name, reporter
         self._next_at = 0.0
         self._reported = ""
         self._duplicate_since: float | None = None
         self.last_hello: Hello | None = None
         """The coordinator's latest answer; None before the owner has joined."""
 
-    def pulse(self) -> None:
+    def say(self, line: str) -> None:
+        self._reporter.say(line)
+
+    def progress(self, task: str, done: int, total: int | None = None, unit: str = "") -> None:
+        self.send_hello()
+
+    def send_hello(self) -> None:
         """Send a hello if one is due."""
         if time.monotonic() < self._next_at:
             return
@@ -103,7 +110,7 @@ class _Membership:
         try:
             hello = self._client.hello()
         except Unreachable as error:
-            self._say(f"the coordinator cannot be reached ({error}); trying again")
+            self._say_once(f"the coordinator cannot be reached ({error}); trying again")
             return
         except Declined as error:
             self._handle_error(error)
@@ -112,7 +119,7 @@ class _Membership:
             raise UserError(f"the coordinator knows this key as '{hello.name}'; join with --name {hello.name}")
         self._duplicate_since = None
         if self.last_hello is None:
-            self._say(f"joined as '{hello.name}'")
+            self._say_once(f"joined as '{hello.name}'")
         self.last_hello = hello
 
     def _handle_error(self, error: Declined) -> None:
@@ -120,14 +127,14 @@ class _Membership:
         if error.code == "DUPLICATE":
             self._duplicate_since = self._duplicate_since or time.monotonic()
             if time.monotonic() - self._duplicate_since < DUPLICATE_S:
-                self._say(f"{sentence} (if that process was killed, this one takes over in half a minute)")
+                self._say_once(f"{sentence} (if that process was killed, this one takes over in half a minute)")
                 return
             raise UserError(sentence)
         if error.code in FINAL:
             raise UserError(sentence)
-        self._say(f"{sentence}; trying again")
+        self._say_once(f"{sentence}; trying again")
 
-    def _say(self, text: str) -> None:
+    def _say_once(self, text: str) -> None:
         if text != self._reported:
             self._reported = text
-            self._tell(text)
+            self._reporter.say(text)

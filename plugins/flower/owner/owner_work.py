@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ....core.errors import UserError
+from ....core.reporting import Reporter
 from ....experts.federation.owner.owner import LOG_FILE, Owner, Review
 from ....experts.federation.protocol.delivery import SignedStatement, make_delivery
 from ....experts.federation.protocol.keys import PUBLIC_FILE
-from ....experts.federation.protocol.parts import PART_BYTES, FileParts, read_part
+from ....experts.federation.protocol.parts import PART_BYTES, read_part
 from ....experts.federation.protocol.progress import Progress
 from ....experts.federation.protocol.requests import ExpertRequest
-from ..processes.backoff import backoff_s
+from ..processes.child import backoff_s
 from .coordinator_client import CoordinatorClient, Declined, Unreachable
 
 TELL_S = 5.0
@@ -31,23 +32,10 @@ Consent = Callable[[Review], bool]
 
 
 class OwnerWork:
-    """Work on one owner's requests: `step` advances each of them, calling `pulse` between transfers."""
+    """Work on one owner's requests: `step` advances each of them, and reports progress between transfers."""
 
-    def __init__(
-        self,
-        owner: Owner,
-        client: CoordinatorClient,
-        consent: Consent,
-        tell: Callable[[str], None],
-        pulse: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._owner, self._client, self._consent, self._tell, self._pulse = (
-            owner,
-            client,
-            consent,
-            tell,
-            pulse,
-        )
+    def __init__(self, owner: Owner, client: CoordinatorClient, consent: Consent, reporter: Reporter) -> None:
+        self._owner, self._client, self._consent, self._reporter = owner, client, consent, reporter
         self._wait_until: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         """Failed attempts in a row, by request."""
@@ -71,9 +59,10 @@ class OwnerWork:
             except Unreachable as error:
                 self._retry_later(request, f"the coordinator cannot be reached ({error}); trying again")
             except Declined as error:
+                sentence = error.sentence(self._owner.state / PUBLIC_FILE)
                 if error.code == "UNKNOWN_KEY":
-                    raise UserError(error.sentence(self._owner.state / PUBLIC_FILE)) from None
-                self._retry_later(request, f"{error.sentence(self._owner.state / PUBLIC_FILE)}; trying again")
+                    raise UserError(sentence) from None
+                self._retry_later(request, f"{sentence}; trying again")
 
     def is_over(self, request: ExpertRequest) -> bool:
         """Return whether a request is closed: delivered, refused, past its deadline or against the owner's settings."""
@@ -112,7 +101,7 @@ class OwnerWork:
         """Report a message about a request, unless it repeats the previous one."""
         if self._said.get(request.id) != text:
             self._said[request.id] = text
-            self._tell(f"request {request.id}: {text}")
+            self._reporter.say(f"request {request.id}: {text}")
 
     # --- the seed ---
 
@@ -121,7 +110,7 @@ class OwnerWork:
         for writer in self._owner.seeds.writers(request):
             for index in writer.missing():
                 writer.put(index, self._client.seed_part(request.id, writer.file, index))
-                self._pulse()
+                self._reporter.progress(f"fetching {writer.file.name}", index + 1, len(writer.file.parts), "parts")
         self._owner.seeds.complete(request)
 
     # --- training ---
@@ -160,8 +149,7 @@ class OwnerWork:
         signed = self._delivery(request)
         if not self._consent(self._owner.review(request.id)):
             self._say(
-                request,
-                "the expert is ready and waits for your consent: inspect it with --review, send it with --yes",
+                request, "the expert is ready and waits for your consent: inspect it with --review, send it with --yes"
             )
             self._wait_until[request.id] = time.monotonic() + TELL_S
             return
@@ -170,7 +158,7 @@ class OwnerWork:
             self._say(request, f"delivering {sum(file.size for file in signed.statement.files):,} bytes")
             self._send(request, signed, answer["missing"])
             while (answer := self._client.finish(request.id)).get("state") == "judging":
-                self._pulse()
+                self._reporter.progress(f"judging {request.id}", 0)
                 time.sleep(JUDGED_S)
         refusal = answer.get("refusal")
         self._owner.note_outcome(request.id, refusal)
@@ -181,23 +169,18 @@ class OwnerWork:
         folder = self._owner.delivery_folder(request.id)
         if not (folder / "delivery.json").is_file():
             expert = self._owner.expert_folder(request)
-            make_delivery(expert, request, self._owner.key(), folder, part_size=part_size(_largest_file(expert)))
+            largest = max((path.stat().st_size for path in expert.glob("*.safetensors")), default=0)
+            make_delivery(expert, request, self._owner.key(), folder, part_size=part_size(largest))
         return self._owner.delivery(request.id)
 
     def _send(self, request: ExpertRequest, signed: SignedStatement, missing: dict[str, list[int]]) -> None:
-        folder = self._owner.delivery_folder(request.id)
-        files: dict[str, FileParts] = {file.name: file for file in signed.statement.files}
+        folder, files = self._owner.delivery_folder(request.id), {file.name: file for file in signed.statement.files}
         for name, indices in missing.items():
             for index in indices:
                 self._client.put(request.id, files[name], index, read_part(folder / name, files[name], index))
-                self._pulse()
+                self._reporter.progress(f"delivering {name}", index + 1, len(files[name].parts), "parts")
 
 
 def part_size(total: int) -> int:
     """Return the part size for a file of `total` bytes: a 64th of it, between 1 MiB and 64 MiB."""
     return max(SMALLEST_PART, min(PART_BYTES, -(-total // PARTS_OF_A_DELIVERY)))
-
-
-def _largest_file(folder: Path) -> int:
-    """Return the size of the largest tensor file, in bytes."""
-    return max((path.stat().st_size for path in folder.glob("*.safetensors")), default=0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from ....core.errors import UserError
+from ....core.reporting import Reporter
 from ..processes.child import Child, environment, flower_command, free_port
 from .guarded_client import STATE_SETTING, STATE_VARIABLE, write_shim
 
@@ -21,23 +21,12 @@ for a minute."""
 class SuperNode:
     """The supervised node; call `tick` about once a second."""
 
-    def __init__(self, state: Path, server: str, authority: Path, key: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, state: Path, server: str, authority: Path, key: Path, reporter: Reporter) -> None:
         self._state, self._server, self._authority, self._key = state, server, authority, key
-        self._tell = tell
+        self._reporter = reporter
         self._child = Child(state / "flower" / "supernode.log")
         self._refused_since: float | None = None
-        self._environment = {
-            **environment(state / "flower", write_shim(state)),
-            STATE_VARIABLE: str(state.resolve()),
-        }
-
-    @property
-    def pid(self) -> int | None:
-        return self._child.pid
-
-    def is_connected(self) -> bool:
-        """Return whether the server has accepted the node."""
-        return self._child.is_running and "SuperNode ID:" in self._child.recent_output()
+        self._environment = {**environment(state / "flower", write_shim(state)), STATE_VARIABLE: str(state.resolve())}
 
     def tick(self) -> None:
         """Start the node if it does not run; raises `UserError` if the server has refused it for `REFUSED_S`."""
@@ -46,7 +35,7 @@ class SuperNode:
             self._handle_exit(status)
         if self._child.is_due():
             self._start()
-        if self._refused_since is not None and self.is_connected():
+        if self._child.is_running and "SuperNode ID:" in self._child.recent_output():  # the server accepts the node
             self._refused_since = None
 
     def stop(self) -> None:
@@ -56,7 +45,7 @@ class SuperNode:
     def _handle_exit(self, status: int) -> None:
         refusal = _REFUSAL_CODE.search(self._child.recent_output())
         if refusal is None:
-            self._tell(f"Flower's node ended with status {status}; restarting it")
+            self._reporter.say(f"Flower's node ended with status {status}; restarting it")
             return
         now = time.monotonic()
         self._refused_since = self._refused_since or now

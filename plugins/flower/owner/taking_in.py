@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -25,8 +24,16 @@ app = ClientApp()
 
 @app.train("expert")
 def take(message: Message, context: Context) -> Message:
-    """Handle a message with a request."""
-    return _reply(message, lambda: store_request(message, Path(str(context.node_config[STATE_SETTING]))))
+    """Store the request in a message and reply with `TAKEN`, or with a code for an error."""
+    try:
+        code = store_request(message, Path(str(context.node_config[STATE_SETTING])))
+    except UserError as error:
+        log.warning("a request was not stored: %s", error)  # stays in the owner's log
+        code = "NOT_TAKEN"
+    except Exception:  # its message may hold paths or text
+        log.exception("a request was not stored")
+        code = "FAILED"
+    return Message(RecordDict({RECORD: ConfigRecord({"code": code})}), reply_to=message)
 
 
 def store_request(message: Message, state: Path) -> str:
@@ -37,16 +44,3 @@ def store_request(message: Message, state: Path) -> str:
     if owner.outcome(request.id) not in (None, "accepted"):
         (state / "outcomes" / f"{request.id}.json").unlink()
     return "TAKEN"
-
-
-def _reply(message: Message, handle: Callable[[], str]) -> Message:
-    """Reply with the code that `handle` returns, or with a code for its error."""
-    try:
-        code = handle()
-    except UserError as error:
-        log.warning("a request was not stored: %s", error)  # stays in the owner's log
-        code = "NOT_TAKEN"
-    except Exception:  # its message may hold paths or text
-        log.exception("a request was not stored")
-        code = "FAILED"
-    return Message(RecordDict({RECORD: ConfigRecord({"code": code})}), reply_to=message)

@@ -11,14 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ....core.errors import UserError
-from .backoff import backoff_s
 
+PAUSES_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
+"""Back-off of everything that is retried: processes, connections and training runs."""
 SETTLED_S = 60.0
 """Lifetime in seconds after which the back-off starts again with the shortest pause."""
 LOG_TAIL = 40_000
 """Bytes that `recent_output` returns at most."""
 MAX_LOG = 20 << 20
 """Size in bytes at which a start moves the log to `.old`."""
+
+
+def backoff_s(failures: int) -> float:
+    """Return the pause in seconds before the next attempt after 1 or more failures in a row."""
+    return PAUSES_S[min(failures, len(PAUSES_S)) - 1]
 
 
 class Child:
@@ -37,11 +43,6 @@ class Child:
     def is_running(self) -> bool:
         """Whether the process is running."""
         return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the leash around the command; None before the first start and after an end."""
-        return self._process.pid if self._process is not None else None
 
     def poll(self) -> int | None:
         """If the process has ended since the last call, schedule its restart and return its exit status; else None."""

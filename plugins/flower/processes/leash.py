@@ -23,16 +23,13 @@ def main(command: list[str]) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     stop = threading.Event()
 
-    def request_stop(*_: object) -> None:
-        stop.set()
-
     def watch_parent() -> None:
         while os.read(0, 1024):
             pass
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, request_stop)
+        signal.signal(number, lambda *_: stop.set())
     threading.Thread(target=watch_parent, daemon=True).start()
     while child.poll() is None and not stop.is_set():
         time.sleep(0.05)
@@ -40,17 +37,10 @@ def main(command: list[str]) -> int:
         child.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(PATIENCE_S)
-    _kill_group(child.pid)
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the rest of the command's process group
+        os.killpg(child.pid, signal.SIGKILL)
     status = child.wait()
     return status if status >= 0 else 128 - status
-
-
-def _kill_group(group: int) -> None:
-    """Kill the remaining processes of the command's process group."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 if __name__ == "__main__":

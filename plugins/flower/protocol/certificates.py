@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.errors import UserError
-from ....experts.federation.protocol.keys import require_cryptography
-
-if TYPE_CHECKING:
-    from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 LIFETIME = timedelta(days=3650)
 RENEW_BEFORE = timedelta(days=30)
@@ -44,7 +44,6 @@ def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
     The authority is created once, since owners have a copy. The server's certificate is renewed for a new name and before it
     expires. Raises `UserError` for unreadable files.
     """
-    require_cryptography()
     all_names = tuple(dict.fromkeys([*LOCAL_NAMES, *names]))
     certificates = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key", "")
     with os_errors_as_user_errors(folder):
@@ -69,14 +68,10 @@ def reachable_names(host: str) -> list[str]:
 
 def fingerprint_of(path: Path) -> str:
     """Return a certificate's sha256 in the form of browsers and `openssl x509 -fingerprint`."""
-    from cryptography.hazmat.primitives import hashes
-
     return _read(path).fingerprint(hashes.SHA256()).hex(":").upper()
 
 
 def _read(path: Path) -> x509.Certificate:
-    from cryptography import x509
-
     if not path.is_file():
         raise UserError(f"{path} does not exist; ask the coordinator for its ca.crt")
     try:
@@ -87,9 +82,6 @@ def _read(path: Path) -> x509.Certificate:
 
 def _is_valid_for(certificates: Certificates, names: Sequence[str]) -> bool:
     """Return whether the server's certificate exists, is signed by the authority, covers the names and is not about to expire."""
-    from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
-
     if not (certificates.certificate.is_file() and certificates.key.is_file()):
         return False
     certificate = _read(certificates.certificate)
@@ -103,10 +95,6 @@ def _is_valid_for(certificates: Certificates, names: Sequence[str]) -> bool:
 
 
 def _make_authority(folder: Path) -> None:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"expertctl federation {os.urandom(4).hex()}")])
     usage = x509.KeyUsage(
@@ -127,15 +115,10 @@ def _make_authority(folder: Path) -> None:
         .sign(key, hashes.SHA384())
     )
     _write_key(folder / "ca.key", key)
-    _write_certificate(folder / "ca.crt", certificate)
+    (folder / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
 
 
 def _make_server(folder: Path, certificates: Certificates, names: Sequence[str]) -> None:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
     authority = _read(certificates.authority)
     signer = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)  # `_make_authority` writes this type
@@ -151,12 +134,10 @@ def _make_server(folder: Path, certificates: Certificates, names: Sequence[str])
         .sign(signer, hashes.SHA384())
     )
     _write_key(certificates.key, key)
-    _write_certificate(certificates.certificate, certificate)
+    certificates.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    from cryptography import x509
-
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -171,24 +152,14 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey
 
 
 def _general_name(name: str) -> x509.GeneralName:
-    from cryptography import x509
-
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         return x509.DNSName(name)
 
 
-def _write_key(path: Path, key: EllipticCurvePrivateKey) -> None:
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     content = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
-
-
-def _write_certificate(path: Path, certificate: x509.Certificate) -> None:
-    from cryptography.hazmat.primitives.serialization import Encoding
-
-    path.write_bytes(certificate.public_bytes(Encoding.PEM))

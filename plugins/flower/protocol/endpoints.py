@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from ....core.artefacts.files import user_fixable_error
 from ....core.errors import UserError, first_line
+from ....core.reporting import Reporter
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.judging.acceptance import Refusal
 from ....experts.federation.protocol.delivery import MAX_STATEMENT, SignedStatement
@@ -68,9 +69,9 @@ class Failure(Exception):
 class Endpoints:
     """Handlers of owners' signed requests to a coordinator."""
 
-    def __init__(self, coordinator: Coordinator, audience: str, tell: Callable[[str], None]) -> None:
-        self._coordinator, self._tell = coordinator, tell
-        self._gate = Gatekeeper(coordinator.members, audience)
+    def __init__(self, coordinator: Coordinator, audience: str, reporter: Reporter) -> None:
+        self._coordinator, self._reporter = coordinator, reporter
+        self._gate = Gatekeeper(coordinator.files.members, audience)
         self._sessions: dict[str, tuple[str, float]] = {}
         self._finishing: dict[str, asyncio.Task[Refusal | None]] = {}
         self._parts = asyncio.Semaphore(PARTS_AT_ONCE)
@@ -89,7 +90,7 @@ class Endpoints:
         try:
             signed = await asyncio.to_thread(self._gate.check, method, target, headers)
             self._require_single_session(signed)
-            await asyncio.to_thread(self._coordinator.presence.note, signed.member.name, self._coordinator.now())
+            await asyncio.to_thread(self._coordinator.files.presence.note, signed.member.name, self._coordinator.now())
             for route_method, pattern, handler in self._routes:
                 match = pattern.fullmatch(target.removeprefix(PATH))
                 if route_method == method and match is not None:
@@ -107,13 +108,13 @@ class Endpoints:
         if session and session != signed.session and now - at < ALIVE_S:
             raise Failure("DUPLICATE")
         if session != signed.session or now - at >= ALIVE_S:
-            self._tell(f"'{name}' is online")
+            self._reporter.say(f"'{name}' is online")
         self._sessions[name] = (signed.session, now)
 
     def _code_of(self, error: UserError) -> str:
         cause = error.__cause__
         if isinstance(cause, OSError) and user_fixable_error(cause) is not None:
-            self._tell(str(error))
+            self._reporter.say(str(error))
             return "DISK"
         return "REFUSED_NOW"
 
@@ -144,7 +145,7 @@ class Endpoints:
         name = signed.member.name
         missing = await asyncio.to_thread(self._coordinator.begin, name, request, delivery)
         if isinstance(missing, Refusal):
-            self._tell(f"the delivery of '{name}' is refused: {missing}")
+            self._reporter.say(f"the delivery of '{name}' is refused: {missing}")
             return _json({"refusal": missing.code.name})
         return _json({"missing": missing})
 
@@ -166,7 +167,7 @@ class Endpoints:
             return _json({"state": "judging"})
         self._finishing.pop(request, None)
         refusal = task.result()
-        self._tell(
+        self._reporter.say(
             f"the expert of '{name}' is accepted"
             if refusal is None
             else f"the delivery of '{name}' is refused: {refusal}"
@@ -178,7 +179,7 @@ class Endpoints:
             try:
                 return await asyncio.to_thread(self._coordinator.finish, name, request)
             except UserError as error:  # the owner receives a code and tries again
-                self._tell(f"the delivery of '{name}' cannot be judged now: {first_line(error)}")
+                self._reporter.say(f"the delivery of '{name}' cannot be judged now: {first_line(error)}")
                 raise
 
 

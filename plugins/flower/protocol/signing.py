@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ....experts.federation.coordinator.members import Member, Members
 from ....experts.federation.protocol.keys import OwnerKey
+from ....experts.federation.protocol.parts import is_digest
 
 PREFIX = "x-expertctl-"
 WINDOW_S = 300.0
@@ -76,7 +77,7 @@ class Gatekeeper:
             headers.get(f"{PREFIX}{name}", "") for name in ("key", "digest", "time", "nonce", "session", "signature")
         ]
         key, digest, at, nonce, session, signature = values
-        if not all(values) or any(len(value) > 300 for value in values) or not _is_hex(digest, 64):
+        if not all(values) or any(len(value) > 300 for value in values) or not is_digest(digest):
             raise NotSigned("NOT_SIGNED")
         member = self._members.find_by_key(key)
         if member is None:
@@ -100,7 +101,3 @@ class Gatekeeper:
                 raise NotSigned("REPLAYED")
             self._used = {used: until for used, until in self._used.items() if until > now}
             self._used[nonce] = signed_at + 2 * WINDOW_S
-
-
-def _is_hex(text: str, length: int) -> bool:
-    return len(text) == length and set(text) <= set("0123456789abcdef")

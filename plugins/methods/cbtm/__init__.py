@@ -1,5 +1,5 @@
 """Cluster-Branch-Train-Merge: discovery of domains in unlabelled text."""
 
-from .plugin import domain_discoverers
+from .plugin import domain_discoverers, mixers
 
-__all__ = ["domain_discoverers"]
+__all__ = ["domain_discoverers", "mixers"]

@@ -1,7 +1,6 @@
-"""Domain discoverers of Cluster-Branch-Train-Merge (arXiv:2303.14177), for unlabelled text.
+"""Cluster-Branch-Train-Merge (arXiv:2303.14177): discoverers of domains in unlabelled text, and the mixer `clusters`.
 
-Experts of the clusters are started by `branch --clusters`, and merged by method `ensemble` with `router:
-cluster`.
+Experts of the clusters are started by `branch --clusters`, and merged by method `ensemble` with `mixer: clusters`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....core.errors import UserError
+from ....core.hooks.ensembles import Mixer
 from ....core.hooks.hookspecs import hookimpl
 from ....core.hooks.text import DiscoveryInputs, Document, DomainDiscoverer
 from ....core.text.clustering.clusterer import Clusterer, ClustererOptions, ClustererSettings, fit_clusterer
@@ -71,7 +71,7 @@ class SentenceOptions(VectorOptions):
 def by_words(inputs: DiscoveryInputs, options: ClustererOptions) -> WordClusters:
     """Cluster texts by tf-idf vectors."""
     settings = ClustererSettings(**asdict(options), clusters=_num_clusters(inputs), seed=inputs.random_seed)
-    return WordClusters(fit_clusterer(inputs.sample(), settings, inputs.say))
+    return WordClusters(fit_clusterer(inputs.sample(), settings, inputs.reporter))
 
 
 def by_hidden_states(inputs: DiscoveryInputs, options: HiddenStateOptions) -> VectorClusters:
@@ -109,6 +109,21 @@ def _num_clusters(inputs: DiscoveryInputs) -> int:
     if inputs.clusters is None:
         raise UserError("the number of clusters is missing; add --clusters K")
     return inputs.clusters
+
+
+@hookimpl
+def mixers() -> list[Mixer]:
+    from ....merge.ensemble.cluster_mixing import ClusterOptions, fit_clusters, read_clusters
+
+    return [
+        Mixer(
+            "clusters",
+            "distance of the text so far to the clusters that the experts were trained on",
+            fit_clusters,
+            read_clusters,
+            ClusterOptions,
+        )
+    ]
 
 
 @hookimpl

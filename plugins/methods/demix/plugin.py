@@ -164,6 +164,7 @@ def _write(
     from ....core.artefacts.safetensors_io import write_tensors
     from ....experts.training.tuned_model import stored_dtype
     from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
+    from ....merge.ensemble.posterior_mixing import PosteriorMixer, PosteriorSettings
 
     dtype = stored_dtype(seed)
     for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
@@ -175,8 +176,8 @@ def _write(
     for name, tensors in own.items():
         cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
         write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", cast)
-    prior = [1 / len(own)] * len(own)
-    write_config(folder, ensemble_config(seed, own, prior, options.prior, options.posterior, None))
+    mixer = PosteriorMixer(PosteriorSettings((1 / len(own),) * len(own), options.prior, options.posterior))
+    write_config(folder, ensemble_config(read_json(seed / "config.json"), own, "posterior", mixer))
 
 
 def prepare_adaptation(context: TrainingContext) -> TrainablePart:
@@ -203,7 +204,7 @@ def prepare_adaptation(context: TrainingContext) -> TrainablePart:
         _write_with_expert(folder, text.folder, name, tensors)
 
     names = (*model.expert_names, name)
-    manifest_config = _manifest_config(names, model.config.prior_kind)
+    manifest_config = _manifest_config(names, model.config.mixer_settings["prior_kind"])
     manifest_config["tuning"] = {
         "trained_inside": (name,),
         "copied_from": {name: model.expert_names[nearest]},
@@ -247,11 +248,9 @@ def _write_with_expert(folder: Path, base: Path, name: str, tensors: Mapping[str
     config = read_json(base / "config.json")
     count = len(config["experts"]) + 1
     # the new expert gets the mean prior, which is uninformative
-    prior = [share * (count - 1) / count for share in config["prior"]]
-    write_json(
-        folder / "config.json",
-        {**config, "experts": [*config["experts"], name], "prior": [*prior, 1 / count]},
-    )
+    prior = [share * (count - 1) / count for share in config["mixer_settings"]["prior"]]
+    settings = {**config["mixer_settings"], "prior": [*prior, 1 / count]}
+    write_json(folder / "config.json", {**config, "experts": [*config["experts"], name], "mixer_settings": settings})
 
 
 @hookimpl

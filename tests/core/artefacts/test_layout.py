@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import expertctl
+from expertctl import TrainResult, Workspace
 from expertctl.core.artefacts.layout import Layout, check_name
 from expertctl.core.errors import Interrupted, UserError
 from expertctl.core.text import token_store
-from expertctl.workspace import TrainResult, Workspace
 
 
 def test_a_workspace_is_found_upward_as_git_does(shared_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_train_leaves_raising_to_its_caller(new_workspace: Any, tmp_path: Path) 
 
 
 def test_the_names_that_plugins_speak_of_are_there_to_import() -> None:
-    reporter: type = expertctl.RunReporter
+    reporter: type = expertctl.Reporter
     text = expertctl.ValidationText("law", expertctl.TokenBlocks)
-    assert {"started", "progressed", "finished"} <= set(vars(reporter))
+    assert {"say", "progress", "run_started", "run_progressed", "run_finished"} <= set(vars(reporter))
     assert (text.domain, text.blocks) == ("law", token_store.TokenBlocks)

@@ -20,6 +20,7 @@ from expertctl.core.artefacts.safetensors_io import (
     Checkpoint,
     checkpoint_files,
     dtype_name,
+    new_file,
     read_header,
     tensor_bytes,
     tensor_digest,
@@ -230,6 +231,27 @@ def test_failing_half_way_leaves_the_old_file(tmp_path: Path) -> None:
         write_file(path, {"a": ("F32", (2,)), "b": ("F32", (2,))}, failing())
     assert load_file(path)["a"].tolist() == [1, 1]
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_of_pieces_that_fails_is_not_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError), new_file(path, {"a": ("F32", (2,)), "b": ("F32", (2,))}) as file:
+        file.add("a", Checkpoint([path]).read("a"))
+    with (
+        pytest.raises(AssertionError, match="fewer elements than announced"),
+        new_file(path, {"a": ("F32", (2,))}),
+    ):
+        pass
+    for wrong, said in (
+        (torch.zeros(3), "a has more elements"),
+        (torch.zeros(2, dtype=torch.bfloat16), "announced F32 for a"),
+    ):
+        with (
+            pytest.raises(AssertionError, match=said),
+            new_file(path, {"a": ("F32", (2,))}) as file,
+        ):
+            file.add("a", wrong)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- damage ---

@@ -33,7 +33,7 @@ def new_owner(tmp_path: Path, coordinator: Coordinator) -> Callable[[str], Owner
         owner = Owner(tmp_path / f"state-{name}")
         key = make_key(owner.state)
         owner.configure(OwnerSettings(private_text(tmp_path / f"{name}.jsonl", MODULES[name])))
-        coordinator.members.add(name, key.public)
+        coordinator.files.members.add(name, key.public)
         return owner
 
     return make

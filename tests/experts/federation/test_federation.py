@@ -131,9 +131,9 @@ def test_the_status_shows_a_request_that_the_owners_node_did_not_take(
 ) -> None:
     new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a")
-    coordinator.record_handout(request.id, "NOT_TAKEN")
+    coordinator.files.record_handout(request.id, "NOT_TAKEN", coordinator.now())
     assert owner_statuses(coordinator)[0].detail == "the owner's node replied NOT_TAKEN"
-    coordinator.record_handout(request.id, "TAKEN")
+    coordinator.files.record_handout(request.id, "TAKEN", coordinator.now())
     assert owner_statuses(coordinator)[0].detail == ""
 
 
@@ -331,7 +331,7 @@ def test_an_invalid_expert_is_quarantined_with_a_reason(
     (status,) = owner_statuses(coordinator)
     assert status.state == "refused"
     assert "\n" not in status.detail
-    (kept,) = (coordinator.root / "quarantine").iterdir()
+    (kept,) = (coordinator.files.root / "quarantine").iterdir()
     assert json.loads((kept / "reason.json").read_text())["code"] == code.name
     # the good one is still welcome
     shutil.rmtree(owner.delivery_folder(request.id))
@@ -383,7 +383,7 @@ def test_forged_statements_are_refused_before_any_upload(
         coordinator.begin("site-b", request.id, good)
     with pytest.raises(UserError, match="was not announced"):
         coordinator.put("site-a", request.id, file.name, 0, b"")
-    assert not any((coordinator.root / "incoming").iterdir())
+    assert not any((coordinator.files.root / "incoming").iterdir())
     assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, good) is None
 
 
@@ -421,7 +421,7 @@ def test_an_expert_with_a_high_loss_on_public_text_is_refused(
         assert refusal is not None
         assert refusal.code is RefusalCode.HELD_OUT
     assert hand_in(judge, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
-    assert len(list((coordinator.root / "quarantine").iterdir())) == 2
+    assert len(list((coordinator.files.root / "quarantine").iterdir())) == 2
 
 
 def test_less_privacy_than_requested_is_refused(coordinator: Coordinator, new_owner: NewOwner, clock: Clock) -> None:
@@ -429,7 +429,7 @@ def test_less_privacy_than_requested_is_refused(coordinator: Coordinator, new_ow
     (request,) = ask(coordinator, clock, "site-a")
     trained(coordinator, owner, request)
     private = replace(request, recipe=replace(BTM, privacy={"epsilon": 8.0, "delta": 1e-6}))
-    path = coordinator.root / "requests" / f"{request.id}.json"
+    path = coordinator.files.root / "requests" / f"{request.id}.json"
     path.write_text(json.dumps(private.as_json()))
     (owner.state / "requests" / f"{request.id}.json").write_text(json.dumps(private.as_json()))
     with pytest.raises(UserError, match="with less privacy than the request"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from federation_members import MODULES, TRAINING, Clock, hand_in, private_text, trained
+from reporters import Recorder
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, Workspace, load_model, verify
@@ -31,12 +32,13 @@ from expertctl.experts.federation.coordinator.round_keeper import (
     status_of,
 )
 from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
+from expertctl.experts.federation.judging.round_weights import AveragingRules
 from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
 from expertctl.experts.federation.protocol.delivery import SignedStatement
 from expertctl.experts.federation.protocol.keys import make_key
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
-from expertctl.experts.federation.rounds.averaging import AveragingRules, OuterRecipe, outer_step
+from expertctl.experts.federation.rounds.averaging import OuterRecipe, outer_step
 from expertctl.experts.federation.rounds.round_plan import RoundPlan
 from expertctl.experts.federation.rounds.shared_model import SharedModel, SharedSettings
 
@@ -239,7 +241,7 @@ def test_invalid_weights_are_left_out_of_the_round(
     assert "site-b" in shared.rounds.refused()
     said = advance(coordinator, shared)  # nobody is waited for
     assert said[0] == "round 1 of 2 of 'together': site-a averaged, without site-b"
-    assert list((coordinator.root / "quarantine").iterdir())
+    assert list((coordinator.files.root / "quarantine").iterdir())
     assert len(coordinator.open_requests("site-b")) == 1  # that of the next round
 
 
@@ -266,7 +268,7 @@ def test_weights_with_a_high_loss_on_public_text_are_left_out(
 def test_a_removed_member_is_not_awaited(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
     shared = begin_rounds(coordinator, "together", plan(quorum=0.5), SETTINGS)
     play(coordinator, owners, "site-a")
-    coordinator.members.remove("site-b")
+    coordinator.files.members.remove("site-b")
     assert advance(coordinator, shared)[0].endswith("site-a averaged, without site-b")
 
 
@@ -299,7 +301,7 @@ def test_kills_of_the_coordinator_end_in_the_same_weights(
         owners = {}
         for name, module in MODULES.items():
             owners[name] = owner = Owner(tmp_path / kind / f"state-{name}")
-            coordinator.members.add(name, make_key(owner.state).public)
+            coordinator.files.members.add(name, make_key(owner.state).public)
             owner.configure(OwnerSettings(private_text(tmp_path / f"{name}.jsonl", module)))
         shared = begin_rounds(coordinator, "together", plan("diloco"), SETTINGS)
         for number in range(ROUNDS):
@@ -341,7 +343,7 @@ def test_invalid_shared_models_are_refused_before_any_request(
     (coordinator.layout.generalists / "taken").mkdir(parents=True)
     with pytest.raises(UserError, match="the name 'taken' is taken by"):
         begin_rounds(coordinator, "taken", plan(), SETTINGS)
-    assert coordinator.requests() == []
+    assert coordinator.files.requests() == []
     begin_rounds(coordinator, "together", plan(), SETTINGS)
     with pytest.raises(UserError, match="'together' is being trained with other owners or settings"):
         begin_rounds(coordinator, "together", plan("diloco"), SETTINGS)
@@ -349,9 +351,10 @@ def test_invalid_shared_models_are_refused_before_any_request(
 
 def test_the_round_keeper_reports_each_event_once(coordinator: Coordinator, owners: dict[str, Owner]) -> None:
     begin_rounds(coordinator, "together", plan(), SETTINGS)
-    told: list[str] = []
+    recorder = Recorder()
+    told = recorder.lines
     stop = threading.Event()
-    keeper = threading.Thread(target=keep_rounds, args=(coordinator, told.append, stop, 0.05))
+    keeper = threading.Thread(target=keep_rounds, args=(coordinator, recorder, stop, 0.05))
     keeper.start()
     try:
         for _ in range(ROUNDS):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reporters import Recorder
 from scipy.stats import norm
 
 from expertctl import UserError
@@ -71,13 +72,13 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_that_remembers_is_caught_and_a_fresh_one_is_not(remembering: Path, fresh: Path) -> None:
-    heard: list[tuple[str, int, int]] = []
+    recorder = Recorder()
     found = audit_extraction(
         remembering,
         documents(5),
         SMALL,
         reference=fresh,
-        tell=lambda model, done, total: heard.append((model, done, total)),
+        reporter=recorder,
     )
     assert found.model.hits == 5
     assert found.model.interval[0] > 0.5
@@ -85,8 +86,8 @@ def test_a_model_that_remembers_is_caught_and_a_fresh_one_is_not(remembering: Pa
     assert found.reference.hits == 0
     assert found.reference.interval[1] < 0.5
     assert found.only_model == 5
-    assert ("remembering", 5, 5) in heard
-    assert ("fresh", 2, 5) in heard, "two documents of four samples each at a time"
+    assert ("remembering", 5, 5) in recorder.steps
+    assert ("fresh", 2, 5) in recorder.steps, "two documents of four samples each at a time"
 
 
 def test_text_that_it_has_not_seen_is_not_found_in_it(remembering: Path) -> None:

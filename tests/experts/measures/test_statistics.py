@@ -74,20 +74,20 @@ def test_a_merge_by_statistics(ws: Workspace, method: str, kind: str) -> None:
     with pytest.raises(UserError, match=f"collect them with `expertctl stats code --kind {kind}`"):
         ws.merge("m", method=method)
     for name in ("code", "law"):
-        written = ws.statistics(name, kind=kind, domain="code", samples=4)
+        written = ws.experts.statistics(name, kind=kind, domain="code", samples=4)
         assert written["blocks"] == 4
     merged = ws.merge("m", method=method)
     mean = ws.merge("mean", method="average")
     changed = {name for name in mean.tensors if merged.tensors[name] != mean.tensors[name]}
     assert "model.layers.0.mlp.up_proj.weight" in changed
     with pytest.raises(UserError, match="exists already"):
-        ws.statistics("law", kind=kind, domain="code", samples=4)
+        ws.experts.statistics("law", kind=kind, domain="code", samples=4)
     load_model(ws.generalists / "m")
 
 
 def test_statistics_of_another_training_are_refused(ws: Workspace) -> None:
     for name in ("code", "law"):
-        ws.statistics(name, domain="code", samples=2)
+        ws.experts.statistics(name, domain="code", samples=2)
     path = ws.root / "statistics" / "law" / "gram" / "statistics.json"
     digest = (ws.experts / "law" / "expert.json").read_text().partition('"digest": "')[2][:64]
     path.write_text(path.read_text().replace(digest, "0" * 64))
@@ -97,6 +97,6 @@ def test_statistics_of_another_training_are_refused(ws: Workspace) -> None:
 
 def test_a_domain_has_to_be_named_where_the_experts_is_not_in_the_project(ws: Workspace) -> None:
     with pytest.raises(UserError, match="choose one with --domain"):
-        ws.statistics("law")
+        ws.experts.statistics("law")
     with pytest.raises(UserError, match="no kind of statistics 'grams'"):
-        ws.statistics("law", kind="grams", domain="code")
+        ws.experts.statistics("law", kind="grams", domain="code")

@@ -118,7 +118,7 @@ def test_the_loaded_expert_is_what_was_trained(trained: Workspace) -> None:
         ({"domain": "prose", "start": {"law": 1}}, r"no finished expert 'law'"),
         ({"domain": "prose", "start": {"seed": 0}}, r"initial weights sum to 0"),
         ({"domain": "prose", "options": {"depth": 3}}, r"trainer 'all' has no option 'depth'"),
-        ({}, r"say which domain it is for"),
+        ({}, r"give its domain"),
     ],
 )
 def test_a_branch_that_makes_no_sense_is_refused(project: Workspace, settings: dict[str, object], message: str) -> None:

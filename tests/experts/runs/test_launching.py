@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import expertctl
-from expertctl import Launcher, LaunchResult, RunReporter, UserError, Workspace
+from expertctl import Launcher, LaunchResult, Reporter, UserError, Workspace
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig
 from expertctl.core.testing import fresh_plugins
 from expertctl.experts.runs import launching
@@ -31,9 +31,7 @@ class Recorder:
     def launchers(self) -> list[Launcher]:
         return [Launcher("nodes", "for a test", self.launch, NodeOptions)]
 
-    def launch(
-        self, runs: Sequence[Path], jobs: int, reporter: RunReporter, options: NodeOptions
-    ) -> list[LaunchResult]:
+    def launch(self, runs: Sequence[Path], jobs: int, reporter: Reporter, options: NodeOptions) -> list[LaunchResult]:
         self.calls.append((tuple(run.name for run in runs), jobs, options))
         return [LaunchResult(run, None) for run in runs]
 
@@ -48,7 +46,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 def test_options_arrive_typed(recorder: Recorder, tmp_path: Path) -> None:
     config = LauncherConfig(name="nodes", options={"gpus": "4"})
-    result = launching.launch([tmp_path / "law"], 2, config, None)
+    result = launching.launch([tmp_path / "law"], 2, config)
     assert recorder.calls == [(("law",), 2, NodeOptions(gpus=4))]
     assert result.finished == ("law",)
 
@@ -63,7 +61,7 @@ def test_options_arrive_typed(recorder: Recorder, tmp_path: Path) -> None:
 )
 def test_unknown_launchers_and_options_are_refused(recorder: Recorder, config: LauncherConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        launching.launch([], 1, config, None)
+        launching.launch([], 1, config)
     assert recorder.calls == []
 
 

@@ -10,9 +10,8 @@ import pytest
 import yaml
 from flexolmo_workspaces import OWNERS, tune_here
 
-from expertctl import UserError, load_model
+from expertctl import Reporter, Sampling, TuningSettings, UserError, load_model
 from expertctl.core.artefacts.files import remove_tree
-from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.run import read_run
 from expertctl.core.manifests.verification import verify
@@ -35,17 +34,9 @@ def merged(flexolmo_workspace: Workspace) -> Workspace:
 
 def begun(workspace: Workspace, name: str, base: str, **training: Any) -> Path:
     """Set up a tuning of the router and return its folder; nothing is trained yet."""
-    return start_tuning(
-        workspace.layout,
-        workspace.config,
-        name,
-        base=base,
-        trains="router",
-        domains=["prose"],
-        options={},
-        training=TrainingConfig(**training),
-        force=True,
-    )
+    settings = TuningSettings("router", ["prose"], training=training)
+    start_tuning(workspace.layout, workspace.config, name, base, settings, force=True)
+    return workspace.generalists / name
 
 
 @pytest.mark.parametrize(
@@ -109,9 +100,9 @@ def test_an_unfinished_tuning_goes_on_as_it_began_in_every_setting(merged: Works
         ({"learning_rate": 1}, "not 1.0"),
     ):
         with pytest.raises(UserError, match=told):
-            merged.tune("goes-on", Path("to-tune"), training=training)
+            merged.tune("goes-on", Path("to-tune"), TuningSettings(training=training))
     settings = read_run(folder).training
-    require_same(folder, "to-tune", None, (), {}, TrainingConfig(tokens=512))
+    require_same(folder, "to-tune", TuningSettings(training={"tokens": 512}))
     assert (settings.tokens, settings.learning_rate) == (512, 1e-3)
     remove_tree(folder)
 
@@ -125,19 +116,19 @@ def test_a_tuned_models_card_says_how_it_was_tuned(merged: Workspace) -> None:
 
 
 def test_experts_are_changed_looked_for_and_switched_off_from_python(merged: Workspace) -> None:
-    fewer = merged.change_experts("to-tune", "fewer", remove=["means"])
+    fewer = merged.generalists.change_experts("to-tune", "fewer", remove=["means"])
     assert list(fewer.merged.experts) == ["public", "prose", "chance"]
-    absence = merged.absence("fewer", "means")
+    absence = merged.generalists.absence("fewer", "means")
     assert (absence.found, absence.merged) == ((), None)
-    assert merged.absence("to-tune", "means").found
-    whole = merged.change_experts("fewer", merged.root / "elsewhere", add=["means"])
+    assert merged.generalists.absence("to-tune", "means").found
+    whole = merged.generalists.change_experts("fewer", merged.root / "elsewhere", add=["means"])
     assert list(whole.merged.experts) == ["public", "prose", "chance", "means"]
-    other = merged.change_experts("fewer", "renewed", replace={"prose": "means"})
+    other = merged.generalists.change_experts("fewer", "renewed", replace={"prose": "means"})
     assert list(other.merged.experts) == ["public", "prose", "chance"]
     with pytest.raises(UserError, match="the name 'prose' is taken by"):
-        merged.change_experts("to-tune", "prose", remove=["means"])
-    said = merged.generate("to-tune", "def ", max_new_tokens=2, without=["means"]).text
-    assert said == merged.generate("fewer", "def ", max_new_tokens=2).text
+        merged.generalists.change_experts("to-tune", "prose", remove=["means"])
+    said = merged.generate("to-tune", "def ", Sampling(max_new_tokens=2), without=["means"]).text
+    assert said == merged.generate("fewer", "def ", Sampling(max_new_tokens=2)).text
 
 
 def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> None:
@@ -148,7 +139,7 @@ def test_a_base_that_was_made_again_otherwise_is_noticed(merged: Workspace) -> N
     merged.merge("remade", options={"top_k": 1}, force=True, **settings)
     assert read_manifest(merged.generalists / "remade").digest == before, "the tensors are the same"
     with pytest.raises(UserError, match=r"'remade/config\.json' changed since 'of-remade' was set up"):
-        train_run(folder, lambda record: None, lambda: False)
+        train_run(folder, Reporter(), lambda: False)
     assert folder.is_dir(), "what was refused for another reason than the trainer's can still go on"
     remove_tree(folder)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from expertctl import UserError, Workspace
+from expertctl import DiscoverySettings, UserError, Workspace
 from expertctl.core.text.clustering.clusterer import Clusterer
 from expertctl.experts.text import discovery
 from expertctl.experts.text.corpora import domain_documents
@@ -70,9 +70,9 @@ def test_the_statement_says_what_clusters_are_about(workspace: Workspace) -> Non
 
 def test_several_processes_give_the_same_files(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "BATCH", 16)
-    one = workspace.discover("one", 3, jobs=1)
+    one = workspace.discover("one", 3, DiscoverySettings(jobs=1))
     monkeypatch.setattr(discovery, "PARALLEL_FROM", 0)
-    many = workspace.discover("many", 3, domains=["mixed"], jobs=2)
+    many = workspace.discover("many", 3, DiscoverySettings(domains=["mixed"], jobs=2))
     for number in range(3):
         for part in ("train", "valid"):
             mine = (one.folder / f"one-{number}" / f"{part}.jsonl").read_bytes()
@@ -81,10 +81,10 @@ def test_several_processes_give_the_same_files(workspace: Workspace, monkeypatch
 
 
 def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspace) -> None:
-    one = workspace.discover("campus", 3, sample=60)
+    one = workspace.discover("campus", 3, DiscoverySettings(sample=60))
     path = workspace.root / "mixed.jsonl"
     path.write_text("".join(sorted(path.read_text().splitlines(keepends=True))))
-    again = workspace.discover("again", 3, domains=["mixed"], sample=60)
+    again = workspace.discover("again", 3, DiscoverySettings(domains=["mixed"], sample=60))
     assert [cluster.top_words for cluster in one.clusters] == [cluster.top_words for cluster in again.clusters]
 
 
@@ -92,15 +92,21 @@ def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspa
     ("settings", "said"),
     [
         ({"clusters": 5000}, "5000 clusters need at least 5000 texts"),
-        ({"clusters": 2, "domains": ["nix"]}, "no domain 'nix'"),
+        ({"clusters": 2, "settings": DiscoverySettings(domains=["nix"])}, "no domain 'nix'"),
         ({"clusters": 2, "stop_words": "klingon"}, "stop word file 'klingon' does not exist"),
         ({}, "the number of clusters is missing"),
-        ({"clusters": 2, "by": "feeling"}, "no domain discoverer 'feeling'; installed: hidden_states"),
+        (
+            {"clusters": 2, "settings": DiscoverySettings(by="feeling")},
+            "no domain discoverer 'feeling'; installed: hidden_states",
+        ),
         ({"clusters": 2, "colour": 1}, "domain discoverer 'tfidf' has no option 'colour'"),
-        ({"clusters": 2, "by": "hidden_states"}, "discoverer hidden_states needs a seed"),
-        ({"clusters": 2, "by": "sentence_embeddings"}, "needs the folder of a model"),
-        ({"clusters": 2, "by": "sentence_embeddings", "folder": "nowhere"}, "has no config.json"),
-        ({"by": "metadata"}, "mixed.jsonl:1: no field 'source'; fields: text"),
+        ({"clusters": 2, "settings": DiscoverySettings(by="hidden_states")}, "discoverer hidden_states needs a seed"),
+        ({"clusters": 2, "settings": DiscoverySettings(by="sentence_embeddings")}, "needs the folder of a model"),
+        (
+            {"clusters": 2, "folder": "nowhere", "settings": DiscoverySettings(by="sentence_embeddings")},
+            "has no config.json",
+        ),
+        ({"settings": DiscoverySettings(by="metadata")}, "mixed.jsonl:1: no field 'source'; fields: text"),
     ],
 )
 def test_what_cannot_be_is_refused_with_nothing_left(workspace: Workspace, settings: dict[str, Any], said: str) -> None:
@@ -163,9 +169,9 @@ def test_a_set_is_not_replaced_unasked_nor_made_of_itself(workspace: Workspace) 
     with pytest.raises(UserError, match="exists already"):
         workspace.discover("campus", 2)
     with pytest.raises(UserError, match="'campus-0' is itself one of the clusters 'campus'"):
-        workspace.discover("campus", 2, domains=["campus-0"], force=True)
+        workspace.discover("campus", 2, DiscoverySettings(domains=["campus-0"]), force=True)
     assert len(workspace.discover("campus", 3, force=True).clusters) == 3
-    finer = workspace.discover("finer", 2, domains=["campus-0"])
+    finer = workspace.discover("finer", 2, DiscoverySettings(domains=["campus-0"]))
     assert list(finer.source) == ["campus-0"]
 
 
@@ -191,10 +197,10 @@ def test_clusters_share_the_budget_of_one_expert(workspace: Workspace) -> None:
     workspace.seed(tiny_model_folder(workspace.root / ".origin"))
     workspace.discover("campus", 3)
     training = {"tokens": 3000, "sequence_length": 32, "batch_size": 2}
-    specs = workspace.branch_clusters("campus", training=training)
+    specs = workspace.experts.branch_clusters("campus", training=training)
     assert [(spec.name, spec.domains) for spec in specs] == [
         (f"campus-{number}", (f"campus-{number}",)) for number in range(3)
     ]
     assert {spec.training.tokens for spec in specs} == {1000}
     with pytest.raises(UserError, match="no set of clusters 'camp' \\(did you mean 'campus'\\?\\)"):
-        workspace.branch_clusters("camp")
+        workspace.experts.branch_clusters("camp")

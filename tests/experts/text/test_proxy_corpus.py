@@ -31,6 +31,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from reporters import Recorder
 
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.project import load_project
@@ -271,13 +272,13 @@ def test_documents_are_streamed(layout: Layout, monkeypatch: pytest.MonkeyPatch)
             yield Counted(f"{number}\n{texts[number % len(texts)]}")
 
     monkeypatch.setattr(proxy_module, "domain_documents", documents)
-    told: list[tuple[str, int]] = []
-    proxy = pick(layout, settings=ProxySettings(sample=100), tell=lambda *news: told.append(news))
+    recorder = Recorder()
+    proxy = pick(layout, settings=ProxySettings(sample=100), reporter=recorder)
     assert proxy.text.documents == 30
     assert proxy.source.documents == 1500
     assert Counted.most <= 4
-    assert told[0] == ("reading law", 256)
-    assert {work for work, _ in told} == {"reading law", "reading web", "scoring web", "writing"}
+    assert recorder.steps[0] == ("reading law", 256, None)
+    assert {task for task, *_ in recorder.steps} == {"reading law", "reading web", "scoring web", "writing"}
 
 
 def test_the_sample_is_bounded_and_does_not_hang_on_the_order() -> None:

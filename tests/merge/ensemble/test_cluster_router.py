@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import expertctl
-from expertctl import UserError, load_model
+from expertctl import DiscoverySettings, Reporter, UserError, load_model
 from expertctl.core.artefacts.files import read_json
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.testing import tiny_model_folder
@@ -41,16 +41,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     (root / "expertctl.yaml").write_text(json.dumps({"domains": {"mixed": domain}, "training": TRAINING}))
     workspace = Workspace(root)
     workspace.seed(tiny_model_folder(root / ".origin", "olmo2"))
-    workspace.discover("campus", 2, jobs=1)
+    workspace.discover("campus", 2, DiscoverySettings(jobs=1))
     workspace = Workspace(root)
-    for spec in workspace.branch_clusters("campus"):
-        train_run(workspace.experts / spec.name, lambda record: None, lambda: False)
-    workspace.merge("forest", method="ensemble", options={"router": "cluster", "every": 4})
+    for spec in workspace.experts.branch_clusters("campus"):
+        train_run(workspace.experts / spec.name, Reporter(), lambda: False)
+    workspace.merge("forest", method="ensemble", options={"mixer": "clusters", "every": 4})
     return workspace
 
 
 def router_of(made: Workspace, **changes: object) -> ClusterRouter:
-    router = load_model(made.generalists / "forest")[0].router
+    router = load_model(made.generalists / "forest")[0].mixer.router
     return replace(router, routing=replace(router.routing, **changes))
 
 
@@ -110,7 +110,7 @@ def test_padding_is_not_read(made: Workspace) -> None:
 def test_the_ensemble_mixes_probabilities_by_these_weights(made: Workspace) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
     ids = tokenizer(LAW, return_tensors="pt")["input_ids"][:, :30]
-    weights = model.router(ids)[0].exp()
+    weights = model.mixer.router(ids)[0].exp()
     members = [load_model(made.experts / name)[0] for name in model.expert_names]
     with torch.inference_mode():
         parts = [member(input_ids=ids).logits.double().softmax(-1) for member in members]
@@ -125,7 +125,7 @@ def test_the_ensemble_mixes_probabilities_by_these_weights(made: Workspace) -> N
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_caches_gives_what_the_whole_text_gives(made: Workspace, beams: int) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
-    model.router = replace(model.router, routing=replace(model.router.routing, top_k=1, every=2))
+    model.mixer.router = router_of(made, top_k=1, every=2)
     prompts = [LAW[:30], CODE[:52]]
     tokenizer.padding_side = "left"
     given_ = tokenizer(prompts, return_tensors="pt", padding=True)
@@ -136,7 +136,7 @@ def test_generation_with_caches_gives_what_the_whole_text_gives(made: Workspace,
 
 def test_experts_without_weight_do_not_run(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
-    model.router = replace(model.router, routing=replace(model.router.routing, top_k=1, every=1))
+    model.mixer.router = router_of(made, top_k=1, every=1)
     ran: list[int] = []
     for index, member in enumerate(model.members):
         member.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
@@ -159,22 +159,22 @@ def test_the_fitted_temperature_is_the_best_of_many(made: Workspace) -> None:
             texts.append((ids, torch.stack(scores).double().numpy()))
 
     def loss(temperature: float) -> float:
-        router = replace(model.router, routing=replace(model.router.routing, temperature=temperature))
+        router = router_of(made, temperature=temperature)
         total = 0.0
         for ids, scores_KT in texts:
             joint = router(torch.tensor([ids[:-1]]))[0][0].double().numpy() + scores_KT.T
             total -= float(np.logaddexp.reduce(joint, axis=1).sum())
         return total
 
-    best = fit_temperature(model.router, texts)
+    best = fit_temperature(model.mixer.router, texts)
     assert loss(best) <= min(loss(10**power) for power in np.linspace(-3, 1, 20)) + 1e-3
 
 
 def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path: Path) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
     config = json.loads((made.generalists / "forest" / "config.json").read_text())
-    assert config["router"]["distance"] == "squared"
-    assert config["router"]["temperature"] > 0
+    assert config["mixer_settings"]["distance"] == "squared"
+    assert config["mixer_settings"]["temperature"] > 0
     ids = tokenizer(LAW, return_tensors="pt")["input_ids"]
     model.save_pretrained(tmp_path / "copy")
     tokenizer.save_pretrained(tmp_path / "copy")
@@ -190,7 +190,7 @@ def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"prior": "uniform"}, "ignores weights and prior"),
+        ({"prior": "uniform"}, "has no option 'prior'"),
         ({"clusters": "campsu"}, "no set of clusters 'campsu'"),
         ({"temperature": 0.0}, "temperature is 0; it must be greater than 0"),
         ({"top_k": 3}, "top_k is 3"),
@@ -199,7 +199,7 @@ def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path:
 )
 def test_what_cannot_be_is_refused(made: Workspace, options: dict[str, object], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        made.merge("other", method="ensemble", options={"router": "cluster", **options})
+        made.merge("other", method="ensemble", options={"mixer": "clusters", **options})
     assert not (made.generalists / "other").exists()
 
 
@@ -209,7 +209,7 @@ def test_the_manifest_says_what_was_settled_so_that_the_same_can_be_merged_witho
     manifest = read_manifest(made.generalists / "forest")
     options, config = manifest.merged.options, read_json(made.generalists / "forest" / "config.json")
     assert options["clusters"] == "campus"
-    assert options["temperature"] == config["router"]["temperature"]
+    assert options["temperature"] == config["mixer_settings"]["temperature"]
     assert manifest.merged.weights == {}
     again = made.merge("again", method="ensemble", options=options)
     assert again.merged.fitted_on == ()
@@ -223,7 +223,7 @@ def test_clusters_that_no_text_can_be_followed_by_are_refused(made: Workspace) -
     try:
         path.write_text(json.dumps(json.loads(before) | {"by": "hidden_states"}))
         with pytest.raises(UserError, match="'campus' was made by hidden_states"):
-            made.merge("other", method="ensemble", options={"router": "cluster"})
+            made.merge("other", method="ensemble", options={"mixer": "clusters"})
     finally:
         path.write_text(before)
 

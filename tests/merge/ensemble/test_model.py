@@ -393,14 +393,14 @@ def test_the_updating_prior_moves_with_every_text_and_starts_again_when_loaded(o
         scored = model.target_log_probs(torch.tensor([row]))
         assert_close(scored[0], [np.log(probabilities[t - 1, row[t]]) for t in range(1, len(row))])
         prior = _moved(naive, prior, row)
-        assert_close(model.prior, prior)
-    assert_close(loaded(folder).prior, np.full(3, 1 / 3))
+        assert_close(model.mixer.prior, prior)
+    assert_close(loaded(folder).mixer.prior, np.full(3, 1 / 3))
 
 
 def test_an_updating_prior_with_top_k_scores_and_predicts_with_the_same_experts(olmo: Path) -> None:
     model = loaded(make_ensemble(olmo, prior="updating", top_k=1))
     model.target_log_probs(torch.tensor([ROWS[2]]))
-    best = int(model.prior.argmax())
+    best = int(model.mixer.prior.argmax())
     single = independent_members(olmo, [EXPERTS[best]])[0]
     tokens = torch.tensor([TEXT])
     expected = single(input_ids=tokens).logits.log_softmax(-1)

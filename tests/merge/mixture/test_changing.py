@@ -12,8 +12,9 @@ import torch
 from changed_mixtures import merge, model_files, train_again
 from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tune_here
 from safetensors.torch import load_file
+from reporters import Recorder
 
-from expertctl import UserError, load_model
+from expertctl import TuningSettings, UserError, load_model
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
 from expertctl.merge.merging import MergeRun
@@ -155,9 +156,9 @@ def test_what_an_expert_has_outside_of_its_feed_forwards_is_not_lost_silently(
         with pytest.raises(UserError, match=r"has its own '.+' and \d+ more tensors, and this mixture"):
             change_experts(whole, tmp_path / "changed", change)
     dropping = merge(workspace, "dropping", OWNERS, options={"discard": True})
-    said: list[str] = []
-    change_experts(dropping, tmp_path / "changed", Change(replace={"prose": entire}), run=MergeRun(say=said.append))
-    assert any("tensors of 'prose' outside the feed-forward networks are dropped" in line for line in said)
+    recorder = Recorder()
+    change_experts(dropping, tmp_path / "changed", Change(replace={"prose": entire}), run=MergeRun(reporter=recorder))
+    assert any("tensors of 'prose' outside the feed-forward networks are dropped" in line for line in recorder.lines)
 
 
 def test_an_expert_without_rows_is_told_why_it_cannot_join(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
@@ -206,9 +207,9 @@ def test_what_was_trained_jointly_is_told(flexolmo_workspace: Workspace, tmp_pat
             domains=["public"],
             training={"tokens": 256},
         )
-    said: list[str] = []
-    change_experts(tuned, tmp_path / "smaller", Change(remove=("means",)), run=MergeRun(say=said.append))
-    assert any("trainer 'router' ran on public while 'means' was one of the experts" in line for line in said)
+    recorder = Recorder()
+    change_experts(tuned, tmp_path / "smaller", Change(remove=("means",)), run=MergeRun(reporter=recorder))
+    assert any("trainer 'router' ran on public while 'means' was one of the experts" in line for line in recorder.lines)
     absence = find_expert(tmp_path / "smaller", flexolmo_workspace.experts / "means")
     assert absence.found == ()
     assert any("trainer 'router' ran on public while 'means' was one of the experts" in line for line in absence.traces)
@@ -265,12 +266,11 @@ def test_a_refused_tuning_leaves_its_name_free(flexolmo_workspace: Workspace) ->
     settings: dict[str, Any] = {"domains": ("public",), "training": {"tokens": 512}}
     for trains in ("router", "mixture"):
         with pytest.raises(UserError, match="'seed' is not a mixture of experts"):
-            flexolmo_workspace.tune("tuned-late", "seed", trains=trains, **settings)
+            flexolmo_workspace.tune("tuned-late", "seed", TuningSettings(trains, **settings))
     assert not (flexolmo_workspace.generalists / "tuned-late").exists()
 
 
 def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Workspace) -> None:
-    from expertctl.core.config.settings import TrainingConfig
     from expertctl.experts.runs.tuning import start_tuning
 
     merge(flexolmo_workspace, "all-plain", OWNERS)
@@ -278,20 +278,17 @@ def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Works
         flexolmo_workspace.layout,
         flexolmo_workspace.config,
         "begun",
-        base="all-plain",
-        trains="router",
-        domains=("public",),
-        options={},
-        training=TrainingConfig(tokens=512),
+        "all-plain",
+        TuningSettings("router", ("public",), training={"tokens": 512}),
     )
-    for settings, part in (
-        ({"base": "seed"}, "--from all-plain, not seed"),
-        ({"trains": "mixture"}, "--trains router, not mixture"),
-        ({"domains": ("prose", "public")}, "--domains public, not prose,public"),
-        ({"options": {"balance": 0.5}}, "--option {}, not {'balance': 0.5}"),
+    for arguments, part in (
+        (("seed",), "--from all-plain, not seed"),
+        ((None, TuningSettings("mixture")), "--trains router, not mixture"),
+        ((None, TuningSettings(domains=("prose", "public"))), "--domains public, not prose,public"),
+        ((None, TuningSettings(options={"balance": 0.5})), "--option {}, not {'balance': 0.5}"),
     ):
         with pytest.raises(UserError, match=f"the unfinished tuning 'begun' has {part}.*--force"):
-            flexolmo_workspace.tune("begun", **settings)
+            flexolmo_workspace.tune("begun", *arguments)
 
 
 def test_rows_fitted_on_text_of_all_let_nobody_join_alone(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
@@ -360,7 +357,7 @@ def test_an_expert_that_left_a_tuned_mixture_is_looked_for_by_its_tensors(
     base = merge(flexolmo_workspace, "flexolmo-all", OWNERS)
     tuned = tune_here(flexolmo_workspace, "looked-for", base.name, trains="router", domains=["public"])
     change_experts(tuned, tmp_path / "left", Change(remove=(OWNERS[0],)))
-    absence = flexolmo_workspace.absence(str(tmp_path / "left"), OWNERS[0])
+    absence = flexolmo_workspace.generalists.absence(str(tmp_path / "left"), OWNERS[0])
     assert (absence.found, absence.merged, absence.trained_inside) == ((), None, False)
     assert absence.compared > 0
 

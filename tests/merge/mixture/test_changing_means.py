@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from changed_mixtures import merge, model_files
 from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tune_here
+from reporters import Recorder
 
 from expertctl import UserError, load_model
 from expertctl.core.manifests.manifest import read_manifest
@@ -60,12 +61,12 @@ def test_nobody_joins_twice(averaged: Workspace, tmp_path: Path) -> None:
 
 def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(averaged: Workspace, tmp_path: Path) -> None:
     tuned = tune_here(averaged, "soft-tuned", "soft", trains="router", domains=["public"])
-    said: list[str] = []
-    manifest = change_experts(tuned, tmp_path / "less", Change(remove=("means",)), run=MergeRun(say=said.append))
-    assert any("stay a mean that includes 'means'" in line for line in said)
+    recorder = Recorder()
+    manifest = change_experts(tuned, tmp_path / "less", Change(remove=("means",)), run=MergeRun(reporter=recorder))
+    assert any("stay a mean that includes 'means'" in line for line in recorder.lines)
     assert set(manifest.merged.weights) == set(OWNERS)
     assert list(manifest.merged.experts) == list(OWNERS[:2])
-    absence = averaged.absence(str(tmp_path / "less"), "means")
+    absence = averaged.generalists.absence(str(tmp_path / "less"), "means")
     assert absence.compared > 0
     assert absence.found == ()
     assert absence.merged == "'means' is part of the mean of all tensors outside the feed-forward networks"

@@ -58,7 +58,7 @@ def test_a_trials_score_is_that_of_the_written_model(ws: Workspace) -> None:
     manifest = ws.merge("m", method="average", weights={"code": 3, "law": 1}, search=settings("coordinate", trials=1))
     model, _ = load_model(ws.generalists / "m")
     values = []
-    for text in ws.validation(["code", "law"]):
+    for text in ws.data.validation(["code", "law"]):
         chosen = [text.blocks.block(index * len(text.blocks) // 3) for index in range(3)]
         with torch.inference_mode():
             scores = [token_log_probs(model, torch.from_numpy(block)[None]) for block in chosen]

@@ -95,13 +95,13 @@ def test_an_adapter_gives_what_peft_merges(tmp_path: Path, family: str, settings
     expected = adapted(tmp_path / "lora", model, **settings)
     base = Checkpoint.of_folder(tmp_path / "base")
     adapter = Adapter.open(tmp_path / "lora", base)
-    assert adapter.changed
+    assert adapter.changes
     for name in base:
         own = base.read(name).numpy()
         full = name if name in expected else f"transformer.{name}"
-        found = adapter.apply(name, own) if name in adapter.changed else own
+        found = adapter.apply(name, own) if name in adapter.changes else own
         np.testing.assert_allclose(found, expected[full].numpy(), rtol=2e-6, atol=2e-6, err_msg=name)
-        assert (name in adapter.changed) or np.array_equal(own, expected[full].numpy()), name
+        assert (name in adapter.changes) or np.array_equal(own, expected[full].numpy()), name
 
 
 @pytest.mark.filterwarnings("ignore")

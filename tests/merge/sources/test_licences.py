@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from expertctl.core.errors import UserError
-from expertctl.merge.sources.licences import check_licences, licence_of_folder, require_compatible
+from expertctl.merge.sources.licences import check_licences, licence_on_card, require_compatible
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_what_is_not_known_is_a_note_and_no_conflict() -> None:
 def test_a_folders_licence_is_its_cards(tmp_path: Path, card: str | None, licence: str | None) -> None:
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert licence_of_folder(tmp_path) == licence
+    assert licence_on_card(tmp_path) == licence

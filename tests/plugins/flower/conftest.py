@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from federation_members import MODULES, private_text
+from reporters import Recorder
 
 from expertctl.core.artefacts.layout import Layout
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
@@ -53,7 +54,7 @@ class Hub:
     port: int
     gateway: Gateway
     upstream: Upstream
-    told: list[str]
+    recorder: Recorder
     clients: list[CoordinatorClient]
 
     @property
@@ -74,13 +75,13 @@ class Hub:
 def hub(tmp_path: Path, new_workspace: Any) -> Iterator[Hub]:
     coordinator = Coordinator(Layout(new_workspace(tmp_path / "hub", experts=())))
     certificates = certificates_for(tmp_path / "certificates", [])
-    upstream, told = Upstream(), list[str]()
+    upstream, recorder = Upstream(), Recorder()
     behind = TlsServer(upstream, "127.0.0.1", 0, certificates)  # type: ignore[arg-type]  # any application
     inner = behind.open()
-    endpoints = Endpoints(coordinator, certificates.fingerprint, told.append)
+    endpoints = Endpoints(coordinator, certificates.fingerprint, recorder)
     gateway = Gateway(lambda: f"127.0.0.1:{inner}", certificates, endpoints)
     door = TlsServer(gateway, "127.0.0.1", 0, certificates)
-    found = Hub(coordinator, certificates, door.open(), gateway, upstream, told, [])
+    found = Hub(coordinator, certificates, door.open(), gateway, upstream, recorder, [])
     yield found
     for client in found.clients:
         client.close()
@@ -95,7 +96,7 @@ def new_owner(tmp_path: Path, hub: Hub) -> Callable[[str], Owner]:
         key = make_key(owner.state)
         owner.configure(OwnerSettings(private_text(tmp_path / f"{name}.jsonl", MODULES.get(name, json))))
         if invited:
-            hub.coordinator.members.add(name, key.public)
+            hub.coordinator.files.members.add(name, key.public)
         return owner
 
     return make

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reporters import Recorder
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.preprocessing import normalize
@@ -103,11 +104,11 @@ def test_duplicates_alone_are_divided_all_the_same() -> None:
 
 def test_chinese_is_taken_by_its_characters() -> None:
     lines = ["床前明月光", "疑是地上霜", "舉頭望明月", "低頭思故鄉", "明月光", "地上霜"]
-    told: list[str] = []
-    found = fit_clusterer(lines, ClustererSettings(clusters=2), told.append)
+    recorder = Recorder()
+    found = fit_clusterer(lines, ClustererSettings(clusters=2), recorder)
     assert found.settings.analyser == "characters"
     assert "明月" in found.spellings
-    assert told[0] == "clustering by letter bigrams and trigrams"
+    assert recorder.lines[0] == "clustering by letter bigrams and trigrams"
 
 
 def test_unknown_stop_words_are_refused() -> None:

@@ -23,7 +23,7 @@ def test_owners_stay_online_for_a_while_after_a_hello(
 ) -> None:
     new_owner("site-a")
     new_owner("site-b")
-    coordinator.presence.note("site-a", clock())
+    coordinator.files.presence.note("site-a", clock())
     assert [(one.online, one.seen) for one in owner_statuses(coordinator)] == [(True, clock()), (False, None)]
     clock.pass_hours(1)
     assert [one.online for one in owner_statuses(coordinator)] == [False, False]

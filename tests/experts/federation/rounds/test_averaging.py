@@ -11,17 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertctl import UserError
+from expertctl.core.artefacts import safetensors_io
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.experts.federation.judging.acceptance import Refusal, RefusalCode
-from expertctl.experts.federation.protocol.tensor_stream import TensorStream
-from expertctl.experts.federation.rounds import averaging
+from expertctl.experts.federation.judging.round_weights import AveragingRules, ExaminedWeights, examine_weights
 from expertctl.experts.federation.rounds.averaging import (
     OUTER_RECIPES,
-    AveragingRules,
     Contribution,
-    ExaminedWeights,
     average_round,
-    examine_weights,
     outer_recipe,
     owner_shares,
 )
@@ -225,7 +222,7 @@ def test_pieces_of_any_size_give_the_same_bytes(
     given = [contribution(tmp_path, str(index), moved(shared_weights(dtype), index), 0.5, shared) for index in range(2)]
     found = []
     for piece in (1 << 22, 5, 1):
-        monkeypatch.setattr(averaging, "PIECE", piece)
+        monkeypatch.setattr(safetensors_io, "SPAN", piece)
         examined = examine_weights(given[0].file, Checkpoint([shared]), RULES)
         assert isinstance(examined, ExaminedWeights)
         assert examined.digest == given[0].digest
@@ -257,24 +254,3 @@ def test_shares_sum_to_one_and_a_false_count_cannot_dominate(weights: dict[str, 
 def test_an_excessive_token_count_is_capped_at_ten_medians() -> None:
     shares = owner_shares({"a": 1.0, "b": 1.0, "liar": 1e12}, OUTER_RECIPES["fedavg"], RULES)
     assert shares == pytest.approx({"a": 1 / 12, "b": 1 / 12, "liar": 10 / 12})
-
-
-def test_a_stream_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError), TensorStream(path, {"a": ("F32", (2,)), "b": ("F32", (2,))}) as stream:
-        stream.add("a", Checkpoint([path]).read("a"))
-    with (
-        pytest.raises(AssertionError, match="not every announced tensor"),
-        TensorStream(path, {"a": ("F32", (2,))}),
-    ):
-        pass
-    for wrong, said in (
-        (torch.zeros(3), "a has more elements"),
-        (torch.zeros(2, dtype=torch.bfloat16), "announced F32 for a"),
-    ):
-        with (
-            pytest.raises(AssertionError, match=said),
-            TensorStream(path, {"a": ("F32", (2,))}) as stream,
-        ):
-            stream.add("a", wrong)
-    assert list(tmp_path.iterdir()) == []

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reporters import Recorder
 
-from expertctl import UserError
+from expertctl import Reporter, UserError
 from expertctl.core.artefacts import files
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.core.config.settings import TrainingConfig
@@ -21,9 +24,11 @@ from expertctl.core.errors import Interrupted
 from expertctl.core.testing import tiny_model_folder
 from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
 from expertctl.experts.federation.judging.acceptance import RefusalCode
+from expertctl.experts.federation.judging.round_weights import AveragingRules
+from expertctl.experts.federation.owner import inner_training
 from expertctl.experts.federation.owner.inner_training import InnerTraining
 from expertctl.experts.federation.rounds import rounds as rounds_module
-from expertctl.experts.federation.rounds.averaging import AveragingRules
+from expertctl.experts.federation.rounds import storage
 from expertctl.experts.federation.rounds.round_loop import OwnerTask, run_rounds
 from expertctl.experts.federation.rounds.round_plan import RoundPlan
 from expertctl.experts.federation.rounds.rounds import Rounds
@@ -165,7 +170,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return call
 
-    monkeypatch.setattr(rounds_module, "write_json", striking(write))
+    for module in (rounds_module, storage):
+        monkeypatch.setattr(module, "write_json", striking(write))
     monkeypatch.setattr(files, "_put_in_place", striking(put))
     monkeypatch.setattr(rounds_module, "average_round", striking(average))
     monkeypatch.setattr(rounds_module.Rounds, "tidy", striking(tidy))
@@ -206,11 +212,11 @@ def test_an_owner_that_fails_is_left_out_while_the_quorum_holds(tmp_path: Path) 
             raise UserError("training diverged: loss nan at step 3")
         return nudge(task)
 
-    lines: list[str] = []
-    reports = run_rounds(begin(tmp_path, quorum=0.6), some_fail, 2, now=lambda: NOW, say=lines.append)
+    recorder = Recorder()
+    reports = run_rounds(begin(tmp_path, quorum=0.6), some_fail, 2, now=lambda: NOW, reporter=recorder)
     assert reports[0].refused == {"press": "training diverged: loss nan at step 3"}
     assert sorted(reports[1].shares) == list(OWNERS)
-    assert lines[0].startswith("'press' is left out of round 0: training diverged")
+    assert recorder.lines[0].startswith("'press' is left out of round 0: training diverged")
 
 
 def test_too_few_owners_stop_the_loop_and_the_next_call_readmits_them(tmp_path: Path) -> None:
@@ -268,13 +274,14 @@ def train_all(
     losses: dict[str, list[float]] = {owner: [] for owner in OWNERS}
 
     def train_owner(task: OwnerTask) -> int:
-        def told(step: int, loss: float) -> None:
-            losses[task.owner].append(loss)
-            if kill is not None and (task.owner, step) == kill and len(losses[task.owner]) == step:
-                raise Interrupted("killed")
+        class Losses(Reporter):
+            def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
+                losses[task.owner].append(record["loss"])
+                if kill == (task.owner, len(losses[task.owner])):
+                    raise Interrupted("killed")
 
         state = folder / "owners" / task.owner
-        return InnerTraining(state, model, texts[task.owner], CONFIG, STEPS, told)(task)
+        return InnerTraining(state, model, texts[task.owner], CONFIG, STEPS, Losses())(task)
 
     try:
         run_rounds(rounds, train_owner, 4, now=lambda: NOW)
@@ -285,8 +292,9 @@ def train_all(
 
 @pytest.mark.slow
 def test_real_training_lowers_the_loss_and_a_kill_changes_no_byte(
-    tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]
+    tmp_path: Path, model: Path, texts: dict[str, TokenBlocks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(inner_training, "PROGRESS_SECONDS", 0.0)  # reports every step
     whole, losses = train_all(tmp_path / "whole", model, texts)
     for owner in OWNERS:
         assert len(losses[owner]) == 4 * STEPS
@@ -320,6 +328,7 @@ PROCESS = """
 import sys, torch
 from datetime import datetime, UTC
 from pathlib import Path
+from typing import Any
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.experts.federation.rounds.round_loop import run_rounds
 from expertctl.experts.federation.rounds.rounds import Rounds
@@ -353,16 +362,18 @@ def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_pat
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
+from typing import Any
 from expertctl.core.process.allocator import hand_back_freed_memory
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
-from expertctl.experts.federation.rounds import averaging
+from expertctl.core.artefacts import safetensors_io
+from expertctl.experts.federation.judging.round_weights import *
 from expertctl.experts.federation.rounds.averaging import *
 
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 recipe, shared = OUTER_RECIPES["diloco"], Checkpoint([folder / "shared.safetensors"])
 
 hand_back_freed_memory()  # as the serving process does
-averaging.PIECE = 1 << 20
+safetensors_io.SPAN = 1 << 20
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from expertctl import UserError, load_model
-from expertctl.core.hooks.mixtures import RouterInputs, RouterStart
+from expertctl.core.hooks.mixtures import RouterInputs, RouterRows
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.models.feed_forwards import feed_forwards, input_moments
 from expertctl.merge.mixture.mixing import apply_bias
@@ -255,9 +255,9 @@ def test_options_that_are_not_understood_are_refused(model_folder: Path, options
 def test_a_bias_is_folded_along_the_unit_direction() -> None:
     rows = np.zeros((1, 2, 3), np.float32)
     unit = np.array([[[1.0, 0, 0], [0, 0.5, 0]]], np.float32)
-    start = RouterStart(rows, np.array([[-1.0, -2.0]], np.float32), unit)
+    start = RouterRows(rows, np.array([[-1.0, -2.0]], np.float32), unit)
     np.testing.assert_allclose(apply_bias(start, "fold").rows, [[[-1, 0, 0], [0, -1, 0]]])
     assert apply_bias(start, "carry").biases is not None
     assert not apply_bias(start, "drop").rows.any()
     with pytest.raises(UserError, match="no direction to fold"):
-        apply_bias(RouterStart(rows, start.biases), "fold")
+        apply_bias(RouterRows(rows, start.biases), "fold")

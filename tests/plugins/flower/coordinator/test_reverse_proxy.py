@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from federation_members import BTM, trained
+from reporters import Recorder
 
 from expertctl import UserError
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
@@ -198,7 +199,7 @@ def test_a_signed_request_is_accepted_once_and_only_unaltered(hub: Any, new_owne
 def test_requests_signed_long_ago_or_before_a_restart_are_refused(hub: Any, new_owner: NewOwner) -> None:
     owner = new_owner("site-a")
     headers = signed_headers(owner.key(), "GET", "/x", EMPTY, "s", "aud")
-    members = hub.coordinator.members
+    members = hub.coordinator.files.members
     assert Gatekeeper(members, "aud").check("GET", "/x", headers).member.name == "site-a"
     late = Gatekeeper(members, "aud", lambda: time.time() + 400)
     with pytest.raises(NotSigned, match="CLOCK"):
@@ -240,15 +241,15 @@ def test_seed_progress_and_expert_pass_through_the_reverse_proxy(hub: Any, new_o
     with pytest.raises(Declined, match="REFUSED_NOW"):
         hub.client(other).progress(request.id, Progress("failed"))
     trained(hub.coordinator, owner, request)
-    said: list[str] = []
-    OwnerWork(owner, client, lambda review: False, said.append).step()
-    assert hub.coordinator.ledger.state(request.id) == "asked"  # no yes, no delivery
-    work = OwnerWork(owner, client, lambda review: True, said.append)
+    said = Recorder()
+    OwnerWork(owner, client, lambda review: False, said).step()
+    assert hub.coordinator.files.ledger.state(request.id) == "asked"  # no yes, no delivery
+    work = OwnerWork(owner, client, lambda review: True, said)
     work.step()
-    assert hub.coordinator.ledger.state(request.id) == "accepted"
+    assert hub.coordinator.files.ledger.state(request.id) == "accepted"
     assert owner.outcome(request.id) == "accepted"
     assert work.is_over(request)
-    assert said[-1].endswith("accepted")
+    assert said.lines[-1].endswith("accepted")
 
 
 def test_a_part_with_wrong_bytes_is_declined_and_the_correct_one_accepted(hub: Any, new_owner: NewOwner) -> None:
@@ -271,8 +272,8 @@ def test_a_full_disk_is_reported_as_a_code_and_the_upload_resumes(
     owner = new_owner("site-a")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     trained(hub.coordinator, owner, request)
-    said: list[str] = []
-    work = OwnerWork(owner, hub.client(owner), lambda review: True, said.append)
+    said = Recorder()
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, said)
     real = parts._write_at
 
     def full(path: Path, place: int, data: bytes) -> None:
@@ -280,8 +281,8 @@ def test_a_full_disk_is_reported_as_a_code_and_the_upload_resumes(
 
     monkeypatch.setattr(parts, "_write_at", full)
     work.step()
-    assert "the coordinator's disk is full" in said[-1]
-    assert any("no space left" in line for line in hub.told)
+    assert "the coordinator's disk is full" in said.lines[-1]
+    assert any("no space left" in line for line in hub.recorder.lines)
     assert owner.outcome(request.id) is None
     monkeypatch.setattr(parts, "_write_at", real)
     work._wait_until.clear()
@@ -316,7 +317,7 @@ def test_a_port_in_use_is_a_one_line_error(tmp_path: Path, hub: Any) -> None:
             hub.coordinator,
             hub.address,
             [],
-            tell=hub.told.append,
+            reporter=hub.recorder,
             opened=lambda listening: None,
             stop=threading.Event(),
         )

@@ -12,7 +12,7 @@ from expertctl import UserError
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol.progress import Progress
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
-from expertctl.plugins.flower.processes.backoff import backoff_s
+from expertctl.plugins.flower.processes.child import backoff_s
 
 HELLO = {"name": "site-a", "open": ["0123456789abcdef"], "more": False}
 

@@ -24,7 +24,7 @@ from expertctl.experts.federation.owner.owner import Owner
 from expertctl.plugins.flower.coordinator.superlink import APP, _json_in
 from expertctl.plugins.flower.owner.allowed_bundle import digest_of_bundle, is_allowed, write_allowed
 from expertctl.plugins.flower.owner.guarded_client import FAILED, NOT_ALLOWED, guard, write_shim
-from expertctl.plugins.flower.processes import backoff
+from expertctl.plugins.flower.processes import child as child_module
 from expertctl.plugins.flower.processes.child import Child, environment, flower_command, require_flower
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Flower imports
@@ -186,7 +186,7 @@ def test_a_child_ends_with_its_killed_parent(tmp_path: Path) -> None:
 
 
 def test_a_child_is_restarted_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backoff, "PAUSES_S", (0.3,))
+    monkeypatch.setattr(child_module, "PAUSES_S", (0.3,))
     child = Child(tmp_path / "log")
     assert child.is_due()
     child.start([sys.executable, "-c", "print('first'); raise SystemExit(7)"], os.environ)

@@ -11,6 +11,7 @@ from federation_members import BTM, FLEXOLMO, TRAINING, fetch_seed
 
 from expertctl import UserError
 from expertctl.core.artefacts.files import write_json
+from expertctl.core.reporting import SILENT
 from expertctl.experts.federation.coordinator.round_keeper import begin_rounds
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol.progress import FailureCode, Progress
@@ -19,7 +20,7 @@ from expertctl.experts.federation.rounds.shared_model import SharedSettings
 from expertctl.plugins.flower.owner.coordinator_client import Hello
 from expertctl.plugins.flower.owner.joining import _is_done
 from expertctl.plugins.flower.owner.owner_work import TRIES, OwnerWork
-from expertctl.plugins.flower.processes import backoff
+from expertctl.plugins.flower.processes import child
 
 NOTHING = Hello("site-a")
 
@@ -44,8 +45,8 @@ def test_repeated_training_failures_end_the_process_with_one_line(
         write_json(self.run_folder(identifier) / "progress.json", Progress("failed", code=code).as_json())
 
     monkeypatch.setattr(Owner, "start", fail)
-    monkeypatch.setattr(backoff, "PAUSES_S", (0.0,))
-    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    monkeypatch.setattr(child, "PAUSES_S", (0.0,))
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, SILENT)
     for _ in range(TRIES - 1):
         work.step()
         assert not _is_done(owner, work, NOTHING)
@@ -60,7 +61,7 @@ def test_repeated_training_failures_end_the_process_with_one_line(
 
 def test_it_ends_when_all_requests_are_closed(hub: Any, new_owner: Callable[[str], Owner]) -> None:
     owner = new_owner("site-a")
-    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, SILENT)
     assert not _is_done(owner, work, NOTHING)  # nothing was asked yet
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
     owner.take(request)
@@ -71,7 +72,7 @@ def test_it_ends_when_all_requests_are_closed(hub: Any, new_owner: Callable[[str
 
 def test_it_waits_for_open_requests_and_for_the_next_round(hub: Any, new_owner: Callable[[str], Owner]) -> None:
     owner = new_owner("site-a")
-    work = OwnerWork(owner, hub.client(owner), lambda review: True, lambda text: None)
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, SILENT)
     soon = datetime.now(UTC) + timedelta(hours=1)
     (first,) = hub.coordinator.ask(["site-a"], BTM, soon)
     owner.take(first)

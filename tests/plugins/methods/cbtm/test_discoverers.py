@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoModel, BertConfig, BertModel
 
-from expertctl import DomainDiscoverer, UserError, Workspace
+from expertctl import DiscoverySettings, DomainDiscoverer, UserError, Workspace
 from expertctl.core.testing import tiny_model_folder
 from expertctl.experts.measures.embedder import HiddenStateEmbedder, SentenceEmbedder
 from expertctl.experts.text import discovery
@@ -52,7 +52,7 @@ def texts_of(folder: Path, name: str) -> set[str]:
 
 
 def test_each_value_of_a_field_becomes_a_domain(workspace: Workspace) -> None:
-    found = workspace.discover("by", by="metadata", field="from")
+    found = workspace.discover("by", settings=DiscoverySettings(by="metadata"), field="from")
     assert {one.name for one in found.clusters} == {"by-prose", "by-chance", "by-means"}
     assert [one.documents["train"] for one in found.clusters] == sorted(
         (one.documents["train"] for one in found.clusters), reverse=True
@@ -65,7 +65,7 @@ def test_each_value_of_a_field_becomes_a_domain(workspace: Workspace) -> None:
 
 
 def test_rare_values_share_the_last_domain_where_fewer_are_asked_for(workspace: Workspace) -> None:
-    found = workspace.discover("by", 2, by="metadata", field="from")
+    found = workspace.discover("by", 2, DiscoverySettings(by="metadata"), field="from")
     names = [one.name for one in found.clusters]
     assert names[1] == "by-other"
     kept = names[0].removeprefix("by-")
@@ -94,7 +94,7 @@ def test_fields_that_cannot_sort_are_refused(
 ) -> None:
     (workspace.root / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match=said):
-        workspace.discover("by", by="metadata", field="from", **settings)
+        workspace.discover("by", settings=DiscoverySettings(by="metadata"), field="from", **settings)
     assert not list((workspace.root / "clusters").glob("*"))
 
 
@@ -102,7 +102,7 @@ def test_numbers_and_truth_values_are_names_too_and_names_are_made_safe(workspac
     values = [3, True, "A/B ü", "a b"]
     lines = [{"text": f"some words {n}", "from": values[n % 4]} for n in range(200)]
     (workspace.root / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = workspace.discover("by", by="metadata", field="from")
+    found = workspace.discover("by", settings=DiscoverySettings(by="metadata"), field="from")
     assert {one.label for one in found.clusters} == {"3", "true", "a-b", "a-b-2"}
 
 
@@ -112,7 +112,7 @@ def test_text_without_records_is_refused(workspace: Workspace) -> None:
         yaml.safe_dump({"domains": {"plain": {"train": "a.txt", "valid": "a.txt"}}})
     )
     with pytest.raises(UserError, match=r"a.txt: documents of format 'text' have no field 'source'"):
-        Workspace(workspace.root).discover("by", by="metadata")
+        Workspace(workspace.root).discover("by", settings=DiscoverySettings(by="metadata"))
 
 
 def test_parquet_has_fields_as_well(workspace: Workspace) -> None:
@@ -123,10 +123,12 @@ def test_parquet_has_fields_as_well(workspace: Workspace) -> None:
     table = pa.table({"from": [line["from"] for line in lines], "text": [line["text"] for line in lines]})
     pq.write_table(table, workspace.root / "mixed.parquet")
     (workspace.root / "expertctl.yaml").write_text(yaml.safe_dump({"domains": {"mixed": {"path": "mixed.parquet"}}}))
-    found = Workspace(workspace.root).discover("by", by="metadata", field="from")
+    found = Workspace(workspace.root).discover("by", settings=DiscoverySettings(by="metadata"), field="from")
     assert texts_of(found.folder, "by-means") == set(pieces(statistics))
     with pytest.raises(UserError, match="no field 'author'; fields: from, text"):
-        Workspace(workspace.root).discover("again", domains=["mixed"], by="metadata", field="author")
+        Workspace(workspace.root).discover(
+            "again", settings=DiscoverySettings(domains=["mixed"], by="metadata"), field="author"
+        )
 
 
 # --- vectors ---
@@ -147,8 +149,8 @@ def test_hidden_states_are_the_means_over_each_texts_own_tokens(tmp_path: Path) 
 
 def test_domains_by_hidden_states_of_the_seed(workspace: Workspace) -> None:
     workspace.seed(tiny_model_folder(workspace.root / ".origin"))
-    found = workspace.discover("by", 3, by="hidden_states", tokens=32)
-    again = workspace.discover("again", 3, domains=["mixed"], by="hidden_states", tokens=32)
+    found = workspace.discover("by", 3, DiscoverySettings(by="hidden_states"), tokens=32)
+    again = workspace.discover("again", 3, DiscoverySettings(domains=["mixed"], by="hidden_states"), tokens=32)
     texts = [texts_of(found.folder, one.name) for one in found.clusters]
     assert texts == [texts_of(again.folder, one.name) for one in again.clusters]
     assert set.union(*texts) == {text for module in MODULES.values() for text in pieces(module)}
@@ -177,7 +179,7 @@ def test_domains_by_sentence_embeddings(workspace: Workspace) -> None:
     folder = sentence_model(workspace.root / "embedder")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
-    found = workspace.discover("by", 2, by="sentence_embeddings", folder="embedder")
+    found = workspace.discover("by", 2, DiscoverySettings(by="sentence_embeddings"), folder="embedder")
     assert sum(one.documents["train"] + one.documents["valid"] for one in found.clusters) == sum(
         len(pieces(module)) for module in MODULES.values()
     )
@@ -222,6 +224,6 @@ def test_a_plugins_discoverer_is_used_like_ours(workspace: Workspace, monkeypatc
 
     offer = DomainDiscoverer("length", "by length", fit, read=ByLength.read)
     monkeypatch.setattr(discovery.installed_plugins(), "offer", lambda kind, name: offer)
-    found = workspace.discover("by", by="length")
+    found = workspace.discover("by", settings=DiscoverySettings(by="length"))
     assert max(map(len, texts_of(found.folder, "by-short"))) <= border
     assert min(map(len, texts_of(found.folder, "by-long"))) > border

@@ -154,7 +154,7 @@ def test_what_was_trained_is_loaded_as_it_was_trained(flexolmo_workspace: Worksp
     losses = read_manifest(folder).metrics["validation_loss"]
     dense, _ = load_model(folder, dtype="float32", as_trained=False)
     assert not any(isinstance(module, CoordinatedFeedForward) for module in dense.modules())
-    blocks = flexolmo_workspace.validation(["prose"])[0].blocks
+    blocks = flexolmo_workspace.data.validation(["prose"])[0].blocks
     from expertctl.core.models.scoring import token_log_probs
 
     with torch.inference_mode():

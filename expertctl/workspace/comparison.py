@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError, unknown_name
 from expertctl.core.manifests.manifest import manifest_path, read_manifest
+from expertctl.core.reporting import SILENT, Reporter
+
+from .data import Data
+from .project import Project
 
 if TYPE_CHECKING:
     from expertctl.core.artefacts.layout import Layout
-    from expertctl.core.config.settings import ProjectConfig
     from expertctl.core.hooks.evaluation import Metric
-    from expertctl.core.hooks.text import ValidationText
     from expertctl.experts.measures.evaluation import EvaluationTable
 
 BASELINES = ("seed", "best-expert", "average", "ensemble")
@@ -59,26 +61,15 @@ class Comparison:
         )
 
 
-class ComparedWorkspace(Protocol):
-    """The parts of a workspace that a comparison uses."""
-
-    layout: Layout
-
-    @property
-    def config(self) -> ProjectConfig: ...
-    def trained_domains(self, experts: Sequence[Path]) -> list[str]: ...
-    def validation(self, domains: Sequence[str]) -> list[ValidationText]: ...
-
-
 def compare(
-    workspace: ComparedWorkspace,
+    project: Project,
+    data: Data,
     model: str,
     against: Sequence[str] = BASELINES,
     domains: Sequence[str] | None = None,
     *,
     jobs: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    tell: Callable[[str, str], None] = lambda model, domain: None,
+    reporter: Reporter = SILENT,
 ) -> Comparison:
     """Score a generalist and its baselines; those that have to be merged first are made for the occasion.
 
@@ -87,26 +78,26 @@ def compare(
     """
     from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
 
-    folder = workspace.layout.artefact(model)
-    experts = _experts_of(workspace, folder) if {BEST_EXPERT, *_MERGED} & set(against) else {}
+    folder = project.layout.artefact(model)
+    experts = _experts_of(project.layout, folder) if {BEST_EXPERT, *_MERGED} & set(against) else {}
     made = (BEST_EXPERT, *_MERGED)
     rows = {name: f"{name} of its experts" if name == model and name in made else name for name in against}
-    with tempfile.TemporaryDirectory(prefix=".baselines-", dir=workspace.layout.root) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".baselines-", dir=project.layout.root) as scratch:
         folders = {model: folder}
         for name, row in rows.items():
             if name == BEST_EXPERT:
                 folders |= {_row(expert): path for expert, path in experts.items()}
             elif name in _MERGED:
-                say(f"making the {name} of {', '.join(experts)} to compare with")
-                folders[row] = _merged(workspace, name, experts, Path(scratch))
+                reporter.say(f"making the {name} of {', '.join(experts)} to compare with")
+                folders[row] = _merged(project, data, name, experts, Path(scratch))
             else:
-                folders[row] = workspace.layout.artefact(name)
-        table = evaluate(workspace.layout, workspace.config, folders, domains, jobs=jobs, tell=tell)
+                folders[row] = project.layout.artefact(name)
+        table = evaluate(project.layout, project.config, folders, domains, jobs=jobs, reporter=reporter)
     scores = dict(table.scores)
     if BEST_EXPERT in against:
         metric = table.metrics[0]
         best = metric.best({expert: table.mean(_row(expert), metric) for expert in experts})
-        say(f"the best expert is {best}")
+        reporter.say(f"the best expert is {best}")
         scores[rows[BEST_EXPERT]] = scores[_row(best)]
     shown = {row: scores[row] for row in (model, *rows.values())}
     return Comparison(model, tuple(rows.values()), EvaluationTable(table.domains, shown, table.metrics))
@@ -117,32 +108,32 @@ def _row(expert: str) -> str:
     return f"expert {expert}"
 
 
-def _experts_of(workspace: ComparedWorkspace, folder: Path) -> dict[str, Path]:
+def _experts_of(layout: Layout, folder: Path) -> dict[str, Path]:
     """Return the experts that a generalist was made of, as far as they are in the workspace."""
     if manifest_path(folder) is None:
         raise UserError(f"{folder} has no manifest, so that its experts are not known; name models to compare with")
-    found = {}
+    experts = {}
     for parent in read_manifest(folder).parents:
         if parent.kind == "expert":
-            expert = workspace.layout.experts / parent.name
+            expert = layout.experts / parent.name
             if manifest_path(expert) is None:
-                raise unknown_name("expert", parent.name, workspace.layout.finished_experts())
-            found[parent.name] = expert
-    if not found:
+                raise unknown_name("expert", parent.name, layout.finished_experts())
+            experts[parent.name] = expert
+    if not experts:
         raise UserError(f"{folder} was made of no experts; name models to compare with")
-    return found
+    return experts
 
 
-def _merged(workspace: ComparedWorkspace, method: str, experts: dict[str, Path], scratch: Path) -> Path:
+def _merged(project: Project, data: Data, method: str, experts: dict[str, Path], scratch: Path) -> Path:
     from expertctl.merge.merging import merge
 
     target = scratch / method
-    domains = workspace.trained_domains(list(experts.values()))
+    domains = data.trained_domains(experts.values())
     merge(
-        workspace.layout,
+        project.layout,
         method,
         MergeConfig(method=method, experts=tuple(experts)),
         output=target,
-        validation=lambda: workspace.validation(domains),
+        validation=lambda: data.validation(domains),
     )
     return target

@@ -1,0 +1,56 @@
+"""Reporting: what long work tells about itself while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """How one run ended, as the launcher saw it."""
+
+    run: Path
+    error: str | None
+    """One line, or None when the run finished."""
+    interrupted: bool = False
+
+
+class Reporter:
+    """Receives messages and progress, and ignores them; a display overrides what it shows.
+
+    Work may call the methods from any thread.
+    """
+
+    def say(self, line: str) -> None:
+        """Receive a message of one line."""
+
+    def progress(self, task: str, done: int, total: int | None = None, unit: str = "") -> None:
+        """Receive the units of a task that are done, such as 3 of 40 `documents`; `total` is None if unknown."""
+
+    def run_started(self, run: Path, total_steps: int) -> None:
+        """Receive the start of a training run."""
+
+    def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
+        """Receive a record of a training run: `step`, and `loss`, `tokens_per_step`, `event` and `notes` if it has them."""
+
+    def run_finished(self, result: LaunchResult) -> None:
+        """Receive the end of a training run."""
+
+
+SILENT = Reporter()
+"""The default wherever a reporter may be passed."""
+
+
+def reported(
+    items: Iterable[Item], reporter: Reporter, task: str, unit: str, *, every: int = 1, done: int = 0
+) -> Iterator[Item]:
+    """Yield items and report their count, on top of `done`, after each `every` items."""
+    for count, item in enumerate(items, start=done + 1):
+        yield item
+        if count % every == 0:
+            reporter.progress(task, count, unit=unit)

@@ -1,0 +1,133 @@
+"""The text of a workspace: tokenising, listing, clustering and selecting documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertctl.core.errors import UserError
+from expertctl.core.manifests.manifest import manifest_path, read_manifest
+from expertctl.core.reporting import SILENT, Reporter
+
+from .project import Project
+
+if TYPE_CHECKING:
+    from expertctl.core.hooks.text import ValidationText
+    from expertctl.core.text.token_store import TokenBlocks
+    from expertctl.experts.text.corpora import PreparedDomain
+    from expertctl.experts.text.discovery import Discovery, DiscoverySettings
+    from expertctl.experts.text.proxy_corpus import Proxy
+
+
+class Data:
+    """The domains of a project."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+
+    def prepare(
+        self, domains: Sequence[str] | None = None, *, force: bool = False, reporter: Reporter = SILENT
+    ) -> list[PreparedDomain]:
+        """Tokenise domains (default: all) with the seed's tokenizer; domains in the cache are not tokenised again."""
+        from expertctl.experts.text.corpora import domain_config, prepare_domain
+
+        layout, config = self._project.layout, self._project.config
+        if not (layout.seed / "config.json").exists():
+            raise UserError("text is tokenised with the seed's tokenizer, and there is no seed; run `expertctl seed`")
+        return [
+            prepare_domain(layout, name, domain_config(config, name), layout.seed, force=force, reporter=reporter)
+            for name in domains or config.domains
+        ]
+
+    def prepared(self) -> dict[str, PreparedDomain | None]:
+        """Return every domain of the project, with its tokens if its current text is in the cache."""
+        from expertctl.experts.text.corpora import prepared_domain
+
+        layout = self._project.layout
+        return {
+            name: prepared_domain(layout, name, domain, layout.seed)
+            for name, domain in self._project.config.domains.items()
+        }
+
+    def proxy(
+        self,
+        name: str,
+        *,
+        like: str,
+        source: str,
+        documents: int | None = None,
+        seed: int = 0,
+        force: bool = False,
+        reporter: Reporter = SILENT,
+    ) -> Proxy:
+        """Write the documents of the domain `source` that are most similar to `like` to `proxies/NAME.jsonl`.
+
+        No text of `like` is written. `documents` is their number; default: a tenth of the source's, at most 1,000.
+        """
+        from expertctl.experts.text.proxy_corpus import ProxySettings, make_proxy
+
+        return make_proxy(
+            self._project.layout,
+            self._project.config,
+            name,
+            like=like,
+            source=source,
+            documents=documents,
+            settings=ProxySettings(seed=seed),
+            force=force,
+            reporter=reporter,
+        )
+
+    def discover(
+        self,
+        name: str,
+        clusters: int | None = None,
+        settings: DiscoverySettings | None = None,
+        *,
+        force: bool = False,
+        reporter: Reporter = SILENT,
+        **options: Any,
+    ) -> Discovery:
+        """Cluster the documents of domains; the clusters become the domains `NAME-0`, `NAME-1` ...
+
+        `options` are options of the discoverer that `settings.by` names.
+        """
+        from expertctl.experts.text.discovery import DiscoverySettings, discover
+
+        settings = settings or DiscoverySettings()
+        discovery = discover(
+            self._project.layout,
+            self._project.config,
+            name,
+            clusters,
+            settings,
+            options,
+            force=force,
+            reporter=reporter,
+        )
+        self._project.reload()  # it has more domains now
+        return discovery
+
+    def trained_domains(self, experts: Iterable[Path]) -> list[str]:
+        """Return the domains that experts were trained on and that the project still has, sorted."""
+        manifests = [read_manifest(folder) for folder in experts if manifest_path(folder) is not None]
+        trained = {domain for manifest in manifests for domain in manifest.domains}
+        return sorted(trained & set(self._project.config.domains))
+
+    def validation(self, domains: Sequence[str]) -> list[ValidationText]:
+        """Return the validation parts of domains, prepared, in blocks of at most the seed's positions."""
+        from expertctl.core.hooks.text import ValidationText
+
+        return [
+            ValidationText(prepared.name, self.blocks(prepared, "valid"))
+            for prepared in (self.prepare(domains) if domains else [])
+        ]
+
+    def blocks(self, domain: PreparedDomain, part: str) -> TokenBlocks:
+        """Return a part of a domain in blocks of the training length, or of the seed's positions if they are fewer."""
+        from expertctl.core.models.loading import max_positions
+        from expertctl.core.text.token_store import TokenBlocks
+
+        length = self._project.config.training.sequence_length
+        return TokenBlocks(domain.open(part), min(length, max_positions(self._project.layout.seed)))

@@ -1,0 +1,123 @@
+"""`Workspace`: a project folder and all operations on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertctl.core.artefacts.layout import Layout
+from expertctl.core.config.settings import LauncherConfig, ProjectConfig
+from expertctl.core.errors import UserError
+from expertctl.core.manifests.manifest import Manifest, read_manifest
+from expertctl.core.reporting import SILENT, Reporter
+
+from .baselines import Baselines
+from .data import Data
+from .experts import Experts
+from .generalists import Generalists
+from .project import Project
+
+if TYPE_CHECKING:
+    from expertctl.core.models.generation import Generation, Sampling
+    from expertctl.experts.measures.evaluation import EvaluationTable
+
+
+class Workspace:
+    """A project folder; its operations by subject, and the common ones as short verbs.
+
+    >>> ws = Workspace("demo")                                   # doctest: +SKIP
+    >>> ws.branch("law", domain="law", trains="feed_forward")    # doctest: +SKIP
+    >>> ws.train("law")                                          # doctest: +SKIP
+    >>> ws.merge("forest", method="ensemble")                    # doctest: +SKIP
+    >>> ws.generalists.compare("forest").verdict()               # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        """Find `expertctl.yaml` in `folder` (default: the current one) or above; raises `UserError` if there is none."""
+        self._project = Project(Layout.find(Path(folder) if folder is not None else None))
+        self.layout = self._project.layout
+        self.root = self.layout.root
+        self.data = Data(self._project)
+        self.experts = Experts(self._project, self.data)
+        self.generalists = Generalists(self._project, self.data)
+        self.baselines = Baselines(self._project, self.data)
+        self.prepare, self.discover = self.data.prepare, self.data.discover
+        self.branch, self.train = self.experts.branch, self.experts.train
+        self.merge, self.tune, self.compare = self.generalists.merge, self.generalists.tune, self.generalists.compare
+
+    @property
+    def config(self) -> ProjectConfig:
+        """The checked content of `expertctl.yaml`."""
+        return self._project.config
+
+    def seed(
+        self,
+        source: str | Path | None = None,
+        *,
+        scratch: bool = False,
+        preset: str | None = None,
+        force: bool = False,
+        launcher: str | LauncherConfig | None = None,
+        reporter: Reporter = SILENT,
+    ) -> Manifest:
+        """Make the seed: import a Hugging Face folder (`source`, or `seed.from`), otherwise pretrain from scratch.
+
+        `scratch` pretrains even if `seed.from` is set; `preset` replaces `seed.preset`.
+        """
+        from expertctl.experts.runs.seed import import_seed, start_pretraining
+
+        config = self.config
+        folder = source if source is not None or scratch else config.seed.from_
+        if folder is not None:
+            path = Path(folder).expanduser()
+            if source is None:  # a path of the project file, relative to it
+                path = self.root / path
+            return import_seed(self.layout, path, licence=config.seed.licence, force=force)
+        if preset is not None:
+            config = config.model_copy(update={"seed": config.seed.model_copy(update={"preset": preset})})
+        run = start_pretraining(self.layout, config, force=force)
+        self._project.launch([run], launcher=launcher, reporter=reporter).raise_for_failures()
+        return read_manifest(run)
+
+    def unfinished(self) -> dict[str, str]:
+        """Return the unfinished runs and merges, each with the command that resumes it."""
+        from expertctl.experts.runs.unfinished import unfinished
+
+        return unfinished(self.layout, self.config)
+
+    def evaluate(
+        self,
+        *models: str,
+        domains: Sequence[str] | None = None,
+        evaluator: str = "perplexity",
+        jobs: int | None = None,
+        reporter: Reporter = SILENT,
+    ) -> EvaluationTable:
+        """Score models (names in this workspace, or folders; default: all finished ones) on domains."""
+        from expertctl.experts.measures.evaluation import evaluate
+
+        names = models or tuple(folder.name for folder in self.layout.finished())
+        if not names:
+            raise UserError("there is no finished model to evaluate yet; make a seed with `expertctl seed`")
+        folders = {name: self.layout.artefact(name) for name in names}
+        return evaluate(self.layout, self.config, folders, domains, evaluator=evaluator, jobs=jobs, reporter=reporter)
+
+    def generate(
+        self,
+        model: str,
+        prompt: str,
+        sampling: Sampling | None = None,
+        *,
+        without: Sequence[str] = (),
+        shares: bool = False,
+        reporter: Reporter = SILENT,
+    ) -> Generation:
+        """Sample a continuation of `prompt`; `shares` adds each expert's share in each token of an ensemble.
+
+        `without` names experts of an ensemble or a mixture to switch off.
+        """
+        from expertctl.core.models.generation import Sampling, generate
+
+        folder = self.layout.artefact(model)
+        return generate(folder, prompt, sampling or Sampling(), without=without, shares=shares, reporter=reporter)

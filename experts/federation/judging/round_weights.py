@@ -1,0 +1,73 @@
+"""Acceptance checks of the weights that an owner delivers into a round of a shared model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ....core.artefacts.digests import digest_of_tensors
+from ....core.artefacts.numeric import FLOATING
+from ....core.artefacts.safetensors_io import Checkpoint, digest_start, tensor_bytes
+from ....core.errors import UserError, first_line
+from .acceptance import Refusal, RefusalCode, refusal_of_entry, upcast
+
+
+@dataclass(frozen=True)
+class AveragingRules:
+    """Bounds on an owner's weights."""
+
+    max_change: float = 1.0
+    """Largest change in a round: norm of the difference over all tensors, divided by the norm of the shared weights."""
+    max_weight: float = 10.0
+    """Cap on an owner's token count, as a multiple of the round's median, since token counts are declared by owners."""
+
+
+@dataclass(frozen=True)
+class ExaminedWeights:
+    """Digest and change of weights that passed all checks."""
+
+    digest: str
+    change: float
+    """Relative change, as in `AveragingRules.max_change`."""
+
+
+def examine_weights(file: Path, shared: Checkpoint, rules: AveragingRules) -> ExaminedWeights | Refusal:
+    """Check an owner's weights against the shared weights: names, shapes, dtypes, finite values and relative change."""
+    import torch
+
+    try:
+        weights = Checkpoint([file])
+        for name in [*shared, *weights]:
+            if name not in weights or name not in shared:
+                holder = "the owner's weights lack" if name not in weights else "the shared model has no"
+                return Refusal(RefusalCode.SHAPES, f"{holder} '{name:.100}'")
+            refusal = refusal_of_entry(weights.entry(name), shared.entry(name), "the shared tensor")
+            if refusal is not None:
+                return refusal
+        digests: dict[str, str] = {}
+        squared_change = squared_norm = 0.0
+        for name in shared:
+            dtype = shared.entry(name).dtype
+            digest = digest_start(dtype, shared.entry(name).shape)
+            for begin, end in shared.spans(name):
+                piece, shared_piece = weights.span(name, begin, end), shared.span(name, begin, end)
+                digest.update(tensor_bytes(piece))
+                if dtype not in FLOATING:
+                    if not torch.equal(piece, shared_piece):
+                        return Refusal(RefusalCode.FROZEN, f"'{name}' is not a floating-point tensor")
+                    continue
+                before, after = upcast(shared_piece), upcast(piece)
+                if not bool(torch.isfinite(after).all()):
+                    return Refusal(RefusalCode.NOT_FINITE, f"'{name}'")
+                squared_change += float((after - before).square().sum(dtype=torch.float64))
+                squared_norm += float(before.square().sum(dtype=torch.float64))
+            digests[name] = digest.hexdigest()
+    except UserError as error:
+        return Refusal(RefusalCode.FILES, first_line(error).replace(str(file), "the file"))
+    change = math.sqrt(squared_change / (squared_norm or 1.0))
+    if not change <= rules.max_change:
+        return Refusal(
+            RefusalCode.NORM, f"by {change:.3g} times the norm of the shared weights; {rules.max_change:g} is allowed"
+        )
+    return ExaminedWeights(digest_of_tensors(digests), change)
