@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.artefacts.files import new_folder, write_json, write_text
 from ..core.artefacts.safetensors_io import torch_dtype, write_tensors
 from ..core.errors import UserError
-from ..core.reporting import SILENT, Reporter
+from ..core.reporting import SILENT, Reporter, reported
 from .engine.reading import Reader
 from .recipes.parameters import matches
 from .sources.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -19,6 +19,7 @@ from .sources.models import Source, StoredTensor, open_source
 from .sources.tensor_names import HEADS, TOKEN_EMBEDDINGS
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 _WEIGHT = ".weight"
@@ -67,18 +68,26 @@ def extract_adapter(
     tensors are stored in full with `save_rest`, and left out otherwise. Raises `UserError` if the models have different
     tensors or nothing changed.
     """
-    _check_options(rank, energy)
+    if (rank is None) == (energy is None):
+        raise UserError("give either a rank or the share of energy to keep")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank is {rank}; it must be 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"energy is {energy}; it must be greater than 0 and at most 1")
     base_source = open_source("base", base)
     model_source = open_source("model", model, base_source)
     names = _changed_names(base_source, model_source)
     targeted = [name for name in names if _is_target(name, model_source.tensors[name], targets)]
-    other_names = [name for name in names if name not in targeted]
     factors: dict[str, Tensor] = {}
     extractions: list[TensorExtraction] = []
     squared_error = squared_norm = 0.0
     with Reader() as reader:
-        for number, name in enumerate(targeted, start=1):
-            delta = _difference(reader, base_source, model_source, name)
+
+        def difference(name: str) -> Any:
+            return reader.read(model_source.tensors[name]).astype("f8") - reader.read(base_source.tensors[name])
+
+        for name in reported(targeted, reporter, "extracting", "matrices"):
+            delta = difference(name)
             squares = float((delta**2).sum())
             if squares > 0:
                 b, a, error = _factorise(delta, rank, energy)
@@ -86,31 +95,19 @@ def extract_adapter(
                 factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
                 extractions.append(TensorExtraction(name, a.shape[0], error))
                 squared_error, squared_norm = squared_error + error**2 * squares, squared_norm + squares
-            reporter.progress("extracting", number, unit="matrices")
-        changed_others = [
-            name for name in other_names if float(abs(_difference(reader, base_source, model_source, name)).max()) > 0
-        ]
-        saved = {name: _read_tensor(reader, model_source.tensors[name]) for name in changed_others} if save_rest else {}
+        others = [name for name in names if name not in targeted and float(abs(difference(name)).max()) > 0]
+        saved = {name: _as_tensor(reader.read(model_source.tensors[name])) for name in others} if save_rest else {}
     if not extractions and not saved:
         raise UserError(f"nothing to extract: {model} and {base} have the same tensors in '{targets}'")
     report = ExtractionReport(
         tuple(extractions),
         math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
         tuple(saved),
-        () if save_rest else tuple(changed_others),
+        () if save_rest else tuple(others),
     )
     with new_folder(output, force=force, what="adapter") as partial:
         _write(partial, base, factors | saved, report, dtype)
     return report
-
-
-def _check_options(rank: int | None, energy: float | None) -> None:
-    if (rank is None) == (energy is None):
-        raise UserError("give either a rank or the share of energy to keep")
-    if rank is not None and rank < 1:
-        raise UserError(f"rank is {rank}; it must be 1 or more")
-    if energy is not None and not 0 < energy <= 1:
-        raise UserError(f"energy is {energy}; it must be greater than 0 and at most 1")
 
 
 def _changed_names(base: Source, model: Source) -> list[str]:
@@ -132,14 +129,10 @@ def _is_target(name: str, tensor: StoredTensor, targets: str) -> bool:
     return is_linear and (name in HEADS or "norm" not in name) and matches(targets, name)
 
 
-def _difference(reader: Reader, base: Source, model: Source, name: str) -> Any:
-    return reader.read(model.tensors[name]).astype("f8") - reader.read(base.tensors[name])
-
-
-def _read_tensor(reader: Reader, stored: StoredTensor) -> Tensor:
+def _as_tensor(numbers: NDArray[Any]) -> Tensor:
     import torch
 
-    return torch.from_numpy(reader.read(stored).copy())
+    return torch.from_numpy(numbers.copy())
 
 
 def _factorise(delta: Any, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:

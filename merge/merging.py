@@ -179,7 +179,7 @@ class _WorkspaceMerge:
         if isinstance(self.method, ModelBuilder):
             plan = self._plan_build(self.method)
         else:
-            check_lineage(self.sources, tensors=False, unrelated=self.run.permissions.unrelated)
+            check_lineage(self.sources, tensors=False, unrelated=self.run.allow_unrelated)
             recipe = self.recipe(self.config.weights if not isinstance(self.config.weights, str) else {})
             statistics = find_statistics(self.method, recipe.experts, self.sources, self.layout)
             plan = prepare_merge(recipe, self.run, sources=self.sources, statistics=statistics)
@@ -278,7 +278,7 @@ class _WorkspaceMerge:
                 )
         check_lineage(self.sources, tensors=tensors)
         licences = check_licences({name: source.licence for name, source in self.sources.items()})
-        require_compatible(licences, self.run.permissions.licences)
+        require_compatible(licences, self.run.allow_licences)
         return options, licences
 
     def _plan_build(self, method: ModelBuilder) -> MergePlan:

@@ -10,7 +10,7 @@ from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
 from ..parsing import as_dictionary
-from .options import coordinator_of, recipe_from, with_recipe
+from .options import coordinator_of, recipe_from, training_from, with_recipe
 from .shared import shared_content, shared_line
 
 if TYPE_CHECKING:
@@ -50,25 +50,31 @@ def ask(
     again; an open request gets the later deadline. For a shared model, the same command again extends the deadline of the open
     round and readmits owners who were left out of it.
     """
+    from datetime import UTC, datetime
+
+    from ...experts.federation.coordinator.round_keeper import begin_rounds, status_of
+    from ...experts.federation.protocol.requests import deadline_in
     from ...experts.federation.rounds.averaging import OUTER_RECIPES
 
     names = list(dict.fromkeys(owner.strip() for owner in owners.split(",") if owner.strip()))
     if not names:
         raise UserError("--experts names no owner; write --experts site-a,site-b")
+    now = datetime.now(UTC)
+    until = deadline_in(deadline, now)
     if recipe["recipe_name"] in OUTER_RECIPES:
-        _ask_for_rounds(session, names, deadline, rounds or ROUNDS, quorum or QUORUM, name or NAME, recipe)
+        seconds, name = (until - now).total_seconds(), name or NAME
+        plan, settings = _plan_from(names, seconds, rounds or ROUNDS, quorum or QUORUM, **recipe)
+        coordinator = coordinator_of(session)
+        status = status_of(coordinator, begin_rounds(coordinator, name, plan, settings))
+        session.finish(
+            {"shared": shared_content(status)},
+            shared_line(status),
+            f"`expertctl federate serve` runs the rounds; the result becomes generalists/{name}",
+        )
         return
     if (rounds, quorum, name) != (None, None, None):
         raise UserError(f"--rounds, --quorum and --name apply only to the recipes {' and '.join(OUTER_RECIPES)}")
-    _ask_for_experts(session, names, deadline, recipe)
-
-
-def _ask_for_experts(session: Session, names: list[str], deadline: str, recipe: dict[str, Any]) -> None:
-    from datetime import UTC, datetime
-
-    from ...experts.federation.protocol.requests import deadline_in
-
-    requests = coordinator_of(session).ask(names, recipe_from(**recipe), deadline_in(deadline, datetime.now(UTC)))
+    requests = coordinator_of(session).ask(names, recipe_from(**recipe), until)
     delivered = sorted(set(names) - {request.owner for request in requests})
     lines = [
         f"'{request.owner}' is asked until {request.deadline:%Y-%m-%d %H:%M} UTC: request {request.id}"
@@ -87,42 +93,28 @@ def _ask_for_experts(session: Session, names: list[str], deadline: str, recipe: 
     )
 
 
-def _ask_for_rounds(
-    session: Session, names: list[str], deadline: str, rounds: int, quorum: float, name: str, recipe: dict[str, Any]
-) -> None:
-    from ...experts.federation.coordinator.round_keeper import begin_rounds, status_of
-
-    coordinator = coordinator_of(session)
-    plan, settings = _plan_from(names, deadline, rounds, quorum, recipe)
-    status = status_of(coordinator, begin_rounds(coordinator, name, plan, settings))
-    session.finish(
-        {"shared": shared_content(status)},
-        shared_line(status),
-        f"`expertctl federate serve` runs the rounds; the result becomes generalists/{name}",
-    )
-
-
 def _plan_from(
-    names: list[str], deadline: str, rounds: int, quorum: float, recipe: dict[str, Any]
+    names: list[str],
+    seconds: float,
+    rounds: int,
+    quorum: float,
+    recipe_name: str,
+    tokens: int | None,
+    settings: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+    dp: str | None,
 ) -> tuple[RoundPlan, SharedSettings]:
     """Return plan and settings for the options; raises `UserError` for options that rounds do not support."""
-    from datetime import UTC, datetime
-
     from ...core.hooks.options import parse_options
     from ...experts.federation.judging.round_weights import AveragingRules
-    from ...experts.federation.protocol.requests import deadline_in
     from ...experts.federation.rounds.round_plan import RoundPlan
     from ...experts.federation.rounds.shared_model import SharedSettings
 
-    recipe_name = recipe["recipe_name"]
-    if recipe["dp"] is not None:
+    if dp is not None:
         raise UserError(
             f"'{recipe_name}' does not support differential privacy, which would need accounting over all rounds; choose btm or flexolmo "
             "with --dp"
         )
-    tokens = {"tokens": recipe["tokens"]} if recipe["tokens"] is not None else {}
-    training = as_dictionary((*recipe["settings"], *tokens.items()))
-    rules = parse_options(AveragingRules, as_dictionary(recipe["options"]), f"recipe '{recipe_name}'")
-    now = datetime.now(UTC)
-    seconds = (deadline_in(deadline, now) - now).total_seconds()
-    return RoundPlan(tuple(names), recipe_name, quorum, seconds, rules), SharedSettings(rounds, training)
+    rules = parse_options(AveragingRules, as_dictionary(options), f"recipe '{recipe_name}'")
+    plan = RoundPlan(tuple(names), recipe_name, quorum, seconds, rules)
+    return plan, SharedSettings(rounds, training_from(tokens, settings))

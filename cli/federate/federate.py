@@ -15,6 +15,7 @@ from ..group import Group, cli_command
 from ..output import Table, number
 from .ask import ask
 from .files import deliver, pack, work
+from .network import join, serve
 from .options import coordinator_of, default_state, state_option
 from .shared import shared_content, shared_table
 from .simulate import simulate_command
@@ -23,25 +24,9 @@ if TYPE_CHECKING:
     from ...experts.federation.coordinator.owner_status import OwnerStatus
 
 WATCH_SECONDS = 2.0
-NETWORK = ("serve", "join")
 
 
-class FederateGroup(Group):
-    """Command group that imports the network commands only when one of them is used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), *NETWORK]
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in NETWORK:
-            return super().get_command(ctx, name)
-        from . import network
-
-        network_command: click.Command = getattr(network, name)
-        return network_command
-
-
-@click.group("federate", cls=FederateGroup)
+@click.group("federate", cls=Group)
 def command() -> None:
     """Let data owners train experts on text that stays with them, and merge the experts.
 
@@ -166,5 +151,5 @@ def _status_content(status: OwnerStatus) -> dict[str, Any]:
     }
 
 
-for _command in (keys, invite, remove, ask, pack, work, deliver, status, simulate_command):
+for _command in (keys, invite, remove, ask, pack, work, deliver, status, simulate_command, serve, join):
     command.add_command(_command)

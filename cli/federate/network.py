@@ -20,8 +20,8 @@ from .review import require_consent
 
 if TYPE_CHECKING:
     from ...experts.federation.owner.owner import Owner, Review
-    from ...plugins.flower.coordinator.serving import Listening
     from ...plugins.flower.owner.owner_work import Consent
+    from ...plugins.flower.protocol.certificates import Certificates
 
 
 class _Notes(Reporter):
@@ -55,15 +55,10 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
     require_flower()
     from ...plugins.flower.coordinator.serving import serve as run
 
-    def report_opened(listening: Listening) -> None:
-        certificates = listening.certificates
+    def report_opened(address: str, certificates: Certificates) -> None:
         session.finish(
-            {
-                "listen": f"{listening.host}:{listening.port}",
-                "ca": str(certificates.authority),
-                "fingerprint": certificates.fingerprint,
-            },
-            f"listening on {listening.host}:{listening.port}",
+            {"listen": address, "ca": str(certificates.authority), "fingerprint": certificates.fingerprint},
+            f"listening on {address}",
             f"owners need this file: {certificates.authority}",
             f"its fingerprint (sha256): {certificates.fingerprint}",
         )

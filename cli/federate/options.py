@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.decorators import FC
 
 from ...core.errors import UserError
 from ..context import Session
@@ -31,13 +33,18 @@ def default_state() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / STATE_FOLDER
 
 
+def with_options(*decorators: Callable[[FC], FC]) -> Callable[[FC], FC]:
+    """Return a decorator that adds several options, in their order."""
+    return lambda function: reduce(lambda decorated, option: option(decorated), reversed(decorators), function)
+
+
 state_option = click.option(
     "--state",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="The owner's state folder. Default: ~/.local/state/expertctl/owner",
 )
-owner_options = [
+with_owner = with_options(
     click.option(
         "--data",
         type=click.Path(path_type=Path),
@@ -52,10 +59,11 @@ owner_options = [
         help="Always train with differential privacy, whatever the request; stored. `none` removes it.",
     ),
     state_option,
-]
+)
+"""Options of an owner's settings."""
 force_option = click.option("--force", is_flag=True, help="Replace existing output.")
 
-recipe_options = [
+with_recipe = with_options(
     click.option(
         "--recipe",
         "recipe_name",
@@ -80,21 +88,8 @@ recipe_options = [
         metavar="TIME",
         help="Time until the deadline (of each round): 48h, 14d.",
     ),
-]
-
-
-def with_recipe(function: click.decorators.FC) -> click.decorators.FC:
-    """Add the options of a request's recipe."""
-    for option in reversed(recipe_options):
-        function = option(function)
-    return function
-
-
-def with_owner(function: click.decorators.FC) -> click.decorators.FC:
-    """Add the options of an owner's settings."""
-    for option in reversed(owner_options):
-        function = option(function)
-    return function
+)
+"""Options of a request's recipe."""
 
 
 def owner_from(data: Path | None, text_field: str, licence: str | None, dp: str | None, state: Path | None) -> Owner:
@@ -132,9 +127,13 @@ def recipe_from(
     """Return the recipe for the options of `with_recipe`."""
     from ...experts.federation.owner.recipes import recipe_of
 
-    training = as_dictionary((*settings, *((("tokens", tokens),) if tokens is not None else ())))
     privacy = privacy_from(dp) if dp is not None else None
-    return recipe_of(recipe_name, as_dictionary(options), training, privacy)
+    return recipe_of(recipe_name, as_dictionary(options), training_from(tokens, settings), privacy)
+
+
+def training_from(tokens: int | None, settings: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Return the training settings for the options of `with_recipe`."""
+    return as_dictionary((*settings, *((("tokens", tokens),) if tokens is not None else ())))
 
 
 def coordinator_of(session: Session) -> Coordinator:

@@ -96,6 +96,8 @@ def simulate_command(
     trace or drawn at random. They deliver stand-ins of a few bytes; times and traffic are computed for the sizes given. No
     workspace is needed.
     """
+    from dataclasses import asdict
+
     from ...experts.federation.protocol.requests import deadline_in
     from ...experts.federation.simulation.events import BEGIN
     from ...experts.federation.simulation.owners import draw_owners, read_trace
@@ -117,7 +119,7 @@ def simulate_command(
     )
     with session.progress() as reporter:
         report = simulate(simulated, plan, reporter=reporter)
-    session.finish(report.as_json(), *_tables(report))
+    session.finish(asdict(report), *_tables(report))
 
 
 def _tables(report: Report) -> tuple[str | Table, ...]:

@@ -111,14 +111,12 @@ def _change(
     from ...core.manifests.records import record_as_json
     from ...merge.merging import MergeRun
     from ...merge.mixture.changing import Change
-    from ...merge.planning.plan import Permissions
     from ...merge.remaking.expert_changes import change_experts
 
     folder = session.artefact(model)
     layout = session.layout()
     target = layout.generalist(output) if layout is not None else output
     change = Change(tuple(dict.fromkeys(remove)), add or {}, replace or {})
-    allowed = Permissions(licences=allow_licences)
     start = target
     if retrain:
         if layout is None or target.parent != layout.generalists:
@@ -126,7 +124,7 @@ def _change(
         _require_stitches(folder)
         start = layout.generalists / f"{target.name}-untrained"
     with session.progress() as reporter:
-        run = MergeRun(force=force, resume=resume, permissions=allowed, reporter=reporter)
+        run = MergeRun(force=force, resume=resume, allow_licences=allow_licences, reporter=reporter)
         manifest = change_experts(folder, start, change, layout=layout, run=run)
     if retrain:
         manifest = _retrained(session, target.name, start, change, force)

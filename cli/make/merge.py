@@ -164,12 +164,12 @@ def command(
     """
     from ...merge.engine.calculator import EngineSettings
     from ...merge.merging import MergeRun
-    from ...merge.planning.plan import Permissions
 
     run = MergeRun(
         force=force,
         resume=resume,
-        permissions=Permissions(unrelated=allow_unrelated, licences=allow_licences),
+        allow_unrelated=allow_unrelated,
+        allow_licences=allow_licences,
         settings=EngineSettings(threads=threads, device=device),
         shard_bytes=shard_size,
     )

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,14 @@ def remove_tree(path: Path) -> None:
 def partial_sibling(path: Path) -> Path:
     """Return the temporary path of this process for writing `path`."""
     return path.with_name(f".{path.name}{PARTIAL_MARK}-{os.getpid()}")
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy small files from folder to folder, as far as they exist."""
+    for name in names:
+        if (source / name).is_file():
+            with os_errors_as_user_errors(target / name):
+                (target / name).write_bytes((source / name).read_bytes())
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -432,3 +432,9 @@ def dtype_name(kind: dtype) -> str:
         if str(kind) == f"torch.{row.torch}":
             return name
     raise UserError(f"tensors of dtype {kind} cannot be written to safetensors")
+
+
+def stored_dtype(folder: Path) -> dtype:
+    """Return the torch dtype of a checkpoint's first floating-point tensor."""
+    entries = Checkpoint(checkpoint_files(folder)).entries.values()
+    return torch_dtype(next(entry.dtype for entry in entries if entry.dtype.startswith(("F", "BF"))))

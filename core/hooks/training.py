@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -30,38 +30,71 @@ class PrivateReleases(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class TrainablePart:
-    """What one training run moves: the module that computes, and the parameters that change."""
+    """What one training run moves: the module that computes, and the parameters that change.
 
-    module: nn.Module
-    """Called as `module(input_ids=..., use_cache=False)`, gives an object with `.logits` of shape (B, T, V)."""
-    parameters: Mapping[str, nn.Parameter]
-    """Everything that is trained, by its name in the checkpoint."""
-    auxiliary_loss: Callable[[], Tensor] | None = None
-    """Called after each forward pass: what is added to its cross-entropy, shape ()."""
-    auxiliary_per_example: bool = False
-    """Whether the auxiliary loss is a mean over the batch of what depends on one example each, as training with
+    Extend it for losses, measures or files of your own; every method has a default.
+    """
+
+    auxiliary_per_example = False
+    """Whether `auxiliary_loss` is a mean over the batch of terms that each depend on one example, as training with
     differential privacy needs."""
-    tensors: Callable[[], Mapping[str, Tensor]] | None = None
-    """Returns the trained tensors by the names that the starting model has for them; None: they have these names."""
-    beside: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None
-    """Returns further tensors of the artefact, by file and name, that the starting model has none of."""
-    tell_domains: Callable[[Sequence[int]], None] | None = None
-    """Told before each forward pass which domain of the run each row of the batch is of."""
-    tell_step: Callable[[int], None] | None = None
-    """Told before each optimiser step how many were done."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the generalist's manifest that differ from its base (`GeneralistConfig`), such as `method`, `kind` and
-    `weights`. Under `tuning`: fields of this run's `Tuning`, such as `trained_inside` and `copied_from`."""
-    measures: Callable[[], Mapping[str, float]] | None = None
-    """Returns what is worth logging of the last forward pass, beside its loss; called when a step is logged."""
-    shares: Mapping[str, float] | None = None
-    """How much of the blocks each domain of the run gives; None: all the same."""
-    notes: Sequence[str] = ()
-    """What whoever trains should know of it, a line each: shown when the run begins."""
-    finish: Callable[[Path], None] | None = None
-    """Writes the model's files into the folder of a generalist; None: it is saved as transformers saves it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        config: Mapping[str, Any] | None = None,
+        shares: Mapping[str, float] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.module = module
+        """Called as `module(input_ids=..., use_cache=False)`; returns an object with `.logits` of shape (B, T, V)."""
+        self.parameters = parameters
+        """All trained parameters, by name in the checkpoint."""
+        self.config = config or {}
+        """Fields of the generalist's manifest that differ from its base (`GeneralistConfig`), such as `method`, `kind`
+        and `weights`. Under `tuning`: fields of this run's `Tuning`, such as `trained_inside` and `copied_from`."""
+        self.shares = shares
+        """Fraction of the blocks that each domain of the run contributes; None: equal."""
+        self.notes = notes
+        """Lines shown to the user when the run begins."""
+
+    def begin_step(self, step: int) -> None:
+        """Prepare an optimiser step, after `step` finished ones."""
+
+    def begin_batch(self, domains: Sequence[int]) -> None:
+        """Prepare a forward pass; `domains` has the index of the run's domain for each row."""
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Return the loss, shape (), to add to the cross-entropy of the last forward pass."""
+        return None
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a gradient per example cannot be computed because of the auxiliary loss."""
+        return type(self).auxiliary_loss is not TrainablePart.auxiliary_loss and not self.auxiliary_per_example
+
+    def measures(self) -> Mapping[str, float]:
+        """Return numbers of the last forward pass to log beside the loss; called for logged steps."""
+        return {}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the tensors of the artefact, by their names in the starting model; those that changed are stored."""
+        tensors: Mapping[str, Tensor] = self.module.state_dict()
+        return tensors
+
+    def extra_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return further tensors of the artefact, by file and name, that the starting model does not have."""
+        return {}
+
+    def write_model(self, folder: Path, base: Path) -> None:
+        """Write the model's files into the folder of a generalist; `base` is the model that training started from."""
+        from ..artefacts.safetensors_io import stored_dtype
+
+        self.module.to("cpu", stored_dtype(base))
+        self.module.save_pretrained(folder)  # type: ignore[operator]  # a transformers model
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,14 @@ def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, m
         (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
         write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
     elif run.spec.kind == "generalist":
-        write_whole_model(run, model, loop)
+        write_whole_model(run, loop)
         finish_artefact(run.folder, tuned_manifest(run, metrics, loop.part.config))
         return
     else:
         part = loop.part
-        trained = part.tensors() if part.tensors is not None else model.state_dict()
+        trained = part.tensors()
         write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, trained))
-        for file, tensors in (part.beside() if part.beside is not None else {}).items():
+        for file, tensors in part.extra_tensors().items():
             write_tensors(run.folder / file, tensors)
     # metrics of a private run are omitted: they are functions of the private text without noise
     private = loop.statement()

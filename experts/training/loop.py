@@ -63,8 +63,7 @@ class TrainingLoop:
     def steps(self) -> Iterator[StepReport]:
         """Train to the end of the budget; yields after each optimiser step."""
         while self.step < self.config.steps:
-            if self.part.tell_step is not None:
-                self.part.tell_step(self.step)
+            self.part.begin_step(self.step)
             rate = learning_rate(self.config, progress_at(self.config, self.step))
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
@@ -83,10 +82,14 @@ class TrainingLoop:
         for _ in range(self.config.accumulation):
             with self._autocast():
                 loss = self._loss(self._batch())
-                objective = loss + self.part.auxiliary_loss() if self.part.auxiliary_loss is not None else loss
+                objective = self._with_auxiliary(loss)
             torch.autograd.backward(objective / self.config.accumulation)
             total += loss.detach() / self.config.accumulation
         return total
+
+    def _with_auxiliary(self, loss: Tensor) -> Tensor:
+        auxiliary = self.part.auxiliary_loss()
+        return loss if auxiliary is None else loss + auxiliary
 
     def _batch(self) -> Tensor:
         """Return the next batch of tokens (B, S + 1) and advance the position."""
@@ -98,8 +101,7 @@ class TrainingLoop:
             domains.append(domain_at(self.blocks, self.position))
             rows.append(draw(self.blocks, self.position, self.config.seed))
             self.position = self.position.advanced(1, len(self.blocks))
-        if self.part.tell_domains is not None:
-            self.part.tell_domains(domains)
+        self.part.begin_batch(domains)
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
 
     def _clip(self) -> Tensor:

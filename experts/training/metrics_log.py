@@ -32,7 +32,7 @@ class MetricsLog:
         reporter: Reporter,
         part: TrainablePart,
     ) -> None:
-        self._measures, self._notes = part.measures, part.notes
+        self._part = part
         self._folder, self._spec, self._plugins, self._reporter = folder, spec, plugins, reporter
         # a resumed run repeats the steps after its checkpoint, so lines that a power failure takes are written again
         self._file = JsonLines(folder / METRICS_FILE, dict, durable=False)
@@ -52,7 +52,7 @@ class MetricsLog:
                 "step": start_step,
                 "total_steps": training.steps,
                 "tokens_per_step": training.tokens_per_step,
-                "notes": list(self._notes),
+                "notes": list(self._part.notes),
             },
         )
         self._throughput.take()
@@ -76,7 +76,7 @@ class MetricsLog:
             "learning_rate": report.learning_rate,
             "gradient_norm": float(report.gradient_norm),
             "tokens_per_second": self._throughput.take(),
-            **(self._measures() if self._measures is not None else {}),
+            **self._part.measures(),
         }
         self._losses.clear()
         self._file.append({"step": report.step, **record})

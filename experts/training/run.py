@@ -134,8 +134,7 @@ def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
     losses: dict[str, float] = {}
     with torch.inference_mode(), autocast(config, loop.device)():
         for number, domain in enumerate(run.domains):
-            if loop.part.tell_domains is not None:
-                loop.part.tell_domains([number])
+            loop.part.begin_batch([number])
             blocks = TokenBlocks(domain.open("valid"), config.sequence_length)
             total, count = 0.0, 0
             for batch in blocks.batches(config.batch_size, limit=config.validation_blocks):

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...core.artefacts.digests import (
-    TOKENIZER_FILES,
-)
+from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import os_errors_as_user_errors
-from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files, torch_dtype
 from ...core.manifests.generalist import GeneralistConfig, Tuning
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement
 from .loop import TrainingLoop
 from .run_inputs import RunInputs
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def write_whole_model(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop) -> None:
+def write_whole_model(run: RunInputs, loop: TrainingLoop) -> None:
     """Write a tuned generalist's files with the dtype and tokenizer of its base model."""
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (run.base / name).is_file():
             with os_errors_as_user_errors(run.folder / name):
                 (run.folder / name).write_bytes((run.base / name).read_bytes())
-    if loop.part.finish is not None:
-        loop.part.finish(run.folder)
-        return
-    model.to("cpu", stored_dtype(run.base))
-    model.save_pretrained(run.folder)
-
-
-def stored_dtype(folder: Path) -> Any:
-    """Return the torch dtype of a checkpoint's first floating-point tensor."""
-    entries = Checkpoint(checkpoint_files(folder)).entries.values()
-    return torch_dtype(next(entry.dtype for entry in entries if entry.dtype.startswith(("F", "BF"))))
+    loop.part.write_model(run.folder, run.base)
 
 
 def tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], part_config: Mapping[str, Any]) -> Manifest:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.artefacts.digests import digest_of_file
-from ...core.artefacts.files import os_errors_as_user_errors, read_json, write_json, write_text
+from ...core.artefacts.files import copy_files, write_json, write_text
 from ...core.artefacts.numeric import DTYPES
 from ...core.artefacts.safetensors_io import TensorEntry
 from ...core.hooks.manager import installed_plugins
@@ -21,11 +21,10 @@ from ..engine.calculator import run_merge
 from ..engine.writing import fingerprint_of
 from ..planning.plan import MergePlan
 from ..recipes.recipe import recipe_as_json
+from ..sources.models import LAYER_KEYS
 from ..sources.tensor_names import head_name
-from ..sources.tokenizers import chat_template, write_tokenizer
+from ..sources.tokenizers import write_chat_template, write_tokenizer
 from .card import model_card
-
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 def write_generalist(
@@ -59,10 +58,11 @@ def write_generalist(
     if written.resumed:
         reporter.say(f"resuming: {written.resumed} of {len(written.digests)} tensors are already complete")
     write_tokenizer(plan.vocabulary, plan.leading.model_folder, folder)
-    _write_chat_template(plan, folder)
-    generation_settings = plan.leading.model_folder / "generation_config.json"
-    if generation_settings.is_file():
-        _copy(generation_settings, folder / generation_settings.name)
+    if plan.recipe.chat_template is not None:
+        write_chat_template(
+            plan.recipe.chat_template, [source.model_folder for source in plan.sources.values()], folder
+        )
+    copy_files(plan.leading.model_folder, folder, ["generation_config.json"])
     _write_config(plan, folder)
     manifest = provenance or Manifest(
         kind="generalist",
@@ -134,23 +134,16 @@ def _options(plan: MergePlan) -> dict[str, Any]:
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
     """Write `config.json`: the leading model's with the changes of the merge; a byte-identical copy if unchanged."""
-    config = plan.leading.config
-    if plan.assembly is not None:
-        write_json(folder / "config.json", _assembled_config(plan, plan.assembly.config))
-        return
-    changed = config | _config_changes(plan, config)
-    if changed == config:
-        _copy(plan.leading.model_folder / "config.json", folder / "config.json")
+    source = plan.leading
+    config = dict(plan.assembly.config) if plan.assembly is not None else source.config
+    if plan.assembly is not None and "member" in config:
+        changed = config | {"member": config["member"] | _config_changes(plan, config["member"])}
+    else:
+        changed = config | _config_changes(plan, config)
+    if plan.assembly is None and changed == config:
+        copy_files(source.model_folder, folder, ["config.json"])
     else:
         write_json(folder / "config.json", changed)
-
-
-def _assembled_config(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mixture's configuration with the merge's vocabulary and dtype, in the nested `member` if there is one."""
-    if "member" in config:
-        member = config["member"]
-        return {**config, "member": {**member, **_config_changes(plan, member)}}
-    return {**config, **_config_changes(plan, config)}
 
 
 def _config_changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,9 +151,7 @@ def _config_changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any
     leading = plan.leading
     old, new = leading.num_layers, len(plan.stack.layers)
     if plan.stack.layers != tuple((plan.stack.layers[0][0], layer) for layer in range(old)):
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if key in config:
-                changes[key] = new
+        changes = {key: new for key in LAYER_KEYS if key in config}
         for key, value in config.items():
             if isinstance(value, list) and len(value) == old and key not in changes:  # one entry per layer
                 changes[key] = [plan.sources[model].config[key][layer] for model, layer in plan.stack.layers]
@@ -176,28 +167,10 @@ def _config_changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any
     return changes
 
 
-def _write_chat_template(plan: MergePlan, folder: Path) -> None:
-    wanted = plan.recipe.chat_template
-    if wanted is None:
-        return
-    text = chat_template(wanted, {name: source.model_folder for name, source in plan.sources.items()})
-    if text is not None:
-        write_text(folder / CHAT_TEMPLATE_FILE, text)
-        config = folder / "tokenizer_config.json"
-        if config.is_file() and "chat_template" in (content := read_json(config)):
-            write_json(config, content | {"chat_template": text})
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a small file by reading it into memory."""
-    with os_errors_as_user_errors(target):
-        target.write_bytes(source.read_bytes())
-
-
 def _parents(plan: MergePlan, read: Mapping[TensorEntry, str]) -> tuple[Parent, ...]:
     weights = plan.weights()
     return tuple(
-        replace(Parent.of(source.manifest, name, weights.get(name)), kind=source.kind)
+        Parent.of(source.manifest, name, weights.get(name))
         if source.manifest is not None
         else Parent(source.kind, name, source.digest(read), weights.get(name), licence=source.licence)
         for name, source in plan.sources.items()

@@ -24,7 +24,7 @@ from ..engine.shards import DEFAULT_SHARD_BYTES
 from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly
 from ..planning.plan import MergePlan
 from ..planning.tensor_planner import Stack
-from ..recipes.recipe import Recipe, whole_models
+from ..recipes.recipe import Recipe, change_models, whole_models
 from ..sources.licences import LicenceReport, check_licences, require_compatible
 from ..sources.models import StoredTensor
 from .mixing import PUBLIC, apply_bias, summarize_names
@@ -345,7 +345,9 @@ def _provenance(
     weighted = [parent.name for parent in parents if parent.weight is not None or parent.name in joined]
     # the weights of an average stay, since no expert leaves the average
     weights = merged.weights if is_averaged else {name: 1 / len(weighted) for name in weighted}
-    recipe = _changed_recipe(merged.recipe, change) if merged.recipe is not None else None
+    recipe = merged.recipe
+    if recipe is not None:  # a recipe of several slices cannot be changed
+        recipe = change_models(recipe, change.remove, change.add) if len(recipe["slices"]) == 1 else None
     parents = [
         replace(parent, weight=weights[parent.name])
         if parent.name in weights and not (is_averaged and parent.name in joined)
@@ -362,15 +364,3 @@ def _provenance(
         expert_data=statements,
         licence=licences.result if not licences.conflicts else None,
     )
-
-
-def _changed_recipe(recipe: Mapping[str, Any], change: Change) -> dict[str, Any] | None:
-    """Return the recipe that merges the changed mixture directly, or None for a recipe of several slices."""
-    if len(recipe["slices"]) != 1:
-        return None
-    (slice_recipe,) = recipe["slices"]
-    removed = set(change.remove)
-    sources = [source for source in slice_recipe["sources"] if source["model"] not in removed]
-    sources += [{"model": name, "layers": None, "parameters": {}} for name in change.add]
-    models = [name for name in recipe["models"] if name not in removed] + list(change.add)
-    return {**recipe, "models": models, "slices": [{**slice_recipe, "sources": sources}]}

@@ -19,7 +19,7 @@ from ...core.reporting import SILENT, Reporter
 from ..engine.tensor_plan import TensorPlan
 from ..recipes.recipe import Recipe
 from ..sources.models import Source, StoredTensor
-from ..sources.tensor_names import LayerNames, layer_names
+from ..sources.tensor_names import layer_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,32 +108,26 @@ def plan_assembly(
     config = target.config(dense, shape)
     assert len(names.layers) == router.rows.shape[0], "one router row per layer"
     stored_dtype = dtype or next(iter(first.feed_forward.values())).dtype
-    plans = [_rename(shared[name], target) for name in sorted(names.before)]
+
+    def copies(tensors: Iterable[str]) -> list[TensorPlan]:
+        return [replace(shared[name], name=target.prefix + name) for name in tensors if name in shared]
+
+    plans = copies(sorted(names.before))
     for layer, suffixes in enumerate(names.layers):
         full_names = {suffix: names.name(layer, suffix) for suffix in sorted(suffixes, key=_natural_key)}
-        plans += [_rename(shared[name], target) for name in full_names.values() if name in shared]
+        plans += copies(full_names.values())
         feed_forward_names = {suffix: name for suffix, name in full_names.items() if name in first.feed_forward}
         expert_tensors = (
             _fused(feed_forward_names, experts)
             if layout == "fused"
             else _per_expert(feed_forward_names, experts, target)
         )
+        prefix = f"{target.prefix}{names.name(layer, '')}"
         for suffix, stored in expert_tensors.items():
-            plans.append(_plan_tensor(_target_name(target, names, layer, suffix), stored, len(experts), stored_dtype))
+            plans.append(_plan_tensor(prefix + suffix, stored, len(experts), stored_dtype))
         for suffix, values in _router_tensors(router, layer, target, layout, config).items():
-            plans.append(
-                TensorPlan(
-                    name=_target_name(target, names, layer, suffix),
-                    dtype=stored_dtype,
-                    shape=values.shape,
-                    action="computed",
-                    experts=(),
-                    expert_names=(),
-                    values=values,
-                )
-            )
-    plans += [_rename(shared[name], target) for name in sorted(names.after)]
-    return tuple(plans), config
+            plans.append(TensorPlan(prefix + suffix, stored_dtype, values.shape, "computed", (), (), values=values))
+    return (*plans, *copies(sorted(names.after))), config
 
 
 def split_feed_forward(names: Iterable[str], family: Architecture) -> tuple[list[str], list[str]]:
@@ -144,14 +138,6 @@ def split_feed_forward(names: Iterable[str], family: Architecture) -> tuple[list
         is_feed_forward = any(fnmatchcase(name, pattern) for pattern in family.feed_forward)
         (feed_forward if is_feed_forward else others).append(name)
     return feed_forward, others
-
-
-def _rename(plan: TensorPlan, target: MixtureTarget) -> TensorPlan:
-    return replace(plan, name=target.prefix + plan.name)
-
-
-def _target_name(target: MixtureTarget, names: LayerNames, layer: int, suffix: str) -> str:
-    return target.prefix + names.name(layer, suffix)
 
 
 def _per_expert(

@@ -46,22 +46,15 @@ _TORCH_SECONDS_PER_NUMBER = 2e-9
 
 
 @dataclass(frozen=True)
-class Permissions:
-    """Safety overrides."""
-
-    unrelated: bool = False
-    """Merge models that do not descend from the same seed."""
-    licences: bool = False
-    """Merge models whose licences contradict each other."""
-
-
-@dataclass(frozen=True)
 class MergeRun:
     """Runtime settings and safety overrides of a merge; only `shard_bytes` affects the output files."""
 
     force: bool = False
     resume: bool = False
-    permissions: Permissions = field(default_factory=Permissions)
+    allow_unrelated: bool = False
+    """Merge models that do not descend from the same seed."""
+    allow_licences: bool = False
+    """Merge models whose licences contradict each other."""
     settings: EngineSettings = field(default_factory=EngineSettings)
     shard_bytes: int = DEFAULT_SHARD_BYTES
     reporter: Reporter = SILENT
@@ -214,10 +207,10 @@ def prepare_merge(
     if statistics is None:
         statistics = find_statistics(method, recipe.experts, sources, None)
     vocabulary = _plan_vocabulary(recipe, sources)
-    if not run.permissions.unrelated:
+    if not run.allow_unrelated:
         _require_related_models(recipe, sources)
     licences = check_licences({name: source.licence for name, source in sources.items()})
-    require_compatible(licences, run.permissions.licences)
+    require_compatible(licences, run.allow_licences)
     plan = MergePlan(
         recipe=recipe,
         method=method,

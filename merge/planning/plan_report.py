@@ -13,6 +13,16 @@ from .plan import MergePlan
 MEGA = 1e6
 
 
+ACTIONS = {
+    "merge": "merged",
+    "copy": "copied",
+    "require_equal": "compared and copied",
+    "stack": "stacked",
+    "computed": "computed",
+}
+"""Action of a tensor plan -> words in the report."""
+
+
 def plan_content(plan: MergePlan, output: Path | None) -> dict[str, Any]:
     """Return the output of `merge --plan --json`: tensors with their sources, and the estimated cost."""
     return {
@@ -35,20 +45,15 @@ def plan_content(plan: MergePlan, output: Path | None) -> dict[str, Any]:
 def plan_rows(plan: MergePlan, output: Path | None) -> list[tuple[str, str]]:
     """Return a summary of the plan as (label, value) rows."""
     actions = Counter(tensor.action for tensor in plan.stack.tensors)
-    settings = {repr(tensor.options) for tensor in plan.stack.tensors if tensor.action == "merge"}
-    words = {"merge": "merged", "copy": "copied", "require_equal": "compared and copied"}
-    words |= {"stack": "stacked", "computed": "computed"}
-    weights = plan.weights()
-    vocabulary = plan.vocabulary
+    num_settings = len({repr(tensor.options) for tensor in plan.stack.tensors if tensor.action == "merge"})
+    settings = f", {num_settings} settings by layer or module" if num_settings > 1 else ""
+    weights, vocabulary = plan.weights(), plan.vocabulary
     rows = [
-        (
-            "method",
-            plan.method.name + ("" if len(settings) <= 1 else f", {len(settings)} settings by layer or module"),
-        ),
+        ("method", plan.method.name + settings),
         ("experts", ", ".join(f"{name} {weights[name]:.3g}" for name in plan.experts)),
         ("models", ", ".join(f"{name} ({source.kind})" for name, source in plan.sources.items())),
         ("layers", str(len(plan.stack.layers))),
-        ("tensors", ", ".join(f"{count} {words[action]}" for action, count in sorted(actions.items()))),
+        ("tensors", ", ".join(f"{count} {ACTIONS[action]}" for action, count in sorted(actions.items()))),
         (
             "vocabulary",
             f"{vocabulary.size:,} rows, {len(vocabulary.added)} tokens added" if vocabulary else "unchanged",
@@ -58,9 +63,9 @@ def plan_rows(plan: MergePlan, output: Path | None) -> list[tuple[str, str]]:
         ("memory", f"about {plan.peak_bytes / MEGA:,.0f} MB at most"),
         ("time", f"about {plan.seconds():,.1f} s"),
         ("licence", plan.licence or "unknown"),
+        *(("note", note) for note in plan.notes),
     ]
-    rows += [("note", note) for note in plan.notes]
-    return rows + ([("output", str(output))] if output is not None else [])
+    return [*rows, ("output", str(output))] if output is not None else rows
 
 
 def tensor_rows(plan: MergePlan) -> list[tuple[str, ...]]:

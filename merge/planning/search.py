@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +91,10 @@ class _Space:
 
     def weights(self, point: Point) -> dict[str, Setting]:
         """Return each expert's weight, or a gradient over the layers if there are several groups."""
-        values = [float(f"{math.exp(log_weight):.6g}") for log_weight in point]
-        by_expert: dict[str, Setting] = {}
-        for position, name in enumerate(self.experts):
-            expert_weights = values[position * self.groups : (position + 1) * self.groups]
-            by_expert[name] = expert_weights[0] if self.groups == 1 else expert_weights
-        return by_expert
+        values = iter([float(f"{math.exp(log_weight):.6g}") for log_weight in point])
+        if self.groups == 1:
+            return dict(zip(self.experts, values, strict=True))
+        return {name: list(islice(values, self.groups)) for name in self.experts}
 
 
 class _Scorer:
@@ -103,7 +102,7 @@ class _Scorer:
 
     def __init__(self, seed: Path, plan_for: Planner, texts: Sequence[ValidationText], blocks: int) -> None:
         self._seed, self._plan_for, self._texts = seed, plan_for, texts
-        self._blocks = {text.domain: list(_spread(text, blocks)) for text in texts}
+        self._blocks = {text.domain: _spread(text, blocks) for text in texts}
         self._model: PreTrainedModel | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -145,10 +144,11 @@ class _Scorer:
         return self._model
 
 
-def _spread(text: ValidationText, count: int) -> Iterator[NDArray[Any]]:
+def _spread(text: ValidationText, count: int) -> list[NDArray[Any]]:
+    """Return up to `count` evenly spaced blocks."""
     available = max(len(text.blocks), 1)
     taken = min(count, available)
-    return (text.blocks.block(index * available // taken) for index in range(taken))
+    return [text.blocks.block(index * available // taken) for index in range(taken)]
 
 
 class _Trials:

@@ -57,13 +57,10 @@ class _Tokenizer(Section):
     pad_to_multiple_of: int | None = None
 
 
-class _File(Section):
+class _File(_Module):
     merge_method: str
-    models: tuple[_Model, ...] | None = None
-    slices: tuple[_Slice, ...] | None = None
     modules: dict[str, _Module] | None = None
     base_model: Any = None
-    parameters: Parameters | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: Any = None
@@ -150,7 +147,10 @@ class _Reader:
         file = self.file
         module = self._module()
         base = self.named.model(file.base_model, ("base_model",)) if file.base_model is not None else None
-        if self.method.base in ("seed", "first") and base is None and not self._slices_name_bases(module):
+        all_slices_have_bases = module.slices and all(
+            output_slice.base_model is not None for output_slice in module.slices
+        )
+        if self.method.base in ("seed", "first") and base is None and not all_slices_have_bases:
             raise UserError(f"{self.path}: merge method '{file.merge_method}' needs a base_model")
         slices = self._slices(module, base) if module.slices is not None else self._whole(module.models or (), base)
         scopes = [self._scope(module.parameters, ("modules",)), self._scope(file.parameters, ("parameters",))]
@@ -159,9 +159,7 @@ class _Reader:
         scopes.append(self.method.defaults)
         tokenizer, tokens = self._tokenizer()
         seed = base if self.method.base in ("seed", "optional") else None
-        models = (
-            {base: self.named.models[base], **self.named.models} if base is not None and seed else self.named.models
-        )
+        models = {seed: self.named.models[seed], **self.named.models} if seed is not None else self.named.models
         return Recipe(
             method=file.merge_method,
             models=models,
@@ -198,9 +196,6 @@ class _Reader:
             raise UserError(f"{self.named.at('modules')}: give exactly one of 'models' and 'slices'")
         return module
 
-    def _slices_name_bases(self, module: _Module) -> bool:
-        return module.slices is not None and all(file_slice.base_model is not None for file_slice in module.slices)
-
     def _whole(self, models: Sequence[_Model], base: str | None) -> tuple[OutputSlice, ...]:
         named = [
             (
@@ -216,35 +211,26 @@ class _Reader:
         return whole_models([name for name, _ in ordered], dict(ordered))
 
     def _slices(self, module: _Module, base: str | None) -> tuple[OutputSlice, ...]:
-        slices = []
-        for number, file_slice in enumerate(module.slices or ()):
-            at: tuple[Any, ...] = ("slices", number)
-            if file_slice.residual_weight is not None:
-                raise UserError(f"{self.named.at(*at, 'residual_weight')}: 'residual_weight' is not supported")
-            slice_base = (
-                self.named.model(file_slice.base_model, (*at, "base_model"))
-                if file_slice.base_model is not None
-                else base
-            )
-            named = [
-                (
-                    self.named.model(source.model, (*at, "sources", index, "model")),
-                    (source.layer_range, self._scope(source.parameters, (*at, "sources", index))),
-                )
-                for index, source in enumerate(file_slice.sources)
-            ]
-            self._require_different([name for name, _ in named], at)
-            ordered = self._ordered(named, slice_base, keep_seed=True)
-            parameters = self._scope(file_slice.parameters, at)
-            optional = self.method.base == "optional"
-            slices.append(
-                OutputSlice(
-                    tuple(SourceSlice(name, layers, parameters) for name, (layers, parameters) in ordered),
-                    {**({"task_vectors": True} if slice_base is not None and optional else {}), **parameters},
-                    slice_base if optional or self.method.base == "seed" else None,
-                )
-            )
-        return tuple(slices)
+        return tuple(
+            self._slice(file_slice, base, ("slices", number)) for number, file_slice in enumerate(module.slices or ())
+        )
+
+    def _slice(self, file_slice: _Slice, base: str | None, at: tuple[Any, ...]) -> OutputSlice:
+        if file_slice.residual_weight is not None:
+            raise UserError(f"{self.named.at(*at, 'residual_weight')}: 'residual_weight' is not supported")
+        if file_slice.base_model is not None:
+            base = self.named.model(file_slice.base_model, (*at, "base_model"))
+        named = []
+        for index, source in enumerate(file_slice.sources):
+            place = (*at, "sources", index)
+            name = self.named.model(source.model, (*place, "model"))
+            named.append((name, SourceSlice(name, source.layer_range, self._scope(source.parameters, place))))
+        self._require_different([name for name, _ in named], at)
+        sources = tuple(source for _, source in self._ordered(named, base, keep_seed=True))
+        parameters = self._scope(file_slice.parameters, at)
+        if base is not None and self.method.base == "optional":
+            parameters = {"task_vectors": True, **parameters}
+        return OutputSlice(sources, parameters, base if self.method.base in ("optional", "seed") else None)
 
     def _ordered(
         self, named: Sequence[tuple[str, Any]], base: str | None, keep_seed: bool = False
@@ -286,24 +272,21 @@ class _Reader:
 
     def _tokenizer(self) -> tuple[str, dict[str, TokenSource]]:
         """Return the tokenizer policy and the sources of single tokens' rows."""
-        file = self.file
-        if file.tokenizer is not None and file.tokenizer_source is not None:
+        settings, source = self.file.tokenizer, self.file.tokenizer_source
+        if settings is not None and source is not None:
             raise UserError(f"{self.named.at('tokenizer_source')}: give 'tokenizer' or 'tokenizer_source', not both")
-        source = file.tokenizer.source if file.tokenizer is not None else file.tokenizer_source
-        tokens = (file.tokenizer.tokens if file.tokenizer is not None else None) or {}
+        source = settings.source if settings is not None else source
         if source is None:
             return "refuse", {}
         policy = source if source in ("base", "union") else self.named.model(source, ("tokenizer_source",))
         token_sources = {}
-        for token, token_file in tokens.items():
+        for token, token_file in ((settings.tokens if settings is not None else None) or {}).items():
             if token_file.source is None:
                 continue
+            place = ("tokenizer", "tokens", token)
             if isinstance(token_file.source, dict) and "kind" in token_file.source:
                 raise UserError(
-                    f"{self.named.at('tokenizer', 'tokens', token)}: a source of kind '{token_file.source['kind']}' is not "
-                    "supported; name a model"
+                    f"{self.named.at(*place)}: a source of kind '{token_file.source['kind']}' is not supported; name a model"
                 )
-            token_sources[token] = TokenSource(
-                self.named.model(token_file.source, ("tokenizer", "tokens", token)), token_file.force
-            )
+            token_sources[token] = TokenSource(self.named.model(token_file.source, place), token_file.force)
         return policy, token_sources

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ class NamedModels:
         """
         path, adapter = self._split(reference, key)
         folder = self._folder(path, key)
-        if adapter is None:
-            return self._unique_name(folder, None)
-        return self._unique_name(self._folder(adapter, key), folder)
+        return (
+            self._unique_name(self._folder(adapter, key), folder)
+            if adapter is not None
+            else self._unique_name(folder, None)
+        )
 
     def dtype(self, word: str | None, key: str) -> str | None:
         """Return the safetensors name of the dtype under a key."""
@@ -67,34 +69,21 @@ class NamedModels:
                 f"{self.at(*at)}: there is no folder {path}; merges do not download models, so download it first "
                 f"with `hf download {path} --local-dir {Path(path).name}`"
             )
-        return folder
+        return folder.resolve()
 
     def _find_folder(self, path: str) -> Path | None:
-        places: list[Callable[[], Path]] = [
-            lambda: Path(path).expanduser(),
-            lambda: self.path.parent / path,
-        ]
-        return next((place() for place in places if place().is_dir()), None)
+        return next((folder for folder in (Path(path).expanduser(), self.path.parent / path) if folder.is_dir()), None)
 
     def _unique_name(self, folder: Path, base: Path | None) -> str:
         """Return a unique name for a folder: the folder's name, with its parent's name as a prefix if it is taken."""
-        resolved = folder.resolve()
-        for name in (
-            resolved.name,
-            f"{resolved.parent.name}-{resolved.name}",
-            str(resolved).replace("/", "-"),
-        ):
-            registered = self.models.get(name)
-            if registered is None:
-                self.models[name] = resolved
+        for name in (folder.name, f"{folder.parent.name}-{folder.name}", str(folder).replace("/", "-")):
+            if name not in self.models:
+                self.models[name] = folder
                 if base is not None:
-                    self.adapter_bases[name] = base.resolve()
+                    self.adapter_bases[name] = base
+            if (self.models[name], self.adapter_bases.get(name)) == (folder, base):
                 return name
-            if registered == resolved and self.adapter_bases.get(name) == (
-                base.resolve() if base is not None else None
-            ):
-                return name
-        raise UserError(f"{self.path}: too many models are called '{resolved.name}'; rename a folder")
+        raise UserError(f"{self.path}: too many models are called '{folder.name}'; rename a folder")
 
     def at(self, *key: Any) -> str:
         """Return `file:line` of a key, or of its nearest parent in the file."""

@@ -59,23 +59,28 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
         raise UserError(first_problem(error, path, lines, _MoeFile)) from None
     named = NamedModels(path, lines)
     _refuse_unsupported(file, named)
-    if file.gate_mode not in GATES:
-        raise UserError(
-            f"{named.at('gate_mode')}: {unknown_name('gate_mode', file.gate_mode, GATES, listed_as='there are')}"
-        )
     router, router_options = GATES[file.gate_mode]
-    base = named.model(file.base_model, ("base_model",))
-    models = {_SEED: named.models[base]}
+    models = {_SEED: named.models[named.model(file.base_model, ("base_model",))]}
     expert_parameters: dict[str, dict[str, Any]] = {}
     for number, expert in enumerate(file.experts):
-        name = _unique_name(named.model(expert.source_model, ("experts", number, "source_model")), expert_parameters)
-        if router in _FROM_PROMPTS:
-            _require_prompts(expert, file.gate_mode, named.at("experts", number))
-        models[name] = named.models[name.partition("#")[0]]
+        source = named.model(expert.source_model, ("experts", number, "source_model"))
+        # the same model can occur several times with different prompts
+        names = (source, *(f"{source}#{copy}" for copy in range(2, len(file.experts) + 1)))
+        name = next(name for name in names if name not in expert_parameters)
+        if router in _FROM_PROMPTS and not any(prompt.strip() for prompt in expert.positive_prompts or ()):
+            raise UserError(
+                f"{named.at('experts', number)}: gate_mode '{file.gate_mode}' needs positive_prompts (example texts) for "
+                f"'{expert.source_model}'; add some, or use gate_mode: random"
+            )
+        models[name] = named.models[source]
         prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
         expert_parameters[name] = {key: list(value) for key, value in prompts.items() if value}
-    if router in _FROM_PROMPTS:
-        _require_different_prompts(expert_parameters, named.at("experts"))
+    parameters = list(expert_parameters.values())
+    if router in _FROM_PROMPTS and len(parameters) > 1 and all(prompts == parameters[0] for prompts in parameters):
+        raise UserError(
+            f"{named.at('experts')}: all experts have the same prompts, so the router cannot distinguish them; change the "
+            "prompts, or use gate_mode: random"
+        )
     options = {
         "router": router,
         "router_options": dict(router_options),
@@ -88,7 +93,7 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
         models=models,
         slices=whole_models(tuple(expert_parameters), expert_parameters),
         seed=_SEED,
-        adapter_bases={_name: folder for _name, folder in named.adapter_bases.items() if _name in expert_parameters},
+        adapter_bases={name: base for name, base in named.adapter_bases.items() if name in expert_parameters},
         scopes=(options,),
         dtype=named.dtype(file.dtype, "dtype"),
         tokenizer=file.tokenizer_source or "refuse",
@@ -96,6 +101,7 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
 
 
 def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
+    """Raise `UserError` for settings without a counterpart."""
     if file.experts_per_token is not None and file.experts_per_token > len(file.experts):
         raise UserError(
             f"{named.at('experts_per_token')}: 'experts_per_token' is {file.experts_per_token}, but there are only "
@@ -107,30 +113,10 @@ def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
         for key in ("noise_scale", "residual_scale"):
             if getattr(expert, key) not in (None, 0 if key == "noise_scale" else 1):
                 raise UserError(f"{named.at('experts', number, key)}: '{key}' is not supported")
-
-
-def _require_different_prompts(expert_parameters: Mapping[str, Mapping[str, Any]], at: str) -> None:
-    prompts = list(expert_parameters.values())
-    if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
+    if file.gate_mode not in GATES:
         raise UserError(
-            f"{at}: all experts have the same prompts, so the router cannot distinguish them; change the prompts, or use "
-            "gate_mode: random"
+            f"{named.at('gate_mode')}: {unknown_name('gate_mode', file.gate_mode, GATES, listed_as='there are')}"
         )
-
-
-def _require_prompts(expert: _Expert, mode: str, at: str) -> None:
-    if not any(prompt.strip() for prompt in expert.positive_prompts or ()):
-        raise UserError(
-            f"{at}: gate_mode '{mode}' needs positive_prompts (example texts) for '{expert.source_model}'; add some, or use "
-            "gate_mode: random"
-        )
-
-
-def _unique_name(name: str, used_names: Mapping[str, Any]) -> str:
-    """Return a unique expert name; the same model can occur several times with different prompts."""
-    if name not in used_names:
-        return name
-    return next(f"{name}#{number}" for number in range(2, len(used_names) + 3) if f"{name}#{number}" not in used_names)
 
 
 def _target(file: _MoeFile, named: NamedModels) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,17 +98,28 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
     return json_content
 
 
+def change_models(content: Mapping[str, Any], remove: Collection[str], add: Collection[str]) -> dict[str, Any]:
+    """Return the JSON form of a recipe without the models `remove`, and with the whole models `add` in every slice."""
+    added: list[dict[str, Any]] = [{"model": name, "layers": None, "parameters": {}} for name in add]
+    slices = [
+        {
+            **output_slice,
+            "sources": [source for source in output_slice["sources"] if source["model"] not in remove] + added,
+        }
+        for output_slice in content["slices"]
+    ]
+    return {**content, "models": [*(name for name in content["models"] if name not in remove), *add], "slices": slices}
+
+
 def recipe_from_json(content: Mapping[str, Any], models: Mapping[str, Path]) -> Recipe:
     """Return the recipe of a manifest, with `models` as the folders of its models."""
     slices = tuple(
         OutputSlice(
             sources=tuple(
                 SourceSlice(
-                    source_slice["model"],
-                    tuple(source_slice["layers"]) if source_slice["layers"] else None,
-                    source_slice["parameters"],
+                    source["model"], tuple(source["layers"]) if source["layers"] else None, source["parameters"]
                 )
-                for source_slice in output_slice["sources"]
+                for source in output_slice["sources"]
             ),
             parameters=output_slice["parameters"],
             seed=output_slice["seed"],

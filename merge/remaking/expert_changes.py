@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...core.artefacts.files import (
     exclusive_output,
@@ -21,7 +20,7 @@ from ...core.errors import UserError, unknown_name
 from ...core.hooks.ensembles import Mixer
 from ...core.hooks.manager import installed_plugins
 from ...core.manifests.finishing import CARD_FILE, finish_artefact
-from ...core.manifests.generalist import GeneralistConfig, MixtureRecord, Tuning
+from ...core.manifests.generalist import GeneralistConfig, MixtureRecord
 from ...core.manifests.manifest import Manifest, read_manifest
 from ...core.manifests.verification import require_intact
 from ..generalists.card import model_card
@@ -35,7 +34,7 @@ from ..mixture.changing import (
     shared_tensors_are_the_seeds,
 )
 from ..planning.plan import check_output
-from ..recipes.recipe import recipe_from_json
+from ..recipes.recipe import Recipe, change_models
 from ..stitched.changing import change_stitched
 from .reproducing import locate
 
@@ -62,11 +61,21 @@ def change_experts(
     if merged is None:
         raise UserError(f"{folder} is not a generalist, but of kind '{manifest.kind}'")
     if merged.kind == "ensemble":
-        return _shrink_ensemble(folder, output, change, run)
+        return _shrink_ensemble(folder, manifest, output, change, run)
     if merged.kind == "stitched":
-        return change_stitched(folder, output, change, force=run.force, allow_licences=run.permissions.licences)
+        return change_stitched(folder, output, change, force=run.force, allow_licences=run.allow_licences)
     if merged.mixture is not None and _is_changed_directly(manifest.name, merged, merged.mixture, change):
-        return _change_mixture(folder, output, change, run)
+        require_intact(folder, manifest=manifest)
+        refuse_existing(output, force=run.force, what="generalist")
+        changed = plan_change(folder, change, allow_licences=run.allow_licences)
+        check_output(changed.plan, output)
+        with (
+            exclusive_output(output, f"generalist {output}"),
+            resumable_folder(output, force=run.force, resume=run.resume, what="generalist") as partial,
+        ):
+            return write_generalist(
+                changed.plan, partial, output.name, provenance=changed.provenance, reporter=run.reporter
+            )
     if merged.kind == "shared":
         raise UserError(
             f"{folder} was trained jointly by its owners, in rounds of '{merged.method}'; it has no experts to add or "
@@ -77,9 +86,9 @@ def change_experts(
             f"{folder} cannot be changed: method '{merged.method}' does not keep single experts; merge again with other "
             "--experts"
         )
-    recipe = recipe_with_changed_experts(manifest, folder, change, layout, models or {})
+    recipe = _changed_recipe(manifest, folder, change, layout, models or {})
     events = [*merged.history, *history_entries(manifest, change)]
-    return merge_recipe(recipe_from_json(*recipe), output, name=output.name, run=run, history=events)
+    return merge_recipe(recipe, output, name=output.name, run=run, history=events)
 
 
 def _is_changed_directly(name: str, merged: GeneralistConfig, mixture: MixtureRecord, change: Change) -> bool:
@@ -101,29 +110,14 @@ def _is_changed_directly(name: str, merged: GeneralistConfig, mixture: MixtureRe
     return False
 
 
-def _change_mixture(folder: Path, output: Path, change: Change, run: MergeRun) -> Manifest:
-    require_intact(folder)
-    refuse_existing(output, force=run.force, what="generalist")
-    changed = plan_change(folder, change, allow_licences=run.permissions.licences)
-    check_output(changed.plan, output)
-    with (
-        exclusive_output(output, f"generalist {output}"),
-        resumable_folder(output, force=run.force, resume=run.resume, what="generalist") as partial,
-    ):
-        return write_generalist(
-            changed.plan, partial, output.name, provenance=changed.provenance, reporter=run.reporter
-        )
-
-
-def _shrink_ensemble(folder: Path, output: Path, change: Change, run: MergeRun) -> Manifest:
-    """Write an ensemble without some experts; the other files are linked."""
+def _shrink_ensemble(folder: Path, manifest: Manifest, output: Path, change: Change, run: MergeRun) -> Manifest:
+    """Write an ensemble without some experts; the other files are linked and the prior is renormalised."""
     if change.add or change.replace:
         raise UserError(
             "experts cannot be added to an ensemble, because its prior is fitted; merge again, or for a DEMix model use "
             "`expertctl tune --trains demix_dapt`"
         )
-    require_intact(folder)
-    manifest = read_manifest(folder)
+    require_intact(folder, manifest=manifest)
     config = read_json(folder / "config.json")
     for name in change.remove:
         if name not in config["experts"]:
@@ -155,7 +149,13 @@ def _shrunk_manifest(manifest: Manifest, change: Change, name: str, experts: Seq
     shares = {expert: share / total for expert, share in merged.weights.items() if expert in experts}
     trained_inside = {expert for tuning in merged.tunings for expert in tuning.trained_inside}
     # removing an expert also removes tunings that only trained copies of it
-    tunings = tuple(replace(tuning, left=_has_left(tuning, change.remove)) for tuning in merged.tunings)
+    tunings = tuple(
+        replace(
+            tuning,
+            left=tuning.left or (bool(tuning.copied_from) and set(tuning.copied_from) <= set(change.remove)),
+        )
+        for tuning in merged.tunings
+    )
     removed_names = {*change.remove, *(tuning.name for tuning in tunings if tuning.left)}
     parents = tuple(
         replace(parent, weight=shares[parent.name])
@@ -176,53 +176,27 @@ def _shrunk_manifest(manifest: Manifest, change: Change, name: str, experts: Seq
     return replace(manifest, name=name, parents=parents, config=new_config, expert_data=statements)
 
 
-def _has_left(tuning: Tuning, removed_names: Sequence[str]) -> bool:
-    copied_experts = set(tuning.copied_from)
-    return tuning.left or (bool(copied_experts) and copied_experts <= set(removed_names))
-
-
-def recipe_with_changed_experts(
-    manifest: Manifest,
-    folder: Path,
-    change: Change,
-    layout: Layout | None,
-    models: Mapping[str, Path],
-) -> tuple[dict[str, object], dict[str, Path]]:
-    """Return the JSON recipe of a merge with changed experts, and the folders of its models."""
+def _changed_recipe(
+    manifest: Manifest, folder: Path, change: Change, layout: Layout | None, models: Mapping[str, Path]
+) -> Recipe:
+    """Return the recipe of a merge with changed experts."""
     merged = manifest.merged
     assert merged is not None
     assert merged.recipe is not None
-    recipe = merged.recipe
-    removed_names = set(change.remove)
+    known = merged.recipe["models"]
     for name in change.add:
-        if name in recipe["models"]:
+        if name in known:
             raise UserError(f"'{name}' is already in {folder}; use `expertctl expert replace`")
     for name in (*change.remove, *change.replace):
-        if name not in recipe["models"]:
-            raise UserError(f"'{name}' is not a model of {folder}; it has {', '.join(recipe['models'])}")
-    slices = [
-        {
-            **output_slice,
-            "sources": [source for source in output_slice["sources"] if source["model"] not in removed_names]
-            + [{"model": name, "layers": None, "parameters": {}} for name in change.add],
-        }
-        for output_slice in recipe["slices"]
-    ]
-    if any(not output_slice["sources"] for output_slice in slices):
+        if name not in known:
+            raise UserError(f"'{name}' is not a model of {folder}; it has {', '.join(known)}")
+    content = change_models(merged.recipe, change.remove, change.add)
+    if any(not output_slice["sources"] for output_slice in content["slices"]):
         raise UserError("the change would remove all experts")
-    names = [name for name in recipe["models"] if name not in removed_names]
-    content = {**recipe, "models": [*names, *change.add], "slices": slices}
     if merged.mixture is not None:
-        count = len(merged.experts) - len(removed_names) + len(change.add)
-        content["scopes"] = [_limit_top_k(scope, count) for scope in recipe["scopes"]]
-    known_folders = {**models, **change.replace, **change.add}
-    located = locate(manifest, content, folder, layout, known_folders, require_digest=True)
-    return content, {
-        **located.models,
-        **{f"base of {name}": path for name, path in located.adapter_bases.items()},
-    }
-
-
-def _limit_top_k(options: Mapping[str, Any], experts: int) -> dict[str, Any]:
-    top_k = options.get("top_k")
-    return {**options, **({"top_k": min(top_k, experts)} if top_k is not None else {})}
+        count = len(merged.experts) - len(set(change.remove)) + len(change.add)
+        content["scopes"] = [
+            {**scope, "top_k": min(scope["top_k"], count)} if scope.get("top_k") is not None else scope
+            for scope in content["scopes"]
+        ]
+    return locate(manifest, content, folder, layout, {**models, **change.replace, **change.add}, require_digest=True)

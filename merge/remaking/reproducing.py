@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,8 @@ from ...core.artefacts.digests import MANIFEST_NAMES
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError
 from ...core.manifests.finishing import CARD_FILE
-from ...core.manifests.generalist import GeneralistConfig
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ..merging import MergeRun, merge_recipe
-from ..planning.plan import Permissions
 from ..recipes.recipe import Recipe, recipe_from_json
 from ..sources.parents import SEED
 
@@ -45,11 +43,17 @@ def reproduce(
     other models. Raises `UserError` for manifests of other artefacts and for missing models.
     """
     merged = manifest.merged
-    if merged is None or merged.recipe is None or merged.shard_bytes is None or _has_fitted_router(merged):
+    # the recipe does not hold the text that a router was fitted on
+    is_fitted = merged is not None and merged.mixture is not None and merged.mixture.router.uses_text
+    if merged is None or merged.recipe is None or merged.shard_bytes is None or is_fitted:
         raise UserError(f"{folder} cannot be reproduced from its manifest alone: it {_why_not(manifest)}")
     recipe = locate(manifest, merged.recipe, folder, layout, models or {})
-    allowed = Permissions(unrelated=True, licences=True)  # the original merge was allowed
-    repeated_run = replace(run or MergeRun(), permissions=allowed, shard_bytes=merged.shard_bytes)
+    repeated_run = replace(
+        run or MergeRun(),
+        allow_unrelated=True,  # as the original merge was allowed
+        allow_licences=True,
+        shard_bytes=merged.shard_bytes,
+    )
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         repeated_manifest = merge_recipe(recipe, Path(scratch) / folder.name, run=repeated_run, name=manifest.name)
     return compare(manifest, repeated_manifest)
@@ -63,11 +67,6 @@ def _why_not(manifest: Manifest) -> str:
     if manifest.tunings:
         return "was trained after the merge; repeat its `expertctl tune`"
     return "was fitted on text; repeat its `expertctl merge`"
-
-
-def _has_fitted_router(merged: GeneralistConfig) -> bool:
-    """Return whether a mixture's router was fitted on text, which is not part of the recipe."""
-    return merged.mixture is not None and merged.mixture.router.uses_text
 
 
 def compare(before: Manifest, after: Manifest) -> Reproduction:
@@ -86,14 +85,13 @@ def compare(before: Manifest, after: Manifest) -> Reproduction:
         for parent in before.parents
         if parents.get(parent.name) != parent.digest
     ]
-    for item, then, now in (
-        ("tensor", before.tensors, after.tensors),
-        ("file", before.files, after.files),
-    ):
+    # an evaluation or a change of experts after the merge changed the card
+    ignored = {CARD_FILE} if "gate" in before.metrics or before.history else set()
+    for item, then, now in (("tensor", before.tensors, after.tensors), ("file", before.files, after.files)):
         differences += [
             f"{item} {name} differs" if name in then and name in now else f"{item} {name} is in only one of the two"
-            for name in sorted({*then, *now})
-            if then.get(name) != now.get(name) and not (name == CARD_FILE and _has_changed_card(before))
+            for name in sorted({*then, *now} - ignored)
+            if then.get(name) != now.get(name)
         ]
     versions = tuple(
         f"{name} {before.versions.get(name, 'none')} then, {after.versions.get(name, 'none')} now"
@@ -101,11 +99,6 @@ def compare(before: Manifest, after: Manifest) -> Reproduction:
         if before.versions.get(name) != after.versions.get(name)
     )
     return Reproduction(not differences, tuple(differences), versions)
-
-
-def _has_changed_card(manifest: Manifest) -> bool:
-    """Return whether the card was changed after the merge, by an evaluation or by expert changes."""
-    return "gate" in manifest.metrics or bool(manifest.history)
 
 
 def locate(
@@ -131,16 +124,18 @@ def locate(
 
 
 def _find(name: str, digest: str | None, folder: Path, layout: Layout | None, require_digest: bool) -> Path:
-    named = [
-        candidate
-        for candidate in _candidates(name, folder, layout)
-        if (candidate / "config.json").is_file() or any((candidate / file).is_file() for file in _MARKS)
-    ]
+    beside = [folder.resolve().parent / name, Path.cwd() / name]
+    inside = []
+    if layout is not None:
+        inside = [layout.seed if name == SEED else layout.experts / name, layout.generalists / name]
+    marks = ("config.json", "adapter_config.json", *MANIFEST_NAMES.values())
+    named = [place for place in (*inside, *beside) if any((place / file).is_file() for file in marks)]
     others: Iterable[Path] = layout.finished() if layout is not None and digest is not None else ()
     for candidate in (*named, *others):
-        if digest is None or (candidate in named and manifest_path(candidate) is None):
+        has_manifest = manifest_path(candidate) is not None
+        if digest is None or (candidate in named and not has_manifest):
             return candidate  # folders without manifest have no digest; the merge compares their tensors
-        if manifest_path(candidate) is not None and read_manifest(candidate).digest == digest:
+        if has_manifest and read_manifest(candidate).digest == digest:
             return candidate
     if named and not require_digest:
         return named[0]
@@ -150,13 +145,3 @@ def _find(name: str, digest: str | None, folder: Path, layout: Layout | None, re
             "workspace, or replace it as well"
         )
     raise UserError(f"model '{name}' was not found; give its folder: --model {name}=DIR")
-
-
-_MARKS: Sequence[str] = (*MANIFEST_NAMES.values(), "adapter_config.json")
-
-
-def _candidates(name: str, folder: Path, layout: Layout | None) -> list[Path]:
-    beside = [folder.resolve().parent / name, Path.cwd() / name]
-    if layout is None:
-        return beside
-    return [layout.seed if name == SEED else layout.experts / name, layout.generalists / name, *beside]

@@ -19,6 +19,8 @@ from .adapters import ADAPTER_CONFIG, Adapter
 from .licences import licence_on_card
 from .tensor_names import HEADS, embedding_name
 
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Keys of `config.json` for the number of decoder layers."""
 DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 """Name suffixes of buffers in old checkpoints that models recompute."""
 
@@ -125,7 +127,7 @@ class Source:
     def num_layers(self) -> int:
         """Number of decoder layers; raises `UserError` if the configuration does not contain it."""
         dense = self.config.get("member", self.config)  # containers nest the configuration of their members
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+        for key in LAYER_KEYS:
             value = dense.get(key)
             if isinstance(value, int):
                 return value

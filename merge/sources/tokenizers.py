@@ -14,14 +14,14 @@ rows of the same token are merged:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digests import TOKENIZER_FILES
-from ...core.artefacts.files import os_errors_as_user_errors, read_json, write_text
+from ...core.artefacts.files import copy_files, read_json, write_json, write_text
 from ...core.errors import UserError, unknown_name
 from ..recipes.recipe import TokenSource
 
@@ -118,9 +118,9 @@ class VocabularyPlan:
         rearranged: dict[str, NDArray[Any]] = {}
         for name, tensor in tensors.items():
             rows = np.asarray(self.rows.get(name, range(self.size)))
-            is_present = ((rows >= 0) & (rows < tensor.shape[0])).reshape(-1, *[1] * (tensor.ndim - 1))
-            source_rows = tensor[np.where(rows < tensor.shape[0], np.maximum(rows, 0), 0)]
-            rearranged[name] = np.where(is_present, source_rows, tensor.dtype.type(0))
+            rows = np.where(rows < tensor.shape[0], rows, -1)
+            is_present = (rows >= 0).reshape(-1, *[1] * (tensor.ndim - 1))
+            rearranged[name] = np.where(is_present, tensor[np.maximum(rows, 0)], tensor.dtype.type(0))
         missing = {name: self._missing_rows(name, tensor.shape[0]) for name, tensor in tensors.items()}
         for row in sorted(set().union(self.shared, *missing.values())):
             models_with_row = [name for name in tensors if row not in missing[name]]
@@ -292,10 +292,7 @@ def _fills(
 def write_tokenizer(plan: VocabularyPlan | None, leading: Path, output: Path) -> None:
     """Write the output's tokenizer files: byte-identical copies of their source, plus added tokens."""
     source = plan.source if plan is not None else leading
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            with os_errors_as_user_errors(output / name):
-                (output / name).write_bytes((source / name).read_bytes())
+    copy_files(source, output, TOKENIZER_FILES)
     if plan is not None and plan.added:
         _add_tokens(plan, output)
 
@@ -323,13 +320,24 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def chat_template(wanted: str, models: Mapping[str, Path]) -> str | None:
+def write_chat_template(wanted: str, models: Sequence[Path], output: Path) -> None:
+    """Write the chat template of a recipe's setting into a folder with tokenizer files, if there is one."""
+    text = chat_template(wanted, models)
+    if text is None:
+        return
+    write_text(output / TEMPLATE_FILE, text)
+    config = output / "tokenizer_config.json"
+    if config.is_file() and "chat_template" in (content := read_json(config)):
+        write_json(config, content | {"chat_template": text})
+
+
+def chat_template(wanted: str, models: Sequence[Path]) -> str | None:
     """Return the chat template for a recipe's setting: `auto` (the models' most common one) or the template text.
 
     None if `auto` finds none. Raises `UserError` for any other value.
     """
     if wanted == "auto":
-        templates = [text for text in map(template_of, models.values()) if text is not None]
+        templates = [text for text in map(template_of, models) if text is not None]
         return max(templates, key=templates.count) if templates else None
     if "{" in wanted:
         return wanted

@@ -6,7 +6,7 @@ Merge method `stitch` builds the model; its logits are initially bit-identical t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +82,17 @@ def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
     write_config(folder, config)
 
 
+class StitchedPart(TrainablePart):
+    """The stitches of a stitched model."""
+
+    def __init__(self, model: StitchedForCausalLM, shares: Mapping[str, float]) -> None:
+        super().__init__(model, dict(model.stitches.named_parameters(prefix="stitches")), shares=shares)
+        self._model = model
+
+    def write_model(self, folder: Path, base: Path) -> None:
+        self._model.save_trained(folder, base)
+
+
 def prepare(context: TrainingContext) -> TrainablePart:
     """Make only the stitches of a stitched model trainable; raises `UserError` for any other model."""
     model = context.model
@@ -95,12 +106,7 @@ def prepare(context: TrainingContext) -> TrainablePart:
         )
     model.requires_grad_(False)
     model.stitches.requires_grad_(True)
-    return TrainablePart(
-        model,
-        dict(model.stitches.named_parameters(prefix="stitches")),
-        finish=lambda folder: model.save_trained(folder, text.folder),
-        shares=shares(tuple(text.domains), text.seed_domains, options.seed_share),
-    )
+    return StitchedPart(model, shares(tuple(text.domains), text.seed_domains, options.seed_share))
 
 
 def shares(domains: Sequence[str], seed_domains: Collection[str], seed_share: float) -> dict[str, float]:

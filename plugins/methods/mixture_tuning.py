@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +13,10 @@ from ...core.hooks.option_checks import check_at_least
 from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from ...merge.mixture.routing.log import RoutingLog
+    from ...merge.mixture.routing.log import SampledTop1
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,41 @@ class MixtureTraining:
         check_at_least("sample_rate", self.sample_rate, 0)
 
 
+class RoutedPart(TrainablePart):
+    """Parameters of a mixture, with losses on the decisions of its routers."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parameters: Mapping[str, nn.Parameter],
+        balance: float,
+        z: float,
+        samplers: Sequence[SampledTop1] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
+        from ...merge.mixture.routing.log import attach_log, balance_loss, z_loss
+
+        super().__init__(model, parameters, notes=notes)
+        self._log, _ = attach_log(model)
+        self._losses = [(weight, loss) for weight, loss in ((balance, balance_loss), (z, z_loss)) if weight]
+        self._samplers = samplers
+
+    def begin_step(self, step: int) -> None:
+        for sampler in self._samplers:
+            sampler.step = step
+
+    def auxiliary_loss(self) -> Tensor | None:
+        if not self._losses:
+            return None
+        first, *others = (weight * loss(self._log.layers()) for weight, loss in self._losses)
+        return first + others[0] if others else first
+
+    def measures(self) -> Mapping[str, float]:
+        from ...merge.mixture.routing.log import routing_measures
+
+        return routing_measures(self._log.layers())
+
+
 def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
     """Raise `UserError` unless a folder is a mixture of expertctl."""
     from ...core.manifests.manifest import read_manifest
@@ -71,7 +106,7 @@ def prepare_router(context: TrainingContext) -> TrainablePart:
     """Make only the routers trainable; raises `UserError` for a model without routers."""
     model = context.model
     options: RouterTuning = context.options
-    from ...merge.mixture.routing.log import attach_log, routers_of, routing_measures, train_with_all_experts
+    from ...merge.mixture.routing.log import routers_of, train_with_all_experts
 
     model.requires_grad_(False)
     parameters = {}
@@ -81,14 +116,8 @@ def prepare_router(context: TrainingContext) -> TrainablePart:
         for key, parameter in router.named_parameters():
             parameter.requires_grad_(True)
             parameters[f"{name}.{key}"] = parameter
-    log, _ = attach_log(model)
-    return TrainablePart(
-        model,
-        parameters,
-        auxiliary_loss=_auxiliary_loss(log, options.balance, options.z_loss),
-        measures=lambda: routing_measures(log.layers()),
-        notes=() if options.all_experts else _gradient_notes(model, "remove all_experts=false"),
-    )
+    notes = () if options.all_experts else _gradient_notes(model, "remove all_experts=false")
+    return RoutedPart(model, parameters, options.balance, options.z_loss, notes=notes)
 
 
 def _gradient_notes(model: PreTrainedModel, remedy: str, *, is_sampled: bool = False) -> tuple[str, ...]:
@@ -118,7 +147,7 @@ def prepare_mixture(context: TrainingContext) -> TrainablePart:
     """Make a mixture trainable, optionally without experts; raises `UserError` if it has no routers."""
     model = context.model
     options: MixtureTraining = context.options
-    from ...merge.mixture.routing.log import SampledTop1, attach_log, routers_of, routing_measures
+    from ...merge.mixture.routing.log import SampledTop1, routers_of
 
     routers = routers_of(model)
     blocks = tuple(f"{name.rpartition('.')[0]}.experts." for name in routers)
@@ -138,35 +167,8 @@ def prepare_mixture(context: TrainingContext) -> TrainablePart:
             )
         samplers = [SampledTop1(router, options.sample_rate) for router in routers.values()]
 
-    def set_sampling_step(step: int) -> None:
-        for sampler in samplers:
-            sampler.step = step
-
-    log, _ = attach_log(model)
-    return TrainablePart(
-        model,
-        parameters,
-        auxiliary_loss=_auxiliary_loss(log, options.balance, options.z_loss),
-        tell_step=set_sampling_step if samplers else None,
-        measures=lambda: routing_measures(log.layers()),
-        notes=_gradient_notes(model, "train with --option routing=sample", is_sampled=options.routing == "sample"),
-    )
-
-
-def _auxiliary_loss(log: RoutingLog, balance: float, z: float) -> Callable[[], Tensor] | None:
-    """Return a function that computes the weighted auxiliary losses, or None if all weights are 0."""
-    from ...merge.mixture.routing.log import balance_loss, z_loss
-
-    losses = [(balance, balance_loss), (z, z_loss)]
-    weighted = [(weight, loss) for weight, loss in losses if weight]
-    if not weighted:
-        return None
-
-    def total() -> Tensor:
-        first, *others = (weight * loss(log.layers()) for weight, loss in weighted)
-        return first + others[0] if others else first
-
-    return total
+    notes = _gradient_notes(model, "train with --option routing=sample", is_sampled=options.routing == "sample")
+    return RoutedPart(model, parameters, options.balance, options.z_loss, samplers, notes)
 
 
 @hookimpl

@@ -72,7 +72,10 @@ class OpenRound:
         if refusal is not None:
             rounds.leave_out(request.owner, refusal.code.name, str(refusal))
             return refusal
-        weight = declared_tokens(folder)
+        try:  # token count that the owner declares, to two significant digits
+            weight = float(sum(domain.tokens for domain in read_manifest(folder).domains.values()))
+        except (UserError, OverflowError):
+            weight = 0.0
         return rounds.deliver(request.owner, folder / SINGLE_FILE, weight, self.now(), number=round_.number)
 
     def take(self, folder: Path, request: ExpertRequest) -> str:
@@ -88,11 +91,3 @@ class OpenRound:
                     link_or_copy(path, model / path.name)
             link_or_copy(folder / SINGLE_FILE, model / SINGLE_FILE)
             return self.measure(self.seed, model)
-
-
-def declared_tokens(folder: Path) -> float:
-    """Return the token count that an owner declares (two significant digits); 0 if it is missing or invalid."""
-    try:
-        return float(sum(domain.tokens for domain in read_manifest(folder).domains.values()))
-    except (UserError, OverflowError):
-        return 0.0

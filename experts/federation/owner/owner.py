@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,9 @@ class Owner:
         """Return why a stored request conflicts with the owner's current settings, or None."""
         try:
             self.privacy(request)
+            return None
         except UserError as error:
             return str(error)
-        return None
 
     def key(self) -> OwnerKey:
         return read_key(self.state)
@@ -119,7 +120,7 @@ class Owner:
         check_recipe(request)
         self.privacy(request)
         (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(self.state / "requests" / f"{request.id}.json", request.as_json())
+        write_json(self._request_file(request.id), request.as_json())
 
     def requests(self) -> list[ExpertRequest]:
         """Return the stored requests, without superseded rounds."""
@@ -137,12 +138,15 @@ class Owner:
             if request in current:
                 continue
             self.stop(request.id)
-            for folder in (self.run_folder(request.id), self.delivery_folder(request.id)):
-                remove_tree(folder)
             if request.seed not in needed:
                 self.seeds.drop(request)
-            for name in ("outcomes", "requests"):
-                (self.state / name / f"{request.id}.json").unlink(missing_ok=True)
+            for path in (
+                self.run_folder(request.id),
+                self.delivery_folder(request.id),
+                self._outcome_file(request.id),
+                self._request_file(request.id),
+            ):
+                remove_tree(path)
 
     def shared_folder(self, request: ExpertRequest) -> Path:
         """Return the folder with the state between rounds of a shared model: tokenised text and optimiser state."""
@@ -151,10 +155,12 @@ class Owner:
         return self.state / "shared" / _checked(round_.rounds)
 
     def request(self, identifier: str) -> ExpertRequest:
-        path = self.state / "requests" / f"{identifier}.json"
-        if not is_identifier(identifier) or not path.is_file():
+        if not is_identifier(identifier) or not self._request_file(identifier).is_file():
             raise UserError(f"there is no request '{identifier:.40}' in {self.state}")
-        return ExpertRequest.of_json(read_json(path))
+        return ExpertRequest.of_json(read_json(self._request_file(identifier)))
+
+    def _request_file(self, identifier: str) -> Path:
+        return self.state / "requests" / f"{_checked(identifier)}.json"
 
     # --- training ---
 
@@ -191,14 +197,8 @@ class Owner:
             return
         folder = self.run_folder(identifier)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "expertctl.experts.federation.owner.work",
-            str(self.state.resolve()),
-            identifier,
-        ]
+        module = "expertctl.experts.federation.owner.work"
+        command = [sys.executable, "-P", "-m", module, str(self.state.resolve()), identifier]
         with (folder / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
@@ -219,7 +219,10 @@ class Owner:
         if not path.is_file():
             return False
         pid = path.read_text().strip()
-        reap(pid)
+        with suppress(
+            ChildProcessError, ValueError
+        ):  # collect the exit status of a child, which counts as alive until then
+            os.waitpid(int(pid), os.WNOHANG)
         return is_alive(pid)
 
     def progress(self, identifier: str) -> Progress:
@@ -237,8 +240,7 @@ class Owner:
 
     def review(self, identifier: str) -> Review:
         """Prepare a delivery and return its content for review; sends nothing."""
-        request = self.request(identifier)
-        signed = self.delivery(identifier)
+        request, statement = self.request(identifier), self.delivery(identifier).statement
         folder = self.delivery_folder(identifier)
         tensors = []
         for file in sorted(folder.glob("*.safetensors")):
@@ -247,13 +249,8 @@ class Owner:
             for name, digest in stored.digests().items():
                 entry = stored.entry(name)
                 tensors.append((prefix + name, entry.dtype, entry.shape, entry.num_bytes, digest))
-        return Review(
-            request,
-            {file.name: file.size for file in signed.statement.files},
-            tuple(tensors),
-            signed.statement.data,
-            signed.statement.privacy,
-        )
+        files = {file.name: file.size for file in statement.files}
+        return Review(request, files, tuple(tensors), statement.data, statement.privacy)
 
     def delivery_folder(self, identifier: str) -> Path:
         return self.state / "deliveries" / _checked(identifier)
@@ -279,14 +276,21 @@ class Owner:
     def note_outcome(self, identifier: str, refusal: str | None) -> None:
         """Store the outcome of a delivery: None if accepted, else the refusal's code."""
         (self.state / "outcomes").mkdir(exist_ok=True, mode=0o700)
-        write_json(self.state / "outcomes" / f"{_checked(identifier)}.json", {"refusal": refusal})
+        write_json(self._outcome_file(identifier), {"refusal": refusal})
         request = self.request(identifier)
         if refusal is None and request.recipe.round is not None and request.recipe.round.is_last:
             remove_tree(self.shared_folder(request))
 
+    def forget_outcome(self, identifier: str) -> None:
+        """Delete the outcome of a delivery, so that it is sent again."""
+        self._outcome_file(identifier).unlink()
+
+    def _outcome_file(self, identifier: str) -> Path:
+        return self.state / "outcomes" / f"{_checked(identifier)}.json"
+
     def outcome(self, identifier: str) -> str | None:
         """Return `accepted`, the code of a refusal, or None before a delivery."""
-        path = self.state / "outcomes" / f"{_checked(identifier)}.json"
+        path = self._outcome_file(identifier)
         return (read_json(path)["refusal"] or "accepted") if path.is_file() else None
 
 
@@ -300,14 +304,6 @@ def check_recipe(request: ExpertRequest) -> None:
             raise UserError(f"the request sets '{name:.40}' to a path, which only the owner may choose; it is refused")
         if not isinstance(value, str | int | float | bool | list | None):
             raise UserError(f"the request sets '{name:.40}' to a value of an unsupported type; it is refused")
-
-
-def reap(pid: str) -> None:
-    """Collect the exit status of a child that has ended, so that its process id does not count as alive."""
-    try:
-        os.waitpid(int(pid), os.WNOHANG)
-    except (ChildProcessError, ValueError):
-        return
 
 
 def _checked(identifier: str) -> str:

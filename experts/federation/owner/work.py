@@ -103,15 +103,14 @@ def _branch(layout: Layout, project: ProjectConfig, request: ExpertRequest, priv
     if (layout.experts / request.owner / RUN_FILE).is_file():
         return
     recipe = request.recipe
-    settings: dict[str, Any] = {
+    settings = {
         "domain": request.owner,
         "trains": recipe.trains,
         "options": dict(recipe.options),
         "training": dict(recipe.training),
         "owner": request.owner,
+        **({"dp": dict(privacy)} if privacy is not None else {}),
     }
-    if privacy is not None:
-        settings["dp"] = dict(privacy)
     branch(layout, project, request.owner, validate_settings(ExpertConfig, settings, "the request's recipe"))
 
 

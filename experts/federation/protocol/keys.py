@@ -65,7 +65,6 @@ class PublicKey:
         return True
 
     def _load(self) -> ec.EllipticCurvePublicKey:
-
         try:
             key = serialization.load_ssh_public_key(self.line.encode())
         except Exception as error:  # the library raises several types
@@ -113,13 +112,11 @@ def read_key(folder: Path) -> OwnerKey:
         raise UserError(f"there is no key in {folder}; make one with `expertctl federate keys`")
     if path.stat().st_mode & 0o077:
         raise UserError(f"{path} can be read by other users; restrict it: chmod 600 {path}")
-
     public = _read_private(path).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
     return OwnerKey(path, PublicKey.parse(public))
 
 
 def _read_private(path: Path) -> ec.EllipticCurvePrivateKey:
-
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
     except Exception as error:  # the library raises several types

@@ -125,8 +125,10 @@ def average_round(
                 if dtype not in FLOATING:
                     weights.add(name, piece)
                     continue
-                master = _state_span(state, MASTER + name, begin, end)
-                momentum = _state_span(state, MOMENTUM + name, begin, end)
+                master, momentum = (
+                    state.span(prefix + name, begin, end) if state is not None and prefix + name in state else None
+                    for prefix in (MASTER, MOMENTUM)
+                )
                 after, buffer = outer_step(before if master is None else master, difference, momentum, recipe)
                 weights.add(name, after.to(piece.dtype))
                 for prefix, values in ((MASTER, after), (MOMENTUM, buffer)):
@@ -156,7 +158,3 @@ def _state_shapes(shared: Checkpoint, recipe: OuterRecipe) -> dict[str, tuple[st
         if recipe.momentum:
             shapes[MOMENTUM + name] = (dtype, entry.shape)
     return shapes
-
-
-def _state_span(state: Checkpoint | None, name: str, begin: int, end: int) -> Tensor | None:
-    return state.span(name, begin, end) if state is not None and name in state else None

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from ....core.artefacts.digests import digest_of_tensors
-from ....core.artefacts.files import read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.errors import UserError
 from ..judging.acceptance import Refusal, RefusalCode
 from ..judging.round_weights import ExaminedWeights, examine_weights
 from .averaging import Contribution, average_round, outer_recipe, owner_shares
 from .round_plan import Delivery, RoundPlan, RoundReport
-from .storage import CLOSING_FILE, OUTER_FILE, RoundFiles
+from .storage import OUTER_FILE, RoundFiles
 
 RoundState = Literal["waiting", "ready", "short"]
 
@@ -85,7 +84,7 @@ class Rounds(RoundFiles):
         """Allow owners who were refused or left out of the open round to deliver again."""
         with self.locked():
             if not self.is_closing:
-                remove_tree(self.folder / "refused")
+                self.forget_refusals()
 
     def extend(self, deadline: datetime) -> None:
         """Extend the deadline of the open round; raises `UserError` for an earlier one."""
@@ -111,7 +110,7 @@ class Rounds(RoundFiles):
                 )
             if not self.is_closing:
                 self._record_closing()
-            self._average(now)
+            self.open_next(self._average, now + timedelta(seconds=self.plan.round_seconds))
             self.tidy()
             return self.report(number)
 
@@ -120,33 +119,30 @@ class Rounds(RoundFiles):
         delivered = self.delivered()
         weights = {owner: delivery.weight for owner, delivery in delivered.items()}
         refused = {owner: refusal["reason"] for owner, refusal in self.refused().items()}
-        write_json(
-            self.folder / CLOSING_FILE,
+        self.write_closing(
             {
                 "shares": owner_shares(weights, self.recipe, self.plan.rules),
                 "digests": {owner: delivery.digest for owner, delivery in delivered.items()},
                 "refused": {owner: reason for owner, reason in refused.items() if owner not in delivered},
                 "missing": self.missing(),
-            },
+            }
         )
 
-    def _average(self, now: datetime) -> None:
-        """Average the weights that count and open the next round."""
-        closing, state = read_json(self.folder / CLOSING_FILE), self.folder / OUTER_FILE
+    def _average(self, folder: Path) -> str:
+        """Write the average of the weights that count into the next round's folder; return its digest."""
+        closing, state = self.closing(), self.folder / OUTER_FILE
         contributions = [
             Contribution(owner, self.delivery_folder(owner) / SINGLE_FILE, closing["digests"][owner], share)
             for owner, share in closing["shares"].items()
         ]
-        with self.new_round(closing, now + timedelta(seconds=self.plan.round_seconds)) as (folder, digests):
-            digest = average_round(
-                Checkpoint([self.shared]),
-                contributions,
-                Checkpoint([state]) if state.is_file() else None,
-                self.recipe,
-                folder / SINGLE_FILE,
-                folder / OUTER_FILE,
-            )
-            digests.append(digest)
+        return average_round(
+            Checkpoint([self.shared]),
+            contributions,
+            Checkpoint([state]) if state.is_file() else None,
+            self.recipe,
+            folder / SINGLE_FILE,
+            folder / OUTER_FILE,
+        )
 
     def _require_owner(self, owner: str) -> None:
         if owner not in self.plan.owners:

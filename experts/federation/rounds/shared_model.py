@@ -135,23 +135,17 @@ def make_round_seed(source: Path, weights: Path | None, target: Path) -> None:
             # Leave out the seed's run specification and its training state in a folder.
             if "/" not in name and name not in (INDEX_FILE, RUN_FILE) and not name.endswith(".safetensors"):
                 link_or_copy(source / name, partial / name)
+        if weights is None and (source / SINGLE_FILE).is_file():
+            weights = source / SINGLE_FILE
         if weights is not None:
             link_or_copy(weights, partial / SINGLE_FILE)
         else:
-            _merge_shards(source, partial / SINGLE_FILE)
+            shards = Checkpoint.of_folder(source)
+            with new_file(partial / SINGLE_FILE, dict(sorted(shards.shapes().items()))) as file:
+                for tensor in sorted(shards):
+                    for begin, end in shards.spans(tensor):
+                        file.add(tensor, shards.span(tensor, begin, end))
         finish_artefact(partial, replace(manifest, metrics={}))
-
-
-def _merge_shards(source: Path, target: Path) -> None:
-    """Write the tensors of all shards into one file."""
-    if (source / SINGLE_FILE).is_file():
-        link_or_copy(source / SINGLE_FILE, target)
-        return
-    shards = Checkpoint.of_folder(source)
-    with new_file(target, dict(sorted(shards.shapes().items()))) as file:
-        for name in sorted(shards):
-            for begin, end in shards.spans(name):
-                file.add(name, shards.span(name, begin, end))
 
 
 def _folder_name(number: int) -> str:

@@ -8,8 +8,8 @@ In the folder of the rounds, where a round's folder appears at once, with the we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -109,6 +109,9 @@ class RoundFiles:
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{owner}.json", {"code": code, "reason": reason})
 
+    def forget_refusals(self) -> None:
+        remove_tree(self.folder / "refused")
+
     def missing(self) -> list[str]:
         """Return the owners who have neither delivered in the open round nor been refused."""
         answered = self.delivered().keys() | self.refused().keys()
@@ -127,13 +130,18 @@ class RoundFiles:
         """Whether it is recorded which owners count in the open round."""
         return (self.folder / CLOSING_FILE).is_file()
 
-    @contextmanager
-    def new_round(self, closing: Mapping[str, Any], deadline: datetime) -> Iterator[tuple[Path, list[str]]]:
-        """Yield the folder of the next round and a list for the digest of its weights; the round appears at the end."""
-        number, digests = self.number + 1, list[str]()
+    def closing(self) -> dict[str, Any]:
+        """Return which owners count in the open round: `shares` and `digests`, beside `refused` and `missing`."""
+        return read_json(self.folder / CLOSING_FILE)
+
+    def write_closing(self, closing: Mapping[str, Any]) -> None:
+        write_json(self.folder / CLOSING_FILE, closing)
+
+    def open_next(self, write_weights: Callable[[Path], str], deadline: datetime) -> None:
+        """Open the next round; `write_weights` writes its weights into a folder and returns their digest."""
+        number = self.number + 1
         with new_folder(self.root / _name(number), what="round") as partial:
-            yield partial, digests
-            _write_round(partial, number, digests[0], deadline, closing)
+            _write_round(partial, number, write_weights(partial), deadline, self.closing())
 
     def report(self, number: int) -> RoundReport:
         """Return the report of a closed round; raises `UserError` for any other."""

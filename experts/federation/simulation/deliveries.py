@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ....core.artefacts.digests import digest_of_tensors, digests_of_folder
 from ....core.artefacts.files import remove_tree, write_json
-from ....core.artefacts.layout import CONFIG_FILE, Layout
+from ....core.artefacts.layout import Layout
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, write_tensors
 from ....core.manifests.manifest import Manifest, Parent, read_manifest
 from ....core.manifests.statements import DataStatement, DomainStatement
@@ -38,7 +38,6 @@ def write_stand_in_seed(folder: Path) -> Layout:
     layout = Layout(folder)
     layout.seed.mkdir(parents=True)
     layout.config_file.touch()
-    assert layout.config_file.name == CONFIG_FILE
     write_json(layout.seed / "config.json", {"model_type": "llama", "num_hidden_layers": 1})
     source = torch.Generator().manual_seed(0)
     shapes = {_UP: (6, 4), _DOWN: (4, 6), _FROZEN: (4,)}
@@ -82,8 +81,7 @@ class StandIns:
         self._write_expert(expert, request, self._tensors(number, delivers))
         signed = make_delivery(expert, request, key, folder)
         if delivers == "forged":
-            statement = replace(signed.statement, privacy={"epsilon": 0.1})
-            return SignedStatement(statement, signed.signature)
+            return replace(signed, statement=replace(signed.statement, privacy={"epsilon": 0.1}))
         if delivers == "someone_elses":
             statement = replace(signed.statement, owner=f"{request.owner}-x")
             return SignedStatement(statement, key.sign(statement.signed_bytes))

@@ -6,7 +6,7 @@ import csv
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -107,11 +107,15 @@ def read_trace(path: Path) -> list[OwnerTraits]:
     """
     with os_errors_as_user_errors(path):
         text = path.read_text(encoding="utf-8-sig", errors="replace")
-    rows: Iterable[Any]
+    rows: list[Any] = []
     if path.suffix in (".jsonl", ".ndjson"):
-        rows = [_json_row(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is not JSON ({error})") from None
     else:
-        rows = list(csv.DictReader(text.splitlines()))
+        rows += csv.DictReader(text.splitlines())
     owners = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -124,13 +128,6 @@ def read_trace(path: Path) -> list[OwnerTraits]:
     if duplicates:
         raise UserError(f"{path} has '{duplicates[0]}' twice")
     return owners
-
-
-def _json_row(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}:{number} is not JSON ({error})") from None
 
 
 def _owner(row: Any) -> OwnerTraits:

@@ -13,21 +13,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
 
 from ....core.artefacts.files import is_alive
-from ....core.errors import UserError
 from ....core.reporting import SILENT, Reporter
-from ..coordinator.coordinator import Coordinator
 from ..rounds.round_plan import quorum_size
-from .deliveries import RECIPE, StandIns, write_stand_in_seed
-from .events import Events, Line, SimulatedClock
+from .deliveries import RECIPE
+from .events import SimulatedClock
 from .owners import OwnerTraits
 from .plan import Plan
-from .simulated_owner import HOUR, SimulatedOwner
+from .simulated_owner import HOUR, World
 
 IN_MEMORY = Path("/dev/shm")
 PREFIX = "expertctl-simulation-"
@@ -74,10 +71,6 @@ class Report:
     peak_memory_bytes: int
     """Peak memory of the process."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON content."""
-        return asdict(self)
-
 
 def simulate(
     owners: Sequence[OwnerTraits],
@@ -95,103 +88,48 @@ def simulate(
     """
     start, cpu_start = time.perf_counter(), time.process_time()
     parent = folder or _memory_folder(len(owners))
-    _remove_leftovers(parent or Path(gettempdir()))
+    for path in (parent or Path(gettempdir())).glob(f"{PREFIX}*-*"):  # of killed simulations; they may occupy memory
+        if not is_alive(path.name.removeprefix(PREFIX).partition("-")[0]):
+            shutil.rmtree(path, ignore_errors=True)
     with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=parent) as scratch:
-        world = _SimulatedFederation(owners, plan, clock or SimulatedClock(), Path(scratch), reporter)
+        world = World(owners, plan, clock or SimulatedClock(), Path(scratch), reporter)
         world.run()
-        return world.report(time.perf_counter() - start, time.process_time() - cpu_start)
+        return _report(world, time.perf_counter() - start, time.process_time() - cpu_start)
 
 
-class _SimulatedFederation:
-    """State of one simulation: the owners' `World`, and the counts for the report."""
+def _report(world: World, seconds: float, cpu_seconds: float) -> Report:
+    """Return the report of a simulation that has ended."""
+    outcomes = Counter(owner.outcome for owner in world.owners if owner.outcome != "accepted")
+    late, never = outcomes.pop("late", 0), outcomes.pop("never", 0)
+    count, accepted_at = len(world.owners), world.accepted_at
 
-    def __init__(
-        self, owners: Sequence[OwnerTraits], plan: Plan, clock: SimulatedClock, scratch: Path, reporter: Reporter
-    ) -> None:
-        if not owners:
-            raise UserError("a federation needs at least one owner")
-        self.plan, self.clock, self._reporter = plan, clock, reporter
-        self.events = Events(clock)
-        layout = write_stand_in_seed(scratch / "coordinator")
-        self.coordinator = Coordinator(layout, now=clock)
-        self.stand_ins = StandIns(scratch / "owners", layout)
-        self.down, self.up = (Line(plan.line_gbit * 125_000_000) for _ in range(2))
-        self.lost_bytes = 0
-        self.owners = [SimulatedOwner(number, traits, self) for number, traits in enumerate(owners)]
-        self._accepted_at: list[float] = []
-        self._settled: set[int] = set()
-        self._asked_again = 0
-        keys = {traits.name: self.stand_ins.new_key(traits.name).public for traits in owners}
-        self.coordinator.files.members.add_all(keys)
+    def hours_until(accepted: int) -> float | None:
+        return accepted_at[accepted - 1] / HOUR if len(accepted_at) >= accepted else None
 
-    @property
-    def needed(self) -> int:
-        return quorum_size(self.plan.quorum, len(self.owners))
-
-    def run(self) -> None:
-        """Send the requests and run all events until four times the total time limit."""
-        seconds = self.plan.deadline.total_seconds()
-        self._ask()
-        self.events.at(seconds + 1, self._deadline_passed)
-        for owner in self.owners:
-            owner.begin(self.plan.seed)
-        self.events.run(until=4 * seconds * (self.plan.ask_again + 1))
-
-    def _ask(self) -> None:
-        names = [owner.traits.name for owner in self.owners]
-        self.coordinator.ask(names, RECIPE, self.clock() + self.plan.deadline)
-
-    def _deadline_passed(self) -> None:
-        if len(self._accepted_at) >= self.needed or self._asked_again >= self.plan.ask_again:
-            return
-        self._asked_again += 1
-        self._ask()
-        self.events.after(self.plan.deadline.total_seconds() + 1, self._deadline_passed)
-        for owner in self.owners:
-            owner.ask_again()
-
-    def settle(self, owner: SimulatedOwner) -> None:
-        """Record an owner's outcome; see `World`."""
-        self._settled.add(owner.number)
-        if owner.outcome == "accepted":
-            self._accepted_at.append(self.clock.seconds)
-        if owner.outcome != "late":
-            self.stand_ins.forget(owner.traits.name)
-        self._reporter.progress("simulation", len(self._settled), len(self.owners), "owners settled")
-
-    def report(self, seconds: float, cpu_seconds: float) -> Report:
-        """Return the report after `run`."""
-        outcomes = Counter(owner.outcome for owner in self.owners if owner.outcome != "accepted")
-        late, never = outcomes.pop("late", 0), outcomes.pop("never", 0)
-        count = len(self.owners)
-        names = [owner.traits.name for owner in self.owners]
-        missing = self.coordinator.files.ledger.missing(self.stand_ins.seed_digest, RECIPE.digest, names)
-        return Report(
-            owners=count,
-            needed=self.needed,
-            hours_to_quorum=self._hours_until(self.needed),
-            hours_to_all=self._hours_until(count),
-            hours_to={f"{share:.0%}": self._hours_until(quorum_size(share, count)) for share in SHARES},
-            accepted=count - len(missing),
-            refused=dict(sorted(outcomes.items())),
-            late=late,
-            never=never,
-            asked_again=self._asked_again,
-            bytes_down=self.down.carried,
-            bytes_up=self.up.carried,
-            bytes_lost=self.lost_bytes,
-            line_hours_down=self.down.busy_seconds / HOUR,
-            line_hours_up=self.up.busy_seconds / HOUR,
-            events=self.events.done,
-            seconds=seconds,
-            cpu_seconds=cpu_seconds,
-            events_per_second=self.events.done / seconds,
-            peak_memory_bytes=_peak_memory(),
-        )
-
-    def _hours_until(self, accepted: int) -> float | None:
-        """Return the hours until this many owners were accepted, or None."""
-        return self._accepted_at[accepted - 1] / HOUR if len(self._accepted_at) >= accepted else None
+    missing = world.coordinator.files.ledger.missing(world.stand_ins.seed_digest, RECIPE.digest, world.names)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Report(
+        owners=count,
+        needed=world.needed,
+        hours_to_quorum=hours_until(world.needed),
+        hours_to_all=hours_until(count),
+        hours_to={f"{share:.0%}": hours_until(quorum_size(share, count)) for share in SHARES},
+        accepted=count - len(missing),
+        refused=dict(sorted(outcomes.items())),
+        late=late,
+        never=never,
+        asked_again=world.asked_again,
+        bytes_down=world.down.carried,
+        bytes_up=world.up.carried,
+        bytes_lost=world.lost_bytes,
+        line_hours_down=world.down.busy_seconds / HOUR,
+        line_hours_up=world.up.busy_seconds / HOUR,
+        events=world.events.done,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        events_per_second=world.events.done / seconds,
+        peak_memory_bytes=peak if sys.platform == "darwin" else peak * 1024,
+    )
 
 
 def _memory_folder(owners: int) -> Path | None:
@@ -201,15 +139,3 @@ def _memory_folder(owners: int) -> Path | None:
     except OSError:
         return None
     return IN_MEMORY if os.access(IN_MEMORY, os.W_OK) and free > 2 * owners * BYTES_OF_OWNER else None
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Delete the folders of killed simulations, which may occupy memory."""
-    for path in parent.glob(f"{PREFIX}*-*"):
-        if not is_alive(path.name.removeprefix(PREFIX).partition("-")[0]):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -6,42 +6,27 @@ An owner that goes offline loses what a real one would lose: the part in transfe
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal
 
+from ....core.errors import UserError
+from ....core.reporting import Reporter
 from ..coordinator.coordinator import Coordinator
 from ..protocol.parts import PART_BYTES, read_part
 from ..protocol.progress import Progress
 from ..protocol.requests import ExpertRequest
-from .deliveries import StandIns
+from ..rounds.round_plan import quorum_size
+from .deliveries import RECIPE, StandIns, write_stand_in_seed
 from .events import Events, Line, SimulatedClock
 from .owners import OwnerTraits
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from .plan import Plan
 
 HOUR = 3600.0
 Phase = Literal["away", "fetching", "training", "sending", "done"]
 REPORTS = 4
 """Progress reports per training run."""
-
-
-class World(Protocol):
-    """State shared by all owners of a simulation."""
-
-    plan: Plan
-    clock: SimulatedClock
-    events: Events
-    coordinator: Coordinator
-    stand_ins: StandIns
-    down: Line
-    up: Line
-    lost_bytes: int
-
-    def settle(self, owner: SimulatedOwner) -> None:
-        """Record that an owner was accepted or refused, or has left for good."""
 
 
 @dataclass
@@ -137,19 +122,14 @@ class SimulatedOwner:
 
     def _resume_phase(self) -> None:
         """Continue the current phase."""
-        if self.phase == "away":
-            self._take_request()
+        if self.phase == "away" and (requests := self.world.coordinator.open_requests(self.traits.name)):
+            self.request, self.phase, self.left = requests[0], "fetching", self.world.plan.seed_bytes
         if self.phase == "fetching":
-            self._transfer(self.world.down, self.traits.download_mbit, self._start_training)
+            self._transfer(self.world.down, self.traits.download_mbit, self._resume_training)
         elif self.phase == "training":
             self._resume_training()
         elif self.phase == "sending":
             self._announce()
-
-    def _take_request(self) -> None:
-        requests = self.world.coordinator.open_requests(self.traits.name)
-        if requests:  # none after the deadline
-            self.request, self.phase, self.left = requests[0], "fetching", self.world.plan.seed_bytes
 
     def _transfer(self, line: Line, mbit: float, then: Callable[[], None]) -> None:
         """Transfer the remaining bytes part by part, then call `then`."""
@@ -168,11 +148,8 @@ class SimulatedOwner:
 
         self.world.events.at(arrival, arrived)
 
-    def _start_training(self) -> None:
-        self.phase = "training"
-        self._resume_training()
-
     def _resume_training(self) -> None:
+        self.phase = "training"
         self._resumed, self._since = self.trained, self.world.clock.seconds
         self._train()
 
@@ -233,6 +210,64 @@ class SimulatedOwner:
     def _next_turn(self) -> int:
         self._turn += 1
         return self._turn
+
+
+class World:
+    """State of one simulation: the coordinator, its network line, the owners, and the counts for the report."""
+
+    def __init__(
+        self, owners: Sequence[OwnerTraits], plan: Plan, clock: SimulatedClock, scratch: Path, reporter: Reporter
+    ) -> None:
+        if not owners:
+            raise UserError("a federation needs at least one owner")
+        self.plan, self.clock, self._reporter = plan, clock, reporter
+        self.events = Events(clock)
+        layout = write_stand_in_seed(scratch / "coordinator")
+        self.coordinator = Coordinator(layout, now=clock)
+        self.stand_ins = StandIns(scratch / "owners", layout)
+        self.down, self.up = (Line(plan.line_gbit * 125_000_000) for _ in range(2))
+        self.lost_bytes = 0
+        self.names = [traits.name for traits in owners]
+        self.owners = [SimulatedOwner(number, traits, self) for number, traits in enumerate(owners)]
+        self.accepted_at: list[float] = []
+        self._settled: set[int] = set()
+        self.asked_again = 0
+        keys = {name: self.stand_ins.new_key(name).public for name in self.names}
+        self.coordinator.files.members.add_all(keys)
+
+    @property
+    def needed(self) -> int:
+        return quorum_size(self.plan.quorum, len(self.owners))
+
+    def run(self) -> None:
+        """Send the requests and run all events until four times the total time limit."""
+        seconds = self.plan.deadline.total_seconds()
+        self._ask()
+        self.events.at(seconds + 1, self._deadline_passed)
+        for owner in self.owners:
+            owner.begin(self.plan.seed)
+        self.events.run(until=4 * seconds * (self.plan.ask_again + 1))
+
+    def _ask(self) -> None:
+        self.coordinator.ask(self.names, RECIPE, self.clock() + self.plan.deadline)
+
+    def _deadline_passed(self) -> None:
+        if len(self.accepted_at) >= self.needed or self.asked_again >= self.plan.ask_again:
+            return
+        self.asked_again += 1
+        self._ask()
+        self.events.after(self.plan.deadline.total_seconds() + 1, self._deadline_passed)
+        for owner in self.owners:
+            owner.ask_again()
+
+    def settle(self, owner: SimulatedOwner) -> None:
+        """Record that an owner was accepted or refused, or has left for good."""
+        self._settled.add(owner.number)
+        if owner.outcome == "accepted":
+            self.accepted_at.append(self.clock.seconds)
+        if owner.outcome != "late":
+            self.stand_ins.forget(owner.traits.name)
+        self._reporter.progress("simulation", len(self._settled), len(self.owners), "owners settled")
 
 
 def _offline_periods(traits: OwnerTraits, source: random.Random) -> Iterator[tuple[float, float]]:

@@ -59,7 +59,7 @@ class PrivateTrainingLoop(TrainingLoop):
 
     def _enable_per_example_gradients(self) -> None:
         """Attach Opacus's hooks; raises `UserError` for layers and losses without per-example gradients."""
-        if self.part.auxiliary_loss is not None and not self.part.auxiliary_per_example:
+        if self.part.needs_whole_batch:
             raise UserError(
                 f"this trainer adds a loss over the whole batch, which cannot be split by example; {ONE_BY_ONE}"
             )
@@ -88,8 +88,7 @@ class PrivateTrainingLoop(TrainingLoop):
         """Return blocks as tokens (B, S + 1)."""
         import numpy as np
 
-        if self.part.tell_domains is not None:
-            self.part.tell_domains([0] * len(indices))
+        self.part.begin_batch([0] * len(indices))
         rows = [self._examples.block(int(index)) for index in indices]
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
 
@@ -120,13 +119,8 @@ class PrivateTrainingLoop(TrainingLoop):
                 gradients[name] = gradient.reshape(len(gradient), -1)
         return gradients
 
-    def _with_auxiliary(self, loss: Tensor) -> Tensor:
-        auxiliary_loss = self.part.auxiliary_loss
-        return loss + auxiliary_loss() if auxiliary_loss is not None else loss
-
     def _full_loss(self, tokens_BT1: Tensor) -> Tensor:
-        if self.part.tell_domains is not None:
-            self.part.tell_domains([0] * len(tokens_BT1))
+        self.part.begin_batch([0] * len(tokens_BT1))
         return self._with_auxiliary(self._loss(tokens_BT1))
 
     def _add_noise(self, name: str, total: Tensor) -> Tensor:

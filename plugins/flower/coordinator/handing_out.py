@@ -45,7 +45,9 @@ def main(grid: Grid, context: Context) -> None:
     checked_at = 0.0
     while True:
         nodes = {node.name: node.node_id for node in grid.get_nodes() if node.name}
-        state = (nodes, _ledger_stamp(coordinator))
+        ledger = coordinator.files.ledger.path
+        stamp = (ledger.stat().st_mtime_ns, ledger.stat().st_size) if ledger.is_file() else (0, 0)
+        state = (nodes, stamp)  # changes with every entry of the ledger
         if state != last_state or time.monotonic() - checked_at > RESEND_S:
             last_state, checked_at = state, time.monotonic()
             due = [
@@ -69,13 +71,6 @@ def main(grid: Grid, context: Context) -> None:
                     sent[request_id] = (sent[request_id][0], float("inf"))
         heartbeat.touch()
         time.sleep(PAUSE_S)
-
-
-def _ledger_stamp(coordinator: Coordinator) -> tuple[int, int]:
-    """Return a value that changes with every entry of the ledger."""
-    path = coordinator.files.ledger.path
-    status = path.stat() if path.is_file() else None
-    return (status.st_mtime_ns, status.st_size) if status is not None else (0, 0)
 
 
 def _is_due(request: ExpertRequest, sent: dict[str, tuple[ExpertRequest, float]]) -> bool:

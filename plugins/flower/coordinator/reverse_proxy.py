@@ -11,13 +11,15 @@ import ssl
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
+from wsgiref.util import is_hop_by_hop
 
 import httpx
 import uvicorn
 
 from ....core.errors import UserError
 from ..protocol.certificates import Certificates
-from ..protocol.endpoints import PATH, Answer, Endpoints, Failure, failure_answer
+from ..protocol.endpoints import PATH, Answer, Endpoints, failure_answer
+from ..protocol.signing import Failure
 
 FLEET = "/v1/fleet/"
 FLEET_CALLS = frozenset(
@@ -48,20 +50,8 @@ READ_S = 60.0
 """Longest silence of a client within a request, in seconds."""
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 2000
-HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"host",
-        b"content-length",
-        b"expect",
-    }
-    | {b"proxy-connection", b"proxy-authenticate", b"proxy-authorization"}
-)
+NOT_FORWARDED = frozenset({"host", "content-length", "expect", "trailer", "proxy-connection"})
+"""Headers that are not forwarded, beside those of `is_hop_by_hop`."""
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -72,8 +62,9 @@ class Gateway:
     """ASGI application that routes `/v1/fleet/*` and `/health` to Flower and `/expertctl/v1/*` to the endpoints; else 404."""
 
     def __init__(self, upstream: Callable[[], str], certificates: Certificates, endpoints: Endpoints) -> None:
-        self._upstream, self._certificates, self._endpoints = upstream, certificates, endpoints
-        self._client: httpx.AsyncClient | None = None
+        self._upstream, self._endpoints = upstream, endpoints
+        context = ssl.create_default_context(cafile=str(certificates.authority))
+        self._client = httpx.AsyncClient(verify=context, timeout=60, trust_env=False)
         self._free_bytes = MAX_FLEET_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +100,7 @@ class Gateway:
         """Close the connections to Flower's server at shutdown."""
         while True:
             event = await receive()
-            if event["type"] == "lifespan.shutdown" and self._client is not None:
+            if event["type"] == "lifespan.shutdown":
                 await self._client.aclose()
             await send({"type": f"{event['type']}.complete"})
             if event["type"] == "lifespan.shutdown":
@@ -119,7 +110,7 @@ class Gateway:
         self, method: str, target: str, headers: list[tuple[bytes, bytes]], receive: Receive, send: Send
     ) -> None:
         """Forward a request to Flower's server and return its response."""
-        end_to_end = [(name, value) for name, value in headers if name not in HOP_BY_HOP]
+        end_to_end = [(name, value) for name, value in headers if _is_end_to_end(name)]
         reserved = 0
 
         def reserve(size: int) -> None:
@@ -131,7 +122,7 @@ class Gateway:
 
         try:
             body = await _reader(receive, reserve)(MAX_FLEET_BODY)
-            response = await self._connected_client().request(
+            response = await self._client.request(
                 method, f"https://{self._upstream()}{target}", headers=end_to_end, content=body
             )
         except httpx.HTTPError:
@@ -142,18 +133,17 @@ class Gateway:
         response_headers = [
             (name.lower(), value)
             for name, value in response.headers.raw
-            if name.lower() not in HOP_BY_HOP and name.lower() != b"content-encoding"
+            if _is_end_to_end(name) and name.lower() != b"content-encoding"
         ]
         content = response.content
         response_headers.append((b"content-length", str(len(content)).encode()))
         await send({"type": "http.response.start", "status": response.status_code, "headers": response_headers})
         await send({"type": "http.response.body", "body": content})
 
-    def _connected_client(self) -> httpx.AsyncClient:
-        if self._client is None:
-            context = ssl.create_default_context(cafile=str(self._certificates.authority))
-            self._client = httpx.AsyncClient(verify=context, timeout=60, trust_env=False)
-        return self._client
+
+def _is_end_to_end(header: bytes) -> bool:
+    name = header.decode("latin-1").lower()
+    return not is_hop_by_hop(name) and name not in NOT_FORWARDED
 
 
 class _Disconnected(Exception):

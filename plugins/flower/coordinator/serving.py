@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ....core.artefacts.files import exclusive
 from ....core.errors import UserError, first_line
@@ -22,15 +21,6 @@ TICK_S = 1.0
 """Seconds between two checks of Flower's server."""
 
 
-@dataclass(frozen=True)
-class Listening:
-    """Address and certificates under which owners reach a coordinator."""
-
-    host: str
-    port: int
-    certificates: Certificates
-
-
 def parse_address(text: str) -> tuple[str, int]:
     """Parse `HOST:PORT` (IPv6 in brackets); raises `UserError` for anything else."""
     host, separator, port = text.rpartition(":")
@@ -45,10 +35,11 @@ def serve(
     names: Sequence[str],
     *,
     reporter: Reporter,
-    opened: Callable[[Listening], None],
+    opened: Callable[[str, Certificates], None],
     stop: threading.Event,
 ) -> None:
-    """Serve a federation until `stop` is set; `opened` is called once the port accepts connections.
+    """Serve a federation until `stop` is set; `opened` is called with the address and
+    the certificates once the port accepts connections.
 
     All lasting state is on disk, so a killed server can be restarted. Raises `UserError` if the port is in use or
     another process serves the workspace.
@@ -66,7 +57,7 @@ def serve(
         server = TlsServer(gateway, host, port, certificates)
         rounds = threading.Thread(target=keep_rounds, args=(coordinator, reporter, stop))
         try:
-            opened(Listening(host, server.open(), certificates))
+            opened(f"{host}:{server.open()}", certificates)
             rounds.start()
             _supervise(superlink, reporter, stop)
         finally:

@@ -12,15 +12,15 @@ from ....core.reporting import Reporter
 from ....experts.federation.owner.owner import Owner
 from ....experts.federation.protocol.keys import PUBLIC_FILE
 from ..coordinator.serving import parse_address
-from .allowed_bundle import write_allowed
 from .coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
+from .guarded_client import write_allowed
 from .owner_work import Consent, OwnerWork
 from .supernode import SuperNode
 
 TICK_S = 1.0
 HELLO_S = 10.0
 """Seconds between two hellos."""
-FINAL = ("UNKNOWN_KEY", "BAD_SIGNATURE", "CLOCK")
+FINAL = ("UNKNOWN_KEY", "BAD_SIGNATURE", "CLOCK", "DUPLICATE")
 """Error codes that end the process."""
 DUPLICATE_S = 45.0
 """Seconds to wait for another process with the same key, which may be a killed one that the coordinator still counts."""
@@ -113,7 +113,15 @@ class _Membership(Reporter):
             self._say_once(f"the coordinator cannot be reached ({error}); trying again")
             return
         except Declined as error:
-            self._handle_error(error)
+            sentence = error.sentence(self._owner.state / PUBLIC_FILE)
+            if error.code == "DUPLICATE":
+                self._duplicate_since = self._duplicate_since or time.monotonic()
+                if time.monotonic() - self._duplicate_since < DUPLICATE_S:
+                    self._say_once(f"{sentence} (if that process was killed, this one takes over in half a minute)")
+                    return
+            if error.code in FINAL:
+                raise UserError(sentence) from None
+            self._say_once(f"{sentence}; trying again")
             return
         if self._name is not None and hello.name != self._name:
             raise UserError(f"the coordinator knows this key as '{hello.name}'; join with --name {hello.name}")
@@ -121,18 +129,6 @@ class _Membership(Reporter):
         if self.last_hello is None:
             self._say_once(f"joined as '{hello.name}'")
         self.last_hello = hello
-
-    def _handle_error(self, error: Declined) -> None:
-        sentence = error.sentence(self._owner.state / PUBLIC_FILE)
-        if error.code == "DUPLICATE":
-            self._duplicate_since = self._duplicate_since or time.monotonic()
-            if time.monotonic() - self._duplicate_since < DUPLICATE_S:
-                self._say_once(f"{sentence} (if that process was killed, this one takes over in half a minute)")
-                return
-            raise UserError(sentence)
-        if error.code in FINAL:
-            raise UserError(sentence)
-        self._say_once(f"{sentence}; trying again")
 
     def _say_once(self, text: str) -> None:
         if text != self._reported:

@@ -42,5 +42,5 @@ def store_request(message: Message, state: Path) -> str:
     request = ExpertRequest.of_json(json.loads(str(message.content.config_records[RECORD]["request"])))
     owner.take(request)
     if owner.outcome(request.id) not in (None, "accepted"):
-        (state / "outcomes" / f"{request.id}.json").unlink()
+        owner.forget_outcome(request.id)
     return "TAKEN"

@@ -108,7 +108,7 @@ def environment(home: Path, *first: Path) -> dict[str, str]:
     Commands in the folders `first` take precedence.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folders = [*(str(folder) for folder in first), str(_commands())]
+    folders = [*(str(folder) for folder in first), str(Path(sys.executable).parent)]
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("FLWR_")},
         "PATH": os.pathsep.join([*folders, os.environ.get("PATH", os.defpath)]),
@@ -122,7 +122,7 @@ def environment(home: Path, *first: Path) -> dict[str, str]:
 
 def flower_command(name: str) -> str:
     """Return the path of a Flower command; raises `UserError` if the extra is not installed."""
-    path = _commands() / name
+    path = Path(sys.executable).parent / name
     if not path.is_file():
         raise UserError(NOT_INSTALLED)
     return str(path)
@@ -149,7 +149,3 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def _commands() -> Path:
-    return Path(sys.executable).parent

@@ -23,7 +23,7 @@ from ....experts.federation.judging.acceptance import Refusal
 from ....experts.federation.protocol.delivery import MAX_STATEMENT, SignedStatement
 from ....experts.federation.protocol.parts import PART_BYTES
 from ....experts.federation.protocol.progress import Progress
-from .signing import Gatekeeper, NotSigned, SignedRequest
+from .signing import Failure, Gatekeeper, SignedRequest
 
 PATH = "/expertctl/v1/"
 SMALL_BODY = 16 << 10
@@ -58,14 +58,6 @@ _IDENTIFIER = r"(?P<request>[0-9a-f]{16})"
 _FILE = r"(?P<file>[A-Za-z0-9._%-]{1,200})/(?P<index>[0-9]{1,7})"
 
 
-class Failure(Exception):
-    """A request that fails; the client receives the code."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 class Endpoints:
     """Handlers of owners' signed requests to a coordinator."""
 
@@ -96,10 +88,14 @@ class Endpoints:
                 if route_method == method and match is not None:
                     return await handler(signed, read, **match.groupdict())
             raise Failure("NO_SUCH_THING")
-        except (NotSigned, Failure) as error:
+        except Failure as error:
             return failure_answer(error.code)
         except UserError as error:
-            return failure_answer(self._code_of(error))
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or user_fixable_error(cause) is None:
+                return failure_answer("REFUSED_NOW")
+            self._reporter.say(str(error))
+            return failure_answer("DISK")
 
     def _require_single_session(self, signed: SignedRequest) -> None:
         """Refuse a second process with the same key while the first is alive."""
@@ -110,13 +106,6 @@ class Endpoints:
         if session != signed.session or now - at >= ALIVE_S:
             self._reporter.say(f"'{name}' is online")
         self._sessions[name] = (signed.session, now)
-
-    def _code_of(self, error: UserError) -> str:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and user_fixable_error(cause) is not None:
-            self._reporter.say(str(error))
-            return "DISK"
-        return "REFUSED_NOW"
 
     async def _requests(self, signed: SignedRequest, read: Read) -> Answer:
         await _body(signed, read, SMALL_BODY)
@@ -134,20 +123,17 @@ class Endpoints:
         return 200, data, "application/octet-stream"
 
     async def _progress(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        progress = Progress.of_json(_parse_json(await _body(signed, read, SMALL_BODY)))
+        progress = Progress.of_json(await _json_body(signed, read, SMALL_BODY))
         await asyncio.to_thread(self._coordinator.record_progress, signed.member.name, request, progress)
         return _json({})
 
     async def _begin(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        delivery = SignedStatement.of_json(_parse_json(await _body(signed, read, MAX_STATEMENT)))
+        delivery = SignedStatement.of_json(await _json_body(signed, read, MAX_STATEMENT))
         if any(file.part_size > PART_BYTES for file in delivery.statement.files):
             raise Failure("TOO_LARGE")
         name = signed.member.name
         missing = await asyncio.to_thread(self._coordinator.begin, name, request, delivery)
-        if isinstance(missing, Refusal):
-            self._reporter.say(f"the delivery of '{name}' is refused: {missing}")
-            return _json({"refusal": missing.code.name})
-        return _json({"missing": missing})
+        return self._refused(name, missing) if isinstance(missing, Refusal) else _json({"missing": missing})
 
     async def _part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
         async with self._parts:
@@ -158,21 +144,22 @@ class Endpoints:
     async def _finish(self, signed: SignedRequest, read: Read, request: str) -> Answer:
         await _body(signed, read, SMALL_BODY)
         name = signed.member.name
-        task = self._finishing.get(request)
-        if task is None:
-            task = asyncio.create_task(self._judge(name, request))
-            self._finishing[request] = task
+        if request not in self._finishing:
+            self._finishing[request] = asyncio.create_task(self._judge(name, request))
+        task = self._finishing[request]
         await asyncio.wait({task}, timeout=FINISH_S)
         if not task.done():
             return _json({"state": "judging"})
         self._finishing.pop(request, None)
         refusal = task.result()
-        self._reporter.say(
-            f"the expert of '{name}' is accepted"
-            if refusal is None
-            else f"the delivery of '{name}' is refused: {refusal}"
-        )
-        return _json({"state": "accepted"} if refusal is None else {"refusal": refusal.code.name})
+        if refusal is not None:
+            return self._refused(name, refusal)
+        self._reporter.say(f"the expert of '{name}' is accepted")
+        return _json({"state": "accepted"})
+
+    def _refused(self, name: str, refusal: Refusal) -> Answer:
+        self._reporter.say(f"the delivery of '{name}' is refused: {refusal}")
+        return _json({"refusal": refusal.code.name})
 
     async def _judge(self, name: str, request: str) -> Refusal | None:
         async with self._judging:
@@ -185,7 +172,7 @@ class Endpoints:
 
 def failure_answer(code: str) -> Answer:
     """Return the error answer for a code."""
-    return STATUS.get(code, 409), json.dumps({"code": code}).encode(), "application/json"
+    return _json({"code": code}, STATUS.get(code, 409))
 
 
 async def _body(signed: SignedRequest, read: Read, limit: int) -> bytes:
@@ -196,12 +183,12 @@ async def _body(signed: SignedRequest, read: Read, limit: int) -> bytes:
     return data
 
 
-def _parse_json(data: bytes) -> Any:
+async def _json_body(signed: SignedRequest, read: Read, limit: int) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(await _body(signed, read, limit))
     except (ValueError, RecursionError):
         raise Failure("NOT_UNDERSTOOD") from None
 
 
-def _json(content: Mapping[str, Any]) -> Answer:
-    return 200, json.dumps(content).encode(), "application/json"
+def _json(content: Mapping[str, Any], status: int = 200) -> Answer:
+    return status, json.dumps(content).encode(), "application/json"

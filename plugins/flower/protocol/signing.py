@@ -24,8 +24,8 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 """Digest of an empty body."""
 
 
-class NotSigned(Exception):
-    """A request without a valid signature; `code` gives the reason."""
+class Failure(Exception):
+    """A request that fails; the client receives the code."""
 
     def __init__(self, code: str) -> None:
         super().__init__(code)
@@ -72,32 +72,32 @@ class Gatekeeper:
         self._lock = threading.Lock()
 
     def check(self, method: str, target: str, headers: Mapping[str, str]) -> SignedRequest:
-        """Return the authenticated request; raises `NotSigned` unless a member signed it just now and for the first time."""
+        """Return the authenticated request; raises `Failure` unless a member signed it just now and for the first time."""
         values = [
             headers.get(f"{PREFIX}{name}", "") for name in ("key", "digest", "time", "nonce", "session", "signature")
         ]
         key, digest, at, nonce, session, signature = values
         if not all(values) or any(len(value) > 300 for value in values) or not is_digest(digest):
-            raise NotSigned("NOT_SIGNED")
+            raise Failure("NOT_SIGNED")
         member = self._members.find_by_key(key)
         if member is None:
-            raise NotSigned("UNKNOWN_KEY")
+            raise Failure("UNKNOWN_KEY")
         if not member.key.verify(signed_bytes(method, target, digest, at, nonce, session, self._audience), signature):
-            raise NotSigned("BAD_SIGNATURE")
+            raise Failure("BAD_SIGNATURE")
         try:
             signed_at = float(at)
         except ValueError:
-            raise NotSigned("NOT_SIGNED") from None
+            raise Failure("NOT_SIGNED") from None
         self._accept_once(f"{key} {nonce}", signed_at)
         return SignedRequest(member, digest, session)
 
     def _accept_once(self, nonce: str, signed_at: float) -> None:
         now = self._now()
         if not abs(now - signed_at) <= WINDOW_S:
-            raise NotSigned("CLOCK")
+            raise Failure("CLOCK")
         with self._lock:
             # nonces used before a restart are lost, so requests signed before it are refused
             if signed_at < self._started_at - 2 or nonce in self._used:
-                raise NotSigned("REPLAYED")
+                raise Failure("REPLAYED")
             self._used = {used: until for used, until in self._used.items() if until > now}
             self._used[nonce] = signed_at + 2 * WINDOW_S

@@ -22,10 +22,11 @@ from ....core.hooks.option_checks import check_at_least
 from ....core.hooks.training import TrainablePart, Trainer, TrainingContext, TrainingText
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from ....merge.ensemble.model import EnsembleForCausalLM
+    from .domain_feed_forwards import DomainFeedForward
 
 
 @dataclass(frozen=True)
@@ -101,28 +102,42 @@ def _expert_name(options: DemixAdaptation, domains: Iterable[str]) -> str:
     return options.name if options.name is not None else next(iter(domains))
 
 
+class DemixPart(TrainablePart):
+    """A model whose feed-forward networks are split by domain; written as an ensemble."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Sequence[DomainFeedForward],
+        names: Sequence[str],
+        options: DemixTraining,
+    ) -> None:
+        config = {**_manifest_config(names, options.prior), "tuning": {"trained_inside": tuple(names)}}
+        super().__init__(model, dict(model.named_parameters()), config=config)
+        self._model, self._modules, self._names, self._options = model, modules, names, options
+
+    def begin_batch(self, domains: Sequence[int]) -> None:
+        from .domain_feed_forwards import set_domains
+
+        set_domains(self._modules, domains)
+
+    def write_model(self, folder: Path, base: Path) -> None:
+        shared, own = _split_tensors(self._model, self._names)
+        _write(folder, base, shared, own, self._options)
+
+
 def prepare(context: TrainingContext) -> TrainablePart:
     """Split the feed-forward networks by domain and make all parameters trainable."""
     model = context.model
     options: DemixTraining = context.options
     text = context.text
-    from .domain_feed_forwards import set_domains, split_by_domain
+    from .domain_feed_forwards import split_by_domain
 
     names = tuple(text.domains)
     modules = split_by_domain(model, len(names))
     model.requires_grad_(True)
 
-    def finish(folder: Path) -> None:
-        shared, own = _split_tensors(model, names)
-        _write(folder, text.folder, shared, own, options)
-
-    return TrainablePart(
-        model,
-        dict(model.named_parameters()),
-        tell_domains=lambda domains: set_domains(modules, domains),
-        finish=finish,
-        config={**_manifest_config(names, options.prior), "tuning": {"trained_inside": tuple(names)}},
-    )
+    return DemixPart(model, modules, names, options)
 
 
 def _manifest_config(names: Sequence[str], prior: str) -> dict[str, Any]:
@@ -161,8 +176,7 @@ def _write(
     options: DemixTraining,
 ) -> None:
     """Write the model as an ensemble whose experts share all tensors outside the feed-forward networks."""
-    from ....core.artefacts.safetensors_io import write_tensors
-    from ....experts.training.tuned_model import stored_dtype
+    from ....core.artefacts.safetensors_io import stored_dtype, write_tensors
     from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
     from ....merge.ensemble.posterior_mixing import PosteriorMixer, PosteriorSettings
 
@@ -178,6 +192,24 @@ def _write(
         write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", cast)
     mixer = PosteriorMixer(PosteriorSettings((1 / len(own),) * len(own), options.prior, options.posterior))
     write_config(folder, ensemble_config(read_json(seed / "config.json"), own, "posterior", mixer))
+
+
+class AdaptedPart(TrainablePart):
+    """The feed-forward networks of a copied expert; written as the ensemble with one more expert."""
+
+    def __init__(
+        self,
+        member: PreTrainedModel,
+        parameters: Mapping[str, nn.Parameter],
+        name: str,
+        config: Mapping[str, Any],
+    ) -> None:
+        super().__init__(member, parameters, config=config)
+        self._name = name
+
+    def write_model(self, folder: Path, base: Path) -> None:
+        tensors = {key: parameter.detach() for key, parameter in self.parameters.items()}
+        _write_with_expert(folder, base, self._name, tensors)
 
 
 def prepare_adaptation(context: TrainingContext) -> TrainablePart:
@@ -199,17 +231,13 @@ def prepare_adaptation(context: TrainingContext) -> TrainablePart:
             parameter.requires_grad_(True)
             parameters[f"{part.name}.{key}"] = parameter
 
-    def finish(folder: Path) -> None:
-        tensors = {key: parameter.detach() for key, parameter in parameters.items()}
-        _write_with_expert(folder, text.folder, name, tensors)
-
     names = (*model.expert_names, name)
     manifest_config = _manifest_config(names, model.config.mixer_settings["prior_kind"])
     manifest_config["tuning"] = {
         "trained_inside": (name,),
         "copied_from": {name: model.expert_names[nearest]},
     }
-    return TrainablePart(member, parameters, finish=finish, config=manifest_config)
+    return AdaptedPart(member, parameters, name, manifest_config)
 
 
 def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int) -> int:
@@ -234,8 +262,7 @@ def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int)
 def _write_with_expert(folder: Path, base: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Write an ensemble with one more expert; all other files are linked from `base`."""
     from ....core.artefacts.files import write_json
-    from ....core.artefacts.safetensors_io import write_tensors
-    from ....experts.training.tuned_model import stored_dtype
+    from ....core.artefacts.safetensors_io import stored_dtype, write_tensors
     from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
 
     for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):

@@ -8,7 +8,7 @@ public text (`expertctl tune --trains router`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from .coordinated import CoordinatedFeedForward
     from .domain_embeddings import DomainEmbedding
 
 
@@ -58,14 +59,48 @@ class FlexOlmoTraining:
         check_at_least("samples", self.samples, 1)
 
 
+class CoordinatedPart(TrainablePart):
+    """An owner's feed-forward networks beside the seed's, and the router between the two."""
+
+    auxiliary_per_example = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parameters: Mapping[str, nn.Parameter],
+        parts: Sequence[CoordinatedFeedForward],
+        z_weight: float,
+        embedding: DomainEmbedding | None,
+    ) -> None:
+        super().__init__(model, parameters)
+        self._model, self._parts, self._z_weight, self._embedding = model, parts, z_weight, embedding
+
+    def auxiliary_loss(self) -> Tensor | None:
+        from .coordinated import z_loss
+
+        return self._z_weight * z_loss(self._parts) if self._z_weight > 0 else None
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in _own_parameters(self._model).items()}
+
+    def extra_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        import torch
+
+        tensors = {
+            "rows": torch.stack([part.row.detach() for part in self._parts]).cpu(),
+            "biases": torch.stack([part.bias.detach().clamp(max=0) for part in self._parts]).cpu(),
+        }
+        if self._embedding is not None:
+            tensors |= {"domain": self._embedding.domain, "public": self._embedding.public}
+        return {ROUTER_FILE: tensors}
+
+
 def prepare(context: TrainingContext) -> TrainablePart:
     """Freeze the seed and add the owner's parameters; raises `UserError` if there is no public text."""
     model = context.model
     options: FlexOlmoTraining = context.options
     text = context.text
-    import torch
-
-    from .coordinated import coordinate, z_loss
+    from .coordinated import coordinate
 
     embedding = _embedding(model, options, text)
     parts = coordinate(model, _rows(model, embedding, options.logit_size), bias=options.bias)
@@ -80,27 +115,8 @@ def prepare(context: TrainingContext) -> TrainablePart:
             part.bias.requires_grad_(False)
             part.forward = part.own.forward  # type: ignore[method-assign]  # ablation: only the owner's network
 
-    def trained() -> dict[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in _own_parameters(model).items()}
-
-    def beside() -> Mapping[str, Mapping[str, Tensor]]:
-        tensors = {
-            "rows": torch.stack([part.row.detach() for part in parts]).cpu(),
-            "biases": torch.stack([part.bias.detach().clamp(max=0) for part in parts]).cpu(),
-        }
-        if embedding is not None:
-            tensors |= {"domain": embedding.domain, "public": embedding.public}
-        return {ROUTER_FILE: tensors}
-
-    uses_z = options.z_loss > 0 and options.coordinate
-    return TrainablePart(
-        model,
-        parameters,
-        auxiliary_loss=(lambda: options.z_loss * z_loss(parts)) if uses_z else None,
-        auxiliary_per_example=True,
-        tensors=trained,
-        beside=beside,
-    )
+    z_weight = options.z_loss if options.coordinate else 0.0
+    return CoordinatedPart(model, parameters, parts, z_weight, embedding)
 
 
 def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -74,7 +74,7 @@ def test_weights_of_losses_are_numbers_of_zero_or_more(merged: Workspace, option
 
 def test_nothing_is_trained_into_itself(merged: Workspace) -> None:
     with pytest.raises(UserError, match="'to-tune' cannot be both the base and the result; choose another name"):
-        merged.tune("to-tune", "to-tune", trains="router", domains=["prose"], force=True)
+        merged.tune("to-tune", "to-tune", TuningSettings("router", ["prose"]), force=True)
     assert verify(merged.generalists / "to-tune") == []
 
 
@@ -167,10 +167,10 @@ def test_a_refused_tuning_replaces_nothing(merged: Workspace) -> None:
                 force=True,
             )
         assert verify(kept) == []
-        assert not list(merged.generalists.glob(".kept*"))
+        assert not list(merged.generalists.folder.glob(".kept*"))
     tune_here(merged, "kept", "to-tune", trains="router", domains=["means"], training={"tokens": 256}, force=True)
     assert list(read_manifest(kept).tunings[0].domains) == ["means"]
-    assert not list(merged.generalists.glob(".kept*"))
+    assert not list(merged.generalists.folder.glob(".kept*"))
 
 
 def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) -> None:

@@ -20,7 +20,6 @@ from expertctl.core.manifests.verification import verify
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.mixture.absence import find_expert
 from expertctl.merge.mixture.changing import Change
-from expertctl.merge.planning.plan import Permissions
 from expertctl.merge.remaking.expert_changes import change_experts
 from expertctl.merge.remaking.reproducing import reproduce
 from expertctl.workspace import Workspace
@@ -346,7 +345,7 @@ def test_cards_and_licences_follow_the_experts(tmp_path: Path) -> None:
     join = Change(add={OWNERS[1]: nobody})
     with pytest.raises(UserError, match="forbids derived models"):
         change_experts(tmp_path / "left", tmp_path / "joined", join)
-    allowed = MergeRun(permissions=Permissions(licences=True))
+    allowed = MergeRun(allow_licences=True)
     assert change_experts(tmp_path / "left", tmp_path / "joined", join, run=allowed).licence is None
     assert reproduce(left, tmp_path / "left", layout=workspace.layout).same
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from expertctl import UserError
 from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.merging import MergeRun, merge_recipe, plan_recipe
-from expertctl.merge.planning.plan import Permissions
 from expertctl.merge.recipes.mergekit_file import read_mergekit
 
 PROMPTS = [
@@ -125,6 +124,6 @@ def test_more_experts_than_there_are_and_missing_prompts_are_refused(read: Any, 
 def test_another_architecture_than_the_base_is_refused_with_the_tensor(read: Any, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "b")
     tiny_model_folder(tmp_path / "b", "olmo2")
-    run = MergeRun(permissions=Permissions(unrelated=True))
+    run = MergeRun(allow_unrelated=True)
     with pytest.raises(UserError, match=r"tensor '.*' is in"):
         merge_recipe(read(gate_mode="random"), tmp_path / "out", run=run)

@@ -77,7 +77,7 @@ def test_a_union_takes_added_rows_from_those_that_have_them(tmp_path: Path) -> N
     size = len(vocabulary(a).tokens)
     plan = plan_vocabulary(vocabulary(a), {"b": vocabulary(b), "c": vocabulary(c)}, "union")
     assert plan is not None
-    assert plan.added == {"<law>": size, "<both>": size + 1}
+    assert {token: entry["id"] for token, entry in plan.added.items()} == {"<law>": size, "<both>": size + 1}
     assert plan.size == size + 2
     own = {
         "a": np.zeros((size, 3), "f4"),

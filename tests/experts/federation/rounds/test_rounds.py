@@ -154,7 +154,7 @@ class Killed(BaseException):
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Kills at the n-th write; `[0]` counts down and is negative for no kill."""
     left = [-1]
-    write, put, average = rounds_module.write_json, files._put_in_place, rounds_module.average_round
+    write, put, average = storage.write_json, files._put_in_place, rounds_module.average_round
     tidy = rounds_module.Rounds.tidy
 
     def striking(function: object) -> object:
@@ -170,8 +170,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return call
 
-    for module in (rounds_module, storage):
-        monkeypatch.setattr(module, "write_json", striking(write))
+    monkeypatch.setattr(storage, "write_json", striking(write))
     monkeypatch.setattr(files, "_put_in_place", striking(put))
     monkeypatch.setattr(rounds_module, "average_round", striking(average))
     monkeypatch.setattr(rounds_module.Rounds, "tidy", striking(tidy))

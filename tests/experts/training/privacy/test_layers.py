@@ -18,7 +18,8 @@ from expertctl.core.hooks.training import TrainablePart
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
 from expertctl.experts.training.loop import next_token_loss
-from expertctl.plugins.methods.flexolmo.coordinated import coordinate, z_loss
+from expertctl.plugins.methods.flexolmo.coordinated import coordinate
+from expertctl.plugins.methods.flexolmo.plugin import CoordinatedPart
 
 
 class Small(nn.Module):
@@ -161,8 +162,12 @@ def test_one_block_at_a_time_gives_what_several_give(blocks: TokenBlocks) -> Non
 
 
 def test_a_loss_over_the_whole_batch_is_refused(blocks: TokenBlocks) -> None:
+    class WithLoss(TrainablePart):
+        def auxiliary_loss(self) -> torch.Tensor:
+            return torch.zeros(())
+
     part = all_parameters(make_model("llama"))
-    odd = TrainablePart(part.module, part.parameters, auxiliary_loss=lambda: torch.zeros(()))
+    odd = WithLoss(part.module, part.parameters)
     with pytest.raises(UserError, match="a loss over the whole batch"):
         private_loop(odd, blocks)
     private_loop(odd, blocks, config=changed(CONFIG, batch_size=1))  # a batch is one example
@@ -194,14 +199,13 @@ def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBloc
             for one in parts:
                 one.bias.fill_(-0.1)  # at 0 the clamp has no slope
         parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        return TrainablePart(model, parameters, auxiliary_loss=lambda: 0.5 * z_loss(parts), auxiliary_per_example=True)
+        return CoordinatedPart(model, parameters, parts, 0.5, None)
 
     loop = private_loop(part(), blocks, clip=clip)
     assert any(re.search(r"logit\.row", name) for name in loop.parameters)
     loop._accumulate()
     chosen = drawn(loop)
     twin = part()
-    assert twin.auxiliary_loss is not None
     auxiliary = twin.auxiliary_loss
     alone = naive_gradients(
         lambda tokens: next_token_loss(twin.module, tokens) + auxiliary(),

@@ -32,7 +32,7 @@ from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient,
 from expertctl.plugins.flower.owner.owner_work import OwnerWork, part_size
 from expertctl.plugins.flower.processes.child import free_port
 from expertctl.plugins.flower.protocol.certificates import certificates_for
-from expertctl.plugins.flower.protocol.signing import EMPTY, PREFIX, Gatekeeper, NotSigned, signed_headers
+from expertctl.plugins.flower.protocol.signing import EMPTY, PREFIX, Failure, Gatekeeper, signed_headers
 
 NewOwner = Callable[..., Owner]
 SOON = timedelta(hours=1)
@@ -202,10 +202,10 @@ def test_requests_signed_long_ago_or_before_a_restart_are_refused(hub: Any, new_
     members = hub.coordinator.files.members
     assert Gatekeeper(members, "aud").check("GET", "/x", headers).member.name == "site-a"
     late = Gatekeeper(members, "aud", lambda: time.time() + 400)
-    with pytest.raises(NotSigned, match="CLOCK"):
+    with pytest.raises(Failure, match="CLOCK"):
         late.check("GET", "/x", headers)
     restarted = Gatekeeper(members, "aud", lambda: time.time() + 10)
-    with pytest.raises(NotSigned, match="REPLAYED"):
+    with pytest.raises(Failure, match="REPLAYED"):
         restarted.check("GET", "/x", headers)
 
 
@@ -274,17 +274,17 @@ def test_a_full_disk_is_reported_as_a_code_and_the_upload_resumes(
     trained(hub.coordinator, owner, request)
     said = Recorder()
     work = OwnerWork(owner, hub.client(owner), lambda review: True, said)
-    real = parts._write_at
+    real = parts._write_durably
 
     def full(path: Path, place: int, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(parts, "_write_at", full)
+    monkeypatch.setattr(parts, "_write_durably", full)
     work.step()
     assert "the coordinator's disk is full" in said.lines[-1]
     assert any("no space left" in line for line in hub.recorder.lines)
     assert owner.outcome(request.id) is None
-    monkeypatch.setattr(parts, "_write_at", real)
+    monkeypatch.setattr(parts, "_write_durably", real)
     work._wait_until.clear()
     work.step()
     assert owner.outcome(request.id) == "accepted"
@@ -318,6 +318,6 @@ def test_a_port_in_use_is_a_one_line_error(tmp_path: Path, hub: Any) -> None:
             hub.address,
             [],
             reporter=hub.recorder,
-            opened=lambda listening: None,
+            opened=lambda address, certificates: None,
             stop=threading.Event(),
         )

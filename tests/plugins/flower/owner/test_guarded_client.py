@@ -22,8 +22,15 @@ from expertctl import UserError
 from expertctl.core.artefacts.files import is_alive
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.plugins.flower.coordinator.superlink import APP, _json_in
-from expertctl.plugins.flower.owner.allowed_bundle import digest_of_bundle, is_allowed, write_allowed
-from expertctl.plugins.flower.owner.guarded_client import FAILED, NOT_ALLOWED, guard, write_shim
+from expertctl.plugins.flower.owner.guarded_client import (
+    FAILED,
+    NOT_ALLOWED,
+    digest_of_bundle,
+    guard,
+    is_allowed,
+    write_allowed,
+    write_shim,
+)
 from expertctl.plugins.flower.processes import child as child_module
 from expertctl.plugins.flower.processes.child import Child, environment, flower_command, require_flower
 
