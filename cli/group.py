@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..core.errors import closest
+from ..core.errors import did_you_mean
 from .context import Session
 
 Callback = Callable[..., int | None]
@@ -53,9 +53,9 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None and not ctx.resilient_parsing:
-            guess = closest(name, self.list_commands(ctx))
-            hint = f"did you mean '{guess}'?" if guess else f"commands: {', '.join(self.list_commands(ctx))}"
-            ctx.fail(f"no command '{name}' ({hint})")
+            commands = self.list_commands(ctx)
+            hint = did_you_mean(name, commands, f" (commands: {', '.join(commands)})")
+            ctx.fail(f"no command '{name}'{hint}")
         return super().resolve_command(ctx, args)
 
 

@@ -37,10 +37,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return ` (did you mean 'X'?)` for a misspelt name, `otherwise` if no known name is close."""
+    guess = closest(name, known)
+    return f" (did you mean '{guess}'?)" if guess else otherwise
+
+
 def unknown_name(what: str, name: str, known: Iterable[str], *, listed_as: str = "known") -> UserError:
     """Return the error for an unknown name: a did-you-mean hint first, then every valid choice."""
     names = sorted(known)
-    guess = closest(name, names)
-    hint = f" (did you mean '{guess}'?)" if guess else ""
-    choices = ", ".join(names) if names else "none"
-    return UserError(f"no {what} '{name}'{hint}; {listed_as}: {choices}")
+    return UserError(f"no {what} '{name}'{did_you_mean(name, names)}; {listed_as}: {', '.join(names) or 'none'}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +13,11 @@ from ...core.errors import UserError
 from ...core.reporting import Reporter
 from ..context import Session, pass_session
 from ..group import cli_command
-from .options import coordinator_of, owner_from, stopped_by_signals, with_owner
+from .options import coordinator_of, handled_signals, owner_from, stopped_by_signals, with_owner
 from .review import require_consent
 
 if TYPE_CHECKING:
-    from ...experts.federation.owner.owner import Owner, Review
+    from ...experts.federation.owner.owner import Review
     from ...plugins.flower.owner.owner_work import Consent
     from ...plugins.flower.protocol.certificates import Certificates
 
@@ -119,10 +117,10 @@ def join(
             stop=stop,
             until_done=once,
         )
-    session.finish(
-        {"outcomes": _outcomes(owner)},
-        *(f"{identifier}: {outcome}" for identifier, outcome in _outcomes(owner).items()),
-    )
+    outcomes = {
+        request.id: outcome for request in owner.requests() if (outcome := owner.outcome(request.id)) is not None
+    }
+    session.finish({"outcomes": outcomes}, *(f"{identifier}: {outcome}" for identifier, outcome in outcomes.items()))
 
 
 def _consent(session: Session, *, review: bool, yes: bool) -> Consent:
@@ -134,7 +132,7 @@ def _consent(session: Session, *, review: bool, yes: bool) -> Consent:
         if identifier not in answers:
             answers[identifier] = True
             try:
-                with _interruptible():
+                with handled_signals(signal.default_int_handler, signal.SIGINT):  # Ctrl-C interrupts the question
                     require_consent(session, delivery, full=review, yes=yes)
             except UserError as error:  # the owner declined, or there is no terminal
                 answers[identifier] = False
@@ -142,18 +140,3 @@ def _consent(session: Session, *, review: bool, yes: bool) -> Consent:
         return answers[identifier]
 
     return ask_owner
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C interrupt the prompt."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _outcomes(owner: Owner) -> dict[str, str]:
-    outcomes = {request.id: owner.outcome(request.id) for request in owner.requests()}
-    return {identifier: outcome for identifier, outcome in outcomes.items() if outcome is not None}

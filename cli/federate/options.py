@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -149,10 +150,16 @@ def coordinator_of(session: Session) -> Coordinator:
 def stopped_by_signals() -> Iterator[threading.Event]:
     """Yield an event that Ctrl-C and SIGTERM set."""
     stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
+    with handled_signals(lambda *_: stop.set(), signal.SIGINT, signal.SIGTERM):
         yield stop
+
+
+@contextmanager
+def handled_signals(handler: Callable[[int, FrameType | None], object], *numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals with another function within the block."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)

@@ -57,18 +57,15 @@ class JsonLines(Generic[Record]):
         Only what was added since the last call is read, into the same list; a file that was replaced or cut gives a new
         list. The last line waits until it is complete. Raises `UserError` that names the line for any other damage.
         """
-        try:
-            with os_errors_as_user_errors(self.path), self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._forget(status.st_ino)
-                file.seek(self._offset)
-                lines = file.read().splitlines(keepends=True)
-        except UserError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise
+        if not self.path.exists():
             self._forget(0)
             return self._records
+        with os_errors_as_user_errors(self.path), self.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._forget(status.st_ino)
+            file.seek(self._offset)
+            lines = file.read().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from ..errors import UserError, unknown_name
 from .digests import MANIFEST_NAMES
-from .statistics_files import STATISTICS_FOLDER
 
 CONFIG_FILE = "expertctl.yaml"
+STATISTICS_FOLDER = "statistics"
+STATISTICS_FORMAT = 1
+STATISTICS_WEIGHTS = "statistics.safetensors"
+STATISTICS_MANIFEST = "statistics.json"
 
 
 @dataclass(frozen=True)

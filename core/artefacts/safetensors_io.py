@@ -309,7 +309,7 @@ class TensorWriter:
         span: tuple[int, int],
         digest: str | None = None,
     ) -> None:
-        self.descriptor, self.name = descriptor, name
+        self.descriptor, self.name, self.dtype = descriptor, name, dtype
         self._position, self._end = span
         self._digest, self._state = digest, digest_start(dtype, shape)
 
@@ -323,13 +323,9 @@ class TensorWriter:
         self._position += len(view)
         return len(view)
 
-    @property
-    def is_complete(self) -> bool:
-        return self._position == self._end
-
     def digest(self) -> str:
         """Return the digest of the complete tensor."""
-        assert self.is_complete, f"{self.name} has fewer elements than announced"
+        assert self._position == self._end, f"{self.name} has fewer elements than announced"
         return self._digest or self._state.hexdigest()
 
 
@@ -343,7 +339,7 @@ def write_at(descriptor: int, content: memoryview, offset: int) -> None:
 class FileWriter:
     """Writes the tensors of an open safetensors file piece by piece, interleaved in any order; see `new_file`."""
 
-    def __init__(self, tensors: Mapping[str, tuple[str, TensorWriter]]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorWriter]) -> None:
         self._tensors = tensors
 
     def __contains__(self, name: object) -> bool:
@@ -351,14 +347,13 @@ class FileWriter:
 
     def add(self, name: str, piece: Tensor) -> None:
         """Write the next elements of a tensor, in row-major order."""
-        announced, writer = self._tensors[name]
-        dtype = dtype_name(piece.dtype)
-        assert dtype == announced, f"announced {announced} for {name}, got {dtype}"
+        writer, dtype = self._tensors[name], dtype_name(piece.dtype)
+        assert dtype == writer.dtype, f"announced {writer.dtype} for {name}, got {dtype}"
         writer.write(tensor_bytes(piece))
 
     def digests(self) -> dict[str, str]:
         """Return the digests of all tensors, by name, in file order; they must be complete."""
-        return {name: writer.digest() for name, (_, writer) in self._tensors.items()}
+        return {name: writer.digest() for name, writer in self._tensors.items()}
 
 
 @contextmanager
@@ -374,7 +369,7 @@ def new_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> I
             write_at(file.fileno(), memoryview(header), 0)
             writer = FileWriter(
                 {
-                    name: (dtype, TensorWriter(file.fileno(), name, dtype, tuple(shape), spans[name]))
+                    name: TensorWriter(file.fileno(), name, dtype, tuple(shape), spans[name])
                     for name, (dtype, shape) in shapes.items()
                 }
             )
@@ -387,29 +382,15 @@ def new_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> I
         partial.unlink(missing_ok=True)
 
 
-def write_file(
-    path: Path,
-    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
-    tensors: Iterable[tuple[str, Tensor]],
-) -> dict[str, str]:
-    """Stream tensors into one safetensors file and return their digests.
-
-    `tensors` yields the tensors in the order of `shapes`, so only one needs to be in memory; see `new_file`.
-    """
-    with new_file(path, shapes) as file:
-        for (name, tensor), (expected, (kind, shape)) in zip(tensors, shapes.items(), strict=True):
-            actual = (name, dtype_name(tensor.dtype), tuple(tensor.shape))
-            if actual != (expected, kind, tuple(shape)):
-                raise ValueError(f"announced {expected} {kind} {shape}, got {actual}")
-            file.add(name, tensor)
-    return file.digests()
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Write tensors into one safetensors file, sorted by name; return their digests."""
-    ordered = {name: tensors[name] for name in sorted(tensors)}
-    shapes = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in ordered.items()}
-    return write_file(path, shapes, ordered.items())
+    names = sorted(tensors)
+    with new_file(
+        path, {name: (dtype_name(tensors[name].dtype), tuple(tensors[name].shape)) for name in names}
+    ) as file:
+        for name in names:
+            file.add(name, tensors[name])
+    return file.digests()
 
 
 def _num_bytes(kind: str, shape: tuple[int, ...]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import closest
+from ..errors import did_you_mean
 from .yaml_lines import KeyPath
 
 
@@ -42,8 +42,7 @@ def _sentence(problem: Any, root: type[BaseModel]) -> str:
     key = "".join(f"{part}: " for part in [".".join(map(str, location))] if part)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(root, location[:-1])
-        guess = closest(str(location[-1]), known)
-        hint = f"; did you mean '{guess}'?" if guess else f"; known here: {', '.join(sorted(known))}"
+        hint = did_you_mean(str(location[-1]), known, f"; known here: {', '.join(sorted(known))}")
         inside = ".".join(str(part) for part in location[:-1])
         return f"unknown key '{location[-1]}'" + (f" in {inside}" if inside else "") + hint
     message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")

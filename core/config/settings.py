@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..artefacts.numeric import dtype_of_word
-from ..errors import UserError, closest
+from ..errors import UserError, did_you_mean
 from .problems import sentence_about
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -303,8 +303,7 @@ class ProjectConfig(Section):
 
     def _require_domain(self, domain: str, *where: str) -> None:
         if domain not in self.domains:
-            guess = closest(domain, self.domains)
-            hint = f" (did you mean '{guess}'?)" if guess else f"; domains: {', '.join(self.domains) or 'none'}"
+            hint = did_you_mean(domain, self.domains, f"; domains: {', '.join(self.domains) or 'none'}")
             # a custom error because a ValueError cannot carry the location for the line number
             raise PydanticCustomError(
                 "unknown_domain",

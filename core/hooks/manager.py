@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 from ..artefacts.versions import package_version
-from ..errors import closest, unknown_name
+from ..errors import did_you_mean, unknown_name
 from . import hookspecs
 from .ensembles import Mixer
 from .evaluation import Evaluator
@@ -151,9 +151,8 @@ class PluginManager:
                 continue
             self.register(module, point.name, distribution=distribution, version=version)
         for name in sorted((wanted or set()) - {point.name for point in points}):
-            guess = closest(name, [point.name for point in points])
-            hint = f" (did you mean '{guess}'?)" if guess else ""
-            self._add_problem(name, SELECTION_VARIABLE, f"is asked for but not installed{hint}")
+            hint = did_you_mean(name, [point.name for point in points])
+            self._add_problem(name, SELECTION_VARIABLE, f"is selected but not installed{hint}")
 
     def register(
         self, plugin: ModuleType | object, name: str, *, distribution: str = "local", version: str = "?"
@@ -188,8 +187,7 @@ class PluginManager:
             if options.get("wrapper") or options.get("hookwrapper"):
                 return f"'{hook}' is a hook wrapper; plain hooks only"
             if hook not in known:
-                guess = closest(hook, known)
-                hint = f" (did you mean '{guess}'?)" if guess else f"; hooks: {', '.join(sorted(known))}"
+                hint = did_you_mean(hook, known, f"; hooks: {', '.join(sorted(known))}")
                 return f"there is no hook '{hook}'{hint}"
         return None if implemented else "implements no hook (is `@hookimpl` missing?)"
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import UserError, closest
+from ..errors import UserError, did_you_mean
 
 Options = TypeVar("Options")
 
@@ -20,9 +20,9 @@ class NoOptions:
 
 def unknown_option(what: str, name: str, known: Collection[str]) -> UserError:
     """Return the error for an option that `what` does not have, with the nearest that it has."""
-    guess = closest(name, known)
-    hint = f" (did you mean '{guess}'?)" if guess else ""
-    return UserError(f"{what} has no option '{name}'{hint}; it has: {', '.join(sorted(known)) or 'none'}")
+    return UserError(
+        f"{what} has no option '{name}'{did_you_mean(name, known)}; it has: {', '.join(sorted(known)) or 'none'}"
+    )
 
 
 def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock, Timer
-from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from ..reporting import LaunchResult, Reporter
 
@@ -73,8 +73,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"
 
 
-class Display(Protocol):
-    """A display of jobs."""
+class Display:
+    """A display of jobs; this one shows nothing."""
 
     def open(self, expected: Sequence[str]) -> None:
         """Start the display; `expected` are the names of the known future jobs."""
@@ -84,23 +84,12 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-class Silence:
-    """A display that shows nothing."""
-
-    def open(self, expected: Sequence[str]) -> None: ...
-    def show(self, job: Job) -> None: ...
-    def say(self, line: str) -> None: ...
-    def close(self) -> None: ...
-
-
-class Lines:
+class Lines(Display):
     """A display for log files and pipes: one line per job, at most every few seconds."""
 
     def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic) -> None:
         self._stream, self._clock = stream or sys.stderr, clock
         self._shown_at: dict[str, float] = {}
-
-    def open(self, expected: Sequence[str]) -> None: ...
 
     def show(self, job: Job) -> None:
         now = self._clock()
@@ -114,10 +103,8 @@ class Lines:
     def say(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
 
-    def close(self) -> None: ...
 
-
-class Bars:
+class Bars(Display):
     """A display of one rich progress bar per job, which appears after two seconds."""
 
     def __init__(self) -> None:
@@ -186,7 +173,7 @@ class Bars:
 def display(*, quiet: bool = False, plain: bool = False) -> Display:
     """Return the display for standard error: bars on a terminal, otherwise lines; nothing if `quiet`."""
     if quiet:
-        return Silence()
+        return Display()
     return Lines() if plain or not sys.stderr.isatty() else Bars()
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import new_folder, refuse_existing, write_json
+from ...core.artefacts.layout import STATISTICS_FORMAT, STATISTICS_MANIFEST, STATISTICS_WEIGHTS
 from ...core.artefacts.safetensors_io import write_tensors
-from ...core.artefacts.statistics_files import STATISTICS_FORMAT, statistics_manifest, statistics_weights
 from ...core.artefacts.versions import tool_versions
 from ...core.errors import UserError
 from ...core.manifests.manifest import read_manifest
@@ -154,7 +154,7 @@ def write_statistics(
     selected = (blocks.block(index * available // count) for index in range(count))
     tensors = gather_statistics(model, selected, kind, reporter)
     with new_folder(target, force=force, what="statistics") as partial:
-        digests = write_tensors(statistics_weights(partial), tensors)
+        digests = write_tensors(partial / STATISTICS_WEIGHTS, tensors)
         content = {
             "format": STATISTICS_FORMAT,
             "kind": kind,
@@ -167,5 +167,5 @@ def write_statistics(
             "tensors": digests,
             "versions": tool_versions(),
         }
-        write_json(statistics_manifest(partial), content)
+        write_json(partial / STATISTICS_MANIFEST, content)
     return content

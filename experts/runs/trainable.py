@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from ...core.errors import UserError, closest
+from ...core.errors import UserError, closest, unknown_name
 from ...core.hooks.architectures import architecture_of
 from ...core.hooks.manager import PluginManager, installed_plugins
 from ...core.hooks.training import TrainablePart, Trainer
@@ -24,10 +24,8 @@ def trainer_for(trains: str, plugins: PluginManager) -> Trainer:
     if trains in trainers:
         return trainers[trains]
     if not any(mark in trains for mark in "*?[.,"):
-        guess = closest(trains, trainers)
-        hint = f" (did you mean '{guess}'?)" if guess else ""
         raise UserError(
-            f"no trainer '{trains}'{hint}; installed: {', '.join(sorted(trainers))}; "
+            f"{unknown_name('trainer', trains, trainers, listed_as='installed')}; "
             "or give a pattern of tensor names such as 'model.layers.*.self_attn.*'"
         )
     patterns = tuple(part.strip() for part in trains.split(",") if part.strip())

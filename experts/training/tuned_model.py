@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...core.artefacts.digests import TOKENIZER_FILES
-from ...core.artefacts.files import os_errors_as_user_errors
+from ...core.artefacts.files import copy_files
 from ...core.manifests.generalist import GeneralistConfig, Tuning
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement
@@ -17,10 +17,7 @@ from .run_inputs import RunInputs
 
 def write_whole_model(run: RunInputs, loop: TrainingLoop) -> None:
     """Write a tuned generalist's files with the dtype and tokenizer of its base model."""
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (run.base / name).is_file():
-            with os_errors_as_user_errors(run.folder / name):
-                (run.folder / name).write_bytes((run.base / name).read_bytes())
+    copy_files(run.base, run.folder, (*TOKENIZER_FILES, "generation_config.json"))
     loop.part.write_model(run.folder, run.base)
 
 

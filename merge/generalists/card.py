@@ -12,50 +12,40 @@ from ...core.manifests.manifest import Manifest
 from ...core.manifests.statements import DataStatement
 
 _SHORT = 12
-_LOADING = {
-    True: """```python
+_LOADING_WITH_EXPERTCTL = """```python
 import expertctl
 
 model, tokenizer = expertctl.load_model("FOLDER")
-```""",
-    False: """```python
+```"""
+_LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
-```""",
-}
+```"""
 
 
-def model_card(
-    manifest: Manifest,
-    evaluation: Mapping[str, Any] | None = None,
-) -> str:
+def model_card(manifest: Manifest, evaluation: Mapping[str, Any] | None = None) -> str:
     """Return the model card: description, parents, recipe, data, evaluation and lineage.
 
     `evaluation` is the output of `expertctl eval --json`. The card contains no times and no paths: the same manifest
     gives the same card.
     """
+    merged = manifest.merged
+    needs_expertctl = manifest.kind == "expert" or (merged is not None and merged.kind in ("ensemble", "stitched"))
     parts = [
         _front_matter(manifest),
         f"# {manifest.name}",
         _introduction(manifest),
         _parents_section(manifest),
-        _recipe_section(manifest),
+        _recipe_section(manifest.name, merged) if merged is not None else "",
         _data_section(manifest),
         _evaluation_section(evaluation, manifest.metrics.get("gate")),
         "## How to load it",
-        _LOADING[_needs_expertctl(manifest)],
+        _LOADING_WITH_EXPERTCTL if needs_expertctl else _LOADING,
         "## Lineage",
         _lineage(manifest),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _needs_expertctl(manifest: Manifest) -> bool:
-    """Return whether loading the folder needs expertctl."""
-    return manifest.kind == "expert" or (
-        manifest.merged is not None and manifest.merged.kind in ("ensemble", "stitched")
-    )
 
 
 def _front_matter(manifest: Manifest) -> str:
@@ -82,7 +72,11 @@ def _front_matter(manifest: Manifest) -> str:
 def _introduction(manifest: Manifest) -> str:
     merged = manifest.merged
     if merged is not None and merged.kind == "shared":
-        return _shared_introduction(manifest, merged)
+        return (
+            f"A language model that {_join_names(list(manifest.expert_data))} trained together with "
+            f"[expertctl](https://pypi.org/project/expertctl), each next to its own text: {len(merged.rounds)} rounds of "
+            f"`{merged.method}`. No owner's contribution can be removed from it."
+        )
     if merged is not None:
         names = [parent.name for parent in manifest.parents if parent.weight is not None]
         return (
@@ -96,15 +90,6 @@ def _introduction(manifest: Manifest) -> str:
             "trained apart from all other experts."
         )
     return "The seed that experts are branched from."
-
-
-def _shared_introduction(manifest: Manifest, merged: GeneralistConfig) -> str:
-    """Return the introduction of a model that owners trained together."""
-    return (
-        f"A language model that {_join_names(list(manifest.expert_data))} trained together with "
-        f"[expertctl](https://pypi.org/project/expertctl), each next to its own text: {len(merged.rounds)} rounds of "
-        f"`{merged.method}`. No owner's contribution can be removed from it."
-    )
 
 
 def _changes_since_merge(merged: GeneralistConfig) -> str:
@@ -154,34 +139,27 @@ def _describe_data(data: DataStatement) -> str:
     )
 
 
-def _recipe_section(manifest: Manifest) -> str:
-    merged = manifest.merged
-    if merged is None:
-        return ""
+def _recipe_section(name: str, merged: GeneralistConfig) -> str:
+    run, section = merged.run, "merges"
+    settings: dict[str, Any]
     if merged.tunings:
-        return _tuning_recipe(manifest.name, merged)
-    settings: dict[str, Any] = {"method": merged.method}
-    if merged.weights:
-        settings["weights"] = {name: float(f"{weight:.6g}") for name, weight in merged.weights.items()}
-    if merged.options:
-        settings["options"] = dict(merged.options)
-    if merged.kind == "shared":
-        return _recipe("shared", manifest.name, {**settings, "training": dict(merged.training or {})})
-    return _recipe("merges", manifest.name, settings)
-
-
-def _tuning_recipe(name: str, merged: GeneralistConfig) -> str:
-    run = merged.run
-    if run is None or run.name != name:
-        return ""  # experts changed after the training: there is no single recipe
-    settings: dict[str, Any] = {"from": run.base, "trains": run.trains, "domains": list(run.domains)}
-    if run.options:
-        settings["options"] = dict(run.options)
-    return _recipe("tuned", name, settings | {"tokens": merged.tunings[-1].tokens})
-
-
-def _recipe(kind: str, name: str, settings: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump({kind: {name: dict(settings)}}, sort_keys=False, allow_unicode=True)
+        if run is None or run.name != name:
+            return ""  # experts changed after the training: there is no single recipe
+        section = "tuned"
+        settings = {"from": run.base, "trains": run.trains, "domains": list(run.domains)}
+        if run.options:
+            settings["options"] = dict(run.options)
+        settings["tokens"] = merged.tunings[-1].tokens
+    else:
+        settings = {"method": merged.method}
+        if merged.weights:
+            settings["weights"] = {expert: float(f"{weight:.6g}") for expert, weight in merged.weights.items()}
+        if merged.options:
+            settings["options"] = dict(merged.options)
+        if merged.kind == "shared":
+            section = "shared"
+            settings["training"] = dict(merged.training or {})
+    text = yaml.safe_dump({section: {name: settings}}, sort_keys=False, allow_unicode=True)
     return f"## Recipe\n\n```yaml\n{text}```"
 
 

@@ -16,12 +16,12 @@ from typing import Any
 from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError, unknown_name
 from ...core.hooks.merging import MergeMethod
-from ...core.hooks.mixtures import MixtureShape
+from ...core.hooks.mixtures import MixtureShape, RouterRows
 from ...core.manifests.generalist import AveragedExpert, ExpertChange, GeneralistConfig, MixtureRecord
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.models.loading import WEIGHTS_FILE
 from ..engine.shards import DEFAULT_SHARD_BYTES
-from ..planning.assembly import Assembly, ExpertParts, RouterParts, plan_assembly
+from ..planning.assembly import Assembly, ExpertParts, plan_assembly
 from ..planning.plan import MergePlan
 from ..planning.tensor_planner import Stack
 from ..recipes.recipe import Recipe, change_models, whole_models
@@ -152,9 +152,7 @@ def _method(mixture: OpenedMixture) -> Any:
 # --- experts and router rows ---
 
 
-def _changed_parts(
-    mixture: OpenedMixture, change: Change
-) -> tuple[list[ExpertParts], RouterParts, dict[str, Manifest]]:
+def _changed_parts(mixture: OpenedMixture, change: Change) -> tuple[list[ExpertParts], RouterRows, dict[str, Manifest]]:
     """Return experts and router rows after the change, and the manifests of the added experts."""
     import numpy as np
 
@@ -189,10 +187,10 @@ def _changed_parts(
             rows = np.concatenate([rows, row.rows], axis=1)
             if biases is not None and row.biases is not None:
                 biases = np.concatenate([biases, row.biases], axis=1)
-    return experts, RouterParts(rows, biases), joined
+    return experts, RouterRows(rows, biases), joined
 
 
-def _read_expert(mixture: OpenedMixture, name: str, folder: Path) -> tuple[ExpertParts, RouterParts | None, Manifest]:
+def _read_expert(mixture: OpenedMixture, name: str, folder: Path) -> tuple[ExpertParts, RouterRows | None, Manifest]:
     """Return an expert's feed-forward tensors, its router row if it has one, and its manifest.
 
     Raises `UserError` for an artefact that is not an expert of the mixture's seed.
@@ -246,7 +244,7 @@ def _tensors(
     old: MixtureShape,
     shape: MixtureShape,
     experts: Sequence[ExpertParts],
-    router: RouterParts,
+    router: RouterRows,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the planned tensors and the mixture's configuration, updated for the new number of experts."""
     dense = mixture.record.dense

@@ -16,7 +16,6 @@ from ..planning.assembly import (
     Assembly,
     AssemblyInputs,
     ExpertParts,
-    RouterParts,
     plan_assembly,
     split_feed_forward,
 )
@@ -102,7 +101,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
     )
 
 
-def apply_bias(start: RouterRows, bias: str) -> RouterParts:
+def apply_bias(start: RouterRows, bias: str) -> RouterRows:
     """Return the router with its biases folded into the rows, dropped or carried.
 
     Raises `UserError` if the biases cannot be folded.
@@ -111,16 +110,16 @@ def apply_bias(start: RouterRows, bias: str) -> RouterParts:
 
     rows = np.asarray(start.rows, dtype=np.float32)
     if start.biases is None or bias == "drop":
-        return RouterParts(rows)
+        return RouterRows(rows)
     if bias == "carry":
-        return RouterParts(rows, np.asarray(start.biases, dtype=np.float32))
+        return RouterRows(rows, np.asarray(start.biases, dtype=np.float32))
     if start.unit is None:
         raise UserError(
             "this router start has no direction to fold its biases into; use bias: drop, or bias: carry "
             "with the container"
         )
     folded = rows + np.asarray(start.biases)[:, :, None] * np.asarray(start.unit)
-    return RouterParts(folded.astype(np.float32))
+    return RouterRows(folded.astype(np.float32))
 
 
 def _tensor(source: Source, name: str) -> Any:

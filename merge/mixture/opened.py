@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ...core.artefacts.numeric import DTYPES
 from ...core.errors import UserError
 from ...core.hooks.architectures import architecture_of
-from ...core.hooks.mixtures import Architecture, MixtureTarget
+from ...core.hooks.mixtures import Architecture, MixtureTarget, RouterRows
 from ...core.manifests.generalist import GeneralistConfig, MixtureRecord
 from ...core.manifests.manifest import Manifest, read_manifest
 from ..engine.reading import Reader
 from ..engine.tensor_plan import TensorPlan
-from ..planning.assembly import ExpertParts, RouterParts
+from ..planning.assembly import ExpertParts
 from ..sources.models import Source, StoredTensor, open_source
 from ..sources.tensor_names import layer_names
 from .targets import container_target
@@ -40,7 +40,7 @@ class OpenedMixture:
     experts: tuple[ExpertParts, ...]
     shared: Mapping[str, TensorPlan]
     """Tensors outside the feed-forward networks, by their names in the dense model."""
-    router: RouterParts
+    router: RouterRows
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,12 +133,12 @@ class _MixtureTensors:
             if name not in excluded
         }
 
-    def router(self) -> RouterParts:
+    def router(self) -> RouterRows:
         name = _FUSED_ROUTER if self.fused else self.target.router
         rows = self._read(name)
         assert rows is not None
         bias = self.target.router_bias
-        return RouterParts(rows, self._read(bias) if bias is not None else None)
+        return RouterRows(rows, self._read(bias) if bias is not None else None)
 
     def _read(self, suffix: str) -> NDArray[Any] | None:
         import numpy as np

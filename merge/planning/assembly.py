@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.errors import UserError
-from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
+from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget, RouterRows
 from ...core.hooks.text import ValidationText
 from ...core.manifests.generalist import MixtureRecord
 from ...core.reporting import SILENT, Reporter
@@ -59,16 +59,6 @@ class ExpertParts:
 
 
 @dataclass(frozen=True)
-class RouterParts:
-    """Router weights of all layers."""
-
-    rows: NDArray[Any]
-    """Shape (layers, experts, width), float32."""
-    biases: NDArray[Any] | None = None
-    """Shape (layers, experts), float32; None: no biases."""
-
-
-@dataclass(frozen=True)
 class Assembly:
     """The plan of a mixture."""
 
@@ -91,7 +81,7 @@ def plan_assembly(
     shape: MixtureShape,
     shared: Mapping[str, TensorPlan],
     experts: Sequence[ExpertParts],
-    router: RouterParts,
+    router: RouterRows,
     *,
     dtype: str | None = None,
     layout: Literal["per_expert", "fused"] = "per_expert",
@@ -186,7 +176,7 @@ def _plan_tensor(name: str, parts: Sequence[tuple[str, StoredTensor]], count: in
 
 
 def _router_tensors(
-    router: RouterParts, layer: int, target: MixtureTarget, layout: str, config: Mapping[str, Any]
+    router: RouterRows, layer: int, target: MixtureTarget, layout: str, config: Mapping[str, Any]
 ) -> dict[str, NDArray[Any]]:
     import numpy as np
 

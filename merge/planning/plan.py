@@ -324,17 +324,16 @@ def _plan_vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> Vocabular
     )
     if is_same and not recipe.tokens and recipe.pad_to_multiple_of is None:
         return None
+    first, *vocabularies = (
+        ModelVocabulary(source.name, source.model_folder, _embedding_rows(source)) for source in (base, *others)
+    )
     return plan_vocabulary(
-        _vocabulary_of(base),
-        {source.name: _vocabulary_of(source) for source in others},
+        first,
+        {vocabulary.name: vocabulary for vocabulary in vocabularies},
         recipe.tokenizer,
         recipe.tokens,
         recipe.pad_to_multiple_of,
     )
-
-
-def _vocabulary_of(source: Source) -> ModelVocabulary:
-    return ModelVocabulary(source.name, source.model_folder, _embedding_rows(source))
 
 
 def _embedding_rows(source: Source) -> int:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...core.manifests.records import parse_record
+
 Setting = Any
 """A parameter in user syntax: a number, a string, a list of numbers (a gradient over layers), or a list of
 `{filter: ..., value: ...}`; see `merge/recipes/parameters.py`."""
@@ -113,26 +115,8 @@ def change_models(content: Mapping[str, Any], remove: Collection[str], add: Coll
 
 def recipe_from_json(content: Mapping[str, Any], models: Mapping[str, Path]) -> Recipe:
     """Return the recipe of a manifest, with `models` as the folders of its models."""
-    slices = tuple(
-        OutputSlice(
-            sources=tuple(
-                SourceSlice(
-                    source["model"], tuple(source["layers"]) if source["layers"] else None, source["parameters"]
-                )
-                for source in output_slice["sources"]
-            ),
-            parameters=output_slice["parameters"],
-            seed=output_slice["seed"],
-        )
-        for output_slice in content["slices"]
-    )
-    fields = {
-        **content,
+    folders = {
         "models": {name: models[name] for name in content["models"]},
         "adapter_bases": {name: models[f"base of {name}"] for name in content["adapter_bases"]},
-        "slices": slices,
-        "scopes": tuple(content["scopes"]),
-        "required": tuple(content.get("required", ())),
-        "tokens": {token: TokenSource(**source) for token, source in content["tokens"].items()},
     }
-    return Recipe(**fields)
+    return parse_record(Recipe, {**content, **folders}, "the recipe")

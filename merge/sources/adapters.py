@@ -143,11 +143,14 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+@dataclass(frozen=True)
 class _Matcher:
     """Maps the tensors of an adapter to the tensors of its base model."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], adapter: Checkpoint, base: Checkpoint) -> None:
-        self.folder, self.config, self.adapter, self.base = folder, config, adapter, base
+    folder: Path
+    config: Mapping[str, Any]
+    adapter: Checkpoint
+    base: Checkpoint
 
     def changes(self) -> dict[str, _Change]:
         """Return the change of each changed tensor of the base model."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...core.artefacts.files import read_json
-from ...core.artefacts.layout import Layout
-from ...core.artefacts.safetensors_io import Checkpoint
-from ...core.artefacts.statistics_files import (
+from ...core.artefacts.layout import (
     STATISTICS_FOLDER,
     STATISTICS_FORMAT,
-    statistics_manifest,
-    statistics_weights,
+    STATISTICS_MANIFEST,
+    STATISTICS_WEIGHTS,
+    Layout,
 )
+from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError
 from ...core.hooks.merging import MergeMethod, TensorMerge
 from .models import Source, StoredTensor
@@ -39,14 +39,14 @@ def _open(source: Source, kind: str, layout: Layout | None) -> dict[str, StoredT
     candidates = [source.folder.parent / STATISTICS_FOLDER / name / kind]
     if layout is not None:
         candidates.insert(0, layout.statistics / name / kind)
-    folder = next((candidate for candidate in candidates if statistics_manifest(candidate).is_file()), None)
+    folder = next((candidate for candidate in candidates if (candidate / STATISTICS_MANIFEST).is_file()), None)
     command = f"expertctl stats {name} --kind {kind}"
     if folder is None:
         raise UserError(f"expert '{name}' has no {kind} statistics; collect them with `{command}`")
-    manifest = read_json(statistics_manifest(folder))
+    manifest = read_json(folder / STATISTICS_MANIFEST)
     if manifest.get("format") != STATISTICS_FORMAT:
         raise UserError(
-            f"{statistics_manifest(folder)} has the unsupported format {manifest.get('format')}; collect it again with `{command}`"
+            f"{folder / STATISTICS_MANIFEST} has the unsupported format {manifest.get('format')}; collect it again with `{command}`"
         )
     if source.manifest is not None and manifest.get("expert_digest") != source.manifest.digest:
         raise UserError(
@@ -54,7 +54,7 @@ def _open(source: Source, kind: str, layout: Layout | None) -> dict[str, StoredT
             f"`{command} --force`"
         )
     digests = manifest.get("tensors", {})
-    checkpoint = Checkpoint([statistics_weights(folder)])
+    checkpoint = Checkpoint([folder / STATISTICS_WEIGHTS])
     return {
         tensor: StoredTensor(entry, digests.get(tensor), name=tensor) for tensor, entry in checkpoint.entries.items()
     }

@@ -35,7 +35,7 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
     (workspace / "expertctl.yaml").write_text("domains: {}\ntrainin: {tokens: 3}\n", encoding="utf-8")
     result = run("show")
     assert result.status == 1
-    assert result.error == (f"{workspace / 'expertctl.yaml'}:2: unknown key 'trainin'; did you mean 'training'?")
+    assert result.error == (f"{workspace / 'expertctl.yaml'}:2: unknown key 'trainin' (did you mean 'training'?)")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
         (["branch", "seed", "--domain", "code"], "an expert cannot be called 'seed'"),
         (
             ["branch", "law", "--domain", "code", "--set", "lerning_rate=1"],
-            "expert 'law': unknown key 'lerning_rate' in training; did you mean 'learning_rate'?",
+            "expert 'law': unknown key 'lerning_rate' in training (did you mean 'learning_rate'?)",
         ),
         (
             ["branch", "law", "--domain", "code", "--tokens", "0"],

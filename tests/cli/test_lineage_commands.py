@@ -143,7 +143,7 @@ def test_doctor_finds_nothing_wrong_here(run: Any, workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("domians: {}\n", "unknown key 'domians'; did you mean 'domains'?"),
+        ("domians: {}\n", "unknown key 'domians' (did you mean 'domains'?)"),
         ("domains: {law: {path: text/law}}\n", "text/law does not exist"),
     ],
 )

@@ -27,9 +27,9 @@ from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.statements import DataStatement
 from expertctl.core.manifests.verification import verify
 from expertctl.core.models.posterior import EWMA_RATE
+from expertctl.core.reporting import SILENT
 from expertctl.core.testing import fresh_plugins
 from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
-from expertctl.core.reporting import SILENT
 from expertctl.merge.merging import MergeRun, merge
 from expertctl.merge.planning.weights import resolve_weights
 

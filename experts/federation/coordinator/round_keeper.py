@@ -62,8 +62,7 @@ def begin_rounds(coordinator: Coordinator, name: str, plan: RoundPlan, settings:
         if not (root / SETTINGS_FILE).is_file():
             layout = coordinator.layout
             require_free(layout, name, root)
-            if not (layout.seed / "seed.json").is_file():
-                raise UserError("there is no finished seed; make one with `expertctl seed`")
+            digest_of_seed(layout.seed)  # raises without a finished seed
             SharedModel.begin(root, layout.seed, plan, settings, now)
         else:
             _extend_open_round(SharedModel(root), plan, settings, now)

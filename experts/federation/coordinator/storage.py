@@ -53,7 +53,10 @@ class FederationFiles:
         return ExpertRequest.of_json(read_json(path))
 
     def write_request(self, request: ExpertRequest) -> None:
-        write_json(self._new_path("requests", request.id), request.as_json())
+        path = self._new_path("requests", request.id)
+        for folder in ("incoming", "accepted", ".locks"):  # of its delivery
+            (self.root / folder).mkdir(exist_ok=True, mode=0o700)
+        write_json(path, request.as_json())
 
     def record_handout(self, request_id: str, code: str, at: datetime) -> None:
         """Store an owner node's reply to a request: `TAKEN`, or a code that says why not."""

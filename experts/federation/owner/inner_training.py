@@ -94,7 +94,7 @@ class InnerTraining:
                 raise Interrupted(f"stopped at step {report.step} of {end}; the same command resumes")
             if time.monotonic() - saved_at >= self.config.checkpoint_seconds:
                 save_checkpoint(loop, self.state)
-                loss, saved_at, reported_at = math.nan, time.monotonic(), 0.0
+                saved_at = time.monotonic()
         stored = {
             name: tensor.to("cpu", torch_dtype(shared.entry(name).dtype))
             for name, tensor in checkpoint_tensors(model).items()

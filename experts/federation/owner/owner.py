@@ -22,12 +22,13 @@ from typing import Any
 from ....core.artefacts.files import is_alive, os_errors_as_user_errors, read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.errors import UserError
+from ....core.manifests.run import RUN_FILE, read_run
 from ..protocol.delivery import SignedStatement, make_delivery
 from ..protocol.keys import OwnerKey, read_key
 from ..protocol.progress import Progress
 from ..protocol.requests import ExpertRequest, is_identifier, without_superseded
 from .kept_seeds import KeptSeeds
-from .owner_privacy import checked_privacy, is_private_enough, privacy_of
+from .owner_privacy import checked_privacy, privacy_of
 
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "work.log"
@@ -177,7 +178,13 @@ class Owner:
 
     def is_private_enough(self, request: ExpertRequest) -> bool:
         """Return whether a request's run keeps to the current privacy settings; true if there is no run."""
-        return is_private_enough(self.expert_folder(request), self.privacy(request))
+        privacy, folder = self.privacy(request), self.expert_folder(request)
+        if privacy is None or not (folder / RUN_FILE).is_file():
+            return True
+        dp = read_run(folder).dp
+        if dp is None or dp.noise != "secret":
+            return False
+        return bool(dp.epsilon <= privacy["epsilon"] and dp.delta <= privacy["delta"])
 
     def discard_training(self, request: ExpertRequest) -> None:
         """Delete a request's run and delivery; its training process must have ended."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
-from ....core.manifests.run import RUN_FILE, read_run
 from ..protocol.requests import ExpertRequest
-
-LABEL = "the differential privacy (--dp)"
 
 
 def checked_privacy(privacy: Mapping[str, Any]) -> dict[str, Any]:
     """Return privacy settings unchanged; raises `UserError` if they are invalid."""
-    validate_settings(DpConfig, dict(privacy), LABEL)
+    validate_settings(DpConfig, dict(privacy), "the differential privacy (--dp)")
     return dict(privacy)
 
 
@@ -35,11 +31,3 @@ def privacy_of(request: ExpertRequest, demanded: Mapping[str, Any] | None) -> di
     if requested is None:
         return dict(demanded)
     return {**requested, **demanded, **{name: min(requested[name], demanded[name]) for name in ("epsilon", "delta")}}
-
-
-def is_private_enough(run_folder: Path, privacy: Mapping[str, Any] | None) -> bool:
-    """Return whether a run's settings keep to a privacy budget; true if there is no budget or no run."""
-    if privacy is None or not (run_folder / RUN_FILE).is_file():
-        return True
-    dp = read_run(run_folder).dp
-    return dp is not None and dp.noise == "secret" and dp.epsilon <= privacy["epsilon"] and dp.delta <= privacy["delta"]

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.artefacts.layout import check_name
-from ....core.errors import UserError, closest
+from ....core.errors import UserError, did_you_mean
 from .deliveries import Delivers
 
 
@@ -138,9 +138,7 @@ def _owner(row: Any) -> OwnerTraits:
     values: dict[str, Any] = {}
     for name, value in row.items():
         if name not in known:
-            guess = closest(str(name), known)
-            hint = f" (did you mean '{guess}'?)" if guess else ""
-            raise UserError(f"there is no column '{name}'{hint}; known: {', '.join(known)}")
+            raise UserError(f"there is no column '{name}'{did_you_mean(str(name), known)}; known: {', '.join(known)}")
         if value is not None and str(value).strip():
             values[name] = _value(name, value)
     missing = [name for name in list(known)[:4] if name not in values]

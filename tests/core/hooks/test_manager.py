@@ -401,7 +401,7 @@ def test_an_empty_selection_loads_none(load: Callable[[str | None], Loaded]) -> 
 
 def test_a_selected_plugin_that_is_not_installed_is_named(load: Callable[[str | None], Loaded]) -> None:
     (problem,) = load("goood").problems
-    assert str(problem) == "plugin 'goood' (EXPERTCTL_PLUGINS): is asked for but not installed (did you mean 'good'?)"
+    assert str(problem) == "plugin 'goood' (EXPERTCTL_PLUGINS): is selected but not installed (did you mean 'good'?)"
 
 
 def test_the_process_has_one_manager() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from changed_mixtures import merge, model_files, train_again
 from flexolmo_workspaces import OWNERS, make_flexolmo_workspace, train_here, tune_here
-from safetensors.torch import load_file
 from reporters import Recorder
+from safetensors.torch import load_file
 
 from expertctl import TuningSettings, UserError, load_model
 from expertctl.core.manifests.manifest import read_manifest

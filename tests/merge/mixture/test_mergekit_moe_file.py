@@ -97,7 +97,7 @@ def test_dtype_and_architecture(read: Any, tmp_path: Path) -> None:
             r"moe.yml:\d+: all experts have the same prompts",
         ),
         ({"experts": [{"source_model": "nowhere"}]}, "there is no folder nowhere"),
-        ({"expert_per_token": 2}, "unknown key 'expert_per_token'; did you mean 'experts_per_token'"),
+        ({"expert_per_token": 2}, r"unknown key 'expert_per_token' \(did you mean 'experts_per_token'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_key(read: Any, content: dict[str, Any], part: str) -> None:

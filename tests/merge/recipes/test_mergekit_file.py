@@ -176,7 +176,7 @@ def test_adapters_are_named_by_their_base(read: Any, tmp_path: Path) -> None:
     ("content", "part"),
     [
         ({"merge_method": "linaer", "models": TWO}, r":1: .*no merge method 'linaer' \(did you mean 'linear'"),
-        ({"merge_method": "linear", "models": TWO, "modles": []}, r":\d+: unknown key 'modles'; did you mean 'modules'"),
+        ({"merge_method": "linear", "models": TWO, "modles": []}, r":\d+: unknown key 'modles' \(did you mean 'modules'"),
         ({"merge_method": "linear"}, "give exactly one of 'models', 'slices' and 'modules'"),
         ({"merge_method": "ties", "models": TWO}, "needs a base_model"),
         ({"merge_method": "linear", "models": [{"model": "org/name"}]}, "hf download org/name --local-dir name"),

@@ -167,13 +167,13 @@ def test_written_files_equal_their_source_but_for_what_is_declared(tmp_path: Pat
 
 def test_a_chat_template_is_the_most_common_or_the_given_text(tmp_path: Path) -> None:
     folders = {name: tokenizer(tmp_path / name) for name in "abc"}
-    assert chat_template("auto", folders) is None
+    assert chat_template("auto", list(folders.values())) is None
     for name, text in (("a", "{{ one }}"), ("b", "{{ two }}"), ("c", "{{ two }}")):
         (folders[name] / "chat_template.jinja").write_text(text)
-    assert chat_template("auto", folders) == "{{ two }}"
-    assert chat_template("{{ mine }}", folders) == "{{ mine }}"
+    assert chat_template("auto", list(folders.values())) == "{{ two }}"
+    assert chat_template("{{ mine }}", list(folders.values())) == "{{ mine }}"
     with pytest.raises(UserError, match="neither 'auto' nor a template"):
-        chat_template("chatml", folders)
+        chat_template("chatml", list(folders.values()))
 
 
 # --- whole merges ---
