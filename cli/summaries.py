@@ -9,6 +9,7 @@ from .output import shares, short
 
 if TYPE_CHECKING:
     from ..core.manifests.manifest import Manifest
+    from .context import Session
 
 
 def artefact_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
@@ -29,6 +30,11 @@ def artefact_line(folder: Path, manifest: Manifest) -> str:
     """Return one line that describes a new artefact."""
     title = f"{manifest.kind} '{manifest.name}'" if manifest.kind != "seed" else "seed"
     return f"{title} {short(manifest.digest)} is in {folder}"
+
+
+def show_artefact(session: Session, folder: Path, manifest: Manifest, *parts: str) -> None:
+    """Print the result of a command that made an artefact."""
+    session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest), *parts)
 
 
 def origin(manifest: Manifest) -> str:

@@ -224,18 +224,16 @@ class _WorkspaceMerge:
         with exclusive(self.layout.lock(f"generalist-{self.target.name}"), f"generalist '{self.name}'"):
             search: SearchRecord | None = None
             if self.config.weights == "posterior" or self.config.search is not None:
-                weights, search = self._fit_weights(plan, text())
+                weights, search = self._fit_weights(plan, text)
                 plan = plan.with_recipe(self.recipe(weights), text, self.run.reporter)
             elif plan.assembly is not None and not plan.assembly.is_fitted:
                 plan = plan.with_recipe(plan.recipe, text, self.run.reporter)
             return _write(plan, self.target, self.name, self.run, text.domains, search)
 
-    def _fit_weights(
-        self, plan: MergePlan, texts: Sequence[ValidationText]
-    ) -> tuple[Mapping[str, Setting], SearchRecord | None]:
+    def _fit_weights(self, plan: MergePlan, text: _LazyText) -> tuple[Mapping[str, Setting], SearchRecord | None]:
         """Return weights fitted on validation text, by the posterior or a search, and the record of the search."""
         wanted = "posterior" if self.config.weights == "uniform" else self.config.weights
-        start = resolve_weights(wanted, self.layout.seed, self.folders, lambda: texts, self.run.reporter)
+        start = resolve_weights(wanted, self.layout.seed, self.folders, text, self.run.reporter)
         if self.config.search is None:
             return start, None
         if self.method.weights == "factors" and isinstance(self.config.weights, str):
@@ -244,7 +242,7 @@ class _WorkspaceMerge:
             lambda weights: plan.with_recipe(self.recipe(weights)),
             self.layout.seed,
             start,
-            texts,
+            text(),
             self.config.search,
             self.layout.reports / f"search-{self.name}.jsonl",
             self.run.reporter,

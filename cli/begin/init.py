@@ -9,24 +9,20 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import flag, path
 
 
 @cli_command("init", example="expertctl init demo --bundled")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--seed",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Use this Hugging Face causal language model as the seed. Default: pretrain a seed.",
-)
-@click.option("--bundled", is_flag=True, help="List the bundled corpora, which are already installed, as domains.")
+@path("--seed", "FOLDER", "Use this Hugging Face causal language model as the seed. Default: pretrain a seed.")
+@flag("--bundled", "List the bundled corpora, which are already installed, as domains.")
 @pass_session
 def command(session: Session, folder: Path, seed: Path | None, bundled: bool) -> None:
     """Create a workspace with a commented expertctl.yaml."""
     from ...core.artefacts.files import os_errors_as_user_errors, write_text
     from ...core.artefacts.layout import CONFIG_FILE
     from ...core.errors import UserError
-    from ..project_file import project_file
+    from .project_file import project_file
 
     target = folder / CONFIG_FILE
     if target.exists():

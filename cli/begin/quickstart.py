@@ -10,6 +10,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import flag, integer, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,33 +44,20 @@ training:
 
 @cli_command("quickstart", example="expertctl quickstart demo")
 @click.argument("folder", metavar="[DIR]", type=click.Path(path_type=Path), default=Path("quickstart"))
-@click.option(
+@option(
     "--corpora",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="FOLDER",
-    help="Use your own text: a folder with one subfolder per domain, each with train.jsonl and valid.jsonl. Default: "
+    "FOLDER",
+    "Use your own text: a folder with one subfolder per domain, each with train.jsonl and valid.jsonl. Default: "
     "the installed text.",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
 )
-@click.option(
-    "--baselines",
-    is_flag=True,
-    help="Also train the baselines: a dense model and an ensemble of random-split experts.",
-)
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Number of experts to train at the same time.",
-)
-@click.option(
+@flag("--baselines", "Also train the baselines: a dense model and an ensemble of random-split experts.")
+@integer("--jobs", "Number of experts to train at the same time.", default=2)
+@integer(
     "--tokens",
-    type=click.IntRange(min=1000),
+    "Total training budget in tokens: half for the seed, the rest divided equally among the experts.",
+    least=1000,
     default=1_200_000,
-    show_default=True,
-    metavar="N",
-    help="Total training budget in tokens: half for the seed, the rest divided equally among the experts.",
 )
 @pass_session
 def command(session: Session, folder: Path, corpora: Path | None, baselines: bool, jobs: int, tokens: int) -> None:

@@ -6,6 +6,8 @@ import click
 
 from ..context import Session, pass_session
 from ..group import Group, cli_command
+from ..options import flag, integer
+from ..summaries import show_artefact
 
 
 @click.group("baseline", cls=Group)
@@ -14,12 +16,8 @@ def command() -> None:
 
 
 @cli_command("dense", example="expertctl baseline dense && expertctl eval forest dense")
-@click.option(
-    "--same-batch",
-    is_flag=True,
-    help="Use an expert's batch size and more steps, instead of an expert's steps and a larger batch.",
-)
-@click.option("--force", is_flag=True, help="Replace the existing baseline.")
+@flag("--same-batch", "Use an expert's batch size and more steps, instead of an expert's steps and a larger batch.")
+@flag("--force", "Replace the existing baseline.")
 @pass_session
 def dense(session: Session, same_batch: bool, force: bool) -> None:
     """Train one dense model for as many tokens as all experts together.
@@ -29,22 +27,12 @@ def dense(session: Session, same_batch: bool, force: bool) -> None:
     workspace = session.open()
     with session.progress() as progress:
         manifest = workspace.baselines.dense(same_batch=same_batch, reporter=progress, force=force)
-    from ..summaries import artefact_content, artefact_line
-
-    folder = workspace.layout.baselines / manifest.name
-    session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest))
+    show_artefact(session, workspace.layout.baselines / manifest.name, manifest)
 
 
 @cli_command("random-split", example="expertctl baseline random-split --jobs 2 && expertctl eval forest random-split")
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Number of runs to train at the same time.",
-)
-@click.option("--force", is_flag=True, help="Replace the existing baseline.")
+@integer("--jobs", "Number of runs to train at the same time.", default=1)
+@flag("--force", "Replace the existing baseline.")
 @pass_session
 def random_split(session: Session, jobs: int, force: bool) -> None:
     """Train experts on random slices of all text and make their ensemble.
@@ -55,10 +43,7 @@ def random_split(session: Session, jobs: int, force: bool) -> None:
     workspace = session.open()
     with session.progress() as progress:
         manifest = workspace.baselines.random_split(jobs=jobs, reporter=progress, force=force)
-    from ..summaries import artefact_content, artefact_line
-
-    folder = workspace.layout.baselines / "random-split"
-    session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest))
+    show_artefact(session, workspace.layout.baselines / "random-split", manifest)
 
 
 command.add_command(dense)

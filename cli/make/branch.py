@@ -8,8 +8,9 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import flag, option, training_settings, with_training
 from ..output import shares
-from ..parsing import as_dictionary, setting, weights
+from ..parsing import as_dictionary, weights
 from ..parsing import settings as key_values
 
 if TYPE_CHECKING:
@@ -18,50 +19,34 @@ if TYPE_CHECKING:
 
 @cli_command("branch", example="expertctl branch law --domain law --trains feed_forward --tokens 200000")
 @click.argument("name", metavar="[NAME]", required=False)
-@click.option(
+@option(
     "--clusters",
-    metavar="SET",
-    help="Create an expert for each cluster of this set (see `data discover`) and divide --tokens among them.",
+    "SET",
+    "Create an expert for each cluster of this set (see `data discover`) and divide --tokens among them.",
 )
-@click.option("--domain", metavar="DOMAIN", help="Domain to train on. Default: the domain of NAME in expertctl.yaml.")
-@click.option(
+@option("--domain", "DOMAIN", "Domain to train on. Default: the domain of NAME in expertctl.yaml.")
+@option(
     "--trains",
-    metavar="PART",
-    help="Trainable parameters: all, feed_forward, another trainer, or a pattern of tensor names. Default: all.",
+    "PART",
+    "Trainable parameters: all, feed_forward, another trainer, or a pattern of tensor names. Default: all.",
 )
-@click.option(
+@option(
     "--from",
-    "start",
+    "START",
+    "Starting point: seed, auto (the experts closest to the domain), or a:0.6,b:0.4. Default: seed.",
+    name="start",
     type=weights,
-    metavar="START",
-    help="Starting point: seed, auto (the experts closest to the domain), or a:0.6,b:0.4. Default: seed.",
 )
-@click.option("--tokens", type=int, metavar="N", help="Training budget in tokens.")
-@click.option(
-    "--set",
-    "settings",
-    type=setting,
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set another training setting; repeatable.",
-)
-@click.option(
-    "--option",
-    "options",
-    type=setting,
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set an option of the trainer; repeatable.",
-)
-@click.option(
+@with_training
+@option(
     "--dp",
+    "epsilon=E,delta=D",
+    "Train with differential privacy: epsilon and delta; optional: clip, accountant, noise, embedding_noise.",
     type=key_values,
-    metavar="epsilon=E,delta=D",
-    help="Train with differential privacy: epsilon and delta; optional: clip, accountant, noise, embedding_noise.",
 )
-@click.option("--owner", metavar="TEXT", help="Owner of the data, recorded in expert.json.")
-@click.option("--licence", metavar="TEXT", help="Licence of the expert, recorded in expert.json.")
-@click.option("--force", is_flag=True, help="Replace an existing expert of that name.")
+@option("--owner", "TEXT", "Owner of the data, recorded in expert.json.")
+@option("--licence", "TEXT", "Licence of the expert, recorded in expert.json.")
+@flag("--force", "Replace an existing expert of that name.")
 @pass_session
 def command(
     session: Session,
@@ -82,7 +67,7 @@ def command(
 
     Train it with `expertctl train NAME`. Omitted options default to `experts.NAME` in expertctl.yaml.
     """
-    training = as_dictionary([*settings, *([("tokens", tokens)] if tokens is not None else [])])
+    training = training_settings(tokens, settings)
     settings_of_run: dict[str, Any] = {
         "trains": trains,
         "start": start,

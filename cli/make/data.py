@@ -8,8 +8,9 @@ import click
 
 from ..context import Session, pass_session
 from ..group import Group, cli_command
+from ..options import choice, flag, integer, name_list, option, pairs
 from ..output import Table, number
-from ..parsing import as_dictionary, names, setting
+from ..parsing import as_dictionary
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +28,7 @@ def command() -> None:
 
 @cli_command("prepare", example="expertctl data prepare law code")
 @click.argument("domains", metavar="[DOMAIN]...", nargs=-1)
-@click.option("--force", is_flag=True, help="Tokenise the text again even if it has not changed.")
+@flag("--force", "Tokenise the text again even if it has not changed.")
 @pass_session
 def prepare(session: Session, domains: tuple[str, ...], force: bool) -> None:
     """Tokenise domains (default: all) with the seed's tokenizer.
@@ -67,23 +68,17 @@ def list_(session: Session) -> None:
 
 @cli_command("proxy", example="expertctl data proxy law-proxy --like law --from web --documents 500")
 @click.argument("name", metavar="NAME")
-@click.option("--like", required=True, metavar="DOMAIN", help="Domain that the documents should resemble.")
-@click.option("--from", "source", required=True, metavar="PUBLIC", help="Public domain to select documents from.")
-@click.option(
-    "--documents",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of documents. Default: a tenth of PUBLIC, at most 1,000.",
-)
-@click.option(
+@option("--like", "DOMAIN", "Domain that the documents should resemble.", required=True)
+@option("--from", "PUBLIC", "Public domain to select documents from.", name="source", required=True)
+@integer("--documents", "Number of documents. Default: a tenth of PUBLIC, at most 1,000.")
+@option(
     "--seed",
+    "N",
+    "Random seed of the classifier's training sample.",
     type=click.IntRange(min=0, max=2**63 - 1),
     default=0,
-    show_default=True,
-    metavar="N",
-    help="Random seed of the classifier's training sample.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing proxy corpus of that name.")
+@flag("--force", "Replace an existing proxy corpus of that name.")
 @pass_session
 def proxy(session: Session, name: str, like: str, source: str, documents: int | None, seed: int, force: bool) -> None:
     """Build a proxy corpus: public documents that resemble a domain.
@@ -116,48 +111,19 @@ def proxy(session: Session, name: str, like: str, source: str, documents: int | 
 
 @cli_command("discover", example="expertctl data discover campus --clusters 8")
 @click.argument("name", metavar="NAME")
-@click.option(
-    "--clusters",
-    type=click.IntRange(min=1),
-    metavar="K",
-    help="Number of clusters; not needed for --by metadata.",
+@integer("--clusters", "Number of clusters; not needed for --by metadata.", metavar="K")
+@option("--by", "DISCOVERER", "Clustering method; `expertctl plugins` lists the discoverers.", default="tfidf")
+@pairs("--option", "options", "Set an option of the discoverer; repeatable.")
+@name_list("--domains", "Domains to cluster. Default: all that were not discovered.")
+@integer("--sample", "Number of documents to fit vocabulary and centroids on. Default: 50,000.")
+@option("--stop-words", "WHICH", "Stop words: english (default), none, or a file with one word per line.")
+@choice(
+    "--analyser", ["words", "characters"], "Text features. Default: words, or characters for scripts without spaces."
 )
-@click.option(
-    "--by",
-    default="tfidf",
-    show_default=True,
-    metavar="DISCOVERER",
-    help="Clustering method; `expertctl plugins` lists the discoverers.",
-)
-@click.option(
-    "--option",
-    "options",
-    type=setting,
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set an option of the discoverer; repeatable.",
-)
-@click.option("--domains", type=names, metavar="A,B", help="Domains to cluster. Default: all that were not discovered.")
-@click.option(
-    "--sample",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of documents to fit vocabulary and centroids on. Default: 50,000.",
-)
-@click.option(
-    "--stop-words",
-    metavar="WHICH",
-    help="Stop words: english (default), none, or a file with one word per line.",
-)
-@click.option(
-    "--analyser",
-    type=click.Choice(["words", "characters"]),
-    help="Text features. Default: words, or characters for scripts without spaces.",
-)
-@click.option("--unbalanced", is_flag=True, help="Do not balance cluster sizes when fitting centroids.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Number of processes. Default: one per core.")
-@click.option("--force", is_flag=True, help="Replace an existing set of that name.")
+@flag("--unbalanced", "Do not balance cluster sizes when fitting centroids.")
+@integer("--seed", "Random seed.", least=0, default=0)
+@integer("--jobs", "Number of processes. Default: one per core.")
+@flag("--force", "Replace an existing set of that name.")
 @pass_session
 def discover(
     session: Session,

@@ -10,45 +10,28 @@ import click
 
 from ..context import Session, pass_session
 from ..group import Group, cli_command
+from ..options import flag, option, path, with_options
 from ..summaries import artefact_content, artefact_line
 
 if TYPE_CHECKING:
     from ...core.manifests.manifest import Manifest
     from ...merge.mixture.changing import Change
 
-output_options = [
-    click.option(
-        "-m",
-        "--model",
+with_output = with_options(
+    option(
+        "-m, --model",
+        "GENERALIST",
+        "Generalist to change. It is not modified; the result is a new generalist.",
         required=True,
-        metavar="GENERALIST",
-        help="Generalist to change. It is not modified; the result is a new generalist.",
     ),
-    click.option(
-        "-o",
-        "--output",
-        required=True,
-        type=click.Path(path_type=Path),
-        metavar="NAME",
-        help="Name of the new generalist in this workspace, or a folder.",
-    ),
-    click.option("--allow-licences", is_flag=True, help="Continue although licences contradict each other."),
-    click.option("--force", is_flag=True, help="Replace existing output."),
-    click.option("--resume", is_flag=True, help="Resume an interrupted change."),
-]
-
-
-retrain_option = click.option(
-    "--retrain",
-    is_flag=True,
-    help="Stitched models: continue training the stitches with their previous settings.",
+    path("-o, --output", "NAME", "Name of the new generalist in this workspace, or a folder.", required=True),
+    flag("--allow-licences", "Continue although licences contradict each other."),
+    flag("--force", "Replace existing output."),
+    flag("--resume", "Resume an interrupted change."),
 )
 
 
-def with_output(function: click.decorators.FC) -> click.decorators.FC:
-    for option in reversed(output_options):
-        function = option(function)
-    return function
+retrain_option = flag("--retrain", "Stitched models: continue training the stitches with their previous settings.")
 
 
 @click.group("expert", cls=Group)
@@ -82,7 +65,7 @@ def add(session: Session, /, names: tuple[str, ...], **options: Any) -> None:
 
 @cli_command("replace", example="expertctl expert replace law -m campus -o campus-2 --by law-2027")
 @click.argument("name", metavar="NAME")
-@click.option("--by", required=True, metavar="EXPERT", help="Expert to use instead, under the same name.")
+@option("--by", "EXPERT", "Expert to use instead, under the same name.", required=True)
 @with_output
 @pass_session
 def replace(session: Session, /, name: str, by: str, **options: Any) -> None:

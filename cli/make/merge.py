@@ -10,8 +10,10 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import choice, flag, integer, name_list, option, pairs, path
 from ..output import Table
-from ..parsing import as_dictionary, byte_count, names, setting, weights
+from ..parsing import as_dictionary, byte_count, weights
+from ..summaries import artefact_content, origin, show_artefact
 
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
@@ -23,113 +25,57 @@ if TYPE_CHECKING:
 
 @cli_command("merge", example="expertctl merge forest --method ensemble --experts code,law --option top_k=1")
 @click.argument("name", metavar="NAME", required=False)
-@click.option("--method", metavar="METHOD", help="Merge method; `expertctl plugins` lists the methods.")
-@click.option(
-    "--experts",
-    type=names,
-    metavar="A,B",
-    help="Experts to merge: names, or folders of models and LoRA adapters. Default: all finished experts.",
+@option("--method", "METHOD", "Merge method; `expertctl plugins` lists the methods.")
+@name_list(
+    "--experts", "Experts to merge: names, or folders of models and LoRA adapters. Default: all finished experts."
 )
-@click.option(
+@option(
     "--weights",
-    "shares_",
+    "WEIGHTS",
+    "Weights of the experts: uniform, posterior (domain posterior), or a:0.6,b:0.4. Default: uniform.",
+    name="shares_",
     type=weights,
-    metavar="WEIGHTS",
-    help="Weights of the experts: uniform, posterior (domain posterior), or a:0.6,b:0.4. Default: uniform.",
 )
-@click.option(
-    "--option",
-    "options",
-    type=setting,
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set an option of the method; repeatable.",
-)
-@click.option(
+@pairs("--option", "options", "Set an option of the method; repeatable.")
+@name_list(
     "--fit-on",
-    type=names,
-    metavar="A,B",
-    help="Domains whose validation text is used for priors, posterior weights and --search. Default: the experts' own domains.",
+    "Domains whose validation text is used for priors, posterior weights and --search. Default: the experts' own domains.",
 )
-@click.option(
+@path(
     "--config",
-    "file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Merge according to a mergekit configuration file, into -o DIR; needs no workspace.",
+    "FILE",
+    "Merge according to a mergekit configuration file, into -o DIR; needs no workspace.",
+    file=True,
+    name="file",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Output folder. Default: generalists/NAME.",
-)
-@click.option(
+@path("-o, --output", "DIR", "Output folder. Default: generalists/NAME.")
+@choice(
     "--search",
+    ["coordinate", "cma"],
+    "Search for the weights that predict validation text best, starting from the posterior weights.",
     is_flag=False,
     flag_value="coordinate",
-    type=click.Choice(["coordinate", "cma"]),
-    help="Search for the weights that predict validation text best, starting from the posterior weights.",
 )
-@click.option(
-    "--trials",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Maximum number of merges that a search evaluates. Default: 40.",
+@integer("--trials", "Maximum number of merges that a search evaluates. Default: 40.")
+@integer("--layer-groups", "Number of weights per expert in a search, spread over the layers. Default: 1.")
+@flag("--plan", "Dry run: check everything, show the plan, and stop.", name="plan_only")
+@flag(
+    "--gate", "Compare the result with the seed, best expert, average and ensemble; exit with status 3 if it is worse."
 )
-@click.option(
-    "--layer-groups",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of weights per expert in a search, spread over the layers. Default: 1.",
-)
-@click.option("--plan", "plan_only", is_flag=True, help="Dry run: check everything, show the plan, and stop.")
-@click.option(
-    "--gate",
-    is_flag=True,
-    help="Compare the result with the seed, best expert, average and ensemble; exit with status 3 if it is worse.",
-)
-@click.option(
-    "--self-contained",
-    is_flag=True,
-    help="Copy the members of a stitched model into its folder instead of referring to them.",
-)
-@click.option("--resume", is_flag=True, help="Resume a killed or interrupted merge.")
-@click.option("--force", is_flag=True, help="Replace existing output.")
-@click.option(
-    "--dtype",
-    metavar="DTYPE",
-    help="Dtype of the output: bfloat16, float16, float32, float64. Default: as the seed.",
-)
-@click.option(
+@flag("--self-contained", "Copy the members of a stitched model into its folder instead of referring to them.")
+@flag("--resume", "Resume a killed or interrupted merge.")
+@flag("--force", "Replace existing output.")
+@option("--dtype", "DTYPE", "Dtype of the output: bfloat16, float16, float32, float64. Default: as the seed.")
+@option(
     "--tokenizer",
-    metavar="POLICY",
-    help="Policy for different tokenizers: refuse, base, union, or an expert's name. Default: refuse.",
+    "POLICY",
+    "Policy for different tokenizers: refuse, base, union, or an expert's name. Default: refuse.",
 )
-@click.option(
-    "--shard-size",
-    type=byte_count,
-    metavar="SIZE",
-    default="5GB",
-    show_default=True,
-    help="Maximum size of a file, such as 500MB.",
-)
-@click.option(
-    "--device",
-    metavar="DEVICE",
-    default="cpu",
-    show_default=True,
-    help="Device for the computation: cpu, cuda, cuda:1.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of tensors to merge at the same time. Default: one per core, up to 4.",
-)
-@click.option("--allow-unrelated", is_flag=True, help="Merge models that do not descend from one another.")
-@click.option("--allow-licences", is_flag=True, help="Merge models whose licences contradict each other.")
+@option("--shard-size", "SIZE", "Maximum size of a file, such as 500MB.", type=byte_count, default="5GB")
+@option("--device", "DEVICE", "Device for the computation: cpu, cuda, cuda:1.", default="cpu")
+@integer("--threads", "Number of tensors to merge at the same time. Default: one per core, up to 4.")
+@flag("--allow-unrelated", "Merge models that do not descend from one another.")
+@flag("--allow-licences", "Merge models whose licences contradict each other.")
 @pass_session
 def command(
     session: Session,
@@ -211,7 +157,7 @@ def command(
         manifest = workspace.merge(name, run=replace(run, reporter=reporter), **settings)
     folder = output or workspace.generalists / name
     if not gate:
-        _finish(session, folder, manifest)
+        show_artefact(session, folder, manifest, origin(manifest))
         return 0
     return _compare(session, workspace, folder, manifest)
 
@@ -219,7 +165,6 @@ def command(
 def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Manifest) -> int:
     """Compare a merge with its baselines and record the result in its manifest and card."""
     from ...merge.generalists.folder import note_evaluation
-    from ..summaries import artefact_content
     from ..use.eval import report_comparison
 
     name = folder.name if folder.parent == workspace.generalists.folder else str(folder)
@@ -237,9 +182,11 @@ def _search(strategy: str | None, trials: int | None, layer_groups: int | None) 
 def _refuse_with_file(name: str | None, other_options: dict[str, Any]) -> None:
     if name is not None:
         raise click.UsageError("--config defines the merge; omit NAME and give the output folder with -o DIR")
-    for option, value in other_options.items():
+    for flag_name, value in other_options.items():
         if value is not None:
-            raise click.UsageError(f"--config defines the whole merge; omit --{option.replace('_', '-').rstrip('s')}")
+            raise click.UsageError(
+                f"--config defines the whole merge; omit --{flag_name.replace('_', '-').rstrip('s')}"
+            )
 
 
 def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun, plan_only: bool) -> None:
@@ -254,17 +201,7 @@ def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun
         raise click.UsageError("--config needs an output folder: -o DIR")
     with session.progress() as reporter:
         manifest = merge_recipe(recipe, output, run=replace(run, reporter=reporter))
-    _finish(session, output, manifest)
-
-
-def _finish(session: Session, folder: Path, manifest: Manifest) -> None:
-    from ..summaries import artefact_content, artefact_line, origin
-
-    session.finish(
-        artefact_content(folder, manifest),
-        artefact_line(folder, manifest),
-        origin(manifest),
-    )
+    show_artefact(session, output, manifest, origin(manifest))
 
 
 def _show_plan(session: Session, plan: MergePlan, output: Path | None) -> None:

@@ -8,23 +8,20 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import flag, option, path
+from ..summaries import show_artefact
 
 
 @cli_command("seed", example="expertctl seed --from models/SmolLM2-135M")
-@click.option(
+@path(
     "--from",
-    "source",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Import this Hugging Face causal language model. Its files are linked, not copied.",
+    "FOLDER",
+    "Import this Hugging Face causal language model. Its files are linked, not copied.",
+    name="source",
 )
-@click.option("--scratch", is_flag=True, help="Pretrain a seed even if expertctl.yaml names a model to import.")
-@click.option("--preset", metavar="NAME", help="Size of a pretrained seed: tiny or small.")
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Replace the existing seed. Experts of the old seed cannot be merged with the new one.",
-)
+@flag("--scratch", "Pretrain a seed even if expertctl.yaml names a model to import.")
+@option("--preset", "NAME", "Size of a pretrained seed: tiny or small.")
+@flag("--force", "Replace the existing seed. Experts of the old seed cannot be merged with the new one.")
 @pass_session
 def command(session: Session, source: Path | None, scratch: bool, preset: str | None, force: bool) -> None:
     """Make the seed: import a model or pretrain a small one.
@@ -38,7 +35,4 @@ def command(session: Session, source: Path | None, scratch: bool, preset: str | 
         manifest = workspace.seed(
             source, scratch=scratch or preset is not None, preset=preset, force=force, reporter=progress
         )
-    from ..summaries import artefact_content, artefact_line
-
-    folder = workspace.layout.seed
-    session.finish(artefact_content(folder, manifest), artefact_line(folder, manifest))
+    show_artefact(session, workspace.layout.seed, manifest)

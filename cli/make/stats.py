@@ -9,35 +9,22 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import choice, flag, integer, option, path
 from ..output import number
 
 
 @cli_command("stats", example="expertctl stats law code --kind gram")
 @click.argument("experts", metavar="EXPERT...", nargs=-1, required=True)
-@click.option(
+@choice(
     "--kind",
-    type=click.Choice(["gram", "fisher"]),
+    ["gram", "fisher"],
+    "gram: second moments of layer inputs, for regmean; fisher: squared gradients, for fisher.",
     default="gram",
-    show_default=True,
-    help="gram: second moments of layer inputs, for regmean; fisher: squared gradients, for fisher.",
 )
-@click.option("--domain", metavar="DOMAIN", help="Domain to collect on. Default: the expert's training domain.")
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Number of blocks of text.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Output folder. Default: statistics/EXPERT.",
-)
-@click.option("--force", is_flag=True, help="Replace existing output.")
+@option("--domain", "DOMAIN", "Domain to collect on. Default: the expert's training domain.")
+@integer("--samples", "Number of blocks of text.", default=256)
+@path("-o, --output", "DIR", "Output folder. Default: statistics/EXPERT.")
+@flag("--force", "Replace existing output.")
 @pass_session
 def command(
     session: Session,

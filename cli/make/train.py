@@ -8,7 +8,8 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..parsing import as_dictionary, setting
+from ..options import flag, integer, option, pairs
+from ..parsing import as_dictionary
 
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
@@ -21,28 +22,10 @@ INTERRUPTED = 130
 
 @cli_command("train", example="expertctl train --all --jobs 2")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Train all branched experts and all experts of expertctl.yaml.")
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Number of experts to train at the same time.",
-)
-@click.option(
-    "--launcher",
-    metavar="NAME",
-    help="Where training runs. Default: the launcher of expertctl.yaml, else local.",
-)
-@click.option(
-    "--launcher-option",
-    "launcher_options",
-    type=setting,
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set an option of the launcher; repeatable.",
-)
+@flag("--all", "Train all branched experts and all experts of expertctl.yaml.", name="everything")
+@integer("--jobs", "Number of experts to train at the same time.", default=1)
+@option("--launcher", "NAME", "Where training runs. Default: the launcher of expertctl.yaml, else local.")
+@pairs("--launcher-option", "launcher_options", "Set an option of the launcher; repeatable.")
 @pass_session
 def command(
     session: Session,

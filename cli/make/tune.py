@@ -8,37 +8,22 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..output import short
-from ..parsing import as_dictionary, names, setting
+from ..options import flag, name_list, option, training_settings, with_training
+from ..parsing import as_dictionary
+from ..summaries import show_artefact
 
 
 @cli_command("tune", example="expertctl tune campus-tuned --from campus --trains router --domains web --tokens 500000")
 @click.argument("name", metavar="NAME")
-@click.option("--from", "base", metavar="GENERALIST", help="Model to train: a generalist, or seed.")
-@click.option(
+@option("--from", "GENERALIST", "Model to train: a generalist, or seed.", name="base")
+@option(
     "--trains",
-    metavar="PART",
-    help="Trainable parameters: router (default), mixture, another trainer of generalists, or a pattern of tensor names.",
+    "PART",
+    "Trainable parameters: router (default), mixture, another trainer of generalists, or a pattern of tensor names.",
 )
-@click.option("--domains", type=names, metavar="A,B", help="Domains to train on, in equal shares.")
-@click.option("--tokens", type=int, metavar="N", help="Training budget in tokens.")
-@click.option(
-    "--set",
-    "settings",
-    type=setting,
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set another training setting; repeatable.",
-)
-@click.option(
-    "--option",
-    "options",
-    type=setting,
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set an option of the trainer; repeatable.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing generalist of that name.")
+@name_list("--domains", "Domains to train on, in equal shares.")
+@with_training
+@flag("--force", "Replace an existing generalist of that name.")
 @pass_session
 def command(
     session: Session,
@@ -58,7 +43,7 @@ def command(
     """
     from ...experts.runs.tuning import TuningSettings
 
-    training = as_dictionary([*settings, *([("tokens", tokens)] if tokens is not None else [])])
+    training = training_settings(tokens, settings)
     workspace = session.open()
     with session.progress(name) as progress:
         manifest = workspace.tune(
@@ -68,10 +53,4 @@ def command(
             force=force,
             reporter=progress,
         )
-    from ..summaries import artefact_content
-
-    folder = workspace.generalists / name
-    session.finish(
-        artefact_content(folder, manifest),
-        f"generalist '{name}' {short(manifest.digest)} is in {folder}",
-    )
+    show_artefact(session, workspace.generalists / name, manifest)

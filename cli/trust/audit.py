@@ -10,13 +10,13 @@ import click
 
 from ..context import Session, pass_session
 from ..group import Group, cli_command
+from ..options import integer, option
 from ..output import Table, number
 
 if TYPE_CHECKING:
     from ...experts.measures.extraction_audit import Extraction, ExtractionAudit
 
 GATE_FAILED = 3
-POSITIVE = click.IntRange(min=1)
 
 
 @click.group("audit", cls=Group)
@@ -29,95 +29,39 @@ def command() -> None:
 
 @cli_command("extraction", example="expertctl audit extraction clinic --data clinic --against seed --documents 500")
 @click.argument("model", metavar="EXPERT")
-@click.option(
+@option(
     "--data",
+    "DOMAIN|PATH",
+    "Training text of the model: a domain (its training split), a file or a folder.",
     required=True,
-    metavar="DOMAIN|PATH",
-    help="Training text of the model: a domain (its training split), a file or a folder.",
 )
-@click.option(
-    "--text-field",
-    default="text",
-    show_default=True,
-    metavar="NAME",
-    help="Field with the text in the files at PATH.",
-)
-@click.option(
-    "--against",
-    metavar="MODEL",
-    help="Also attack this model, which was not trained on the text, such as the seed.",
-)
-@click.option(
-    "--documents",
-    type=POSITIVE,
-    default=1000,
-    show_default=True,
-    metavar="N",
-    help="Maximum number of documents to try.",
-)
-@click.option(
-    "--prefix",
-    type=POSITIVE,
-    default=32,
-    show_default=True,
-    metavar="N",
-    help="Number of tokens in the prompt.",
-)
-@click.option(
-    "--continuation",
-    type=POSITIVE,
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Number of tokens to extract.",
-)
-@click.option(
-    "--samples",
-    type=POSITIVE,
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Number of samples per document.",
-)
-@click.option("--top-k", type=POSITIVE, default=50, show_default=True, metavar="K", help="Top-k of the sampling.")
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.95,
-    show_default=True,
-    metavar="P",
-    help="Top-p of the sampling.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0, min_open=True),
-    default=1.0,
-    show_default=True,
-    metavar="T",
-    help="Temperature of the sampling.",
-)
-@click.option(
+@option("--text-field", "NAME", "Field with the text in the files at PATH.", default="text")
+@option("--against", "MODEL", "Also attack this model, which was not trained on the text, such as the seed.")
+@integer("--documents", "Maximum number of documents to try.", default=1000)
+@integer("--prefix", "Number of tokens in the prompt.", default=32)
+@integer("--continuation", "Number of tokens to extract.", default=256)
+@integer("--samples", "Number of samples per document.", default=10)
+@integer("--top-k", "Top-k of the sampling.", metavar="K", default=50)
+@option("--top-p", "P", "Top-p of the sampling.", type=click.FloatRange(0, 1, min_open=True), default=0.95)
+@option("--temperature", "T", "Temperature of the sampling.", type=click.FloatRange(min=0, min_open=True), default=1.0)
+@option(
     "--threshold",
+    "S",
+    "Minimum similarity for a document to count as extracted.",
     type=click.FloatRange(0, 1),
     default=0.9,
-    show_default=True,
-    metavar="S",
-    help="Minimum similarity for a document to count as extracted.",
 )
-@click.option(
+@integer(
     "--batch-size",
-    type=POSITIVE,
+    "Number of continuations to sample at the same time. Affects memory, speed and the random samples.",
     default=40,
-    show_default=True,
-    metavar="N",
-    help="Number of continuations to sample at the same time. Affects memory, speed and the random samples.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
-@click.option(
+@integer("--seed", "Random seed.", least=0, default=0)
+@option(
     "--at-most",
+    "RATE",
+    "Exit with status 3 if the upper end of the confidence interval exceeds this rate.",
     type=click.FloatRange(0, 1),
-    metavar="RATE",
-    help="Exit with status 3 if the upper end of the confidence interval exceeds this rate.",
 )
 @pass_session
 def extraction(

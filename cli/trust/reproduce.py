@@ -8,18 +8,19 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import option
 from ..parsing import named_folder
 
 
 @cli_command("reproduce", example="expertctl reproduce soup")
 @click.argument("manifest", metavar="MANIFEST")
-@click.option(
+@option(
     "--model",
-    "models",
+    "NAME=DIR",
+    "Folder of a model that is not found by its name; repeatable.",
+    name="models",
     type=named_folder,
     multiple=True,
-    metavar="NAME=DIR",
-    help="Folder of a model that is not found by its name; repeatable.",
 )
 @pass_session
 def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...]) -> int:

@@ -9,8 +9,8 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import name_list, option
 from ..output import Table, number, shares, short
-from ..parsing import names
 from ..summaries import origin
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @cli_command("show", example="expertctl show forest")
 @click.argument("name", metavar="[NAME]", required=False)
-@click.option("--routing", metavar="MODEL", help="Show how the routers of a mixture distribute text over its experts.")
-@click.option("--domains", type=names, metavar="A,B", help="Domains for --routing. Default: all domains.")
+@option("--routing", "MODEL", "Show how the routers of a mixture distribute text over its experts.")
+@name_list("--domains", "Domains for --routing. Default: all domains.")
 @pass_session
 def command(session: Session, name: str | None, routing: str | None, domains: tuple[str, ...] | None) -> None:
     """Show one artefact, or the contents of the workspace.

@@ -10,6 +10,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import option
 
 if TYPE_CHECKING:
     from ...merge.mixture.absence import Absence
@@ -17,11 +18,7 @@ if TYPE_CHECKING:
 
 @cli_command("verify", example="expertctl verify forest")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option(
-    "--absent",
-    metavar="EXPERT",
-    help="Check that no tensor of this expert (a name or a folder) is in the named models.",
-)
+@option("--absent", "EXPERT", "Check that no tensor of this expert (a name or a folder) is in the named models.")
 @pass_session
 def command(session: Session, names: tuple[str, ...], absent: str | None) -> int:
     """Check every byte of artefacts against their manifests.

@@ -8,6 +8,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import path
 
 
 @cli_command(
@@ -15,19 +16,8 @@ from ..group import cli_command
     example="expertctl card forest -o forest.md",
 )
 @click.argument("model", metavar="MODEL")
-@click.option(
-    "--evaluation",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Output of `expertctl eval --json`, shown as a table in the card.",
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write the card to this file instead of printing it.",
-)
+@path("--evaluation", "FILE", "Output of `expertctl eval --json`, shown as a table in the card.", file=True)
+@path("-o, --output", "FILE", "Write the card to this file instead of printing it.")
 @pass_session
 def command(session: Session, model: str, evaluation: Path | None, output: Path | None) -> None:
     """Print the model card of a seed, expert or generalist.

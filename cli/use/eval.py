@@ -8,8 +8,9 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import integer, name_list, option
 from ..output import Table
-from ..parsing import gate, names
+from ..parsing import gate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,38 +26,20 @@ GATE_FAILED = 3
 
 @cli_command("eval", example='expertctl eval seed law forest --domains law,code --require "forest < seed"')
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option(
-    "--domains",
-    type=names,
-    metavar="A,B",
-    help="Domains to evaluate on. Default: all domains of the project.",
-)
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Number of models to evaluate at the same time. Default: as many as the machine allows.",
-)
-@click.option(
-    "--evaluator",
-    default="perplexity",
-    show_default=True,
-    metavar="NAME",
-    help="Evaluator; `expertctl plugins` lists the choices.",
-)
-@click.option(
+@name_list("--domains", "Domains to evaluate on. Default: all domains of the project.")
+@integer("--jobs", "Number of models to evaluate at the same time. Default: as many as the machine allows.")
+@option("--evaluator", "NAME", "Evaluator; `expertctl plugins` lists the choices.", default="perplexity")
+@option(
     "--require",
-    "gates",
+    '"A < B"',
+    "Exit with status 3 unless the mean bits per byte of A are below those of B.",
+    name="gates",
     type=gate,
     multiple=True,
-    metavar='"A < B"',
-    help="Exit with status 3 unless the mean bits per byte of A are below those of B.",
 )
-@click.option(
+@name_list(
     "--against",
-    type=names,
-    metavar="A,B",
-    help="Compare one generalist with baselines: seed, best-expert, average, ensemble (of its experts, made "
+    "Compare one generalist with baselines: seed, best-expert, average, ensemble (of its experts, made "
     "temporarily), or other models. Exit with status 3 if it is worse than the best of them.",
 )
 @pass_session

@@ -9,30 +9,22 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import flag, integer, option, path
 from ..output import Table
 
 
 @cli_command("extract-adapter", example="expertctl extract-adapter law --base seed -o law-lora --rank 16")
 @click.argument("model", metavar="MODEL")
-@click.option("--base", required=True, metavar="MODEL", help="Model that MODEL was fine-tuned from.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Output folder.")
-@click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of all matrices. Default: 16.")
-@click.option(
-    "--energy",
-    type=float,
-    metavar="SHARE",
-    help="Instead of --rank: keep singular values up to this share of their squared sum.",
+@option("--base", "MODEL", "Model that MODEL was fine-tuned from.", required=True)
+@path("-o, --output", "DIR", "Output folder.", required=True)
+@integer("--rank", "Rank of all matrices. Default: 16.")
+@option(
+    "--energy", "SHARE", "Instead of --rank: keep singular values up to this share of their squared sum.", type=float
 )
-@click.option(
-    "--targets",
-    default="*",
-    show_default=True,
-    metavar="PATTERN",
-    help="Linear layers to adapt, by tensor name.",
-)
-@click.option("--save-rest", is_flag=True, help="Store all other changed tensors in full in the adapter.")
-@click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Dtype of the adapter.")
-@click.option("--force", is_flag=True, help="Replace existing output.")
+@option("--targets", "PATTERN", "Linear layers to adapt, by tensor name.", default="*")
+@flag("--save-rest", "Store all other changed tensors in full in the adapter.")
+@option("--dtype", "DTYPE", "Dtype of the adapter.", default="float32")
+@flag("--force", "Replace existing output.")
 @pass_session
 def command(
     session: Session,

@@ -11,7 +11,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..parsing import names
+from ..options import flag, integer, name_list, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,39 +34,18 @@ COLOURS = (
 @cli_command("generate", example='expertctl generate forest "def main(" --max-new-tokens 40 --show-experts')
 @click.argument("model", metavar="MODEL")
 @click.argument("prompt", metavar="PROMPT")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="Maximum length of the continuation, in tokens.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.8,
-    show_default=True,
-    metavar="T",
-    help="Sampling temperature; 0 is greedy.",
-)
-@click.option(
+@integer("--max-new-tokens", "Maximum length of the continuation, in tokens.", default=64)
+@option("--temperature", "T", "Sampling temperature; 0 is greedy.", type=click.FloatRange(min=0), default=0.8)
+@option(
     "--top-p",
+    "P",
+    "Sample only from the most probable tokens up to this cumulative probability.",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=1.0,
-    show_default=True,
-    metavar="P",
-    help="Sample only from the most probable tokens up to this cumulative probability.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
-@click.option(
-    "--without",
-    type=names,
-    multiple=True,
-    metavar="A,B",
-    help="Disable these experts of an ensemble or a mixture for this call.",
-)
-@click.option("--show-experts", is_flag=True, help="Mark each token with the expert of the highest weight (ensembles).")
+@integer("--seed", "Random seed.", least=0, default=0)
+@name_list("--without", "Disable these experts of an ensemble or a mixture for this call.", multiple=True)
+@flag("--show-experts", "Mark each token with the expert of the highest weight (ensembles).")
 @pass_session
 def command(
     session: Session,

@@ -18,6 +18,13 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it is more than 0")
 
 
+def check_range(name: str, option: float | tuple[float, ...], low: float, high: float) -> None:
+    """Raise `ValueError` unless an option lies in [low, high], for every expert if it is set per expert."""
+    for value in option if isinstance(option, tuple) else (option,):
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; it must be in the range {low:g} to {high:g}")
+
+
 def check_options_class(options: type | None, owner: str) -> None:
     """Raise `ValueError` unless a plugin's options are a dataclass or None; `owner` names the offer in the message."""
     if options is not None and not is_dataclass(options):

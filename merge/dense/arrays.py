@@ -40,13 +40,6 @@ def per_expert_values(option: PerExpert, group: TensorGroup) -> tuple[float, ...
     return option if isinstance(option, tuple) else (option,) * len(group.experts)
 
 
-def check_range(name: str, option: PerExpert, low: float, high: float) -> None:
-    """Raise `ValueError` unless an option lies in [low, high] for every expert."""
-    for value in option if isinstance(option, tuple) else (option,):
-        if not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it must be in the range {low:g} to {high:g}")
-
-
 def chunks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
     """Yield matching flat chunks of all arrays; on a GPU the whole arrays are one chunk."""
     flat = [array.reshape(-1) for array in arrays]
@@ -59,26 +52,21 @@ def chunks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
 def map_chunks(function: Callable[..., Array], *arrays: Array) -> Array:
     """Return `function(*arrays)` of an element-wise function, computed chunk by chunk."""
     first = arrays[0]
-    size = math.prod(first.shape)
-    if not is_numpy(first) or size <= CHUNK_SIZE:
+    if not is_numpy(first) or first.size <= CHUNK_SIZE:
         flat = [array.reshape(-1) for array in arrays]  # at least one axis, which `function` may need
         return function(*flat).reshape(first.shape)
     import numpy as np
 
-    result = np.empty(size, first.dtype)
-    begin = 0
-    for parts in chunks(*arrays):
-        end = begin + parts[0].size
-        result[begin:end] = function(*parts)
-        begin = end
+    result = np.empty(first.size, first.dtype)
+    for target, *parts in chunks(result, *arrays):
+        target[:] = function(*parts)
     return result.reshape(first.shape)
 
 
 def zero_unkept(vector: Array, kept: Array) -> None:
     """Set the elements of a vector to 0 in place where `kept` is false.
 
-    float32 arrays are masked bitwise: multiplying by booleans first converts them, which takes ten times as
-    long.
+    float32 arrays are masked bitwise: multiplying by booleans first converts them, which takes ten times as long.
     """
     if not is_numpy(vector) or vector.dtype.itemsize != 4 or vector.ndim == 0:
         vector *= kept

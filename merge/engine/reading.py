@@ -90,11 +90,9 @@ class Reader:
 
     def remember(self) -> None:
         """Cache the digests of files without a manifest for later merges."""
-        new_digests: dict[Path, dict[str, str]] = {}
-        for entry in self._newly_hashed:
-            new_digests.setdefault(entry.file, {})[entry.name] = self.digests[entry]
-        for file, digests in new_digests.items():
-            remember_digests(file, digests)
+        for file in {entry.file for entry in self._newly_hashed}:
+            hashed = {entry.name: self.digests[entry] for entry in self._newly_hashed if entry.file == file}
+            remember_digests(file, hashed)
 
     def known_digest(self, stored: StoredTensor) -> str | None:
         """Return the digest of a tensor if it is known: computed before, or cached for an unchanged file without manifest."""

@@ -17,12 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...core.artefacts.files import write_json
@@ -124,10 +119,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
 
     def __init__(
-        self,
-        config: EnsembleConfig,
-        members: Sequence[PreTrainedModel] | None = None,
-        mixer: TextMixer | None = None,
+        self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None, mixer: TextMixer | None = None
     ) -> None:
         super().__init__(config)
         self.mixer = mixer or read_mixer(config)

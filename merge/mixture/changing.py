@@ -240,11 +240,7 @@ def _dropped(mixture: OpenedMixture, names: Collection[str], manifest: Manifest)
 
 
 def _tensors(
-    mixture: OpenedMixture,
-    old: MixtureShape,
-    shape: MixtureShape,
-    experts: Sequence[ExpertParts],
-    router: RouterRows,
+    mixture: OpenedMixture, old: MixtureShape, shape: MixtureShape, experts: Sequence[ExpertParts], router: RouterRows
 ) -> tuple[Any, dict[str, Any]]:
     """Return the planned tensors and the mixture's configuration, updated for the new number of experts."""
     dense = mixture.record.dense

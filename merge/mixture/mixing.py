@@ -12,13 +12,7 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.mixtures import Architecture, RouterInputs, RouterRows, RouterStart
 from ...core.manifests.generalist import MixtureRecord, RouterRecord
 from ..engine.tensor_plan import Action, TensorPlan
-from ..planning.assembly import (
-    Assembly,
-    AssemblyInputs,
-    ExpertParts,
-    plan_assembly,
-    split_feed_forward,
-)
+from ..planning.assembly import Assembly, AssemblyInputs, ExpertParts, plan_assembly, split_feed_forward
 from ..recipes.recipe import WEIGHT, Recipe, whole_models
 from ..sources.models import Source
 from ..sources.tensor_names import layer_names
@@ -67,15 +61,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
         bias = "drop" if start.unit is None else "fold"
     router = apply_bias(start, bias)
     tensors, config = plan_assembly(
-        dense,
-        family,
-        target,
-        shape,
-        shared,
-        experts,
-        router,
-        dtype=inputs.recipe.dtype,
-        layout=options.layout,
+        dense, family, target, shape, shared, experts, router, dtype=inputs.recipe.dtype, layout=options.layout
     )
     if target.name == CONTAINER and family.name not in installed_plugins().offers(Architecture):
         require_runnable(config)  # no plugin describes this family

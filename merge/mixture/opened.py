@@ -64,15 +64,7 @@ def open_mixture(folder: Path) -> OpenedMixture:
     source = open_source(manifest.name, folder, allow_containers=True)
     tensors = _MixtureTensors(source, merged.experts, record, target)
     return OpenedMixture(
-        source,
-        manifest,
-        merged,
-        record,
-        family,
-        target,
-        tensors.experts(),
-        tensors.shared(),
-        tensors.router(),
+        source, manifest, merged, record, family, target, tensors.experts(), tensors.shared(), tensors.router()
     )
 
 
@@ -160,10 +152,6 @@ def slice_of(fused: StoredTensor, number: int, count: int) -> StoredTensor:
     for axis in inner:
         width *= axis
     tensor_slice = replace(
-        entry,
-        name=f"{entry.name}[{number}]",
-        shape=(size // width, *inner),
-        begin=begin,
-        end=begin + size,
+        entry, name=f"{entry.name}[{number}]", shape=(size // width, *inner), begin=begin, end=begin + size
     )
     return StoredTensor(tensor_slice, None, None, tensor_slice.name)

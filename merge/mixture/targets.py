@@ -148,12 +148,7 @@ MIXTRAL = MixtureTarget(
     _mixtral_refusal,
 )
 FLEXOLMO = MixtureTarget(
-    "flex_olmo",
-    "FlexOlmoForCausalLM",
-    _flexolmo_config,
-    _naming("mlp", {}),
-    "mlp.gate.weight",
-    _no_router_bias,
+    "flex_olmo", "FlexOlmoForCausalLM", _flexolmo_config, _naming("mlp", {}), "mlp.gate.weight", _no_router_bias
 )
 QWEN3_MOE = MixtureTarget(
     "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_config, _naming("mlp", {}), "mlp.gate.weight", _qwen3_refusal

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from ...core.hooks.text import ValidationText
 from ...core.manifests.generalist import MixtureRecord
 from ...core.reporting import SILENT, Reporter
 from ..engine.tensor_plan import TensorPlan
-from ..recipes.recipe import Recipe
+from ..recipes.recipe import WEIGHT, Recipe
 from ..sources.models import Source, StoredTensor
 from ..sources.tensor_names import layer_names
 
@@ -37,11 +37,18 @@ class AssemblyInputs:
     sources: Mapping[str, Source]
     dense: Callable[[Recipe], Sequence[TensorPlan]]
     """`dense(recipe)` plans the weighted mean of the models, tensor by tensor, with the merged vocabulary."""
-    expert_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Expert name -> options that the recipe sets for this expert only."""
     validation: Callable[[], Sequence[ValidationText]] | None = None
     """Returns validation text; None: plan only, without fitting."""
     reporter: Reporter = SILENT
+
+    @property
+    def expert_options(self) -> dict[str, dict[str, Any]]:
+        """Expert name -> options that the recipe sets for this expert only."""
+        return {
+            source.model: {key: value for key, value in source.parameters.items() if key != WEIGHT}
+            for output_slice in self.recipe.slices
+            for source in output_slice.sources
+        }
 
     @property
     def leading(self) -> Source:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...core.artefacts.numeric import FLOATING
 from ...core.artefacts.versions import package_version
@@ -24,17 +24,15 @@ from ...core.reporting import SILENT, Reporter
 from ..engine.actions import bytes_needed
 from ..engine.calculator import CONCURRENT_BYTES, EngineSettings
 from ..engine.shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
-from ..recipes.recipe import WEIGHT, Recipe
+from ..recipes.recipe import Recipe
 from ..sources.licences import check_licences, require_compatible
 from ..sources.models import Source, open_sources
 from ..sources.relatedness import require_related
 from ..sources.statistics import Statistics, find_statistics
 from ..sources.tensor_names import embedding_name, head_name
 from ..sources.tokenizers import ModelVocabulary, VocabularyPlan, plan_vocabulary
+from .assembly import Assembly, AssemblyInputs
 from .tensor_planner import Stack, plan_tensors
-
-if TYPE_CHECKING:
-    from .assembly import Assembly
 
 BASE_BYTES = 64 << 20
 """Memory of Python and numpy without data."""
@@ -82,7 +80,11 @@ class MergePlan:
     @property
     def tensor_method(self) -> TensorMerge:
         """The method for single tensors: the merge method itself, or `average` for methods that assemble a model."""
-        return self.method if isinstance(self.method, TensorMerge) else _average_method()
+        method = (
+            self.method if isinstance(self.method, TensorMerge) else installed_plugins().offer(MergeMethod, "average")
+        )
+        assert isinstance(method, TensorMerge)
+        return method
 
     @property
     def leading(self) -> Source:
@@ -173,12 +175,22 @@ class MergePlan:
     ) -> MergePlan:
         """Return the plan of the same models with other weights, or with a router fitted on `validation`."""
         rows = self.vocabulary.size if self.vocabulary is not None else None
-        if isinstance(self.method, TensorMerge):
-            return replace(
-                self, recipe=recipe, stack=plan_tensors(recipe, self.method, self.sources, rows, self.statistics)
-            )
+        method = self.tensor_method
+        if method is self.method:
+            stack = plan_tensors(recipe, method, self.sources, rows, self.statistics)
+            return replace(self, recipe=recipe, stack=stack)
         assert isinstance(self.method, Assembler)
-        assembly = _assemble(recipe, self.method, self.sources, rows, validation, reporter)
+        options = {key: value for scope in reversed(recipe.scopes) for key, value in scope.items()}
+        inputs = AssemblyInputs(
+            recipe,
+            self.sources,
+            lambda dense: plan_tensors(dense, method, self.sources, rows).tensors,
+            validation,
+            reporter,
+        )
+        assembly: Assembly = self.method.assemble(
+            inputs, parse_options(self.method.options, options, f"merge method '{self.method.name}'")
+        )
         layers = tuple((recipe.leading, layer) for layer in range(self.leading.num_layers))
         return replace(self, recipe=recipe, stack=Stack(assembly.tensors, layers), assembly=assembly)
 
@@ -243,44 +255,6 @@ def check_output(plan: MergePlan, output: Path) -> None:
             f"{output} needs {plan.bytes_to_write / 1e9:,.2f} GB, but its disk has only {free / 1e9:,.2f} GB left; free "
             "some space, or choose another folder"
         )
-
-
-def _average_method() -> TensorMerge:
-    """Return the method `average`, which assembled models use for their shared tensors."""
-    mean = installed_plugins().offer(MergeMethod, "average")
-    assert isinstance(mean, TensorMerge)
-    return mean
-
-
-def _assemble(
-    recipe: Recipe,
-    method: Assembler,
-    sources: Mapping[str, Source],
-    vocabulary_rows: int | None,
-    validation: Callable[[], Sequence[ValidationText]] | None,
-    reporter: Reporter,
-) -> Assembly:
-    """Let a method plan a new model class."""
-    from .assembly import AssemblyInputs
-
-    merged_options = {key: value for scope in reversed(recipe.scopes) for key, value in scope.items()}
-    options = parse_options(method.options, merged_options, f"merge method '{method.name}'")
-    expert_options = {
-        source.model: {key: value for key, value in source.parameters.items() if key != WEIGHT}
-        for output_slice in recipe.slices
-        for source in output_slice.sources
-    }
-    mean = _average_method()
-    inputs = AssemblyInputs(
-        recipe,
-        sources,
-        lambda dense: plan_tensors(dense, mean, sources, vocabulary_rows).tensors,
-        expert_options,
-        validation,
-        reporter,
-    )
-    assembly: Assembly = method.assemble(inputs, options)
-    return assembly
 
 
 def _check_device(device: str) -> None:

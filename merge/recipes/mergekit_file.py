@@ -254,21 +254,17 @@ class _Reader:
         for key, value in (parameters or {}).items():
             if key in self.method.dropped:
                 continue
-            if key == "rescale":
-                value = self._rescale(value, at)
-                if value is None:
-                    continue
-            scope[key] = value
+            if key != "rescale":
+                scope[key] = value
+            elif not isinstance(value, bool):
+                raise UserError(f"{self.named.at(*at)}: 'rescale' must be true or false, for all tensors")
+            elif self.method.rescales:
+                scope[key] = "l1" if value else "none"
+            elif value:
+                raise UserError(
+                    f"{self.named.at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
+                )
         return scope
-
-    def _rescale(self, value: Any, at: tuple[Any, ...]) -> str | None:
-        if not isinstance(value, bool):
-            raise UserError(f"{self.named.at(*at)}: 'rescale' must be true or false, for all tensors")
-        if self.method.rescales:
-            return "l1" if value else "none"
-        if value:
-            raise UserError(f"{self.named.at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'")
-        return None
 
     def _tokenizer(self) -> tuple[str, dict[str, TokenSource]]:
         """Return the tokenizer policy and the sources of single tokens' rows."""

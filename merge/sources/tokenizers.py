@@ -205,28 +205,24 @@ def _difference(base: ModelVocabulary, other: ModelVocabulary) -> str:
 
 
 def _added_tokens(base: ModelVocabulary, models: Iterable[ModelVocabulary]) -> dict[str, dict[str, Any]]:
-    """Return the entries of tokens added by other models with their new ids, which use padding rows first."""
+    """Return the entries of tokens added by other models with their new ids, which use padding rows first.
+
+    Raises `UserError` for tokenizers that differ in more than added tokens.
+    """
     new_tokens: dict[str, dict[str, Any]] = {}
     for model in models:
         if model.content is None or base.content is None:
             continue
-        _require_same_core(base, model)
+        for part in ("model", "normalizer", "pre_tokenizer"):
+            if base.content.get(part) != model.content.get(part):
+                raise UserError(
+                    f"the tokenizers of '{base.name}' and '{model.name}' cannot be united: they differ in their '{part}', "
+                    "not only in added tokens; use --tokenizer base, which looks up rows by token"
+                )
         for token, entry in sorted(model.added.items(), key=lambda pair: pair[1]["id"]):
             if token not in base.tokens and token not in new_tokens:
                 new_tokens[token] = {**entry, "id": base.num_tokens + len(new_tokens)}
     return new_tokens
-
-
-def _require_same_core(base: ModelVocabulary, model: ModelVocabulary) -> None:
-    """Raise `UserError` if two tokenizers differ in more than added tokens."""
-    assert base.parts is not None
-    assert model.parts is not None
-    for part in ("model", "normalizer", "pre_tokenizer"):
-        if base.parts[part] != model.parts[part]:
-            raise UserError(
-                f"the tokenizers of '{base.name}' and '{model.name}' cannot be united: they differ in their '{part}', "
-                "not only in added tokens; use --tokenizer base, which looks up rows by token"
-            )
 
 
 def _size(base: ModelVocabulary, num_added: int, multiple: int | None) -> int:
@@ -290,15 +286,10 @@ def _fills(
 
 
 def write_tokenizer(plan: VocabularyPlan | None, leading: Path, output: Path) -> None:
-    """Write the output's tokenizer files: byte-identical copies of their source, plus added tokens."""
-    source = plan.source if plan is not None else leading
-    copy_files(source, output, TOKENIZER_FILES)
-    if plan is not None and plan.added:
-        _add_tokens(plan, output)
-
-
-def _add_tokens(plan: VocabularyPlan, output: Path) -> None:
-    """Add the new tokens to the written files, in the format of the tokenizers library."""
+    """Write the output's tokenizer files: byte-identical copies, plus added tokens as in the tokenizers library."""
+    copy_files(plan.source if plan is not None else leading, output, TOKENIZER_FILES)
+    if plan is None or not plan.added:
+        return
     content = read_json(output / TOKENIZER_FILE)
     content["added_tokens"] = [*content.get("added_tokens", []), *plan.added.values()]
     _write(output / TOKENIZER_FILE, content)

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...core.artefacts.digests import (
-    TOKENIZER_FILES,
-)
+from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import exclusive_output, link_or_copy, new_folder
 from ...core.errors import UserError, unknown_name
 from ...core.manifests.finishing import finish_artefact

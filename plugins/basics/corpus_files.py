@@ -24,14 +24,7 @@ TEXT_DOCUMENT_BYTES = 4 << 20  # larger text files are split into several docume
 # where to split, in order of preference: after a paragraph, a line, a word
 TEXT_BORDERS = ((b"\n\n", b"\n\r\n"), (b"\n",), (b" ",))
 MAX_QUOTED = 200  # characters quoted from a file in an error message
-JSON_KINDS = {
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-}
+JSON_KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
 
 @hookimpl

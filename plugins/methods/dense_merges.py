@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ...core.hooks.hookspecs import hookimpl
@@ -16,17 +17,20 @@ from ...merge.dense.sphere.multislerp import MultislerpOptions, multislerp
 from ...merge.dense.sphere.nuslerp import NuslerpOptions, nuslerp
 from ...merge.dense.sphere.slerp import SlerpOptions, slerp
 from ...merge.dense.task_vectors.arcee_fusion import ArceeFusionOptions, arcee_fusion
-from ...merge.dense.task_vectors.breadcrumbs import BreadcrumbsOptions, breadcrumbs, breadcrumbs_ties
-from ...merge.dense.task_vectors.dare import DareOptions, dare_linear, dare_ties
-from ...merge.dense.task_vectors.della import DellaOptions, della, della_linear
+from ...merge.dense.task_vectors.breadcrumbs import BreadcrumbsOptions, breadcrumbs
+from ...merge.dense.task_vectors.dare import DareOptions, dare
+from ...merge.dense.task_vectors.della import DellaOptions, della
 from ...merge.dense.task_vectors.nearswap import NearswapOptions, nearswap
 from ...merge.dense.task_vectors.sce import SceOptions, sce
 from ...merge.dense.task_vectors.task_arithmetic import TaskArithmeticOptions, task_arithmetic
 from ...merge.dense.task_vectors.ties import TiesOptions, ties
 
 
-def _dense(name: str, summary: str, merge: Any, options: type, **fields: Any) -> MergeMethod:
-    return TensorMerge(name, summary, merge=merge, options=options, arrays="any", **{"weights": "factors", **fields})
+def _dense(merge: Any, options: type, summary: str, name: str | None = None, **fields: Any) -> MergeMethod:
+    """Return a merge method with the name of its function, unless another is given."""
+    return TensorMerge(
+        name or merge.__name__, summary, merge=merge, options=options, arrays="any", **{"weights": "factors", **fields}
+    )
 
 
 def _on_task_vectors(options: Any) -> bool:
@@ -40,126 +44,88 @@ def _from_seed(options: Any) -> bool:
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
+        _dense(linear, LinearOptions, "weighted mean of models", uses_seed=False, elementwise=True, keeps_seed=False),
         _dense(
-            "linear",
-            "weighted mean of models",
-            linear,
-            LinearOptions,
-            uses_seed=False,
-            elementwise=True,
-            keeps_seed=False,
-        ),
-        _dense(
-            "slerp",
-            "spherical linear interpolation between two models",
             slerp,
             SlerpOptions,
+            "spherical linear interpolation between two models",
             uses_seed=_from_seed,
             expert_count=(1, 2),
         ),
         _dense(
-            "nuslerp",
-            "weighted spherical interpolation between two models or task vectors",
             nuslerp,
             NuslerpOptions,
+            "weighted spherical interpolation between two models or task vectors",
             uses_seed=_on_task_vectors,
             expert_count=(2, 2),
         ),
+        _dense(multislerp, MultislerpOptions, "one-step spherical mean of several models", uses_seed=_on_task_vectors),
+        _dense(karcher, KarcherOptions, "Riemannian mean of several models on the sphere", uses_seed=False),
+        _dense(task_arithmetic, TaskArithmeticOptions, "seed plus weighted sum of task vectors", elementwise=True),
+        _dense(ties, TiesOptions, "seed plus trimmed task vectors with sign election"),
+        _dense(partial(dare, elect=False), DareOptions, "seed plus randomly sparsified task vectors", "dare_linear"),
+        _dense(partial(dare, elect=True), DareOptions, "dare_linear with sign election", "dare_ties"),
+        _dense(partial(della, elect=True), DellaOptions, "della_linear with sign election", "della"),
         _dense(
-            "multislerp",
-            "one-step spherical mean of several models",
-            multislerp,
-            MultislerpOptions,
-            uses_seed=_on_task_vectors,
-        ),
-        _dense(
-            "karcher",
-            "Riemannian mean of several models on the sphere",
-            karcher,
-            KarcherOptions,
-            uses_seed=False,
-        ),
-        _dense(
-            "task_arithmetic",
-            "seed plus weighted sum of task vectors",
-            task_arithmetic,
-            TaskArithmeticOptions,
-            elementwise=True,
-        ),
-        _dense("ties", "seed plus trimmed task vectors with sign election", ties, TiesOptions),
-        _dense("dare_linear", "seed plus randomly sparsified task vectors", dare_linear, DareOptions),
-        _dense("dare_ties", "dare_linear with sign election", dare_ties, DareOptions),
-        _dense("della", "della_linear with sign election", della, DellaOptions),
-        _dense(
-            "della_linear",
-            "seed plus task vectors sparsified at random by magnitude",
-            della_linear,
+            partial(della, elect=False),
             DellaOptions,
+            "seed plus task vectors sparsified at random by magnitude",
+            "della_linear",
         ),
         _dense(
-            "breadcrumbs",
+            partial(breadcrumbs, elect=False),
+            BreadcrumbsOptions,
             "seed plus task vectors without smallest and largest elements",
-            breadcrumbs,
-            BreadcrumbsOptions,
+            "breadcrumbs",
         ),
         _dense(
-            "breadcrumbs_ties",
-            "breadcrumbs with sign election",
-            breadcrumbs_ties,
-            BreadcrumbsOptions,
+            partial(breadcrumbs, elect=True), BreadcrumbsOptions, "breadcrumbs with sign election", "breadcrumbs_ties"
         ),
         _dense(
-            "sce",
-            "seed plus high-variance elements of task vectors, weighted by their norms, with sign election",
             sce,
             SceOptions,
+            "seed plus high-variance elements of task vectors, weighted by their norms, with sign election",
         ),
         _dense(
-            "model_stock",
-            "interpolation between seed and mean by the angle between task vectors",
             model_stock,
             ModelStockOptions,
+            "interpolation between seed and mean by the angle between task vectors",
             expert_count=(2, None),
         ),
         _dense(
-            "nearswap",
-            "interpolation towards an expert, weighted by closeness to the seed",
             nearswap,
             NearswapOptions,
+            "interpolation towards an expert, weighted by closeness to the seed",
             elementwise=True,
             expert_count=(1, 1),
         ),
         _dense(
-            "passthrough",
-            "copy of one model's tensors, for stacking layers",
             passthrough,
             PassthroughOptions,
+            "copy of one model's tensors, for stacking layers",
             uses_seed=False,
             elementwise=True,
             keeps_seed=False,
             expert_count=(1, 1),
         ),
         _dense(
-            "arcee_fusion",
-            "seed plus the most important elements of one task vector",
             arcee_fusion,
             ArceeFusionOptions,
+            "seed plus the most important elements of one task vector",
             expert_count=(1, 1),
         ),
         _dense(
-            "fisher",
-            "mean weighted by Fisher information (needs `expertctl stats --kind fisher`)",
             fisher,
             FisherOptions,
+            "mean weighted by Fisher information (needs `expertctl stats --kind fisher`)",
             weights="shares",
             uses_seed=False,
             statistics="fisher",
         ),
         _dense(
-            "regmean",
-            "least-squares fit to every expert's layer outputs (needs `expertctl stats --kind gram`)",
             regmean,
             RegmeanOptions,
+            "least-squares fit to every expert's layer outputs (needs `expertctl stats --kind gram`)",
             weights="shares",
             uses_seed=False,
             statistics="gram",

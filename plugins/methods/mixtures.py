@@ -8,13 +8,7 @@ from ...core.hooks.mixtures import RouterStart
 from ...merge.mixture.mixing import plan_mixture
 from ...merge.mixture.options import MixtureOptions
 from ...merge.mixture.routing.prompt_starts import prompt_rows, prompt_state_rows, prompt_token_rows
-from ...merge.mixture.routing.starts import (
-    embedding_rows,
-    hidden_rows,
-    linear_rows,
-    random_rows,
-    uniform_rows,
-)
+from ...merge.mixture.routing.starts import embedding_rows, hidden_rows, linear_rows, random_rows, uniform_rows
 from ...merge.mixture.routing.switching import without_experts
 
 
@@ -54,10 +48,7 @@ def router_starts() -> list[RouterStart]:
             uses_model=True,
         ),
         RouterStart(
-            "prompt_tokens",
-            "token embeddings of prompts, the same in every layer",
-            prompt_token_rows,
-            uses_model=True,
+            "prompt_tokens", "token embeddings of prompts, the same in every layer", prompt_token_rows, uses_model=True
         ),
         RouterStart(
             "hidden",

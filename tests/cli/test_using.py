@@ -17,7 +17,7 @@ from expertctl.core.models import loading
 
 
 def test_eval_prints_the_contract(run: Any, workspace: Path) -> None:
-    result = run("--json", "eval")
+    result = run("--json", "--quiet", "eval")
     table = result.json
     assert set(table) == {"domains", "models"}
     assert table["domains"] == ["code", "prose"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
+from ....core.hooks.option_checks import check_positive
 from ..arrays import Array, map_chunks, namespace
 
 
@@ -20,8 +21,7 @@ class FisherOptions:
     """Divide each expert's Fisher information by its L2 norm, so that steep losses do not dominate."""
 
     def __post_init__(self) -> None:
-        if self.floor <= 0:
-            raise ValueError(f"floor is {self.floor}; it must be greater than 0")
+        check_positive("floor", self.floor)
 
 
 def fisher(group: TensorGroup, options: FisherOptions) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations
+from operator import add
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
@@ -36,13 +38,10 @@ def model_stock(group: TensorGroup, options: ModelStockOptions) -> Any:
         products[i][j] / max(math.sqrt(products[i][i] * products[j][j]), _EPSILON)
         for i, j in combinations(range(count), 2)
     ]
-    t = _interpolation_ratio(sum(max(-1.0, min(1.0, cosine)) for cosine in cosines) / len(cosines), count)
-    return weighted_sum((1 - t, *[t / count] * count), (group.seed, *group.experts))
-
-
-def _interpolation_ratio(cosine: float, count: int) -> float:
+    cosine = sum(max(-1.0, min(1.0, cosine)) for cosine in cosines) / len(cosines)
     denominator = 1 + (count - 1) * cosine
-    return count * cosine / denominator if abs(denominator) >= _EPSILON else 0.0
+    t = count * cosine / denominator if abs(denominator) >= _EPSILON else 0.0
+    return weighted_sum((1 - t, *[t / count] * count), (group.seed, *group.experts))
 
 
 def _merge_rows(group: TensorGroup) -> Array:
@@ -59,11 +58,6 @@ def _merge_rows(group: TensorGroup) -> Array:
     denominator = 1 + (count - 1) * cosine
     is_singular = abs(denominator) < _EPSILON
     t = xp.where(
-        is_singular,
-        xp.zeros_like(cosine),
-        count * cosine / xp.where(is_singular, xp.ones_like(cosine), denominator),
+        is_singular, xp.zeros_like(cosine), count * cosine / xp.where(is_singular, xp.ones_like(cosine), denominator)
     )
-    mean = vectors[0]
-    for vector in vectors[1:]:
-        mean = mean + vector
-    return group.seed + t * mean / count
+    return group.seed + t * reduce(add, vectors) / count

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
-from ..arrays import Array, check_range, namespace
+from ....core.hooks.option_checks import check_at_least, check_range
+from ..arrays import Array, namespace
 from .linear import fused_weighted_sum
 
 
@@ -22,22 +23,19 @@ class RegmeanOptions:
 
     def __post_init__(self) -> None:
         check_range("scale", self.scale, 0, 1)
-        if self.ridge < 0:
-            raise ValueError(f"ridge is {self.ridge}; it must be at least 0")
+        check_at_least("ridge", self.ridge, 0)
 
 
 def regmean(group: TensorGroup, options: RegmeanOptions) -> Any:
     """Return W with W^T = (sum_i w_i G_i)^-1 sum_i w_i G_i W_i^T (arXiv:2212.09849, section 3).
 
-    G_i = X_i^T X_i / N of the layer's inputs has shape (in, in), W_i has shape (out, in). Tensors without a
-    Gram matrix, which do not belong to a linear layer, are averaged by weight. The system is solved in
-    float64.
+    G_i = X_i^T X_i / N of the layer's inputs has shape (in, in), W_i has shape (out, in). Tensors without a Gram
+    matrix, which do not belong to a linear layer, are averaged by weight. The system is solved in float64.
     """
     if not group.statistics or any(gram is None for gram in group.statistics):
         return fused_weighted_sum(group.experts, group.weights)
     xp = namespace(group.experts[0])
-    left = None
-    right = None
+    left = right = None
     for expert, gram, weight in zip(group.experts, group.statistics, group.weights, strict=True):
         shrunk = _shrink_gram(gram, options) * weight
         product = shrunk @ xp.astype(expert, xp.float64).T

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ....core.hooks.merging import TensorGroup
+from ....core.hooks.option_checks import check_at_least, check_positive
 from ..arrays import inner_products, weighted_sum
 
 if TYPE_CHECKING:
@@ -22,10 +23,8 @@ class KarcherOptions:
     """Tolerance below which steps, angles and norms are treated as zero."""
 
     def __post_init__(self) -> None:
-        if self.max_iter < 1 or self.tol <= 0:
-            raise ValueError(
-                f"max_iter is {self.max_iter} and tol is {self.tol}; max_iter must be at least 1 and tol greater than 0"
-            )
+        check_at_least("max_iter", self.max_iter, 1)
+        check_positive("tol", self.tol)
 
 
 def karcher(group: TensorGroup, options: KarcherOptions) -> Any:
@@ -42,11 +41,12 @@ def karcher(group: TensorGroup, options: KarcherOptions) -> Any:
     is_nonzero = norms > options.tol
     if not is_nonzero.any():
         return weighted_sum(tuple(shares), group.experts)
-    units = products / np.outer(np.where(is_nonzero, norms, 1), np.where(is_nonzero, norms, 1))
+    divisors = np.where(is_nonzero, norms, 1)
+    units = products / np.outer(divisors, divisors)
     weights = np.where(is_nonzero, shares, 0) / shares[is_nonzero].sum()
     mean = _mean_direction(units, weights, options, int(np.argmax(is_nonzero)))
-    coefficients = np.where(is_nonzero, mean / np.where(is_nonzero, norms, 1), 0) * (shares * norms).sum()
-    return weighted_sum([float(coefficient) for coefficient in coefficients], group.experts)
+    coefficients = np.where(is_nonzero, mean / divisors, 0) * (shares * norms).sum()
+    return weighted_sum(coefficients.tolist(), group.experts)
 
 
 def _mean_direction(units: NDArray[Any], weights: NDArray[Any], options: KarcherOptions, fallback: int) -> NDArray[Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
-from ..arrays import check_range, inner_products, weighted_sum
+from ....core.hooks.option_checks import check_range
+from ..arrays import inner_products, weighted_sum
 
 COLLINEAR = 0.9995
 """Absolute cosine above which two tensors are interpolated linearly."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import check_range, kth_largest_magnitude, per_expert_values
+from ....core.hooks.option_checks import check_range
+from ..arrays import kth_largest_magnitude, per_expert_values
 from .changes import KEEP_ALL, ElementFilter, add_task_vectors
 
 
@@ -29,20 +30,12 @@ class BreadcrumbsOptions:
         check_range("gamma", self.gamma, 0, 1)
 
 
-def breadcrumbs(group: TensorGroup, options: BreadcrumbsOptions) -> Any:
+def breadcrumbs(group: TensorGroup, options: BreadcrumbsOptions, *, elect: bool) -> Any:
     """Return the seed plus task vectors without small elements and outliers (arXiv:2312.06795, section 3).
 
-    Elements equal to a threshold are kept, so ties need no ordering.
+    With `elect` signs are elected as in TIES (arXiv:2306.01708). Elements equal to a threshold are kept, so ties need
+    no ordering.
     """
-    return _breadcrumbs(group, options, elect=False)
-
-
-def breadcrumbs_ties(group: TensorGroup, options: BreadcrumbsOptions) -> Any:
-    """Return `breadcrumbs` with sign election as in TIES (arXiv:2306.01708)."""
-    return _breadcrumbs(group, options, elect=True)
-
-
-def _breadcrumbs(group: TensorGroup, options: BreadcrumbsOptions, *, elect: bool) -> Any:
     settings = zip(per_expert_values(options.density, group), per_expert_values(options.gamma, group), strict=True)
     filters = [_band_filter(group, number, density, gamma) for number, (density, gamma) in enumerate(settings)]
     return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)

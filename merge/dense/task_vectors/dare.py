@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import Array, check_range, chunks, per_expert_values, random_mask, zero_unkept
+from ....core.hooks.option_checks import check_range
+from ..arrays import Array, chunks, per_expert_values, random_mask, zero_unkept
 from .changes import KEEP_ALL, ElementFilter, add_task_vectors
 
 Rescale = Literal["density", "l1", "none"]
@@ -33,21 +34,13 @@ class DareOptions:
         check_range("density", self.density, 0, 1)
 
 
-def dare_linear(group: TensorGroup, options: DareOptions) -> Any:
-    """Return the seed plus randomly sparsified, rescaled task vectors (arXiv:2311.03099, section 3)."""
-    return _dare(group, options, elect=False)
+def dare(group: TensorGroup, options: DareOptions, *, elect: bool) -> Any:
+    """Return the seed plus randomly sparsified, rescaled task vectors (arXiv:2311.03099, section 3).
 
-
-def dare_ties(group: TensorGroup, options: DareOptions) -> Any:
-    """Return `dare_linear` with TIES sign election (arXiv:2311.03099, section 4.3; arXiv:2306.01708)."""
-    return _dare(group, options, elect=True)
-
-
-def _dare(group: TensorGroup, options: DareOptions, *, elect: bool) -> Any:
-    filters = [
-        _random_filter(group, number, density, options)
-        for number, density in enumerate(per_expert_values(options.density, group))
-    ]
+    With `elect` signs are elected as in TIES (arXiv:2311.03099, section 4.3; arXiv:2306.01708).
+    """
+    densities = per_expert_values(options.density, group)
+    filters = [_random_filter(group, number, density, options) for number, density in enumerate(densities)]
     return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
 
 
@@ -61,21 +54,15 @@ def _random_filter(group: TensorGroup, expert: int, density: float, options: Dar
 
 
 def rescale_factor(group: TensorGroup, expert: int, mask: Array, rescale: Rescale, density: float) -> float:
-    """Return the factor applied to the kept elements of a task vector."""
-    if rescale == "none" or density <= 0:
+    """Return the factor applied to the kept elements of a task vector; L1 norms are accumulated in float64."""
+    if rescale == "none":
         return 1.0
     if rescale == "density":
         return 1 / density
-    total, kept_total = l1_norms(group.experts[expert], group.seed, mask)
-    return total / kept_total if total > 1e-7 and kept_total > 1e-7 else 1.0
-
-
-def l1_norms(expert: Array, seed: Array, mask: Array) -> tuple[float, float]:
-    """Return the L1 norms of a task vector and of its masked elements, accumulated in float64."""
     total = kept_total = 0.0
-    for expert_chunk, seed_chunk, mask_chunk in chunks(expert, seed, mask):
+    for expert_chunk, seed_chunk, mask_chunk in chunks(group.experts[expert], group.seed, mask):
         vector = abs(expert_chunk - seed_chunk)
         total += float(vector.sum())
         zero_unkept(vector, mask_chunk)
         kept_total += float(vector.sum())
-    return total, kept_total
+    return total / kept_total if total > 1e-7 and kept_total > 1e-7 else 1.0

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import Array, check_range, is_numpy, namespace, per_expert_values, random_mask
+from ....core.hooks.option_checks import check_range
+from ..arrays import Array, is_numpy, namespace, per_expert_values, random_mask
 from .changes import KEEP_ALL, ElementFilter, add_task_vectors
 from .dare import Rescale, rescale_factor
 
@@ -44,17 +45,8 @@ class DellaOptions:
                 )
 
 
-def della(group: TensorGroup, options: DellaOptions) -> Any:
-    """Return the seed plus the disjoint mean of sampled task vectors (arXiv:2406.11617, section 3)."""
-    return _della(group, options, elect=True)
-
-
-def della_linear(group: TensorGroup, options: DellaOptions) -> Any:
-    """Return `della` without sign election."""
-    return _della(group, options, elect=False)
-
-
-def _della(group: TensorGroup, options: DellaOptions, *, elect: bool) -> Any:
+def della(group: TensorGroup, options: DellaOptions, *, elect: bool) -> Any:
+    """Return the seed plus sampled task vectors, with `elect` their disjoint mean (arXiv:2406.11617, section 3)."""
     settings = zip(per_expert_values(options.density, group), per_expert_values(options.epsilon, group), strict=True)
     filters = [
         _random_filter(group, number, density, epsilon, options) for number, (density, epsilon) in enumerate(settings)

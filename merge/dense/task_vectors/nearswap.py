@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
+from ....core.hooks.option_checks import check_at_least
 from ..arrays import namespace
 
 _EPSILON = 1e-6
@@ -19,8 +20,7 @@ class NearswapOptions:
     """Absolute difference up to which the expert's value replaces the seed's."""
 
     def __post_init__(self) -> None:
-        if self.t < 0:
-            raise ValueError(f"t is {self.t}; it must be at least 0")
+        check_at_least("t", self.t, 0)
 
 
 def nearswap(group: TensorGroup, options: NearswapOptions) -> Any:

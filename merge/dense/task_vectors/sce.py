@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
-from ..arrays import (
-    Array,
-    check_range,
-    chunks,
-    inner_products,
-    is_numpy,
-    kth_largest_magnitude,
-    map_chunks,
-    namespace,
-)
+from ....core.hooks.option_checks import check_range
+from ..arrays import Array, chunks, inner_products, is_numpy, kth_largest_magnitude, map_chunks, namespace
 
 
 @dataclass(frozen=True)
@@ -44,10 +37,7 @@ def sce(group: TensorGroup, options: SceOptions) -> Any:
 
     def merge_chunk(seed: Array, *experts: Array) -> Array:
         xp = namespace(seed)
-        vectors = [expert - seed for expert in experts]
-        if min_variance > 0:
-            selected = _variance(vectors) >= min_variance
-            vectors = [vector * selected for vector in vectors]
+        vectors = _selected_vectors(seed, experts, min_variance)
         summed = vectors[0] + 0
         for vector in vectors[1:]:
             summed += vector
@@ -60,6 +50,14 @@ def sce(group: TensorGroup, options: SceOptions) -> Any:
         return seed + mix / xp.clip(divisor, 1e-6, math.inf)
 
     return map_chunks(merge_chunk, group.seed, *group.experts)
+
+
+def _selected_vectors(seed: Array, experts: Sequence[Array], min_variance: float) -> list[Array]:
+    vectors = [expert - seed for expert in experts]
+    if min_variance == 0:
+        return vectors
+    selected = _variance(vectors) >= min_variance
+    return [vector * selected for vector in vectors]
 
 
 def _variance(vectors: list[Array]) -> Array:
@@ -93,8 +91,6 @@ def _squared_norms(group: TensorGroup, min_variance: float) -> list[float]:
         return [products[number][number] for number in range(len(products))]
     sums = [0.0] * len(group.experts)
     for seed, *experts in chunks(group.seed, *group.experts):
-        vectors = [expert - seed for expert in experts]
-        selected = _variance(vectors) >= min_variance
-        for number, vector in enumerate(vectors):
-            sums[number] += float(((vector * selected) ** 2).sum())
+        for number, vector in enumerate(_selected_vectors(seed, experts, min_variance)):
+            sums[number] += float((vector**2).sum())
     return sums

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
-from ..arrays import check_range, kth_largest_magnitude, per_expert_values
+from ....core.hooks.option_checks import check_range
+from ..arrays import kth_largest_magnitude, per_expert_values
 from .changes import KEEP_ALL, ElementFilter, add_task_vectors
 
 
@@ -32,14 +33,12 @@ def ties(group: TensorGroup, options: TiesOptions) -> Any:
     Task vectors are trimmed per tensor and expert. Elements equal to the threshold are kept, so ties need no
     ordering.
     """
-    filters = [
-        magnitude_filter(group, number, density)
-        for number, density in enumerate(per_expert_values(options.density, group))
-    ]
+    densities = per_expert_values(options.density, group)
+    filters = [_magnitude_filter(group, number, density) for number, density in enumerate(densities)]
     return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=True)
 
 
-def magnitude_filter(group: TensorGroup, expert: int, density: float) -> ElementFilter:
+def _magnitude_filter(group: TensorGroup, expert: int, density: float) -> ElementFilter:
     """Return the filter that keeps the largest fraction `density` of a task vector, at least one element."""
     size = math.prod(group.seed.shape)
     if density >= 1 or size == 0:

@@ -35,8 +35,5 @@ def routing_of(model: PreTrainedModel, blocks: Sequence[NDArray[Any]]) -> Domain
         return (torch.stack(totals).sum(dim=0) / max(tokens, 1)).tolist()
 
     return DomainRouting(
-        tokens,
-        tuple(tuple(row) for row in mean(load)),
-        tuple(tuple(row) for row in mean(gates)),
-        tuple(mean(entropy)),
+        tokens, tuple(tuple(row) for row in mean(load)), tuple(tuple(row) for row in mean(gates)), tuple(mean(entropy))
     )

@@ -41,9 +41,7 @@ def random_rows(inputs: RouterInputs) -> RouterRows:
     """
     options = options_of(inputs, {"seed": 0, "deviation": 0.02}, "random")
     return _draw_rows(
-        inputs,
-        options["seed"],
-        lambda generator, shape: generator.standard_normal(shape) * options["deviation"],
+        inputs, options["seed"], lambda generator, shape: generator.standard_normal(shape) * options["deviation"]
     )
 
 
@@ -196,7 +194,5 @@ def hidden_rows(inputs: RouterInputs) -> RouterRows:
         dim=-1, keepdim=True
     )  # its product with hidden states is a least-squares fit of 1, exact on average
     return RouterRows(
-        rows.numpy().astype(np.float32),
-        biases.numpy().astype(np.float32),
-        unit.numpy().astype(np.float32)[:, None],
+        rows.numpy().astype(np.float32), biases.numpy().astype(np.float32), unit.numpy().astype(np.float32)[:, None]
     )

@@ -60,20 +60,13 @@ class VectorClusters:
         import torch
 
         write_tensors(
-            folder / TENSORS_FILE,
-            {"mean": torch.from_numpy(self.mean), "centres": torch.from_numpy(self.centres)},
+            folder / TENSORS_FILE, {"mean": torch.from_numpy(self.mean), "centres": torch.from_numpy(self.centres)}
         )
         write_json(folder / WORDS_FILE, {"words": [list(words) for words in self.words]})
 
 
 def fit_vector_clusters(
-    embed: Embed,
-    texts: Sequence[str],
-    clusters: int,
-    *,
-    seed: int = 0,
-    rounds: int = 20,
-    balanced: bool = True,
+    embed: Embed, texts: Sequence[str], clusters: int, *, seed: int = 0, rounds: int = 20, balanced: bool = True
 ) -> VectorClusters:
     """Fit k-means to the embeddings of texts, which must fit into memory.
 

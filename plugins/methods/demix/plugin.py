@@ -106,11 +106,7 @@ class DemixPart(TrainablePart):
     """A model whose feed-forward networks are split by domain; written as an ensemble."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        modules: Sequence[DomainFeedForward],
-        names: Sequence[str],
-        options: DemixTraining,
+        self, model: PreTrainedModel, modules: Sequence[DomainFeedForward], names: Sequence[str], options: DemixTraining
     ) -> None:
         config = {**_manifest_config(names, options.prior), "tuning": {"trained_inside": tuple(names)}}
         super().__init__(model, dict(model.named_parameters()), config=config)
@@ -184,8 +180,7 @@ def _write(
     for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
         (folder / subfolder).mkdir(exist_ok=True)
     write_tensors(
-        folder / SEED_FOLDER / "model.safetensors",
-        {key: tensor.to("cpu", dtype) for key, tensor in shared.items()},
+        folder / SEED_FOLDER / "model.safetensors", {key: tensor.to("cpu", dtype) for key, tensor in shared.items()}
     )
     for name, tensors in own.items():
         cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
@@ -198,11 +193,7 @@ class AdaptedPart(TrainablePart):
     """The feed-forward networks of a copied expert; written as the ensemble with one more expert."""
 
     def __init__(
-        self,
-        member: PreTrainedModel,
-        parameters: Mapping[str, nn.Parameter],
-        name: str,
-        config: Mapping[str, Any],
+        self, member: PreTrainedModel, parameters: Mapping[str, nn.Parameter], name: str, config: Mapping[str, Any]
     ) -> None:
         super().__init__(member, parameters, config=config)
         self._name = name
@@ -233,10 +224,7 @@ def prepare_adaptation(context: TrainingContext) -> TrainablePart:
 
     names = (*model.expert_names, name)
     manifest_config = _manifest_config(names, model.config.mixer_settings["prior_kind"])
-    manifest_config["tuning"] = {
-        "trained_inside": (name,),
-        "copied_from": {name: model.expert_names[nearest]},
-    }
+    manifest_config["tuning"] = {"trained_inside": (name,), "copied_from": {name: model.expert_names[nearest]}}
     return AdaptedPart(member, parameters, name, manifest_config)
 
 

@@ -50,10 +50,7 @@ def hidden_state_embedding(
 
 
 def private_hidden_state_embedding(
-    model: PreTrainedModel,
-    own: Blocks,
-    public: Sequence[NDArray[Any]],
-    private: PrivateReleases,
+    model: PreTrainedModel, own: Blocks, public: Sequence[NDArray[Any]], private: PrivateReleases
 ) -> DomainEmbedding:
     """Return the differentially private embedding of a domain by the seed's hidden states.
 

@@ -127,12 +127,12 @@ def test_a_coordinator_killed_after_one_of_three_deliveries_and_an_owner_killed_
         assert joined[name].wait() == 0, joined[name].output()
     assert federation.accepted() == {"first": "first", "second": "second", "third": "third"}
     assert content_of(federation.workspace / "experts" / "first") == first
-    asked = [entry.owner for entry in federation.coordinator.ledger.entries() if entry.state == "asked"]
+    asked = [entry.owner for entry in federation.coordinator.files.ledger.entries() if entry.state == "asked"]
     assert asked.count("first") == asked.count("second") == 1
     late = next(one for one in owner_statuses(federation.coordinator) if one.request == silent.id)
     assert (late.state, late.detail) == ("asked", "the deadline has passed")
     for request in requests.values():  # it was Flower that carried the requests
-        assert read_json(federation.coordinator.root / "handed" / f"{request.id}.json")["code"] == "TAKEN"
+        assert read_json(federation.coordinator.files.root / "handed" / f"{request.id}.json")["code"] == "TAKEN"
     workspace = Workspace(federation.workspace)
     workspace.merge("together", method="flexolmo")
     model, _ = load_model(workspace.generalists / "together")
@@ -323,7 +323,7 @@ def test_invalid_deliveries_are_refused_with_a_code_and_a_valid_one_is_accepted(
         client.close()
         thief.close()
     assert federation.accepted() == {**before, "bad": "bad"}
-    reasons = [read_json(path)["code"] for path in federation.coordinator.root.glob("quarantine/*/reason.json")]
+    reasons = [read_json(path)["code"] for path in federation.coordinator.files.root.glob("quarantine/*/reason.json")]
     assert {"NOT_FINITE", "SHAPES", "NORM"} <= set(reasons)
 
 
@@ -380,7 +380,7 @@ def test_the_authoritys_certificate_alone_gives_no_access_to_control_or_runtime(
     done = subprocess.run(command, env=outside, capture_output=True, text=True, check=False, timeout=60)
     assert '"success": true' not in done.stdout
     assert done.returncode != 0 or '"success": false' in done.stdout
-    inside = {**outside, "FLWR_HOME": str(federation.coordinator.root / "network" / "flower")}
+    inside = {**outside, "FLWR_HOME": str(federation.coordinator.files.root / "network" / "flower")}
     known = subprocess.run(command, env=inside, capture_output=True, text=True, check=False, timeout=60)
     assert known.returncode == 0  # the same question from within is answered: the test asks the right thing
     assert '"success": true' in known.stdout
@@ -422,7 +422,7 @@ def test_an_altered_app_bundle_is_refused_before_its_code_runs(federation: Feder
     shutil.copytree(APP, bundle)
     (bundle / "expertctl_server.py").write_text(ALTERED_SERVER)
     (bundle / "expertctl_client.py").write_text(ALTERED_CLIENT.format(marker=str(marker)))
-    home = environment(federation.coordinator.root / "network" / "flower")
+    home = environment(federation.coordinator.files.root / "network" / "flower")
     command = [flower_command("flwr"), "run", str(bundle), "here", "--run-config", f'workspace="{verdict}"']
     done = subprocess.run(
         [*command, "--format", "json"], env=home, capture_output=True, text=True, check=False, timeout=90

@@ -66,14 +66,14 @@ def project_file(*, seed: Path | None = None, bundled: bool = False) -> str:
 
 
 def _domains() -> str:
-    from ..experts.text.bundled import BUNDLED
+    from ...experts.text.bundled import BUNDLED
 
     lines = [f"  {name}: {{bundled: {name}}}".ljust(34) + f"# {source.summary}\n" for name, source in BUNDLED.items()]
     return "domains:\n" + "".join(lines) + DOMAIN_HINTS
 
 
 def _with_experts(text: str) -> str:
-    from ..experts.text.bundled import BUNDLED
+    from ...experts.text.bundled import BUNDLED
 
     lines = "".join(f"  {name}: {{domain: {name}}}\n" for name in BUNDLED)
     return text.replace("experts:\n", "experts:\n" + lines)

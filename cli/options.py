@@ -1,0 +1,79 @@
+"""Options of commands: short constructors, and groups of options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .parsing import as_dictionary, names, setting
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
+Setting = tuple[str, Any]
+"""A parsed KEY=VALUE."""
+
+
+def option(flags: str, metavar: str | None, help: str, *, name: str | None = None, **settings: Any) -> Decorator[Any]:
+    """Return an option; `flags` such as `-o, --output`, `name` is that of its parameter. A default is shown in the help."""
+    if settings.get("default") is not None:
+        settings.setdefault("show_default", True)
+    declarations = (*flags.split(", "), *([name] if name is not None else []))
+    return click.option(*declarations, metavar=metavar, help=help, **settings)
+
+
+def flag(flags: str, help: str, *, name: str | None = None) -> Decorator[Any]:
+    """Return an option without a value."""
+    return option(flags, None, help, name=name, is_flag=True)
+
+
+def integer(flags: str, help: str, *, least: int = 1, metavar: str = "N", **settings: Any) -> Decorator[Any]:
+    """Return an option for a whole number of at least `least`."""
+    return option(flags, metavar, help, type=click.IntRange(min=least), **settings)
+
+
+def choice(flags: str, choices: Sequence[str], help: str, **settings: Any) -> Decorator[Any]:
+    """Return an option for one of a few words."""
+    return option(flags, None, help, type=click.Choice(choices), **settings)
+
+
+def name_list(flags: str, help: str, *, metavar: str = "A,B", **settings: Any) -> Decorator[Any]:
+    """Return an option for names separated by commas."""
+    return option(flags, metavar, help, type=names, **settings)
+
+
+def path(flags: str, metavar: str, help: str, *, file: bool = False, **settings: Any) -> Decorator[Any]:
+    """Return an option for a path; with `file`, that of an existing file."""
+    kind = click.Path(path_type=Path, exists=True, dir_okay=False) if file else click.Path(path_type=Path)
+    return option(flags, metavar, help, type=kind, **settings)
+
+
+def pairs(flags: str, name: str, help: str) -> Decorator[Any]:
+    """Return a repeatable option KEY=VALUE."""
+    return option(flags, "KEY=VALUE", help, name=name, type=setting, multiple=True)
+
+
+def with_options(*options: Decorator[Any]) -> Decorator[Any]:
+    """Return a decorator that adds several options, in this order."""
+
+    def decorate(function: Function) -> Function:
+        for decorator in reversed(options):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+force_option = flag("--force", "Replace existing output.")
+with_training = with_options(
+    option("--tokens", "N", "Training budget in tokens.", type=int),
+    pairs("--set", "settings", "Set another training setting; repeatable."),
+    pairs("--option", "options", "Set an option of the trainer; repeatable."),
+)
+
+
+def training_settings(tokens: int | None, settings: Iterable[Setting]) -> dict[str, Any]:
+    """Return the training settings of `with_training`."""
+    return as_dictionary((*settings, *([("tokens", tokens)] if tokens is not None else [])))
