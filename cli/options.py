@@ -66,7 +66,6 @@ def with_options(*options: Decorator[Any]) -> Decorator[Any]:
     return decorate
 
 
-force_option = flag("--force", "Replace existing output.")
 with_training = with_options(
     option("--tokens", "N", "Training budget in tokens.", type=int),
     pairs("--set", "settings", "Set another training setting; repeatable."),

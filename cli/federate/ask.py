@@ -9,6 +9,7 @@ import click
 from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import integer, option
 from ..parsing import as_dictionary
 from .options import coordinator_of, recipe_from, training_from, with_recipe
 from .shared import shared_content, shared_line
@@ -21,18 +22,16 @@ ROUNDS, QUORUM, NAME = 10, 0.5, "shared"  # defaults of the options
 
 
 @cli_command("ask", example="expertctl federate ask --experts site-a,site-b --recipe flexolmo --deadline 48h")
-@click.option("--experts", "owners", required=True, metavar="NAME,...", help="Owners to ask.")
+@option("--experts", "NAME,...", "Owners to ask.", name="owners", required=True)
 @with_recipe
-@click.option(
-    "--rounds", type=click.IntRange(min=1), metavar="N", help=f"diloco, fedavg: number of rounds. Default: {ROUNDS}"
-)
-@click.option(
+@integer("--rounds", f"diloco, fedavg: number of rounds. Default: {ROUNDS}")
+@option(
     "--quorum",
+    "SHARE",
+    f"diloco, fedavg: share of the owners that a round needs at its deadline. Default: {QUORUM}",
     type=click.FloatRange(0, 1, min_open=True),
-    metavar="SHARE",
-    help=f"diloco, fedavg: share of the owners that a round needs at its deadline. Default: {QUORUM}",
 )
-@click.option("--name", metavar="NAME", help=f"diloco, fedavg: name of the shared model. Default: {NAME}")
+@option("--name", "NAME", f"diloco, fedavg: name of the shared model. Default: {NAME}")
 @pass_session
 def ask(
     session: Session,

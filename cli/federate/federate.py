@@ -12,6 +12,7 @@ import click
 from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import Group, cli_command
+from ..options import flag, option
 from ..output import Table, number
 from .ask import ask
 from .files import deliver, pack, work
@@ -59,7 +60,7 @@ def keys(session: Session, state: Path | None) -> None:
 
 @cli_command("invite", example="expertctl federate invite site-a.pub --name site-a")
 @click.argument("public", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--name", required=True, metavar="NAME", help="Name of the owner in this federation.")
+@option("--name", "NAME", "Name of the owner in this federation.", required=True)
 @pass_session
 def invite(session: Session, public: Path, name: str) -> None:
     """Invite an owner by its public key."""
@@ -84,7 +85,7 @@ def remove(session: Session, name: str) -> None:
 
 
 @cli_command("status", example="expertctl federate status --watch")
-@click.option("--watch", is_flag=True, help="Refresh every few seconds, until Ctrl-C.")
+@flag("--watch", "Refresh every few seconds, until Ctrl-C.")
 @pass_session
 def status(session: Session, watch: bool) -> None:
     """Show the status of every owner and shared model."""

@@ -11,7 +11,8 @@ import click
 from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
-from .options import coordinator_of, force_option, owner_from, recipe_from, stopped_by_signals, with_owner, with_recipe
+from ..options import flag, option, path
+from .options import coordinator_of, owner_from, recipe_from, stopped_by_signals, with_owner, with_recipe
 from .review import require_consent, review_content
 from .shared import shared_content, shared_line
 
@@ -23,21 +24,10 @@ if TYPE_CHECKING:
 @cli_command("pack", example="expertctl federate pack site-a --recipe flexolmo --tokens 2000000 -o for-site-a.tar")
 @click.argument("name", metavar="NAME")
 @with_recipe
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Output folder, or file that ends in .tar.",
-)
-@click.option("--without-seed", is_flag=True, help="Leave the seed out, if the owner has it.")
-@click.option(
-    "--shared",
-    metavar="MODEL",
-    help="Request the open round of this shared model, started with `ask`, in place of an expert.",
-)
-@force_option
+@path("-o, --output", "PATH", "Output folder, or file that ends in .tar.", required=True)
+@flag("--without-seed", "Leave the seed out, if the owner has it.")
+@option("--shared", "MODEL", "Request the open round of this shared model, started with `ask`, in place of an expert.")
+@flag("--force", "Replace existing output.")
 @pass_session
 def pack(
     session: Session,
@@ -105,23 +95,11 @@ def _open_round_request(coordinator: Coordinator, name: str, shared: str) -> Exp
 @cli_command("work", example="expertctl federate work for-site-a.tar --data ./private -o delivery.tar")
 @click.argument("pack_path", metavar="PACK", type=click.Path(path_type=Path))
 @with_owner
-@click.option(
-    "--seed",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Folder of the seed, if the pack has none.",
-)
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Delivery for the coordinator: a folder, or a file that ends in .tar.",
-)
-@click.option("--review", is_flag=True, help="List every tensor of the delivery, then ask.")
-@click.option("--yes", is_flag=True, help="Write the delivery without asking.")
-@force_option
+@option("--seed", "DIR", "Folder of the seed, if the pack has none.", type=click.Path(path_type=Path, file_okay=False))
+@path("-o, --output", "PATH", "Delivery for the coordinator: a folder, or a file that ends in .tar.", required=True)
+@flag("--review", "List every tensor of the delivery, then ask.")
+@flag("--yes", "Write the delivery without asking.")
+@flag("--force", "Replace existing output.")
 @pass_session
 def work(
     session: Session,

@@ -13,6 +13,7 @@ from ...core.errors import UserError
 from ...core.reporting import Reporter
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import flag, option
 from .options import coordinator_of, handled_signals, owner_from, stopped_by_signals, with_owner
 from .review import require_consent
 
@@ -33,13 +34,13 @@ class _Notes(Reporter):
 
 
 @cli_command("serve", example="expertctl federate serve --listen 0.0.0.0:8443 --name hub.example.org")
-@click.option("--listen", default="0.0.0.0:8443", show_default=True, metavar="HOST:PORT", help="Address to listen on.")
-@click.option(
+@option("--listen", "HOST:PORT", "Address to listen on.", default="0.0.0.0:8443")
+@option(
     "--name",
-    "names",
+    "NAME",
+    "Further host name or address of this coordinator for its certificate.",
+    name="names",
     multiple=True,
-    metavar="NAME",
-    help="Further host name or address of this coordinator for its certificate.",
 )
 @pass_session
 def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
@@ -70,19 +71,19 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
 @cli_command(
     "join", example="expertctl federate join --server hub.example.org:8443 --ca ca.crt --data ./private --name site-a"
 )
-@click.option("--server", required=True, metavar="HOST:PORT", help="Address of the coordinator.")
-@click.option(
+@option("--server", "HOST:PORT", "Address of the coordinator.", required=True)
+@option(
     "--ca",
+    "FILE",
+    "The coordinator's ca.crt; verify its fingerprint over another channel.",
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="The coordinator's ca.crt; verify its fingerprint over another channel.",
 )
 @with_owner
-@click.option("--name", metavar="NAME", help="Your name at the coordinator; an error if it differs.")
-@click.option("--review", is_flag=True, help="List every tensor of a delivery, then ask.")
-@click.option("--yes", is_flag=True, help="Send deliveries without asking.")
-@click.option("--once", is_flag=True, help="Exit when every request is delivered or refused.")
+@option("--name", "NAME", "Your name at the coordinator; an error if it differs.")
+@flag("--review", "List every tensor of a delivery, then ask.")
+@flag("--yes", "Send deliveries without asking.")
+@flag("--once", "Exit when every request is delivered or refused.")
 @pass_session
 def join(
     session: Session,

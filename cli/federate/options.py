@@ -7,17 +7,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.decorators import FC
 
 from ...core.errors import UserError
 from ..context import Session
-from ..parsing import as_dictionary, setting
+from ..options import integer, option, pairs, path, with_options
+from ..parsing import as_dictionary
 from ..parsing import settings as key_values
 
 if TYPE_CHECKING:
@@ -34,61 +33,33 @@ def default_state() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / STATE_FOLDER
 
 
-def with_options(*decorators: Callable[[FC], FC]) -> Callable[[FC], FC]:
-    """Return a decorator that adds several options, in their order."""
-    return lambda function: reduce(lambda decorated, option: option(decorated), reversed(decorators), function)
-
-
-state_option = click.option(
-    "--state",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="The owner's state folder. Default: ~/.local/state/expertctl/owner",
-)
+state_option = path("--state", "DIR", "The owner's state folder. Default: ~/.local/state/expertctl/owner")
 with_owner = with_options(
-    click.option(
-        "--data",
-        type=click.Path(path_type=Path),
-        metavar="PATH",
-        help="Your text: a folder or a file. Required the first time.",
-    ),
-    click.option("--text-field", default="text", show_default=True, metavar="NAME", help="Field that holds the text."),
-    click.option("--licence", metavar="TEXT", help="Licence of the text; stated in the expert's manifest."),
-    click.option(
+    path("--data", "PATH", "Your text: a folder or a file. Required the first time."),
+    option("--text-field", "NAME", "Field that holds the text.", default="text"),
+    option("--licence", "TEXT", "Licence of the text; stated in the expert's manifest."),
+    option(
         "--dp",
-        metavar="epsilon=E,delta=D",
-        help="Always train with differential privacy, whatever the request; stored. `none` removes it.",
+        "epsilon=E,delta=D",
+        "Always train with differential privacy, whatever the request; stored. `none` removes it.",
     ),
     state_option,
 )
 """Options of an owner's settings."""
-force_option = click.option("--force", is_flag=True, help="Replace existing output.")
-
 with_recipe = with_options(
-    click.option(
+    option(
         "--recipe",
-        "recipe_name",
-        default="flexolmo",
-        show_default=True,
-        metavar="NAME",
-        help="flexolmo (an FFN beside the frozen public one), btm (the whole model), a trainer, or diloco or fedavg "
+        "NAME",
+        "flexolmo (an FFN beside the frozen public one), btm (the whole model), a trainer, or diloco or fedavg "
         "(one shared model, in rounds).",
+        name="recipe_name",
+        default="flexolmo",
     ),
-    click.option(
-        "--tokens", type=click.IntRange(min=1), metavar="N", help="Tokens that each owner trains on (over all rounds)."
-    ),
-    click.option("--set", "settings", type=setting, multiple=True, metavar="KEY=VALUE", help="Training setting."),
-    click.option("--option", "options", type=setting, multiple=True, metavar="KEY=VALUE", help="Trainer option."),
-    click.option(
-        "--dp", metavar="epsilon=E,delta=D", help="Request differential privacy, and refuse experts that spent more."
-    ),
-    click.option(
-        "--deadline",
-        default="14d",
-        show_default=True,
-        metavar="TIME",
-        help="Time until the deadline (of each round): 48h, 14d.",
-    ),
+    integer("--tokens", "Tokens that each owner trains on (over all rounds)."),
+    pairs("--set", "settings", "Training setting."),
+    pairs("--option", "options", "Trainer option."),
+    option("--dp", "epsilon=E,delta=D", "Request differential privacy, and refuse experts that spent more."),
+    option("--deadline", "TIME", "Time until the deadline (of each round): 48h, 14d.", default="14d"),
 )
 """Options of a request's recipe."""
 

@@ -9,6 +9,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
+from ..options import integer, option, path
 from ..output import Table, number
 from ..parsing import byte_count, optional_bytes, token_count
 
@@ -17,64 +18,43 @@ if TYPE_CHECKING:
 
 
 @cli_command("simulate", example="expertctl federate simulate --owners 1000 --quorum 0.8 --deadline 48h")
-@click.option(
-    "--owners", type=click.IntRange(min=1), metavar="N", help="Number of owners to draw at random. Default: 100."
-)
-@click.option(
+@integer("--owners", "Number of owners to draw at random. Default: 100.")
+@path(
     "--trace",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Owners to simulate, in place of random ones: CSV or .jsonl with a row each; see docs/simulation.md.",
+    "FILE",
+    "Owners to simulate, in place of random ones: CSV or .jsonl with a row each; see docs/simulation.md.",
+    file=True,
 )
-@click.option(
+@option(
     "--quorum",
+    "SHARE",
+    "Share of the owners whose experts the federation needs.",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.8,
-    show_default=True,
-    metavar="SHARE",
-    help="Share of the owners whose experts the federation needs.",
 )
-@click.option(
-    "--deadline",
-    default="48h",
-    show_default=True,
-    metavar="TIME",
-    help="Time until the deadline for deliveries: 30m, 48h, 2d.",
-)
-@click.option(
+@option("--deadline", "TIME", "Time until the deadline for deliveries: 30m, 48h, 2d.", default="48h")
+@integer(
     "--ask-again",
-    type=click.IntRange(min=0),
+    "Times that missing owners are asked again when the deadline passes without the quorum.",
+    least=0,
     default=0,
-    show_default=True,
-    metavar="N",
-    help="Times that missing owners are asked again when the deadline passes without the quorum.",
 )
-@click.option(
-    "--tokens",
-    type=token_count,
-    default="100M",
-    show_default=True,
-    metavar="COUNT",
-    help="Tokens that each owner trains on.",
-)
-@click.option(
-    "--expert-size", type=byte_count, default="2GB", show_default=True, metavar="SIZE", help="Size of an expert."
-)
-@click.option(
+@option("--tokens", "COUNT", "Tokens that each owner trains on.", type=token_count, default="100M")
+@option("--expert-size", "SIZE", "Size of an expert.", type=byte_count, default="2GB")
+@option(
     "--seed-size",
+    "SIZE",
+    "Size of the seed; 0 if all owners have it. Default: the size of an expert.",
     type=optional_bytes,
-    metavar="SIZE",
-    help="Size of the seed; 0 if all owners have it. Default: the size of an expert.",
 )
-@click.option(
+@option(
     "--line",
+    "GBIT",
+    "Bandwidth of the coordinator in each direction, Gbit/s.",
     type=click.FloatRange(min=0, min_open=True),
     default=10.0,
-    show_default=True,
-    metavar="GBIT",
-    help="Bandwidth of the coordinator in each direction, Gbit/s.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Random seed.")
+@integer("--seed", "Random seed.", least=0, default=0)
 @pass_session
 def simulate_command(
     session: Session,

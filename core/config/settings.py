@@ -49,7 +49,9 @@ Settings = Annotated[dict[str, Annotated[Any, PlainValidator(_is_setting)]], Tag
 class Section(BaseModel):
     """Base of the project file's sections: immutable, unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

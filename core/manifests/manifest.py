@@ -151,6 +151,11 @@ def read_manifest(folder: Path) -> Manifest:
     return parse_record(Manifest, content, str(path))
 
 
+def find_manifest(folder: Path) -> Manifest | None:
+    """Read an artefact's manifest (see `read_manifest`); None for a folder without one."""
+    return read_manifest(folder) if manifest_path(folder) is not None else None
+
+
 def _config_class(kind: object, config: Mapping[str, Any]) -> type:
     """Return the record that the configuration of an artefact of this kind is read into."""
     if kind == "generalist":

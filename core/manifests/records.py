@@ -18,7 +18,7 @@ Record = TypeVar("Record")
 def record(cls: type[Record]) -> type[Record]:
     """Make a class a frozen dataclass that is read strictly: `parse_record` refuses fields that it does not have."""
     made = dataclass(frozen=True)(cls)
-    made.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]  # read by pydantic
+    made.__pydantic_config__ = {"extra": "forbid", "use_attribute_docstrings": True}  # type: ignore[attr-defined]  # read by pydantic
     return made
 
 

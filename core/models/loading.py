@@ -16,7 +16,7 @@ from ..errors import UserError, first_line, unknown_name
 from ..hooks.manager import installed_plugins
 from ..hooks.merging import MergeMethod
 from ..hooks.training import Trainer
-from ..manifests.manifest import Manifest, manifest_path, read_manifest
+from ..manifests.manifest import Manifest, find_manifest, read_manifest
 from ..manifests.verification import require_intact
 from ..process.environment import without_loading_bars
 
@@ -166,7 +166,7 @@ def tokenizer_folder(folder: Path, seed: Path | None = None) -> Path:
 def _manifest_of(folder: Path) -> Manifest | None:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder")
-    return read_manifest(folder) if manifest_path(folder) else None
+    return find_manifest(folder)
 
 
 def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:

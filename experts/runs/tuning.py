@@ -14,7 +14,7 @@ from ...core.errors import UserError
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.training import Trainer
-from ...core.manifests.manifest import manifest_path, read_manifest
+from ...core.manifests.manifest import find_manifest
 from ...core.manifests.run import RunSpec, read_run
 from ...core.models.loading import check_loadable, max_positions
 from ..text.corpora import domain_config
@@ -60,13 +60,7 @@ def require_same(folder: Path, base: str | None, settings: TuningSettings) -> No
 
 
 def start_tuning(
-    layout: Layout,
-    project: ProjectConfig,
-    name: str,
-    base: str,
-    settings: TuningSettings,
-    *,
-    force: bool = False,
+    layout: Layout, project: ProjectConfig, name: str, base: str, settings: TuningSettings, *, force: bool = False
 ) -> None:
     """Set up the run of a generalist in `generalists/NAME`.
 
@@ -113,7 +107,7 @@ def start_tuning(
 
 def _require_tunable(start: Path, trainer: Trainer) -> None:
     """Raise `UserError` if the base is not a full model, or if the trainer does not produce one."""
-    manifest = read_manifest(start) if manifest_path(start) is not None else None
+    manifest = find_manifest(start)
     if manifest is not None and manifest.kind == "expert":
         raise UserError(
             f"'{start.name}' is an expert, and only full models can be tuned; branch a new expert from it: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from ...core.artefacts.digests import digests_of_folder
 from ...core.artefacts.numeric import FLOATING, encode
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry, digest_start
 from ...core.errors import UserError
-from ...core.manifests.generalist import Tuning
-from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
+from ...core.manifests.manifest import Manifest, find_manifest, read_manifest
 from ..engine.reading import Reader
 from ..sources.models import StoredTensor
 from .opened import slice_of
@@ -43,88 +42,64 @@ def find_expert(folder: Path, expert: Path) -> Absence:
 
     Raises `UserError` for a folder without a manifest and for an artefact that is not an expert.
     """
-    for path in (folder, expert):
-        if manifest_path(path) is None:
-            raise UserError(f"{path} has no manifest, so its tensors have no recorded digests")
-    expert_manifest, manifest = read_manifest(expert), read_manifest(folder)
+    manifest, expert_manifest = read_manifest(folder), read_manifest(expert)
     if expert_manifest.kind != "expert":
         raise UserError(f"{expert} is not an expert but a {expert_manifest.kind}")
-    entries = _comparable_entries(expert, expert_manifest)
-    digests = {expert_manifest.tensors[name] for name in entries} | _rounded_digests(entries, _dtypes(folder))
-    matches = [name for name, digest in _all_digests(folder, len(_slots(manifest))).items() if digest in digests]
+    # "public" is the mean hidden state of public text, which other experts may share
+    searched = [
+        entry
+        for name, entry in _entries(sorted(expert.glob("*.safetensors")))
+        if name in expert_manifest.tensors and name != "public" and entry.num_bytes > _SMALLEST * 8
+    ]
+    stored = _entries(sorted(folder.rglob("*.safetensors")))
+    dtypes = {entry.dtype for _, entry in stored} & set(FLOATING)
+    stored_digests, _ = digests_of_folder(folder)
+    with Reader() as reader:
+        digests = {expert_manifest.tensors[entry.name] for entry in searched}
+        digests |= {_rounded_digest(reader, entry, dtype) for entry in searched for dtype in dtypes - {entry.dtype}}
+        for name, entry in stored:
+            stored_digests |= _slice_digests(reader, name, entry, len(_slots(manifest)))
     return Absence(
         expert_manifest.name,
-        len(entries),
-        tuple(sorted(matches)),
+        len(searched),
+        tuple(sorted(name for name, digest in stored_digests.items() if digest in digests)),
         _merged(manifest, expert_manifest),
         tuple(_traces(manifest, expert_manifest.name)),
     )
 
 
 def find_own_expert(folder: Path, name: str) -> Absence | None:
-    """Return the manifest's record of an expert that was trained inside the model.
-
-    Returns None for every other expert.
-    """
-    if manifest_path(folder) is None:
-        return None
-    manifest = read_manifest(folder)
-    if all(name not in tuning.trained_inside for tuning in manifest.tunings):
+    """Return the manifest's record of an expert that was trained inside the model; None for every other expert."""
+    manifest = find_manifest(folder)
+    if manifest is None or all(name not in tuning.trained_inside for tuning in manifest.tunings):
         return None
     merged = f"'{name}' is one of its experts" if name in _slots(manifest) else None
     return Absence(name, 0, (), merged, tuple(_traces(manifest, name)), trained_inside=True)
 
 
-def _comparable_entries(expert: Path, manifest: Manifest) -> dict[str, TensorEntry]:
-    entries: dict[str, TensorEntry] = {}
-    for file in sorted(expert.glob("*.safetensors")):
-        entries |= Checkpoint([file]).entries
-    # "public" is the mean hidden state of public text, which other experts may share
-    return {
-        name: entry
-        for name, entry in entries.items()
-        if name in manifest.tensors and name != "public" and entry.num_bytes > _SMALLEST * 8
-    }
+def _entries(files: Iterable[Path]) -> list[tuple[str, TensorEntry]]:
+    return [item for file in files for item in Checkpoint([file]).entries.items()]
 
 
-def _dtypes(folder: Path) -> set[str]:
-    files = folder.rglob("*.safetensors")
-    return {entry.dtype for file in files for entry in Checkpoint([file]).entries.values()} & set(FLOATING)
+def _rounded_digest(reader: Reader, entry: TensorEntry, dtype: str) -> str:
+    """Return the digest of a tensor after conversion to another dtype."""
+    state = digest_start(dtype, entry.shape)
+    content: Any = encode(reader.read(StoredTensor(entry, name=entry.name)), dtype)
+    state.update(content)
+    return state.hexdigest()
 
 
-def _rounded_digests(entries: Mapping[str, TensorEntry], dtypes: set[str]) -> set[str]:
-    """Return the digests of tensors after conversion to other dtypes."""
-    digests = set()
-    with Reader() as reader:
-        for name, entry in entries.items():
-            for dtype in dtypes - {entry.dtype}:
-                state = digest_start(dtype, entry.shape)
-                content: Any = encode(reader.read(StoredTensor(entry, name=name)), dtype)
-                state.update(content)
-                digests.add(state.hexdigest())
-    return digests
-
-
-def _all_digests(folder: Path, experts: int) -> dict[str, str]:
-    """Return the digests of a folder's tensors and of the per-expert slices of fused tensors, by name."""
-    digests, _ = digests_of_folder(folder)
-    with Reader() as reader:
-        for file in sorted(folder.rglob("*.safetensors")):
-            for name, entry in Checkpoint([file]).entries.items():
-                if len(entry.shape) == 3 and entry.shape[0] == experts:
-                    for count in (experts, 2 * experts):
-                        if entry.shape[1] * experts % count == 0:
-                            digests |= _slice_digests(reader, name, entry, count)
-    return digests
-
-
-def _slice_digests(reader: Reader, name: str, entry: TensorEntry, count: int) -> dict[str, str]:
-    digests = {}
-    for number in range(count):
-        piece = slice_of(StoredTensor(entry, name=name), number, count)
-        for _ in reader.raw(piece):
-            pass
-        digests[f"{name}[{number} of {count}]"] = reader.digests[piece.entry]
+def _slice_digests(reader: Reader, name: str, entry: TensorEntry, num_experts: int) -> dict[str, str]:
+    """Return the digests of the per-expert slices of a fused tensor, by name; none for any other tensor."""
+    digests: dict[str, str] = {}
+    if len(entry.shape) != 3 or entry.shape[0] != num_experts:
+        return digests
+    for count in (num_experts, 2 * num_experts):
+        for number in range(count) if entry.shape[1] * num_experts % count == 0 else ():
+            piece = slice_of(StoredTensor(entry, name=name), number, count)
+            for _ in reader.raw(piece):
+                pass
+            digests[f"{name}[{number} of {count}]"] = reader.digests[piece.entry]
     return digests
 
 
@@ -148,12 +123,11 @@ def _merged(manifest: Manifest, expert: Manifest) -> str | None:
 def _traces(manifest: Manifest, expert: str) -> list[str]:
     """Return sentences about what was trained or fitted while the expert was in the model."""
     mixture = manifest.merged.mixture if manifest.merged is not None else None
+    origins = {name: origin for tuning in manifest.tunings for name, origin in tuning.copied_from.items()}
     traces = [
-        f"'{name}' started as a copy of '{origin}'"
-        for name, origins in _origins(manifest.tunings).items()
-        if name in _slots(manifest)
-        for origin in origins
-        if origin == expert
+        f"'{name}' started as a copy of '{expert}'"
+        for name in origins
+        if name in _slots(manifest) and expert in _ancestors(name, origins)
     ]
     traces += [
         f"trainer '{tuning.trains}' ran on {', '.join(tuning.domains)} while '{expert}' was one of the "
@@ -169,15 +143,9 @@ def _traces(manifest: Manifest, expert: str) -> list[str]:
     return traces
 
 
-def _origins(tunings: Sequence[Tuning]) -> dict[str, list[str]]:
-    """Return the chain of ancestors of each expert that started as a copy of another, nearest first."""
-    parents: dict[str, str] = {}
-    for tuning in tunings:
-        parents |= tuning.copied_from
-    chains = {}
-    for name in parents:
-        chain = [name]
-        while chain[-1] in parents and parents[chain[-1]] not in chain:
-            chain.append(parents[chain[-1]])
-        chains[name] = chain[1:]
-    return chains
+def _ancestors(name: str, origins: Mapping[str, str]) -> list[str]:
+    """Return the experts that an expert is directly or indirectly a copy of, nearest first."""
+    chain = [name]
+    while chain[-1] in origins and origins[chain[-1]] not in chain:
+        chain.append(origins[chain[-1]])
+    return chain[1:]

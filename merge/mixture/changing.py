@@ -7,25 +7,26 @@ removed experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError, unknown_name
+from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import MergeMethod
-from ...core.hooks.mixtures import MixtureShape, RouterRows
-from ...core.manifests.generalist import AveragedExpert, ExpertChange, GeneralistConfig, MixtureRecord
+from ...core.hooks.mixtures import RouterRows
+from ...core.manifests.generalist import ExpertChange
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
+from ...core.manifests.statements import DataStatement
 from ...core.models.loading import WEIGHTS_FILE
 from ..engine.shards import DEFAULT_SHARD_BYTES
 from ..planning.assembly import Assembly, ExpertParts, plan_assembly
 from ..planning.plan import MergePlan
 from ..planning.tensor_planner import Stack
 from ..recipes.recipe import Recipe, change_models, whole_models
-from ..sources.licences import LicenceReport, check_licences, require_compatible
+from ..sources.licences import check_licences, require_compatible
 from ..sources.models import StoredTensor
 from .mixing import PUBLIC, apply_bias, summarize_names
 from .opened import OpenedMixture, open_mixture
@@ -43,6 +44,16 @@ class Change:
     replace: Mapping[str, Path] = field(default_factory=dict)
     """Folders of the replacements, by the name of the replaced expert, which the replacement keeps."""
 
+    @property
+    def removed(self) -> tuple[str, ...]:
+        """Names of the experts whose tensors leave the model."""
+        return (*self.remove, *self.replace)
+
+    @property
+    def joining(self) -> dict[str, Path]:
+        """Folders of the experts whose tensors join the model, by name."""
+        return {**self.replace, **self.add}
+
 
 @dataclass(frozen=True)
 class ChangedMixture:
@@ -53,33 +64,75 @@ class ChangedMixture:
     """Parents, configuration, data and licence."""
 
 
-def plan_change(
-    folder: Path, change: Change, *, when: datetime | None = None, allow_licences: bool = False
-) -> ChangedMixture:
+@dataclass(frozen=True)
+class _JoiningExpert:
+    """An expert to add to a mixture."""
+
+    manifest: Manifest
+    parts: ExpertParts
+    row: RouterRows | None
+    """Its router row, if it was trained with one."""
+    dropped: Sequence[str]
+    """Its tensors outside the FFNs that differ from the mixture's shared tensors."""
+
+
+def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -> ChangedMixture:
     """Plan a changed mixture without writing anything; raises `UserError` for an impossible change."""
     mixture = open_mixture(folder)
     _check(mixture, change)
-    experts, router, joined = _changed_parts(mixture, change)
-    options = MixtureOptions(**mixture.record.options)
-    old = MixtureShape(
-        len(mixture.experts), mixture.record.top_k, options.normalized, mixture.router.biases is not None
+    joining = {name: _open_expert(mixture, name, expert) for name, expert in change.joining.items()}
+    experts, router = _changed_parts(mixture, change, joining)
+    method = installed_plugins().offer(MergeMethod, mixture.merged.method)
+    options = mixture.options
+    top_k = options.top_k  # that a merge of these experts with the mixture's options would have
+    if top_k is None:
+        top_k = getattr(method.options, "usual_top_k", MixtureOptions.usual_top_k)
+    shape = replace(mixture.shape, num_experts=len(experts), top_k=min(top_k, len(experts)))
+    tensors, config = plan_assembly(
+        mixture.record.dense,
+        mixture.family,
+        mixture.target,
+        shape,
+        mixture.shared,
+        experts,
+        router,
+        layout=options.layout if not mixture.merged.tunings else "per_expert",
     )
-    shape = replace(old, num_experts=len(experts), top_k=_top_k(mixture, len(experts)))
-    tensors, config = _tensors(mixture, old, shape, experts, router)
-    is_averaged = not shared_tensors_are_the_seeds(mixture.record)
-    record = replace(mixture.record, top_k=shape.top_k, averaged=_averaged(mixture) if is_averaged else ())
+    before = mixture.target.config(mixture.record.dense, mixture.shape)
+    config = {**mixture.source.config, **{key: value for key, value in config.items() if before.get(key) != value}}
+    averaged = mixture.averaged
+    record = replace(mixture.record, top_k=shape.top_k, averaged=averaged)
+    manifests = {name: expert.manifest for name, expert in joining.items()}
+    parents = changed_parents(mixture.manifest, change, manifests)
+    weights = mixture.merged.weights
+    if not averaged:  # else the weights stay, since no expert leaves the average
+        weighted = [parent.name for parent in parents if parent.weight is not None or parent.name in joining]
+        weights = dict.fromkeys(weighted, 1 / len(weighted))
+        parents = [replace(parent, weight=weights.get(parent.name)) for parent in parents]
+    recipe = mixture.merged.recipe
+    if recipe is not None:  # a recipe of several slices cannot be changed
+        recipe = change_models(recipe, change.remove, change.add) if len(recipe["slices"]) == 1 else None
     merged = replace(
         mixture.merged,
+        weights=weights,
         experts=tuple(expert.name for expert in experts),
+        recipe=recipe,
         mixture=record,
-        history=(*mixture.merged.history, *history_entries(mixture.manifest, change, when)),
+        history=(*mixture.merged.history, *history_entries(mixture.manifest, change)),
     )
-    licences = _licences(mixture, change, joined)
+    kept = {parent.name for parent in mixture.manifest.parents if parent.name not in change.removed}
+    in_mean = {f"{expert.name} (in the mean)": expert.licence for expert in averaged if expert.name not in kept}
+    licences = check_licences(in_mean | {parent.name: parent.licence for parent in parents})
     require_compatible(licences, allow_licences)
-    notes = (*licences.conflicts, *licences.notes, *_traces(mixture, change))
+    notes = (*licences.conflicts, *licences.notes, *_traces(mixture, change, joining))
     plan = MergePlan(
-        recipe=_recipe(mixture, [expert.name for expert in experts if expert.name != PUBLIC]),
-        method=_method(mixture),
+        recipe=Recipe(
+            method=method.name,
+            models={mixture.manifest.name: folder},
+            slices=whole_models([name for name in merged.experts if name != PUBLIC]),
+            seed=mixture.manifest.name,
+        ),
+        method=method,
         sources={mixture.manifest.name: mixture.source},
         stack=Stack(tensors, tuple((mixture.manifest.name, layer) for layer in range(len(router.rows)))),
         shard_bytes=mixture.merged.shard_bytes or DEFAULT_SHARD_BYTES,
@@ -87,7 +140,15 @@ def plan_change(
         notes=notes,
         assembly=Assembly(tensors, config, merged.experts, record, notes),
     )
-    return ChangedMixture(plan, _provenance(mixture, change, joined, merged, licences))
+    provenance = Manifest(
+        kind="generalist",
+        name=mixture.manifest.name,
+        parents=tuple(parents),
+        config=merged,
+        expert_data=changed_data(mixture.manifest, change, manifests),
+        licence=plan.licence,
+    )
+    return ChangedMixture(plan, provenance)
 
 
 # --- checks ---
@@ -104,70 +165,46 @@ def require_valid_change(change: Change) -> None:
         )
 
 
+def require_known_names(names: Sequence[str], change: Change, model: str) -> None:
+    """Raise `UserError` unless removed experts are in the `model` (a word for messages) and added ones are not."""
+    for name in change.removed:
+        if name not in names:
+            raise unknown_name("expert", name, names, listed_as=f"the {model} has")
+    for name in change.add:
+        if name in names:
+            raise UserError(f"'{name}' is in the {model} already; use `expertctl expert replace`")
+
+
 def _check(mixture: OpenedMixture, change: Change) -> None:
     require_valid_change(change)
-    for name in (*change.remove, *change.replace):
-        if name not in mixture.names:
-            raise unknown_name("expert", name, mixture.names, listed_as="the mixture has")
-        if name == PUBLIC:
-            raise UserError(
-                f"'{PUBLIC}' is the seed's feed-forward network, beside which the other experts were "
-                "trained; it cannot be removed or replaced"
-            )
-    for name in change.add:
-        if name in mixture.names:
-            raise UserError(f"'{name}' is in the mixture already; use `expertctl expert replace`")
+    require_known_names(mixture.names, change, "mixture")
+    if PUBLIC in change.removed:
+        raise UserError(
+            f"'{PUBLIC}' is the seed's feed-forward network, beside which the other experts were trained; it cannot be "
+            "removed or replaced"
+        )
     if len(set(change.remove)) >= len(mixture.names):
         raise UserError("the change leaves no expert; keep at least one")
-
-
-def shared_tensors_are_the_seeds(record: MixtureRecord) -> bool:
-    """Return whether a mixture's shared tensors come from the seed rather than from its experts."""
-    return record.options.get("shared") == "seed"
-
-
-def _averaged(mixture: OpenedMixture) -> tuple[AveragedExpert, ...]:
-    """Return the experts whose mean forms the shared tensors; removed experts stay part of that mean."""
-    return mixture.record.averaged or tuple(
-        AveragedExpert(parent.name, parent.digest, parent.weight, parent.licence)
-        for parent in mixture.manifest.parents
-        if parent.kind == "expert"
-    )
-
-
-def _top_k(mixture: OpenedMixture, count: int) -> int:
-    """Return the top-k that a merge of `count` experts with the mixture's options would have."""
-    top_k: Any = mixture.record.options.get("top_k")
-    if top_k is None:
-        top_k = getattr(_method(mixture).options, "usual_top_k", MixtureOptions.usual_top_k)
-    return min(int(top_k), count)
-
-
-def _method(mixture: OpenedMixture) -> Any:
-    from ...core.hooks.manager import installed_plugins
-
-    return installed_plugins().offer(MergeMethod, mixture.merged.method)
 
 
 # --- experts and router rows ---
 
 
-def _changed_parts(mixture: OpenedMixture, change: Change) -> tuple[list[ExpertParts], RouterRows, dict[str, Manifest]]:
-    """Return experts and router rows after the change, and the manifests of the added experts."""
+def _changed_parts(
+    mixture: OpenedMixture, change: Change, joining: Mapping[str, _JoiningExpert]
+) -> tuple[list[ExpertParts], RouterRows]:
+    """Return experts and router rows after the change."""
     import numpy as np
 
-    names = mixture.names
-    kept = [number for number, name in enumerate(names) if name not in change.remove]
+    kept = [number for number, name in enumerate(mixture.names) if name not in change.remove]
     experts = [mixture.experts[number] for number in kept]
     rows = mixture.router.rows[:, kept].copy()
     biases = mixture.router.biases[:, kept].copy() if mixture.router.biases is not None else None
-    joined: dict[str, Manifest] = {}
-    for name, folder in {**change.replace, **change.add}.items():
-        parts, row, manifest = _read_expert(mixture, name, folder)
-        joined[name] = manifest
+    for name, expert in joining.items():
+        row = expert.row
         if name in change.replace:
-            index = [expert.name for expert in experts].index(name)
-            experts[index] = parts
+            index = [parts.name for parts in experts].index(name)
+            experts[index] = expert.parts
             if row is None:
                 continue  # keeps the row of the replaced expert, which `_traces` reports
             rows[:, index] = row.rows[:, 0]
@@ -179,104 +216,81 @@ def _changed_parts(mixture: OpenedMixture, change: Change) -> tuple[list[ExpertP
                     "has been trained since the merge" if mixture.merged.tunings else "is made of its experts' rows"
                 )
                 raise UserError(
-                    f"expert '{name}' ({folder}) has no router row ({ROUTER_FILE}), and the mixture's "
-                    f"router {reason}; train the expert with --trains flexolmo, or merge again with all "
-                    "experts"
+                    f"expert '{name}' ({change.add[name]}) has no router row ({ROUTER_FILE}), and the mixture's router "
+                    f"{reason}; train the expert with --trains flexolmo, or merge again with all experts"
                 )
-            experts.append(parts)
+            experts.append(expert.parts)
             rows = np.concatenate([rows, row.rows], axis=1)
             if biases is not None and row.biases is not None:
                 biases = np.concatenate([biases, row.biases], axis=1)
-    return experts, RouterRows(rows, biases), joined
+    return experts, RouterRows(rows, biases)
 
 
-def _read_expert(mixture: OpenedMixture, name: str, folder: Path) -> tuple[ExpertParts, RouterRows | None, Manifest]:
-    """Return an expert's feed-forward tensors, its router row if it has one, and its manifest.
-
-    Raises `UserError` for an artefact that is not an expert of the mixture's seed.
-    """
-    manifest = read_manifest(folder)
-    seed = next((parent.digest for parent in mixture.manifest.parents if parent.kind == "seed"), None)
+def require_expert_of(seed: str | None, expert: str, manifest: Manifest, model: str) -> None:
+    """Raise `UserError` unless an artefact is an expert of a seed; `expert` and `model` are words for the message."""
     expert_seed = next((parent.digest for parent in manifest.parents if parent.kind == "seed"), None)
     if manifest.kind != "expert" or expert_seed != seed:
         raise UserError(
-            f"'{name}' ({folder}) is {manifest.kind} of seed {str(expert_seed)[:12]}, and the mixture is of "
-            f"seed {str(seed)[:12]}; train the expert from the mixture's seed"
+            f"{expert} is {manifest.kind} of seed {str(expert_seed)[:12]}, and {model} seed {str(seed)[:12]}; train the "
+            "expert from that seed"
         )
+
+
+def _open_expert(mixture: OpenedMixture, name: str, folder: Path) -> _JoiningExpert:
+    """Open an expert; raises `UserError` for an artefact that is not an expert of the mixture's seed."""
+    manifest = read_manifest(folder)
+    require_expert_of(mixture.source.seed_digest, f"'{name}' ({folder})", manifest, "the mixture is of")
     entries = Checkpoint([folder / WEIGHTS_FILE]).entries
-    dropped = _dropped(mixture, entries, manifest)
-    options = mixture.record.options
-    if dropped and options["shared"] == "seed" and not options["discard"]:
+    names = mixture.experts[0].feed_forward
+    shared = {tensor: plan.experts[0].expected for tensor, plan in mixture.shared.items()}
+    dropped = [
+        tensor for tensor in entries if tensor not in names and manifest.tensors.get(tensor) != shared.get(tensor)
+    ]
+    options = mixture.options
+    if dropped and options.shared == "seed" and not options.discard:
         raise UserError(
-            f"expert '{name}' ({folder}) has its own {summarize_names(dropped)}, and this mixture takes all "
-            "tensors outside the feed-forward networks from the seed; train it with --trains flexolmo or "
-            "feed_forward, or merge again with --option discard=true"
+            f"expert '{name}' ({folder}) has its own {summarize_names(dropped)}, and this mixture takes all tensors outside "
+            "the feed-forward networks from the seed; train it with --trains flexolmo or feed_forward, or merge again with "
+            "--option discard=true"
         )
     public = next((expert.feed_forward for expert in mixture.experts if expert.name == PUBLIC), {})
     feed_forward = {}
-    for tensor in mixture.experts[0].feed_forward:
+    for tensor in names:
         if tensor in entries:
             feed_forward[tensor] = StoredTensor(entries[tensor], manifest.tensors.get(tensor), name=tensor)
         elif tensor in public:
             feed_forward[tensor] = public[tensor]
         else:
             raise UserError(
-                f"expert '{name}' ({folder}) has no tensor '{tensor}', and the mixture does not contain the "
-                "seed's; merge again with all experts"
+                f"expert '{name}' ({folder}) has no tensor '{tensor}', and the mixture does not contain the seed's; merge "
+                "again with all experts"
             )
-    if not (folder / ROUTER_FILE).is_file():
-        return ExpertParts(name, feed_forward), None, manifest
-    bias = mixture.record.router.biases
-    scale = float(options["router_options"].get("scale", 1.0))
-    row = apply_bias(read_router_start(folder, name, scale), bias if bias != "none" else "drop")
-    return ExpertParts(name, feed_forward), row, manifest
-
-
-def _dropped(mixture: OpenedMixture, names: Collection[str], manifest: Manifest) -> list[str]:
-    """Return an expert's tensors outside the FFNs that differ from the mixture's shared tensors."""
-    feed_forward = mixture.experts[0].feed_forward
-    shared = {name: plan.experts[0].expected for name, plan in mixture.shared.items()}
-    return [name for name in names if name not in feed_forward and manifest.tensors.get(name) != shared.get(name)]
-
-
-def _tensors(
-    mixture: OpenedMixture, old: MixtureShape, shape: MixtureShape, experts: Sequence[ExpertParts], router: RouterRows
-) -> tuple[Any, dict[str, Any]]:
-    """Return the planned tensors and the mixture's configuration, updated for the new number of experts."""
-    dense = mixture.record.dense
-    tensors, config = plan_assembly(
-        dense,
-        mixture.family,
-        mixture.target,
-        shape,
-        mixture.shared,
-        experts,
-        router,
-        layout=mixture.record.options["layout"] if not mixture.merged.tunings else "per_expert",
-    )
-    before = mixture.target.config(dense, old)
-    changed = {key: value for key, value in config.items() if before.get(key) != value}
-    return tensors, {**mixture.source.config, **changed}
+    row = None
+    if (folder / ROUTER_FILE).is_file():
+        bias = mixture.record.router.biases
+        start = read_router_start(folder, name, float(options.router_options.get("scale", 1.0)))
+        row = apply_bias(start, bias if bias != "none" else "drop")
+    return _JoiningExpert(manifest, ExpertParts(name, feed_forward), row, dropped)
 
 
 # --- manifest entry and notes ---
 
 
-def _licences(mixture: OpenedMixture, change: Change, joined: Mapping[str, Manifest]) -> LicenceReport:
-    """Check the licences of all experts in the changed mixture for compatibility."""
-    removed = {*change.remove, *change.replace}
-    kept = {parent.name: parent.licence for parent in mixture.manifest.parents if parent.name not in removed}
-    averaged = [] if shared_tensors_are_the_seeds(mixture.record) else _averaged(mixture)
-    return check_licences(
-        {f"{expert.name} (in the mean)": expert.licence for expert in averaged if expert.name not in kept}
-        | kept
-        | {name: manifest.licence for name, manifest in joined.items()}
-    )
+def changed_parents(manifest: Manifest, change: Change, joining: Mapping[str, Manifest]) -> list[Parent]:
+    """Return the parents of a changed model: those that stay, and the added experts without weights."""
+    kept = [parent for parent in manifest.parents if parent.name not in change.removed]
+    return kept + [Parent.of(expert, name) for name, expert in joining.items()]
 
 
-def history_entries(manifest: Manifest, change: Change, when: datetime | None = None) -> list[ExpertChange]:
+def changed_data(manifest: Manifest, change: Change, joining: Mapping[str, Manifest]) -> dict[str, DataStatement]:
+    """Return the data statements of a changed model's experts."""
+    kept = {name: data for name, data in manifest.expert_data.items() if name not in change.removed}
+    return kept | {name: expert.data for name, expert in joining.items()}
+
+
+def history_entries(manifest: Manifest, change: Change) -> list[ExpertChange]:
     """Return the manifest entries of a change: event, expert, date and digest of the model before."""
-    date = (when or datetime.now(UTC)).date().isoformat()
+    date = datetime.now(UTC).date().isoformat()
     return [
         *(ExpertChange("left", name, date, manifest.digest) for name in change.remove),
         *(ExpertChange("replaced", name, date, manifest.digest) for name in change.replace),
@@ -284,77 +298,31 @@ def history_entries(manifest: Manifest, change: Change, when: datetime | None = 
     ]
 
 
-def _traces(mixture: OpenedMixture, change: Change) -> list[str]:
+def _traces(mixture: OpenedMixture, change: Change, joining: Mapping[str, _JoiningExpert]) -> list[str]:
     """Return notes about tensors that still depend on removed experts, and about tensors that are dropped."""
-    removed = [*change.remove, *change.replace]
     traces = [
         f"trainer '{tuning.trains}' ran on {', '.join(tuning.domains)} while '{name}' was one of the "
         "experts, so the trained tensors depend on it"
         for tuning in mixture.merged.tunings
-        for name in removed
+        for name in change.removed
         if name in tuning.experts
     ]
-    if not shared_tensors_are_the_seeds(mixture.record):
-        averaged = {expert.name for expert in _averaged(mixture)}
-        traces += [
-            f"the shared tensors stay a mean that includes '{name}'; a merge without it has another mean"
-            for name in removed
-            if name in averaged
-        ]
+    averaged = {expert.name for expert in mixture.averaged}
+    traces += [
+        f"the shared tensors stay a mean that includes '{name}'; a merge without it has another mean"
+        for name in change.removed
+        if name in averaged
+    ]
     traces += [
         f"the replacement of '{name}' has no router row and keeps the row of '{name}'"
-        for name, folder in change.replace.items()
-        if not (folder / ROUTER_FILE).is_file()
+        for name in change.replace
+        if joining[name].row is None
     ]
-    for name, folder in {**change.replace, **change.add}.items():
-        dropped = _dropped(mixture, Checkpoint([folder / WEIGHTS_FILE]).entries, read_manifest(folder))
-        if dropped:
-            traces.append(f"{len(dropped)} tensors of '{name}' outside the feed-forward networks are dropped")
-    if removed and mixture.record.router.uses_text:
+    traces += [
+        f"{len(expert.dropped)} tensors of '{name}' outside the feed-forward networks are dropped"
+        for name, expert in joining.items()
+        if expert.dropped
+    ]
+    if change.removed and mixture.record.router.uses_text:
         traces.append("the router's rows were fitted on text of all experts, including the removed ones")
     return traces
-
-
-def _recipe(mixture: OpenedMixture, experts: Sequence[str]) -> Recipe:
-    return Recipe(
-        method=mixture.merged.method,
-        models={mixture.manifest.name: mixture.source.folder},
-        slices=whole_models(experts),
-        seed=mixture.manifest.name,
-    )
-
-
-def _provenance(
-    mixture: OpenedMixture,
-    change: Change,
-    joined: Mapping[str, Manifest],
-    merged: GeneralistConfig,
-    licences: LicenceReport,
-) -> Manifest:
-    manifest = mixture.manifest
-    is_averaged = merged.mixture is not None and bool(merged.mixture.averaged)
-    removed = {*change.remove, *change.replace}
-    parents = [parent for parent in manifest.parents if parent.name not in removed]
-    parents += [Parent.of(expert, name) for name, expert in joined.items()]
-    weighted = [parent.name for parent in parents if parent.weight is not None or parent.name in joined]
-    # the weights of an average stay, since no expert leaves the average
-    weights = merged.weights if is_averaged else {name: 1 / len(weighted) for name in weighted}
-    recipe = merged.recipe
-    if recipe is not None:  # a recipe of several slices cannot be changed
-        recipe = change_models(recipe, change.remove, change.add) if len(recipe["slices"]) == 1 else None
-    parents = [
-        replace(parent, weight=weights[parent.name])
-        if parent.name in weights and not (is_averaged and parent.name in joined)
-        else parent
-        for parent in parents
-    ]
-    statements = {name: data for name, data in manifest.expert_data.items() if name not in removed}
-    statements |= {name: expert.data for name, expert in joined.items()}
-    return Manifest(
-        kind="generalist",
-        name=manifest.name,
-        parents=tuple(parents),
-        config=replace(merged, weights=weights, recipe=recipe),
-        expert_data=statements,
-        licence=licences.result if not licences.conflicts else None,
-    )

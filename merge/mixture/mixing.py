@@ -13,7 +13,7 @@ from ...core.hooks.mixtures import Architecture, RouterInputs, RouterRows, Route
 from ...core.manifests.generalist import MixtureRecord, RouterRecord
 from ..engine.tensor_plan import Action, TensorPlan
 from ..planning.assembly import Assembly, AssemblyInputs, ExpertParts, plan_assembly, split_feed_forward
-from ..recipes.recipe import WEIGHT, Recipe, whole_models
+from ..recipes.recipe import WEIGHT, whole_models
 from ..sources.models import Source
 from ..sources.tensor_names import layer_names
 from .options import MixtureOptions, shape_of
@@ -21,7 +21,7 @@ from .stated_settings import fill_config_defaults
 from .targets import CONTAINER, choose_target
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 PUBLIC = "public"
 """Name of the seed's feed-forward network as an expert."""
@@ -64,7 +64,7 @@ def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
         dense, family, target, shape, shared, experts, router, dtype=inputs.recipe.dtype, layout=options.layout
     )
     if target.name == CONTAINER and family.name not in installed_plugins().offers(Architecture):
-        require_runnable(config)  # no plugin describes this family
+        _require_runnable(config)  # no plugin describes this family
     return Assembly(
         tensors,
         config,
@@ -114,7 +114,7 @@ def _tensor(source: Source, name: str) -> Any:
     return source.tensors[name]
 
 
-def require_runnable(config: Mapping[str, Any]) -> None:
+def _require_runnable(config: Mapping[str, Any]) -> None:
     """Raise `UserError` unless the container can be built from a configuration; loads no weights."""
     import torch
 
@@ -131,10 +131,17 @@ def _shared(
     inputs: AssemblyInputs, options: MixtureOptions, family: Architecture
 ) -> tuple[dict[str, TensorPlan], tuple[str, ...]]:
     """Return the plans of all tensors outside the feed-forward networks, by name, and notes for the user."""
+    weights = {
+        source.model: {WEIGHT: source.parameters[WEIGHT]}
+        for part in inputs.recipe.slices
+        for source in part.sources
+        if WEIGHT in source.parameters
+    }
     if options.shared == "average":
-        plans = inputs.dense(_dense_recipe(inputs.recipe, inputs.recipe.experts))
-        return _outside(plans, family), ()
-    if any(WEIGHT in source.parameters for part in inputs.recipe.slices for source in part.sources):
+        experts = whole_models(inputs.recipe.experts, weights)
+        recipe = replace(inputs.recipe, method="average", scopes=(), slices=experts)
+        return _outside(inputs.dense(recipe), family), ()
+    if weights:
         raise UserError(
             "weights apply to the average of the tensors outside the feed-forward networks, and this "
             "mixture takes those from the seed; remove the weights, or average those tensors (--option "
@@ -158,32 +165,17 @@ def _shared(
             for name in inputs.recipe.experts
             if inputs.sources[name].kind not in ("expert", "adapter")
         )
-    leading = inputs.leading.name
+    leading = inputs.recipe.leading
     names = [leading, *(name for name in inputs.recipe.experts if name != leading)]
-    plans = inputs.dense(
-        replace(
-            _dense_recipe(inputs.recipe, names),
-            slices=whole_models(names, {name: {WEIGHT: float(name == leading)} for name in names}),
-            seed=None,
-        )
-    )
-    outside = _outside(plans, family)
+    only_leading = {name: {WEIGHT: float(name == leading)} for name in names}
+    recipe = replace(inputs.recipe, method="average", scopes=(), slices=whole_models(names, only_leading), seed=None)
+    outside = _outside(inputs.dense(recipe), family)
     return {name: _copy_plan(plan, options.discard) for name, plan in outside.items()}, notes
 
 
 def summarize_names(tensors: Sequence[str]) -> str:
     """Return the first of several tensor names and the number of the others, in words."""
     return f"'{tensors[0]}'" + (f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else "")
-
-
-def _dense_recipe(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    weights = {
-        source.model: {WEIGHT: source.parameters[WEIGHT]}
-        for part in recipe.slices
-        for source in part.sources
-        if WEIGHT in source.parameters
-    }
-    return replace(recipe, method="average", scopes=(), slices=whole_models(names, weights))
 
 
 def _outside(plans: Sequence[TensorPlan], family: Architecture) -> dict[str, TensorPlan]:
@@ -215,15 +207,13 @@ def _changed_outside(inputs: AssemblyInputs, family: Architecture) -> dict[str, 
 
     Models of other origin are compared when they are read.
     """
-    changed = {}
-    for name in inputs.recipe.experts:
-        source = inputs.sources[name]
-        if source.kind not in ("expert", "adapter") or source.name == inputs.leading.name:
-            continue
-        _, outside = split_feed_forward(sorted(source.own), family)
-        if outside:
-            changed[name] = outside
-    return changed
+    own = {
+        name: sorted(inputs.sources[name].own)
+        for name in inputs.recipe.experts
+        if inputs.sources[name].kind in ("expert", "adapter") and name != inputs.recipe.leading
+    }
+    outside = {name: split_feed_forward(tensors, family)[1] for name, tensors in own.items()}
+    return {name: tensors for name, tensors in outside.items() if tensors}
 
 
 # --- the router ---
@@ -239,11 +229,6 @@ def _router_start(
     width = leading.config.get("hidden_size") or leading.config.get("n_embd")
     if not isinstance(width, int):
         raise UserError(f"{leading.model_folder / 'config.json'} has no hidden_size")
-    domains: Mapping[str, tuple[str, ...]] = {
-        name: tuple(source.manifest.domains)
-        for name, source in inputs.sources.items()
-        if source.manifest is not None and source.kind == "expert"
-    }
     shape = (leading.num_layers, len(slots), width)
     if not is_fitted:
         return RouterRows(np.zeros(shape, np.float32))
@@ -256,16 +241,16 @@ def _router_start(
             options=options.router_options,
             own=inputs.expert_options,
             validation=inputs.validation or tuple,
-            domains=domains,
+            domains={
+                name: tuple(source.manifest.domains)
+                for name, source in inputs.sources.items()
+                if source.manifest is not None and source.kind == "expert"
+            },
             reporter=inputs.reporter,
         )
     )
-    _check_shape(start.rows, shape, router.name)
-    return start
-
-
-def _check_shape(rows: NDArray[Any], expected: tuple[int, ...], router: str) -> None:
-    if tuple(rows.shape) != expected:
+    if tuple(start.rows.shape) != shape:
         raise UserError(
-            f"router start '{router}' returned rows of shape {list(rows.shape)}; {list(expected)} is required"
+            f"router start '{router.name}' returned rows of shape {list(start.rows.shape)}; {list(shape)} is required"
         )
+    return start

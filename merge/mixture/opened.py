@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.numeric import DTYPES
 from ...core.errors import UserError
 from ...core.hooks.architectures import architecture_of
-from ...core.hooks.mixtures import Architecture, MixtureTarget, RouterRows
-from ...core.manifests.generalist import GeneralistConfig, MixtureRecord
+from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget, RouterRows
+from ...core.manifests.generalist import AveragedExpert, GeneralistConfig, MixtureRecord
 from ...core.manifests.manifest import Manifest, read_manifest
 from ..engine.reading import Reader
 from ..engine.tensor_plan import TensorPlan
 from ..planning.assembly import ExpertParts
 from ..sources.models import Source, StoredTensor, open_source
-from ..sources.tensor_names import layer_names
+from ..sources.tensor_names import LayerNames, layer_names
+from .options import MixtureOptions
 from .targets import container_target
 
 if TYPE_CHECKING:
@@ -27,9 +30,9 @@ _FUSED = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.dow
 _FUSED_ROUTER = "mlp.gate.weight"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OpenedMixture:
-    """Experts, shared tensors and router of a mixture folder."""
+    """A mixture folder. Its manifest is read once; experts, shared tensors and router are located at first use."""
 
     source: Source
     manifest: Manifest
@@ -37,54 +40,54 @@ class OpenedMixture:
     record: MixtureRecord
     family: Architecture
     target: MixtureTarget
-    experts: tuple[ExpertParts, ...]
-    shared: Mapping[str, TensorPlan]
-    """Tensors outside the feed-forward networks, by their names in the dense model."""
-    router: RouterRows
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(expert.name for expert in self.experts)
+        return self.merged.experts
 
+    @cached_property
+    def options(self) -> MixtureOptions:
+        return MixtureOptions(**self.record.options)
 
-def open_mixture(folder: Path) -> OpenedMixture:
-    """Open a mixture; reads its manifest, the tensor headers and the router.
+    @property
+    def shape(self) -> MixtureShape:
+        has_biases = self.router.biases is not None
+        return MixtureShape(len(self.names), self.record.top_k, self.options.normalized, has_biases)
 
-    Raises `UserError` for a folder that is not a mixture of expertctl.
-    """
-    manifest = read_manifest(folder)
-    merged = manifest.merged
-    if merged is None or merged.mixture is None:
-        raise UserError(f"{folder} is not a mixture of experts: its manifest lists no experts")
-    record = merged.mixture
-    family = architecture_of(record.dense["model_type"])
-    target = next(
-        candidate for candidate in (*family.mixtures, container_target(family)) if candidate.name == record.target
-    )
-    source = open_source(manifest.name, folder, allow_containers=True)
-    tensors = _MixtureTensors(source, merged.experts, record, target)
-    return OpenedMixture(
-        source, manifest, merged, record, family, target, tensors.experts(), tensors.shared(), tensors.router()
-    )
+    @property
+    def averaged(self) -> tuple[AveragedExpert, ...]:
+        """Experts whose mean forms the shared tensors, removed ones included; none if those are the seed's."""
+        if shared_tensors_are_the_seeds(self.record):
+            return ()
+        return self.record.averaged or tuple(
+            AveragedExpert(parent.name, parent.digest, parent.weight, parent.licence)
+            for parent in self.manifest.parents
+            if parent.kind == "expert"
+        )
 
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """All tensors, by their names without the prefix of the model class."""
+        return {name.removeprefix(self.target.prefix): stored for name, stored in self.source.tensors.items()}
 
-class _MixtureTensors:
-    """Maps the tensors of a mixture to experts, shared tensors and router."""
+    @cached_property
+    def _layers(self) -> LayerNames:
+        return layer_names(self.tensors)
 
-    def __init__(self, source: Source, names: tuple[str, ...], record: MixtureRecord, target: MixtureTarget) -> None:
-        self.source, self.names, self.record, self.target = source, names, record, target
-        self.tensors = {name.removeprefix(target.prefix): stored for name, stored in source.tensors.items()}
-        self.layers = layer_names(self.tensors)
+    @cached_property
+    def _is_fused(self) -> bool:
         # `options.layout` may differ: tuning rewrites the tensors in another layout
-        self.fused = any(name.endswith(tuple(_FUSED)) for name in self.tensors)
+        return any(name.endswith(tuple(_FUSED)) for name in self.tensors)
 
+    @cached_property
     def experts(self) -> tuple[ExpertParts, ...]:
+        """The feed-forward tensors of each expert, by their names in the dense model."""
         return tuple(
             ExpertParts(
                 name,
                 {
-                    self.layers.name(layer, suffix): self._expert_tensor(layer, suffix, number)
-                    for layer in range(len(self.layers.layers))
+                    self._layers.name(layer, suffix): self._expert_tensor(layer, suffix, number)
+                    for layer in range(len(self._layers.layers))
                     for suffix in self.record.feed_forward
                 },
             )
@@ -92,30 +95,23 @@ class _MixtureTensors:
         )
 
     def _expert_tensor(self, layer: int, suffix: str, number: int) -> StoredTensor:
-        if not self.fused:
-            return self.tensors[self.layers.name(layer, self.target.expert(suffix, number))]
+        if not self._is_fused:
+            return self.tensors[self._layers.name(layer, self.target.expert(suffix, number))]
         kind = suffix.rsplit(".", 2)[-2]
         fused_name, kinds = next((name, kinds) for name, kinds in _FUSED.items() if kind in kinds)
-        fused = self.tensors[self.layers.name(layer, fused_name)]
+        fused = self.tensors[self._layers.name(layer, fused_name)]
         return slice_of(fused, number * len(kinds) + kinds.index(kind), len(self.names) * len(kinds))
 
-    def _unshared_names(self) -> set[str]:
-        """Return the names, within a layer, of all tensors that are not shared."""
-        names = {
-            self.target.expert(suffix, number)
-            for suffix in self.record.feed_forward
-            for number in range(len(self.names))
-        }
-        names |= {self.target.router, *_FUSED, _FUSED_ROUTER}
-        if self.target.router_bias is not None:
-            names.add(self.target.router_bias)
-        return names | set(self.target.zeros(self.source.config))
-
-    def shared(self) -> dict[str, TensorPlan]:
-        unshared = self._unshared_names()
+    @cached_property
+    def shared(self) -> Mapping[str, TensorPlan]:
+        """Tensors outside the feed-forward networks, by their names in the dense model."""
+        unshared = {self.target.router, self.target.router_bias, *_FUSED, _FUSED_ROUTER}
+        unshared |= set(self.target.zeros(self.source.config))
+        for suffix in self.record.feed_forward:
+            unshared |= {self.target.expert(suffix, number) for number in range(len(self.names))}
         excluded = {
-            self.layers.name(layer, suffix)
-            for layer, suffixes in enumerate(self.layers.layers)
+            self._layers.name(layer, suffix)
+            for layer, suffixes in enumerate(self._layers.layers)
             for suffix in suffixes
             if suffix in unshared
         }
@@ -125,21 +121,40 @@ class _MixtureTensors:
             if name not in excluded
         }
 
+    @cached_property
     def router(self) -> RouterRows:
-        name = _FUSED_ROUTER if self.fused else self.target.router
-        rows = self._read(name)
-        assert rows is not None
         bias = self.target.router_bias
+        rows = self._read(_FUSED_ROUTER if self._is_fused else self.target.router)
         return RouterRows(rows, self._read(bias) if bias is not None else None)
 
     def _read(self, suffix: str) -> NDArray[Any] | None:
+        """Return a tensor of all layers, with the layers as the first axis; None if the mixture has none."""
         import numpy as np
 
-        names = [self.layers.name(layer, suffix) for layer in range(len(self.layers.layers))]
+        names = [self._layers.name(layer, suffix) for layer in range(len(self._layers.layers))]
         if names[0] not in self.tensors:
             return None
         with Reader() as reader:
             return np.stack([reader.read(self.tensors[name]) for name in names])
+
+
+def open_mixture(folder: Path) -> OpenedMixture:
+    """Open a mixture; raises `UserError` for a folder that is not a mixture of expertctl."""
+    manifest = read_manifest(folder)
+    merged = manifest.merged
+    if merged is None or merged.mixture is None:
+        raise UserError(f"{folder} is not a mixture of experts: its manifest lists no experts")
+    record = merged.mixture
+    family = architecture_of(record.dense["model_type"])
+    targets = (*family.mixtures, container_target(family))
+    target = next(candidate for candidate in targets if candidate.name == record.target)
+    source = open_source(manifest.name, folder, allow_containers=True)
+    return OpenedMixture(source, manifest, merged, record, family, target)
+
+
+def shared_tensors_are_the_seeds(record: MixtureRecord) -> bool:
+    """Return whether a mixture's shared tensors come from the seed rather than from its experts."""
+    return record.options.get("shared") == "seed"
 
 
 def slice_of(fused: StoredTensor, number: int, count: int) -> StoredTensor:
@@ -147,11 +162,7 @@ def slice_of(fused: StoredTensor, number: int, count: int) -> StoredTensor:
     entry = fused.entry
     size = entry.num_bytes // count
     begin = entry.begin + number * size
-    inner = entry.shape[2:]
-    width = DTYPES[entry.dtype].num_bytes
-    for axis in inner:
-        width *= axis
-    tensor_slice = replace(
-        entry, name=f"{entry.name}[{number}]", shape=(size // width, *inner), begin=begin, end=begin + size
-    )
-    return StoredTensor(tensor_slice, None, None, tensor_slice.name)
+    row_bytes = DTYPES[entry.dtype].num_bytes * math.prod(entry.shape[2:])
+    shape = (size // row_bytes, *entry.shape[2:])
+    name = f"{entry.name}[{number}]"
+    return StoredTensor(replace(entry, name=name, shape=shape, begin=begin, end=begin + size), name=name)

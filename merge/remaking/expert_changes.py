@@ -26,13 +26,8 @@ from ...core.manifests.verification import require_intact
 from ..generalists.card import model_card
 from ..generalists.folder import write_generalist
 from ..merging import MergeRun, merge_recipe
-from ..mixture.changing import (
-    Change,
-    history_entries,
-    plan_change,
-    require_valid_change,
-    shared_tensors_are_the_seeds,
-)
+from ..mixture.changing import Change, history_entries, plan_change, require_valid_change
+from ..mixture.opened import shared_tensors_are_the_seeds
 from ..planning.plan import check_output
 from ..recipes.recipe import Recipe, change_models
 from ..stitched.changing import change_stitched

@@ -7,6 +7,7 @@ if self-contained, stored in `members/`. Shapes: B = batch, T = tokens.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from ...core.errors import UserError
 from ..ensemble.members_cache import MembersCache
 from .configuration import StitchedConfig
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
+from .members import load_members, move_members, write_members
 from .points import hub_points, leads_into_hub, matched_points
 from .stepwise import Stepwise, decoder_layers, hidden_states_of
 
@@ -102,23 +104,15 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         passes = {name: Stepwise(expert) for name, expert in zip(self.expert_names, self.experts, strict=True)}
         for number, stepwise in enumerate(passes.values(), start=1):
             stepwise.begin(**inputs(number))
-        hooks = self._register_stitches(passes)
-        try:
+        layers = decoder_layers(self.hub)
+        with ExitStack() as hooks:
+            for number, point in enumerate(self.points):
+                hooks.callback(layers[point - 1].register_forward_hook(self._hook(number, passes)).remove)
             output = self.hub(**inputs(0), labels=labels, logits_to_keep=logits_to_keep)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return CausalLMOutputWithPast(loss=output.loss, logits=output.logits, past_key_values=cache)
 
-    def _register_stitches(self, passes: Mapping[str, Stepwise]) -> list[Any]:
-        """Hook each stitch to the hub layer before it; return the hook handles."""
-        layers = decoder_layers(self.hub)
-        return [
-            layers[point - 1].register_forward_hook(self._hook(number, passes))
-            for number, point in enumerate(self.points)
-        ]
-
     def _hook(self, number: int, passes: Mapping[str, Stepwise]) -> Any:
+        """Return the hook of the hub layer before a stitch, which applies the stitch to the layer's output."""
         stitch = self.stitches[number]
 
         def hook(layer: nn.Module, args: Any, output: Any) -> Any:
@@ -140,8 +134,6 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> StitchedForCausalLM:
         """Load a stitched model and its members; supports `dtype` and `device_map` of transformers."""
-        from .members import load_members
-
         root = Path(folder)
         if not isinstance(config, StitchedConfig):
             config = StitchedConfig.from_pretrained(root)
@@ -185,26 +177,22 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def save_trained(self, folder: Path, base: Path) -> None:
         """Write trained stitches to `folder`, with the members of the model in `base`."""
-        from .members import move_members
-
-        config = StitchedConfig.from_dict(self.config.to_dict())
-        config.members = move_members(config.members, base, folder)
-        write_stitches(folder, self.stitches)
-        write_config(folder, config)
+        self._write(folder, move_members(self.config.members, base, folder))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a self-contained folder with a complete copy of every member."""
-        from .members import write_members
-
         root = Path(save_directory)
         root.mkdir(parents=True, exist_ok=True)
         members = {HUB: self.hub, **dict(zip(self.expert_names, self.experts, strict=True))}
-        config = StitchedConfig.from_dict(self.config.to_dict())
-        config.members = write_members(root, members)
-        write_stitches(root, self.stitches)
-        write_config(root, config)
+        self._write(root, write_members(root, members))
         if self.generation_config is not None:
             self.generation_config.save_pretrained(root)
+
+    def _write(self, folder: Path, members: list[dict[str, Any]]) -> None:
+        config = StitchedConfig.from_dict(self.config.to_dict())
+        config.members = members
+        write_stitches(folder, self.stitches)
+        write_config(folder, config)
 
 
 def new_stitches(config: StitchedConfig) -> nn.ModuleList:

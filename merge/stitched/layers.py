@@ -25,24 +25,18 @@ class Stitch(nn.Module):
         self.gates, self.projections = nn.ModuleDict(), nn.ModuleDict()
         self.dropout = nn.Dropout(dropout)
 
-    def reset(self, names: Collection[str] | None = None) -> None:
-        """Initialise gates and projections of the named experts, or of all.
-
-        Projections start as the identity (truncated where hidden sizes differ), gates as constants.
-        """
-        keys = set(module_keys(names)) if names is not None else None
-        for key, gate in self.gates.items():
-            if keys is None or key in keys:
-                nn.init.zeros_(gate.get_parameter("weight"))
-                nn.init.constant_(gate.get_parameter("bias"), self.gate_start)
-        for key, projection in self.projections.items():
-            if keys is None or key in keys:
-                nn.init.eye_(projection.get_parameter("weight"))
+    def reset(self) -> None:
+        """Initialise projections as the identity (truncated where hidden sizes differ) and gates as constants."""
+        for gate in self.gates.values():
+            nn.init.zeros_(gate.get_parameter("weight"))
+            nn.init.constant_(gate.get_parameter("bias"), self.gate_start)
+        for projection in self.projections.values():
+            nn.init.eye_(projection.get_parameter("weight"))
 
     def drop(self, gone: Collection[str]) -> None:
         """Remove the gates and projections of experts."""
-        for key in module_keys(gone):
-            del self.gates[key], self.projections[key]
+        for name in gone:
+            del self.gates[module_key(name)], self.projections[module_key(name)]
 
 
 class ExpertsIntoHub(Stitch):
@@ -64,12 +58,13 @@ class ExpertsIntoHub(Stitch):
         """Return the hub's new states and the projected states of each expert, all (B, T, d)."""
         if not experts_BTe:
             return hub_BTd, {}
-        logits = [self.dropout(self.gates[key](hub_BTd)) for key in ("hub", *module_keys(experts_BTe))]
-        gates = torch.stack(logits).float().softmax(dim=0).to(hub_BTd.dtype)
+        gates = (self.gates["hub"], *(self.gates[module_key(name)] for name in experts_BTe))
+        logits = [self.dropout(gate(hub_BTd)) for gate in gates]
+        shares = torch.stack(logits).float().softmax(dim=0).to(hub_BTd.dtype)
         projected = {name: self.projections[module_key(name)](states) for name, states in experts_BTe.items()}
-        mean = gates[0] * hub_BTd
-        for gate, states in zip(gates[1:], projected.values(), strict=True):
-            mean = mean + gate * states
+        mean = shares[0] * hub_BTd
+        for share, states in zip(shares[1:], projected.values(), strict=True):
+            mean = mean + share * states
         return hub_BTd + self.strength * (mean - hub_BTd), projected
 
 
@@ -96,8 +91,3 @@ class HubIntoExperts(Stitch):
 def module_key(name: str) -> str:
     """Return the module key of an expert; dots are escaped, since module names must not contain them."""
     return "expert_" + name.replace(".", "%2E")
-
-
-def module_keys(names: Collection[str]) -> list[str]:
-    """Return the module keys of several experts, in order."""
-    return [module_key(name) for name in names]

@@ -12,8 +12,8 @@ from ...core.artefacts.digests import MANIFEST_NAMES, TOKENIZER_FILES, digest_of
 from ...core.artefacts.files import link_or_copy, read_json
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files
 from ...core.errors import UserError
-from ...core.manifests.manifest import manifest_path, read_manifest
-from ...core.models.loading import load_network
+from ...core.manifests.manifest import Manifest, find_manifest
+from ...core.models.loading import WEIGHTS_FILE, load_network
 from .stepwise import decoder_layers
 
 if TYPE_CHECKING:
@@ -29,19 +29,16 @@ def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contai
 
     Depth and hidden size of an expertctl expert are those of its `seed`.
     """
-    manifest = read_manifest(source) if manifest_path(source) is not None else None
-    member_folder = source.resolve()
+    manifest = find_manifest(source)
+    place = f"{MEMBERS_FOLDER}/{name}" if self_contained else os.path.relpath(source.resolve(), folder.resolve())
     if self_contained:
-        member_folder = folder / MEMBERS_FOLDER / name
-        _copy_model(source, member_folder)
+        _copy_model(source, folder / place)
     is_expert = manifest is not None and manifest.kind == "expert"
     config = read_json((seed if is_expert else source) / "config.json")
     return {
         "name": name,
-        "folder": os.path.relpath(member_folder, folder.resolve())
-        if not self_contained
-        else f"{MEMBERS_FOLDER}/{name}",
-        "digest": _digest(source),
+        "folder": place,
+        "digest": _digest(source, manifest),
         "width": _setting(config, source, "hidden_size", "n_embd"),
         "num_layers": _setting(config, source, "num_hidden_layers", "n_layer"),
     }
@@ -53,16 +50,20 @@ def load_members(root: Path, config: StitchedConfig, dtype: Any) -> tuple[PreTra
     Raises `UserError` for a member that is missing or has changed since the merge.
     """
     dtype_name = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
-    hub_folder = _check_member(root, config.members[0])
+    hub_folder, _ = _open_member(root, config.members[0])
     hub = load_network(hub_folder, dtype=dtype_name)
+    hub_parameters = dict(hub.named_parameters())
     experts = {}
     for member in config.members[1:]:
-        folder = _check_member(root, member)
-        kind = read_manifest(folder).kind if manifest_path(folder) is not None else None
-        expert = load_network(folder, seed=hub_folder if kind == "expert" else None, dtype=dtype_name, as_trained=False)
+        folder, manifest = _open_member(root, member)
+        is_expert = manifest is not None and manifest.kind == "expert"
+        expert = load_network(folder, seed=hub_folder if is_expert else None, dtype=dtype_name, as_trained=False)
         expert.to(hub.dtype)
-        if kind == "expert":
-            _share(expert, hub, set(Checkpoint([folder / "model.safetensors"])))
+        if is_expert:
+            changed = Checkpoint([folder / WEIGHTS_FILE])
+            for name, parameter in expert.named_parameters():
+                if name not in changed and name in hub_parameters:
+                    parameter.data = hub_parameters[name].data
         experts[member["name"]] = expert
     return hub, experts
 
@@ -77,7 +78,7 @@ def write_members(root: Path, members: Mapping[str, PreTrainedModel]) -> list[di
             {
                 "name": name,
                 "folder": f"{MEMBERS_FOLDER}/{name}",
-                "digest": _digest(folder),
+                "digest": _digest(folder, None),
                 "width": int(model.config.hidden_size),
                 "num_layers": len(decoder_layers(model)),
             }
@@ -107,24 +108,26 @@ def _copy_model(source: Path, folder: Path) -> None:
             link_or_copy(file, folder / file.name)
 
 
-def _check_member(root: Path, member: Mapping[str, Any]) -> Path:
+def _open_member(root: Path, member: Mapping[str, Any]) -> tuple[Path, Manifest | None]:
+    """Return the folder of a member and its manifest; raises `UserError` if it is missing or has changed."""
     folder: Path = (root / member["folder"]).resolve()
     if not folder.is_dir():
         raise UserError(
             f"{root} references member '{member['name']}' in {folder}, which does not exist; restore it, or "
             "merge again with --self-contained"
         )
-    if _digest(folder) != member["digest"]:
+    manifest = find_manifest(folder)
+    if _digest(folder, manifest) != member["digest"]:
         raise UserError(
             f"{root} references member '{member['name']}' in {folder}, which has changed since the merge; "
             "restore it, or merge again"
         )
-    return folder
+    return folder, manifest
 
 
-def _digest(folder: Path) -> str:
-    if manifest_path(folder) is not None:
-        return read_manifest(folder).digest
+def _digest(folder: Path, manifest: Manifest | None) -> str:
+    if manifest is not None:
+        return manifest.digest
     return digest_of_tensors(digests_of_untouched(Checkpoint(checkpoint_files(folder)), {}))
 
 
@@ -133,11 +136,3 @@ def _setting(config: Mapping[str, Any], folder: Path, *names: str) -> int:
         if isinstance(config.get(name), int):
             return int(config[name])
     raise UserError(f"{folder / 'config.json'} has no {names[0]}; models of this family cannot be stitched")
-
-
-def _share(expert: PreTrainedModel, hub: PreTrainedModel, changed: set[str]) -> None:
-    """Share the hub's tensors with an expert, except for the tensors in `changed`."""
-    hub_parameters = dict(hub.named_parameters())
-    for name, parameter in expert.named_parameters():
-        if name not in changed and name in hub_parameters:
-            parameter.data = hub_parameters[name].data

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from expertctl import verify
+from expertctl.core.manifests.schemas import SCHEMA_NAMES, shipped_schema
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +48,10 @@ def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path
     assert found["domains"] == ["chance", "prose"]
     folders = [*(tmp_path / "demo" / "experts").iterdir(), *(tmp_path / "demo" / "generalists").iterdir()]
     assert len(folders) == 5
+    manifests = [path for name in SCHEMA_NAMES for path in (tmp_path / "demo").rglob(name)]
+    assert {path.name for path in manifests} == {"seed.json", "expert.json", "run.json", "generalist.json"}
+    for path in manifests:
+        jsonschema.validate(json.loads(path.read_text()), json.loads(shipped_schema(path.name)))
     stamps = {}
     for folder in folders:
         assert verify(folder) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import jsonschema
@@ -12,11 +13,19 @@ from expertctl.core.artefacts.files import json_text, read_json
 from expertctl.core.manifests.schemas import SCHEMA_NAMES, schema_of, shipped_schema
 from expertctl.workspace import Workspace
 
+ROOT = Path(__file__).parents[3]
+
 
 @pytest.mark.parametrize("name", SCHEMA_NAMES)
 def test_the_shipped_schema_is_that_of_the_records(name: str) -> None:
     """Mend with: python tests/goldens/schemas.py"""
     assert shipped_schema(name) == json_text(schema_of(name))
+
+
+def test_the_page_describes_the_records_as_they_are() -> None:
+    """Mend with: python tests/goldens/schemas.py"""
+    script = runpy.run_path(str(ROOT / "tests" / "goldens" / "schemas.py"))
+    assert (ROOT / "docs" / "manifests.md").read_text(encoding="utf-8") == script["page"]()
 
 
 @pytest.mark.parametrize("name", SCHEMA_NAMES)
