@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.events import TrainingStep as TrainingStep
     from expertctl.core.hooks.hookspecs import hookimpl as hookimpl
     from expertctl.core.hooks.merging import Assembler as Assembler
+    from expertctl.core.hooks.merging import Assembly as Assembly
+    from expertctl.core.hooks.merging import AssemblyInputs as AssemblyInputs
     from expertctl.core.hooks.merging import BuiltModel as BuiltModel
     from expertctl.core.hooks.merging import MergeInputs as MergeInputs
     from expertctl.core.hooks.merging import MergeMethod as MergeMethod
     from expertctl.core.hooks.merging import ModelBuilder as ModelBuilder
+    from expertctl.core.hooks.merging import OpenedModel as OpenedModel
     from expertctl.core.hooks.merging import PerExpert as PerExpert
+    from expertctl.core.hooks.merging import PlannedTensor as PlannedTensor
     from expertctl.core.hooks.merging import TensorGroup as TensorGroup
     from expertctl.core.hooks.merging import TensorMerge as TensorMerge
     from expertctl.core.hooks.mixtures import Architecture as Architecture
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.training import Trainer as Trainer
     from expertctl.core.hooks.training import TrainingContext as TrainingContext
     from expertctl.core.hooks.training import TrainingText as TrainingText
+    from expertctl.core.manifests.generalist import GeneralistKind as GeneralistKind
+    from expertctl.core.manifests.generalist import MixtureRecord as MixtureRecord
     from expertctl.core.manifests.verification import verify as verify
     from expertctl.core.models.generation import Sampling as Sampling
     from expertctl.core.models.loading import load_model as load_model
@@ -82,11 +88,15 @@ _HOMES = {
     "core.hooks.hookspecs": ("hookimpl",),
     "core.hooks.merging": (
         "Assembler",
+        "Assembly",
+        "AssemblyInputs",
         "BuiltModel",
         "MergeInputs",
         "MergeMethod",
         "ModelBuilder",
+        "OpenedModel",
         "PerExpert",
+        "PlannedTensor",
         "TensorGroup",
         "TensorMerge",
     ),
@@ -116,6 +126,7 @@ _HOMES = {
         "TrainingContext",
         "TrainingText",
     ),
+    "core.manifests.generalist": ("GeneralistKind", "MixtureRecord"),
     "core.manifests.verification": ("verify",),
     "core.models.generation": ("Sampling",),
     "core.models.loading": (

@@ -133,10 +133,10 @@ def work(
                 raise UserError("the pack has no seed; name its folder with --seed")
             owner.seeds.copy(request, source)
     with stopped_by_signals() as stop, session.progress() as reporter:
-        train(owner, request.id, reporter, stop.is_set)
-    content = owner.review(request.id)
+        train(owner, request, reporter, stop.is_set)
+    content = owner.review(request)
     require_consent(session, content, full=review, yes=yes)
-    write_delivery(owner.delivery_folder(request.id), output, force=force)
+    write_delivery(owner.delivery_folder(request), output, force=force)
     session.finish(
         {"request": request.id, "output": str(output), **review_content(content)},
         f"the delivery is in {output}; next, at the coordinator: expertctl federate deliver {output.name}",

@@ -118,9 +118,7 @@ def join(
             stop=stop,
             until_done=once,
         )
-    outcomes = {
-        request.id: outcome for request in owner.requests() if (outcome := owner.outcome(request.id)) is not None
-    }
+    outcomes = {request.id: outcome for request in owner.requests() if (outcome := owner.outcome(request)) is not None}
     session.finish({"outcomes": outcomes}, *(f"{identifier}: {outcome}" for identifier, outcome in outcomes.items()))
 
 

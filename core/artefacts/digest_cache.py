@@ -8,14 +8,13 @@ are verified on every read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import UserError
-from .files import cache_folder, write_text
+from .files import cache_file, write_text
 from .safetensors_io import Checkpoint
 
 SETTLED_SECONDS = 2.0
@@ -69,5 +68,4 @@ def _stat(file: Path) -> list[int]:
 
 
 def _cache_path(file: Path) -> Path:
-    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()
-    return cache_folder() / "digests" / f"{name}.json"
+    return cache_file(file, "digests", ".json")

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import UserError
 
@@ -31,11 +31,21 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically: readers see either the old content or the new content."""
+    with replacement_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def replacement_file(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Yield a temporary file that is flushed to disk and replaces `path` on success, and is deleted on failure.
+
+    `mode` holds its permissions, less the umask.
+    """
     partial = partial_sibling(path)
     try:
         with os_errors_as_user_errors(path):
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -162,11 +172,8 @@ def sync_tree(folder: Path) -> None:
     """Flush every regular file below `folder` to disk (fsync)."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def clear_leftovers(parent: Path, *, below: bool = False) -> None:
@@ -254,15 +261,15 @@ def exclusive_output(folder: Path, what: str) -> Iterator[None]:
     The lock file lies in the user's cache and stays there: deleting one that another process is about to lock would
     let both in.
     """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
-    with exclusive(cache_folder() / "locks" / f"{name}.lock", what):
+    with exclusive(cache_file(folder, "locks", ".lock"), what):
         yield
 
 
-def cache_folder() -> Path:
-    """Return the folder for files that can be deleted at any time: `$XDG_CACHE_HOME/expertctl`."""
+def cache_file(path: Path, kind: str, suffix: str) -> Path:
+    """Return the file about `path` in a subfolder of the user's cache, `$XDG_CACHE_HOME/expertctl`."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "expertctl"
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    return Path(base).expanduser() / "expertctl" / kind / f"{name}{suffix}"
 
 
 def _user_error(path: Path, error: OSError) -> UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError, unknown_name
@@ -16,11 +15,21 @@ STATISTICS_WEIGHTS = "statistics.safetensors"
 STATISTICS_MANIFEST = "statistics.json"
 
 
-@dataclass(frozen=True)
 class Layout:
     """The folders of one workspace."""
 
-    root: Path
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config_file = root / CONFIG_FILE
+        self.corpora = root / "corpora"
+        self.seed = root / "seed"
+        self.experts = root / "experts"
+        self.baselines = root / "baselines"
+        """Experts and generalists for comparison only; `train --all` and merges ignore them."""
+        self.generalists = root / "generalists"
+        self.statistics = root / STATISTICS_FOLDER
+        """Statistics of experts for merges that need them: `statistics/EXPERT/KIND`."""
+        self.reports = root / "reports"
 
     @classmethod
     def find(cls, start: Path | None = None) -> Layout:
@@ -34,52 +43,13 @@ class Layout:
                 return cls(folder)
         raise UserError(f"no {CONFIG_FILE} in {first} or its parents; create a workspace with `expertctl init {first}`")
 
-    @property
-    def config_file(self) -> Path:
-        return self.root / CONFIG_FILE
-
-    @property
-    def corpora(self) -> Path:
-        return self.root / "corpora"
-
-    @property
-    def seed(self) -> Path:
-        return self.root / "seed"
-
-    @property
-    def experts(self) -> Path:
-        return self.root / "experts"
-
-    @property
-    def baselines(self) -> Path:
-        """Experts and generalists for comparison only; `train --all` and merges ignore them."""
-        return self.root / "baselines"
-
-    @property
-    def generalists(self) -> Path:
-        return self.root / "generalists"
-
-    @property
-    def statistics(self) -> Path:
-        """Statistics of experts for merges that need them: `statistics/EXPERT/KIND`."""
-        return self.root / STATISTICS_FOLDER
-
-    @property
-    def reports(self) -> Path:
-        return self.root / "reports"
-
     def lock(self, what: str) -> Path:
         """Return the lock file of a resource, such as `expert-law`."""
         return self.root / ".locks" / f"{what}.lock"
 
     def finished(self) -> Iterator[Path]:
         """Yield the folder of every finished artefact: seed, experts, baselines, generalists."""
-        for folder in (
-            self.seed,
-            *_children(self.experts),
-            *_children(self.baselines),
-            *_children(self.generalists),
-        ):
+        for folder in (self.seed, *_children(self.experts), *_children(self.baselines), *_children(self.generalists)):
             if any((folder / name).is_file() for name in MANIFEST_NAMES.values()):
                 yield folder
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import UserError, unknown_name
-from .files import os_errors_as_user_errors, partial_sibling, read_json
+from .files import os_errors_as_user_errors, read_json, replacement_file
 from .numeric import DTYPES
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ def _entry(name: str, record: Any, path: Path, data_start: int) -> TensorEntry:
         raise UserError(f"{path}: tensor '{name}' has unsupported dtype {kind}; supported: {', '.join(DTYPES)}")
     if end - begin != _num_bytes(kind, shape):
         raise _damaged(
-            path,
-            f"tensor '{name}' has {end - begin:,} bytes; {kind} {list(shape)} needs {_num_bytes(kind, shape):,}",
+            path, f"tensor '{name}' has {end - begin:,} bytes; {kind} {list(shape)} needs {_num_bytes(kind, shape):,}"
         )
     return TensorEntry(name, kind, shape, path, data_start + begin, data_start + end)
 
@@ -277,9 +276,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def header_of_file(
-    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def header_of_file(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return the header bytes of a safetensors file and the (begin, end) file offsets of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -291,10 +288,8 @@ def header_of_file(
     encoded += b" " * (-len(encoded) % 8)
     begin = 8 + len(encoded)
     offsets = {name: header[name]["data_offsets"] for name in shapes}
-    return (
-        struct.pack("<Q", len(encoded)) + encoded,
-        {name: (begin + first, begin + last) for name, (first, last) in offsets.items()},
-    )
+    spans = {name: (begin + first, begin + last) for name, (first, last) in offsets.items()}
+    return struct.pack("<Q", len(encoded)) + encoded, spans
 
 
 class TensorWriter:
@@ -363,23 +358,16 @@ def new_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> I
     `shapes` maps each tensor name to safetensors' dtype name and shape, in file order.
     """
     header, spans = header_of_file(shapes)
-    partial = partial_sibling(path)
-    try:
-        with os_errors_as_user_errors(path), partial.open("wb") as file:
-            write_at(file.fileno(), memoryview(header), 0)
-            writer = FileWriter(
-                {
-                    name: TensorWriter(file.fileno(), name, dtype, tuple(shape), spans[name])
-                    for name, (dtype, shape) in shapes.items()
-                }
-            )
-            yield writer
-            writer.digests()  # raises for a tensor that is not complete
-            os.fsync(file.fileno())  # before the manifest, which must never exist without its tensors
-        with os_errors_as_user_errors(path):
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacement_file(path) as file:
+        write_at(file.fileno(), memoryview(header), 0)
+        writer = FileWriter(
+            {
+                name: TensorWriter(file.fileno(), name, dtype, tuple(shape), spans[name])
+                for name, (dtype, shape) in shapes.items()
+            }
+        )
+        yield writer
+        writer.digests()  # raises for a tensor that is not complete
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -409,10 +397,10 @@ def torch_dtype(name: str) -> dtype:
 
 def dtype_name(kind: dtype) -> str:
     """Return safetensors' name of a torch dtype."""
-    for name, row in DTYPES.items():
-        if str(kind) == f"torch.{row.torch}":
-            return name
-    raise UserError(f"tensors of dtype {kind} cannot be written to safetensors")
+    name = next((name for name, row in DTYPES.items() if str(kind) == f"torch.{row.torch}"), None)
+    if name is None:
+        raise UserError(f"tensors of dtype {kind} cannot be written to safetensors")
+    return name
 
 
 def stored_dtype(folder: Path) -> dtype:

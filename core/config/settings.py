@@ -125,6 +125,11 @@ class TrainingConfig(Section):
         """Number of optimiser steps within the token budget, at least one."""
         return max(self.tokens // self.tokens_per_step, 1)
 
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens of all steps together."""
+        return self.steps * self.tokens_per_step
+
 
 class DpConfig(Section):
     """Differential privacy of an expert, with one block of its text as the unit (docs/privacy.md)."""
@@ -308,9 +313,7 @@ class ProjectConfig(Section):
             hint = did_you_mean(domain, self.domains, f"; domains: {', '.join(self.domains) or 'none'}")
             # a custom error because a ValueError cannot carry the location for the line number
             raise PydanticCustomError(
-                "unknown_domain",
-                "no domain '{domain}'{hint}",
-                {"domain": domain, "hint": hint, "at": where},
+                "unknown_domain", "no domain '{domain}'{hint}", {"domain": domain, "hint": hint, "at": where}
             )
 
     def training_of(self, own: TrainingConfig) -> TrainingConfig:

@@ -1,7 +1,6 @@
-"""Finding plugins, keeping a broken one from breaking the rest, and typed access to what they offer.
+"""The plugin manager: loads plugins, isolates the broken ones, and gives typed access to their offers.
 
-Only this module touches pluggy's hooks. Everything else asks `installed_plugins()` for what it needs:
-`installed_plugins().offer(MergeMethod, "average")`.
+Only this module touches pluggy's hooks; other code calls it, as in `installed_plugins().offer(MergeMethod, "average")`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,10 +58,10 @@ Offer = TypeVar("Offer")
 
 @dataclass(frozen=True)
 class OfferKind:
-    """A kind of thing that plugins offer."""
+    """A kind of offer of plugins."""
 
     hook: str
-    """The hook that returns a list of them."""
+    """The hook that returns a list of offers."""
     noun: str
     """Its name in messages."""
 
@@ -83,7 +82,7 @@ OFFER_KINDS: Mapping[type, OfferKind] = {
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """One plugin that was found: where it comes from and what it implements."""
+    """One loaded plugin: its distribution and the hooks that it implements."""
 
     name: str
     distribution: str
@@ -93,7 +92,7 @@ class PluginInfo:
 
 @dataclass(frozen=True)
 class PluginProblem:
-    """Why a plugin, or one thing it offers, is not in use."""
+    """Why a plugin, or one of its offers, is not in use."""
 
     plugin: str
     distribution: str
@@ -108,7 +107,7 @@ def _print_problem(problem: PluginProblem) -> None:
 
 
 class PluginManager:
-    """The plugins of one process. A fresh one sees only what is registered on it (tests do that)."""
+    """The plugins of one process; a new manager, as tests make them, has only those registered on it."""
 
     def __init__(self, report: Callable[[PluginProblem], None] = _print_problem) -> None:
         self._pm = pluggy.PluginManager(hookspecs.PROJECT)
@@ -120,13 +119,13 @@ class PluginManager:
         self._failed: set[tuple[str, str]] = set()
         self.problems: list[PluginProblem] = []
 
-    # --- finding ---
+    # --- loading ---
 
-    def load_builtins(self, names: Iterable[str] = BUILTIN_PLUGINS) -> None:
+    def load_builtins(self) -> None:
         """Register the built-in plugins. A failure here is our bug and is raised."""
         package = __name__.rpartition(".core.")[0]
         version = package_version(hookspecs.PROJECT)
-        for path in names:
+        for path in BUILTIN_PLUGINS:
             module = importlib.import_module(f"{package}.plugins.{path}")
             name = path.rpartition(".")[2]
             self._distributions[name] = (hookspecs.PROJECT, version)
@@ -146,18 +145,18 @@ class PluginManager:
             version = point.dist.version if point.dist else "?"
             try:
                 module = point.load()
-            except (Exception, SystemExit) as error:  # whatever it raises must not stop the others
-                self._add_problem(point.name, distribution, f"cannot be imported: {_one_line(error)}")
+            except (Exception, SystemExit) as error:  # must not stop the others
+                self._add_problem(point.name, f"cannot be imported: {_one_line(error)}", distribution)
                 continue
             self.register(module, point.name, distribution=distribution, version=version)
         for name in sorted((wanted or set()) - {point.name for point in points}):
             hint = did_you_mean(name, [point.name for point in points])
-            self._add_problem(name, SELECTION_VARIABLE, f"is selected but not installed{hint}")
+            self._add_problem(name, f"is selected but not installed{hint}", SELECTION_VARIABLE)
 
     def register(
         self, plugin: ModuleType | object, name: str, *, distribution: str = "local", version: str = "?"
     ) -> bool:
-        """Check one plugin and take it in; what is wrong with it is reported, never raised."""
+        """Check and register one plugin; returns whether it is in use. A problem is reported, never raised."""
         reason = self._why_not(plugin, name)
         if reason is None:
             try:
@@ -168,7 +167,7 @@ class PluginManager:
                     self._pm.unregister(name=name)
                 reason = _one_line(error)
         if reason is not None:
-            self._add_problem(name, distribution, reason)
+            self._add_problem(name, reason, distribution)
             return False
         self._distributions[name] = (distribution, version)
         self._offers.clear()
@@ -191,26 +190,28 @@ class PluginManager:
                 return f"there is no hook '{hook}'{hint}"
         return None if implemented else "implements no hook (is `@hookimpl` missing?)"
 
-    def _add_problem(self, plugin: str, distribution: str, reason: str) -> None:
-        problem = PluginProblem(plugin, distribution, reason)
+    def _add_problem(self, plugin: str, reason: str, distribution: str | None = None) -> None:
+        problem = PluginProblem(plugin, distribution or self._distributions[plugin][0], reason)
         if problem not in self.problems:
             self.problems.append(problem)
             self._report(problem)
 
     def plugins(self) -> list[PluginInfo]:
         """Return every plugin in use, in order of loading."""
-        found = []
+        plugins = []
         for name, plugin in self._pm.list_name_plugin():
-            if plugin is not None:
-                hooks = tuple(sorted(caller.name for caller in self._pm.get_hookcallers(plugin) or []))
-                found.append(PluginInfo(name, *self._distributions[name], hooks))
-        return found
+            hooks = tuple(sorted(caller.name for caller in self._pm.get_hookcallers(plugin) or []))
+            plugins.append(PluginInfo(name, *self._distributions[name], hooks))
+        return plugins
 
     # --- what plugins offer ---
 
     def offers(self, kind: type[Offer]) -> Mapping[str, Offer]:
         """Return all offers of one kind by name, such as `offers(MergeMethod)`; those of the built-ins come first."""
-        return self._collect(OFFER_KINDS[kind].hook, kind)
+        hook = OFFER_KINDS[kind].hook
+        if hook not in self._offers:
+            self._offers[hook] = self._collect(hook, kind)
+        return self._offers[hook]
 
     def offer(self, kind: type[Offer], name: str) -> Offer:
         """Return one offer; raises `UserError` that lists the choices."""
@@ -227,60 +228,42 @@ class PluginManager:
 
     def report_failure(self, kind: type, name: str, action: str, error: Exception) -> None:
         """Report that an offer of a third party failed at `action`; a failure of a built-in is our bug and is raised."""
-        plugin = self.provider(kind, name)
-        if plugin.distribution == hookspecs.PROJECT:
+        self._report_failure(self.provider(kind, name).name, action, error)
+
+    def _report_failure(self, plugin: str, action: str, error: Exception) -> None:
+        if self._distributions[plugin][0] == hookspecs.PROJECT:
             raise error
-        self._add_problem(plugin.name, plugin.distribution, f"{action} failed: {_one_line(error)}")
+        self._add_problem(plugin, f"{action} failed: {_one_line(error)}")
 
-    def _collect(self, hook: str, offered: type[Offer]) -> Mapping[str, Offer]:
-        """Call one collecting hook, plugin by plugin, and keep what is of the right type and new."""
-        if hook not in self._offers:
-            offers: dict[str, Offer] = {}
-            loaded = list(self._distributions)  # the built-ins first, whatever order a plugin asks for
-            for implementation in sorted(
-                getattr(self._pm.hook, hook).get_hookimpls(), key=lambda one: loaded.index(one.plugin_name)
-            ):
-                plugin = implementation.plugin_name
-                for item in self._offers_of(plugin, hook, implementation.function, offered):
-                    name: str = item.name  # type: ignore[attr-defined]  # every offer has one
-                    if name in offers:
-                        self._add_problem(
-                            plugin,
-                            self._distributions[plugin][0],
-                            f"{hook} offers '{name}', a name that plugin '{self._owners[hook, name]}' has taken",
-                        )
-                    else:
-                        offers[name], self._owners[hook, name] = item, plugin
-            self._offers[hook] = offers
-        return self._offers[hook]
+    def _collect(self, hook: str, kind: type[Offer]) -> dict[str, Offer]:
+        """Call a collecting hook plugin by plugin, and keep the offers that are of the right type and new."""
+        offers: dict[str, Offer] = {}
+        loaded = list(self._distributions)  # the built-ins first, whatever order a plugin asks for
+        implementations = getattr(self._pm.hook, hook).get_hookimpls()
+        for implementation in sorted(implementations, key=lambda hookimpl: loaded.index(hookimpl.plugin_name)):
+            plugin = implementation.plugin_name
+            try:
+                items = implementation.function()
+            except Exception as error:
+                self._report_failure(plugin, hook, error)
+                continue
+            if not isinstance(items, list | tuple):
+                self._add_problem(plugin, f"{hook} returned a {type(items).__name__}, not a list of {kind.__name__}")
+                continue
+            for item in items:
+                if not isinstance(item, kind):
+                    reason = f"{hook} returned a {type(item).__name__} in its list, not {kind.__name__}"
+                elif not isinstance(name := item.name, str) or not name:  # type: ignore[attr-defined]  # all have one
+                    reason = f"{hook} offers something called {name!r}, which is no name"
+                elif name in offers:
+                    reason = f"{hook} offers '{name}', a name that plugin '{self._owners[hook, name]}' has taken"
+                else:
+                    offers[name], self._owners[hook, name] = item, plugin
+                    continue
+                self._add_problem(plugin, reason)
+        return offers
 
-    def _offers_of(
-        self, plugin: str, hook: str, implementation: Callable[[], Any], offered: type[Offer]
-    ) -> list[Offer]:
-        distribution = self._distributions[plugin][0]
-        try:
-            items = implementation()
-        except Exception as error:
-            if distribution == hookspecs.PROJECT:
-                raise
-            self._add_problem(plugin, distribution, f"{hook} failed: {_one_line(error)}")
-            return []
-        if not isinstance(items, list | tuple):
-            self._add_problem(plugin, distribution, f"{hook} returned {_kind(items)}, not a list of {offered.__name__}")
-            return []
-        good = []
-        for item in items:
-            if not isinstance(item, offered):
-                self._add_problem(
-                    plugin, distribution, f"{hook} returned {_kind(item)} in its list, not {offered.__name__}"
-                )
-            elif not isinstance(name := item.name, str) or not name:  # type: ignore[attr-defined]  # all have one
-                self._add_problem(plugin, distribution, f"{hook} offers something called {name!r}, which is no name")
-            else:
-                good.append(item)
-        return good
-
-    # --- telling plugins ---
+    # --- notifying plugins ---
 
     def training_step(self, event: TrainingStep) -> None:
         self._notify("training_step", event=event)
@@ -295,7 +278,7 @@ class PluginManager:
         self._notify("register_commands", cli=cli)
 
     def _notify(self, hook: str, **arguments: Any) -> None:
-        """Tell every plugin; one that fails is reported once and does not stop the work."""
+        """Call a hook of every plugin; a plugin that fails is reported once and does not stop the work."""
         for implementation in getattr(self._pm.hook, hook).get_hookimpls():
             try:
                 implementation.function(*(arguments[name] for name in implementation.argnames))
@@ -303,7 +286,7 @@ class PluginManager:
                 plugin = implementation.plugin_name
                 if (plugin, hook) not in self._failed:  # its next error may be worded otherwise
                     self._failed.add((plugin, hook))
-                    self._add_problem(plugin, self._distributions[plugin][0], f"{hook} failed: {_one_line(error)}")
+                    self._add_problem(plugin, f"{hook} failed: {_one_line(error)}")
 
 
 @functools.cache
@@ -313,10 +296,6 @@ def installed_plugins() -> PluginManager:
     manager.load_builtins()
     manager.load_entry_points()
     return manager
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"
 
 
 def _one_line(error: BaseException) -> str:

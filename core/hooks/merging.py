@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..reporting import SILENT, Reporter
 from .option_checks import check_options_class
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from ..manifests.generalist import GeneralistKind
+    from ..manifests.generalist import GeneralistKind, MixtureRecord
     from .text import ValidationText
 
 
@@ -118,13 +118,106 @@ class TensorMerge(MergeMethod):
     """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
 
 
+class OpenedModel(Protocol):
+    """One model of a merge, opened by its manifest and the headers of its files."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def kind(self) -> str:
+        """`seed`, `expert`, `generalist`, `adapter`, or `model` for any other Hugging Face folder."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Content of `config.json`."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        ...
+
+
+class PlannedTensor(Protocol):
+    """One tensor of a planned model, with the place of everything that it is made from."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name: `F32`, `BF16` ..."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class AssemblyInputs(Protocol):
+    """The models of a merge and the text that an `Assembler` may fit a router on."""
+
+    @property
+    def sources(self) -> Mapping[str, OpenedModel]:
+        """All models by name, the seed included."""
+        ...
+
+    @property
+    def leading(self) -> OpenedModel:
+        """The seed, or the first model of a merge without a seed."""
+        ...
+
+    @property
+    def expert_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Expert name -> options that are set for this expert only."""
+        ...
+
+    @property
+    def validation(self) -> Callable[[], Sequence[ValidationText]] | None:
+        """Returns validation text; None: plan only, without fitting."""
+        ...
+
+    @property
+    def reporter(self) -> Reporter: ...
+
+
+class Assembly(Protocol):
+    """The plan of an assembled model."""
+
+    @property
+    def tensors(self) -> Sequence[PlannedTensor]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Content of `config.json`."""
+        ...
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Expert names in the order of the router rows."""
+        ...
+
+    @property
+    def record(self) -> MixtureRecord:
+        """Manifest entry."""
+        ...
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the router is final; otherwise, it needs a model or text that planning does not read."""
+        ...
+
+
 @dataclass(frozen=True)
 class Assembler(MergeMethod):
     """Puts the experts' tensors together as a model of another class; the engine copies and writes."""
 
-    assemble: Callable[[Any, Any], Any]
-    """`assemble(inputs, options)` takes `merge.planning.assembly.AssemblyInputs` and returns
-    `merge.planning.assembly.Assembly`."""
+    assemble: Callable[[AssemblyInputs, Any], Assembly]
+    """`assemble(inputs, options)` returns the plan of the model; it reads no tensors."""
     kind: GeneralistKind = field(default="moe", kw_only=True)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from .text import ValidationText
 
 
@@ -37,11 +39,11 @@ class RouterInputs:
 class RouterRows:
     """The rows and biases that a router begins with, float32 numpy arrays."""
 
-    rows: Any
+    rows: NDArray[Any]
     """(L, E, d)."""
-    biases: Any = None
+    biases: NDArray[Any] | None = None
     """(L, E), or None."""
-    unit: Any = None
+    unit: NDArray[Any] | None = None
     """Vectors (L, E, d) that give about 1 for any hidden state, by which a bias can be folded into rows; or None."""
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import is_dataclass
 
+from ..errors import UserError
+
 
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raise `ValueError` unless an option is a finite number that is not below `least`."""
@@ -23,6 +25,12 @@ def check_range(name: str, option: float | tuple[float, ...], low: float, high: 
     for value in option if isinstance(option, tuple) else (option,):
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}; it must be in the range {low:g} to {high:g}")
+
+
+def check_top_k(top_k: int | None, num_experts: int) -> None:
+    """Raise `UserError` unless an option is a number of experts, or None for all."""
+    if top_k is not None and not 1 <= top_k <= num_experts:
+        raise UserError(f"top_k is {top_k}; with {num_experts} experts it must be in the range 1 to {num_experts}")
 
 
 def check_options_class(options: type | None, owner: str) -> None:

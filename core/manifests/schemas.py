@@ -11,11 +11,7 @@ from .generalist import GeneralistConfig
 from .manifest import CHECKSUM, ImportedSeed, Manifest
 from .run import RunSpec
 
-CONFIGS: dict[str, Any] = {
-    "seed": RunSpec | ImportedSeed,
-    "expert": RunSpec | None,
-    "generalist": GeneralistConfig,
-}
+CONFIGS: dict[str, Any] = {"seed": RunSpec | ImportedSeed, "expert": RunSpec | None, "generalist": GeneralistConfig}
 """What `config` holds in the manifest of each kind."""
 SCHEMA_NAMES = ("seed.json", "expert.json", "generalist.json", "run.json")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -35,13 +31,7 @@ def schema_of(file_name: str) -> dict[str, Any]:
         "config": config,
         CHECKSUM: {"type": "string", "description": "sha256 of this file with the value left empty."},
     }
-    return {
-        "$schema": DIALECT,
-        **manifest,
-        "title": file_name,
-        "properties": properties,
-        "$defs": definitions,
-    }
+    return {"$schema": DIALECT, **manifest, "title": file_name, "properties": properties, "$defs": definitions}
 
 
 def shipped_schema(file_name: str) -> str:

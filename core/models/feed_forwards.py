@@ -5,13 +5,15 @@ An FFN's input is also the input of the router that replaces it in a mixture. Sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..hooks.architectures import architecture_of
+from ..text.token_store import Blocks, spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,8 +32,7 @@ class FeedForward:
 
     @property
     def module(self) -> nn.Module:
-        module: nn.Module = getattr(self.parent, self.attribute)
-        return module
+        return self.parent.get_submodule(self.attribute)
 
 
 def feed_forwards(model: PreTrainedModel) -> list[FeedForward]:
@@ -63,6 +64,28 @@ class InputMoments:
     """E[x x^T] (L, d, d), or its diagonal (L, d)."""
 
 
+def observe_inputs(
+    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], observe: Callable[[int, Tensor], None]
+) -> int:
+    """Run a model on token arrays (tokens,), call `observe(layer, input)` for each FFN input (1, tokens, d).
+
+    Returns the number of tokens.
+    """
+    import torch
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: observe(layer, inputs[0].detach())
+
+    tokens = 0
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer, network in enumerate(feed_forwards(model)):
+            hooks.enter_context(network.module.register_forward_pre_hook(hook(layer)))
+        for block in blocks:
+            model(input_ids=torch.from_numpy(block[None]).to(model.device), use_cache=False)
+            tokens += len(block)
+    return tokens
+
+
 def input_moments(model: PreTrainedModel, blocks: Iterable[NDArray[Any]], *, full: bool = False) -> InputMoments:
     """Return the moments of all FFN inputs over token arrays (tokens,); raises `UserError` if there are none.
 
@@ -70,36 +93,24 @@ def input_moments(model: PreTrainedModel, blocks: Iterable[NDArray[Any]], *, ful
     """
     import torch
 
-    networks = feed_forwards(model)
-    sums: list[Any] = [None] * len(networks)
-    squares: list[Any] = [None] * len(networks)
-    tokens = 0
+    sums: dict[int, Tensor] = {}
+    squares: dict[int, Tensor] = {}
 
-    def hook(layer: int) -> Any:
-        def gather(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
-            square = x.T @ x if full else (x**2).sum(dim=0)
-            sums[layer] = x.sum(dim=0) if sums[layer] is None else sums[layer] + x.sum(dim=0)
-            squares[layer] = square if squares[layer] is None else squares[layer] + square
+    def gather(layer: int, inputs: Tensor) -> None:
+        x = inputs.reshape(-1, inputs.shape[-1]).double()
+        square = x.T @ x if full else (x**2).sum(dim=0)
+        sums[layer] = sums[layer] + x.sum(dim=0) if layer in sums else x.sum(dim=0)
+        squares[layer] = squares[layer] + square if layer in squares else square
 
-        return gather
-
-    handles = [network.module.register_forward_pre_hook(hook(layer)) for layer, network in enumerate(networks)]
-    try:
-        with torch.inference_mode():
-            for block in blocks:
-                model(input_ids=torch.from_numpy(block[None]).to(model.device), use_cache=False)
-                tokens += len(block)
-    finally:
-        for handle in handles:
-            handle.remove()
+    tokens = observe_inputs(model, blocks, gather)
     if not tokens:
         raise UserError("no text to measure; add text or lower training.sequence_length")
-    return InputMoments(tokens, torch.stack(sums).cpu() / tokens, torch.stack(squares).cpu() / tokens)
+    mean, second = (
+        torch.stack([total for _, total in sorted(totals.items())]).cpu() / tokens for totals in (sums, squares)
+    )
+    return InputMoments(tokens, mean, second)
 
 
-def spread_blocks(blocks: Any, count: int) -> list[NDArray[Any]]:
-    """Return up to `count` evenly spaced blocks, since adjacent blocks are from the same document."""
-    available = len(blocks)
-    num_selected = min(count, available)
-    return [blocks.block(index * available // num_selected)[:-1] for index in range(num_selected)]
+def spread_blocks(blocks: Blocks, count: int) -> list[NDArray[Any]]:
+    """Return the inputs of up to `count` evenly spaced full blocks."""
+    return [block[:-1] for block in spread(blocks, count)] if len(blocks) else []

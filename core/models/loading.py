@@ -19,6 +19,7 @@ from ..hooks.training import Trainer
 from ..manifests.manifest import Manifest, find_manifest, read_manifest
 from ..manifests.verification import require_intact
 from ..process.environment import without_loading_bars
+from ..text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,19 +143,6 @@ def _switch_off_experts(
                     stacklevel=3,
                 )
     return method.switch_off(model, experts, disabled).eval()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder; raises `UserError` if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json") from None
-    return tokenizer
 
 
 def tokenizer_folder(folder: Path, seed: Path | None = None) -> Path:

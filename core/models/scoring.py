@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -23,3 +26,15 @@ def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     targets_BT = tokens_BT1[:, 1:]
     loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
     return -loss.view_as(targets_BT)
+
+
+def total_loss(model: PreTrainedModel, batches: Iterable[NDArray[Any]], device: torch.device) -> tuple[float, int]:
+    """Return the summed cross-entropy of all predicted tokens of the batches (B, T + 1), in nats, and their number."""
+    import torch
+
+    total, count = 0.0, 0
+    for batch in batches:
+        scores = token_log_probs(model, torch.from_numpy(batch).to(device))
+        total -= float(scores.double().sum())
+        count += scores.numel()
+    return total, count

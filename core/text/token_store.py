@@ -59,21 +59,37 @@ def write_part(
     of its tokens, including the separator, and of its text's bytes.
     """
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
-    state = hashlib.sha256()
-    num_documents = num_bytes = 0
+    counter = TextCounter()
     with _ShardWriter(folder, dtype, shard_tokens) as shards:
         shards.add([separator])
         for text, ids in documents:
-            encoded = text.encode("utf-8", errors="surrogatepass")
-            state.update(len(encoded).to_bytes(8, "little") + encoded)
             shards.add([*ids, separator])
-            shards.end_document(len(ids) + 1, len(encoded))
-            num_documents += 1
-            num_bytes += len(encoded)
+            shards.end_document(len(ids) + 1, counter.add(text))
     sizes = tuple(shards.sizes)
-    part = TokenPart(dtype, sizes, num_documents, sum(sizes), num_bytes, state.hexdigest())
+    part = TokenPart(dtype, sizes, counter.documents, sum(sizes), counter.bytes, counter.digest)
     write_json(folder / PART_FILE, asdict(part))
     return part
+
+
+class TextCounter:
+    """Counts documents and their bytes, and computes the digest of their texts in order."""
+
+    def __init__(self) -> None:
+        self.documents = self.bytes = 0
+        self._state = hashlib.sha256()
+
+    def add(self, text: str) -> int:
+        """Count a document and return its number of UTF-8 bytes."""
+        encoded = text.encode("utf-8", errors="surrogatepass")
+        self._state.update(len(encoded).to_bytes(8, "little") + encoded)
+        self.documents += 1
+        self.bytes += len(encoded)
+        return len(encoded)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the lengths and texts of all documents."""
+        return self._state.hexdigest()
 
 
 class _ShardWriter:
@@ -161,15 +177,6 @@ class TokenStore:
             offset += count
         return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, dtype=np.int64)
 
-    def document_bytes(self) -> Iterator[tuple[int, int]]:
-        """Yield (tokens including the separator, text bytes) of every document, in stream order."""
-        import numpy as np
-
-        for index in range(len(self.part.shard_tokens)):
-            path = self.folder / f"documents-{index:05d}.bin"
-            for tokens, size in np.fromfile(path, dtype="<i8").reshape(-1, 2):
-                yield int(tokens), int(size)
-
 
 class Blocks(Protocol):
     """A training data source: numbered blocks of one size."""
@@ -219,6 +226,16 @@ class TokenBlocks:
             yield self.block(full)[None, :]
 
 
+def spread(blocks: Blocks, count: int) -> Iterator[NDArray[np.int64]]:
+    """Yield up to `count` evenly spaced blocks, since adjacent blocks are from the same document.
+
+    A text shorter than one block gives one short block.
+    """
+    available = max(len(blocks), 1)
+    count = min(count, available)
+    return (blocks.block(index * available // count) for index in range(count))
+
+
 class BalancedUnion:
     """Round-robin union of several domains, so that each contributes the same number of tokens.
 
@@ -228,13 +245,20 @@ class BalancedUnion:
     def __init__(self, parts: Sequence[Blocks]) -> None:
         self.parts = tuple(parts)
         self.block_size = parts[0].block_size
-        self._largest = max(len(part) for part in parts)
 
     def __len__(self) -> int:
-        return self._largest * len(self.parts)
+        return max(len(part) for part in self.parts) * len(self.parts)
+
+    def part_at(self, position: Position) -> tuple[int, int]:
+        """Return the index of the domain to draw from at a position, and the number of that domain's earlier draws."""
+        return self._part_of_draw(position.epoch * len(self) + position.index)
+
+    def _part_of_draw(self, number: int) -> tuple[int, int]:
+        part_number, part = divmod(number, len(self.parts))
+        return part, part_number
 
 
-class SharedUnion:
+class SharedUnion(BalancedUnion):
     """Weighted union of several domains, whose blocks are spread evenly.
 
     At any point each domain is within one block of its share. The order of domains repeats after `period` blocks. An
@@ -244,8 +268,7 @@ class SharedUnion:
     period = 1000
 
     def __init__(self, parts: Sequence[Blocks], shares: Sequence[float]) -> None:
-        self.parts = tuple(parts)
-        self.block_size = parts[0].block_size
+        super().__init__(parts)
         total = sum(shares)
         self._order = _interleave([share / total for share in shares], self.period)
         self._counts_before = [[0] * len(parts)]
@@ -258,8 +281,7 @@ class SharedUnion:
     def __len__(self) -> int:
         return -(-sum(len(part) for part in self.parts) // self.period) * self.period
 
-    def part_at(self, number: int) -> tuple[int, int]:
-        """Return the domain of the `number`-th draw and the number of that domain's earlier draws."""
+    def _part_of_draw(self, number: int) -> tuple[int, int]:
         periods, offset = divmod(number, self.period)
         part = self._order[offset]
         return part, periods * self._counts_before[-1][part] + self._counts_before[offset][part]
@@ -323,27 +345,19 @@ class Position:
         return Position(self.epoch + epochs, index)
 
 
-def draw(blocks: Blocks | BalancedUnion | SharedUnion, position: Position, seed: int) -> NDArray[np.int64]:
+def draw(blocks: Blocks | BalancedUnion, position: Position, seed: int) -> NDArray[np.int64]:
     """Return the block at a position of the order given by `seed`, a pure function of its arguments."""
-    if isinstance(blocks, SharedUnion | BalancedUnion):
-        number = position.epoch * len(blocks) + position.index
-        if isinstance(blocks, SharedUnion):
-            part_index, part_number = blocks.part_at(number)
-        else:
-            part_number, part_index = divmod(number, len(blocks.parts))
+    if isinstance(blocks, BalancedUnion):
+        part_index, part_number = blocks.part_at(position)
         part = blocks.parts[part_index]
         epoch, index = divmod(part_number, len(part))
         return draw(part, Position(epoch, index), seed + 1_000_003 * (part_index + 1))
     return blocks.block(shuffled(position.index, len(blocks), seed * 1_000_033 + position.epoch))
 
 
-def domain_at(blocks: Blocks | BalancedUnion | SharedUnion, position: Position) -> int:
+def domain_at(blocks: Blocks | BalancedUnion, position: Position) -> int:
     """Return the index of the part that a union draws from at a position; 0 for a single source."""
-    if isinstance(blocks, SharedUnion):
-        return blocks.part_at(position.epoch * len(blocks) + position.index)[0]
-    if isinstance(blocks, BalancedUnion):
-        return (position.epoch * len(blocks) + position.index) % len(blocks.parts)
-    return 0
+    return blocks.part_at(position)[0] if isinstance(blocks, BalancedUnion) else 0
 
 
 def shuffled(index: int, size: int, seed: int) -> int:

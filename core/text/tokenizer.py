@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,10 @@ from ..errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS_PER_BATCH = 512
+CHARACTERS_PER_BATCH = 4 << 20  # limits the memory of batches of long documents
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,18 @@ class TextEncoder:
         """Return the token ids of each text; texts are encoded in parallel."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+        """Yield each text with its token ids, in order, one batch in memory at a time."""
+        batch: list[str] = []
+        size = 0
+        for text in texts:
+            batch.append(text)
+            size += len(text)
+            if len(batch) == DOCUMENTS_PER_BATCH or size >= CHARACTERS_PER_BATCH:
+                yield from zip(batch, self.encode(batch), strict=True)
+                batch, size = [], 0
+        yield from zip(batch, self.encode(batch), strict=True)
+
 
 def _load(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer
@@ -51,22 +67,31 @@ def _load(folder: Path) -> Tokenizer:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path} is damaged ({error}); download or create it again") from None
-    # transformers converts the formats of older folders
-    from transformers import AutoTokenizer
-
-    try:
-        converted: Tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        ).backend_tokenizer
-    except Exception as error:
+    try:  # transformers converts the formats of older folders
+        converted: Tokenizer = load_tokenizer(folder).backend_tokenizer
+    except AttributeError as error:
         raise UserError(f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json") from None
     return converted
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder; raises `UserError` if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json") from None
+    return tokenizer
+
+
 def _separator(folder: Path, tokenizer: Tokenizer) -> int:
     """Return the id of the separator: the end-of-sequence token, otherwise the begin-of-sequence token."""
-    settings = _read_json_if_present(folder / "tokenizer_config.json")
-    config = _read_json_if_present(folder / "config.json")
+    settings, config = (
+        read_json(path) if path.is_file() else {} for path in (folder / "tokenizer_config.json", folder / "config.json")
+    )
     for role in ("eos_token", "bos_token"):
         token = settings.get(role)
         text = token.get("content") if isinstance(token, dict) else token
@@ -78,10 +103,6 @@ def _separator(folder: Path, tokenizer: Tokenizer) -> int:
         if isinstance(configured_id, int):
             return configured_id
     raise UserError(f"the tokenizer in {folder} has no end-of-sequence token; add eos_token to tokenizer_config.json")
-
-
-def _read_json_if_present(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def train_tokenizer(texts: Any, vocabulary: int, folder: Path, *, max_length: int) -> None:

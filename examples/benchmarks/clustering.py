@@ -38,17 +38,18 @@ def main() -> None:
     parser.add_argument("--points", type=at_least(1), default=1_000_000)
     parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=[20_000, 200_000])
     parser.add_argument("--letters", type=at_least(1), default=1000, help="of each document, for memory")
+    parser.add_argument("--sample", type=at_least(1), default=50_000, help="documents that are fitted, for memory")
     parser.add_argument("--only", choices=["speed", "balance", "memory"], help="one of the tables")
     parser.add_argument("--discover", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.discover is not None:
-        print(json.dumps(discover_here(options.discover)))
+        print(json.dumps(discover_here(options.discover, options.sample)))
         return
     texts = list(read_texts(options.corpora))
     tables = {
         "speed": lambda: speed_table(texts),
         "balance": lambda: balance_table(options.points),
-        "memory": lambda: memory_table(passages(texts, options.letters), options.sizes),
+        "memory": lambda: memory_table(passages(texts, options.letters), options.sizes, options.sample),
     }
     for name, table in tables.items():
         if options.only in (None, name):
@@ -130,7 +131,7 @@ def balance_table(count: int) -> str:
     return "\n".join(lines)
 
 
-def memory_table(pieces: list[str], sizes: list[int]) -> str:
+def memory_table(pieces: list[str], sizes: list[int], sample: int) -> str:
     """Return peak memory and time of a discovery, by number of documents, each in its own process."""
     lines = [
         "| `data discover`, one process | MB of text | seconds | peak memory, MB |",
@@ -143,18 +144,18 @@ def memory_table(pieces: list[str], sizes: list[int]) -> str:
                 for number, piece in enumerate(islice(cycle(pieces), size)):
                     file.write(json.dumps({"text": f"{number} {piece}"}, ensure_ascii=False) + "\n")
             (Path(folder) / "expertctl.yaml").write_text("domains: {mixed: {path: text.jsonl}}\n")
-            command = [sys.executable, __file__, "--discover", folder]
+            command = [sys.executable, __file__, "--discover", folder, "--sample", str(sample)]
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             megabytes = path.stat().st_size / 1e6
             lines.append(f"| {size:,} documents | {megabytes:.0f} | {told['seconds']:.1f} | {told['peak']:.0f} |")
     return "\n".join(lines)
 
 
-def discover_here(folder: Path) -> dict[str, float]:
+def discover_here(folder: Path, sample: int) -> dict[str, float]:
     from expertctl import DiscoverySettings, Workspace
 
     begin = time.perf_counter()
-    Workspace(folder).discover("found", CLUSTERS, DiscoverySettings(jobs=1))
+    Workspace(folder).discover("found", CLUSTERS, DiscoverySettings(sample=sample, jobs=1))
     return {"seconds": time.perf_counter() - begin, "peak": peak_megabytes()}
 
 

@@ -182,8 +182,7 @@ class Generalists:
         from expertctl.core.models.feed_forwards import spread_blocks
         from expertctl.core.models.loading import load_model
         from expertctl.core.process.compute import best_device
-        from expertctl.merge.mixture.routing.measuring import routing_of
-        from expertctl.merge.mixture.routing.report import RoutingReport
+        from expertctl.merge.mixture.routing.report import RoutingReport, routing_of
 
         folder = self._project.layout.artefact(model)
         merged = read_manifest(folder).merged

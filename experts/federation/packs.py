@@ -87,15 +87,14 @@ def write_delivery(folder: Path, target: Path, *, force: bool = False) -> None:
 def receive_delivery(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequest, Refusal | None]:
     """Receive a delivery from a folder with the checks of the network path; return its request and the refusal or None."""
     signed = SignedStatement.read(folder)
-    statement = signed.statement
-    request = coordinator.files.request(statement.request)
-    missing = coordinator.begin(request.owner, request.id, signed)
+    request = coordinator.files.request(signed.statement.request)
+    missing = coordinator.begin(request, signed)
     if isinstance(missing, Refusal):
         return request, missing
-    for file in statement.files:
+    for file in signed.statement.files:
         for index in missing[file.name]:
-            coordinator.put(request.owner, request.id, file.name, index, read_part(folder / file.name, file, index))
-    return request, coordinator.finish(request.owner, request.id)
+            coordinator.files.put(request.id, file.name, index, read_part(folder / file.name, file, index))
+    return request, coordinator.finish(request)
 
 
 @contextmanager

@@ -8,15 +8,15 @@ of at least a threshold. Shapes: B = documents, P = prompt tokens, N = tokens in
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digests import digest_of_tokenizer
+from ...core.artefacts.versions import require_privacy_extra
 from ...core.errors import UserError
-from ...core.models.loading import load_model, max_positions, require_intact_model, tokenizer_folder
+from ...core.models.loading import load_network, max_positions, require_intact_model, tokenizer_folder
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter
 from ...core.text.tokenizer import TextEncoder
@@ -24,8 +24,6 @@ from ...core.text.tokenizer import TextEncoder
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-DOCUMENTS_PER_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,8 @@ def audit_extraction(
 
     Raises `UserError` if the tokenizers differ, a model has too few positions, or no document is long enough.
     """
-    require_rapidfuzz()
-    folders = [model, *([reference] if reference is not None else [])]
+    require_privacy_extra("rapidfuzz", "the audit needs RapidFuzz")
+    folders = [model] if reference is None else [model, reference]
     tokenizers = [tokenizer_folder(folder) for folder in folders]
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
         _require_positions(folder, tokenizer, settings)
@@ -170,25 +168,10 @@ def audit_extraction(
     targets = choose_targets(documents, encoder, settings)
     extractions = []
     for folder in folders:
-        network, _ = load_model(folder)
-        network.to(best_device())
+        network = load_network(folder).to(best_device())
         similarities = attack(network, targets.chosen, encoder.separator, settings, reporter, folder.name)
         extractions.append(Extraction(folder.name, similarities, settings.threshold))
-    return ExtractionAudit(
-        settings,
-        targets.long_enough,
-        targets.too_short,
-        extractions[0],
-        extractions[1] if reference is not None else None,
-    )
-
-
-def require_rapidfuzz() -> None:
-    """Raise `UserError` if RapidFuzz is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("rapidfuzz") is None:
-        raise UserError("the audit needs RapidFuzz, which is not installed: pip install 'expertctl[privacy]'")
+    return ExtractionAudit(settings, targets.long_enough, targets.too_short, *extractions)
 
 
 def _require_positions(folder: Path, tokenizer: Path, settings: AttackSettings) -> None:
@@ -210,7 +193,7 @@ def choose_targets(documents: Iterable[str], encoder: TextEncoder, settings: Att
     generator = random.Random(settings.seed)
     chosen: list[Target] = []
     long_enough = too_short = 0
-    for ids in _encode(documents, encoder):
+    for _, ids in encoder.encode_stream(documents):
         if len(ids) < needed:
             too_short += 1
             continue
@@ -223,12 +206,6 @@ def choose_targets(documents: Iterable[str], encoder: TextEncoder, settings: Att
     if not chosen:
         raise UserError(f"no document has {needed} tokens ({too_short} are shorter); lower --prefix and --continuation")
     return Targets(tuple(chosen), long_enough, too_short)
-
-
-def _encode(documents: Iterable[str], encoder: TextEncoder) -> Iterator[list[int]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, DOCUMENTS_PER_BATCH)):
-        yield from encoder.encode(batch)
 
 
 def attack(

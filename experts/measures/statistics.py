@@ -7,6 +7,7 @@ the text, so share them only where the expert itself may be shared.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,10 +18,10 @@ from ...core.artefacts.safetensors_io import write_tensors
 from ...core.artefacts.versions import tool_versions
 from ...core.errors import UserError
 from ...core.manifests.manifest import read_manifest
-from ...core.models.loading import checkpoint_tensors, load_model
+from ...core.models.loading import checkpoint_tensors, load_network
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter, reported
-from ...core.text.token_store import TokenBlocks
+from ...core.text.token_store import TokenBlocks, spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +41,7 @@ def gather_statistics(
 
     `blocks` are token arrays of shape (tokens + 1,). Raises `UserError` if there are none.
     """
-    gather = {"gram": gather_grams, "fisher": gather_fisher}[kind]
+    gather = gather_grams if kind == "gram" else gather_fisher
     return gather(model, reported(blocks, reporter, kind, "blocks"))
 
 
@@ -52,7 +53,12 @@ def gather_grams(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict
     """
     import torch
 
-    layers = _linear_layers(model)
+    stored = checkpoint_tensors(model)
+    layers = {
+        f"{name}.weight": layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and f"{name}.weight" in stored
+    }
     sums: dict[str, Tensor] = {}
     tokens = 0
 
@@ -64,15 +70,12 @@ def gather_grams(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict
 
         return gather
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            for block in blocks:
-                model(input_ids=torch.from_numpy(block[None, :-1]).to(model.device), use_cache=False)
-                tokens += len(block) - 1
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(hook(name)))
+        for block in blocks:
+            model(input_ids=torch.from_numpy(block[None, :-1]).to(model.device), use_cache=False)
+            tokens += len(block) - 1
     if not tokens:
         raise UserError("no text to compute statistics on; run `expertctl data prepare`")
     return {name: (total / tokens).float() for name, total in sums.items()}
@@ -117,17 +120,6 @@ def checkpoint_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    from torch import nn
-
-    stored = checkpoint_tensors(model)
-    return {
-        f"{name}.weight": layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and f"{name}.weight" in stored
-    }
-
-
 def write_statistics(
     expert: Path,
     seed: Path,
@@ -147,12 +139,8 @@ def write_statistics(
     target = output / kind
     refuse_existing(target, force=force, what="statistics")
     manifest = read_manifest(expert)
-    model, _ = load_model(expert, seed=seed, dtype="float32", as_trained=False)
-    model.to(best_device())
-    available = max(len(blocks), 1)
-    count = min(samples, available)
-    selected = (blocks.block(index * available // count) for index in range(count))
-    tensors = gather_statistics(model, selected, kind, reporter)
+    model = load_network(expert, seed=seed, dtype="float32", as_trained=False).to(best_device())
+    tensors = gather_statistics(model, spread(blocks, samples), kind, reporter)
     with new_folder(target, force=force, what="statistics") as partial:
         digests = write_tensors(partial / STATISTICS_WEIGHTS, tensors)
         content = {
@@ -161,7 +149,7 @@ def write_statistics(
             "expert": manifest.name,
             "expert_digest": manifest.digest,
             "domain": dict(domain),
-            "blocks": count,
+            "blocks": min(samples, max(len(blocks), 1)),
             "tokens_per_block": blocks.block_size,
             "digest": digest_of_tensors(digests),
             "tensors": digests,

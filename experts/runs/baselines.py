@@ -18,7 +18,6 @@ from .branching import parent_digests, write_run
 
 DENSE = "dense"
 DENSE_SAME_BATCH = "dense-same-batch"
-SLICE = "random-{index}"
 
 
 def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False) -> Path:
@@ -28,7 +27,7 @@ def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False
     """
     experts = trained_experts(layout)
     training = experts[0].training
-    tokens = sum(expert.training.steps * expert.training.tokens_per_step for expert in experts)
+    tokens = sum(expert.training.trained_tokens for expert in experts)
     batch = training.batch_size if same_batch else training.batch_size * len(experts)
     spec = RunSpec(
         kind="expert",
@@ -43,23 +42,20 @@ def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False
 def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
     """Set up one run per finished expert, each on a random slice of all text; return their folders."""
     experts = trained_experts(layout)
-    return [
-        _start(
-            layout,
-            RunSpec(
-                kind="expert",
-                name=SLICE.format(index=index),
-                domains=_all_domains(experts),
-                training=expert.training,
-                trains=expert.trains,
-                options=expert.options,
-                parents=parent_digests(layout, {"seed": 1.0}),
-                slice=(index, len(experts)),
-            ),
-            force=force,
+    folders = []
+    for index, expert in enumerate(experts):
+        spec = RunSpec(
+            kind="expert",
+            name=f"random-{index}",
+            domains=_all_domains(experts),
+            training=expert.training,
+            trains=expert.trains,
+            options=expert.options,
+            parents=parent_digests(layout, {"seed": 1.0}),
+            slice=(index, len(experts)),
         )
-        for index, expert in enumerate(experts)
-    ]
+        folders.append(_start(layout, spec, force=force))
+    return folders
 
 
 def trained_experts(layout: Layout) -> list[RunSpec]:

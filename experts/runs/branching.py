@@ -13,9 +13,9 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.manifests.manifest import read_manifest
 from ...core.manifests.run import RunSpec, is_finished
-from ...core.models.loading import load_model, max_positions, require_intact_models, seed_of
+from ...core.models.loading import load_network, max_positions, require_intact_models, seed_of
 from ...core.process.compute import best_device
-from ...core.text.token_store import TokenBlocks
+from ...core.text.token_store import TokenBlocks, spread
 from ..text.corpora import domain_config, prepare_domain
 from .privacy_rules import check_private
 from .replaced import back_up
@@ -149,16 +149,13 @@ def nearest_experts(layout: Layout, project: ProjectConfig, domain: str, experts
 
     prepared = prepare_domain(layout, domain, domain_config(project, domain), layout.seed)
     blocks = TokenBlocks(prepared.open("train"), min(project.training.sequence_length, max_positions(layout.seed)))
-    available = max(len(blocks), 1)
-    count = min(AUTO_SAMPLE_BLOCKS, available)  # evenly spaced: adjacent blocks are from the same document
-    sample = [blocks.block(index * available // count)[None] for index in range(count)]
+    sample = [torch.from_numpy(block[None]) for block in spread(blocks, AUTO_SAMPLE_BLOCKS)]
     require_intact_models(layout.experts / name for name in experts)
     scores = []
     for name in experts:
-        model, _ = load_model(layout.experts / name, dtype="float32", as_trained=False)
-        model.to(best_device())
+        model = load_network(layout.experts / name, dtype="float32", as_trained=False).to(best_device())
         with torch.inference_mode():
-            scores.append([token_log_probs(model, torch.from_numpy(batch).to(model.device)).cpu() for batch in sample])
+            scores.append([token_log_probs(model, tokens_1T1.to(model.device)).cpu() for tokens_1T1 in sample])
         del model
     uniform = torch.full((len(experts),), 1 / len(experts)).log()
     block_scores = [torch.stack(by_expert) for by_expert in zip(*scores, strict=True)]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from ...core.errors import unknown_name
 
@@ -41,23 +41,12 @@ def model_config(size: Preset, family: str, separator: int, vocabulary: int) -> 
 
     `vocabulary` is the tokenizer's vocabulary size, which is below the preset's if there was little text.
     """
-    settings: dict[str, Any] = {
-        "hidden_size": size.hidden_size,
-        "intermediate_size": size.intermediate_size,
-        "num_hidden_layers": size.num_hidden_layers,
-        "num_attention_heads": size.num_attention_heads,
+    from transformers import AutoConfig
+
+    settings = asdict(size) | {
         "num_key_value_heads": size.num_attention_heads,
         "vocab_size": vocabulary,
-        "max_position_embeddings": size.max_position_embeddings,
         "tie_word_embeddings": False,
-        "bos_token_id": separator,
-        "eos_token_id": separator,
-        "pad_token_id": separator,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator),
     }
-    if family == "olmo2":
-        from transformers import Olmo2Config
-
-        return Olmo2Config(**settings)
-    from transformers import LlamaConfig
-
-    return LlamaConfig(**settings)
+    return AutoConfig.for_model(family, **settings)

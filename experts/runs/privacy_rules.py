@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...core.artefacts.versions import require_privacy_extra
 from ...core.config.settings import ExpertConfig, TrainingConfig
 from ...core.errors import UserError
 from ...core.hooks.training import Trainer
@@ -9,10 +10,7 @@ from ...core.hooks.training import Trainer
 
 def require_opacus() -> None:
     """Raise `UserError` if Opacus is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("opacus") is None:
-        raise UserError("differential privacy needs Opacus, which is not installed: pip install 'expertctl[privacy]'")
+    require_privacy_extra("opacus", "differential privacy needs Opacus")
 
 
 def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Trainer) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...core.artefacts.digests import (
-    TOKENIZER_FILES,
-)
+from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
 from ...core.artefacts.layout import Layout
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
 from ...core.config.settings import ProjectConfig
-from ...core.errors import UserError
+from ...core.errors import UserError, first_line
 from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.manifest import ImportedSeed, Manifest
-from ...core.manifests.run import RUN_FILE, RunSpec, is_finished
+from ...core.manifests.run import RUN_FILE, RunSpec, is_finished, read_run
 from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
 from ...core.process.environment import without_loading_bars
 from ...core.text.tokenizer import TextEncoder, train_tokenizer
@@ -39,10 +36,7 @@ def import_seed(layout: Layout, source: Path, *, licence: str | None = None, for
     tensors = Checkpoint(weights)
     TextEncoder.of_folder(source)
     names = _names_in_memory(source)
-    with (
-        exclusive(layout.lock("run-seed"), "the seed"),
-        new_folder(layout.seed, force=force, what="seed") as partial,
-    ):
+    with exclusive(layout.lock("run-seed"), "the seed"), new_folder(layout.seed, force=force, what="seed") as partial:
         for name in (*MODEL_FILES, *TOKENIZER_FILES):
             if (source / name).is_file():
                 link_or_copy(source / name, partial / name)
@@ -68,8 +62,9 @@ def _names_in_memory(source: Path) -> set[str]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{source} is not a causal language model supported by transformers: {first}") from None
+        raise UserError(
+            f"{source} is not a causal language model supported by transformers: {first_line(error)}"
+        ) from None
     return set(checkpoint_tensors(model))
 
 
@@ -121,30 +116,17 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
     if is_finished(layout.seed):
         refuse_existing(layout.seed, force=force, what="seed")
     elif (layout.seed / RUN_FILE).is_file() and not force:
-        _require_same(layout.seed, spec)
+        if read_run(layout.seed) != spec:
+            raise UserError(
+                f"{layout.seed} was started with other settings; restore them in expertctl.yaml to resume, or use "
+                "--force to start over"
+            )
         return layout.seed
-    with (
-        exclusive(layout.lock("run-seed"), "the seed"),
-        new_folder(layout.seed, force=True, what="seed") as partial,
-    ):
-        texts = _training_texts(layout, project, spec.domains)
+    with exclusive(layout.lock("run-seed"), "the seed"), new_folder(layout.seed, force=True, what="seed") as partial:
+        domains = (domain_config(project, name) for name in spec.domains)
+        texts = (text for domain in domains for text in domain_documents(domain, layout.root, "train"))
         train_tokenizer(texts, size.vocab_size, partial, max_length=size.max_position_embeddings)
         encoder = TextEncoder.of_folder(partial)
         model_config(size, settings.family, encoder.separator, encoder.vocabulary).save_pretrained(partial)
         spec.write(partial)
     return layout.seed
-
-
-def _require_same(folder: Path, spec: RunSpec) -> None:
-    from ...core.manifests.run import read_run
-
-    if read_run(folder) != spec:
-        raise UserError(
-            f"{folder} was started with other settings; restore them in expertctl.yaml to resume, or use --force to "
-            "start over"
-        )
-
-
-def _training_texts(layout: Layout, project: ProjectConfig, domains: tuple[str, ...]) -> Iterator[str]:
-    for name in domains:
-        yield from domain_documents(domain_config(project, name), layout.root, "train")

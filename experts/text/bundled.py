@@ -21,12 +21,12 @@ from itertools import groupby
 from pathlib import Path
 
 from ...core.errors import UserError, unknown_name
-from .near_duplicates import drop_near_duplicates
 
 VALIDATION_SHARE = 0.1
 MAX_UNIT_BYTES = 40_000  # keeps a single file or topic from dominating a corpus
 MIN_UNITS = 20  # a smaller corpus has smaller units, so that a tenth can be split off
 MIN_DOCSTRING_CHARACTERS = 400
+SHINGLE_WORDS = 8
 SCIENCE_PACKAGES = ("numpy", "scipy", "sklearn")
 
 NEVER_CODE = frozenset({"__pycache__", "dist-packages", "site-packages"})
@@ -42,8 +42,7 @@ GENERATED = re.compile(r"@generated|auto-?generated|automatically generated|is g
 LICENCE_WORDS = re.compile(r"copyright|licen[cs]e|spdx|all rights reserved|permission (is|to)|warrant", re.IGNORECASE)
 # text that may precede a licence: white space, other comments, include guards, an encoding line, a docstring
 CPP_PREAMBLE = re.compile(
-    r"\s+|(?P<comment>/\*.*?\*/|(?://[^\n]*(?:\n[ \t]*|\Z))+)|#[ \t]*(?:pragma|if|ifndef|define)\b[^\n]*",
-    re.DOTALL,
+    r"\s+|(?P<comment>/\*.*?\*/|(?://[^\n]*(?:\n[ \t]*|\Z))+)|#[ \t]*(?:pragma|if|ifndef|define)\b[^\n]*", re.DOTALL
 )
 PYTHON_PREAMBLE = re.compile(
     r'\s+|#[^\n]*coding[:=][^\n]*|#![^\n]*|[rR]?""".*?"""|(?P<comment>(?:#[^\n]*(?:\n|\Z))+)', re.DOTALL
@@ -104,11 +103,13 @@ def read_bundled(name: str, max_bytes: int = 900_000) -> BundledText:
     source = BUNDLED[name]
     units = _drop_contained(list(_sample(source.documents(), max_bytes)))
     valid_names = _choose_validation(units)
-    train = [unit for unit in units if unit.name not in valid_names]
-    valid = [unit for unit in units if unit.name in valid_names]
+    documents = [(unit.name, text) for unit in units for text in unit.texts]
+    train = [document for document in documents if document[0] not in valid_names]
+    valid = [document for document in documents if document[0] in valid_names]
     if not (train and valid):
         raise _lacking(name, f"too little text ({sum(unit.num_bytes for unit in units)} bytes) for two parts")
-    return BundledText(name, source.summary, source.licence, _texts_of(train), _texts_of(valid), _digest(train, valid))
+    train_texts, valid_texts = (tuple(text for _, text in part) for part in (train, valid))
+    return BundledText(name, source.summary, source.licence, train_texts, valid_texts, _digest(train, valid))
 
 
 # --- from documents to two parts ---
@@ -167,19 +168,38 @@ def _choose_validation(units: Sequence[_Unit]) -> set[str]:
     return chosen
 
 
-def _texts_of(units: Sequence[_Unit]) -> tuple[str, ...]:
-    return tuple(text for unit in units for text in unit.texts)
-
-
-def _digest(train: Sequence[_Unit], valid: Sequence[_Unit]) -> str:
+def _digest(train: Sequence[Document], valid: Sequence[Document]) -> str:
     digest = sha256()
-    for part, units in (("train", train), ("valid", valid)):
-        for unit in units:
-            for text in unit.texts:
-                for field in (part, unit.name, text):
-                    encoded = field.encode("utf-8")
-                    digest.update(b"%d:" % len(encoded) + encoded)  # length prefix: fields cannot run together
+    for part, documents in (("train", train), ("valid", valid)):
+        for unit_name, text in documents:
+            for field in (part, unit_name, text):
+                encoded = field.encode("utf-8")
+                digest.update(b"%d:" % len(encoded) + encoded)  # length prefix: fields cannot run together
     return digest.hexdigest()
+
+
+def drop_near_duplicates(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield the (key, text) pairs whose texts are not near-duplicates of earlier texts, in order.
+
+    A text is dropped if more than half of its distinct shingles (runs of 8 whitespace-separated words) occur in texts
+    kept before. A text of fewer than 8 words is a single shingle, so only an exact repetition is dropped. Of two
+    near-duplicates the first is kept.
+
+    Streams; memory grows by about 70 bytes per distinct shingle kept.
+    """
+    kept: set[int] = set()
+    for key, text in documents:
+        words = text.split()
+        starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
+        shingles = {_stable_hash(" ".join(words[start : start + SHINGLE_WORDS])) for start in starts}
+        if 2 * len(shingles & kept) <= len(shingles):
+            kept |= shingles
+            yield key, text
+
+
+def _stable_hash(words: str) -> int:
+    # not hash(), which Python salts differently in every process
+    return int.from_bytes(blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 # --- sources of documents ---
@@ -324,9 +344,7 @@ def _added_docstrings(call: ast.Call) -> Iterator[str]:
 
 BUNDLED = {
     "python": BundledSource(
-        "the source of Python's standard library",
-        "PSF-2.0 (Python Software Foundation License).",
-        _python,
+        "the source of Python's standard library", "PSF-2.0 (Python Software Foundation License).", _python
     ),
     "cpp": BundledSource(
         "the C++ headers that come with PyTorch",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.artefacts.digests import digest_of_tokenizer
@@ -20,13 +21,11 @@ from ...core.hooks.text import CorpusFormat, Document, DocumentOrder
 from ...core.manifests.statements import DomainStatement
 from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.token_store import TokenPart, TokenStore, write_part
-from ...core.text.tokenizer import TextEncoder
+from ...core.text.tokenizer import DOCUMENTS_PER_BATCH, TextEncoder
 from .spooled_texts import SpooledTexts
 
 PARTS = ("train", "valid")
 DOMAIN_FILE = "domain.json"
-DOCUMENTS_PER_BATCH = 512
-CHARACTERS_PER_BATCH = 4 << 20  # limits the memory of batches of long documents
 
 SPLIT = b"expertctl split\n"
 """Prefix of the hashed text that decides on a document's part."""
@@ -99,7 +98,7 @@ def prepare_domain(
                     )
                     written = write_part(
                         partial / part,
-                        _encode(counted, encoder),
+                        encoder.encode_stream(counted),
                         separator=encoder.separator,
                         vocabulary=encoder.vocabulary,
                     )
@@ -110,16 +109,12 @@ def prepare_domain(
                         if domain.path
                         else ""
                     )
-                    raise UserError(f"domain '{name}' has no documents in its {part} part ({_source(domain)}){remedy}")
+                    source = domain.path or domain.train or f"bundled: {domain.bundled}"
+                    raise UserError(f"domain '{name}' has no documents in its {part} part ({source}){remedy}")
                 num_documents += written.documents
             write_json(
                 partial / DOMAIN_FILE,
-                {
-                    "name": name,
-                    "fingerprint": fingerprint,
-                    "tokenizer": encoder_digest,
-                    "licence": _licence(domain),
-                },
+                {"name": name, "fingerprint": fingerprint, "tokenizer": encoder_digest, "licence": licence_of(domain)},
             )
     prepared = _cached(folder, fingerprint)
     assert prepared is not None
@@ -157,29 +152,9 @@ def _cached(folder: Path, fingerprint: str) -> PreparedDomain | None:
     return PreparedDomain(content["name"], folder, train, valid, content.get("licence"))
 
 
-def _encode(documents: Iterable[str], encoder: TextEncoder) -> Iterator[tuple[str, list[int]]]:
-    for batch in _batches(documents):
-        yield from zip(batch, encoder.encode(batch), strict=True)
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yield batches of documents for encoding; the batch size does not affect the tokens."""
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if len(batch) == DOCUMENTS_PER_BATCH or size >= CHARACTERS_PER_BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def domain_documents(domain: DomainConfig, root: Path, part: str) -> Iterator[str]:
     """Stream the documents of one part of a domain, in a fixed order."""
-    for document in domain_values(domain, root, part, None):
-        yield document.text
+    return (document.text for document in domain_values(domain, root, part, None))
 
 
 def domain_values(domain: DomainConfig, root: Path, part: str, field: str | None) -> Iterator[Document]:
@@ -235,15 +210,14 @@ def _split_position(document: str) -> int:
 
 def read_documents(path: Path, text_field: str) -> Iterator[str]:
     """Stream the documents of a file, or of all files of known formats below a folder, sorted by path."""
-    for document in _values(path, text_field, None):
-        yield document.text
+    return (document.text for document in _values(path, text_field, None))
 
 
 def _values(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file))
         if not files:
-            raise UserError(f"{path} has no file of a known format; known suffixes: {', '.join(_suffixes())}")
+            raise UserError(f"{path} has no file of a known format; known suffixes: {', '.join(sorted(_formats()))}")
     elif path.is_file():
         files = [path]
     else:
@@ -251,7 +225,7 @@ def _values(path: Path, text_field: str, field: str | None) -> Iterator[Document
     for file in files:
         corpus_format = _format_of(file)
         if corpus_format is None:
-            raise UserError(f"{file} has an unknown format; known suffixes: {', '.join(_suffixes())}")
+            raise UserError(f"{file} has an unknown format; known suffixes: {', '.join(sorted(_formats()))}")
         if field is None:
             yield from map(Document, corpus_format.read(file, text_field))
         elif corpus_format.read_values is None:
@@ -268,20 +242,13 @@ def _formats() -> Mapping[str, CorpusFormat]:
     }
 
 
-def _suffixes() -> list[str]:
-    return sorted(_formats())
-
-
 def _format_of(file: Path) -> CorpusFormat | None:
     matching = [suffix for suffix in _formats() if file.name.lower().endswith(suffix)]
     return _formats()[max(matching, key=len)] if matching else None
 
 
-def _source(domain: DomainConfig) -> str:
-    return domain.path or domain.train or f"bundled: {domain.bundled}"
-
-
-def _licence(domain: DomainConfig) -> str | None:
+def licence_of(domain: DomainConfig) -> str | None:
+    """Return the licence of a domain's text."""
     if domain.licence is None and domain.bundled is not None:
         from .bundled import BUNDLED
 
@@ -292,39 +259,17 @@ def _licence(domain: DomainConfig) -> str | None:
 def _fingerprint(domain: DomainConfig, root: Path) -> str:
     """Return a digest of a domain's settings and of the size and modification time of its files."""
     content: dict[str, object] = {"domain": domain.model_dump()}
-    if domain.bundled is not None:
-        content["bundled"] = _installation()
+    if domain.bundled is not None:  # read from these packages
+        packages = ("expertctl", "torch", "numpy", "scipy", "scikit-learn")
+        versions = {name: package_version(name) for name in packages}
+        content["bundled"] = {"python": platform.python_version(), **versions}
     for source in (domain.path, domain.train, domain.valid):
         if source is not None:
             content[source] = _stamps(root / Path(source).expanduser())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _installation() -> dict[str, str]:
-    """Return the versions of the packages from which the bundled corpora are read."""
-    import platform
-
-    packages = ("expertctl", "torch", "numpy", "scipy", "scikit-learn")
-    return {"python": platform.python_version(), **{name: package_version(name) for name in packages}}
-
-
 def _stamps(path: Path) -> list[tuple[str, int, int]]:
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stamps = []
-    for file in files:
-        if file.is_file():
-            status = file.stat()
-            stamps.append((str(file.relative_to(path)), status.st_size, status.st_mtime_ns))
-    return stamps
-
-
-def prepare_domains(
-    layout: Layout, project: ProjectConfig, names: Iterable[str], tokenizer_folder: Path
-) -> list[PreparedDomain]:
-    """Prepare several domains; cached domains are not prepared again."""
-    return [prepare_domain(layout, name, domain_config(project, name), tokenizer_folder) for name in names]
-
-
-def prepared_summary(prepared: PreparedDomain) -> Mapping[str, object]:
-    """Return the summary of a domain for `data list`."""
-    return {part: asdict(getattr(prepared, part)) for part in PARTS} | {"licence": prepared.licence}
+    files = [file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+    statuses = ((file, file.stat()) for file in files)
+    return [(str(file.relative_to(path)), status.st_size, status.st_mtime_ns) for file, status in statuses]

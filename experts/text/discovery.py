@@ -26,8 +26,9 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.text import DiscoveryInputs, Document, DomainDiscoverer, FoundDomains
 from ...core.process.compute import available_cores
-from ...core.reporting import SILENT, Reporter
+from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.clustering.clusterer import BATCH, batches
+from ...core.text.token_store import TextCounter
 from .corpora import domain_config, domain_values
 
 FORMAT = 1
@@ -140,9 +141,8 @@ def discover(
         with new_folder(folder, force=force, what="set of clusters") as partial:
             found_domains.write(partial)
             names = [check_name(f"{name}-{label}", "a cluster") for label in found_domains.labels]
-            counts, digests = _write_clusters(
-                text, _Assigner(discoverer, found_domains, partial, settings.jobs), partial, names, reporter
-            )
+            assigner = _Assigner(discoverer, found_domains, partial, settings.jobs)
+            counts, digests = _write_clusters(text, assigner, partial, names, reporter)
             discovery = Discovery(
                 folder,
                 digests,
@@ -161,15 +161,14 @@ def discover(
 
 def _sources(layout: Layout, project: ProjectConfig, name: str, requested: Sequence[str] | None) -> tuple[str, ...]:
     """Return the names of the domains to cluster; raises `UserError` if there are none."""
-    discovered = {domain for domains in cluster_sets(layout.root).values() for domain in domains}
-    sources = (
-        tuple(requested)
-        if requested is not None
-        else tuple(domain for domain in project.domains if domain not in discovered)
-    )
+    sets = cluster_sets(layout.root)
+    discovered = {domain for domains in sets.values() for domain in domains}
+    sources = tuple(domain for domain in project.domains if domain not in discovered)
+    if requested is not None:
+        sources = tuple(requested)
     for domain in sources:
         domain_config(project, domain)
-        if domain in cluster_sets(layout.root).get(name, ()):
+        if domain in sets.get(name, ()):
             raise UserError(f"'{domain}' is itself one of the clusters '{name}'; give the domains that were clustered")
     if not sources:
         raise UserError("there is no text to cluster; add a domain to expertctl.yaml")
@@ -192,23 +191,17 @@ class _Text:
                 yield domain, document
 
 
-def _truncate(document: Document) -> Document:
-    return Document(document.text[:CHARACTERS], document.value)
-
-
 def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, reporter: Reporter) -> list[Document]:
     """Return `size` truncated documents, selected by a keyed hash and independent of the input order."""
     key = seed.to_bytes(8, "little", signed=False)
     kept: list[tuple[int, str, str | None]] = []  # a heap whose root has the largest hash
-    for number, (_, document) in enumerate(documents, start=1):
+    for _, document in reported(documents, reporter, "sampling", "documents", every=BATCH):
         encoded = document.text.encode("utf-8", "surrogatepass")
         priority = -int.from_bytes(hashlib.blake2b(encoded, digest_size=8, key=key).digest(), "little")
         if len(kept) < size:
             heapq.heappush(kept, (priority, document.text[:CHARACTERS], document.value))
         elif priority > kept[0][0]:
             heapq.heapreplace(kept, (priority, document.text[:CHARACTERS], document.value))
-        if number % BATCH == 0:
-            reporter.progress("sampling", number, unit="documents")
     return [Document(text, value) for _, text, value in sorted(kept, key=lambda entry: (-entry[0], entry[1]))]
 
 
@@ -217,13 +210,13 @@ def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, rep
 
 def _write_clusters(
     text: _Text, assigner: _Assigner, folder: Path, names: Sequence[str], reporter: Reporter
-) -> tuple[dict[str, list[list[int]]], dict[str, str]]:
+) -> tuple[dict[str, list[TextCounter]], dict[str, str]]:
     """Write every document to its cluster's file.
 
-    Returns [documents, bytes] of each cluster by part, and the digest of each domain's text.
+    Returns the counts of each cluster by part, and the digest of each domain's text.
     """
-    counts = {part: [[0, 0] for _ in names] for part in PARTS}
-    states = {domain: hashlib.sha256() for domain in text.domains}
+    counts = {part: [TextCounter() for _ in names] for part in PARTS}
+    sources = {domain: TextCounter() for domain in text.domains}
     num_written = 0
     with ExitStack() as stack:
         assign = stack.enter_context(assigner)
@@ -236,14 +229,12 @@ def _write_clusters(
             ]
             for batch, clusters in assign(text(part)):
                 for (domain, document), label in zip(batch, clusters, strict=True):
-                    encoded = document.text.encode("utf-8", "surrogatepass")
-                    states[domain].update(len(encoded).to_bytes(8, "little") + encoded)
+                    sources[domain].add(document.text)
                     files[label].write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
-                    counts[part][label][0] += 1
-                    counts[part][label][1] += len(encoded)
+                    counts[part][label].add(document.text)
                 num_written += len(batch)
                 reporter.progress("sorting", num_written, unit="documents")
-    return counts, {domain: state.hexdigest() for domain, state in states.items()}
+    return counts, {domain: counter.digest for domain, counter in sources.items()}
 
 
 class _Assigner:
@@ -269,7 +260,7 @@ class _Assigner:
         num_seen = 0
         for batch in batches(documents, BATCH):
             num_seen += len(batch)
-            truncated = [_truncate(document) for _, document in batch]
+            truncated = [Document(document.text[:CHARACTERS], document.value) for _, document in batch]
             if self._jobs < 2 or (num_seen <= PARALLEL_FROM and self._pool is None):
                 yield batch, _nearest(self._domains, truncated)
                 continue
@@ -319,7 +310,7 @@ def _nearest(domains: FoundDomains, documents: Sequence[Document]) -> list[int]:
 def _describe_clusters(
     domains: FoundDomains,
     names: Sequence[str],
-    counts: Mapping[str, Sequence[Sequence[int]]],
+    counts: Mapping[str, Sequence[TextCounter]],
     sampled: Sequence[Document],
 ) -> tuple[Cluster, ...]:
     import numpy as np
@@ -334,8 +325,8 @@ def _describe_clusters(
             Cluster(
                 name,
                 domains.labels[number],
-                {part: counts[part][number][0] for part in PARTS},
-                {part: counts[part][number][1] for part in PARTS},
+                {part: counts[part][number].documents for part in PARTS},
+                {part: counts[part][number].bytes for part in PARTS},
                 tuple(domains.top_words(number)),
                 tuple(" ".join(sampled[index].text.split())[:EXAMPLE_LETTERS] for index in nearest),
             )

@@ -11,20 +11,18 @@ import hashlib
 import heapq
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from ...core.artefacts.files import (
     clear_leftovers,
     exclusive,
     os_errors_as_user_errors,
-    partial_sibling,
     refuse_existing,
+    replacement_file,
     write_json,
 )
 from ...core.artefacts.layout import Layout, check_name
@@ -32,7 +30,8 @@ from ...core.artefacts.versions import package_version
 from ...core.config.settings import DomainConfig, ProjectConfig
 from ...core.errors import UserError
 from ...core.reporting import SILENT, Reporter, reported
-from .corpora import domain_config, domain_documents
+from ...core.text.token_store import TextCounter
+from .corpora import domain_config, domain_documents, licence_of
 
 FORMAT = 1
 PROXIES = "proxies"
@@ -71,6 +70,10 @@ class TextCount:
     """UTF-8 bytes of the documents' text."""
     digest: str
     """sha256 over the documents' texts in order, as shown by `data list`."""
+
+    @classmethod
+    def of(cls, name: str, counter: TextCounter) -> TextCount:
+        return cls(name, counter.documents, counter.bytes, counter.digest)
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,11 @@ def make_proxy(
     settings = settings or ProxySettings()
     path = layout.root / PROXIES / f"{check_name(name, 'a proxy')}.jsonl"
     private, public = domain_config(project, like), domain_config(project, source)
-    _check_names(project, name, like, source)
+    if like == source:
+        raise UserError(f"--like and --from are both '{like}'; select the proxy from another domain")
+    existing = project.domains.get(name)
+    if name in (like, source) or (existing is not None and existing.path != f"{PROXIES}/{name}.jsonl"):
+        raise UserError(f"expertctl.yaml has a domain '{name}' already; give the proxy another name")
     refuse_existing(path, force=force, what="proxy")
     with exclusive(layout.lock(f"proxy-{name}"), f"proxy '{name}'"):
         refuse_existing(path, force=force, what="proxy")  # again: another process may have written it meanwhile
@@ -144,16 +151,21 @@ def make_proxy(
         classifiers = _train_classifiers(like_sample, source_sample, settings)
         del like_sample, source_sample  # free the memory before scoring
         scores = best_distinct(_score_documents(read(public, f"scoring {source}"), classifiers, settings), number)
-        with _replacement_file(path) as file:
+        with os_errors_as_user_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            clear_leftovers(path.parent)
+        with replacement_file(path) as file:
             text = _write_selected(read(public, "writing"), set(scores), file, name)
+            file.flush()
+            path.with_suffix(".json").unlink(missing_ok=True)  # so that a statement never describes other text
         proxy = Proxy(
             path=path,
             text=text,
             held_out_accuracy=classifiers.held_out_accuracy,
-            lowest_score=_probability(min(scores.values())),
+            lowest_score=(1 + math.tanh(min(scores.values()) / 2)) / 2,  # the logistic function of the log-odds
             like=like_count,
             source=source_count,
-            licence=_licence(public),
+            licence=licence_of(public),
             settings=settings,
         )
         write_json(path.with_suffix(".json"), proxy.statement())
@@ -179,14 +191,6 @@ def best_distinct(scored: Iterable[tuple[float, bytes]], number: int) -> dict[by
     return {key: score for score, key in heap}
 
 
-def _check_names(project: ProjectConfig, name: str, like: str, source: str) -> None:
-    if like == source:
-        raise UserError(f"--like and --from are both '{like}'; select the proxy from another domain")
-    existing = project.domains.get(name)
-    if name in (like, source) or (existing is not None and existing.path != f"{PROXIES}/{name}.jsonl"):
-        raise UserError(f"expertctl.yaml has a domain '{name}' already; give the proxy another name")
-
-
 def _number_to_select(requested: int | None, source: TextCount) -> int:
     """Return the number of documents to select."""
     if requested is None:
@@ -204,16 +208,17 @@ def _number_to_select(requested: int | None, source: TextCount) -> int:
 
 def _with_keys(documents: Iterable[str], seed: int) -> Iterator[Keyed]:
     for text in documents:
-        key = hashlib.blake2b(_bytes(text), digest_size=16, key=seed.to_bytes(8, "little"))
+        encoded = text.encode("utf-8", errors="surrogatepass")
+        key = hashlib.blake2b(encoded, digest_size=16, key=seed.to_bytes(8, "little"))
         yield key.digest(), text
 
 
 def _sample(documents: Iterable[Keyed], name: str, settings: ProxySettings) -> tuple[dict[bytes, str], TextCount]:
     """Return the truncated documents with the lowest keys, sorted by key, and the counts of all documents."""
     kept: dict[bytes, str] = {}
-    count = _Counter(name)
+    counter = TextCounter()
     for key, text in documents:
-        count.add(text)
+        counter.add(text)
         kept[key] = _truncate(text, settings)
         if len(kept) >= 2 * settings.sample:
             kept = _keep_lowest(kept, settings.sample)
@@ -223,32 +228,11 @@ def _sample(documents: Iterable[Keyed], name: str, settings: ProxySettings) -> t
             f"domain '{name}' has {len(kept)} different documents in its train part; the classifier needs at least "
             f"{FEWEST_DOCUMENTS}; add text, or use another domain"
         )
-    return kept, count.total()
+    return kept, TextCount.of(name, counter)
 
 
 def _keep_lowest(documents: Mapping[bytes, str], number: int) -> dict[bytes, str]:
     return {key: documents[key] for key in heapq.nsmallest(number, documents)}
-
-
-class _Counter:
-    """Counts documents and computes the digest of their text, with the same result as a prepared domain."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._documents, self._bytes = name, 0, 0
-        self._state = hashlib.sha256()
-
-    def add(self, text: str) -> None:
-        encoded = _bytes(text)
-        self._state.update(len(encoded).to_bytes(8, "little") + encoded)
-        self._documents += 1
-        self._bytes += len(encoded)
-
-    def total(self) -> TextCount:
-        return TextCount(self._name, self._documents, self._bytes, self._state.hexdigest())
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", errors="surrogatepass")
 
 
 def _truncate(text: str, settings: ProxySettings) -> str:
@@ -284,8 +268,7 @@ class _CrossFittedClassifiers:
 def _train_classifiers(
     like: Mapping[bytes, str], source: Mapping[bytes, str], settings: ProxySettings
 ) -> _CrossFittedClassifiers:
-    like_lower, like_upper = _halves(list(like.values()))
-    source_lower, source_upper = _halves(list(source.values()))
+    (like_lower, like_upper), (source_lower, source_upper) = _halves(like), _halves(source)
     of_lower = _fit_classifier(like_lower, source_lower, settings)
     of_upper = _fit_classifier(like_upper, source_upper, settings)
     held_out_accuracy = (
@@ -294,7 +277,8 @@ def _train_classifiers(
     return _CrossFittedClassifiers(list(source)[len(source_lower)], of_lower, of_upper, held_out_accuracy)
 
 
-def _halves(texts: list[str]) -> tuple[list[str], list[str]]:
+def _halves(documents: Mapping[bytes, str]) -> tuple[list[str], list[str]]:
+    texts = list(documents.values())
     return texts[: len(texts) // 2], texts[len(texts) // 2 :]
 
 
@@ -329,52 +313,17 @@ def _score_documents(
         yield from classifiers.score(batch)
 
 
-def _probability(log_odds: float) -> float:
-    """Return the probability for log-odds (the logistic function)."""
-    return (1 + math.tanh(log_odds / 2)) / 2
-
-
 # --- writing ---
 
 
-def _write_selected(documents: Iterable[Keyed], selected: set[bytes], file: TextIO, name: str) -> TextCount:
+def _write_selected(documents: Iterable[Keyed], selected: set[bytes], file: BinaryIO, name: str) -> TextCount:
     """Write the selected documents in stream order, each once."""
-    count = _Counter(name)
+    counter = TextCounter()
     for key, text in documents:
         if key in selected:
             selected.remove(key)
-            count.add(text)
-            file.write(json.dumps({"text": text}) + "\n")
+            counter.add(text)
+            file.write(json.dumps({"text": text}).encode() + b"\n")
     if selected:
         raise UserError(f"the source text of proxy '{name}' changed while it was read; rerun the command")
-    return count.total()
-
-
-@contextmanager
-def _replacement_file(path: Path) -> Iterator[TextIO]:
-    """Yield a temporary file that replaces `path` on success and is deleted on failure.
-
-    The old statement is deleted before the replacement, so that a statement never describes other text.
-    """
-    partial = partial_sibling(path)
-    with os_errors_as_user_errors(path):
-        path.parent.mkdir(exist_ok=True)
-        clear_leftovers(path.parent)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            path.with_suffix(".json").unlink(missing_ok=True)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-def _licence(domain: DomainConfig) -> str | None:
-    if domain.licence is None and domain.bundled is not None:
-        from .bundled import BUNDLED
-
-        return BUNDLED[domain.bundled].licence
-    return domain.licence
+    return TextCount.of(name, counter)

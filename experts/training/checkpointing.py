@@ -30,10 +30,10 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
 
     folder = state_folder / f"step-{loop.step:08d}"
     with new_folder(folder, force=True, what="checkpoint") as partial:
+        states = {"weights": loop.weights(), "optimiser": loop.optimiser_state(), "random": _random_states()}
         digests = {
-            "weights": digest_of_tensors(write_tensors(partial / "weights.safetensors", loop.weights())),
-            "optimiser": digest_of_tensors(write_tensors(partial / "optimiser.safetensors", loop.optimiser_state())),
-            "random": digest_of_tensors(write_tensors(partial / "random.safetensors", _random_states())),
+            name: digest_of_tensors(write_tensors(partial / f"{name}.safetensors", tensors))
+            for name, tensors in states.items()
         }
         state = {
             "step": loop.step,

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...core.artefacts.digests import (
-    TRAINING_FOLDER,
-    digest_of_tokenizer,
-)
+from ...core.artefacts.digests import TOKENIZER_FILES, TRAINING_FOLDER, digest_of_tokenizer
+from ...core.artefacts.files import copy_files
 from ...core.artefacts.safetensors_io import Checkpoint, tensor_digest, torch_dtype, write_tensors
 from ...core.errors import UserError
 from ...core.manifests.finishing import finish_artefact
+from ...core.manifests.generalist import GeneralistConfig, Tuning
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement, PrivacyStatement
 from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
 from .loop import TrainingLoop
 from .run_inputs import RunInputs
-from .tuned_model import tuned_manifest, write_whole_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,18 +28,18 @@ OPTIMISER_FILE = Path(TRAINING_FOLDER) / "optimiser.safetensors"
 
 def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, metrics: Mapping[str, Any]) -> None:
     """Write the weights, then the manifest, which marks the folder as complete."""
-    if run.from_scratch:
+    part = loop.part
+    if run.spec.kind == "generalist":
+        copy_files(run.base, run.folder, (*TOKENIZER_FILES, "generation_config.json"))
+        part.write_model(run.folder, run.base)
+        finish_artefact(run.folder, _tuned_manifest(run, metrics, part.config))
+        return
+    if run.spec.kind == "seed":
         write_tensors(run.folder / WEIGHTS_FILE, checkpoint_tensors(model))
         (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
         write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
-    elif run.spec.kind == "generalist":
-        write_whole_model(run, loop)
-        finish_artefact(run.folder, tuned_manifest(run, metrics, loop.part.config))
-        return
     else:
-        part = loop.part
-        trained = part.tensors()
-        write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, trained))
+        write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, part.tensors()))
         for file, tensors in part.extra_tensors().items():
             write_tensors(run.folder / file, tensors)
     # metrics of a private run are omitted: they are functions of the private text without noise
@@ -72,16 +71,17 @@ def run_manifest(
 ) -> Manifest:
     """Return the manifest of a run without digests; `trained_tokens` defaults to the run's budget."""
     spec = run.spec
-    budget = spec.training.steps * spec.training.tokens_per_step
+    folders = {name: run.layout.seed if name == "seed" else run.layout.experts / name for name in spec.start}
+    parents = {"seed": run.layout.seed, **folders} if spec.kind != "seed" else {}
     return Manifest(
         kind=spec.kind,
         name=spec.name,
         tokenizer=digest_of_tokenizer(run.tokenizer_folder),
-        parents=_parents(run),
+        parents=tuple(Parent.of(read_manifest(path), name, spec.start.get(name)) for name, path in parents.items()),
         config=spec,
         data=DataStatement(
             {domain.name: domain.statement(private=spec.dp is not None) for domain in run.domains},
-            budget if trained_tokens is None else trained_tokens,
+            spec.training.trained_tokens if trained_tokens is None else trained_tokens,
             privacy,
         ),
         metrics=metrics,
@@ -91,13 +91,35 @@ def run_manifest(
     )
 
 
-def _parents(run: RunInputs) -> tuple[Parent, ...]:
-    if run.from_scratch:
-        return ()
-    seed = Parent.of(read_manifest(run.layout.seed), "seed", run.spec.start.get("seed"))
-    experts = [
-        Parent.of(read_manifest(run.layout.experts / name), name, weight)
-        for name, weight in run.spec.start.items()
-        if name != "seed"
-    ]
-    return (seed, *experts)
+def _tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], part_config: Mapping[str, Any]) -> Manifest:
+    """Return the manifest of a generalist tuned from another generalist or from the seed.
+
+    `part_config` is the trainer's description of the model (`TrainablePart.config`).
+    """
+    spec, base = run.spec, read_manifest(run.base)
+    statements = {domain.name: domain.statement() for domain in run.domains}
+    changes = {key: value for key, value in part_config.items() if key != "tuning"}
+    # a tuned model cannot be reproduced from its merge recipe
+    base_config = replace(base.merged or GeneralistConfig(spec.trains, "moe"), recipe=None, shard_bytes=None)
+    config = replace(base_config, **changes, run=spec)
+    tuning = Tuning(
+        name=spec.name,
+        trains=spec.trains,
+        options=dict(spec.options),
+        domains={name: statement.digest for name, statement in statements.items()},
+        tokens=spec.training.trained_tokens,
+        base_digest=base.digest,
+        experts=tuple(config.experts or config.weights),
+        **part_config.get("tuning", {}),
+    )
+    return Manifest(
+        kind="generalist",
+        name=spec.name,
+        parents=(Parent.of(base, spec.base or "seed"), *(base.parents if base.merged is not None else ())),
+        config=replace(config, tunings=(*config.tunings, tuning)),
+        expert_data={**base.expert_data, spec.name: DataStatement(statements)},
+        metrics=metrics,
+        trainable=spec.trains,
+        owner=spec.owner,
+        licence=spec.licence or base.licence,
+    )

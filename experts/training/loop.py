@@ -12,7 +12,7 @@ from ...core.config.settings import TrainingConfig
 from ...core.errors import UserError
 from ...core.hooks.training import TrainablePart
 from ...core.manifests.statements import PrivacyStatement
-from ...core.text.token_store import BalancedUnion, Blocks, Position, SharedUnion, domain_at, draw
+from ...core.text.token_store import BalancedUnion, Blocks, Position, domain_at, draw
 from .schedule import learning_rate, progress_at
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ class StepReport:
 class TrainingLoop:
     """Trainable parameters, their optimiser and the data position: everything that a checkpoint stores."""
 
-    def __init__(
-        self, part: TrainablePart, blocks: Blocks | BalancedUnion | SharedUnion, config: TrainingConfig
-    ) -> None:
+    def __init__(self, part: TrainablePart, blocks: Blocks | BalancedUnion, config: TrainingConfig) -> None:
         import torch
 
         if len(blocks) == 0:

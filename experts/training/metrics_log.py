@@ -25,12 +25,7 @@ class MetricsLog:
     """The log of one run, which continues from a checkpoint on resume."""
 
     def __init__(
-        self,
-        folder: Path,
-        spec: RunSpec,
-        plugins: PluginManager,
-        reporter: Reporter,
-        part: TrainablePart,
+        self, folder: Path, spec: RunSpec, plugins: PluginManager, reporter: Reporter, part: TrainablePart
     ) -> None:
         self._part = part
         self._folder, self._spec, self._plugins, self._reporter = folder, spec, plugins, reporter

@@ -12,11 +12,11 @@ from ...core.artefacts.files import clear_leftovers, remove_tree
 from ...core.errors import Interrupted, UserError
 from ...core.hooks.events import ExpertFinished
 from ...core.hooks.options import parse_options
-from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
+from ...core.hooks.training import Trainer, TrainingContext
 from ...core.manifests.run import STATE_FOLDER, is_finished
-from ...core.models.scoring import token_log_probs
+from ...core.models.scoring import total_loss
 from ...core.reporting import Reporter
-from ...core.text.token_store import BalancedUnion, SharedUnion, TokenBlocks
+from ...core.text.token_store import BalancedUnion, TokenBlocks
 from ..runs.privacy_rules import require_opacus
 from ..runs.replaced import delete_backup, restore_backup
 from ..runs.trainable import trainer_for
@@ -24,8 +24,8 @@ from .checkpointing import restore_latest, save_checkpoint
 from .finishing import write_artefact
 from .loop import StepReport, TrainingLoop, autocast
 from .metrics_log import MetricsLog
-from .privacy.releases import Releases
-from .privacy.starting import noise_source, private_loop
+from .privacy.accounting import mechanism_for
+from .privacy.noise import Releases, secret_source, seeded_source
 from .run_inputs import RunInputs
 from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
 
@@ -49,10 +49,9 @@ def train_run(folder: Path, reporter: Reporter, stopped: Callable[[], bool]) -> 
     loop = _loop(run, trainer, model, options)
     if run.spec.kind == "generalist":
         delete_backup(folder)
-    part = loop.part
     inherit_optimiser(run, loop)
     start_step = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
-    log = MetricsLog(folder, run.spec, run.plugins, reporter, part)
+    log = MetricsLog(folder, run.spec, run.plugins, reporter, loop.part)
     log.open(start_step)
     last = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)
@@ -65,29 +64,28 @@ def train_run(folder: Path, reporter: Reporter, stopped: Callable[[], bool]) -> 
 
 def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any) -> TrainingLoop:
     """Return the training loop for the trainer's trainable part, a private loop if the run has a privacy budget."""
-    dp, training = run.spec.dp, run.spec.training
-    if dp is None:
-        text = training_text(run) if trainer.uses_text else None
-        part = _prepare_part(run, trainer, TrainingContext(model, options, text))
-        return TrainingLoop(part, training_blocks(run, part.shares), training)
-    require_opacus()
-    source = noise_source(dp, training, run.folder / STATE_FOLDER)
-    releases = Releases(source, dp.embedding_noise)
+    dp, training, state = run.spec.dp, run.spec.training, run.folder / STATE_FOLDER
+    releases = None
+    if dp is not None:
+        require_opacus()
+        source = seeded_source(training.seed) if dp.noise == "seeded" else secret_source(state)
+        releases = Releases(source, dp.embedding_noise)
     text = training_text(run, releases) if trainer.uses_text else None
-    part = _prepare_part(run, trainer, TrainingContext(model, options, text))
-    blocks = training_blocks(run)
-    assert not isinstance(blocks, BalancedUnion | SharedUnion), "an expert has one domain"
-    return private_loop(part, blocks, training, dp, source, releases)
-
-
-def _prepare_part(run: RunInputs, trainer: Trainer, context: TrainingContext) -> TrainablePart:
-    """Return the trainer's trainable part; if the trainer refuses, a tuning that has not started is deleted."""
     try:
-        return trainer.prepare(context)
+        part = trainer.prepare(TrainingContext(model, options, text))
     except UserError:
-        if run.spec.kind == "generalist" and not (run.folder / STATE_FOLDER).exists():
-            restore_backup(run.folder)
+        if run.spec.kind == "generalist" and not state.exists():
+            restore_backup(run.folder)  # the trainer refused before the run started
         raise
+    blocks = training_blocks(run, part.shares)
+    if dp is None or releases is None:
+        return TrainingLoop(part, blocks, training)
+    from .privacy.loop import PrivateTrainingLoop
+
+    assert not isinstance(blocks, BalancedUnion), "an expert has one domain"
+    mechanism = mechanism_for(dp, training, len(blocks), releases.history)
+    in_float32 = training.model_copy(update={"precision": "float32"})
+    return PrivateTrainingLoop(part, blocks, in_float32, dp, mechanism, releases.source)
 
 
 def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callable[[], bool]) -> StepReport:
@@ -136,11 +134,8 @@ def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
         for number, domain in enumerate(run.domains):
             loop.part.begin_batch([number])
             blocks = TokenBlocks(domain.open("valid"), config.sequence_length)
-            total, count = 0.0, 0
-            for batch in blocks.batches(config.batch_size, limit=config.validation_blocks):
-                scores = token_log_probs(loop.module, torch.from_numpy(batch).to(loop.device))
-                total -= float(scores.double().sum())
-                count += scores.numel()
+            batches = blocks.batches(config.batch_size, limit=config.validation_blocks)
+            total, count = total_loss(loop.module, batches, loop.device)
             losses[domain.name] = total / max(count, 1)
     loop.module.train()
     return losses

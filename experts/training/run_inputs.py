@@ -1,4 +1,4 @@
-"""Inputs of a run: specification, prepared text, plugins."""
+"""Inputs of a run: specification, project, prepared text, plugins."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ...core.artefacts.layout import Layout
 from ...core.config.project import load_project
+from ...core.config.settings import ProjectConfig
 from ...core.hooks.manager import PluginManager, installed_plugins
 from ...core.manifests.run import RunSpec, read_run
-from ..text.corpora import PreparedDomain, prepare_domains
+from ..text.corpora import PreparedDomain, domain_config, prepare_domain
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,13 @@ class RunInputs:
 
     folder: Path
     layout: Layout
+    project: ProjectConfig
     spec: RunSpec
+    base: Path
+    """Folder of the model that training starts from."""
+    tokenizer_folder: Path
     domains: tuple[PreparedDomain, ...]
     plugins: PluginManager
-
-    @property
-    def from_scratch(self) -> bool:
-        return self.spec.kind == "seed"
-
-    @property
-    def base(self) -> Path:
-        """Folder of the model that training starts from."""
-        return base_folder(self.layout, self.spec)
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        return self.folder if self.from_scratch else self.base
 
     @property
     def data_digests(self) -> dict[str, str]:
@@ -46,11 +38,7 @@ class RunInputs:
         spec = read_run(folder)
         layout = Layout.find(folder)
         project = load_project(layout.config_file)
-        tokenizer = folder if spec.kind == "seed" else base_folder(layout, spec)
-        domains = tuple(prepare_domains(layout, project, spec.domains, tokenizer))
-        return cls(folder, layout, spec, domains, installed_plugins())
-
-
-def base_folder(layout: Layout, spec: RunSpec) -> Path:
-    """Return the folder of the model that a run starts from."""
-    return layout.seed if spec.base in (None, "seed") else layout.artefact(spec.base)
+        base = layout.seed if spec.base in (None, "seed") else layout.artefact(spec.base)
+        tokenizer = folder if spec.kind == "seed" else base
+        domains = tuple(prepare_domain(layout, name, domain_config(project, name), tokenizer) for name in spec.domains)
+        return cls(folder, layout, project, spec, base, tokenizer, domains, installed_plugins())

@@ -6,20 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ...core.artefacts.safetensors_io import Checkpoint
-from ...core.config.project import load_project
 from ...core.errors import UserError
 from ...core.hooks.training import PrivateReleases, TrainingText
 from ...core.manifests.manifest import read_manifest
 from ...core.manifests.verification import require_intact
 from ...core.models.loading import ExpertTensors, load_model, max_positions, overlay_tensors
-from ...core.text.token_store import (
-    BalancedUnion,
-    Blocks,
-    Concatenation,
-    RandomSlice,
-    SharedUnion,
-    TokenBlocks,
-)
+from ...core.text.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, SharedUnion, TokenBlocks
 from ..runs.branching import parent_digests
 from ..text.corpora import domain_config, prepare_domain
 from .finishing import OPTIMISER_FILE
@@ -32,15 +24,21 @@ if TYPE_CHECKING:
 
 
 def starting_model(run: RunInputs) -> PreTrainedModel:
-    """Return the model to train in float32: a new model, the base, or an average of experts."""
+    """Return the model to train in float32: a new model, the base, or an average of experts.
+
+    Raises `UserError` if a parent model changed since the run was set up.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if run.from_scratch:
+    if run.spec.kind == "seed":
         torch.manual_seed(run.spec.training.seed)
         config = AutoConfig.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _require_same_parents(run)
+    digests = parent_digests(run.layout, run.spec.start, run.spec.base)
+    for name, digest in run.spec.parents.items():
+        if digests.get(name) != digest:
+            raise UserError(f"'{name}' changed since '{run.spec.name}' was set up; start over with --force")
     require_intact(run.base)
     torch.manual_seed(run.spec.training.seed)
     if run.spec.kind == "generalist":
@@ -51,14 +49,6 @@ def starting_model(run: RunInputs) -> PreTrainedModel:
     if set(run.spec.start) != {"seed"}:
         overlay_tensors(model, _average_of(run))
     return model
-
-
-def _require_same_parents(run: RunInputs) -> None:
-    """Raise `UserError` if a parent model changed since the run was set up."""
-    digests = parent_digests(run.layout, run.spec.start, run.spec.base)
-    for name, digest in run.spec.parents.items():
-        if digests.get(name) != digest:
-            raise UserError(f"'{name}' changed since '{run.spec.name}' was set up; start over with --force")
 
 
 def _average_of(run: RunInputs) -> dict[str, Tensor]:
@@ -84,16 +74,13 @@ def training_text(run: RunInputs, private: PrivateReleases | None = None) -> Tra
     size = run.spec.training.sequence_length
 
     def open_domain(name: str) -> TokenBlocks:
-        project = load_project(run.layout.config_file)
-        prepared = prepare_domain(run.layout, name, domain_config(project, name), run.tokenizer_folder)
+        prepared = prepare_domain(run.layout, name, domain_config(run.project, name), run.tokenizer_folder)
         return TokenBlocks(prepared.open("train"), min(size, max_positions(run.base)))
 
-    manifest = read_manifest(run.layout.seed)
-    project_domains = load_project(run.layout.config_file).domains
     return TrainingText(
         {domain.name: TokenBlocks(domain.open("train"), size) for domain in run.domains},
         open_domain,
-        tuple(name for name in manifest.domains if name in project_domains),
+        tuple(name for name in read_manifest(run.layout.seed).domains if name in run.project.domains),
         run.base,
         private,
     )
@@ -107,7 +94,7 @@ def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
         loop.load_optimiser_state({name: state.read(name) for name in state})
 
 
-def training_blocks(run: RunInputs, shares: Mapping[str, float] | None = None) -> Blocks | BalancedUnion | SharedUnion:
+def training_blocks(run: RunInputs, shares: Mapping[str, float] | None = None) -> Blocks | BalancedUnion:
     """Return the run's training blocks; raises `UserError` for a domain with less than one block of text."""
     size = run.spec.training.sequence_length
     parts = [TokenBlocks(domain.open("train"), size) for domain in run.domains]

@@ -36,34 +36,32 @@ def main(arguments: list[str]) -> int:
         spec = read_run(folder)
         layout = Layout.find(folder)
         with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
-            _prepare_torch(spec.training.threads)
+            os.environ["OMP_NUM_THREADS"] = str(spec.training.threads)  # before torch starts any thread
+            import torch
+
             from .run import train_run
+
+            torch.set_num_threads(spec.training.threads)
 
             train_run(folder, _JsonLines(), stop.is_set)
     except Interrupted as error:
         _print({"event": "interrupted", "message": str(error)})
         return error.exit_status
-    except UserError as error:
-        return _fail(str(error))
     except Exception as error:
         message = _user_message(error)
         if message is None:
             raise
-        return _fail(message)
+        _print({"event": "error", "message": message})
+        return 1
     _print({"event": "finished"})
     return 0
 
 
-def _fail(message: str) -> int:
-    _print({"event": "error", "message": message})
-    return 1
-
-
 def _user_message(error: Exception) -> str | None:
-    """Return the message for a full disk, a missing permission, low memory or a missing compiler, otherwise None."""
-    if isinstance(error, OSError):
-        user_error = user_fixable_error(error)
-        return str(user_error) if user_error is not None else None
+    """Return the message of an error that the user can fix, such as a full disk or low memory, otherwise None."""
+    user_error = user_fixable_error(error) if isinstance(error, OSError) else error
+    if isinstance(user_error, UserError):
+        return str(user_error)
     # torch raises different errors on GPUs and CPUs
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return "out of memory; lower training.batch_size (and raise accumulation), or sequence_length"
@@ -101,14 +99,6 @@ def _exit_with_parent() -> None:
     while os.read(0, 1024):
         pass
     os._exit(1)
-
-
-def _prepare_torch(threads: int) -> None:
-    """Set torch's number of threads before it starts any."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...core.artefacts.files import write_json
@@ -183,12 +183,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             total = total - log_sum_BT[:, kept, None]
         if cache is not None:
             cache.text_state = mixing.state()
-        return EnsembleOutput(
-            loss=None if labels is None else _loss(total, labels),
-            logits=total,
-            past_key_values=cache,
-            expert_weights=log_weights_BTK.exp(),
-        )
+        loss = None
+        if labels is not None:  # each is predicted from the tokens before it
+            loss = torch.nn.functional.nll_loss(total[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return EnsembleOutput(loss=loss, logits=total, past_key_values=cache, expert_weights=log_weights_BTK.exp())
 
     def begin_text(self) -> None:
         """Forget the texts that were scored before, if they change the weights of later ones."""
@@ -223,9 +221,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(config, EnsembleConfig):
             config = EnsembleConfig.from_pretrained(root)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-        loader = _MemberLoader(root, config, dtype)
         mixer = read_mixer(config, root)
-        members = [loader.load(config.experts[index]) for index in mixer.active]
+        members = _load_members(root, config, [config.experts[index] for index in mixer.active], dtype)
         model: EnsembleForCausalLM = cls(config, members, mixer).eval()
         device = kwargs.get("device_map")
         if isinstance(device, str | torch.device) and device != "auto":
@@ -245,44 +242,37 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             self.generation_config.save_pretrained(root)
 
 
-class _MemberLoader:
-    """Loads experts one by one; tensors of the seed are shared between them."""
+def _load_members(root: Path, config: EnsembleConfig, names: Iterable[str], dtype: Any) -> list[PreTrainedModel]:
+    """Load experts; tensors of the seed are loaded once and shared between them."""
+    seed = Checkpoint(checkpoint_files(root / SEED_FOLDER)) if (root / SEED_FOLDER).is_dir() else Checkpoint([])
+    seed_tensors: dict[str, Tensor] = {}
 
-    def __init__(self, root: Path, config: EnsembleConfig, dtype: Any) -> None:
-        self._root, self._config, self._dtype = root, config, dtype
-        seed = root / SEED_FOLDER
-        self._seed = Checkpoint(checkpoint_files(seed)) if seed.is_dir() else None
-        self._shared: dict[str, Tensor] = {}
+    def read(checkpoint: Checkpoint, key: str) -> Tensor:
+        tensor = checkpoint.read(key)
+        if dtype in (None, "auto") or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
-    def load(self, name: str) -> PreTrainedModel:
-        path = self._root / EXPERTS_FOLDER / f"{name}.safetensors"
+    members = []
+    for name in names:
+        path = root / EXPERTS_FOLDER / f"{name}.safetensors"
         if not path.is_file():
             raise UserError(f"{path} is missing; merge the ensemble again")
         checkpoint = Checkpoint([path])
-        tensors = {key: self._cast(checkpoint.read(key)) for key in checkpoint}
-        for key in self._seed or ():
+        tensors = {key: read(checkpoint, key) for key in checkpoint}
+        for key in seed:
             if key not in tensors:
-                tensors[key] = self._seed_tensor(key)
-        empty = _empty_member(self._config)
+                if key not in seed_tensors:
+                    seed_tensors[key] = read(seed, key)
+                tensors[key] = seed_tensors[key]
+        empty = _empty_member(config)
         for key in sorted(checkpoint_tensors(empty).keys() - tensors.keys()):
             # transformers would initialise it with no more than a warning
-            raise UserError(f"{self._root} has no tensor '{key}' for expert '{name}'; merge the ensemble again")
-        config = _member_config(self._config)
-        dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
-        member: PreTrainedModel = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
-        return member.eval()
-
-    def _seed_tensor(self, name: str) -> Tensor:
-        assert self._seed is not None
-        if name not in self._shared:
-            self._shared[name] = self._cast(self._seed.read(name))
-        return self._shared[name]
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        if self._dtype in (None, "auto") or not tensor.is_floating_point():
-            return tensor
-        dtype = getattr(torch, self._dtype) if isinstance(self._dtype, str) else self._dtype
-        return tensor.to(dtype)
+            raise UserError(f"{root} has no tensor '{key}' for expert '{name}'; merge the ensemble again")
+        kind = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+        member = type(empty).from_pretrained(None, config=_member_config(config), state_dict=tensors, dtype=kind)
+        members.append(member.eval())
+    return members
 
 
 def write_config(folder: Path, config: EnsembleConfig) -> None:
@@ -297,11 +287,8 @@ def read_mixer(config: EnsembleConfig, folder: Path | None = None) -> TextMixer:
 
 
 def _member_config(config: EnsembleConfig) -> PretrainedConfig:
-    from transformers import AutoConfig
-
     settings = dict(config.member)
-    kind = settings.pop("model_type")
-    return AutoConfig.for_model(kind, **settings)
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def _empty_member(config: EnsembleConfig) -> PreTrainedModel:
@@ -356,11 +343,6 @@ def _counts(input_ids: Tensor, attention_mask: Tensor | None, continues: bool) -
         before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
         counts = counts * (mask * before)[:, -length:]
     return counts
-
-
-def _loss(mixture_BTV: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood of the labels, each predicted from the tokens before it."""
-    return torch.nn.functional.nll_loss(mixture_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def ensemble_config(member: Mapping[str, Any], experts: Iterable[str], name: str, mixer: TextMixer) -> EnsembleConfig:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...core.errors import UserError
 from ...core.hooks.ensembles import MixingPass, TextMixer, TextState
 from ...core.hooks.merging import BuiltModel, MergeInputs
+from ...core.hooks.option_checks import check_top_k
 from ...core.models.posterior import PosteriorKind, keep_top, log_posterior, updated_prior
 from ...core.models.scoring import token_log_probs
 from .prior import fit_prior
@@ -182,22 +183,14 @@ def fit_posterior(inputs: MergeInputs, options: PosteriorOptions) -> tuple[Poste
     count = len(inputs.experts)
     if inputs.weights_given and kind != "given":
         raise UserError(f"prior '{kind}' ignores the given weights; remove either the weights or the prior")
-    if options.top_k is not None and not 1 <= options.top_k <= count:
-        raise UserError(f"top_k is {options.top_k}; with {count} experts it must be in the range 1 to {count}")
+    check_top_k(options.top_k, count)
     if options.top_k is not None and kind == "uniform" and options.top_k < count:
         raise UserError(
             "top_k selects the experts with the largest prior, which a uniform prior does not rank; "
             "use prior: cached, updating or given"
         )
     if kind == "cached":
-        prior = fit_prior(
-            inputs.seed,
-            inputs.experts,
-            inputs.validation(),
-            options.posterior,
-            samples=options.samples,
-            reporter=inputs.reporter,
-        )
+        prior = fit_prior(inputs, options.posterior, options.samples)
     else:
         prior = dict(inputs.weights) if kind == "given" else dict.fromkeys(inputs.experts, 1 / count)
     settings = PosteriorSettings(tuple(prior.values()), kind, options.posterior, options.top_k)

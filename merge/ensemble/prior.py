@@ -1,24 +1,24 @@
 """Fit the cached prior over experts on validation text (arXiv:2208.03306).
 
-The experts score blocks of every domain. The prior is the exponential moving average of their posterior. Each
-step of the average uses one block of every domain, so that the last blocks do not bias the prior towards one
-domain.
+The experts score blocks of every domain. The prior is the exponential moving average of their posterior. Each step of
+the average uses one block of every domain, so that the last blocks do not bias the prior towards one domain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import UserError
+from ...core.hooks.merging import MergeInputs
 from ...core.hooks.text import ValidationText
 from ...core.models.loading import load_model
 from ...core.models.posterior import PosteriorKind, cached_prior
 from ...core.models.scoring import token_log_probs
 from ...core.process.compute import best_device, concurrently
-from ...core.reporting import SILENT, Reporter
+from ...core.text.token_store import spread
 
 if TYPE_CHECKING:
     from numpy import float32, int64
@@ -27,27 +27,14 @@ if TYPE_CHECKING:
 SAMPLES = 100  # number of blocks in the released evaluation
 
 
-def fit_prior(
-    seed: Path,
-    experts: Mapping[str, Path],
-    validation: Sequence[ValidationText],
-    posterior: PosteriorKind,
-    *,
-    samples: int = SAMPLES,
-    reporter: Reporter = SILENT,
-) -> dict[str, float]:
-    """Return the prior probability of each expert.
-
-    Raises `UserError` if there is no validation text.
-    """
+def fit_prior(inputs: MergeInputs, posterior: PosteriorKind, samples: int = SAMPLES) -> dict[str, float]:
+    """Return the prior probability of each expert; raises `UserError` if there is no validation text."""
     import torch
 
-    batches = validation_scores(
-        seed, experts, validation, samples, reporter=reporter, what=f"the prior of {len(experts)} experts"
-    )
+    batches = validation_scores(inputs, samples, "the prior", f"{len(inputs.experts)} experts")
     scores = [[torch.from_numpy(block.scores)[:, None] for block in batch] for batch in batches]
-    prior = cached_prior(scores, len(experts), posterior).double()
-    return dict(zip(experts, (prior / prior.sum()).tolist(), strict=True))
+    prior = cached_prior(scores, len(inputs.experts), posterior).double()
+    return dict(zip(inputs.experts, (prior / prior.sum()).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -60,32 +47,24 @@ class ScoredBlock:
     """Log-probabilities of all tokens but the first, per expert, (K, T)."""
 
 
-def validation_scores(
-    seed: Path,
-    experts: Mapping[str, Path],
-    validation: Sequence[ValidationText],
-    samples: int,
-    *,
-    reporter: Reporter,
-    what: str,
-) -> list[list[ScoredBlock]]:
-    """Return batches of one block per domain, scored by all experts.
+def validation_scores(inputs: MergeInputs, samples: int, fitted: str, owner: str) -> list[list[ScoredBlock]]:
+    """Return batches of one block per domain, scored by all experts; raises `UserError` without validation text.
 
-    `what` names the fitted quantity in messages. Raises `UserError` if there is no validation text.
+    `fitted` names the quantity to fit in messages, `owner` what it belongs to.
     """
     import numpy as np
     import torch
 
+    validation = inputs.validation()
     if not validation:
-        raise UserError(
-            f"{what.split(' of ')[0]} is fitted on validation text, and there is none; run `expertctl data prepare`"
-        )
+        raise UserError(f"{fitted} is fitted on validation text, and there is none; run `expertctl data prepare`")
     batches = _sample(validation, samples)
     count = sum(len(batch) for batch in batches)
-    reporter.say(f"fitting {what} on {count} blocks of {', '.join(text.domain for text in validation)}")
+    domains = ", ".join(text.domain for text in validation)
+    inputs.reporter.say(f"fitting {fitted} of {owner} on {count} blocks of {domains}")
 
     def scores_of(folder: Path) -> list[list[NDArray[float32]]]:
-        model, _ = load_model(folder, seed=seed, dtype="float32", as_trained=False)
+        model, _ = load_model(folder, seed=inputs.seed, dtype="float32", as_trained=False)
         model.to(best_device())
         with torch.inference_mode():
             return [
@@ -96,8 +75,8 @@ def validation_scores(
                 for batch in batches
             ]
 
-    size = sum(file.stat().st_size for file in seed.glob("*.safetensors"))
-    by_expert = concurrently(scores_of, experts.values(), bytes_each=size)
+    size = sum(file.stat().st_size for file in inputs.seed.glob("*.safetensors"))
+    by_expert = concurrently(scores_of, inputs.experts.values(), bytes_each=size)
     return [
         [
             ScoredBlock(block, np.stack([scores[step][index] for scores in by_expert]))
@@ -110,10 +89,6 @@ def validation_scores(
 def _sample(validation: Sequence[ValidationText], samples: int) -> list[list[NDArray[int64]]]:
     """Return batches of one block per domain, evenly spaced in each validation text."""
     rounds = max(samples // len(validation), 1)
-    chosen = []
-    for text in validation:
-        available = max(len(text.blocks), 1)  # a text shorter than a block gives one short block
-        count = min(rounds, available)
-        chosen.append([text.blocks.block(index * available // count) for index in range(count)])
+    chosen = [list(spread(text.blocks, rounds)) for text in validation]
     longest = max(len(blocks) for blocks in chosen)
     return [[blocks[step % len(blocks)] for blocks in chosen] for step in range(longest)]

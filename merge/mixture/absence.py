@@ -48,7 +48,7 @@ def find_expert(folder: Path, expert: Path) -> Absence:
     # "public" is the mean hidden state of public text, which other experts may share
     searched = [
         entry
-        for name, entry in _entries(sorted(expert.glob("*.safetensors")))
+        for name, entry in dict(_entries(sorted(expert.glob("*.safetensors")))).items()
         if name in expert_manifest.tensors and name != "public" and entry.num_bytes > _SMALLEST * 8
     ]
     stored = _entries(sorted(folder.rglob("*.safetensors")))

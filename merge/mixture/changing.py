@@ -1,8 +1,7 @@
 """Add, remove and replace experts of a mixture without training.
 
-Unchanged tensors are copied byte by byte from the mixture itself, so the original artefacts are not needed. A
-mixture whose shared tensors are the mean of its experts has to be merged again, since the mean still contains
-removed experts.
+Unchanged tensors are copied byte by byte from the mixture itself, so the original artefacts are not needed. A mixture
+whose shared tensors are the mean of its experts has to be merged again, since the mean still contains removed experts.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ...core.errors import UserError, unknown_name
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import MergeMethod
 from ...core.hooks.mixtures import RouterRows
-from ...core.manifests.generalist import ExpertChange
+from ...core.manifests.generalist import ExpertChange, GeneralistConfig
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement
 from ...core.models.loading import WEIGHTS_FILE
@@ -100,55 +99,33 @@ def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -
     )
     before = mixture.target.config(mixture.record.dense, mixture.shape)
     config = {**mixture.source.config, **{key: value for key, value in config.items() if before.get(key) != value}}
-    averaged = mixture.averaged
-    record = replace(mixture.record, top_k=shape.top_k, averaged=averaged)
-    manifests = {name: expert.manifest for name, expert in joining.items()}
-    parents = changed_parents(mixture.manifest, change, manifests)
-    weights = mixture.merged.weights
-    if not averaged:  # else the weights stay, since no expert leaves the average
-        weighted = [parent.name for parent in parents if parent.weight is not None or parent.name in joining]
-        weights = dict.fromkeys(weighted, 1 / len(weighted))
-        parents = [replace(parent, weight=weights.get(parent.name)) for parent in parents]
-    recipe = mixture.merged.recipe
-    if recipe is not None:  # a recipe of several slices cannot be changed
-        recipe = change_models(recipe, change.remove, change.add) if len(recipe["slices"]) == 1 else None
-    merged = replace(
-        mixture.merged,
-        weights=weights,
-        experts=tuple(expert.name for expert in experts),
-        recipe=recipe,
-        mixture=record,
-        history=(*mixture.merged.history, *history_entries(mixture.manifest, change)),
+    names = tuple(expert.name for expert in experts)
+    record = replace(mixture.record, top_k=shape.top_k, averaged=mixture.averaged)
+    provenance = _provenance(mixture, change, joining, replace(mixture.merged, experts=names, mixture=record))
+    kept = {parent.name for parent in mixture.manifest.parents} - set(change.removed)
+    licences = check_licences(
+        {f"{expert.name} (in the mean)": expert.licence for expert in mixture.averaged if expert.name not in kept}
+        | {parent.name: parent.licence for parent in provenance.parents}
     )
-    kept = {parent.name for parent in mixture.manifest.parents if parent.name not in change.removed}
-    in_mean = {f"{expert.name} (in the mean)": expert.licence for expert in averaged if expert.name not in kept}
-    licences = check_licences(in_mean | {parent.name: parent.licence for parent in parents})
     require_compatible(licences, allow_licences)
+    licence = licences.result if not licences.conflicts else None
     notes = (*licences.conflicts, *licences.notes, *_traces(mixture, change, joining))
     plan = MergePlan(
         recipe=Recipe(
             method=method.name,
             models={mixture.manifest.name: folder},
-            slices=whole_models([name for name in merged.experts if name != PUBLIC]),
+            slices=whole_models([name for name in names if name != PUBLIC]),
             seed=mixture.manifest.name,
         ),
         method=method,
         sources={mixture.manifest.name: mixture.source},
         stack=Stack(tensors, tuple((mixture.manifest.name, layer) for layer in range(len(router.rows)))),
         shard_bytes=mixture.merged.shard_bytes or DEFAULT_SHARD_BYTES,
-        licence=licences.result if not licences.conflicts else None,
+        licence=licence,
         notes=notes,
-        assembly=Assembly(tensors, config, merged.experts, record, notes),
+        assembly=Assembly(tensors, config, names, record, notes),
     )
-    provenance = Manifest(
-        kind="generalist",
-        name=mixture.manifest.name,
-        parents=tuple(parents),
-        config=merged,
-        expert_data=changed_data(mixture.manifest, change, manifests),
-        licence=plan.licence,
-    )
-    return ChangedMixture(plan, provenance)
+    return ChangedMixture(plan, replace(provenance, licence=licence))
 
 
 # --- checks ---
@@ -274,6 +251,30 @@ def _open_expert(mixture: OpenedMixture, name: str, folder: Path) -> _JoiningExp
 
 
 # --- manifest entry and notes ---
+
+
+def _provenance(
+    mixture: OpenedMixture, change: Change, joining: Mapping[str, _JoiningExpert], merged: GeneralistConfig
+) -> Manifest:
+    """Return the manifest of the changed mixture without its licence; `merged` has its experts and mixture record."""
+    manifests = {name: expert.manifest for name, expert in joining.items()}
+    parents = changed_parents(mixture.manifest, change, manifests)
+    weights = merged.weights
+    if not mixture.averaged:  # else the weights stay, since no expert leaves the average
+        weighted = [parent.name for parent in parents if parent.weight is not None or parent.name in joining]
+        weights = dict.fromkeys(weighted, 1 / len(weighted))
+        parents = [replace(parent, weight=weights.get(parent.name)) for parent in parents]
+    recipe = merged.recipe
+    if recipe is not None:  # a recipe of several slices cannot be changed
+        recipe = change_models(recipe, change.remove, change.add) if len(recipe["slices"]) == 1 else None
+    history = (*merged.history, *history_entries(mixture.manifest, change))
+    return Manifest(
+        kind="generalist",
+        name=mixture.manifest.name,
+        parents=tuple(parents),
+        config=replace(merged, weights=weights, recipe=recipe, history=history),
+        expert_data=changed_data(mixture.manifest, change, manifests),
+    )
 
 
 def changed_parents(manifest: Manifest, change: Change, joining: Mapping[str, Manifest]) -> list[Parent]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...core.errors import UserError
+from ...core.hooks import merging as hooks
 from ...core.hooks.architectures import architecture_of
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.mixtures import Architecture, RouterInputs, RouterRows, RouterStart
@@ -14,21 +15,19 @@ from ...core.manifests.generalist import MixtureRecord, RouterRecord
 from ..engine.tensor_plan import Action, TensorPlan
 from ..planning.assembly import Assembly, AssemblyInputs, ExpertParts, plan_assembly, split_feed_forward
 from ..recipes.recipe import WEIGHT, whole_models
-from ..sources.models import Source
+from ..sources.models import Source, StoredTensor
 from ..sources.tensor_names import layer_names
 from .options import MixtureOptions, shape_of
 from .stated_settings import fill_config_defaults
 from .targets import CONTAINER, choose_target
 
-if TYPE_CHECKING:
-    pass
-
 PUBLIC = "public"
 """Name of the seed's feed-forward network as an expert."""
 
 
-def plan_mixture(inputs: AssemblyInputs, options: MixtureOptions) -> Assembly:
+def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assembly:
     """Plan a mixture of the recipe's experts; raises `UserError` for incompatible models or options."""
+    assert isinstance(inputs, AssemblyInputs), "assemblers pass on what the planner gave them"
     leading = inputs.leading
     family = architecture_of(str(leading.config.get("model_type")))
     names, _ = split_feed_forward(leading.tensors, family)
@@ -108,7 +107,7 @@ def apply_bias(start: RouterRows, bias: str) -> RouterRows:
     return RouterRows(folded.astype(np.float32))
 
 
-def _tensor(source: Source, name: str) -> Any:
+def _tensor(source: Source, name: str) -> StoredTensor:
     if name not in source.tensors:
         raise UserError(f"'{source.name}' ({source.folder}) has no tensor '{name}', which the seed has")
     return source.tensors[name]
@@ -143,9 +142,8 @@ def _shared(
         return _outside(inputs.dense(recipe), family), ()
     if weights:
         raise UserError(
-            "weights apply to the average of the tensors outside the feed-forward networks, and this "
-            "mixture takes those from the seed; remove the weights, or average those tensors (--option "
-            "shared=average)"
+            "weights apply to the average of the tensors outside the feed-forward networks, and this mixture takes "
+            "those from the seed; remove the weights, or average those tensors (--option shared=average)"
         )
     changed = _changed_outside(inputs, family)
     if changed and not options.discard:

@@ -123,17 +123,16 @@ class OpenedMixture:
 
     @cached_property
     def router(self) -> RouterRows:
-        bias = self.target.router_bias
-        rows = self._read(_FUSED_ROUTER if self._is_fused else self.target.router)
-        return RouterRows(rows, self._read(bias) if bias is not None else None)
+        bias, biases = self.target.router_bias, None
+        if bias is not None and self._layers.name(0, bias) in self.tensors:
+            biases = self._read(bias)
+        return RouterRows(self._read(_FUSED_ROUTER if self._is_fused else self.target.router), biases)
 
-    def _read(self, suffix: str) -> NDArray[Any] | None:
-        """Return a tensor of all layers, with the layers as the first axis; None if the mixture has none."""
+    def _read(self, suffix: str) -> NDArray[Any]:
+        """Return a tensor of all layers, with the layers as the first axis."""
         import numpy as np
 
         names = [self._layers.name(layer, suffix) for layer in range(len(self._layers.layers))]
-        if names[0] not in self.tensors:
-            return None
         with Reader() as reader:
             return np.stack([reader.read(self.tensors[name]) for name in names])
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...core.errors import UserError
 from ...core.hooks.mixtures import MixtureShape
+from ...core.hooks.option_checks import check_top_k
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,5 @@ class MixtureOptions:
 def shape_of(options: MixtureOptions, num_experts: int) -> MixtureShape:
     """Return the shape of a mixture of `num_experts` experts; raises `UserError` for an invalid top-k."""
     top_k = options.top_k if options.top_k is not None else min(options.usual_top_k, num_experts)
-    if not 1 <= top_k <= num_experts:
-        raise UserError(f"top_k is {top_k}; with {num_experts} experts it must be in the range 1 to {num_experts}")
+    check_top_k(top_k, num_experts)
     return MixtureShape(num_experts, top_k, options.normalized, options.bias == "carry")

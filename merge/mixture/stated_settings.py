@@ -50,8 +50,7 @@ _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Defaults of transformers' configuration classes that differ from those of the mixture class.
 
-Copied here because importing those classes takes longer than a whole merge; a test compares them with
-transformers.
+Copied here because importing those classes takes longer than a whole merge; a test compares them with transformers.
 """
 _MAY_BE_NULL = ("sliding_window", "pad_token_id", "eos_token_id")
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling")

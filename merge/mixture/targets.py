@@ -5,7 +5,7 @@ Configurations are copied from the dense model's, since the class defaults diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...core.errors import UserError
@@ -13,15 +13,17 @@ from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
 
 CONTAINER = "container"
 CONTAINER_TYPE = "expertctl_mixture"
-_GATED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _NOT_COPIED = ("architectures", "model_type", "auto_map", "_name_or_path", "transformers_version")
 _QWEN2_SHARED_WIDTH = 64
 """Hidden size of the all-zero shared expert that Qwen2-MoE requires; small, and divisible among GPUs."""
 
 
-def _copy_config(dense: Mapping[str, Any], model_type: str, model_class: str, **changes: Any) -> dict[str, Any]:
-    kept = {key: value for key, value in dense.items() if key not in _NOT_COPIED}
-    return {"architectures": [model_class], "model_type": model_type, **kept, **changes}
+def _config(
+    model_type: str, model_class: str, dense: Mapping[str, Any], removed: Sequence[str] = (), **settings: Any
+) -> dict[str, Any]:
+    """Return a dense model's configuration as that of a mixture class, with further settings."""
+    kept = {key: value for key, value in dense.items() if key not in (*_NOT_COPIED, *removed)}
+    return {"architectures": [model_class], "model_type": model_type, **kept, **settings}
 
 
 def _naming(module: str, renamed: Mapping[str, str]) -> Callable[[str, int], str]:
@@ -34,22 +36,48 @@ def _naming(module: str, renamed: Mapping[str, str]) -> Callable[[str, int], str
     return name
 
 
-def _bias_refusal(dense: Mapping[str, Any]) -> str | None:
-    """Return why a feed-forward network with biases cannot be an expert, or None."""
+def _target(
+    name: str,
+    model_class: str,
+    refusal: Callable[[Mapping[str, Any], MixtureShape], str | None],
+    *,
+    removed: Sequence[str] = (),
+    settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda dense: {},
+    **fields: Any,
+) -> MixtureTarget:
+    """Return a class with the usual names of settings and tensors; `removed` are settings that it does not have."""
+
+    def config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
+        return _config(
+            name,
+            model_class,
+            dense,
+            removed,
+            **settings(dense),
+            num_experts=shape.num_experts,
+            num_experts_per_tok=shape.top_k,
+            norm_topk_prob=shape.normalized,
+            output_router_logits=False,
+        )
+
+    return MixtureTarget(name, model_class, config, _naming("mlp", {}), "mlp.gate.weight", refusal, **fields)
+
+
+def _no_router_bias(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
+    if shape.router_bias:
+        return "its router has no biases"
     if dense.get("mlp_bias"):
         return "its experts have no biases, and the model's feed-forward networks have (mlp_bias)"
     return None
 
 
 def _mixtral_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
-    window = dense.get("sliding_window") if dense.get("model_type") == "mistral" else None
-    # settings of Llama that Mixtral does not have
-    kept = {key: value for key, value in dense.items() if key not in ("attention_bias", "mlp_bias", "pretraining_tp")}
-    return _copy_config(
-        kept,
+    return _config(
         "mixtral",
         "MixtralForCausalLM",
-        sliding_window=window,
+        dense,
+        ("attention_bias", "mlp_bias", "pretraining_tp"),  # settings of Llama
+        sliding_window=dense.get("sliding_window") if dense.get("model_type") == "mistral" else None,
         num_local_experts=shape.num_experts,
         num_experts_per_tok=shape.top_k,
         output_router_logits=False,
@@ -62,64 +90,13 @@ def _mixtral_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | Non
         return "its attention has no biases, and the model's has (attention_bias)"
     if not shape.normalized and shape.top_k < shape.num_experts:
         return "its gates always sum to 1 (norm_topk_prob: false is not supported)"
-    if shape.router_bias:
-        return "its router has no biases"
-    return _bias_refusal(dense)
-
-
-def _flexolmo_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
-    return _copy_config(
-        dense,
-        "flex_olmo",
-        "FlexOlmoForCausalLM",
-        num_experts=shape.num_experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=shape.normalized,
-        output_router_logits=False,
-    )
-
-
-def _no_router_bias(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
-    return "its router has no biases" if shape.router_bias else _bias_refusal(dense)
-
-
-def _qwen3_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
-    kept = {key: value for key, value in dense.items() if key not in ("layer_types", "max_window_layers")}
-    return _copy_config(
-        kept,
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        moe_intermediate_size=dense["intermediate_size"],
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        num_experts=shape.num_experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=shape.normalized,
-        output_router_logits=False,
-    )
+    return _no_router_bias(dense, shape)
 
 
 def _qwen3_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
     if dense.get("use_sliding_window"):
         return "its sliding window covers all layers or none, and the model's only some (use_sliding_window)"
     return _no_router_bias(dense, shape)
-
-
-def _qwen2_config(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
-    return _copy_config(
-        dense,
-        "qwen2_moe",
-        "Qwen2MoeForCausalLM",
-        moe_intermediate_size=dense["intermediate_size"],
-        shared_expert_intermediate_size=_QWEN2_SHARED_WIDTH,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        qkv_bias=True,
-        num_experts=shape.num_experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=shape.normalized,
-        output_router_logits=False,
-    )
 
 
 def _qwen2_zeros(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -132,13 +109,6 @@ def _qwen2_zeros(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _olmoe_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
-    return (
-        "it has RMS norms with weights and normalises queries and keys; OLMo's norms subtract the mean and "
-        "have no weights"
-    )
-
-
 MIXTRAL = MixtureTarget(
     "mixtral",
     "MixtralForCausalLM",
@@ -147,23 +117,37 @@ MIXTRAL = MixtureTarget(
     "block_sparse_moe.gate.weight",
     _mixtral_refusal,
 )
-FLEXOLMO = MixtureTarget(
-    "flex_olmo", "FlexOlmoForCausalLM", _flexolmo_config, _naming("mlp", {}), "mlp.gate.weight", _no_router_bias
+FLEXOLMO = _target("flex_olmo", "FlexOlmoForCausalLM", _no_router_bias)
+QWEN3_MOE = _target(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    _qwen3_refusal,
+    removed=("layer_types", "max_window_layers"),
+    settings=lambda dense: {
+        "moe_intermediate_size": dense["intermediate_size"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 )
-QWEN3_MOE = MixtureTarget(
-    "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_config, _naming("mlp", {}), "mlp.gate.weight", _qwen3_refusal
-)
-QWEN2_MOE = MixtureTarget(
+QWEN2_MOE = _target(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
-    _qwen2_config,
-    _naming("mlp", {}),
-    "mlp.gate.weight",
     _no_router_bias,
+    settings=lambda dense: {
+        "moe_intermediate_size": dense["intermediate_size"],
+        "shared_expert_intermediate_size": _QWEN2_SHARED_WIDTH,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "qkv_bias": True,
+    },
     zeros=_qwen2_zeros,
 )
-OLMOE = MixtureTarget(
-    "olmoe", "OlmoeForCausalLM", _flexolmo_config, _naming("mlp", {}), "mlp.gate.weight", _olmoe_refusal
+OLMOE = _target(
+    "olmoe",
+    "OlmoeForCausalLM",
+    lambda dense, shape: (
+        "it has RMS norms with weights and normalises queries and keys; OLMo's norms subtract the mean and have no weights"
+    ),
 )
 
 
@@ -217,17 +201,12 @@ def choose_target(
     supported = [name for name, reason in refusals.items() if reason is None]
     if wanted == "auto":
         return targets[supported[0]]
+    quoted = ", ".join(f"'{name}'" for name in supported)
     if wanted not in targets:
-        raise UserError(
-            f"a mixture of '{family.name}' models cannot be written as '{wanted}'; supported: {_quoted(supported)}"
-        )
+        raise UserError(f"a mixture of '{family.name}' models cannot be written as '{wanted}'; supported: {quoted}")
     if refusals[wanted] is not None:
         raise UserError(
-            f"the mixture cannot be written as '{wanted}' ({targets[wanted].model_class}): "
-            f"{refusals[wanted]}; supported: {_quoted(supported)}"
+            f"the mixture cannot be written as '{wanted}' ({targets[wanted].model_class}): {refusals[wanted]}; "
+            f"supported: {quoted}"
         )
     return targets[wanted]
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)

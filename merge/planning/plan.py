@@ -188,9 +188,10 @@ class MergePlan:
             validation,
             reporter,
         )
-        assembly: Assembly = self.method.assemble(
-            inputs, parse_options(self.method.options, options, f"merge method '{self.method.name}'")
+        assembly = self.method.assemble(
+            inputs, parse_options(self.method.options_class(options), options, f"merge method '{self.method.name}'")
         )
+        assert isinstance(assembly, Assembly), "assemblers return a plan of `plan_mixture`"
         layers = tuple((recipe.leading, layer) for layer in range(self.leading.num_layers))
         return replace(self, recipe=recipe, stack=Stack(assembly.tensors, layers), assembly=assembly)
 

@@ -20,9 +20,10 @@ from ...core.errors import UserError
 from ...core.hooks.text import ValidationText
 from ...core.manifests.generalist import SearchRecord
 from ...core.models.loading import load_model, overlay_tensors
-from ...core.models.scoring import token_log_probs
+from ...core.models.scoring import total_loss
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter
+from ...core.text.token_store import spread
 from ..engine.actions import MergeTools, MergeWhole
 from ..engine.reading import Reader
 from ..engine.writing import fingerprint_of
@@ -30,7 +31,6 @@ from ..recipes.recipe import Setting
 from .plan import MergePlan
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
 SMALLEST = 1e-3
@@ -102,7 +102,7 @@ class _Scorer:
 
     def __init__(self, seed: Path, plan_for: Planner, texts: Sequence[ValidationText], blocks: int) -> None:
         self._seed, self._plan_for, self._texts = seed, plan_for, texts
-        self._blocks = {text.domain: _spread(text, blocks) for text in texts}
+        self._blocks = {text.domain: list(spread(text.blocks, blocks)) for text in texts}
         self._model: PreTrainedModel | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -117,11 +117,8 @@ class _Scorer:
         bits_per_byte = {}
         with torch.inference_mode():
             for text in self._texts:
-                nats, count = 0.0, 0
-                for block in self._blocks[text.domain]:
-                    scores = token_log_probs(model, torch.from_numpy(block)[None].to(model.device))
-                    nats -= float(scores.double().sum())
-                    count += scores.numel()
+                blocks = (block[None] for block in self._blocks[text.domain])
+                nats, count = total_loss(model, blocks, model.device)
                 tokens_per_byte = text.blocks.num_targets / text.blocks.num_bytes
                 bits_per_byte[text.domain] = nats / count / math.log(2) * tokens_per_byte
         return bits_per_byte
@@ -142,13 +139,6 @@ class _Scorer:
                     numbers = MergeWhole(tensor, tools).numbers() if is_merged else reader.read(tensor.experts[0])
                     overlay_tensors(self._model, {tensor.name: torch.from_numpy(numbers.copy())})
         return self._model
-
-
-def _spread(text: ValidationText, count: int) -> list[NDArray[Any]]:
-    """Return up to `count` evenly spaced blocks."""
-    available = max(len(text.blocks), 1)
-    taken = min(count, available)
-    return [text.blocks.block(index * available // taken) for index in range(taken)]
 
 
 class _Trials:

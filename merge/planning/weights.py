@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import UserError, unknown_name
+from ...core.hooks.merging import MergeInputs
 from ...core.hooks.text import ValidationText
 from ...core.reporting import Reporter
 from ..ensemble.prior import fit_prior
@@ -44,7 +45,7 @@ def resolve_weights(
     if wanted == "uniform":
         return {name: 1 / len(experts) for name in experts}
     if wanted == "posterior":
-        return fit_prior(seed, experts, validation(), "prefix", reporter=reporter)
+        return fit_prior(MergeInputs(seed, experts, {}, validation=validation, reporter=reporter), "prefix")
     assert isinstance(wanted, Mapping), wanted
     check_weights(wanted, experts)
     for name, weight in wanted.items():

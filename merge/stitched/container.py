@@ -43,7 +43,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
         self.hub = hub
         self.experts = nn.ModuleList(experts.values())
         self.expert_names = list(experts)
-        """Names of the active experts; `drop` removes some."""
+        """Names of the active experts; `without` removes some."""
         self.points = hub_points(len(decoder_layers(hub)), config.num_stitches)
         self._expert_points = {
             name: matched_points(self.points, name, len(decoder_layers(expert))) for name, expert in experts.items()
@@ -165,8 +165,8 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
                     )
                 parameter.copy_(tensor)
 
-    def drop(self, gone: Collection[str]) -> None:
-        """Remove the experts in `gone` from the model and from what it saves."""
+    def without(self, gone: Collection[str]) -> StitchedForCausalLM:
+        """Remove experts from the model in place, and from what it saves, and return it."""
         kept = [number for number, name in enumerate(self.expert_names) if name not in gone]
         self.experts = nn.ModuleList(self.experts[number] for number in kept)
         self.expert_names = [self.expert_names[number] for number in kept]
@@ -174,6 +174,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
             assert isinstance(stitch, Stitch)
             stitch.drop(gone)
         self.config.members = [member for member in self.config.members if member["name"] not in gone]
+        return self
 
     def save_trained(self, folder: Path, base: Path) -> None:
         """Write trained stitches to `folder`, with the members of the model in `base`."""

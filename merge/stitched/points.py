@@ -28,9 +28,8 @@ def matched_points(points: tuple[int, ...], name: str, num_layers: int) -> tuple
     matched = tuple(round(point * num_layers / depth) for point in points)
     if any(second <= first for first, second in zip((0, *matched), matched, strict=False)):
         raise UserError(
-            f"expert '{name}' has {num_layers} layers, too few for {len(points)} stitches at the relative "
-            f"depths of the hub ({', '.join(map(str, points))} of {depth}); use fewer with --option "
-            "num_stitches"
+            f"expert '{name}' has {num_layers} layers, too few for {len(points)} stitches at the relative depths of "
+            f"the hub ({', '.join(map(str, points))} of {depth}); use fewer with --option num_stitches"
         )
     return matched
 

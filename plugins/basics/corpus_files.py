@@ -51,25 +51,25 @@ def corpus_formats() -> list[CorpusFormat]:
 
 def read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """Yield the text of each line of a `.jsonl` or `.jsonl.gz` file; blank lines are skipped."""
-    for where, record in _records(path, text_field):
-        text = _text_of_record(record, text_field, where)
-        if text.strip():
-            yield text
+    for document in read_jsonl_values(path, text_field, None):
+        yield document.text
 
 
-def read_jsonl_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
+def read_jsonl_values(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
     """Yield the documents of `read_jsonl`, each with the value of another field."""
-    for where, record in _records(path, text_field):
-        text = _text_of_record(record, text_field, where)
-        if text.strip():
-            yield Document(text, _value_of_record(record, field, where))
-
-
-def _records(path: Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in _numbered_lines(path):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield where, _record_of_line(line, text_field, where)
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = _record_of_line(line, text_field, where)
+        if text_field not in record:
+            raise _no_field("field", text_field, list(record), where)
+        text = _checked_text(record[text_field], text_field, where)
+        if not text.strip():
+            continue
+        if field is not None and field not in record:
+            raise _no_value(field, list(record), where)
+        yield Document(text, None if field is None else _checked_value(record[field], field, where))
 
 
 def read_text(path: Path, text_field: str) -> Iterator[str]:
@@ -93,16 +93,12 @@ def read_text(path: Path, text_field: str) -> Iterator[str]:
 
 def read_parquet(path: Path, text_field: str) -> Iterator[str]:
     """Yield the text column of a Parquet file, with a few rows in memory at a time."""
-    for document in _rows(path, text_field, None):
+    for document in read_parquet_values(path, text_field, None):
         yield document.text
 
 
-def read_parquet_values(path: Path, text_field: str, field: str) -> Iterator[Document]:
+def read_parquet_values(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
     """Yield the documents of `read_parquet`, each with the value of another column."""
-    yield from _rows(path, text_field, field)
-
-
-def _rows(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -162,19 +158,13 @@ def _text_pieces(path: Path) -> Iterator[bytes]:
 def _split_point(window: bytes, end: int) -> int:
     """Return the split point at or before `end`: after the last paragraph, line or word, else between characters."""
     for borders in TEXT_BORDERS:
-        cut = max(_last_end_of(border, window, end) for border in borders)
-        if cut:
-            return cut
+        ends = [begin + len(border) for border in borders if (begin := window.rfind(border, 0, end)) >= 0]
+        if ends:
+            return max(ends)
     cut = end
     while cut > end - 3 and window[cut] & 0xC0 == 0x80:  # inside a multi-byte character
         cut -= 1
     return cut
-
-
-def _last_end_of(border: bytes, window: bytes, end: int) -> int:
-    """Return the end of the last `border` before `end`, 0 if there is none."""
-    begin = window.rfind(border, 0, end)
-    return begin + len(border) if begin >= 0 else 0
 
 
 # --- reading lines and fields ---
@@ -184,7 +174,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line) of a file without its byte-order mark; `.gz` files are decompressed."""
     number = 0
     try:
-        with _open(path) as stream:
+        is_compressed = path.name.lower().endswith(".gz")
+        with cast(BinaryIO, gzip.open(path)) if is_compressed else path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -193,10 +184,6 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from error
     except OSError as error:
         raise _unreadable(path, error) from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _record_of_line(line: bytes, text_field: str, where: str) -> dict[str, Any]:
@@ -212,18 +199,6 @@ def _record_of_line(line: bytes, text_field: str, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: {_kind(record)}, not an object; write each line as {{{json.dumps(text_field)}: …}}")
     return record
-
-
-def _text_of_record(record: dict[str, Any], text_field: str, where: str) -> str:
-    if text_field not in record:
-        raise _no_field("field", text_field, list(record), where)
-    return _checked_text(record[text_field], text_field, where)
-
-
-def _value_of_record(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise _no_value(field, list(record), where)
-    return _checked_value(record[field], field, where)
 
 
 def _checked_value(value: object, field: str, where: str) -> str:

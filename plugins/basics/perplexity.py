@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.hookspecs import hookimpl
-from ...core.models.scoring import token_log_probs
+from ...core.models.scoring import total_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,12 +25,9 @@ def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
     """
     import torch
 
-    total, count = 0.0, 0
     with torch.inference_mode():
-        for batch in blocks.batches(_batch_size(model, blocks.block_size)):
-            scores = token_log_probs(model, torch.from_numpy(batch).to(model.device))
-            total -= float(scores.double().sum())
-            count += scores.numel()
+        batches = blocks.batches(_batch_size(model, blocks.block_size))
+        total, count = total_loss(model, batches, model.device)
     # exp overflows for a broken model
     perplexity = math.exp(total / count) if total / count < 700 else math.inf
     values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": perplexity}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...core.artefacts.files import link_or_copy
-from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files
+from ...core.artefacts.files import link_or_copy, read_json
+from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint
 from ...core.hooks.ensembles import Mixer
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import BuiltModel, MergeInputs, MergeMethod, ModelBuilder, TensorMerge
+from ...core.models.loading import WEIGHTS_FILE
 from ...merge.dense.averages.linear import average
-
-if TYPE_CHECKING:
-    from ...merge.ensemble.model import EnsembleForCausalLM
 
 
 def ensemble_options(values: Mapping[str, Any]) -> type:
@@ -30,33 +28,22 @@ def ensemble_options(values: Mapping[str, Any]) -> type:
 
 def build_ensemble(inputs: MergeInputs, options: Any, folder: Path) -> BuiltModel:
     """Write an ensemble that links the experts' files and, if needed, the seed's."""
-    from ...core.artefacts.files import read_json
     from ...merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     mixer, built = installed_plugins().offer(Mixer, options.mixer).fit(inputs, options)
     mixer.write(folder)
     (folder / EXPERTS_FOLDER).mkdir()
     for name, expert in inputs.experts.items():
-        link_or_copy(expert / "model.safetensors", folder / EXPERTS_FOLDER / f"{name}.safetensors")
-    if _needs_seed(inputs):
+        link_or_copy(expert / WEIGHTS_FILE, folder / EXPERTS_FOLDER / f"{name}.safetensors")
+    seed = Checkpoint.of_folder(inputs.seed)
+    if any(set(seed) - set(Checkpoint([expert / WEIGHTS_FILE])) for expert in inputs.experts.values()):
         (folder / SEED_FOLDER).mkdir()
-        for file in _seed_files(inputs.seed):
+        index = [inputs.seed / INDEX_FILE] if len(seed.files) > 1 else []
+        for file in (*seed.files, *index):
             link_or_copy(file, folder / SEED_FOLDER / file.name)
     member = read_json(inputs.seed / "config.json")
     write_config(folder, ensemble_config(member, inputs.experts, options.mixer, mixer))
     return built
-
-
-def _needs_seed(inputs: MergeInputs) -> bool:
-    """Return whether any expert lacks a tensor of the seed."""
-    names = set(Checkpoint.of_folder(inputs.seed))
-    return any(names - set(Checkpoint([path / "model.safetensors"])) for path in inputs.experts.values())
-
-
-def _seed_files(seed: Path) -> list[Path]:
-    files = checkpoint_files(seed)
-    index = seed / "model.safetensors.index.json"
-    return [*files, index] if len(files) > 1 else files
 
 
 def ensemble_classes() -> tuple[type, type]:
@@ -64,11 +51,6 @@ def ensemble_classes() -> tuple[type, type]:
     from ...merge.ensemble.model import EnsembleConfig, EnsembleForCausalLM
 
     return EnsembleConfig, EnsembleForCausalLM
-
-
-def without_members(model: EnsembleForCausalLM, experts: Sequence[str], gone: Collection[str]) -> EnsembleForCausalLM:
-    """Return an ensemble without some experts."""
-    return model.without(gone)
 
 
 @hookimpl
@@ -104,6 +86,6 @@ def merge_methods() -> list[MergeMethod]:
             kind="ensemble",
             options_for=ensemble_options,
             auto_classes=ensemble_classes,
-            switch_off=without_members,
+            switch_off=lambda model, experts, gone: model.without(gone),
         ),
     ]

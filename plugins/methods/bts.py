@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ...core.errors import UserError
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.merging import MergeInputs, MergeMethod, ModelBuilder
+from ...core.hooks.option_checks import check_range
 from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ class StitchTraining:
     """Training options of stitch layers."""
 
     seed_share: float = SEED_SHARE
-    """Fraction of the training blocks from domains of the seed's pretraining; the other domains share the
-    rest equally."""
+    """Fraction of the training blocks from domains of the seed's pretraining; the other domains share the rest equally."""
+
+    def __post_init__(self) -> None:
+        check_range("seed_share", self.seed_share, 0, 1)
 
 
 def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
@@ -95,24 +98,20 @@ class StitchedPart(TrainablePart):
 
 def prepare(context: TrainingContext) -> TrainablePart:
     """Make only the stitches of a stitched model trainable; raises `UserError` for any other model."""
-    model = context.model
-    options: StitchTraining = context.options
-    text = context.text
     from ...merge.stitched.container import StitchedForCausalLM
 
+    model, text = context.model, context.text
     if not isinstance(model, StitchedForCausalLM):
         raise UserError(
             "trainer 'stitches' needs a stitched model; make one with merge --method stitch and name it with --from"
         )
     model.requires_grad_(False)
     model.stitches.requires_grad_(True)
-    return StitchedPart(model, shares(tuple(text.domains), text.seed_domains, options.seed_share))
+    return StitchedPart(model, shares(tuple(text.domains), text.seed_domains, context.options.seed_share))
 
 
 def shares(domains: Sequence[str], seed_domains: Collection[str], seed_share: float) -> dict[str, float]:
     """Return each domain's fraction of the blocks: `seed_share` for the seed's domains."""
-    if not 0 <= seed_share <= 1:
-        raise UserError(f"seed_share is {seed_share}; it must be in the range 0 to 1")
     old = [name for name in domains if name in seed_domains]
     new = [name for name in domains if name not in seed_domains]
     if not old or not new:
@@ -120,20 +119,16 @@ def shares(domains: Sequence[str], seed_domains: Collection[str], seed_share: fl
     return {name: seed_share / len(old) if name in old else (1 - seed_share) / len(new) for name in domains}
 
 
-def without_experts(model: StitchedForCausalLM, experts: Sequence[str], gone: Collection[str]) -> StitchedForCausalLM:
-    """Remove experts from a loaded stitched model in place and return it."""
-    model.drop(gone)
-    return model
+def stitched_classes() -> tuple[type, type]:
+    """Return the classes that `AutoConfig` and `AutoModelForCausalLM` resolve for a stitched model."""
+    from ...merge.stitched.configuration import StitchedConfig
+    from ...merge.stitched.container import StitchedForCausalLM
+
+    return StitchedConfig, StitchedForCausalLM
 
 
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
-    def classes() -> tuple[type, type]:
-        from ...merge.stitched.configuration import StitchedConfig
-        from ...merge.stitched.container import StitchedForCausalLM
-
-        return StitchedConfig, StitchedForCausalLM
-
     return [
         ModelBuilder(
             "stitch",
@@ -141,8 +136,8 @@ def merge_methods() -> list[MergeMethod]:
             build=build,
             kind="stitched",
             options=StitchOptions,
-            auto_classes=classes,
-            switch_off=without_experts,
+            auto_classes=stitched_classes,
+            switch_off=lambda model, experts, gone: model.without(gone),
             takes_models=True,
         )
     ]

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.merging import Assembler, MergeMethod
-from ...merge.mixture.mixing import plan_mixture
+from ...core.hooks.merging import MergeMethod
 from ...merge.mixture.options import MixtureOptions
-from ...merge.mixture.routing.switching import without_experts
+from .mixtures import mixture_method
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,7 @@ class BtxOptions(MixtureOptions):
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
-        Assembler(
-            name="btx",
-            summary="mixture of experts: the experts' feed-forward networks, all other tensors averaged",
-            assemble=plan_mixture,
-            switch_off=without_experts,
-            options=BtxOptions,
+        mixture_method(
+            "btx", "mixture of experts: the experts' feed-forward networks, all other tensors averaged", BtxOptions
         )
     ]

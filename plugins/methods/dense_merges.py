@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from ...core.hooks.hookspecs import hookimpl
@@ -33,14 +34,6 @@ def _dense(merge: Any, options: type, summary: str, name: str | None = None, **f
     )
 
 
-def _on_task_vectors(options: Any) -> bool:
-    return bool(options.task_vectors)
-
-
-def _from_seed(options: Any) -> bool:
-    return bool(options.from_seed)
-
-
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
@@ -49,17 +42,22 @@ def merge_methods() -> list[MergeMethod]:
             slerp,
             SlerpOptions,
             "spherical linear interpolation between two models",
-            uses_seed=_from_seed,
+            uses_seed=attrgetter("from_seed"),
             expert_count=(1, 2),
         ),
         _dense(
             nuslerp,
             NuslerpOptions,
             "weighted spherical interpolation between two models or task vectors",
-            uses_seed=_on_task_vectors,
+            uses_seed=attrgetter("task_vectors"),
             expert_count=(2, 2),
         ),
-        _dense(multislerp, MultislerpOptions, "one-step spherical mean of several models", uses_seed=_on_task_vectors),
+        _dense(
+            multislerp,
+            MultislerpOptions,
+            "one-step spherical mean of several models",
+            uses_seed=attrgetter("task_vectors"),
+        ),
         _dense(karcher, KarcherOptions, "Riemannian mean of several models on the sphere", uses_seed=False),
         _dense(task_arithmetic, TaskArithmeticOptions, "seed plus weighted sum of task vectors", elementwise=True),
         _dense(ties, TiesOptions, "seed plus trimmed task vectors with sign election"),

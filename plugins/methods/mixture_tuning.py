@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,27 +65,29 @@ class RoutedPart(TrainablePart):
         self,
         model: PreTrainedModel,
         parameters: Mapping[str, nn.Parameter],
-        balance: float,
-        z: float,
+        options: RouterTuning | MixtureTraining,
+        notes: Sequence[str],
         samplers: Sequence[SampledTop1] = (),
-        notes: Sequence[str] = (),
     ) -> None:
-        from ...merge.mixture.routing.log import attach_log, balance_loss, z_loss
+        from ...merge.mixture.routing.log import RoutingLog
 
         super().__init__(model, parameters, notes=notes)
-        self._log, _ = attach_log(model)
-        self._losses = [(weight, loss) for weight, loss in ((balance, balance_loss), (z, z_loss)) if weight]
-        self._samplers = samplers
+        self._log = RoutingLog(model)
+        self._options, self._samplers = options, samplers
 
     def begin_step(self, step: int) -> None:
         for sampler in self._samplers:
             sampler.step = step
 
     def auxiliary_loss(self) -> Tensor | None:
-        if not self._losses:
-            return None
-        first, *others = (weight * loss(self._log.layers()) for weight, loss in self._losses)
-        return first + others[0] if others else first
+        from ...merge.mixture.routing.log import balance_loss, z_loss
+
+        layers, losses = self._log.layers(), []
+        if self._options.balance:
+            losses.append(self._options.balance * balance_loss(layers))
+        if self._options.z_loss:
+            losses.append(self._options.z_loss * z_loss(layers))
+        return reduce(add, losses) if losses else None
 
     def measures(self) -> Mapping[str, float]:
         from ...merge.mixture.routing.log import routing_measures
@@ -104,10 +108,10 @@ def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
 
 def prepare_router(context: TrainingContext) -> TrainablePart:
     """Make only the routers trainable; raises `UserError` for a model without routers."""
-    model = context.model
-    options: RouterTuning = context.options
     from ...merge.mixture.routing.log import routers_of, train_with_all_experts
 
+    model = context.model
+    options: RouterTuning = context.options
     model.requires_grad_(False)
     parameters = {}
     for name, router in routers_of(model).items():
@@ -117,7 +121,7 @@ def prepare_router(context: TrainingContext) -> TrainablePart:
             parameter.requires_grad_(True)
             parameters[f"{name}.{key}"] = parameter
     notes = () if options.all_experts else _gradient_notes(model, "remove all_experts=false")
-    return RoutedPart(model, parameters, options.balance, options.z_loss, notes=notes)
+    return RoutedPart(model, parameters, options, notes)
 
 
 def _gradient_notes(model: PreTrainedModel, remedy: str, *, is_sampled: bool = False) -> tuple[str, ...]:
@@ -145,10 +149,10 @@ def _gradient_notes(model: PreTrainedModel, remedy: str, *, is_sampled: bool = F
 
 def prepare_mixture(context: TrainingContext) -> TrainablePart:
     """Make a mixture trainable, optionally without experts; raises `UserError` if it has no routers."""
-    model = context.model
-    options: MixtureTraining = context.options
     from ...merge.mixture.routing.log import SampledTop1, routers_of
 
+    model = context.model
+    options: MixtureTraining = context.options
     routers = routers_of(model)
     blocks = tuple(f"{name.rpartition('.')[0]}.experts." for name in routers)
     parameters = {}
@@ -157,18 +161,17 @@ def prepare_mixture(context: TrainingContext) -> TrainablePart:
         parameter.requires_grad_(is_trainable)
         if is_trainable:
             parameters[name] = parameter
-    samplers: list[SampledTop1] = []
-    if options.routing == "sample":
-        top_k = next((router.top_k for router in routers.values() if router.top_k != 1), None)
-        if top_k is not None:
+    samplers = []
+    is_sampled = options.routing == "sample"
+    for router in routers.values() if is_sampled else ():
+        if router.top_k != 1:
             raise UserError(
-                f"routing 'sample' requires a mixture with top_k 1, and this one has {top_k}; merge with "
+                f"routing 'sample' requires a mixture with top_k 1, and this one has {router.top_k}; merge with "
                 "--option top_k=1"
             )
-        samplers = [SampledTop1(router, options.sample_rate) for router in routers.values()]
-
-    notes = _gradient_notes(model, "train with --option routing=sample", is_sampled=options.routing == "sample")
-    return RoutedPart(model, parameters, options.balance, options.z_loss, samplers, notes)
+        samplers.append(SampledTop1(router, options.sample_rate))
+    notes = _gradient_notes(model, "train with --option routing=sample", is_sampled=is_sampled)
+    return RoutedPart(model, parameters, options, notes, samplers)
 
 
 @hookimpl

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.merging import Assembler, MergeMethod
 from ...core.hooks.mixtures import RouterStart
@@ -19,15 +21,18 @@ def mixture_classes() -> tuple[type, type]:
     return MixtureConfig, MixtureForCausalLM
 
 
+def mixture_method(name: str, summary: str, options: type[MixtureOptions], **fields: Any) -> MergeMethod:
+    """Return a merge method that plans a mixture with the defaults of its options."""
+    return Assembler(name, summary, assemble=plan_mixture, switch_off=without_experts, options=options, **fields)
+
+
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
-        Assembler(
-            name="mixture",
-            summary="mixture of experts: the experts' feed-forward networks, all other tensors from the seed",
-            assemble=plan_mixture,
-            switch_off=without_experts,
-            options=MixtureOptions,
+        mixture_method(
+            "mixture",
+            "mixture of experts: the experts' feed-forward networks, all other tensors from the seed",
+            MixtureOptions,
             auto_classes=mixture_classes,
         )
     ]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from expertctl import verify
+from expertctl.cli.main import main
+from expertctl.core.process.environment import LIBRARY_SETTINGS
 from expertctl.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -20,19 +24,30 @@ pytestmark = pytest.mark.slow
 LIMIT = 200_000  # bytes a file may grow to where the disk is said to be full
 
 
-def expertctl(root: Path, *arguments: str, full_disk: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own; `full_disk` lets no file grow beyond `LIMIT` bytes."""
+def expertctl(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process."""
+    words = ["--workspace", str(root), *arguments]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = main(words)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def expertctl_on_a_full_disk(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, in which no file may grow beyond `LIMIT` bytes."""
     return subprocess.run(
         [sys.executable, "-m", "expertctl.cli.main", "--workspace", str(root), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
-        preexec_fn=_limit_files if full_disk else None,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT)),
     )
 
 
-def _limit_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what `main` sets in the environment."""
+    for name, value in LIBRARY_SETTINGS.items():
+        monkeypatch.setenv(name, value)
 
 
 def the_error(result: subprocess.CompletedProcess[str]) -> str:
@@ -127,7 +142,7 @@ def test_an_unknown_expert_lists_the_known(copied: Path) -> None:
 
 def test_a_full_disk_while_training_loses_nothing(copied: Path) -> None:
     assert expertctl(copied, "branch", "late", "--domain", "prose").returncode == 0
-    error = the_error(expertctl(copied, "train", "late", full_disk=True))
+    error = the_error(expertctl_on_a_full_disk(copied, "train", "late"))
     assert "no space left while writing" in error
     assert expertctl(copied, "train", "late").returncode == 0
     assert verify(copied / "experts" / "late") == []
@@ -136,7 +151,7 @@ def test_a_full_disk_while_training_loses_nothing(copied: Path) -> None:
 def test_a_full_disk_while_merging_leaves_the_old_generalist(copied: Path) -> None:
     Workspace(copied).merge("soup", method="average")
     before = (copied / "generalists" / "soup" / "model.safetensors").read_bytes()
-    error = the_error(expertctl(copied, "merge", "soup", "--method", "average", "--force", full_disk=True))
+    error = the_error(expertctl_on_a_full_disk(copied, "merge", "soup", "--method", "average", "--force"))
     assert "no space left while writing" in error
     assert (copied / "generalists" / "soup" / "model.safetensors").read_bytes() == before
     assert verify(copied / "generalists" / "soup") == []

@@ -61,6 +61,15 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
+def kill_when(process: subprocess.Popen[bytes], root: Path, reached: str) -> bool:
+    """Kill a process as soon as a file matches `reached`; return whether it was still running."""
+    while process.poll() is None and not any(root.glob(reached)):
+        time.sleep(0.001)
+    was_running = process.poll() is None
+    kill(process)
+    return was_running
+
+
 def worker_of(folder: Path) -> int | None:
     """Return the process id of the worker that trains in `folder`."""
     for entry in Path("/proc").glob("[0-9]*"):
@@ -171,15 +180,19 @@ def test_an_interrupted_run_saves_its_state_and_goes_on(
     assert contents(folder) == unbroken
 
 
-@pytest.mark.parametrize("delay_s", [0.3, 1.5, 3.0, 4.0])
-def test_a_killed_merge_leaves_nothing_or_everything(branched: Path, tmp_path: Path, delay_s: float) -> None:
-    root = tmp_path / "project"
-    shutil.copytree(branched, root)
-    result = Workspace(root).train(jobs=2)
-    assert not result.failed
-    process = start(MERGE, root)
-    time.sleep(delay_s)
-    kill(process)
+@pytest.fixture(scope="module")
+def trained(branched: Path, unbroken: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = shutil.copytree(branched, tmp_path_factory.mktemp("trained") / "project")
+    assert not Workspace(root).train("chance").failed
+    return root
+
+
+@pytest.mark.parametrize(
+    "reached", [".locks/*", "generalists/.forest*", "generalists/.forest*/experts/*", "*/.forest*/*.json"]
+)
+def test_a_killed_merge_leaves_nothing_or_everything(trained: Path, tmp_path: Path, reached: str) -> None:
+    root = shutil.copytree(trained, tmp_path / "project")
+    kill_when(start(MERGE, root), root, reached)
     folder = root / "generalists" / "forest"
     if folder.exists():
         assert verify(folder) == []
@@ -194,12 +207,9 @@ def test_a_seed_killed_in_every_phase_ends_with_the_same_bytes(seeded_project: P
     shutil.copytree(seeded_project, root)
     shutil.rmtree(root / "seed")
     shutil.rmtree(root / "corpora")
-    for delay_s in (0.2, 0.6, 1.5, 3.0, 5.0):
-        process = start(SEED, root)
-        time.sleep(delay_s)
-        kill(process)
-        if (root / "seed" / "seed.json").exists():
-            break
+    phases = ("seed", "corpora/*/*", "seed/run.json", "seed/.training/step-*", "seed/model.safetensors")
+    killed = [kill_when(start(SEED, root), root, reached) for reached in phases]
+    assert sum(killed) >= 3
     if not (root / "seed" / "seed.json").exists():
         run(SEED, root)
     assert contents(root / "seed") == contents(seeded_project / "seed")

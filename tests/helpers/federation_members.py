@@ -47,7 +47,7 @@ class Clock:
 def fetch_seed(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> None:
     for writer in owner.seeds.writers(request):
         for index in writer.missing():
-            writer.put(index, coordinator.seed_part(request.owner, request.id, writer.file.name, index))
+            writer.put(index, coordinator.seed_part(request, writer.file.name, index))
     owner.seeds.complete(request)
 
 
@@ -55,17 +55,15 @@ def trained(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> P
     """Train a request's expert at an owner; return its folder."""
     owner.take(request)
     fetch_seed(coordinator, owner, request)
-    return work(owner, request.id)
+    return work(owner, request)
 
 
-def hand_in(
-    coordinator: Coordinator, folder: Path, name: str, request_id: str, signed: SignedStatement
-) -> Refusal | None:
+def hand_in(coordinator: Coordinator, folder: Path, request: ExpertRequest, signed: SignedStatement) -> Refusal | None:
     """Deliver a folder with a signed statement; return the refusal or None."""
-    wanted = coordinator.begin(name, request_id, signed)
+    wanted = coordinator.begin(request, signed)
     if not isinstance(wanted, dict):
         return wanted
     for file in signed.statement.files:
         for index in wanted[file.name]:
-            coordinator.put(name, request_id, file.name, index, read_part(folder / file.name, file, index))
-    return coordinator.finish(name, request_id)
+            coordinator.files.put(request.id, file.name, index, read_part(folder / file.name, file, index))
+    return coordinator.finish(request)

@@ -253,7 +253,7 @@ def distinctive_lines(path: Path) -> list[bytes]:
 
 def work_pid(owner: Owner, request: ExpertRequest) -> int:
     """Return the id of the training process."""
-    return int((owner.run_folder(request.id) / "process.txt").read_text())
+    return int((owner.run_folder(request) / "process.txt").read_text())
 
 
 def kill_work(owner: Owner, request: ExpertRequest) -> None:

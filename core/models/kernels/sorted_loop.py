@@ -24,10 +24,7 @@ NAME = "expertctl_sorted_loop"
 
 
 def combine_experts(
-    experts: Sequence[Callable[[Tensor], Tensor]],
-    hidden_Nd: Tensor,
-    gates_Nk: Tensor,
-    chosen_Nk: Tensor,
+    experts: Sequence[Callable[[Tensor], Tensor]], hidden_Nd: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor
 ) -> Tensor:
     """Return the gated sum of each token's experts, (N, d); each expert with tokens runs once, on all of them."""
 

@@ -38,11 +38,7 @@ def sorted_rows(chosen_Nk: Tensor, experts: int) -> SortedRows:
 
 
 def gated_sum(
-    run: Callable[[Tensor, list[int]], Tensor],
-    experts: int,
-    hidden_Nd: Tensor,
-    gates_Nk: Tensor,
-    chosen_Nk: Tensor,
+    run: Callable[[Tensor, list[int]], Tensor], experts: int, hidden_Nd: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor
 ) -> Tensor:
     """Return the gated sum of the experts' outputs for each token, (N, d).
 

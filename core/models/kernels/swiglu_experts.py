@@ -24,11 +24,7 @@ def swiglu_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tenso
 
 
 def gated_experts(
-    x_Sd: Tensor,
-    counts: list[int],
-    gate_up: Tensor,
-    down: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Return `down(activation(gate(x)) * up(x))` as `swiglu_experts`, without gradients; may activate in place."""
     output_Sd = torch.empty_like(x_Sd)

@@ -197,10 +197,7 @@ def _count_words(texts: Sequence[str], settings: ClustererSettings) -> tuple[Any
         for word_hash, number in zip(distinct.tolist(), first_numbers.tolist(), strict=True):
             if word_hash not in spelling_of:
                 spelling_of[word_hash] = words.spelling(number)
-    row, column = (
-        np.concatenate([[], *rows]).astype(np.int64),
-        np.concatenate([np.zeros(0, np.uint64), *hashes]),
-    )
+    row, column = (np.concatenate([[], *rows]).astype(np.int64), np.concatenate([np.zeros(0, np.uint64), *hashes]))
     all_hashes, columns = np.unique(column, return_inverse=True)
     counts = csr_matrix((np.ones(len(row)), (row, columns)), shape=(len(texts), len(all_hashes)))
     counts.sum_duplicates()

@@ -16,7 +16,6 @@ from ....core.manifests.manifest import read_manifest
 from ..judging.acceptance import Measure, Refusal, RefusalCode, Rules, refusal_of_statement
 from ..protocol.delivery import SignedStatement
 from ..protocol.parts import read_part
-from ..protocol.progress import Progress
 from ..protocol.requests import ExpertRequest, Recipe, new_identifier
 from ..rounds.shared_model import SharedModel, shared_model, shared_models
 from .destinations import ExpertsFolder, OpenRound
@@ -86,9 +85,15 @@ class Coordinator:
             raise UserError(f"the seed of request {request.id} was replaced, or its round is over; ask again")
         return folder
 
-    def seed_part(self, name: str, request_id: str, file: str, index: int) -> bytes:
-        """Read one part of a file of the seed that belongs to an owner's request."""
-        request = self._request_of(name, request_id)
+    def request_of(self, name: str, request_id: str) -> ExpertRequest:
+        """Return a request; raises `UserError` if it does not exist or belongs to another owner."""
+        request = self.files.request(request_id)
+        if request.owner != name:
+            raise UserError(NO_SUCH_REQUEST)
+        return request
+
+    def seed_part(self, request: ExpertRequest, file: str, index: int) -> bytes:
+        """Read one part of a file of a request's seed."""
         for parts in request.seed_files:
             if parts.name == file:
                 return read_part(self.seed_folder(request) / file, parts, index)
@@ -103,46 +108,36 @@ class Coordinator:
         models = self.shared_models().values()
         return any(name in shared.rounds.plan.owners and not shared.is_finished for shared in models)
 
-    def record_progress(self, name: str, request_id: str, progress: Progress) -> None:
-        """Store the latest progress of an owner's training run."""
-        self.files.record_progress(self._request_of(name, request_id).id, progress, self.now())
-
     # --- deliveries ---
 
-    def begin(self, name: str, request_id: str, signed: SignedStatement) -> Refusal | dict[str, list[int]]:
+    def begin(self, request: ExpertRequest, signed: SignedStatement) -> Refusal | dict[str, list[int]]:
         """Judge a statement; return the missing parts by file name, or the refusal."""
-        request = self._request_of(name, request_id)
-        if self.files.ledger.state(request_id) == "accepted":  # the owner missed the verdict
+        if self.files.ledger.state(request.id) == "accepted":  # the owner missed the verdict
             return {file.name: [] for file in signed.statement.files}
         refusal = self._refusal_of_statement(request, signed)
         if refusal is None:
-            return self.files.announce(request_id, signed)
+            return self.files.announce(request.id, signed)
         self._refuse(request, refusal, signed)
         return refusal
 
-    def put(self, name: str, request_id: str, file: str, index: int, data: bytes) -> None:
-        """Store one part; raises `UserError` if it was not announced or its bytes differ from the announcement."""
-        self.files.put(self._request_of(name, request_id).id, file, index, data)
-
-    def finish(self, name: str, request_id: str) -> Refusal | None:
+    def finish(self, request: ExpertRequest) -> Refusal | None:
         """Judge a complete delivery: None after moving it to its destination, else the refusal, with the files in quarantine.
 
         Raises `UserError` while parts are missing. Idempotent after a success.
         """
-        request = self._request_of(name, request_id)
-        with self.files.locked(request_id, patience_s=600):
-            if self.files.ledger.state(request_id) == "accepted":
+        with self.files.locked(request.id, patience_s=600):
+            if self.files.ledger.state(request.id) == "accepted":
                 return None
-            signed = self.files.announced(request_id)
+            signed = self.files.announced(request.id)
             refusal = self._refusal_of_statement(request, signed)
             if refusal is None:
-                artefact = self.files.assemble(request_id, signed)
+                artefact = self.files.assemble(request.id, signed)
                 self._log("delivered", request, delivery=signed.statement.expert)
                 destination = self._destination(request)
                 refusal = destination.judge(artefact, signed, request)
                 if refusal is None:
                     self._log("accepted", request, destination.take(artefact, request), signed.statement.expert)
-                    self.files.accept(request_id, signed)
+                    self.files.accept(request.id, signed)
                     return None
                 remove_tree(artefact)
             self._refuse(request, refusal, signed)
@@ -165,13 +160,6 @@ class Coordinator:
         self.files.quarantine(request, refusal)
 
     # --- helpers ---
-
-    def _request_of(self, name: str, request_id: str) -> ExpertRequest:
-        """Return an owner's request; raises the error for a missing one if it belongs to another owner."""
-        request = self.files.request(request_id)
-        if request.owner != name:
-            raise UserError(NO_SUCH_REQUEST)
-        return request
 
     def _open_entries(self, name: str) -> list[Entry]:
         """Return the latest ledger entries of an owner's requests that have no accepted delivery."""

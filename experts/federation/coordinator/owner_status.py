@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from ..protocol.progress import Progress
-from ..protocol.requests import ExpertRequest, without_superseded
+from ..protocol.requests import ExpertRequest, Progress, without_superseded
 from .coordinator import Coordinator
 from .ledger import State
-from .presence import ONLINE_WITHIN
+from .members import ONLINE_WITHIN
 
 
 @dataclass(frozen=True)

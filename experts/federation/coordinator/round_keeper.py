@@ -128,7 +128,7 @@ def status_of(coordinator: Coordinator, shared: SharedModel) -> SharedStatus:
         () if is_trained else tuple(rounds.delivered()),
         () if is_trained else tuple(rounds.missing()),
         plan.needed,
-        None if is_trained else rounds.deadline,
+        None if is_trained else rounds.open.deadline,
     )
 
 
@@ -142,7 +142,7 @@ def _extend_open_round(shared: SharedModel, plan: RoundPlan, settings: SharedSet
     if shared.is_trained:
         raise UserError(f"all rounds of '{shared.name}' are closed; choose another --name")
     deadline = now + timedelta(seconds=plan.round_seconds)
-    if deadline > shared.rounds.deadline:
+    if deadline > shared.rounds.open.deadline:
         shared.rounds.extend(deadline)
     shared.rounds.readmit_owners()
 
@@ -155,7 +155,7 @@ def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]
     for owner in rounds.missing():
         if owner not in member_names:
             rounds.leave_out(owner, "REMOVED", "no longer a member")
-    deadline = rounds.deadline.replace(microsecond=0)
+    deadline = rounds.open.deadline.replace(microsecond=0)
     due = []
     for owner in rounds.missing():
         request = coordinator.open_request(owner, digest, recipe.digest)

@@ -15,11 +15,9 @@ from ....core.manifests.manifest import read_manifest
 from ..judging.acceptance import Refusal
 from ..protocol.delivery import DELIVERY_FILE, SignedStatement
 from ..protocol.parts import FileParts, PartsWriter, parts_of
-from ..protocol.progress import Progress
-from ..protocol.requests import ExpertRequest, is_identifier
+from ..protocol.requests import ExpertRequest, Progress, is_identifier
 from .ledger import Ledger
-from .members import Members
-from .presence import Presence
+from .members import Members, Presence
 
 NO_SUCH_REQUEST = "there is no such request; ask the coordinator for a new one"
 

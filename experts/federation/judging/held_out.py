@@ -19,7 +19,7 @@ from ....core.config.settings import ProjectConfig
 from ....core.errors import UserError
 from ....core.manifests.manifest import read_manifest
 from ....core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
-from ....core.models.scoring import token_log_probs
+from ....core.models.scoring import total_loss
 from ....core.process.compute import best_device
 from ....core.process.environment import prepare_libraries
 from ....core.text.token_store import TokenBlocks
@@ -112,13 +112,9 @@ def loss_on(folder: Path, text: Mapping[str, TokenBlocks]) -> float:
     losses = []
     with torch.inference_mode():
         for blocks in text.values():
-            total, count = 0.0, 0
             num_blocks = max(len(blocks), 1)  # a text shorter than a block still has one short block
             indices = np.unique(np.linspace(0, num_blocks - 1, min(BLOCKS, num_blocks)).astype(int))
-            for index in indices.tolist():
-                log_probs = token_log_probs(model, torch.from_numpy(blocks.block(index)[None]).to(model.device))
-                total -= float(log_probs.double().sum())
-                count += log_probs.numel()
+            total, count = total_loss(model, (blocks.block(index)[None] for index in indices.tolist()), model.device)
             losses.append(total / max(count, 1))
     return sum(losses) / len(losses)
 

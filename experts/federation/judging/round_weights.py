@@ -24,18 +24,25 @@ class AveragingRules:
 
 
 @dataclass(frozen=True)
-class ExaminedWeights:
-    """Digest and change of weights that passed all checks."""
+class Delivery:
+    """Accepted weights of one owner."""
 
     digest: str
+    weight: float
+    """Token count of the owner's text."""
     change: float
     """Relative change, as in `AveragingRules.max_change`."""
 
 
-def examine_weights(file: Path, shared: Checkpoint, rules: AveragingRules) -> ExaminedWeights | Refusal:
-    """Check an owner's weights against the shared weights: names, shapes, dtypes, finite values and relative change."""
+def examine_delivery(file: Path, weight: float, shared: Checkpoint, rules: AveragingRules) -> Delivery | Refusal:
+    """Check an owner's token count, and its weights against the shared weights.
+
+    The weights must agree in names, shapes and dtypes, and be finite and within the relative change.
+    """
     import torch
 
+    if not 0 < weight < math.inf:  # false for NaN as well
+        return Refusal(RefusalCode.MANIFEST, f"{weight:g} tokens")
     try:
         weights = Checkpoint([file])
         for name in [*shared, *weights]:
@@ -70,4 +77,4 @@ def examine_weights(file: Path, shared: Checkpoint, rules: AveragingRules) -> Ex
         return Refusal(
             RefusalCode.NORM, f"by {change:.3g} times the norm of the shared weights; {rules.max_change:g} is allowed"
         )
-    return ExaminedWeights(digest_of_tensors(digests), change)
+    return Delivery(digest_of_tensors(digests), float(weight), change)

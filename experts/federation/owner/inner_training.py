@@ -19,7 +19,7 @@ from ....core.errors import Interrupted, UserError
 from ....core.manifests.finishing import finish_artefact
 from ....core.models.loading import checkpoint_tensors, overlay_tensors
 from ....core.reporting import SILENT, Reporter
-from ....core.text.token_store import BalancedUnion, Blocks, SharedUnion
+from ....core.text.token_store import BalancedUnion, Blocks
 from ...runs.trainable import all_parameters
 from ...training.checkpointing import restore_latest, save_checkpoint
 from ...training.finishing import run_manifest
@@ -39,7 +39,7 @@ class InnerTraining:
     """Folder of the owner's checkpoints."""
     model: Path
     """Hugging Face folder with the model's configuration."""
-    blocks: Blocks | BalancedUnion | SharedUnion
+    blocks: Blocks | BalancedUnion
     """The owner's text."""
     config: TrainingConfig
     """Settings for all rounds together; the learning-rate schedule spans the whole `tokens` budget."""

@@ -21,14 +21,14 @@ from typing import Any
 
 from ....core.artefacts.files import is_alive, os_errors_as_user_errors, read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
+from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
 from ....core.manifests.run import RUN_FILE, read_run
-from ..protocol.delivery import SignedStatement, make_delivery
+from ..protocol.delivery import DELIVERY_FILE, SignedStatement, make_delivery
 from ..protocol.keys import OwnerKey, read_key
-from ..protocol.progress import Progress
-from ..protocol.requests import ExpertRequest, is_identifier, without_superseded
+from ..protocol.parts import PART_BYTES
+from ..protocol.requests import ExpertRequest, Progress, is_identifier, without_superseded
 from .kept_seeds import KeptSeeds
-from .owner_privacy import checked_privacy, privacy_of
 
 SETTINGS_FILE = "settings.json"
 LOG_FILE = "work.log"
@@ -80,8 +80,9 @@ class Owner:
         with os_errors_as_user_errors(self.state):
             self.state.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.state.chmod(0o700)
-        privacy = checked_privacy(settings.privacy) if settings.privacy is not None else None
-        write_json(self.state / SETTINGS_FILE, {**asdict(settings), "data": str(data), "privacy": privacy})
+        if settings.privacy is not None:
+            check_privacy(settings.privacy)
+        write_json(self.state / SETTINGS_FILE, {**asdict(settings), "data": str(data)})
 
     def settings(self) -> OwnerSettings:
         """Return the stored settings; raises `UserError` if there are none."""
@@ -121,7 +122,7 @@ class Owner:
         check_recipe(request)
         self.privacy(request)
         (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(self._request_file(request.id), request.as_json())
+        write_json(self._file("requests", request.id), request.as_json())
 
     def requests(self) -> list[ExpertRequest]:
         """Return the stored requests, without superseded rounds."""
@@ -138,39 +139,38 @@ class Owner:
         for request in requests:
             if request in current:
                 continue
-            self.stop(request.id)
+            self.stop(request)
             if request.seed not in needed:
                 self.seeds.drop(request)
-            for path in (
-                self.run_folder(request.id),
-                self.delivery_folder(request.id),
-                self._outcome_file(request.id),
-                self._request_file(request.id),
-            ):
-                remove_tree(path)
+            remove_tree(self.run_folder(request))
+            remove_tree(self.delivery_folder(request))
+            for folder in ("outcomes", "requests"):
+                remove_tree(self._file(folder, request.id))
 
     def shared_folder(self, request: ExpertRequest) -> Path:
         """Return the folder with the state between rounds of a shared model: tokenised text and optimiser state."""
         round_ = request.recipe.round
         assert round_ is not None
-        return self.state / "shared" / _checked(round_.rounds)
+        return self.state / "shared" / round_.rounds
 
     def request(self, identifier: str) -> ExpertRequest:
-        if not is_identifier(identifier) or not self._request_file(identifier).is_file():
+        """Return a stored request by its identifier; raises `UserError` if there is none."""
+        path = self._file("requests", identifier)
+        if not is_identifier(identifier) or not path.is_file():
             raise UserError(f"there is no request '{identifier:.40}' in {self.state}")
-        return ExpertRequest.of_json(read_json(self._request_file(identifier)))
+        return ExpertRequest.of_json(read_json(path))
 
-    def _request_file(self, identifier: str) -> Path:
-        return self.state / "requests" / f"{_checked(identifier)}.json"
+    def _file(self, folder: str, identifier: str) -> Path:
+        return self.state / folder / f"{identifier}.json"
 
     # --- training ---
 
-    def run_folder(self, identifier: str) -> Path:
+    def run_folder(self, request: ExpertRequest) -> Path:
         """Return the workspace in which a request's expert is trained."""
-        return self.state / "runs" / _checked(identifier)
+        return self.state / "runs" / request.id
 
     def expert_folder(self, request: ExpertRequest) -> Path:
-        return self.run_folder(request.id) / "experts" / request.owner
+        return self.run_folder(request) / "experts" / request.owner
 
     def is_trained(self, request: ExpertRequest) -> bool:
         finished = (self.expert_folder(request) / "expert.json").is_file()
@@ -188,69 +188,64 @@ class Owner:
 
     def discard_training(self, request: ExpertRequest) -> None:
         """Delete a request's run and delivery; its training process must have ended."""
-        remove_tree(self.delivery_folder(request.id))
+        remove_tree(self.delivery_folder(request))
         remove_tree(self.expert_folder(request))
 
-    def start(self, identifier: str) -> None:
+    def start(self, request: ExpertRequest) -> None:
         """Start a training process that outlives this one and resumes from the last checkpoint.
 
         Does nothing while a process is training and after the expert is finished.
         """
-        request = self.request(identifier)
         if not self.is_private_enough(request):
-            self.stop(identifier)
+            self.stop(request)
             self.discard_training(request)
-        if self.is_trained(request) or self.is_working(identifier):
+        if self.is_trained(request) or self.is_working(request):
             return
-        folder = self.run_folder(identifier)
+        folder = self.run_folder(request)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         module = "expertctl.experts.federation.owner.work"
-        command = [sys.executable, "-P", "-m", module, str(self.state.resolve()), identifier]
+        command = [sys.executable, "-P", "-m", module, str(self.state.resolve()), request.id]
         with (folder / LOG_FILE).open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
             )
         (folder / PROCESS_FILE).write_text(str(process.pid))
 
-    def stop(self, identifier: str) -> None:
+    def stop(self, request: ExpertRequest) -> None:
         """Stop a request's training process, if there is one; steps since its last checkpoint are lost."""
-        path = self.run_folder(identifier) / PROCESS_FILE
+        path = self.run_folder(request) / PROCESS_FILE
         kill_at = time.monotonic() + STOP_S
-        while self.is_working(identifier):
+        while self.is_working(request):
             os.kill(int(path.read_text()), signal.SIGTERM if time.monotonic() < kill_at else signal.SIGKILL)
             time.sleep(0.1)
 
-    def is_working(self, identifier: str) -> bool:
+    def is_working(self, request: ExpertRequest) -> bool:
         """Return whether a process is training a request's expert."""
-        path = self.run_folder(identifier) / PROCESS_FILE
+        path = self.run_folder(request) / PROCESS_FILE
         if not path.is_file():
             return False
         pid = path.read_text().strip()
-        with suppress(
-            ChildProcessError, ValueError
-        ):  # collect the exit status of a child, which counts as alive until then
-            os.waitpid(int(pid), os.WNOHANG)
+        with suppress(ChildProcessError, ValueError):
+            os.waitpid(int(pid), os.WNOHANG)  # a child counts as alive until its exit status is collected
         return is_alive(pid)
 
-    def progress(self, identifier: str) -> Progress:
+    def progress(self, request: ExpertRequest) -> Progress:
         """Return the progress of a request's training run."""
-        request = self.request(identifier)
-        path = self.run_folder(identifier) / PROGRESS_FILE
+        path = self.run_folder(request) / PROGRESS_FILE
         last = Progress.of_json(read_json(path)) if path.is_file() else Progress("waiting")
         if self.is_trained(request):
             return replace(last, state="ready", seconds_left=0.0, code="")
-        if last.state == "training" and not self.is_working(identifier):
+        if last.state == "training" and not self.is_working(request):
             return replace(last, state="failed", code="STOPPED", seconds_left=None)
         return last
 
     # --- deliveries ---
 
-    def review(self, identifier: str) -> Review:
+    def review(self, request: ExpertRequest) -> Review:
         """Prepare a delivery and return its content for review; sends nothing."""
-        request, statement = self.request(identifier), self.delivery(identifier).statement
-        folder = self.delivery_folder(identifier)
+        statement = self.delivery(request).statement
         tensors = []
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(self.delivery_folder(request).glob("*.safetensors")):
             stored = Checkpoint([file])
             prefix = "" if file.name == SINGLE_FILE else f"{file.stem}/"
             for name, digest in stored.digests().items():
@@ -259,45 +254,40 @@ class Owner:
         files = {file.name: file.size for file in statement.files}
         return Review(request, files, tuple(tensors), statement.data, statement.privacy)
 
-    def delivery_folder(self, identifier: str) -> Path:
-        return self.state / "deliveries" / _checked(identifier)
+    def delivery_folder(self, request: ExpertRequest) -> Path:
+        return self.state / "deliveries" / request.id
 
-    def delivery(self, identifier: str) -> SignedStatement:
-        """Return the signed statement of a delivery, preparing it if needed.
+    def delivery(self, request: ExpertRequest, *, part_size: int = PART_BYTES) -> SignedStatement:
+        """Return the signed statement of a delivery, preparing it in parts of `part_size` bytes if needed.
 
         Raises `UserError` before training ends and for a run with too little privacy.
         """
-        request = self.request(identifier)
-        folder = self.delivery_folder(identifier)
+        folder = self.delivery_folder(request)
         if not self.is_private_enough(request):
             raise UserError(
-                f"the expert of request {identifier} was trained with less privacy than the request or your settings demand; "
+                f"the expert of request {request.id} was trained with less privacy than the request or your settings demand; "
                 "train it again"
             )
-        if (folder / "delivery.json").is_file():
+        if (folder / DELIVERY_FILE).is_file():
             return SignedStatement.read(folder)
         if not self.is_trained(request):
-            raise UserError(f"the expert of request {identifier} is not trained yet")
-        return make_delivery(self.expert_folder(request), request, self.key(), folder)
+            raise UserError(f"the expert of request {request.id} is not trained yet")
+        return make_delivery(self.expert_folder(request), request, self.key(), folder, part_size=part_size)
 
-    def note_outcome(self, identifier: str, refusal: str | None) -> None:
+    def note_outcome(self, request: ExpertRequest, refusal: str | None) -> None:
         """Store the outcome of a delivery: None if accepted, else the refusal's code."""
         (self.state / "outcomes").mkdir(exist_ok=True, mode=0o700)
-        write_json(self._outcome_file(identifier), {"refusal": refusal})
-        request = self.request(identifier)
+        write_json(self._file("outcomes", request.id), {"refusal": refusal})
         if refusal is None and request.recipe.round is not None and request.recipe.round.is_last:
             remove_tree(self.shared_folder(request))
 
-    def forget_outcome(self, identifier: str) -> None:
+    def forget_outcome(self, request: ExpertRequest) -> None:
         """Delete the outcome of a delivery, so that it is sent again."""
-        self._outcome_file(identifier).unlink()
+        self._file("outcomes", request.id).unlink()
 
-    def _outcome_file(self, identifier: str) -> Path:
-        return self.state / "outcomes" / f"{_checked(identifier)}.json"
-
-    def outcome(self, identifier: str) -> str | None:
+    def outcome(self, request: ExpertRequest) -> str | None:
         """Return `accepted`, the code of a refusal, or None before a delivery."""
-        path = self._outcome_file(identifier)
+        path = self._file("outcomes", request.id)
         return (read_json(path)["refusal"] or "accepted") if path.is_file() else None
 
 
@@ -313,8 +303,23 @@ def check_recipe(request: ExpertRequest) -> None:
             raise UserError(f"the request sets '{name:.40}' to a value of an unsupported type; it is refused")
 
 
-def _checked(identifier: str) -> str:
-    """Return an identifier that is safe in a path; raises `UserError` for any other."""
-    if not identifier or not all(letter in "0123456789abcdef" for letter in identifier):
-        raise UserError(f"'{identifier:.40}' is not an identifier")
-    return identifier
+def check_privacy(privacy: Mapping[str, Any]) -> None:
+    """Raise `UserError` for invalid privacy settings."""
+    validate_settings(DpConfig, dict(privacy), "the differential privacy (--dp)")
+
+
+def privacy_of(request: ExpertRequest, demanded: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the privacy settings for a request: the coordinator's, the owner's, or the smaller budget of both.
+
+    None means without differential privacy. Raises `UserError` if the owner demands noise for a round of a shared model.
+    """
+    requested = request.recipe.privacy
+    if demanded is None:
+        return dict(requested) if requested is not None else None
+    if request.recipe.round is not None:
+        raise UserError(
+            f"your settings demand differential privacy, and {request.recipe.round} is trained without; it is refused"
+        )
+    if requested is None:
+        return dict(demanded)
+    return {**requested, **demanded, **{name: min(requested[name], demanded[name]) for name in ("epsilon", "delta")}}

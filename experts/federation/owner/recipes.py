@@ -11,7 +11,7 @@ from ....core.hooks.manager import installed_plugins
 from ....core.hooks.options import parse_options
 from ...runs.trainable import trainer_for
 from ..protocol.requests import Recipe
-from .owner_privacy import checked_privacy
+from .owner import check_privacy
 
 NAMES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "flexolmo": ("flexolmo", {"embedding": "none"}),
@@ -37,4 +37,6 @@ def recipe_of(
     chosen = {**defaults, **(options or {})}
     parse_options(trainer.options, chosen, f"trainer '{trainer.name}'")
     validate_settings(TrainingConfig, dict(training or {}), "the training of a recipe")
-    return Recipe(trains, chosen, dict(training or {}), checked_privacy(privacy) if privacy is not None else None)
+    if privacy is not None:
+        check_privacy(privacy)
+    return Recipe(trains, chosen, dict(training or {}), privacy)

@@ -27,8 +27,7 @@ from ...runs.branching import branch
 from ...text.corpora import prepare_domain
 from ...training.run_inputs import RunInputs
 from ...training.starting_point import training_blocks
-from ..protocol.progress import FailureCode, Progress
-from ..protocol.requests import ExpertRequest
+from ..protocol.requests import ExpertRequest, FailureCode, Progress
 from .owner import PROCESS_FILE, PROGRESS_FILE, Owner
 
 
@@ -36,10 +35,11 @@ def main(arguments: list[str]) -> int:
     """Train the expert; return the exit status."""
     prepare_libraries()
     keep_freed_memory()
-    owner, identifier = Owner(Path(arguments[0])), arguments[1]
-    (owner.run_folder(identifier) / PROCESS_FILE).write_text(str(os.getpid()))
+    owner = Owner(Path(arguments[0]))
     try:
-        work(owner, identifier)
+        request = owner.request(arguments[1])
+        (owner.run_folder(request) / PROCESS_FILE).write_text(str(os.getpid()))
+        work(owner, request)
     except UserError as error:
         print(f"Error: {error}", flush=True)
         return error.exit_status
@@ -47,19 +47,18 @@ def main(arguments: list[str]) -> int:
 
 
 def work(
-    owner: Owner, identifier: str, reporter: Reporter = SILENT, stopped: Callable[[], bool] = lambda: False
+    owner: Owner, request: ExpertRequest, reporter: Reporter = SILENT, stopped: Callable[[], bool] = lambda: False
 ) -> Path:
     """Train a request's expert in this process, unless it is finished, and return its folder.
 
     Raises `UserError` for errors that the owner can fix; only their code is reported to the coordinator.
     """
-    request = owner.request(identifier)
-    folder = owner.run_folder(identifier)
+    folder, expert = owner.run_folder(request), owner.expert_folder(request)
     privacy = owner.privacy(request)
     progress = _ProgressFile(folder / PROGRESS_FILE, reporter, private=privacy is not None)
-    with exclusive(folder / ".locks" / "work", f"request {identifier}"):
+    with exclusive(folder / ".locks" / "work", f"request {request.id}"):
         if owner.is_trained(request):
-            return owner.expert_folder(request)
+            return expert
         if not owner.is_private_enough(request):
             owner.discard_training(request)
         try:
@@ -71,19 +70,19 @@ def work(
             progress.phase = "TRAINING"
             _branch(layout, project, request, privacy)
             progress.phase = "DATA"
-            training_blocks(RunInputs.of_folder(layout.experts / request.owner))  # raises for too little text
+            training_blocks(RunInputs.of_folder(expert))  # raises for too little text
             progress.phase = "TRAINING"
-            _train(layout.experts / request.owner, owner, request, progress, stopped)
+            _train(expert, owner, request, progress, stopped)
         except Exception as error:
             progress.fail(error)
             raise
-    return owner.expert_folder(request)
+    return expert
 
 
 def _workspace(owner: Owner, request: ExpertRequest) -> Layout:
     """Create the workspace of a request, with the owner's text as the only domain and the request's seed."""
     settings = owner.settings()
-    root = owner.run_folder(request.id)
+    root = owner.run_folder(request)
     if not owner.seeds.has(request):
         raise UserError(f"seed {request.seed[:12]} is missing; fetch it first")
     domain = {"path": str(settings.data), "text_field": settings.text_field, "licence": settings.licence}

@@ -1,4 +1,7 @@
-"""Requests: a coordinator asks an owner for an expert of a seed, trained by a recipe, before a deadline."""
+"""Requests and their progress.
+
+A coordinator asks an owner for an expert of a seed, trained by a recipe, before a deadline.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BeforeValidator, Field
 
@@ -20,6 +23,10 @@ from .parts import FileParts
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+ProgressState = Literal["waiting", "training", "ready", "failed"]
+FailureCode = Literal["", "SEED", "DATA", "TRAINING", "PRIVACY", "DISK", "STOPPED"]
+Amount = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,26 @@ class ExpertRequest(Message):
     def as_json(self) -> dict[str, Any]:
         deadline = self.deadline.astimezone(UTC).isoformat(timespec="seconds")
         return {**super().as_json(), "recipe": self.recipe.as_json(), "deadline": deadline}
+
+
+@dataclass(frozen=True)
+class Progress(Message):
+    """Progress of one training run."""
+
+    LABEL = "a progress message"
+    OPTIONAL = frozenset({"step", "steps", "loss", "seconds_left", "code"})
+
+    state: ProgressState
+    step: Annotated[int, Field(ge=0, lt=10**15)] = 0
+    """Optimiser steps done."""
+    steps: Annotated[int, Field(ge=0, lt=10**15)] = 0
+    """Optimiser steps in total; 0 while unknown."""
+    loss: Amount | None = None
+    """Loss at the last logged step, nats per token, to two decimals; None if unknown or withheld."""
+    seconds_left: Amount | None = None
+    """Estimated seconds until the end; None if unknown."""
+    code: FailureCode = ""
+    """Phase or cause of a failure; empty without one."""
 
 
 def without_superseded(requests: Sequence[ExpertRequest]) -> list[ExpertRequest]:

@@ -49,7 +49,7 @@ def run_rounds(
     while rounds.number < total:
         if not rounds.is_closing:
             for owner in rounds.missing():
-                if now() >= rounds.deadline:
+                if now() >= rounds.open.deadline:
                     break
                 _train(rounds, owner, train_owner, now, reporter)
         report = rounds.close(now())
@@ -60,8 +60,10 @@ def run_rounds(
 def _train(
     rounds: Rounds, owner: str, train_owner: TrainOwner, now: Callable[[], datetime], reporter: Reporter
 ) -> None:
-    work = rounds.work_folder(owner)
-    task = OwnerTask(owner, rounds.number, rounds.shared, work / "result.safetensors")
+    open_round = rounds.open
+    work = open_round.folder / "work" / owner  # deleted when the round is closed
+    work.mkdir(parents=True, exist_ok=True)
+    task = OwnerTask(owner, open_round.number, open_round.shared, work / "result.safetensors")
     try:
         tokens = train_owner(task)
     except Interrupted:

@@ -46,17 +46,6 @@ class RoundPlan:
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """Accepted weights of one owner."""
-
-    digest: str
-    weight: float
-    """Token count of the owner's text."""
-    change: float
-    """Norm of the change divided by the norm of the shared weights."""
-
-
-@dataclass(frozen=True)
 class RoundReport:
     """Result of one round."""
 

@@ -6,29 +6,49 @@ once. A process that resumes therefore averages the same weights to the same byt
 
 from __future__ import annotations
 
-import math
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ....core.artefacts.digests import digest_of_tensors
+from ....core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.errors import UserError
 from ..judging.acceptance import Refusal, RefusalCode
-from ..judging.round_weights import ExaminedWeights, examine_weights
+from ..judging.round_weights import AveragingRules, Delivery, examine_delivery
 from .averaging import Contribution, average_round, outer_recipe, owner_shares
-from .round_plan import Delivery, RoundPlan, RoundReport
-from .storage import OUTER_FILE, RoundFiles
+from .round_plan import RoundPlan, RoundReport
+from .storage import ROUND_FILE, Round, write_round
+
+FORMAT = 1
+PLAN_FILE = "plan.json"
+KEPT = 2
+"""Rounds whose weights are kept: the open one and its predecessor."""
 
 RoundState = Literal["waiting", "ready", "short"]
 
 
-class Rounds(RoundFiles):
-    """The rounds of one shared model, in a folder."""
+class Rounds:
+    """The rounds of one shared model, in a folder with `plan.json` and `round-00000/` ...; every call reads the disk."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(root)
+        self.root = root
+        path = root / PLAN_FILE
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} has format {content.get('format')}; this version reads {FORMAT}")
+        try:
+            plan = dict(content["plan"])
+            rules = AveragingRules(**plan.pop("rules"))
+            self.plan = RoundPlan(owners=tuple(plan.pop("owners")), rules=rules, **plan)
+            self.start = content["start"]
+            """Digest of the weights of round 0."""
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); restore it from a copy") from None
         self.recipe = outer_recipe(self.plan.recipe)
+        self._duration = timedelta(seconds=self.plan.round_seconds)
 
     @classmethod
     def begin(cls, root: Path, start: Path, plan: RoundPlan, now: datetime) -> Rounds:
@@ -38,17 +58,49 @@ class Rounds(RoundFiles):
         """
         digest = digest_of_tensors(Checkpoint([start]).digests())
         if not root.exists():
-            cls.create(root, plan, start, digest, now + timedelta(seconds=plan.round_seconds))
+            with new_folder(root, what="rounds") as partial:
+                write_json(partial / PLAN_FILE, {"format": FORMAT, "start": digest, "plan": asdict(plan)})
+                first = partial / _name(0)
+                first.mkdir()
+                link_or_copy(start, first / SINGLE_FILE)
+                write_round(first, 0, digest, now + timedelta(seconds=plan.round_seconds), {})
         rounds = cls(root)
         if rounds.plan != plan or rounds.start != digest:
             raise UserError(f"{root} holds rounds of another plan or model; choose another folder, or remove it")
         return rounds
 
+    # --- the open round ---
+
+    @property
+    def open(self) -> Round:
+        """The round that owners train now."""
+        return max((Round(folder) for folder in self.root.glob("round-*")), key=lambda round_: round_.number)
+
+    @property
+    def number(self) -> int:
+        """Number of the open round, which equals the number of closed rounds."""
+        return self.open.number
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether it is recorded which owners count in the open round."""
+        return self.open.closing.is_file()
+
+    def delivered(self) -> dict[str, Delivery]:
+        """Return the accepted deliveries of the open round, by owner."""
+        deliveries = {owner: self.open.delivery(owner) for owner in sorted(self.plan.owners)}
+        return {owner: delivery for owner, delivery in deliveries.items() if delivery is not None}
+
+    def missing(self) -> list[str]:
+        """Return the owners who have neither delivered in the open round nor been refused."""
+        answered = self.delivered().keys() | self.open.refused().keys()
+        return [owner for owner in self.plan.owners if owner not in answered]
+
     def state(self, now: datetime) -> RoundState:
         """Return whether the open round waits for owners, is ready to be closed, or is short of owners."""
         if self.is_closing:
             return "ready"
-        if self.missing() and now < self.deadline:
+        if self.missing() and now < self.open.deadline:
             return "waiting"
         return "ready" if len(self.delivered()) >= self.plan.needed else "short"
 
@@ -61,89 +113,111 @@ class Rounds(RoundFiles):
         second delivery replaces the first. Raises `UserError` for a name that is not an owner of these rounds.
         """
         self._require_owner(owner)
-        number = self.number if number is None else number
-        verdict: Refusal | ExaminedWeights = Refusal(RefusalCode.MANIFEST, f"{weight:g} tokens")
-        if math.isfinite(weight) and weight > 0:
-            verdict = examine_weights(file, Checkpoint([self.shared]), self.plan.rules)
-        with self.locked():
-            if self.number != number or self.is_closing or now >= self.deadline:
+        examined = self.open
+        verdict = examine_delivery(file, weight, Checkpoint([examined.shared]), self.plan.rules)
+        with self._locked():
+            number = examined.number if number is None else number
+            if self.number != number or self.is_closing or now >= self.open.deadline:
                 return Refusal(RefusalCode.LATE)
             if isinstance(verdict, Refusal):
-                self.write_refusal(owner, verdict.code.name, str(verdict))
+                self.open.write_refusal(owner, verdict.code.name, str(verdict))
                 return verdict
-            self.write_delivery(owner, file, Delivery(verdict.digest, float(weight), verdict.change))
+            self.open.write_delivery(owner, file, verdict)
         return None
 
     def leave_out(self, owner: str, code: str, reason: str) -> None:
         """Record that an owner will not deliver in the open round; an accepted delivery still counts."""
         self._require_owner(owner)
-        with self.locked():
-            self.write_refusal(owner, code, reason)
+        with self._locked():
+            self.open.write_refusal(owner, code, reason)
 
     def readmit_owners(self) -> None:
         """Allow owners who were refused or left out of the open round to deliver again."""
-        with self.locked():
+        with self._locked():
             if not self.is_closing:
-                self.forget_refusals()
+                remove_tree(self.open.folder / "refused")
 
     def extend(self, deadline: datetime) -> None:
         """Extend the deadline of the open round; raises `UserError` for an earlier one."""
-        with self.locked():
-            if deadline < self.deadline:
+        with self._locked():
+            current = self.open.deadline
+            if deadline < current:
                 raise UserError(
-                    f"the deadline of round {self.number} is {self.deadline.isoformat()} already; choose a later one"
+                    f"the deadline of round {self.number} is {current.isoformat()} already; choose a later one"
                 )
-            self.write_deadline(deadline)
+            self.open.write_deadline(deadline)
+
+    # --- closing ---
 
     def close(self, now: datetime) -> RoundReport:
         """Average the open round and open the next; raises `UserError` while owners are awaited or too few."""
-        with self.locked():
-            number, state = self.number, self.state(now)
+        with self._locked():
+            closed, state = self.open, self.state(now)
             if state == "waiting":
                 raise UserError(
-                    f"round {number} waits for {', '.join(self.missing())} until {self.deadline.isoformat()}"
+                    f"round {closed.number} waits for {', '.join(self.missing())} until {closed.deadline.isoformat()}"
                 )
             if state == "short":
                 raise UserError(
-                    f"{len(self.delivered())} of {len(self.plan.owners)} owners count in round {number}, and "
+                    f"{len(self.delivered())} of {len(self.plan.owners)} owners count in round {closed.number}, and "
                     f"{self.plan.needed} are needed; extend its deadline, or let owners deliver again"
                 )
             if not self.is_closing:
-                self._record_closing()
-            self.open_next(self._average, now + timedelta(seconds=self.plan.round_seconds))
+                write_json(closed.closing, self._closing_record())
+            closing, number = read_json(closed.closing), closed.number + 1
+            with new_folder(self.root / _name(number), what="round") as partial:
+                write_round(partial, number, self._average(closed, closing, partial), now + self._duration, closing)
             self.tidy()
-            return self.report(number)
+            return self.report(closed.number)
 
-    def _record_closing(self) -> None:
-        """Record which owners count; later deliveries are late."""
+    def _closing_record(self) -> dict[str, Any]:
+        """Return which owners count in the open round; later deliveries are late."""
         delivered = self.delivered()
         weights = {owner: delivery.weight for owner, delivery in delivered.items()}
-        refused = {owner: refusal["reason"] for owner, refusal in self.refused().items()}
-        self.write_closing(
-            {
-                "shares": owner_shares(weights, self.recipe, self.plan.rules),
-                "digests": {owner: delivery.digest for owner, delivery in delivered.items()},
-                "refused": {owner: reason for owner, reason in refused.items() if owner not in delivered},
-                "missing": self.missing(),
-            }
-        )
+        refused = self.open.refused()
+        return {
+            "shares": owner_shares(weights, self.recipe, self.plan.rules),
+            "digests": {owner: delivery.digest for owner, delivery in delivered.items()},
+            "refused": {owner: refused[owner]["reason"] for owner in refused if owner not in delivered},
+            "missing": self.missing(),
+        }
 
-    def _average(self, folder: Path) -> str:
+    def _average(self, closed: Round, closing: dict[str, Any], folder: Path) -> str:
         """Write the average of the weights that count into the next round's folder; return its digest."""
-        closing, state = self.closing(), self.folder / OUTER_FILE
         contributions = [
-            Contribution(owner, self.delivery_folder(owner) / SINGLE_FILE, closing["digests"][owner], share)
+            Contribution(owner, closed.delivery_folder(owner) / SINGLE_FILE, closing["digests"][owner], share)
             for owner, share in closing["shares"].items()
         ]
-        return average_round(
-            Checkpoint([self.shared]),
-            contributions,
-            Checkpoint([state]) if state.is_file() else None,
-            self.recipe,
-            folder / SINGLE_FILE,
-            folder / OUTER_FILE,
-        )
+        state = Checkpoint([closed.outer]) if closed.outer.is_file() else None
+        files = folder / closed.shared.name, folder / closed.outer.name
+        return average_round(Checkpoint([closed.shared]), contributions, state, self.recipe, *files)
+
+    def report(self, number: int) -> RoundReport:
+        """Return the report of a closed round; raises `UserError` for any other."""
+        path = self.root / _name(number + 1) / ROUND_FILE
+        if not path.is_file():
+            raise UserError(f"round {number} is not closed yet")
+        content = read_json(path)
+        before = content["before"]
+        return RoundReport(number, content["digest"], before["shares"], before["refused"], tuple(before["missing"]))
+
+    def tidy(self) -> None:
+        """Delete deliveries and old weights of closed rounds; the records of the rounds stay."""
+        open_number = self.number
+        for closed in (Round(self.root / _name(number)) for number in range(open_number)):
+            for name in ("deliveries", "work"):
+                remove_tree(closed.folder / name)
+            if closed.number <= open_number - KEPT:
+                for file in (closed.shared, closed.outer):
+                    file.unlink(missing_ok=True)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return exclusive(self.root / ".lock", f"the rounds in {self.root}", patience_s=60)
 
     def _require_owner(self, owner: str) -> None:
         if owner not in self.plan.owners:
             raise UserError(f"'{owner}' is not an owner of these rounds; owners: {', '.join(self.plan.owners)}")
+
+
+def _name(number: int) -> str:
+    return f"round-{number:05d}"

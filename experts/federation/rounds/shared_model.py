@@ -99,7 +99,7 @@ class SharedModel:
         folder = self.root / "seeds" / _folder_name(self.rounds.number)
         if not (folder / "seed.json").is_file():
             previous = max(path for path in folder.parent.iterdir() if (path / "seed.json").is_file())
-            make_round_seed(previous, self.rounds.shared, folder)
+            make_round_seed(previous, self.rounds.open.shared, folder)
             for path in folder.parent.iterdir():
                 if path != folder:
                     remove_tree(path)

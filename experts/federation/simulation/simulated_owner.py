@@ -15,8 +15,7 @@ from ....core.errors import UserError
 from ....core.reporting import Reporter
 from ..coordinator.coordinator import Coordinator
 from ..protocol.parts import PART_BYTES, read_part
-from ..protocol.progress import Progress
-from ..protocol.requests import ExpertRequest
+from ..protocol.requests import ExpertRequest, Progress
 from ..rounds.round_plan import quorum_size
 from .deliveries import RECIPE, StandIns, write_stand_in_seed
 from .events import Events, Line, SimulatedClock
@@ -73,6 +72,8 @@ class SimulatedOwner:
         """React to a new deadline: a late owner delivers again, one that never saw the request starts."""
         if self.gone:
             return
+        if self.request is not None:
+            self.request = self.world.coordinator.files.request(self.request.id)
         if self.outcome == "late":
             self.outcome, self.phase = "never", "sending"
             self.left = self.world.plan.expert_bytes
@@ -178,26 +179,28 @@ class SimulatedOwner:
         assert self.request is not None
         state: Literal["training", "ready"] = "training" if self._reports < REPORTS else "ready"
         progress = Progress(state, self._reports, REPORTS, seconds_left=max(total_seconds - self.trained, 0.0))
-        self.world.coordinator.record_progress(self.traits.name, self.request.id, progress)
+        coordinator = self.world.coordinator
+        coordinator.files.record_progress(self.request.id, progress, coordinator.now())
 
     def _announce(self) -> None:
         """Send the signed statement, as an owner does at the start of a delivery and after every interruption."""
         world, request = self.world, self.request
         assert request is not None
         folder, signed = world.stand_ins.delivery(request, self.number, self.traits.delivers)
-        missing = world.coordinator.begin(request.owner, request.id, signed)
+        missing = world.coordinator.begin(request, signed)
         if not isinstance(missing, dict):
             self._end(missing.code.name)
             return
-        self._transfer(world.up, self.traits.upload_mbit, lambda: self._deliver(request, folder, missing))
+        self._transfer(world.up, self.traits.upload_mbit, lambda: self._deliver(folder, missing))
 
-    def _deliver(self, request: ExpertRequest, folder: Path, missing: Mapping[str, list[int]]) -> None:
+    def _deliver(self, folder: Path, missing: Mapping[str, list[int]]) -> None:
         """Hand the stand-in to the coordinator at the time when a full-size expert would have arrived."""
-        coordinator = self.world.coordinator
+        coordinator, request = self.world.coordinator, self.request
+        assert request is not None
         for name, file in self.world.stand_ins.files(request.owner).items():
             for index in missing[name]:
-                coordinator.put(request.owner, request.id, name, index, read_part(folder / name, file, index))
-        refusal = coordinator.finish(request.owner, request.id)
+                coordinator.files.put(request.id, name, index, read_part(folder / name, file, index))
+        refusal = coordinator.finish(request)
         if refusal is None:
             self.world.stand_ins.last_accepted = self.number
         self._end(refusal.code.name if refusal is not None else "")

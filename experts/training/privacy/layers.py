@@ -10,7 +10,8 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,9 +78,12 @@ def require_separable(
         batch_gradients = _batch_gradients(module, parameters, loss, tokens_BT1)
         scale = max(float(gradient.abs().max()) for gradient in batch_gradients.values() if gradient is not None) or 1.0
         for row in range(EXAMPLES):
-            single_gradients = _single_gradients(parameters, loss, tokens_BT1[row : row + 1])
-            for name, expected in single_gradients.items():
-                _compare(name, batch_gradients[name], expected, row, scale)
+            with quiet_hooks():
+                torch.autograd.backward(loss(tokens_BT1[row : row + 1]))
+            for name, parameter in parameters.items():
+                expected, _ = _take_gradients(parameter)
+                if expected is not None:
+                    _require_equal(name, batch_gradients[name], expected, row, scale)
 
 
 def _require_independent_examples(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> None:
@@ -98,23 +102,15 @@ def _layer_outputs(module: nn.Module, loss: Loss, tokens_BT1: Tensor) -> list[tu
     """Return (name, layer, output) of each leaf layer, in the order of their calls."""
     outputs: list[tuple[str, nn.Module, Tensor]] = []
 
-    def record(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim():
-                outputs.append((name, layer, output.detach()))
+    def record(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.dim():
+            outputs.append((name, layer, output.detach()))
 
-        return hook
-
-    handles = [
-        layer.register_forward_hook(record(name))
-        for name, layer in module.named_modules()
-        if not list(layer.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in module.named_modules():
+            if not list(layer.children()):
+                hooks.enter_context(layer.register_forward_hook(partial(record, name)))
         loss(tokens_BT1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs
 
 
@@ -122,84 +118,39 @@ def _batch_gradients(
     module: nn.Module, parameters: Mapping[str, nn.Parameter], loss: Loss, tokens_BT1: Tensor
 ) -> dict[str, Tensor | None]:
     """Return the per-example gradients of a batch by Opacus's hooks; raises `UserError` for an unsupported layer."""
-    probe = _LayerProbe()
-    handles = probe.attach(module)
+    reached: tuple[str, nn.Module] = ("", nn.Identity())  # the last layer that gradients reached
+
+    def record(name: str, layer: nn.Module, gradients: Any) -> None:
+        nonlocal reached
+        reached = (name, layer)
+
     try:
-        with quiet_hooks():
+        with quiet_hooks(), ExitStack() as hooks:
+            for name, layer in module.named_modules():
+                if _has_trainable_parameters(layer):
+                    hooks.enter_context(layer.register_forward_pre_hook(partial(_check_input, name), with_kwargs=True))
+                    hooks.enter_context(layer.register_full_backward_pre_hook(partial(record, name)))
             torch.autograd.backward(loss(tokens_BT1))
     except UserError:
         raise
     except Exception as error:  # raised by vmap or by the layer's own code
-        name, layer = probe.last
-        raise _refusal(
-            name,
-            layer,
-            f"Opacus cannot compute per-example gradients ({textwrap.shorten(first_line(error), 100)})",
-        ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    gradients = {name: take_grad_sample(parameter) for name, parameter in parameters.items()}
-    for parameter in parameters.values():
-        parameter.grad = None
-    return gradients
+        reason = f"Opacus cannot compute per-example gradients ({textwrap.shorten(first_line(error), 100)})"
+        raise _refusal(*reached, reason) from None
+    return {name: _take_gradients(parameter)[1] for name, parameter in parameters.items()}
 
 
-class _LayerProbe:
-    """Hooks on every trainable layer that check its input and record the last layer that gradients reached."""
-
-    def __init__(self) -> None:
-        self.last: tuple[str, nn.Module] = ("", nn.Identity())
-
-    def attach(self, module: nn.Module) -> list[Any]:
-        handles = []
-        for name, layer in module.named_modules():
-            if _has_trainable_parameters(layer):
-                handles.append(layer.register_forward_pre_hook(self._check_input(name), with_kwargs=True))
-                handles.append(layer.register_full_backward_pre_hook(self._record(name)))
-        return handles
-
-    def _check_input(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            rows = [len(value) for value in inputs if isinstance(value, Tensor) and value.dim()]
-            has_tensor_keyword = any(isinstance(value, Tensor) for value in keywords.values())
-            if len(inputs) != 1 or len(rows) != 1 or has_tensor_keyword:
-                raise _refusal(name, layer, "it has more than one input tensor, and Opacus uses only the first")
-            if rows != [EXAMPLES]:
-                raise _refusal(
-                    name,
-                    layer,
-                    f"its input has {rows[0]} rows for a batch of {EXAMPLES}, so its gradient cannot be split by "
-                    "example",
-                )
-
-        return hook
-
-    def _record(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, gradients: Any) -> None:
-            self.last = (name, layer)
-
-        return hook
+def _check_input(name: str, layer: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Raise `UserError` unless a layer has one input tensor with a row per example."""
+    rows = [len(value) for value in inputs if isinstance(value, Tensor) and value.dim()]
+    if len(inputs) != 1 or len(rows) != 1 or any(isinstance(value, Tensor) for value in keywords.values()):
+        raise _refusal(name, layer, "it has more than one input tensor, and Opacus uses only the first")
+    if rows != [EXAMPLES]:
+        reason = f"its input has {rows[0]} rows for a batch of {EXAMPLES}, so its gradient cannot be split by example"
+        raise _refusal(name, layer, reason)
 
 
-def _single_gradients(
-    parameters: Mapping[str, nn.Parameter], loss: Loss, tokens_1T1: Tensor
-) -> dict[str, Tensor | None]:
-    """Return the ordinary gradients of one example."""
-    with quiet_hooks():
-        torch.autograd.backward(loss(tokens_1T1))
-    gradients = {}
-    for name, parameter in parameters.items():
-        gradients[name] = parameter.grad
-        parameter.grad = None
-        take_grad_sample(parameter)
-    return gradients
-
-
-def _compare(name: str, batch: Tensor | None, single: Tensor | None, row: int, scale: float) -> None:
+def _require_equal(name: str, batch: Tensor | None, single: Tensor, row: int, scale: float) -> None:
     """Raise `UserError` if row `row` of a batch's per-example gradient differs from the gradient of that example."""
-    if single is None:
-        return
     expected = single.double()
     actual = torch.zeros_like(expected) if batch is None else batch[row].double()
     tolerance = RELATIVE_ERROR * float(expected.abs().max()) + 1e-4 * scale
@@ -208,6 +159,12 @@ def _compare(name: str, batch: Tensor | None, single: Tensor | None, row: int, s
             f"parameter '{name}' cannot train with differential privacy: part of its gradient does not pass through "
             f"the layer that owns it; {ANOTHER_PART}, or {ONE_BY_ONE}"
         )
+
+
+def _take_gradients(parameter: nn.Parameter) -> tuple[Tensor | None, Tensor | None]:
+    """Return a parameter's ordinary and per-example gradient, and clear both."""
+    gradient, parameter.grad = parameter.grad, None
+    return gradient, take_grad_sample(parameter)
 
 
 def take_grad_sample(parameter: nn.Parameter) -> Tensor | None:

@@ -21,14 +21,7 @@ from ....core.manifests.statements import PrivacyStatement
 from ....core.text.token_store import Blocks
 from ..loop import TrainingLoop
 from .accounting import Mechanism, new_accountant, privacy_statement
-from .layers import (
-    ONE_BY_ONE,
-    attach_hooks,
-    quiet_hooks,
-    refuse_stateful,
-    require_separable,
-    take_grad_sample,
-)
+from .layers import ONE_BY_ONE, attach_hooks, quiet_hooks, refuse_stateful, require_separable, take_grad_sample
 from .noise import NoiseSource
 
 if TYPE_CHECKING:
@@ -99,8 +92,7 @@ class PrivateTrainingLoop(TrainingLoop):
             torch.autograd.backward(self._with_auxiliary(loss))
         gradients = self._gradients()
         norms_B = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients.values()]),
-            dim=0,
+            torch.stack([torch.linalg.vector_norm(gradient, dim=1) for gradient in gradients.values()]), dim=0
         )
         factors_B = (self.mechanism.clip / (norms_B + 1e-6)).clamp(max=1.0)
         for name, gradient in gradients.items():

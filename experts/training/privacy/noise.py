@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import secrets
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....core.artefacts.files import os_errors_as_user_errors
+from ....core.artefacts.files import os_errors_as_user_errors, replacement_file
 from ....core.errors import UserError
+from .accounting import Release
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -70,7 +69,8 @@ def secret_source(state_folder: Path) -> NoiseSource:
     with os_errors_as_user_errors(path):
         if not path.exists():
             state_folder.mkdir(parents=True, exist_ok=True)
-            _write_secret(path, secrets.token_bytes(KEY_BYTES))
+            with replacement_file(path, mode=0o600) as file:
+                file.write(secrets.token_bytes(KEY_BYTES))
         key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise UserError(
@@ -80,17 +80,41 @@ def secret_source(state_folder: Path) -> NoiseSource:
     return NoiseSource(key)
 
 
-def _write_secret(path: Path, content: bytes) -> None:
-    """Atomically write a file that only its owner can read."""
-    partial = path.with_name(f"{path.name}.new")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def seeded_source(seed: int) -> NoiseSource:
     """Return a reproducible source from a random seed, which does not protect the text."""
     return NoiseSource(hashlib.sha256(f"expertctl differential privacy {seed}".encode()).digest())
+
+
+class Releases:
+    """Noisy means for trainers before training: Gaussian mechanisms over all blocks of a text.
+
+    `history` records them for the accountant.
+    """
+
+    def __init__(self, source: NoiseSource, embedding_noise: float | None) -> None:
+        self.source, self._embedding_noise = source, embedding_noise
+        self.history: list[Release] = []
+
+    @property
+    def releases_embedding(self) -> bool:
+        return self._embedding_noise is not None
+
+    def embedding_mean(self, rows: Iterable[Tensor], clip: float) -> Tensor:
+        """Return the noisy mean of vectors (n,), each clipped to norm `clip`.
+
+        Adding or removing one vector changes the sum by at most `clip`, the sensitivity that scales the noise. The number
+        of vectors is treated as public.
+        """
+        assert self._embedding_noise is not None, "the run has no budget for an embedding"
+        total: Tensor | None = None
+        count = 0
+        for row_n in rows:
+            vector_n = row_n.double()
+            clipped_n = vector_n * min(1.0, clip / max(float(vector_n.norm()), 1e-12))
+            total = clipped_n if total is None else total + clipped_n
+            count += 1
+        assert total is not None, "a text has at least one block"
+        purpose = f"embedding/{len(self.history)}"
+        noise_n = self.source.normal(purpose, total.shape).to(total.device)
+        self.history.append((self._embedding_noise, 1.0, 1))
+        return (total + self._embedding_noise * clip * noise_n) / count

@@ -9,7 +9,7 @@ from typing import Any
 from ....core.hooks.merging import PerExpert, TensorGroup
 from ....core.hooks.option_checks import check_range
 from ..arrays import kth_largest_magnitude, per_expert_values
-from .changes import KEEP_ALL, ElementFilter, add_task_vectors
+from .changes import KEEP_NONE, ElementFilter, add_task_vectors, density_filters
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,18 @@ def breadcrumbs(group: TensorGroup, options: BreadcrumbsOptions, *, elect: bool)
     With `elect` signs are elected as in TIES (arXiv:2306.01708). Elements equal to a threshold are kept, so ties need
     no ordering.
     """
-    settings = zip(per_expert_values(options.density, group), per_expert_values(options.gamma, group), strict=True)
-    filters = [_band_filter(group, number, density, gamma) for number, (density, gamma) in enumerate(settings)]
-    return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
-
-
-def _band_filter(group: TensorGroup, expert: int, density: float, gamma: float) -> ElementFilter:
-    """Return the filter between both thresholds; `density` takes precedence over dropping outliers."""
+    gammas = per_expert_values(options.gamma, group)
     size = math.prod(group.seed.shape)
-    count = int(density * size)
-    if density >= 1 or size == 0:
-        return KEEP_ALL
-    if count == 0:
-        return ElementFilter(min_magnitude=math.inf)
-    outliers = min(int(gamma * size), size - count)
-    vector = group.experts[expert]
-    return ElementFilter(
-        min_magnitude=kth_largest_magnitude(vector, min(outliers + count, size), group.seed),
-        max_magnitude=kth_largest_magnitude(vector, outliers + 1, group.seed) if outliers else math.inf,
-    )
+
+    def band(expert: int, density: float) -> ElementFilter:
+        vector, count = group.experts[expert], int(density * size)
+        if count == 0:
+            return KEEP_NONE
+        outliers = min(int(gammas[expert] * size), size - count)  # density takes precedence over dropping outliers
+        return ElementFilter(
+            min_magnitude=kth_largest_magnitude(vector, outliers + count, group.seed),
+            max_magnitude=kth_largest_magnitude(vector, outliers + 1, group.seed) if outliers else math.inf,
+        )
+
+    filters = density_filters(group, options.density, band)
+    return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)

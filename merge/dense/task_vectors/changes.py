@@ -7,12 +7,12 @@ in whether opposite signs cancel out or are resolved by sign election (`elect`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....core.hooks.merging import TensorGroup
-from ..arrays import Array, as_indicator, map_chunks, namespace, zero_unkept
+from ....core.hooks.merging import PerExpert, TensorGroup
+from ..arrays import Array, as_indicator, map_chunks, namespace, per_expert_values, zero_unkept
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,20 @@ class ElementFilter:
 
 
 KEEP_ALL = ElementFilter()
+KEEP_NONE = ElementFilter(min_magnitude=math.inf)
+
+
+def density_filters(
+    group: TensorGroup, density: PerExpert, make: Callable[[int, float], ElementFilter]
+) -> list[ElementFilter]:
+    """Return a filter per expert: `make(expert number, density)` for densities between 0 and 1."""
+    filters = []
+    for number, value in enumerate(per_expert_values(density, group)):
+        if value >= 1 or 0 in group.seed.shape:
+            filters.append(KEEP_ALL)
+        else:
+            filters.append(make(number, value) if value > 0 else KEEP_NONE)
+    return filters
 
 
 def add_task_vectors(
@@ -37,9 +51,8 @@ def add_task_vectors(
 ) -> Any:
     """Return seed + scaling * mix, where mix is the weighted sum of the filtered task vectors.
 
-    With `normalize` mix is divided by the sum of the contributing weights. With `elect` only elements
-    contribute whose weighted sign equals the sign of their sum over the experts (0 counts as +): TIES
-    (arXiv:2306.01708, section 4).
+    With `normalize` mix is divided by the sum of the contributing weights. With `elect` only elements contribute whose
+    weighted sign equals the sign of their sum over the experts (0 counts as +): TIES (arXiv:2306.01708, section 4).
     """
     extra = [
         array

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ....core.hooks.merging import PerExpert, TensorGroup
 from ....core.hooks.option_checks import check_range
-from ..arrays import Array, chunks, per_expert_values, random_mask, zero_unkept
-from .changes import KEEP_ALL, ElementFilter, add_task_vectors
+from ..arrays import Array, chunks, random_mask, zero_unkept
+from .changes import ElementFilter, add_task_vectors, density_filters
 
 Rescale = Literal["density", "l1", "none"]
 
@@ -39,18 +38,13 @@ def dare(group: TensorGroup, options: DareOptions, *, elect: bool) -> Any:
 
     With `elect` signs are elected as in TIES (arXiv:2311.03099, section 4.3; arXiv:2306.01708).
     """
-    densities = per_expert_values(options.density, group)
-    filters = [_random_filter(group, number, density, options) for number, density in enumerate(densities)]
+
+    def sample(expert: int, density: float) -> ElementFilter:
+        mask = random_mask(group.seed, density, options.random_seed, group.name, group.expert_names[expert])
+        return ElementFilter(mask=mask, scale=rescale_factor(group, expert, mask, options.rescale, density))
+
+    filters = density_filters(group, options.density, sample)
     return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
-
-
-def _random_filter(group: TensorGroup, expert: int, density: float, options: DareOptions) -> ElementFilter:
-    if density >= 1:
-        return KEEP_ALL
-    if density <= 0:
-        return ElementFilter(min_magnitude=math.inf)
-    mask = random_mask(group.seed, density, options.random_seed, group.name, group.expert_names[expert])
-    return ElementFilter(mask=mask, scale=rescale_factor(group, expert, mask, options.rescale, density))
 
 
 def rescale_factor(group: TensorGroup, expert: int, mask: Array, rescale: Rescale, density: float) -> float:

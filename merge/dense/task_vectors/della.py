@@ -7,8 +7,8 @@ from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
 from ....core.hooks.option_checks import check_range
-from ..arrays import Array, is_numpy, namespace, per_expert_values, random_mask
-from .changes import KEEP_ALL, ElementFilter, add_task_vectors
+from ..arrays import Array, is_numpy, per_expert_values, random_mask
+from .changes import ElementFilter, add_task_vectors, density_filters
 from .dare import Rescale, rescale_factor
 
 
@@ -47,27 +47,18 @@ class DellaOptions:
 
 def della(group: TensorGroup, options: DellaOptions, *, elect: bool) -> Any:
     """Return the seed plus sampled task vectors, with `elect` their disjoint mean (arXiv:2406.11617, section 3)."""
-    settings = zip(per_expert_values(options.density, group), per_expert_values(options.epsilon, group), strict=True)
-    filters = [
-        _random_filter(group, number, density, epsilon, options) for number, (density, epsilon) in enumerate(settings)
-    ]
+    epsilons = per_expert_values(options.epsilon, group)
+
+    def sample(expert: int, density: float) -> ElementFilter:
+        probabilities = keep_probabilities(abs(group.experts[expert] - group.seed), density, epsilons[expert])
+        name = group.expert_names[expert]
+        mask = random_mask(group.seed, probabilities, options.random_seed, group.name, name)
+        if options.rescale == "density":
+            return ElementFilter(mask=mask, scale=1 / probabilities)
+        return ElementFilter(mask=mask, scale=rescale_factor(group, expert, mask, options.rescale, density))
+
+    filters = density_filters(group, options.density, sample)
     return add_task_vectors(group, filters, scaling=options.lambda_, normalize=options.normalize, elect=elect)
-
-
-def _random_filter(
-    group: TensorGroup, expert: int, density: float, epsilon: float, options: DellaOptions
-) -> ElementFilter:
-    if density >= 1:
-        return KEEP_ALL
-    xp = namespace(group.seed)
-    if density <= 0:
-        return ElementFilter(mask=xp.zeros_like(group.seed, dtype=xp.bool))
-    probabilities = keep_probabilities(abs(group.experts[expert] - group.seed), density, epsilon)
-    name = group.expert_names[expert]
-    mask = random_mask(group.seed, probabilities, options.random_seed, group.name, name)
-    if options.rescale == "density":
-        return ElementFilter(mask=mask, scale=1 / probabilities)
-    return ElementFilter(mask=mask, scale=rescale_factor(group, expert, mask, options.rescale, density))
 
 
 def keep_probabilities(magnitudes: Array, density: float, epsilon: float) -> Array:

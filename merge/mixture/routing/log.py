@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ....core.errors import UserError
-from .report import DEAD_SHARE
+
+DEAD_SHARE = 0.01
+"""An expert whose load in a layer is below this fraction of a balanced load counts as dead there."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,6 @@ class Decision:
         """Return the mean gate of each expert over tokens, (E,)."""
         empty_NE = torch.zeros_like(self.logits, dtype=torch.float32)
         return empty_NE.scatter(-1, self.chosen, self.gates.float()).mean(dim=0)
-
-    def mean_probabilities(self) -> Tensor:
-        """Return the mean softmax probability of each expert over tokens, (E,)."""
-        return self.logits.float().softmax(dim=-1).mean(dim=0)
 
     def load(self) -> Tensor:
         """Return each expert's share of the token assignments, (E,)."""
@@ -62,38 +59,21 @@ def routers_of(model: nn.Module) -> dict[str, Any]:
     return routers
 
 
-@dataclass
-class RoutingLog:
-    """Routing decisions of the last forward pass, by router."""
+class RoutingLog(ExitStack):
+    """Log of the decisions of a model's routers in the last forward pass; as a context, it is detached at the end."""
 
-    decisions: dict[str, Decision] = field(default_factory=dict)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.decisions: dict[nn.Module, Decision] = {}
+        """By router, in layer order."""
+        for router in routers_of(model).values():
+            self.enter_context(router.register_forward_hook(self._record))
+
+    def _record(self, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.decisions[router] = Decision(*output)
 
     def layers(self) -> list[Decision]:
         return list(self.decisions.values())
-
-
-def attach_log(model: nn.Module) -> tuple[RoutingLog, list[Any]]:
-    """Log the decisions of a model's routers; returns the log and the handles of its hooks."""
-    log = RoutingLog()
-
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-            log.decisions[name] = Decision(*output)
-
-        return record
-
-    return log, [module.register_forward_hook(hook(name)) for name, module in routers_of(model).items()]
-
-
-@contextmanager
-def watching(model: nn.Module) -> Iterator[RoutingLog]:
-    """Yield a log of a model's routers, which is detached at the end of the context."""
-    log, handles = attach_log(model)
-    try:
-        yield log
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def routing_measures(decisions: list[Decision]) -> dict[str, float]:
@@ -104,9 +84,8 @@ def routing_measures(decisions: list[Decision]) -> dict[str, float]:
     dead because the batch has no text of its domain.
     """
     with torch.no_grad():
-        loads = torch.stack(
-            [decision.mean_gates() / decision.mean_gates().sum() * decision.num_experts for decision in decisions]
-        )
+        gates = [decision.mean_gates() for decision in decisions]
+        loads = torch.stack([layer / layer.sum() * len(layer) for layer in gates])
         entropy = torch.stack([decision.entropy() for decision in decisions]).mean()
     return {
         "router_entropy": float(entropy),
@@ -122,9 +101,11 @@ def balance_loss(decisions: list[Decision]) -> Tensor:
     u_i is the mean gate of expert i and p_i its mean probability (Branch-Train-MiX, arXiv:2403.07816, section
     2.3). A balanced layer contributes 1.
     """
-    return torch.stack(
-        [decision.num_experts * (decision.mean_gates() * decision.mean_probabilities()).sum() for decision in decisions]
-    ).sum()
+    losses = []
+    for decision in decisions:
+        probabilities_E = decision.logits.float().softmax(dim=-1).mean(dim=0)
+        losses.append(decision.num_experts * (decision.mean_gates() * probabilities_E).sum())
+    return torch.stack(losses).sum()
 
 
 def z_loss(decisions: list[Decision]) -> Tensor:

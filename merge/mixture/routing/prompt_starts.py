@@ -47,8 +47,7 @@ def prompt_rows(inputs: RouterInputs) -> RouterRows:
 def prompt_state_rows(inputs: RouterInputs) -> RouterRows:
     """Return the normalized difference of layer inputs at the last token of positive and negative prompts.
 
-    As `gate_mode: hidden` of mergekit-moe; option `average` 1 averages over all tokens of a prompt, as
-    `hidden_avg`.
+    As `gate_mode: hidden` of mergekit-moe; option `average` 1 averages over all tokens of a prompt, as `hidden_avg`.
     """
     import torch
 
@@ -74,14 +73,13 @@ def prompt_state_rows(inputs: RouterInputs) -> RouterRows:
 def prompt_token_rows(inputs: RouterInputs) -> RouterRows:
     """Return the normalized difference of mean token embeddings of positive and negative prompts.
 
-    As `gate_mode: cheap_embed` of mergekit-moe: tokens are weighted equally, and both means are normalized
-    before subtraction. Cheap, since no model runs, but a poor approximation of the hidden states of deeper
-    layers.
+    As `gate_mode: cheap_embed` of mergekit-moe: tokens are weighted equally, and both means are normalized before
+    subtraction. Cheap, since no model runs, but a poor approximation of the hidden states of deeper layers.
     """
     import numpy as np
 
     from ....core.artefacts.safetensors_io import Checkpoint
-    from ....core.models.loading import load_tokenizer
+    from ....core.text.tokenizer import load_tokenizer
     from ...engine.reading import Reader
     from ...sources.models import StoredTensor
     from ...sources.tensor_names import embedding_name

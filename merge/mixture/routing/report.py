@@ -1,13 +1,15 @@
-"""Routing report of a mixture: load, gates and entropy by layer and domain, and dead experts."""
+"""Measurement and report of a mixture's routing: load, gates and entropy by layer and domain, and dead experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-DEAD_SHARE = 0.01
-"""An expert whose load in a layer is below this fraction of a balanced load counts as dead there."""
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,26 @@ class DomainRouting:
         return [sum(column) / len(self.load) for column in zip(*self.load, strict=True)]
 
 
+def routing_of(model: PreTrainedModel, blocks: Sequence[NDArray[Any]]) -> DomainRouting:
+    """Measure load, gates and entropy of a mixture's routers on token arrays of shape (tokens,)."""
+    import torch
+
+    from .log import Decision, RoutingLog
+
+    measures = (Decision.load, Decision.mean_gates, Decision.entropy)
+    by_block: list[list[Tensor]] = []
+    with torch.inference_mode(), RoutingLog(model) as log:
+        for block in blocks:
+            model(input_ids=torch.from_numpy(block[None]).to(model.device), use_cache=False)
+            layers = log.layers()
+            by_block.append([torch.stack([measure(layer) for layer in layers]) * len(block) for measure in measures])
+    tokens = sum(map(len, blocks))
+    load, gates, entropy = (
+        (torch.stack(values).sum(dim=0) / max(tokens, 1)).tolist() for values in zip(*by_block, strict=True)
+    )
+    return DomainRouting(tokens, tuple(map(tuple, load)), tuple(map(tuple, gates)), tuple(entropy))
+
+
 @dataclass(frozen=True)
 class RoutingReport:
     """Routing statistics of a mixture on several domains."""
@@ -36,6 +58,8 @@ class RoutingReport:
 
     def dead(self) -> list[tuple[int, str]]:
         """Return (layer, expert) of all experts that are dead in every domain."""
+        from .log import DEAD_SHARE
+
         limit = DEAD_SHARE / len(self.experts)
         layers = range(len(next(iter(self.domains.values())).load))
         return [

@@ -85,44 +85,36 @@ def embedding_rows(inputs: RouterInputs) -> RouterRows:
     import numpy as np
 
     scale = float(options_of(inputs, {"scale": 1.0}, "embedding")["scale"])
-    starts = [
-        read_router_start(folder, name, scale) if folder is not None else None
-        for name, folder in inputs.experts.items()
-    ]
-    shape = (inputs.num_layers, len(starts), inputs.width)
+    shape = (inputs.num_layers, len(inputs.experts), inputs.width)
     rows, biases = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
-    units = np.zeros(shape, np.float32)
-    for number, (name, start) in enumerate(zip(inputs.experts, starts, strict=True)):
-        if start is None:
+    units, can_fold = np.zeros(shape, np.float32), True
+    for number, (name, folder) in enumerate(inputs.experts.items()):
+        if folder is None:
             continue
+        start = read_router_start(folder, name, scale)
         if start.rows.shape != (shape[0], 1, shape[2]):
             raise UserError(
                 f"the router rows of '{name}' have shape {[shape[0], start.rows.shape[-1]]}; the seed needs "
                 f"{[shape[0], shape[2]]}"
             )
+        assert start.biases is not None
         rows[:, number], biases[:, number] = start.rows[:, 0], start.biases[:, 0]
-        if start.unit is not None:
+        if start.unit is None:
+            can_fold = False
+        else:
             units[:, number] = start.unit[:, 0]
-    can_fold = all(start is None or start.unit is not None for start in starts)
     return RouterRows(rows, biases, units if can_fold else None)
 
 
-def read_router_start(folder: Path, name: str, scale: float = 1.0) -> RouterRows:
-    """Read one expert's router row, times `scale`: rows (L, 1, d), biases (L, 1)."""
-    tensors = read_router(folder, name)
-    unit = None
-    if "public" in tensors:
-        mean = tensors["public"]
-        unit = (mean / (mean**2).sum(axis=-1, keepdims=True))[:, None]
-    return RouterRows(tensors["rows"][:, None] * scale, tensors["biases"][:, None] * scale, unit)
+def read_router_start(folder: Path, name: str, scale: float) -> RouterRows:
+    """Read one expert's router row, times `scale`: rows (L, 1, d), biases (L, 1).
 
-
-def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
-    """Read an expert's router file; raises `UserError` if it is missing, incomplete or not finite."""
+    Raises `UserError` if the router file is missing, incomplete or not finite.
+    """
     import numpy as np
 
     from ....core.artefacts.safetensors_io import Checkpoint
-    from ....core.manifests.manifest import manifest_path, read_manifest
+    from ....core.manifests.manifest import find_manifest
     from ...engine.reading import Reader
     from ...sources.models import StoredTensor
 
@@ -132,7 +124,8 @@ def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
             f"expert '{name}' ({folder}) has no router row ({ROUTER_FILE}); train it with --trains "
             "flexolmo, or choose another router initialisation, such as --option router=hidden"
         )
-    expected = read_manifest(folder).tensors if manifest_path(folder) is not None else {}
+    manifest = find_manifest(folder)
+    expected = manifest.tensors if manifest is not None else {}
     with Reader() as reader:
         tensors = {
             key: reader.read(StoredTensor(entry, expected.get(key), name=key))
@@ -143,7 +136,11 @@ def read_router(folder: Path, name: str) -> dict[str, NDArray[Any]]:
             raise UserError(f"{path} has no tensor '{key}'; train the expert again with --trains flexolmo")
         if not np.isfinite(tensors[key]).all():
             raise UserError(f"the router {key} of expert '{name}' ({path}) are not finite; train it again")
-    return tensors
+    unit = None
+    if "public" in tensors:
+        mean = tensors["public"]
+        unit = (mean / (mean**2).sum(axis=-1, keepdims=True))[:, None]
+    return RouterRows(tensors["rows"][:, None] * scale, tensors["biases"][:, None] * scale, unit)
 
 
 def hidden_rows(inputs: RouterInputs) -> RouterRows:
@@ -166,9 +163,9 @@ def hidden_rows(inputs: RouterInputs) -> RouterRows:
     for number, (name, folder) in enumerate(inputs.experts.items()):
         if folder is None:
             continue
-        domains = [domain for domain in inputs.domains.get(name, ()) if domain in texts] or (
-            [name] if name in texts else []
-        )
+        domains = [domain for domain in inputs.domains.get(name, ()) if domain in texts]
+        if not domains and name in texts:
+            domains = [name]
         if not domains:
             raise UserError(
                 f"router start 'hidden' needs validation text of the domain of '{name}'; name domains with "
@@ -190,9 +187,8 @@ def hidden_rows(inputs: RouterInputs) -> RouterRows:
         biases[:, number] = -(rows[:, number] * (domain.mean + mean)).sum(dim=-1) / 2
     power = second + 1e-6 * scale * torch.eye(inputs.width, dtype=second.dtype)
     unit = torch.linalg.solve(power, mean)
-    unit /= (unit * mean).sum(
-        dim=-1, keepdim=True
-    )  # its product with hidden states is a least-squares fit of 1, exact on average
+    # its product with hidden states is a least-squares fit of 1, exact on average
+    unit /= (unit * mean).sum(dim=-1, keepdim=True)
     return RouterRows(
         rows.numpy().astype(np.float32), biases.numpy().astype(np.float32), unit.numpy().astype(np.float32)[:, None]
     )

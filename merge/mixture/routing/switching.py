@@ -17,7 +17,6 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collec
     Raises `UserError` if no expert is left.
     """
     import torch
-    from torch import nn
 
     from .log import routers_of
 
@@ -27,9 +26,7 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collec
     with torch.no_grad():
         for name, router in routers_of(model).items():
             block = model.get_submodule(name.rpartition(".")[0])
-            for key, parameter in list(router.named_parameters(recurse=False)):
-                setattr(router, key, nn.Parameter(parameter[kept].clone(), requires_grad=False))
-            router.num_experts = len(kept)
+            _select_rows(router, kept)
             router.top_k = min(router.top_k, len(kept))
             block.experts = _select_experts(block.experts, kept)
             if hasattr(block, "num_experts"):
@@ -47,7 +44,14 @@ def _select_experts(experts: Any, kept: Sequence[int]) -> Any:
 
     if isinstance(experts, nn.ModuleList):
         return nn.ModuleList([experts[number] for number in kept])
-    for key, parameter in list(experts.named_parameters(recurse=False)):
-        setattr(experts, key, nn.Parameter(parameter[list(kept)].clone(), requires_grad=False))
-    experts.num_experts = len(kept)
+    _select_rows(experts, kept)
     return experts
+
+
+def _select_rows(module: Any, kept: Sequence[int]) -> None:
+    """Keep some rows of a module's own parameters, whose first axis is the experts."""
+    from torch import nn
+
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, key, nn.Parameter(parameter[list(kept)].clone(), requires_grad=False))
+    module.num_experts = len(kept)

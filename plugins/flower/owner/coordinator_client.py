@@ -19,7 +19,7 @@ from ....experts.federation.protocol.delivery import SignedStatement
 from ....experts.federation.protocol.fields import Message, check_fields
 from ....experts.federation.protocol.keys import OwnerKey
 from ....experts.federation.protocol.parts import FileParts
-from ....experts.federation.protocol.progress import Progress
+from ....experts.federation.protocol.requests import Progress
 from ..protocol.certificates import fingerprint_of
 from ..protocol.endpoints import PATH, STATUS
 from ..protocol.signing import EMPTY, signed_headers

@@ -54,7 +54,7 @@ def join(
         try:
             for request in owner.requests():  # resume training before connecting
                 if not work.is_over(request) and owner.seeds.has(request):
-                    owner.start(request.id)
+                    owner.start(request)
             while not stop.is_set():
                 membership.send_hello()
                 if membership.last_hello is not None:

@@ -10,11 +10,10 @@ from pathlib import Path
 from ....core.errors import UserError
 from ....core.reporting import Reporter
 from ....experts.federation.owner.owner import LOG_FILE, Owner, Review
-from ....experts.federation.protocol.delivery import SignedStatement, make_delivery
+from ....experts.federation.protocol.delivery import SignedStatement
 from ....experts.federation.protocol.keys import PUBLIC_FILE
 from ....experts.federation.protocol.parts import PART_BYTES, read_part
-from ....experts.federation.protocol.progress import Progress
-from ....experts.federation.protocol.requests import ExpertRequest
+from ....experts.federation.protocol.requests import ExpertRequest, Progress
 from ..processes.child import backoff_s
 from .coordinator_client import CoordinatorClient, Declined, Unreachable
 
@@ -67,16 +66,16 @@ class OwnerWork:
     def is_over(self, request: ExpertRequest) -> bool:
         """Return whether a request is closed: delivered, refused, past its deadline or against the owner's settings."""
         return (
-            self._owner.outcome(request.id) is not None
+            self._owner.outcome(request) is not None
             or request.deadline < datetime.now(UTC)
             or self._owner.objection(request) is not None
         )
 
     def repeated_failure(self, request: ExpertRequest) -> str | None:
         """Return a message if training has failed `TRIES` times and has stopped, else None."""
-        progress = self._owner.progress(request.id)
+        progress = self._owner.progress(request)
         has_failed = progress.state == "failed" and progress.code != "STOPPED"
-        if not has_failed or self._starts.get(request.id, 0) < TRIES or self._owner.is_working(request.id):
+        if not has_failed or self._starts.get(request.id, 0) < TRIES or self._owner.is_working(request):
             return None
         return f"training failed ({progress.code}) {TRIES} times; see {self._log_file(request)}"
 
@@ -95,7 +94,7 @@ class OwnerWork:
         self._say(request, reason)
 
     def _log_file(self, request: ExpertRequest) -> Path:
-        return self._owner.run_folder(request.id) / LOG_FILE
+        return self._owner.run_folder(request) / LOG_FILE
 
     def _say(self, request: ExpertRequest, text: str) -> None:
         """Report a message about a request, unless it repeats the previous one."""
@@ -117,8 +116,8 @@ class OwnerWork:
 
     def _train(self, request: ExpertRequest) -> None:
         """Ensure that a training process runs; repeated starts are delayed by the back-off."""
-        if not self._owner.is_working(request.id) or not self._owner.is_private_enough(request):
-            progress, starts = self._owner.progress(request.id), self._starts.get(request.id, 0)
+        if not self._owner.is_working(request) or not self._owner.is_private_enough(request):
+            progress, starts = self._owner.progress(request), self._starts.get(request.id, 0)
             log = self._log_file(request)
             if progress.state == "failed" and progress.code != "STOPPED":
                 self._report(request)
@@ -127,14 +126,14 @@ class OwnerWork:
                 self._say(request, f"training has ended early {starts} times, see {log}; trying again")
             else:
                 self._say(request, "training")
-            self._owner.start(request.id)
+            self._owner.start(request)
             self._starts[request.id] = starts + 1
             self._wait_until[request.id] = time.monotonic() + backoff_s(starts + 1)
         self._report(request)
 
     def _report(self, request: ExpertRequest) -> None:
         """Send changed progress to the coordinator: a new state at once, else at most every `TELL_S` seconds."""
-        progress, now = self._owner.progress(request.id), time.monotonic()
+        progress, now = self._owner.progress(request), time.monotonic()
         sent_at, previous = self._reported.get(request.id, (0.0, None))
         if progress == previous or (
             previous is not None and progress.state == previous.state and now - sent_at < TELL_S
@@ -147,7 +146,7 @@ class OwnerWork:
 
     def _deliver(self, request: ExpertRequest) -> None:
         signed = self._delivery(request)
-        if not self._consent(self._owner.review(request.id)):
+        if not self._consent(self._owner.review(request)):
             self._say(
                 request, "the expert is ready and waits for your consent: inspect it with --review, send it with --yes"
             )
@@ -161,20 +160,16 @@ class OwnerWork:
                 self._reporter.progress(f"judging {request.id}", 0)
                 time.sleep(JUDGED_S)
         refusal = answer.get("refusal")
-        self._owner.note_outcome(request.id, refusal)
+        self._owner.note_outcome(request, refusal)
         self._say(request, "accepted" if refusal is None else f"refused: {refusal}")
 
     def _delivery(self, request: ExpertRequest) -> SignedStatement:
         """Return the signed statement, preparing the delivery in about 64 parts if needed."""
-        folder = self._owner.delivery_folder(request.id)
-        if not (folder / "delivery.json").is_file():
-            expert = self._owner.expert_folder(request)
-            largest = max((path.stat().st_size for path in expert.glob("*.safetensors")), default=0)
-            make_delivery(expert, request, self._owner.key(), folder, part_size=part_size(largest))
-        return self._owner.delivery(request.id)
+        files = self._owner.expert_folder(request).glob("*.safetensors")
+        return self._owner.delivery(request, part_size=part_size(max(file.stat().st_size for file in files)))
 
     def _send(self, request: ExpertRequest, signed: SignedStatement, missing: dict[str, list[int]]) -> None:
-        folder, files = self._owner.delivery_folder(request.id), {file.name: file for file in signed.statement.files}
+        folder, files = self._owner.delivery_folder(request), {file.name: file for file in signed.statement.files}
         for name, indices in missing.items():
             for index in indices:
                 self._client.put(request.id, files[name], index, read_part(folder / name, files[name], index))

@@ -22,7 +22,7 @@ from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.judging.acceptance import Refusal
 from ....experts.federation.protocol.delivery import MAX_STATEMENT, SignedStatement
 from ....experts.federation.protocol.parts import PART_BYTES
-from ....experts.federation.protocol.progress import Progress
+from ....experts.federation.protocol.requests import ExpertRequest, Progress
 from .signing import Failure, Gatekeeper, SignedRequest
 
 PATH = "/expertctl/v1/"
@@ -62,7 +62,7 @@ class Endpoints:
     """Handlers of owners' signed requests to a coordinator."""
 
     def __init__(self, coordinator: Coordinator, audience: str, reporter: Reporter) -> None:
-        self._coordinator, self._reporter = coordinator, reporter
+        self._coordinator, self._files, self._reporter = coordinator, coordinator.files, reporter
         self._gate = Gatekeeper(coordinator.files.members, audience)
         self._sessions: dict[str, tuple[str, float]] = {}
         self._finishing: dict[str, asyncio.Task[Refusal | None]] = {}
@@ -82,7 +82,7 @@ class Endpoints:
         try:
             signed = await asyncio.to_thread(self._gate.check, method, target, headers)
             self._require_single_session(signed)
-            await asyncio.to_thread(self._coordinator.files.presence.note, signed.member.name, self._coordinator.now())
+            await asyncio.to_thread(self._files.presence.note, signed.member.name, self._coordinator.now())
             for route_method, pattern, handler in self._routes:
                 match = pattern.fullmatch(target.removeprefix(PATH))
                 if route_method == method and match is not None:
@@ -108,44 +108,43 @@ class Endpoints:
         self._sessions[name] = (signed.session, now)
 
     async def _requests(self, signed: SignedRequest, read: Read) -> Answer:
-        await _body(signed, read, SMALL_BODY)
+        await _body(signed, read)
         name = signed.member.name
         requests = await asyncio.to_thread(self._coordinator.open_requests, name)
         more = await asyncio.to_thread(self._coordinator.has_later_rounds, name)
         return _json({"name": name, "open": [request.id for request in requests], "more": more})
 
     async def _seed_part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
-        await _body(signed, read, SMALL_BODY)
+        await _body(signed, read)
         async with self._parts:
-            data = await asyncio.to_thread(
-                self._coordinator.seed_part, signed.member.name, request, unquote(file), int(index)
-            )
+            asked = await self._request_of(signed, request)
+            data = await asyncio.to_thread(self._coordinator.seed_part, asked, unquote(file), int(index))
         return 200, data, "application/octet-stream"
 
     async def _progress(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        progress = Progress.of_json(await _json_body(signed, read, SMALL_BODY))
-        await asyncio.to_thread(self._coordinator.record_progress, signed.member.name, request, progress)
+        progress = Progress.of_json(await _json_body(signed, read))
+        await self._request_of(signed, request)
+        await asyncio.to_thread(self._files.record_progress, request, progress, self._coordinator.now())
         return _json({})
 
     async def _begin(self, signed: SignedRequest, read: Read, request: str) -> Answer:
         delivery = SignedStatement.of_json(await _json_body(signed, read, MAX_STATEMENT))
         if any(file.part_size > PART_BYTES for file in delivery.statement.files):
             raise Failure("TOO_LARGE")
-        name = signed.member.name
-        missing = await asyncio.to_thread(self._coordinator.begin, name, request, delivery)
-        return self._refused(name, missing) if isinstance(missing, Refusal) else _json({"missing": missing})
+        missing = await asyncio.to_thread(self._coordinator.begin, await self._request_of(signed, request), delivery)
+        return self._refused(signed, missing) if isinstance(missing, Refusal) else _json({"missing": missing})
 
     async def _part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
         async with self._parts:
             data = await _body(signed, read, PART_BYTES)
-            await asyncio.to_thread(self._coordinator.put, signed.member.name, request, unquote(file), int(index), data)
+            await self._request_of(signed, request)
+            await asyncio.to_thread(self._files.put, request, unquote(file), int(index), data)
         return _json({})
 
     async def _finish(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        await _body(signed, read, SMALL_BODY)
-        name = signed.member.name
+        await _body(signed, read)
         if request not in self._finishing:
-            self._finishing[request] = asyncio.create_task(self._judge(name, request))
+            self._finishing[request] = asyncio.create_task(self._judge(signed, request))
         task = self._finishing[request]
         await asyncio.wait({task}, timeout=FINISH_S)
         if not task.done():
@@ -153,21 +152,24 @@ class Endpoints:
         self._finishing.pop(request, None)
         refusal = task.result()
         if refusal is not None:
-            return self._refused(name, refusal)
-        self._reporter.say(f"the expert of '{name}' is accepted")
+            return self._refused(signed, refusal)
+        self._reporter.say(f"the expert of '{signed.member.name}' is accepted")
         return _json({"state": "accepted"})
 
-    def _refused(self, name: str, refusal: Refusal) -> Answer:
-        self._reporter.say(f"the delivery of '{name}' is refused: {refusal}")
+    def _refused(self, signed: SignedRequest, refusal: Refusal) -> Answer:
+        self._reporter.say(f"the delivery of '{signed.member.name}' is refused: {refusal}")
         return _json({"refusal": refusal.code.name})
 
-    async def _judge(self, name: str, request: str) -> Refusal | None:
+    async def _judge(self, signed: SignedRequest, request: str) -> Refusal | None:
         async with self._judging:
             try:
-                return await asyncio.to_thread(self._coordinator.finish, name, request)
+                return await asyncio.to_thread(self._coordinator.finish, await self._request_of(signed, request))
             except UserError as error:  # the owner receives a code and tries again
-                self._reporter.say(f"the delivery of '{name}' cannot be judged now: {first_line(error)}")
+                self._reporter.say(f"the delivery of '{signed.member.name}' cannot be judged now: {first_line(error)}")
                 raise
+
+    async def _request_of(self, signed: SignedRequest, request: str) -> ExpertRequest:
+        return await asyncio.to_thread(self._coordinator.request_of, signed.member.name, request)
 
 
 def failure_answer(code: str) -> Answer:
@@ -175,7 +177,7 @@ def failure_answer(code: str) -> Answer:
     return _json({"code": code}, STATUS.get(code, 409))
 
 
-async def _body(signed: SignedRequest, read: Read, limit: int) -> bytes:
+async def _body(signed: SignedRequest, read: Read, limit: int = SMALL_BODY) -> bytes:
     """Read a body up to a size limit and check its signed digest."""
     data = await read(limit)
     if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != signed.digest:
@@ -183,7 +185,7 @@ async def _body(signed: SignedRequest, read: Read, limit: int) -> bytes:
     return data
 
 
-async def _json_body(signed: SignedRequest, read: Read, limit: int) -> Any:
+async def _json_body(signed: SignedRequest, read: Read, limit: int = SMALL_BODY) -> Any:
     try:
         return json.loads(await _body(signed, read, limit))
     except (ValueError, RecursionError):

@@ -16,7 +16,7 @@ from ....core.hooks.hookspecs import hookimpl
 from ....core.hooks.text import DiscoveryInputs, Document, DomainDiscoverer
 from ....core.text.clustering.clusterer import Clusterer, ClustererOptions, ClustererSettings, fit_clusterer
 from .metadata_domains import MetadataOptions, fit_metadata
-from .vector_clusters import Embed, VectorClusters, fit_vector_clusters, numbered
+from .vector_clusters import VectorClusters, VectorOptions, fit_vector_clusters, num_clusters, numbered
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,16 +43,6 @@ class WordClusters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorOptions:
-    """Options of k-means on text vectors."""
-
-    balanced: bool = True
-    """Whether k-means fits clusters of equal size."""
-    rounds: int = 20
-    """Maximum number of k-means iterations."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class HiddenStateOptions(VectorOptions):
     """Options of the discoverer `hidden_states`."""
 
@@ -70,7 +60,7 @@ class SentenceOptions(VectorOptions):
 
 def by_words(inputs: DiscoveryInputs, options: ClustererOptions) -> WordClusters:
     """Cluster texts by tf-idf vectors."""
-    settings = ClustererSettings(**asdict(options), clusters=_num_clusters(inputs), seed=inputs.random_seed)
+    settings = ClustererSettings(**asdict(options), clusters=num_clusters(inputs), seed=inputs.random_seed)
     return WordClusters(fit_clusterer(inputs.sample(), settings, inputs.reporter))
 
 
@@ -82,7 +72,7 @@ def by_hidden_states(inputs: DiscoveryInputs, options: HiddenStateOptions) -> Ve
         raise UserError("discoverer hidden_states needs a seed, and there is none; run `expertctl seed`")
     if options.tokens < 1:
         raise UserError(f"tokens is {options.tokens}; it must be at least 1")
-    return _by_vectors(HiddenStateEmbedder(inputs.seed, options.tokens), inputs, options)
+    return fit_vector_clusters(HiddenStateEmbedder(inputs.seed, options.tokens), inputs, options)
 
 
 def by_sentence_embeddings(inputs: DiscoveryInputs, options: SentenceOptions) -> VectorClusters:
@@ -91,24 +81,7 @@ def by_sentence_embeddings(inputs: DiscoveryInputs, options: SentenceOptions) ->
 
     if options.folder is None:
         raise UserError("discoverer sentence_embeddings needs the folder of a model; add --option folder=DIR")
-    return _by_vectors(SentenceEmbedder(inputs.root / Path(options.folder).expanduser()), inputs, options)
-
-
-def _by_vectors(embed: Embed, inputs: DiscoveryInputs, options: VectorOptions) -> VectorClusters:
-    return fit_vector_clusters(
-        embed,
-        inputs.sample(),
-        _num_clusters(inputs),
-        seed=inputs.random_seed,
-        rounds=options.rounds,
-        balanced=options.balanced,
-    )
-
-
-def _num_clusters(inputs: DiscoveryInputs) -> int:
-    if inputs.clusters is None:
-        raise UserError("the number of clusters is missing; add --clusters K")
-    return inputs.clusters
+    return fit_vector_clusters(SentenceEmbedder(inputs.root / Path(options.folder).expanduser()), inputs, options)
 
 
 @hookimpl

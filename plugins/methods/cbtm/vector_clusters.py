@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ....core.artefacts.files import write_json
 from ....core.artefacts.safetensors_io import write_tensors
 from ....core.errors import UserError
-from ....core.hooks.text import Document
+from ....core.hooks.text import DiscoveryInputs, Document
 from ....core.text.clustering.balanced_kmeans import fit, squared_distances
 from ....core.text.clustering.clusterer import unit_rows
 from ....core.text.clustering.distinct_words import distinct_words
@@ -65,21 +65,30 @@ class VectorClusters:
         write_json(folder / WORDS_FILE, {"words": [list(words) for words in self.words]})
 
 
-def fit_vector_clusters(
-    embed: Embed, texts: Sequence[str], clusters: int, *, seed: int = 0, rounds: int = 20, balanced: bool = True
-) -> VectorClusters:
+@dataclass(frozen=True, kw_only=True)
+class VectorOptions:
+    """Options of k-means on text vectors."""
+
+    balanced: bool = True
+    """Whether k-means fits clusters of equal size."""
+    rounds: int = 20
+    """Maximum number of k-means iterations."""
+
+
+def fit_vector_clusters(embed: Embed, inputs: DiscoveryInputs, options: VectorOptions) -> VectorClusters:
     """Fit k-means to the embeddings of texts, which must fit into memory.
 
     Raises `UserError` for fewer texts than clusters.
     """
     import numpy as np
 
+    texts, clusters = inputs.sample(), num_clusters(inputs)
     if len(texts) < clusters:
         raise UserError(f"{clusters} clusters need at least as many texts, and there are {len(texts)}; request fewer")
     vectors = embed(texts)
     mean = vectors.mean(axis=0)
     points = unit_rows(vectors - mean)
-    fitted = fit(points, clusters, seed=seed, rounds=rounds, balanced=balanced)
+    fitted = fit(points, clusters, seed=inputs.random_seed, rounds=options.rounds, balanced=options.balanced)
     groups = squared_distances(points, fitted.centres).argmin(axis=1)
     return VectorClusters(
         embed,
@@ -87,6 +96,13 @@ def fit_vector_clusters(
         fitted.centres.astype(np.float32),
         distinct_words(texts, groups.tolist(), clusters),
     )
+
+
+def num_clusters(inputs: DiscoveryInputs) -> int:
+    """Return the requested number of clusters; raises `UserError` if there is none."""
+    if inputs.clusters is None:
+        raise UserError("the number of clusters is missing; add --clusters K")
+    return inputs.clusters
 
 
 def numbered(count: int) -> tuple[str, ...]:

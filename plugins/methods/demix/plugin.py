@@ -1,10 +1,9 @@
 """DEMix layers (arXiv:2108.05036): one feed-forward network per domain, trained jointly with shared layers.
 
-Trainer `demix` makes a generalist from the seed (`tune NAME --from seed --trains demix --domains a,b,c`). Its
-experts share all tensors outside the feed-forward networks and are mixed by the domain posterior, as in an
-ensemble, without a trained router. Trainer `demix_dapt` adds a domain: it copies the expert with the largest
-posterior and trains only its feed-forward networks. `expertctl expert remove` removes an expert, but the
-shared layers remain trained on its text.
+Trainer `demix` makes a generalist from the seed (`tune NAME --from seed --trains demix --domains a,b,c`). Its experts
+share all tensors outside the feed-forward networks and are mixed by the domain posterior, as in an ensemble, without a
+trained router. Trainer `demix_dapt` adds a domain: it copies the expert with the largest posterior and trains only its
+feed-forward networks. `expertctl expert remove` removes an expert, but the shared layers remain trained on its text.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ....core.artefacts.files import link_or_copy, read_json
+from ....core.artefacts.files import link_or_copy, read_json, write_json
+from ....core.artefacts.safetensors_io import Checkpoint, stored_dtype, write_tensors
 from ....core.errors import UserError
 from ....core.hooks.architectures import architecture_of
 from ....core.hooks.hookspecs import hookimpl
@@ -22,6 +22,7 @@ from ....core.hooks.option_checks import check_at_least
 from ....core.hooks.training import TrainablePart, Trainer, TrainingContext, TrainingText
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -54,11 +55,12 @@ class DemixAdaptation:
 
 def require_dense(folder: Path, options: DemixTraining, domains: Sequence[str]) -> None:
     """Raise `UserError` unless the model is dense and there are two or more domains."""
-    from ....core.manifests.manifest import manifest_path, read_manifest
+    from ....core.manifests.manifest import find_manifest
 
     if len(domains) < 2:
         raise UserError("demix trains one feed-forward network per domain; name two or more domains: --domains A,B")
-    merged = read_manifest(folder).merged if manifest_path(folder) is not None else None
+    manifest = find_manifest(folder)
+    merged = manifest.merged if manifest is not None else None
     if merged is not None and (merged.kind in ("ensemble", "stitched") or merged.mixture is not None):
         raise UserError(
             f"demix needs a dense model, and '{folder.name}' already has several experts; start from the "
@@ -72,7 +74,6 @@ def require_shared_layers(folder: Path, options: DemixAdaptation, domains: Seque
     Also raises `UserError` for an invalid or existing name of the new expert.
     """
     from ....core.artefacts.layout import check_name
-    from ....core.artefacts.safetensors_io import Checkpoint
     from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
     from ....merge.planning.assembly import split_feed_forward
 
@@ -87,9 +88,8 @@ def require_shared_layers(folder: Path, options: DemixAdaptation, domains: Seque
         _, outside = split_feed_forward(Checkpoint([file]).entries, architecture_of(family))
         if outside:
             raise UserError(
-                "demix_dapt needs an ensemble whose experts share all tensors outside the feed-forward "
-                f"networks, and expert '{file.stem}' of '{folder.name}' has its own {outside[0]}; name "
-                "another model with --from"
+                "demix_dapt needs an ensemble whose experts share all tensors outside the feed-forward networks, and "
+                f"expert '{file.stem}' of '{folder.name}' has its own {outside[0]}; name another model with --from"
             )
     if options.name is None and len(domains) > 1:
         raise UserError("demix_dapt trains one expert on all domains, which needs a name; add --option name=NAME")
@@ -103,14 +103,14 @@ def _expert_name(options: DemixAdaptation, domains: Iterable[str]) -> str:
 
 
 class DemixPart(TrainablePart):
-    """A model whose feed-forward networks are split by domain; written as an ensemble."""
+    """A model whose feed-forward networks are split by domain; written as an ensemble that shares all else."""
 
     def __init__(
         self, model: PreTrainedModel, modules: Sequence[DomainFeedForward], names: Sequence[str], options: DemixTraining
     ) -> None:
-        config = {**_manifest_config(names, options.prior), "tuning": {"trained_inside": tuple(names)}}
-        super().__init__(model, dict(model.named_parameters()), config=config)
-        self._model, self._modules, self._names, self._options = model, modules, names, options
+        tuning = {"trained_inside": tuple(names)}
+        super().__init__(model, dict(model.named_parameters()), config=_manifest_config(names, options.prior, tuning))
+        self._modules, self._names, self._options = modules, names, options
 
     def begin_batch(self, domains: Sequence[int]) -> None:
         from .domain_feed_forwards import set_domains
@@ -118,75 +118,53 @@ class DemixPart(TrainablePart):
         set_domains(self._modules, domains)
 
     def write_model(self, folder: Path, base: Path) -> None:
-        shared, own = _split_tensors(self._model, self._names)
-        _write(folder, base, shared, own, self._options)
+        from ....core.models.loading import checkpoint_tensors
+        from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
+        from ....merge.ensemble.posterior_mixing import PosteriorMixer, PosteriorSettings
+
+        shared: dict[str, Tensor] = {}
+        own: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
+        for key, tensor in checkpoint_tensors(self.module).items():
+            module, separator, expert_key = key.partition(".experts.")
+            number, _, parameter = expert_key.partition(".")
+            if separator:
+                own[self._names[int(number)]][f"{module}.{parameter}"] = tensor
+            else:
+                shared[key] = tensor
+        for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
+            (folder / subfolder).mkdir(exist_ok=True)
+        dtype = stored_dtype(base)
+        _write_tensors(folder / SEED_FOLDER / "model.safetensors", shared, dtype)
+        for name, tensors in own.items():
+            _write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", tensors, dtype)
+        prior, options = (1 / len(own),) * len(own), self._options
+        mixer = PosteriorMixer(PosteriorSettings(prior, options.prior, options.posterior))
+        write_config(folder, ensemble_config(read_json(base / "config.json"), own, "posterior", mixer))
 
 
 def prepare(context: TrainingContext) -> TrainablePart:
     """Split the feed-forward networks by domain and make all parameters trainable."""
-    model = context.model
-    options: DemixTraining = context.options
-    text = context.text
     from .domain_feed_forwards import split_by_domain
 
-    names = tuple(text.domains)
-    modules = split_by_domain(model, len(names))
-    model.requires_grad_(True)
+    names = tuple(context.text.domains)
+    modules = split_by_domain(context.model, len(names))
+    context.model.requires_grad_(True)
+    return DemixPart(context.model, modules, names, context.options)
 
-    return DemixPart(model, modules, names, options)
 
-
-def _manifest_config(names: Sequence[str], prior: str) -> dict[str, Any]:
+def _manifest_config(names: Sequence[str], prior: str, tuning: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": "ensemble",
         "kind": "ensemble",
         "weights": {name: 1 / len(names) for name in names},
         "experts": tuple(names),
         "options": {"prior": prior},
+        "tuning": tuning,
     }
 
 
-def _split_tensors(
-    model: PreTrainedModel, names: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Return the shared tensors and each domain's own tensors, by their names in the seed."""
-    from ....core.models.loading import checkpoint_tensors
-
-    shared: dict[str, Tensor] = {}
-    own: dict[str, dict[str, Tensor]] = {name: {} for name in names}
-    for key, tensor in checkpoint_tensors(model).items():
-        module, separator, expert_key = key.partition(".experts.")
-        if not separator:
-            shared[key] = tensor
-            continue
-        number, _, parameter = expert_key.partition(".")
-        own[names[int(number)]][f"{module}.{parameter}"] = tensor
-    return shared, own
-
-
-def _write(
-    folder: Path,
-    seed: Path,
-    shared: Mapping[str, Tensor],
-    own: Mapping[str, Mapping[str, Tensor]],
-    options: DemixTraining,
-) -> None:
-    """Write the model as an ensemble whose experts share all tensors outside the feed-forward networks."""
-    from ....core.artefacts.safetensors_io import stored_dtype, write_tensors
-    from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
-    from ....merge.ensemble.posterior_mixing import PosteriorMixer, PosteriorSettings
-
-    dtype = stored_dtype(seed)
-    for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
-        (folder / subfolder).mkdir(exist_ok=True)
-    write_tensors(
-        folder / SEED_FOLDER / "model.safetensors", {key: tensor.to("cpu", dtype) for key, tensor in shared.items()}
-    )
-    for name, tensors in own.items():
-        cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
-        write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", cast)
-    mixer = PosteriorMixer(PosteriorSettings((1 / len(own),) * len(own), options.prior, options.posterior))
-    write_config(folder, ensemble_config(read_json(seed / "config.json"), own, "posterior", mixer))
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    write_tensors(path, {key: tensor.detach().to("cpu", dtype) for key, tensor in tensors.items()})
 
 
 class AdaptedPart(TrainablePart):
@@ -199,21 +177,34 @@ class AdaptedPart(TrainablePart):
         self._name = name
 
     def write_model(self, folder: Path, base: Path) -> None:
-        tensors = {key: parameter.detach() for key, parameter in self.parameters.items()}
-        _write_with_expert(folder, base, self._name, tensors)
+        """Write the new expert's tensors and the configuration, and link all other files from `base`."""
+        from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
+
+        for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
+            (folder / subfolder).mkdir(exist_ok=True)
+            for file in sorted((base / subfolder).iterdir()):
+                link_or_copy(file, folder / subfolder / file.name)
+        path = folder / EXPERTS_FOLDER / f"{self._name}.safetensors"
+        _write_tensors(path, self.parameters, stored_dtype(base / SEED_FOLDER))
+        config = read_json(base / "config.json")
+        experts, settings = config["experts"], config["mixer_settings"]
+        count = len(experts) + 1
+        # the new expert gets the mean prior, which is uninformative
+        prior = [*(share * (count - 1) / count for share in settings["prior"]), 1 / count]
+        changed = {"experts": [*experts, self._name], "mixer_settings": {**settings, "prior": prior}}
+        write_json(folder / "config.json", {**config, **changed})
 
 
 def prepare_adaptation(context: TrainingContext) -> TrainablePart:
     """Copy the expert nearest to the new domain and make only its feed-forward networks trainable."""
-    model = cast("EnsembleForCausalLM", context.model)
-    options: DemixAdaptation = context.options
-    text = context.text
     import copy
 
     from ....core.models.feed_forwards import feed_forwards
 
-    name = _expert_name(options, text.domains)
-    nearest = nearest_expert(model, text, options.samples)
+    model = cast("EnsembleForCausalLM", context.model)
+    options: DemixAdaptation = context.options
+    name = _expert_name(options, context.text.domains)
+    nearest = nearest_expert(model, context.text, options.samples)
     member = copy.deepcopy(model.members[nearest])
     member.requires_grad_(False)
     parameters = {}
@@ -221,11 +212,9 @@ def prepare_adaptation(context: TrainingContext) -> TrainablePart:
         for key, parameter in part.module.named_parameters():
             parameter.requires_grad_(True)
             parameters[f"{part.name}.{key}"] = parameter
-
-    names = (*model.expert_names, name)
-    manifest_config = _manifest_config(names, model.config.mixer_settings["prior_kind"])
-    manifest_config["tuning"] = {"trained_inside": (name,), "copied_from": {name: model.expert_names[nearest]}}
-    return AdaptedPart(member, parameters, name, manifest_config)
+    tuning = {"trained_inside": (name,), "copied_from": {name: model.expert_names[nearest]}}
+    config = _manifest_config((*model.expert_names, name), model.config.mixer_settings["prior_kind"], tuning)
+    return AdaptedPart(member, parameters, name, config)
 
 
 def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int) -> int:
@@ -245,27 +234,6 @@ def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int)
                 scores = torch.stack([token_log_probs(member, tokens) for member in model.members])
                 total += mean_posterior(scores, uniform, "prefix")
     return int(total.argmax())
-
-
-def _write_with_expert(folder: Path, base: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write an ensemble with one more expert; all other files are linked from `base`."""
-    from ....core.artefacts.files import write_json
-    from ....core.artefacts.safetensors_io import stored_dtype, write_tensors
-    from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER
-
-    for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
-        (folder / subfolder).mkdir(exist_ok=True)
-        for file in sorted((base / subfolder).iterdir()):
-            link_or_copy(file, folder / subfolder / file.name)
-    dtype = stored_dtype(base / SEED_FOLDER)
-    cast = {key: tensor.to("cpu", dtype) for key, tensor in tensors.items()}
-    write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", cast)
-    config = read_json(base / "config.json")
-    count = len(config["experts"]) + 1
-    # the new expert gets the mean prior, which is uninformative
-    prior = [share * (count - 1) / count for share in config["mixer_settings"]["prior"]]
-    settings = {**config["mixer_settings"], "prior": [*prior, 1 / count]}
-    write_json(folder / "config.json", {**config, "experts": [*config["experts"], name], "mixer_settings": settings})
 
 
 @hookimpl

@@ -1,9 +1,8 @@
 """Initial router row of an owner: the direction in which the owner's text differs from public text.
 
-Shapes: L = layers, d = hidden size. The embedding of a domain in a layer is the normalized mean input of the
-seed's feed-forward network. The row is the owner's embedding minus the public one, scaled to a root mean
-square of 1 of the logits over tokens of both texts. Since both embeddings have unit norm, a token halfway
-between them has logit 0.
+Shapes: L = layers, d = hidden size. The embedding of a domain in a layer is the normalized mean input of the seed's
+feed-forward network. The row is the owner's embedding minus the public one, scaled to a root mean square of 1 of the
+logits over tokens of both texts. Since both embeddings have unit norm, a token halfway between them has logit 0.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....core.models.feed_forwards import feed_forwards, input_moments
+from ....core.models.feed_forwards import input_moments, observe_inputs
 from ....experts.measures.embedder import SentenceEmbedder
 
 if TYPE_CHECKING:
@@ -54,9 +53,8 @@ def private_hidden_state_embedding(
 ) -> DomainEmbedding:
     """Return the differentially private embedding of a domain by the seed's hidden states.
 
-    Each block contributes the mean inputs of all feed-forward networks, minus the public means and divided by
-    their norms, as one vector clipped to a norm of sqrt(L). Scale and public means depend on public text
-    only.
+    Each block contributes the mean inputs of all feed-forward networks, minus the public means and divided by their
+    norms, as one vector clipped to a norm of sqrt(L). Scale and public means depend on public text only.
     """
     import torch
 
@@ -107,25 +105,12 @@ def scale_to_unit_logits(model: PreTrainedModel, direction_Ld: Tensor, blocks: S
     """Return directions scaled to a root mean square of 1 of their products with the feed-forward inputs."""
     import torch
 
-    parts = feed_forwards(model)
-    squares = torch.zeros(len(parts), dtype=torch.float64)
-    tokens = 0
+    squares = torch.zeros(len(direction_Ld), dtype=torch.float64)
 
-    def hook(layer: int) -> Any:
-        def accumulate(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            logits = inputs[0].detach() @ direction_Ld[layer].to(inputs[0])
-            squares[layer] += float(logits.double().square().sum())
+    def accumulate(layer: int, inputs: Tensor) -> None:
+        logits = inputs @ direction_Ld[layer].to(inputs)
+        squares[layer] += float(logits.double().square().sum())
 
-        return accumulate
-
-    handles = [part.module.register_forward_pre_hook(hook(layer)) for layer, part in enumerate(parts)]
-    try:
-        with torch.inference_mode():
-            for block in blocks:
-                model(input_ids=torch.from_numpy(block[None]).to(model.device), use_cache=False)
-                tokens += len(block)
-    finally:
-        for handle in handles:
-            handle.remove()
+    tokens = observe_inputs(model, blocks, accumulate)
     rms = (squares / max(tokens, 1)).sqrt()
     return direction_Ld / torch.where(rms > 0, rms, torch.ones_like(rms)).float()[:, None]

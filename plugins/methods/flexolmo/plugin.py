@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ....core.errors import UserError
 from ....core.hooks.hookspecs import hookimpl
-from ....core.hooks.merging import Assembler, MergeMethod
+from ....core.hooks.merging import MergeMethod
 from ....core.hooks.option_checks import check_at_least, check_positive
 from ....core.hooks.training import PrivateReleases, TrainablePart, Trainer, TrainingContext, TrainingText
-from ....merge.mixture.mixing import plan_mixture
 from ....merge.mixture.options import MixtureOptions
 from ....merge.mixture.routing.starts import ROUTER_FILE
-from ....merge.mixture.routing.switching import without_experts
+from ..mixtures import mixture_method
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +72,7 @@ class CoordinatedPart(TrainablePart):
         embedding: DomainEmbedding | None,
     ) -> None:
         super().__init__(model, parameters)
-        self._model, self._parts, self._z_weight, self._embedding = model, parts, z_weight, embedding
+        self._parts, self._z_weight, self._embedding = parts, z_weight, embedding
 
     def auxiliary_loss(self) -> Tensor | None:
         from .coordinated import z_loss
@@ -81,7 +80,7 @@ class CoordinatedPart(TrainablePart):
         return self._z_weight * z_loss(self._parts) if self._z_weight > 0 else None
 
     def tensors(self) -> Mapping[str, Tensor]:
-        return {name: tensor.detach() for name, tensor in _own_parameters(self._model).items()}
+        return {name: tensor.detach() for name, tensor in _own_parameters(self.module).items()}
 
     def extra_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         import torch
@@ -97,12 +96,11 @@ class CoordinatedPart(TrainablePart):
 
 def prepare(context: TrainingContext) -> TrainablePart:
     """Freeze the seed and add the owner's parameters; raises `UserError` if there is no public text."""
-    model = context.model
-    options: FlexOlmoTraining = context.options
-    text = context.text
     from .coordinated import coordinate
 
-    embedding = _embedding(model, options, text)
+    model = context.model
+    options: FlexOlmoTraining = context.options
+    embedding = _embedding(model, options, context.text)
     parts = coordinate(model, _rows(model, embedding, options.logit_size), bias=options.bias)
     parameters = _own_parameters(model)
     if options.coordinate:
@@ -140,7 +138,7 @@ def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
-def _own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+def _own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of the owner's feed-forward networks, by their names in the seed."""
     from .coordinated import CoordinatedFeedForward
 
@@ -158,7 +156,7 @@ def _embedding(model: PreTrainedModel, options: FlexOlmoTraining, text: Training
     if text.private is not None:
         return _private_embedding(model, options, text, text.private)
     from ....core.models.feed_forwards import spread_blocks
-    from ....core.models.loading import load_tokenizer
+    from ....core.text.tokenizer import load_tokenizer
     from .domain_embeddings import hidden_state_embedding, sentence_embedding
 
     public = _public_blocks(options, text)
@@ -261,11 +259,9 @@ def trainers() -> list[Trainer]:
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
     return [
-        Assembler(
-            name="flexolmo",
-            summary="mixture of experts: public and owners' feed-forward networks with trained router rows",
-            assemble=plan_mixture,
-            options=FlexOlmoMerge,
-            switch_off=without_experts,
+        mixture_method(
+            "flexolmo",
+            "mixture of experts: public and owners' feed-forward networks with trained router rows",
+            FlexOlmoMerge,
         )
     ]

@@ -58,7 +58,6 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         return partial
 
     monkeypatch.setattr("expertctl.core.artefacts.files.partial_sibling", on_full_disk)
-    monkeypatch.setattr("expertctl.core.artefacts.safetensors_io.partial_sibling", on_full_disk)
 
 
 # --- one file ---
@@ -139,7 +138,7 @@ def test_what_the_operating_system_refuses_is_one_clear_line(tmp_path: Path, err
 def test_a_read_only_folder_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
     """The calls are made to refuse, since tests may run as root, whom no mode bits stop."""
     monkeypatch.setattr(Path, "mkdir", refusing(error))
-    monkeypatch.setattr(Path, "open", refusing(error))
+    monkeypatch.setattr(os, "open", refusing(error))
     with pytest.raises(UserError, match="no permission to access"), new_folder(tmp_path / "x"):
         pass
     with pytest.raises(UserError, match="no permission to access"):

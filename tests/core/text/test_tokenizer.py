@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertctl.core.errors import UserError
-from expertctl.core.models.loading import load_tokenizer
-from expertctl.core.text.tokenizer import TextEncoder, train_tokenizer
+from expertctl.core.text.tokenizer import TextEncoder, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -52,13 +52,11 @@ def test_two_owners_train_apart_and_their_experts_merge(
     for request in ask(coordinator, clock, *owners, recipe=recipe):
         owner = owners[request.owner]
         trained(coordinator, owner, request)
-        assert owner.progress(request.id).state == "ready"
-        signed = owner.delivery(request.id)
-        assert hand_in(coordinator, owner.delivery_folder(request.id), request.owner, request.id, signed) is None
-        assert coordinator.finish(request.owner, request.id) is None  # told twice, done once
-        assert coordinator.begin(request.owner, request.id, signed) == {
-            file.name: [] for file in signed.statement.files
-        }
+        assert owner.progress(request).state == "ready"
+        signed = owner.delivery(request)
+        assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
+        assert coordinator.finish(request) is None  # told twice, done once
+        assert coordinator.begin(request, signed) == {file.name: [] for file in signed.statement.files}
     assert {status.state for status in owner_statuses(coordinator)} == {"accepted"}
     assert ask(coordinator, clock, *owners, recipe=recipe) == []
     workspace = Workspace(coordinator.layout.root)
@@ -77,8 +75,8 @@ def test_a_delivery_holds_only_what_the_review_shows(
     owner = new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a", recipe=FLEXOLMO)
     expert = trained(coordinator, owner, request)
-    review = owner.review(request.id)
-    folder = owner.delivery_folder(request.id)
+    review = owner.review(request)
+    folder = owner.delivery_folder(request)
     assert set(review.files) == {path.name for path in folder.iterdir()} - {"delivery.json"}
     assert {name for name, *_ in review.tensors} >= set(load_file(folder / "model.safetensors"))
     exact = read_manifest(expert).domains["site-a"]
@@ -108,22 +106,22 @@ def test_coordinator_and_owner_keep_their_state_across_restarts(
     owner = new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a")
     trained(coordinator, owner, request)
-    signed = owner.delivery(request.id)
-    folder = owner.delivery_folder(request.id)
-    wanted = coordinator.begin("site-a", request.id, signed)
+    signed = owner.delivery(request)
+    folder = owner.delivery_folder(request)
+    wanted = coordinator.begin(request, signed)
     assert isinstance(wanted, dict)
     first = signed.statement.files[0]
-    coordinator.put("site-a", request.id, first.name, 0, (folder / first.name).read_bytes())
+    coordinator.files.put(request.id, first.name, 0, (folder / first.name).read_bytes())
     again = Coordinator(coordinator.layout, now=clock)
     owner = Owner(owner.state)
     assert [one.id for one in again.open_requests("site-a")] == [request.id]
-    assert owner.delivery(request.id) == signed
-    left = again.begin("site-a", request.id, signed)
+    assert owner.delivery(request) == signed
+    left = again.begin(request, signed)
     assert isinstance(left, dict)
     assert left[first.name] == []
     with pytest.raises(UserError, match="parts of"):
-        again.finish("site-a", request.id)
-    assert hand_in(again, folder, "site-a", request.id, signed) is None
+        again.finish(request)
+    assert hand_in(again, folder, request, signed) is None
 
 
 def test_the_status_shows_a_request_that_the_owners_node_did_not_take(
@@ -145,14 +143,14 @@ def test_a_late_owner_can_deliver_after_a_renewed_request(
     trained(coordinator, owner, request)
     clock.pass_hours(49)
     assert coordinator.open_requests("site-a") == []
-    signed = owner.delivery(request.id)
-    refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
+    signed = owner.delivery(request)
+    refusal = hand_in(coordinator, owner.delivery_folder(request), request, signed)
     assert refusal is not None
     assert refusal.code is RefusalCode.LATE
     (renewed,) = ask(coordinator, clock, "site-a")
     assert renewed.id == request.id
     assert renewed.deadline > request.deadline
-    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
+    assert hand_in(coordinator, owner.delivery_folder(renewed), renewed, signed) is None
 
 
 def test_a_seed_in_a_local_folder_is_used(
@@ -204,9 +202,9 @@ def test_failures_at_an_owner_are_reported_as_codes_only(
     break_it(owner)
     with pytest.raises(UserError):
         trained(coordinator, owner, request)
-    progress = owner.progress(request.id)
+    progress = owner.progress(request)
     assert (progress.state, progress.code) == ("failed", code)
-    coordinator.record_progress("site-a", request.id, progress)
+    coordinator.files.record_progress(request.id, progress, coordinator.now())
     assert owner_statuses(coordinator)[0].progress == progress
 
 
@@ -219,7 +217,7 @@ def ready(coordinator: Coordinator, new_owner: NewOwner, clock: Clock) -> tuple[
     owner = new_owner("site-a")
     (request,) = ask(coordinator, clock, "site-a", recipe=FLEXOLMO)
     trained(coordinator, owner, request)
-    owner.delivery(request.id)
+    owner.delivery(request)
     return coordinator, owner, request
 
 
@@ -227,7 +225,7 @@ def rewritten(
     owner: Owner, request: ExpertRequest, change: Callable[[Path], None], /, **manifest: Any
 ) -> SignedStatement:
     """Alter a delivery, make it consistent again as a dishonest owner would, and return a new signed statement."""
-    folder = owner.delivery_folder(request.id)
+    folder = owner.delivery_folder(request)
     for path in list(folder.iterdir()):  # they share the expert's bytes
         content = path.read_bytes()
         path.unlink()
@@ -316,15 +314,15 @@ def test_an_invalid_expert_is_quarantined_with_a_reason(
     code: RefusalCode,
 ) -> None:
     coordinator, owner, request = ready
-    good = SignedStatement.read(owner.delivery_folder(request.id))
+    good = SignedStatement.read(owner.delivery_folder(request))
     try:
         signed = rewritten(owner, request, change, **manifest)
     except UserError:  # it is no safetensors file any more: deliver it as it is
-        folder = owner.delivery_folder(request.id)
+        folder = owner.delivery_folder(request)
         files = tuple(parts_of(folder / file.name) for file in good.statement.files)
         statement = replace(good.statement, files=files)
         signed = SignedStatement(statement, owner.key().sign(statement.signed_bytes))
-    refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
+    refusal = hand_in(coordinator, owner.delivery_folder(request), request, signed)
     assert refusal is not None
     assert refusal.code is code
     assert coordinator.layout.finished_experts() == []
@@ -334,9 +332,9 @@ def test_an_invalid_expert_is_quarantined_with_a_reason(
     (kept,) = (coordinator.files.root / "quarantine").iterdir()
     assert json.loads((kept / "reason.json").read_text())["code"] == code.name
     # the good one is still welcome
-    shutil.rmtree(owner.delivery_folder(request.id))
-    again = owner.delivery(request.id)
-    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, again) is None
+    shutil.rmtree(owner.delivery_folder(request))
+    again = owner.delivery(request)
+    assert hand_in(coordinator, owner.delivery_folder(request), request, again) is None
     assert coordinator.layout.finished_experts() == ["site-a"]
 
 
@@ -350,7 +348,7 @@ def test_forged_statements_are_refused_before_any_upload(
 ) -> None:
     coordinator, owner, request = ready
     other = new_owner("site-b")
-    good = SignedStatement.read(owner.delivery_folder(request.id))
+    good = SignedStatement.read(owner.delivery_folder(request))
     own = owner.key()
     file = good.statement.files[0]
     huge = replace(file, size=10 * 2**30, part_size=10 * 2**30, parts=("0" * 64,))
@@ -376,28 +374,28 @@ def test_forged_statements_are_refused_before_any_upload(
         "too large": (restated(good, own, files=(huge, *good.statement.files[1:])), RefusalCode.TOO_LARGE),
     }
     for name, (signed, code) in cases.items():
-        refusal = coordinator.begin("site-a", request.id, signed)
+        refusal = coordinator.begin(request, signed)
         assert not isinstance(refusal, dict), name
         assert refusal.code is code, name
     with pytest.raises(UserError, match="there is no such request"):
-        coordinator.begin("site-b", request.id, good)
+        coordinator.request_of("site-b", request.id)
     with pytest.raises(UserError, match="was not announced"):
-        coordinator.put("site-a", request.id, file.name, 0, b"")
+        coordinator.files.put(request.id, file.name, 0, b"")
     assert not any((coordinator.files.root / "incoming").iterdir())
-    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, good) is None
+    assert hand_in(coordinator, owner.delivery_folder(request), request, good) is None
 
 
 def test_a_replay_is_refused(ready: tuple[Coordinator, Owner, ExpertRequest], clock: Clock) -> None:
     coordinator, owner, request = ready
-    good = SignedStatement.read(owner.delivery_folder(request.id))
-    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, good) is None
+    good = SignedStatement.read(owner.delivery_folder(request))
+    assert hand_in(coordinator, owner.delivery_folder(request), request, good) is None
     longer = Recipe("flexolmo", FLEXOLMO.options, {**FLEXOLMO.training, "tokens": 640})
     (second,) = ask(coordinator, clock, "site-a", recipe=longer)
-    refusal = coordinator.begin("site-a", second.id, good)
+    refusal = coordinator.begin(second, good)
     assert not isinstance(refusal, dict)
     assert refusal.code is RefusalCode.SOMEONE_ELSES
     signed = restated(good, owner.key(), request=second.id, recipe=longer.digest)
-    refusal = coordinator.begin("site-a", second.id, signed)
+    refusal = coordinator.begin(second, signed)
     assert not isinstance(refusal, dict)
     assert refusal.code is RefusalCode.REPLAY
     assert coordinator.layout.finished_experts() == ["site-a"]
@@ -407,7 +405,7 @@ def test_an_expert_with_a_high_loss_on_public_text_is_refused(
     ready: tuple[Coordinator, Owner, ExpertRequest],
 ) -> None:
     coordinator, owner, request = ready
-    signed = SignedStatement.read(owner.delivery_folder(request.id))
+    signed = SignedStatement.read(owner.delivery_folder(request))
     seen: list[Path] = []
 
     def measure(seed: Path, folder: Path) -> HeldOut:
@@ -417,10 +415,10 @@ def test_an_expert_with_a_high_loss_on_public_text_is_refused(
 
     judge = Coordinator(coordinator.layout, measure=measure, now=coordinator.now)
     for _ in range(2):
-        refusal = hand_in(judge, owner.delivery_folder(request.id), "site-a", request.id, signed)
+        refusal = hand_in(judge, owner.delivery_folder(request), request, signed)
         assert refusal is not None
         assert refusal.code is RefusalCode.HELD_OUT
-    assert hand_in(judge, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
+    assert hand_in(judge, owner.delivery_folder(request), request, signed) is None
     assert len(list((coordinator.files.root / "quarantine").iterdir())) == 2
 
 
@@ -433,10 +431,10 @@ def test_less_privacy_than_requested_is_refused(coordinator: Coordinator, new_ow
     path.write_text(json.dumps(private.as_json()))
     (owner.state / "requests" / f"{request.id}.json").write_text(json.dumps(private.as_json()))
     with pytest.raises(UserError, match="with less privacy than the request"):
-        owner.delivery(request.id)  # an honest owner's machine does not even sign it
-    expert = owner.expert_folder(request)
-    signed = make_delivery(expert, private, owner.key(), owner.delivery_folder(request.id))
-    refusal = hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed)
+        owner.delivery(private)  # an honest owner's machine does not even sign it
+    expert = owner.expert_folder(private)
+    signed = make_delivery(expert, private, owner.key(), owner.delivery_folder(private))
+    refusal = hand_in(coordinator, owner.delivery_folder(private), private, signed)
     assert refusal is not None
     assert refusal.code is RefusalCode.PRIVACY
 
@@ -448,13 +446,13 @@ def test_requested_privacy_is_applied_stated_and_checked(
     recipe = replace(FLEXOLMO, privacy={"epsilon": 8.0, "delta": 1e-5})
     (request,) = ask(coordinator, clock, "site-a", recipe=recipe)
     trained(coordinator, owner, request)
-    assert owner.progress(request.id).loss is None
-    spent = owner.review(request.id).privacy
+    assert owner.progress(request).loss is None
+    spent = owner.review(request).privacy
     assert spent is not None
     assert 0 < spent["epsilon"] <= 8
     assert spent["delta"] == 1e-5
-    signed = owner.delivery(request.id)
-    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
+    signed = owner.delivery(request)
+    assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
     privacy = read_manifest(coordinator.layout.experts / "site-a").data.privacy
     assert privacy is not None
     assert record_as_json(privacy) == spent

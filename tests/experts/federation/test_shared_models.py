@@ -64,12 +64,12 @@ def play(coordinator: Coordinator, owners: dict[str, Owner], *names: str) -> Non
         trained(coordinator, owners[name], request)
         owners[name].drop_superseded()
         assert deliver(coordinator, owners[name], request) is None
-        owners[name].note_outcome(request.id, None)
+        owners[name].note_outcome(request, None)
 
 
 def deliver(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> object:
-    signed = owner.delivery(request.id)
-    return hand_in(coordinator, owner.delivery_folder(request.id), request.owner, request.id, signed)
+    signed = owner.delivery(request)
+    return hand_in(coordinator, owner.delivery_folder(request), request, signed)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_rounds_end_in_a_generalist_that_averages_the_owners(
     (report,) = advance(coordinator, shared)[:1]
     assert report == "round 1 of 2 of 'together': site-a and site-b averaged"
     shares = shared.rounds.report(0).shares
-    after = load_file(shared.rounds.shared)
+    after = load_file(shared.rounds.open.shared)
     outer = shared.rounds.recipe
     for name, before in seed.items():
         mean = sum(share * one[name].double() for share, one in zip(shares.values(), made, strict=True))
@@ -182,8 +182,8 @@ def test_a_round_below_the_quorum_waits_for_an_extension(
 
 def altered(owner: Owner, request: ExpertRequest, factor: float) -> None:
     """Deliver altered weights, with a consistent and signed statement."""
-    folder = owner.delivery_folder(request.id)
-    signed = owner.delivery(request.id)
+    folder = owner.delivery_folder(request)
+    signed = owner.delivery(request)
     weights = {name: factor * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
     save_file(weights, folder / "model.safetensors")
@@ -209,7 +209,7 @@ def test_two_models_share_a_first_round_and_closed_rounds_cannot_be_replayed(
     old = open_request(coordinator, "site-a")
     play(coordinator, owners)
     kept = owners["site-a"].state / "kept"
-    shutil.copytree(owners["site-a"].delivery_folder(old.id), kept)
+    shutil.copytree(owners["site-a"].delivery_folder(old), kept)
     begin_rounds(coordinator, "second", plan("diloco"), SETTINGS)
     play(coordinator, owners)
     advance(coordinator, first)
@@ -217,7 +217,7 @@ def test_two_models_share_a_first_round_and_closed_rounds_cannot_be_replayed(
     signed = SignedStatement.read(kept)
     statement = replace(signed.statement, request=request.id, seed=request.seed, recipe=request.recipe.digest)
     again = replace(signed, statement=statement, signature=owners["site-a"].key().sign(statement.signed_bytes))
-    refusal = hand_in(coordinator, kept, "site-a", request.id, again)
+    refusal = hand_in(coordinator, kept, request, again)
     assert refusal is not None
     assert refusal.code is RefusalCode.REPLAY
 
@@ -238,7 +238,7 @@ def test_invalid_weights_are_left_out_of_the_round(
     refusal = deliver(coordinator, owners["site-b"], request)
     assert refusal is not None
     assert refusal.code is code  # type: ignore[attr-defined]
-    assert "site-b" in shared.rounds.refused()
+    assert "site-b" in shared.rounds.open.refused()
     said = advance(coordinator, shared)  # nobody is waited for
     assert said[0] == "round 1 of 2 of 'together': site-a averaged, without site-b"
     assert list((coordinator.files.root / "quarantine").iterdir())
@@ -403,4 +403,4 @@ def test_averaging_rules_persist_on_disk(coordinator: Coordinator, owners: dict[
     rules = AveragingRules(max_change=0.5)
     shared = begin_rounds(coordinator, "together", plan(rules=rules), SETTINGS)
     assert SharedModel(shared.root).rounds.plan.rules == rules
-    assert shared.rounds.deadline - timedelta(hours=1) == coordinator.now()
+    assert shared.rounds.open.deadline - timedelta(hours=1) == coordinator.now()

@@ -17,7 +17,7 @@ from expertctl.experts.federation.judging.acceptance import RefusalCode
 from expertctl.experts.federation.protocol.parts import PART_BYTES
 from expertctl.experts.federation.simulation.deliveries import Delivers
 from expertctl.experts.federation.simulation.events import Events, Line, SimulatedClock
-from expertctl.experts.federation.simulation.owners import OwnerTraits, draw_owners, read_trace
+from expertctl.experts.federation.simulation.owners import OwnerTraits, Plan, draw_owners, read_trace
 from expertctl.experts.federation.simulation.plan import Plan
 from expertctl.experts.federation.simulation.planning import Report, simulate
 

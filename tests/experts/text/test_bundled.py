@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from expertctl.core.errors import UserError
 from expertctl.experts.text import bundled
-from expertctl.experts.text.bundled import BUNDLED, BundledSource, BundledText, read_bundled
-from expertctl.experts.text.near_duplicates import drop_near_duplicates
+from expertctl.experts.text.bundled import BUNDLED, BundledSource, BundledText, drop_near_duplicates, read_bundled
 
 NAMES = ("python", "cpp", "manual", "science")
 

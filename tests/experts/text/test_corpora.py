@@ -7,14 +7,15 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from expertctl import UserError
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.settings import DomainConfig
+from expertctl.core.text import tokenizer
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.core.text.tokenizer import TextEncoder
-from expertctl.experts.text import corpora
 from expertctl.experts.text.corpora import PreparedDomain, domain_documents, prepare_domain
 
 TEXTS = [f"Document {number}: " + "all work and no play makes a dull boy. " * (number % 5 + 1) for number in range(40)]
@@ -69,7 +70,8 @@ def test_counts_are_those_of_the_text(layout: Layout, model_folder: Path) -> Non
     )
     assert prepared.train.documents == 2
     assert prepared.train.bytes == sum(len(part.encode()) for part in text)
-    assert [size for _, size in prepared.open("train").document_bytes()] == [len(part.encode()) for part in text]
+    sizes = np.fromfile(prepared.folder / "train" / "documents-00000.bin", "<i8").reshape(-1, 2)[:, 1]
+    assert sizes.tolist() == [len(part.encode()) for part in text]
     assert prepared.train.tokens == len(prepared.open("train"))
 
 
@@ -147,7 +149,7 @@ def test_long_documents_are_encoded_in_smaller_batches_to_the_same_tokens(
         return encode(self, texts)
 
     monkeypatch.setattr(TextEncoder, "encode", counted)
-    monkeypatch.setattr(corpora, "CHARACTERS_PER_BATCH", 100)
+    monkeypatch.setattr(tokenizer, "CHARACTERS_PER_BATCH", 100)
     again = prepare_domain(layout, "law", DomainConfig(train=path, valid=path), model_folder, force=True)
     assert again.train == whole.train
     assert again.open("train").read(0, len(again.open("train"))).tolist() == tokens

@@ -6,7 +6,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertctl.experts.text.near_duplicates import drop_near_duplicates
+from expertctl.experts.text.bundled import drop_near_duplicates
 
 DOCUMENTS = st.lists(st.lists(st.sampled_from("abcd"), max_size=30).map(" ".join), max_size=12)
 
@@ -69,7 +69,7 @@ def test_documents_are_taken_one_at_a_time() -> None:
 
 def test_the_choice_is_the_same_in_processes_with_other_hash_seeds() -> None:
     code = (
-        "from expertctl.experts.text.near_duplicates import _stable_hash;"
+        "from expertctl.experts.text.bundled import _stable_hash;"
         "print(_stable_hash('one two three four five six seven eight'))"
     )
     outputs = {

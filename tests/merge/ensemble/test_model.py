@@ -29,10 +29,7 @@ from expertctl.merge.merging import merge
 
 EXPERTS = ("code", "law", "news")
 PRIOR = {"code": 0.5, "law": 0.2, "news": 0.3}
-FAMILIES = {
-    "olmo2": {"family": "olmo2"},
-    "llama_tied": {"family": "llama", "tied": True},
-}
+FAMILIES = {"olmo2": {"family": "olmo2"}, "llama_tied": {"family": "llama", "tied": True}}
 POSTERIORS = ("prefix", "last_token")
 TEXT = [72, 41, 8, 8, 99, 250, 3, 17, 120, 64, 5, 201]
 ROWS = [TEXT, [9, 210, 33], [77, 6, 140, 140, 2, 58, 91]]
@@ -312,12 +309,7 @@ def test_sampling_several_sequences_is_the_same_with_and_without_cache(model: An
         torch.manual_seed(5)
         drawn.append(
             model.generate(
-                **batch,
-                max_new_tokens=6,
-                do_sample=True,
-                num_return_sequences=4,
-                top_k=0,
-                use_cache=use_cache,
+                **batch, max_new_tokens=6, do_sample=True, num_return_sequences=4, top_k=0, use_cache=use_cache
             )
         )
     assert drawn[0].shape[0] == 4 * len(ROWS)

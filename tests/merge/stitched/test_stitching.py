@@ -173,7 +173,7 @@ def test_an_expert_is_switched_off(workspace: Workspace) -> None:
     folder = stitch(workspace, "stitched")
     model = shaken(folder)
     whole = logits(model)
-    model.drop(["prose"])
+    model.without(["prose"])
     assert model.expert_names == [name for name in sorted(OWNERS) if name != "prose"]
     assert not torch.allclose(logits(model), whole)
     alone, _ = load_model(folder, without=OWNERS)
@@ -201,10 +201,7 @@ def test_members_of_other_widths_and_depths_join(workspace: Workspace, tmp_path:
     assert model.expert_names == ["prose", "other"]
     assert logits(model).shape == (*TOKENS.shape, config.vocab_size)
     manifest = read_manifest(workspace.generalists / "mixed")
-    assert [(parent.kind, parent.name) for parent in manifest.parents][1:] == [
-        ("expert", "prose"),
-        ("model", "other"),
-    ]
+    assert [(parent.kind, parent.name) for parent in manifest.parents][1:] == [("expert", "prose"), ("model", "other")]
     with pytest.raises(UserError, match="'other' has width 24 and the hub 16"):
         workspace.merge("z", method="stitch", experts=["prose", str(other)], options={"projected": True})
 
@@ -233,7 +230,7 @@ def test_what_it_refers_to_must_be_there_and_the_same(workspace: Workspace, tmp_
 
 def test_what_transformers_saves_it_loads(workspace: Workspace, tmp_path: Path) -> None:
     model = shaken(stitch(workspace, "stitched"))
-    model.drop(["means"])
+    model.without(["means"])
     model.save_pretrained(tmp_path / "saved")
     register_auto_classes()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -243,12 +240,7 @@ def test_what_transformers_saves_it_loads(workspace: Workspace, tmp_path: Path) 
 @pytest.mark.parametrize("projected", [False, True])
 def test_experts_go_on_with_their_own_states_or_what_the_hub_took(projected: bool) -> None:
     settings = AutoConfig.for_model(
-        "llama",
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
+        "llama", vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
     )
     torch.manual_seed(0)
     hub, expert = (AutoModelForCausalLM.from_config(settings).eval() for _ in range(2))

@@ -73,7 +73,7 @@ def client_of(federation: Federation, owner: Owner) -> CoordinatorClient:
 
 
 def has_begun(owner: Owner, request: ExpertRequest) -> Callable[[], bool]:
-    path = owner.run_folder(request.id) / "progress.json"
+    path = owner.run_folder(request) / "progress.json"
     return lambda: path.is_file() and read_json(path)["step"] > 0
 
 
@@ -83,7 +83,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 def checkpoint_of(owner: Owner, request: ExpertRequest) -> int:
     """Return the step of a run's newest checkpoint."""
-    return max((int(path.name[5:]) for path in owner.run_folder(request.id).rglob("step-*")), default=0)
+    return max((int(path.name[5:]) for path in owner.run_folder(request).rglob("step-*")), default=0)
 
 
 # --- ends of processes ---
@@ -110,18 +110,18 @@ def test_a_coordinator_killed_after_one_of_three_deliveries_and_an_owner_killed_
     joined["third"].kill()  # and one owner with its training
     kill_work(owners["third"], requests["third"])
     wait_until(lambda: not is_alive(str(work_pid(owners["third"], requests["third"]))))
-    stopped_at = owners["third"].progress(requests["third"].id)
+    stopped_at = owners["third"].progress(requests["third"])
     assert (stopped_at.state, stopped_at.code) == ("failed", "STOPPED")
     assert stopped_at.step > 0
-    before = owners["second"].progress(requests["second"].id).step
-    wait_until(lambda: owners["second"].progress(requests["second"].id).step > before)  # nobody is needed for it
+    before = owners["second"].progress(requests["second"]).step
+    wait_until(lambda: owners["second"].progress(requests["second"]).step > before)  # nobody is needed for it
     wait_until(lambda: "the coordinator cannot be reached" in joined["second"].output())
     kept = checkpoint_of(owners["third"], requests["third"])
 
     federation.server.again()
     joined["third"].again()
-    wait_until(lambda: owners["third"].progress(requests["third"].id) != stopped_at)
-    assert owners["third"].progress(requests["third"].id).step >= kept  # not from the start
+    wait_until(lambda: owners["third"].progress(requests["third"]) != stopped_at)
+    assert owners["third"].progress(requests["third"]).step >= kept  # not from the start
     federation.wait_served(times=2)
     for name in ("second", "third"):
         assert joined[name].wait() == 0, joined[name].output()
@@ -154,7 +154,7 @@ def test_traffic_and_coordinator_files_hold_no_line_of_the_owners_text(
     seen = bytes(relay.seen)
     assert request.id.encode() in seen
     assert b"/v1/fleet/pull-messages" in seen  # Flower's traffic came this way
-    assert (owner.delivery_folder(request.id) / "model.safetensors").read_bytes()[-4000:] in seen  # and the expert
+    assert (owner.delivery_folder(request) / "model.safetensors").read_bytes()[-4000:] in seen  # and the expert
     lines = distinctive_lines(federation.root / "open.jsonl")
     assert len(lines) > 100
     private = [str(owner.state).encode(), str(federation.root / "open.jsonl").encode(), b"work.log"]
@@ -215,9 +215,9 @@ def test_a_delivery_over_a_slow_link_with_three_cuts_repeats_few_bytes(
     request = federation.ask("cut", BTM)
     owner.take(request)
     owner.seeds.copy(request, federation.workspace / "seed")
-    work(owner, request.id)
-    make_delivery(owner.expert_folder(request), request, owner.key(), owner.delivery_folder(request.id), part_size=4096)
-    size = sum(file.size for file in owner.delivery(request.id).statement.files)
+    work(owner, request)
+    make_delivery(owner.expert_folder(request), request, owner.key(), owner.delivery_folder(request), part_size=4096)
+    size = sum(file.size for file in owner.delivery(request).statement.files)
     relay = Relay(federation.port, bytes_per_second=100_000, cut_after=(30_000, 60_000, 90_000))
     joined = federation.join("cut", port=relay.port)
     assert joined.wait() == 0, joined.output()
@@ -239,7 +239,7 @@ def test_a_delivery_resumes_after_a_full_disk_at_the_coordinator(federation: Fed
     assert joined.process.poll() is None
     federation.limit_files(-1)
     assert joined.wait() == 0, joined.output()
-    assert owner.outcome(request.id) == "accepted"
+    assert owner.outcome(request) == "accepted"
     assert federation.accepted() == {**before, "full": "full"}
 
 
@@ -264,7 +264,7 @@ def altered(
     """Return a delivery with altered weights, self-consistent and signed by the owner."""
     folder = owner.state / "altered"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(owner.delivery_folder(request.id), folder)
+    shutil.copytree(owner.delivery_folder(request), folder)
     weights = load_file(folder / "model.safetensors")
     change(weights)
     (folder / "model.safetensors").unlink()
@@ -275,7 +275,7 @@ def altered(
     tensors, files = digests_of_folder(folder)
     changed = replace(manifest, tensors=tensors, files=files, digest=digest_of_tensors(tensors))
     changed.write(folder)
-    old = owner.delivery(request.id).statement
+    old = owner.delivery(request).statement
     names = [file.name for file in old.files]
     statement = replace(old, expert=changed.digest, files=tuple(parts_of(folder / name, 1 << 20) for name in names))
     return folder, SignedStatement(statement, owner.key().sign(statement.signed_bytes))
@@ -302,15 +302,15 @@ def test_invalid_deliveries_are_refused_with_a_code_and_a_valid_one_is_accepted(
     request, theirs = federation.ask("bad", BTM), federation.ask("thief", BTM)
     owner.take(request)
     owner.seeds.copy(request, federation.workspace / "seed")
-    work(owner, request.id)
-    good = owner.delivery(request.id)
+    work(owner, request)
+    good = owner.delivery(request)
     client, thief = client_of(federation, owner), client_of(federation, other)
     before = federation.accepted()
     try:
         for change, code in ((not_finite, "NOT_FINITE"), (reshaped, "SHAPES"), (scaled, "NORM")):
             folder, signed = altered(owner, request, change)
             assert deliver(client, folder, request.id, signed) == code
-        folder = owner.delivery_folder(request.id)
+        folder = owner.delivery_folder(request)
         forged = SignedStatement(good.statement, other.key().sign(good.statement.signed_bytes))
         assert deliver(client, folder, request.id, forged) == "SIGNATURE"
         assert deliver(thief, folder, theirs.id, good) in ("SIGNATURE", "SOMEONE_ELSES")
@@ -434,7 +434,5 @@ def test_an_altered_app_bundle_is_refused_before_its_code_runs(federation: Feder
     assert joined.process.poll() is None
     request = federation.ask("guarded", FLEXOLMO)  # and the right app goes on
     wait_until(lambda: federation.accepted().get("guarded") == "guarded", why=joined.output)
-    wait_until(
-        lambda: Owner(state).outcome(request.id) == "accepted", why=joined.output
-    )  # it hears of it a moment later
+    wait_until(lambda: Owner(state).outcome(request) == "accepted", why=joined.output)  # it hears of it a moment later
     joined.stop()

@@ -10,12 +10,11 @@ import pytest
 from federation_members import BTM, Clock
 
 from expertctl import UserError
-from expertctl.experts.federation.coordinator import presence
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.coordinator.members import Presence
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
-from expertctl.experts.federation.coordinator.presence import Presence
 from expertctl.experts.federation.owner.owner import Owner
-from expertctl.experts.federation.protocol.progress import Progress
+from expertctl.experts.federation.protocol.requests import Progress
 
 
 def test_owners_stay_online_for_a_while_after_a_hello(
@@ -28,7 +27,7 @@ def test_owners_stay_online_for_a_while_after_a_hello(
     clock.pass_hours(1)
     assert [one.online for one in owner_statuses(coordinator)] == [False, False]
     (request,) = coordinator.ask(["site-b"], BTM, clock() + timedelta(hours=1))
-    coordinator.record_progress("site-b", request.id, Progress("training", 1, 2))
+    coordinator.files.record_progress(request.id, Progress("training", 1, 2), coordinator.now())
     first, second = owner_statuses(coordinator)
     assert (first.seen, second.seen) == (clock() - timedelta(hours=1), clock())
 
@@ -58,7 +57,7 @@ def test_a_full_disk_does_not_fail_an_owners_request(
     def full(*_: object) -> None:
         raise UserError("no space left")
 
-    monkeypatch.setattr(presence, "write_json", full)
+    monkeypatch.setattr(members, "write_json", full)
     found = Presence(tmp_path / "heard.json")
     found.note("a", clock())
     assert found.heard() == {}

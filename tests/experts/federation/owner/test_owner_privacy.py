@@ -13,8 +13,7 @@ from expertctl import UserError
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.records import record_as_json
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
-from expertctl.experts.federation.owner.owner import Owner
-from expertctl.experts.federation.owner.owner_privacy import privacy_of
+from expertctl.experts.federation.owner.owner import Owner, privacy_of
 from expertctl.experts.federation.owner.recipes import recipe_of
 from expertctl.experts.federation.owner.work import work
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
@@ -41,10 +40,10 @@ def test_an_owner_can_demand_privacy_that_the_request_does_not(
     request = ask(coordinator, clock)
     spent = read_manifest(trained(coordinator, owner, request)).data.privacy
     assert 0 < spent.epsilon <= 8.0
-    review = owner.review(request.id)
+    review = owner.review(request)
     assert review.privacy == record_as_json(spent)
-    signed = owner.delivery(request.id)
-    assert hand_in(coordinator, owner.delivery_folder(request.id), "site-a", request.id, signed) is None
+    signed = owner.delivery(request)
+    assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
     kept = read_manifest(coordinator.layout.experts / "site-a")
     assert (kept.data.privacy, kept.metrics) == (spent, {})
 
@@ -56,14 +55,14 @@ def test_an_expert_without_noise_is_not_delivered_after_the_owner_demands_privac
     owner = new_owner("site-a")
     request = ask(coordinator, clock)
     expert = trained(coordinator, owner, request)
-    before = owner.delivery(request.id).statement.expert
+    before = owner.delivery(request).statement.expert
     insist(owner)
     assert not owner.is_trained(request)
     with pytest.raises(UserError, match="or your settings demand"):
-        owner.review(request.id)
-    work(owner, request.id)
+        owner.review(request)
+    work(owner, request)
     assert read_manifest(expert).data.privacy.epsilon <= 8.0
-    assert owner.delivery(request.id).statement.expert != before
+    assert owner.delivery(request).statement.expert != before
     insist(owner, epsilon=9.0)  # what is there spends less than that
     assert owner.is_trained(request)
     insist(owner, epsilon=1.0)

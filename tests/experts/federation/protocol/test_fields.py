@@ -12,8 +12,7 @@ import pytest
 from expertctl import UserError
 from expertctl.experts.federation.protocol.delivery import SignedStatement, Statement
 from expertctl.experts.federation.protocol.parts import FileParts
-from expertctl.experts.federation.protocol.progress import Progress
-from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Progress, Recipe, RoundOf
 
 IDENTIFIER, DIGEST = "0123456789abcdef", "ab" * 32
 FILE = FileParts("config.json", 1, DIGEST, (DIGEST,))

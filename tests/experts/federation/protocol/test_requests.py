@@ -9,8 +9,7 @@ import pytest
 
 from expertctl import UserError
 from expertctl.experts.federation.protocol.parts import FileParts
-from expertctl.experts.federation.protocol.progress import Progress
-from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, deadline_in, new_identifier
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Progress, Recipe, deadline_in, new_identifier
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 REQUEST = ExpertRequest(

@@ -14,7 +14,7 @@ from expertctl import UserError
 from expertctl.core.artefacts import safetensors_io
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.experts.federation.judging.acceptance import Refusal, RefusalCode
-from expertctl.experts.federation.judging.round_weights import AveragingRules, ExaminedWeights, examine_weights
+from expertctl.experts.federation.judging.round_weights import AveragingRules, Delivery, examine_delivery
 from expertctl.experts.federation.rounds.averaging import (
     OUTER_RECIPES,
     Contribution,
@@ -52,8 +52,8 @@ def moved(weights: Mapping[str, torch.Tensor], seed: int, scale: float = 0.05) -
 def contribution(folder: Path, owner: str, tensors: Tensors, share: float, shared: Path) -> Contribution:
     file = folder / f"{owner}.safetensors"
     write_tensors(file, tensors)
-    found = examine_weights(file, Checkpoint([shared]), RULES)
-    assert isinstance(found, ExaminedWeights), found
+    found = examine_delivery(file, 1.0, Checkpoint([shared]), RULES)
+    assert isinstance(found, Delivery), found
     return Contribution(owner, file, found.digest, share)
 
 
@@ -170,7 +170,7 @@ def test_weights_that_cannot_be_averaged_are_refused(tmp_path: Path, kind: str, 
     shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
     write_tensors(shared, shared_weights(torch.float32))
     write_tensors(own, damaged(kind, moved(shared_weights(torch.float32), 1)))
-    found = examine_weights(own, Checkpoint([shared]), RULES)
+    found = examine_delivery(own, 1.0, Checkpoint([shared]), RULES)
     assert isinstance(found, Refusal)
     assert found.code is code
     assert detail in found.detail
@@ -180,7 +180,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
     write_tensors(shared, shared_weights(torch.float32))
     own.write_bytes(shared.read_bytes()[:-3])
-    found = examine_weights(own, Checkpoint([shared]), RULES)
+    found = examine_delivery(own, 1.0, Checkpoint([shared]), RULES)
     assert isinstance(found, Refusal)
     assert found.code is RefusalCode.FILES
     assert str(tmp_path) not in str(found)
@@ -223,8 +223,8 @@ def test_pieces_of_any_size_give_the_same_bytes(
     found = []
     for piece in (1 << 22, 5, 1):
         monkeypatch.setattr(safetensors_io, "SPAN", piece)
-        examined = examine_weights(given[0].file, Checkpoint([shared]), RULES)
-        assert isinstance(examined, ExaminedWeights)
+        examined = examine_delivery(given[0].file, 1.0, Checkpoint([shared]), RULES)
+        assert isinstance(examined, Delivery)
         assert examined.digest == given[0].digest
         files = [tmp_path / f"{name}-{piece}.safetensors" for name in ("first", "outer", "second", "last")]
         average_round(Checkpoint([shared]), given, None, OUTER_RECIPES["diloco"], files[0], files[1])

@@ -55,7 +55,9 @@ def nudge(task: OwnerTask) -> int:
 
 
 def delivered_file(rounds: Rounds, owner: str) -> Path:
-    task = OwnerTask(owner, rounds.number, rounds.shared, rounds.work_folder(owner) / f"{owner}.safetensors")
+    work = rounds.open.folder / "work" / owner
+    work.mkdir(parents=True, exist_ok=True)
+    task = OwnerTask(owner, rounds.number, rounds.open.shared, work / f"{owner}.safetensors")
     nudge(task)
     return task.result
 
@@ -83,7 +85,7 @@ def test_a_round_waits_for_all_owners_before_the_deadline(tmp_path: Path) -> Non
     assert (report.refused, report.missing, rounds.number) == ({}, (), 1)
     assert rounds.missing() == list(OWNERS)
     assert rounds.report(0) == report
-    assert rounds.deadline == NOW + timedelta(hours=1)
+    assert rounds.open.deadline == NOW + timedelta(hours=1)
 
 
 def test_after_the_deadline_a_quorum_suffices_and_less_is_an_error(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_invalid_weights_are_refused_with_a_reason_and_can_be_replaced(tmp_path:
     refusal = rounds.deliver("press", bad, 1000, NOW)
     assert refusal is not None
     assert refusal.code is RefusalCode.NOT_FINITE
-    assert rounds.refused()["press"]["code"] == "NOT_FINITE"
+    assert rounds.open.refused()["press"]["code"] == "NOT_FINITE"
     assert rounds.deliver("press", delivered_file(rounds, "press"), float("inf"), NOW) is not None
     for owner in ("clinic", "court"):
         rounds.deliver(owner, delivered_file(rounds, owner), 1000, NOW)
@@ -154,7 +156,7 @@ class Killed(BaseException):
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Kills at the n-th write; `[0]` counts down and is negative for no kill."""
     left = [-1]
-    write, put, average = storage.write_json, files._put_in_place, rounds_module.average_round
+    write, put, average = files.write_json, files._put_in_place, rounds_module.average_round
     tidy = rounds_module.Rounds.tidy
 
     def striking(function: object) -> object:
@@ -170,7 +172,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return call
 
-    monkeypatch.setattr(storage, "write_json", striking(write))
+    for module in (storage, rounds_module):
+        monkeypatch.setattr(module, "write_json", striking(write))
     monkeypatch.setattr(files, "_put_in_place", striking(put))
     monkeypatch.setattr(rounds_module, "average_round", striking(average))
     monkeypatch.setattr(rounds_module.Rounds, "tidy", striking(tidy))
@@ -380,7 +383,7 @@ def peak():
 def round_of(owners, state):
     contributions = []
     for owner in range(owners):
-        examined = examine_weights(folder / f"owner-{owner}.safetensors", shared, AveragingRules(max_change=9.0))
+        examined = examine_delivery(folder / f"owner-{owner}.safetensors", 1.0, shared, AveragingRules(max_change=9.0))
         contributions.append(Contribution(str(owner), folder / f"owner-{owner}.safetensors", examined.digest, 1 / owners))
     average_round(shared, contributions, state, recipe, folder / "after.safetensors", folder / "outer.safetensors")
 

@@ -19,8 +19,7 @@ from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.run import read_run
 from expertctl.experts.runs.privacy_rules import check_private
 from expertctl.experts.training.privacy.accounting import epsilon_of
-from expertctl.experts.training.privacy.noise import NoiseSource
-from expertctl.experts.training.privacy.releases import Releases
+from expertctl.experts.training.privacy.noise import NoiseSource, Releases
 from expertctl.workspace import Workspace
 
 DP = {"epsilon": 8, "delta": 1e-6}

@@ -20,24 +20,18 @@ from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.merging import merge_recipe
 from expertctl.merge.mixture.routing.log import (
     Decision,
+    RoutingLog,
     SampledTop1,
     balance_loss,
     routers_of,
     routing_measures,
     train_with_all_experts,
-    watching,
     z_loss,
 )
-from expertctl.merge.mixture.routing.measuring import routing_of
-from expertctl.merge.mixture.routing.report import DomainRouting, RoutingReport
+from expertctl.merge.mixture.routing.report import DomainRouting, RoutingReport, routing_of
 from expertctl.merge.mixture.routing.switching import without_experts
 from expertctl.merge.recipes.recipe import Recipe, whole_models
-from expertctl.plugins.methods.mixture_tuning import (
-    MixtureTraining,
-    RouterTuning,
-    prepare_mixture,
-    prepare_router,
-)
+from expertctl.plugins.methods.mixture_tuning import MixtureTraining, RouterTuning, prepare_mixture, prepare_router
 from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -87,7 +81,7 @@ def test_an_even_load_has_a_balance_loss_of_one_for_each_layer() -> None:
 def test_routers_of_every_class_are_watched(tmp_path: Path, family: str) -> None:
     model = mixture(tmp_path, family)
     assert len(routers_of(model)) == 2
-    with torch.inference_mode(), watching(model) as log:
+    with torch.inference_mode(), RoutingLog(model) as log:
         model(input_ids=TOKENS)
     for one in log.layers():
         assert one.logits.shape == (40, 3)
@@ -111,7 +105,7 @@ def test_switched_off_experts_take_no_part(tmp_path: Path, family: str) -> None:
     for name, router in routers_of(smaller).items():
         assert torch.equal(router.weight, rows[name][[0, 2]])
         assert router.top_k == 2
-    with torch.inference_mode(), watching(smaller) as log:
+    with torch.inference_mode(), RoutingLog(smaller) as log:
         smaller(input_ids=TOKENS)
     assert all(one.num_experts == 2 for one in log.layers())
     (only,) = {tuple(one.chosen.shape) for one in log.layers()}
@@ -129,7 +123,7 @@ def test_tuning_the_router_sends_tokens_through_all_experts_while_it_trains(tmp_
     assert {name for name, one in model.named_parameters() if one.requires_grad} == set(part.parameters)
     for mode, expected in ((True, 3), (False, 1), (True, 3)):
         model.train(mode)
-        with watching(model) as log:
+        with RoutingLog(model) as log:
             model(input_ids=TOKENS)
         assert {one.chosen.shape[1] for one in log.layers()} == {expected}
     decisions = log.layers()

@@ -14,19 +14,8 @@ from expertctl.core.hooks.mixtures import RouterInputs, RouterRows
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.models.feed_forwards import feed_forwards, input_moments
 from expertctl.merge.mixture.mixing import apply_bias
-from expertctl.merge.mixture.routing.prompt_starts import (
-    prompt_rows,
-    prompt_state_rows,
-    prompt_token_rows,
-    tokens_of,
-)
-from expertctl.merge.mixture.routing.starts import (
-    embedding_rows,
-    hidden_rows,
-    linear_rows,
-    random_rows,
-    uniform_rows,
-)
+from expertctl.merge.mixture.routing.prompt_starts import prompt_rows, prompt_state_rows, prompt_token_rows, tokens_of
+from expertctl.merge.mixture.routing.starts import embedding_rows, hidden_rows, linear_rows, random_rows, uniform_rows
 from expertctl.workspace import Workspace
 
 
@@ -197,10 +186,7 @@ def test_prompts_that_cancel_are_refused(model_folder: Path, router: Any) -> Non
     ("own", "part"),
     [
         ({"a": {"positive_prompts": ["x"]}}, "needs positive_prompts for 'b'"),
-        (
-            {"a": {"positive_prompts": "x"}, "b": {}},
-            "positive_prompts of 'a' is not a list of nonempty texts",
-        ),
+        ({"a": {"positive_prompts": "x"}, "b": {}}, "positive_prompts of 'a' is not a list of nonempty texts"),
     ],
 )
 def test_prompts_that_are_missing_or_no_texts_are_named(model_folder: Path, own: Any, part: str) -> None:

@@ -25,7 +25,7 @@ from expertctl.experts.federation.coordinator.owner_status import owner_statuses
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol import parts
 from expertctl.experts.federation.protocol.parts import parts_of
-from expertctl.experts.federation.protocol.progress import Progress
+from expertctl.experts.federation.protocol.requests import Progress
 from expertctl.plugins.flower.coordinator import reverse_proxy
 from expertctl.plugins.flower.coordinator.serving import serve
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
@@ -247,7 +247,7 @@ def test_seed_progress_and_expert_pass_through_the_reverse_proxy(hub: Any, new_o
     work = OwnerWork(owner, client, lambda review: True, said)
     work.step()
     assert hub.coordinator.files.ledger.state(request.id) == "accepted"
-    assert owner.outcome(request.id) == "accepted"
+    assert owner.outcome(request) == "accepted"
     assert work.is_over(request)
     assert said.lines[-1].endswith("accepted")
 
@@ -256,9 +256,9 @@ def test_a_part_with_wrong_bytes_is_declined_and_the_correct_one_accepted(hub: A
     owner = new_owner("site-a")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     trained(hub.coordinator, owner, request)
-    signed, client = owner.delivery(request.id), hub.client(owner)
+    signed, client = owner.delivery(request), hub.client(owner)
     file = next(file for file in signed.statement.files if file.name == "model.safetensors")
-    data = (owner.delivery_folder(request.id) / file.name).read_bytes()
+    data = (owner.delivery_folder(request) / file.name).read_bytes()
     assert 0 in client.begin(request.id, signed)["missing"][file.name]
     with pytest.raises(Declined, match="WRONG_BYTES"):
         client.put(request.id, file, 0, bytes(len(data)))
@@ -283,11 +283,11 @@ def test_a_full_disk_is_reported_as_a_code_and_the_upload_resumes(
     work.step()
     assert "the coordinator's disk is full" in said.lines[-1]
     assert any("no space left" in line for line in hub.recorder.lines)
-    assert owner.outcome(request.id) is None
+    assert owner.outcome(request) is None
     monkeypatch.setattr(parts, "_write_durably", real)
     work._wait_until.clear()
     work.step()
-    assert owner.outcome(request.id) == "accepted"
+    assert owner.outcome(request) == "accepted"
 
 
 def test_an_owner_waits_for_an_unreachable_coordinator(hub: Any, new_owner: NewOwner, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from expertctl import UserError
 from expertctl.experts.federation.owner.owner import Owner
-from expertctl.experts.federation.protocol.progress import Progress
+from expertctl.experts.federation.protocol.requests import Progress
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
 from expertctl.plugins.flower.processes.child import backoff_s
 

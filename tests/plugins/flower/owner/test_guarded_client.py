@@ -158,9 +158,9 @@ def test_the_app_stores_a_request_in_the_owners_state(hub: Any, new_owner: Calla
     content = json.dumps(request.as_json())
     assert store_request(take_message(content), owner.state) == "TAKEN"
     assert [one.as_json() for one in owner.requests()] == [request.as_json()]
-    owner.note_outcome(request.id, "LATE")
+    owner.note_outcome(request, "LATE")
     assert store_request(take_message(content), owner.state) == "TAKEN"
-    assert owner.outcome(request.id) is None  # it is delivered again
+    assert owner.outcome(request) is None  # it is delivered again
     with pytest.raises(UserError):
         store_request(take_message("{}"), owner.state)
 

@@ -14,7 +14,7 @@ from expertctl.core.artefacts.files import write_json
 from expertctl.core.reporting import SILENT
 from expertctl.experts.federation.coordinator.round_keeper import begin_rounds
 from expertctl.experts.federation.owner.owner import Owner
-from expertctl.experts.federation.protocol.progress import FailureCode, Progress
+from expertctl.experts.federation.protocol.requests import ExpertRequest, FailureCode, Progress
 from expertctl.experts.federation.rounds.round_plan import RoundPlan
 from expertctl.experts.federation.rounds.shared_model import SharedSettings
 from expertctl.plugins.flower.owner.coordinator_client import Hello
@@ -39,10 +39,10 @@ def test_repeated_training_failures_end_the_process_with_one_line(
     fetch_seed(hub.coordinator, owner, request)
     starts = []
 
-    def fail(self: Owner, identifier: str) -> None:
-        starts.append(identifier)
-        self.run_folder(identifier).mkdir(parents=True, exist_ok=True)
-        write_json(self.run_folder(identifier) / "progress.json", Progress("failed", code=code).as_json())
+    def fail(self: Owner, request: ExpertRequest) -> None:
+        starts.append(request.id)
+        self.run_folder(request).mkdir(parents=True, exist_ok=True)
+        write_json(self.run_folder(request) / "progress.json", Progress("failed", code=code).as_json())
 
     monkeypatch.setattr(Owner, "start", fail)
     monkeypatch.setattr(child, "PAUSES_S", (0.0,))
@@ -66,7 +66,7 @@ def test_it_ends_when_all_requests_are_closed(hub: Any, new_owner: Callable[[str
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
     owner.take(request)
     assert not _is_done(owner, work, NOTHING)
-    owner.note_outcome(request.id, None)
+    owner.note_outcome(request, None)
     assert _is_done(owner, work, NOTHING)
 
 
@@ -76,7 +76,7 @@ def test_it_waits_for_open_requests_and_for_the_next_round(hub: Any, new_owner: 
     soon = datetime.now(UTC) + timedelta(hours=1)
     (first,) = hub.coordinator.ask(["site-a"], BTM, soon)
     owner.take(first)
-    owner.note_outcome(first.id, None)
+    owner.note_outcome(first, None)
     (second,) = hub.coordinator.ask(["site-a"], FLEXOLMO, soon)
     assert not _is_done(owner, work, Hello("site-a", (second.id,)))  # Flower has not brought it yet
     assert _is_done(owner, work, NOTHING)

@@ -22,7 +22,7 @@ from expertctl.core.testing import tiny_model_folder
 from expertctl.core.text.clustering.clusterer import Clusterer, unit_rows
 from expertctl.core.text.tokenizer import TextEncoder
 from expertctl.experts.training.run import train_run
-from expertctl.merge.ensemble.cluster_router import ClusterRouter, ClusterRouting, fit_temperature
+from expertctl.merge.ensemble.cluster_mixing import ClusterMixer, ClusterRouting, fit_temperature
 from expertctl.workspace import Workspace
 
 LAW = "the court held that the contract of the parties is void and the appeal was dismissed with costs"
@@ -49,20 +49,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-def router_of(made: Workspace, **changes: object) -> ClusterRouter:
-    router = load_model(made.generalists / "forest")[0].mixer.router
-    return replace(router, routing=replace(router.routing, **changes))
+def mixer_of(made: Workspace, **changes: object) -> ClusterMixer:
+    mixer = load_model(made.generalists / "forest")[0].mixer
+    return replace(mixer, routing=replace(mixer.routing, **changes))
 
 
-def naive_weights(router: ClusterRouter, clusterer: Clusterer, tokens: list[int]) -> np.ndarray:
+def naive_weights(mixer: ClusterMixer, clusterer: Clusterer, tokens: list[int]) -> np.ndarray:
     """The formula for every prefix, from its whole text."""
-    routing = router.routing
+    routing = mixer.routing
     found = [np.zeros(len(routing.clusters))]
     for count in range(1, len(tokens) + 1):
         if not routing.is_update_due(count):
             found.append(found[-1])
             continue
-        text = router.reader.tokenizer.decode(tokens[:count], skip_special_tokens=False)
+        text = mixer.reader.tokenizer.decode(tokens[:count], skip_special_tokens=False)
         point = unit_rows(clusterer.sums([text]))[0].astype(np.float64)
         squares = ((point - clusterer.centres[list(routing.clusters)]) ** 2).sum(axis=1)
         power = 1 if routing.distance == "squared" else 2
@@ -84,33 +84,33 @@ def naive_weights(router: ClusterRouter, clusterer: Clusterer, tokens: list[int]
 def test_weights_are_the_formula_however_the_text_arrives(
     made: Workspace, cuts: list[int], distance: str, top_k: int | None, begin: int
 ) -> None:
-    router = router_of(made, distance=distance, top_k=top_k, temperature=0.3)
+    mixer = mixer_of(made, distance=distance, top_k=top_k, temperature=0.3)
     clusterer = Clusterer.read(made.generalists / "forest")
     tokens = TextEncoder.of_folder(made.layout.seed).encode([f"{CODE} né {LAW}"])[0][begin : begin + sum(cuts)]
     texts, found = None, []
     for cut in cuts:
         ids, tokens_left = tokens[:cut], tokens[cut:]
         if ids:
-            weights, texts = router(torch.tensor([ids]), None, texts)
+            weights, texts = mixer.route(torch.tensor([ids]), None, texts)
             found.append(weights[0].exp().numpy())
         tokens = tokens_left
     whole = TextEncoder.of_folder(made.layout.seed).encode([f"{CODE} né {LAW}"])[0][begin : begin + sum(cuts)]
-    assert np.concatenate(found) == pytest.approx(naive_weights(router, clusterer, whole), abs=1e-5)
+    assert np.concatenate(found) == pytest.approx(naive_weights(mixer, clusterer, whole), abs=1e-5)
 
 
 def test_padding_is_not_read(made: Workspace) -> None:
-    router = router_of(made)
+    mixer = mixer_of(made)
     ids = TextEncoder.of_folder(made.layout.seed).encode([LAW])[0][:12]
-    plain = router(torch.tensor([ids]))[0]
+    plain = mixer.route(torch.tensor([ids]))[0]
     padded = torch.tensor([[0, 0, 0, *ids]])
     mask = torch.tensor([[0, 0, 0, *[1] * len(ids)]])
-    assert router(padded, mask)[0][:, 3:].equal(plain)
+    assert mixer.route(padded, mask)[0][:, 3:].equal(plain)
 
 
 def test_the_ensemble_mixes_probabilities_by_these_weights(made: Workspace) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
     ids = tokenizer(LAW, return_tensors="pt")["input_ids"][:, :30]
-    weights = model.mixer.router(ids)[0].exp()
+    weights = model.mixer.route(ids)[0].exp()
     members = [load_model(made.experts / name)[0] for name in model.expert_names]
     with torch.inference_mode():
         parts = [member(input_ids=ids).logits.double().softmax(-1) for member in members]
@@ -125,7 +125,7 @@ def test_the_ensemble_mixes_probabilities_by_these_weights(made: Workspace) -> N
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_caches_gives_what_the_whole_text_gives(made: Workspace, beams: int) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
-    model.mixer.router = router_of(made, top_k=1, every=2)
+    model.mixer = mixer_of(made, top_k=1, every=2)
     prompts = [LAW[:30], CODE[:52]]
     tokenizer.padding_side = "left"
     given_ = tokenizer(prompts, return_tensors="pt", padding=True)
@@ -136,7 +136,7 @@ def test_generation_with_caches_gives_what_the_whole_text_gives(made: Workspace,
 
 def test_experts_without_weight_do_not_run(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
-    model.mixer.router = router_of(made, top_k=1, every=1)
+    model.mixer = mixer_of(made, top_k=1, every=1)
     ran: list[int] = []
     for index, member in enumerate(model.members):
         member.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
@@ -159,14 +159,14 @@ def test_the_fitted_temperature_is_the_best_of_many(made: Workspace) -> None:
             texts.append((ids, torch.stack(scores).double().numpy()))
 
     def loss(temperature: float) -> float:
-        router = router_of(made, temperature=temperature)
+        mixer = mixer_of(made, temperature=temperature)
         total = 0.0
         for ids, scores_KT in texts:
-            joint = router(torch.tensor([ids[:-1]]))[0][0].double().numpy() + scores_KT.T
+            joint = mixer.route(torch.tensor([ids[:-1]]))[0][0].double().numpy() + scores_KT.T
             total -= float(np.logaddexp.reduce(joint, axis=1).sum())
         return total
 
-    best = fit_temperature(model.mixer.router, texts)
+    best = fit_temperature(model.mixer, texts)
     assert loss(best) <= min(loss(10**power) for power in np.linspace(-3, 1, 20)) + 1e-3
 
 
@@ -192,7 +192,7 @@ def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path:
     [
         ({"prior": "uniform"}, "has no option 'prior'"),
         ({"clusters": "campsu"}, "no set of clusters 'campsu'"),
-        ({"temperature": 0.0}, "temperature is 0; it must be greater than 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it is more than 0"),
         ({"top_k": 3}, "top_k is 3"),
         ({"every": 0}, "every is 0"),
     ],
@@ -203,9 +203,7 @@ def test_what_cannot_be_is_refused(made: Workspace, options: dict[str, object], 
     assert not (made.generalists / "other").exists()
 
 
-def test_the_manifest_says_what_was_settled_so_that_the_same_can_be_merged_without_text(
-    made: Workspace,
-) -> None:
+def test_the_manifest_says_what_was_settled_so_that_the_same_can_be_merged_without_text(made: Workspace) -> None:
     manifest = read_manifest(made.generalists / "forest")
     options, config = manifest.merged.options, read_json(made.generalists / "forest" / "config.json")
     assert options["clusters"] == "campus"

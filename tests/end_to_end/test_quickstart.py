@@ -1,0 +1,80 @@
+"""The quickstart and the example of Branch-Train-Merge, in small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from expertctl import verify
+from expertctl.core.manifests.schemas import SCHEMA_NAMES, shipped_schema
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: str | Path) -> str:
+    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def corpora(seeded_project: Path) -> Path:
+    return seeded_project / "text"
+
+
+def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path, tmp_path: Path) -> None:
+    """With text this short the figures say nothing; what is made, and made once, does."""
+    call = (
+        "-m",
+        "expertctl.cli.main",
+        "--json",
+        "quickstart",
+        tmp_path / "demo",
+        "--corpora",
+        corpora,
+        "--tokens",
+        "20000",
+    )
+    found = json.loads(run(*call))
+    models = ["seed", "chance", "prose", "uniform-average", "posterior-average", "ensemble"]
+    assert list(found["models"]) == models
+    assert found["domains"] == ["chance", "prose"]
+    folders = [*(tmp_path / "demo" / "experts").iterdir(), *(tmp_path / "demo" / "generalists").iterdir()]
+    assert len(folders) == 5
+    manifests = [path for name in SCHEMA_NAMES for path in (tmp_path / "demo").rglob(name)]
+    assert {path.name for path in manifests} == {"seed.json", "expert.json", "run.json", "generalist.json"}
+    for path in manifests:
+        jsonschema.validate(json.loads(path.read_text()), json.loads(shipped_schema(path.name)))
+    stamps = {}
+    for folder in folders:
+        assert verify(folder) == []
+        stamps[folder] = (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else 0
+    assert json.loads(run(*call)) == found
+    for folder, stamp in stamps.items():
+        assert not stamp or (folder / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_the_branch_train_merge_example_prints_its_table(corpora: Path, tmp_path: Path) -> None:
+    out = run(
+        ROOT / "examples/btm/run.py",
+        "--corpora",
+        corpora,
+        "--seeds",
+        "0",
+        "--tokens",
+        "8192",
+        "--out",
+        tmp_path,
+    )
+    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| ")}
+    assert {"dense", "random-split forest", "ensemble, cached prior", "posterior average, per target"} <= set(rows)
+    scores = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
+    mean = sum(scores["seed"].values()) / 2
+    assert f"{mean:.4f}" in rows["seed"]
