@@ -51,16 +51,16 @@ def command(session: Session) -> None:
 
 def _offers(plugins: PluginManager) -> list[dict[str, Any]]:
     """Return all offers of all plugins, ordered by kind and name."""
-    from ...core.hooks.manager import OFFER_KINDS
+    from ...core.hooks.manager import OFFER_KINDS, noun_of
 
     records = []
-    for kind, words in OFFER_KINDS.items():
+    for kind in OFFER_KINDS:
         offers: Mapping[str, Any] = plugins.offers(kind)
         for name, offer in sorted(offers.items()):
             provider = plugins.provider(kind, name)
             records.append(
                 {
-                    "kind": words.noun,
+                    "kind": noun_of(kind),
                     "name": name,
                     "summary": getattr(offer, "summary", "") or ", ".join(getattr(offer, "model_types", ())),
                     "plugin": provider.name,

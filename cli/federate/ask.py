@@ -15,7 +15,7 @@ from .options import coordinator_of, recipe_from, training_from, with_recipe
 from .shared import shared_content, shared_line
 
 if TYPE_CHECKING:
-    from ...experts.federation.rounds.round_plan import RoundPlan
+    from ...experts.federation.rounds.rounds import RoundPlan
     from ...experts.federation.rounds.shared_model import SharedSettings
 
 ROUNDS, QUORUM, NAME = 10, 0.5, "shared"  # defaults of the options
@@ -106,7 +106,7 @@ def _plan_from(
     """Return plan and settings for the options; raises `UserError` for options that rounds do not support."""
     from ...core.hooks.options import parse_options
     from ...experts.federation.judging.round_weights import AveragingRules
-    from ...experts.federation.rounds.round_plan import RoundPlan
+    from ...experts.federation.rounds.rounds import RoundPlan
     from ...experts.federation.rounds.shared_model import SharedSettings
 
     if dp is not None:

@@ -78,10 +78,9 @@ def _request_expert(coordinator: Coordinator, name: str, deadline: str, recipe: 
 def _open_round_request(coordinator: Coordinator, name: str, shared: str) -> ExpertRequest:
     """Return an owner's request for the open round of a shared model."""
     from ...experts.federation.coordinator.round_keeper import advance
-    from ...experts.federation.rounds.shared_model import shared_model
 
     coordinator.files.members.get(name)
-    model = shared_model(coordinator.files.shared_root, shared)
+    model = coordinator.shared_model(shared)
     advance(coordinator, model)
     for request in coordinator.open_requests(name):
         if request.recipe.round is not None and request.recipe.round.model == shared:
@@ -174,11 +173,10 @@ def deliver(session: Session, delivery: Path) -> None:
 def _deliver_into_round(session: Session, coordinator: Coordinator, request: ExpertRequest) -> None:
     """Advance a shared model after an accepted delivery, and report its status."""
     from ...experts.federation.coordinator.round_keeper import advance, status_of
-    from ...experts.federation.rounds.shared_model import shared_model
 
     round_ = request.recipe.round
     assert round_ is not None
-    model = shared_model(coordinator.files.shared_root, round_.model)
+    model = coordinator.shared_model(round_.model)
     messages = advance(coordinator, model)
     status = status_of(coordinator, model)
     session.finish(

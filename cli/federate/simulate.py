@@ -81,7 +81,6 @@ def simulate_command(
     from ...experts.federation.protocol.requests import deadline_in
     from ...experts.federation.simulation.events import BEGIN
     from ...experts.federation.simulation.owners import Plan, draw_owners, read_trace
-    from ...experts.federation.simulation.plan import Plan
     from ...experts.federation.simulation.planning import simulate
 
     if owners is not None and trace is not None:

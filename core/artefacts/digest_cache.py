@@ -23,7 +23,7 @@ SETTLED_SECONDS = 2.0
 def cached_digests(file: Path) -> dict[str, str]:
     """Return the cached digests of a safetensors file's tensors by name, empty if the file is not cached."""
     try:
-        content = json.loads(_cache_path(file).read_text(encoding="utf-8"))
+        content = json.loads(cache_file(file, "digests", ".json").read_text(encoding="utf-8"))
         if content["stat"] == _stat(file):
             return dict(content["tensors"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -40,7 +40,7 @@ def remember_digests(file: Path, tensors: Mapping[str, str]) -> None:
         cached = cached_digests(file)
         if cached | dict(tensors) == cached:
             return
-        path = _cache_path(file)
+        path = cache_file(file, "digests", ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"stat": stat, "tensors": cached | dict(tensors)}))
     except (OSError, UserError):
@@ -65,7 +65,3 @@ def digests_of_untouched(checkpoint: Checkpoint, known: Mapping[str, str]) -> di
 def _stat(file: Path) -> list[int]:
     stat = file.stat()
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _cache_path(file: Path) -> Path:
-    return cache_file(file, "digests", ".json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .safetensors_io import Checkpoint
@@ -28,11 +28,12 @@ def digest_of_tensors(tensors: Mapping[str, str]) -> str:
 
     Excludes the optimiser state that a seed keeps, which is not part of the model.
     """
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        if not name.startswith(f"{TRAINING_FOLDER}/"):
-            state.update(f"{name} {tensors[name]}\n".encode())
-    return state.hexdigest()
+    names = (name for name in sorted(tensors) if not name.startswith(f"{TRAINING_FOLDER}/"))
+    return _digest_of_lines(f"{name} {tensors[name]}\n" for name in names)
+
+
+def _digest_of_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def digest_of_file(path: Path) -> str:
@@ -47,11 +48,8 @@ def digest_of_file(path: Path) -> str:
 
 def digest_of_tokenizer(folder: Path) -> str:
     """Return the digest of a folder's tokenizer files."""
-    state = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            state.update(f"{name} {digest_of_file(folder / name)}\n".encode())
-    return state.hexdigest()
+    names = (name for name in TOKENIZER_FILES if (folder / name).is_file())
+    return _digest_of_lines(f"{name} {digest_of_file(folder / name)}\n" for name in names)
 
 
 def digests_of_folder(folder: Path, known: Mapping[str, str] | None = None) -> tuple[dict[str, str], dict[str, str]]:
@@ -64,13 +62,11 @@ def digests_of_folder(folder: Path, known: Mapping[str, str] | None = None) -> t
     tensors: dict[str, str] = {}
     files: dict[str, str] = {}
     for path in artefact_files(folder):
-        relative = path.relative_to(folder).as_posix()
-        files[relative] = digest_of_file(path)
+        files[path.relative_to(folder).as_posix()] = digest_of_file(path)
         if path.suffix == ".safetensors":
             prefix = tensor_prefix(folder, path)
             checkpoint = Checkpoint([path])
-            missing = [name for name in checkpoint if prefix + name not in known]
-            computed = checkpoint.digests(missing)
+            computed = checkpoint.digests(name for name in checkpoint if prefix + name not in known)
             tensors.update({prefix + name: known.get(prefix + name) or computed[name] for name in checkpoint})
     return tensors, files
 
@@ -85,9 +81,8 @@ def artefact_files(folder: Path) -> Iterator[Path]:
     """Yield the files of an artefact in sorted order, without its manifest, hidden files and logs."""
     logs = {"metrics.jsonl", "training.log"}
     for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not is_hidden and path.name not in logs:
-            if len(relative.parts) == 1 and path.name in MANIFEST_NAMES.values():
-                continue
+        parts = path.relative_to(folder).parts
+        is_hidden = any(part.startswith(".") for part in parts)
+        is_manifest = len(parts) == 1 and path.name in MANIFEST_NAMES.values()
+        if path.is_file() and not (is_hidden or is_manifest or path.name in logs):
             yield path

@@ -83,7 +83,10 @@ def decode(raw: Any, dtype: str, shape: tuple[int, ...], scratch: NDArray[np.uin
         np.left_shift(wide, 16, out=wide)
         return wide.view("<f4").reshape(shape)
     if DTYPES[dtype].numpy is None:
-        return np.asarray(_float8_values(dtype)[np.frombuffer(raw, "u1")]).reshape(shape)
+        import torch
+
+        codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, DTYPES[dtype].torch))
+        return np.asarray(codes.float().numpy()[np.frombuffer(raw, "u1")]).reshape(shape)
     numbers: NDArray[Any] = np.frombuffer(raw, DTYPES[dtype].numpy).reshape(shape)
     return numbers.astype("<f4") if dtype == "F16" else numbers
 
@@ -99,7 +102,11 @@ def encode(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
     if dtype == "BF16":
         return _to_bfloat16(flat.astype("<f4", copy=False)).view("u1")
     if DTYPES[dtype].numpy is None:
-        return _to_float8(flat, dtype)
+        import torch
+
+        kind = getattr(torch, DTYPES[dtype].torch)
+        codes: NDArray[np.uint8] = torch.from_numpy(flat.copy()).to(kind).view(torch.uint8).numpy()
+        return codes
     with np.errstate(over="ignore", invalid="ignore"):
         return flat.astype(DTYPES[dtype].numpy, copy=False).view("u1")
 
@@ -118,21 +125,3 @@ def _to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
     if is_nan.any():
         halves[is_nan] = _BFLOAT16_NAN
     return halves
-
-
-def _float8_values(dtype: str) -> NDArray[np.float32]:
-    """Return the 256 values of an 8-bit floating-point dtype."""
-    import torch
-
-    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, DTYPES[dtype].torch))
-    numbers: NDArray[np.float32] = codes.float().numpy()
-    return numbers
-
-
-def _to_float8(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
-    import numpy as np
-    import torch
-
-    kind = getattr(torch, DTYPES[dtype].torch)
-    result: NDArray[np.uint8] = torch.from_numpy(np.array(numbers)).to(kind).view(torch.uint8).numpy()
-    return result

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, unknown_name
 from .files import os_errors_as_user_errors, read_json, replacement_file
@@ -82,8 +82,19 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises `UserError` if the file is truncated, has extra bytes, or is not a safetensors file.
     """
     with os_errors_as_user_errors(path), path.open("rb") as file:
-        size = path.stat().st_size
-        header, data_start = _parse_header(file, size, path)
+        size, prefix = path.stat().st_size, file.read(8)
+        if len(prefix) < 8:
+            raise _damaged(path, "it is too short for a safetensors file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise _damaged(path, "its header is truncated, or it is not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError):  # also: an oversized number, unbounded nesting
+            raise _damaged(path, "its header is not valid JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    data_start = 8 + length
     entries = {
         name: _entry(name, record, path, data_start) for name, record in header.items() if name != "__metadata__"
     }
@@ -112,22 +123,6 @@ def _entry(name: str, record: Any, path: Path, data_start: int) -> TensorEntry:
             path, f"tensor '{name}' has {end - begin:,} bytes; {kind} {list(shape)} needs {_num_bytes(kind, shape):,}"
         )
     return TensorEntry(name, kind, shape, path, data_start + begin, data_start + end)
-
-
-def _parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
-    prefix = file.read(8)
-    if len(prefix) < 8:
-        raise _damaged(path, "it is too short for a safetensors file")
-    (length,) = struct.unpack("<Q", prefix)
-    if length > min(size - 8, MAX_HEADER_BYTES):
-        raise _damaged(path, "its header is truncated, or it is not a safetensors file")
-    try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError):  # also: an oversized number, unbounded nesting
-        raise _damaged(path, "its header is not valid JSON") from None
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    return header, 8 + length
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -62,8 +62,6 @@ def _known_keys(model: type[BaseModel], location: KeyPath) -> list[str]:
             current = _without_none(named.get(str(part)))
         else:  # a mapping such as dict[str, DomainConfig]: its values
             current = next((arg for arg in getattr(current, "__args__", ()) if arg is not str), None)
-        if getattr(current, "__origin__", None) is dict and part != location[-1]:
-            continue
     if getattr(current, "__origin__", None) is dict:
         current = current.__args__[1]
     if isinstance(current, type) and issubclass(current, BaseModel):

@@ -37,9 +37,7 @@ Shares = Annotated[dict[str, float], Tag("(shares)")]
 
 def _is_setting(value: Any) -> Any:
     """Validate a single number; values per layer or per module are checked later, when the layers are known."""
-    if isinstance(value, list | dict):
-        return value
-    return _NUMBER.validate_python(value)
+    return value if isinstance(value, list | dict) else _NUMBER.validate_python(value)
 
 
 _NUMBER: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(allow_inf_nan=False)])
@@ -77,6 +75,7 @@ class TrainingConfig(Section):
     final_learning_rate: Share = 0.1
     """Learning rate at the end of the schedule, as a fraction of the peak."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay of the learning rate after the warm-up."""
     warmup: Share = 0.08
     """Warm-up: fraction of the full schedule over which the learning rate rises from 0."""
     schedule_begin: Share | None = None
@@ -86,17 +85,19 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Weight decay, applied to matrices only."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW: decay rates of the two moments."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW: term added to the denominator."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Maximum gradient norm; null disables clipping."""
     inherit_optimiser: bool = True
-    """Start from the seed's optimiser state if it has one, as Branch-Train-Merge's code does."""
+    """Start from the seed's optimiser state, if the seed has one, as the released code of Branch-Train-Merge does."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto`: bfloat16 autocast on a GPU that supports it, otherwise float32."""
     compile: bool = False
     """Compile the model with torch.compile: slower start-up, faster steps."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
+    """Device of the training process: `auto`, `cpu`, `cuda`, `cuda:1` ..."""
     threads: Positive = 1
     """CPU threads of the training process; changing it may change the last bits of the result."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -132,7 +133,7 @@ class TrainingConfig(Section):
 
 
 class DpConfig(Section):
-    """Differential privacy of an expert, with one block of its text as the unit (docs/privacy.md)."""
+    """Differential privacy of an expert; the unit of privacy is one block of its text (docs/privacy.md)."""
 
     epsilon: Annotated[float, Field(gt=0)]
     """Privacy budget epsilon of the whole run."""
@@ -301,20 +302,16 @@ class ProjectConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _names_exist(self) -> ProjectConfig:
-        for domain in self.seed.domains or ():
-            self._require_domain(domain, "seed", "domains")
-        for name, expert in self.experts.items():
-            self._require_domain(expert.domain, "experts", name, "domain")
+    def _domains_exist(self) -> ProjectConfig:
+        named: list[tuple[str, tuple[str, ...]]] = [(domain, ("seed", "domains")) for domain in self.seed.domains or ()]
+        named += [(expert.domain, ("experts", name, "domain")) for name, expert in self.experts.items()]
+        for domain, where in named:
+            if domain not in self.domains:
+                hint = did_you_mean(domain, self.domains, f"; domains: {', '.join(self.domains) or 'none'}")
+                # a custom error because a ValueError cannot carry the location for the line number
+                context = {"domain": domain, "hint": hint, "at": where}
+                raise PydanticCustomError("unknown_domain", "no domain '{domain}'{hint}", context)
         return self
-
-    def _require_domain(self, domain: str, *where: str) -> None:
-        if domain not in self.domains:
-            hint = did_you_mean(domain, self.domains, f"; domains: {', '.join(self.domains) or 'none'}")
-            # a custom error because a ValueError cannot carry the location for the line number
-            raise PydanticCustomError(
-                "unknown_domain", "no domain '{domain}'{hint}", {"domain": domain, "hint": hint, "at": where}
-            )
 
     def training_of(self, own: TrainingConfig) -> TrainingConfig:
         """Return the project's training settings, overridden by the fields set in `own`."""

@@ -1,7 +1,7 @@
-"""The hooks a plugin may implement.
+"""The hooks that a plugin can implement.
 
-Collecting hooks offer things and must be cheap (no torch, no reading of files); what they offer does the
-work. Each returns a list of the dataclass named in its annotation. Notifying hooks return nothing.
+Collecting hooks return a list of the dataclass in their annotation; they must be cheap (no torch, no reading of files).
+Notifying hooks return nothing.
 """
 
 from __future__ import annotations
@@ -29,52 +29,52 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def merge_methods() -> list[MergeMethod]:  # type: ignore[empty-body]  # pluggy reads the signature only
-    """Ways from seed and experts to a generalist."""
+    """Merge methods, which make a generalist from a seed and experts."""
 
 
 @hookspec
 def mixers() -> list[Mixer]:  # type: ignore[empty-body]  # as above
-    """Ways to weight the members of an ensemble from text to text."""
+    """Mixers, which weight the members of an ensemble for each text."""
 
 
 @hookspec
 def router_starts() -> list[RouterStart]:  # type: ignore[empty-body]  # as above
-    """How the router rows of a mixture of experts begin."""
+    """Initialisations of the router of a mixture of experts."""
 
 
 @hookspec
 def trainers() -> list[Trainer]:  # type: ignore[empty-body]  # as above
-    """Which part of a model trains, and how."""
+    """Trainers, which choose and prepare the trainable parameters of a model."""
 
 
 @hookspec
 def launchers() -> list[Launcher]:  # type: ignore[empty-body]  # as above
-    """Where training runs."""
+    """Launchers, which start the processes of training runs."""
 
 
 @hookspec
 def corpus_formats() -> list[CorpusFormat]:  # type: ignore[empty-body]  # as above
-    """Kinds of text files that can be read into documents."""
+    """Formats of text files that documents are read from."""
 
 
 @hookspec
 def domain_discoverers() -> list[DomainDiscoverer]:  # type: ignore[empty-body]  # as above
-    """Ways to sort unlabelled text into domains."""
+    """Methods that find domains in unlabelled text."""
 
 
 @hookspec
 def document_orders() -> list[DocumentOrder]:  # type: ignore[empty-body]  # as above
-    """Orders in which documents are packed for training."""
+    """Orders in which documents are packed into training blocks."""
 
 
 @hookspec
 def evaluators() -> list[Evaluator]:  # type: ignore[empty-body]  # as above
-    """Ways to score a model on a domain."""
+    """Evaluators, which score a model on a domain."""
 
 
 @hookspec
 def architectures() -> list[Architecture]:  # type: ignore[empty-body]  # as above
-    """Where a model family keeps its feed-forward, attention, norm and embedding tensors."""
+    """Model families, with the names of their feed-forward, attention, norm and embedding tensors."""
 
 
 @hookspec

@@ -56,28 +56,24 @@ BUILTIN_PLUGINS = (
 Offer = TypeVar("Offer")
 
 
-@dataclass(frozen=True)
-class OfferKind:
-    """A kind of offer of plugins."""
-
-    hook: str
-    """The hook that returns a list of offers."""
-    noun: str
-    """Its name in messages."""
-
-
-OFFER_KINDS: Mapping[type, OfferKind] = {
-    MergeMethod: OfferKind("merge_methods", "merge method"),
-    Mixer: OfferKind("mixers", "mixer"),
-    RouterStart: OfferKind("router_starts", "router start"),
-    Trainer: OfferKind("trainers", "trainer"),
-    Launcher: OfferKind("launchers", "launcher"),
-    CorpusFormat: OfferKind("corpus_formats", "corpus format"),
-    DomainDiscoverer: OfferKind("domain_discoverers", "domain discoverer"),
-    DocumentOrder: OfferKind("document_orders", "document order"),
-    Evaluator: OfferKind("evaluators", "evaluator"),
-    Architecture: OfferKind("architectures", "architecture"),
+OFFER_KINDS: Mapping[type, str] = {
+    MergeMethod: "merge_methods",
+    Mixer: "mixers",
+    RouterStart: "router_starts",
+    Trainer: "trainers",
+    Launcher: "launchers",
+    CorpusFormat: "corpus_formats",
+    DomainDiscoverer: "domain_discoverers",
+    DocumentOrder: "document_orders",
+    Evaluator: "evaluators",
+    Architecture: "architectures",
 }
+"""All kinds of offers, with the hook that returns a list of them."""
+
+
+def noun_of(kind: type) -> str:
+    """Return the name of a kind of offer in messages, such as `merge method`."""
+    return OFFER_KINDS[kind].removesuffix("s").replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -208,7 +204,7 @@ class PluginManager:
 
     def offers(self, kind: type[Offer]) -> Mapping[str, Offer]:
         """Return all offers of one kind by name, such as `offers(MergeMethod)`; those of the built-ins come first."""
-        hook = OFFER_KINDS[kind].hook
+        hook = OFFER_KINDS[kind]
         if hook not in self._offers:
             self._offers[hook] = self._collect(hook, kind)
         return self._offers[hook]
@@ -217,17 +213,17 @@ class PluginManager:
         """Return one offer; raises `UserError` that lists the choices."""
         offers = self.offers(kind)
         if name not in offers:
-            raise unknown_name(OFFER_KINDS[kind].noun, name, offers, listed_as="installed")
+            raise unknown_name(noun_of(kind), name, offers, listed_as="installed")
         return offers[name]
 
     def provider(self, kind: type, name: str) -> PluginInfo:
         """Return the plugin that brought one offer."""
         self.offers(kind)
-        plugin = self._owners[OFFER_KINDS[kind].hook, name]
+        plugin = self._owners[OFFER_KINDS[kind], name]
         return next(info for info in self.plugins() if info.name == plugin)
 
     def report_failure(self, kind: type, name: str, action: str, error: Exception) -> None:
-        """Report that an offer of a third party failed at `action`; a failure of a built-in is our bug and is raised."""
+        """Report that a third party's offer failed at `action`; the failure of a built-in is our bug and is raised."""
         self._report_failure(self.provider(kind, name).name, action, error)
 
     def _report_failure(self, plugin: str, action: str, error: Exception) -> None:

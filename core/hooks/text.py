@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CorpusFormat:
-    """A kind of text file that can be read into documents."""
+    """A format of text files that documents are read from."""
 
     name: str
     summary: str
@@ -30,17 +30,17 @@ class CorpusFormat:
     Raises `UserError` with the file and, where there are lines, the line number.
     """
     read_values: Callable[[Path, str, str], Iterator[Document]] | None = None
-    """`read_values(path, text_field, field)` yields the same documents with what another field says of them;
-    None: documents of this format have no further fields."""
+    """`read_values(path, text_field, field)` yields the same documents with the value of another field; None: documents
+    of this format have no further fields."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, and what a field of metadata says of it."""
+    """A text, and the value of a metadata field."""
 
     text: str
     value: str | None = None
-    """None where no field was asked for."""
+    """None if no field was requested."""
 
 
 @dataclass(frozen=True)
@@ -50,64 +50,64 @@ class DocumentOrder:
     name: str
     summary: str
     order: Callable[[Sequence[str]], Sequence[int]]
-    """`order(texts)` returns the numbers of all texts, each once, in their new order. `texts` lie on disk: each access
-    reads one, and not all need fit into memory."""
+    """`order(texts)` returns a permutation of the indices of `texts`, which is on disk: each access reads one text, so
+    that memory does not grow with the corpus."""
 
 
 @dataclass(frozen=True)
 class DiscoveryInputs:
-    """What domains can be found from. Only training text is seen."""
+    """The training text in which domains are to be found."""
 
     documents: Callable[[], Iterator[Document]]
-    """Reads all documents anew, one by one: they need not fit into memory."""
+    """Streams all documents from the start."""
     sample: Callable[[], Sequence[str]]
-    """Returns the beginnings of some documents, drawn by the random seed, in an order that means nothing."""
+    """Returns the beginnings of randomly sampled documents, in arbitrary order."""
     clusters: int | None
-    """How many domains are asked for; None: as many as there are."""
+    """Number of domains to find; None: chosen by the discoverer."""
     random_seed: int
     root: Path
-    """Of the workspace: where relative paths begin."""
+    """Folder of the workspace, which relative paths refer to."""
     seed: Path
-    """Folder of the seed, which may not have been made yet."""
+    """Folder of the seed, which may not exist yet."""
     reporter: Reporter = SILENT
     """Receives messages for the user."""
 
 
 class FoundDomains(Protocol):
-    """Domains that were found. N = documents, K = domains."""
+    """Discovered domains. N = documents, K = domains."""
 
     @property
     def labels(self) -> Sequence[str]:
-        """What each domain is called within its set, such as `3` or `law`; K different ones."""
+        """K distinct names of the domains within their set, such as `3` or `law`."""
         ...
 
     def distances(self, documents: Sequence[Document]) -> NDArray[Any]:
-        """Return how far documents are from the domains, (N, K); each goes to the nearest."""
+        """Return the distances of documents from the domains, (N, K); each document is assigned to the nearest."""
         ...
 
     def top_words(self, domain: int) -> Sequence[str]:
-        """Return words that tell a human what the domain is about, the best first."""
+        """Return the most characteristic words of a domain, best first."""
         ...
 
     def write(self, folder: Path) -> None:
-        """Keep in a folder what is known of the domains."""
+        """Write the domains to a folder, so that `DomainDiscoverer.read` restores them."""
         ...
 
 
 @dataclass(frozen=True)
 class DomainDiscoverer:
-    """A way to sort unlabelled text into domains."""
+    """A method that finds domains in unlabelled text."""
 
     name: str
     summary: str
     fit: Callable[[DiscoveryInputs, Any], FoundDomains]
-    """`fit(inputs, options)`; raises `UserError` for text that is too little."""
+    """`fit(inputs, options)`; raises `UserError` for too little text."""
     options: type | None = None
     """A frozen dataclass with a default for every field, or None."""
     read: Callable[[Path], FoundDomains] | None = None
-    """`read(folder)` returns what was written there, so that documents are sorted in several processes; None: in one."""
+    """`read(folder)` restores written domains in worker processes; None: documents are assigned in one process."""
     field: Callable[[Any], str] | None = None
-    """`field(options)` names the field of metadata that documents are read with; None: text alone."""
+    """`field(options)` returns the metadata field to read with the documents; None: text only."""
 
     def __post_init__(self) -> None:
         check_options_class(self.options, f"domain discoverer '{self.name}'")

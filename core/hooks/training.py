@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PrivateReleases(Protocol):
-    """The only way to what a trainer may learn of private text before training; everything is paid for out of epsilon."""
+    """Differentially private statistics of private text for trainers before training; each spends epsilon."""
 
     @property
     def releases_embedding(self) -> bool:
@@ -26,12 +26,12 @@ class PrivateReleases(Protocol):
         ...
 
     def embedding_mean(self, rows: Iterable[Tensor], clip: float) -> Tensor:
-        """Return the mean of vectors (n,), one for each block of the text, each cut to norm `clip`, with noise."""
+        """Return the noisy mean of vectors (n,), one for each block of the text, each clipped to norm `clip`."""
         ...
 
 
 class TrainablePart:
-    """What one training run moves: the module that computes, and the parameters that change.
+    """The module of a training run and its trainable parameters.
 
     Extend it for losses, measures or files of your own; every method has a default.
     """
@@ -104,13 +104,13 @@ class TrainingText:
     domains: Mapping[str, TokenBlocks]
     """Training parts of the run's own domains."""
     other: Callable[[str], TokenBlocks]
-    """Returns the training part of another domain of the project; raises `UserError` for one that there is not."""
+    """Returns the training part of another domain of the project; raises `UserError` if there is none of that name."""
     seed_domains: tuple[str, ...]
     """Domains of the project that the seed was pretrained on."""
     folder: Path
-    """Of the model that training starts from."""
+    """Folder of the model that training starts from."""
     private: PrivateReleases | None = None
-    """Not None: the run is private, and nothing that depends on `domains` may be used unless it comes through this."""
+    """Set for private runs, where nothing that depends on `domains` may be used except through this."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class TrainingContext:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Which part of a model trains, and how."""
+    """A choice of trainable parameters, and how they are prepared."""
 
     name: str
     summary: str
@@ -148,15 +148,15 @@ class Trainer:
     """With `uses_text`: whether it reads the run's own domains only through `TrainingText.private`. Private runs refuse
     other trainers that use text."""
     makes: Literal["expert", "generalist"] = "expert"
-    """What a run becomes: tensors that changed (`branch` and `train`), or a whole model (`tune`)."""
+    """Result of a run: the tensors that changed (`branch` and `train`), or a whole model (`tune`)."""
     restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None
-    """`restore(model, folder)` makes the starting model into what was trained, from an expert's folder; None: the
-    expert's tensors go over those of the same name."""
+    """`restore(model, folder)` turns the starting model into the trained one, from an expert's folder; None: the
+    expert's tensors replace those of the same name."""
     require: Callable[[Path, Any, Sequence[str]], None] | None = None
     """`require(folder, options, domains)` raises `UserError` for a generalist, options or domains that it cannot train,
     before a run is set up and anything is replaced."""
     changes: Literal["all", "feed_forward"] = "all"
-    """Which of the starting model's tensors can come out changed: an expert that someone else trained is held to it."""
+    """Tensors of the starting model that training can change; delivered experts are checked against it."""
 
     def __post_init__(self) -> None:
         check_options_class(self.options, f"trainer '{self.name}'")
@@ -164,7 +164,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Where training runs: a process here, a node of a cluster, a data owner."""
+    """Starts training runs: as local processes, or on the nodes of a cluster."""
 
     name: str
     summary: str

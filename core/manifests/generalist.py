@@ -15,23 +15,24 @@ GeneralistKind = Literal["average", "ensemble", "moe", "stitched", "shared"]
 
 @record
 class RouterRecord:
-    """How the router of a mixture began."""
+    """Initialisation of a mixture's router."""
 
     start: str
-    """Name of the router start."""
+    """Name of the router start, such as `random` (option `router` of the merge)."""
     biases: str
-    """`keep`, `fold` or `drop`; `none` where the start had no biases."""
+    """Handling of the trained biases: `carry`, `fold` or `drop`; `none` if there were no biases."""
     uses_text: bool
-    """Whether it was fitted on validation text, so that the manifest alone cannot reproduce it."""
+    """Whether the router was fitted on validation text; the manifest alone is then not enough to reproduce the merge."""
 
 
 @record
 class AveragedExpert:
-    """An expert whose tensors outside of the FFNs are part of a mixture's average, even after it left the mixture."""
+    """An expert whose attention, norms and embeddings are averaged into a mixture; removal does not change them."""
 
     name: str
     digest: str
     weight: float | None
+    """Weight in the average; None: equal weights."""
     licence: str | None
 
 
@@ -40,17 +41,20 @@ class MixtureRecord:
     """A mixture of experts: its layout, and the dense model that it was assembled from."""
 
     target: str
-    """Name of the mixture class that it was written as."""
+    """Model class of the mixture, such as `mixtral` or `container` (option `target` of the merge)."""
     top_k: int
+    """Number of experts per token."""
     router: RouterRecord
     options: Mapping[str, Any]
+    """Options of the merge method, with defaults filled in."""
     family: str
+    """Architecture of the dense model."""
     dense: Mapping[str, Any]
     """`config.json` of the dense model."""
     feed_forward: tuple[str, ...]
-    """Names of the FFN tensors within a layer of the dense model."""
+    """Names of the FFN tensors of the dense model, relative to the layer."""
     averaged: tuple[AveragedExpert, ...] = ()
-    """Set once an expert has left a mixture whose shared tensors are an average."""
+    """Experts in the average of the shared tensors, including removed ones; empty until an expert is removed."""
 
 
 @record
@@ -58,30 +62,36 @@ class Tuning:
     """One training run of a generalist."""
 
     name: str
+    """Name of the generalist that the run produced."""
     trains: str
+    """Trainable parameters: a trainer, or a pattern of tensor names."""
     options: Mapping[str, Any]
+    """Options of the trainer."""
     domains: Mapping[str, str | None]
     """Digest of the training text of each domain."""
     tokens: int
+    """Number of training tokens."""
     base_digest: str
-    """Digest of the model that it started from."""
+    """Digest of the model that the run started from."""
     experts: tuple[str, ...]
-    """Experts that were in the model during the run, and whose traces joint training leaves in it."""
+    """Experts in the model during the run. Joint training depends on their outputs, even if they are removed later."""
     trained_inside: tuple[str, ...] = ()
-    """Experts that the run itself added to the model."""
+    """Experts that the run added to the model."""
     copied_from: Mapping[str, str] = field(default_factory=dict)
-    """For an added expert that trained alone: the expert that it is a copy of."""
+    """For each added expert that was trained without the others: the expert that it was initialised from."""
     left: bool = False
-    """Whether everything that the run trained has left the model since."""
+    """Whether all parameters that the run trained have since been removed from the model."""
 
 
 @record
 class ExpertChange:
-    """One expert that joined a generalist, left it, or was replaced."""
+    """The addition, removal or replacement of one expert of a generalist."""
 
     change: Literal["joined", "left", "replaced"]
     expert: str
+    """Name of the expert."""
     date: str
+    """Day of the change, as YYYY-MM-DD."""
     base_digest: str
     """Digest of the generalist before the change."""
 
@@ -91,39 +101,47 @@ class SearchRecord:
     """The result of a search for merge weights."""
 
     weights: Mapping[str, Any]
+    """Best weights: one number per expert, or a list over the layer groups."""
     bits_per_byte: float
-    """Mean over the domains, on the blocks that trials were scored on."""
+    """Bits per byte of the best weights: mean over the domains, on the validation blocks of the search."""
     start_bits_per_byte: float
+    """Bits per byte of the initial weights, on the same blocks."""
     trials: int
+    """Number of merges that were scored."""
 
 
 @record
 class GeneralistConfig:
-    """Everything that a generalist's manifest says about how it came about."""
+    """How a generalist was made: merge, changes of its experts, and further training."""
 
     method: str
-    """Merge method, or the trainer of a model that was never merged."""
+    """Merge method; for a model trained from the seed without a merge, the trainer."""
     kind: GeneralistKind = "average"
     weights: Mapping[str, Any] = field(default_factory=dict)
-    """Share of each expert; empty where it differs from text to text."""
+    """Weight of each expert; empty if the weights depend on the text."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method."""
     experts: tuple[str, ...] = ()
-    """Experts that stand side by side in the model, in its own order; empty for an average."""
+    """Experts that are separate in the model, in the model's order; empty for an average."""
     fitted_on: tuple[str, ...] = ()
-    """Domains whose validation text was used."""
+    """Domains whose validation text priors, weights or routers were fitted on."""
     recipe: Mapping[str, Any] | None = None
-    """The merge recipe, for methods that the engine runs; None once the model was trained further."""
+    """The merge recipe, for methods that the merge engine runs; None after further training."""
     shard_bytes: int | None = None
+    """Maximum size of a weights file."""
     merge: Mapping[str, Any] | None = None
-    """The `merges` section, for methods that build a model of their own kind."""
+    """Settings of the merge as in the `merges` section, for methods that build the model themselves."""
     mixture: MixtureRecord | None = None
+    """Layout of a mixture of experts; None for other kinds."""
     search: SearchRecord | None = None
+    """Result of the weight search; None: no search."""
     history: tuple[ExpertChange, ...] = ()
+    """Changes of the experts, oldest first."""
     tunings: tuple[Tuning, ...] = ()
+    """Training runs after the merge, oldest first."""
     run: RunSpec | None = None
-    """The last training run."""
+    """Specification of the last training run."""
     training: Mapping[str, Any] | None = None
-    """Settings of the training in rounds, for a shared model."""
+    """Shared models: settings of the rounds."""
     rounds: tuple[Mapping[str, Any], ...] = ()
-    """Report of each round, for a shared model."""
+    """Shared models: report of each round."""

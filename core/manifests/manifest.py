@@ -26,11 +26,14 @@ class Parent:
     """One artefact that another was made from."""
 
     kind: str
+    """`seed`, `expert`, `generalist`, `adapter` or `model`."""
     name: str
     digest: str
+    """Digest of the parent when the artefact was made."""
     weight: float | None = None
-    """Its share in a weighted merge."""
+    """Weight of the parent in a merge, or in the starting point of a run."""
     owner: str | None = None
+    """Owner of the parent's training data."""
     licence: str | None = None
 
     @classmethod
@@ -44,36 +47,45 @@ class ImportedSeed:
     """The configuration of a seed that was imported, not pretrained here."""
 
     model_type: str | None = None
+    """`model_type` in the model's `config.json`."""
 
 
 @record
 class Manifest:
-    """Content of `seed.json`, `expert.json` and `generalist.json`. It never holds text, times or paths."""
+    """Content of `seed.json`, `expert.json` and `generalist.json`. It never contains training text, times or paths."""
 
     kind: Literal["seed", "expert", "generalist"]
     name: str
+    """Name of the artefact in its workspace."""
     digest: str = ""
-    """Digest of the sorted (tensor name, tensor digest) list."""
+    """Digest of the model: of the sorted list of (tensor name, tensor digest)."""
     tensors: Mapping[str, str] = field(default_factory=dict)
-    """Digest of every tensor in the folder, by name (prefixed by its file's stem where names repeat)."""
+    """Digest of every tensor in the folder, by name. A name that occurs in several files is prefixed with the file's
+    stem."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """sha256 of every other file, and of the header of every safetensors file, by path in the folder."""
+    """sha256 of every other file, and of the header of every safetensors file, by path within the folder."""
     tokenizer: str = ""
     """Digest of the tokenizer's files."""
     parents: tuple[Parent, ...] = ()
+    """Models that the artefact was made from; empty for a seed."""
     config: RunSpec | ImportedSeed | GeneralistConfig | None = None
-    """The resolved configuration, random seeds included: of the run, or of the merge."""
+    """Resolved configuration of the run, the import or the merge, including random seeds."""
     data: DataStatement = field(default_factory=DataStatement)
     """The text that this artefact itself was trained on."""
     expert_data: Mapping[str, DataStatement] = field(default_factory=dict)
-    """For a generalist: the data statements of its experts, and of every run that trained it further."""
+    """Generalists: data statements of the experts, and of every run that trained the generalist further."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Results of the training run, such as the final loss and the validation loss per domain; empty for private runs."""
     trainable: str | None = None
-    """Which part was trained: the trainer, or a pattern of tensor names."""
+    """Trainable parameters: a trainer, or a pattern of tensor names. None: the artefact was not trained here."""
     owner: str | None = None
+    """Owner of the training data."""
     licence: str | None = None
+    """Licence of the artefact."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of expertctl, its main dependencies and the plugins used."""
     format: int = FORMAT
+    """Version of the manifest format."""
 
     @property
     def run(self) -> RunSpec | None:

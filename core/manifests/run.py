@@ -20,33 +20,38 @@ STATE_FOLDER = ".training"
 
 @record
 class RunSpec:
-    """Everything that a process needs to train one model, or to resume its training."""
+    """Specification of one training run: everything that a process needs to start or resume it."""
 
     kind: Literal["seed", "expert", "generalist"]
-    """What the folder becomes."""
+    """Kind of artefact that the run produces."""
     name: str
+    """Name of the artefact."""
     domains: tuple[str, ...]
-    """Training blocks are drawn from the domains in turn."""
+    """Domains to train on; training blocks are drawn from them in turn."""
     training: TrainingConfig
+    """Training settings, with defaults filled in."""
     trains: str = "all"
+    """Trainable parameters: a trainer, or a pattern of tensor names."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the trainer."""
     start: Mapping[str, float] = field(default_factory=lambda: {"seed": 1.0})
     """Model that training starts from: `seed`, or experts with weights that sum to 1."""
     parents: Mapping[str, str] = field(default_factory=dict)
-    """Digests of the models it starts from, as they were when it was branched."""
+    """Digests of the seed and of the models that training starts from, recorded when the run was set up."""
     base: str | None = None
-    """The generalist (or `seed`) that a generalist is trained from."""
+    """Runs of `tune`: the generalist, or `seed`, that training starts from."""
     slice: tuple[int, int] | None = None
     """(i, n): train on the i-th of n random slices of all domains together (the random-split baseline)."""
     preset: str | None = None
-    """Size of a seed that is pretrained from scratch."""
+    """Size of a seed that is pretrained from scratch: `tiny` or `small`."""
     family: str | None = None
     """Architecture of a seed that is pretrained from scratch."""
     owner: str | None = None
+    """Owner of the training data."""
     licence: str | None = None
+    """Licence of the artefact."""
     dp: DpConfig | None = None
-    """Differential privacy; None trains without."""
+    """Differential privacy; None: ordinary training."""
 
     def write(self, folder: Path) -> None:
         write_json(folder / RUN_FILE, record_as_json(self))

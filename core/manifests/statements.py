@@ -16,12 +16,13 @@ class DomainStatement:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
-    """Length in UTF-8."""
+    """Size of the text in UTF-8."""
     digest: str | None = None
-    """Digest of the text; None for private text, where it could confirm a guess."""
+    """Digest of the text; None for private text, because a digest could confirm a guess of it."""
     licence: str | None = None
+    """Licence of the text."""
     rounded: bool = False
-    """Whether the counts are rounded to two digits, as those of private text are."""
+    """Whether the counts are rounded to two significant digits, as for private text."""
 
 
 @record
@@ -31,28 +32,36 @@ class PrivacyStatement:
     protects: str
     """Unit of privacy, such as `one block of 256 tokens, added or removed`."""
     epsilon: float | None
-    """None where the noise was drawn from the run's random seed and could be subtracted."""
+    """Privacy budget spent by the run; None for `seeded` noise, which gives no guarantee."""
     delta: float
+    """Probability that the epsilon bound fails."""
     accountant: str
+    """Opacus accountant that computed epsilon: `rdp` or `prv`."""
     noise: Literal["secret", "seeded"]
+    """Source of the noise."""
     noise_multiplier: float
+    """Standard deviation of the noise on the sum of gradients, divided by `clip`."""
     clip: float
-    """Largest norm of one block's gradient."""
+    """Maximum norm of each block's gradient."""
     sampling_rate: float
-    """Probability with which a block is in a batch."""
+    """Probability that a block is part of a step."""
     steps: int
+    """Number of optimiser steps."""
     history: tuple[tuple[float, float, int], ...]
-    """Every release as (noise multiplier, sampling rate, steps)."""
+    """All releases: (noise multiplier, sampling rate, steps)."""
     opacus: str
-    """Version of the accountant's library."""
+    """Version of Opacus, the accountant's library."""
     epsilon_if_noise_were_secret: float | None = None
+    """For `seeded` noise: the epsilon that secret noise of the same size would give."""
 
 
 @record
 class DataStatement:
-    """The text that one training run read."""
+    """The training text of one run."""
 
     domains: Mapping[str, DomainStatement] = field(default_factory=dict)
+    """Domains of the run, by name."""
     trained_tokens: int | None = None
+    """Number of tokens trained on, repetitions included."""
     privacy: PrivacyStatement | None = None
-    """None for a run without differential privacy."""
+    """Privacy guarantee; None: trained without differential privacy."""

@@ -14,10 +14,9 @@ from .manifest import CHECKSUM, Manifest, manifest_path, read_manifest
 
 
 def verify(folder: str | Path, *, tensors: bool = True, manifest: Manifest | None = None) -> list[str]:
-    """Check every byte of an artefact and return what differs, a line each; empty when all is as written.
+    """Check every byte of an artefact and return the differences, one line each.
 
-    Without `tensors` their bytes are left to whoever reads them: headers and all other files are checked. `manifest` is
-    the folder's, if it has been read.
+    Without `tensors` only headers and all other files are checked. `manifest` is the folder's, if it has been read.
     """
     folder = Path(folder)
     manifest = manifest or read_manifest(folder)
@@ -41,14 +40,10 @@ def verify(folder: str | Path, *, tensors: bool = True, manifest: Manifest | Non
 
 
 def _is_as_written(manifest: Path) -> bool:
-    """Tell whether a manifest's text has the checksum that it holds."""
+    """Return whether a manifest's text has the checksum that it holds."""
     checksum = read_json(manifest).get(CHECKSUM)
-    text = manifest.read_bytes().decode("utf-8")
-    return _sha256(text.replace(f'"{CHECKSUM}": "{checksum}"', f'"{CHECKSUM}": ""')) == checksum
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    text = manifest.read_bytes().decode("utf-8").replace(f'"{CHECKSUM}": "{checksum}"', f'"{CHECKSUM}": ""')
+    return hashlib.sha256(text.encode("utf-8")).hexdigest() == checksum
 
 
 def _verify_tensors(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -> list[str]:

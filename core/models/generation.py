@@ -5,18 +5,21 @@ Shapes: B = 1, T = tokens, K = experts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..process.compute import best_device
 from ..reporting import SILENT, Reporter
-from .loading import load_model, require_intact_model
+from .loading import load_model, require_intact_models
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -71,9 +74,7 @@ def generate(
     Raises `UserError` if `shares` are requested from a model without experts, and if prompt and continuation exceed
     the model's positions.
     """
-    import torch
-
-    require_intact_model(folder)
+    require_intact_models([folder])
     model, tokenizer = load_model(folder, without=without)
     if shares and not hasattr(model, "responsibilities"):
         raise UserError(
@@ -93,15 +94,14 @@ def generate(
             streamer=_TokenCounter(reporter, sampling.max_new_tokens),
             **options,
         )
-        token_shares = _shares(model, text_1T) if shares else None
+        rows = model.responsibilities(text_1T)[0].tolist() if shares and text_1T.shape[1] > 1 else []
     ids = text_1T[0].tolist()
-    tokens = [
-        GeneratedToken(token, text, token_shares[index] if token_shares else None)
-        for index, (token, text) in enumerate(zip(ids, _decode_each(tokenizer, ids), strict=True))
-    ]
-    prompt_length = prompt_1T.shape[1]
     names = tuple(model.expert_names) if shares else ()
-    return Generation(tuple(tokens[:prompt_length]), tuple(tokens[prompt_length:]), names)
+    token_shares = [None, *(dict(zip(names, row, strict=True)) for row in rows)]  # the first token is not predicted
+    texts = _decode_each(tokenizer, ids)
+    tokens = tuple(itertools.starmap(GeneratedToken, itertools.zip_longest(ids, texts, token_shares)))
+    prompt_length = prompt_1T.shape[1]
+    return Generation(tokens[:prompt_length], tokens[prompt_length:], names)
 
 
 class _TokenCounter:
@@ -122,8 +122,6 @@ def _prompt_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
 ) -> Tensor:
     """Return the prompt as tokens (1, T); an empty prompt becomes the token that precedes a document."""
-    import torch
-
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -137,14 +135,6 @@ def _prompt_tokens(
             "positions; shorten the prompt or request fewer tokens"
         )
     return torch.tensor([ids])
-
-
-def _shares(model: Any, text_1T: Tensor) -> list[Mapping[str, float] | None]:
-    """Return each expert's responsibility for each token; None for the first token, which is not predicted."""
-    if text_1T.shape[1] < 2:
-        return [None]
-    rows = model.responsibilities(text_1T)[0].tolist()
-    return [None, *(dict(zip(model.expert_names, row, strict=True)) for row in rows)]
 
 
 def _decode_each(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

@@ -180,19 +180,17 @@ def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
     return model.eval()
 
 
-def require_intact_model(folder: Path) -> None:
-    """Verify every byte of an artefact, and of an expert's seed; raises `UserError` if any byte differs.
+def require_intact_models(folders: Iterable[Path]) -> None:
+    """Verify every byte of artefacts, and of experts' seeds; raises `UserError` if any byte differs.
 
     A plain Hugging Face folder has no manifest and is not verified.
     """
-    require_intact_models([folder])
-
-
-def require_intact_models(folders: Iterable[Path]) -> None:
-    """Verify several artefacts as `require_intact_model` does, reading each folder once."""
     verified: set[Path] = set()  # experts share their seed, which may be large
     for folder in folders:
-        for artefact in _source_artefacts(folder):
+        manifest = _manifest_of(folder)
+        if manifest is None:
+            continue
+        for artefact in (folder, seed_of(folder, manifest)) if manifest.kind == "expert" else (folder,):
             if artefact.resolve() not in verified:
                 require_intact(artefact)
                 verified.add(artefact.resolve())

@@ -33,13 +33,7 @@ def evidence(token_log_probs_KBT: Tensor, kind: PosteriorKind) -> Tensor:
 
 def log_posterior(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: PosteriorKind) -> Tensor:
     """Return log p(D = k | x_<t) for every token, shape (K, B, T); the probabilities sum to 1 over K."""
-    weights = log_prior_K[:, None, None] + evidence(token_log_probs_KBT, kind)
-    return weights.log_softmax(dim=0)
-
-
-def mixture_log_probs(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: PosteriorKind) -> Tensor:
-    """Return log p(x_t | x_<t) under the mixture for every token, shape (B, T)."""
-    return (log_posterior(token_log_probs_KBT, log_prior_K, kind) + token_log_probs_KBT).logsumexp(dim=0)
+    return (log_prior_K[:, None, None] + evidence(token_log_probs_KBT, kind)).log_softmax(dim=0)
 
 
 def mean_posterior(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: PosteriorKind) -> Tensor:

@@ -42,27 +42,18 @@ class Job:
     """0 for work that is not measured in tokens."""
     loss: float | None = None
 
-    def speed(self, now: float) -> float:
-        """Return units per second since the start, 0 if no time has passed."""
-        seconds = now - self.begun_at
-        return (self.done - self.begun_done) / seconds if seconds > 0 else 0.0
-
-    def seconds_left(self, now: float) -> float | None:
-        """Return the estimated time left at the mean speed so far, None if unknown."""
-        speed = self.speed(now)
-        return None if self.total is None or speed <= 0 else (self.total - self.done) / speed
-
     def figures(self, now: float) -> list[str]:
-        """Return units done, loss, token rate and time left, as far as they are known."""
+        """Return units done, loss, token rate and time left at the mean speed so far, as far as they are known."""
+        seconds = now - self.begun_at
+        speed = (self.done - self.begun_done) / seconds if seconds > 0 else 0.0  # units per second
         of_total = "" if self.total is None else f" of {self.total:,}"
         figures = [f"{self.done:,}{of_total} {self.unit}"]
         if self.loss is not None:
             figures.append(f"loss {self.loss:.3f}")
-        if self.tokens_per_unit and self.speed(now) > 0:
-            figures.append(f"{self.speed(now) * self.tokens_per_unit:,.0f} tokens/s")
-        seconds_left = self.seconds_left(now)
-        if seconds_left:
-            figures.append(f"{duration(seconds_left)} left")
+        if self.tokens_per_unit and speed > 0:
+            figures.append(f"{speed * self.tokens_per_unit:,.0f} tokens/s")
+        if self.total not in (None, self.done) and speed > 0:
+            figures.append(f"{duration((self.total - self.done) / speed)} left")
         return figures
 
 

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
+from .fixtures import fresh_plugins, tiny_model_folder
 from .merging import assert_merge_ok, in_numpy, tensor_group
-from .models import tiny_model_folder
-from .registering import fresh_plugins
 
 __all__ = ["assert_merge_ok", "fresh_plugins", "in_numpy", "tensor_group", "tiny_model_folder"]

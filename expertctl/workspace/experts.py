@@ -82,7 +82,7 @@ class Experts:
         failed and interrupted runs, and its `raise_for_failures()` raises.
         """
         from expertctl.core.artefacts.files import remove_tree
-        from expertctl.experts.runs.waves import next_wave
+        from expertctl.experts.runs.launching import next_wave
 
         declared = self._project.config.experts
         requested = names or self.names()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ...core.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
 
 BATCH = 16
 """Texts per forward pass; texts are batched by length."""
@@ -36,8 +36,6 @@ class SentenceEmbedder:
 
     def mean(self, texts: Sequence[str]) -> Tensor:
         """Return the mean embedding of texts, (d,)."""
-        import torch
-
         return torch.from_numpy(self(texts)).mean(dim=0)
 
 
@@ -66,8 +64,6 @@ def mean_states(
     states: Callable[..., Tensor], ids: Sequence[Sequence[int]], device: Any = "cpu"
 ) -> NDArray[np.float32]:
     """Return the mean of `states(input_ids, attention_mask)` over each text's tokens, without padding, (N, d)."""
-    import torch
-
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     means: dict[int, Tensor] = {}
     with torch.inference_mode():

@@ -12,7 +12,7 @@ from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
 from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.manager import installed_plugins
-from ...core.models.loading import load_model, max_positions, require_intact_models, tokenizer_folder
+from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
 from ...core.process.compute import best_device, concurrently
 from ...core.reporting import SILENT, Reporter
 from ...core.text.token_store import TokenBlocks
@@ -84,8 +84,7 @@ def evaluate(
     counter = itertools.count(1)
 
     def score(model: str) -> dict[str, Score]:
-        network, _ = load_model(models[model], dtype="float32")
-        network.to(best_device())
+        network = load_network(models[model], dtype="float32").to(best_device())
         domain_scores = {}
         for name in names:
             if hasattr(network, "begin_text"):
@@ -94,10 +93,6 @@ def evaluate(
             reporter.progress("evaluating", next(counter), len(models) * len(names), "scores")
         return domain_scores
 
-    largest = max((_num_bytes(folder) for folder in models.values()), default=0)
-    scores = concurrently(score, models, bytes_each=largest, jobs=jobs)
+    sizes = (sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in models.values())
+    scores = concurrently(score, models, bytes_each=max(sizes, default=0), jobs=jobs)
     return EvaluationTable(names, dict(zip(models, scores, strict=True)), scorer.metrics)
-
-
-def _num_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

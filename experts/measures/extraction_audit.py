@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.artefacts.versions import require_privacy_extra
 from ...core.errors import UserError
-from ...core.models.loading import load_network, max_positions, require_intact_model, tokenizer_folder
+from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter
 from ...core.text.tokenizer import TextEncoder
@@ -118,7 +118,9 @@ class ExtractionAudit:
 
     settings: AttackSettings
     long_enough: int
+    """Number of documents with enough tokens."""
     too_short: int
+    """Number of documents with too few tokens."""
     model: Extraction
     reference: Extraction | None = None
 
@@ -157,9 +159,15 @@ def audit_extraction(
     require_privacy_extra("rapidfuzz", "the audit needs RapidFuzz")
     folders = [model] if reference is None else [model, reference]
     tokenizers = [tokenizer_folder(folder) for folder in folders]
+    needed = 1 + settings.prefix + settings.continuation
     for folder, tokenizer in zip(folders, tokenizers, strict=True):
-        _require_positions(folder, tokenizer, settings)
-        require_intact_model(folder)
+        positions = max_positions(folder if (folder / "config.json").is_file() else tokenizer)
+        if needed > positions:
+            raise UserError(
+                f"{folder.name} has {positions} positions, but separator, prefix and continuation need {needed}; lower "
+                "--continuation"
+            )
+        require_intact_models([folder])
     if len({digest_of_tokenizer(tokenizer) for tokenizer in tokenizers}) > 1:
         raise UserError(
             f"{model.name} and {folders[-1].name} have different tokenizers; compare models with the same tokenizer"
@@ -172,16 +180,6 @@ def audit_extraction(
         similarities = attack(network, targets.chosen, encoder.separator, settings, reporter, folder.name)
         extractions.append(Extraction(folder.name, similarities, settings.threshold))
     return ExtractionAudit(settings, targets.long_enough, targets.too_short, *extractions)
-
-
-def _require_positions(folder: Path, tokenizer: Path, settings: AttackSettings) -> None:
-    positions = max_positions(folder if (folder / "config.json").is_file() else tokenizer)
-    needed = 1 + settings.prefix + settings.continuation
-    if needed > positions:
-        raise UserError(
-            f"{folder.name} has {positions} positions, but separator, prefix and continuation need {needed}; lower "
-            "--continuation"
-        )
 
 
 def choose_targets(documents: Iterable[str], encoder: TextEncoder, settings: AttackSettings) -> Targets:

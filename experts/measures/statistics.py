@@ -11,6 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor, nn
+
 from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import new_folder, refuse_existing, write_json
 from ...core.artefacts.layout import STATISTICS_FORMAT, STATISTICS_MANIFEST, STATISTICS_WEIGHTS
@@ -25,7 +28,6 @@ from ...core.text.token_store import TokenBlocks, spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 Kind = Literal["gram", "fisher"]
@@ -51,8 +53,6 @@ def gather_grams(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict
     N is the number of tokens. All matrices are in memory at once, in^2 numbers per layer. Layers with a tied weight,
     such as a tied output head, are skipped.
     """
-    import torch
-
     stored = checkpoint_tensors(model)
     layers = {
         f"{name}.weight": layer
@@ -87,9 +87,12 @@ def gather_fisher(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dic
     log p is the sum over a block's tokens, given the token before it. This is the empirical Fisher information, which
     uses the text instead of samples from the model.
     """
-    import torch
-
-    parameters = checkpoint_parameters(model)
+    stored = checkpoint_tensors(model)
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name in stored and parameter.is_floating_point()
+    }
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     count = 0
     for parameter in parameters.values():
@@ -108,16 +111,6 @@ def gather_fisher(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dic
     if not count:
         raise UserError("no text to compute statistics on; run `expertctl data prepare`")
     return {name: (total / count).cpu() for name, total in sums.items()}
-
-
-def checkpoint_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return a model's floating-point parameters by checkpoint name, without tied duplicates."""
-    names = checkpoint_tensors(model)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name in names and parameter.is_floating_point()
-    }
 
 
 def write_statistics(

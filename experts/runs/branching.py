@@ -7,17 +7,17 @@ from pathlib import Path
 
 from ...core.artefacts.files import exclusive, new_folder, refuse_existing
 from ...core.artefacts.layout import Layout, check_name, require_free
+from ...core.artefacts.versions import require_privacy_extra
 from ...core.config.settings import ExpertConfig, ProjectConfig, TrainingConfig
 from ...core.errors import UserError, unknown_name
-from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
+from ...core.hooks.training import Trainer
 from ...core.manifests.manifest import read_manifest
 from ...core.manifests.run import RunSpec, is_finished
 from ...core.models.loading import load_network, max_positions, require_intact_models, seed_of
 from ...core.process.compute import best_device
 from ...core.text.token_store import TokenBlocks, spread
 from ..text.corpora import domain_config, prepare_domain
-from .privacy_rules import check_private
 from .replaced import back_up
 from .trainable import trainer_for
 
@@ -36,8 +36,7 @@ def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConf
     if not is_finished(layout.seed):
         raise UserError("there is no finished seed; create one with `expertctl seed`")
     domain_config(project, expert.domain)
-    plugins = installed_plugins()
-    trainer = trainer_for(expert.trains, plugins)
+    trainer = trainer_for(expert.trains)
     if trainer.makes != "expert":
         raise UserError(
             f"trainer '{trainer.name}' trains a whole {trainer.makes}; use it with `expertctl tune NAME --trains "
@@ -67,6 +66,32 @@ def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConf
     )
     write_run(layout, folder, spec, force=force)
     return spec
+
+
+def require_opacus() -> None:
+    """Raise `UserError` if Opacus is not installed."""
+    require_privacy_extra("opacus", "differential privacy needs Opacus")
+
+
+def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Trainer) -> None:
+    """Raise `UserError` for settings that leak private text without noise or do not work with DP-SGD."""
+    if expert.dp is None:
+        return
+    require_opacus()
+    if expert.from_ == "auto":
+        raise UserError(
+            "`from: auto` computes weights from the private text and writes them to the manifest; with differential "
+            "privacy start from the seed, or give weights"
+        )
+    if trainer.uses_text and not trainer.private_text:
+        raise UserError(
+            f"trainer '{trainer.name}' reads the text before training and does not declare that it does so privately; "
+            "use another trainer, or train without differential privacy"
+        )
+    if training.compile:
+        raise UserError("training.compile does not work with differential privacy; set compile: false")
+    if training.precision == "bfloat16":
+        raise UserError("differential privacy requires float32 gradients for exact clipping; set precision: auto")
 
 
 def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = False) -> None:

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import UserError, closest, unknown_name
 from ...core.hooks.architectures import architecture_of
-from ...core.hooks.manager import PluginManager, installed_plugins
+from ...core.hooks.manager import installed_plugins
 from ...core.hooks.training import TrainablePart, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def trainer_for(trains: str, plugins: PluginManager) -> Trainer:
+def trainer_for(trains: str) -> Trainer:
     """Return a trainer by name, or a trainer of the parameters that match a shell-style pattern.
 
     Raises `UserError` if `trains` is neither a trainer nor a pattern.
     """
-    trainers = plugins.offers(Trainer)
+    trainers = installed_plugins().offers(Trainer)
     if trains in trainers:
         return trainers[trains]
     if not any(mark in trains for mark in "*?[.,"):
@@ -28,12 +28,15 @@ def trainer_for(trains: str, plugins: PluginManager) -> Trainer:
             f"{unknown_name('trainer', trains, trainers, listed_as='installed')}; "
             "or give a pattern of tensor names such as 'model.layers.*.self_attn.*'"
         )
-    patterns = tuple(part.strip() for part in trains.split(",") if part.strip())
     return Trainer(
         name=trains,
         summary="the tensors that match a pattern",
-        prepare=lambda context: matching_parameters(context.model, patterns),
+        prepare=lambda context: matching_parameters(context.model, _patterns(trains)),
     )
+
+
+def _patterns(trains: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in trains.split(",") if part.strip())
 
 
 def changeable_tensors(trains: str, names: Iterable[str], model_type: str) -> set[str]:
@@ -41,26 +44,16 @@ def changeable_tensors(trains: str, names: Iterable[str], model_type: str) -> se
 
     Raises `UserError` if `trains` is neither a trainer nor a pattern.
     """
-    plugins = installed_plugins()
-    trainer = trainer_for(trains, plugins)
-    if trainer.name not in plugins.offers(Trainer):
-        patterns: tuple[str, ...] = tuple(part.strip() for part in trains.split(",") if part.strip())
-    elif trainer.changes == "feed_forward":
-        patterns = architecture_of(model_type).feed_forward
-    else:
-        patterns = ("*",)
+    trainer = trainer_for(trains)
+    patterns = architecture_of(model_type).feed_forward if trainer.changes == "feed_forward" else ("*",)
+    if trainer.name not in installed_plugins().offers(Trainer):
+        patterns = _patterns(trains)
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def all_parameters(model: PreTrainedModel) -> TrainablePart:
     """Make every parameter trainable."""
     return matching_parameters(model, ("*",))
-
-
-def feed_forward_parameters(model: PreTrainedModel) -> TrainablePart:
-    """Make only the feed-forward networks trainable; raises `UserError` for an unknown model family."""
-    family = architecture_of(model.config.model_type)
-    return matching_parameters(model, family.feed_forward)
 
 
 def matching_parameters(model: PreTrainedModel, patterns: Iterable[str]) -> TrainablePart:

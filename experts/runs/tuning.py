@@ -11,7 +11,6 @@ from ...core.artefacts.files import refuse_existing
 from ...core.artefacts.layout import Layout, check_name, require_free
 from ...core.config.settings import ProjectConfig, TrainingConfig, validate_settings
 from ...core.errors import UserError
-from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.training import Trainer
 from ...core.manifests.manifest import find_manifest
@@ -75,7 +74,7 @@ def start_tuning(
     start = layout.artefact(base)
     if start == folder:
         raise UserError(f"'{name}' cannot be both the base and the result; choose another name for the result")
-    trainer = trainer_for(trains, installed_plugins())
+    trainer = trainer_for(trains)
     _require_tunable(start, trainer)
     check_loadable(start)
     if not domains:

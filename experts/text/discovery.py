@@ -10,10 +10,11 @@ import hashlib
 import heapq
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ PARALLEL_FROM = 20 * BATCH
 EXAMPLES = 3
 EXAMPLE_LETTERS = 100
 PARTS = ("train", "valid")
+
+Located = tuple[str, str, Document]
+"""(part, domain, document)."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def discover(
                 "split by document, so it needs two different documents; add text"
             )
         inputs = DiscoveryInputs(
-            documents=lambda: (document for _, document in text("train")),
+            documents=lambda: (document for _, _, document in text("train")),
             sample=lambda: [document.text for document in sampled],
             clusters=clusters,
             random_seed=settings.seed,
@@ -141,8 +145,8 @@ def discover(
         with new_folder(folder, force=force, what="set of clusters") as partial:
             found_domains.write(partial)
             names = [check_name(f"{name}-{label}", "a cluster") for label in found_domains.labels]
-            assigner = _Assigner(discoverer, found_domains, partial, settings.jobs)
-            counts, digests = _write_clusters(text, assigner, partial, names, reporter)
+            with closing(_assigned(text(*PARTS), discoverer, found_domains, partial, settings.jobs)) as assigned:
+                counts, digests = _write_clusters(assigned, text.domains, partial, names, reporter)
             discovery = Discovery(
                 folder,
                 digests,
@@ -177,25 +181,24 @@ def _sources(layout: Layout, project: ProjectConfig, name: str, requested: Seque
 
 @dataclass(frozen=True)
 class _Text:
-    """The documents to cluster; calling it with a part streams (domain, document) pairs from the start."""
+    """The documents to cluster; calling it with parts streams (part, domain, document) from the start."""
 
     layout: Layout
     project: ProjectConfig
     domains: tuple[str, ...]
     field: str | None
 
-    def __call__(self, part: str) -> Iterator[tuple[str, Document]]:
-        for domain in self.domains:
-            config = self.project.domains[domain]
-            for document in domain_values(config, self.layout.root, part, self.field):
-                yield domain, document
+    def __call__(self, *parts: str) -> Iterator[Located]:
+        for part, domain in product(parts, self.domains):
+            for document in domain_values(self.project.domains[domain], self.layout.root, part, self.field):
+                yield part, domain, document
 
 
-def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, reporter: Reporter) -> list[Document]:
+def _sample(documents: Iterable[Located], size: int, seed: int, reporter: Reporter) -> list[Document]:
     """Return `size` truncated documents, selected by a keyed hash and independent of the input order."""
     key = seed.to_bytes(8, "little", signed=False)
     kept: list[tuple[int, str, str | None]] = []  # a heap whose root has the largest hash
-    for _, document in reported(documents, reporter, "sampling", "documents", every=BATCH):
+    for _, _, document in reported(documents, reporter, "sampling", "documents", every=BATCH):
         encoded = document.text.encode("utf-8", "surrogatepass")
         priority = -int.from_bytes(hashlib.blake2b(encoded, digest_size=8, key=key).digest(), "little")
         if len(kept) < size:
@@ -209,80 +212,66 @@ def _sample(documents: Iterable[tuple[str, Document]], size: int, seed: int, rep
 
 
 def _write_clusters(
-    text: _Text, assigner: _Assigner, folder: Path, names: Sequence[str], reporter: Reporter
+    assigned: Iterable[tuple[list[Located], list[int]]],
+    domains: Sequence[str],
+    folder: Path,
+    names: Sequence[str],
+    reporter: Reporter,
 ) -> tuple[dict[str, list[TextCounter]], dict[str, str]]:
     """Write every document to its cluster's file.
 
     Returns the counts of each cluster by part, and the digest of each domain's text.
     """
     counts = {part: [TextCounter() for _ in names] for part in PARTS}
-    sources = {domain: TextCounter() for domain in text.domains}
+    sources = {domain: TextCounter() for domain in domains}
     num_written = 0
     with ExitStack() as stack:
-        assign = stack.enter_context(assigner)
-        for cluster in names:
+        files = {}
+        for number, cluster in enumerate(names):
             (folder / cluster).mkdir()
-        for part in PARTS:
-            files = [
-                stack.enter_context((folder / cluster / f"{part}.jsonl").open("w", encoding="utf-8"))
-                for cluster in names
-            ]
-            for batch, clusters in assign(text(part)):
-                for (domain, document), label in zip(batch, clusters, strict=True):
-                    sources[domain].add(document.text)
-                    files[label].write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
-                    counts[part][label].add(document.text)
-                num_written += len(batch)
-                reporter.progress("sorting", num_written, unit="documents")
+            for part in PARTS:
+                path = folder / cluster / f"{part}.jsonl"
+                files[part, number] = stack.enter_context(path.open("w", encoding="utf-8"))
+        for batch, clusters in assigned:
+            for (part, domain, document), number in zip(batch, clusters, strict=True):
+                sources[domain].add(document.text)
+                files[part, number].write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
+                counts[part][number].add(document.text)
+            num_written += len(batch)
+            reporter.progress("sorting", num_written, unit="documents")
     return counts, {domain: counter.digest for domain, counter in sources.items()}
 
 
-class _Assigner:
-    """Assigns documents to clusters, in worker processes if there are many and the discoverer supports it."""
+def _assigned(
+    documents: Iterable[Located], discoverer: DomainDiscoverer, domains: FoundDomains, folder: Path, jobs: int | None
+) -> Generator[tuple[list[Located], list[int]], None, None]:
+    """Yield batches of documents, in order, with their clusters.
 
-    def __init__(self, discoverer: DomainDiscoverer, domains: FoundDomains, folder: Path, jobs: int | None) -> None:
-        self._name, self._domains, self._folder = discoverer.name, domains, folder
-        self._jobs = (jobs or available_cores()) if discoverer.read is not None else 1
-        self._pool: ProcessPoolExecutor | None = None
+    Documents are assigned in worker processes if there are many and the discoverer supports it.
+    """
+    import multiprocessing
 
-    def __enter__(self) -> _Assigner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def __call__(
-        self, documents: Iterable[tuple[str, Document]]
-    ) -> Iterator[tuple[list[tuple[str, Document]], list[int]]]:
-        """Yield batches of documents, in order, with their clusters."""
-        waiting: deque[tuple[list[tuple[str, Document]], Any]] = deque()
-        num_seen = 0
+    jobs = (jobs or available_cores()) if discoverer.read is not None else 1
+    waiting: deque[tuple[list[Located], Future[list[int]]]] = deque()
+    pool: ProcessPoolExecutor | None = None
+    num_seen = 0
+    with ExitStack() as stack:
         for batch in batches(documents, BATCH):
             num_seen += len(batch)
-            truncated = [Document(document.text[:CHARACTERS], document.value) for _, document in batch]
-            if self._jobs < 2 or (num_seen <= PARALLEL_FROM and self._pool is None):
-                yield batch, _nearest(self._domains, truncated)
+            truncated = [Document(document.text[:CHARACTERS], document.value) for _, _, document in batch]
+            if jobs < 2 or num_seen <= PARALLEL_FROM:
+                yield batch, _nearest(domains, truncated)
                 continue
-            waiting.append((batch, self._worker_pool().submit(_assign, truncated)))
-            if len(waiting) > 4 * self._jobs:
+            if pool is None:
+                spawn, arguments = multiprocessing.get_context("spawn"), (discoverer.name, str(folder))
+                pool = ProcessPoolExecutor(jobs, spawn, _prepare_worker, arguments)
+                stack.callback(pool.shutdown, cancel_futures=True)
+            waiting.append((batch, pool.submit(_assign, truncated)))
+            if len(waiting) > 4 * jobs:
                 first, future = waiting.popleft()
                 yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-
-    def _worker_pool(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            import multiprocessing
-
-            self._pool = ProcessPoolExecutor(
-                self._jobs,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_prepare_worker,
-                initargs=(self._name, str(self._folder)),
-            )
-        return self._pool
+        for batch, future in waiting:
+            yield batch, future.result()
 
 
 _WORKER_STATE: dict[str, FoundDomains] = {}

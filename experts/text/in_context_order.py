@@ -1,9 +1,9 @@
 """Document order of In-Context Pretraining (Shi et al. 2023, arXiv:2310.10638, algorithm 1).
 
-Similar documents are placed next to each other, so that they share a context window. Documents are connected to their nearest neighbours. A path through
-this graph starts at the document of lowest degree, continues with the most similar unvisited neighbour, and restarts
-where there is none. The paper embeds documents with a retrieval model and drops near-duplicates; here embeddings are
-tf-idf with truncated SVD, and every document is kept.
+Similar documents are placed next to each other, so that they share a context window. Documents are connected to their
+nearest neighbours. A path through this graph starts at the document of lowest degree, continues with the most similar
+unvisited neighbour, and restarts where there is none. The paper embeds documents with a retrieval model and drops
+near-duplicates; here embeddings are tf-idf with truncated SVD, and every document is kept.
 """
 
 from __future__ import annotations

@@ -41,8 +41,6 @@ class SpooledTexts(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+        index = range(len(self))[index]
         self._file.seek(self._ends[index])
         return self._file.read(self._ends[index + 1] - self._ends[index]).decode("utf-8", "surrogatepass")

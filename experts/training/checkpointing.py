@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import clear_leftovers, new_folder, read_json, remove_tree, write_json
@@ -13,9 +16,6 @@ from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
 from ...core.text.token_store import Position
 from .loop import TrainingLoop
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KEPT = 2
 STATE_FILE = "state.json"
@@ -26,8 +26,6 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
 
     `data` holds the digest of each domain's text, which must be the same on resume.
     """
-    import torch
-
     folder = state_folder / f"step-{loop.step:08d}"
     with new_folder(folder, force=True, what="checkpoint") as partial:
         states = {"weights": loop.weights(), "optimiser": loop.optimiser_state(), "random": _random_states()}
@@ -43,7 +41,7 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
             **loop.extra_state(),
         }
         write_json(partial / STATE_FILE, state | {"digests": digests})
-    for old in _checkpoints(state_folder)[:-KEPT]:
+    for old in sorted(state_folder.glob("step-*"))[:-KEPT]:
         remove_tree(old)
     return folder
 
@@ -54,7 +52,7 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
     Raises `UserError` if the checkpoint is damaged, or if it was written for other text; it is never deleted.
     """
     clear_leftovers(state_folder)
-    folders = _checkpoints(state_folder)
+    folders = sorted(state_folder.glob("step-*"))
     if not folders:
         return 0
     folder = folders[-1]
@@ -88,14 +86,8 @@ def _read_checked(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     return {tensor: checkpoint.read(tensor) for tensor in checkpoint}
 
 
-def _checkpoints(state_folder: Path) -> list[Path]:
-    return sorted(state_folder.glob("step-*"))
-
-
 def _random_states() -> dict[str, Any]:
     """Return the states of torch's generators, which dropout and trainers may use."""
-    import torch
-
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -103,8 +95,6 @@ def _random_states() -> dict[str, Any]:
 
 
 def _restore_random_states(states: dict[str, Any]) -> None:
-    import torch
-
     torch.set_rng_state(states["cpu"])
     gpus = [states[name] for name in sorted(states) if name.startswith("cuda:")]
     if gpus and len(gpus) == torch.cuda.device_count():

@@ -16,12 +16,13 @@ from ...core.manifests.generalist import GeneralistConfig, Tuning
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement, PrivacyStatement
 from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
-from .loop import TrainingLoop
 from .run_inputs import RunInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from .loop import TrainingLoop
 
 OPTIMISER_FILE = Path(TRAINING_FOLDER) / "optimiser.safetensors"
 

@@ -6,7 +6,12 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ...core.config.settings import TrainingConfig
 from ...core.errors import UserError
@@ -14,10 +19,6 @@ from ...core.hooks.training import TrainablePart
 from ...core.manifests.statements import PrivacyStatement
 from ...core.text.token_store import BalancedUnion, Blocks, Position, domain_at, draw
 from .schedule import learning_rate, progress_at
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,6 @@ class TrainingLoop:
     """Trainable parameters, their optimiser and the data position: everything that a checkpoint stores."""
 
     def __init__(self, part: TrainablePart, blocks: Blocks | BalancedUnion, config: TrainingConfig) -> None:
-        import torch
-
         if len(blocks) == 0:
             raise UserError(
                 f"the text is shorter than one block of {config.sequence_length} tokens; add text or lower "
@@ -74,8 +73,6 @@ class TrainingLoop:
 
     def _accumulate(self) -> Tensor:
         """Run the forward and backward passes of one step and return the mean loss, without auxiliary losses."""
-        import torch
-
         total = torch.zeros((), device=self.device)
         for _ in range(self.config.accumulation):
             with self._autocast():
@@ -91,9 +88,6 @@ class TrainingLoop:
 
     def _batch(self) -> Tensor:
         """Return the next batch of tokens (B, S + 1) and advance the position."""
-        import numpy as np
-        import torch
-
         rows, domains = [], []
         for _ in range(self.config.batch_size):
             domains.append(domain_at(self.blocks, self.position))
@@ -103,8 +97,6 @@ class TrainingLoop:
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
 
     def _clip(self) -> Tensor:
-        import torch
-
         limit = self.config.clip if self.config.clip is not None else float("inf")
         return torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
 
@@ -124,8 +116,6 @@ class TrainingLoop:
         }
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        import torch
-
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
@@ -156,16 +146,12 @@ class TrainingLoop:
 
 def next_token_loss(forward: Any, tokens_BT1: Tensor) -> Tensor:
     """Return the mean cross-entropy of all tokens but the first, in nats per token, shape ()."""
-    import torch
-
     logits_BTV = forward(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
 
 
 def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> Optimizer:
     """Return a fused AdamW; weight decay applies to matrices, not to norms and biases."""
-    import torch
-
     matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
     groups = [
@@ -181,8 +167,6 @@ def resolve_device(setting: str) -> Any:
 
     Raises `UserError` for an unknown device, and for a GPU where torch finds none.
     """
-    import torch
-
     if setting == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -196,8 +180,6 @@ def resolve_device(setting: str) -> Any:
 
 def autocast(config: TrainingConfig, device: Any) -> Any:
     """Return a factory of the autocast context for the precision setting on a device."""
-    import torch
-
     native = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if config.precision == "bfloat16" or (config.precision == "auto" and native):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.artefacts.json_lines import JsonLines
 from ...core.hooks.events import TrainingStep
-from ...core.hooks.manager import PluginManager
+from ...core.hooks.manager import installed_plugins
 from ...core.hooks.training import TrainablePart
-from ...core.manifests.run import METRICS_FILE, RunSpec
+from ...core.manifests.run import METRICS_FILE
 from ...core.reporting import Reporter
 from .loop import StepReport
+from .run_inputs import RunInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +24,10 @@ PROGRESS_SECONDS = 0.5
 class MetricsLog:
     """The log of one run, which continues from a checkpoint on resume."""
 
-    def __init__(
-        self, folder: Path, spec: RunSpec, plugins: PluginManager, reporter: Reporter, part: TrainablePart
-    ) -> None:
-        self._part = part
-        self._folder, self._spec, self._plugins, self._reporter = folder, spec, plugins, reporter
+    def __init__(self, run: RunInputs, reporter: Reporter, part: TrainablePart) -> None:
+        self._folder, self._spec, self._reporter, self._part = run.folder, run.spec, reporter, part
         # a resumed run repeats the steps after its checkpoint, so lines that a power failure takes are written again
-        self._file = JsonLines(folder / METRICS_FILE, dict, durable=False)
+        self._file = JsonLines(run.folder / METRICS_FILE, dict, durable=False)
         self._throughput = Throughput()
         self._losses: list[Tensor] = []
         self._reported_at = 0.0
@@ -75,7 +72,7 @@ class MetricsLog:
         }
         self._losses.clear()
         self._file.append({"step": report.step, **record})
-        self._plugins.training_step(
+        installed_plugins().training_step(
             TrainingStep(self._spec.name, self._folder, report.step, self._spec.training.steps, record)
         )
 

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...core.artefacts.files import clear_leftovers, remove_tree
 from ...core.errors import Interrupted, UserError
 from ...core.hooks.events import ExpertFinished
+from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.training import Trainer, TrainingContext
 from ...core.manifests.run import STATE_FOLDER, is_finished
 from ...core.models.scoring import total_loss
 from ...core.reporting import Reporter
 from ...core.text.token_store import BalancedUnion, TokenBlocks
-from ..runs.privacy_rules import require_opacus
+from ..runs.branching import require_opacus
 from ..runs.replaced import delete_backup, restore_backup
 from ..runs.trainable import trainer_for
 from .checkpointing import restore_latest, save_checkpoint
@@ -44,21 +47,21 @@ def train_run(folder: Path, reporter: Reporter, stopped: Callable[[], bool]) -> 
     clear_leftovers(folder, below=True)  # subfolders hold the checkpoints and the optimiser state
     run = RunInputs.of_folder(folder)
     model = starting_model(run)
-    trainer = trainer_for(run.spec.trains, run.plugins)
+    trainer = trainer_for(run.spec.trains)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
     loop = _loop(run, trainer, model, options)
     if run.spec.kind == "generalist":
         delete_backup(folder)
     inherit_optimiser(run, loop)
     start_step = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
-    log = MetricsLog(folder, run.spec, run.plugins, reporter, loop.part)
+    log = MetricsLog(run, reporter, loop.part)
     log.open(start_step)
     last = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)
     log.validation(loop.step, validation)
     write_artefact(run, model, loop, {"loss": float(last.loss), "validation_loss": validation})
     if run.spec.kind != "generalist":
-        run.plugins.expert_finished(ExpertFinished(run.spec.name, folder))
+        installed_plugins().expert_finished(ExpertFinished(run.spec.name, folder))
     remove_tree(folder / STATE_FOLDER)
 
 
@@ -98,17 +101,15 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callabl
     saved_at = time.monotonic()
     for report in loop.steps():
         log.step(report)
-        if report.step == config.steps:
+        is_last, is_stopped = report.step == config.steps, stopped()
+        if is_last or is_stopped or time.monotonic() - saved_at >= config.checkpoint_seconds:
             _require_finite(report)
-            return report
-        if stopped():
-            _require_finite(report)
-            save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
-            raise Interrupted(f"stopped at step {report.step} of {config.steps}; rerun the same command to resume")
-        if time.monotonic() - saved_at >= config.checkpoint_seconds:
-            _require_finite(report)
+            if is_last:
+                return report
             save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
             saved_at = time.monotonic()
+        if is_stopped:
+            raise Interrupted(f"stopped at step {report.step} of {config.steps}; rerun the same command to resume")
         if report.step % every == 0:
             log.validation(report.step, _validation_losses(run, loop))
     raise AssertionError("a run has at least one step, and a checkpoint is never its last")
@@ -125,8 +126,6 @@ def _require_finite(report: StepReport) -> None:
 
 def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
     """Return each domain's mean loss on its first validation blocks, in nats per token."""
-    import torch
-
     config = run.spec.training
     loop.module.eval()
     losses: dict[str, float] = {}

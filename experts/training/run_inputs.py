@@ -1,4 +1,4 @@
-"""Inputs of a run: specification, project, prepared text, plugins."""
+"""Inputs of a run: specification, project, prepared text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from ...core.artefacts.layout import Layout
 from ...core.config.project import load_project
 from ...core.config.settings import ProjectConfig
-from ...core.hooks.manager import PluginManager, installed_plugins
 from ...core.manifests.run import RunSpec, read_run
 from ..text.corpora import PreparedDomain, domain_config, prepare_domain
 
@@ -25,7 +24,6 @@ class RunInputs:
     """Folder of the model that training starts from."""
     tokenizer_folder: Path
     domains: tuple[PreparedDomain, ...]
-    plugins: PluginManager
 
     @property
     def data_digests(self) -> dict[str, str]:
@@ -41,4 +39,4 @@ class RunInputs:
         base = layout.seed if spec.base in (None, "seed") else layout.artefact(spec.base)
         tokenizer = folder if spec.kind == "seed" else base
         domains = tuple(prepare_domain(layout, name, domain_config(project, name), tokenizer) for name in spec.domains)
-        return cls(folder, layout, project, spec, base, tokenizer, domains, installed_plugins())
+        return cls(folder, layout, project, spec, base, tokenizer, domains)

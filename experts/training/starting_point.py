@@ -15,12 +15,13 @@ from ...core.text.token_store import BalancedUnion, Blocks, Concatenation, Rando
 from ..runs.branching import parent_digests
 from ..text.corpora import domain_config, prepare_domain
 from .finishing import OPTIMISER_FILE
-from .loop import TrainingLoop
 from .run_inputs import RunInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from .loop import TrainingLoop
 
 
 def starting_model(run: RunInputs) -> PreTrainedModel:

@@ -256,16 +256,14 @@ def _clusters_of(inputs: MergeInputs, wanted: str | None) -> tuple[Path, tuple[i
     if wanted is not None and wanted not in sets:
         raise unknown_name("set of clusters", wanted, sets, listed_as="this workspace has")
     trained = {name: tuple(read_manifest(path).domains) for name, path in inputs.experts.items()}
-    indices = {name: {cluster: number for number, cluster in enumerate(clusters)} for name, clusters in sets.items()}
     for name in [wanted] if wanted is not None else sets:
-        clusters = [indices[name].get(domains[0]) if len(domains) == 1 else None for domains in trained.values()]
-        if None not in clusters:
+        if all(len(domains) == 1 and domains[0] in sets[name] for domains in trained.values()):
             if (discoverer := discoverer_of(root, name)) != PER_TOKEN_DISCOVERER:
                 raise UserError(
                     f"mixer: clusters needs clusters of {PER_TOKEN_DISCOVERER}, and '{name}' was made by "
                     f"{discoverer}; use mixer: posterior, or discover clusters by {PER_TOKEN_DISCOVERER}"
                 )
-            return root / CLUSTERS_FOLDER / name, tuple(number for number in clusters if number is not None)
+            return root / CLUSTERS_FOLDER / name, tuple(sets[name].index(domain) for (domain,) in trained.values())
     reason = next(
         (
             f"'{name}' was trained on {', '.join(domains) or 'no domain'}"

@@ -95,7 +95,9 @@ def _slice_digests(reader: Reader, name: str, entry: TensorEntry, num_experts: i
     if len(entry.shape) != 3 or entry.shape[0] != num_experts:
         return digests
     for count in (num_experts, 2 * num_experts):
-        for number in range(count) if entry.shape[1] * num_experts % count == 0 else ():
+        if entry.shape[1] * num_experts % count:
+            continue  # the rows of one expert cannot be halved
+        for number in range(count):
             piece = slice_of(StoredTensor(entry, name=name), number, count)
             for _ in reader.raw(piece):
                 pass

@@ -55,15 +55,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class ChangedMixture:
-    """Plan and provenance of a changed mixture."""
-
-    plan: MergePlan
-    provenance: Manifest
-    """Parents, configuration, data and licence."""
-
-
-@dataclass(frozen=True)
 class _JoiningExpert:
     """An expert to add to a mixture."""
 
@@ -75,8 +66,11 @@ class _JoiningExpert:
     """Its tensors outside the FFNs that differ from the mixture's shared tensors."""
 
 
-def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -> ChangedMixture:
-    """Plan a changed mixture without writing anything; raises `UserError` for an impossible change."""
+def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -> tuple[MergePlan, Manifest]:
+    """Plan a changed mixture; return the plan, and a manifest with its parents, configuration, data and licence.
+
+    Writes nothing. Raises `UserError` for an impossible change.
+    """
     mixture = open_mixture(folder)
     _check(mixture, change)
     joining = {name: _open_expert(mixture, name, expert) for name, expert in change.joining.items()}
@@ -125,7 +119,7 @@ def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -
         notes=notes,
         assembly=Assembly(tensors, config, names, record, notes),
     )
-    return ChangedMixture(plan, replace(provenance, licence=licence))
+    return plan, replace(provenance, licence=licence)
 
 
 # --- checks ---

@@ -62,15 +62,13 @@ def change_experts(
     if merged.mixture is not None and _is_changed_directly(manifest.name, merged, merged.mixture, change):
         require_intact(folder, manifest=manifest)
         refuse_existing(output, force=run.force, what="generalist")
-        changed = plan_change(folder, change, allow_licences=run.allow_licences)
-        check_output(changed.plan, output)
+        plan, provenance = plan_change(folder, change, allow_licences=run.allow_licences)
+        check_output(plan, output)
         with (
             exclusive_output(output, f"generalist {output}"),
             resumable_folder(output, force=run.force, resume=run.resume, what="generalist") as partial,
         ):
-            return write_generalist(
-                changed.plan, partial, output.name, provenance=changed.provenance, reporter=run.reporter
-            )
+            return write_generalist(plan, partial, output.name, provenance=provenance, reporter=run.reporter)
     if merged.kind == "shared":
         raise UserError(
             f"{folder} was trained jointly by its owners, in rounds of '{merged.method}'; it has no experts to add or "

@@ -40,7 +40,7 @@ def change_stitched(
     Raises `UserError` for unknown or duplicate names, experts of another seed and incompatible licences.
     """
     from .configuration import StitchedConfig
-    from .container import write_config, write_stitches
+    from .container import write_stitched
     from .members import add_member, move_members
 
     manifest = require_intact(folder)
@@ -70,9 +70,8 @@ def change_stitched(
             add_member(name, expert, (folder / hub["folder"]).resolve(), partial, self_contained=self_contained)
             for name, expert in change.joining.items()
         ]
-        write_stitches(partial, _stitches(folder, config, change))
+        write_stitched(partial, config, _stitches(folder, config, change))
         copy_files(folder, partial, (*TOKENIZER_FILES, "generation_config.json"))
-        write_config(partial, config)
         shares = dict.fromkeys(config.expert_widths, 1 / len(config.expert_widths))
         changed = replace(
             manifest,

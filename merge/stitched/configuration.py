@@ -1,4 +1,7 @@
-"""Configuration of a stitched model."""
+"""Configuration of a stitched model, and the positions of its stitches.
+
+Stitches are equally spaced in the hub, and at the same relative depth in every expert.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ...core.errors import UserError
 from ..sources.shared_settings import SHARED_SETTINGS
 
 MODEL_TYPE = "expertctl_stitched"
@@ -42,3 +46,37 @@ class StitchedConfig(PretrainedConfig):
     @property
     def expert_widths(self) -> dict[str, int]:
         return {member["name"]: int(member["width"]) for member in self.members[1:]}
+
+
+def hub_points(num_layers: int, num_stitches: int) -> tuple[int, ...]:
+    """Return the number of hub layers before each stitch (arXiv:2502.00075, section 3).
+
+    Raises `UserError` for fewer than 1 stitch or more stitches than layers.
+    """
+    if not 1 <= num_stitches <= num_layers:
+        raise UserError(
+            f"num_stitches is {num_stitches}, and the hub has {num_layers} layers; it must be in the range "
+            f"1 to {num_layers}"
+        )
+    interval = num_layers // num_stitches
+    return (*(interval * number for number in range(1, num_stitches)), num_layers)
+
+
+def matched_points(points: tuple[int, ...], name: str, num_layers: int) -> tuple[int, ...]:
+    """Return the number of expert layers before each stitch: the hub's relative depths, rounded to layers.
+
+    `points` are the hub's; the last one is its depth. Raises `UserError` for an expert that is too shallow.
+    """
+    depth = points[-1]
+    matched = tuple(round(point * num_layers / depth) for point in points)
+    if any(second <= first for first, second in zip((0, *matched), matched, strict=False)):
+        raise UserError(
+            f"expert '{name}' has {num_layers} layers, too few for {len(points)} stitches at the relative depths of "
+            f"the hub ({', '.join(map(str, points))} of {depth}); use fewer with --option num_stitches"
+        )
+    return matched
+
+
+def leads_into_hub(number: int, num_stitches: int) -> bool:
+    """Return whether a stitch leads from experts into the hub: the last one does, the others alternate."""
+    return (num_stitches - 1 - number) % 2 == 0

@@ -20,10 +20,9 @@ from ...core.artefacts.files import write_json
 from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
 from ..ensemble.members_cache import MembersCache
-from .configuration import StitchedConfig
+from .configuration import StitchedConfig, hub_points, leads_into_hub, matched_points
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
 from .members import load_members, move_members, write_members
-from .points import hub_points, leads_into_hub, matched_points
 from .stepwise import Stepwise, decoder_layers, hidden_states_of
 
 STITCHES_FILE = "stitches.safetensors"
@@ -192,8 +191,7 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
     def _write(self, folder: Path, members: list[dict[str, Any]]) -> None:
         config = StitchedConfig.from_dict(self.config.to_dict())
         config.members = members
-        write_stitches(folder, self.stitches)
-        write_config(folder, config)
+        write_stitched(folder, config, self.stitches)
 
 
 def new_stitches(config: StitchedConfig) -> nn.ModuleList:
@@ -207,14 +205,10 @@ def new_stitches(config: StitchedConfig) -> nn.ModuleList:
     return stitches
 
 
-def write_stitches(folder: Path, stitches: nn.ModuleList) -> None:
-    """Write stitch layers as `stitches.safetensors`."""
+def write_stitched(folder: Path, config: StitchedConfig, stitches: nn.ModuleList) -> None:
+    """Write `stitches.safetensors`, and `config.json` with the class that `AutoModelForCausalLM` resolves."""
     tensors = {name: parameter.detach().to("cpu") for name, parameter in stitches.named_parameters(prefix="stitches")}
     write_tensors(folder / STITCHES_FILE, tensors)
-
-
-def write_config(folder: Path, config: StitchedConfig) -> None:
-    """Write `config.json`, with the class that `AutoModelForCausalLM` resolves."""
     config.architectures = [StitchedForCausalLM.__name__]
     # transformers keeps the folder that a model was loaded from, which says nothing about the model
     write_json(folder / "config.json", config.to_dict() | {"_name_or_path": ""})

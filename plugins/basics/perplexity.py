@@ -25,18 +25,14 @@ def evaluate(model: PreTrainedModel, blocks: TokenBlocks) -> Score:
     """
     import torch
 
+    batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size))
     with torch.inference_mode():
-        batches = blocks.batches(_batch_size(model, blocks.block_size))
+        batches = blocks.batches(max(batch_tokens // blocks.block_size, 1))
         total, count = total_loss(model, batches, model.device)
     # exp overflows for a broken model
     perplexity = math.exp(total / count) if total / count < 700 else math.inf
     values = {"bits_per_byte": total / math.log(2) / blocks.num_bytes, "perplexity": perplexity}
     return Score(values, count)
-
-
-def _batch_size(model: PreTrainedModel, block_size: int) -> int:
-    tokens = min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size))
-    return max(tokens // block_size, 1)
 
 
 @hookimpl

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ...core.hooks.architectures import architecture_of
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.training import Trainer
-from ...experts.runs.trainable import all_parameters, feed_forward_parameters
+from ...experts.runs.trainable import all_parameters, matching_parameters
 
 
 @hookimpl
@@ -14,7 +15,9 @@ def trainers() -> list[Trainer]:
         Trainer(
             "feed_forward",
             "the feed-forward networks only; attention, norms and embeddings stay frozen",
-            lambda context: feed_forward_parameters(context.model),
+            lambda context: matching_parameters(
+                context.model, architecture_of(context.model.config.model_type).feed_forward
+            ),
             changes="feed_forward",
         ),
     ]

@@ -20,7 +20,6 @@ from ...core.hooks.training import TrainablePart, Trainer, TrainingContext
 if TYPE_CHECKING:
     from ...merge.stitched.container import StitchedForCausalLM
 
-SEED_SHARE = 0.55
 DEFAULT_STITCHES = 4
 
 
@@ -43,7 +42,7 @@ class StitchOptions:
 class StitchTraining:
     """Training options of stitch layers."""
 
-    seed_share: float = SEED_SHARE
+    seed_share: float = 0.55
     """Fraction of the training blocks from domains of the seed's pretraining; the other domains share the rest equally."""
 
     def __post_init__(self) -> None:
@@ -53,10 +52,9 @@ class StitchTraining:
 def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
     """Write an untrained stitched model; raises `UserError` for models that cannot be stitched."""
     from ...core.artefacts.files import read_json
-    from ...merge.stitched.configuration import StitchedConfig
-    from ...merge.stitched.container import HUB, new_stitches, write_config, write_stitches
+    from ...merge.stitched.configuration import StitchedConfig, hub_points, matched_points
+    from ...merge.stitched.container import HUB, new_stitches, write_stitched
     from ...merge.stitched.members import add_member
-    from ...merge.stitched.points import hub_points, matched_points
 
     if HUB in inputs.experts:
         raise UserError(f"an expert cannot be called '{HUB}' in a stitched model: that is the seed; rename its folder")
@@ -81,8 +79,7 @@ def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
         projected=options.projected,
         dropout=options.dropout,
     )
-    write_stitches(folder, new_stitches(config))
-    write_config(folder, config)
+    write_stitched(folder, config, new_stitches(config))
 
 
 class StitchedPart(TrainablePart):

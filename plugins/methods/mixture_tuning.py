@@ -163,13 +163,14 @@ def prepare_mixture(context: TrainingContext) -> TrainablePart:
             parameters[name] = parameter
     samplers = []
     is_sampled = options.routing == "sample"
-    for router in routers.values() if is_sampled else ():
-        if router.top_k != 1:
+    if is_sampled:
+        top_k = max(router.top_k for router in routers.values())
+        if top_k != 1:
             raise UserError(
-                f"routing 'sample' requires a mixture with top_k 1, and this one has {router.top_k}; merge with "
+                f"routing 'sample' requires a mixture with top_k 1, and this one has {top_k}; merge with "
                 "--option top_k=1"
             )
-        samplers.append(SampledTop1(router, options.sample_rate))
+        samplers = [SampledTop1(router, options.sample_rate) for router in routers.values()]
     notes = _gradient_notes(model, "train with --option routing=sample", is_sampled=is_sampled)
     return RoutedPart(model, parameters, options, notes, samplers)
 

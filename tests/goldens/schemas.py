@@ -22,7 +22,7 @@ Every artefact has a manifest: `seed/seed.json`, `experts/NAME/expert.json` or `
 records parents, digests of all tensors and files, the resolved configuration, data statements, metrics and versions. A
 run also has `run.json`, the specification that it was started with. Manifests never contain text of a corpus.
 
-Fields that are not listed here are refused. The JSON Schemas are part of the package:
+Fields that are not listed here are refused. None stands for `null`. The JSON Schemas are part of the package:
 
 ```python
 from importlib.resources import files
@@ -45,7 +45,7 @@ def page() -> str:
         "kind": {"enum": ["seed", "expert", "generalist"]},
         "config": {
             "anyOf": of_config,
-            "description": "The resolved configuration: of the run, the import or the merge.",
+            "description": "Resolved configuration of the run, the import or the merge, including random seeds.",
         },
     }
     sections = [("seed.json, expert.json, generalist.json", {**generalist, "properties": properties})]

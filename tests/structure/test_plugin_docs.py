@@ -70,6 +70,6 @@ def test_every_example_registers_without_a_problem(name: str, tmp_path: Path, mo
     monkeypatch.syspath_prepend(str(tmp_path))
     manager = fresh_plugins(importlib.import_module(f"example_of_{name}"))
     if not inspect.signature(HOOKS[name]).parameters:
-        (kind,) = (kind for kind, words in OFFER_KINDS.items() if words.hook == name)
+        (kind,) = (kind for kind, hook in OFFER_KINDS.items() if hook == name)
         assert len(manager.offers(kind)) == len(fresh_plugins().offers(kind)) + 1
     assert manager.problems == []

@@ -28,7 +28,7 @@ class SortedRows:
     """Row of each choice of each token, (N, k)."""
 
 
-def sorted_rows(chosen_Nk: Tensor, experts: int) -> SortedRows:
+def _sort_rows(chosen_Nk: Tensor, experts: int) -> SortedRows:
     """Sort tokens by their chosen experts; the rows of each expert stay in token order."""
     order_S = chosen_Nk.flatten().argsort(stable=True)
     place_S = torch.empty_like(order_S)
@@ -44,7 +44,7 @@ def gated_sum(
 
     `run` maps the rows (S, d), sorted by expert, and the number of rows of each expert to the outputs (S, d).
     """
-    rows = sorted_rows(chosen_Nk, experts)
+    rows = _sort_rows(chosen_Nk, experts)
     to_experts: Callable[..., Tensor] = _ToExperts.apply
     to_tokens: Callable[..., Tensor] = _ToTokens.apply
     output_Sd = run(to_experts(hidden_Nd, rows), rows.counts)

@@ -29,33 +29,19 @@ def gated_experts(
     """Return `down(activation(gate(x)) * up(x))` as `swiglu_experts`, without gradients; may activate in place."""
     output_Sd = torch.empty_like(x_Sd)
     rows = torch.split(x_Sd, counts), torch.split(output_Sd, counts)
-    workspace = _Workspace(x_Sd, counts, down)
+    workspace = _workspace(x_Sd, counts, down)
     for x, output, w_gate, w_up, w_down in zip(*rows, *_halves(gate_up), down.unbind(), strict=True):
         if len(x):
-            gate, up = workspace.of(len(x))
+            gate, up = workspace[:, : len(x)].unbind()
             torch.mm(x, w_gate.t(), out=gate)
             torch.mm(x, w_up.t(), out=up)
             torch.mm(activation(gate).mul_(up), w_down.t(), out=output)
     return output_Sd
 
 
-def _differentiable_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    """Compute `swiglu_experts` with autograd's own operations, for double backward."""
-    experts = zip(torch.split(x_Sd, counts), *_halves(gate_up), down.unbind(), strict=True)
-    return torch.cat(
-        [(torch.nn.functional.silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T for x, w_gate, w_up, w_down in experts]
-    )
-
-
-class _Workspace:
-    """Two buffers (rows, i) that all experts reuse, so that they stay in the CPU cache."""
-
-    def __init__(self, x_Sd: Tensor, counts: list[int], down: Tensor) -> None:
-        self._both = x_Sd.new_empty(2, max(counts, default=0), down.shape[2])
-
-    def of(self, rows: int) -> tuple[Tensor, Tensor]:
-        first, second = self._both[:, :rows].unbind()
-        return first, second
+def _workspace(x_Sd: Tensor, counts: list[int], down: Tensor) -> Tensor:
+    """Return two buffers (2, rows, i) that all experts reuse, so that they stay in the CPU cache."""
+    return x_Sd.new_empty(2, max(counts, default=0), down.shape[2])
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -64,12 +50,11 @@ class _SwigluExperts(torch.autograd.Function):
         output_Sd = torch.empty_like(x_Sd)
         saved: list[Tensor] = []
         rows = torch.split(x_Sd, counts), torch.split(output_Sd, counts)
-        workspace = _Workspace(x_Sd, counts, down)
+        workspace = _workspace(x_Sd, counts, down)
         for x, output, w_gate, w_up, w_down in zip(*rows, *_halves(gate_up), down.unbind(), strict=True):
             gate, up = torch.mm(x, w_gate.t()), torch.mm(x, w_up.t())
             activated = torch.nn.functional.silu(gate)
-            inner, _ = workspace.of(len(x))
-            torch.mm(torch.mul(activated, up, out=inner), w_down.t(), out=output)
+            torch.mm(torch.mul(activated, up, out=workspace[0, : len(x)]), w_down.t(), out=output)
             saved += (gate, up, activated)
         ctx.save_for_backward(x_Sd, gate_up, down, *saved)
         ctx.counts = counts
@@ -79,10 +64,12 @@ class _SwigluExperts(torch.autograd.Function):
     def backward(ctx: Any, d_output_Sd: Tensor) -> tuple[Tensor | None, ...]:
         x_Sd, gate_up, down, *saved = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # double backward
+        if torch.is_grad_enabled():  # double backward: the forward pass again, in autograd's own operations
             inputs = [tensor for tensor, needed in zip((x_Sd, gate_up, down), needs_grad, strict=True) if needed]
-            output_Sd = _differentiable_experts(x_Sd, ctx.counts, gate_up, down)
-            gradients = iter(torch.autograd.grad(output_Sd, inputs, d_output_Sd, create_graph=True))
+            experts = zip(torch.split(x_Sd, ctx.counts), *_halves(gate_up), down.unbind(), strict=True)
+            silu = torch.nn.functional.silu
+            outputs = [(silu(x @ w_gate.T) * (x @ w_up.T)) @ w_down.T for x, w_gate, w_up, w_down in experts]
+            gradients = iter(torch.autograd.grad(torch.cat(outputs), inputs, d_output_Sd, create_graph=True))
             return *(next(gradients) if needed else None for needed in needs_grad), None
         d_inputs = [
             torch.empty_like(tensor) if needed else None
@@ -93,10 +80,10 @@ class _SwigluExperts(torch.autograd.Function):
         d_xs = None if d_x_Sd is None else torch.split(d_x_Sd, ctx.counts)
         d_halves = None if d_gate_up is None else _halves(d_gate_up)
         w_gates, w_ups = _halves(gate_up)
-        workspace = _Workspace(x_Sd, ctx.counts, down)
+        workspace = _workspace(x_Sd, ctx.counts, down)
         for e, (x, d_output, w_down) in enumerate(zip(xs, d_outputs, down.unbind(), strict=True)):
             gate, up, activated = saved[3 * e : 3 * e + 3]
-            d_up, d_gate = workspace.of(len(x))
+            d_up, d_gate = workspace[:, : len(x)].unbind()
             if d_down is not None:
                 _weight_gradient(d_output, torch.mul(activated, up, out=d_up), d_down[e])
             d_inner = torch.mm(d_output, w_down, out=d_gate)

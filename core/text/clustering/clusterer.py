@@ -8,7 +8,8 @@ only its new words. Shapes: N = texts, F = vocabulary, d = width, K = clusters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -81,11 +82,11 @@ class Clusterer:
 
         assert self.settings.analyser is not None
         words = words_of([text[: self.settings.characters] for text in texts], self.settings.analyser)
-        places, known = find_sorted(self.vocabulary, words.hashes)
-        counts = csr_matrix(
-            (np.ones(int(known.sum()), np.float32), (words.texts[known], places[known])),
-            shape=(len(texts), len(self.vocabulary)),
-        )
+        places = np.searchsorted(self.vocabulary, words.hashes)
+        known = self.vocabulary.take(places, mode="clip") == words.hashes
+        ones = np.ones(int(known.sum()), np.float32)
+        shape = (len(texts), len(self.vocabulary))
+        counts = csr_matrix((ones, (words.texts[known], places[known])), shape=shape)
         sums: NDArray[np.float32] = counts @ self.vectors
         return sums
 
@@ -96,11 +97,6 @@ class Clusterer:
     def distances(self, points_Nd: NDArray[Any]) -> NDArray[np.float64]:
         """Return squared distances to the centres, (N, K)."""
         return squared_distances(points_Nd, self.centres)
-
-    def assign(self, texts: Iterable[str]) -> Iterable[int]:
-        """Yield the nearest cluster of each text, in order, one batch in memory at a time."""
-        for batch in batches(texts, BATCH):
-            yield from self.distances(self.points(batch)).argmin(axis=1).tolist()
 
     def top_words(self, cluster: int, count: int = 12) -> list[str]:
         """Return the `count` words most aligned with a centre relative to the mean of all centres."""
@@ -113,14 +109,8 @@ class Clusterer:
         import numpy as np
         import torch
 
-        write_tensors(
-            folder / TENSORS_FILE,
-            {
-                "vocabulary": torch.from_numpy(self.vocabulary.view(np.int64).copy()),
-                "vectors": torch.from_numpy(self.vectors),
-                "centres": torch.from_numpy(self.centres),
-            },
-        )
+        arrays = {"vocabulary": self.vocabulary.view(np.int64).copy(), "vectors": self.vectors, "centres": self.centres}
+        write_tensors(folder / TENSORS_FILE, {name: torch.from_numpy(array) for name, array in arrays.items()})
         write_json(folder / SETTINGS_FILE, {"settings": asdict(self.settings), "words": list(self.spellings)})
 
     @classmethod
@@ -129,14 +119,9 @@ class Clusterer:
         import numpy as np
 
         stored, content = Checkpoint([folder / TENSORS_FILE]), read_json(folder / SETTINGS_FILE)
-        arrays = {name: stored.read(name).numpy() for name in ("vocabulary", "vectors", "centres")}
-        return cls(
-            ClustererSettings(**content["settings"]),
-            arrays["vocabulary"].view(np.uint64),
-            arrays["vectors"],
-            arrays["centres"],
-            tuple(content["words"]),
-        )
+        vocabulary, vectors, centres = (stored.read(name).numpy() for name in ("vocabulary", "vectors", "centres"))
+        settings, words = ClustererSettings(**content["settings"]), tuple(content["words"])
+        return cls(settings, vocabulary.view(np.uint64), vectors, centres, words)
 
 
 def fit_clusterer(texts: Sequence[str], settings: ClustererSettings, reporter: Reporter = SILENT) -> Clusterer:
@@ -144,8 +129,6 @@ def fit_clusterer(texts: Sequence[str], settings: ClustererSettings, reporter: R
 
     Raises `UserError` if fewer texts have words of the vocabulary than there are clusters.
     """
-    from dataclasses import replace
-
     import numpy as np
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfTransformer
@@ -197,8 +180,8 @@ def _count_words(texts: Sequence[str], settings: ClustererSettings) -> tuple[Any
         for word_hash, number in zip(distinct.tolist(), first_numbers.tolist(), strict=True):
             if word_hash not in spelling_of:
                 spelling_of[word_hash] = words.spelling(number)
-    row, column = (np.concatenate([[], *rows]).astype(np.int64), np.concatenate([np.zeros(0, np.uint64), *hashes]))
-    all_hashes, columns = np.unique(column, return_inverse=True)
+    row = np.concatenate([[], *rows]).astype(np.int64)
+    all_hashes, columns = np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes]), return_inverse=True)
     counts = csr_matrix((np.ones(len(row)), (row, columns)), shape=(len(texts), len(all_hashes)))
     counts.sum_duplicates()
     num_texts = np.bincount(counts.indices, minlength=len(all_hashes))
@@ -232,18 +215,6 @@ def _stop_words(settings: ClustererSettings) -> NDArray[np.uint64]:
     return np.array([hash_of(word) for word in words], np.uint64)
 
 
-def find_sorted(
-    sorted_F: NDArray[np.uint64], wanted: NDArray[np.uint64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the positions of the wanted values in a sorted array, and a mask of those that it contains."""
-    import numpy as np
-
-    if not len(sorted_F):
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
-    places = np.minimum(np.searchsorted(sorted_F, wanted), len(sorted_F) - 1)
-    return places, sorted_F[places] == wanted
-
-
 def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
     """Return the rows normalised to length 1; zero rows stay zero."""
     import numpy as np
@@ -255,11 +226,6 @@ def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Yield lists of `size` items; the last may be shorter."""
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
         yield batch

@@ -94,6 +94,30 @@ _UNSPACED = (
 )
 
 
+def distinct_words(
+    texts: Sequence[str], groups: Sequence[int], count: int, most: int = 12
+) -> tuple[tuple[str, ...], ...]:
+    """Return up to `most` words for each of `count` groups, ranked by mean tf-idf above the mean of all texts."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    settings = (
+        {"analyzer": "char_wb", "ngram_range": (2, 3)} if is_mostly_unspaced(texts) else {"stop_words": "english"}
+    )
+    vectors = TfidfVectorizer(max_features=20_000, sublinear_tf=True, **settings)
+    try:
+        weights = vectors.fit_transform(texts)
+    except ValueError:  # empty vocabulary
+        return ((),) * count
+    names, mean_weights = vectors.get_feature_names_out(), np.asarray(weights.mean(axis=0)).ravel()
+    words: list[tuple[str, ...]] = [()] * count
+    for group in set(groups):
+        excess = np.asarray(weights[np.asarray(groups) == group].mean(axis=0)).ravel() - mean_weights
+        order = np.argsort(-excess, kind="stable")[:most]
+        words[group] = tuple(str(names[index]).strip() for index in order if excess[index] > 0)
+    return tuple(words)
+
+
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the begins and ends of the runs of true values."""
     import numpy as np

@@ -8,17 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from ....core.artefacts.files import remove_tree
-from ....core.artefacts.layout import Layout
-from ....core.errors import UserError
+from ....core.artefacts.files import link_or_copy, remove_tree
+from ....core.artefacts.layout import Layout, check_name
+from ....core.artefacts.safetensors_io import SINGLE_FILE
+from ....core.errors import UserError, unknown_name
 from ....core.manifests.manifest import read_manifest
-from ..judging.acceptance import Measure, Refusal, RefusalCode, Rules, refusal_of_statement
+from ..judging.acceptance import (
+    HeldOut,
+    Measure,
+    Refusal,
+    RefusalCode,
+    Rules,
+    refusal_of_expert,
+    refusal_of_statement,
+)
 from ..protocol.delivery import SignedStatement
 from ..protocol.parts import read_part
 from ..protocol.requests import ExpertRequest, Recipe, new_identifier
-from ..rounds.shared_model import SharedModel, shared_model, shared_models
-from .destinations import ExpertsFolder, OpenRound
+from ..rounds.shared_model import SETTINGS_FILE, SharedModel
 from .ledger import Entry, State
 from .storage import NO_SUCH_REQUEST, FederationFiles
 
@@ -80,7 +89,8 @@ class Coordinator:
 
     def seed_folder(self, request: ExpertRequest) -> Path:
         """Return the folder of a request's seed; raises `UserError` if another seed has replaced it."""
-        folder = self._destination(request).seed
+        round_ = request.recipe.round
+        folder = self.layout.seed if round_ is None else self.shared_model(round_.model).seed_folder()
         if digest_of_seed(folder) != request.seed:
             raise UserError(f"the seed of request {request.id} was replaced, or its round is over; ask again")
         return folder
@@ -101,7 +111,15 @@ class Coordinator:
 
     def shared_models(self) -> dict[str, SharedModel]:
         """Return the shared models of this federation, by name."""
-        return shared_models(self.files.shared_root)
+        roots = sorted(path.parent for path in self.files.shared_root.glob(f"*/{SETTINGS_FILE}"))
+        return {root.name: SharedModel(root) for root in roots}
+
+    def shared_model(self, name: str) -> SharedModel:
+        """Return a shared model by name; raises `UserError` if there is none."""
+        models = self.shared_models()
+        if name not in models:
+            raise unknown_name("shared model", name, models)
+        return models[name]
 
     def has_later_rounds(self, name: str) -> bool:
         """Return whether an owner takes part in a shared model that is not finished."""
@@ -133,10 +151,10 @@ class Coordinator:
             if refusal is None:
                 artefact = self.files.assemble(request.id, signed)
                 self._log("delivered", request, delivery=signed.statement.expert)
-                destination = self._destination(request)
-                refusal = destination.judge(artefact, signed, request)
+                judge = self._judge_expert if request.recipe.round is None else self._judge_weights
+                refusal = judge(artefact, signed, request)
                 if refusal is None:
-                    self._log("accepted", request, destination.take(artefact, request), signed.statement.expert)
+                    self._log("accepted", request, self._take(artefact, request), signed.statement.expert)
                     self.files.accept(request.id, signed)
                     return None
                 remove_tree(artefact)
@@ -159,17 +177,58 @@ class Coordinator:
         self._log("refused", request, str(refusal), signed.statement.expert)
         self.files.quarantine(request, refusal)
 
+    def _judge_expert(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
+        seed = self.layout.seed
+        return refusal_of_expert(folder, signed, request, seed, self.rules, lambda: self._measure(seed, folder))
+
+    def _judge_weights(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
+        """Apply the checks of an expert, then those of the round; a refused owner is left out of the round."""
+        round_ = request.recipe.round
+        assert round_ is not None
+        shared = self.shared_model(round_.model)
+        rounds = shared.rounds
+        if rounds.number != round_.number:  # the round may have closed before a restart sent the verdict
+            counted = rounds.number > round_.number and request.owner in rounds.report(round_.number).shares
+            return None if counted else Refusal(RefusalCode.LATE)
+        seed = shared.seed_folder()
+
+        def held_out() -> HeldOut | None:
+            """Score the owner's weights with the configuration and tokenizer of the round's seed."""
+            with TemporaryDirectory(prefix=".candidate-", dir=shared.root) as scratch:
+                model = Path(scratch)
+                for path in seed.iterdir():
+                    if path.name not in (SINGLE_FILE, "seed.json"):
+                        link_or_copy(path, model / path.name)
+                link_or_copy(folder / SINGLE_FILE, model / SINGLE_FILE)
+                return self._measure(seed, model)
+
+        refusal = refusal_of_expert(folder, signed, request, seed, self.rules, held_out)
+        if refusal is not None:
+            rounds.leave_out(request.owner, refusal.code.name, str(refusal))
+            return refusal
+        try:  # token count that the owner declares, to two significant digits
+            weight = float(sum(domain.tokens for domain in read_manifest(folder).domains.values()))
+        except (UserError, OverflowError):
+            weight = 0.0
+        return rounds.deliver(request.owner, folder / SINGLE_FILE, weight, self.now(), number=round_.number)
+
+    def _take(self, folder: Path, request: ExpertRequest) -> str:
+        """Move an accepted expert to `experts/NAME`, with a number if the name exists; return its name or its round."""
+        if request.recipe.round is not None:
+            remove_tree(folder)  # the round has a copy of the weights
+            return str(request.recipe.round)
+        name, number = request.owner, 2
+        while (self.layout.experts / name).exists():
+            name, number = f"{request.owner}-{number}", number + 1
+        self.layout.experts.mkdir(parents=True, exist_ok=True)
+        folder.rename(self.layout.experts / check_name(name, "an expert"))
+        return name
+
     # --- helpers ---
 
     def _open_entries(self, name: str) -> list[Entry]:
         """Return the latest ledger entries of an owner's requests that have no accepted delivery."""
         return [entry for entry in self.files.ledger.states_of(name).values() if entry.state != "accepted"]
-
-    def _destination(self, request: ExpertRequest) -> ExpertsFolder | OpenRound:
-        round_ = request.recipe.round
-        if round_ is None:
-            return ExpertsFolder(self.layout, self.rules, self._measure)
-        return OpenRound(shared_model(self.files.shared_root, round_.model), self.rules, self._measure, self.now)
 
     def _is_current(self, request: ExpertRequest) -> bool:
         """Return whether a request is for an expert or for an open round."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from ....core.artefacts.files import exclusive, link_or_copy, new_folder
 from ....core.artefacts.layout import check_name, require_free
@@ -17,7 +20,7 @@ from ....core.manifests.manifest import Manifest, Parent, read_manifest
 from ....core.manifests.records import parse_record
 from ....core.manifests.statements import DataStatement
 from ....core.reporting import Reporter
-from ..rounds.round_plan import RoundPlan, RoundReport
+from ..rounds.rounds import RoundPlan
 from ..rounds.shared_model import SETTINGS_FILE, SharedModel, SharedSettings
 from .coordinator import Coordinator, digest_of_seed
 
@@ -54,19 +57,18 @@ def begin_rounds(coordinator: Coordinator, name: str, plan: RoundPlan, settings:
     An extension also readmits owners who were refused or left out of the open round. Raises `UserError` for owners who are not
     members, for a name in use, and if the shared model exists with another plan or settings.
     """
-    now = _now(coordinator)
+    now, layout = _now(coordinator), coordinator.layout
     for owner in plan.owners:
         coordinator.files.members.get(owner)
     root = coordinator.files.shared_root / check_name(name, "a shared model")
-    with exclusive(_lock(root), f"shared model '{name}'"):
-        if not (root / SETTINGS_FILE).is_file():
-            layout = coordinator.layout
+    with _locked(root):
+        if (root / SETTINGS_FILE).is_file():
+            shared = SharedModel(root)
+            _extend_open_round(shared, plan, settings, now)
+        else:
             require_free(layout, name, root)
             digest_of_seed(layout.seed)  # raises without a finished seed
-            SharedModel.begin(root, layout.seed, plan, settings, now)
-        else:
-            _extend_open_round(SharedModel(root), plan, settings, now)
-    shared = SharedModel(root)
+            shared = SharedModel.begin(root, layout.seed, plan, settings, now)
     advance(coordinator, shared)
     return shared
 
@@ -79,7 +81,7 @@ def advance(coordinator: Coordinator, shared: SharedModel) -> list[str]:
     messages: list[str] = []
     if shared.is_finished:
         return messages
-    with exclusive(_lock(shared.root), f"shared model '{shared.name}'"):
+    with _locked(shared.root):
         while not shared.is_trained:
             messages += _request_missing(coordinator, shared)
             if shared.rounds.state(_now(coordinator)) != "ready":
@@ -91,9 +93,13 @@ def advance(coordinator: Coordinator, shared: SharedModel) -> list[str]:
                         "extend its deadline"
                     )
                 return messages
-            messages.append(_closing_message(shared, shared.rounds.close(_now(coordinator))))
-        manifest = write_shared_generalist(coordinator, shared)
-        shared.finish(manifest.digest)
+            report = shared.rounds.close(_now(coordinator))
+            excluded = sorted([*report.refused, *report.missing])
+            messages.append(
+                f"round {report.number + 1} of {shared.settings.total} of '{shared.name}': "
+                f"{_enumerate(list(report.shares))} averaged{f', without {_enumerate(excluded)}' if excluded else ''}"
+            )
+        shared.finish(_write_generalist(coordinator, shared))
         messages.append(f"'{shared.name}' is finished: generalists/{shared.name}")
     return messages
 
@@ -156,11 +162,8 @@ def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]
         if owner not in member_names:
             rounds.leave_out(owner, "REMOVED", "no longer a member")
     deadline = rounds.open.deadline.replace(microsecond=0)
-    due = []
-    for owner in rounds.missing():
-        request = coordinator.open_request(owner, digest, recipe.digest)
-        if request is None or request.deadline < deadline:
-            due.append(owner)
+    open_requests = {owner: coordinator.open_request(owner, digest, recipe.digest) for owner in rounds.missing()}
+    due = [owner for owner, request in open_requests.items() if request is None or request.deadline < deadline]
     requests = coordinator.ask(due, recipe, deadline, seed) if due else []
     if not requests:
         return []
@@ -168,34 +171,17 @@ def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]
     return [f"{recipe.round}: {owners} asked until {deadline:%Y-%m-%d %H:%M} UTC"]
 
 
-def _closing_message(shared: SharedModel, report: RoundReport) -> str:
-    averaged = _enumerate(list(report.shares))
-    message = f"round {report.number + 1} of {shared.settings.total} of '{shared.name}': {averaged} averaged"
-    excluded = [*report.refused, *report.missing]
-    return f"{message}, without {_enumerate(sorted(excluded))}" if excluded else message
-
-
-def write_shared_generalist(coordinator: Coordinator, shared: SharedModel) -> Manifest:
-    """Write `generalists/NAME`, unless it exists with the same weights, and return its manifest.
+def _write_generalist(coordinator: Coordinator, shared: SharedModel) -> str:
+    """Write `generalists/NAME`, unless it exists with the same weights, and return its digest.
 
     Raises `UserError` if another artefact has the name.
     """
-    layout, last = coordinator.layout, shared.seed_folder()
-    target = layout.generalists / shared.name
-    weights = read_manifest(last).digest
-    if (target / "generalist.json").is_file() and read_manifest(target).digest == weights:
-        return read_manifest(target)
-    with new_folder(target, what="generalist") as partial:
-        for path in sorted(last.iterdir()):
-            if path.name not in ("seed.json", "README.md"):
-                link_or_copy(path, partial / path.name)
-        return finish_artefact(partial, _manifest(coordinator, shared))
-
-
-def _manifest(coordinator: Coordinator, shared: SharedModel) -> Manifest:
-    rounds, seed = shared.rounds, read_manifest(shared.seed_folder())
+    rounds, last = shared.rounds, shared.seed_folder()
+    target, seed = coordinator.layout.generalists / shared.name, read_manifest(last)
+    if (target / "generalist.json").is_file() and read_manifest(target).digest == seed.digest:
+        return seed.digest
     reports = [rounds.report(number) for number in range(shared.settings.total)]
-    return Manifest(
+    manifest = Manifest(
         kind="generalist",
         name=shared.name,
         tokenizer=seed.tokenizer,
@@ -210,19 +196,25 @@ def _manifest(coordinator: Coordinator, shared: SharedModel) -> Manifest:
         expert_data=_statements(coordinator, shared),
         licence=seed.licence,
     )
+    with new_folder(target, what="generalist") as partial:
+        for path in sorted(last.iterdir()):
+            if path.name not in ("seed.json", "README.md"):
+                link_or_copy(path, partial / path.name)
+        return finish_artefact(partial, manifest).digest
 
 
 def _statements(coordinator: Coordinator, shared: SharedModel) -> dict[str, DataStatement]:
     """Return the data statement of each owner's latest accepted delivery."""
-    latest: dict[str, tuple[int, DataStatement]] = {}
+    latest: dict[str, tuple[int, Mapping[str, Any]]] = {}
     for request, signed in coordinator.files.accepted():
         round_ = request.recipe.round
         if round_ is not None and round_.rounds == shared.identifier:
-            number, _ = latest.get(request.owner, (-1, DataStatement()))
-            if round_.number > number:
-                data = parse_record(DataStatement, dict(signed.statement.data), f"delivery of {request.owner}")
-                latest[request.owner] = (round_.number, DataStatement(data.domains))
-    return {owner: data for owner, (_, data) in sorted(latest.items())}
+            statement = round_.number, signed.statement.data
+            latest[request.owner] = max(latest.get(request.owner, statement), statement, key=itemgetter(0))
+    statements = {}
+    for owner, (_, data) in sorted(latest.items()):
+        statements[owner] = DataStatement(parse_record(DataStatement, dict(data), f"delivery of {owner}").domains)
+    return statements
 
 
 def _enumerate(names: Sequence[str]) -> str:
@@ -233,5 +225,5 @@ def _now(coordinator: Coordinator) -> datetime:
     return coordinator.now().replace(microsecond=0)
 
 
-def _lock(root: Path) -> Path:
-    return root.parent / ".locks" / root.name
+def _locked(root: Path) -> AbstractContextManager[None]:
+    return exclusive(root.parent / ".locks" / root.name, f"shared model '{root.name}'")

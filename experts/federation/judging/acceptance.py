@@ -7,7 +7,7 @@ any kind leads to a refusal, never to an exception.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -220,25 +220,24 @@ def relative_change(expert: Checkpoint, base: Checkpoint, name: str) -> float:
     A zero-norm seed tensor is treated as all ones. Both are read in pieces.
     """
     squared_change = squared_norm = count = 0.0
-    dtype = expert.entry(name).dtype
-    for expert_chunk, base_chunk in zip(expert.chunks(name), base.chunks(name), strict=True):
-        values = _finite_values(expert_chunk, dtype, f"'{name}'")
-        base_values = _finite_values(base_chunk, dtype, f"the seed's '{name}'")
+    pieces = zip(_values(expert, name, f"'{name}'"), _values(base, name, f"the seed's '{name}'"), strict=True)
+    for values, base_values in pieces:
         squared_change += _squared_norm(values - base_values)
         squared_norm += _squared_norm(base_values)
         count += values.numel()
     return float((squared_change / (squared_norm or count or 1.0)) ** 0.5)
 
 
-def _finite_values(chunk: memoryview, dtype: str, label: str) -> Tensor:
-    """Return a chunk of a tensor as float32, or float64 if stored as such; refuses values that are not finite."""
+def _values(checkpoint: Checkpoint, name: str, label: str) -> Iterator[Tensor]:
+    """Yield the pieces of a tensor as float32, or float64 if stored as such; refuses values that are not finite."""
     import torch
 
-    stored = torch.frombuffer(bytearray(chunk), dtype=torch.uint8).view(torch_dtype(dtype))
-    values = upcast(stored)
-    if not bool(torch.isfinite(values.abs().max() if values.numel() else torch.zeros(()))):
-        raise _Refused(RefusalCode.NOT_FINITE, label)
-    return values
+    dtype = torch_dtype(checkpoint.entry(name).dtype)
+    for chunk in checkpoint.chunks(name):
+        values = upcast(torch.frombuffer(bytearray(chunk), dtype=torch.uint8).view(dtype))
+        if not bool(torch.isfinite(values.abs().max() if values.numel() else torch.zeros(()))):
+            raise _Refused(RefusalCode.NOT_FINITE, label)
+        yield values
 
 
 def upcast(tensor: Tensor) -> Tensor:
@@ -262,8 +261,7 @@ def _check_extra_files(folder: Path, rules: Rules) -> None:
         stored = Checkpoint([path])
         for name in stored:
             label, squares, count = f"'{name:.100}' of {path.name:.100}", 0.0, 0
-            for chunk in stored.chunks(name):
-                values = _finite_values(chunk, stored.entry(name).dtype, label)
+            for values in _values(stored, name, label):
                 squares += _squared_norm(values)
                 count += values.numel()
             if (squares / max(count, 1)) ** 0.5 > rules.max_extra_rms:

@@ -38,28 +38,24 @@ class KeptSeeds:
 
     def complete(self, request: ExpertRequest) -> Path:
         """Verify a downloaded seed against the digests of its files and tensors, and store it."""
-        if self.has(request):
-            return self.folder(request)
-        files = [writer.finish() for writer in self.writers(request)]
-        folder = self._store(request, {path.name: path for path in files})
+        for writer in self.writers(request):
+            writer.finish()
+        folder = self._store(request, self._incoming(request))
         remove_tree(self._incoming(request))
         return folder
 
     def copy(self, request: ExpertRequest, folder: Path) -> Path:
         """Store a seed from a folder; raises `UserError` if it is not the requested seed."""
-        if self.has(request):
-            return self.folder(request)
         digest = read_manifest(folder).digest
         if digest != request.seed:
             raise UserError(
                 f"{folder} holds seed {digest[:12]}, the request needs {request.seed[:12]}; name another folder"
             )
-        paths = {file.name: folder / file.name for file in request.seed_files}
         for file in request.seed_files:
-            path = paths[file.name]
+            path = folder / file.name
             if not path.is_file() or parts_of(path, file.part_size).sha256 != file.sha256:
                 raise UserError(f"{path} differs from the requested seed's; fetch the seed again, or omit --seed")
-        return self._store(request, paths)
+        return self._store(request, folder)
 
     def drop(self, request: ExpertRequest) -> None:
         """Delete a request's seed and its partial download."""
@@ -70,17 +66,15 @@ class KeptSeeds:
         folder = self.folder(request)
         return folder.with_name(f"{folder.name}.incoming")
 
-    def _store(self, request: ExpertRequest, files: Mapping[str, Path]) -> Path:
-        target = self.folder(request)
+    def _store(self, request: ExpertRequest, source: Path) -> Path:
+        target, manifest = self.folder(request), read_manifest(source)
+        # the seed's training state stays with the coordinator
+        tensors, files = _without_training(manifest.tensors), _without_training(manifest.files)
         with new_folder(target, force=True, what="seed") as partial:
-            for name, path in files.items():
-                if name != "seed.json":
-                    link_or_copy(path, partial / name)
-            # the seed's training state stays with the coordinator
-            manifest = read_manifest(next(iter(files.values())).parent)
-            replace(
-                manifest, tensors=_without_training(manifest.tensors), files=_without_training(manifest.files)
-            ).write(partial)
+            for file in request.seed_files:
+                if file.name != "seed.json":
+                    link_or_copy(source / file.name, partial / file.name)
+            replace(manifest, tensors=tensors, files=files).write(partial)
             if require_intact(partial).digest != request.seed:
                 raise UserError(f"the files received are not seed {request.seed[:12]}; fetch it again")
         return target

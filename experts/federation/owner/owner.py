@@ -97,8 +97,21 @@ class Owner:
         return (self.state / SETTINGS_FILE).is_file()
 
     def privacy(self, request: ExpertRequest) -> dict[str, Any] | None:
-        """Return the privacy settings for a request, None for none; raises `UserError` if they exclude each other."""
-        return privacy_of(request, self.settings().privacy if self.is_configured else None)
+        """Return the privacy settings for a request: the coordinator's, the owner's, or the smaller budget of both.
+
+        None means without differential privacy. Raises `UserError` if the owner demands noise for a round of a shared model.
+        """
+        requested, demanded = request.recipe.privacy, self.settings().privacy if self.is_configured else None
+        if demanded is None:
+            return dict(requested) if requested is not None else None
+        if request.recipe.round is not None:
+            raise UserError(
+                f"your settings demand differential privacy, and {request.recipe.round} is trained without; it is refused"
+            )
+        if requested is None:
+            return dict(demanded)
+        budget = {name: min(requested[name], demanded[name]) for name in ("epsilon", "delta")}
+        return {**requested, **demanded, **budget}
 
     def objection(self, request: ExpertRequest) -> str | None:
         """Return why a stored request conflicts with the owner's current settings, or None."""
@@ -306,20 +319,3 @@ def check_recipe(request: ExpertRequest) -> None:
 def check_privacy(privacy: Mapping[str, Any]) -> None:
     """Raise `UserError` for invalid privacy settings."""
     validate_settings(DpConfig, dict(privacy), "the differential privacy (--dp)")
-
-
-def privacy_of(request: ExpertRequest, demanded: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return the privacy settings for a request: the coordinator's, the owner's, or the smaller budget of both.
-
-    None means without differential privacy. Raises `UserError` if the owner demands noise for a round of a shared model.
-    """
-    requested = request.recipe.privacy
-    if demanded is None:
-        return dict(requested) if requested is not None else None
-    if request.recipe.round is not None:
-        raise UserError(
-            f"your settings demand differential privacy, and {request.recipe.round} is trained without; it is refused"
-        )
-    if requested is None:
-        return dict(demanded)
-    return {**requested, **demanded, **{name: min(requested[name], demanded[name]) for name in ("epsilon", "delta")}}

@@ -7,7 +7,6 @@ from typing import Any
 
 from ....core.config.settings import TrainingConfig, validate_settings
 from ....core.errors import UserError
-from ....core.hooks.manager import installed_plugins
 from ....core.hooks.options import parse_options
 from ...runs.trainable import trainer_for
 from ..protocol.requests import Recipe
@@ -29,7 +28,7 @@ def recipe_of(
 ) -> Recipe:
     """Return a recipe by its name or its trainer's name; raises `UserError` for invalid options or settings."""
     trains, defaults = NAMES.get(name, (name, {}))
-    trainer = trainer_for(trains, installed_plugins())
+    trainer = trainer_for(trains)
     if trainer.makes != "expert":
         raise UserError(
             f"trainer '{trainer.name}' does not train experts; choose {', '.join(NAMES)}, or a trainer that does"

@@ -1,7 +1,4 @@
-"""Requests and their progress.
-
-A coordinator asks an owner for an expert of a seed, trained by a recipe, before a deadline.
-"""
+"""Requests for an expert of a seed, trained by a recipe before a deadline, and the progress of that training."""
 
 from __future__ import annotations
 

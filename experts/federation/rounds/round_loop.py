@@ -9,8 +9,7 @@ from pathlib import Path
 
 from ....core.errors import Interrupted, UserError
 from ....core.reporting import SILENT, Reporter
-from .round_plan import RoundReport
-from .rounds import Rounds
+from .rounds import RoundReport, Rounds
 
 
 @dataclass(frozen=True)

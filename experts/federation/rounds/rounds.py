@@ -6,20 +6,22 @@ once. A process that resumes therefore averages the same weights to the same byt
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from ....core.artefacts.digests import digest_of_tensors
 from ....core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, remove_tree, write_json
+from ....core.artefacts.layout import check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.errors import UserError
 from ..judging.acceptance import Refusal, RefusalCode
 from ..judging.round_weights import AveragingRules, Delivery, examine_delivery
 from .averaging import Contribution, average_round, outer_recipe, owner_shares
-from .round_plan import RoundPlan, RoundReport
 from .storage import ROUND_FILE, Round, write_round
 
 FORMAT = 1
@@ -28,6 +30,54 @@ KEPT = 2
 """Rounds whose weights are kept: the open one and its predecessor."""
 
 RoundState = Literal["waiting", "ready", "short"]
+
+
+def quorum_size(quorum: float, owners: int) -> int:
+    """Return the number of owners that a share of them amounts to, rounded up, at least 1."""
+    return max(math.ceil(quorum * owners - 1e-9), 1)  # 0.7 * 10 is 7 despite binary rounding
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Settings that are the same for all rounds."""
+
+    owners: tuple[str, ...]
+    recipe: str
+    """`diloco` or `fedavg`."""
+    quorum: float = 1.0
+    """Share of the owners that a round needs."""
+    round_seconds: float = 86_400.0
+    """Seconds from the start of a round to its deadline."""
+    rules: AveragingRules = field(default_factory=AveragingRules)
+
+    def __post_init__(self) -> None:
+        outer_recipe(self.recipe)
+        if not self.owners or len(set(self.owners)) != len(self.owners):
+            raise UserError("rounds need at least one owner, and no owner twice")
+        for owner in self.owners:
+            check_name(owner, "an owner")
+        if not 0 < self.quorum <= 1 or not self.round_seconds > 0:
+            raise UserError("the quorum must be a share between 0 and 1, and a round longer than 0 seconds")
+
+    @property
+    def needed(self) -> int:
+        """Number of owners that must deliver."""
+        return quorum_size(self.quorum, len(self.owners))
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """Result of one round."""
+
+    number: int
+    digest: str
+    """Digest of the shared weights after the round."""
+    shares: Mapping[str, float]
+    """Weight of each owner in the average; sums to 1."""
+    refused: Mapping[str, str]
+    """Reason of each refusal, by owner."""
+    missing: tuple[str, ...]
+    """Owners who did not deliver."""
 
 
 class Rounds:

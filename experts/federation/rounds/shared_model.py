@@ -16,13 +16,12 @@ from typing import Any
 from ....core.artefacts.files import link_or_copy, new_folder, read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import INDEX_FILE, SINGLE_FILE, Checkpoint, new_file
 from ....core.config.settings import ProjectConfig, TrainingConfig, validate_settings
-from ....core.errors import UserError, unknown_name
+from ....core.errors import UserError
 from ....core.manifests.finishing import finish_artefact
 from ....core.manifests.manifest import read_manifest
 from ....core.manifests.run import RUN_FILE
 from ..protocol.requests import Recipe, RoundOf, new_identifier
-from .round_plan import RoundPlan
-from .rounds import Rounds
+from .rounds import RoundPlan, Rounds
 
 FORMAT = 1
 SETTINGS_FILE, FINISHED_FILE = "shared.json", "finished.json"
@@ -111,20 +110,6 @@ class SharedModel:
         remove_tree(self.root / "seeds")
         for weights in self.rounds.root.glob("round-*/*.safetensors"):
             weights.unlink()
-
-
-def shared_models(folder: Path) -> dict[str, SharedModel]:
-    """Return the shared models of a federation by name."""
-    roots = sorted(path.parent for path in folder.glob(f"*/{SETTINGS_FILE}"))
-    return {root.name: SharedModel(root) for root in roots}
-
-
-def shared_model(folder: Path, name: str) -> SharedModel:
-    """Return a shared model by name; raises `UserError` if there is none."""
-    models = shared_models(folder)
-    if name not in models:
-        raise unknown_name("shared model", name, models)
-    return models[name]
 
 
 def make_round_seed(source: Path, weights: Path | None, target: Path) -> None:

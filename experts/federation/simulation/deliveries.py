@@ -6,9 +6,10 @@ times of a full-size expert separately.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ....core.artefacts.digests import digest_of_tensors, digests_of_folder
 from ....core.artefacts.files import remove_tree, write_json
@@ -17,8 +18,7 @@ from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, write_ten
 from ....core.manifests.manifest import Manifest, Parent, read_manifest
 from ....core.manifests.statements import DataStatement, DomainStatement
 from ..protocol.delivery import SignedStatement, make_delivery
-from ..protocol.keys import OwnerKey, make_key, read_key
-from ..protocol.parts import FileParts
+from ..protocol.keys import read_key
 from ..protocol.requests import ExpertRequest, Recipe
 
 if TYPE_CHECKING:
@@ -41,12 +41,8 @@ def write_stand_in_seed(folder: Path) -> Layout:
     write_json(layout.seed / "config.json", {"model_type": "llama", "num_hidden_layers": 1})
     source = torch.Generator().manual_seed(0)
     shapes = {_UP: (6, 4), _DOWN: (4, 6), _FROZEN: (4,)}
-    write_tensors(
-        layout.seed / SINGLE_FILE, {name: torch.randn(shape, generator=source) for name, shape in shapes.items()}
-    )
-    tensors, files = digests_of_folder(layout.seed)
-    digest = digest_of_tensors(tensors)
-    Manifest("seed", "seed", digest, tensors, files, tokenizer="0" * 64).write(layout.seed)
+    tensors = {name: torch.randn(shape, generator=source) for name, shape in shapes.items()}
+    _write_artefact(layout.seed, tensors, kind="seed", name="seed")
     return layout
 
 
@@ -54,43 +50,33 @@ class StandIns:
     """Creates owners' keys and deliveries, in folders that `forget` deletes."""
 
     def __init__(self, root: Path, layout: Layout) -> None:
-        self._root = root
+        self.root = root
         self._seed = Checkpoint.of_folder(layout.seed)
         self.seed_digest = read_manifest(layout.seed).digest
         self._signed: dict[str, SignedStatement] = {}
         self.last_accepted: int | None = None
         """Number of the owner whose expert was accepted last, for replays."""
 
-    def new_key(self, name: str) -> OwnerKey:
-        """Make an owner's key pair."""
-        return make_key(self._root / name)
-
     def delivery(self, request: ExpertRequest, number: int, delivers: Delivers) -> tuple[Path, SignedStatement]:
         """Return the folder and signed statement of an owner's delivery, created on the first call."""
-        folder = self._root / request.owner / "delivery"
+        state = self.root / request.owner
+        folder = state / "delivery"
         if request.owner not in self._signed:
-            self._signed[request.owner] = self._make(folder, request, number, delivers)
+            key, expert = read_key(state), state / "expert"
+            self._write_expert(expert, request, self._tensors(number, delivers))
+            signed = make_delivery(expert, request, key, folder)
+            if delivers == "forged":
+                signed = replace(signed, statement=replace(signed.statement, privacy={"epsilon": 0.1}))
+            elif delivers == "someone_elses":
+                statement = replace(signed.statement, owner=f"{request.owner}-x")
+                signed = SignedStatement(statement, key.sign(statement.signed_bytes))
+            self._signed[request.owner] = signed
         return folder, self._signed[request.owner]
-
-    def files(self, owner: str) -> dict[str, FileParts]:
-        """Return the files of an owner's delivery, by name."""
-        return {file.name: file for file in self._signed[owner].statement.files}
-
-    def _make(self, folder: Path, request: ExpertRequest, number: int, delivers: Delivers) -> SignedStatement:
-        key, expert = read_key(folder.parent), folder.parent / "expert"
-        self._write_expert(expert, request, self._tensors(number, delivers))
-        signed = make_delivery(expert, request, key, folder)
-        if delivers == "forged":
-            return replace(signed, statement=replace(signed.statement, privacy={"epsilon": 0.1}))
-        if delivers == "someone_elses":
-            statement = replace(signed.statement, owner=f"{request.owner}-x")
-            return SignedStatement(statement, key.sign(statement.signed_bytes))
-        return signed
 
     def forget(self, name: str) -> None:
         """Delete an owner's key and delivery."""
         self._signed.pop(name, None)
-        remove_tree(self._root / name)
+        remove_tree(self.root / name)
 
     def _tensors(self, number: int, delivers: Delivers) -> dict[str, Tensor]:
         import torch
@@ -114,18 +100,22 @@ class StandIns:
 
     def _write_expert(self, folder: Path, request: ExpertRequest, tensors: dict[str, Tensor]) -> None:
         folder.mkdir()
-        write_tensors(folder / SINGLE_FILE, tensors)
         write_json(folder / "run.json", {"kind": "expert", "trains": request.recipe.trains})
-        digests, files = digests_of_folder(folder)
-        Manifest(
+        _write_artefact(
+            folder,
+            tensors,
             kind="expert",
             name=request.owner,
-            digest=digest_of_tensors(digests),
-            tensors=digests,
-            files=files,
-            tokenizer="0" * 64,
             parents=(Parent("seed", "seed", self.seed_digest, 1.0),),
             data=DataStatement({request.owner: DomainStatement(100, 10_000, 40_000)}),
             trainable=request.recipe.trains,
             owner=request.owner,
-        ).write(folder)
+        )
+
+
+def _write_artefact(folder: Path, tensors: Mapping[str, Tensor], **entries: Any) -> None:
+    """Add tensors and a manifest with these entries to a folder."""
+    write_tensors(folder / SINGLE_FILE, tensors)
+    digests, files = digests_of_folder(folder)
+    digest = digest_of_tensors(digests)
+    Manifest(digest=digest, tensors=digests, files=files, tokenizer="0" * 64, **entries).write(folder)

@@ -11,40 +11,34 @@ BEGIN = datetime(2030, 1, 1, tzinfo=UTC)
 Act = Callable[[], None]
 
 
-class SimulatedClock:
-    """The simulation's clock; calling it returns the current simulated time."""
-
-    def __init__(self, begin: datetime = BEGIN) -> None:
-        self.begin, self.seconds = begin, 0.0
-        """Seconds since `begin`."""
-
-    def __call__(self) -> datetime:
-        return self.begin + timedelta(seconds=self.seconds)
-
-
 class Events:
-    """Event queue, ordered by time and then by the order of scheduling."""
+    """Simulated clock and event queue, ordered by time and then by the order of scheduling."""
 
-    def __init__(self, clock: SimulatedClock) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        """Time since `BEGIN`."""
         self._due: list[tuple[float, int, Act]] = []
         self._scheduled = 0
         self.done = 0
         """Number of events run."""
 
+    def now(self) -> datetime:
+        """Return the simulated time."""
+        return BEGIN + timedelta(seconds=self.seconds)
+
     def at(self, seconds: float, act: Act) -> None:
-        """Schedule an event at a time in seconds since the clock's start; a past time means now."""
+        """Schedule an event at a time in seconds; a past time means now."""
         self._scheduled += 1
-        heapq.heappush(self._due, (max(seconds, self._clock.seconds), self._scheduled, act))
+        heapq.heappush(self._due, (max(seconds, self.seconds), self._scheduled, act))
 
     def after(self, seconds: float, act: Act) -> None:
         """Schedule an event after a delay in seconds."""
-        self.at(self._clock.seconds + seconds, act)
+        self.at(self.seconds + seconds, act)
 
     def run(self, until: float) -> None:
         """Run all events due by a time, including those scheduled meanwhile."""
         while self._due and self._due[0][0] <= until:
-            self._clock.seconds, _, act = heapq.heappop(self._due)
+            self.seconds, _, act = heapq.heappop(self._due)
             self.done += 1
             act()
 

@@ -19,11 +19,9 @@ from tempfile import TemporaryDirectory, gettempdir
 
 from ....core.artefacts.files import is_alive
 from ....core.reporting import SILENT, Reporter
-from ..rounds.round_plan import quorum_size
+from ..rounds.rounds import quorum_size
 from .deliveries import RECIPE
-from .events import SimulatedClock
-from .owners import OwnerTraits
-from .plan import Plan
+from .owners import OwnerTraits, Plan
 from .simulated_owner import HOUR, World
 
 IN_MEMORY = Path("/dev/shm")
@@ -73,12 +71,7 @@ class Report:
 
 
 def simulate(
-    owners: Sequence[OwnerTraits],
-    plan: Plan,
-    clock: SimulatedClock | None = None,
-    *,
-    folder: Path | None = None,
-    reporter: Reporter = SILENT,
+    owners: Sequence[OwnerTraits], plan: Plan, *, folder: Path | None = None, reporter: Reporter = SILENT
 ) -> Report:
     """Simulate a federation and return a report.
 
@@ -92,7 +85,7 @@ def simulate(
         if not is_alive(path.name.removeprefix(PREFIX).partition("-")[0]):
             shutil.rmtree(path, ignore_errors=True)
     with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=parent) as scratch:
-        world = World(owners, plan, clock or SimulatedClock(), Path(scratch), reporter)
+        world = World(owners, plan, Path(scratch), reporter)
         world.run()
         return _report(world, time.perf_counter() - start, time.process_time() - cpu_start)
 

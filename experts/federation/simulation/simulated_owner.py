@@ -14,13 +14,14 @@ from typing import Literal
 from ....core.errors import UserError
 from ....core.reporting import Reporter
 from ..coordinator.coordinator import Coordinator
+from ..protocol.delivery import SignedStatement
+from ..protocol.keys import make_key
 from ..protocol.parts import PART_BYTES, read_part
 from ..protocol.requests import ExpertRequest, Progress
-from ..rounds.round_plan import quorum_size
+from ..rounds.rounds import quorum_size
 from .deliveries import RECIPE, StandIns, write_stand_in_seed
-from .events import Events, Line, SimulatedClock
-from .owners import OwnerTraits
-from .plan import Plan
+from .events import Events, Line
+from .owners import OwnerTraits, Plan
 
 HOUR = 3600.0
 Phase = Literal["away", "fetching", "training", "sending", "done"]
@@ -85,7 +86,7 @@ class SimulatedOwner:
     # --- presence ---
 
     def _connect(self) -> None:
-        is_offline = self.world.clock.seconds < self._offline_until
+        is_offline = self.world.events.seconds < self._offline_until
         if not (self.online or is_offline or self.gone):
             self.online = True
             self._resume_phase()
@@ -113,7 +114,7 @@ class SimulatedOwner:
         world = self.world
         if self.online and self.phase == "training":
             interval = world.plan.checkpoint_seconds
-            self.trained = self._resumed + (world.clock.seconds - self._since) // interval * interval
+            self.trained = self._resumed + (world.events.seconds - self._since) // interval * interval
         world.lost_bytes += self._in_transfer
         self._in_transfer = 0
         self.online = False
@@ -139,7 +140,7 @@ class SimulatedOwner:
             return
         size, turn = min(PART_BYTES, self.left), self._next_turn()
         self._in_transfer = size
-        arrival = line.arrival(self.world.clock.seconds, size, mbit * 125_000)
+        arrival = line.arrival(self.world.events.seconds, size, mbit * 125_000)
 
         def arrived() -> None:
             if turn == self._turn:
@@ -151,7 +152,7 @@ class SimulatedOwner:
 
     def _resume_training(self) -> None:
         self.phase = "training"
-        self._resumed, self._since = self.trained, self.world.clock.seconds
+        self._resumed, self._since = self.trained, self.world.events.seconds
         self._train()
 
     def _train(self) -> None:
@@ -166,21 +167,18 @@ class SimulatedOwner:
                 return
             self.trained = max(target, trained_before)
             self._reports += 1
-            self._report(total_seconds)
-            if self._reports < REPORTS:
+            is_trained = self._reports == REPORTS
+            seconds_left = max(total_seconds - self.trained, 0.0)
+            progress = Progress("ready" if is_trained else "training", self._reports, REPORTS, None, seconds_left)
+            assert self.request is not None
+            self.world.coordinator.files.record_progress(self.request.id, progress, self.world.events.now())
+            if not is_trained:
                 self._train()
                 return
             self.phase, self.left = "sending", plan.expert_bytes
             self._announce()
 
         self.world.events.after(max(target - trained_before, 0.0), reached)
-
-    def _report(self, total_seconds: float) -> None:
-        assert self.request is not None
-        state: Literal["training", "ready"] = "training" if self._reports < REPORTS else "ready"
-        progress = Progress(state, self._reports, REPORTS, seconds_left=max(total_seconds - self.trained, 0.0))
-        coordinator = self.world.coordinator
-        coordinator.files.record_progress(self.request.id, progress, coordinator.now())
 
     def _announce(self) -> None:
         """Send the signed statement, as an owner does at the start of a delivery and after every interruption."""
@@ -191,15 +189,15 @@ class SimulatedOwner:
         if not isinstance(missing, dict):
             self._end(missing.code.name)
             return
-        self._transfer(world.up, self.traits.upload_mbit, lambda: self._deliver(folder, missing))
+        self._transfer(world.up, self.traits.upload_mbit, lambda: self._deliver(folder, signed, missing))
 
-    def _deliver(self, folder: Path, missing: Mapping[str, list[int]]) -> None:
+    def _deliver(self, folder: Path, signed: SignedStatement, missing: Mapping[str, list[int]]) -> None:
         """Hand the stand-in to the coordinator at the time when a full-size expert would have arrived."""
         coordinator, request = self.world.coordinator, self.request
         assert request is not None
-        for name, file in self.world.stand_ins.files(request.owner).items():
-            for index in missing[name]:
-                coordinator.files.put(request.id, name, index, read_part(folder / name, file, index))
+        for file in signed.statement.files:
+            for index in missing[file.name]:
+                coordinator.files.put(request.id, file.name, index, read_part(folder / file.name, file, index))
         refusal = coordinator.finish(request)
         if refusal is None:
             self.world.stand_ins.last_accepted = self.number
@@ -218,15 +216,13 @@ class SimulatedOwner:
 class World:
     """State of one simulation: the coordinator, its network line, the owners, and the counts for the report."""
 
-    def __init__(
-        self, owners: Sequence[OwnerTraits], plan: Plan, clock: SimulatedClock, scratch: Path, reporter: Reporter
-    ) -> None:
+    def __init__(self, owners: Sequence[OwnerTraits], plan: Plan, scratch: Path, reporter: Reporter) -> None:
         if not owners:
             raise UserError("a federation needs at least one owner")
-        self.plan, self.clock, self._reporter = plan, clock, reporter
-        self.events = Events(clock)
+        self.plan, self._reporter = plan, reporter
+        self.events = Events()
         layout = write_stand_in_seed(scratch / "coordinator")
-        self.coordinator = Coordinator(layout, now=clock)
+        self.coordinator = Coordinator(layout, now=self.events.now)
         self.stand_ins = StandIns(scratch / "owners", layout)
         self.down, self.up = (Line(plan.line_gbit * 125_000_000) for _ in range(2))
         self.lost_bytes = 0
@@ -235,7 +231,7 @@ class World:
         self.accepted_at: list[float] = []
         self._settled: set[int] = set()
         self.asked_again = 0
-        keys = {name: self.stand_ins.new_key(name).public for name in self.names}
+        keys = {name: make_key(self.stand_ins.root / name).public for name in self.names}
         self.coordinator.files.members.add_all(keys)
 
     @property
@@ -245,20 +241,17 @@ class World:
     def run(self) -> None:
         """Send the requests and run all events until four times the total time limit."""
         seconds = self.plan.deadline.total_seconds()
-        self._ask()
+        self.coordinator.ask(self.names, RECIPE, self.events.now() + self.plan.deadline)
         self.events.at(seconds + 1, self._deadline_passed)
         for owner in self.owners:
             owner.begin(self.plan.seed)
         self.events.run(until=4 * seconds * (self.plan.ask_again + 1))
 
-    def _ask(self) -> None:
-        self.coordinator.ask(self.names, RECIPE, self.clock() + self.plan.deadline)
-
     def _deadline_passed(self) -> None:
         if len(self.accepted_at) >= self.needed or self.asked_again >= self.plan.ask_again:
             return
         self.asked_again += 1
-        self._ask()
+        self.coordinator.ask(self.names, RECIPE, self.events.now() + self.plan.deadline)
         self.events.after(self.plan.deadline.total_seconds() + 1, self._deadline_passed)
         for owner in self.owners:
             owner.ask_again()
@@ -267,7 +260,7 @@ class World:
         """Record that an owner was accepted or refused, or has left for good."""
         self._settled.add(owner.number)
         if owner.outcome == "accepted":
-            self.accepted_at.append(self.clock.seconds)
+            self.accepted_at.append(self.events.seconds)
         if owner.outcome != "late":
             self.stand_ins.forget(owner.traits.name)
         self._reporter.progress("simulation", len(self._settled), len(self.owners), "owners settled")

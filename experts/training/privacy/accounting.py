@@ -6,6 +6,7 @@ embedding, are steps with sampling rate 1.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def mechanism_for(dp: DpConfig, training: TrainingConfig, blocks: int, before: S
     if dp.delta * blocks >= 1:
         raise UserError(
             f"delta {dp.delta:g} is not below 1 / {blocks} blocks, so it permits the release of a whole block; "
-            f"use at most {_round_down(0.1 / blocks)}"
+            f"use at most {10.0 ** math.floor(math.log10(0.1 / blocks)):g}"
         )
     noise = noise_multiplier(dp, rate, training.steps, before)
     return Mechanism(noise, dp.clip, rate, training.steps, tuple(before))
@@ -177,10 +178,3 @@ def describe_privacy(statement: PrivacyStatement) -> str:
         f"epsilon {statement.epsilon:.2f} at delta {statement.delta:g} ({statement.accountant}) for "
         f"{statement.protects}; {figures}"
     )
-
-
-def _round_down(value: float) -> str:
-    """Return the largest power of ten that does not exceed a number, as text: `1e-05`."""
-    import math
-
-    return f"{10.0 ** math.floor(math.log10(value)):g}"

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class PrivateTrainingLoop(TrainingLoop):
-    """The training loop with private gradients and privacy accounting."""
+    """The training loop with private gradients and privacy accounting.
+
+    Raises `UserError` for layers and losses without per-example gradients.
+    """
 
     def __init__(
         self,
@@ -47,18 +50,15 @@ class PrivateTrainingLoop(TrainingLoop):
         self.accountant.history = list(mechanism.before)
         refuse_stateful(self.module)
         self._one_by_one = config.batch_size == 1
-        if not self._one_by_one:
-            self._enable_per_example_gradients()
-
-    def _enable_per_example_gradients(self) -> None:
-        """Attach Opacus's hooks; raises `UserError` for layers and losses without per-example gradients."""
-        if self.part.needs_whole_batch:
+        if self._one_by_one:
+            return
+        if part.needs_whole_batch:
             raise UserError(
                 f"this trainer adds a loss over the whole batch, which cannot be split by example; {ONE_BY_ONE}"
             )
         hooks = attach_hooks(self.module)
         vocabulary = int(getattr(getattr(self.module, "config", None), "vocab_size", 0)) or 2
-        require_separable(self.module, hooks, self.parameters, self._full_loss, vocabulary, self.config.sequence_length)
+        require_separable(self.module, hooks, self.parameters, self._full_loss, vocabulary, config.sequence_length)
 
     def _accumulate(self) -> Tensor:
         """Set the private gradient and return the mean loss of the sampled blocks, 0 if none was sampled."""

@@ -13,15 +13,16 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ....core.artefacts.files import os_errors_as_user_errors, replacement_file
 from ....core.errors import UserError
 from .accounting import Release
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
 
 KEY_FILE = "privacy.key"
 KEY_BYTES = 32
@@ -35,8 +36,6 @@ class NoiseSource:
 
     def uniform(self, purpose: str, count: int) -> NDArray[Any]:
         """Return uniformly distributed numbers in the open interval (0, 1), float64 (count,)."""
-        import numpy as np
-
         label = len(self.key).to_bytes(2, "big") + self.key + purpose.encode("utf-8")
         words = np.frombuffer(hashlib.shake_256(label).digest(8 * count), dtype="<u8")
         numbers: NDArray[Any] = ((words >> 11).astype(np.float64) + 0.5) * 2.0**-53
@@ -44,8 +43,6 @@ class NoiseSource:
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Return standard normal numbers by the Box-Muller transform, float64."""
-        import torch
-
         count = math.prod(shape)
         numbers = torch.from_numpy(self.uniform(purpose, 2 * -(-count // 2)))
         first, second = numbers.chunk(2)
@@ -55,8 +52,6 @@ class NoiseSource:
 
     def drawn(self, purpose: str, size: int, rate: float) -> NDArray[Any]:
         """Return the indices of the sampled examples out of `size`, each with probability `rate` (Poisson sampling)."""
-        import numpy as np
-
         return np.flatnonzero(self.uniform(purpose, size) < rate)
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 ROUTER_FILE = "router.safetensors"
 """File of `rows` (L, d), `biases` (L,) and mean hidden states `domain` and `public` (L, d) of an expert."""
-_SAMPLES = 64
-_RIDGE = 1e-3
 
 
 def options_of(inputs: RouterInputs, defaults: Mapping[str, Any], router: str) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def hidden_rows(inputs: RouterInputs) -> RouterRows:
     from ....core.models.feed_forwards import InputMoments, input_moments, spread_blocks
     from ....core.models.loading import load_model
 
-    options = options_of(inputs, {"samples": _SAMPLES, "ridge": _RIDGE}, "hidden")
+    options = options_of(inputs, {"samples": 64, "ridge": 1e-3}, "hidden")
     texts = {text.domain: text.blocks for text in inputs.validation()}
     model, _ = load_model(inputs.seed, dtype="float32")
     moments: dict[int, InputMoments] = {}

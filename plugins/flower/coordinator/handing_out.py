@@ -27,6 +27,8 @@ RESEND_S = 60.0
 """Seconds after which an unanswered request is sent again."""
 SPARE_S = 3600.0
 """Lifetime of a message beyond the request's deadline, in seconds."""
+NODE_UNAVAILABLE = 5
+"""Flower's error code for a node that went offline before it replied; the request is sent again."""
 RECORD = "expertctl"
 """Name of the configuration record in messages and replies."""
 
@@ -63,7 +65,8 @@ def main(grid: Grid, context: Context) -> None:
                 awaited[identifier] = request.id
         for reply in grid.pull_messages(list(awaited)) if awaited else []:
             request_id = awaited.pop(reply.metadata.reply_to_message_id, "")
-            if request_id:
+            is_node_gone = reply.has_error() and reply.error.code == NODE_UNAVAILABLE  # no reply of the owner's
+            if request_id and not is_node_gone:
                 code = code_of(reply)
                 log.info("request %s: %s", request_id, code)
                 coordinator.files.record_handout(request_id, code, coordinator.now())

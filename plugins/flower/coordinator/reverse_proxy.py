@@ -10,6 +10,8 @@ import asyncio
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 from wsgiref.util import is_hop_by_hop
 
@@ -82,7 +84,7 @@ class Gateway:
                 answer = 404, b"", "text/plain"
             elif target.startswith(PATH):
                 headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-                answer = await self._endpoints.answer(method, target, headers, _reader(receive))
+                answer = await self._endpoints.answer(method, target, headers, partial(_read_body, receive))
             elif (method == "POST" and target.removeprefix(FLEET) in FLEET_CALLS and target.startswith(FLEET)) or (
                 method == "GET" and target == "/health"
             ):
@@ -121,7 +123,7 @@ class Gateway:
             reserved, self._free_bytes = reserved + more, self._free_bytes - more
 
         try:
-            body = await _reader(receive, reserve)(MAX_FLEET_BODY)
+            body = await _read_body(receive, MAX_FLEET_BODY, reserve)
             response = await self._client.request(
                 method, f"https://{self._upstream()}{target}", headers=end_to_end, content=body
             )
@@ -150,26 +152,22 @@ class _Disconnected(Exception):
     """The client has closed the connection."""
 
 
-def _reader(receive: Receive, reserve: Callable[[int], None] = lambda size: None) -> Callable[[int], Awaitable[bytes]]:
-    """Return a function that reads a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`."""
-
-    async def read(limit: int) -> bytes:
-        body = bytearray()
-        while True:
-            try:
-                event = await asyncio.wait_for(receive(), READ_S)
-            except TimeoutError:
-                raise Failure("NOT_UNDERSTOOD") from None
-            if event["type"] == "http.disconnect":
-                raise _Disconnected
-            body += event.get("body", b"")
-            if len(body) > limit:
-                raise Failure("TOO_LARGE")
-            reserve(len(body))
-            if not event.get("more_body", False):
-                return bytes(body)
-
-    return read
+async def _read_body(receive: Receive, limit: int, reserve: Callable[[int], None] = lambda size: None) -> bytes:
+    """Read a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`."""
+    body = bytearray()
+    while True:
+        try:
+            event = await asyncio.wait_for(receive(), READ_S)
+        except TimeoutError:
+            raise Failure("NOT_UNDERSTOOD") from None
+        if event["type"] == "http.disconnect":
+            raise _Disconnected
+        body += event.get("body", b"")
+        if len(body) > limit:
+            raise Failure("TOO_LARGE")
+        reserve(len(body))
+        if not event.get("more_body", False):
+            return bytes(body)
 
 
 async def _reply(send: Send, answer: Answer) -> None:
@@ -212,10 +210,8 @@ class TlsServer:
         self._address = f"{host}:{port}"
 
     def _serve(self) -> None:
-        try:
+        with suppress(SystemExit):  # uvicorn exits if it cannot listen
             self._server.run()
-        except SystemExit:  # uvicorn exits if it cannot listen
-            return
 
     def open(self) -> int:
         """Start serving and return the port; raises `UserError` if it cannot listen."""

@@ -38,8 +38,7 @@ def serve(
     opened: Callable[[str, Certificates], None],
     stop: threading.Event,
 ) -> None:
-    """Serve a federation until `stop` is set; `opened` is called with the address and
-    the certificates once the port accepts connections.
+    """Serve a federation until `stop` is set; `opened` receives the address and the certificates once the port is open.
 
     All lasting state is on disk, so a killed server can be restarted. Raises `UserError` if the port is in use or
     another process serves the workspace.

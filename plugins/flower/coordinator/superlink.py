@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import json
 import ssl
-import subprocess
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from ....core.artefacts.files import write_text
 from ....core.errors import UserError
 from ....core.reporting import Reporter
 from ....experts.federation.coordinator.members import Members
-from ..processes.child import Child, environment, flower_command, free_port
+from ..processes.child import Child, environment, flower_command, free_port, last_line, run_flwr
 from ..protocol.certificates import Certificates
 
 CONNECTION = "here"
 """Name of the connection in Flower's configuration."""
-COMMAND_S = 120
-"""Time limit of one `flwr` command, in seconds."""
 SILENT_S = 30.0
 """Seconds without a heartbeat after which Flower is asked whether the app still runs."""
 HEARTBEAT_FILE = "app-alive"
@@ -93,9 +90,9 @@ class SuperLink:
     def _is_healthy(self) -> bool:
         context = ssl.create_default_context(cafile=str(self._certificates.authority))
         try:
-            with urllib.request.urlopen(f"https://{self.address}/health", timeout=5, context=context) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
+            response = httpx.get(f"https://{self.address}/health", timeout=5, verify=context, trust_env=False)
+            return response.status_code == 200
+        except httpx.HTTPError:
             return False
 
     def _update_registrations(self) -> None:
@@ -136,22 +133,10 @@ class SuperLink:
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         """Run a `flwr` command and return its JSON output; raises `UserError` if it fails."""
-        command = [flower_command("flwr"), *arguments, "--format", "json"]
-        try:
-            result = subprocess.run(
-                command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=COMMAND_S,
-                cwd=self.folder,
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(f"`flwr {arguments[0]}` did not answer in {COMMAND_S} s") from None
+        result = run_flwr(*arguments, "--format", "json", environment=self._environment, folder=self.folder)
         content = _json_in(result.stdout)
         if result.returncode != 0 or not content.get("success", True):
-            reason = content.get("error-message") or (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+            reason = content.get("error-message") or last_line(result.stderr)
             raise UserError(f"`flwr {' '.join(arguments[:2])}` failed: {reason}")
         return content
 

@@ -1,7 +1,8 @@
 """Guarded replacement of Flower's `flwr-clientapp` command: refuses app bundles that are not on the owner's allowlist.
 
-The only bundle on the list is that of the owner's own installation. The command precedes Flower's command of the same name on the node's PATH. It patches two names in a module of Flower, which is why the
-supported versions of Flower are bounded; if a name is missing, the command fails before it runs anything.
+The only bundle on the list is that of the owner's own installation. The command precedes Flower's command of the same name on the
+node's PATH. It patches two names in a module of Flower, which is why the supported versions of Flower are bounded; if a name is
+missing, the command fails before it runs anything.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from ....core.artefacts.files import read_json, write_json
 from ....core.errors import UserError
 from ..coordinator.superlink import APP
-from ..processes.child import environment, flower_command
+from ..processes.child import environment, last_line, run_flwr
 
 ALLOWED_FILE = "allowed-app.json"
 MAX_FILES = 50
@@ -54,18 +54,10 @@ def write_allowed(state: Path) -> str:
     """Build the installed package's bundle, store its digest as the only allowed one and return it."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        result = subprocess.run(
-            [flower_command("flwr"), "build", "--app", str(APP)],
-            env=environment(folder / "home"),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            check=False,
-        )
+        result = run_flwr("build", "--app", str(APP), environment=environment(folder / "home"), folder=folder)
         bundles = list(folder.glob("*.fab"))
         if result.returncode != 0 or len(bundles) != 1:
-            raise UserError(f"`flwr build` failed: {(result.stderr.strip().splitlines() or ['no reason'])[-1]}")
+            raise UserError(f"`flwr build` failed: {last_line(result.stderr)}")
         digest = digest_of_bundle(bundles[0].read_bytes())
     write_json(state / ALLOWED_FILE, {"sha256": [digest]})
     return digest

@@ -145,7 +145,8 @@ class OwnerWork:
     # --- delivering ---
 
     def _deliver(self, request: ExpertRequest) -> None:
-        signed = self._delivery(request)
+        files = self._owner.expert_folder(request).glob("*.safetensors")
+        signed = self._owner.delivery(request, part_size=part_size(max(file.stat().st_size for file in files)))
         if not self._consent(self._owner.review(request)):
             self._say(
                 request, "the expert is ready and waits for your consent: inspect it with --review, send it with --yes"
@@ -162,11 +163,6 @@ class OwnerWork:
         refusal = answer.get("refusal")
         self._owner.note_outcome(request, refusal)
         self._say(request, "accepted" if refusal is None else f"refused: {refusal}")
-
-    def _delivery(self, request: ExpertRequest) -> SignedStatement:
-        """Return the signed statement, preparing the delivery in about 64 parts if needed."""
-        files = self._owner.expert_folder(request).glob("*.safetensors")
-        return self._owner.delivery(request, part_size=part_size(max(file.stat().st_size for file in files)))
 
     def _send(self, request: ExpertRequest, signed: SignedStatement, missing: dict[str, list[int]]) -> None:
         folder, files = self._owner.delivery_folder(request), {file.name: file for file in signed.statement.files}

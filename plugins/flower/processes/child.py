@@ -16,6 +16,8 @@ PAUSES_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 """Back-off of everything that is retried: processes, connections and training runs."""
 SETTLED_S = 60.0
 """Lifetime in seconds after which the back-off starts again with the shortest pause."""
+COMMAND_S = 120
+"""Time limit of one `flwr` command, in seconds."""
 LOG_TAIL = 40_000
 """Bytes that `recent_output` returns at most."""
 MAX_LOG = 20 << 20
@@ -126,6 +128,28 @@ def flower_command(name: str) -> str:
     if not path.is_file():
         raise UserError(NOT_INSTALLED)
     return str(path)
+
+
+def run_flwr(*arguments: str, environment: Mapping[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a `flwr` command in a folder to its end; raises `UserError` if it takes longer than `COMMAND_S`."""
+    command = [flower_command("flwr"), *arguments]
+    try:
+        return subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            cwd=folder,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"`flwr {arguments[0]}` did not answer in {COMMAND_S} s") from None
+
+
+def last_line(errors: str) -> str:
+    """Return the last line of a command's error output."""
+    return (errors.strip().splitlines() or ["no reason given"])[-1]
 
 
 def require_flower() -> None:

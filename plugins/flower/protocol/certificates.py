@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -29,13 +29,17 @@ ALL_INTERFACES = {"0.0.0.0", "::", ""}
 
 @dataclass(frozen=True)
 class Certificates:
-    """Paths of the certificates, and the authority's fingerprint."""
+    """Paths of the certificates."""
 
     authority: Path
     """Certificate of the authority, `ca.crt`, which owners need."""
     certificate: Path
     key: Path
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the authority's certificate."""
+        return fingerprint_of(self.authority)
 
 
 def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
@@ -45,7 +49,7 @@ def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
     expires. Raises `UserError` for unreadable files.
     """
     all_names = tuple(dict.fromkeys([*LOCAL_NAMES, *names]))
-    certificates = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key", "")
+    certificates = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key")
     with os_errors_as_user_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
@@ -53,7 +57,7 @@ def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
             _make_authority(folder)
         if not _is_valid_for(certificates, all_names):
             _make_server(folder, certificates, all_names)
-    return replace(certificates, fingerprint=fingerprint_of(certificates.authority))
+    return certificates
 
 
 def reachable_names(host: str) -> list[str]:

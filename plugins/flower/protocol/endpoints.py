@@ -78,7 +78,7 @@ class Endpoints:
         ]
 
     async def answer(self, method: str, target: str, headers: Mapping[str, str], read: Read) -> Answer:
-        """Handle one request; errors become codes."""
+        """Handle one request; raises `Failure` with a code for every error."""
         try:
             signed = await asyncio.to_thread(self._gate.check, method, target, headers)
             self._require_single_session(signed)
@@ -88,14 +88,12 @@ class Endpoints:
                 if route_method == method and match is not None:
                     return await handler(signed, read, **match.groupdict())
             raise Failure("NO_SUCH_THING")
-        except Failure as error:
-            return failure_answer(error.code)
         except UserError as error:
             cause = error.__cause__
             if not isinstance(cause, OSError) or user_fixable_error(cause) is None:
-                return failure_answer("REFUSED_NOW")
+                raise Failure("REFUSED_NOW") from None
             self._reporter.say(str(error))
-            return failure_answer("DISK")
+            raise Failure("DISK") from None
 
     def _require_single_session(self, signed: SignedRequest) -> None:
         """Refuse a second process with the same key while the first is alive."""

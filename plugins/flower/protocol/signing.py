@@ -16,7 +16,7 @@ from ....experts.federation.coordinator.members import Member, Members
 from ....experts.federation.protocol.keys import OwnerKey
 from ....experts.federation.protocol.parts import is_digest
 
-PREFIX = "x-expertctl-"
+HEADERS = tuple(f"x-expertctl-{name}" for name in ("key", "digest", "time", "nonce", "session", "signature"))
 WINDOW_S = 300.0
 """Largest difference between the clocks of the two sides, in seconds."""
 NONCE_BYTES = 16
@@ -52,14 +52,8 @@ def signed_headers(key: OwnerKey, method: str, target: str, digest: str, session
     """Return the headers that sign a request; `audience` is the fingerprint of the server's certificate authority."""
     at, nonce = f"{time.time():.3f}", secrets.token_hex(NONCE_BYTES)
     signature = key.sign(signed_bytes(method, target, digest, at, nonce, session, audience))
-    return {
-        f"{PREFIX}key": key.public.fingerprint,
-        f"{PREFIX}digest": digest,
-        f"{PREFIX}time": at,
-        f"{PREFIX}nonce": nonce,
-        f"{PREFIX}session": session,
-        f"{PREFIX}signature": signature,
-    }
+    values = (key.public.fingerprint, digest, at, nonce, session, signature)
+    return dict(zip(HEADERS, values, strict=True))
 
 
 class Gatekeeper:
@@ -73,9 +67,7 @@ class Gatekeeper:
 
     def check(self, method: str, target: str, headers: Mapping[str, str]) -> SignedRequest:
         """Return the authenticated request; raises `Failure` unless a member signed it just now and for the first time."""
-        values = [
-            headers.get(f"{PREFIX}{name}", "") for name in ("key", "digest", "time", "nonce", "session", "signature")
-        ]
+        values = [headers.get(name, "") for name in HEADERS]
         key, digest, at, nonce, session, signature = values
         if not all(values) or any(len(value) > 300 for value in values) or not is_digest(digest):
             raise Failure("NOT_SIGNED")

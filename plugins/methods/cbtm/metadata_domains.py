@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ....core.artefacts.files import write_json
 from ....core.errors import UserError
 from ....core.hooks.text import DiscoveryInputs, Document
-from ....core.text.clustering.distinct_words import distinct_words
+from ....core.text.clustering.words import distinct_words
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from ....core.errors import UserError
 from ....core.hooks.text import DiscoveryInputs, Document
 from ....core.text.clustering.balanced_kmeans import fit, squared_distances
 from ....core.text.clustering.clusterer import unit_rows
-from ....core.text.clustering.distinct_words import distinct_words
+from ....core.text.clustering.words import distinct_words
 
 if TYPE_CHECKING:
     import numpy as np

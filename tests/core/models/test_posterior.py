@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from expertctl.core.models.posterior import (
     EWMA_RATE,
+    PosteriorKind,
     cached_prior,
     evidence,
     keep_top,
     log_posterior,
     mean_posterior,
-    mixture_log_probs,
     updated_prior,
 )
 
@@ -36,6 +36,11 @@ def naive_posterior(scores: list[list[float]], prior: list[float], kind: str) ->
             joint.append(share * math.exp(math.fsum(heard)))
         rows.append([one / math.fsum(joint) for one in joint])
     return rows
+
+
+def mixture_log_probs(scores_KBT: torch.Tensor, log_prior_K: torch.Tensor, kind: PosteriorKind) -> torch.Tensor:
+    """Log p(x_t | x_<t) under the mixture for every token, (B, T)."""
+    return (log_posterior(scores_KBT, log_prior_K, kind) + scores_KBT).logsumexp(dim=0)
 
 
 def random_scores(num_experts: int, batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -39,7 +39,7 @@ from expertctl.experts.federation.protocol.keys import make_key
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
 from expertctl.experts.federation.rounds.averaging import OuterRecipe, outer_step
-from expertctl.experts.federation.rounds.round_plan import RoundPlan
+from expertctl.experts.federation.rounds.rounds import RoundPlan
 from expertctl.experts.federation.rounds.shared_model import SharedModel, SharedSettings
 
 NewOwner = Callable[[str], Owner]
@@ -312,7 +312,7 @@ def test_kills_of_the_coordinator_end_in_the_same_weights(
                     killed_at(coordinator, owner, request)
                     if name == "site-b":  # the round is closed before the owner asks again
                         for what in (
-                            f"{round_keeper.__name__}.write_shared_generalist",
+                            f"{round_keeper.__name__}._write_generalist",
                             f"{SharedModel.__module__}.SharedModel.finish",
                         ):
                             with monkeypatch.context() as patch:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,9 +16,8 @@ from expertctl import UserError
 from expertctl.experts.federation.judging.acceptance import RefusalCode
 from expertctl.experts.federation.protocol.parts import PART_BYTES
 from expertctl.experts.federation.simulation.deliveries import Delivers
-from expertctl.experts.federation.simulation.events import Events, Line, SimulatedClock
+from expertctl.experts.federation.simulation.events import BEGIN, Events, Line
 from expertctl.experts.federation.simulation.owners import OwnerTraits, Plan, draw_owners, read_trace
-from expertctl.experts.federation.simulation.plan import Plan
 from expertctl.experts.federation.simulation.planning import Report, simulate
 
 HOUR = 3600
@@ -39,17 +38,15 @@ def hours_to_all(owners: Sequence[OwnerTraits], plan: Plan = PLAN) -> float:
 
 
 def test_events_run_in_order_of_time_and_then_of_scheduling() -> None:
-    clock = SimulatedClock(datetime(2031, 1, 1, tzinfo=UTC))
-    events, seen = Events(clock), []
+    events, seen = Events(), []
     for name, seconds in (("late", 20.0), ("a", 10.0), ("b", 10.0)):
-        events.at(seconds, lambda name=name: seen.append((name, clock())))  # type: ignore[misc]
-    events.at(10.0, lambda: events.after(5.0, lambda: seen.append(("after", clock()))))
+        events.at(seconds, lambda name=name: seen.append((name, events.now())))  # type: ignore[misc]
+    events.at(10.0, lambda: events.after(5.0, lambda: seen.append(("after", events.now()))))
     events.run(until=15.0)
-    begin = clock.begin
     assert seen == [
-        ("a", begin + timedelta(seconds=10)),
-        ("b", begin + timedelta(seconds=10)),
-        ("after", begin + timedelta(seconds=15)),
+        ("a", BEGIN + timedelta(seconds=10)),
+        ("b", BEGIN + timedelta(seconds=10)),
+        ("after", BEGIN + timedelta(seconds=15)),
     ]
     assert events.done == 4
 

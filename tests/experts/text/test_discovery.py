@@ -54,7 +54,8 @@ def test_every_document_is_in_one_cluster_and_stays_on_its_side(workspace: Works
         assert sum(one.documents[part] for one in found.clusters) == len(texts_of(workspace, ["mixed"], part))
     clusterer = Clusterer.read(found.folder)
     for number, name in enumerate(names):
-        assert set(clusterer.assign(texts_of(workspace, [name], "train"))) == {number}
+        points = clusterer.points(texts_of(workspace, [name], "train"))
+        assert set(clusterer.distances(points).argmin(axis=1).tolist()) == {number}
         assert workspace.config.domains[name].licence == "PSF-2.0"
 
 

@@ -14,11 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from expertctl import UserError, Workspace, load_model, register_auto_classes
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
-from expertctl.merge.stitched.configuration import StitchedConfig
+from expertctl.merge.stitched.configuration import StitchedConfig, hub_points, leads_into_hub, matched_points
 from expertctl.merge.stitched.container import StitchedForCausalLM
 from expertctl.merge.stitched.layers import ExpertsIntoHub, HubIntoExperts
 from expertctl.merge.stitched.members import MEMBERS_FOLDER
-from expertctl.merge.stitched.points import hub_points, leads_into_hub, matched_points
 from expertctl.merge.stitched.stepwise import Stepwise, decoder_layers
 
 TOKENS = torch.randint(0, 250, (2, 16), generator=torch.Generator().manual_seed(0))

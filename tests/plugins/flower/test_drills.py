@@ -43,7 +43,7 @@ from expertctl.experts.federation.owner.work import work
 from expertctl.experts.federation.protocol.delivery import SignedStatement, make_delivery
 from expertctl.experts.federation.protocol.parts import parts_of, read_part
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
-from expertctl.experts.federation.rounds.round_plan import RoundPlan
+from expertctl.experts.federation.rounds.rounds import RoundPlan
 from expertctl.experts.federation.rounds.shared_model import SharedSettings
 from expertctl.plugins.flower.coordinator.superlink import APP
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient

@@ -10,6 +10,7 @@ import pytest
 from federation_members import BTM, Clock
 
 from expertctl import UserError
+from expertctl.experts.federation.coordinator import members
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.coordinator.members import Presence
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses

@@ -13,7 +13,7 @@ from expertctl import UserError
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.records import record_as_json
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
-from expertctl.experts.federation.owner.owner import Owner, privacy_of
+from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.owner.recipes import recipe_of
 from expertctl.experts.federation.owner.work import work
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
@@ -91,8 +91,9 @@ def test_the_stricter_privacy_budget_applies(
     own: dict[str, float] | None,
     found: dict[str, float] | None,
 ) -> None:
-    new_owner("site-a")
-    assert privacy_of(ask(coordinator, clock, replace(BTM, privacy=asked)), own) == found
+    owner = new_owner("site-a")
+    owner.configure(replace(owner.settings(), privacy=own))
+    assert owner.privacy(ask(coordinator, clock, replace(BTM, privacy=asked))) == found
 
 
 def test_an_owner_who_demands_privacy_refuses_rounds(

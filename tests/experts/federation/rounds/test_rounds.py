@@ -30,8 +30,7 @@ from expertctl.experts.federation.owner.inner_training import InnerTraining
 from expertctl.experts.federation.rounds import rounds as rounds_module
 from expertctl.experts.federation.rounds import storage
 from expertctl.experts.federation.rounds.round_loop import OwnerTask, run_rounds
-from expertctl.experts.federation.rounds.round_plan import RoundPlan
-from expertctl.experts.federation.rounds.rounds import Rounds
+from expertctl.experts.federation.rounds.rounds import RoundPlan, Rounds
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 OWNERS = ("clinic", "court", "press")

@@ -17,7 +17,7 @@ from expertctl.core.artefacts.safetensors_io import Checkpoint
 from expertctl.core.hooks.training import TrainablePart, Trainer
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.run import read_run
-from expertctl.experts.runs.privacy_rules import check_private
+from expertctl.experts.runs.branching import check_private
 from expertctl.experts.training.privacy.accounting import epsilon_of
 from expertctl.experts.training.privacy.noise import NoiseSource, Releases
 from expertctl.workspace import Workspace

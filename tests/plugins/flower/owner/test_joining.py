@@ -15,7 +15,7 @@ from expertctl.core.reporting import SILENT
 from expertctl.experts.federation.coordinator.round_keeper import begin_rounds
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol.requests import ExpertRequest, FailureCode, Progress
-from expertctl.experts.federation.rounds.round_plan import RoundPlan
+from expertctl.experts.federation.rounds.rounds import RoundPlan
 from expertctl.experts.federation.rounds.shared_model import SharedSettings
 from expertctl.plugins.flower.owner.coordinator_client import Hello
 from expertctl.plugins.flower.owner.joining import _is_done

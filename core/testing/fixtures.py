@@ -1,8 +1,10 @@
-"""Tiny random models for tests: two layers, width 16, with a real tokenizer."""
+"""Tiny random models (two layers, width 16, with a real tokenizer) and isolated plugin managers for tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from ..hooks.manager import PluginManager
 
 VOCABULARY = 300
 POSITIONS = 128
@@ -53,3 +55,16 @@ def tiny_model_folder(
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(target)
     return target
+
+
+def fresh_plugins(*plugins: object, builtins: bool = True) -> PluginManager:
+    """Return a manager with the built-ins and `plugins`: modules, classes or objects with `@hookimpl`.
+
+    Plugin errors are not printed but collected in the manager's `problems`.
+    """
+    manager = PluginManager(report=lambda problem: None)
+    if builtins:
+        manager.load_builtins()
+    for plugin in plugins:
+        manager.register(plugin, getattr(plugin, "__name__", type(plugin).__name__))
+    return manager
