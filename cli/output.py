@@ -76,17 +76,10 @@ def _print_rich(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    rich_table = RichTable(
-        box=box.SIMPLE_HEAD if table.headings else None,
-        show_header=table.headings,
-        pad_edge=False,
-    )
+    rich_table = RichTable(box=box.SIMPLE_HEAD if table.headings else None, show_header=table.headings, pad_edge=False)
     for column, heading in enumerate(table.columns):
         rich_table.add_column(
-            heading,
-            justify="right" if column in table.right else "left",
-            overflow="fold",
-            no_wrap=column == 0,
+            heading, justify="right" if column in table.right else "left", overflow="fold", no_wrap=column == 0
         )
     for row, cells in enumerate(table.rows):
         styled = (

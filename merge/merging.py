@@ -289,7 +289,7 @@ class _WorkspaceMerge:
             sources=self.sources,
             stack=Stack((), ()),
             shard_bytes=self.run.shard_bytes,
-            licence=licences.result if not licences.conflicts else None,
+            licence=licences.agreed,
             notes=(
                 f"'{method.name}' keeps its experts unchanged: their files are linked instead of copied if the file system "
                 "allows it",

@@ -21,16 +21,7 @@ from ..output import Table
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "scikit-learn",
-    "pydantic",
-    "pluggy",
-)
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scikit-learn", "pydantic", "pluggy")
 MIN_FREE_BYTES = 1 << 30
 GIB = 1 << 30
 
@@ -92,9 +83,7 @@ def _libraries() -> Iterator[Finding]:
         version = package_version(name)
         missing = version == "not installed"
         yield Finding(
-            "wrong" if missing else "ok",
-            name,
-            f"{version}; install it: pip install {name}" if missing else version,
+            "wrong" if missing else "ok", name, f"{version}; install it: pip install {name}" if missing else version
         )
 
 
@@ -123,15 +112,11 @@ def _plugins(ctx: click.Context) -> Iterator[Finding]:
         root.list_commands(ctx)
     third_party = [plugin for plugin in plugins.plugins() if plugin.distribution != "expertctl"]
     yield Finding(
-        "ok",
-        "plugins",
-        f"{len(plugins.plugins()) - len(third_party)} built in, {len(third_party)} third-party",
+        "ok", "plugins", f"{len(plugins.plugins()) - len(third_party)} built in, {len(third_party)} third-party"
     )
     for plugin in third_party:
         yield Finding(
-            "ok",
-            f"plugin {plugin.name}",
-            f"{plugin.distribution} {plugin.version}: {', '.join(plugin.hooks)}",
+            "ok", f"plugin {plugin.name}", f"{plugin.distribution} {plugin.version}: {', '.join(plugin.hooks)}"
         )
     for problem in plugins.problems:
         yield Finding("wrong", f"plugin {problem.plugin}", f"({problem.distribution}) {problem.reason}")
@@ -148,9 +133,7 @@ def _workspace(session: Session) -> Iterator[Finding]:
     except UserError as error:
         is_required = session.workspace is not None
         yield Finding(
-            "wrong" if is_required else "note",
-            "workspace",
-            str(error) if is_required else "none in this folder",
+            "wrong" if is_required else "note", "workspace", str(error) if is_required else "none in this folder"
         )
         return
     yield Finding("ok", "workspace", str(workspace.root))

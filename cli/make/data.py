@@ -89,13 +89,7 @@ def proxy(session: Session, name: str, like: str, source: str, documents: int | 
     workspace = session.open()
     with session.progress() as progress:
         corpus = workspace.data.proxy(
-            name,
-            like=like,
-            source=source,
-            documents=documents,
-            seed=seed,
-            force=force,
-            reporter=progress,
+            name, like=like, source=source, documents=documents, seed=seed, force=force, reporter=progress
         )
     text = corpus.text
     if documents is not None and text.documents < documents:
@@ -181,23 +175,14 @@ def _lines_to_add(name: str, domain: Mapping[str, str]) -> list[str]:
     import json
 
     settings = ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in domain.items())
-    return [
-        "to use it, add these lines to expertctl.yaml:",
-        "domains:",
-        f"  {json.dumps(name)}: {{{settings}}}",
-    ]
+    return ["to use it, add these lines to expertctl.yaml:", "domains:", f"  {json.dumps(name)}: {{{settings}}}"]
 
 
 def _content(domain: PreparedDomain | None) -> dict[str, Any] | None:
     if domain is None:
         return None
     counts = {
-        part: {
-            "documents": store.documents,
-            "tokens": store.tokens,
-            "bytes": store.bytes,
-            "digest": store.digest,
-        }
+        part: {"documents": store.documents, "tokens": store.tokens, "bytes": store.bytes, "digest": store.digest}
         for part, store in (("train", domain.train), ("valid", domain.valid))
     }
     return {**counts, "licence": domain.licence}

@@ -46,17 +46,10 @@ def command(
     expert_names = tuple(dict.fromkeys(names)) or workspace.experts.names()
     with session.progress(*expert_names) as progress:
         result = workspace.train(
-            *expert_names,
-            jobs=jobs,
-            launcher=_launcher(workspace, launcher, launcher_options),
-            reporter=progress,
+            *expert_names, jobs=jobs, launcher=_launcher(workspace, launcher, launcher_options), reporter=progress
         )
     session.finish(
-        {
-            "finished": list(result.finished),
-            "failed": dict(result.failed),
-            "interrupted": list(result.interrupted),
-        },
+        {"finished": list(result.finished), "failed": dict(result.failed), "interrupted": list(result.interrupted)},
         *([f"finished: {', '.join(result.finished)}"] if result.finished else []),
     )
     return _report(result)

@@ -58,10 +58,7 @@ def _tree(manifests: Sequence[Manifest]) -> list[str]:
             lines += _branches([_expert(expert, current_digests) for expert in manifests if expert.kind == "expert"])
     for manifest in manifests:
         if manifest.kind == "generalist":
-            lines += [
-                "",
-                f"{manifest.name}  {short(manifest.digest)}  generalist, {manifest.method}",
-            ]
+            lines += ["", f"{manifest.name}  {short(manifest.digest)}  generalist, {manifest.method}"]
             members = [parent for parent in manifest.parents if parent.kind != "seed"]
             lines += _branches([_parent(parent, current_digests) for parent in members])
     return lines

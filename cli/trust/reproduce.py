@@ -37,11 +37,7 @@ def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...
     folder = path.parent.resolve() if path.is_file() else session.artefact(manifest)
     with session.progress() as reporter:
         reproduction = reproduce(
-            read_manifest(folder),
-            folder,
-            layout=session.layout(),
-            models=dict(models),
-            run=MergeRun(reporter=reporter),
+            read_manifest(folder), folder, layout=session.layout(), models=dict(models), run=MergeRun(reporter=reporter)
         )
     verdict = "byte-identical" if reproduction.same else "different"
     session.finish(

@@ -11,10 +11,7 @@ from ..group import cli_command
 from ..options import path
 
 
-@cli_command(
-    "card",
-    example="expertctl card forest -o forest.md",
-)
+@cli_command("card", example="expertctl card forest -o forest.md")
 @click.argument("model", metavar="MODEL")
 @path("--evaluation", "FILE", "Output of `expertctl eval --json`, shown as a table in the card.", file=True)
 @path("-o, --output", "FILE", "Write the card to this file instead of printing it.")

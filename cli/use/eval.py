@@ -65,13 +65,7 @@ def command(
     model_names = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
     _require_models(gates, model_names)
     with session.progress() as progress:
-        table = workspace.evaluate(
-            *model_names,
-            domains=domains,
-            evaluator=evaluator,
-            jobs=jobs,
-            reporter=progress,
-        )
+        table = workspace.evaluate(*model_names, domains=domains, evaluator=evaluator, jobs=jobs, reporter=progress)
     session.finish(table.as_json(), *(part for metric in table.metrics for part in (score_table(table, metric), "")))
     metric = table.metrics[0]
     failed = [pair for pair in gates if not table.mean(pair[0], metric) < table.mean(pair[1], metric)]

@@ -18,17 +18,7 @@ if TYPE_CHECKING:
 
     from ...core.models.generation import GeneratedToken, Generation
 
-COLOURS = (
-    "cyan",
-    "yellow",
-    "magenta",
-    "green",
-    "blue",
-    "red",
-    "bright_cyan",
-    "bright_yellow",
-    "bright_magenta",
-)
+COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow", "bright_magenta")
 
 
 @cli_command("generate", example='expertctl generate forest "def main(" --max-new-tokens 40 --show-experts')

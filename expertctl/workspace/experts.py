@@ -70,11 +70,7 @@ class Experts:
         return validate_settings(ExpertConfig, fields, f"expert '{name}'")
 
     def train(
-        self,
-        *names: str,
-        jobs: int = 1,
-        launcher: str | LauncherConfig | None = None,
-        reporter: Reporter = SILENT,
+        self, *names: str, jobs: int = 1, launcher: str | LauncherConfig | None = None, reporter: Reporter = SILENT
     ) -> TrainResult:
         """Train experts that were branched or are in `expertctl.yaml`; without names, all of them.
 

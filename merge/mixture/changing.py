@@ -102,8 +102,8 @@ def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -
         | {parent.name: parent.licence for parent in provenance.parents}
     )
     require_compatible(licences, allow_licences)
-    licence = licences.result if not licences.conflicts else None
-    notes = (*licences.conflicts, *licences.notes, *_traces(mixture, change, joining))
+    licence = licences.agreed
+    notes = (*licences.warnings, *_traces(mixture, change, joining))
     plan = MergePlan(
         recipe=Recipe(
             method=method.name,

@@ -65,12 +65,7 @@ def search_weights(
     if plan.vocabulary is not None:
         raise UserError("a weight search needs models with the same tokenizer; merge to one tokenizer first")
     scorer = _Scorer(seed, plan_for, texts, config.blocks)
-    identity = {
-        "start": dict(start),
-        "config": config.model_dump(),
-        "plan": plan.identity(),
-        "text": scorer.identity(),
-    }
+    identity = {"start": dict(start), "config": config.model_dump(), "plan": plan.identity(), "text": scorer.identity()}
     trials = _Trials(log, fingerprint_of(identity), space, scorer, config.trials, reporter)
     strategy = {"coordinate": _coordinate_search, "cma": _cma_search}[config.strategy]
     start_score = trials.score(space.point(start))

@@ -144,8 +144,7 @@ def _shrunk_manifest(manifest: Manifest, change: Change, name: str, experts: Seq
     # removing an expert also removes tunings that only trained copies of it
     tunings = tuple(
         replace(
-            tuning,
-            left=tuning.left or (bool(tuning.copied_from) and set(tuning.copied_from) <= set(change.remove)),
+            tuning, left=tuning.left or (bool(tuning.copied_from) and set(tuning.copied_from) <= set(change.remove))
         )
         for tuning in merged.tunings
     )

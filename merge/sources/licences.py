@@ -55,7 +55,16 @@ class LicenceReport:
     notes: tuple[str, ...]
     """Missing and unknown licences."""
     result: str | None
-    """Licence of the merged model; None if unknown."""
+    """Licence of the merged model, whatever the conflicts; None if unknown."""
+
+    @property
+    def agreed(self) -> str | None:
+        """Licence of the merged model; None if it is unknown or licences contradict each other."""
+        return None if self.conflicts else self.result
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return (*self.conflicts, *self.notes)
 
 
 def check_licences(licences: Mapping[str, str | None]) -> LicenceReport:

@@ -81,7 +81,7 @@ def change_stitched(
             expert_data=changed_data(manifest, change, joining),
             metrics={},
             tokenizer="",
-            licence=licences.result if not licences.conflicts else None,
+            licence=licences.agreed,
         )
         return finish_artefact(partial, changed, card=model_card)
 
