@@ -185,7 +185,9 @@ def test_a_signed_request_is_accepted_once_and_only_unaltered(hub: Any, new_owne
         assert browser.get(target, headers=good).json() == {"code": "REPLAYED"}
         for change in ("digest", "time", "nonce", "session"):
             headers = signed_headers(owner.key(), "GET", target, EMPTY, "s", audience)
-            headers[f"x-expertctl-{change}"] = {"digest": "0" * 64, "time": f"{time.time() + 1:.3f}"}.get(change, "other")
+            headers[f"x-expertctl-{change}"] = {"digest": "0" * 64, "time": f"{time.time() + 1:.3f}"}.get(
+                change, "other"
+            )
             assert browser.get(target, headers=headers).json() == {"code": "BAD_SIGNATURE"}, change
         other = signed_headers(owner.key(), "GET", target, EMPTY, "s", "AA:BB")  # meant for another coordinator
         assert browser.get(target, headers=other).json() == {"code": "BAD_SIGNATURE"}
