@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make quickstart` and `make test`. Both set up .venv by themselves.
+# Targets for newcomers: `make quickstart` and `make test`. Both set up .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +7,13 @@ READY := $(VENV)/.ready
 
 .PHONY: quickstart test test-all quick-test check clean
 
-quickstart: $(READY)  ## the whole story on text that every installation has, in a few minutes
+quickstart: $(READY)  ## the whole workflow on installed text, in a few minutes
 	$(BIN)/expertctl quickstart quickstart
 
 test: quick-test  ## the quick tests first, then the slow ones
 	$(PYTEST) -m "slow and not federation"
 
-test-all: test  ## and the drills of a federation: Flower's real processes, killed, cut off and lied to, one after the other
+test-all: test  ## and the federation tests, which start Flower's processes, one after the other
 	$(BIN)/python -m pytest -m federation
 
 quick-test: $(READY)

@@ -1,4 +1,4 @@
-"""Reporting: what long work tells about itself while it runs."""
+"""Reporting of messages and progress of long work."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """How one run ended, as the launcher saw it."""
+    """Outcome of one run."""
 
     run: Path
     error: str | None
-    """One line, or None when the run finished."""
+    """One line, or None if the run finished."""
     interrupted: bool = False
 
 
 class Reporter:
-    """Receives messages and progress, and ignores them; a display overrides what it shows.
+    """Receives messages and progress, and ignores them; displays override these methods.
 
     Work may call the methods from any thread.
     """

@@ -31,8 +31,8 @@ class Finding:
     """The result of one check."""
 
     level: Literal["ok", "note", "wrong"]
-    what: str
-    found: str
+    check: str
+    result: str
 
 
 @cli_command("doctor", example="expertctl doctor")
@@ -45,7 +45,7 @@ def command(ctx: click.Context) -> int:
     session = ctx.ensure_object(Session)
     findings = [*_machine(), *_libraries(), *_devices(), *_plugins(ctx), *_workspace(session)]
     wrong = [finding for finding in findings if finding.level == "wrong"]
-    rows = [(finding.level, finding.what, finding.found) for finding in findings]
+    rows = [(finding.level, finding.check, finding.result) for finding in findings]
     session.finish(
         {"healthy": not wrong, "findings": [asdict(finding) for finding in findings]},
         Table(("", "", ""), rows, headings=False),

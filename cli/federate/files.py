@@ -40,7 +40,7 @@ def pack(
     deadline: str,
     **recipe: Any,
 ) -> None:
-    """Write a request for an owner as a folder or file to be carried there."""
+    """Write a request for an owner to a folder or a .tar file."""
     from ...experts.federation.packs import write_pack
 
     coordinator = coordinator_of(session)
@@ -113,7 +113,7 @@ def work(
 ) -> None:
     """Train the expert that a pack requests on your text, and write the delivery.
 
-    Stopped at any point, the same command resumes. Before the delivery is written, its content is shown and you are asked for
+    If interrupted or killed, run the same command again to resume. Before the delivery is written, its content is shown and you are asked for
     your consent.
     """
     from ...core.artefacts.files import refuse_existing

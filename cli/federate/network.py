@@ -46,8 +46,8 @@ class _Notes(Reporter):
 def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
     """Serve a federation over a network, until Ctrl-C.
 
-    Creates a certificate authority and a server certificate on first use; owners need the file ca.crt. All state is on disk:
-    stopped or killed at any point, the same command resumes, and owners reconnect by themselves.
+    Creates a certificate authority and a server certificate on first use; owners need the file ca.crt. All state is on disk.
+    If interrupted or killed, run the same command again to resume; owners reconnect automatically.
     """
     from ...plugins.flower.processes.child import require_flower
 

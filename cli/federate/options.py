@@ -37,11 +37,11 @@ state_option = path("--state", "DIR", "The owner's state folder. Default: ~/.loc
 with_owner = with_options(
     path("--data", "PATH", "Your text: a folder or a file. Required the first time."),
     option("--text-field", "NAME", "Field that holds the text.", default="text"),
-    option("--licence", "TEXT", "Licence of the text; stated in the expert's manifest."),
+    option("--licence", "TEXT", "Licence of the text; recorded in the expert's manifest."),
     option(
         "--dp",
         "epsilon=E,delta=D",
-        "Always train with differential privacy, whatever the request; stored. `none` removes it.",
+        "Always train with differential privacy, even if a request does not ask for it; stored. `none` removes it.",
     ),
     state_option,
 )

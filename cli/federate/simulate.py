@@ -113,9 +113,9 @@ def _tables(report: Report) -> tuple[str | Table, ...]:
         ("refused", f"{number(refused)}{f': {codes}' if codes else ''}"),
         ("late", number(report.late)),
         ("never", number(report.never)),
-        ("carried down", f"{_bytes(report.bytes_down)}, the line in use for {report.line_hours_down:.1f} h"),
-        ("carried up", f"{_bytes(report.bytes_up)}, the line in use for {report.line_hours_up:.1f} h"),
-        ("of them lost", _bytes(report.bytes_lost)),
+        ("downloaded", f"{_bytes(report.bytes_down)}, link busy for {report.line_hours_down:.1f} h"),
+        ("uploaded", f"{_bytes(report.bytes_up)}, link busy for {report.line_hours_up:.1f} h"),
+        ("of which lost", _bytes(report.bytes_lost)),
         (
             "cost",
             f"{report.seconds:.0f} s ({report.cpu_seconds:.0f} s of CPU) for {number(report.events)} events, "

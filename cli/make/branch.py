@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @option(
     "--from",
     "START",
-    "Starting point: seed, auto (the experts closest to the domain), or a:0.6,b:0.4. Default: seed.",
+    "Starting point: seed, auto (average of experts, weighted by the domain posterior), or a:0.6,b:0.4. Default: seed.",
     name="start",
     type=weights,
 )

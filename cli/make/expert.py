@@ -25,7 +25,7 @@ with_output = with_options(
         required=True,
     ),
     path("-o, --output", "NAME", "Name of the new generalist in this workspace, or a folder.", required=True),
-    flag("--allow-licences", "Continue although licences contradict each other."),
+    flag("--allow-licences", "Continue although licences are incompatible."),
     flag("--force", "Replace existing output."),
     flag("--resume", "Resume an interrupted change."),
 )

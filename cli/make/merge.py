@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 @option("--device", "DEVICE", "Device for the computation: cpu, cuda, cuda:1.", default="cpu")
 @integer("--threads", "Number of tensors to merge at the same time. Default: one per core, up to 4.")
 @flag("--allow-unrelated", "Merge models that do not descend from one another.")
-@flag("--allow-licences", "Merge models whose licences contradict each other.")
+@flag("--allow-licences", "Merge models with incompatible licences.")
 @pass_session
 def command(
     session: Session,

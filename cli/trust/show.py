@@ -157,7 +157,7 @@ def _show_workspace(session: Session, workspace: Workspace) -> None:
             for folder, manifest in finished.items()
         ],
         "unfinished": unfinished,
-        "not_begun": _not_started(workspace),
+        "not_started": _not_started(workspace),
     }
     rows: list[tuple[str, str, str, str]] = [
         (manifest.name, manifest.kind, short(manifest.digest), origin(manifest)) for manifest in finished.values()
@@ -165,7 +165,7 @@ def _show_workspace(session: Session, workspace: Workspace) -> None:
     rows += [(name, "unfinished", "", f"resume with: {resume_command}") for name, resume_command in unfinished.items()]
     rows += [
         (name, "not started", "", f"in expertctl.yaml; start with: {start_command}")
-        for name, start_command in content["not_begun"].items()
+        for name, start_command in content["not_started"].items()
     ]
     domains = ", ".join(workspace.config.domains) or "none yet"
     table = Table(("name", "kind", "digest", "made"), rows)

@@ -1,4 +1,4 @@
-"""Ensembles: mixers, which weight the members from text to text.
+"""Ensembles: mixers, which weight the members depending on the text.
 
 Shapes: K = members, B = batch, T = tokens, V = vocabulary. Log weights are natural logarithms.
 """
@@ -44,7 +44,7 @@ class MixingPass(ABC):
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return the normalised log weights (B, T, K), and the log of what `log_weights` sum to, (B, T), if not 1."""
+        """Return normalised log weights (B, T, K), and the log of their sum before normalisation, (B, T), or None if it is 1."""
 
     @abstractmethod
     def state(self) -> TextState:

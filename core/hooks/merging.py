@@ -1,4 +1,4 @@
-"""Merging: merge methods and what they read."""
+"""Merging: merge methods and their inputs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """One tensor of the seed with the same tensor of every expert: all a per-tensor merge method sees.
+    """One tensor of the seed and of every expert: the input of a per-tensor merge method.
 
-    All of one shape, and float32 whatever the files hold (float64 where they hold that): the engine rounds once,
-    when it writes. They are torch tensors, or numpy arrays where the method takes any (`TensorMerge.arrays`).
-    A method must not change them.
+    All have one shape. They are float32 (float64 if the files hold float64); the engine rounds once, when writing. They
+    are torch tensors, or numpy arrays if the method accepts any (`TensorMerge.arrays`). A method must not change them.
     """
 
     name: str
@@ -32,59 +31,59 @@ class TensorGroup:
     """In the order of `expert_names`."""
     expert_names: tuple[str, ...]
     weights: tuple[float, ...]
-    """One for each expert; what they mean says `MergeMethod.weights`."""
+    """Weight of each expert; see `MergeMethod.weights`."""
     seed_or_none: Tensor | None = None
-    """None where the method does without (`TensorMerge.uses_seed`); all others read `seed`."""
+    """None if the method does not use the seed (`TensorMerge.uses_seed`); otherwise read `seed`."""
     statistics: tuple[Tensor | None, ...] = ()
-    """What `expertctl stats` gathered on this tensor, one for each expert, where the method asks for it."""
+    """Statistics from `expertctl stats`, one per expert, if the method requests them."""
 
     @property
     def seed(self) -> Tensor:
         """The seed's tensor."""
         if self.seed_or_none is None:
-            raise ValueError(f"there is no seed for '{self.name}': the method says that it does without")
+            raise ValueError(f"'{self.name}' has no seed tensor, because the method declares uses_seed=False")
         return self.seed_or_none
 
 
 PerExpert = float | tuple[float, ...]
-"""An option that may differ between experts: one number for all, or one for each, in their order."""
+"""An option that may differ between experts: one number for all, or a tuple with one number per expert."""
 
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """How a model came out that a merge method built."""
+    """The weights and options of a model that a merge method built."""
 
     weights: Mapping[str, float] | None = None
-    """How much each expert counts; empty where that differs from text to text; None: the merge's weights."""
+    """Weight of each expert; empty if weights depend on the text; None: the merge's weights."""
     resolved_options: Mapping[str, Any] = field(default_factory=dict)
-    """Options that the method chose by itself, as a user would give them to get the same model."""
+    """Options that the method resolved, in the form in which users give them."""
 
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A way from seed and experts to a generalist: a `TensorMerge`, an `Assembler` or a `ModelBuilder`."""
+    """A method that merges seed and experts into a generalist: a `TensorMerge`, an `Assembler` or a `ModelBuilder`."""
 
     name: str
     summary: str
     options: type | None = field(default=None, kw_only=True)
     """A frozen dataclass with a default for every field, or None. Users leave out a trailing underscore (`lambda_`)."""
     options_for: Callable[[Mapping[str, Any]], type] | None = field(default=None, kw_only=True)
-    """In place of `options`: returns the class for options as users wrote them, if it depends on one of them."""
+    """Instead of `options`, if their class depends on the value of one of them: returns the class."""
     kind: GeneralistKind = field(default="average", kw_only=True)
-    """What kind of generalist it makes."""
+    """Kind of generalist."""
     weights: Literal["shares", "factors"] = field(default="shares", kw_only=True)
     """`shares`: at least 0, summing to 1. `factors`: any numbers, 1 for each expert by default."""
     expert_count: tuple[int, int | None] = field(default=(1, None), kw_only=True)
-    """Fewest and most experts that it can merge; None: no limit."""
+    """Minimum and maximum number of experts; None: no limit."""
     auto_classes: Callable[[], tuple[type, type]] | None = field(default=None, kw_only=True)
     """Returns (configuration class, model class), for models that transformers has no class for."""
     switch_off: Callable[[Any, Sequence[str], Collection[str]], PreTrainedModel] | None = field(
         default=None, kw_only=True
     )
-    """`switch_off(model, experts, gone)` returns a loaded model without some of its `experts` (all, in order)."""
+    """`switch_off(model, experts, disabled)` returns a loaded model without some of its `experts` (all, in order)."""
 
     def options_class(self, values: Mapping[str, Any]) -> type | None:
-        """Return the class of its options for those that users wrote."""
+        """Return the class of the options for the given values."""
         return self.options_for(values) if self.options_for is not None else self.options
 
     def __post_init__(self) -> None:
@@ -214,7 +213,7 @@ class Assembly(Protocol):
 
 @dataclass(frozen=True)
 class Assembler(MergeMethod):
-    """Puts the experts' tensors together as a model of another class; the engine copies and writes."""
+    """Assembles the experts' tensors into a model of another class; the engine copies and writes them."""
 
     assemble: Callable[[AssemblyInputs, Any], Assembly]
     """`assemble(inputs, options)` returns the plan of the model; it reads no tensors."""
@@ -240,11 +239,11 @@ class MergeInputs:
     experts: Mapping[str, Path]
     """Expert folders by name, in the order the user gave."""
     weights: Mapping[str, float]
-    """One for each expert, summing to 1."""
+    """Weight of each expert; they sum to 1."""
     weights_given: bool = False
-    """Whether the user asked for these weights, or they are the default."""
+    """Whether the user set the weights."""
     validation: Callable[[], Sequence[ValidationText]] = tuple
-    """Returns what priors, temperatures and weights may be fitted on, preparing it when it is first asked for;
-    empty when the merge was given none."""
+    """Returns the validation text for fitting priors, temperatures and weights, prepared on first use; empty if the
+    merge has none."""
     reporter: Reporter = SILENT
     """Receives messages for the user."""

@@ -1,4 +1,4 @@
-"""Mixtures of experts: how routers begin, and where a model family keeps its tensors."""
+"""Mixtures of experts: router initialisation, and tensor names of model families."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RouterInputs:
-    """Everything that the start of a mixture's router may be made from. L = layers, E = experts, d = width."""
+    """Inputs of a router initialisation. L = layers, E = experts, d = width."""
 
     seed: Path
-    """Folder of the model whose hidden states the router will see."""
+    """Folder of the model whose hidden states the router receives."""
     experts: Mapping[str, Path | None]
-    """In the order of the router's rows; None for one that is in no folder of its own."""
+    """Expert folders in the order of the router rows; None if an expert has no folder."""
     num_layers: int
     width: int
     options: Mapping[str, Any] = field(default_factory=dict)
-    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """What the merge says of single experts, such as `{code: {positive_prompts: [...]}}`."""
+    expert_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options set for single experts, such as `{code: {positive_prompts: [...]}}`."""
     validation: Callable[[], Sequence[ValidationText]] = tuple
     domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The domains that each expert was trained on, as far as is known."""
+    """Known training domains of each expert."""
     reporter: Reporter = SILENT
     """Receives messages for the user."""
 
 
 @dataclass(frozen=True)
 class RouterRows:
-    """The rows and biases that a router begins with, float32 numpy arrays."""
+    """Initial rows and biases of a router, as float32 numpy arrays."""
 
     rows: NDArray[Any]
     """(L, E, d)."""
@@ -49,21 +49,21 @@ class RouterRows:
 
 @dataclass(frozen=True)
 class RouterStart:
-    """A way to begin the router of a mixture of given experts."""
+    """A router initialisation."""
 
     name: str
     summary: str
     start: Callable[[RouterInputs], RouterRows]
-    """`start(inputs)`; raises `UserError` for what it lacks."""
+    """`start(inputs)`; raises `UserError` for missing inputs."""
     uses_model: bool = False
-    """Whether it runs the seed, which plans leave for later."""
+    """Whether it runs the seed; `merge --plan` skips it."""
     uses_text: bool = False
     """Whether it reads validation text, so that the merge cannot be repeated from its manifest alone."""
 
 
 @dataclass(frozen=True)
 class MixtureShape:
-    """What a mixture of experts is like, whatever family it is of."""
+    """Shape of a mixture of experts, independent of the model family."""
 
     num_experts: int
     top_k: int
@@ -76,33 +76,33 @@ class MixtureShape:
 
 @dataclass(frozen=True)
 class MixtureTarget:
-    """A model class that dense models of a family can become as a mixture of experts, and how tensors are called there.
+    """A mixture class that dense models of a family can be converted to, with its tensor names.
 
-    Names of tensors are those within a layer: `mlp.up_proj.weight`.
+    Tensor names are those within a layer: `mlp.up_proj.weight`.
     """
 
     name: str
     model_class: str
     """The class that `config.json` names."""
     config: Callable[[Mapping[str, Any], MixtureShape], dict[str, Any]]
-    """`config(dense, shape)` returns the mixture's `config.json`, all it shares with the dense one taken over."""
+    """`config(dense, shape)` returns the mixture's `config.json`, based on the dense model's."""
     expert: Callable[[str, int], str]
-    """`expert(name, number)` returns what the feed-forward's tensor `name` is called in expert `number`."""
+    """`expert(name, number)` returns the name of FFN tensor `name` in expert `number`."""
     router: str
     """Name of the (experts, width) matrix of router rows."""
     refusal: Callable[[Mapping[str, Any], MixtureShape], str | None] = lambda dense, shape: None
-    """`refusal(dense, shape)` returns the rule that a model breaks, in words, or None when it fits."""
+    """`refusal(dense, shape)` returns the reason why the model cannot be converted, or None."""
     router_bias: str | None = None
-    """Name of the router's bias (experts,), where the class has one."""
+    """Name of the router's bias (experts,), if the class has one."""
     zeros: Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]] = lambda config: {}
-    """`zeros(config)` returns further tensors of every layer that are 0, by name, with their shapes."""
+    """`zeros(config)` returns the names and shapes of further tensors of every layer, which are 0."""
     prefix: str = ""
-    """What stands before the dense model's names."""
+    """Prefix of the dense model's tensor names."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model family keeps its parts. Patterns are shell-style, over tensor names."""
+    """Tensor names of a model family, as shell-style patterns."""
 
     name: str
     model_types: tuple[str, ...]
@@ -112,4 +112,4 @@ class Architecture:
     norms: tuple[str, ...]
     embeddings: tuple[str, ...]
     mixtures: tuple[MixtureTarget, ...] = ()
-    """What its feed-forwards can become the experts of, the first choice first."""
+    """Mixture classes of the family, preferred first."""

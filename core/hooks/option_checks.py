@@ -11,13 +11,13 @@ from ..errors import UserError
 def check_at_least(name: str, value: float, least: float) -> None:
     """Raise `ValueError` unless an option is a finite number that is not below `least`."""
     if not (value >= least and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; it is {least:g} or more")
+        raise ValueError(f"{name} is {value}; it must be at least {least:g}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raise `ValueError` unless an option is a finite number above 0."""
     if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}; it is more than 0")
+        raise ValueError(f"{name} is {value}; it must be greater than 0")
 
 
 def check_range(name: str, option: float | tuple[float, ...], low: float, high: float) -> None:
@@ -36,4 +36,4 @@ def check_top_k(top_k: int | None, num_experts: int) -> None:
 def check_options_class(options: type | None, owner: str) -> None:
     """Raise `ValueError` unless a plugin's options are a dataclass or None; `owner` names the offer in the message."""
     if options is not None and not is_dataclass(options):
-        raise ValueError(f"options of {owner} are no dataclass")
+        raise ValueError(f"options of {owner} must be a dataclass")

@@ -1,4 +1,4 @@
-"""Is a generalist worth it? Its scores beside those of the seed, the best expert, the experts' average and ensemble."""
+"""Comparison of a generalist with its seed, best expert, average and ensemble."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def compare(
 
 
 def _row(expert: str) -> str:
-    """Return what an expert's row is called while the best is looked for: no model's name has a blank."""
+    """Return the internal row name of an expert; it contains a blank, which no model name does."""
     return f"expert {expert}"
 
 
 def _experts_of(layout: Layout, folder: Path) -> dict[str, Path]:
-    """Return the experts that a generalist was made of, as far as they are in the workspace."""
+    """Return the folders of a generalist's experts."""
     if manifest_path(folder) is None:
         raise UserError(f"{folder} has no manifest, so that its experts are not known; name models to compare with")
     experts = {}
@@ -120,7 +120,7 @@ def _experts_of(layout: Layout, folder: Path) -> dict[str, Path]:
                 raise unknown_name("expert", parent.name, layout.finished_experts())
             experts[parent.name] = expert
     if not experts:
-        raise UserError(f"{folder} was made of no experts; name models to compare with")
+        raise UserError(f"{folder} has no experts; name models to compare with")
     return experts
 
 

@@ -157,7 +157,7 @@ class Generalists:
         return change_experts(layout.artefact(model), layout.generalist(output), change, layout=layout, run=run)
 
     def absence(self, model: str, expert: str) -> Absence:
-        """Search a model for an expert; `found` is empty and `merged` None if nothing of it is there."""
+        """Search a model for an expert; if the expert is absent, `found` is empty and `merged` is None."""
         from expertctl.merge.mixture.absence import find_expert, find_own_expert
 
         folder = self._project.layout.artefact(model)
@@ -172,7 +172,7 @@ class Generalists:
         jobs: int | None = None,
         reporter: Reporter = SILENT,
     ) -> Comparison:
-        """Score a generalist beside its seed, best expert, average and ensemble, or beside the models `against`."""
+        """Compare a generalist with its seed, best expert, average and ensemble, or with the models `against`."""
         from .comparison import BASELINES, compare
 
         return compare(self._project, self._data, model, against or BASELINES, domains, jobs=jobs, reporter=reporter)

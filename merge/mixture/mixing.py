@@ -237,7 +237,7 @@ def _router_start(
             num_layers=leading.num_layers,
             width=width,
             options=options.router_options,
-            own=inputs.expert_options,
+            expert_options=inputs.expert_options,
             validation=inputs.validation or tuple,
             domains={
                 name: tuple(source.manifest.domains)

@@ -52,7 +52,7 @@ class MergeRun:
     allow_unrelated: bool = False
     """Merge models that do not descend from the same seed."""
     allow_licences: bool = False
-    """Merge models whose licences contradict each other."""
+    """Merge models with incompatible licences."""
     settings: EngineSettings = field(default_factory=EngineSettings)
     shard_bytes: int = DEFAULT_SHARD_BYTES
     reporter: Reporter = SILENT

@@ -59,7 +59,7 @@ class LicenceReport:
 
     @property
     def agreed(self) -> str | None:
-        """Licence of the merged model; None if it is unknown or licences contradict each other."""
+        """Licence of the merged model; None if it is unknown or licences are incompatible."""
         return None if self.conflicts else self.result
 
     @property

@@ -164,15 +164,15 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
                     )
                 parameter.copy_(tensor)
 
-    def without(self, gone: Collection[str]) -> StitchedForCausalLM:
+    def without(self, disabled: Collection[str]) -> StitchedForCausalLM:
         """Remove experts from the model in place, and from what it saves, and return it."""
-        kept = [number for number, name in enumerate(self.expert_names) if name not in gone]
+        kept = [number for number, name in enumerate(self.expert_names) if name not in disabled]
         self.experts = nn.ModuleList(self.experts[number] for number in kept)
         self.expert_names = [self.expert_names[number] for number in kept]
         for stitch in self.stitches:
             assert isinstance(stitch, Stitch)
-            stitch.drop(gone)
-        self.config.members = [member for member in self.config.members if member["name"] not in gone]
+            stitch.drop(disabled)
+        self.config.members = [member for member in self.config.members if member["name"] not in disabled]
         return self
 
     def save_trained(self, folder: Path, base: Path) -> None:

@@ -33,9 +33,9 @@ class Stitch(nn.Module):
         for projection in self.projections.values():
             nn.init.eye_(projection.get_parameter("weight"))
 
-    def drop(self, gone: Collection[str]) -> None:
+    def drop(self, disabled: Collection[str]) -> None:
         """Remove the gates and projections of experts."""
-        for name in gone:
+        for name in disabled:
             del self.gates[module_key(name)], self.projections[module_key(name)]
 
 

@@ -86,6 +86,6 @@ def merge_methods() -> list[MergeMethod]:
             kind="ensemble",
             options_for=ensemble_options,
             auto_classes=ensemble_classes,
-            switch_off=lambda model, experts, gone: model.without(gone),
+            switch_off=lambda model, experts, disabled: model.without(disabled),
         ),
     ]

@@ -134,7 +134,7 @@ def merge_methods() -> list[MergeMethod]:
             kind="stitched",
             options=StitchOptions,
             auto_classes=stitched_classes,
-            switch_off=lambda model, experts, gone: model.without(gone),
+            switch_off=lambda model, experts, disabled: model.without(disabled),
             takes_models=True,
         )
     ]

@@ -20,7 +20,7 @@ def test_show_lists_what_is_there_and_what_is_not_yet(run: Any, workspace: Path)
     content = run("--json", "show").json
     assert [one["name"] for one in content["artefacts"]] == ["seed", "code", "prose", "forest"]
     assert content["unfinished"] == {"tax": "expertctl train tax"}
-    assert content["not_begun"] == {"soup": "expertctl merge soup"}
+    assert content["not_started"] == {"soup": "expertctl merge soup"}
     out = run("show").out
     assert "expertctl train tax" in out
     assert "expertctl merge soup" in out
@@ -46,7 +46,7 @@ def test_show_and_doctor_tell_the_command_that_goes_on_with_a_seed(
     (fresh / "expertctl.yaml").write_text(config, encoding="utf-8")
     assert run("seed", *options, cwd=fresh).status == 130
     assert run("--json", "show").json["unfinished"] == {"seed": command}
-    findings = {finding["what"]: finding["found"] for finding in run("--json", "doctor").json["findings"]}
+    findings = {finding["check"]: finding["result"] for finding in run("--json", "doctor").json["findings"]}
     assert findings["unfinished seed"] == f"resume with: {command}"
     words = command.split()[1:]
     assert run(*words).error == "seed: stopped, state saved; rerun the same command to resume"
@@ -133,11 +133,11 @@ def test_plugins_lists_every_offer(run: Any) -> None:
 def test_doctor_finds_nothing_wrong_here(run: Any, workspace: Path) -> None:
     run("branch", "tax", "--domain", "code")
     result = run("--json", "doctor")
-    findings = {finding["what"]: finding for finding in result.json["findings"]}
+    findings = {finding["check"]: finding for finding in result.json["findings"]}
     assert result.status == 0, [finding for finding in result.json["findings"] if finding["level"] == "wrong"]
     assert result.json["healthy"] is True
     assert {"python", "torch", "cores", "disk", "plugins", "expertctl.yaml"} <= set(findings)
-    assert findings["unfinished tax"]["found"] == "resume with: expertctl train tax"
+    assert findings["unfinished tax"]["result"] == "resume with: expertctl train tax"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_doctor_notes_leftovers_and_work_going_on(run: Any, workspace: Path) -> 
     with FileLock(workspace / ".locks" / "run-code.lock"):
         result = run("--json", "doctor")
     assert result.status == 0
-    notes = [finding["found"] for finding in result.json["findings"] if finding["level"] == "note"]
+    notes = [finding["result"] for finding in result.json["findings"] if finding["level"] == "note"]
     assert any(".code.partial-999999999" in note for note in notes)
     assert any("run-code.lock" in note for note in notes)
 

@@ -152,7 +152,7 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
 def test_one_model_is_compared_at_a_time(campus: Path, run: Any) -> None:
     assert run("eval", "campus", "seed", "--against", "seed", cwd=campus).status == 2
     assert "no model 'sead' (did you mean 'seed'?)" in run("eval", "campus", "--against", "sead", cwd=campus).error
-    assert "was made of no experts" in run("eval", "seed", "--against", "average", cwd=campus).error
+    assert "has no experts" in run("eval", "seed", "--against", "average", cwd=campus).error
     assert run("eval", "prose", "--against", "seed", "--domains", "prose", cwd=campus).status in (0, 3)
 
 

@@ -115,7 +115,7 @@ def _from_prompts(inputs: RouterInputs, embed: _Embed, router: str) -> RouterRow
 
     rows = np.zeros((inputs.num_layers, len(inputs.experts), inputs.width))
     for number, name in enumerate(inputs.experts):
-        settings = inputs.own.get(name, {})
+        settings = inputs.expert_options.get(name, {})
         positive = prompts_of(settings, "positive_prompts", name)
         if not positive:
             raise UserError(

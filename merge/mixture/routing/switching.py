@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collection[str]) -> PreTrainedModel:
-    """Remove the experts in `gone` from a loaded mixture in place and return it; reduces top-k if needed.
+def without_experts(model: PreTrainedModel, experts: Sequence[str], disabled: Collection[str]) -> PreTrainedModel:
+    """Remove the experts in `disabled` from a loaded mixture in place and return it; reduces top-k if needed.
 
     Raises `UserError` if no expert is left.
     """
@@ -20,9 +20,9 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], gone: Collec
 
     from .log import routers_of
 
-    kept = [number for number, name in enumerate(experts) if name not in gone]
+    kept = [number for number, name in enumerate(experts) if name not in disabled]
     if not kept:
-        raise UserError(f"no expert is left without {', '.join(gone)}; keep at least one")
+        raise UserError(f"no expert is left without {', '.join(disabled)}; keep at least one")
     with torch.no_grad():
         for name, router in routers_of(model).items():
             block = model.get_submodule(name.rpartition(".")[0])

@@ -235,9 +235,9 @@ def test_a_hook_that_raises_is_named_and_the_rest_keeps_working() -> None:
         ),
         (
             lambda: TensorMerge("x", "", merge=print, options=dict),
-            "options of merge method 'x' are no dataclass",
+            "options of merge method 'x' must be a dataclass",
         ),
-        (lambda: Trainer("x", "", prepare=print, options=int), "options of trainer 'x' are no dataclass"),
+        (lambda: Trainer("x", "", prepare=print, options=int), "options of trainer 'x' must be a dataclass"),
     ],
 )
 def test_an_offer_that_cannot_work_is_named(make: Callable[[], Any], said: str) -> None:

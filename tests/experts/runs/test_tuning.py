@@ -68,7 +68,7 @@ def test_what_a_trainer_cannot_do_is_said_before_it_is_set_up(
 @pytest.mark.parametrize("option", ["balance", "z_loss"])
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_weights_of_losses_are_numbers_of_zero_or_more(merged: Workspace, option: str, value: float) -> None:
-    with pytest.raises(UserError, match=rf"trainer 'router': {option} is (-1\.0|nan|inf); it is 0 or more"):
+    with pytest.raises(UserError, match=rf"trainer 'router': {option} is (-1\.0|nan|inf); it must be at least 0"):
         tune_here(merged, "refused", "to-tune", trains="router", domains=["prose"], options={option: value})
 
 

@@ -192,7 +192,7 @@ def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path:
     [
         ({"prior": "uniform"}, "has no option 'prior'"),
         ({"clusters": "campsu"}, "no set of clusters 'campsu'"),
-        ({"temperature": 0.0}, "temperature is 0.0; it is more than 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be greater than 0"),
         ({"top_k": 3}, "top_k is 3"),
         ({"every": 0}, "every is 0"),
     ],

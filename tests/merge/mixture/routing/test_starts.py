@@ -105,7 +105,7 @@ def test_prompts_are_means_of_hidden_states_of_length_one(model_folder: Path) ->
         "a": {"positive_prompts": ["def area():", "return x"], "negative_prompts": ["whereas"]},
         "b": {"positive_prompts": ["Whereas the parties"]},
     }
-    rows = prompt_rows(inputs(model_folder, own=own)).rows
+    rows = prompt_rows(inputs(model_folder, expert_options=own)).rows
     np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), 1, rtol=1e-5)
     model, tokenizer = load_model(model_folder, dtype="float32")
 
@@ -125,7 +125,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("average", [False, True])
 def test_states_of_prompts_are_mergekits(model_folder: Path, average: bool) -> None:
-    found = prompt_state_rows(inputs(model_folder, own=PROMPTS, options={"average": int(average)})).rows
+    found = prompt_state_rows(inputs(model_folder, expert_options=PROMPTS, options={"average": int(average)})).rows
     model, tokenizer = load_model(model_folder, dtype="float32")
 
     def side(prompts: list[str]) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_states_of_prompts_are_mergekits(model_folder: Path, average: bool) -> N
 
 
 def test_embeddings_of_prompts_are_mergekits(model_folder: Path) -> None:
-    found = prompt_token_rows(inputs(model_folder, own=PROMPTS)).rows
+    found = prompt_token_rows(inputs(model_folder, expert_options=PROMPTS)).rows
     model, tokenizer = load_model(model_folder, dtype="float32")
 
     def side(prompts: list[str]) -> torch.Tensor:
@@ -179,7 +179,7 @@ def test_prompts_without_a_token_are_refused() -> None:
 def test_prompts_that_cancel_are_refused(model_folder: Path, router: Any) -> None:
     own = {"a": {"positive_prompts": ["x y"], "negative_prompts": ["x y"]}, "b": {"positive_prompts": ["z"]}}
     with pytest.raises(UserError, match="positive and negative prompts of 'a' cancel out"):
-        router(inputs(model_folder, own=own))
+        router(inputs(model_folder, expert_options=own))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_prompts_that_cancel_are_refused(model_folder: Path, router: Any) -> Non
 )
 def test_prompts_that_are_missing_or_no_texts_are_named(model_folder: Path, own: Any, part: str) -> None:
     with pytest.raises(UserError, match=part):
-        prompt_rows(inputs(model_folder, own=own))
+        prompt_rows(inputs(model_folder, expert_options=own))
 
 
 def test_discriminants_choose_the_expert_of_the_text(model_folder: Path) -> None:

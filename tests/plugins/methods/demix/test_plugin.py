@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -
             adapt(flexolmo_workspace, "named", name=name)
     with pytest.raises(UserError, match="needs a name; add --option name=NAME"):
         adapt(flexolmo_workspace, "two", domains=("means", "public"))
-    with pytest.raises(UserError, match="samples is 0; it is 1 or more"):
+    with pytest.raises(UserError, match="samples is 0; it must be at least 1"):
         adapt(flexolmo_workspace, "few", samples=0)
     with pytest.raises(UserError, match="demix needs a dense model, and 'demix' already has several"):
         tune_here(flexolmo_workspace, "again", "demix", trains="demix", domains=["prose", "means"])
