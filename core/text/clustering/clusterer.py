@@ -98,6 +98,11 @@ class Clusterer:
         """Return squared distances to the centres, (N, K)."""
         return squared_distances(points_Nd, self.centres)
 
+    def assign(self, texts: Iterable[str]) -> Iterator[int]:
+        """Yield the nearest cluster of each text, in order, one batch in memory at a time."""
+        for batch in batches(texts, BATCH):
+            yield from self.distances(self.points(batch)).argmin(axis=1).tolist()
+
     def top_words(self, cluster: int, count: int = 12) -> list[str]:
         """Return the `count` words most aligned with a centre relative to the mean of all centres."""
         direction = self.centres[cluster] - self.centres.mean(axis=0)

@@ -207,7 +207,7 @@ def test_a_method_sees_float32_of_every_expert_in_order_with_its_weight(tmp_path
 
 def test_a_method_without_seed_says_so_when_it_asks_for_it(tmp_path: Path) -> None:
     greedy = TensorMerge("greedy", "", merge=lambda group, options: group.seed, uses_seed=False)
-    with pytest.raises(ValueError, match="there is no seed for"):
+    with pytest.raises(ValueError, match="declares uses_seed=False"):
         engine_merge(recipe("greedy", folders(tmp_path, 2)), tmp_path / "out", method=greedy)
 
 
