@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-all quick-test check clean
+.PHONY: quickstart test test-all quick-test check lint mypy pyright clean
 
 quickstart: $(READY)  ## the whole workflow on installed text, in a few minutes
 	$(BIN)/expertctl quickstart quickstart
 
-test: quick-test  ## the quick tests first, then the slow ones
-	$(PYTEST) -m "slow and not federation"
+test: $(READY)  ## all tests but those of a federation's processes
+	$(PYTEST) -m "not federation"
 
 test-all: test  ## and the federation tests, which start Flower's processes, one after the other
 	$(BIN)/python -m pytest -m federation
@@ -19,11 +19,14 @@ test-all: test  ## and the federation tests, which start Flower's processes, one
 quick-test: $(READY)
 	$(PYTEST) -m "not slow"
 
-check: $(READY)  ## formatting, lint and types
+check: lint mypy pyright  ## formatting, lint and types
+
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/pyright
+
+mypy pyright: $(READY)
+	$(BIN)/$@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")'

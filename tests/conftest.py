@@ -173,8 +173,11 @@ def write_project(root: Path, training: dict[str, object] | None = None) -> Path
 @pytest.fixture(scope="session")
 def seeded_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project whose seed was pretrained from scratch; to be copied, not changed."""
+    from inline_launching import inline_launching
+
     root = write_project(tmp_path_factory.mktemp("project"))
-    Workspace(root).seed()
+    with inline_launching():
+        Workspace(root).seed()
     return root
 
 

@@ -68,7 +68,8 @@ def _load(folder: Path) -> Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"{path} is damaged ({error}); download or create it again") from None
     try:  # transformers converts the formats of older folders
-        converted: Tokenizer = load_tokenizer(folder).backend_tokenizer
+        loaded: Any = load_tokenizer(folder)  # only fast tokenizers have the attribute
+        converted: Tokenizer = loaded.backend_tokenizer
     except AttributeError as error:
         raise UserError(f"{folder} has no loadable tokenizer ({first_line(error)}); add its tokenizer.json") from None
     return converted

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_launching import inline_launching
 
 from expertctl import UserError, load_model, verify
 from expertctl.core.artefacts.safetensors_io import Checkpoint
@@ -23,7 +24,8 @@ def trained(seeded_project: Path, tmp_path_factory: pytest.TempPathFactory) -> W
     workspace = Workspace(shutil.copytree(seeded_project, tmp_path_factory.mktemp("trained") / "project"))
     workspace.branch("prose", domain="prose")
     workspace.branch("chance", domain="chance", trains="feed_forward")
-    result = workspace.train("prose", "chance", jobs=2)
+    with inline_launching():
+        result = workspace.train("prose", "chance")
     assert result.finished == ("prose", "chance"), result
     return workspace
 
@@ -74,7 +76,8 @@ def test_the_same_branch_gives_the_same_bytes(trained: Workspace, project: Works
 
 def test_a_branch_may_start_from_an_average_of_experts(trained: Workspace) -> None:
     trained.branch("mixed", domain="prose", start={"prose": 3, "chance": 1}, trains="*.mlp.down_proj.*", force=True)
-    assert not trained.train("mixed").failed
+    with inline_launching():
+        assert not trained.train("mixed").failed
     seed = Checkpoint.of_folder(trained.layout.seed)
     prose, chance, mixed = (ExpertTensors(seed, trained.experts / name) for name in ("prose", "chance", "mixed"))
     frozen = "model.layers.0.self_attn.q_proj.weight"
@@ -135,7 +138,8 @@ def test_names_that_are_no_folder_names_are_refused(project: Workspace, name: st
 
 def test_a_pattern_that_matches_nothing_names_what_there_is(project: Workspace) -> None:
     project.branch("new", domain="prose", trains="model.layers.*.mpl.*")
-    failed = project.train("new").failed
+    with inline_launching():
+        failed = project.train("new").failed
     assert "no tensor matches 'model.layers.*.mpl.*'; the model has" in failed["new"]
 
 
@@ -165,4 +169,5 @@ def test_an_expert_in_training_elsewhere_is_left_alone(project: Workspace) -> No
     with FileLock(project.layout.lock("run-prose")):
         failed = project.train("prose").failed
     assert "another process is working on expert 'prose'" in failed["prose"]
-    assert not project.train("prose").failed
+    with inline_launching():
+        assert not project.train("prose").failed

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from federation_members import private_text
+from inline_launching import measure_inline
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, load_model
@@ -48,6 +49,7 @@ def model_beside(layout: Layout, scale: float) -> Path:
 def test_an_expert_is_measured_against_its_seed_whose_loss_is_cached(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(held_out.subprocess, "run", measure_inline)
     measure = held_out_measure(layout)
     same = measure(layout.seed, model_beside(layout, 1.0))
     assert same is not None
@@ -85,6 +87,7 @@ def test_the_loss_is_the_mean_over_evenly_spaced_blocks(layout: Layout, monkeypa
 
 
 def test_an_expert_that_cannot_be_scored_is_refused_and_a_seed_is_an_error(layout: Layout) -> None:
+    """Measured in a process of its own, as a coordinator does."""
     broken = model_beside(layout, 2.0)
     (broken / "config.json").write_text("{}")
     found = held_out_measure(layout)(layout.seed, broken)

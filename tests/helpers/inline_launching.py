@@ -1,0 +1,54 @@
+"""Training and measuring in the test's own process: a process of its own takes seconds to start."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertctl import LaunchResult, Reporter, UserError
+from expertctl.core.config.settings import LauncherConfig
+from expertctl.core.reporting import SILENT
+from expertctl.experts.federation.judging import held_out
+from expertctl.experts.runs import launching
+from expertctl.experts.training.run import train_run
+
+
+def launch_inline(
+    runs: Sequence[Path], jobs: int, launcher: LauncherConfig, reporter: Reporter = SILENT
+) -> launching.TrainResult:
+    """Train runs one after the other; a `UserError` fails its run alone."""
+    results = [_train(run, reporter) for run in runs]
+    return launching.TrainResult(
+        tuple(result.run.name for result in results if result.error is None),
+        {result.run.name: result.error for result in results if result.error is not None},
+    )
+
+
+def _train(run: Path, reporter: Reporter) -> LaunchResult:
+    try:
+        train_run(run, reporter, lambda: False)
+    except UserError as error:
+        return LaunchResult(run, str(error))
+    return LaunchResult(run, None)
+
+
+@contextmanager
+def inline_launching() -> Iterator[None]:
+    """Let workspaces train in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "launch", launch_inline)
+        yield
+
+
+def measure_inline(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Measure models on public text, in place of the process that a coordinator starts with `subprocess.run`."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        status = held_out.main(command[4:])
+    return subprocess.CompletedProcess(command, status, out.getvalue(), "")
