@@ -132,7 +132,7 @@ def _damaged(path: Path, reason: str) -> UserError:
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a checkpoint folder, sorted by name.
 
-    Raises `UserError` if it has none; for pickled weights (`.bin` etc.), which are refused, it tells how to convert.
+    Raises `UserError` if it has none; for pickled weights (`.bin` etc.), which are refused, the message says how to convert them.
     """
     index = folder / INDEX_FILE
     if (folder / SINGLE_FILE).exists():

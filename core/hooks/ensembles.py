@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TextState(Protocol):
-    """What a mixer knows of the texts of a batch so far; kept in the cache of `generate()`."""
+    """State of a mixer after the texts of a batch so far; kept in the cache of `generate()`."""
 
     def __len__(self) -> int:
         """Return the number of rows, B."""

@@ -222,7 +222,7 @@ class Assembler(MergeMethod):
 
 @dataclass(frozen=True)
 class ModelBuilder(MergeMethod):
-    """Builds a model of its own kind from whole models, such as an ensemble."""
+    """Builds a model of another kind, such as an ensemble, from whole models."""
 
     build: Callable[[MergeInputs, Any, Path], BuiltModel | None]
     """`build(inputs, options, folder)` writes a loadable model into `folder`; the result may replace weights and options."""

@@ -119,7 +119,7 @@ class Manifest:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of a generalist's experts, in the model's own order where they stand side by side."""
+        """Names of a generalist's experts, in the order in which the model holds them."""
         if self.merged is not None and self.merged.experts:
             return self.merged.experts
         return tuple(parent.name for parent in self.parents if parent.kind == "expert")

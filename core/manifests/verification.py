@@ -68,7 +68,7 @@ def _verify_tensors(folder: Path, manifest: Manifest, files: Mapping[str, Path])
 
 
 def require_intact(folder: Path, *, tensors: bool = True, manifest: Manifest | None = None) -> Manifest:
-    """Return the manifest of an artefact that was checked (see `verify`); raises `UserError` naming what changed."""
+    """Return the manifest of an artefact that was checked (see `verify`); raises `UserError` with the first difference."""
     manifest = manifest or read_manifest(folder)
     problems = verify(folder, tensors=tensors, manifest=manifest)
     if problems:

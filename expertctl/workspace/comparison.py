@@ -71,7 +71,7 @@ def compare(
     jobs: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Comparison:
-    """Score a generalist and its baselines; those that have to be merged first are made for the occasion.
+    """Score a generalist and its baselines; baselines that need a merge are made temporarily.
 
     `against` names baselines, or else models of the workspace; a baseline that has the name of the model itself gets a row
     of its own. Raises `UserError` for a model without experts where a baseline needs them.

@@ -23,7 +23,7 @@ from .trainable import trainer_for
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """What a tuning trains, on which text."""
+    """Trainable parameters, domains and training settings of a tuning."""
 
     trains: str | None = None
     """Trainable parameters: `router` (the default), `mixture`, another trainer of generalists, or a pattern of names."""

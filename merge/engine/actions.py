@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeTools:
-    """What all actions of a merge share."""
+    """Method, reader and device that all actions of a merge share."""
 
     method: TensorMerge
     reader: Reader

@@ -100,7 +100,7 @@ class PosteriorMixer(TextMixer):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What each member has predicted of the texts of a batch so far."""
+    """Each member's predictions for the texts of a batch so far."""
 
     log_likelihoods: tuple[Tensor, ...] = ()
     """Log-likelihood of the text so far, (B,) per member; empty before the first token."""

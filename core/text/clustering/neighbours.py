@@ -36,7 +36,7 @@ class Neighbours:
 
 
 def nearest_neighbours(points_Nd: NDArray[np.float32], count: int, seed: int = 0) -> Neighbours:
-    """Return up to `count` neighbours of each unit vector; a zero vector has none and is nobody's neighbour.
+    """Return up to `count` neighbours of each unit vector; a zero vector has none and is not a neighbour of any other.
 
     Exact for up to `PROBES * CELL` points. Time is linear in N, memory in N * k.
     """

@@ -143,7 +143,7 @@ class FederationFiles:
         return artefact
 
     def accept(self, request_id: str, signed: SignedStatement) -> None:
-        """Store the statement of an accepted delivery and delete what was transferred."""
+        """Store the statement of an accepted delivery and delete the transferred parts."""
         write_json(self._new_path("accepted", request_id), signed.as_json())
         remove_tree(self.incoming(request_id))
 

@@ -77,7 +77,7 @@ def test_the_secret_is_new_for_each_run_and_a_seed_is_not(workspace: Workspace) 
         return read_manifest(train_here(workspace, name, **settings)).digest
 
     assert digest("one", "seeded") == digest("two", "seeded")
-    assert digest("three", "secret") != digest("four", "secret")
+    assert digest("hidden-three", "secret") != digest("hidden-four", "secret")
     seeded = read_manifest(workspace.experts / "one").data.privacy
     assert seeded.epsilon is None
     assert 7.9 < seeded.epsilon_if_noise_were_secret <= 8
