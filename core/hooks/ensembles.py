@@ -39,8 +39,8 @@ class MixingPass(ABC):
         return False
 
     @abstractmethod
-    def log_weights(self, member: int, log_probs_BTV: Tensor | None) -> Tensor:
-        """Return the log weight of a member after each token, (B, T), given its predictions (None if skipped)."""
+    def log_weights(self, member: int, log_probs_BTV: Tensor) -> Tensor:
+        """Return the log weight of a member after each token, (B, T), given its predictions."""
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor | None]:

@@ -23,11 +23,11 @@ from transformers.utils.generic import ModelOutput
 from ...core.artefacts.files import write_json
 from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ...core.errors import UserError
-from ...core.hooks.ensembles import Mixer, TextMixer, TextState
-from ...core.hooks.manager import installed_plugins
+from ...core.hooks.ensembles import TextMixer, TextState
 from ...core.models.loading import checkpoint_tensors
 from ..sources.shared_settings import SHARED_SETTINGS
 from .members_cache import MembersCache
+from .stored_mixer import stored_mixer
 
 MODEL_TYPE = "expertctl_ensemble"
 EXPERTS_FOLDER = "experts"
@@ -122,7 +122,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self, config: EnsembleConfig, members: Sequence[PreTrainedModel] | None = None, mixer: TextMixer | None = None
     ) -> None:
         super().__init__(config)
-        self.mixer = mixer or read_mixer(config)
+        self.mixer = mixer or stored_mixer(config.mixer, config.mixer_settings, None)
         self.active = list(self.mixer.active)
         """Indices of the experts that can have a weight; the others are not loaded."""
         if members is None:
@@ -221,7 +221,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(config, EnsembleConfig):
             config = EnsembleConfig.from_pretrained(root)
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-        mixer = read_mixer(config, root)
+        mixer = stored_mixer(config.mixer, config.mixer_settings, root)
         members = _load_members(root, config, [config.experts[index] for index in mixer.active], dtype)
         model: EnsembleForCausalLM = cls(config, members, mixer).eval()
         device = kwargs.get("device_map")
@@ -279,11 +279,6 @@ def write_config(folder: Path, config: EnsembleConfig) -> None:
     """Write `config.json`, with the class that `AutoModelForCausalLM` resolves."""
     config.architectures = [EnsembleForCausalLM.__name__]
     write_json(folder / "config.json", config.to_dict())
-
-
-def read_mixer(config: EnsembleConfig, folder: Path | None = None) -> TextMixer:
-    """Restore an ensemble's mixer; `folder` holds its files, if it has any."""
-    return installed_plugins().offer(Mixer, config.mixer).read(config.mixer_settings, folder)
 
 
 def _member_config(config: EnsembleConfig) -> PretrainedConfig:

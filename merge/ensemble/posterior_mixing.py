@@ -130,10 +130,9 @@ class _PosteriorPass(MixingPass):
         self._log_likelihoods: list[Tensor] = []
         self._next_log_probs: list[Tensor] = []
 
-    def log_weights(self, member: int, log_probs_BTV: Tensor | None) -> Tensor:
+    def log_weights(self, member: int, log_probs_BTV: Tensor) -> Tensor:
         import torch
 
-        assert log_probs_BTV is not None
         token_log_probs_BT = torch.zeros_like(self._counts_BT)
         token_log_probs_BT[:, 1:] = log_probs_BTV[:, :-1].gather(-1, self._ids_BT[:, 1:, None]).squeeze(-1)
         if self._before.next_log_probs:

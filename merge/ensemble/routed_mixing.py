@@ -60,7 +60,7 @@ class _RoutedPass(MixingPass):
     def is_skipped(self, member: int, kept: slice) -> bool:
         return bool((self._log_weights_BTK[:, kept, member] == -float("inf")).all())
 
-    def log_weights(self, member: int, log_probs_BTV: Tensor | None) -> Tensor:
+    def log_weights(self, member: int, log_probs_BTV: Tensor) -> Tensor:
         return self._log_weights_BTK[:, :, member]
 
     def finish(self) -> tuple[Tensor, Tensor | None]:

@@ -17,12 +17,11 @@ from ...core.artefacts.files import (
 )
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError, unknown_name
-from ...core.hooks.ensembles import Mixer
-from ...core.hooks.manager import installed_plugins
 from ...core.manifests.finishing import CARD_FILE, finish_artefact
 from ...core.manifests.generalist import GeneralistConfig, MixtureRecord
 from ...core.manifests.manifest import Manifest, read_manifest
 from ...core.manifests.verification import require_intact
+from ..ensemble.stored_mixer import stored_mixer
 from ..generalists.card import model_card
 from ..generalists.folder import write_generalist
 from ..merging import MergeRun, merge_recipe
@@ -118,7 +117,7 @@ def _shrink_ensemble(folder: Path, manifest: Manifest, output: Path, change: Cha
     kept = [index for index, name in enumerate(config["experts"]) if name not in change.remove]
     if not kept:
         raise UserError("the change would remove all experts")
-    mixer = installed_plugins().offer(Mixer, config["mixer"]).read(config["mixer_settings"], folder).subset(kept)
+    mixer = stored_mixer(config.get("mixer"), config.get("mixer_settings"), folder).subset(kept)
     experts = [config["experts"][index] for index in kept]
     config |= {"experts": experts, "mixer_settings": mixer.settings()}
     with new_folder(output, force=run.force, what="generalist") as partial:

@@ -79,6 +79,11 @@ def require_shared_layers(folder: Path, options: DemixAdaptation, domains: Seque
 
     config = read_json(folder / "config.json")
     family = config.get("member", {}).get("model_type")
+    if family is not None and config.get("mixer") != "posterior":
+        raise UserError(
+            f"demix_dapt needs an ensemble with mixer 'posterior', and '{folder.name}' has {config.get('mixer')!r}; name "
+            "another model with --from"
+        )
     if not (folder / SEED_FOLDER).is_dir() or family is None:
         raise UserError(
             "demix_dapt needs an ensemble whose experts share all tensors outside the feed-forward "

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from expertctl import UserError, Workspace, load_model
+from expertctl.core.artefacts.files import read_json, write_json
 from expertctl.core.hooks.manager import installed_plugins
 
 PLUGINS_PAGE = Path(__file__).parents[3] / "docs" / "plugins.md"
@@ -80,3 +81,21 @@ def test_options_belong_to_the_mixer(ensemble: Workspace) -> None:
     ):
         with pytest.raises(UserError, match=message):
             ensemble.merge("other", method="ensemble", experts=EXPERTS, options=options)
+
+
+def test_an_ensemble_of_an_older_format_is_refused_by_name(ensemble: Workspace) -> None:
+    config = ensemble.generalists / "forest" / "config.json"
+    content = read_json(config)
+    del content["mixer_settings"]
+    write_json(config, {**content, "prior": [0.5, 0.5]})
+    with pytest.raises(
+        UserError, match="has no mixer_settings, as ensembles of older versions; merge the ensemble again"
+    ):
+        load_model(ensemble.generalists / "forest")
+
+
+def test_demix_adds_no_expert_to_an_ensemble_with_another_mixer(ensemble: Workspace) -> None:
+    from expertctl.plugins.methods.demix.plugin import DemixAdaptation, require_shared_layers
+
+    with pytest.raises(UserError, match="needs an ensemble with mixer 'posterior', and 'forest' has 'turns'"):
+        require_shared_layers(ensemble.generalists / "forest", DemixAdaptation(), ["news"])
