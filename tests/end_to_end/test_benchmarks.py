@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import run
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*words: str | Path) -> str:
-    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_the_training_benchmark_prints_its_tables() -> None:

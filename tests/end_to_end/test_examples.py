@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*words: str | Path) -> str:
-    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def corpora(seeded_project: Path) -> Path:
-    return seeded_project / "text"
 
 
 def test_the_flexolmo_example_prints_its_tables(corpora: Path, tmp_path: Path) -> None:

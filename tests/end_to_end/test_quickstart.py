@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
+from scripts import run
 
 from expertctl import verify
 from expertctl.core.manifests.schemas import SCHEMA_NAMES, shipped_schema
@@ -16,17 +15,6 @@ from expertctl.core.manifests.schemas import SCHEMA_NAMES, shipped_schema
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*words: str | Path) -> str:
-    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def corpora(seeded_project: Path) -> Path:
-    return seeded_project / "text"
 
 
 def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path, tmp_path: Path) -> None:
