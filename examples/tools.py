@@ -1,4 +1,4 @@
-"""What the measured examples share: text divided into public and private, and tables over random seeds."""
+"""Helpers of the experiments: division of text into public and private documents, and tables over random seeds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PUBLIC = "public"
 def divided_text(
     folder: Path, corpora: Path, public_share: float, owners: Sequence[str] | None = None
 ) -> dict[str, dict[str, Path]]:
-    """Divide every owner's documents into public and private ones; return the files by domain and part.
+    """Divide every owner's documents into public and private documents; return the files by domain and split.
 
     `corpora` has a folder for each owner, with `train.jsonl` and `valid.jsonl`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Path]] = {PUBLIC: {}}
+    files: dict[str, dict[str, Path]] = {PUBLIC: {}}
     public: dict[str, list[str]] = {"train": [], "valid": []}
     for source in sorted(path for path in corpora.resolve().iterdir() if (path / "train.jsonl").exists()):
         if owners is not None and source.name not in owners:
@@ -36,20 +36,20 @@ def divided_text(
         private.write_text("\n".join(kept) + "\n", encoding="utf-8")
         held_out = (source / "valid.jsonl").read_text(encoding="utf-8").splitlines()
         public["valid"] += held_out[:: max(len(held_out) // 20, 1)]
-        found[source.name] = {"train": private, "valid": source / "valid.jsonl"}
+        files[source.name] = {"train": private, "valid": source / "valid.jsonl"}
     for part, lines in public.items():
         path = folder / f"{PUBLIC}-{part}.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        found[PUBLIC][part] = path
-    return found
+        files[PUBLIC][part] = path
+    return files
 
 
 def results_over_seeds(
     options: argparse.Namespace, one_seed: Callable[[Path, int, argparse.Namespace], Any]
 ) -> list[Any]:
-    """Carry an example out for each of `options.seeds`, in a workspace of its own below `options.out`; return what it gives.
+    """Run an experiment for each of `options.seeds` in a workspace of its own in `options.out`; return the results.
 
-    What is finished stands in `rows.json` and is not done again.
+    Results that `rows.json` already has are not computed again.
     """
     results = []
     for seed in options.seeds:
@@ -64,7 +64,7 @@ def results_over_seeds(
 
 
 def write_config(root: Path, config: Mapping[str, Any]) -> None:
-    """Write a workspace's `expertctl.yaml`; ends the example where one of other settings is there."""
+    """Write a workspace's `expertctl.yaml`; exit if the workspace has one with other settings."""
     content = json.dumps(config, indent=2)  # JSON is YAML
     path = root / "expertctl.yaml"
     if path.exists() and path.read_text() != content:
@@ -75,18 +75,18 @@ def write_config(root: Path, config: Mapping[str, Any]) -> None:
 def table_over_seeds(
     heading: str, rows: Sequence[str], results: Sequence[Mapping[str, float]], seeds: Sequence[int]
 ) -> str:
-    """Return a table: a row for each model, a column for each random seed, mean and spread over them.
+    """Return a table: a row per model, a column per random seed, mean and spread.
 
-    A model that a random seed has no figure for is left empty there; one without any is left out.
+    A missing value is an empty cell; a model without any value is omitted.
     """
     heads = [*(f"seed {seed}" for seed in seeds), "mean", "std"]
     lines = [f"| {heading} | {' | '.join(heads)} |", "|---" + "|---:" * len(heads) + "|"]
     for name in rows:
-        found = [result.get(name) for result in results]
-        values = [value for value in found if value is not None]
+        figures = [result.get(name) for result in results]
+        values = [value for value in figures if value is not None]
         if not values:
             continue
-        cells = [f"{value:.4f}" if value is not None else "" for value in found]
+        cells = [f"{value:.4f}" if value is not None else "" for value in figures]
         cells += [
             f"{statistics.mean(values):.4f}",
             f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",

@@ -1,10 +1,9 @@
-"""How fast texts are sorted into clusters, what balance costs, and how much memory a large corpus takes.
+"""Benchmark of clustering: speed of assignment, cost of balancing, memory for a large corpus.
 
     python examples/benchmarks/clustering.py [--corpora FOLDER]   # a folder of .jsonl files; default: the bundled corpora
 
-Three tables: megabytes of text per second and core in assignment; a balanced assignment of a million points to 16
-centres beside the plain one, in one run; peak memory of `data discover` for corpora of several sizes, each in a fresh process.
-One thread; medians.
+Prints three tables: megabytes of text assigned per second and core; balanced and nearest-centre assignment of a million
+points to 16 centres; peak memory of `data discover` by corpus size, each in a fresh process. One thread; medians.
 """
 
 from __future__ import annotations
@@ -37,9 +36,11 @@ def main() -> None:
     parser.add_argument("--corpora", type=Path)
     parser.add_argument("--points", type=at_least(1), default=1_000_000)
     parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=[20_000, 200_000])
-    parser.add_argument("--letters", type=at_least(1), default=1000, help="of each document, for memory")
-    parser.add_argument("--sample", type=at_least(1), default=50_000, help="documents that are fitted, for memory")
-    parser.add_argument("--only", choices=["speed", "balance", "memory"], help="one of the tables")
+    parser.add_argument("--letters", type=at_least(1), default=1000, help="characters per document (memory table)")
+    parser.add_argument(
+        "--sample", type=at_least(1), default=50_000, help="documents to fit the clusters on (memory table)"
+    )
+    parser.add_argument("--only", choices=["speed", "balance", "memory"], help="print a single table")
     parser.add_argument("--discover", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.discover is not None:
@@ -69,16 +70,16 @@ def read_texts(corpora: Path | None) -> Iterator[str]:
 
 
 def seconds_of(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    found = []
+    seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         work()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def speed_table(texts: list[str]) -> str:
-    """Return megabytes per second of assignment, by length of the documents."""
+    """Return the speed of assignment in megabytes per second, by document length."""
     from expertctl.core.text.clustering.clusterer import ClustererSettings, fit_clusterer
 
     lines = [
@@ -100,7 +101,7 @@ def passages(texts: list[str], letters: int) -> list[str]:
 
 
 def balance_table(count: int) -> str:
-    """Return what a balanced assignment costs beside the nearest centres, and how even each comes out."""
+    """Return time, cluster sizes and mean distance of balanced and nearest-centre assignment."""
     import numpy as np
 
     from expertctl.core.text.clustering.balanced_kmeans import balanced_assignment, squared_distances
@@ -111,13 +112,13 @@ def balance_table(count: int) -> str:
     groups = source.choice(CLUSTERS, size=count, p=shares)
     points = (means[groups] + 2 * source.normal(size=(count, 100))).astype(np.float32)
     centres = points[source.choice(count, CLUSTERS, replace=False)]
-    found = {}
+    assignments = {}
 
     def plain() -> None:
-        found["nearest centre"] = squared_distances(points, centres).argmin(axis=1)
+        assignments["nearest centre"] = squared_distances(points, centres).argmin(axis=1)
 
     def balanced() -> None:
-        found["balanced"] = balanced_assignment(squared_distances(points, centres))
+        assignments["balanced"] = balanced_assignment(squared_distances(points, centres))
 
     lines = [
         f"| {count:,} points, {CLUSTERS} centres | seconds | smallest, largest cluster, times the mean | mean squared distance |",
@@ -125,14 +126,14 @@ def balance_table(count: int) -> str:
     ]
     for name, work in (("nearest centre", plain), ("balanced", balanced)):
         took = seconds_of(work, 3)
-        sizes = np.bincount(found[name], minlength=CLUSTERS) * CLUSTERS / count
-        distance = np.mean(((points - centres[found[name]]) ** 2).sum(axis=1))
+        sizes = np.bincount(assignments[name], minlength=CLUSTERS) * CLUSTERS / count
+        distance = np.mean(((points - centres[assignments[name]]) ** 2).sum(axis=1))
         lines.append(f"| {name} | {took:.2f} | {sizes.min():.3f}, {sizes.max():.3f} | {distance:.2f} |")
     return "\n".join(lines)
 
 
 def memory_table(pieces: list[str], sizes: list[int], sample: int) -> str:
-    """Return peak memory and time of a discovery, by number of documents, each in its own process."""
+    """Return peak memory and time of a discovery by number of documents, each measured in a fresh process."""
     lines = [
         "| `data discover`, one process | MB of text | seconds | peak memory, MB |",
         "|---|---:|---:|---:|",
@@ -160,7 +161,7 @@ def discover_here(folder: Path, sample: int) -> dict[str, float]:
 
 
 def peak_megabytes() -> float:
-    """Return this process's peak memory; what `getrusage` says begins with that of the process that started it."""
+    """Return the peak memory of this process. (`getrusage` is no use: its peak starts at that of the parent process.)"""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

@@ -1,8 +1,8 @@
-"""Seed down and expert up through a coordinator's door, against a raw copy over TLS with sha256 at both ends, in the same run.
+"""Benchmark of federation transfers: seed down and expert up through the coordinator, against a raw TLS copy with SHA-256.
 
     python examples/benchmarks/federation_transfer.py --megabytes 2048
 
-Coordinator, owner, and both ends of the raw copy are processes of their own; each says how much memory it had at most.
+The coordinator, the owner and both ends of the raw copy run in processes of their own, each of which reports its peak memory.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ PIECE = 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=at_least(1), default=2048)
-    parser.add_argument(
-        "--folder", type=Path, help="Where to work; about five times the size is needed. Default: /tmp."
-    )
+    parser.add_argument("--folder", type=Path, help="Working folder; needs about five times the size. Default: /tmp.")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.role:
@@ -42,7 +40,7 @@ def main() -> None:
 
 
 def measure(folder: Path, megabytes: int) -> None:
-    """Make seed and expert, move them both ways, and print the table."""
+    """Create seed and expert, transfer both, and print the table."""
     (folder / "size").write_text(str(megabytes))
     made = run("make", folder)
     hub = start("hub", folder)
@@ -80,12 +78,12 @@ def start(role: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> dict[str, float]:
-    """End a process that waits for its input to close; return what it says last."""
+    """Close the input of a process, wait for it to end, and return the figures in its last line of output."""
     out, _ = process.communicate()
     if process.returncode:
         sys.exit(process.returncode)
-    found: dict[str, float] = json.loads(out.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(out.splitlines()[-1])
+    return figures
 
 
 def run(role: str, folder: Path) -> dict[str, float]:
@@ -93,12 +91,12 @@ def run(role: str, folder: Path) -> dict[str, float]:
 
 
 def peak() -> float:
-    """Return the most memory that this process has had, in bytes."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def make(folder: Path) -> dict[str, float]:
-    """Make a seed of bfloat16 layers, an invited owner, a request, and an expert that differs everywhere."""
+    """Create a bfloat16 seed, an invited owner, a request, and an expert that differs from the seed in every tensor."""
     from transformers import AutoConfig
 
     from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
@@ -160,14 +158,14 @@ def make(folder: Path) -> dict[str, float]:
 
 
 def write_random(folder: Path, config: object, seed: int) -> None:
-    """Write the tensors of a model at random, in bfloat16."""
+    """Write random bfloat16 tensors of a model."""
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        shapes = {name: one.shape for name, one in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
     noise = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.randn(shape, generator=noise, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
@@ -178,7 +176,7 @@ def write_random(folder: Path, config: object, seed: int) -> None:
 
 
 def hub(folder: Path) -> dict[str, float]:
-    """Be a coordinator behind its door until the input closes."""
+    """Serve as coordinator until standard input closes."""
     from expertctl.core.artefacts.layout import Layout
     from expertctl.experts.federation.coordinator.coordinator import Coordinator
     from expertctl.plugins.flower.coordinator.reverse_proxy import Gateway, TlsServer
@@ -196,27 +194,27 @@ def hub(folder: Path) -> dict[str, float]:
 
 
 def owner(folder: Path) -> dict[str, float]:
-    """Be an owner: fetch the seed, deliver the expert."""
+    """Act as owner: download the seed, deliver the expert."""
     from expertctl.experts.federation.owner.owner import Owner
     from expertctl.experts.federation.protocol.delivery import make_delivery
     from expertctl.experts.federation.protocol.parts import read_part
     from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
     from expertctl.plugins.flower.owner.owner_work import part_size
 
-    one = Owner(folder / "owner")
-    client = CoordinatorClient(f"127.0.0.1:{(folder / 'port').read_text()}", folder / "tls" / "ca.crt", one.key())
-    (request,) = one.requests()
+    owner = Owner(folder / "owner")
+    client = CoordinatorClient(f"127.0.0.1:{(folder / 'port').read_text()}", folder / "tls" / "ca.crt", owner.key())
+    (request,) = owner.requests()
     client.hello()  # connected, as a joined owner is
     begun = time.monotonic()
-    for writer in one.seeds.writers(request):
+    for writer in owner.seeds.writers(request):
         for index in writer.missing():
             writer.put(index, client.seed_part(request.id, writer.file, index))
-    for writer in one.seeds.writers(request):
+    for writer in owner.seeds.writers(request):
         writer.finish()
     down = time.monotonic() - begun
-    target, expert = one.delivery_folder(request.id), one.expert_folder(request)
+    target, expert = owner.delivery_folder(request.id), owner.expert_folder(request)
     size = part_size((expert / "model.safetensors").stat().st_size)
-    signed = make_delivery(expert, request, one.key(), target, part_size=size)
+    signed = make_delivery(expert, request, owner.key(), target, part_size=size)
     begun = time.monotonic()
     missing = client.begin(request.id, signed)["missing"]
     for file in signed.statement.files:
@@ -234,7 +232,7 @@ def owner(folder: Path) -> dict[str, float]:
 
 
 def receive(folder: Path) -> dict[str, float]:
-    """Take one file over TLS, write it down to the disk, and digest it."""
+    """Receive one file over TLS, write it to disk and compute its digest."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "tls" / "server.crt", folder / "tls" / "server.key")
     digest, buffer = hashlib.sha256(), bytearray(PIECE)
@@ -254,7 +252,7 @@ def receive(folder: Path) -> dict[str, float]:
 
 
 def send(folder: Path) -> dict[str, float]:
-    """Send the seed's weights over TLS and wait for the digest."""
+    """Send the weights of the seed over TLS and wait for the digest."""
     context = ssl.create_default_context(cafile=str(folder / "tls" / "ca.crt"))
     begun, digest = time.monotonic(), hashlib.sha256()
     with (

@@ -1,11 +1,11 @@
-"""How far mergekit's results are from ours on the same files, method by method.
+"""Differences between mergekit's results and ours on the same files, for each method.
 
     python examples/benchmarks/mergekit_distance.py --mergekit /path/to/other/environment/bin/mergekit-yaml
 
-Small random Llama and Qwen2 models (the latter with biases), tied and untied, in float32 and bfloat16, are merged by
-both from the same files. For every method: how many numbers are the same, how many units in the last place the
-furthest one is away, and how long the difference is against the task vectors (Frobenius norms). Methods that draw
-random masks are left out: two tools draw different ones.
+Both tools merge the same small random Llama and Qwen2 models (the latter with biases), tied and untied, in float32 and
+bfloat16. The table lists for each method the share of equal numbers, the largest difference in units in the last place,
+and the Frobenius norm of the difference relative to that of the task vectors. Methods with random masks are omitted,
+since the two tools draw different masks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MODELS = [
 
 @dataclass(frozen=True)
 class Distance:
-    """How two results differ."""
+    """Differences between two results."""
 
     equal: int
     numbers: int
@@ -71,7 +71,7 @@ class Distance:
 
 
 def make_models(folder: Path, family: str, tied: bool, dtype: str, names: Sequence[str]) -> None:
-    """Write a base and relatives of it as Hugging Face folders, one of them in shards, with a tokenizer each."""
+    """Write a base model and models derived from it as Hugging Face folders with tokenizers; one model is sharded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -95,11 +95,11 @@ def make_models(folder: Path, family: str, tied: bool, dtype: str, names: Sequen
 
 
 def write_recipe(folder: Path, title: str, given: dict[str, Any]) -> Path:
-    """Write one mergekit file."""
+    """Write a mergekit configuration file."""
     method = title.partition(",")[0]
     content: dict[str, Any] = {"merge_method": method}
     if "slices" in given:
-        content["slices"] = [{"sources": [{"model": one, "layer_range": pair}]} for one, pair in given["slices"]]
+        content["slices"] = [{"sources": [{"model": model, "layer_range": pair}]} for model, pair in given["slices"]]
     else:
         content["models"] = [
             {"model": name, "parameters": _parameters(method, number, given)}
@@ -123,14 +123,14 @@ def _parameters(method: str, number: int, given: dict[str, Any]) -> dict[str, An
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], change: float) -> Distance:
-    """Compare all tensors; `change` is the length of the task vectors."""
+    """Compare all tensors; `change` is the Frobenius norm of the task vectors."""
     names = sorted(ours.keys() & theirs.keys())
     assert ours.keys() - {"lm_head.weight"} == theirs.keys() - {"lm_head.weight"}, "different tensors"
     equal = sum(int((ours[name] == theirs[name]).sum()) for name in names)
@@ -141,7 +141,7 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], cha
 
 
 def _ordered(tensor: torch.Tensor) -> torch.Tensor:
-    """Return numbers as integers that count units in the last place from zero."""
+    """Return floats as integers that count units in the last place from zero."""
     bits = tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32).to(torch.int64)
     lowest = -(1 << (8 * tensor.element_size() - 1))
     return torch.where(bits < 0, lowest - bits, bits)
@@ -153,7 +153,7 @@ def task_vector_length(folder: Path) -> float:
 
 
 def compare(folder: Path, mergekit: Path, title: str, given: dict[str, Any], number: int) -> Distance:
-    """Merge with both tools and compare."""
+    """Merge with both tools and compare the results."""
     recipe = write_recipe(folder, title, given)
     ours, theirs = folder / f"ours{number}", folder / f"theirs{number}"
     here = Path.cwd()
@@ -171,7 +171,7 @@ def compare(folder: Path, mergekit: Path, title: str, given: dict[str, Any], num
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mergekit", type=Path, required=True, help="mergekit-yaml of another environment")
-    parser.add_argument("--models", type=at_least(1), default=len(MODELS), help="how many of the models")
+    parser.add_argument("--models", type=at_least(1), default=len(MODELS), help="number of models to merge")
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     given = parser.parse_args(arguments)
     print("| method | model | numbers the same | furthest, units in the last place | difference / task vectors |")
@@ -181,10 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder = Path(temporary)
             make_models(folder, family, tied, dtype, ("base", "a", "b", "c"))
             for number, title in enumerate(given.methods):
-                found = compare(folder, given.mergekit, title, METHODS[title], number)
+                row = compare(folder, given.mergekit, title, METHODS[title], number)
                 name = f"{family}, {'tied' if tied else 'untied'}, {dtype}"
-                share = f"{found.equal / found.numbers:.4%}" if found.equal < found.numbers else "all"
-                print(f"| {title} | {name} | {share} | {found.ulps:,} | {found.relative:.1e} |", flush=True)
+                share = f"{row.equal / row.numbers:.4%}" if row.equal < row.numbers else "all"
+                print(f"| {title} | {name} | {share} | {row.ulps:,} | {row.relative:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

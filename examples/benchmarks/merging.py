@@ -1,10 +1,10 @@
-"""How long merges take and how much memory, beside the disk's own speed and, where there is one, mergekit.
+"""Benchmark of merging: time and peak memory, relative to the speed of the disk and to mergekit.
 
     python examples/benchmarks/merging.py --mergekit /path/to/other/environment/bin/mergekit-yaml
 
-Makes four related bf16 Llama checkpoints (220 million parameters each unless told otherwise), merges them by whole
-commands in fresh processes, and prints ratios within this run: medians of several rounds, warm (files in the page
-cache) and cold apart. mergekit belongs into an environment of its own.
+Creates four related bf16 Llama checkpoints (220 million parameters each by default), merges them with whole commands in
+fresh processes, and prints ratios within this run: medians of several rounds, separately for warm (files in the page
+cache) and cold starts. Install mergekit in an environment of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from expertctl.core.artefacts.safetensors_io import header_of_file
 
 METHODS = ("linear", "slerp", "ties", "dare_ties", "passthrough")
 WANTED = {"linear": 7.0, "slerp": 6.0, "ties": 6.0, "dare_ties": 6.0}
-"""How many times as long as ours mergekit should take."""
+"""Wanted ratios of mergekit's time to ours."""
 ENGINE = """
 import sys, time
 from pathlib import Path
@@ -58,14 +58,14 @@ class Size:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         width, inner = self.hidden, self.hidden * 11 // 4
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, width)}
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, width)}
         for layer in range(self.layers):
             at = f"model.layers.{layer}"
-            found |= {f"{at}.self_attn.{one}_proj.weight": (width, width) for one in "qkvo"}
-            found |= {f"{at}.mlp.{one}_proj.weight": (inner, width) for one in ("gate", "up")}
-            found[f"{at}.mlp.down_proj.weight"] = (width, inner)
-            found |= {f"{at}.{one}_layernorm.weight": (width,) for one in ("input", "post_attention")}
-        return {**found, "model.norm.weight": (width,), "lm_head.weight": (self.vocabulary, width)}
+            shapes |= {f"{at}.self_attn.{letter}_proj.weight": (width, width) for letter in "qkvo"}
+            shapes |= {f"{at}.mlp.{matrix}_proj.weight": (inner, width) for matrix in ("gate", "up")}
+            shapes[f"{at}.mlp.down_proj.weight"] = (width, inner)
+            shapes |= {f"{at}.{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        return {**shapes, "model.norm.weight": (width,), "lm_head.weight": (self.vocabulary, width)}
 
     def config(self) -> dict[str, object]:
         heads = max(self.hidden // 64, 1)
@@ -85,14 +85,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one process took."""
+    """Time and peak memory of one process."""
 
     seconds: float
     peak_mb: float
 
 
 def models_of(folder: Path, size: Size, count: int) -> list[Path]:
-    """Return the checkpoints, made in a process of their own: a child's peak memory begins with its parent's size."""
+    """Return the checkpoints, created in a separate process: the peak memory of later children starts at the size of this one."""
     process = multiprocessing.get_context("spawn").Process(target=make_models, args=(folder, size, count))
     process.start()
     process.join()
@@ -102,7 +102,7 @@ def models_of(folder: Path, size: Size, count: int) -> list[Path]:
 
 
 def make_models(folder: Path, size: Size, count: int) -> None:
-    """Write related random checkpoints: one base, and what fine-tuning might have made of it."""
+    """Write related random checkpoints: a base and simulated fine-tuned models."""
     shapes = size.tensors()
     header, _ = header_of_file({name: ("BF16", shape) for name, shape in shapes.items()})
     for number in range(count):
@@ -123,14 +123,14 @@ def make_models(folder: Path, size: Size, count: int) -> None:
 
 
 def write_recipes(folder: Path, models: Sequence[Path]) -> dict[str, Path]:
-    """Write one mergekit file for each method."""
+    """Write a mergekit configuration file for each method."""
     names = [model.name for model in models]
     others = [{"model": name, "parameters": {"weight": 1.0, "density": 0.5}} for name in names[1:]]
     plain = [{"model": name, "parameters": {"weight": 1.0}} for name in names]
     recipes: dict[str, dict[str, object]] = {
         "linear": {"models": plain},
         "slerp": {
-            "models": [{"model": one} for one in names[:2]],
+            "models": [{"model": name} for name in names[:2]],
             "base_model": names[0],
             "parameters": {"t": 0.4},
         },
@@ -138,20 +138,20 @@ def write_recipes(folder: Path, models: Sequence[Path]) -> dict[str, Path]:
         "dare_ties": {"models": others, "base_model": names[0]},
         "passthrough": {"models": [{"model": names[0]}]},
     }
-    found = {}
+    files = {}
     for method, content in recipes.items():
-        found[method] = folder / f"{method}.yml"
-        found[method].write_text(json.dumps({"merge_method": method, **content}))
-    return found
+        files[method] = folder / f"{method}.yml"
+        files[method].write_text(json.dumps({"merge_method": method, **content}))
+    return files
 
 
 def run(command: Sequence[str | Path], cwd: Path) -> tuple[Cost, str]:
-    """Run a command and return what it took, with its standard output."""
+    """Run a command and return its cost and standard output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody is to compile source anew in each round
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         begin = time.perf_counter()
-        process = subprocess.Popen([str(one) for one in command], cwd=cwd, stdout=out, stderr=err, env=environment)
+        process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=out, stderr=err, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - begin
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -174,7 +174,7 @@ def evict(files: Sequence[Path]) -> None:
 
 
 class Bench:
-    """One run: the models, the recipes, and rounds of everything that is compared."""
+    """The models, the recipes and the compared commands of one run."""
 
     def __init__(self, folder: Path, size: Size, rounds: int, mergekit: Path | None, mergekit_rounds: int) -> None:
         self.folder, self.rounds, self.mergekit, self.mergekit_rounds = (
@@ -188,18 +188,18 @@ class Bench:
         self.files = [model / "model.safetensors" for model in self.models]
 
     def rounds_of(self, measure: Callable[[], Cost], rounds: int, cold: bool = False) -> Cost:
-        """Return medians."""
-        found = []
+        """Return the median time and the highest peak over several rounds."""
+        costs = []
         for _ in range(rounds):
             shutil.rmtree(self.folder / "out", ignore_errors=True)
             if cold:
                 evict(self.files)
-            found.append(measure())
+            costs.append(measure())
         shutil.rmtree(self.folder / "out", ignore_errors=True)
-        return Cost(statistics.median(one.seconds for one in found), max(one.peak_mb for one in found))
+        return Cost(statistics.median(cost.seconds for cost in costs), max(cost.peak_mb for cost in costs))
 
     def floor(self) -> Cost:
-        """Read all four inputs, and copy one."""
+        """Read all four inputs and copy one."""
         (self.folder / "out").mkdir()
         script = f"cat {' '.join(str(file) for file in self.files)} | cat > /dev/null && cp {self.files[0]} out/copy"
         return run(["sh", "-c", script], self.folder)[0]
@@ -253,7 +253,7 @@ def report(bench: Bench, methods: Sequence[str]) -> None:
 
 
 def report_memory(folder: Path, hidden: int, vocabulary: int, layers: Sequence[int], methods: Sequence[str]) -> None:
-    """Print the peak memory of models that differ in nothing but their number of layers."""
+    """Print peak memory by number of layers."""
     print("\n| peak MB | " + " | ".join(f"{count} layers" for count in layers) + " |")
     print("|---|" + "---:|" * len(layers))
     peaks: dict[str, list[float]] = {method: [] for method in methods}
@@ -261,8 +261,8 @@ def report_memory(folder: Path, hidden: int, vocabulary: int, layers: Sequence[i
         bench = Bench(folder / f"layers{count}", Size(hidden, count, vocabulary), 1, None, 1)
         for method in methods:
             peaks[method].append(bench.rounds_of(lambda bench=bench, method=method: bench.ours(method), 1).peak_mb)  # type: ignore[misc]
-    for method, found in peaks.items():
-        print(f"| {method} | " + " | ".join(f"{peak:.0f}" for peak in found) + " |", flush=True)
+    for method, megabytes in peaks.items():
+        print(f"| {method} | " + " | ".join(f"{peak:.0f}" for peak in megabytes) + " |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=at_least(1), default=32000)
     parser.add_argument("--memory-layers", type=at_least(1), nargs="*", default=[2, 24])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoints; default: a temporary folder")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)

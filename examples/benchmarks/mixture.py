@@ -1,12 +1,12 @@
-"""How fast mixtures are put together, and how fast they run, beside mergekit-moe and a dense feed-forward.
+"""Benchmark of mixtures: assembly against mergekit-moe, and speed against a dense feed-forward layer.
 
     python examples/benchmarks/mixture.py --mergekit-moe /path/to/other/environment/bin/mergekit-moe
 
-Puts four bf16 Llama checkpoints (220 million parameters each unless told otherwise) together by whole commands in fresh
-processes: medians of several rounds, files in the page cache. Then times one layer's mixture, forward and forward with backward, for
-each of the ways to run its experts: what a dense feed-forward takes for as many active operations, divided by that. "Not routed"
-are as many separate feed-forwards, each on an equal share of the rows: what is lost there is lost to small products and
-to weights that have to be read, not to the mixture. One thread, rounds in turn, medians.
+Assembles four bf16 Llama checkpoints (220 million parameters each by default) with whole commands in fresh processes:
+medians of several rounds, files in the page cache. Then times the forward pass, and forward and backward pass, of one
+mixture layer with each implementation of the experts, relative to a dense feed-forward layer with as many active
+operations. "Not routed" is the same number of separate feed-forward layers on equal shares of the rows: its loss comes
+from small matrix products and from reading more weights, not from routing. One thread, alternating rounds, medians.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_recipe(folder: Path, models: Sequence[Path]) -> Path:
 
 
 def report_assembly(folder: Path, size: Size, rounds: int, other: Path | None, other_rounds: int) -> None:
-    """Print how long four experts take to become one mixture."""
+    """Print the time to assemble four experts into a mixture."""
     models = models_of(folder, size, 4)
     if not (models[0] / "tokenizer.json").exists():
         train_tokenizer(["one two three"], 300, models[0], max_length=128)
@@ -51,14 +51,14 @@ def report_assembly(folder: Path, size: Size, rounds: int, other: Path | None, o
                 shutil.copy(file, model / file.name)
     recipe = write_recipe(folder, models)
     ours = [sys.executable, "-m", "expertctl.cli.main", "merge", "--config", recipe, "-o", "out", "--quiet"]
-    found = measured(folder, ours, rounds)
+    costs = measured(folder, ours, rounds)
     print("| four experts as one mixture, random router | s | peak MB |")
     print("|---|---:|---:|")
-    print(f"| expertctl | {found.seconds:.2f} | {found.peak_mb:.0f} (at most {WANTED_PEAK_MB}) |", flush=True)
+    print(f"| expertctl | {costs.seconds:.2f} | {costs.peak_mb:.0f} (at most {WANTED_PEAK_MB}) |", flush=True)
     if other is not None:
         theirs = measured(folder, [other, recipe, "out"], other_rounds)
         print(f"| mergekit-moe | {theirs.seconds:.2f} | {theirs.peak_mb:.0f} |")
-        print(f"\nmergekit-moe / expertctl: {theirs.seconds / found.seconds:.1f} (at least {WANTED_RATIO:g})")
+        print(f"\nmergekit-moe / expertctl: {theirs.seconds / costs.seconds:.1f} (at least {WANTED_RATIO:g})")
 
 
 def measured(folder: Path, command: Sequence[str | Path], rounds: int) -> Cost:
@@ -68,14 +68,14 @@ def measured(folder: Path, command: Sequence[str | Path], rounds: int) -> Cost:
         costs.append(run(command, folder)[0])
         assert (folder / "out").is_dir(), "nothing was written"
     shutil.rmtree(folder / "out", ignore_errors=True)
-    return Cost(statistics.median(one.seconds for one in costs), max(one.peak_mb for one in costs))
+    return Cost(statistics.median(cost.seconds for cost in costs), max(cost.peak_mb for cost in costs))
 
 
 # --- running ---
 
 
 def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
-    """Return a dense feed-forward, and the same mixture with each way to run its experts, as loaded models have them."""
+    """Return a dense feed-forward layer and the same mixture layer with each implementation, as loaded models have them."""
     import torch
     from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
     from transformers.models.llama.modeling_llama import LlamaMLP
@@ -106,18 +106,18 @@ def blocks(width: int, inner: int, experts: int, top_k: int) -> dict[str, Any]:
             use_sorted_loop(model)
         else:
             model.set_experts_implementation(name)
-    found = {
+    modules = {
         "dense": LlamaMLP(dense),
         "not routed": in_equal_shares([LlamaMLP(dense) for _ in range(experts)]),
     }
     for name, model in models.items():
         network = model.network if isinstance(model, MixtureForCausalLM) else model
-        found[name] = network.model.layers[0].mlp
-    return found
+        modules[name] = network.model.layers[0].mlp
+    return modules
 
 
 def in_equal_shares(experts: Sequence[Any]) -> Any:
-    """Return feed-forwards as one module that sends as many rows through each, as they come."""
+    """Return a module that sends equal, consecutive shares of the rows through each layer."""
     import torch
 
     class EqualShares(torch.nn.ModuleList):
@@ -145,7 +145,7 @@ def seconds_of(block: Any, x: Any, *, backward: bool) -> float:
 def report_running(
     width: int, inner: int, tokens: Sequence[int], shapes: Sequence[tuple[int, int]], rounds: int
 ) -> None:
-    """Print the share of a dense feed-forward's speed that a mixture reaches for the same active operations."""
+    """Print the speed of mixture layers relative to a dense layer with the same active operations."""
     import torch
 
     torch.set_num_threads(1)
@@ -157,12 +157,12 @@ def report_running(
     for count in tokens:
         for experts, top_k in shapes:
             torch.manual_seed(0)
-            found = blocks(width, inner, experts, top_k)
+            modules = blocks(width, inner, experts, top_k)
             x, many = torch.randn(1, count, width), torch.randn(1, count * top_k, width)
             for backward in (False, True):
-                times: dict[str, list[float]] = {name: [] for name in found}
+                times: dict[str, list[float]] = {name: [] for name in modules}
                 for _ in range(rounds + 1):
-                    for name, block in found.items():
+                    for name, block in modules.items():
                         given = many if name in ("dense", "not routed") else x
                         times[name].append(seconds_of(block, given, backward=backward))
                 medians = {name: statistics.median(spent[1:]) for name, spent in times.items()}
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="*",
         default=[(256, 704), (576, 1536)],
         metavar="WIDTH,INNER",
-        help="widths of the layers that are timed; the second is a pretrained model's of 135 million parameters",
+        help="hidden and inner widths of the timed layers; the second default is that of a 135-million-parameter model",
     )
     parser.add_argument("--tokens", type=at_least(1), nargs="*", default=[1024, 2048])
     parser.add_argument(
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="EXPERTS,TOP_K",
     )
     parser.add_argument("--layer-rounds", type=at_least(1), default=15)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are kept; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoints; default: a temporary folder")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (given.folder or Path(temporary)).resolve()

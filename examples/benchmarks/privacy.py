@@ -1,9 +1,9 @@
-"""What a step of private training costs, beside an ordinary one: several blocks in a forward pass, or one.
+"""Benchmark of private training: cost of a step relative to ordinary training, with one or several blocks per forward pass.
 
     python examples/benchmarks/privacy.py
 
-A Llama with random weights takes steps on random tokens, every block of which is drawn each time. Times are of the processor, taken in turn in one process,
-so that ratios hold on a busy machine; memory is the peak of a fresh process for each. One thread.
+A Llama with random weights is trained on random tokens; every step draws all blocks. CPU times are measured in turn in
+one process, so that the ratios hold on a busy machine; peak memory is that of a fresh process for each loop. One thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOOPS = ("ordinary", "ordinary, one block at a time", "private", "private, one b
 
 
 def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], Any]:
-    """Return what takes one step of a loop, optimiser included."""
+    """Return a function that takes one step of a training loop, including the optimiser step."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -76,7 +76,7 @@ def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], A
 
 
 def times(given: argparse.Namespace, trains: str) -> dict[str, float]:
-    """Return the median seconds of a step of each loop, taken in turn."""
+    """Return the median CPU seconds per step of each loop, measured in turn."""
     steps = {loop: step_of(given, loop, trains) for loop in LOOPS}
     seconds: dict[str, list[float]] = {loop: [] for loop in LOOPS}
     for round_number in range(given.rounds + 1):
@@ -85,11 +85,11 @@ def times(given: argparse.Namespace, trains: str) -> dict[str, float]:
             step()
             if round_number:
                 seconds[loop].append(time.process_time() - begin)
-    return {loop: statistics.median(found) for loop, found in seconds.items()}
+    return {loop: statistics.median(values) for loop, values in seconds.items()}
 
 
 def peak(given: argparse.Namespace, loop: str, trains: str) -> float:
-    """Return the peak memory in MB of a fresh process that takes two steps."""
+    """Return the peak memory of a fresh process that takes two steps, in MB."""
     words = [sys.executable, __file__, "--loop", loop, "--trains", trains]
     for key in ("width", "layers", "vocabulary", "batch", "length"):
         words += [f"--{key}", str(getattr(given, key))]
@@ -119,11 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| trains | loop | CPU s per step | times ordinary | peak MB |")
     print("|---|---|---:|---:|---:|")
     for trains in parts:
-        found = times(given, trains)
+        seconds = times(given, trains)
         for loop in LOOPS:
-            ratio = found[loop] / found["ordinary"]
+            ratio = seconds[loop] / seconds["ordinary"]
             print(
-                f"| {trains} | {loop} | {found[loop]:.2f} | {ratio:.2f} | {peaks[trains, loop]:.0f} |",
+                f"| {trains} | {loop} | {seconds[loop]:.2f} | {ratio:.2f} | {peaks[trains, loop]:.0f} |",
                 flush=True,
             )
 

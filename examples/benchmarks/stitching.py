@@ -1,9 +1,9 @@
-"""What a training step of stitches costs, beside one of the hub alone.
+"""Benchmark of stitching: cost of a training step relative to training the hub alone.
 
     python examples/benchmarks/stitching.py
 
-Builds a hub and experts of one shape with random weights, side by side as `merge --method stitch` does, and takes steps of AdamW on random
-tokens, each variant in a fresh process: seconds per step (median), the process's peak memory, trained parameters. One thread.
+Builds a hub and experts of the same shape with random weights, as `merge --method stitch` does, and trains each variant on
+random tokens with AdamW in a fresh process: median seconds per step, peak memory, trained parameters. One thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def variants(experts: int) -> dict[str, dict[str, int]]:
 
 
 def model_of(given: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """Return a model and what of it trains."""
+    """Return a model and its trainable parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,7 +58,7 @@ def model_of(given: argparse.Namespace) -> tuple[Any, list[Any]]:
 
 
 def steps(given: argparse.Namespace) -> dict[str, float]:
-    """Take steps in this process and return what they cost."""
+    """Take training steps in this process and return their cost."""
     import torch
 
     torch.set_num_threads(1)
@@ -76,8 +76,8 @@ def steps(given: argparse.Namespace) -> dict[str, float]:
     return {
         "seconds": statistics.median(seconds[1:]),
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "trained": sum(one.numel() for one in parameters),
-        "total": sum(one.numel() for one in model.parameters()),
+        "trained": sum(parameter.numel() for parameter in parameters),
+        "total": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 
@@ -98,20 +98,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print(f"| what trains, beside {given.experts} experts | s per step | peak MB | trained | total |")
     print("|---|---:|---:|---:|---:|")
-    for name, one in variants(given.experts).items():
+    for name, variant in variants(given.experts).items():
         words = [
             sys.executable,
             __file__,
             "--stitches",
-            str(one["stitches"]),
+            str(variant["stitches"]),
             "--experts",
-            str(one["experts"]),
+            str(variant["experts"]),
         ]
         for key in ("width", "layers", "vocabulary", "batch", "length", "steps"):
             words += [f"--{key}", str(getattr(given, key))]
-        found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        figures = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
         print(
-            f"| {name} | {found['seconds']:.2f} | {found['peak_mb']:.0f} | {found['trained']:,} | {found['total']:,} |",
+            f"| {name} | {figures['seconds']:.2f} | {figures['peak_mb']:.0f} | {figures['trained']:,} | {figures['total']:,} |",
             flush=True,
         )
 

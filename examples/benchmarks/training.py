@@ -1,11 +1,10 @@
-"""How fast the training loop is: against the plainest loop, with torch.compile, and to its first step.
+"""Benchmark of training: speed relative to a plain loop, with torch.compile, and time to the first step.
 
     python examples/benchmarks/training.py [--rounds 9] [--steps 4] [--no-compile]
 
-All variants train the same 7-million-parameter model on the same blocks, in turns within one process, so that
-what else the machine does hits all of them; figures are medians of the rounds' ratios. One thread each, CPU
-seconds. The time to the first step is measured in processes of their own; transformers' Trainer needs
-`pip install accelerate` for that, and is left out without it.
+All variants train the same 7-million-parameter model on the same blocks, in turn within one process, so that other load
+on the machine affects all of them; figures are medians of the ratios of the rounds, in CPU seconds, one thread each. The time
+to the first step is measured in fresh processes; transformers' Trainer is included if accelerate is installed.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ print("process", time.process_time())
 
 
 def new_model() -> Any:
-    """Return the model that every variant trains: the `small` preset in Llama's style."""
+    """Return the model that every variant trains: the `small` preset of the Llama architecture."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +80,7 @@ def new_model() -> Any:
 
 
 def new_blocks(folder: str) -> Any:
-    """Return blocks of random tokens; what they say does not matter for speed."""
+    """Return blocks of random tokens."""
     import numpy as np
 
     from expertctl.core.text.token_store import PART_FILE, TokenBlocks, TokenStore, write_part
@@ -99,7 +98,7 @@ def settings(**changes: Any) -> Any:
 
 
 def plain_loop(folder: str) -> Callable[[], None]:
-    """Return one step of the plainest loop: fused AdamW on the same transformers model, nothing else."""
+    """Return a function that takes one step of a plain loop: fused AdamW on the same transformers model."""
     import numpy as np
     import torch
 
@@ -122,7 +121,7 @@ def plain_loop(folder: str) -> Callable[[], None]:
 
 
 def our_loop(folder: str, **changes: Any) -> Callable[[], None]:
-    """Return one step of the project's loop."""
+    """Return a function that takes one step of the project's loop."""
     from expertctl.experts.runs.trainable import all_parameters
     from expertctl.experts.training.loop import TrainingLoop
 
@@ -166,19 +165,19 @@ def measure_first_step(folder: str, rounds: int) -> None:
         names.append("transformers.Trainer")
     else:
         print("no accelerate: transformers.Trainer is left out", file=sys.stderr)
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
+    measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            found[name].append(first_step(name, folder))
+            measured[name].append(first_step(name, folder))
     print("\n| seconds, median | built model to first step, wall | the same, CPU | process to end of first step, CPU |")
     print("|---|---:|---:|---:|")
-    for name, rows in found.items():
+    for name, rows in measured.items():
         cells = (f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True))
         print(f"| {name} | {' | '.join(cells)} |")
 
 
 def first_step(name: str, folder: str) -> tuple[float, float, float]:
-    """Return what a fresh process takes: (wall, CPU) from the built model to the first step, CPU of all it did."""
+    """Return seconds of a fresh process: (wall, CPU) from the built model to the first step, and CPU in total."""
     here = str(Path(__file__).parent)
     code = (SETUP + FIRST_STEP[name]).format(here=here, folder=folder) + REPORT
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -190,7 +189,7 @@ def first_step(name: str, folder: str) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=at_least(2), default=9)
-    parser.add_argument("--steps", type=at_least(1), default=4, help="steps of each variant in a round")
+    parser.add_argument("--steps", type=at_least(1), default=4, help="steps per variant and round")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args()
     import torch

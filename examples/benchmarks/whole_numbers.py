@@ -1,4 +1,4 @@
-"""Whole numbers that the benchmarks' options take."""
+"""Integer types of the benchmarks' command-line options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return what reads a whole number of at least `least`, for the parser to refuse others by itself."""
+    """Return an argparse type for integers of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -22,13 +22,13 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def pair_of(first: str, second: str) -> Callable[[str], tuple[int, int]]:
-    """Return what reads `8,2`: two whole numbers of at least 1, named for the message."""
+    """Return an argparse type for two integers of at least 1 such as `8,2`; the error message names them `first` and `second`."""
 
     def read(text: str) -> tuple[int, int]:
         try:
-            one, other = (at_least(1)(part) for part in text.split(","))
+            smallest, other = (at_least(1)(part) for part in text.split(","))
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise argparse.ArgumentTypeError(f"'{text}' is no {first},{second} such as 8,2") from error
-        return one, other
+        return smallest, other
 
     return read

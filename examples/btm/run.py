@@ -1,11 +1,11 @@
-"""Branch-Train-Merge against its controls at one budget of tokens, over several random seeds.
+"""Branch-Train-Merge and its controls at the same token budget, over several random seeds.
 
     python examples/btm/run.py                                  # the bundled corpora
     python examples/btm/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each domain: train.jsonl, valid.jsonl
 
-Half of the budget goes to the seed, the rest in equal parts to the experts; every control spends the same.
-Each random seed is a workspace of its own below --out; stopped at any point, the same command goes on.
-Prints the table of mean bits per byte over the domains; `rows.json` in each workspace has every domain's.
+Half of the budget goes to the seed, the rest in equal parts to the experts; every control gets the same budget.
+Each random seed has a workspace of its own in --out; the same command resumes an interrupted run.
+Prints a table of bits per byte, averaged over the domains; `rows.json` in each workspace has the values of every domain.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path, help="default: the bundled corpora")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="the whole budget (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="total token budget (default: %(default)s)")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("btm-runs"))
@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Carry out everything for one random seed; return bits per byte by row and domain."""
+    """Run the experiment with one random seed; return bits per byte by row and domain."""
     workspace = make_workspace(root, seed, options)
     if not (workspace.layout.seed / "seed.json").exists():
         workspace.seed()
@@ -108,7 +108,7 @@ def require(failed: object) -> None:
 
 
 def shared_rows(workspace: Workspace) -> dict[str, dict[str, float]]:
-    """Score what is the same for every domain: seed, experts, generalists, controls."""
+    """Evaluate the models that do not depend on a target domain: seed, experts, generalists, controls."""
     folders = {name: merged(workspace, name, settings) for name, settings in MERGES.items()}
     names = {
         "seed": "seed",
@@ -128,7 +128,7 @@ def shared_rows(workspace: Workspace) -> dict[str, dict[str, float]]:
 
 
 def per_target_rows(workspace: Workspace) -> dict[str, dict[str, float]]:
-    """Score what Branch-Train-Merge makes for each target domain: priors fitted on its validation text."""
+    """Evaluate the models made for each target domain, with priors fitted on its validation text."""
     rows: dict[str, dict[str, float]] = {name: {} for name in (TARGET_AVERAGE, *TARGET_ENSEMBLES)}
     for domain in workspace.config.domains:
         average = {"method": "average", "weights": "posterior", "fit_on": [domain]}
@@ -145,7 +145,7 @@ def per_target_rows(workspace: Workspace) -> dict[str, dict[str, float]]:
 
 
 def merged(workspace: Workspace, name: str, settings: dict[str, object]) -> str:
-    """Make a generalist, unless an earlier try did, and return its folder's name."""
+    """Merge a generalist unless it exists; return the name of its folder."""
     folder = name.replace(", ", "-").replace(" ", "-")
     if not (workspace.generalists / folder / "generalist.json").exists():
         workspace.merge(folder, **settings)
@@ -153,7 +153,7 @@ def merged(workspace: Workspace, name: str, settings: dict[str, object]) -> str:
 
 
 def markdown(results: list[dict[str, dict[str, float]]], seeds: list[int]) -> str:
-    """Return the table: a row for each model, a column for each random seed, mean and spread over them."""
+    """Return the table: a row per model, a column per random seed, mean and spread."""
     heads = [*(f"seed {seed}" for seed in seeds), "mean", "std"]
     lines = [
         f"| bits per byte, mean over domains | {' | '.join(heads)} |",

@@ -1,10 +1,11 @@
-"""Stitched experts against what else can be made of the same experts, over several random seeds.
+"""Stitching compared with other merges of the same experts, over several random seeds.
 
     python examples/bts/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each domain: train.jsonl, valid.jsonl
 
-The seed is pretrained on a share of everybody's text; each expert is trained whole on the rest of its domain. Then stitches, a
-BTX mixture and a FlexOlmo router train for the same number of tokens each. Each random seed is a workspace of its own
-below --out; stopped at any point, the same command goes on. One column is text of two domains, a passage of each in turn.
+The seed is pretrained on a share of the text of all domains; all parameters of each expert are trained on the rest of its
+domain. Then stitches, a BTX mixture and a FlexOlmo router are trained on the same number of tokens each. Each random seed
+has a workspace of its own in --out; the same command resumes an interrupted run. One column of the table is text that
+alternates between passages of two domains.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--domains",
         type=split,
         default=["python", "scripture", "speeches", "metamath"],
-        help="folders of --corpora",
+        help="names of folders in --corpora",
     )
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--public-share", type=float, default=0.3, help="of every domain's documents")
+    parser.add_argument("--public-share", type=float, default=0.3, help="share of public documents in every domain")
     parser.add_argument("--seed-tokens", type=int, default=2_000_000)
     parser.add_argument("--expert-tokens", type=int, default=600_000)
     parser.add_argument("--tuning-tokens", type=int, default=400_000)
@@ -80,7 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Carry out everything for one random seed; return bits per byte and costs by row."""
+    """Run the experiment with one random seed; return bits per byte and costs by row."""
     workspace = make_workspace(root, seed, options)
     if not (workspace.layout.seed / "seed.json").exists():
         workspace.seed()
@@ -102,8 +103,8 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     experts = [f"dense-{domain}" for domain in options.domains]
     table = workspace.evaluate("seed", *experts, *folders.values(), domains=[*options.domains, CROSSED])
     scores = {
-        model: {domain: one.values["bits_per_byte"] for domain, one in found.items()}
-        for model, found in table.scores.items()
+        model: {domain: score.values["bits_per_byte"] for domain, score in row.items()}
+        for model, row in table.scores.items()
     }
     best = min(experts, key=lambda name: own_mean(scores[name]))
     named = {"seed": "seed", "best single expert": best, **folders}
@@ -114,7 +115,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
 
 
 def costs(workspace: Workspace, model: str, trained: bool) -> dict[str, float]:
-    """Return total, active and trained parameters, and tokens per second in scoring."""
+    """Return total, active and trained parameters, and scored tokens per second."""
     import torch
 
     from expertctl import load_model
@@ -127,7 +128,7 @@ def costs(workspace: Workspace, model: str, trained: bool) -> dict[str, float]:
             begin = time.perf_counter()
             network(input_ids=tokens, use_cache=False)
             seconds.append(time.perf_counter() - begin)
-    unique = {one.data_ptr(): one.numel() for one in network.parameters()}
+    unique = {parameter.data_ptr(): parameter.numel() for parameter in network.parameters()}
     moved = moving_parameters(network, model) if trained else 0
     return {
         "total": sum(unique.values()),
@@ -138,32 +139,32 @@ def costs(workspace: Workspace, model: str, trained: bool) -> dict[str, float]:
 
 
 def idle_parameters(network: Any) -> int:
-    """Return how many parameters a token passes by: those of the experts of a mixture that it is not sent to."""
+    """Return the number of parameters that are inactive for a token: those of experts it is not routed to."""
     config = network.config
     count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     if not count:
         return 0  # every member of an ensemble or a stitched model works on every token
-    inside = sum(one.numel() for name, one in network.named_parameters() if ".experts." in name)
+    inside = sum(parameter.numel() for name, parameter in network.named_parameters() if ".experts." in name)
     return inside - inside * int(config.num_experts_per_tok) // int(count)
 
 
 def moving_parameters(network: Any, model: str) -> int:
-    """Return how many parameters the tuning of a row moves."""
+    """Return the number of parameters that the tuning of a row trains."""
     patterns = {"stitched-trained": "stitches.", "flexolmo-router-trained": ".mlp.gate."}
     wanted = patterns.get(model, "")
-    return sum(one.numel() for name, one in network.named_parameters() if wanted in name)
+    return sum(parameter.numel() for name, parameter in network.named_parameters() if wanted in name)
 
 
 def costs_table(results: list[dict[str, Any]]) -> str:
-    """Return parameters and speed by row, of the first random seed."""
+    """Return parameters and speed by row, for the first random seed."""
     lines = [
         "| | parameters | active at a token | trained after the merge | tokens per second in scoring |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row, one in results[0]["costs"].items():
+    for row, cost in results[0]["costs"].items():
         lines.append(
-            f"| {row} | {int(one['total']):,} | {int(one['active']):,} | {int(one['trained']):,} | "
-            f"{int(one['tokens_per_second']):,} |"
+            f"| {row} | {int(cost['total']):,} | {int(cost['active']):,} | {int(cost['trained']):,} | "
+            f"{int(cost['tokens_per_second']):,} |"
         )
     return "\n".join(lines)
 
@@ -191,7 +192,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
 
 
 def crossed_text(folder: Path, corpora: Path, domains: list[str]) -> dict[str, Path]:
-    """Write documents that hold passages of two domains in turn, from validation text; both parts hold the same."""
+    """Write documents with alternating passages of two domains' validation text, as both training and validation files."""
     held_out = {
         domain: [
             json.loads(line)["text"]
@@ -202,10 +203,10 @@ def crossed_text(folder: Path, corpora: Path, domains: list[str]) -> dict[str, P
     lines = []
     for number, first in enumerate(domains):
         second = domains[(number + 1) % len(domains)]
-        for one, other in zip(held_out[first][:20], held_out[second][:20], strict=False):
+        for left, other in zip(held_out[first][:20], held_out[second][:20], strict=False):
             pieces = []
-            for begin in range(0, min(len(one), len(other), 4 * PASSAGE_LETTERS), PASSAGE_LETTERS):
-                pieces += [one[begin : begin + PASSAGE_LETTERS], other[begin : begin + PASSAGE_LETTERS]]
+            for begin in range(0, min(len(left), len(other), 4 * PASSAGE_LETTERS), PASSAGE_LETTERS):
+                pieces += [left[begin : begin + PASSAGE_LETTERS], other[begin : begin + PASSAGE_LETTERS]]
             lines.append(json.dumps({"text": "\n".join(pieces)}, ensure_ascii=False))
     path = folder / f"{CROSSED}.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

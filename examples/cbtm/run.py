@@ -1,12 +1,12 @@
-"""Experts of clusters that nobody labelled, against one dense model and experts of random splits, over several random seeds.
+"""Experts of discovered clusters, compared with a dense model and experts of random splits, over several random seeds.
 
     python examples/cbtm/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each set of text: train.jsonl, valid.jsonl
 
-The seed is pretrained on a share of all text. The rest is mixed, its labels hidden, sorted into clusters, and an expert is
-trained on each; all experts together get the tokens that the dense model gets (Cluster-Branch-Train-Merge,
-arXiv:2303.14177). Labels come back to measure: how pure clusters are, and bits per byte on each set. What is
-fitted is fitted on one half of the validation text, everything is measured on the other. Each random seed is a
-workspace of its own below --out; stopped at any point, the same command goes on.
+The seed is pretrained on a share of all text. The rest is mixed without labels and clustered, and an expert is trained on
+each cluster; all experts together get as many tokens as the dense model (Cluster-Branch-Train-Merge, arXiv:2303.14177).
+The labels are used only to measure the purity of clusters and bits per byte on each corpus. Temperatures and priors are
+fitted on one half of the validation text; every model is evaluated on the other half. Each random seed has a workspace
+of its own in --out; the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def main() -> None:
         ("purity", "purity of clusters"),
         ("balance", "largest cluster, times the mean"),
     ):
-        found = [{name: one[measure] for name, one in result["clusters"].items()} for result in results]
-        print(table_over_seeds(heading, SORTED, found, options.seeds), end="\n\n")
-    scores = [{name: statistics.mean(row.values()) for name, row in one["scores"].items()} for one in results]
+        measures = [{name: cluster[measure] for name, cluster in result["clusters"].items()} for result in results]
+        print(table_over_seeds(heading, SORTED, measures, options.seeds), end="\n\n")
+    scores = [{name: statistics.mean(row.values()) for name, row in result["scores"].items()} for result in results]
     print(table_over_seeds("bits per byte, mean over the sets", ORDER, scores, options.seeds), end="\n\n")
     temperatures = [result["temperatures"] for result in results]
     print(table_over_seeds("temperature", tuple(ENSEMBLES), temperatures, options.seeds))
@@ -75,11 +75,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--clusters", type=int, default=6)
-    parser.add_argument("--passage-bytes", type=int, default=2000, help="of a document")
+    parser.add_argument("--passage-bytes", type=int, default=2000, help="size of a passage in bytes")
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--public-share", type=float, default=0.3, help="of every set's documents")
+    parser.add_argument("--public-share", type=float, default=0.3, help="share of public documents in every corpus")
     parser.add_argument("--seed-tokens", type=int, default=1_500_000)
-    parser.add_argument("--tokens", type=int, default=1_800_000, help="of all experts together")
+    parser.add_argument("--tokens", type=int, default=1_800_000, help="token budget of all experts together")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("cbtm-runs"))
@@ -87,7 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Carry out everything for one random seed; return clusters' figures, bits per byte by row and set, temperatures."""
+    """Run the experiment with one random seed; return cluster figures, bits per byte by row and corpus, and temperatures."""
     workspace, labels = make_workspace(root, seed, options)
     if not (root / "clusters" / FOUND / "clusters.json").exists():
         workspace.discover(FOUND, options.clusters, DiscoverySettings(domains=[MIXED], seed=seed))
@@ -115,8 +115,8 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     named = {"seed": "seed", **BASELINES, **folders}
     table = workspace.evaluate(*named.values(), *experts, domains=sets)
     scores = {
-        model: {domain: one.values["bits_per_byte"] for domain, one in found.items()}
-        for model, found in table.scores.items()
+        model: {domain: score.values["bits_per_byte"] for domain, score in row.items()}
+        for model, row in table.scores.items()
     }
     best = min(experts, key=lambda name: statistics.mean(scores[name].values()))
     return {
@@ -131,7 +131,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
 
 
 def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[Workspace, dict[str, str]]:
-    """Return the workspace of a random seed, and the set that each training document is of."""
+    """Return the workspace of a random seed, and the corpus of each training document."""
     text = divided_text(root / "text", options.corpora, options.public_share)
     domains, labels = {PUBLIC: text.pop(PUBLIC)}, {}
     mixed: dict[str, list[str]] = {"train": [], "valid": []}
@@ -169,25 +169,25 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[
 
 
 def passages(path: Path, bytes_each: int) -> list[str]:
-    """Return a set's text as documents of about one size: long ones cut between lines, short ones joined."""
-    found, piece, size = [], [], 0
+    """Return the text of a corpus as documents of similar size: long documents split between lines, short ones joined."""
+    documents, piece, size = [], [], 0
     for record in path.read_text(encoding="utf-8").splitlines():
         for line in json.loads(record)["text"].split("\n"):
             piece.append(line)
             size += len(line.encode()) + 1
             if size >= bytes_each:
-                found.append("\n".join(piece))
+                documents.append("\n".join(piece))
                 piece, size = [], 0
     if piece:
-        found.append("\n".join(piece))
-    return [json.dumps({"text": text}, ensure_ascii=False) for text in found]
+        documents.append("\n".join(piece))
+    return [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
 
 
 def figures(texts: dict[str, str], clusters: int, seed: int) -> dict[str, dict[str, float]]:
-    """Return purity and balance of texts sorted in three ways; `texts` has the label of each."""
+    """Return purity and balance of three clusterings; `texts` maps each text to its label."""
     source = random.Random(seed)
     kinds = dict(zip(SORTED, (True, False, None), strict=True))
-    found = {}
+    quality = {}
     for name, balanced in kinds.items():
         if balanced is None:
             chosen: Iterable[int] = [source.randrange(clusters) for _ in texts]
@@ -197,12 +197,12 @@ def figures(texts: dict[str, str], clusters: int, seed: int) -> dict[str, dict[s
         members: list[list[str]] = [[] for _ in range(clusters)]
         for cluster, label in zip(chosen, texts.values(), strict=True):
             members[cluster].append(label)
-        found[name] = purity_and_balance(members)
-    return found
+        quality[name] = purity_and_balance(members)
+    return quality
 
 
 def purity_and_balance(clusters: list[list[str]]) -> dict[str, float]:
-    """Return the share of documents that are of their cluster's most frequent label, and how large the largest is."""
+    """Return the share of documents with their cluster's most frequent label, and the size of the largest cluster relative to the mean."""
     total = sum(map(len, clusters))
     leading = sum(max(Counter(members).values(), default=0) for members in clusters)
     return {"purity": leading / total, "balance": max(map(len, clusters)) * len(clusters) / total}

@@ -1,4 +1,4 @@
-"""Text for `run.sh`: a share of each owner's documents is public, the rest is private; a workspace for the coordinator.
+"""Prepare the text of `run.sh` (a public and a private share of each owner's documents) and the coordinator's workspace.
 
 python examples/federation/prepare.py FOLDER [--corpora FOLDER]
 """
@@ -47,12 +47,12 @@ def main() -> None:
 
 
 def bundled_text(folder: Path) -> Path:
-    """Write text that every installation has, a folder for each owner."""
+    """Write the bundled text to a folder for each owner."""
     for name in BUNDLED:
-        found = read_bundled(name, 400_000)
+        bundled = read_bundled(name, 400_000)
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for part, texts in (("train", found.train), ("valid", found.valid)):
-            lines = [json.dumps({"text": one}) for one in texts]
+        for part, texts in (("train", bundled.train), ("valid", bundled.valid)):
+            lines = [json.dumps({"text": text}) for text in texts]
             (folder / name / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

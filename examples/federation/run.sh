@@ -1,11 +1,14 @@
 #!/bin/sh
-# Three owners with text of their own, real processes on loopback: all deliver, FlexOlmo merges, a table compares.
+# A federation of three owners as real processes on loopback: they train on their own text and deliver their experts,
+# the coordinator merges these with FlexOlmo and compares the models in a table.
 #
 #   sh examples/federation/run.sh [FOLDER]
 #
-# CORPORA names a folder with a folder for each owner (train.jsonl, valid.jsonl); the first three are taken. Without it, text that every
-# installation has on its disk is used. TOKENS is what each owner trains on. RECIPE=diloco or RECIPE=fedavg makes one shared model
-# in ROUNDS rounds instead of experts that are merged; run in the same folder, it stands in the table beside them.
+# CORPORA   a folder with a folder for each owner (train.jsonl, valid.jsonl), of which the first three are used;
+#           default: text that every installation has on its disk
+# TOKENS    tokens per owner
+# RECIPE    diloco or fedavg: train one shared model in ROUNDS rounds instead of merging experts; in the same FOLDER,
+#           its row joins the table
 set -eu
 folder=${1:-federation-demo}
 tokens=${TOKENS:-200000}

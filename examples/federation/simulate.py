@@ -1,8 +1,8 @@
-"""Federations of 10 to 10,000 owners played through: the table of docs/simulation.md.
+"""Simulations of federations with 10 to 10,000 owners: the table of docs/simulation.md.
 
 Run: python examples/federation/simulate.py [--sizes 10,100,1000,10000] [OPTION OF `expertctl federate simulate` ...]
 
-Each size runs in a process of its own, so that its peak memory is its own.
+Each size runs in a process of its own to measure its peak memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HEADINGS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="10,100,1000,10000", help="numbers of owners, by commas")
+    parser.add_argument("--sizes", default="10,100,1000,10000", help="numbers of owners, separated by commas")
     arguments, options = parser.parse_known_args()
     print(f"| {' | '.join(HEADINGS)} |")
     print("|---:" * len(HEADINGS) + "|")

@@ -1,11 +1,11 @@
-"""FlexOlmo against what else can be made of the same owners' text, over several random seeds.
+"""FlexOlmo compared with other uses of the same owners' text, over several random seeds.
 
     python examples/flexolmo/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each owner: train.jsonl, valid.jsonl
 
-A share of every owner's documents is public; the seed is pretrained on that mix. Each owner then trains on the rest of
-its own, all for the same number of tokens. Each random seed is a workspace of its own below --out; stopped at any
-point, the same command goes on. Prints mean bits per byte over the owners' validation text; `rows.json` in each
-workspace has every owner's.
+A share share of public documents of every owner is public; the seed is pretrained on the public documents of all owners. Each owner then
+trains on its private documents, all for the same number of tokens. Each random seed has a workspace of its own in --out;
+the same command resumes an interrupted run. Prints bits per byte averaged over the owners' validation text; `rows.json` in
+each workspace has the values of every owner.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--public-share", type=float, default=0.3, help="of every owner's documents")
+    parser.add_argument("--public-share", type=float, default=0.3, help="share of public documents of every owner")
     parser.add_argument("--seed-tokens", type=int, default=2_000_000)
     parser.add_argument("--owner-tokens", type=int, default=600_000)
     parser.add_argument("--tuning-tokens", type=int, default=200_000)
@@ -91,7 +91,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Carry out everything for one random seed; return bits per byte by row and owner."""
+    """Run the experiment with one random seed; return bits per byte by row and owner."""
     workspace = make_workspace(root, seed, options)
     if not (workspace.layout.seed / "seed.json").exists():
         workspace.seed()
@@ -150,7 +150,7 @@ def owners_of(workspace: Workspace) -> list[str]:
 
 
 def merged(workspace: Workspace, row: str, kind: str, settings: dict[str, Any], owners: list[str]) -> str:
-    """Make a generalist of the owners' experts of one kind, unless an earlier try did; return its folder's name."""
+    """Merge the owners' experts of one kind unless the generalist exists; return the name of its folder."""
     folder = folder_name(row)
     top_k = settings.get("options", {}).get("top_k")
     if top_k is not None:
@@ -161,7 +161,7 @@ def merged(workspace: Workspace, row: str, kind: str, settings: dict[str, Any], 
 
 
 def unrestricted(workspace: Workspace, owners: list[str], tokens: int) -> str:
-    """Train a mixture of the seed's copies on everybody's text, for as many tokens as all owners together."""
+    """Train a mixture of copies of the seed on the text of all owners, for as many tokens as all owners together."""
     start = workspace.generalists / "copies"
     if not (start / "generalist.json").exists():
         copies = [workspace.root / "copies" / f"copy-{number}" for number in range(len(owners) + 1)]
@@ -193,7 +193,7 @@ def tuned(
 
 
 def without_each(workspace: Workspace) -> dict[str, dict[str, float]]:
-    """Take each owner out of the mixture; return bits per byte by who left (`nobody`, an owner) and owner."""
+    """Remove each owner from the mixture; return bits per byte by removed owner (or `nobody`) and owner."""
     owners = owners_of(workspace)
     whole = workspace.generalists / folder_name("flexolmo")
     folders = {"nobody": whole.name}
@@ -211,7 +211,7 @@ def without_each(workspace: Workspace) -> dict[str, dict[str, float]]:
 
 
 def leaving_table(rows: dict[str, dict[str, float]]) -> str:
-    """Return the opt-out matrix: how much worse each owner's text gets, in percent, by who left."""
+    """Return the opt-out matrix: increase of bits per byte on each owner's text in percent, by removed owner."""
     owners = list(rows["nobody"])
     lines = [f"| left | {' | '.join(owners)} |", "|---" + "|---:" * len(owners) + "|"]
     for left, row in rows.items():

@@ -1,4 +1,4 @@
-"""Trimmed mean: drop the lowest and highest experts element by element, average the rest."""
+"""Trimmed mean: for each element, drop the lowest and highest values and average the rest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How much to drop."""
+    """Options of the trimmed mean."""
 
     trim: int = 1
     """Experts dropped at either end."""
 
 
 def trimmed_mean(group: TensorGroup, options: Options) -> Tensor:
-    """Return the mean of the experts that lie in the middle, for every element by itself."""
+    """Return the element-wise mean of the experts' middle values."""
     import torch  # here and not at the top, so that `expertctl --help` stays fast
 
     count = len(group.experts)
