@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from ..core.artefacts.layout import Layout
     from ..core.process.progress import Progress
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+GATE_FAILED = 3
+"""Exit status if the command succeeded and a requested check failed."""
+
 
 class Session:
     """The shared options, and the workspace and output that depend on them."""
@@ -57,11 +62,6 @@ class Session:
     def note(self, text: str) -> None:
         """Print a note on standard error, unless `--quiet` is set."""
         if not self.quiet:
-            click.echo(text, err=True)
-
-    def detail(self, text: str) -> None:
-        """Print a note on standard error if `--verbose` is set."""
-        if self.verbose:
             click.echo(text, err=True)
 
     def finish(self, content: Mapping[str, Any], *parts: str | Table) -> None:

@@ -69,26 +69,25 @@ class LazyGroup(Group):
     def __init__(self, *args: Any, modules: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sections = dict(modules or {})
-        self._builtin = tuple(name for names in self._sections.values() for name in names)
+        self._folders = {name: section.lower() for section, names in self._sections.items() for name in names}
+        """Folder of each built-in command's module: its section in lower case."""
         self._plugins_loaded = False
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         self._load_plugins()
-        return [*self._builtin, *sorted(self.commands)]
+        return [*self._folders, *sorted(self.commands)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name in self._builtin:
-            return _load(self._folder_of(name), name)
+        if name in self._folders:
+            module = importlib.import_module(f".{self._folders[name]}.{name.replace('-', '_')}", __package__)
+            command: click.Command = module.command
+            return command
         self._load_plugins()
         return self.commands.get(name)
 
-    def _folder_of(self, name: str) -> str:
-        """Return the folder of a command's module: its section in lower case."""
-        return next(section.lower() for section, names in self._sections.items() if name in names)
-
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         new_name = name or cmd.name
-        if new_name in self._builtin or new_name in self.commands:
+        if new_name in self._folders or new_name in self.commands:
             raise ValueError(f"the command '{new_name}' already exists")
         super().add_command(cmd, name)
 
@@ -120,13 +119,6 @@ class LazyGroup(Group):
             ]
             with formatter.section(title):
                 formatter.write_dl(rows)
-
-
-def _load(folder: str, name: str) -> click.Command:
-    """Import the module `cli/FOLDER/NAME.py` and return its `command`."""
-    module = importlib.import_module(f".{folder}.{name.replace('-', '_')}", __package__)
-    command: click.Command = module.command
-    return command
 
 
 def cli_command(name: str, *, example: str) -> Callable[[Callback], Command]:

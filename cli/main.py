@@ -12,7 +12,7 @@ import click
 from ..core.artefacts.files import user_fixable_error
 from ..core.errors import UserError
 from ..core.process.environment import prepare_libraries
-from .context import Session
+from .context import INTERRUPTED, Session
 from .group import LazyGroup, options_everywhere
 from .output import print_json
 
@@ -24,15 +24,6 @@ COMMANDS = {
     "Federate": ("federate",),
     "Trust": ("show", "log", "verify", "reproduce", "audit"),
 }
-INTERRUPTED = 130
-
-
-def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        click.echo(f"expertctl {version('expertctl')}")
-        ctx.exit()
 
 
 @click.group(
@@ -42,14 +33,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     params=options_everywhere(),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_print_version,
-    help="Print the version and exit.",
-)
+@click.version_option(package_name="expertctl", message="%(prog)s %(version)s", help="Print the version and exit.")
 def cli() -> None:
     """Train language-model experts independently and merge them.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +12,6 @@ from .parsing import as_dictionary, names, setting
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
-Setting = tuple[str, Any]
-"""A parsed KEY=VALUE."""
 
 
 def option(flags: str, metavar: str | None, help: str, *, name: str | None = None, **settings: Any) -> Decorator[Any]:
@@ -34,14 +32,19 @@ def integer(flags: str, help: str, *, least: int = 1, metavar: str = "N", **sett
     return option(flags, metavar, help, type=click.IntRange(min=least), **settings)
 
 
+def fraction(flags: str, metavar: str, help: str, *, allow_zero: bool = False, **settings: Any) -> Decorator[Any]:
+    """Return an option for a number of at most 1 that is above 0, or at least 0 with `allow_zero`."""
+    return option(flags, metavar, help, type=click.FloatRange(0, 1, min_open=not allow_zero), **settings)
+
+
 def choice(flags: str, choices: Sequence[str], help: str, **settings: Any) -> Decorator[Any]:
     """Return an option for one of a few words."""
     return option(flags, None, help, type=click.Choice(choices), **settings)
 
 
-def name_list(flags: str, help: str, *, metavar: str = "A,B", **settings: Any) -> Decorator[Any]:
+def name_list(flags: str, help: str, **settings: Any) -> Decorator[Any]:
     """Return an option for names separated by commas."""
-    return option(flags, metavar, help, type=names, **settings)
+    return option(flags, "A,B", help, type=names, **settings)
 
 
 def path(flags: str, metavar: str, help: str, *, file: bool = False, **settings: Any) -> Decorator[Any]:
@@ -51,8 +54,12 @@ def path(flags: str, metavar: str, help: str, *, file: bool = False, **settings:
 
 
 def pairs(flags: str, name: str, help: str) -> Decorator[Any]:
-    """Return a repeatable option KEY=VALUE."""
-    return option(flags, "KEY=VALUE", help, name=name, type=setting, multiple=True)
+    """Return a repeatable option KEY=VALUE, whose parameter is a dictionary."""
+
+    def collect(ctx: click.Context, param: click.Parameter, value: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+        return as_dictionary(value)
+
+    return option(flags, "KEY=VALUE", help, name=name, type=setting, multiple=True, callback=collect)
 
 
 def with_options(*options: Decorator[Any]) -> Decorator[Any]:
@@ -73,6 +80,6 @@ with_training = with_options(
 )
 
 
-def training_settings(tokens: int | None, settings: Iterable[Setting]) -> dict[str, Any]:
-    """Return the training settings of `with_training`."""
-    return as_dictionary((*settings, *([("tokens", tokens)] if tokens is not None else [])))
+def training_settings(tokens: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training settings for the options `--tokens` and `--set`."""
+    return as_dictionary((*settings.items(), *([("tokens", tokens)] if tokens is not None else [])))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import click
@@ -29,16 +30,20 @@ class Table:
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print the JSON object of a command; NaN and infinities, which JSON does not support, become null."""
-    click.echo(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print the JSON object of a command.
+
+    NaN and infinities, which JSON does not support, become null; times become ISO 8601 strings.
+    """
+    click.echo(json.dumps(_as_json(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
-    """Return JSON content with NaN and infinities replaced by None."""
+def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_as_json(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -89,6 +94,11 @@ def _print_rich(table: Table) -> None:
     if table.title:
         click.secho(table.title, bold=True)
     Console().print(rich_table)
+
+
+def listing(title: str, lines: Iterable[str]) -> str:
+    """Return a title with indented lines below it."""
+    return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
 def short(digest: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT])?(?P<binary>i)?B?\s*", re.IGNORECASE)
+_AMOUNT = r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT])?(?P<binary>i)?"
+COUNT = re.compile(_AMOUNT + r"\s*", re.IGNORECASE)
+SIZE = re.compile(_AMOUNT + r"B?\s*", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # such as 1e-6, which YAML 1.1 reads as a string
 GATE = re.compile(r"\s*(?P<lower>\S+)\s*<\s*(?P<upper>\S+)\s*")
 
@@ -74,10 +76,7 @@ def named_folder(value: str) -> tuple[str, Path]:
 
 def byte_count(value: str | int) -> int:
     """Parse `500MB`, `5GB`, `5GiB` or a number of bytes."""
-    match = SIZE.fullmatch(str(value))
-    if match is None or float(match["number"]) <= 0:
-        raise click.BadParameter(f"'{value}' is not a size; write 500MB or 5GB")
-    return _scaled(match)
+    return _scaled(SIZE, str(value), "a size; write 500MB or 5GB")
 
 
 def optional_bytes(value: str | int) -> int:
@@ -87,13 +86,13 @@ def optional_bytes(value: str | int) -> int:
 
 def token_count(value: str | int) -> int:
     """Parse `100M`, `2G` or a number of tokens."""
-    match = SIZE.fullmatch(str(value))
-    if match is None or float(match["number"]) <= 0 or str(value).strip()[-1] in "bB":
-        raise click.BadParameter(f"'{value}' is not a number of tokens; write 2000000, 100M or 2G")
-    return _scaled(match)
+    return _scaled(COUNT, str(value), "a number of tokens; write 2000000, 100M or 2G")
 
 
-def _scaled(match: re.Match[str]) -> int:
+def _scaled(pattern: re.Pattern[str], text: str, expected: str) -> int:
+    match = pattern.fullmatch(text)
+    if match is None or float(match["number"]) <= 0:
+        raise click.BadParameter(f"'{text}' is not {expected}")
     base = 1024 if match["binary"] else 1000
     return int(float(match["number"]) * base ** " KMGT".index((match["unit"] or " ").upper()))
 

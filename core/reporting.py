@@ -21,10 +21,7 @@ class LaunchResult:
 
 
 class Reporter:
-    """Receives messages and progress, and ignores them; displays override these methods.
-
-    Work may call the methods from any thread.
-    """
+    """Ignores messages and progress; displays override the methods, which may be called from any thread."""
 
     def say(self, line: str) -> None:
         """Receive a message of one line."""

@@ -1,1 +1,1 @@
-"""From text to an expert: corpora, the one training loop, trainable parts, evaluation."""
+"""From text to an expert: corpora, the training loop, trainable parameters, evaluation."""

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..core.artefacts.files import new_folder, write_json, write_text
 from ..core.artefacts.safetensors_io import torch_dtype, write_tensors
@@ -17,10 +20,6 @@ from .recipes.parameters import matches
 from .sources.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .sources.models import Source, StoredTensor, open_source
 from .sources.tensor_names import HEADS, TOKEN_EMBEDDINGS
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
 
 _WEIGHT = ".weight"
 
@@ -96,7 +95,9 @@ def extract_adapter(
                 extractions.append(TensorExtraction(name, a.shape[0], error))
                 squared_error, squared_norm = squared_error + error**2 * squares, squared_norm + squares
         others = [name for name in names if name not in targeted and float(abs(difference(name)).max()) > 0]
-        saved = {name: _as_tensor(reader.read(model_source.tensors[name])) for name in others} if save_rest else {}
+        saved = {
+            name: torch.from_numpy(reader.read(model_source.tensors[name])) for name in (others if save_rest else ())
+        }
     if not extractions and not saved:
         raise UserError(f"nothing to extract: {model} and {base} have the same tensors in '{targets}'")
     report = ExtractionReport(
@@ -129,29 +130,18 @@ def _is_target(name: str, tensor: StoredTensor, targets: str) -> bool:
     return is_linear and (name in HEADS or "norm" not in name) and matches(targets, name)
 
 
-def _as_tensor(numbers: NDArray[Any]) -> Tensor:
-    import torch
-
-    return torch.from_numpy(numbers.copy())
-
-
 def _factorise(delta: Any, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
     """Return B (out, r), A (r, in) and the relative error of their product, minimal for rank r (Eckart-Young)."""
-    import torch
-
     left, values, right = torch.linalg.svd(torch.from_numpy(delta), full_matrices=False)
     squares = values**2
     total = float(squares.sum())
-    num_kept = rank if rank is not None else _rank_for(squares, total, energy or 1.0)
-    num_kept = min(num_kept, len(values))
+    if rank is None:
+        reached = squares.cumsum(0) >= (energy or 1.0) * total * (1 - 1e-12)
+        rank = int(reached.nonzero()[0]) + 1 if bool(reached.any()) else len(squares)
+    num_kept = min(rank, len(values))
     root = values[:num_kept].sqrt()
     error = math.sqrt(max(float(squares[num_kept:].sum()), 0.0) / total)
     return (left[:, :num_kept] * root).float(), (root[:, None] * right[:num_kept]).float(), error
-
-
-def _rank_for(squares: Tensor, total: float, energy: float) -> int:
-    reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)
-    return int(reached.nonzero()[0]) + 1 if bool(reached.any()) else len(squares)
 
 
 def _write(folder: Path, base: Path, tensors: Mapping[str, Tensor], report: ExtractionReport, dtype: str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def merge(
     All checks run before any work; they raise `UserError`. `validation` returns the text to fit priors and weights on
     and is called only if needed.
     """
-    workspace_merge = _WorkspaceMerge.open(layout, name, config, output, experts_folder, run or MergeRun())
+    workspace_merge = _WorkspaceMerge(layout, name, config, output, run, experts_folder)
     text = _LazyText(validation)
     if isinstance(workspace_merge.method, ModelBuilder):
         return workspace_merge.build(workspace_merge.method, text)
@@ -68,19 +67,10 @@ def merge(
 
 
 def plan_merge(
-    layout: Layout,
-    name: str,
-    config: MergeConfig,
-    *,
-    output: Path | None = None,
-    experts_folder: Path | None = None,
-    run: MergeRun | None = None,
+    layout: Layout, name: str, config: MergeConfig, *, output: Path | None = None, run: MergeRun | None = None
 ) -> MergePlan:
-    """Return the plan of a workspace's merge; raises the same `UserError`s as the checks of `merge`.
-
-    Weights that have to be fitted are uniform in the plan.
-    """
-    return _WorkspaceMerge.open(layout, name, config, output, experts_folder, run or MergeRun()).plan()
+    """Return the plan of a workspace's merge after all checks of `merge`; weights yet to be fitted are uniform."""
+    return _WorkspaceMerge(layout, name, config, output, run).plan()
 
 
 def merge_recipe(
@@ -131,48 +121,32 @@ class _LazyText:
         return tuple(text.domain for text in self.read)
 
 
-@dataclass(frozen=True)
 class _WorkspaceMerge:
     """A merge of a workspace's experts: its settings, and its models, which are opened once."""
 
-    layout: Layout
-    name: str
-    config: MergeConfig
-    target: Path
-    run: MergeRun
-    method: MergeMethod
-    sources: Mapping[str, Source]
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         layout: Layout,
         name: str,
         config: MergeConfig,
         output: Path | None,
-        experts_folder: Path | None,
-        run: MergeRun,
-    ) -> _WorkspaceMerge:
-        method = installed_plugins().offer(MergeMethod, config.method)
-        target = output if output is not None else layout.generalists / check_name(name, "a generalist")
+        run: MergeRun | None,
+        experts_folder: Path | None = None,
+    ) -> None:
+        self.layout, self.name, self.config, self.run = layout, name, config, run or MergeRun()
+        self.method = installed_plugins().offer(MergeMethod, config.method)
+        self.target = output if output is not None else layout.generalists / check_name(name, "a generalist")
         if output is None:
-            require_free(layout, name, target)
-        refuse_existing(target, force=run.force, what="generalist")
+            require_free(layout, name, self.target)
+        refuse_existing(self.target, force=self.run.force, what="generalist")
         folders = expert_folders(layout, config.experts, experts_folder or layout.experts)
         check_weights(config.weights, folders)
         if not (layout.seed / MANIFEST_NAMES["seed"]).is_file():
             raise UserError(f"{layout.seed} has no finished seed; make it with `expertctl seed`")
         models = {SEED: layout.seed, **folders}
-        sources = open_sources(models, SEED, allow_containers=isinstance(method, ModelBuilder))
-        return cls(layout, name, config, target, run, method, sources)
-
-    @cached_property
-    def experts(self) -> dict[str, Source]:
-        return {name: source for name, source in self.sources.items() if name != SEED}
-
-    @cached_property
-    def folders(self) -> dict[str, Path]:
-        return {name: source.folder for name, source in self.experts.items()}
+        self.sources = open_sources(models, SEED, allow_containers=isinstance(self.method, ModelBuilder))
+        self.experts = {name: source for name, source in self.sources.items() if name != SEED}
+        self.folders = {name: source.folder for name, source in self.experts.items()}
 
     def plan(self) -> MergePlan:
         """Check everything and return the plan; weights that have to be fitted are uniform in it."""
@@ -276,11 +250,9 @@ class _WorkspaceMerge:
                 )
         check_lineage(self.sources, tensors=tensors)
         licences = check_licences({name: source.licence for name, source in self.sources.items()})
-        require_compatible(licences, self.run.allow_licences)
-        return options, licences
+        return options, require_compatible(licences, self.run.allow_licences)
 
     def _plan_build(self, method: ModelBuilder) -> MergePlan:
-        """Return a plan without tensors."""
         _, licences = self._check_build(method, tensors=False)
         models = {name: source.folder for name, source in self.sources.items()}
         return MergePlan(

@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -63,16 +64,9 @@ def _machine() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()} ({sys.executable})")
     yield Finding("ok", "system", f"{platform.system()} {platform.machine()}")
     yield Finding("ok", "cores", str(available_cores()))
-    memory = _memory_bytes()
-    if memory is not None:
+    with suppress(AttributeError, ValueError, OSError):  # not available on every system
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         yield Finding("ok", "memory", f"{memory / GIB:.1f} GiB")
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not available on every system
-        return None
 
 
 def _libraries() -> Iterator[Finding]:
@@ -81,17 +75,18 @@ def _libraries() -> Iterator[Finding]:
     yield Finding("ok", "expertctl", package_version("expertctl"))
     for name in LIBRARIES:
         version = package_version(name)
-        missing = version == "not installed"
-        yield Finding(
-            "wrong" if missing else "ok", name, f"{version}; install it: pip install {name}" if missing else version
-        )
+        if version == "not installed":
+            yield Finding("wrong", name, f"{version}; install it: pip install {name}")
+        else:
+            yield Finding("ok", name, version)
 
 
 def _devices() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:  # a broken installation can raise anything
-        yield Finding("wrong", "torch", f"cannot be imported: {_one_line(error)}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # on one line
+        yield Finding("wrong", "torch", f"cannot be imported: {reason}")
         return
     if not torch.cuda.is_available():
         yield Finding("ok", "devices", "cpu; no GPU that torch can use")
@@ -111,13 +106,11 @@ def _plugins(ctx: click.Context) -> Iterator[Finding]:
     if isinstance(root, click.Group):
         root.list_commands(ctx)
     third_party = [plugin for plugin in plugins.plugins() if plugin.distribution != "expertctl"]
-    yield Finding(
-        "ok", "plugins", f"{len(plugins.plugins()) - len(third_party)} built in, {len(third_party)} third-party"
-    )
+    num_builtin = len(plugins.plugins()) - len(third_party)
+    yield Finding("ok", "plugins", f"{num_builtin} built in, {len(third_party)} third-party")
     for plugin in third_party:
-        yield Finding(
-            "ok", f"plugin {plugin.name}", f"{plugin.distribution} {plugin.version}: {', '.join(plugin.hooks)}"
-        )
+        description = f"{plugin.distribution} {plugin.version}: {', '.join(plugin.hooks)}"
+        yield Finding("ok", f"plugin {plugin.name}", description)
     for problem in plugins.problems:
         yield Finding("wrong", f"plugin {problem.plugin}", f"({problem.distribution}) {problem.reason}")
 
@@ -131,13 +124,14 @@ def _workspace(session: Session) -> Iterator[Finding]:
     try:
         workspace = session.open()
     except UserError as error:
-        is_required = session.workspace is not None
-        yield Finding(
-            "wrong" if is_required else "note", "workspace", str(error) if is_required else "none in this folder"
-        )
+        if session.workspace is None:
+            yield Finding("note", "workspace", "none in this folder")
+        else:
+            yield Finding("wrong", "workspace", str(error))
         return
     yield Finding("ok", "workspace", str(workspace.root))
-    yield _disk(workspace.root)
+    free = shutil.disk_usage(workspace.root).free
+    yield Finding("ok" if free >= MIN_FREE_BYTES else "wrong", "disk", f"{free / GIB:.1f} GiB free")
     if not os.access(workspace.root, os.W_OK):
         yield Finding("wrong", "workspace", f"{workspace.root} is not writable; check the owner of the folder")
     try:
@@ -148,11 +142,6 @@ def _workspace(session: Session) -> Iterator[Finding]:
     yield Finding("ok", "expertctl.yaml", f"{len(config.domains)} domains, {len(config.experts)} experts")
     yield from _sources(workspace)
     yield from _state(workspace)
-
-
-def _disk(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free
-    return Finding("ok" if free >= MIN_FREE_BYTES else "wrong", "disk", f"{free / GIB:.1f} GiB free")
 
 
 def _sources(workspace: Workspace) -> Iterator[Finding]:
@@ -185,7 +174,3 @@ def _is_held(lock: Path) -> bool:
             return False
     except (Timeout, OSError):
         return True
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..context import Session, pass_session
@@ -32,10 +33,7 @@ def command(session: Session) -> None:
             }
             for plugin in plugins.plugins()
         ],
-        "problems": [
-            {"plugin": problem.plugin, "distribution": problem.distribution, "reason": problem.reason}
-            for problem in plugins.problems
-        ],
+        "problems": [asdict(problem) for problem in plugins.problems],
     }
     table = Table(
         ("offers", "name", "description", "plugin", "from"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING
 
 import click
@@ -13,33 +14,31 @@ from ..group import cli_command
 from ..options import flag, integer, option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from expertctl.workspace import Workspace
 
     from ...experts.measures.evaluation import EvaluationTable
 
-MERGES = {
-    "ensemble": {"method": "ensemble"},
-    "posterior-average": {"method": "average", "weights": "posterior"},
-    "uniform-average": {"method": "average"},
-}
 BASELINES = ("dense", "random-split")
-SETTINGS = """\
-# Quickstart: a seed with 1.3 million parameters, one expert per domain, three generalists.
-# `expertctl init` writes a file that explains every setting.
-seed:
-  preset: tiny
-  training:
-    tokens: {seed_tokens}
-    schedule_end: 0.5     # experts continue the learning-rate schedule from here
-
-training:
-  tokens: {expert_tokens}
-  batch_size: 4
-  learning_rate: 0.008
-
+EXPLANATION = """\
+seed               the common starting point of all experts.
+{experts}
+                   the experts, each trained on its own domain only; {best_at_home} are the best expert on their domain.
+uniform-average    one model; every tensor is the mean of the experts' tensors.
+posterior-average  as above, weighted by how well each expert predicts validation text.
+ensemble           all experts; next-token distributions are mixed by how well each expert predicted the text so far.
 """
+BASELINES_EXPLANATION = """\
+dense              the seed, trained further on all domains for as many tokens as all experts together.
+random-split       an ensemble of experts trained on random slices of the text, without domains.
+"""
+NEXT_STEPS = """\
+Next:
+  cd {folder}
+  expertctl generate ensemble "def main(" --show-experts
+  expertctl log                          # lineage of all models
+  expertctl baseline dense               # one model on all text, for the same number of tokens
+  expertctl branch mine --domain manual --trains feed_forward && expertctl train mine
+  expertctl init ../my-project           # start your own project"""
 
 
 @cli_command("quickstart", example="expertctl quickstart demo")
@@ -68,13 +67,14 @@ def command(session: Session, folder: Path, corpora: Path | None, baselines: boo
     """
     from ...core.reporting import SILENT
     from ...merge.merging import MergeRun
+    from ..use.eval import score_table
 
     workspace = _workspace(folder, corpora, tokens)
     domains = list(workspace.config.domains)
     session.note(f"workspace {workspace.root}: domains {', '.join(domains)}")
     _make_seed(session, workspace)
     _train_experts(session, workspace, jobs)
-    for name in MERGES:
+    for name in workspace.config.merges:
         if not (workspace.generalists / name / "generalist.json").is_file():
             session.note(f"merging {len(domains)} experts: {name}")
             with session.progress() as progress:
@@ -82,7 +82,9 @@ def command(session: Session, folder: Path, corpora: Path | None, baselines: boo
     if baselines:
         _train_baselines(session, workspace, jobs)
     table = _evaluate(session, workspace, domains)
-    _report(session, workspace, table)
+    content = table.as_json() | {"workspace": str(workspace.root)}
+    scores = score_table(table, table.metrics[0])
+    session.finish(content, "", scores, "", _explanation(table), "", _next_steps(workspace))
 
 
 def _workspace(folder: Path, corpora: Path | None, tokens: int) -> Workspace:
@@ -93,11 +95,13 @@ def _workspace(folder: Path, corpora: Path | None, tokens: int) -> Workspace:
     from ...core.artefacts.layout import CONFIG_FILE
     from ...core.errors import UserError
 
-    names = [name for name, _ in _domains(corpora)]
-    text = SETTINGS.format(seed_tokens=tokens // 2, expert_tokens=tokens // 2 // len(names))
-    text += _yaml_section("domains", dict(_domains(corpora)))
-    text += "\n" + _yaml_section("experts", {name: f"{{domain: {name}}}" for name in names})
-    text += "\n" + _yaml_section("merges", {name: _yaml_mapping(merge) for name, merge in MERGES.items()})
+    domains = _domains(corpora)
+    text = Template(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")).substitute(
+        seed_tokens=tokens // 2,
+        expert_tokens=tokens // 2 // len(domains),
+        domains="".join(f"  {name}: {settings}\n" for name, settings in domains.items()),
+        experts="".join(f"  {name}: {{domain: {name}}}\n" for name in domains),
+    )
     target = folder / CONFIG_FILE
     if not target.exists():
         with os_errors_as_user_errors(folder):
@@ -108,8 +112,8 @@ def _workspace(folder: Path, corpora: Path | None, tokens: int) -> Workspace:
     return Workspace(folder)
 
 
-def _domains(corpora: Path | None) -> Iterator[tuple[str, str]]:
-    """Yield each domain's name and settings."""
+def _domains(corpora: Path | None) -> dict[str, str]:
+    """Return each domain's settings in YAML, by name."""
     import json
 
     from ...core.artefacts.layout import check_name
@@ -118,23 +122,16 @@ def _domains(corpora: Path | None) -> Iterator[tuple[str, str]]:
     if corpora is None:
         from ...experts.text.bundled import BUNDLED
 
-        yield from ((name, f"{{bundled: {name}}}") for name in BUNDLED)
-        return
+        return {name: f"{{bundled: {name}}}" for name in BUNDLED}
     folders = [folder for folder in sorted(corpora.resolve().iterdir()) if (folder / "train.jsonl").is_file()]
     if len(folders) < 2:
         raise UserError(f"{corpora} needs subfolders for at least two domains, each with train.jsonl and valid.jsonl")
-    for folder in folders:
-        check_name(folder.name, "the expert of a folder's text")
-        files = {part: str(folder / f"{part}.jsonl") for part in ("train", "valid")}
-        yield folder.name, json.dumps(files)
-
-
-def _yaml_section(section: str, entries: Mapping[str, str]) -> str:
-    return f"{section}:\n" + "".join(f"  {name}: {entry}\n" for name, entry in entries.items())
-
-
-def _yaml_mapping(settings: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f"{key}: {value}" for key, value in settings.items()) + "}"
+    return {
+        check_name(folder.name, "the expert of a folder's text"): json.dumps(
+            {part: str(folder / f"{part}.jsonl") for part in ("train", "valid")}
+        )
+        for folder in folders
+    }
 
 
 def _make_seed(session: Session, workspace: Workspace) -> None:
@@ -152,8 +149,7 @@ def _train_experts(session: Session, workspace: Workspace, jobs: int) -> None:
     names = workspace.experts.names()
     session.note(f"training {len(names)} experts, one per domain, {jobs} at a time")
     with session.progress(*names) as progress:
-        result = workspace.train(*names, jobs=jobs, reporter=progress)
-    result.raise_for_failures()
+        workspace.train(*names, jobs=jobs, reporter=progress).raise_for_failures()
 
 
 def _train_baselines(session: Session, workspace: Workspace, jobs: int) -> None:
@@ -167,65 +163,30 @@ def _train_baselines(session: Session, workspace: Workspace, jobs: int) -> None:
 
 def _evaluate(session: Session, workspace: Workspace, domains: list[str]) -> EvaluationTable:
     finished = {folder.name for folder in workspace.layout.finished()}
-    models = [name for name in ("seed", *workspace.experts.names(), *BASELINES, *reversed(MERGES)) if name in finished]
+    merges = reversed(tuple(workspace.config.merges))
+    models = [name for name in ("seed", *workspace.experts.names(), *BASELINES, *merges) if name in finished]
     session.note(f"evaluating {len(models)} models on the validation text of {len(domains)} domains")
     with session.progress() as progress:
         return workspace.evaluate(*models, reporter=progress)
 
 
-def _report(session: Session, workspace: Workspace, table: EvaluationTable) -> None:
-    from ..use.eval import score_table
-
-    content = table.as_json() | {"workspace": str(workspace.root)}
-    session.finish(
-        content, "", score_table(table, table.metrics[0]), "", _explanation(table), "", _next_steps(workspace)
-    )
-
-
 def _explanation(table: EvaluationTable) -> str:
-    """Return an explanation of every model in the table and of the means."""
     experts = [name for name in table.scores if name in table.domains]
     best_at_home = sum(
         table.metrics[0].best({name: table.scores[name][domain].values["bits_per_byte"] for name in experts}) == domain
         for domain in table.domains
     )
-    lines = [
-        "seed               the common starting point of all experts.",
-        f"{', '.join(experts)}",
-        "                   the experts, each trained on its own domain only; "
-        f"{best_at_home} of {len(table.domains)} are the best expert on their domain.",
-        "uniform-average    one model; every tensor is the mean of the experts' tensors.",
-        "posterior-average  as above, weighted by how well each expert predicts validation text.",
-        "ensemble           all experts; next-token distributions are mixed by how well each expert predicted the text so far.",
-    ]
-    if "dense" in table.scores:
-        lines.append(
-            "dense              the seed, trained further on all domains for as many tokens as all experts together."
-        )
-        lines.append("random-split       an ensemble of experts trained on random slices of the text, without domains.")
     means = {name: table.mean(name, table.metrics[0]) for name in table.scores}
-    lines.append("")
-    lines.append(
-        f"Mean: ensemble {means['ensemble']:.3f}, uniform average {means['uniform-average']:.3f}, seed {means['seed']:.3f}."
-        + (f" Dense at equal tokens: {means['dense']:.3f}." if "dense" in means else "")
-    )
-    lines.append(
+    dense = f" Dense at equal tokens: {means['dense']:.3f}." if "dense" in means else ""
+    return (
+        EXPLANATION.format(experts=", ".join(experts), best_at_home=f"{best_at_home} of {len(table.domains)}")
+        + (BASELINES_EXPLANATION if "dense" in means else "")
+        + f"\nMean: ensemble {means['ensemble']:.3f}, uniform average {means['uniform-average']:.3f}, "
+        f"seed {means['seed']:.3f}.{dense}\n"
         "With so few tokens, all domains still benefit from each other's text: a dense model with small batches can be "
         "better than the ensemble here. `expertctl baseline dense` trains one for comparison."
     )
-    return "\n".join(lines)
 
 
 def _next_steps(workspace: Workspace) -> str:
-    folder = shlex.quote(str(workspace.root))
-    return "\n".join(
-        (
-            "Next:",
-            f"  cd {folder}",
-            '  expertctl generate ensemble "def main(" --show-experts',
-            "  expertctl log                          # lineage of all models",
-            "  expertctl baseline dense               # one model on all text, for the same number of tokens",
-            "  expertctl branch mine --domain manual --trains feed_forward && expertctl train mine",
-            "  expertctl init ../my-project           # start your own project",
-        )
-    )
+    return NEXT_STEPS.format(folder=shlex.quote(str(workspace.root)))

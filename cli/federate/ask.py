@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import integer, option
-from ..parsing import as_dictionary
-from .options import coordinator_of, recipe_from, training_from, with_recipe
-from .shared import shared_content, shared_line
+from ..options import fraction, integer, option, training_settings
+from .options import coordinator_of, recipe_from, with_recipe
+from .shared import shared_line
 
 if TYPE_CHECKING:
     from ...experts.federation.rounds.rounds import RoundPlan
@@ -25,11 +23,8 @@ ROUNDS, QUORUM, NAME = 10, 0.5, "shared"  # defaults of the options
 @option("--experts", "NAME,...", "Owners to ask.", name="owners", required=True)
 @with_recipe
 @integer("--rounds", f"diloco, fedavg: number of rounds. Default: {ROUNDS}")
-@option(
-    "--quorum",
-    "SHARE",
-    f"diloco, fedavg: share of the owners that a round needs at its deadline. Default: {QUORUM}",
-    type=click.FloatRange(0, 1, min_open=True),
+@fraction(
+    "--quorum", "SHARE", f"diloco, fedavg: share of the owners that a round needs at its deadline. Default: {QUORUM}"
 )
 @option("--name", "NAME", f"diloco, fedavg: name of the shared model. Default: {NAME}")
 @pass_session
@@ -62,11 +57,11 @@ def ask(
     until = deadline_in(deadline, now)
     if recipe["recipe_name"] in OUTER_RECIPES:
         seconds, name = (until - now).total_seconds(), name or NAME
-        plan, settings = _plan_from(names, seconds, rounds or ROUNDS, quorum or QUORUM, **recipe)
+        plan, settings = _plan_from(names, seconds, rounds or ROUNDS, quorum or QUORUM, recipe)
         coordinator = coordinator_of(session)
         status = status_of(coordinator, begin_rounds(coordinator, name, plan, settings))
         session.finish(
-            {"shared": shared_content(status)},
+            {"shared": asdict(status)},
             shared_line(status),
             f"`expertctl federate serve` runs the rounds; the result becomes generalists/{name}",
         )
@@ -83,8 +78,7 @@ def ask(
     session.finish(
         {
             "requests": [
-                {"request": request.id, "owner": request.owner, "deadline": request.deadline.isoformat()}
-                for request in requests
+                {"request": request.id, "owner": request.owner, "deadline": request.deadline} for request in requests
             ],
             "delivered": delivered,
         },
@@ -93,27 +87,20 @@ def ask(
 
 
 def _plan_from(
-    names: list[str],
-    seconds: float,
-    rounds: int,
-    quorum: float,
-    recipe_name: str,
-    tokens: int | None,
-    settings: tuple[tuple[str, Any], ...],
-    options: tuple[tuple[str, Any], ...],
-    dp: str | None,
+    names: list[str], seconds: float, rounds: int, quorum: float, recipe: dict[str, Any]
 ) -> tuple[RoundPlan, SharedSettings]:
-    """Return plan and settings for the options; raises `UserError` for options that rounds do not support."""
+    """Return plan and settings for the options of `with_recipe`; raises `UserError` if rounds do not support one."""
     from ...core.hooks.options import parse_options
     from ...experts.federation.judging.round_weights import AveragingRules
     from ...experts.federation.rounds.rounds import RoundPlan
     from ...experts.federation.rounds.shared_model import SharedSettings
 
-    if dp is not None:
+    name = recipe["recipe_name"]
+    if recipe["dp"] is not None:
         raise UserError(
-            f"'{recipe_name}' does not support differential privacy, which would need accounting over all rounds; choose btm or flexolmo "
+            f"'{name}' does not support differential privacy, which would need accounting over all rounds; choose btm or flexolmo "
             "with --dp"
         )
-    rules = parse_options(AveragingRules, as_dictionary(options), f"recipe '{recipe_name}'")
-    plan = RoundPlan(tuple(names), recipe_name, quorum, seconds, rules)
-    return plan, SharedSettings(rounds, training_from(tokens, settings))
+    rules = parse_options(AveragingRules, recipe["options"], f"recipe '{name}'")
+    plan = RoundPlan(tuple(names), name, quorum, seconds, rules)
+    return plan, SharedSettings(rounds, training_settings(recipe["tokens"], recipe["settings"]))

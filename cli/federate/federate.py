@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +19,7 @@ from .ask import ask
 from .files import deliver, pack, work
 from .network import join, serve
 from .options import coordinator_of, default_state, state_option
-from .shared import shared_content, shared_table
+from .shared import shared_table
 from .simulate import simulate_command
 
 if TYPE_CHECKING:
@@ -99,10 +100,7 @@ def status(session: Session, watch: bool) -> None:
         if watch and sys.stdout.isatty():
             click.clear()
         session.finish(
-            {
-                "owners": [_status_content(status) for status in statuses],
-                "shared": [shared_content(status) for status in shared],
-            },
+            {"owners": list(map(asdict, statuses)), "shared": list(map(asdict, shared))},
             *([shared_table(shared)] if shared else []),
             _status_table(statuses),
         )
@@ -127,29 +125,16 @@ def _status_table(statuses: list[OwnerStatus]) -> Table | str:
                 training += f", {duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
         rows.append(
             (
-                status.name,
+                status.owner,
                 "yes" if status.online else "",
                 status.state or "invited",
                 training,
-                f"{status.seen:%Y-%m-%d %H:%M}" if status.seen is not None else "",
+                f"{status.last_heard:%Y-%m-%d %H:%M}" if status.last_heard is not None else "",
                 f"{status.deadline:%Y-%m-%d %H:%M}" if status.deadline is not None else "",
                 status.detail,
             )
         )
     return Table(("owner", "online", "state", "training", "last heard", "deadline", "detail"), rows)
-
-
-def _status_content(status: OwnerStatus) -> dict[str, Any]:
-    return {
-        "owner": status.name,
-        "online": status.online,
-        "request": status.request,
-        "state": status.state,
-        "detail": status.detail,
-        "progress": status.progress.as_json() if status.progress is not None else None,
-        "last_heard": status.seen.isoformat() if status.seen is not None else None,
-        "deadline": status.deadline.isoformat() if status.deadline is not None else None,
-    }
 
 
 for _command in (keys, invite, remove, ask, pack, work, deliver, status, simulate_command, serve, join):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from ..context import Session, pass_session
 from ..group import cli_command
 from ..options import flag, option, path
 from .options import coordinator_of, owner_from, recipe_from, stopped_by_signals, with_owner, with_recipe
-from .review import require_consent, review_content
-from .shared import shared_content, shared_line
+from .review import require_consent
+from .shared import shared_line
 
 if TYPE_CHECKING:
     from ...experts.federation.coordinator.coordinator import Coordinator
@@ -51,7 +52,7 @@ def pack(
     )
     write_pack(coordinator, request, output, with_seed=not without_seed, force=force)
     session.finish(
-        {"request": request.id, "owner": name, "output": str(output), "deadline": request.deadline.isoformat()},
+        {"request": request.id, "owner": name, "output": str(output), "deadline": request.deadline},
         f"request {request.id} for '{name}' is in {output}, until {request.deadline:%Y-%m-%d %H:%M} UTC",
         f"next, at the owner: expertctl federate work {output.name} --data FOLDER -o delivery.tar",
     )
@@ -137,7 +138,14 @@ def work(
     require_consent(session, content, full=review, yes=yes)
     write_delivery(owner.delivery_folder(request), output, force=force)
     session.finish(
-        {"request": request.id, "output": str(output), **review_content(content)},
+        {
+            "request": request.id,
+            "output": str(output),
+            "files": content.files,
+            "tensors": content.tensors,
+            "data": content.data,
+            "privacy": content.privacy,
+        },
         f"the delivery is in {output}; next, at the coordinator: expertctl federate deliver {output.name}",
     )
 
@@ -180,7 +188,7 @@ def _deliver_into_round(session: Session, coordinator: Coordinator, request: Exp
     messages = advance(coordinator, model)
     status = status_of(coordinator, model)
     session.finish(
-        {"request": request.id, "owner": request.owner, "expert": None, "shared": shared_content(status)},
+        {"request": request.id, "owner": request.owner, "expert": None, "shared": asdict(status)},
         f"the weights of '{request.owner}' count in {round_}",
         *(messages or [shared_line(status)]),
     )

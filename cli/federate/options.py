@@ -15,8 +15,7 @@ import click
 
 from ...core.errors import UserError
 from ..context import Session
-from ..options import integer, option, pairs, path, with_options
-from ..parsing import as_dictionary
+from ..options import integer, option, pairs, path, training_settings, with_options
 from ..parsing import settings as key_values
 
 if TYPE_CHECKING:
@@ -24,13 +23,11 @@ if TYPE_CHECKING:
     from ...experts.federation.owner.owner import Owner
     from ...experts.federation.protocol.requests import Recipe
 
-STATE_FOLDER = Path("expertctl") / "owner"
-
 
 def default_state() -> Path:
     """Return the default state folder of an owner."""
     base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / STATE_FOLDER
+    return (Path(base) if base else Path.home() / ".local" / "state") / "expertctl" / "owner"
 
 
 state_option = path("--state", "DIR", "The owner's state folder. Default: ~/.local/state/expertctl/owner")
@@ -90,22 +87,13 @@ def privacy_from(text: str) -> dict[str, Any]:
 
 
 def recipe_from(
-    recipe_name: str,
-    tokens: int | None,
-    settings: tuple[tuple[str, Any], ...],
-    options: tuple[tuple[str, Any], ...],
-    dp: str | None,
+    recipe_name: str, tokens: int | None, settings: dict[str, Any], options: dict[str, Any], dp: str | None
 ) -> Recipe:
     """Return the recipe for the options of `with_recipe`."""
     from ...experts.federation.owner.recipes import recipe_of
 
     privacy = privacy_from(dp) if dp is not None else None
-    return recipe_of(recipe_name, as_dictionary(options), training_from(tokens, settings), privacy)
-
-
-def training_from(tokens: int | None, settings: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Return the training settings for the options of `with_recipe`."""
-    return as_dictionary((*settings, *((("tokens", tokens),) if tokens is not None else ())))
+    return recipe_of(recipe_name, options, training_settings(tokens, settings), privacy)
 
 
 def coordinator_of(session: Session) -> Coordinator:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ...core.errors import UserError
 from ..context import Session
-from ..output import Table, number, short
+from ..output import Table, number, plain_table, short
 
 if TYPE_CHECKING:
     from ...experts.federation.owner.owner import Review
@@ -36,13 +36,10 @@ def require_consent(session: Session, review: Review, *, full: bool, yes: bool) 
 
 def review_lines(review: Review, *, full: bool) -> list[str]:
     """Return the lines that describe a delivery; `full` also lists every tensor."""
-    from ..output import plain_table
-
-    domains = review.data.get("domains", {})
     recipe = review.request.recipe
     content = f"{recipe.round}, weights" if recipe.round is not None else f"{recipe.trains} for seed"
     lines = [f"request {review.request.id}: {content} {short(review.request.seed)}"]
-    for domain in domains.values():
+    for domain in review.data.get("domains", {}).values():
         lines.append(
             f"statement about your text: about {number(domain['documents'])} documents, {number(domain['tokens'])} tokens, "
             f"{number(domain['bytes'])} bytes; licence {domain.get('licence') or 'not stated'}"
@@ -55,26 +52,12 @@ def review_lines(review: Review, *, full: bool) -> list[str]:
     )
     if full:
         rows = [
-            (name, dtype, "x".join(map(str, shape)), number(size), short(digest))
-            for name, dtype, shape, size, digest in review.tensors
+            (name, info["dtype"], "x".join(map(str, info["shape"])), number(info["bytes"]), short(info["digest"]))
+            for name, info in review.tensors.items()
         ]
-        lines += plain_table(
-            Table(("tensor", "dtype", "shape", "bytes", "digest"), rows, right=frozenset({3}))
-        ).splitlines()
+        table = Table(("tensor", "dtype", "shape", "bytes", "digest"), rows, right=frozenset({3}))
+        lines += plain_table(table).splitlines()
     lines.append(
         f"{len(review.tensors)} tensors in {number(sum(review.files.values()))} bytes: {', '.join(review.files)}"
     )
     return lines
-
-
-def review_content(review: Review) -> dict[str, Any]:
-    """Return the content of `--json` for a delivery."""
-    return {
-        "files": dict(review.files),
-        "tensors": {
-            name: {"dtype": dtype, "shape": list(shape), "bytes": size, "digest": digest}
-            for name, dtype, shape, size, digest in review.tensors
-        },
-        "data": dict(review.data),
-        "privacy": dict(review.privacy) if review.privacy is not None else None,
-    }

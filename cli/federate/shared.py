@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..output import Table
 
@@ -39,9 +38,3 @@ def shared_table(statuses: list[SharedStatus]) -> Table:
         for status in statuses
     ]
     return Table(("shared model", "recipe", "state", "round", "delivered", "deadline", "missing"), rows)
-
-
-def shared_content(status: SharedStatus) -> dict[str, Any]:
-    """Return the content of `--json` for a shared model."""
-    deadline = status.deadline.isoformat() if status.deadline is not None else None
-    return {**asdict(status), "deadline": deadline}

@@ -9,7 +9,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import integer, option, path
+from ..options import fraction, integer, option, path
 from ..output import Table, number
 from ..parsing import byte_count, optional_bytes, token_count
 
@@ -25,13 +25,7 @@ if TYPE_CHECKING:
     "Owners to simulate, in place of random ones: CSV or .jsonl with a row each; see docs/simulation.md.",
     file=True,
 )
-@option(
-    "--quorum",
-    "SHARE",
-    "Share of the owners whose experts the federation needs.",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=0.8,
-)
+@fraction("--quorum", "SHARE", "Share of the owners whose experts the federation needs.", default=0.8)
 @option("--deadline", "TIME", "Time until the deadline for deliveries: 30m, 48h, 2d.", default="48h")
 @integer(
     "--ask-again",
@@ -102,7 +96,8 @@ def simulate_command(
 
 
 def _tables(report: Report) -> tuple[str | Table, ...]:
-    """Return a report as tables."""
+    from rich.filesize import decimal
+
     refused = sum(report.refused.values())
     codes = ", ".join(f"{code} {count}" for code, count in report.refused.items())
     again = f", asked again {report.asked_again} times" if report.asked_again else ""
@@ -113,14 +108,14 @@ def _tables(report: Report) -> tuple[str | Table, ...]:
         ("refused", f"{number(refused)}{f': {codes}' if codes else ''}"),
         ("late", number(report.late)),
         ("never", number(report.never)),
-        ("downloaded", f"{_bytes(report.bytes_down)}, link busy for {report.line_hours_down:.1f} h"),
-        ("uploaded", f"{_bytes(report.bytes_up)}, link busy for {report.line_hours_up:.1f} h"),
-        ("of which lost", _bytes(report.bytes_lost)),
+        ("downloaded", f"{decimal(report.bytes_down)}, link busy for {report.line_hours_down:.1f} h"),
+        ("uploaded", f"{decimal(report.bytes_up)}, link busy for {report.line_hours_up:.1f} h"),
+        ("of which lost", decimal(report.bytes_lost)),
         (
             "cost",
             f"{report.seconds:.0f} s ({report.cpu_seconds:.0f} s of CPU) for {number(report.events)} events, "
             f"{report.events_per_second:,.0f} a second, "
-            f"peak memory {_bytes(report.peak_memory_bytes)}",
+            f"peak memory {decimal(report.peak_memory_bytes)}",
         ),
     ]
     shares = Table(
@@ -131,11 +126,3 @@ def _tables(report: Report) -> tuple[str | Table, ...]:
 
 def _hours(hours: float | None) -> str:
     return "not reached" if hours is None else f"{hours:.1f} h"
-
-
-def _bytes(count: int) -> str:
-    """Format a number of bytes as `2.0 GB`."""
-    size, unit = float(count), 0
-    while size >= 1000 and unit < 5:
-        size, unit = size / 1000, unit + 1
-    return f"{size:.1f} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}" if unit else f"{count} bytes"

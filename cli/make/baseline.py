@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ..context import Session, pass_session
-from ..group import Group, cli_command
+from ..group import Group
 from ..options import flag, integer
 from ..summaries import show_artefact
 
@@ -15,7 +15,7 @@ def command() -> None:
     """Train baselines to compare generalists with."""
 
 
-@cli_command("dense", example="expertctl baseline dense && expertctl eval forest dense")
+@command.command("dense", example="expertctl baseline dense && expertctl eval forest dense")
 @flag("--same-batch", "Use an expert's batch size and more steps, instead of an expert's steps and a larger batch.")
 @flag("--force", "Replace the existing baseline.")
 @pass_session
@@ -30,7 +30,9 @@ def dense(session: Session, same_batch: bool, force: bool) -> None:
     show_artefact(session, workspace.layout.baselines / manifest.name, manifest)
 
 
-@cli_command("random-split", example="expertctl baseline random-split --jobs 2 && expertctl eval forest random-split")
+@command.command(
+    "random-split", example="expertctl baseline random-split --jobs 2 && expertctl eval forest random-split"
+)
 @integer("--jobs", "Number of runs to train at the same time.", default=1)
 @flag("--force", "Replace the existing baseline.")
 @pass_session
@@ -44,7 +46,3 @@ def random_split(session: Session, jobs: int, force: bool) -> None:
     with session.progress() as progress:
         manifest = workspace.baselines.random_split(jobs=jobs, reporter=progress, force=force)
     show_artefact(session, workspace.layout.baselines / "random-split", manifest)
-
-
-command.add_command(dense)
-command.add_command(random_split)

@@ -10,8 +10,8 @@ from ..context import Session, pass_session
 from ..group import cli_command
 from ..options import flag, option, training_settings, with_training
 from ..output import shares
-from ..parsing import as_dictionary, weights
 from ..parsing import settings as key_values
+from ..parsing import weights
 
 if TYPE_CHECKING:
     from ...core.manifests.run import RunSpec
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @option("--domain", "DOMAIN", "Domain to train on. Default: the domain of NAME in expertctl.yaml.")
 @option(
     "--trains",
-    "PART",
+    "PARAMETERS",
     "Trainable parameters: all, feed_forward, another trainer, or a pattern of tensor names. Default: all.",
 )
 @option(
@@ -50,40 +50,26 @@ if TYPE_CHECKING:
 @pass_session
 def command(
     session: Session,
+    /,
     name: str | None,
     clusters: str | None,
     domain: str | None,
-    trains: str | None,
-    start: str | dict[str, float] | None,
     tokens: int | None,
-    settings: tuple[tuple[str, Any], ...],
-    options: tuple[tuple[str, Any], ...],
-    dp: dict[str, Any] | None,
-    owner: str | None,
-    licence: str | None,
-    force: bool,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    **run_settings: Any,
 ) -> None:
     """Create an expert, ready to train.
 
     Train it with `expertctl train NAME`. Omitted options default to `experts.NAME` in expertctl.yaml.
     """
-    training = training_settings(tokens, settings)
-    settings_of_run: dict[str, Any] = {
-        "trains": trains,
-        "start": start,
-        "training": training or None,
-        "options": as_dictionary(options) or None,
-        "dp": dp,
-        "owner": owner,
-        "licence": licence,
-        "force": force,
-    }
+    run_settings |= {"training": training_settings(tokens, settings) or None, "options": options or None}
     if (name is None) == (clusters is None):
         raise click.UsageError("give the NAME of one expert, or --clusters SET for one expert per cluster")
     if clusters is not None:
         if domain is not None:
             raise click.UsageError("--clusters selects the domains; omit --domain")
-        specs = session.open().experts.branch_clusters(clusters, **settings_of_run)
+        specs = session.open().experts.branch_clusters(clusters, **run_settings)
         steps = sum(spec.training.steps for spec in specs)
         session.finish(
             {"experts": [_content(spec) for spec in specs]},
@@ -91,7 +77,7 @@ def command(
         )
         return
     assert name is not None
-    spec = session.open().branch(name, domain=domain, **settings_of_run)
+    spec = session.open().branch(name, domain=domain, **run_settings)
     session.finish(
         _content(spec),
         f"expert '{name}' starts from {shares(spec.start)} and trains {spec.trains} on {spec.domains[0]}, "

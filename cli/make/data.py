@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..context import Session, pass_session
-from ..group import Group, cli_command
+from ..group import Group
 from ..options import choice, flag, integer, name_list, option, pairs
 from ..output import Table, number
 from ..parsing import as_dictionary
@@ -18,15 +18,13 @@ if TYPE_CHECKING:
     from ...core.config.settings import DomainConfig
     from ...experts.text.corpora import PreparedDomain
 
-HEADINGS = ("domain", "part", "documents", "tokens", "bytes")
-
 
 @click.group("data", cls=Group)
 def command() -> None:
     """Tokenise, list and cluster the text of domains."""
 
 
-@cli_command("prepare", example="expertctl data prepare law code")
+@command.command("prepare", example="expertctl data prepare law code")
 @click.argument("domains", metavar="[DOMAIN]...", nargs=-1)
 @flag("--force", "Tokenise the text again even if it has not changed.")
 @pass_session
@@ -42,7 +40,7 @@ def prepare(session: Session, domains: tuple[str, ...], force: bool) -> None:
     session.finish({"domains": {name: _content(domain) for name, domain in by_name.items()}}, _table(by_name))
 
 
-@cli_command("list", example="expertctl data list")
+@command.command("list", example="expertctl data list")
 @pass_session
 def list_(session: Session) -> None:
     """List the domains with the source and size of their text."""
@@ -60,13 +58,11 @@ def list_(session: Session) -> None:
         [(name, _source(domain), "yes" if prepared[name] else "no") for name, domain in domains.items()],
     )
     ready = {name: domain for name, domain in prepared.items() if domain is not None}
-    parts: list[str | Table] = [sources]
-    if ready:
-        parts += ["", _table(ready)]
-    session.finish({"domains": content}, *parts)
+    sizes: list[str | Table] = ["", _table(ready)] if ready else []
+    session.finish({"domains": content}, sources, *sizes)
 
 
-@cli_command("proxy", example="expertctl data proxy law-proxy --like law --from web --documents 500")
+@command.command("proxy", example="expertctl data proxy law-proxy --like law --from web --documents 500")
 @click.argument("name", metavar="NAME")
 @option("--like", "DOMAIN", "Domain that the documents should resemble.", required=True)
 @option("--from", "PUBLIC", "Public domain to select documents from.", name="source", required=True)
@@ -103,7 +99,7 @@ def proxy(session: Session, name: str, like: str, source: str, documents: int | 
     )
 
 
-@cli_command("discover", example="expertctl data discover campus --clusters 8")
+@command.command("discover", example="expertctl data discover campus --clusters 8")
 @click.argument("name", metavar="NAME")
 @integer("--clusters", "Number of clusters; not needed for --by metadata.", metavar="K")
 @option("--by", "DISCOVERER", "Clustering method; `expertctl plugins` lists the discoverers.", default="tfidf")
@@ -124,7 +120,7 @@ def discover(
     name: str,
     clusters: int | None,
     by: str,
-    options: tuple[tuple[str, Any], ...],
+    options: dict[str, Any],
     domains: tuple[str, ...] | None,
     sample: int | None,
     stop_words: str | None,
@@ -140,19 +136,13 @@ def discover(
         ("analyser", analyser, analyser is not None),
         ("balanced", False, unbalanced),
     ]
-    chosen = as_dictionary((*options, *((key, value) for key, value, is_given in flags if is_given)))
+    chosen = as_dictionary((*options.items(), *((key, value) for key, value, is_given in flags if is_given)))
     from ...experts.text.discovery import SAMPLE, DiscoverySettings
 
     workspace = session.open()
+    settings = DiscoverySettings(by, domains, sample or SAMPLE, seed, jobs)
     with session.progress() as progress:
-        discovery = workspace.discover(
-            name,
-            clusters,
-            DiscoverySettings(by, domains, sample or SAMPLE, seed, jobs),
-            force=force,
-            reporter=progress,
-            **chosen,
-        )
+        discovery = workspace.discover(name, clusters, settings, force=force, reporter=progress, **chosen)
     rows = [
         (
             cluster.name,
@@ -193,16 +183,10 @@ def _table(domains: Mapping[str, PreparedDomain]) -> Table:
     for name, domain in domains.items():
         for part, counts in (("train", domain.train), ("valid", domain.valid)):
             rows.append((name, part, number(counts.documents), number(counts.tokens), number(counts.bytes)))
-    return Table(HEADINGS, rows, right=frozenset({2, 3, 4}))
+    return Table(("domain", "part", "documents", "tokens", "bytes"), rows, right=frozenset({2, 3, 4}))
 
 
 def _source(domain: DomainConfig) -> str:
     if domain.bundled is not None:
         return f"bundled {domain.bundled}"
     return domain.path or f"{domain.train} and {domain.valid}"
-
-
-command.add_command(prepare)
-command.add_command(list_)
-command.add_command(proxy)
-command.add_command(discover)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..context import Session, pass_session
-from ..group import Group, cli_command
+from ..group import Group
 from ..options import flag, option, path, with_options
 from ..summaries import artefact_content, artefact_line
 
@@ -43,7 +43,7 @@ def command() -> None:
     """
 
 
-@cli_command("remove", example="expertctl expert remove news -m campus -o campus-without-news")
+@command.command("remove", example="expertctl expert remove news -m campus -o campus-without-news")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @retrain_option
 @with_output
@@ -53,29 +53,24 @@ def remove(session: Session, /, names: tuple[str, ...], **options: Any) -> None:
     _change(session, remove=names, **options)
 
 
-@cli_command("add", example="expertctl expert add law -m campus -o campus-with-law")
+@command.command("add", example="expertctl expert add law -m campus -o campus-with-law")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @retrain_option
 @with_output
 @pass_session
 def add(session: Session, /, names: tuple[str, ...], **options: Any) -> None:
     """Add finished experts (names or folders) to a generalist."""
-    _change(session, add=dict(_folder(session, name) for name in names), **options)
+    _change(session, add={folder.name: folder for folder in map(session.artefact, names)}, **options)
 
 
-@cli_command("replace", example="expertctl expert replace law -m campus -o campus-2 --by law-2027")
+@command.command("replace", example="expertctl expert replace law -m campus -o campus-2 --by law-2027")
 @click.argument("name", metavar="NAME")
 @option("--by", "EXPERT", "Expert to use instead, under the same name.", required=True)
 @with_output
 @pass_session
 def replace(session: Session, /, name: str, by: str, **options: Any) -> None:
     """Replace an expert of a generalist by another one."""
-    _change(session, replace={name: _folder(session, by)[1]}, **options)
-
-
-def _folder(session: Session, name: str) -> tuple[str, Path]:
-    folder = session.artefact(name)
-    return folder.name, folder
+    _change(session, replace={name: session.artefact(by)}, **options)
 
 
 def _change(
@@ -151,18 +146,7 @@ def _retrained(session: Session, name: str, start: Path, change: Change, force: 
     }
     domains = [domain for domain in spec.domains if domain not in removed_domains]
     domains += [domain for expert in new_experts for domain in expert.domains if domain not in domains]
+    training = spec.training.model_dump(mode="json", exclude_none=True)
+    settings = TuningSettings(spec.trains, domains, dict(spec.options), training)
     with session.progress(name) as progress:
-        return workspace.tune(
-            name,
-            start.name,
-            TuningSettings(
-                spec.trains, domains, dict(spec.options), spec.training.model_dump(mode="json", exclude_none=True)
-            ),
-            force=force,
-            reporter=progress,
-        )
-
-
-command.add_command(remove)
-command.add_command(add)
-command.add_command(replace)
+        return workspace.tune(name, start.name, settings, force=force, reporter=progress)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     "--weights",
     "WEIGHTS",
     "Weights of the experts: uniform, posterior (domain posterior), or a:0.6,b:0.4. Default: uniform.",
-    name="shares_",
     type=weights,
 )
 @pairs("--option", "options", "Set an option of the method; repeatable.")
@@ -79,12 +78,9 @@ if TYPE_CHECKING:
 @pass_session
 def command(
     session: Session,
+    /,
     name: str | None,
-    method: str | None,
-    experts: tuple[str, ...] | None,
-    shares_: str | dict[str, float] | None,
-    options: tuple[tuple[str, Any], ...],
-    fit_on: tuple[str, ...] | None,
+    options: dict[str, Any],
     file: Path | None,
     output: Path | None,
     search: str | None,
@@ -95,13 +91,12 @@ def command(
     self_contained: bool,
     resume: bool,
     force: bool,
-    dtype: str | None,
-    tokenizer: str | None,
     shard_size: int,
     device: str,
     threads: int | None,
     allow_unrelated: bool,
     allow_licences: bool,
+    **settings: Any,
 ) -> int:
     """Merge the seed and its experts into a generalist.
 
@@ -120,42 +115,25 @@ def command(
         shard_bytes=shard_size,
     )
     if self_contained:
-        options = (*options, ("self_contained", True))
-    merge_options = {
-        "method": method,
-        "experts": experts,
-        "weights": shares_,
-        "fit_on": fit_on,
-        "options": options or None,
-    }
+        options = as_dictionary((*options.items(), ("self_contained", True)))
+    search_settings = {"strategy": search, "trials": trials, "layer_groups": layer_groups}
+    settings["options"] = options or None
+    settings["search"] = {key: value for key, value in search_settings.items() if value is not None} or None
     if file is not None:
-        _refuse_with_file(name, {**merge_options, "tokenizer": tokenizer, "dtype": dtype, "search": search})
+        _refuse_with_file(name, {**settings, "search": search})
         if gate:
             raise click.UsageError("--gate needs experts of a workspace; it cannot be used with --config")
         _merge_file(session, file, output, run, plan_only)
         return 0
     if name is None:
         raise click.UsageError("give the NAME of the merge, or --config FILE with -o DIR")
-    settings: dict[str, Any] = {
-        "method": method,
-        "experts": experts,
-        "weights": shares_,
-        "options": as_dictionary(options) or None,
-        "fit_on": fit_on,
-        "dtype": dtype,
-        "tokenizer": tokenizer,
-        "search": _search(search, trials, layer_groups),
-        "output": output,
-    }
     workspace = session.open()
+    folder = output or workspace.generalists / name
     if plan_only:
-        _show_plan(
-            session, workspace.generalists.plan(name, run=run, **settings), output or workspace.generalists / name
-        )
+        _show_plan(session, workspace.generalists.plan(name, output=output, run=run, **settings), folder)
         return 0
     with session.progress() as reporter:
-        manifest = workspace.merge(name, run=replace(run, reporter=reporter), **settings)
-    folder = output or workspace.generalists / name
+        manifest = workspace.merge(name, output=output, run=replace(run, reporter=reporter), **settings)
     if not gate:
         show_artefact(session, folder, manifest, origin(manifest))
         return 0
@@ -173,20 +151,13 @@ def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Man
     return status
 
 
-def _search(strategy: str | None, trials: int | None, layer_groups: int | None) -> dict[str, Any] | None:
-    """Return the search settings of the command line, None if there are none."""
-    settings = {"strategy": strategy, "trials": trials, "layer_groups": layer_groups}
-    return {key: value for key, value in settings.items() if value is not None} or None
-
-
-def _refuse_with_file(name: str | None, other_options: dict[str, Any]) -> None:
+def _refuse_with_file(name: str | None, settings: dict[str, Any]) -> None:
     if name is not None:
         raise click.UsageError("--config defines the merge; omit NAME and give the output folder with -o DIR")
-    for flag_name, value in other_options.items():
-        if value is not None:
-            raise click.UsageError(
-                f"--config defines the whole merge; omit --{flag_name.replace('_', '-').rstrip('s')}"
-            )
+    for key in ("method", "experts", "weights", "fit_on", "options", "tokenizer", "dtype", "search"):
+        if settings[key] is not None:
+            flag_name = "option" if key == "options" else key.replace("_", "-")
+            raise click.UsageError(f"--config defines the whole merge; omit --{flag_name}")
 
 
 def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun, plan_only: bool) -> None:

@@ -6,18 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..context import Session, pass_session
+from ..context import INTERRUPTED, Session, pass_session
 from ..group import cli_command
 from ..options import flag, integer, option, pairs
-from ..parsing import as_dictionary
 
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
     from ...core.config.settings import LauncherConfig
     from ...experts.runs.launching import TrainResult
-
-INTERRUPTED = 130
 
 
 @cli_command("train", example="expertctl train --all --jobs 2")
@@ -33,7 +30,7 @@ def command(
     everything: bool,
     jobs: int,
     launcher: str | None,
-    launcher_options: tuple[tuple[str, Any], ...],
+    launcher_options: dict[str, Any],
 ) -> int:
     """Train experts, resuming interrupted runs.
 
@@ -55,7 +52,7 @@ def command(
     return _report(result)
 
 
-def _launcher(workspace: Workspace, name: str | None, options: tuple[tuple[str, Any], ...]) -> LauncherConfig | None:
+def _launcher(workspace: Workspace, name: str | None, options: dict[str, Any]) -> LauncherConfig | None:
     """Return the launcher of the command line; the project's options apply only to the project's launcher."""
     from ...core.config.settings import LauncherConfig
 
@@ -63,7 +60,7 @@ def _launcher(workspace: Workspace, name: str | None, options: tuple[tuple[str, 
         return None
     declared = workspace.config.launcher
     base = declared if name in (None, declared.name) else LauncherConfig(name=name or declared.name)
-    return base.model_copy(update={"options": {**base.options, **as_dictionary(options)}})
+    return base.model_copy(update={"options": {**base.options, **options}})
 
 
 def _report(result: TrainResult) -> int:

@@ -9,7 +9,6 @@ import click
 from ..context import Session, pass_session
 from ..group import cli_command
 from ..options import flag, name_list, option, training_settings, with_training
-from ..parsing import as_dictionary
 from ..summaries import show_artefact
 
 
@@ -18,7 +17,7 @@ from ..summaries import show_artefact
 @option("--from", "GENERALIST", "Model to train: a generalist, or seed.", name="base")
 @option(
     "--trains",
-    "PART",
+    "PARAMETERS",
     "Trainable parameters: router (default), mixture, another trainer of generalists, or a pattern of tensor names.",
 )
 @name_list("--domains", "Domains to train on, in equal shares.")
@@ -32,8 +31,8 @@ def command(
     trains: str | None,
     domains: tuple[str, ...] | None,
     tokens: int | None,
-    settings: tuple[tuple[str, Any], ...],
-    options: tuple[tuple[str, Any], ...],
+    settings: dict[str, Any],
+    options: dict[str, Any],
     force: bool,
 ) -> None:
     """Train a generalist further and save the result as NAME.
@@ -43,14 +42,8 @@ def command(
     """
     from ...experts.runs.tuning import TuningSettings
 
-    training = training_settings(tokens, settings)
+    tuning = TuningSettings(trains, domains or (), options, training_settings(tokens, settings))
     workspace = session.open()
     with session.progress(name) as progress:
-        manifest = workspace.tune(
-            name,
-            base,
-            TuningSettings(trains, domains or (), as_dictionary(options), training),
-            force=force,
-            reporter=progress,
-        )
+        manifest = workspace.tune(name, base, tuning, force=force, reporter=progress)
     show_artefact(session, workspace.generalists / name, manifest)

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..context import Session, pass_session
-from ..group import Group, cli_command
-from ..options import integer, option
+from ..context import GATE_FAILED, Session, pass_session
+from ..group import Group
+from ..options import fraction, integer, option
 from ..output import Table, number
 
 if TYPE_CHECKING:
     from ...experts.measures.extraction_audit import Extraction, ExtractionAudit
-
-GATE_FAILED = 3
 
 
 @click.group("audit", cls=Group)
@@ -27,7 +25,7 @@ def command() -> None:
     """
 
 
-@cli_command("extraction", example="expertctl audit extraction clinic --data clinic --against seed --documents 500")
+@command.command("extraction", example="expertctl audit extraction clinic --data clinic --against seed --documents 500")
 @click.argument("model", metavar="EXPERT")
 @option(
     "--data",
@@ -42,26 +40,20 @@ def command() -> None:
 @integer("--continuation", "Number of tokens to extract.", default=256)
 @integer("--samples", "Number of samples per document.", default=10)
 @integer("--top-k", "Top-k of the sampling.", metavar="K", default=50)
-@option("--top-p", "P", "Top-p of the sampling.", type=click.FloatRange(0, 1, min_open=True), default=0.95)
+@fraction("--top-p", "P", "Top-p of the sampling.", default=0.95)
 @option("--temperature", "T", "Temperature of the sampling.", type=click.FloatRange(min=0, min_open=True), default=1.0)
-@option(
-    "--threshold",
-    "S",
-    "Minimum similarity for a document to count as extracted.",
-    type=click.FloatRange(0, 1),
-    default=0.9,
-)
+@fraction("--threshold", "S", "Minimum similarity for a document to count as extracted.", allow_zero=True, default=0.9)
 @integer(
     "--batch-size",
     "Number of continuations to sample at the same time. Affects memory, speed and the random samples.",
     default=40,
 )
 @integer("--seed", "Random seed.", least=0, default=0)
-@option(
+@fraction(
     "--at-most",
     "RATE",
     "Exit with status 3 if the upper end of the confidence interval exceeds this rate.",
-    type=click.FloatRange(0, 1),
+    allow_zero=True,
 )
 @pass_session
 def extraction(
@@ -143,6 +135,3 @@ def _notes(audit: ExtractionAudit) -> list[str]:
     if audit.reference is not None:
         notes.append(f"extracted from {audit.model.model}, but not from {audit.reference.model}: {audit.only_model}")
     return notes
-
-
-command.add_command(extraction)

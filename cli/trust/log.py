@@ -24,7 +24,11 @@ def command(session: Session) -> None:
     manifests = [read_manifest(folder) for folder in session.open().layout.finished()]
     content = {
         "nodes": [_node(manifest) for manifest in manifests],
-        "edges": [edge for manifest in manifests for edge in _edges(manifest)],
+        "edges": [
+            {"from": parent.digest, "to": manifest.digest, "name": parent.name, "weight": parent.weight}
+            for manifest in manifests
+            for parent in manifest.parents
+        ],
     }
     lines = _tree(manifests) or ["no finished artefacts yet; start with `expertctl seed`"]
     session.finish(content, "\n".join(lines))
@@ -39,13 +43,6 @@ def _node(manifest: Manifest) -> dict[str, Any]:
         "trains": manifest.trainable,
         "domains": list(manifest.domains),
     }
-
-
-def _edges(manifest: Manifest) -> list[dict[str, Any]]:
-    return [
-        {"from": parent.digest, "to": manifest.digest, "name": parent.name, "weight": parent.weight}
-        for parent in manifest.parents
-    ]
 
 
 def _tree(manifests: Sequence[Manifest]) -> list[str]:
@@ -75,9 +72,9 @@ def _expert(manifest: Manifest, current_digests: dict[str, str]) -> str:
     ]
     start = f", from {', '.join(starts)}" if starts else ""
     seed = next((parent for parent in manifest.parents if parent.kind == "seed"), None)
-    seed_note = (
-        f"  (from another seed, {short(seed.digest)})" if seed and seed.digest != current_digests.get("seed") else ""
-    )
+    seed_note = ""
+    if seed is not None and seed.digest != current_digests.get("seed"):
+        seed_note = f"  (from another seed, {short(seed.digest)})"
     return f"{manifest.name}  {short(manifest.digest)}  {origin(manifest)}{start}{seed_note}"
 
 

@@ -9,6 +9,7 @@ import click
 from ..context import Session, pass_session
 from ..group import cli_command
 from ..options import option
+from ..output import listing
 from ..parsing import named_folder
 
 
@@ -40,17 +41,9 @@ def command(session: Session, manifest: str, models: tuple[tuple[str, Path], ...
             read_manifest(folder), folder, layout=session.layout(), models=dict(models), run=MergeRun(reporter=reporter)
         )
     verdict = "byte-identical" if reproduction.same else "different"
+    differences, versions = list(reproduction.differences), list(reproduction.versions)
     session.finish(
-        {
-            "same": reproduction.same,
-            "differences": list(reproduction.differences),
-            "versions": list(reproduction.versions),
-        },
-        "\n".join(
-            [
-                f"{folder.name}: {verdict}",
-                *(f"  {line}" for line in (*reproduction.differences, *reproduction.versions)),
-            ]
-        ),
+        {"same": reproduction.same, "differences": differences, "versions": versions},
+        listing(f"{folder.name}: {verdict}", [*differences, *versions]),
     )
     return 0 if reproduction.same else 1

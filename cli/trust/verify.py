@@ -11,6 +11,7 @@ import click
 from ..context import Session, pass_session
 from ..group import cli_command
 from ..options import option
+from ..output import listing
 
 if TYPE_CHECKING:
     from ...merge.mixture.absence import Absence
@@ -47,7 +48,10 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
                 for name, problems in problems_by_name.items()
             },
         },
-        *(_line(name, problems) for name, problems in problems_by_name.items()),
+        *(
+            listing(f"{name}: {'changed' if problems else 'intact'}", problems)
+            for name, problems in problems_by_name.items()
+        ),
         *(_absence_lines(name, absence) for name, absence in absences.items()),
     )
     damaged = [name for name, problems in problems_by_name.items() if problems]
@@ -67,7 +71,7 @@ def _find_absence(session: Session, folder: Path, expert: str) -> Absence:
 
 def _absence_lines(name: str, absence: Absence) -> str:
     lines = [*([f"according to its manifest, {absence.merged}"] if absence.merged else []), *absence.traces]
-    return "\n".join([f"{name}: {_verdict(absence)}", *(f"  {line}" for line in lines)])
+    return listing(f"{name}: {_verdict(absence)}", lines)
 
 
 def _verdict(absence: Absence) -> str:
@@ -86,7 +90,3 @@ def _problems(folder: Path) -> list[str]:
         return verify(folder)
     except UserError as error:  # unreadable manifest
         return [str(error)]
-
-
-def _line(name: str, problems: list[str]) -> str:
-    return "\n".join([f"{name}: {'intact' if not problems else 'changed'}", *(f"  {problem}" for problem in problems)])

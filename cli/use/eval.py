@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..context import Session, pass_session
+from ..context import GATE_FAILED, Session, pass_session
 from ..group import cli_command
 from ..options import integer, name_list, option
 from ..output import Table
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from ...core.hooks.evaluation import Metric
     from ...experts.measures.evaluation import EvaluationTable
-
-GATE_FAILED = 3
 
 
 @cli_command("eval", example='expertctl eval seed law forest --domains law,code --require "forest < seed"')
@@ -108,30 +106,20 @@ def report_comparison(
 
 def score_table(table: EvaluationTable, metric: Metric) -> Table:
     """Return the table of one metric: a row per model, a column per domain, and the mean."""
-    best = [table.best(domain, metric) for domain in table.domains]
-    best.append(table.best_mean(metric))
-    rows = []
-    for model, scores in table.scores.items():
-        values = [scores[domain].values[metric.name] for domain in table.domains] + [table.mean(model, metric)]
-        rows.append(
-            (
-                model,
-                *(f"{value:.4f}{'*' if model == winner else ' '}" for value, winner in zip(values, best, strict=True)),
-            )
-        )
-    strong = frozenset(
-        (row, column)
-        for row, cells in enumerate(rows)
-        for column, cell in enumerate(cells)
-        if column and cell[-1] == "*"
-    )
+    best = [*(table.best(domain, metric) for domain in table.domains), table.best_mean(metric)]
+    rows, strong = [], set()
+    for row, (model, scores) in enumerate(table.scores.items()):
+        values = [*(scores[domain].values[metric.name] for domain in table.domains), table.mean(model, metric)]
+        strong |= {(row, column) for column, winner in enumerate(best, start=1) if model == winner}
+        cells = (f"{value:.4f}{'*' if model == winner else ' '}" for value, winner in zip(values, best, strict=True))
+        rows.append((model, *cells))
     columns = ("model", *(f"{heading} " for heading in (*table.domains, "mean")))
     return Table(
         columns,
         rows,
         title=f"{metric.title} ({'higher' if metric.higher_is_better else 'lower'} is better, * best)",
         right=frozenset(range(1, len(columns))),
-        strong=strong,
+        strong=frozenset(strong),
     )
 
 

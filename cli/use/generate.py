@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import Counter
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import flag, integer, name_list, option
+from ..options import flag, fraction, integer, name_list, option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from ...core.models.generation import GeneratedToken, Generation
 
@@ -26,13 +28,7 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "
 @click.argument("prompt", metavar="PROMPT")
 @integer("--max-new-tokens", "Maximum length of the continuation, in tokens.", default=64)
 @option("--temperature", "T", "Sampling temperature; 0 is greedy.", type=click.FloatRange(min=0), default=0.8)
-@option(
-    "--top-p",
-    "P",
-    "Sample only from the most probable tokens up to this cumulative probability.",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=1.0,
-)
+@fraction("--top-p", "P", "Sample only from the most probable tokens up to this cumulative probability.", default=1.0)
 @integer("--seed", "Random seed.", least=0, default=0)
 @name_list("--without", "Disable these experts of an ensemble or a mixture for this call.", multiple=True)
 @flag("--show-experts", "Mark each token with the expert of the highest weight (ensembles).")
@@ -87,13 +83,11 @@ def _content(tokens: Sequence[GeneratedToken]) -> list[dict[str, Any]]:
 def _by_expert(generation: Generation) -> tuple[str, ...]:
     """Return the text with each token's expert marked, and a legend."""
     tokens = (*generation.prompt, *generation.continuation)
-    counts = dict.fromkeys(generation.experts, 0)
-    for token in tokens:
-        if token.shares:
-            counts[max(token.shares, key=token.shares.__getitem__)] += 1
+    counts = Counter(map(_leading_expert, tokens))
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     numbers = {name: number for number, name in enumerate(generation.experts, start=1)}
-    text = "".join(_mark(piece, numbers[name], in_colour) if name else piece for name, piece in _runs_of_tokens(tokens))
+    runs = ((name, "".join(token.text for token in run)) for name, run in groupby(tokens, key=_leading_expert))
+    text = "".join(_mark(piece, numbers[name], in_colour) if name and piece else piece for name, piece in runs)
     legend = (
         f"{_mark(name, number, in_colour) if in_colour else f'[{number}] {name}'}: {counts[name]} tokens"
         for name, number in numbers.items()
@@ -101,18 +95,9 @@ def _by_expert(generation: Generation) -> tuple[str, ...]:
     return (text, "", *legend)
 
 
-def _runs_of_tokens(tokens: Sequence[GeneratedToken]) -> Iterator[tuple[str | None, str]]:
-    """Yield (expert, text) for each run of consecutive tokens with the same leading expert."""
-    expert: str | None = None
-    text = ""
-    for token in tokens:
-        name = max(token.shares, key=token.shares.__getitem__) if token.shares else None
-        if name != expert and text:
-            yield expert, text
-            text = ""
-        expert = name
-        text += token.text
-    yield expert, text
+def _leading_expert(token: GeneratedToken) -> str | None:
+    """Return the expert with the highest weight for a token; None without weights."""
+    return max(token.shares, key=token.shares.__getitem__) if token.shares else None
 
 
 def _mark(text: str, number: int, in_colour: bool) -> str:

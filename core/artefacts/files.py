@@ -37,10 +37,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacement_file(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Yield a temporary file that is flushed to disk and replaces `path` on success, and is deleted on failure.
-
-    `mode` holds its permissions, less the umask.
-    """
+    """Yield a file that replaces `path` on success and is deleted on failure; `mode`: permissions, less the umask."""
     partial = partial_sibling(path)
     try:
         with os_errors_as_user_errors(path):
@@ -71,10 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(path: Path, *, force: bool = False, what: str = "folder") -> Iterator[Path]:
-    """Yield a temporary sibling folder that is renamed to `path` on success and deleted on failure.
-
-    Raises `UserError` if `path` exists already; with `force` it is replaced.
-    """
+    """Yield a folder that becomes `path` on success and is deleted on failure; an existing `path` needs `force`."""
     _put_back(path)
     refuse_existing(path, force=force, what=what)
     partial = partial_sibling(path)

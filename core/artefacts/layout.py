@@ -33,10 +33,7 @@ class Layout:
 
     @classmethod
     def find(cls, start: Path | None = None) -> Layout:
-        """Find the workspace at or above `start` (default: the current folder), as git does.
-
-        Raises `UserError` if there is none.
-        """
+        """Find the workspace at or above `start` (default: the current folder); raises `UserError` if there is none."""
         first = (start or Path.cwd()).resolve()
         for folder in (first, *first.parents):
             if (folder / CONFIG_FILE).is_file():
@@ -58,10 +55,7 @@ class Layout:
         return [path.name for path in _children(self.experts) if (path / MANIFEST_NAMES["expert"]).is_file()]
 
     def generalist(self, output: str | Path) -> Path:
-        """Return the folder of a new generalist, given as a name in this workspace or as a path.
-
-        Raises `UserError` if the name is invalid or taken.
-        """
+        """Return the folder of a new generalist, by name or path; raises `UserError` for an invalid or taken name."""
         path = Path(output)
         if len(path.parts) != 1 or path.is_absolute():
             return path
@@ -70,10 +64,7 @@ class Layout:
         return folder
 
     def artefact(self, name: str) -> Path:
-        """Return the folder of a finished artefact, given by name or as the path of a folder.
-
-        Raises `UserError` that lists the artefacts of the workspace.
-        """
+        """Return the folder of a finished artefact, by name or path; raises `UserError` that lists the artefacts."""
         known = {folder.name: folder for folder in self.finished()}
         if name in known:
             return known[name]

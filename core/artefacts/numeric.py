@@ -92,10 +92,7 @@ def decode(raw: Any, dtype: str, shape: tuple[int, ...], scratch: NDArray[np.uin
 
 
 def encode(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
-    """Encode an array as the bytes of a stored dtype, rounded to nearest (ties to even); shape (bytes,).
-
-    Overflow becomes infinity, as in torch; NaN stays NaN.
-    """
+    """Encode an array as bytes, (bytes,), rounded to nearest even; overflow becomes infinity, NaN stays NaN."""
     import numpy as np
 
     flat = np.ascontiguousarray(numbers).reshape(-1)
@@ -105,8 +102,7 @@ def encode(numbers: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
         import torch
 
         kind = getattr(torch, DTYPES[dtype].torch)
-        codes: NDArray[np.uint8] = torch.from_numpy(flat.copy()).to(kind).view(torch.uint8).numpy()
-        return codes
+        return np.asarray(torch.from_numpy(flat.copy()).to(kind).view(torch.uint8).numpy())
     with np.errstate(over="ignore", invalid="ignore"):
         return flat.astype(DTYPES[dtype].numpy, copy=False).view("u1")
 

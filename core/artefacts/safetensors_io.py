@@ -77,10 +77,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Return the header entries of one safetensors file, in file order.
-
-    Raises `UserError` if the file is truncated, has extra bytes, or is not a safetensors file.
-    """
+    """Return the tensors of a safetensors file in file order; raises `UserError` if it is truncated or not valid."""
     with os_errors_as_user_errors(path), path.open("rb") as file:
         size, prefix = path.stat().st_size, file.read(8)
         if len(prefix) < 8:
@@ -348,10 +345,7 @@ class FileWriter:
 
 @contextmanager
 def new_file(path: Path, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> Iterator[FileWriter]:
-    """Yield a writer of one safetensors file, which appears under its name if the block succeeds.
-
-    `shapes` maps each tensor name to safetensors' dtype name and shape, in file order.
-    """
+    """Yield a writer of a file that appears on success; `shapes` maps the tensors, in file order, to (dtype, shape)."""
     header, spans = header_of_file(shapes)
     with replacement_file(path) as file:
         write_at(file.fileno(), memoryview(header), 0)

@@ -37,7 +37,6 @@ def _worst(error: ValidationError) -> Any:
 
 
 def _sentence(problem: Any, root: type[BaseModel]) -> str:
-    """Return one of pydantic's errors as a sentence with the key."""
     location = tuple(problem["loc"])
     key = "".join(f"{part}: " for part in [".".join(map(str, location))] if part)
     if problem["type"] == "extra_forbidden":

@@ -15,15 +15,9 @@ from .yaml_lines import parse_yaml
 
 def load_project(path: Path) -> ProjectConfig:
     """Load and validate a project file; raises `UserError` with file, line, key and the nearest valid name."""
+    content, lines = parse_yaml(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    content, lines = parse_yaml(text, path)
-    try:
-        project = ProjectConfig.model_validate({} if content is None else content)
+        project = ProjectConfig.model_validate(content)
     except ValidationError as error:
         raise UserError(first_problem(error, path, lines, ProjectConfig)) from None
     discovered = discovered_domains(path.parent)

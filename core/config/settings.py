@@ -327,10 +327,7 @@ def overlay(base: Model, own: Model) -> Model:
 
 
 def validate_settings(kind: type[Model], values: Mapping[str, Any], what: str) -> Model:
-    """Validate settings from code or the command line and return them as a section of the project file.
-
-    Raises `UserError` with `what`, the key and the nearest valid name.
-    """
+    """Return settings from code or options as a section; raises `UserError` with `what`, key and nearest valid name."""
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:

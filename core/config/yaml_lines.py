@@ -22,14 +22,20 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, path: Path) -> tuple[Any, dict[KeyPath, int]]:
-    """Return a YAML document and the line of every key; raises `UserError` for invalid YAML or duplicate keys."""
+def parse_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """Return a YAML file's content ({} if empty) and the line of every key; raises `UserError` if it is not valid."""
     try:
+        text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
         lines: dict[KeyPath, int] = {}
         if node is not None:
             _note_lines(node, (), lines, path)
-        return yaml.load(text, Loader=_Loader), lines  # _Loader derives from SafeLoader
+        content = yaml.load(text, Loader=_Loader)  # _Loader derives from SafeLoader
+        return {} if content is None else content, lines
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None

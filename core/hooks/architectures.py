@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .manager import PluginManager, installed_plugins
+from .manager import installed_plugins
 from .mixtures import Architecture
 
 
-def architecture_of(model_type: str, plugins: PluginManager | None = None) -> Architecture:
+def architecture_of(model_type: str) -> Architecture:
     """Return the family of a `config.json` model type, with the usual tensor names if no plugin describes it."""
-    offers = (plugins or installed_plugins()).offers(Architecture)
+    offers = installed_plugins().offers(Architecture)
     families = {kind: family for family in offers.values() for kind in family.model_types}
     return families.get(model_type) or Architecture(
         name=model_type,

@@ -86,10 +86,7 @@ class TextMixer(ABC):
 
     @abstractmethod
     def joint_log_probs(self, members: Sequence[nn.Module], tokens_BT1: Tensor, *, adapt: bool) -> Tensor:
-        """Return log(weight_k p_k(x_t | x_<t)) for all but the first token, (K, B, T).
-
-        With `adapt`, weights that depend on earlier texts are updated with these texts afterwards.
-        """
+        """Return log(weight_k p_k(x_t | x_<t)) of targets, (K, B, T); with `adapt`, the texts then update weights."""
 
 
 @dataclass(frozen=True)

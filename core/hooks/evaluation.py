@@ -32,7 +32,7 @@ class Metric:
     higher_is_better: bool = False
 
     def best(self, values: Mapping[str, float]) -> str:
-        """Return the model with the best of some values, the first one of equals."""
+        """Return the model with the best value, the first one of equals."""
         return (max if self.higher_is_better else min)(values, key=lambda model: values[model])
 
     def is_worse(self, value: float, other: float) -> bool:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "expertctl"
 SELECTION_VARIABLE = "EXPERTCTL_PLUGINS"
 
-# Named by string, so that nothing below imports the plugins it is extended by.
+# Named by string, so that `core` does not import plugins.
 BUILTIN_PLUGINS = (
     "basics.architectures",
     "basics.corpus_files",
@@ -54,7 +54,6 @@ BUILTIN_PLUGINS = (
 )
 
 Offer = TypeVar("Offer")
-
 
 OFFER_KINDS: Mapping[type, str] = {
     MergeMethod: "merge_methods",
@@ -128,7 +127,7 @@ class PluginManager:
             self._pm.register(module, name)
 
     def load_entry_points(self) -> None:
-        """Register third-party plugins, minding `EXPERTCTL_PLUGINS` (a,b: just those; empty: none)."""
+        """Register third-party plugins; `EXPERTCTL_PLUGINS` restricts them to a list (`a,b`; empty: none)."""
         from importlib.metadata import entry_points
 
         selection = os.environ.get(SELECTION_VARIABLE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -65,21 +65,20 @@ class MergeMethod:
 
     name: str
     summary: str
-    options: type | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    options: type | None = None
     """A frozen dataclass with a default for every field, or None. Users leave out a trailing underscore (`lambda_`)."""
-    options_for: Callable[[Mapping[str, Any]], type] | None = field(default=None, kw_only=True)
+    options_for: Callable[[Mapping[str, Any]], type] | None = None
     """Instead of `options`, if their class depends on the value of one of them: returns the class."""
-    kind: GeneralistKind = field(default="average", kw_only=True)
+    kind: GeneralistKind = "average"
     """Kind of generalist."""
-    weights: Literal["shares", "factors"] = field(default="shares", kw_only=True)
+    weights: Literal["shares", "factors"] = "shares"
     """`shares`: at least 0, summing to 1. `factors`: any numbers, 1 for each expert by default."""
-    expert_count: tuple[int, int | None] = field(default=(1, None), kw_only=True)
+    expert_count: tuple[int, int | None] = (1, None)
     """Minimum and maximum number of experts; None: no limit."""
-    auto_classes: Callable[[], tuple[type, type]] | None = field(default=None, kw_only=True)
+    auto_classes: Callable[[], tuple[type, type]] | None = None
     """Returns (configuration class, model class), for models that transformers has no class for."""
-    switch_off: Callable[[Any, Sequence[str], Collection[str]], PreTrainedModel] | None = field(
-        default=None, kw_only=True
-    )
+    switch_off: Callable[[Any, Sequence[str], Collection[str]], PreTrainedModel] | None = None
     """`switch_off(model, experts, disabled)` returns a loaded model without some of its `experts` (all, in order)."""
 
     def options_class(self, values: Mapping[str, Any]) -> type | None:
@@ -104,16 +103,17 @@ class TensorMerge(MergeMethod):
     merge: Callable[[TensorGroup, Any], Tensor]
     """`merge(group, options)` returns the merged tensor. Pure; called once for each floating-point tensor, from
     several threads at once."""
-    uses_seed: bool | Callable[[Any], bool] = field(default=True, kw_only=True)
+    _: KW_ONLY
+    uses_seed: bool | Callable[[Any], bool] = True
     """Whether `merge` reads the seed's tensors; a function of the options where it depends on them."""
-    elementwise: bool = field(default=False, kw_only=True)
+    elementwise: bool = False
     """Whether every element of the result depends only on the same element of the inputs, so that the engine may pass
     a tensor in flat pieces and never holds it whole."""
-    keeps_seed: bool = field(default=True, kw_only=True)
+    keeps_seed: bool = True
     """Whether experts equal to the seed give the seed for any options; the engine then copies such tensors unread."""
-    arrays: Literal["torch", "any"] = field(default="torch", kw_only=True)
+    arrays: Literal["torch", "any"] = "torch"
     """`any`: works on numpy arrays as well, so that torch need not be imported for a merge on a CPU."""
-    statistics: str | None = field(default=None, kw_only=True)
+    statistics: str | None = None
     """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
 
 
@@ -217,7 +217,8 @@ class Assembler(MergeMethod):
 
     assemble: Callable[[AssemblyInputs, Any], Assembly]
     """`assemble(inputs, options)` returns the plan of the model; it reads no tensors."""
-    kind: GeneralistKind = field(default="moe", kw_only=True)
+    _: KW_ONLY
+    kind: GeneralistKind = "moe"
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,8 @@ class ModelBuilder(MergeMethod):
 
     build: Callable[[MergeInputs, Any, Path], BuiltModel | None]
     """`build(inputs, options, folder)` writes a loadable model into `folder`; the result may replace weights and options."""
-    takes_models: bool = field(default=False, kw_only=True)
+    _: KW_ONLY
+    takes_models: bool = False
     """Whether it takes any model with the seed's tokenizer, not only experts of the seed."""
 
 

@@ -76,10 +76,7 @@ class MixtureShape:
 
 @dataclass(frozen=True)
 class MixtureTarget:
-    """A mixture class that dense models of a family can be converted to, with its tensor names.
-
-    Tensor names are those within a layer: `mlp.up_proj.weight`.
-    """
+    """A mixture class for dense models of a family; tensor names are those within a layer: `mlp.up_proj.weight`."""
 
     name: str
     model_class: str

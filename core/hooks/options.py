@@ -26,10 +26,7 @@ def unknown_option(what: str, name: str, known: Collection[str]) -> UserError:
 
 
 def parse_options(kind: type[Options] | None, values: Mapping[str, Any], what: str) -> Any:
-    """Return `values` as the options dataclass of a plugin's offer.
-
-    Raises `UserError` for unknown names (with the nearest valid one) and for wrong types.
-    """
+    """Return `values` as an offer's options; raises `UserError` for unknown names (with a hint) and for wrong types."""
     target: type = kind or NoOptions
     assert is_dataclass(target), f"options of {what} must be a dataclass, not {target}"
     # `lambda` is a keyword of Python: the field is `lambda_`, and users omit the underscore

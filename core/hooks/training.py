@@ -31,10 +31,7 @@ class PrivateReleases(Protocol):
 
 
 class TrainablePart:
-    """The module of a training run and its trainable parameters.
-
-    Extend it for losses, measures or files of your own; every method has a default.
-    """
+    """Module and trainable parameters of a run; subclass it for own losses, measures or files (all have defaults)."""
 
     auxiliary_per_example = False
     """Whether `auxiliary_loss` is a mean over the batch of terms that each depend on one example, as training with

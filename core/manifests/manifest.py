@@ -143,10 +143,7 @@ def manifest_path(folder: Path) -> Path | None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check an artefact's manifest.
-
-    Raises `UserError` when there is none, when it is of another format, and with the field's name when it is damaged.
-    """
+    """Read an artefact's manifest; raises `UserError` if there is none, it has another format, or it is damaged."""
     path = manifest_path(folder)
     if path is None:
         raise UserError(f"{folder} is not a finished artefact: it has none of {', '.join(MANIFEST_NAMES.values())}")

@@ -20,23 +20,23 @@ def verify(folder: str | Path, *, tensors: bool = True, manifest: Manifest | Non
     """
     folder = Path(folder)
     manifest = manifest or read_manifest(folder)
-    found: list[str] = []
+    differences: list[str] = []
     files = {path.relative_to(folder).as_posix(): path for path in artefact_files(folder)}
     for name in sorted(manifest.files.keys() | files.keys()):
         if name not in files:
-            found.append(f"file {name} is missing")
+            differences.append(f"file {name} is missing")
         elif name not in manifest.files:
-            found.append(f"file {name} was added")
+            differences.append(f"file {name} was added")
         elif digest_of_file(files[name]) != manifest.files[name]:
-            found.append(f"file {name} was changed")
+            differences.append(f"file {name} was changed")
     if tensors:
-        found += _verify_tensors(folder, manifest, files)
+        differences += _verify_tensors(folder, manifest, files)
     if digest_of_tensors(manifest.tensors) != manifest.digest:
-        found.append("the manifest's own list of tensors does not match its digest")
+        differences.append("the manifest's own list of tensors does not match its digest")
     path = manifest_path(folder)
     if path is not None and not _is_as_written(path):
-        found.append(f"{path.name} itself was changed")
-    return found
+        differences.append(f"{path.name} itself was changed")
+    return differences
 
 
 def _is_as_written(manifest: Path) -> bool:
@@ -47,7 +47,7 @@ def _is_as_written(manifest: Path) -> bool:
 
 
 def _verify_tensors(folder: Path, manifest: Manifest, files: Mapping[str, Path]) -> list[str]:
-    found: list[str] = []
+    differences: list[str] = []
     seen: set[str] = set()
     for path in files.values():
         if path.suffix != ".safetensors":
@@ -56,15 +56,15 @@ def _verify_tensors(folder: Path, manifest: Manifest, files: Mapping[str, Path])
         try:
             digests = Checkpoint([path]).digests()
         except UserError as error:
-            found.append(str(error))
+            differences.append(str(error))
             continue
         seen |= {prefix + name for name in digests}
-        found += [
+        differences += [
             f"tensor {prefix}{name} was changed"
             for name, digest in digests.items()
             if manifest.tensors.get(prefix + name) != digest
         ]
-    return found + [f"tensor {name} is missing" for name in sorted(manifest.tensors.keys() - seen)]
+    return differences + [f"tensor {name} is missing" for name in sorted(manifest.tensors.keys() - seen)]
 
 
 def require_intact(folder: Path, *, tensors: bool = True, manifest: Manifest | None = None) -> Manifest:

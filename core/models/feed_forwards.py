@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..hooks.architectures import architecture_of
 from ..text.token_store import Blocks, spread
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,7 @@ class InputMoments:
 def observe_inputs(
     model: PreTrainedModel, blocks: Iterable[NDArray[Any]], observe: Callable[[int, Tensor], None]
 ) -> int:
-    """Run a model on token arrays (tokens,), call `observe(layer, input)` for each FFN input (1, tokens, d).
-
-    Returns the number of tokens.
-    """
-    import torch
+    """Call `observe(layer, input)` with every FFN input (1, tokens, d) of token arrays; return the number of tokens."""
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, inputs: observe(layer, inputs[0].detach())
@@ -87,12 +83,7 @@ def observe_inputs(
 
 
 def input_moments(model: PreTrainedModel, blocks: Iterable[NDArray[Any]], *, full: bool = False) -> InputMoments:
-    """Return the moments of all FFN inputs over token arrays (tokens,); raises `UserError` if there are none.
-
-    With `full` the second moments are matrices, otherwise their diagonals.
-    """
-    import torch
-
+    """Return the moments of FFN inputs, with `full` second-moment matrices; raises `UserError` if there is no text."""
     sums: dict[int, Tensor] = {}
     squares: dict[int, Tensor] = {}
 

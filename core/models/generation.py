@@ -1,7 +1,4 @@
-"""Text generation from any artefact, with each expert's responsibility for each token.
-
-Shapes: B = 1, T = tokens, K = experts.
-"""
+"""Text generation with each expert's responsibility for each token. Shapes: B = 1, T = tokens, K = experts."""
 
 from __future__ import annotations
 
@@ -9,18 +6,15 @@ import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..process.compute import best_device
 from ..reporting import SILENT, Reporter
 from .loading import load_model, require_intact_models
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,7 @@ def generate(
     shares: bool = False,
     reporter: Reporter = SILENT,
 ) -> Generation:
-    """Sample a continuation of `prompt`.
-
-    Raises `UserError` if `shares` are requested from a model without experts, and if prompt and continuation exceed
-    the model's positions.
-    """
+    """Sample a continuation; raises `UserError` for `shares` of a model without experts, and for too long a text."""
     require_intact_models([folder])
     model, tokenizer = load_model(folder, without=without)
     if shares and not hasattr(model, "responsibilities"):

@@ -181,16 +181,10 @@ def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
 
 
 def require_intact_models(folders: Iterable[Path]) -> None:
-    """Verify every byte of artefacts, and of experts' seeds; raises `UserError` if any byte differs.
-
-    A plain Hugging Face folder has no manifest and is not verified.
-    """
+    """Raise `UserError` if a byte of an artefact or of an expert's seed differs; skip folders without a manifest."""
     verified: set[Path] = set()  # experts share their seed, which may be large
     for folder in folders:
-        manifest = _manifest_of(folder)
-        if manifest is None:
-            continue
-        for artefact in (folder, seed_of(folder, manifest)) if manifest.kind == "expert" else (folder,):
+        for artefact in _source_artefacts(folder):
             if artefact.resolve() not in verified:
                 require_intact(artefact)
                 verified.add(artefact.resolve())
@@ -264,10 +258,7 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 class ExpertTensors:
-    """All tensors of one expert: those that training changed, and the seed's for the others.
-
-    Raises `UserError` if a changed tensor's shape or dtype differs from the seed's.
-    """
+    """Tensors of an expert, trained or the seed's; raises `UserError` if a trained one has another shape or dtype."""
 
     def __init__(self, seed: Checkpoint, folder: Path) -> None:
         self.seed = seed

@@ -169,10 +169,7 @@ def display(*, quiet: bool = False, plain: bool = False) -> Display:
 
 
 class Progress(Reporter):
-    """Reporter that shows messages, tasks and training runs on a display, as a context manager.
-
-    `expected` are the names of the known future jobs.
-    """
+    """Reporter and context manager that shows work on a display; `expected` are the names of known future jobs."""
 
     def __init__(self, where: Display, expected: Sequence[str] = (), clock: Clock = time.monotonic) -> None:
         self._display, self._expected, self._clock = where, expected, clock

@@ -58,10 +58,7 @@ def tiny_model_folder(
 
 
 def fresh_plugins(*plugins: object, builtins: bool = True) -> PluginManager:
-    """Return a manager with the built-ins and `plugins`: modules, classes or objects with `@hookimpl`.
-
-    Plugin errors are not printed but collected in the manager's `problems`.
-    """
+    """Return a manager with the built-ins and `plugins` (modules, classes, objects); errors are kept in `problems`."""
     manager = PluginManager(report=lambda problem: None)
     if builtins:
         manager.load_builtins()

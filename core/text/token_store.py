@@ -8,13 +8,11 @@ of block `i + 1`. Inputs are all tokens but the last, targets all but the first,
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, BinaryIO, Protocol, Self
 
 from ..artefacts.files import os_errors_as_user_errors, read_json, write_json
 from ..errors import UserError
@@ -53,18 +51,14 @@ def write_part(
     vocabulary: int,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenPart:
-    """Stream (text, token ids) documents into shards in the existing `folder`, in constant memory.
-
-    Each `tokens-*.bin` has a `documents-*.bin` with two int64 for every document that ends in the shard: the number
-    of its tokens, including the separator, and of its text's bytes.
-    """
+    """Stream (text, token ids) documents into shards in the existing `folder`, in constant memory."""
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     counter = TextCounter()
     with _ShardWriter(folder, dtype, shard_tokens) as shards:
         shards.add([separator])
         for text, ids in documents:
             shards.add([*ids, separator])
-            shards.end_document(len(ids) + 1, counter.add(text))
+            counter.add(text)
     sizes = tuple(shards.sizes)
     part = TokenPart(dtype, sizes, counter.documents, sum(sizes), counter.bytes, counter.digest)
     write_json(folder / PART_FILE, asdict(part))
@@ -78,13 +72,12 @@ class TextCounter:
         self.documents = self.bytes = 0
         self._state = hashlib.sha256()
 
-    def add(self, text: str) -> int:
-        """Count a document and return its number of UTF-8 bytes."""
+    def add(self, text: str) -> None:
+        """Count a document."""
         encoded = text.encode("utf-8", errors="surrogatepass")
         self._state.update(len(encoded).to_bytes(8, "little") + encoded)
         self.documents += 1
         self.bytes += len(encoded)
-        return len(encoded)
 
     @property
     def digest(self) -> str:
@@ -97,39 +90,30 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, dtype: str, shard_tokens: int) -> None:
         self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
-        self._open_files = ExitStack()
-        self.sizes: list[int] = []
+        self.sizes = [0]
+        with os_errors_as_user_errors(folder):
+            self._file = self._open_shard()
 
     def __enter__(self) -> Self:
-        self._next_shard()
         return self
 
     def __exit__(self, *exception: object) -> None:
         with os_errors_as_user_errors(self._folder):
-            self._open_files.close()
-
-    def _next_shard(self) -> None:
-        index = len(self.sizes)
-        with os_errors_as_user_errors(self._folder):
-            self._open_files.close()
-            self._tokens, self._ends = (
-                self._open_files.enter_context((self._folder / f"{kind}-{index:05d}.bin").open("wb"))
-                for kind in ("tokens", "documents")
-            )
-        self.sizes.append(0)
+            self._file.close()
 
     def add(self, ids: Sequence[int]) -> None:
         import numpy as np
 
-        if self.sizes[-1] >= self._shard_tokens:
-            self._next_shard()
         with os_errors_as_user_errors(self._folder):
-            self._tokens.write(np.array(ids, dtype=self._dtype).tobytes())
+            if self.sizes[-1] >= self._shard_tokens:
+                self._file.close()
+                self.sizes.append(0)
+                self._file = self._open_shard()
+            self._file.write(np.array(ids, dtype=self._dtype).tobytes())
         self.sizes[-1] += len(ids)
 
-    def end_document(self, num_tokens: int, num_bytes: int) -> None:
-        with os_errors_as_user_errors(self._folder):
-            self._ends.write(struct.pack("<qq", num_tokens, num_bytes))
+    def _open_shard(self) -> BinaryIO:
+        return (self._folder / f"tokens-{len(self.sizes) - 1:05d}.bin").open("wb")
 
 
 class TokenStore:
@@ -213,10 +197,7 @@ class TokenBlocks:
         return self.store.read(begin, begin + self.block_size + 1)
 
     def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[NDArray[np.int64]]:
-        """Yield every token once, in order: arrays (B, block_size + 1), then the partial block at the end.
-
-        `limit` stops after that many full blocks.
-        """
+        """Yield every token once, in order, as (B, block_size + 1), a partial block last; stop after `limit` blocks."""
         import numpy as np
 
         full = len(self) if limit is None else min(limit, len(self))
@@ -227,10 +208,7 @@ class TokenBlocks:
 
 
 def spread(blocks: Blocks, count: int) -> Iterator[NDArray[np.int64]]:
-    """Yield up to `count` evenly spaced blocks, since adjacent blocks are from the same document.
-
-    A text shorter than one block gives one short block.
-    """
+    """Yield up to `count` evenly spaced blocks (neighbours share a document); of a short text, one short block."""
     available = max(len(blocks), 1)
     count = min(count, available)
     return (blocks.block(index * available // count) for index in range(count))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.manifests.manifest import Manifest, read_manifest
+from expertctl.core.manifests.run import is_finished
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.experts.runs.baselines import start_dense, start_random_split
 
 from .data import Data
 from .project import Project
@@ -22,16 +24,12 @@ class Baselines:
         It takes an expert's number of steps with a batch larger by the number of experts, or, with `same_batch`, an
         expert's batch size and as many more steps.
         """
-        from expertctl.experts.runs.baselines import start_dense
-
         run = start_dense(self._project.layout, same_batch=same_batch, force=force)
         self._project.launch([run], reporter=reporter).raise_for_failures()
         return read_manifest(run)
 
     def random_split(self, *, jobs: int = 1, force: bool = False, reporter: Reporter = SILENT) -> Manifest:
         """Train as many experts as there are, on random splits of all text, and make their ensemble."""
-        from expertctl.core.manifests.run import is_finished
-        from expertctl.experts.runs.baselines import start_random_split
         from expertctl.merge.merging import MergeRun, merge
 
         layout = self._project.layout

@@ -6,24 +6,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError, unknown_name
+from expertctl.core.hooks.evaluation import Metric
 from expertctl.core.manifests.manifest import manifest_path, read_manifest
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
 
 from .data import Data
 from .project import Project
 
-if TYPE_CHECKING:
-    from expertctl.core.artefacts.layout import Layout
-    from expertctl.core.hooks.evaluation import Metric
-    from expertctl.experts.measures.evaluation import EvaluationTable
-
 BASELINES = ("seed", "best-expert", "average", "ensemble")
 BEST_EXPERT = "best-expert"
 _MERGED = ("average", "ensemble")
+_FROM_EXPERTS = (BEST_EXPERT, *_MERGED)
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,9 @@ def compare(
     `against` names baselines, or else models of the workspace; a baseline that has the name of the model itself gets a row
     of its own. Raises `UserError` for a model without experts where a baseline needs them.
     """
-    from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
-
     folder = project.layout.artefact(model)
-    experts = _experts_of(project.layout, folder) if {BEST_EXPERT, *_MERGED} & set(against) else {}
-    made = (BEST_EXPERT, *_MERGED)
-    rows = {name: f"{name} of its experts" if name == model and name in made else name for name in against}
+    experts = _experts_of(project.layout, folder) if set(_FROM_EXPERTS) & set(against) else {}
+    rows = {name: f"{name} of its experts" if name == model and name in _FROM_EXPERTS else name for name in against}
     with tempfile.TemporaryDirectory(prefix=".baselines-", dir=project.layout.root) as scratch:
         folders = {model: folder}
         for name, row in rows.items():
@@ -109,7 +104,6 @@ def _row(expert: str) -> str:
 
 
 def _experts_of(layout: Layout, folder: Path) -> dict[str, Path]:
-    """Return the folders of a generalist's experts."""
     if manifest_path(folder) is None:
         raise UserError(f"{folder} has no manifest, so that its experts are not known; name models to compare with")
     experts = {}

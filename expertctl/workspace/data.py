@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from expertctl.core.errors import UserError
+from expertctl.core.hooks.text import ValidationText
 from expertctl.core.manifests.manifest import manifest_path, read_manifest
+from expertctl.core.models.loading import max_positions
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.core.text.token_store import TokenBlocks
+from expertctl.experts.text.corpora import PreparedDomain, domain_config, prepare_domain, prepared_domain
+from expertctl.experts.text.discovery import Discovery, DiscoverySettings, discover
+from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, make_proxy
 
 from .project import Project
-
-if TYPE_CHECKING:
-    from expertctl.core.hooks.text import ValidationText
-    from expertctl.core.text.token_store import TokenBlocks
-    from expertctl.experts.text.corpora import PreparedDomain
-    from expertctl.experts.text.discovery import Discovery, DiscoverySettings
-    from expertctl.experts.text.proxy_corpus import Proxy
 
 
 class Data:
@@ -30,8 +29,6 @@ class Data:
         self, domains: Sequence[str] | None = None, *, force: bool = False, reporter: Reporter = SILENT
     ) -> list[PreparedDomain]:
         """Tokenise domains (default: all) with the seed's tokenizer; domains in the cache are not tokenised again."""
-        from expertctl.experts.text.corpora import domain_config, prepare_domain
-
         layout, config = self._project.layout, self._project.config
         if not (layout.seed / "config.json").exists():
             raise UserError("text is tokenised with the seed's tokenizer, and there is no seed; run `expertctl seed`")
@@ -42,8 +39,6 @@ class Data:
 
     def prepared(self) -> dict[str, PreparedDomain | None]:
         """Return every domain of the project, with its tokens if its current text is in the cache."""
-        from expertctl.experts.text.corpora import prepared_domain
-
         layout = self._project.layout
         return {
             name: prepared_domain(layout, name, domain, layout.seed)
@@ -65,8 +60,6 @@ class Data:
 
         No text of `like` is written. `documents` is their number; default: a tenth of the source's, at most 1,000.
         """
-        from expertctl.experts.text.proxy_corpus import ProxySettings, make_proxy
-
         return make_proxy(
             self._project.layout,
             self._project.config,
@@ -89,19 +82,13 @@ class Data:
         reporter: Reporter = SILENT,
         **options: Any,
     ) -> Discovery:
-        """Cluster the documents of domains; the clusters become the domains `NAME-0`, `NAME-1` ...
-
-        `options` are options of the discoverer that `settings.by` names.
-        """
-        from expertctl.experts.text.discovery import DiscoverySettings, discover
-
-        settings = settings or DiscoverySettings()
+        """Cluster documents into domains `NAME-0`, `NAME-1` ...; `options` are those of discoverer `settings.by`."""
         discovery = discover(
             self._project.layout,
             self._project.config,
             name,
             clusters,
-            settings,
+            settings or DiscoverySettings(),
             options,
             force=force,
             reporter=reporter,
@@ -117,8 +104,6 @@ class Data:
 
     def validation(self, domains: Sequence[str]) -> list[ValidationText]:
         """Return the validation parts of domains, prepared, in blocks of at most the seed's positions."""
-        from expertctl.core.hooks.text import ValidationText
-
         return [
             ValidationText(prepared.name, self.blocks(prepared, "valid"))
             for prepared in (self.prepare(domains) if domains else [])
@@ -126,8 +111,5 @@ class Data:
 
     def blocks(self, domain: PreparedDomain, part: str) -> TokenBlocks:
         """Return a part of a domain in blocks of the training length, or of the seed's positions if they are fewer."""
-        from expertctl.core.models.loading import max_positions
-        from expertctl.core.text.token_store import TokenBlocks
-
         length = self._project.config.training.sequence_length
         return TokenBlocks(domain.open(part), min(length, max_positions(self._project.layout.seed)))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from expertctl.core.artefacts.files import exclusive, remove_tree
+from expertctl.core.config.discovered import cluster_sets
 from expertctl.core.config.settings import ExpertConfig, LauncherConfig, validate_settings
 from expertctl.core.errors import UserError, unknown_name
-from expertctl.core.manifests.run import RUN_FILE, STATE_FOLDER, is_finished
+from expertctl.core.manifests.run import RUN_FILE, STATE_FOLDER, RunSpec, is_finished
 from expertctl.core.reporting import SILENT, Reporter
-from expertctl.experts.runs.launching import TrainResult
+from expertctl.experts.runs.branching import branch
+from expertctl.experts.runs.launching import TrainResult, next_wave
+from expertctl.merge.sources.parents import expert_folders
 
 from .data import Data
 from .project import Project
-
-if TYPE_CHECKING:
-    from expertctl.core.manifests.run import RunSpec
 
 
 class Experts:
@@ -39,8 +40,6 @@ class Experts:
 
         `settings` are fields of `experts.NAME` in `expertctl.yaml`, which supplies those that are not passed.
         """
-        from expertctl.experts.runs.branching import branch
-
         config = self._expert_config(name, settings)
         return branch(self._project.layout, self._project.config, name, config, force=force)
 
@@ -49,8 +48,6 @@ class Experts:
 
         The same total of tokens for any number of clusters is the protocol of Cluster-Branch-Train-Merge.
         """
-        from expertctl.core.config.discovered import cluster_sets
-
         sets = cluster_sets(self._project.layout.root)
         if clusters not in sets:
             raise unknown_name("set of clusters", clusters, sets, listed_as="there are")
@@ -77,9 +74,6 @@ class Experts:
         Interrupted runs resume. A failed run does not affect the others and does not raise: the result lists finished,
         failed and interrupted runs, and its `raise_for_failures()` raises.
         """
-        from expertctl.core.artefacts.files import remove_tree
-        from expertctl.experts.runs.launching import next_wave
-
         declared = self._project.config.experts
         requested = names or self.names()
         if not requested:
@@ -131,9 +125,7 @@ class Experts:
 
         Returns kind, folder, domain, number of blocks and digest.
         """
-        from expertctl.core.artefacts.files import exclusive
         from expertctl.experts.measures.statistics import KINDS, write_statistics
-        from expertctl.merge.sources.parents import expert_folders
 
         layout = self._project.layout
         if kind not in KINDS:

@@ -13,19 +13,21 @@ from expertctl.core.hooks.manager import installed_plugins
 from expertctl.core.hooks.merging import MergeMethod
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.manifests.manifest import Manifest, read_manifest
+from expertctl.core.manifests.run import RUN_FILE, is_finished
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.experts.runs.tuning import TuningSettings, require_same, start_tuning
+from expertctl.experts.text.corpora import domain_config
+from expertctl.merge.sources.parents import expert_folders
 
+from .comparison import BASELINES, Comparison, compare
 from .data import Data
 from .project import Project
 
 if TYPE_CHECKING:
-    from expertctl.experts.runs.tuning import TuningSettings
     from expertctl.merge.merging import MergeRun
     from expertctl.merge.mixture.absence import Absence
     from expertctl.merge.mixture.routing.report import RoutingReport
     from expertctl.merge.planning.plan import MergePlan
-
-    from .comparison import Comparison
 
 
 class Generalists:
@@ -54,7 +56,6 @@ class Generalists:
         experts, or folders of models and LoRA adapters. `run` has threads, device, file size, reporter and permissions.
         """
         from expertctl.merge.merging import MergeRun, merge
-        from expertctl.merge.sources.parents import expert_folders
 
         config = self._merge_config(name, settings)
         run = run or MergeRun()
@@ -83,8 +84,6 @@ class Generalists:
 
     def _merge_config(self, name: str, settings: Mapping[str, Any]) -> MergeConfig:
         """Return the settings of a merge: those passed, over those of `expertctl.yaml`; all names are checked."""
-        from expertctl.experts.text.corpora import domain_config
-
         fields = {key: value for key, value in settings.items() if value is not None}
         declared = self._project.config.merges.get(name)
         base = declared.model_dump(exclude_unset=True) if declared is not None else {}
@@ -109,13 +108,7 @@ class Generalists:
         launcher: str | LauncherConfig | None = None,
         reporter: Reporter = SILENT,
     ) -> Manifest:
-        """Train a generalist, or the seed, further and save the result as `name`.
-
-        An interrupted tuning resumes if the call has only its name, or the same settings.
-        """
-        from expertctl.core.manifests.run import RUN_FILE, is_finished
-        from expertctl.experts.runs.tuning import TuningSettings, require_same, start_tuning
-
+        """Train a generalist or the seed further as `name`; the name alone, or the same settings, resumes a tuning."""
         settings = settings or TuningSettings()
         base = str(base) if base is not None else None
         folder = self / name
@@ -173,8 +166,6 @@ class Generalists:
         reporter: Reporter = SILENT,
     ) -> Comparison:
         """Compare a generalist with its seed, best expert, average and ensemble, or with the models `against`."""
-        from .comparison import BASELINES, compare
-
         return compare(self._project, self._data, model, against or BASELINES, domains, jobs=jobs, reporter=reporter)
 
     def routing(self, model: str, domains: Sequence[str] | None = None, *, blocks: int = 32) -> RoutingReport:

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.project import load_project
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig, validate_settings
 from expertctl.core.reporting import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from expertctl.experts.runs.launching import TrainResult
+from expertctl.experts.runs.launching import TrainResult, launch
 
 
 @dataclass
@@ -41,8 +38,6 @@ class Project:
         reporter: Reporter = SILENT,
     ) -> TrainResult:
         """Train runs with a launcher (default: the project's); a failed run does not raise."""
-        from expertctl.experts.runs.launching import launch
-
         if isinstance(launcher, str):
             launcher = validate_settings(LauncherConfig, {"name": launcher}, "launcher")
         return launch(runs, jobs, launcher or self.config.launcher, reporter)

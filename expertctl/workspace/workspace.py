@@ -11,6 +11,9 @@ from expertctl.core.config.settings import LauncherConfig, ProjectConfig
 from expertctl.core.errors import UserError
 from expertctl.core.manifests.manifest import Manifest, read_manifest
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
+from expertctl.experts.runs.seed import import_seed, start_pretraining
+from expertctl.experts.runs.unfinished import unfinished
 
 from .baselines import Baselines
 from .data import Data
@@ -20,7 +23,6 @@ from .project import Project
 
 if TYPE_CHECKING:
     from expertctl.core.models.generation import Generation, Sampling
-    from expertctl.experts.measures.evaluation import EvaluationTable
 
 
 class Workspace:
@@ -65,8 +67,6 @@ class Workspace:
 
         `scratch` pretrains even if `seed.from` is set; `preset` replaces `seed.preset`.
         """
-        from expertctl.experts.runs.seed import import_seed, start_pretraining
-
         config = self.config
         folder = source if source is not None or scratch else config.seed.from_
         if folder is not None:
@@ -82,8 +82,6 @@ class Workspace:
 
     def unfinished(self) -> dict[str, str]:
         """Return the unfinished runs and merges, each with the command that resumes it."""
-        from expertctl.experts.runs.unfinished import unfinished
-
         return unfinished(self.layout, self.config)
 
     def evaluate(
@@ -95,8 +93,6 @@ class Workspace:
         reporter: Reporter = SILENT,
     ) -> EvaluationTable:
         """Score models (names in this workspace, or folders; default: all finished ones) on domains."""
-        from expertctl.experts.measures.evaluation import evaluate
-
         names = models or tuple(folder.name for folder in self.layout.finished())
         if not names:
             raise UserError("there is no finished model to evaluate yet; make a seed with `expertctl seed`")
@@ -113,10 +109,7 @@ class Workspace:
         shares: bool = False,
         reporter: Reporter = SILENT,
     ) -> Generation:
-        """Sample a continuation of `prompt`; `shares` adds each expert's share in each token of an ensemble.
-
-        `without` names experts of an ensemble or a mixture to switch off.
-        """
+        """Sample a continuation; `shares`: add each expert's share per token; `without`: experts to disable."""
         from expertctl.core.models.generation import Sampling, generate
 
         folder = self.layout.artefact(model)

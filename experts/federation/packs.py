@@ -32,8 +32,7 @@ def write_pack(
     coordinator: Coordinator, request: ExpertRequest, target: Path, *, with_seed: bool = True, force: bool = False
 ) -> None:
     """Write a pack: a request, with the seed unless `with_seed` is false, as a folder or a `.tar` file."""
-    refuse_existing(target, force=force, what="pack")
-    with _folder_for(target, force=force) as folder:
+    with _folder_for(target, "pack", force=force) as folder:
         write_json(folder / REQUEST_FILE, request.as_json())
         if with_seed:
             (folder / SEED_FOLDER).mkdir()
@@ -78,8 +77,7 @@ def read_request(folder: Path) -> ExpertRequest:
 
 def write_delivery(folder: Path, target: Path, *, force: bool = False) -> None:
     """Write a signed delivery as a folder or a `.tar` file."""
-    refuse_existing(target, force=force, what="delivery")
-    with _folder_for(target, force=force) as copy:
+    with _folder_for(target, "delivery", force=force) as copy:
         for path in sorted(folder.iterdir()):
             link_or_copy(path, copy / path.name)
 
@@ -98,10 +96,11 @@ def receive_delivery(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequ
 
 
 @contextmanager
-def _folder_for(target: Path, *, force: bool) -> Iterator[Path]:
+def _folder_for(target: Path, what: str, *, force: bool) -> Iterator[Path]:
     """Yield a folder to fill, which becomes the target or the content of the target's `.tar` file."""
+    refuse_existing(target, force=force, what=what)
     if target.suffix != TAR:
-        with new_folder(target, force=force, what="folder") as folder:
+        with new_folder(target, force=force, what=what) as folder:
             yield folder
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,11 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.artefacts.versions import require_privacy_extra
@@ -20,10 +24,6 @@ from ...core.models.loading import load_network, max_positions, require_intact_m
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter
 from ...core.text.tokenizer import TextEncoder
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,6 @@ def attack(
 
     Prompts begin with the separator, as documents do in training; a sample ends at the first separator.
     """
-    import torch
-
     torch.manual_seed(settings.seed)
     group_size = max(settings.batch_size // settings.samples, 1)
     best: list[float] = []
@@ -237,8 +235,6 @@ def _sample(
     model: PreTrainedModel, group: Sequence[Target], separator: int, settings: AttackSettings
 ) -> list[list[int]]:
     """Return `settings.samples` continuations of each document, grouped by document."""
-    import torch
-
     prompts_BP = torch.tensor([[separator, *target.prefix] for target in group], device=model.device)
     with torch.inference_mode():
         texts_BN: Tensor = model.generate(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import new_folder, refuse_existing, write_json
@@ -26,32 +29,15 @@ from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.token_store import TokenBlocks, spread
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from transformers import PreTrainedModel
-
 Kind = Literal["gram", "fisher"]
 KINDS: tuple[Kind, ...] = ("gram", "fisher")
-SAMPLES = 256
-"""Default number of blocks, as in the papers' code."""
-
-
-def gather_statistics(
-    model: PreTrainedModel, blocks: Iterable[NDArray[Any]], kind: Kind, reporter: Reporter = SILENT
-) -> dict[str, Tensor]:
-    """Return statistics by tensor name, in float32: `gram` matrices (in, in), or diagonal `fisher` information.
-
-    `blocks` are token arrays of shape (tokens + 1,). Raises `UserError` if there are none.
-    """
-    gather = gather_grams if kind == "gram" else gather_fisher
-    return gather(model, reported(blocks, reporter, kind, "blocks"))
 
 
 def gather_grams(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict[str, Tensor]:
-    """Return X^T X / N of each linear layer's inputs, by the name of its weight (arXiv:2212.09849, section 3).
+    """Return X^T X / N of each linear layer's inputs in float32, by the name of its weight (arXiv:2212.09849, section 3).
 
-    N is the number of tokens. All matrices are in memory at once, in^2 numbers per layer. Layers with a tied weight,
-    such as a tied output head, are skipped.
+    `blocks` are token arrays of shape (tokens + 1,), N is the number of tokens. All matrices are in memory at once, in^2
+    numbers per layer. Layers with a tied weight, such as a tied output head, are skipped. Raises `UserError` without blocks.
     """
     stored = checkpoint_tensors(model)
     layers = {
@@ -62,17 +48,14 @@ def gather_grams(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict
     sums: dict[str, Tensor] = {}
     tokens = 0
 
-    def hook(name: str) -> Any:
-        def gather(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            flat = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            product = (flat.T @ flat).double().cpu()
-            sums[name] = sums[name] + product if name in sums else product
-
-        return gather
+    def add_inputs(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        flat = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+        product = (flat.T @ flat).double().cpu()
+        sums[name] = sums[name] + product if name in sums else product
 
     with ExitStack() as hooks, torch.inference_mode():
         for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_hook(hook(name)))
+            hooks.enter_context(layer.register_forward_hook(partial(add_inputs, name)))
         for block in blocks:
             model(input_ids=torch.from_numpy(block[None, :-1]).to(model.device), use_cache=False)
             tokens += len(block) - 1
@@ -82,10 +65,10 @@ def gather_grams(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict
 
 
 def gather_fisher(model: PreTrainedModel, blocks: Iterable[NDArray[Any]]) -> dict[str, Tensor]:
-    """Return E[(grad log p(block))^2] for every tensor, the mean over blocks (arXiv:2111.09832, section 3.2).
+    """Return E[(grad log p(block))^2] for every tensor in float32, the mean over blocks (arXiv:2111.09832, section 3.2).
 
     log p is the sum over a block's tokens, given the token before it. This is the empirical Fisher information, which
-    uses the text instead of samples from the model.
+    uses the text instead of samples from the model. Raises `UserError` without blocks.
     """
     stored = checkpoint_tensors(model)
     parameters = {
@@ -121,7 +104,7 @@ def write_statistics(
     output: Path,
     *,
     domain: Mapping[str, Any],
-    samples: int = SAMPLES,
+    samples: int,
     force: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -133,7 +116,8 @@ def write_statistics(
     refuse_existing(target, force=force, what="statistics")
     manifest = read_manifest(expert)
     model = load_network(expert, seed=seed, dtype="float32", as_trained=False).to(best_device())
-    tensors = gather_statistics(model, spread(blocks, samples), kind, reporter)
+    gather = gather_grams if kind == "gram" else gather_fisher
+    tensors = gather(model, reported(spread(blocks, samples), reporter, kind, "blocks"))
     with new_folder(target, force=force, what="statistics") as partial:
         digests = write_tensors(partial / STATISTICS_WEIGHTS, tensors)
         content = {

@@ -1,8 +1,7 @@
 """Bundled corpora: four domains of text that are part of every installation.
 
-Nothing is downloaded or shipped. A corpus is read from the installed packages, so its bytes depend on their versions;
-`BundledText.digest` identifies the bytes. Every choice (files, parts, order) depends on hashes of relative names, so
-equal installations give equal corpora.
+Nothing is downloaded or shipped. A corpus is read from the installed packages, so its bytes depend on their versions.
+Every choice (files, parts, order) depends on hashes of relative names, so equal installations give equal corpora.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -60,15 +59,10 @@ Document = tuple[str, str]
 class BundledText:
     """A bundled corpus of this installation, split by file or topic."""
 
-    name: str
-    summary: str
-    licence: str
     train: tuple[str, ...]
     """Training documents, in the order of their units' hashes."""
     valid: tuple[str, ...]
     """Validation documents, about a tenth of the bytes; no file or topic is in both parts."""
-    digest: str
-    """sha256 (hex) over names and texts in order."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +94,15 @@ def read_bundled(name: str, max_bytes: int = 900_000) -> BundledText:
     """
     if name not in BUNDLED:
         raise unknown_name("bundled corpus", name, BUNDLED)
-    source = BUNDLED[name]
-    units = _drop_contained(list(_sample(source.documents(), max_bytes)))
+    units = _drop_contained(list(_sample(BUNDLED[name].documents(), max_bytes)))
     valid_names = _choose_validation(units)
-    documents = [(unit.name, text) for unit in units for text in unit.texts]
-    train = [document for document in documents if document[0] not in valid_names]
-    valid = [document for document in documents if document[0] in valid_names]
+    train, valid = (
+        tuple(text for unit in units for text in unit.texts if (unit.name in valid_names) == is_valid)
+        for is_valid in (False, True)
+    )
     if not (train and valid):
         raise _lacking(name, f"too little text ({sum(unit.num_bytes for unit in units)} bytes) for two parts")
-    train_texts, valid_texts = (tuple(text for _, text in part) for part in (train, valid))
-    return BundledText(name, source.summary, source.licence, train_texts, valid_texts, _digest(train, valid))
+    return BundledText(train, valid)
 
 
 # --- from documents to two parts ---
@@ -166,16 +159,6 @@ def _choose_validation(units: Sequence[_Unit]) -> set[str]:
             chosen.add(unit.name)
             num_bytes += unit.num_bytes
     return chosen
-
-
-def _digest(train: Sequence[Document], valid: Sequence[Document]) -> str:
-    digest = sha256()
-    for part, documents in (("train", train), ("valid", valid)):
-        for unit_name, text in documents:
-            for field in (part, unit_name, text):
-                encoded = field.encode("utf-8")
-                digest.update(b"%d:" % len(encoded) + encoded)  # length prefix: fields cannot run together
-    return digest.hexdigest()
 
 
 def drop_near_duplicates(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

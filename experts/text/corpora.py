@@ -51,13 +51,13 @@ class PreparedDomain:
         """
         train = self.train
         if private:
-            documents, tokens, size = (_two_digits(n) for n in (train.documents, train.tokens, train.bytes))
+            documents, tokens, size = (two_digits(n) for n in (train.documents, train.tokens, train.bytes))
             return DomainStatement(documents, tokens, size, licence=self.licence, rounded=True)
         return DomainStatement(train.documents, train.tokens, train.bytes, train.digest, self.licence)
 
 
-def _two_digits(count: int) -> int:
-    """Return a count rounded to two significant digits."""
+def two_digits(count: int) -> int:
+    """Return a count rounded to two significant digits: 12,345 -> 12,000."""
     return round(count, 2 - len(str(count)))
 
 

@@ -30,7 +30,7 @@ from ...core.process.compute import available_cores
 from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.clustering.clusterer import BATCH, batches
 from ...core.text.token_store import TextCounter
-from .corpora import domain_config, domain_values
+from .corpora import PARTS, domain_config, domain_values
 
 FORMAT = 1
 SAMPLE = 50_000
@@ -40,7 +40,6 @@ PARALLEL_FROM = 20 * BATCH
 """Number of documents above which several processes are faster in spite of their start-up time."""
 EXAMPLES = 3
 EXAMPLE_LETTERS = 100
-PARTS = ("train", "valid")
 
 Located = tuple[str, str, Document]
 """(part, domain, document)."""
@@ -83,25 +82,18 @@ class Discovery:
     """A set of clusters on disk."""
 
     folder: Path
-    source: Mapping[str, str]
-    """sha256 over the texts of each clustered domain, in order."""
-    clusters: tuple[Cluster, ...]
     by: str
     """Name of the discoverer."""
-    settings: Mapping[str, Any]
+    source: Mapping[str, str]
+    """sha256 over the texts of each clustered domain, in order."""
     licence: str | None
+    clusters: tuple[Cluster, ...]
+    settings: Mapping[str, Any]
 
     def statement(self) -> dict[str, Any]:
         """Return the content of `clusters.json`."""
-        return {
-            "format": FORMAT,
-            "name": self.folder.name,
-            "by": self.by,
-            "source": dict(self.source),
-            "licence": self.licence,
-            "clusters": [asdict(cluster) for cluster in self.clusters],
-            "settings": dict(self.settings),
-        }
+        content = asdict(self)
+        return {"format": FORMAT, "name": content.pop("folder").name, **content}
 
 
 def discover(
@@ -149,11 +141,11 @@ def discover(
                 counts, digests = _write_clusters(assigned, text.domains, partial, names, reporter)
             discovery = Discovery(
                 folder,
-                digests,
-                _describe_clusters(found_domains, names, counts, sampled),
                 settings.by,
-                {"clusters": len(names), "seed": settings.seed, **asdict(parsed_options)},
+                digests,
                 _shared_licence(project, text.domains),
+                _describe_clusters(found_domains, names, counts, sampled),
+                {"clusters": len(names), "seed": settings.seed, **asdict(parsed_options)},
             )
             _require_documents(discovery)
             write_json(partial / CLUSTERS_FILE, discovery.statement())

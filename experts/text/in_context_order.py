@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import UserError
 from ...core.text.clustering.clusterer import BATCH, ClustererSettings, fit_clusterer
-from ...core.text.clustering.neighbours import Neighbours, nearest_neighbours
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from ...core.text.clustering.neighbours import Neighbours
 
 NEIGHBOURS = 10
 SAMPLE = 50_000
@@ -29,6 +30,8 @@ def in_context_order(texts: Sequence[str]) -> list[int]:
 
     `texts` is read in batches; memory holds 100 numbers and `NEIGHBOURS` neighbours per document.
     """
+    from ...core.text.clustering.neighbours import nearest_neighbours
+
     points = text_points(texts)
     if points is None:
         return list(range(len(texts)))

@@ -35,10 +35,10 @@ from .corpora import domain_config, domain_documents, licence_of
 
 FORMAT = 1
 PROXIES = "proxies"
-FEWEST_DOCUMENTS = 20  # of each domain; with fewer a classifier memorises single documents
-MOST_BY_DEFAULT = 1000
+MIN_DOCUMENTS = 20  # of each domain; with fewer, a classifier memorises single documents
+MAX_BY_DEFAULT = 1000
 SAMPLE = 5000
-SCORED_TOGETHER = 256
+SCORING_BATCH = 256
 
 Keyed = tuple[bytes, str]
 """A document's key (a hash of its text) and its text."""
@@ -70,10 +70,6 @@ class TextCount:
     """UTF-8 bytes of the documents' text."""
     digest: str
     """sha256 over the documents' texts in order, as shown by `data list`."""
-
-    @classmethod
-    def of(cls, name: str, counter: TextCounter) -> TextCount:
-        return cls(name, counter.documents, counter.bytes, counter.digest)
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,7 @@ def make_proxy(
 
         def read(domain: DomainConfig, work: str) -> Iterator[Keyed]:
             keyed = _with_keys(domain_documents(domain, layout.root, "train"), settings.seed)
-            return reported(keyed, reporter, work, "documents", every=SCORED_TOGETHER)
+            return reported(keyed, reporter, work, "documents", every=SCORING_BATCH)
 
         like_sample, like_count = _sample(read(private, f"reading {like}"), like, settings)
         source_sample, source_count = _sample(read(public, f"reading {source}"), source, settings)
@@ -192,9 +188,8 @@ def best_distinct(scored: Iterable[tuple[float, bytes]], number: int) -> dict[by
 
 
 def _number_to_select(requested: int | None, source: TextCount) -> int:
-    """Return the number of documents to select."""
     if requested is None:
-        return min(MOST_BY_DEFAULT, max(1, source.documents // 10))
+        return min(MAX_BY_DEFAULT, max(1, source.documents // 10))
     if requested >= source.documents:
         raise UserError(
             f"cannot select {requested:,} documents: domain '{source.name}' has only {source.documents:,} in its train "
@@ -223,12 +218,12 @@ def _sample(documents: Iterable[Keyed], name: str, settings: ProxySettings) -> t
         if len(kept) >= 2 * settings.sample:
             kept = _keep_lowest(kept, settings.sample)
     kept = _keep_lowest(kept, settings.sample)
-    if len(kept) < FEWEST_DOCUMENTS:
+    if len(kept) < MIN_DOCUMENTS:
         raise UserError(
             f"domain '{name}' has {len(kept)} different documents in its train part; the classifier needs at least "
-            f"{FEWEST_DOCUMENTS}; add text, or use another domain"
+            f"{MIN_DOCUMENTS}; add text, or use another domain"
         )
-    return kept, TextCount.of(name, counter)
+    return kept, TextCount(name, counter.documents, counter.bytes, counter.digest)
 
 
 def _keep_lowest(documents: Mapping[bytes, str], number: int) -> dict[bytes, str]:
@@ -309,7 +304,7 @@ def _score_documents(
     documents: Iterable[Keyed], classifiers: _CrossFittedClassifiers, settings: ProxySettings
 ) -> Iterator[tuple[float, bytes]]:
     truncated = ((key, _truncate(text, settings)) for key, text in documents)
-    while batch := list(islice(truncated, SCORED_TOGETHER)):
+    while batch := list(islice(truncated, SCORING_BATCH)):
         yield from classifiers.score(batch)
 
 
@@ -326,4 +321,4 @@ def _write_selected(documents: Iterable[Keyed], selected: set[bytes], file: Bina
             file.write(json.dumps({"text": text}).encode() + b"\n")
     if selected:
         raise UserError(f"the source text of proxy '{name}' changed while it was read; rerun the command")
-    return TextCount.of(name, counter)
+    return TextCount(name, counter.documents, counter.bytes, counter.digest)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ...core.artefacts.json_lines import JsonLines
 from ...core.hooks.events import TrainingStep
@@ -14,9 +15,6 @@ from ...core.manifests.run import METRICS_FILE
 from ...core.reporting import Reporter
 from .loop import StepReport
 from .run_inputs import RunInputs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PROGRESS_SECONDS = 0.5
 

@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ...core.artefacts.files import clear_leftovers, remove_tree
 from ...core.errors import Interrupted, UserError
@@ -31,9 +32,6 @@ from .privacy.accounting import mechanism_for
 from .privacy.noise import Releases, secret_source, seeded_source
 from .run_inputs import RunInputs
 from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def train_run(folder: Path, reporter: Reporter, stopped: Callable[[], bool]) -> None:

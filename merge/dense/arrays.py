@@ -121,11 +121,7 @@ def inner_products(arrays: Sequence[Array], base: Array | None = None) -> list[l
 
 
 def _inner_product(left: Array, right: Array) -> float:
-    """Return the inner product of two flat vectors.
-
-    On numpy, rows of `ROW_SIZE` elements are summed in the input dtype, which bounds the rounding error, and
-    the row sums in float64.
-    """
+    # On numpy, rows of `ROW_SIZE` elements are summed in the input dtype, which bounds the rounding error.
     if not is_numpy(left):
         return float((left.double() * right.double()).sum())
     import numpy as np

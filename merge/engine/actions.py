@@ -5,19 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...core.artefacts.numeric import FLOATING, encode
 from ...core.errors import UserError
 from ...core.hooks.merging import TensorGroup, TensorMerge
 from ..sources.models import StoredTensor
+from ..sources.tokenizers import VocabularyPlan
 from .reading import PIECE_NUMBERS, Reader
 from .tensor_plan import TensorPlan
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from ..sources.tokenizers import VocabularyPlan
 
 
 @dataclass(frozen=True)
@@ -218,5 +217,4 @@ def _as_array(merged: Any) -> NDArray[Any]:
     import torch
 
     width = torch.float64 if merged.dtype == torch.float64 else torch.float32
-    array: NDArray[Any] = merged.detach().to("cpu", width).numpy()
-    return array
+    return np.asarray(merged.detach().to("cpu", width).numpy())

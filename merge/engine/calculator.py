@@ -11,20 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
-from typing import TYPE_CHECKING
 
 from ...core.artefacts.safetensors_io import TensorEntry
 from ...core.hooks.merging import TensorMerge
 from ...core.process.compute import available_cores
 from ...core.reporting import SILENT, Reporter
+from ..sources.tokenizers import VocabularyPlan
 from .actions import MergeTools, action_of, bytes_needed
 from .reading import PIECE_NUMBERS, Reader
 from .shards import ShardPlan
 from .tensor_plan import TensorPlan
 from .writing import Writer
-
-if TYPE_CHECKING:
-    from ..sources.tokenizers import VocabularyPlan
 
 MAX_THREADS = 4
 CONCURRENT_BYTES = 160 << 20
@@ -140,13 +137,11 @@ class _Queue:
             return None
 
     def release(self, tensor: TensorPlan) -> None:
-        """Release the memory of a finished tensor."""
         with self._condition:
             self._used -= self._size(tensor)
             self._condition.notify_all()
 
     def stop(self) -> None:
-        """Stop all threads before their next piece."""
         with self._condition:
             self.stopped = True
             self._condition.notify_all()

@@ -6,7 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...core.artefacts.digest_cache import cached_digests, remember_digests
 from ...core.artefacts.files import os_errors_as_user_errors
@@ -14,9 +17,6 @@ from ...core.artefacts.numeric import DTYPES, decode, encode, working_dtype
 from ...core.artefacts.safetensors_io import TensorEntry, digest_start
 from ...core.errors import UserError
 from ..sources.models import StoredTensor
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PIECE_NUMBERS = 1 << 16
 """Piece size, in numbers; in float32, a piece fits into a core's cache and its allocation causes no page faults."""
@@ -34,7 +34,7 @@ class Reader:
         self._newly_hashed: set[TensorEntry] = set()
         self._lock = Lock()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,8 +58,6 @@ class Reader:
 
     def pieces(self, stored: StoredTensor) -> Iterator[NDArray[Any]]:
         """Yield the numbers of a tensor as flat float32 (or float64) pieces; see `raw`."""
-        import numpy as np
-
         item_bytes = DTYPES[stored.dtype].num_bytes
         scratch = np.empty(min(self.piece_numbers, max(stored.entry.num_bytes // item_bytes, 1)), "<u4")
         for piece in self.raw(stored):
@@ -67,8 +65,6 @@ class Reader:
 
     def read(self, stored: StoredTensor) -> NDArray[Any]:
         """Return a whole tensor as float32 (or float64), with its adapter applied."""
-        import numpy as np
-
         numbers = np.empty(stored.shape, working_dtype(stored.dtype))
         flat = numbers.reshape(-1)
         begin = 0

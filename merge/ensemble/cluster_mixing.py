@@ -67,8 +67,7 @@ class ClusterRouting:
             np.put_along_axis(truncated, order, -np.inf, axis=1)
             scores = np.where(known_N[:, None], truncated, scores)
         scores = scores - scores.max(axis=1, keepdims=True)
-        log_weights: NDArray[np.float64] = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-        return log_weights
+        return np.asarray(scores - np.log(np.exp(scores).sum(axis=1, keepdims=True)))
 
 
 @dataclass(frozen=True)

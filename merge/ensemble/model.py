@@ -282,8 +282,7 @@ def write_config(folder: Path, config: EnsembleConfig) -> None:
 
 
 def _member_config(config: EnsembleConfig) -> PretrainedConfig:
-    settings = dict(config.member)
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return AutoConfig.for_model(**config.member)
 
 
 def _empty_member(config: EnsembleConfig) -> PreTrainedModel:

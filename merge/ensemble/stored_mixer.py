@@ -12,10 +12,7 @@ from ...core.hooks.manager import installed_plugins
 
 
 def stored_mixer(name: str | None, settings: Mapping[str, Any] | None, folder: Path | None) -> TextMixer:
-    """Return the mixer; `folder` holds its files, if it has any.
-
-    Raises `UserError` for an ensemble of an older format and for a mixer that is not installed.
-    """
+    """Return the mixer, whose files are in `folder`; raises `UserError` for an older format and a missing plugin."""
     if not name or not settings:
         where = folder if folder is not None else "the configuration of the ensemble"
         raise UserError(f"{where} has no mixer_settings, as ensembles of older versions; merge the ensemble again")

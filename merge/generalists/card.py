@@ -93,7 +93,6 @@ def _introduction(manifest: Manifest) -> str:
 
 
 def _changes_since_merge(merged: GeneralistConfig) -> str:
-    """Return sentences about training after the merge and about added and removed experts."""
     trained = [
         f"Its {tuning.trains} was then trained on {', '.join(tuning.domains)} ({tuning.tokens:,} tokens)."
         for tuning in merged.tunings

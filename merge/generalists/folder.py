@@ -68,7 +68,19 @@ def write_generalist(
         kind="generalist",
         name=name,
         parents=_parents(plan, written.read),
-        config=_configuration(plan, fitted_on, search, history),
+        config=GeneralistConfig(
+            method=plan.method.name,
+            kind=plan.method.kind,
+            weights=plan.weights(),
+            options=_options(plan),
+            experts=plan.assembly.experts if plan.assembly is not None else (),
+            fitted_on=tuple(fitted_on),
+            recipe=recipe_as_json(plan.recipe),
+            shard_bytes=plan.shard_bytes,
+            mixture=plan.assembly.record if plan.assembly is not None else None,
+            search=search,
+            history=tuple(history),
+        ),
         expert_data={
             name: source.manifest.data
             for name, source in plan.sources.items()
@@ -89,36 +101,13 @@ def method_version(method: MergeMethod) -> dict[str, str]:
 
 
 def note_evaluation(folder: Path, scores: Mapping[str, Any], verdict: str, holds: bool) -> None:
-    """Add an evaluation and the comparison with its baselines to a generalist's manifest and card.
-
-    `scores` is the output of `expertctl eval --json`. Tensors are not changed.
-    """
+    """Add an evaluation (`expertctl eval --json`) and its verdict against baselines to a manifest and its card."""
     manifest = read_manifest(folder)
     metrics = {**manifest.metrics, "evaluation": dict(scores), "gate": {"holds": holds, "verdict": verdict}}
     manifest = replace(manifest, metrics=metrics)
     write_text(folder / CARD_FILE, model_card(manifest, scores))
     files = {**manifest.files, CARD_FILE: digest_of_file(folder / CARD_FILE)}
     replace(manifest, files=files).write(folder)
-
-
-def _configuration(
-    plan: MergePlan, fitted_on: Sequence[str], search: SearchRecord | None, history: Sequence[ExpertChange]
-) -> GeneralistConfig:
-    """Return the resolved configuration of a merge for its manifest."""
-    assembly = plan.assembly
-    return GeneralistConfig(
-        method=plan.method.name,
-        kind=plan.method.kind,
-        weights=plan.weights(),
-        options=_options(plan),
-        experts=assembly.experts if assembly is not None else (),
-        fitted_on=tuple(fitted_on),
-        recipe=recipe_as_json(plan.recipe),
-        shard_bytes=plan.shard_bytes,
-        mixture=assembly.record if assembly is not None else None,
-        search=search,
-        history=tuple(history),
-    )
 
 
 def _options(plan: MergePlan) -> dict[str, Any]:

@@ -82,9 +82,8 @@ def _entries(files: Iterable[Path]) -> list[tuple[str, TensorEntry]]:
 
 
 def _rounded_digest(reader: Reader, entry: TensorEntry, dtype: str) -> str:
-    """Return the digest of a tensor after conversion to another dtype."""
     state = digest_start(dtype, entry.shape)
-    content: Any = encode(reader.read(StoredTensor(entry, name=entry.name)), dtype)
+    content: Any = encode(reader.read(StoredTensor(entry)), dtype)
     state.update(content)
     return state.hexdigest()
 
@@ -98,7 +97,7 @@ def _slice_digests(reader: Reader, name: str, entry: TensorEntry, num_experts: i
         if entry.shape[1] * num_experts % count:
             continue  # the rows of one expert cannot be halved
         for number in range(count):
-            piece = slice_of(StoredTensor(entry, name=name), number, count)
+            piece = slice_of(StoredTensor(entry), number, count)
             for _ in reader.raw(piece):
                 pass
             digests[f"{name}[{number} of {count}]"] = reader.digests[piece.entry]

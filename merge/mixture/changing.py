@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError, unknown_name
 from ...core.hooks.manager import installed_plugins
@@ -56,8 +58,6 @@ class Change:
 
 @dataclass(frozen=True)
 class _JoiningExpert:
-    """An expert to add to a mixture."""
-
     manifest: Manifest
     parts: ExpertParts
     row: RouterRows | None
@@ -67,10 +67,7 @@ class _JoiningExpert:
 
 
 def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -> tuple[MergePlan, Manifest]:
-    """Plan a changed mixture; return the plan, and a manifest with its parents, configuration, data and licence.
-
-    Writes nothing. Raises `UserError` for an impossible change.
-    """
+    """Return the plan of a changed mixture and a manifest of its provenance; raises `UserError` if it is impossible."""
     mixture = open_mixture(folder)
     _check(mixture, change)
     joining = {name: _open_expert(mixture, name, expert) for name, expert in change.joining.items()}
@@ -164,9 +161,6 @@ def _check(mixture: OpenedMixture, change: Change) -> None:
 def _changed_parts(
     mixture: OpenedMixture, change: Change, joining: Mapping[str, _JoiningExpert]
 ) -> tuple[list[ExpertParts], RouterRows]:
-    """Return experts and router rows after the change."""
-    import numpy as np
-
     kept = [number for number, name in enumerate(mixture.names) if name not in change.remove]
     experts = [mixture.experts[number] for number in kept]
     rows = mixture.router.rows[:, kept].copy()
@@ -228,7 +222,7 @@ def _open_expert(mixture: OpenedMixture, name: str, folder: Path) -> _JoiningExp
     feed_forward = {}
     for tensor in names:
         if tensor in entries:
-            feed_forward[tensor] = StoredTensor(entries[tensor], manifest.tensors.get(tensor), name=tensor)
+            feed_forward[tensor] = StoredTensor(entries[tensor], manifest.tensors.get(tensor))
         elif tensor in public:
             feed_forward[tensor] = public[tensor]
         else:

@@ -53,8 +53,7 @@ class MixtureConfig(PretrainedConfig):
 
     def dense(self) -> PretrainedConfig:
         """Return the dense model's configuration as an instance of its transformers class."""
-        settings = dict(self.member)
-        config: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        config: PretrainedConfig = AutoConfig.for_model(**self.member)
         return config
 
 
@@ -157,10 +156,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the output of the dense model's `forward`.
-
-        transformers inspects this signature, so the arguments that it looks up by name are listed.
-        """
+        """Return the dense model's output; transformers looks up these arguments by name in the signature."""
         named = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -174,9 +170,6 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
         return self.network(input_ids=input_ids, **arguments, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the dense model's class, which handles its own masks, positions and caches.
-
-        This bypasses `forward` of the container and any hooks on it.
-        """
+        """Generate with the dense model's own masks, positions and caches; bypasses `forward` and its hooks."""
         self.network.generation_config = self.generation_config
         return cast("PreTrainedModel", self.network).generate(*args, **kwargs)

@@ -87,10 +87,7 @@ def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assem
 
 
 def apply_bias(start: RouterRows, bias: str) -> RouterRows:
-    """Return the router with its biases folded into the rows, dropped or carried.
-
-    Raises `UserError` if the biases cannot be folded.
-    """
+    """Return the router with biases folded into its rows, dropped or carried; raises `UserError` if they cannot be."""
     import numpy as np
 
     rows = np.asarray(start.rows, dtype=np.float32)
@@ -201,10 +198,7 @@ def _copy_plan(plan: TensorPlan, discard: bool) -> TensorPlan:
 
 
 def _changed_outside(inputs: AssemblyInputs, family: Architecture) -> dict[str, list[str]]:
-    """Return the tensors that experts and adapters of expertctl changed outside the FFNs, by expert.
-
-    Models of other origin are compared when they are read.
-    """
+    """Return the tensors outside the FFNs that our experts changed; those of other models are compared when read."""
     own = {
         name: sorted(inputs.sources[name].own)
         for name in inputs.recipe.experts

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...core.artefacts.numeric import DTYPES
 from ...core.errors import UserError
@@ -17,17 +20,11 @@ from ...core.manifests.generalist import AveragedExpert, GeneralistConfig, Mixtu
 from ...core.manifests.manifest import Manifest, read_manifest
 from ..engine.reading import Reader
 from ..engine.tensor_plan import TensorPlan
-from ..planning.assembly import ExpertParts
+from ..planning.assembly import FUSED, FUSED_ROUTER, ExpertParts
 from ..sources.models import Source, StoredTensor, open_source
 from ..sources.tensor_names import LayerNames, layer_names
 from .options import MixtureOptions
 from .targets import container_target
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_FUSED = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
-_FUSED_ROUTER = "mlp.gate.weight"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +74,7 @@ class OpenedMixture:
     @cached_property
     def _is_fused(self) -> bool:
         # `options.layout` may differ: tuning rewrites the tensors in another layout
-        return any(name.endswith(tuple(_FUSED)) for name in self.tensors)
+        return any(name.endswith(tuple(FUSED)) for name in self.tensors)
 
     @cached_property
     def experts(self) -> tuple[ExpertParts, ...]:
@@ -98,14 +95,14 @@ class OpenedMixture:
         if not self._is_fused:
             return self.tensors[self._layers.name(layer, self.target.expert(suffix, number))]
         kind = suffix.rsplit(".", 2)[-2]
-        fused_name, kinds = next((name, kinds) for name, kinds in _FUSED.items() if kind in kinds)
+        fused_name, kinds = next((name, kinds) for name, kinds in FUSED.items() if kind in kinds)
         fused = self.tensors[self._layers.name(layer, fused_name)]
         return slice_of(fused, number * len(kinds) + kinds.index(kind), len(self.names) * len(kinds))
 
     @cached_property
     def shared(self) -> Mapping[str, TensorPlan]:
         """Tensors outside the feed-forward networks, by their names in the dense model."""
-        unshared = {self.target.router, self.target.router_bias, *_FUSED, _FUSED_ROUTER}
+        unshared = {self.target.router, self.target.router_bias, *FUSED, FUSED_ROUTER}
         unshared |= set(self.target.zeros(self.source.config))
         for suffix in self.record.feed_forward:
             unshared |= {self.target.expert(suffix, number) for number in range(len(self.names))}
@@ -126,12 +123,10 @@ class OpenedMixture:
         bias, biases = self.target.router_bias, None
         if bias is not None and self._layers.name(0, bias) in self.tensors:
             biases = self._read(bias)
-        return RouterRows(self._read(_FUSED_ROUTER if self._is_fused else self.target.router), biases)
+        return RouterRows(self._read(FUSED_ROUTER if self._is_fused else self.target.router), biases)
 
     def _read(self, suffix: str) -> NDArray[Any]:
         """Return a tensor of all layers, with the layers as the first axis."""
-        import numpy as np
-
         names = [self._layers.name(layer, suffix) for layer in range(len(self._layers.layers))]
         with Reader() as reader:
             return np.stack([reader.read(self.tensors[name]) for name in names])
@@ -164,4 +159,4 @@ def slice_of(fused: StoredTensor, number: int, count: int) -> StoredTensor:
     row_bytes = DTYPES[entry.dtype].num_bytes * math.prod(entry.shape[2:])
     shape = (size // row_bytes, *entry.shape[2:])
     name = f"{entry.name}[{number}]"
-    return StoredTensor(replace(entry, name=name, shape=shape, begin=begin, end=begin + size), name=name)
+    return StoredTensor(replace(entry, name=name, shape=shape, begin=begin, end=begin + size))

@@ -9,44 +9,20 @@ from typing import Any
 from ...core.errors import UserError, first_line
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_LLAMA_ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
 _SAME_AS_HEADS = "num_attention_heads"
+_LLAMA: Mapping[str, Any] = {
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": _SAME_AS_HEADS,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+_QWEN = {**_LLAMA, "max_position_embeddings": 32768, "num_key_value_heads": 32}
 _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": _SAME_AS_HEADS,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": _LLAMA_ROPE,
-    },
-    "mistral": {
-        "max_position_embeddings": 4096 * 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": _LLAMA_ROPE,
-        "sliding_window": 4096,
-    },
-    "olmo2": {
-        "eos_token_id": 50279,
-        "max_position_embeddings": 2048,
-        "num_key_value_heads": _SAME_AS_HEADS,
-        "pad_token_id": 1,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _LLAMA_ROPE,
-    },
-    "qwen2": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": _LLAMA_ROPE,
-        "sliding_window": None,
-    },
-    "qwen3": {
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 32,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": _LLAMA_ROPE,
-    },
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096},
+    "olmo2": {**_LLAMA, "eos_token_id": 50279, "pad_token_id": 1, "rms_norm_eps": 1e-5},
+    "qwen2": {**_QWEN, "sliding_window": None},
+    "qwen3": {**_QWEN, "head_dim": 128},
 }
 """Defaults of transformers' configuration classes that differ from those of the mixture class.
 
@@ -68,7 +44,7 @@ def fill_config_defaults(dense: Mapping[str, Any], where: Path | str = "the seed
 
 def _fill_listed_defaults(dense: Mapping[str, Any]) -> Mapping[str, Any]:
     defaults = _CLASS_DEFAULTS.get(str(dense.get("model_type")), {})
-    missing = {key: value for key, value in defaults.items() if key not in dense}
+    missing = {key: defaults[key] for key in sorted(defaults) if key not in dense}
     if any(key in dense for key in _ROPE):
         missing.pop("rope_parameters", None)
     if missing.get("num_key_value_heads") == _SAME_AS_HEADS:

@@ -26,24 +26,25 @@ if TYPE_CHECKING:
 
 _Placed = dict[str, list[tuple[str, StoredTensor]]]
 """Tensor name within a layer -> (expert name, stored tensor) of every tensor to stack."""
+FUSED = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
+"""Fused expert tensors of transformers -> the FFN tensors that each one stacks."""
+FUSED_ROUTER = "mlp.gate.weight"
 _NUMBER = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
 class AssemblyInputs:
-    """Recipe, opened sources and validation text for `Assembler.assemble`."""
+    """Implements `AssemblyInputs` of the plugin interface for mixtures."""
 
     recipe: Recipe
     sources: Mapping[str, Source]
     dense: Callable[[Recipe], Sequence[TensorPlan]]
     """`dense(recipe)` plans the weighted mean of the models, tensor by tensor, with the merged vocabulary."""
     validation: Callable[[], Sequence[ValidationText]] | None = None
-    """Returns validation text; None: plan only, without fitting."""
     reporter: Reporter = SILENT
 
     @property
     def expert_options(self) -> dict[str, dict[str, Any]]:
-        """Expert name -> options that the recipe sets for this expert only."""
         return {
             source.model: {key: value for key, value in source.parameters.items() if key != WEIGHT}
             for output_slice in self.recipe.slices
@@ -52,7 +53,6 @@ class AssemblyInputs:
 
     @property
     def leading(self) -> Source:
-        """The seed, or the first model of a recipe without a seed."""
         return self.sources[self.recipe.leading]
 
 
@@ -67,18 +67,14 @@ class ExpertParts:
 
 @dataclass(frozen=True)
 class Assembly:
-    """The plan of a mixture."""
+    """Implements `Assembly` of the plugin interface for mixtures."""
 
     tensors: tuple[TensorPlan, ...]
     config: Mapping[str, Any]
-    """Content of `config.json`."""
     experts: tuple[str, ...]
-    """Expert names in the order of the router rows."""
     record: MixtureRecord
-    """Manifest entry."""
     notes: tuple[str, ...] = ()
     is_fitted: bool = True
-    """Whether the router is final; otherwise, it needs a model or text that planning does not read."""
 
 
 def plan_assembly(
@@ -140,7 +136,6 @@ def split_feed_forward(names: Iterable[str], family: Architecture) -> tuple[list
 def _per_expert(
     feed_forward_names: Mapping[str, str], experts: Sequence[ExpertParts], target: MixtureTarget
 ) -> _Placed:
-    """Return one layer's expert tensors, stored separately, by their names within the layer."""
     return {
         target.expert(suffix, number): [(expert.name, expert.feed_forward[name])]
         for number, expert in enumerate(experts)
@@ -160,15 +155,11 @@ def _fused(feed_forward_names: Mapping[str, str], experts: Sequence[ExpertParts]
         )
     return {
         fused_name: [(expert.name, expert.feed_forward[by_kind[kind]]) for expert in experts for kind in kinds]
-        for fused_name, kinds in (
-            ("mlp.experts.gate_up_proj", ("gate_proj", "up_proj")),
-            ("mlp.experts.down_proj", ("down_proj",)),
-        )
+        for fused_name, kinds in FUSED.items()
     }
 
 
 def _plan_tensor(name: str, parts: Sequence[tuple[str, StoredTensor]], count: int, dtype: str) -> TensorPlan:
-    """Return the plan of one expert's tensor, or of the stacked tensors of `count` experts."""
     shape = parts[0][1].shape
     if len(parts) > 1:
         shape = (count, sum(stored.shape[0] for _, stored in parts) // count, *shape[1:])
@@ -187,8 +178,7 @@ def _router_tensors(
 ) -> dict[str, NDArray[Any]]:
     import numpy as np
 
-    name = "mlp.gate.weight" if layout == "fused" else target.router
-    tensors = {name: router.rows[layer]}
+    tensors = {FUSED_ROUTER if layout == "fused" else target.router: router.rows[layer]}
     if target.router_bias is not None and config.get("router_bias") and router.biases is not None:
         tensors[target.router_bias] = router.biases[layer]
     for zero, shape in target.zeros(config).items():

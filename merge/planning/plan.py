@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...core.artefacts.numeric import FLOATING
 from ...core.artefacts.versions import package_version
 from ...core.errors import UserError
@@ -131,15 +133,13 @@ class MergePlan:
     def weights(self) -> dict[str, float]:
         """Return each expert's mean weight over the tensors that the method merges."""
         totals = dict.fromkeys(self.experts, 0.0)
-        count = 0
-        for tensor in self.stack.tensors:
-            if tensor.action == "merge":
-                count += 1
-                for name, weight in zip(tensor.expert_names, tensor.weights, strict=True):
-                    totals[name] += weight
-        if not count:
+        merged = [tensor for tensor in self.stack.tensors if tensor.action == "merge"]
+        if not merged:
             return {name: 1 / len(totals) for name in totals}
-        return {name: total / count for name, total in totals.items()}
+        for tensor in merged:
+            for name, weight in zip(tensor.expert_names, tensor.weights, strict=True):
+                totals[name] += weight
+        return {name: total / len(merged) for name, total in totals.items()}
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the output bytes; a resumed merge must have the same identity."""
@@ -312,7 +312,6 @@ def _plan_vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> Vocabular
 
 
 def _embedding_rows(source: Source) -> int:
-    """Return the number of rows of a model's token embedding."""
     name = embedding_name(source.tensors) or head_name(source.tensors)
     if name is None:
         return int(source.config.get("vocab_size", 0))
@@ -327,8 +326,6 @@ def _seconds_per_number(plan: MergePlan) -> float:
     method = plan.tensor_method
     if method.arrays != "any" or plan.settings.device != "cpu" or method.statistics is not None:
         return _TORCH_SECONDS_PER_NUMBER
-    import numpy as np
-
     generator = np.random.default_rng(0)
     arrays: list[Any] = [
         generator.standard_normal(_SAMPLE_SHAPE, dtype="float32") for _ in range(len(sample_tensor.experts) + 1)

@@ -11,8 +11,6 @@ from ..engine.tensor_plan import TensorPlan
 from .plan import MergePlan
 
 MEGA = 1e6
-
-
 ACTIONS = {
     "merge": "merged",
     "copy": "copied",

@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ...core.artefacts.files import os_errors_as_user_errors
 from ...core.artefacts.json_lines import JsonLines
 from ...core.config.settings import SearchConfig
@@ -101,7 +103,6 @@ class _Scorer:
         self._model: PreTrainedModel | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Return a fingerprint of the blocks of each domain."""
         return {domain: fingerprint_of([block.tolist() for block in blocks]) for domain, blocks in self._blocks.items()}
 
     def score(self, weights: Weights) -> dict[str, float]:
@@ -197,7 +198,6 @@ def _coordinate_search(trials: _Trials, start: Point, score: float, seed: int) -
 
 def _cma_search(trials: _Trials, start: Point, score: float, seed: int) -> None:
     """CMA-ES (arXiv:1604.00772); coordinate search for a single weight."""
-    import numpy as np
     from cmaes import CMA
 
     if len(start) < 2:

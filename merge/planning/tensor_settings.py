@@ -26,14 +26,10 @@ class TensorSettings:
         options_class = method.options or NoOptions
         hints = typing.get_type_hints(options_class)
         defaults = options_class()
-        self._shared: set[str] = set()
-        self._per_expert: dict[str, Any] = {}  # option -> default
-        for option in fields(options_class):
-            name = option.name.rstrip("_")  # as users write it
-            if hints[option.name] == PerExpert:
-                self._per_expert[name] = getattr(defaults, option.name)
-            else:
-                self._shared.add(name)
+        names = {option.name: option.name.rstrip("_") for option in fields(options_class)}  # as users write them
+        self._per_expert = {name: getattr(defaults, key) for key, name in names.items() if hints[key] == PerExpert}
+        """Option -> default."""
+        self._shared = set(names.values()) - self._per_expert.keys()
         self._parsed: dict[tuple[tuple[str, Any], ...], Any] = {}
         self._check_keys()
 
@@ -46,10 +42,7 @@ class TensorSettings:
         depth: float,
         seed: StoredTensor | None,
     ) -> TensorPlan:
-        """Return the plan with method options and weights, and with the seed if the method reads it.
-
-        Raises `UserError` for missing or invalid parameters.
-        """
+        """Return the plan with options, weights and, if needed, its seed; raises `UserError` for invalid parameters."""
         scopes = (output_slice.parameters, *self.recipe.scopes)
 
         def by_expert(key: str) -> list[Any]:

@@ -115,15 +115,11 @@ def read_mergekit(path: Path) -> Recipe:
     Models are folders, relative to the current folder or to the folder of the file. Raises `UserError` with file, line
     and key for unknown keys, unsupported settings and missing models.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    content, lines = parse_yaml(text, path)
+    content, lines = parse_yaml(path)
     if isinstance(content, dict) and "experts" in content and "merge_method" not in content:
         return read_mergekit_moe(content, lines, path)
     try:
-        file = _File.model_validate({} if content is None else content)
+        file = _File.model_validate(content)
     except ValidationError as error:
         raise UserError(first_problem(error, path, lines, _File)) from None
     return _Reader(path, lines, file).recipe()
@@ -143,7 +139,6 @@ class _Reader:
         self.method = METHODS[file.merge_method]
 
     def recipe(self) -> Recipe:
-        """Return the recipe; raises `UserError` for unsupported settings."""
         file = self.file
         module = self._module()
         base = self.named.model(file.base_model, ("base_model",)) if file.base_model is not None else None
@@ -152,7 +147,11 @@ class _Reader:
         )
         if self.method.base in ("seed", "first") and base is None and not all_slices_have_bases:
             raise UserError(f"{self.path}: merge method '{file.merge_method}' needs a base_model")
-        slices = self._slices(module, base) if module.slices is not None else self._whole(module.models or (), base)
+        slices = (
+            tuple(self._slice(part, base, ("slices", number)) for number, part in enumerate(module.slices))
+            if module.slices is not None
+            else self._whole(module.models or (), base)
+        )
         scopes = [self._scope(module.parameters, ("modules",)), self._scope(file.parameters, ("parameters",))]
         if self.method.base == "optional" and base is not None:
             scopes.append({"task_vectors": True})
@@ -209,11 +208,6 @@ class _Reader:
             named.append((base, {}))
         ordered = self._ordered(named, base)
         return whole_models([name for name, _ in ordered], dict(ordered))
-
-    def _slices(self, module: _Module, base: str | None) -> tuple[OutputSlice, ...]:
-        return tuple(
-            self._slice(file_slice, base, ("slices", number)) for number, file_slice in enumerate(module.slices or ())
-        )
 
     def _slice(self, file_slice: _Slice, base: str | None, at: tuple[Any, ...]) -> OutputSlice:
         if file_slice.residual_weight is not None:

@@ -11,10 +11,7 @@ from ...core.errors import UserError
 
 
 class NamedModels:
-    """The models of a configuration file by unique name.
-
-    Paths are relative to the current folder or to the folder of the file.
-    """
+    """Models of a file by unique name; paths are relative to the current folder or to the folder of the file."""
 
     def __init__(self, path: Path, lines: Mapping[Any, int]) -> None:
         self.path, self.lines = path, lines
@@ -22,17 +19,12 @@ class NamedModels:
         self.adapter_bases: dict[str, Path] = {}
 
     def model(self, reference: Any, key: tuple[Any, ...]) -> str:
-        """Register a model and return its name; `A+B` and `{model, lora}` mean adapter B on model A.
-
-        Raises `UserError` if the folder does not exist.
-        """
+        """Register a model (`A+B`, `{model, lora}`: adapter on model); return its name, or raise `UserError`."""
         path, adapter = self._split(reference, key)
         folder = self._folder(path, key)
-        return (
-            self._unique_name(self._folder(adapter, key), folder)
-            if adapter is not None
-            else self._unique_name(folder, None)
-        )
+        if adapter is None:
+            return self._unique_name(folder, None)
+        return self._unique_name(self._folder(adapter, key), folder)
 
     def dtype(self, word: str | None, key: str) -> str | None:
         """Return the safetensors name of the dtype under a key."""

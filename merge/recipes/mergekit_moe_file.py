@@ -49,10 +49,7 @@ class _MoeFile(Section):
 
 
 def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path: Path) -> Recipe:
-    """Return the mixture recipe of a parsed file.
-
-    Raises `UserError` with file, line and key for unsupported settings.
-    """
+    """Return the mixture recipe of a parsed file; raises `UserError` with file, line and key if it is not supported."""
     try:
         file = _MoeFile.model_validate(content)
     except ValidationError as error:
@@ -101,7 +98,6 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
 
 
 def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
-    """Raise `UserError` for settings without a counterpart."""
     if file.experts_per_token is not None and file.experts_per_token > len(file.experts):
         raise UserError(
             f"{named.at('experts_per_token')}: 'experts_per_token' is {file.experts_per_token}, but there are only "

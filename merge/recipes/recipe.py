@@ -96,8 +96,7 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
     content = asdict(recipe)
     content["models"] = list(recipe.models)
     content["adapter_bases"] = {name: folder.name for name, folder in recipe.adapter_bases.items()}
-    json_content: dict[str, Any] = json.loads(json.dumps(content))  # tuples become lists, as after reading
-    return json_content
+    return dict(json.loads(json.dumps(content)))  # tuples become lists, as after reading
 
 
 def change_models(content: Mapping[str, Any], remove: Collection[str], add: Collection[str]) -> dict[str, Any]:

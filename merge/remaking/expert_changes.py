@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from ..mixture.changing import Change, history_entries, plan_change, require_val
 from ..mixture.opened import shared_tensors_are_the_seeds
 from ..planning.plan import check_output
 from ..recipes.recipe import Recipe, change_models
-from ..stitched.changing import change_stitched
 from .reproducing import locate
 
 
@@ -39,14 +38,12 @@ def change_experts(
     change: Change,
     *,
     layout: Layout | None = None,
-    models: Mapping[str, Path] | None = None,
     run: MergeRun | None = None,
 ) -> Manifest:
     """Write the generalist of `folder` with changed experts to `output` and return its manifest.
 
-    Mixtures are changed directly if possible; other generalists are merged again from their models, with `models` as
-    the folders of models that are not found by name. Raises `UserError` for unsupported changes before anything is
-    written.
+    Mixtures are changed directly if possible; other generalists are merged again from their models, which are found by
+    name. Raises `UserError` for unsupported changes before anything is written.
     """
     run = run or MergeRun()
     require_valid_change(change)
@@ -57,6 +54,8 @@ def change_experts(
     if merged.kind == "ensemble":
         return _shrink_ensemble(folder, manifest, output, change, run)
     if merged.kind == "stitched":
+        from ..stitched.changing import change_stitched  # needs torch
+
         return change_stitched(folder, output, change, force=run.force, allow_licences=run.allow_licences)
     if merged.mixture is not None and _is_changed_directly(manifest.name, merged, merged.mixture, change):
         require_intact(folder, manifest=manifest)
@@ -78,16 +77,13 @@ def change_experts(
             f"{folder} cannot be changed: method '{merged.method}' does not keep single experts; merge again with other "
             "--experts"
         )
-    recipe = _changed_recipe(manifest, folder, change, layout, models or {})
+    recipe = _changed_recipe(manifest, folder, change, layout)
     events = [*merged.history, *history_entries(manifest, change)]
     return merge_recipe(recipe, output, name=output.name, run=run, history=events)
 
 
 def _is_changed_directly(name: str, merged: GeneralistConfig, mixture: MixtureRecord, change: Change) -> bool:
-    """Return whether a mixture can be changed without the models it was merged from.
-
-    Raises `UserError` if it cannot be changed even with them.
-    """
+    """Return whether a mixture can change without its parents; raises `UserError` if it cannot even with them."""
     if merged.tunings:
         return True
     if not shared_tensors_are_the_seeds(mixture):
@@ -134,7 +130,6 @@ def _shrink_ensemble(folder: Path, manifest: Manifest, output: Path, change: Cha
 
 
 def _shrunk_manifest(manifest: Manifest, change: Change, name: str, experts: Sequence[str]) -> Manifest:
-    """Return the manifest of an ensemble without the removed experts."""
     merged = manifest.merged
     assert merged is not None
     total = sum(share for expert, share in merged.weights.items() if expert in experts)
@@ -167,10 +162,7 @@ def _shrunk_manifest(manifest: Manifest, change: Change, name: str, experts: Seq
     return replace(manifest, name=name, parents=parents, config=new_config, expert_data=statements)
 
 
-def _changed_recipe(
-    manifest: Manifest, folder: Path, change: Change, layout: Layout | None, models: Mapping[str, Path]
-) -> Recipe:
-    """Return the recipe of a merge with changed experts."""
+def _changed_recipe(manifest: Manifest, folder: Path, change: Change, layout: Layout | None) -> Recipe:
     merged = manifest.merged
     assert merged is not None
     assert merged.recipe is not None
@@ -190,4 +182,4 @@ def _changed_recipe(
             {**scope, "top_k": min(scope["top_k"], count)} if scope.get("top_k") is not None else scope
             for scope in content["scopes"]
         ]
-    return locate(manifest, content, folder, layout, {**models, **change.replace, **change.add}, require_digest=True)
+    return locate(manifest, content, folder, layout, change.joining, require_digest=True)

@@ -71,10 +71,9 @@ def _why_not(manifest: Manifest) -> str:
 
 def compare(before: Manifest, after: Manifest) -> Reproduction:
     """Return the differences between two merges of a generalist."""
-    differences: list[str] = []
     parents = {parent.name: parent.digest for parent in after.parents}
     replaced = {event.expert for event in before.history if event.change == "replaced"}
-    differences += [
+    differences = [
         f"{parent.kind} '{parent.name}' has changed: {parent.digest[:12]} then, "
         f"{parents.get(parent.name, 'none')[:12]} now"
         + (

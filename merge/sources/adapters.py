@@ -74,10 +74,7 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path, base: Checkpoint) -> Adapter:
-        """Open an adapter folder without reading tensors.
-
-        Raises `UserError` if the adapter cannot be merged exactly.
-        """
+        """Open an adapter folder without reading tensors; raises `UserError` if it cannot be merged exactly."""
         config = read_json(folder / ADAPTER_CONFIG)
         _check_config(folder, config)
         weights = folder / ADAPTER_WEIGHTS
@@ -153,7 +150,6 @@ class _Matcher:
     base: Checkpoint
 
     def changes(self) -> dict[str, _Change]:
-        """Return the change of each changed tensor of the base model."""
         factors: dict[str, dict[str, TensorEntry]] = {}
         changes: dict[str, _Change] = {}
         for key, entry in self.adapter.entries.items():
@@ -199,7 +195,6 @@ class _Matcher:
     def _check_factors(
         self, module: str, weight: TensorEntry, a: TensorEntry, b: TensorEntry, is_transposed: bool
     ) -> None:
-        """Raise `UserError` if the product of the factors does not have the weight's shape."""
         if len(weight.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise self._refusal(
                 f"'{module}' has factors {list(b.shape)} and {list(a.shape)} for a weight {list(weight.shape)}; only matrices "

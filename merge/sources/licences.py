@@ -76,12 +76,11 @@ def check_licences(licences: Mapping[str, str | None]) -> LicenceReport:
         for name, licence in known.items()
         if licence in table.no_derivatives
     ]
-    for (first, first_licence), (second, second_licence) in combinations(known.items(), 2):
-        if _is_conflict(first_licence, second_licence):
-            conflicts.append(
-                f"'{first}' is under {first_licence} and '{second}' under {second_licence}, and a derived model cannot comply with "
-                "both"
-            )
+    conflicts += [
+        f"'{first}' is under {first_licence} and '{second}' under {second_licence}, and a derived model cannot comply with both"
+        for (first, first_licence), (second, second_licence) in combinations(known.items(), 2)
+        if _is_conflict(first_licence, second_licence)
+    ]
     return LicenceReport(tuple(conflicts), tuple(_notes(licences, known)), _result(licences, known))
 
 
@@ -99,10 +98,11 @@ def licence_on_card(folder: Path) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def require_compatible(report: LicenceReport, allow_conflicts: bool) -> None:
-    """Raise `UserError` for the first conflict, unless `allow_conflicts` is set."""
+def require_compatible(report: LicenceReport, allow_conflicts: bool) -> LicenceReport:
+    """Return the report; raises `UserError` for its first conflict, unless `allow_conflicts` is set."""
     if report.conflicts and not allow_conflicts:
         raise UserError(f"{report.conflicts[0]}; if you have permission to merge them, use --allow-licences")
+    return report
 
 
 def _is_conflict(first: str, second: str) -> bool:
@@ -122,11 +122,11 @@ def _notes(licences: Mapping[str, str | None], known: Mapping[str, str]) -> list
     notes = [f"no licence is recorded for {', '.join(missing)}"] if missing and known else []
     table = licence_table()
     all_known = table.permissive | table.no_derivatives | table.non_commercial | table.copyleft
-    unknown = {name: licence for name, licence in known.items() if licence not in all_known}
     if len(set(known.values())) > 1:
         notes += [
             f"'{name}' is under '{licence}', whose terms expertctl does not know; read them before you share the result"
-            for name, licence in unknown.items()
+            for name, licence in known.items()
+            if licence not in all_known
         ]
     return notes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ class StoredTensor:
     """Digest according to the manifest of its folder; None without a manifest."""
     adapter: Adapter | None = None
     """Adapter to apply to the tensor; None: no adapter."""
-    name: str = ""
-    """Name of the tensor in the model."""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,16 +101,13 @@ class Source:
         """Tensors that differ from the base; all tensors of a whole model."""
         if self.base is not None and self.adapter is not None:
             base = self.base.tensors
-            return {
-                name: StoredTensor(base[name].entry, base[name].expected, self.adapter, name)
-                for name in self.adapter.changes
-            }
+            return {name: replace(base[name], adapter=self.adapter) for name in self.adapter.changes}
         expected = self.manifest.tensors if self.manifest is not None else {}
         entries = self.checkpoint.entries
         # loading drops a stored output head that is tied to the embedding
         is_tied = self.base is None and self.config.get("tie_word_embeddings", False) and embedding_name(entries)
         return {
-            name: StoredTensor(entry, expected.get(name), name=name)
+            name: StoredTensor(entry, expected.get(name))
             for name, entry in entries.items()
             if not (is_tied and name in HEADS)
         }

@@ -30,18 +30,14 @@ def expert_folders(layout: Layout, names: Sequence[str] | None, parent: Path) ->
         if name not in finished:
             if folder.is_dir() and folder.parent == parent:
                 raise UserError(f"expert '{name}' is not finished; resume it with `expertctl train {name}`")
-            folder = _outside_folder(layout, name)
+            path = Path(name).expanduser()
+            folder = (path if path.is_dir() else layout.root / path).resolve()
             if not folder.is_dir():
                 raise unknown_name("expert", name, finished, listed_as="finished")
         if folder.name in folders:
             raise UserError(f"expert '{folder.name}' is named twice")
         folders[folder.name] = folder
     return folders
-
-
-def _outside_folder(layout: Layout, name: str) -> Path:
-    path = Path(name).expanduser()
-    return path.resolve() if path.is_dir() or path.is_absolute() else (layout.root / path).resolve()
 
 
 def check_lineage(sources: Mapping[str, Source], *, tensors: bool = True, unrelated: bool = False) -> None:

@@ -7,15 +7,14 @@ similarity, while two random initialisations are nearly orthogonal. This is a sa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...core.artefacts.numeric import DTYPES, FLOATING, decode
 from ...core.artefacts.safetensors_io import TensorEntry
 from ...core.errors import UserError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 RELATED = 0.2
 """Minimum median cosine of related checkpoints.
@@ -28,18 +27,11 @@ SAMPLED_PIECES = 4
 PIECE_NUMBERS = 1024
 
 
-@dataclass(frozen=True)
-class Relatedness:
-    """Similarity of two checkpoints."""
+def relatedness(first: Mapping[str, TensorEntry], second: Mapping[str, TensorEntry]) -> float | None:
+    """Return the similarity of two checkpoints: 1 if identical, about 0 if unrelated, None if unknown.
 
-    similarity: float
-    """Median cosine of the centred samples over the sampled matrices; 1: identical, 0: unrelated."""
-    tensors: int
-    """Number of compared matrices; 0: unknown similarity."""
-
-
-def relatedness(first: Mapping[str, TensorEntry], second: Mapping[str, TensorEntry]) -> Relatedness:
-    """Return the similarity of two checkpoints, from samples of the matrices with the same name and shape."""
+    It is the median cosine of centred samples of the matrices with the same name and shape.
+    """
     shared = [
         name
         for name, entry in first.items()
@@ -50,11 +42,8 @@ def relatedness(first: Mapping[str, TensorEntry], second: Mapping[str, TensorEnt
         and second[name].dtype in FLOATING
     ]
     step = max(len(shared) // SAMPLED_TENSORS, 1)
-    cosines = [cosine for name in shared[::step] if (cosine := _cosine(first[name], second[name])) is not None]
-    if not cosines:
-        return Relatedness(0.0, 0)
-    sorted_cosines = sorted(cosines)
-    return Relatedness(sorted_cosines[len(sorted_cosines) // 2], len(sorted_cosines))
+    cosines = sorted(cosine for name in shared[::step] if (cosine := _cosine(first[name], second[name])) is not None)
+    return cosines[len(cosines) // 2] if cosines else None
 
 
 def require_related(
@@ -63,10 +52,10 @@ def require_related(
     """Raise `UserError` for the first model that appears unrelated to `first` (name, tensors)."""
     name, tensors = first
     for other, entries in others.items():
-        result = relatedness(tensors, entries)
-        if result.tensors and result.similarity < RELATED:
+        similarity = relatedness(tensors, entries)
+        if similarity is not None and similarity < RELATED:
             raise UserError(
-                f"'{other}' and '{name}' appear unrelated: their matrices have a cosine of {result.similarity:.2f}, while "
+                f"'{other}' and '{name}' appear unrelated: their matrices have a cosine of {similarity:.2f}, while "
                 f"models of the same seed have {RELATED} to 1; merging unrelated models gives noise "
                 "(override: --allow-unrelated)"
             )
@@ -74,8 +63,6 @@ def require_related(
 
 def _cosine(first: TensorEntry, second: TensorEntry) -> float | None:
     """Return the cosine of samples of two tensors; None if one of them is constant."""
-    import numpy as np
-
     a, b = _sample(first), _sample(second)
     a, b = a - a.mean(), b - b.mean()
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
@@ -84,8 +71,6 @@ def _cosine(first: TensorEntry, second: TensorEntry) -> float | None:
 
 def _sample(entry: TensorEntry) -> NDArray[Any]:
     """Return evenly spaced pieces of a tensor, concatenated, as float64."""
-    import numpy as np
-
     width = DTYPES[entry.dtype].num_bytes
     count = entry.num_bytes // width
     size = min(PIECE_NUMBERS, count)

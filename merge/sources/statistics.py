@@ -55,6 +55,4 @@ def _open(source: Source, kind: str, layout: Layout | None) -> dict[str, StoredT
         )
     digests = manifest.get("tensors", {})
     checkpoint = Checkpoint([folder / STATISTICS_WEIGHTS])
-    return {
-        tensor: StoredTensor(entry, digests.get(tensor), name=tensor) for tensor, entry in checkpoint.entries.items()
-    }
+    return {tensor: StoredTensor(entry, digests.get(tensor)) for tensor, entry in checkpoint.entries.items()}

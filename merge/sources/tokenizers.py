@@ -18,15 +18,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import copy_files, read_json, write_json, write_text
 from ...core.errors import UserError, unknown_name
 from ..recipes.recipe import TokenSource
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -54,9 +54,7 @@ class ModelVocabulary:
     @cached_property
     def parts(self) -> dict[str, Any] | None:
         """The sections of tokenizer.json that determine token ids; None without tokenizer.json."""
-        if self.content is None:
-            return None
-        return {part: self.content.get(part) for part in _PARTS}
+        return {part: self.content.get(part) for part in _PARTS} if self.content is not None else None
 
     @cached_property
     def added(self) -> dict[str, dict[str, Any]]:
@@ -113,8 +111,6 @@ class VocabularyPlan:
 
     def rearrange(self, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return the models' tensors, rearranged from (rows, ...) to (size, ...); rows that no model has are zero."""
-        import numpy as np
-
         rearranged: dict[str, NDArray[Any]] = {}
         for name, tensor in tensors.items():
             rows = np.asarray(self.rows.get(name, range(self.size)))
@@ -185,7 +181,6 @@ def _file_contents(folder: Path) -> dict[str, bytes]:
 
 
 def _difference(base: ModelVocabulary, other: ModelVocabulary) -> str:
-    """Return an error message with the differences of two tokenizers."""
     prefix = f"the tokenizers of '{base.name}' ({base.folder}) and '{other.name}' ({other.folder}) differ: "
     hint = "; choose a policy: --tokenizer base, union, or a model's name (tokenizer_source in a mergekit file)"
     if base.content is None or other.content is None or base.tokens == other.tokens:
@@ -205,10 +200,7 @@ def _difference(base: ModelVocabulary, other: ModelVocabulary) -> str:
 
 
 def _added_tokens(base: ModelVocabulary, models: Iterable[ModelVocabulary]) -> dict[str, dict[str, Any]]:
-    """Return the entries of tokens added by other models with their new ids, which use padding rows first.
-
-    Raises `UserError` for tokenizers that differ in more than added tokens.
-    """
+    """Return added tokens of other models, ids in padding rows first; raises `UserError` for any other difference."""
     new_tokens: dict[str, dict[str, Any]] = {}
     for model in models:
         if model.content is None or base.content is None:

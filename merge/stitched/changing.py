@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import copy_files, exclusive_output, new_folder
+from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError
 from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.manifest import Manifest, read_manifest
@@ -22,11 +25,10 @@ from ..mixture.changing import (
     require_known_names,
 )
 from ..sources.licences import check_licences, require_compatible
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .configuration import StitchedConfig
+from .configuration import StitchedConfig
+from .container import STITCHES_FILE, new_stitches, write_stitched
+from .layers import ExpertsIntoHub, module_key
+from .members import add_member, move_members
 
 NEW_EXPERT_GATE = -4.0
 """Initial gate logit of an added expert in the hub, small so that the trained model changes little."""
@@ -39,10 +41,6 @@ def change_stitched(
 
     Raises `UserError` for unknown or duplicate names, experts of another seed and incompatible licences.
     """
-    from .configuration import StitchedConfig
-    from .container import write_stitched
-    from .members import add_member, move_members
-
     manifest = require_intact(folder)
     merged = manifest.merged
     assert merged is not None
@@ -88,12 +86,6 @@ def change_stitched(
 
 def _stitches(folder: Path, config: StitchedConfig, change: Change) -> nn.ModuleList:
     """Return the changed model's stitches: stored tensors of kept experts, initial ones of added experts."""
-    import torch
-
-    from ...core.artefacts.safetensors_io import Checkpoint
-    from .container import STITCHES_FILE, new_stitches
-    from .layers import ExpertsIntoHub, module_key
-
     stored = Checkpoint([folder / STITCHES_FILE])
     stitches = new_stitches(config)
     new_keys = {module_key(name) for name in change.joining}

@@ -1,7 +1,4 @@
-"""Configuration of a stitched model, and the positions of its stitches.
-
-Stitches are equally spaced in the hub, and at the same relative depth in every expert.
-"""
+"""Configuration of a stitched model. Stitches are evenly spaced in the hub, and at equal relative depth in experts."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ class StitchedConfig(PretrainedConfig):
 
 
 def hub_points(num_layers: int, num_stitches: int) -> tuple[int, ...]:
-    """Return the number of hub layers before each stitch (arXiv:2502.00075, section 3).
-
-    Raises `UserError` for fewer than 1 stitch or more stitches than layers.
-    """
+    """Return the hub depth of each stitch (arXiv:2502.00075, section 3); raises `UserError` for a wrong number."""
     if not 1 <= num_stitches <= num_layers:
         raise UserError(
             f"num_stitches is {num_stitches}, and the hub has {num_layers} layers; it must be in the range "

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from ...core.artefacts.digest_cache import digests_of_untouched
 from ...core.artefacts.digests import MANIFEST_NAMES, TOKENIZER_FILES, digest_of_tensors
@@ -14,21 +16,14 @@ from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, find_manifest
 from ...core.models.loading import WEIGHTS_FILE, load_network
+from .configuration import StitchedConfig
 from .stepwise import decoder_layers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from .configuration import StitchedConfig
 
 MEMBERS_FOLDER = "members"
 
 
 def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contained: bool) -> dict[str, Any]:
-    """Return a member's configuration entry for the stitched model in `folder`; may copy it.
-
-    Depth and hidden size of an expertctl expert are those of its `seed`.
-    """
+    """Return a member's entry, copied to `folder` if `self_contained`; an expert's sizes are those of its `seed`."""
     manifest = find_manifest(source)
     place = f"{MEMBERS_FOLDER}/{name}" if self_contained else os.path.relpath(source.resolve(), folder.resolve())
     if self_contained:
@@ -45,10 +40,7 @@ def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contai
 
 
 def load_members(root: Path, config: StitchedConfig, dtype: Any) -> tuple[PreTrainedModel, dict[str, PreTrainedModel]]:
-    """Load hub and experts; tensors that an expert shares with the hub are loaded once.
-
-    Raises `UserError` for a member that is missing or has changed since the merge.
-    """
+    """Load hub and experts, shared tensors once; raises `UserError` for a member that is missing or has changed."""
     dtype_name = str(dtype).removeprefix("torch.") if dtype is not None else "auto"
     hub_folder, _ = _open_member(root, config.members[0])
     hub = load_network(hub_folder, dtype=dtype_name)
@@ -70,20 +62,18 @@ def load_members(root: Path, config: StitchedConfig, dtype: Any) -> tuple[PreTra
 
 def write_members(root: Path, members: Mapping[str, PreTrainedModel]) -> list[dict[str, Any]]:
     """Write complete copies of loaded members below `root` and return their configuration entries."""
-    entries = []
     for name, model in members.items():
-        folder = root / MEMBERS_FOLDER / name
-        model.save_pretrained(folder)
-        entries.append(
-            {
-                "name": name,
-                "folder": f"{MEMBERS_FOLDER}/{name}",
-                "digest": _digest(folder, None),
-                "width": int(model.config.hidden_size),
-                "num_layers": len(decoder_layers(model)),
-            }
-        )
-    return entries
+        model.save_pretrained(root / MEMBERS_FOLDER / name)
+    return [
+        {
+            "name": name,
+            "folder": f"{MEMBERS_FOLDER}/{name}",
+            "digest": _digest(root / MEMBERS_FOLDER / name, None),
+            "width": int(model.config.hidden_size),
+            "num_layers": len(decoder_layers(model)),
+        }
+        for name, model in members.items()
+    ]
 
 
 def move_members(members: Sequence[Mapping[str, Any]], old: Path, new: Path) -> list[dict[str, Any]]:

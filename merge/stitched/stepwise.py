@@ -37,10 +37,7 @@ class Stepwise:
         self.states: Tensor
 
     def begin(self, **inputs: Any) -> None:
-        """Embed tokens and record the arguments of each layer without running any layer.
-
-        Runs the model's own forward pass with layers that only record their arguments.
-        """
+        """Embed tokens and record each layer's arguments, by the model's own forward pass over recording layers."""
 
         def record(*args: Any, **kwargs: Any) -> Tensor:
             states: Tensor = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]

@@ -23,6 +23,7 @@ PARQUET_BUFFER_BYTES = 1 << 20
 TEXT_DOCUMENT_BYTES = 4 << 20  # larger text files are split into several documents
 # where to split, in order of preference: after a paragraph, a line, a word
 TEXT_BORDERS = ((b"\n\n", b"\n\r\n"), (b"\n",), (b" ",))
+SET_TEXT_FIELD = "; set text_field to the one with the text"
 MAX_QUOTED = 200  # characters quoted from a file in an error message
 JSON_KINDS = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
 
@@ -63,12 +64,12 @@ def read_jsonl_values(path: Path, text_field: str, field: str | None) -> Iterato
         where = f"{path}:{number}"
         record = _record_of_line(line, text_field, where)
         if text_field not in record:
-            raise _no_field("field", text_field, list(record), where)
+            raise _no_field("field", text_field, list(record), where, SET_TEXT_FIELD)
         text = _checked_text(record[text_field], text_field, where)
         if not text.strip():
             continue
         if field is not None and field not in record:
-            raise _no_value(field, list(record), where)
+            raise _no_field("field", field, list(record), where)
         yield Document(text, None if field is None else _checked_value(record[field], field, where))
 
 
@@ -113,7 +114,7 @@ def read_parquet_values(path: Path, text_field: str, field: str | None) -> Itera
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
             _check_column(file.schema_arrow, text_field, path)
             if field is not None and field not in file.schema_arrow.names:
-                raise _no_value(field, file.schema_arrow.names, str(path))
+                raise _no_field("field", field, file.schema_arrow.names, str(path))
             columns = [text_field] if field in (None, text_field) else [text_field, field]
             for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=columns):
                 values = None if field is None else batch.column(field)
@@ -232,7 +233,7 @@ def _check_column(schema: Any, text_field: str, path: Path) -> None:
     import pyarrow.types as kinds
 
     if schema.names.count(text_field) != 1:
-        raise _no_field("column", text_field, schema.names, str(path))
+        raise _no_field("column", text_field, schema.names, str(path), SET_TEXT_FIELD)
     kind = schema.field(text_field).type
     plain = kind.value_type if kinds.is_dictionary(kind) else kind
     if not (kinds.is_string(plain) or kinds.is_large_string(plain)):
@@ -242,14 +243,9 @@ def _check_column(schema: Any, text_field: str, path: Path) -> None:
 # --- error messages ---
 
 
-def _no_field(what: str, name: str, known: list[str], where: str) -> UserError:
+def _no_field(what: str, name: str, known: list[str], where: str, remedy: str = "") -> UserError:
     choices = _quoted(", ".join(known)) if known else "none"
-    return UserError(f"{where}: no {what} '{name}'; {what}s: {choices}; set text_field to the one with the text")
-
-
-def _no_value(name: str, known: list[str], where: str) -> UserError:
-    choices = _quoted(", ".join(known)) if known else "none"
-    return UserError(f"{where}: no field '{name}'; fields: {choices}")
+    return UserError(f"{where}: no {what} '{name}'; {what}s: {choices}{remedy}")
 
 
 def _bad_json(where: str, reason: str) -> UserError:

@@ -9,6 +9,5 @@ from ...experts.text.in_context_order import in_context_order
 
 @hookimpl
 def document_orders() -> list[DocumentOrder]:
-    return [
-        DocumentOrder("in_context", "similar documents adjacent, so that they share context windows", in_context_order)
-    ]
+    summary = "similar documents adjacent, so that they share context windows"
+    return [DocumentOrder("in_context", summary, in_context_order)]

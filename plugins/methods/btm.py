@@ -57,15 +57,8 @@ def ensemble_classes() -> tuple[type, type]:
 def mixers() -> list[Mixer]:
     from ...merge.ensemble.posterior_mixing import PosteriorOptions, fit_posterior, read_posterior
 
-    return [
-        Mixer(
-            "posterior",
-            "domain posterior: prior, and likelihood of the text so far",
-            fit_posterior,
-            read_posterior,
-            PosteriorOptions,
-        )
-    ]
+    summary = "domain posterior: prior, and likelihood of the text so far"
+    return [Mixer("posterior", summary, fit_posterior, read_posterior, PosteriorOptions)]
 
 
 @hookimpl

@@ -142,13 +142,5 @@ def merge_methods() -> list[MergeMethod]:
 
 @hookimpl
 def trainers() -> list[Trainer]:
-    return [
-        Trainer(
-            "stitches",
-            "stitch layers of a stitched model; the members are frozen",
-            prepare,
-            StitchTraining,
-            uses_text=True,
-            makes="generalist",
-        )
-    ]
+    summary = "stitch layers of a stitched model; the members are frozen"
+    return [Trainer("stitches", summary, prepare, StitchTraining, uses_text=True, makes="generalist")]

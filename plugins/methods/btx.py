@@ -25,8 +25,5 @@ class BtxOptions(MixtureOptions):
 
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
-    return [
-        mixture_method(
-            "btx", "mixture of experts: the experts' feed-forward networks, all other tensors averaged", BtxOptions
-        )
-    ]
+    summary = "mixture of experts: the experts' feed-forward networks, all other tensors averaged"
+    return [mixture_method("btx", summary, BtxOptions)]

@@ -177,21 +177,9 @@ def prepare_mixture(context: TrainingContext) -> TrainablePart:
 
 @hookimpl
 def trainers() -> list[Trainer]:
+    router = "routers of a mixture; all other parameters are frozen"
+    mixture = "all parameters of a mixture of experts, with a load-balancing loss"
     return [
-        Trainer(
-            "router",
-            "routers of a mixture; all other parameters are frozen",
-            prepare_router,
-            RouterTuning,
-            makes="generalist",
-            require=require_mixture,
-        ),
-        Trainer(
-            "mixture",
-            "all parameters of a mixture of experts, with a load-balancing loss",
-            prepare_mixture,
-            MixtureTraining,
-            makes="generalist",
-            require=require_mixture,
-        ),
+        Trainer("router", router, prepare_router, RouterTuning, makes="generalist", require=require_mixture),
+        Trainer("mixture", mixture, prepare_mixture, MixtureTraining, makes="generalist", require=require_mixture),
     ]

@@ -28,14 +28,8 @@ def mixture_method(name: str, summary: str, options: type[MixtureOptions], **fie
 
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
-    return [
-        mixture_method(
-            "mixture",
-            "mixture of experts: the experts' feed-forward networks, all other tensors from the seed",
-            MixtureOptions,
-            auto_classes=mixture_classes,
-        )
-    ]
+    summary = "mixture of experts: the experts' feed-forward networks, all other tensors from the seed"
+    return [mixture_method("mixture", summary, MixtureOptions, auto_classes=mixture_classes)]
 
 
 @hookimpl

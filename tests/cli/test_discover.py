@@ -7,9 +7,9 @@ from typing import Any
 
 
 def test_clusters_are_listed_and_become_experts(run: Any, workspace: Path) -> None:
-    found = run("data", "discover", "campus", "--clusters", "2", "--analyser", "words", cwd=workspace)
-    assert found.status == 0, found.err
-    heading, first, second, last = found.out.splitlines()
+    result = run("data", "discover", "campus", "--clusters", "2", "--analyser", "words", cwd=workspace)
+    assert result.status == 0, result.err
+    heading, first, second, last = result.out.splitlines()
     assert heading.split() == ["domain", "train", "valid", "bytes", "words"]
     assert (first.split()[0], second.split()[0]) == ("campus-0", "campus-1")
     assert last == "next: expertctl branch --clusters campus"
@@ -18,7 +18,7 @@ def test_clusters_are_listed_and_become_experts(run: Any, workspace: Path) -> No
         listed["campus-1"]["source"] == "clusters/campus/campus-1/train.jsonl and clusters/campus/campus-1/valid.jsonl"
     )
     done = run("--json", "branch", "--clusters", "campus", "--tokens", "4000", "--set", "sequence_length=16")
-    assert [(one["name"], one["training"]["tokens"]) for one in done.json["experts"]] == [
+    assert [(expert["name"], expert["training"]["tokens"]) for expert in done.json["experts"]] == [
         ("campus-0", 2000),
         ("campus-1", 2000),
     ]
@@ -31,7 +31,7 @@ def test_json_is_the_statement(run: Any, workspace: Path) -> None:
     assert content["settings"]["stop_words"] == "english"
 
 
-def test_what_contradicts_itself_is_refused(run: Any, workspace: Path) -> None:
+def test_contradicting_options_are_refused(run: Any, workspace: Path) -> None:
     assert run("branch", cwd=workspace).status == 2
     assert run("branch", "law", "--clusters", "campus", cwd=workspace).status == 2
     assert "no set of clusters 'campus'" in run("branch", "--clusters", "campus", cwd=workspace).error

@@ -16,25 +16,25 @@ PAGES = Path(__file__).parents[2] / "docs" / "commands"
 
 def documented() -> dict[str, str]:
     """Return the section of every command by its name."""
-    found = {}
+    sections = {}
     for page in sorted(PAGES.glob("*.md")):
         for section in re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
-            found[section.partition("\n")[0].strip("`").removeprefix("expertctl ")] = section
-    return found
+            sections[section.partition("\n")[0].strip("`").removeprefix("expertctl ")] = section
+    return sections
 
 
 def commands() -> dict[str, Any]:
     context = click.Context(cli)
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name in (name for names in COMMANDS.values() for name in names):
         command = cli.get_command(context, name)
         if isinstance(command, click.Group):
-            found |= {
+            by_name |= {
                 f"{name} {child}": command.get_command(context, child) for child in command.list_commands(context)
             }
         else:
-            found[name] = command
-    return found
+            by_name[name] = command
+    return by_name
 
 
 def test_every_command_has_a_section_and_no_other_has() -> None:

@@ -87,7 +87,7 @@ def test_bad_yaml_names_file_line_and_nearest_key(run: Any, workspace: Path) -> 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_the_user_can_mend_is_one_line(words: list[str], said: str, run: Any, workspace: Path) -> None:
+def test_user_errors_are_one_line(words: list[str], said: str, run: Any, workspace: Path) -> None:
     result = run(*words)
     assert result.status == 1
     assert said in result.error
@@ -98,7 +98,7 @@ def test_what_the_user_can_mend_is_one_line(words: list[str], said: str, run: An
     assert in_json.json == {"error": result.error}
 
 
-def test_training_what_or_where_nobody_knows(run: Any, workspace: Path) -> None:
+def test_training_an_unknown_expert_or_on_an_unknown_launcher(run: Any, workspace: Path) -> None:
     run("branch", "tax", "--domain", "code")
     assert "no expert 'taxx' (did you mean 'tax'?)" in run("train", "taxx").error
     assert "no launcher 'slurm'; installed: local" in run("train", "tax", "--launcher", "slurm").error

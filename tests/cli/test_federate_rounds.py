@@ -60,8 +60,10 @@ def test_two_rounds_exchanged_by_files_become_a_generalist(
     assert "'site-a' has no open request for 'campus': it has delivered" in again.error
     assert "round 1 of 2 of 'campus': site-a and site-b averaged" in carry(run, hub, "site-b").out
     told = run("--json", "federate", "status", cwd=hub).json
-    assert [(one["name"], one["state"], one["number"]) for one in told["shared"]] == [("campus", "waiting", 1)]
-    assert {one["detail"] for one in told["owners"]} == {"round 2 of 2 of 'campus'"}
+    assert [(shared["name"], shared["state"], shared["number"]) for shared in told["shared"]] == [
+        ("campus", "waiting", 1)
+    ]
+    assert {owner["detail"] for owner in told["owners"]} == {"round 2 of 2 of 'campus'"}
     carry(run, hub, "site-a")
     assert carry(run, hub, "site-b").out.splitlines()[-1] == "'campus' is finished: generalists/campus"
     assert "campus" in run("federate", "status", cwd=hub).out

@@ -20,15 +20,15 @@ HEAVY = ("torch", "numpy", "transformers", "pydantic", "yaml", "rich", "sklearn"
 def every_command() -> list[tuple[str, ...]]:
     """Return the words of every command and subcommand."""
     context = click.Context(cli)
-    found: list[tuple[str, ...]] = []
+    commands: list[tuple[str, ...]] = []
     for name in (name for names in COMMANDS.values() for name in names):
         command = cli.get_command(context, name)
         assert command is not None
         if isinstance(command, click.Group):
-            found += [(name, child) for child in command.list_commands(context)]
+            commands += [(name, child) for child in command.list_commands(context)]
         else:
-            found.append((name,))
-    return found
+            commands.append((name,))
+    return commands
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -101,7 +101,7 @@ def test_an_unknown_command_is_a_usage_error_that_names_the_nearest(words: list[
 def test_module_and_entry_point_are_the_same() -> None:
     from importlib.metadata import entry_points
 
-    (point,) = (one for one in entry_points(group="console_scripts") if one.name == "expertctl")
+    (point,) = (script for script in entry_points(group="console_scripts") if script.name == "expertctl")
     assert point.load() is main
 
 

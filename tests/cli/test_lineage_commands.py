@@ -13,12 +13,12 @@ from expertctl.core.manifests.manifest import read_manifest
 from expertctl.workspace.project import Project
 
 
-def test_show_lists_what_is_there_and_what_is_not_yet(run: Any, workspace: Path) -> None:
+def test_show_lists_finished_and_unfinished_artefacts(run: Any, workspace: Path) -> None:
     run("branch", "tax", "--domain", "code")
     with (workspace / "expertctl.yaml").open("a", encoding="utf-8") as config:
         config.write("merges: {soup: {method: average}}\n")
     content = run("--json", "show").json
-    assert [one["name"] for one in content["artefacts"]] == ["seed", "code", "prose", "forest"]
+    assert [artefact["name"] for artefact in content["artefacts"]] == ["seed", "code", "prose", "forest"]
     assert content["unfinished"] == {"tax": "expertctl train tax"}
     assert content["not_started"] == {"soup": "expertctl merge soup"}
     out = run("show").out
@@ -85,7 +85,7 @@ def test_log_draws_seed_experts_and_generalists(run: Any, workspace: Path) -> No
     assert (digests["code"], digests["forest"]) in edges
 
 
-def test_log_says_what_is_gone_or_was_made_again(run: Any, workspace: Path, new_expert: Any) -> None:
+def test_log_marks_missing_and_rebuilt_inputs(run: Any, workspace: Path, new_expert: Any) -> None:
     shutil.rmtree(workspace / "experts" / "code")
     shutil.rmtree(workspace / "experts" / "prose")
     new_expert(workspace, "prose", seed=99)

@@ -42,7 +42,7 @@ def test_the_whole_way(run: Any, fresh: Path) -> None:
     assert run("verify").status == 0
 
 
-def test_data_prepare_says_what_there_is(run: Any, workspace: Path) -> None:
+def test_data_prepare_reports_the_prepared_text(run: Any, workspace: Path) -> None:
     content = run("--json", "data", "prepare").json["domains"]
     assert list(content) == ["code", "prose"]
     assert set(content["code"]) == {"train", "valid", "licence"}
@@ -71,14 +71,14 @@ def test_seed_imports_a_folder(run: Any, fresh: Path, model_folder: Path) -> Non
     assert run("seed", "--from", model_folder, "--force").status == 0
 
 
-def test_scratch_and_preset_go_before_what_the_file_says(run: Any, fresh: Path) -> None:
+def test_scratch_and_preset_override_the_project_file(run: Any, fresh: Path) -> None:
     config = (fresh / "expertctl.yaml").read_text(encoding="utf-8")
     (fresh / "expertctl.yaml").write_text(config.replace("preset: tiny", "from: nowhere"), encoding="utf-8")
     assert "nowhere" in run("seed", cwd=fresh).error
     assert "no preset 'tinny' (did you mean 'tiny'?)" in run("seed", "--preset", "tinny").error
 
 
-def test_branch_takes_settings_and_says_what_it_made(run: Any, workspace: Path) -> None:
+def test_branch_takes_settings_and_reports_the_run(run: Any, workspace: Path) -> None:
     result = run(
         "--json",
         *("branch", "tax", "--domain", "code", "--from", "code:3,prose:1", "--trains", "feed_forward"),

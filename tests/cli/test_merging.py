@@ -26,11 +26,13 @@ def test_a_plan_is_a_table_and_with_verbose_a_row_for_each_tensor(workspace: Pat
 def test_options_per_layer_and_module_reach_the_tensors(workspace: Path, run: Any) -> None:
     option = "density=[{filter: mlp, value: [0.1, 0.9]}, {value: 0.5}]"
     plan = run("--json", "merge", "m", "--method", "ties", "--option", option, "--plan").json
-    found = {name: one["options"]["density"] for name, one in plan["tensors"].items() if one["action"] == "merge"}
+    densities = {
+        name: tensor["options"]["density"] for name, tensor in plan["tensors"].items() if tensor["action"] == "merge"
+    }
     layers = plan["layers"]
-    assert found["model.layers.0.mlp.up_proj.weight"] == 0.1
-    assert found[f"model.layers.{layers - 1}.mlp.up_proj.weight"] == 0.9
-    assert found["model.norm.weight"] == 0.5
+    assert densities["model.layers.0.mlp.up_proj.weight"] == 0.1
+    assert densities[f"model.layers.{layers - 1}.mlp.up_proj.weight"] == 0.9
+    assert densities["model.norm.weight"] == 0.5
 
 
 def test_settings_of_the_project_file_are_taken(workspace: Path, run: Any) -> None:
@@ -59,9 +61,9 @@ def test_a_result_that_was_changed_is_not_reproduced(workspace: Path, run: Any) 
     content = json.loads(path.read_text())
     content["tensors"]["model.norm.weight"] = "0" * 64
     path.write_text(json.dumps(content))
-    found = run("--json", "reproduce", "m")
-    assert found.status == 1
-    assert found.json["differences"] == ["tensor model.norm.weight differs"]
+    result = run("--json", "reproduce", "m")
+    assert result.status == 1
+    assert result.json["differences"] == ["tensor model.norm.weight differs"]
 
 
 def test_an_unfinished_merge_is_shown_with_the_command_that_goes_on(workspace: Path, run: Any) -> None:
@@ -84,15 +86,15 @@ def test_a_card_with_an_evaluation(workspace: Path, run: Any) -> None:
 def test_statistics_and_the_merge_by_them(workspace: Path, run: Any) -> None:
     told = run("merge", "m", "--method", "regmean").error
     assert told == "expert 'code' has no gram statistics; collect them with `expertctl stats code --kind gram`"
-    found = run("--json", "stats", "code", "prose", "--samples", "2").json["statistics"]
-    assert found["prose"]["domain"]["name"] == "prose"
+    statistics = run("--json", "stats", "code", "prose", "--samples", "2").json["statistics"]
+    assert statistics["prose"]["domain"]["name"] == "prose"
     assert run("merge", "m", "--method", "regmean").status == 0
 
 
 def test_an_adapter_is_extracted_and_merged(workspace: Path, run: Any) -> None:
-    found = run("--json", "extract-adapter", "code", "--base", "seed", "-o", "lora", "--energy", "0.9", "--save-rest")
-    assert found.status == 0, found.err
-    assert 0 < found.json["error"] < 0.33
+    result = run("--json", "extract-adapter", "code", "--base", "seed", "-o", "lora", "--energy", "0.9", "--save-rest")
+    assert result.status == 0, result.err
+    assert 0 < result.json["error"] < 0.33
     assert run("merge", "m", "--method", "linear", "--experts", "prose,lora").status == 0
     assert verify(workspace / "generalists" / "m") == []
     kinds = {parent.name: parent.kind for parent in read_manifest(workspace / "generalists" / "m").parents}
@@ -103,12 +105,14 @@ def test_a_config_file_says_it_all(workspace: Path, run: Any) -> None:
     Path("m.yml").write_text("merge_method: linear\nmodels: []\n")
     assert run("merge", "m", "--config", "m.yml", "-o", "out").status == 2
     assert run("merge", "--config", "m.yml", "-o", "out", "--method", "ties").status == 2
+    assert "omit --experts" in run("merge", "--config", "m.yml", "-o", "out", "--experts", "a,b").err
+    assert "omit --option" in run("merge", "--config", "m.yml", "-o", "out", "--option", "t=1").err
     assert run("merge", "--config", "m.yml").status in (1, 2)
     assert run("merge").status == 2
 
 
 def test_a_search_on_the_command_line(workspace: Path, run: Any) -> None:
-    found = run("merge", "m", "--method", "average", "--search", "--trials", "3")
-    assert found.status == 0, found.err
-    assert "trial 3 of 3" in found.err
+    result = run("merge", "m", "--method", "average", "--search", "--trials", "3")
+    assert result.status == 0, result.err
+    assert "trial 3 of 3" in result.err
     assert read_manifest(workspace / "generalists" / "m").merged.search.trials == 3

@@ -13,7 +13,6 @@ from flexolmo_workspaces import OWNERS
 from expertctl.core.hooks.evaluation import Metric, Score
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
-from expertctl.experts.measures import evaluation
 from expertctl.experts.measures.evaluation import EvaluationTable
 from expertctl.workspace import Workspace, comparison
 
@@ -29,7 +28,7 @@ def campus(flexolmo_workspace: Workspace, run: Any) -> Path:
 
 def test_a_mixture_is_planned_and_merged(campus: Path, run: Any) -> None:
     plan = run("--json", "merge", "other", "--method", "flexolmo", "--plan", cwd=campus).json
-    actions = {one["action"] for one in plan["tensors"].values()}
+    actions = {tensor["action"] for tensor in plan["tensors"].values()}
     assert actions == {"copy", "computed"}
     assert plan["bytes_to_write"] > 0
     manifest = read_manifest(campus / "generalists" / "campus")
@@ -82,9 +81,9 @@ def test_experts_are_switched_off_for_one_text(campus: Path, run: Any) -> None:
 def test_routing_is_shown_by_domain_and_expert(campus: Path, run: Any) -> None:
     report = run("--json", "show", "--routing", "campus", "--domains", "prose,public", cwd=campus).json
     assert report["experts"] == ["public", *OWNERS]
-    for one in report["domains"].values():
-        assert sum(one["load"].values()) == pytest.approx(1, abs=1e-4)
-        assert len(one["load_by_layer"]) == 2
+    for domain in report["domains"].values():
+        assert sum(domain["load"].values()) == pytest.approx(1, abs=1e-4)
+        assert len(domain["load_by_layer"]) == 2
     shown = run("show", "--routing", "campus", "--domains", "prose", cwd=campus)
     assert "entropy" in shown.out
     assert "is not a mixture of experts" in run("show", "--routing", "seed", cwd=campus).error
@@ -92,22 +91,22 @@ def test_routing_is_shown_by_domain_and_expert(campus: Path, run: Any) -> None:
 
 
 def test_a_gate_says_how_a_mixture_compares_and_writes_it_down(campus: Path, run: Any) -> None:
-    found = run("--json", "eval", "campus", "--against", "seed,best-expert,average,ensemble", cwd=campus)
-    assert found.json["models"].keys() == {"campus", "seed", "best-expert", "average", "ensemble"}
+    result = run("--json", "eval", "campus", "--against", "seed,best-expert,average,ensemble", cwd=campus)
+    assert result.json["models"].keys() == {"campus", "seed", "best-expert", "average", "ensemble"}
     scores = {
-        name: sum(one["bits_per_byte"].values()) / len(found.json["domains"])
-        for name, one in found.json["models"].items()
+        name: sum(model["bits_per_byte"].values()) / len(result.json["domains"])
+        for name, model in result.json["models"].items()
     }
     own = scores.pop("campus")
-    assert found.json["holds"] == (own <= min(scores.values()))
-    assert found.status == (0 if found.json["holds"] else 3)
-    assert found.json["best_baseline"] == min(scores, key=lambda name: scores[name])
+    assert result.json["holds"] == (own <= min(scores.values()))
+    assert result.status == (0 if result.json["holds"] else 3)
+    assert result.json["best_baseline"] == min(scores, key=lambda name: scores[name])
     gated = run("--json", "merge", "gated", "--method", "flexolmo", "--gate", cwd=campus)
     assert gated.json["name"] == "gated"
     assert gated.json["folder"] == str((campus / "generalists" / "gated").resolve())
     assert gated.json["evaluation"]["holds"] == (gated.status == 0)
     card = (campus / "generalists" / "gated" / "README.md").read_text()
-    assert gated.status == found.status
+    assert gated.status == result.status
     assert ("is worse than the best of its baselines" in card) == (gated.status == 3)
     assert verify(campus / "generalists" / "gated") == []
     assert run("reproduce", "gated", cwd=campus).status == 0
@@ -117,12 +116,12 @@ def test_a_gate_says_how_a_mixture_compares_and_writes_it_down(campus: Path, run
 def test_a_model_that_is_called_like_a_baseline_is_compared_with_it(campus: Path, run: Any) -> None:
     usual = run("--json", "eval", "campus", "--against", "average,best-expert", cwd=campus).json["models"]
     assert run("merge", "average", "--method", "flexolmo", "--experts", ",".join(OWNERS), cwd=campus).status == 0
-    found = run("--json", "eval", "average", "--against", "average,best-expert", cwd=campus).json
+    report = run("--json", "eval", "average", "--against", "average,best-expert", cwd=campus).json
     shutil.rmtree(campus / "generalists" / "average")
     assert usual["campus"]["bits_per_byte"] != usual["average"]["bits_per_byte"]
     for row, same in (("average", "campus"), ("average of its experts", "average"), ("best-expert",) * 2):
-        assert found["models"][row] == usual[same]
-    assert len(found["models"]) == 3
+        assert report["models"][row] == usual[same]
+    assert len(report["models"]) == 3
 
 
 def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
@@ -142,10 +141,10 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
     experts = {"ensemble": campus / "experts" / "prose", "means": campus / "experts" / "means"}
     monkeypatch.setattr(comparison, "_experts_of", lambda *args: experts)
     monkeypatch.setattr(comparison, "_merged", lambda *args: campus / "seed")
-    monkeypatch.setattr(evaluation, "evaluate", evaluated)
-    found = Workspace(campus).compare("campus", ("best-expert", "ensemble"))
+    monkeypatch.setattr(comparison, "evaluate", evaluated)
+    compared = Workspace(campus).compare("campus", ("best-expert", "ensemble"))
     assert len(set(scored)) == 4, "the model, two experts, and an ensemble"
-    means = {name: found.table.mean(name, found.metric) for name in found.table.scores}
+    means = {name: compared.table.mean(name, compared.metric) for name in compared.table.scores}
     assert means == {"campus": 3.0, "best-expert": 1.0, "ensemble": 0.0}
 
 
@@ -181,7 +180,9 @@ def test_a_mixture_is_tuned_in_a_process_of_its_own(campus: Path, run: Any) -> N
         (("merge", "y", "--method", "flexolmo", "--option", "target=mixtral"), "supported: 'flex_olmo', 'container'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_in_one_line(campus: Path, run: Any, words: tuple[str, ...], part: str) -> None:
+def test_impossible_changes_of_a_mixture_are_refused_in_one_line(
+    campus: Path, run: Any, words: tuple[str, ...], part: str
+) -> None:
     result = run(*words, cwd=campus)
     assert result.status == 1
     assert part in result.error

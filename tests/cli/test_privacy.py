@@ -92,20 +92,20 @@ def test_a_domain_is_tried_on_an_expert_and_its_seed(workspace: Path, run: Any) 
 
 
 def test_the_report_as_json_holds_settings_and_no_text(workspace: Path, run: Any) -> None:
-    found = run("--json", "audit", "extraction", "code", "--data", "text/code-train.jsonl", *SMALL).json
-    assert (found["model"], found["documents"], found["extracted"], found["reference"]) == (
+    report = run("--json", "audit", "extraction", "code", "--data", "text/code-train.jsonl", *SMALL).json
+    assert (report["model"], report["documents"], report["extracted"], report["reference"]) == (
         "code",
         4,
         0,
         None,
     )
-    assert found["rate"] == 0
-    assert found["interval"][0] == 0
-    assert 0 < found["interval"][1] < 0.6
-    assert found["settings"]["top_k"] == 50
-    assert found["settings"]["top_p"] == 0.95
-    assert found["settings"]["threshold"] == 0.9
-    assert "def " not in json.dumps(found)
+    assert report["rate"] == 0
+    assert report["interval"][0] == 0
+    assert 0 < report["interval"][1] < 0.6
+    assert report["settings"]["top_k"] == 50
+    assert report["settings"]["top_p"] == 0.95
+    assert report["settings"]["threshold"] == 0.9
+    assert "def " not in json.dumps(report)
 
 
 def test_a_gate_looks_at_the_upper_end_of_the_interval(workspace: Path, run: Any) -> None:

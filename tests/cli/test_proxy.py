@@ -90,7 +90,7 @@ def test_fewer_documents_than_asked_for_are_noted(run: Any, with_public: Path) -
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_the_user_can_mend_is_one_line(words: tuple[str, ...], said: str, run: Any, with_public: Path) -> None:
+def test_user_errors_of_a_proxy_are_one_line(words: tuple[str, ...], said: str, run: Any, with_public: Path) -> None:
     result = run("data", "proxy", *words, cwd=with_public)
     assert result.status == 1
     assert said in result.error
@@ -98,7 +98,7 @@ def test_what_the_user_can_mend_is_one_line(words: tuple[str, ...], said: str, r
     assert not list((with_public / "proxies").glob("*"))
 
 
-def test_what_is_there_is_kept(run: Any, with_public: Path) -> None:
+def test_an_existing_corpus_is_kept(run: Any, with_public: Path) -> None:
     assert run(*WORDS, cwd=with_public).status == 0
     assert "near.jsonl exists already; use --force to replace it" in run(*WORDS).error
 

@@ -48,10 +48,10 @@ def test_the_stitching_example_prints_its_tables(corpora: Path, tmp_path: Path) 
         *budgets,
     )
     out = run(*call, "--out", tmp_path)
-    found = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
-    assert found["scores"]["stitched"] == pytest.approx(found["scores"]["seed"], rel=1e-5)
-    assert found["scores"]["stitched, trained"] != found["scores"]["seed"]
-    assert found["costs"]["stitched, trained"]["trained"] > 0
+    rows = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
+    assert rows["scores"]["stitched"] == pytest.approx(rows["scores"]["seed"], rel=1e-5)
+    assert rows["scores"]["stitched, trained"] != rows["scores"]["seed"]
+    assert rows["costs"]["stitched, trained"]["trained"] > 0
     assert "| bits per byte, crossed text |" in out
     assert out.count("| stitched, trained |") == 3
 
@@ -62,10 +62,10 @@ def test_the_clusters_example_prints_its_tables(corpora: Path, tmp_path: Path) -
         *(ROOT / "examples/cbtm/run.py", "--corpora", corpora, "--clusters", "2", "--seeds", "0"),
         *(*budgets, "--out", tmp_path),
     )
-    found = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
-    sorted_by = found["clusters"]
+    rows = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
+    sorted_by = rows["clusters"]
     assert sorted_by["balanced k-means"]["purity"] > sorted_by["random"]["purity"]
-    assert set(found["scores"]["clusters, top 1"]) == {"set-chance", "set-prose"}
-    assert found["scores"]["clusters, top 1"] != found["scores"]["clusters, all"]
-    assert found["temperatures"]["clusters, top 2"] == 0.1
+    assert set(rows["scores"]["clusters, top 1"]) == {"set-chance", "set-prose"}
+    assert rows["scores"]["clusters, top 1"] != rows["scores"]["clusters, all"]
+    assert rows["temperatures"]["clusters, top 2"] == 0.1
     assert out.count("| dense, batch of an expert |") == 1

@@ -25,9 +25,9 @@ JOURNAL = ".out.unfinished/.journal.jsonl"
 
 
 def run(folder: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    found = subprocess.run([*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    assert found.returncode == status, found.stdout + found.stderr
-    return found
+    result = subprocess.run([*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -186,7 +186,7 @@ def spoilt(models: Path, harm: str) -> tuple[list[str], str]:
         write_model(models / "x", related(5, rows=7))
         return recipe, "6 and 7 embedding rows"
     if harm == "missing tensor":
-        write_model(models / "x", {name: one for name, one in base.items() if "layers.1.mlp" not in name})
+        write_model(models / "x", {name: tensor for name, tensor in base.items() if "layers.1.mlp" not in name})
         return recipe, "tensor 'model.layers.1.mlp.up_proj.weight' is in 'a'"
     if harm == "stranger":
         write_model(models / "x", random_tensors(99, width=32, rows=40))
@@ -224,11 +224,11 @@ HARMS = [
 
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("how", ["merge", "plan"])
-def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(models: Path, harm: str, how: str) -> None:
+def test_impossible_merges_are_refused_in_one_line_before_any_write(models: Path, harm: str, how: str) -> None:
     arguments, part = spoilt(models, harm)
     before = set(models.rglob("*"))
-    found = run(models, *arguments, *(["--plan"] if how == "plan" else []), status=1)
-    errors = [line for line in found.stderr.splitlines() if line.startswith("Error: ")]
+    result = run(models, *arguments, *(["--plan"] if how == "plan" else []), status=1)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1
     assert part in errors[0]
     assert set(models.rglob("*")) == before
@@ -248,7 +248,7 @@ def test_a_folder_that_may_not_be_written_is_refused(models: Path) -> None:
     assert "no permission to access" in told
 
 
-def test_a_plan_says_what_it_will_cost_and_reads_no_tensor(models: Path) -> None:
+def test_a_plan_estimates_cost_and_reads_no_tensor(models: Path) -> None:
     recipe_file(models, "linear", ["a", "b"])
     plan = json.loads(run(models, "--json", "merge", "--config", "linear.yml", "-o", "out", "--plan").stdout)
     size = sum(tensor.numel() * 4 for tensor in random_tensors(0).values())
@@ -265,10 +265,10 @@ def test_too_little_disk_is_told_with_both_figures(models: Path, monkeypatch: py
     from expertctl.merge.merging import merge_recipe
     from expertctl.merge.recipes.mergekit_file import read_mergekit
 
-    found = read_mergekit(recipe_file(models, "linear", ["a", "b"]))
+    recipe = read_mergekit(recipe_file(models, "linear", ["a", "b"]))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 100))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"needs 0\.00 GB, but its disk has only 0\.00 GB left; free some space"):
-        merge_recipe(found, models / "out")
+        merge_recipe(recipe, models / "out")
     assert not (models / "out").exists()
 
 
@@ -285,9 +285,9 @@ def test_one_model_passed_through_is_that_model(models: Path) -> None:
     recipe_file(models, "passthrough", ["a"])
     (models / "passthrough.yml").write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": "a"}]}))
     run(models, "merge", "--config", "passthrough.yml", "-o", "out", "--shard-size", "300")
-    found, expected = tensors_of(models / "out"), tensors_of(models / "a")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    merged, expected = tensors_of(models / "out"), tensors_of(models / "a")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
 
 
 # --- what other tools read ---
@@ -314,9 +314,9 @@ def test_transformers_finds_every_key_and_none_too_many(tmp_path: Path, family: 
     merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b"))
+    first, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b"))
     for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(tensor, (one[name] + two[name]) / 2)
+        torch.testing.assert_close(tensor, (first[name] + two[name]) / 2)
 
 
 def test_stacked_layers_load_and_say_how_many_they_are(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_stacked_layers_load_and_say_how_many_they_are(tmp_path: Path) -> None:
     assert not report["missing_keys"]
     assert model.config.num_hidden_layers == 6
     source = tensors_of(tmp_path / "a")
-    found = tensors_of(tmp_path / "out")
+    merged = tensors_of(tmp_path / "out")
     for target, layer in enumerate((0, 1, 2, 1, 2, 3)):
         name = "model.layers.{}.mlp.up_proj.weight"
-        assert torch.equal(found[name.format(target)], source[name.format(layer)])
+        assert torch.equal(merged[name.format(target)], source[name.format(layer)])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from manifest_schemas import SCHEMA_NAMES, shipped_schema
 from scripts import run
 
 from expertctl import verify
-from expertctl.core.manifests.schemas import SCHEMA_NAMES, shipped_schema
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +30,10 @@ def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path
         "--tokens",
         "20000",
     )
-    found = json.loads(run(*call))
+    report = json.loads(run(*call))
     models = ["seed", "chance", "prose", "uniform-average", "posterior-average", "ensemble"]
-    assert list(found["models"]) == models
-    assert found["domains"] == ["chance", "prose"]
+    assert list(report["models"]) == models
+    assert report["domains"] == ["chance", "prose"]
     folders = [*(tmp_path / "demo" / "experts").iterdir(), *(tmp_path / "demo" / "generalists").iterdir()]
     assert len(folders) == 5
     manifests = [path for name in SCHEMA_NAMES for path in (tmp_path / "demo").rglob(name)]
@@ -44,7 +44,7 @@ def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path
     for folder in folders:
         assert verify(folder) == []
         stamps[folder] = (folder / "config.json").stat().st_mtime_ns if (folder / "config.json").exists() else 0
-    assert json.loads(run(*call)) == found
+    assert json.loads(run(*call)) == report
     for folder, stamp in stamps.items():
         assert not stamp or (folder / "config.json").stat().st_mtime_ns == stamp
 

@@ -5,14 +5,18 @@ python tests/goldens/schemas.py
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from expertctl.core.artefacts.files import json_text
-from expertctl.core.manifests.schemas import SCHEMA_NAMES, schema_of
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "helpers"))  # as pytest does
+
+from manifest_schemas import SCHEMA_NAMES, schema_of  # noqa: E402
+
 FOLDER = ROOT / "core" / "manifests" / "schemas"
 PAGE = ROOT / "docs" / "manifests.md"
 INTRODUCTION = """\

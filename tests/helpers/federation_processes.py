@@ -110,7 +110,7 @@ class Federation:
         text = self.root / f"{name}.jsonl"
         lines = inspect.getsource(module).splitlines()
         texts = ["\n".join(lines[begin : begin + 8]) for begin in range(0, min(len(lines), 400), 8)]
-        text.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+        text.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         owner.configure(OwnerSettings(text))
         if invited:
             self.coordinator.files.members.add(name, key.public)
@@ -148,8 +148,8 @@ class Federation:
         resource.prlimit(self.server.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
 
     def close(self) -> None:
-        for one in (*self.owners, self.server):
-            one.stop()
+        for process in (*self.owners, self.server):
+            process.stop()
 
 
 class Relay:
@@ -236,9 +236,9 @@ class Relay:
                     time.sleep(len(data) / self._speed)
         except OSError:
             pass
-        for one in (source, target):
+        for side in (source, target):
             try:
-                one.shutdown(socket.SHUT_RDWR)
+                side.shutdown(socket.SHUT_RDWR)
             except OSError:
                 continue
 

@@ -17,10 +17,10 @@ TOKENS = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(
 
 def copies(folder: Path, family: str, count: int, **settings: Any) -> dict[str, Path]:
     base = tiny_model_folder(folder / "base", family, **settings)
-    found = {"base": base}
+    models = {"base": base}
     for number in range(count):
-        found[f"copy{number}"] = shutil.copytree(base, folder / f"copy{number}")
-    return found
+        models[f"copy{number}"] = shutil.copytree(base, folder / f"copy{number}")
+    return models
 
 
 def mix(folder: Path, models: dict[str, Path], **options: Any) -> Path:

@@ -82,23 +82,25 @@ def private_loop(
 def drawn(loop: PrivateTrainingLoop, step: int = 0) -> list[int]:
     """Return which blocks a step draws."""
     source = loop._source
-    return [int(one) for one in source.drawn(f"draw/{step}", len(loop._examples), loop.mechanism.rate)]
+    return [
+        int(example) for example in source.sampled_indices(f"draw/{step}", len(loop._examples), loop.mechanism.rate)
+    ]
 
 
 def naive_gradients(loss: Any, parameters: dict[str, nn.Parameter], tokens: torch.Tensor) -> list[dict[str, Any]]:
     """Return each example's gradient, from a backward pass of its own."""
-    found = []
+    each = []
     for row in range(len(tokens)):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook")
             gradients = torch.autograd.grad(loss(tokens[row : row + 1]), list(parameters.values()), allow_unused=True)
-        found.append(
+        each.append(
             {
                 name: torch.zeros_like(parameter) if gradient is None else gradient
                 for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
             }
         )
-    return found
+    return each
 
 
 def changed(config: TrainingConfig, **settings: Any) -> TrainingConfig:

@@ -31,12 +31,12 @@ def random_tensors(
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=source).to(dtype)
 
-    found = {"model.embed_tokens.weight": some(rows, width)}
+    tensors = {"model.embed_tokens.weight": some(rows, width)}
     for layer in range(layers):
-        found[f"model.layers.{layer}.self_attn.q_proj.weight"] = some(width, width)
-        found[f"model.layers.{layer}.mlp.up_proj.weight"] = some(2 * width, width)
-        found[f"model.layers.{layer}.input_layernorm.weight"] = some(width)
-    return {**found, "model.norm.weight": some(width), "lm_head.weight": some(rows, width)}
+        tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] = some(width, width)
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] = some(2 * width, width)
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = some(width)
+    return {**tensors, "model.norm.weight": some(width), "lm_head.weight": some(rows, width)}
 
 
 def write_model(
@@ -103,7 +103,7 @@ def engine_merge(
 
 def tensors_of(folder: Path) -> Tensors:
     """Return all tensors of a folder, by the library everybody uses."""
-    found: Tensors = {}
+    tensors: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors

@@ -36,8 +36,8 @@ def with_adapter(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-    found: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
-    return found
+    tensors: dict[str, torch.Tensor] = model.merge_and_unload().state_dict()
+    return tensors
 
 
 def state(folder: Path) -> Any:
@@ -62,24 +62,26 @@ def test_the_reported_loss_is_what_peft_sees(models: tuple[Path, Path], tmp_path
     report = extract_adapter(base, tuned, tmp_path / "lora", **how)
     merged, before, after = with_adapter(base, tmp_path / "lora"), state(base), state(tuned)
     lost = whole = 0.0
-    for one in report.tensors:
-        delta = (after[one.name] - before[one.name]).double()
-        missing = float((after[one.name].double() - merged[one.name].double()).norm())
-        assert missing / float(delta.norm()) == pytest.approx(one.error, rel=1e-3)
+    for tensor in report.tensors:
+        delta = (after[tensor.name] - before[tensor.name]).double()
+        missing = float((after[tensor.name].double() - merged[tensor.name].double()).norm())
+        assert missing / float(delta.norm()) == pytest.approx(tensor.error, rel=1e-3)
         values = np.linalg.svd(delta.numpy(), compute_uv=False)
-        assert one.error == pytest.approx(float(np.linalg.norm(values[one.rank :]) / np.linalg.norm(values)), rel=1e-6)
+        assert tensor.error == pytest.approx(
+            float(np.linalg.norm(values[tensor.rank :]) / np.linalg.norm(values)), rel=1e-6
+        )
         lost, whole = lost + missing**2, whole + float(delta.norm()) ** 2
     assert report.error == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
     assert "model.norm.weight" in report.left_out
     if how["rank"] is None:
-        assert len({one.rank for one in report.tensors}) > 1
-        assert all(one.error**2 <= 0.3 + 1e-9 for one in report.tensors)
+        assert len({tensor.rank for tensor in report.tensors}) > 1
+        assert all(tensor.error**2 <= 0.3 + 1e-9 for tensor in report.tensors)
 
 
 def test_targets_are_chosen_by_name(models: tuple[Path, Path], tmp_path: Path) -> None:
     report = extract_adapter(*models, tmp_path / "lora", rank=2, targets="mlp")
     assert report.tensors
-    assert all(".mlp." in one.name for one in report.tensors)
+    assert all(".mlp." in tensor.name for tensor in report.tensors)
 
 
 def test_an_extracted_adapter_is_an_expert_of_a_merge(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_an_extracted_adapter_is_an_expert_of_a_merge(models: tuple[Path, Path],
         torch.testing.assert_close(tensor, tensors_of(models[1])[name], rtol=1e-4, atol=1e-5)
 
 
-def test_what_makes_no_sense_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_impossible_extractions_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = models
     for how, part in (
         ({"rank": None}, "give either a rank or"),

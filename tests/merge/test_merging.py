@@ -60,8 +60,8 @@ def test_uniform_weights_are_equal_and_sum_to_one() -> None:
 
 
 def test_given_weights_are_scaled_to_one_and_follow_the_experts_order() -> None:
-    found = weights({"news": 1, "law": 0, "code": 3})
-    assert list(found.items()) == [("code", 0.75), ("law", 0), ("news", 0.25)]
+    given = weights({"news": 1, "law": 0, "code": 3})
+    assert list(given.items()) == [("code", 0.75), ("law", 0), ("news", 0.25)]
 
 
 @pytest.mark.parametrize(
@@ -239,9 +239,9 @@ def test_a_merge_is_a_model_folder_that_can_be_verified(workspace: Path) -> None
 
 def test_a_merge_equals_the_plain_mean_of_the_files(workspace: Path) -> None:
     average(workspace)
-    found = load_file(workspace / "generalists" / "m" / "model.safetensors")
+    tensors = load_file(workspace / "generalists" / "m" / "model.safetensors")
     members = [load_file(workspace / "experts" / name / "model.safetensors") for name in EXPERTS]
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         expected = sum(member[name].double() for member in members) / 3
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -252,14 +252,14 @@ def test_the_same_merge_again_gives_the_same_bytes(workspace: Path) -> None:
     assert second.tensors == first.tensors
     assert second.config == first.config
     average(workspace, "a", force=True)
-    found = files_of(workspace / "generalists")
+    files = files_of(workspace / "generalists")
     named = {"generalist.json", "README.md"}  # these hold the name
-    assert {f"b/{path[2:]}" for path in found if path.startswith("a/")} == {
-        path for path in found if path.startswith("b/")
+    assert {f"b/{path[2:]}" for path in files if path.startswith("a/")} == {
+        path for path in files if path.startswith("b/")
     }
-    for path, content in found.items():
+    for path, content in files.items():
         if path.startswith("a/") and path[2:] not in named:
-            assert found[f"b/{path[2:]}"] == content
+            assert files[f"b/{path[2:]}"] == content
 
 
 def test_a_finished_generalist_is_not_replaced_without_force(workspace: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_merge_may_go_elsewhere(workspace: Path, tmp_path: Path) -> None:
     assert not (workspace / "generalists").exists()
 
 
-def test_what_the_project_file_declares_is_merged(tmp_path: Path, new_workspace: Any) -> None:
+def test_merges_of_the_project_file_are_made(tmp_path: Path, new_workspace: Any) -> None:
     config = "merges: {m: {method: average, experts: [law, code], weights: {law: 3, code: 1}}}\n"
     workspace = new_workspace(tmp_path / "ws", EXPERTS, config=config)
     manifest = expertctl.Workspace(workspace).merge("m")
@@ -379,7 +379,7 @@ def naive_prior(workspace: Path, texts: list[ValidationText], samples: int) -> l
             totals = [0.0] * len(EXPERTS)
             for t in range(1, len(tokens)):
                 joint = [share * math.exp(total) for share, total in zip(prior, totals, strict=True)]
-                seen.append([one / sum(joint) for one in joint])
+                seen.append([value / sum(joint) for value in joint])
                 totals = [total + float(log[t - 1, tokens[t]]) for total, log in zip(totals, logs, strict=True)]
         mean = [sum(row[k] for row in seen) / len(seen) for k in range(len(EXPERTS))]
         prior = [EWMA_RATE * new + (1 - EWMA_RATE) * old for new, old in zip(mean, prior, strict=True)]
@@ -391,9 +391,9 @@ def test_posterior_weights_are_the_naive_cached_prior(workspace: Path, tmp_path:
     recorder = Recorder()
     config = MergeConfig(method="average", weights="posterior")
     manifest = merge(Layout(workspace), "m", config, validation=lambda: texts, run=MergeRun(reporter=recorder))
-    found = manifest.merged.weights
-    assert sum(found.values()) == pytest.approx(1, abs=1e-9)
-    assert list(found.values()) == pytest.approx(naive_prior(workspace, texts, 100), abs=1e-5)
+    fitted = manifest.merged.weights
+    assert sum(fitted.values()) == pytest.approx(1, abs=1e-9)
+    assert list(fitted.values()) == pytest.approx(naive_prior(workspace, texts, 100), abs=1e-5)
     assert manifest.merged.fitted_on == ("a", "b")
     assert recorder.lines[0] == "fitting the prior of 3 experts on 10 blocks of a, b"
 
@@ -413,8 +413,8 @@ def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: P
 def test_a_text_shorter_than_a_block_is_read_as_it_is(workspace: Path, tmp_path: Path) -> None:
     texts = [some_text(tmp_path, "a", 4, 3, block_size=16)]
     config = MergeConfig(method="average", weights="posterior")
-    found = merge(Layout(workspace), "m", config, validation=lambda: texts).merged.weights
-    assert sum(found.values()) == pytest.approx(1, abs=1e-9)
+    fitted = merge(Layout(workspace), "m", config, validation=lambda: texts).merged.weights
+    assert sum(fitted.values()) == pytest.approx(1, abs=1e-9)
 
 
 @pytest.mark.parametrize(

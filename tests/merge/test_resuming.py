@@ -111,7 +111,7 @@ def test_bytes_that_the_journal_promises_are_checked(what: Recipe, tmp_path: Pat
 @pytest.mark.parametrize(
     "harm", ["half a line", "no journal", "a shard is missing", "a shard is short", "another header"]
 )
-def test_what_is_left_in_disorder_is_made_anew(what: Recipe, tmp_path: Path, harm: str) -> None:
+def test_inconsistent_leftovers_are_discarded(what: Recipe, tmp_path: Path, harm: str) -> None:
     run(what, tmp_path / "whole", Counting())
     with pytest.raises(Stopped):
         run(what, tmp_path / "out", Counting(4))

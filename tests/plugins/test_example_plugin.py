@@ -70,9 +70,9 @@ def test_the_installed_plugin_merges_as_a_naive_computation_does(site: Path, wor
     told = merge(site, workspace, "m", 1)
     assert told["options"] == {"trim": 1}
     assert told["versions"]["expertctl-trimmed-mean"] == "0.1.0"
-    found = load_file(workspace / "generalists" / "m" / "model.safetensors")
+    tensors = load_file(workspace / "generalists" / "m" / "model.safetensors")
     members = [load_file(workspace / "experts" / name / "model.safetensors") for name in EXPERTS]
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         values = zip(*(member[name].flatten().tolist() for member in members), strict=True)
         middle = torch.tensor([sorted(of_one)[1] for of_one in values]).reshape(tensor.shape)
         torch.testing.assert_close(tensor, middle)

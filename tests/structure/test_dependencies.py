@@ -49,11 +49,11 @@ def undeclared(modules: dict[str, str], known: set[str]) -> list[str]:
     return [
         f"{place} imports {name}"
         for name, place in sorted(modules.items())
-        if not {found.lower().replace("_", "-") for found in distributions.get(name, [name])} & known
+        if not {distribution.lower().replace("_", "-") for distribution in distributions.get(name, [name])} & known
     ]
 
 
-def test_what_the_package_imports_is_a_dependency_or_an_extra() -> None:
+def test_imports_of_the_package_are_dependencies_or_extras() -> None:
     extras = [name for name in SETTINGS["optional-dependencies"] if name != "dev"]
     modules = imported("core", "experts", "merge", "plugins", "cli")
     assert {"torch", "transformers", "click"} <= modules.keys()
@@ -65,7 +65,7 @@ def test_the_federations_own_imports_are_in_its_extra() -> None:
     assert undeclared(modules, declared("federation", "privacy")) == []
 
 
-def test_what_tests_and_examples_import_is_in_the_development_extra() -> None:
+def test_imports_of_tests_and_examples_are_in_the_development_extra() -> None:
     modules = {name: place for name, place in imported("tests", "examples").items() if name not in OURS}
     assert undeclared(modules, declared("dev")) == []
 

@@ -94,8 +94,8 @@ def test_the_import_checker_sees_relative_and_absolute_imports() -> None:
     source = (
         "from ..merge import engine\nfrom .. import cli\nimport expertctl.plugins.methods.btm\nfrom .errors import x\n"
     )
-    found = [module for _, module in imported_modules(ROOT / "core" / "x.py", ast.parse(source))]
-    assert found == [
+    modules = [module for _, module in imported_modules(ROOT / "core" / "x.py", ast.parse(source))]
+    assert modules == [
         "expertctl.merge",
         "expertctl",
         "expertctl.cli",
@@ -187,7 +187,7 @@ def public_definitions(path: Path) -> Iterator[tuple[str, ast.AST]]:
             yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
 
 
-def test_every_public_function_and_class_says_what_it_is() -> None:
+def test_every_public_function_and_class_has_a_docstring() -> None:
     missing = [
         place
         for path in sources()

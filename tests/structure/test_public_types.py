@@ -52,10 +52,10 @@ def named_types() -> dict[str, str]:
         for parameter in re.findall(r"\w+", str(inspect.signature(spec)))
     ]
     kinds = core_names(hookspecs.__name__)
-    found = {name: kinds[name] for name in events if name in kinds}
-    waiting = list(found)
+    typed = {name: kinds[name] for name in events if name in kinds}
+    waiting = list(typed)
     while waiting:
-        kind = getattr(sys.modules.get(found[waiting[-1]]), waiting.pop(), None)
+        kind = getattr(sys.modules.get(typed[waiting[-1]]), waiting.pop(), None)
         if not inspect.isclass(kind) or not kind.__module__.startswith(HOOKS):
             continue  # a type of another folder of `core`, or an alias
         subclasses = {
@@ -64,13 +64,13 @@ def named_types() -> dict[str, str]:
         known = core_names(kind.__module__)
         words = {word for text in annotations_of(kind) for word in re.findall(r"\w+", text)}
         new = subclasses | {name: home for name, home in known.items() if name in words}
-        waiting += [name for name in new if name not in found]
-        found |= new
-    return found
+        waiting += [name for name in new if name not in typed]
+        typed |= new
+    return typed
 
 
 def test_the_types_of_hooks_are_public() -> None:
-    found = named_types()
-    assert {kind.__name__ for kind in OFFER_KINDS} <= found.keys()
-    assert {"TensorGroup", "AssemblyInputs", "PlannedTensor", "TrainablePart", "Reporter", "TextMixer"} <= found.keys()
-    assert sorted(found.keys() - set(expertctl.__all__)) == []
+    named = named_types()
+    assert {kind.__name__ for kind in OFFER_KINDS} <= named.keys()
+    assert {"TensorGroup", "AssemblyInputs", "PlannedTensor", "TrainablePart", "Reporter", "TextMixer"} <= named.keys()
+    assert sorted(named.keys() - set(expertctl.__all__)) == []

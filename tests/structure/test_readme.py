@@ -32,9 +32,9 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     group: click.Command = cli
     context = click.Context(cli, info_name="expertctl")
     while isinstance(group, click.Group):
-        name, found, words = group.resolve_command(context, words)
-        assert found is not None, name
-        group, context = found, click.Context(found, info_name=name, parent=context)
+        name, command, words = group.resolve_command(context, words)
+        assert command is not None, name
+        group, context = command, click.Context(command, info_name=name, parent=context)
     if "--help" not in words:
         # paths of an example need not exist here
         for parameter in group.params:

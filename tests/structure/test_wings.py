@@ -94,7 +94,7 @@ def test_imports_inside_the_merge_package_are_seen() -> None:
     assert "errors" in imports_between_rooms(ROOT / "core")["artefacts"]
 
 
-def test_every_folder_says_what_it_holds() -> None:
+def test_every_folder_has_a_docstring() -> None:
     silent = [
         str(folder.relative_to(ROOT))
         for folder in folders()

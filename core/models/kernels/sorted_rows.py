@@ -40,10 +40,7 @@ def _sort_rows(chosen_Nk: Tensor, experts: int) -> SortedRows:
 def gated_sum(
     run: Callable[[Tensor, list[int]], Tensor], experts: int, hidden_Nd: Tensor, gates_Nk: Tensor, chosen_Nk: Tensor
 ) -> Tensor:
-    """Return the gated sum of the experts' outputs for each token, (N, d).
-
-    `run` maps the rows (S, d), sorted by expert, and the number of rows of each expert to the outputs (S, d).
-    """
+    """Return each token's gated sum, (N, d); `run` maps sorted rows (S, d) and their number per expert to outputs."""
     rows = _sort_rows(chosen_Nk, experts)
     to_experts: Callable[..., Tensor] = _ToExperts.apply
     to_tokens: Callable[..., Tensor] = _ToTokens.apply
@@ -83,8 +80,8 @@ class _ToTokens(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_gates_S = (gradient_Sd * output_Sd).sum(dim=1)
             d_gates_Nk = d_gates_S.index_select(0, rows.place.flatten()).view_as(gates_Nk)
-        d_found_Sd = gradient_Sd * gates_Nk.flatten().index_select(0, rows.order)[:, None]
-        return d_found_Sd, d_gates_Nk, None
+        d_output_Sd = gradient_Sd * gates_Nk.flatten().index_select(0, rows.order)[:, None]
+        return d_output_Sd, d_gates_Nk, None
 
 
 def _summed(x_Sd: Tensor, place_Nk: Tensor, gates_Nk: Tensor | None = None) -> Tensor:

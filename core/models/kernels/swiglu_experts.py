@@ -15,10 +15,7 @@ from torch import Tensor
 
 
 def swiglu_experts(x_Sd: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    """Return `down(silu(gate(x)) * up(x))` of each expert on its rows, (S, d), differentiably.
-
-    `gate_up` is (E, 2 i, d), `down` is (E, d, i), `counts` has E entries.
-    """
+    """Return `down(silu(gate(x)) * up(x))` of each expert, (S, d); `gate_up` is (E, 2 i, d), `down` is (E, d, i)."""
     apply: Callable[..., Tensor] = _SwigluExperts.apply
     return apply(x_Sd, gate_up, down, counts)
 

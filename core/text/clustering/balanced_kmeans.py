@@ -9,11 +9,10 @@ Shapes: N = points, K = clusters, d = width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
 SWEEPS = 50
 """Maximum number of sweeps over all prices."""
@@ -35,8 +34,6 @@ class Fit:
 
 def fit(points_Nd: NDArray[Any], count: int, *, seed: int = 0, rounds: int = 20, balanced: bool = True) -> Fit:
     """Return the centres of `count` clusters; with `balanced`, cluster sizes differ by at most one point."""
-    import numpy as np
-
     centres = first_centres(points_Nd, count, seed)
     shift, rounds_run = float("inf"), 0
     for rounds_run in range(1, rounds + 1):  # noqa: B007  # reported in the result
@@ -55,8 +52,6 @@ def fit(points_Nd: NDArray[Any], count: int, *, seed: int = 0, rounds: int = 20,
 
 def first_centres(points_Nd: NDArray[Any], count: int, seed: int) -> NDArray[np.float64]:
     """Return initial centres by k-means++ seeding, (count, d)."""
-    import numpy as np
-
     generator = np.random.default_rng(seed)
     chosen = [int(generator.integers(len(points_Nd)))]
     nearest = squared_distances(points_Nd, points_Nd[chosen]).ravel()
@@ -70,8 +65,6 @@ def first_centres(points_Nd: NDArray[Any], count: int, seed: int) -> NDArray[np.
 
 def squared_distances(points_Nd: NDArray[Any], centres_Kd: NDArray[Any]) -> NDArray[np.float64]:
     """Return squared Euclidean distances, (N, K)."""
-    import numpy as np
-
     points = np.asarray(points_Nd, dtype=np.float64)
     centres = np.asarray(centres_Kd, dtype=np.float64)
     cross = points @ centres.T
@@ -85,8 +78,6 @@ def balanced_assignment(cost_NK: NDArray[np.float64]) -> NDArray[np.int64]:
     Prices come first. The remaining imbalance is removed by moving the points with the least regret. Cyclic exchanges
     of points then lower the total cost, up to `EXCHANGES` times; the result is optimal once no such exchange is left.
     """
-    import numpy as np
-
     num_points, count = cost_NK.shape
     sizes = np.full(count, num_points // count)
     sizes[: num_points % count] += 1
@@ -111,8 +102,6 @@ def balanced_assignment(cost_NK: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def _price(margin_N: NDArray[np.float64], size: int) -> float:
     """Return the price at which exactly `size` points have a larger margin."""
-    import numpy as np
-
     if size == 0:
         return float(margin_N.max()) + 1.0
     if size >= len(margin_N):
@@ -125,8 +114,6 @@ def _balance(
     cost_NK: NDArray[np.float64], assignment_N: NDArray[np.int64], sizes_K: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Move points out of clusters over their size, in order of increasing loss."""
-    import numpy as np
-
     assignment = assignment_N.astype(np.int64)
     excess = np.bincount(assignment, minlength=len(sizes_K)) - sizes_K
     while (excess > 0).any():
@@ -146,8 +133,6 @@ def _balance(
 
 def _exchange_cyclically(cost_NK: NDArray[np.float64], assignment_N: NDArray[np.int64]) -> NDArray[np.int64]:
     """Exchange points along cycles of clusters while that lowers the total cost."""
-    import numpy as np
-
     assignment, count = assignment_N, cost_NK.shape[1]
     rows = np.arange(len(assignment))
     for _ in range(EXCHANGES):
@@ -170,8 +155,6 @@ def _exchange_cyclically(cost_NK: NDArray[np.float64], assignment_N: NDArray[np.
 
 def _negative_cycle(weights_KK: NDArray[np.float64]) -> list[int]:
     """Return the clusters of a negative-weight cycle in order (Bellman-Ford), empty if there is none."""
-    import numpy as np
-
     count = len(weights_KK)
     distance, predecessor = np.zeros(count), np.full(count, -1)
     for _ in range(count):

@@ -11,14 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ...artefacts.files import read_json, write_json
 from ...artefacts.safetensors_io import Checkpoint, write_tensors
 from ...errors import UserError
 from ...reporting import SILENT, Reporter
-from .balanced_kmeans import fit, squared_distances
-from .words import NUMBER, Analyser, hash_of, is_mostly_unspaced, words_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
 
 TENSORS_FILE = "clusterer.safetensors"
 SETTINGS_FILE = "clusterer.json"
+Analyser = Literal["words", "characters"]
+"""`words`, or `characters`: bigrams and trigrams of letters, for languages without spaces between words."""
 BATCH = 512
 """Texts per batch."""
 Item = TypeVar("Item")
@@ -80,6 +80,8 @@ class Clusterer:
         import numpy as np
         from scipy.sparse import csr_matrix
 
+        from .words import words_of
+
         assert self.settings.analyser is not None
         words = words_of([text[: self.settings.characters] for text in texts], self.settings.analyser)
         places = np.searchsorted(self.vocabulary, words.hashes)
@@ -87,8 +89,7 @@ class Clusterer:
         ones = np.ones(int(known.sum()), np.float32)
         shape = (len(texts), len(self.vocabulary))
         counts = csr_matrix((ones, (words.texts[known], places[known])), shape=shape)
-        sums: NDArray[np.float32] = counts @ self.vectors
-        return sums
+        return np.asarray(counts @ self.vectors)
 
     def points(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the normalised embeddings of texts, (N, d); zero for a text without a known word."""
@@ -96,6 +97,8 @@ class Clusterer:
 
     def distances(self, points_Nd: NDArray[Any]) -> NDArray[np.float64]:
         """Return squared distances to the centres, (N, K)."""
+        from .balanced_kmeans import squared_distances
+
         return squared_distances(points_Nd, self.centres)
 
     def assign(self, texts: Iterable[str]) -> Iterator[int]:
@@ -138,6 +141,9 @@ def fit_clusterer(texts: Sequence[str], settings: ClustererSettings, reporter: R
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfTransformer
 
+    from .balanced_kmeans import fit
+    from .words import is_mostly_unspaced
+
     shortened = [text[: settings.characters] for text in texts]
     if settings.analyser is None:
         analyser: Analyser = "characters" if is_mostly_unspaced(shortened) else "words"
@@ -173,6 +179,8 @@ def _count_words(texts: Sequence[str], settings: ClustererSettings) -> tuple[Any
     import numpy as np
     from scipy.sparse import csr_matrix
 
+    from .words import words_of
+
     assert settings.analyser is not None
     stop_words = _stop_words(settings)
     rows, hashes, spelling_of = [], [], {}
@@ -203,6 +211,8 @@ def _count_words(texts: Sequence[str], settings: ClustererSettings) -> tuple[Any
 def _stop_words(settings: ClustererSettings) -> NDArray[np.uint64]:
     import numpy as np
 
+    from .words import NUMBER, hash_of
+
     if settings.stop_words is None:
         return np.zeros(0, np.uint64)
     if settings.stop_words == "english":
@@ -225,8 +235,7 @@ def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
     import numpy as np
 
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    normalised: NDArray[np.float32] = (rows / np.where(lengths > 0, lengths, 1)).astype(np.float32)
-    return normalised
+    return np.asarray((rows / np.where(lengths > 0, lengths, 1)).astype(np.float32))
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

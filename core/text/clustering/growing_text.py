@@ -49,10 +49,7 @@ class Reader:
         return GrowingText(np.zeros(self.clusterer.vectors.shape[1], np.float32), "", DecodeStream())
 
     def grow(self, text: GrowingText, pieces: Sequence[Sequence[int]]) -> tuple[GrowingText, NDArray[np.float32]]:
-        """Append pieces of tokens to a text.
-
-        Returns the new text and the sum of the vectors of all its words after each piece, (pieces, d).
-        """
+        """Append token pieces; return the new text and the sum of its words' vectors after each piece, (pieces, d)."""
         if not pieces:
             return text, text.sums[None][:0]
         stream, tail = copy.copy(text.stream), text.tail

@@ -7,13 +7,11 @@ and the nearest cells. Shapes: N = points, d = width, k = neighbours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .balanced_kmeans import first_centres, squared_distances
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 CELL = 5_000
 """Mean number of points per cell."""
@@ -40,8 +38,6 @@ def nearest_neighbours(points_Nd: NDArray[np.float32], count: int, seed: int = 0
 
     Exact for up to `PROBES * CELL` points. Time is linear in N, memory in N * k.
     """
-    import numpy as np
-
     num_points = len(points_Nd)
     places = np.full((num_points, count), -1, np.int64)
     similarities = np.full((num_points, count), -1, np.float32)
@@ -68,8 +64,6 @@ def _cells(
     points_Nd: NDArray[np.float32], nonzero: NDArray[np.int64], seed: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Return (points of a cell, candidate neighbours of those points); the cells partition the nonzero points."""
-    import numpy as np
-
     count = len(nonzero) // CELL
     if count <= PROBES:
         return [(nonzero, nonzero)] if len(nonzero) else []

@@ -9,14 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
-Analyser = Literal["words", "characters"]
-"""`words`, or `characters`: bigrams and trigrams of letters, for languages without spaces between words."""
 NUMBER = "#NUMBER"
 """Placeholder for every word that begins with a digit."""
 FEWEST_LETTERS = 2
@@ -42,10 +38,8 @@ class Words:
         return self.joined[self.begins[number] : self.ends[number]]
 
 
-def words_of(texts: Sequence[str], analyser: Analyser = "words") -> Words:
-    """Return the words, or the letter n-grams, of a list of texts."""
-    import numpy as np
-
+def words_of(texts: Sequence[str], analyser: str = "words") -> Words:
+    """Return the words of a list of texts, or, with `characters`, their letter n-grams."""
     lowered = [text.lower() for text in texts]
     joined = "\n".join(lowered)
     codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), "<u4")
@@ -66,17 +60,12 @@ def words_of(texts: Sequence[str], analyser: Analyser = "words") -> Words:
 
 def hash_of(word: str) -> np.uint64:
     """Return the hash of one word, without lower-casing it."""
-    import numpy as np
-
     codes = np.frombuffer(word.encode("utf-32-le", "surrogatepass"), "<u4")
-    word_hash: np.uint64 = _hashes(codes, np.array([0]), np.array([codes.size]))[0]
-    return word_hash
+    return np.uint64(_hashes(codes, np.array([0]), np.array([codes.size]))[0])
 
 
 def is_mostly_unspaced(texts: Sequence[str]) -> bool:
     """Return whether most letters belong to scripts without spaces between words."""
-    import numpy as np
-
     codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), "<u4")
     letters = codes[_is_word_letter()[codes]]
     unspaced = sum(int(((letters >= low) & (letters <= high)).sum()) for low, high in _UNSPACED)
@@ -98,7 +87,6 @@ def distinct_words(
     texts: Sequence[str], groups: Sequence[int], count: int, most: int = 12
 ) -> tuple[tuple[str, ...], ...]:
     """Return up to `most` words for each of `count` groups, ranked by mean tf-idf above the mean of all texts."""
-    import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     settings = (
@@ -120,8 +108,6 @@ def distinct_words(
 
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the begins and ends of the runs of true values."""
-    import numpy as np
-
     padded = np.zeros(mask.size + 2, np.int8)
     padded[1:-1] = mask
     changes = np.diff(padded)
@@ -130,8 +116,6 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
 def _ngrams(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the begins and ends of all bigrams and trigrams within the runs, in order."""
-    import numpy as np
-
     ngrams = []
     for size in _NGRAMS:
         counts = np.maximum(ends - begins - size + 1, 0)
@@ -145,8 +129,6 @@ def _ngrams(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> tuple[NDArray
 
 def _hashes(codes: NDArray[np.uint32], begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return the hash of each range of code points: a 64-bit polynomial with a final mixing step."""
-    import numpy as np
-
     if not begins.size:
         return np.zeros(0, np.uint64)
     lengths = ends - begins
@@ -164,8 +146,6 @@ def _hashes(codes: NDArray[np.uint32], begins: NDArray[np.int64], ends: NDArray[
 
 @functools.cache
 def _powers() -> NDArray[np.uint64]:
-    import numpy as np
-
     powers, value = np.empty(256, np.uint64), 1
     for exponent in range(powers.size):
         powers[exponent] = value
@@ -176,8 +156,6 @@ def _powers() -> NDArray[np.uint64]:
 @functools.cache
 def _is_word_letter() -> NDArray[np.bool_]:
     """Return a table over all code points: true for letters, digits and the underscore."""
-    import numpy as np
-
     table = np.fromiter((chr(code).isalnum() for code in range(0x110000)), bool, 0x110000)
     table[ord("_")] = True
     return table
@@ -185,6 +163,4 @@ def _is_word_letter() -> NDArray[np.bool_]:
 
 @functools.cache
 def _is_digit() -> NDArray[np.bool_]:
-    import numpy as np
-
     return np.fromiter((chr(code).isdigit() for code in range(0x110000)), bool, 0x110000)

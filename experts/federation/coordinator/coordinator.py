@@ -15,7 +15,7 @@ from ....core.artefacts.layout import Layout, check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE
 from ....core.errors import UserError, unknown_name
 from ....core.manifests.manifest import read_manifest
-from ..judging.acceptance import HeldOut, Measure, Refusal, RefusalCode, Rules, refusal_of_expert, refusal_of_statement
+from ..judging.acceptance import HeldOut, Measure, Refusal, RefusalCode, refusal_of_expert, refusal_of_statement
 from ..protocol.delivery import SignedStatement
 from ..protocol.parts import read_part
 from ..protocol.requests import ExpertRequest, Recipe, new_identifier
@@ -31,11 +31,10 @@ class Coordinator:
         self,
         layout: Layout,
         *,
-        rules: Rules | None = None,
         measure: Measure = lambda seed, folder: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.layout, self.rules, self._measure, self.now = layout, rules or Rules(), measure, now
+        self.layout, self._measure, self.now = layout, measure, now
         self.files = FederationFiles(layout.root / "federation")
 
     # --- requests ---
@@ -96,10 +95,10 @@ class Coordinator:
 
     def seed_part(self, request: ExpertRequest, file: str, index: int) -> bytes:
         """Read one part of a file of a request's seed."""
-        for parts in request.seed_files:
-            if parts.name == file:
-                return read_part(self.seed_folder(request) / file, parts, index)
-        raise UserError(f"the seed has no file '{file:.80}'")
+        parts = next((parts for parts in request.seed_files if parts.name == file), None)
+        if parts is None:
+            raise UserError(f"the seed has no file '{file:.80}'")
+        return read_part(self.seed_folder(request) / file, parts, index)
 
     def shared_models(self) -> dict[str, SharedModel]:
         """Return the shared models of this federation, by name."""
@@ -157,7 +156,7 @@ class Coordinator:
         member = self.files.members.get(request.owner)
         if self.now() > request.deadline:
             return Refusal(RefusalCode.LATE)
-        refusal = refusal_of_statement(signed, request, member.key, self.rules)
+        refusal = refusal_of_statement(signed, request, member.key)
         if refusal is not None:
             return refusal
         # two shared models that start from the same seed have the same first round
@@ -171,7 +170,7 @@ class Coordinator:
 
     def _judge_expert(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
         seed = self.layout.seed
-        return refusal_of_expert(folder, signed, request, seed, self.rules, lambda: self._measure(seed, folder))
+        return refusal_of_expert(folder, signed, request, seed, lambda: self._measure(seed, folder))
 
     def _judge_weights(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
         """Apply the checks of an expert, then those of the round; a refused owner is left out of the round."""
@@ -194,7 +193,7 @@ class Coordinator:
                 link_or_copy(folder / SINGLE_FILE, model / SINGLE_FILE)
                 return self._measure(seed, model)
 
-        refusal = refusal_of_expert(folder, signed, request, seed, self.rules, held_out)
+        refusal = refusal_of_expert(folder, signed, request, seed, held_out)
         if refusal is not None:
             rounds.leave_out(request.owner, refusal.code.name, str(refusal))
             return refusal

@@ -13,17 +13,17 @@ from .members import ONLINE_WITHIN
 
 @dataclass(frozen=True)
 class OwnerStatus:
-    """Status of one owner and one of its requests, if it has any."""
+    """Status of one owner and one of its requests, if it has any; the output of `federate status --json`."""
 
-    name: str
+    owner: str
     online: bool
-    seen: datetime | None
-    """When the owner was last heard from; None if never."""
     request: str | None = None
-    """Identifier of the request; None without one, as are the fields below."""
+    """Identifier of the request; None without one, as are state, progress and deadline."""
     state: State | None = None
     detail: str = ""
     progress: Progress | None = None
+    last_heard: datetime | None = None
+    """When the owner was last heard from; None if never."""
     deadline: datetime | None = None
 
 
@@ -37,17 +37,16 @@ def owner_statuses(coordinator: Coordinator) -> list[OwnerStatus]:
         requests = without_superseded([files.request(identifier) for identifier in entries])
         progress = {request.id: files.progress(request.id) for request in requests}
         heard_at = heard.get(member.name)
-        seen = max(filter(None, [heard_at, *(at for _, at in progress.values())]), default=None)
+        last_heard = max(filter(None, [heard_at, *(at for _, at in progress.values())]), default=None)
         online = heard_at is not None and now - heard_at <= ONLINE_WITHIN
         if not requests:
-            statuses.append(OwnerStatus(member.name, online, seen))
+            statuses.append(OwnerStatus(member.name, online, last_heard=last_heard))
         for request in requests:
             entry = entries[request.id]
             detail = entry.detail if entry.state != "asked" else _open_detail(coordinator, request)
-            training = progress[request.id][0]
-            statuses.append(
-                OwnerStatus(member.name, online, seen, request.id, entry.state, detail, training, request.deadline)
-            )
+            training, _ = progress[request.id]
+            status = (request.id, entry.state, detail, training, last_heard, request.deadline)
+            statuses.append(OwnerStatus(member.name, online, *status))
     return statuses
 
 

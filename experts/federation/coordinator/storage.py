@@ -38,11 +38,6 @@ class FederationFiles:
 
     # --- requests ---
 
-    def requests(self) -> list[ExpertRequest]:
-        """Return all requests, including closed ones."""
-        paths = sorted((self.root / "requests").glob("*.json"))
-        return [ExpertRequest.of_json(read_json(path)) for path in paths]
-
     def request(self, identifier: str) -> ExpertRequest:
         """Return a request by its identifier; raises `UserError` if it does not exist."""
         path = self._path("requests", identifier)
@@ -57,7 +52,7 @@ class FederationFiles:
         write_json(path, request.as_json())
 
     def record_handout(self, request_id: str, code: str, at: datetime) -> None:
-        """Store an owner node's reply to a request: `TAKEN`, or a code that says why not."""
+        """Store an owner node's reply to a request: `TAKEN`, or the code of an error."""
         write_json(self._new_path("handed", request_id), {"code": code, "at": at.isoformat(timespec="seconds")})
 
     def handout(self, request_id: str) -> str:

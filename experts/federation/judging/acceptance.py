@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_EXTRA_FILES = 4
-"""Most tensor files beside the model's: a router row, a domain embedding."""
+"""Maximum number of tensor files beside the model's, such as a router row or a domain embedding."""
+MAX_CHANGE = 3.0
+"""Largest change of a tensor: norm of the difference divided by the norm of the seed's tensor. Training changes tensors by less
+than 1; weights scaled up by four or more exceed the bound."""
+MAX_EXTRA_RMS = 100.0
+"""Largest root mean square of a tensor in an extra file."""
+SIZE_SLACK = 64 << 20
+"""Bytes by which an expert may exceed the seed."""
+MAX_LOSS_RATIO = 2.0
+"""Largest loss on public text, as a multiple of the seed's."""
 
 
 class RefusalCode(Enum):
@@ -64,21 +73,6 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """Bounds on a delivery."""
-
-    max_change: float = 3.0
-    """Largest change of a tensor: norm of the difference divided by the norm of the seed's tensor. Training changes tensors by
-    less than 1; weights scaled up by four or more exceed the bound."""
-    max_extra_rms: float = 100.0
-    """Largest root mean square of a tensor in an extra file."""
-    size_slack: int = 64 << 20
-    """Bytes by which an expert may exceed the seed."""
-    held_out: float = 2.0
-    """Largest loss on public text, as a multiple of the seed's."""
-
-
-@dataclass(frozen=True)
 class HeldOut:
     """Losses of seed and expert on the coordinator's public text, in the same unit."""
 
@@ -96,9 +90,7 @@ class _Refused(Exception):
         self.refusal = Refusal(code, detail)
 
 
-def refusal_of_statement(
-    signed: SignedStatement, request: ExpertRequest, key: PublicKey, rules: Rules
-) -> Refusal | None:
+def refusal_of_statement(signed: SignedStatement, request: ExpertRequest, key: PublicKey) -> Refusal | None:
     """Judge a statement before any file is sent; return the refusal or None."""
     statement = signed.statement
     if not key.verify(statement.signed_bytes, signed.signature):
@@ -115,7 +107,7 @@ def refusal_of_statement(
         return Refusal(RefusalCode.FILES, f"{len(tensors)} tensor files")
     total = sum(file.size for file in statement.files)
     seed_bytes = sum(file.size for file in request.seed_files)
-    if total > seed_bytes + rules.size_slack:
+    if total > seed_bytes + SIZE_SLACK:
         return Refusal(RefusalCode.TOO_LARGE, f"{total:,} bytes; the seed has {seed_bytes:,}")
     return None
 
@@ -125,19 +117,18 @@ def refusal_of_expert(
     signed: SignedStatement,
     request: ExpertRequest,
     seed: Path,
-    rules: Rules,
-    held_out: Callable[[], HeldOut | None] = lambda: None,
+    held_out: Callable[[], HeldOut | None],
 ) -> Refusal | None:
     """Judge an expert with all its files; return the refusal or None. `held_out` is called after all other checks pass."""
     try:
         manifest = _checked_manifest(folder, signed, request)
         _check_privacy(manifest, request)
-        _check_tensors(folder, manifest, seed, rules)
-        _check_extra_files(folder, rules)
+        _check_tensors(folder, manifest, seed)
+        _check_extra_files(folder)
         losses = held_out()
     except _Refused as refused:
         return refused.refusal
-    if losses is not None and not losses.expert <= rules.held_out * losses.seed:  # true for NaN as well
+    if losses is not None and not losses.expert <= MAX_LOSS_RATIO * losses.seed:  # true for NaN as well
         loss = "the expert cannot be scored" if math.isnan(losses.expert) else f"{losses.expert:.3f}"
         return Refusal(RefusalCode.HELD_OUT, f"{loss}; the seed has {losses.seed:.3f}")
     return None
@@ -182,7 +173,7 @@ def _check_privacy(manifest: Manifest, request: ExpertRequest) -> None:
         raise _Refused(RefusalCode.PRIVACY)
 
 
-def _check_tensors(folder: Path, manifest: Manifest, seed: Path, rules: Rules) -> None:
+def _check_tensors(folder: Path, manifest: Manifest, seed: Path) -> None:
     """Compare every tensor with the seed's tensor of the same name."""
     expert, base = Checkpoint([folder / SINGLE_FILE]), Checkpoint.of_folder(seed)
     model_type = str(read_json(seed / "config.json").get("model_type"))
@@ -199,10 +190,8 @@ def _check_tensors(folder: Path, manifest: Manifest, seed: Path, rules: Rules) -
         if name not in trainable and expert.digest(name) != seed_digests.get(name):
             raise _Refused(RefusalCode.FROZEN, f"'{name}'")
         change = relative_change(expert, base, name)
-        if not change <= rules.max_change:
-            raise _Refused(
-                RefusalCode.NORM, f"'{name}' by {change:.3g} times its norm; {rules.max_change:g} is allowed"
-            )
+        if not change <= MAX_CHANGE:
+            raise _Refused(RefusalCode.NORM, f"'{name}' by {change:.3g} times its norm; {MAX_CHANGE:g} is allowed")
 
 
 def refusal_of_entry(entry: TensorEntry, expected: TensorEntry, label: str) -> Refusal | None:
@@ -253,7 +242,7 @@ def _squared_norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64).square())
 
 
-def _check_extra_files(folder: Path, rules: Rules) -> None:
+def _check_extra_files(folder: Path) -> None:
     """Bound the root mean square of tensors in extra files, such as router rows, biases and embeddings."""
     for path in sorted(folder.glob("*.safetensors")):
         if path.name == SINGLE_FILE:
@@ -264,5 +253,5 @@ def _check_extra_files(folder: Path, rules: Rules) -> None:
             for values in _values(stored, name, label):
                 squares += _squared_norm(values)
                 count += values.numel()
-            if (squares / max(count, 1)) ** 0.5 > rules.max_extra_rms:
+            if (squares / max(count, 1)) ** 0.5 > MAX_EXTRA_RMS:
                 raise _Refused(RefusalCode.NORM, label)

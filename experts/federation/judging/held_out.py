@@ -27,7 +27,7 @@ from ...text.corpora import domain_config, prepare_domain
 from .acceptance import HeldOut, Measure
 
 BLOCKS = 64
-"""Blocks scored of each public text: enough to detect forgetting, whatever the size of the text."""
+"""Maximum number of blocks scored of each public text; enough to detect forgetting."""
 
 
 def held_out_measure(layout: Layout) -> Measure:

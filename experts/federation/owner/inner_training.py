@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ....core.artefacts.files import exclusive
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, torch_dtype, write_tensors
 from ....core.config.settings import TrainingConfig
@@ -63,7 +65,6 @@ class InnerTraining:
 
         Raises `UserError` if the owner's state is past the round or training diverges, and `Interrupted` after a stop.
         """
-        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(self.config.seed)

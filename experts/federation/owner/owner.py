@@ -57,8 +57,8 @@ class Review:
     request: ExpertRequest
     files: Mapping[str, int]
     """File sizes in bytes, by name."""
-    tensors: tuple[tuple[str, str, tuple[int, ...], int, str], ...]
-    """(name, dtype, shape, bytes, digest)."""
+    tensors: Mapping[str, Mapping[str, Any]]
+    """`dtype`, `shape`, `bytes` and `digest` of each tensor, by name."""
     data: Mapping[str, Any]
     privacy: Mapping[str, Any] | None
 
@@ -257,15 +257,16 @@ class Owner:
     def review(self, request: ExpertRequest) -> Review:
         """Prepare a delivery and return its content for review; sends nothing."""
         statement = self.delivery(request).statement
-        tensors = []
+        tensors = {}
         for file in sorted(self.delivery_folder(request).glob("*.safetensors")):
             stored = Checkpoint([file])
             prefix = "" if file.name == SINGLE_FILE else f"{file.stem}/"
             for name, digest in stored.digests().items():
                 entry = stored.entry(name)
-                tensors.append((prefix + name, entry.dtype, entry.shape, entry.num_bytes, digest))
+                info = {"dtype": entry.dtype, "shape": entry.shape, "bytes": entry.num_bytes, "digest": digest}
+                tensors[prefix + name] = info
         files = {file.name: file.size for file in statement.files}
-        return Review(request, files, tuple(tensors), statement.data, statement.privacy)
+        return Review(request, files, tensors, statement.data, statement.privacy)
 
     def delivery_folder(self, request: ExpertRequest) -> Path:
         return self.state / "deliveries" / request.id

@@ -6,7 +6,6 @@ no digest of text, since a digest confirms a guess.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +19,13 @@ from ....core.errors import UserError
 from ....core.manifests.manifest import Manifest, read_manifest
 from ....core.manifests.records import record_as_json
 from ....core.manifests.statements import DomainStatement
+from ...text.corpora import two_digits
 from .fields import Message, Word
 from .keys import OwnerKey
 from .parts import PART_BYTES, FileParts, parts_of
 from .requests import ExpertRequest, canonical_json
 
 DELIVERY_FILE = "delivery.json"
-DIGITS = 2
-"""Significant digits of the counts in a delivery."""
 MAX_STATEMENT = 4 << 20
 """Largest `delivery.json`, in bytes."""
 
@@ -117,9 +115,9 @@ def outgoing_manifest(manifest: Manifest, request: ExpertRequest) -> Manifest:
     domains = manifest.domains.values()
     licences = {domain.licence for domain in domains}
     statement = DomainStatement(
-        round_count(sum(domain.documents for domain in domains)),
-        round_count(sum(domain.tokens for domain in domains)),
-        round_count(sum(domain.bytes for domain in domains)),
+        two_digits(sum(domain.documents for domain in domains)),
+        two_digits(sum(domain.tokens for domain in domains)),
+        two_digits(sum(domain.bytes for domain in domains)),
         licence=licences.pop() if len(licences) == 1 else None,
         rounded=True,
     )
@@ -140,10 +138,3 @@ def _rounded_metrics(metrics: Mapping[str, Any], owner: str) -> dict[str, Any]:
         elif name == "validation_loss" and isinstance(value, Mapping):
             rounded[name] = {owner: round(sum(value.values()) / len(value), 3)} if value else {}
     return rounded
-
-
-def round_count(count: int, digits: int = DIGITS) -> int:
-    """Round a count to its first `digits` significant digits: 12,345 -> 12,000."""
-    if count == 0:
-        return 0
-    return int(round(count, digits - 1 - math.floor(math.log10(abs(count)))))

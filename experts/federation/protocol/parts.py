@@ -137,7 +137,6 @@ class PartsWriter:
 
 
 def _write_durably(path: Path, offset: int, data: bytes) -> None:
-    """Write bytes at an offset and flush them to disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         write_at(descriptor, memoryview(data), offset)

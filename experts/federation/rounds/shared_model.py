@@ -31,7 +31,7 @@ TRAINS = "all"
 
 @dataclass(frozen=True)
 class SharedSettings:
-    """Settings of a shared model that are fixed for all rounds, beside the round plan."""
+    """Settings of a shared model for all rounds, in addition to the round plan."""
 
     total: int
     """Number of rounds."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from ....core.artefacts.digests import digest_of_tensors, digests_of_folder
 from ....core.artefacts.files import remove_tree, write_json
@@ -21,9 +24,6 @@ from ..protocol.delivery import SignedStatement, make_delivery
 from ..protocol.keys import read_key
 from ..protocol.requests import ExpertRequest, Recipe
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Delivers = Literal["good", "not_finite", "wrong_shape", "scaled_up", "frozen_part", "forged", "someone_elses", "replay"]
 """Kind of delivery: a valid expert, or one of the invalid ones that a coordinator must refuse."""
 
@@ -33,8 +33,6 @@ _UP, _DOWN, _FROZEN = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.
 
 def write_stand_in_seed(folder: Path) -> Layout:
     """Write a workspace with a seed of a few parameters."""
-    import torch
-
     layout = Layout(folder)
     layout.seed.mkdir(parents=True)
     layout.config_file.touch()
@@ -63,7 +61,18 @@ class StandIns:
         folder = state / "delivery"
         if request.owner not in self._signed:
             key, expert = read_key(state), state / "expert"
-            self._write_expert(expert, request, self._tensors(number, delivers))
+            expert.mkdir()
+            write_json(expert / "run.json", {"kind": "expert", "trains": request.recipe.trains})
+            _write_artefact(
+                expert,
+                self._tensors(number, delivers),
+                kind="expert",
+                name=request.owner,
+                parents=(Parent("seed", "seed", self.seed_digest, 1.0),),
+                data=DataStatement({request.owner: DomainStatement(100, 10_000, 40_000)}),
+                trainable=request.recipe.trains,
+                owner=request.owner,
+            )
             signed = make_delivery(expert, request, key, folder)
             if delivers == "forged":
                 signed = replace(signed, statement=replace(signed.statement, privacy={"epsilon": 0.1}))
@@ -79,8 +88,6 @@ class StandIns:
         remove_tree(self.root / name)
 
     def _tensors(self, number: int, delivers: Delivers) -> dict[str, Tensor]:
-        import torch
-
         if delivers == "replay" and self.last_accepted is not None:
             number = self.last_accepted
         source = torch.Generator().manual_seed(number)
@@ -97,20 +104,6 @@ class StandIns:
         elif delivers == "frozen_part":
             tensors[_FROZEN] = self._seed.read(_FROZEN) + 0.1
         return tensors
-
-    def _write_expert(self, folder: Path, request: ExpertRequest, tensors: dict[str, Tensor]) -> None:
-        folder.mkdir()
-        write_json(folder / "run.json", {"kind": "expert", "trains": request.recipe.trains})
-        _write_artefact(
-            folder,
-            tensors,
-            kind="expert",
-            name=request.owner,
-            parents=(Parent("seed", "seed", self.seed_digest, 1.0),),
-            data=DataStatement({request.owner: DomainStatement(100, 10_000, 40_000)}),
-            trainable=request.recipe.trains,
-            owner=request.owner,
-        )
 
 
 def _write_artefact(folder: Path, tensors: Mapping[str, Tensor], **entries: Any) -> None:

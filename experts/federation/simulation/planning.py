@@ -91,7 +91,6 @@ def simulate(
 
 
 def _report(world: World, seconds: float, cpu_seconds: float) -> Report:
-    """Return the report of a simulation that has ended."""
     outcomes = Counter(owner.outcome for owner in world.owners if owner.outcome != "accepted")
     late, never = outcomes.pop("late", 0), outcomes.pop("never", 0)
     count, accepted_at = len(world.owners), world.accepted_at

@@ -123,7 +123,6 @@ class SimulatedOwner:
     # --- work ---
 
     def _resume_phase(self) -> None:
-        """Continue the current phase."""
         if self.phase == "away" and (requests := self.world.coordinator.open_requests(self.traits.name)):
             self.request, self.phase, self.left = requests[0], "fetching", self.world.plan.seed_bytes
         if self.phase == "fetching":
@@ -228,15 +227,12 @@ class World:
         self.lost_bytes = 0
         self.names = [traits.name for traits in owners]
         self.owners = [SimulatedOwner(number, traits, self) for number, traits in enumerate(owners)]
+        self.needed = quorum_size(plan.quorum, len(owners))
         self.accepted_at: list[float] = []
         self._settled: set[int] = set()
         self.asked_again = 0
         keys = {name: make_key(self.stand_ins.root / name).public for name in self.names}
         self.coordinator.files.members.add_all(keys)
-
-    @property
-    def needed(self) -> int:
-        return quorum_size(self.plan.quorum, len(self.owners))
 
     def run(self) -> None:
         """Send the requests and run all events until four times the total time limit."""

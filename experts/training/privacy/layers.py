@@ -27,7 +27,7 @@ PROBE_TOKENS = 16
 RELATIVE_ERROR = 1e-2
 """Tolerance for float32 gradients summed in different orders."""
 
-ANOTHER_PART = "train other parameters (--trains)"
+OTHER_PARAMETERS = "train other parameters (--trains)"
 ONE_BY_ONE = "train one block at a time (training.batch_size: 1 and a larger accumulation), which works for any layer"
 
 Loss = Callable[[Tensor], Tensor]
@@ -42,7 +42,7 @@ def refuse_stateful(module: nn.Module) -> None:
         elif _has_trainable_parameters(layer) and list(layer.buffers(recurse=False)):
             reason = "it has buffers, which can store the text and receive no noise"
         if reason is not None:
-            raise UserError(_layer_message(name, layer, f"{reason}; {ANOTHER_PART}"))
+            raise _refusal(name, layer, reason, OTHER_PARAMETERS)
 
 
 def attach_hooks(module: nn.Module) -> GradSampleHooks:
@@ -157,7 +157,7 @@ def _require_equal(name: str, batch: Tensor | None, single: Tensor, row: int, sc
     if not float((actual - expected).abs().max()) <= tolerance:
         raise UserError(
             f"parameter '{name}' cannot train with differential privacy: part of its gradient does not pass through "
-            f"the layer that owns it; {ANOTHER_PART}, or {ONE_BY_ONE}"
+            f"the layer that owns it; {OTHER_PARAMETERS}, or {ONE_BY_ONE}"
         )
 
 
@@ -202,9 +202,8 @@ def _has_trainable_parameters(layer: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
-def _refusal(name: str, layer: nn.Module, reason: str) -> UserError:
-    return UserError(_layer_message(name, layer, f"{reason}; {ANOTHER_PART}, or {ONE_BY_ONE}"))
-
-
-def _layer_message(name: str, layer: nn.Module, reason: str) -> str:
-    return f"layer '{name}' ({type(layer).__name__}) cannot train with differential privacy: {reason}"
+def _refusal(
+    name: str, layer: nn.Module, reason: str, remedy: str = f"{OTHER_PARAMETERS}, or {ONE_BY_ONE}"
+) -> UserError:
+    kind = type(layer).__name__
+    return UserError(f"layer '{name}' ({kind}) cannot train with differential privacy: {reason}; {remedy}")

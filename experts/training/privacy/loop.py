@@ -10,9 +10,11 @@ Shapes: B = blocks in a forward pass, S = block size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ....core.config.settings import DpConfig, TrainingConfig
 from ....core.errors import UserError
@@ -23,9 +25,6 @@ from ..loop import TrainingLoop
 from .accounting import Mechanism, new_accountant, privacy_statement
 from .layers import ONE_BY_ONE, attach_hooks, quiet_hooks, refuse_stateful, require_separable, take_grad_sample
 from .noise import NoiseSource
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class PrivateTrainingLoop(TrainingLoop):
@@ -62,7 +61,7 @@ class PrivateTrainingLoop(TrainingLoop):
 
     def _accumulate(self) -> Tensor:
         """Set the private gradient and return the mean loss of the sampled blocks, 0 if none was sampled."""
-        sampled = self._source.drawn(f"draw/{self.step}", len(self._examples), self.mechanism.rate)
+        sampled = self._source.sampled_indices(f"draw/{self.step}", len(self._examples), self.mechanism.rate)
         sums = {
             name: torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             for name, parameter in self.parameters.items()
@@ -79,8 +78,6 @@ class PrivateTrainingLoop(TrainingLoop):
 
     def _load_blocks(self, indices: Any) -> Tensor:
         """Return blocks as tokens (B, S + 1)."""
-        import numpy as np
-
         self.part.begin_batch([0] * len(indices))
         rows = [self._examples.block(int(index)) for index in indices]
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
@@ -116,7 +113,6 @@ class PrivateTrainingLoop(TrainingLoop):
         return self._with_auxiliary(self._loss(tokens_BT1))
 
     def _add_noise(self, name: str, total: Tensor) -> Tensor:
-        """Return a sum of clipped gradients plus the step's noise."""
         if self.mechanism.noise_multiplier == 0:
             return total
         noise = self._source.normal(f"noise/{self.step}/{name}", total.shape)

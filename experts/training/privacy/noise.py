@@ -50,7 +50,7 @@ class NoiseSource:
         normals = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])
         return normals[:count].reshape(tuple(shape))
 
-    def drawn(self, purpose: str, size: int, rate: float) -> NDArray[Any]:
+    def sampled_indices(self, purpose: str, size: int, rate: float) -> NDArray[Any]:
         """Return the indices of the sampled examples out of `size`, each with probability `rate` (Poisson sampling)."""
         return np.flatnonzero(self.uniform(purpose, size) < rate)
 

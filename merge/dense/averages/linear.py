@@ -28,10 +28,7 @@ def linear(group: TensorGroup, options: LinearOptions) -> Any:
 
 
 def average(group: TensorGroup, options: Any) -> Any:
-    """Return the weighted mean of the experts (arXiv:2208.03306, section 5).
-
-    With equal weights the sum is accumulated in float64, so that the mean of identical experts is exact.
-    """
+    """Return the weighted mean (arXiv:2208.03306, section 5); equal weights are summed in float64, exact for copies."""
     if len(set(group.weights)) > 1:
         return fused_weighted_sum(group.experts, group.weights)
     xp = namespace(group.experts[0])

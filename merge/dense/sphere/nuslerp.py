@@ -27,10 +27,7 @@ class NuslerpOptions:
 
 
 def nuslerp(group: TensorGroup, options: NuslerpOptions) -> Any:
-    """Return the spherical interpolation of two models, with t = w_2 / (w_1 + w_2).
-
-    As in mergekit. Raises `ValueError` unless there are exactly two experts.
-    """
+    """Return the SLERP of two models as in mergekit, t = w_2 / (w_1 + w_2); raises `ValueError` for other counts."""
     if len(group.experts) != 2:
         raise ValueError(f"nuslerp interpolates two experts, and {len(group.experts)} are given")
     base = group.seed if options.task_vectors else None

@@ -75,11 +75,9 @@ def _min_variance(group: TensorGroup, share: float) -> float:
     """Return the smallest selected variance; 0 selects everything, infinity nothing."""
     if share >= 1:
         return 0.0
-
-    def variance_chunk(seed: Array, *experts: Array) -> Array:
-        return _variance([expert - seed for expert in experts])
-
-    variances = map_chunks(variance_chunk, group.seed, *group.experts)
+    variances = map_chunks(
+        lambda seed, *experts: _variance([expert - seed for expert in experts]), group.seed, *group.experts
+    )
     count = int(share * int((variances > 0).sum()))
     return kth_largest_magnitude(variances, count) if count else math.inf
 

@@ -109,10 +109,7 @@ def balance_loss(decisions: list[Decision]) -> Tensor:
 
 
 def z_loss(decisions: list[Decision]) -> Tensor:
-    """Return the router z-loss: mean over tokens and layers of logsumexp(logits)^2.
-
-    ST-MoE (arXiv:2202.08906, equation 5).
-    """
+    """Return the z-loss (ST-MoE, arXiv:2202.08906, equation 5): mean of logsumexp(logits)^2 over tokens and layers."""
     return torch.stack([decision.logits.float().logsumexp(dim=-1).square().mean() for decision in decisions]).mean()
 
 

@@ -36,10 +36,8 @@ def prompt_rows(inputs: RouterInputs) -> RouterRows:
 
     def mean(prompts: Sequence[str]) -> NDArray[Any]:
         blocks = [np.asarray(tokenizer(text)["input_ids"], dtype=np.int64) for text in prompts]
-        mean_Ld: NDArray[Any] = np.mean(
-            [input_moments(model, [block]).mean.numpy() for block in blocks if block.size], axis=0
-        )
-        return _normalize(mean_Ld)
+        means = [input_moments(model, [block]).mean.numpy() for block in blocks if block.size]
+        return _normalize(np.mean(means, axis=0))
 
     return _from_prompts(inputs, mean, "prompts")
 
@@ -90,13 +88,12 @@ def prompt_token_rows(inputs: RouterInputs) -> RouterRows:
     if name is None:
         raise UserError(f"{inputs.seed} has no token embedding with a known tensor name; choose another router")
     with Reader() as reader:
-        embedding = reader.read(StoredTensor(entries[name], name=name))
+        embedding = reader.read(StoredTensor(entries[name]))
     tokenizer = load_tokenizer(inputs.seed)
 
     def mean(prompts: Sequence[str]) -> NDArray[Any]:
         tokens = np.concatenate([tokens_of(tokenizer, text) for text in prompts])
-        mean_d: NDArray[Any] = embedding[tokens].mean(axis=0, dtype=np.float64)
-        return _normalize(mean_d)
+        return _normalize(embedding[tokens].mean(axis=0, dtype=np.float64))
 
     return _from_prompts(inputs, mean, "prompt_tokens")
 

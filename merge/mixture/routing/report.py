@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-    from transformers import PreTrainedModel
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .log import DEAD_SHARE, Decision, RoutingLog
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,6 @@ class DomainRouting:
 
 def routing_of(model: PreTrainedModel, blocks: Sequence[NDArray[Any]]) -> DomainRouting:
     """Measure load, gates and entropy of a mixture's routers on token arrays of shape (tokens,)."""
-    import torch
-
-    from .log import Decision, RoutingLog
-
     measures = (Decision.load, Decision.mean_gates, Decision.entropy)
     by_block: list[list[Tensor]] = []
     with torch.inference_mode(), RoutingLog(model) as log:
@@ -58,8 +56,6 @@ class RoutingReport:
 
     def dead(self) -> list[tuple[int, str]]:
         """Return (layer, expert) of all experts that are dead in every domain."""
-        from .log import DEAD_SHARE
-
         limit = DEAD_SHARE / len(self.experts)
         layers = range(len(next(iter(self.domains.values())).load))
         return [

@@ -44,10 +44,7 @@ def random_rows(inputs: RouterInputs) -> RouterRows:
 
 
 def linear_rows(inputs: RouterInputs) -> RouterRows:
-    """Return rows uniformly distributed in [-b, b], b = 1 / sqrt(d), as in `torch.nn.Linear`.
-
-    An expert's row depends only on `seed` and its name, as in `random_rows`.
-    """
+    """Return rows uniform in [-b, b], b = 1 / sqrt(d), as `torch.nn.Linear`; each depends on `seed` and its name."""
     options = options_of(inputs, {"seed": 0}, "linear")
     bound = inputs.width**-0.5
     return _draw_rows(inputs, options["seed"], lambda generator, shape: generator.uniform(-bound, bound, shape))
@@ -105,10 +102,7 @@ def embedding_rows(inputs: RouterInputs) -> RouterRows:
 
 
 def read_router_start(folder: Path, name: str, scale: float) -> RouterRows:
-    """Read one expert's router row, times `scale`: rows (L, 1, d), biases (L, 1).
-
-    Raises `UserError` if the router file is missing, incomplete or not finite.
-    """
+    """Read a router row (L, 1, d) and bias (L, 1), times `scale`; raises `UserError` if it is missing or not finite."""
     import numpy as np
 
     from ....core.artefacts.safetensors_io import Checkpoint
@@ -126,7 +120,7 @@ def read_router_start(folder: Path, name: str, scale: float) -> RouterRows:
     expected = manifest.tensors if manifest is not None else {}
     with Reader() as reader:
         tensors = {
-            key: reader.read(StoredTensor(entry, expected.get(key), name=key))
+            key: reader.read(StoredTensor(entry, expected.get(key)))
             for key, entry in Checkpoint([path]).entries.items()
         }
     for key in ("rows", "biases"):

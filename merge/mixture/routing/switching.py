@@ -12,11 +12,9 @@ if TYPE_CHECKING:
 
 
 def without_experts(model: PreTrainedModel, experts: Sequence[str], disabled: Collection[str]) -> PreTrainedModel:
-    """Remove the experts in `disabled` from a loaded mixture in place and return it; reduces top-k if needed.
-
-    Raises `UserError` if no expert is left.
-    """
+    """Remove `disabled` experts from a loaded mixture in place and return it; raises `UserError` if none is left."""
     import torch
+    from torch import nn
 
     from .log import routers_of
 
@@ -28,7 +26,10 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], disabled: Co
             block = model.get_submodule(name.rpartition(".")[0])
             _select_rows(router, kept)
             router.top_k = min(router.top_k, len(kept))
-            block.experts = _select_experts(block.experts, kept)
+            if isinstance(block.experts, nn.ModuleList):
+                block.experts = nn.ModuleList(block.experts[number] for number in kept)
+            else:  # fused tensors with an expert axis
+                _select_rows(block.experts, kept)
             if hasattr(block, "num_experts"):
                 block.num_experts = len(kept)
     for key in ("num_experts", "num_local_experts"):
@@ -36,16 +37,6 @@ def without_experts(model: PreTrainedModel, experts: Sequence[str], disabled: Co
             setattr(model.config, key, len(kept))
     model.config.num_experts_per_tok = min(model.config.num_experts_per_tok, len(kept))
     return model
-
-
-def _select_experts(experts: Any, kept: Sequence[int]) -> Any:
-    """Return a subset of experts, which are a module list or fused tensors with an expert axis."""
-    from torch import nn
-
-    if isinstance(experts, nn.ModuleList):
-        return nn.ModuleList([experts[number] for number in kept])
-    _select_rows(experts, kept)
-    return experts
 
 
 def _select_rows(module: Any, kept: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ PAUSE_S = 2.0
 """Seconds between two passes."""
 RESEND_S = 60.0
 """Seconds after which an unanswered request is sent again."""
-SPARE_S = 3600.0
+TTL_MARGIN_S = 3600.0
 """Lifetime of a message beyond the request's deadline, in seconds."""
 NODE_UNAVAILABLE = 5
 """Flower's error code for a node that went offline before it replied; the request is sent again."""
@@ -86,7 +86,7 @@ def message_for(request: ExpertRequest, node: int) -> Message:
     """Return the message that carries a request to a node; it outlives the request."""
     seconds_left = (request.deadline - datetime.now(UTC)).total_seconds()
     content = RecordDict({RECORD: ConfigRecord({"request": json.dumps(request.as_json())})})
-    return Message(content, node, TAKE, ttl=max(seconds_left, 0.0) + SPARE_S)
+    return Message(content, node, TAKE, ttl=max(seconds_left, 0.0) + TTL_MARGIN_S)
 
 
 def code_of(reply: Message) -> str:

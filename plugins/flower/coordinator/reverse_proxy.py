@@ -53,7 +53,7 @@ READ_S = 60.0
 KEEP_ALIVE_S = 75
 MAX_CONNECTIONS = 2000
 NOT_FORWARDED = frozenset({"host", "content-length", "expect", "trailer", "proxy-connection"})
-"""Headers that are not forwarded, beside those of `is_hop_by_hop`."""
+"""Headers that are not forwarded, in addition to those of `is_hop_by_hop`."""
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]

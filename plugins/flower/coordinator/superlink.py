@@ -96,7 +96,6 @@ class SuperLink:
             return False
 
     def _update_registrations(self) -> None:
-        """Register new members with the server and unregister removed ones."""
         members = {member.name: member for member in self._members.all()}
         for name, (line, node) in list(self._registered.items()):
             if name not in members or members[name].key.line != line:

@@ -22,7 +22,7 @@ from ....experts.federation.protocol.parts import FileParts
 from ....experts.federation.protocol.requests import Progress
 from ..protocol.certificates import fingerprint_of
 from ..protocol.endpoints import PATH, STATUS
-from ..protocol.signing import EMPTY, signed_headers
+from ..protocol.signing import EMPTY, Failure, signed_headers
 
 PIECE = 1 << 18
 TIMEOUT_S = 90.0
@@ -44,12 +44,8 @@ class Unreachable(Exception):
     """The connection failed or was cut; the request can be repeated later."""
 
 
-class Declined(Exception):
+class Declined(Failure):
     """The coordinator answered with an error code."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
 
     def sentence(self, public: Path) -> str:
         """Return the error message for the owner."""
@@ -67,7 +63,7 @@ class Hello(Message):
     open: tuple[str, ...] = ()
     """Identifiers of open requests."""
     more: bool = False
-    """Whether later rounds of a shared model will bring more requests."""
+    """Whether more requests follow, for later rounds of a shared model."""
 
 
 class CoordinatorClient:

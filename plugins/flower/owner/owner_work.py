@@ -17,11 +17,11 @@ from ....experts.federation.protocol.requests import ExpertRequest, Progress
 from ..processes.child import backoff_s
 from .coordinator_client import CoordinatorClient, Declined, Unreachable
 
-TELL_S = 5.0
+PROGRESS_INTERVAL_S = 5.0
 """Shortest time between two progress messages about one request, in seconds."""
 TRIES = 3
 """Failed training runs after which `join --once` gives up."""
-JUDGED_S = 2.0
+VERDICT_INTERVAL_S = 2.0
 """Seconds between two questions for the verdict."""
 PARTS_OF_A_DELIVERY = 64
 SMALLEST_PART = 1 << 20
@@ -132,11 +132,11 @@ class OwnerWork:
         self._report(request)
 
     def _report(self, request: ExpertRequest) -> None:
-        """Send changed progress to the coordinator: a new state at once, else at most every `TELL_S` seconds."""
+        """Send changed progress to the coordinator: a new state at once, else at most every `PROGRESS_INTERVAL_S` seconds."""
         progress, now = self._owner.progress(request), time.monotonic()
         sent_at, previous = self._reported.get(request.id, (0.0, None))
         if progress == previous or (
-            previous is not None and progress.state == previous.state and now - sent_at < TELL_S
+            previous is not None and progress.state == previous.state and now - sent_at < PROGRESS_INTERVAL_S
         ):
             return
         self._client.progress(request.id, progress)
@@ -151,7 +151,7 @@ class OwnerWork:
             self._say(
                 request, "the expert is ready and waits for your consent: inspect it with --review, send it with --yes"
             )
-            self._wait_until[request.id] = time.monotonic() + TELL_S
+            self._wait_until[request.id] = time.monotonic() + PROGRESS_INTERVAL_S
             return
         answer = self._client.begin(request.id, signed)
         if "refusal" not in answer:
@@ -159,7 +159,7 @@ class OwnerWork:
             self._send(request, signed, answer["missing"])
             while (answer := self._client.finish(request.id)).get("state") == "judging":
                 self._reporter.progress(f"judging {request.id}", 0)
-                time.sleep(JUDGED_S)
+                time.sleep(VERDICT_INTERVAL_S)
         refusal = answer.get("refusal")
         self._owner.note_outcome(request, refusal)
         self._say(request, "accepted" if refusal is None else f"refused: {refusal}")

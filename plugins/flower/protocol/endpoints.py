@@ -115,8 +115,8 @@ class Endpoints:
     async def _seed_part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
         await _body(signed, read)
         async with self._parts:
-            asked = await self._request_of(signed, request)
-            data = await asyncio.to_thread(self._coordinator.seed_part, asked, unquote(file), int(index))
+            expert_request = await self._request_of(signed, request)
+            data = await asyncio.to_thread(self._coordinator.seed_part, expert_request, unquote(file), int(index))
         return 200, data, "application/octet-stream"
 
     async def _progress(self, signed: SignedRequest, read: Read, request: str) -> Answer:

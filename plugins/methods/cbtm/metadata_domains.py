@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from ....core.artefacts.files import write_json
 from ....core.errors import UserError
 from ....core.hooks.text import DiscoveryInputs, Document
-from ....core.text.clustering.words import distinct_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 VALUES_FILE = "values.json"
 OTHER = "other"
-WORDS_FROM = 200
+DOCUMENTS_FOR_WORDS = 200
 """Maximum number of documents per domain from which its characteristic words are taken."""
 
 
@@ -49,7 +48,14 @@ class MetadataDomains:
     @property
     def labels(self) -> tuple[str, ...]:
         """Values converted to folder names, numbered if two would be equal."""
-        return _labels([*self.values, *([OTHER] if self.others else [])])
+        labels: list[str] = []
+        for value in (*self.values, *([OTHER] if self.others else [])):
+            plain = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:40] or "value"
+            label, number = plain, 2
+            while label in labels:
+                label, number = f"{plain}-{number}", number + 1
+            labels.append(label)
+        return tuple(labels)
 
     def distances(self, documents: Sequence[Document]) -> NDArray[np.float64]:
         """Return distances (N, K): 0 to a document's own domain, 1 to the others."""
@@ -82,12 +88,14 @@ def fit_metadata(inputs: DiscoveryInputs, options: MetadataOptions) -> MetadataD
     Raises `UserError` for fewer values than requested clusters, and for more than `most` values if no number
     is requested.
     """
+    from ....core.text.clustering.words import distinct_words
+
     counts: Counter[str] = Counter()
     texts: dict[str, list[str]] = {}
     for document in inputs.documents():
         value = str(document.value)
         counts[value] += 1
-        if counts[value] <= WORDS_FROM and len(texts) <= 10 * options.most:
+        if counts[value] <= DOCUMENTS_FOR_WORDS and len(texts) <= 10 * options.most:
             texts.setdefault(value, []).append(document.text)
     ranked = sorted(counts, key=lambda value: (-counts[value], value))
     count = inputs.clusters or len(ranked)
@@ -106,14 +114,3 @@ def fit_metadata(inputs: DiscoveryInputs, options: MetadataOptions) -> MetadataD
     samples = [(text, indices.get(value, len(kept))) for value, value_texts in texts.items() for text in value_texts]
     words = distinct_words([text for text, _ in samples], [index for _, index in samples], count)
     return MetadataDomains(options.field, kept, others, words)
-
-
-def _labels(values: Sequence[str]) -> tuple[str, ...]:
-    labels: list[str] = []
-    for value in values:
-        plain = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:40] or "value"
-        label, number = plain, 2
-        while label in labels:
-            label, number = f"{plain}-{number}", number + 1
-        labels.append(label)
-    return tuple(labels)

@@ -88,15 +88,8 @@ def by_sentence_embeddings(inputs: DiscoveryInputs, options: SentenceOptions) ->
 def mixers() -> list[Mixer]:
     from ....merge.ensemble.cluster_mixing import ClusterOptions, fit_clusters, read_clusters
 
-    return [
-        Mixer(
-            "clusters",
-            "distance of the text so far to the clusters that the experts were trained on",
-            fit_clusters,
-            read_clusters,
-            ClusterOptions,
-        )
-    ]
+    summary = "distance of the text so far to the clusters that the experts were trained on"
+    return [Mixer("clusters", summary, fit_clusters, read_clusters, ClusterOptions)]
 
 
 @hookimpl

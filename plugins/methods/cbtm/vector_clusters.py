@@ -15,9 +15,7 @@ from ....core.artefacts.files import write_json
 from ....core.artefacts.safetensors_io import write_tensors
 from ....core.errors import UserError
 from ....core.hooks.text import DiscoveryInputs, Document
-from ....core.text.clustering.balanced_kmeans import fit, squared_distances
 from ....core.text.clustering.clusterer import unit_rows
-from ....core.text.clustering.words import distinct_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +46,8 @@ class VectorClusters:
 
     def distances(self, documents: Sequence[Document]) -> NDArray[np.float64]:
         """Return squared distances to the centres, (N, K)."""
+        from ....core.text.clustering.balanced_kmeans import squared_distances
+
         vectors = self.embed([document.text for document in documents])
         return squared_distances(unit_rows(vectors - self.mean), self.centres)
 
@@ -81,6 +81,9 @@ def fit_vector_clusters(embed: Embed, inputs: DiscoveryInputs, options: VectorOp
     Raises `UserError` for fewer texts than clusters.
     """
     import numpy as np
+
+    from ....core.text.clustering.balanced_kmeans import fit, squared_distances
+    from ....core.text.clustering.words import distinct_words
 
     texts, clusters = inputs.sample(), num_clusters(inputs)
     if len(texts) < clusters:

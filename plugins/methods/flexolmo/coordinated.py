@@ -41,14 +41,6 @@ class CoordinatedFeedForward(nn.Module):
         self.logits_BT: Tensor | None = None
         """Logits of the last forward pass; None without gradients."""
 
-    @property
-    def row(self) -> nn.Parameter:
-        return self.logit.row
-
-    @property
-    def bias(self) -> nn.Parameter:
-        return self.logit.bias
-
     def forward(self, hidden_BTd: Tensor) -> Tensor:
         logits_BT: Tensor = self.logit(hidden_BTd)
         self.logits_BT = logits_BT if torch.is_grad_enabled() else None

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedModel
+
+from ....core.hooks.training import PrivateReleases
 from ....core.models.feed_forwards import input_moments, observe_inputs
+from ....core.text.token_store import Blocks
 from ....experts.measures.embedder import SentenceEmbedder
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from ....core.hooks.training import PrivateReleases
-    from ....core.text.token_store import Blocks
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ def hidden_state_embedding(
     model: PreTrainedModel, own: Sequence[NDArray[Any]], public: Sequence[NDArray[Any]]
 ) -> DomainEmbedding:
     """Return the embedding of a domain by the seed's hidden states; blocks are token arrays (tokens,)."""
-    import torch
-
     domain, public_mean = input_moments(model, own).mean, input_moments(model, public).mean
-    direction = torch.nn.functional.normalize(domain, dim=-1) - torch.nn.functional.normalize(public_mean, dim=-1)
+    direction = normalize(domain, dim=-1) - normalize(public_mean, dim=-1)
     rows = scale_to_unit_logits(model, direction.float(), [*own, *public])
     return DomainEmbedding(rows, domain.float(), public_mean.float())
 
@@ -56,8 +54,6 @@ def private_hidden_state_embedding(
     Each block contributes the mean inputs of all feed-forward networks, minus the public means and divided by their
     norms, as one vector clipped to a norm of sqrt(L). Scale and public means depend on public text only.
     """
-    import torch
-
     public_Ld = input_moments(model, public).mean
     norms_L1 = public_Ld.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
@@ -68,7 +64,7 @@ def private_hidden_state_embedding(
 
     offset = private.embedding_mean(rows(), clip=len(public_Ld) ** 0.5)
     domain_Ld = public_Ld + offset.reshape_as(public_Ld) * norms_L1
-    direction_Ld = torch.nn.functional.normalize(domain_Ld, dim=-1) - public_Ld / norms_L1
+    direction_Ld = normalize(domain_Ld, dim=-1) - public_Ld / norms_L1
     scaled = scale_to_unit_logits(model, direction_Ld.float(), public)
     return DomainEmbedding(scaled, domain_Ld.float(), public_Ld.float())
 
@@ -86,12 +82,8 @@ def sentence_embedding(
     The projection depends only on `seed` and the embedding size. All layers share the direction; the scale is
     set per layer.
     """
-    import torch
-
     embed = SentenceEmbedder(folder)
-    difference = torch.nn.functional.normalize(embed.mean(texts[0]), dim=0) - torch.nn.functional.normalize(
-        embed.mean(texts[1]), dim=0
-    )
+    difference = normalize(embed.mean(texts[0]), dim=0) - normalize(embed.mean(texts[1]), dim=0)
     domain, public_mean = input_moments(model, own).mean, input_moments(model, public).mean
     generator = torch.Generator().manual_seed(seed)
     size = difference.shape[0]
@@ -103,8 +95,6 @@ def sentence_embedding(
 
 def scale_to_unit_logits(model: PreTrainedModel, direction_Ld: Tensor, blocks: Sequence[NDArray[Any]]) -> Tensor:
     """Return directions scaled to a root mean square of 1 of their products with the feed-forward inputs."""
-    import torch
-
     squares = torch.zeros(len(direction_Ld), dtype=torch.float64)
 
     def accumulate(layer: int, inputs: Tensor) -> None:

@@ -86,8 +86,8 @@ class CoordinatedPart(TrainablePart):
         import torch
 
         tensors = {
-            "rows": torch.stack([part.row.detach() for part in self._parts]).cpu(),
-            "biases": torch.stack([part.bias.detach().clamp(max=0) for part in self._parts]).cpu(),
+            "rows": torch.stack([part.logit.row.detach() for part in self._parts]).cpu(),
+            "biases": torch.stack([part.logit.bias.detach().clamp(max=0) for part in self._parts]).cpu(),
         }
         if self._embedding is not None:
             tensors |= {"domain": self._embedding.domain, "public": self._embedding.public}
@@ -104,13 +104,12 @@ def prepare(context: TrainingContext) -> TrainablePart:
     parts = coordinate(model, _rows(model, embedding, options.logit_size), bias=options.bias)
     parameters = _own_parameters(model)
     if options.coordinate:
-        parameters |= {f"router.{layer}.row": part.row for layer, part in enumerate(parts)}
+        parameters |= {f"router.{layer}.row": part.logit.row for layer, part in enumerate(parts)}
         if options.bias:
-            parameters |= {f"router.{layer}.bias": part.bias for layer, part in enumerate(parts)}
+            parameters |= {f"router.{layer}.bias": part.logit.bias for layer, part in enumerate(parts)}
     else:
         for part in parts:
-            part.row.requires_grad_(False)
-            part.bias.requires_grad_(False)
+            part.logit.requires_grad_(False)
             part.forward = part.own.forward  # type: ignore[method-assign]  # ablation: only the owner's network
 
     z_weight = options.z_loss if options.coordinate else 0.0
@@ -134,7 +133,7 @@ def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             if name in weights:
                 parameter.copy_(weights.read(name))
         for layer, part in enumerate(parts):
-            part.bias.copy_(biases[layer])
+            part.logit.bias.copy_(biases[layer])
     return model
 
 
@@ -258,10 +257,5 @@ def trainers() -> list[Trainer]:
 
 @hookimpl
 def merge_methods() -> list[MergeMethod]:
-    return [
-        mixture_method(
-            "flexolmo",
-            "mixture of experts: public and owners' feed-forward networks with trained router rows",
-            FlexOlmoMerge,
-        )
-    ]
+    summary = "mixture of experts: public and owners' feed-forward networks with trained router rows"
+    return [mixture_method("flexolmo", summary, FlexOlmoMerge)]

@@ -71,7 +71,7 @@ def test_owners_deliver_experts_by_file_and_they_merge(run: Any, hub: Path) -> N
         delivered = run("federate", "deliver", str(hub.parent / f"from-{name}.tar"), cwd=hub)
         assert delivered.out == f"the expert of '{name}' is accepted: experts/{name}\n"
     told = run("--json", "federate", "status", cwd=hub).json["owners"]
-    assert [(one["owner"], one["state"]) for one in told] == [(name, "accepted") for name in sorted(MODULES)]
+    assert [(status["owner"], status["state"]) for status in told] == [(name, "accepted") for name in sorted(MODULES)]
     assert run("merge", "campus", "--method", "flexolmo", cwd=hub).status == 0
     workspace = Workspace(hub)
     load_model(workspace.generalists / "campus")

@@ -23,7 +23,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_what_is_remembered_adds_up(file: Path) -> None:
+def test_new_digests_join_the_cached_ones(file: Path) -> None:
     assert cached_digests(file) == {}
     remember_digests(file, {"a": "1"})
     remember_digests(file, {"b": "2"})

@@ -74,7 +74,7 @@ def test_json_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x.json"]
 
 
-def test_who_has_the_old_file_open_goes_on_reading_the_old_one(tmp_path: Path) -> None:
+def test_an_open_reader_keeps_the_old_file(tmp_path: Path) -> None:
     """Replaced by a rename, never written into."""
     write_text(tmp_path / "x.txt", "old")
     with (tmp_path / "x.txt").open() as reader:
@@ -127,7 +127,7 @@ def test_weights_that_find_no_room_leave_the_old_ones_and_nothing_else(tmp_path:
         (errno.EIO, "Input/output error"),
     ],
 )
-def test_what_the_operating_system_refuses_is_one_clear_line(tmp_path: Path, error: int, said: str) -> None:
+def test_a_refusal_by_the_operating_system_is_one_line(tmp_path: Path, error: int, said: str) -> None:
     with pytest.raises(UserError, match=said) as caught, os_errors_as_user_errors(tmp_path / "x"):
         refusing(error)()
     assert str(tmp_path) in str(caught.value)
@@ -240,7 +240,7 @@ def test_leftovers_of_dead_processes_are_cleared_and_those_of_living_ones_kept(t
     assert names(tmp_path) == [f".x.partial-{os.getpid()}", "z"]
 
 
-def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
+def test_removing_a_link_keeps_its_target(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     remove_tree(tmp_path / "link")
@@ -350,14 +350,14 @@ def test_neither_a_thread_nor_a_process_that_ended_unnoticed_is_alive() -> None:
     os.kill(ended.pid, 0)  # it is there still
     assert not is_alive(str(ended.pid))
     ended.wait()
-    found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(is_alive(str(threading.get_native_id()))))
+    alive: list[bool] = []
+    thread = threading.Thread(target=lambda: alive.append(is_alive(str(threading.get_native_id()))))
     thread.start()
     thread.join()
-    assert found == [False]
+    assert alive == [False]
 
 
-def test_a_resumed_folder_does_not_publish_what_a_kill_left_half_written(tmp_path: Path) -> None:
+def test_a_resumed_folder_does_not_publish_half_written_files_of_a_killed_process(tmp_path: Path) -> None:
     killed = subprocess.run(
         [
             sys.executable,

@@ -23,10 +23,10 @@ def numbers() -> torch.Tensor:
     """Return numbers of every size, ties between two bfloat16 values and infinities among them."""
     source = torch.Generator().manual_seed(0)
     scale = torch.tensor(10.0) ** torch.randint(-40, 38, (50_000,), generator=source)
-    found = torch.randn(50_000, generator=source) * scale
+    values = torch.randn(50_000, generator=source) * scale
     halves = torch.arange(0, 2**16, dtype=torch.int32) * 2**16 + 2**15
     ties = halves.view(torch.float32)
-    return torch.cat([found, ties[torch.isfinite(ties)], torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])])
+    return torch.cat([values, ties[torch.isfinite(ties)], torch.tensor([float("inf"), -float("inf"), 0.0, -0.0])])
 
 
 @pytest.mark.parametrize("dtype", KINDS)
@@ -40,11 +40,11 @@ def test_encoding_rounds_as_torch_does(dtype: str) -> None:
 def test_decoding_gives_the_stored_numbers(dtype: str) -> None:
     stored = numbers().to(KINDS[dtype])
     raw = stored.view(torch.uint8).numpy().tobytes()
-    found = decode(raw, dtype, tuple(stored.shape))
+    decoded = decode(raw, dtype, tuple(stored.shape))
     expected = stored.double().numpy() if dtype == "F64" else stored.float().numpy()
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(encode(found, dtype).tobytes(), raw)
+    assert decoded.dtype == expected.dtype
+    np.testing.assert_array_equal(decoded, expected)
+    np.testing.assert_array_equal(encode(decoded, dtype).tobytes(), raw)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
@@ -57,9 +57,9 @@ def test_integers_and_scratch_space() -> None:
     assert decode(np.array([3, -4], "<i8").tobytes(), "I64", (2,)).tolist() == [3, -4]
     scratch = np.empty(10, "<u4")
     raw = encode(np.array([1.5, 2.5], "f4"), "BF16").tobytes()
-    found = decode(raw, "BF16", (2,), scratch)
-    assert found.tolist() == [1.5, 2.5]
-    assert np.shares_memory(found, scratch)
+    decoded = decode(raw, "BF16", (2,), scratch)
+    assert decoded.tolist() == [1.5, 2.5]
+    assert np.shares_memory(decoded, scratch)
 
 
 def test_dtypes_as_people_write_them() -> None:

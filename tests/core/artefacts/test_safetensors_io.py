@@ -65,12 +65,12 @@ def some_tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    assert set(found) == set(expected)
+def assert_same(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert set(actual) == set(expected)
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert found[name].shape == tensor.shape, name
-        assert bytes(tensor_bytes(found[name])) == bytes(tensor_bytes(tensor)), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert actual[name].shape == tensor.shape, name
+        assert bytes(tensor_bytes(actual[name])) == bytes(tensor_bytes(tensor)), name
 
 
 def read_all(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -122,7 +122,7 @@ shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @given(st.dictionaries(names, st.tuples(st.sampled_from(DTYPES), shapes), max_size=5), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_what_is_written_is_read_back_bit_by_bit(
+def test_written_tensors_are_read_back_bit_by_bit(
     tmp_path: Path, kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]], seed: int
 ) -> None:
     """Random bits, so that NaNs with payloads and denormals are among the numbers."""

@@ -64,7 +64,7 @@ def test_a_full_file_is_read_into_its_sections(load: Load) -> None:
     )
 
 
-def test_a_domain_may_be_called_what_an_expert_may_not(load: Load) -> None:
+def test_domains_may_have_names_reserved_among_experts(load: Load) -> None:
     assert list(load("domains: {auto: {bundled: cpp}, v1.2_a-b: {bundled: python}}").domains) == [
         "auto",
         "v1.2_a-b",
@@ -154,9 +154,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "said"), WRONG.items(), ids=list(WRONG.values()))
-def test_what_is_wrong_is_one_line_with_file_line_key_and_nearest_name(
-    load: Load, tmp_path: Path, text: str, said: str
-) -> None:
+def test_errors_name_file_line_key_and_nearest_name(load: Load, tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         load(text)
     message = str(caught.value)
@@ -205,7 +203,7 @@ def test_settings_are_frozen() -> None:
         TrainingConfig().tokens = 3
 
 
-def test_steps_are_what_the_budget_pays_for_and_at_least_one() -> None:
+def test_steps_follow_from_the_token_budget_and_are_at_least_one() -> None:
     config = TrainingConfig(tokens=10_000, sequence_length=64, batch_size=4, accumulation=2)
     assert config.tokens_per_step == 512
     assert config.steps == 19

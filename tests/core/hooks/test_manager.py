@@ -182,7 +182,7 @@ def test_a_good_item_beside_a_bad_one_is_kept() -> None:
     assert len(manager.problems) == 1
 
 
-def test_a_name_that_is_taken_stays_with_who_had_it() -> None:
+def test_a_taken_name_stays_with_its_first_plugin() -> None:
     manager = fresh_plugins(offering(lambda: [method("average"), method("mine")]))
     assert manager.offer(MergeMethod, "average").summary != "for a test"
     assert "mine" in manager.offers(MergeMethod)
@@ -269,7 +269,7 @@ def test_every_plugin_is_told() -> None:
     assert told == [("first", EVENT), "second, which takes no argument"]
 
 
-def test_a_plugin_that_fails_when_told_is_reported_once_and_stops_nobody() -> None:
+def test_a_failing_event_hook_is_reported_once_and_stops_no_other() -> None:
     calls: list[int] = []
 
     def fail(event: MergeFinished) -> None:

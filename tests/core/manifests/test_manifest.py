@@ -129,7 +129,7 @@ def test_a_tokenizer_digest_looks_at_tokenizer_files_only(artefact: Path) -> Non
     assert digest_of_tokenizer(artefact) != before
 
 
-def test_versions_name_what_can_change_a_result() -> None:
+def test_versions_name_the_packages_that_can_change_a_result() -> None:
     assert set(tool_versions()) == {"expertctl", "torch", "transformers", "tokenizers", "safetensors"}
     assert tool_versions()["torch"] == torch.__version__
     assert package_version("no-such-distribution") == "not installed"
@@ -168,7 +168,7 @@ def found_changed(folder: Path) -> bool:
         return True
 
 
-def test_what_changed_is_named(artefact: Path) -> None:
+def test_changed_files_are_named(artefact: Path) -> None:
     weights = Checkpoint([artefact / "model.safetensors"])
     tensors = {name: weights.read(name) for name in weights}
     write_tensors(artefact / "model.safetensors", tensors | {"b": torch.zeros(2, 2).bfloat16()})

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from manifest_schemas import SCHEMA_NAMES, schema_of, shipped_schema
 
 from expertctl.core.artefacts.files import json_text, read_json
-from expertctl.core.manifests.schemas import SCHEMA_NAMES, schema_of, shipped_schema
 from expertctl.workspace import Workspace
 
 ROOT = Path(__file__).parents[3]

@@ -30,7 +30,7 @@ def test_a_plain_folder_loads_as_transformers_loads_it(tmp_path: Path, family: s
     assert tokenizer.decode(tokenizer("the lazy dog")["input_ids"]) == "the lazy dog"
 
 
-def test_what_an_unfinished_job_has_written_is_refused_even_where_no_file_is_missing(tmp_path: Path) -> None:
+def test_output_of_an_unfinished_job_is_refused_even_if_it_is_complete(tmp_path: Path) -> None:
     folder = tiny_model_folder(tmp_path / ".merged.unfinished", "llama")
     with pytest.raises(UserError, match="is the output of an unfinished job"):
         expertctl.load_model(folder)
@@ -152,7 +152,7 @@ def test_a_folder_without_a_tokenizer_is_a_users_error(model_folder: Path, tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_a_kind_of_model_that_nobody_knows_is_a_users_error(model_folder: Path, tmp_path: Path) -> None:
+def test_an_unknown_model_type_is_a_user_error(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "x"
     shutil.copytree(model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -214,7 +214,7 @@ def test_loading_shows_no_bar_and_leaves_the_users_setting_as_it_was(
     assert capfd.readouterr().err == ""
 
 
-def test_who_asks_for_loading_bars_has_them(
+def test_loading_bars_are_shown_on_request(
     shared_workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")

@@ -34,7 +34,7 @@ def naive_posterior(scores: list[list[float]], prior: list[float], kind: str) ->
         for k, share in enumerate(prior):
             heard = scores[k][:t] if kind == "prefix" else scores[k][max(t - 1, 0) : t]
             joint.append(share * math.exp(math.fsum(heard)))
-        rows.append([one / math.fsum(joint) for one in joint])
+        rows.append([value / math.fsum(joint) for value in joint])
     return rows
 
 
@@ -50,10 +50,10 @@ def random_scores(num_experts: int, batch: int, tokens: int, seed: int = 0) -> t
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_posterior_is_bayes_rule(kind: str) -> None:
     scores, prior = random_scores(3, 2, 7), [0.5, 0.2, 0.3]
-    found = log_posterior(scores, torch.tensor(prior).log(), kind).exp()
+    posterior = log_posterior(scores, torch.tensor(prior).log(), kind).exp()
     for b in range(2):
         expected = naive_posterior(scores[:, b].double().tolist(), prior, kind)
-        torch.testing.assert_close(found[:, b].T.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(posterior[:, b].T.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,8 +63,8 @@ def test_the_mixture_is_the_sum_over_experts(kind: str) -> None:
     expected = [
         math.log(math.fsum(weights[t][k] * math.exp(float(scores[k, 0, t])) for k in range(3))) for t in range(5)
     ]
-    found = mixture_log_probs(scores, torch.tensor(prior).log(), kind)[0]
-    torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
+    mixed = mixture_log_probs(scores, torch.tensor(prior).log(), kind)[0]
+    torch.testing.assert_close(mixed.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_token_has_no_evidence_and_the_second_has_the_first() -> None:
@@ -75,17 +75,17 @@ def test_the_first_token_has_no_evidence_and_the_second_has_the_first() -> None:
 
 def test_an_expert_whose_prior_is_zero_never_counts() -> None:
     scores = random_scores(2, 1, 6)
-    found = log_posterior(scores, torch.tensor([1.0, 0.0]).log(), "prefix").exp()
-    assert found[1].max() == 0
+    posterior = log_posterior(scores, torch.tensor([1.0, 0.0]).log(), "prefix").exp()
+    assert posterior[1].max() == 0
     torch.testing.assert_close(mixture_log_probs(scores, torch.tensor([1.0, 0.0]).log(), "prefix"), scores[0])
 
 
 def test_long_texts_do_not_underflow() -> None:
     scores = torch.full((2, 1, 5000), -5.0)
     scores[1] -= 0.001
-    found = log_posterior(scores, torch.tensor([0.5, 0.5]).log(), "prefix").exp()
-    assert torch.isfinite(found).all()
-    assert found[0, 0, -1] == pytest.approx(1 / (1 + math.exp(-0.001 * 4999)), abs=1e-2)
+    posterior = log_posterior(scores, torch.tensor([0.5, 0.5]).log(), "prefix").exp()
+    assert torch.isfinite(posterior).all()
+    assert posterior[0, 0, -1] == pytest.approx(1 / (1 + math.exp(-0.001 * 4999)), abs=1e-2)
 
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 8), st.integers(0, 1000))
@@ -119,8 +119,8 @@ def test_the_mean_posterior_counts_every_token_of_every_text() -> None:
     scores, prior = random_scores(2, 3, 4), [0.5, 0.5]
     rows = [row for b in range(3) for row in naive_posterior(scores[:, b].tolist(), prior, "prefix")]
     expected = [math.fsum(row[k] for row in rows) / len(rows) for k in range(2)]
-    found = mean_posterior(scores, torch.tensor(prior).log(), "prefix")
-    torch.testing.assert_close(found, torch.tensor(expected))
+    posterior = mean_posterior(scores, torch.tensor(prior).log(), "prefix")
+    torch.testing.assert_close(posterior, torch.tensor(expected))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,11 +133,11 @@ def test_the_cached_prior_is_an_exponentially_weighted_mean(kind: str) -> None:
         for scores in batch:
             rows = naive_posterior(scores[:, 0].tolist(), prior, kind)
             seen.append([math.fsum(row[k] for row in rows) / len(rows) for k in range(3)])
-        mean = [math.fsum(one[k] for one in seen) / len(seen) for k in range(3)]
+        mean = [math.fsum(row[k] for row in seen) / len(seen) for k in range(3)]
         prior = [0.3 * new + 0.7 * old for new, old in zip(mean, prior, strict=True)]
-    found = cached_prior(batches, 3, kind)
-    torch.testing.assert_close(found, torch.tensor(prior), rtol=1e-5, atol=1e-6)
-    assert found.sum() == pytest.approx(1, abs=1e-5)
+    fitted = cached_prior(batches, 3, kind)
+    torch.testing.assert_close(fitted, torch.tensor(prior), rtol=1e-5, atol=1e-6)
+    assert fitted.sum() == pytest.approx(1, abs=1e-5)
     assert EWMA_RATE == 0.3
 
 
@@ -160,16 +160,16 @@ def test_keep_top_zeroes_the_rest_and_gives_ties_to_the_earlier() -> None:
 # --- the scores it is made of ---
 
 
-def test_token_log_probs_are_what_the_model_says_of_each_token(model_folder: object) -> None:
+def test_token_log_probs_are_the_models_own_per_token(model_folder: object) -> None:
     from expertctl.core.models.loading import load_model
     from expertctl.core.models.scoring import token_log_probs
 
     model, _ = load_model(model_folder)
     tokens = torch.tensor([[5, 9, 200, 31], [7, 7, 7, 7]])
     with torch.no_grad():
-        found = token_log_probs(model, tokens)
+        scores = token_log_probs(model, tokens)
         whole = model(input_ids=tokens).logits.double().log_softmax(-1)
-    assert found.dtype == torch.float32
+    assert scores.dtype == torch.float32
     for b in range(2):
         for t in range(1, 4):
-            assert float(found[b, t - 1]) == pytest.approx(float(whole[b, t - 1, tokens[b, t]]), abs=1e-5)
+            assert float(scores[b, t - 1]) == pytest.approx(float(whole[b, t - 1, tokens[b, t]]), abs=1e-5)

@@ -25,14 +25,10 @@ from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
 from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
 from expertctl.experts.federation.owner.owner import Owner
-from expertctl.experts.federation.protocol.delivery import (
-    SignedStatement,
-    Statement,
-    make_delivery,
-    round_count,
-)
+from expertctl.experts.federation.protocol.delivery import SignedStatement, Statement, make_delivery
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
+from expertctl.experts.text.corpora import two_digits
 
 NewOwner = Callable[[str], Owner]
 
@@ -78,10 +74,10 @@ def test_a_delivery_holds_only_what_the_review_shows(
     review = owner.review(request)
     folder = owner.delivery_folder(request)
     assert set(review.files) == {path.name for path in folder.iterdir()} - {"delivery.json"}
-    assert {name for name, *_ in review.tensors} >= set(load_file(folder / "model.safetensors"))
+    assert set(review.tensors) >= set(load_file(folder / "model.safetensors"))
     exact = read_manifest(expert).domains["site-a"]
     assert review.data["domains"]["site-a"] == {
-        **{name: round_count(getattr(exact, name)) for name in ("documents", "tokens", "bytes")},
+        **{name: two_digits(getattr(exact, name)) for name in ("documents", "tokens", "bytes")},
         "digest": None,
         "licence": None,
         "rounded": True,
@@ -97,7 +93,7 @@ def test_a_delivery_holds_only_what_the_review_shows(
 
 @pytest.mark.parametrize(("count", "told"), [(0, 0), (7, 7), (12, 12), (12345, 12000), (995, 1000), (19999, 20000)])
 def test_counts_are_rounded_to_two_significant_digits(count: int, told: int) -> None:
-    assert round_count(count) == told
+    assert two_digits(count) == told
 
 
 def test_coordinator_and_owner_keep_their_state_across_restarts(
@@ -114,7 +110,7 @@ def test_coordinator_and_owner_keep_their_state_across_restarts(
     coordinator.files.put(request.id, first.name, 0, (folder / first.name).read_bytes())
     again = Coordinator(coordinator.layout, now=clock)
     owner = Owner(owner.state)
-    assert [one.id for one in again.open_requests("site-a")] == [request.id]
+    assert [request.id for request in again.open_requests("site-a")] == [request.id]
     assert owner.delivery(request) == signed
     left = again.begin(request, signed)
     assert isinstance(left, dict)

@@ -207,10 +207,10 @@ def test_a_trace_is_read_from_csv_and_json_lines(tmp_path: Path) -> None:
             }
         )
     )
-    found = read_trace(table)
-    assert found == read_trace(lines)
-    assert found[0].offline == ((3.0, 5.5), (20.0, 22.0))
-    assert (found[1].delivers, found[1].joins_hours, found[0].delivers) == ("forged", 0.0, "good")
+    traces = read_trace(table)
+    assert traces == read_trace(lines)
+    assert traces[0].offline == ((3.0, 5.5), (20.0, 22.0))
+    assert (traces[1].delivers, traces[1].joins_hours, traces[0].delivers) == ("forged", 0.0, "good")
 
 
 @pytest.mark.parametrize(

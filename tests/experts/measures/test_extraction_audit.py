@@ -73,28 +73,28 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_that_remembers_is_caught_and_a_fresh_one_is_not(remembering: Path, fresh: Path) -> None:
     recorder = Recorder()
-    found = audit_extraction(
+    audit = audit_extraction(
         remembering,
         documents(5),
         SMALL,
         reference=fresh,
         reporter=recorder,
     )
-    assert found.model.hits == 5
-    assert found.model.interval[0] > 0.5
-    assert found.reference is not None
-    assert found.reference.hits == 0
-    assert found.reference.interval[1] < 0.5
-    assert found.only_model == 5
+    assert audit.model.hits == 5
+    assert audit.model.interval[0] > 0.5
+    assert audit.reference is not None
+    assert audit.reference.hits == 0
+    assert audit.reference.interval[1] < 0.5
+    assert audit.only_model == 5
     assert ("remembering", 5, 5) in recorder.steps
     assert ("fresh", 2, 5) in recorder.steps, "two documents of four samples each at a time"
 
 
 def test_text_that_it_has_not_seen_is_not_found_in_it(remembering: Path) -> None:
-    found = audit_extraction(remembering, documents(5, seed=1), SMALL)
-    assert found.model.hits == 0
-    assert found.reference is None
-    assert found.only_model == 0
+    audit = audit_extraction(remembering, documents(5, seed=1), SMALL)
+    assert audit.model.hits == 0
+    assert audit.reference is None
+    assert audit.only_model == 0
 
 
 def test_nothing_of_the_text_is_reported(remembering: Path) -> None:
@@ -104,10 +104,10 @@ def test_nothing_of_the_text_is_reported(remembering: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_figures(fresh: Path) -> None:
-    one, again = (audit_extraction(fresh, documents(3), SMALL).as_json() for _ in range(2))
-    assert one == again
+    first, again = (audit_extraction(fresh, documents(3), SMALL).as_json() for _ in range(2))
+    assert first == again
     other = audit_extraction(fresh, documents(3), AttackSettings(**{**vars(SMALL), "seed": 1})).as_json()
-    assert one["mean_similarity"] != other["mean_similarity"]
+    assert first["mean_similarity"] != other["mean_similarity"]
 
 
 def test_one_good_sample_of_many_is_enough() -> None:
@@ -131,10 +131,10 @@ def test_one_good_sample_of_many_is_enough() -> None:
     assert attack(Sometimes(), targets, 0, SMALL) == (1.0, 0.0)  # type: ignore[arg-type]  # all that it needs
 
 
-def naive_distance(one: list[int], other: list[int]) -> int:
+def naive_distance(first: list[int], other: list[int]) -> int:
     """Wagner and Fischer's table."""
     before = list(range(len(other) + 1))
-    for row, left in enumerate(one, start=1):
+    for row, left in enumerate(first, start=1):
         now = [row]
         for column, right in enumerate(other, start=1):
             now.append(min(before[column] + 1, now[-1] + 1, before[column - 1] + (left != right)))
@@ -146,9 +146,9 @@ IDS = st.lists(st.integers(0, 3), min_size=1, max_size=12)
 
 
 @given(IDS, IDS)
-def test_similarity_is_one_less_the_distance_over_the_longer(one: list[int], other: list[int]) -> None:
-    expected = 1 - naive_distance(one, other) / max(len(one), len(other))
-    assert similarity(one, other) == pytest.approx(expected)
+def test_similarity_is_one_less_the_distance_over_the_longer(first: list[int], other: list[int]) -> None:
+    expected = 1 - naive_distance(first, other) / max(len(first), len(other))
+    assert similarity(first, other) == pytest.approx(expected)
 
 
 def test_a_sample_that_ends_early_is_compared_as_it_is() -> None:
@@ -158,12 +158,12 @@ def test_a_sample_that_ends_early_is_compared_as_it_is() -> None:
 
 @pytest.mark.parametrize(("hits", "documents"), [(0, 50), (3, 50), (50, 50), (7, 10_000)])
 def test_the_interval_is_wilsons(hits: int, documents: int) -> None:
-    found = Extraction("any", (1.0,) * hits + (0.0,) * (documents - hits), 0.9)
+    extraction = Extraction("any", (1.0,) * hits + (0.0,) * (documents - hits), 0.9)
     z, share = float(norm.ppf(0.975)), hits / documents
     middle = (share + z**2 / (2 * documents)) / (1 + z**2 / documents)
     half = z / (1 + z**2 / documents) * (share * (1 - share) / documents + z**2 / (4 * documents**2)) ** 0.5
-    assert found.interval == pytest.approx((max(middle - half, 0), min(middle + half, 1)), abs=1e-9)
-    assert found.rate == share
+    assert extraction.interval == pytest.approx((max(middle - half, 0), min(middle + half, 1)), abs=1e-9)
+    assert extraction.rate == share
 
 
 def test_documents_are_chosen_evenly_and_short_ones_are_counted(fresh: Path) -> None:
@@ -184,7 +184,7 @@ def test_documents_are_chosen_evenly_and_short_ones_are_counted(fresh: Path) -> 
     assert all(expected / 2 < count < expected * 2 for count in picked.values())
 
 
-def test_what_cannot_be_done_is_one_clear_error(fresh: Path, tmp_path: Path) -> None:
+def test_impossible_audits_are_one_clear_error(fresh: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no document has 32 tokens \(1 are shorter\); lower --prefix"):
         audit_extraction(fresh, ["short"], SMALL)
     with pytest.raises(UserError, match=r"fresh has 128 positions, .* need 289; lower --continuation"):

@@ -28,18 +28,18 @@ def test_grams_are_the_mean_products_of_a_layers_inputs(model: Any) -> None:
     seen: list[torch.Tensor] = []
     layer = model.model.layers[1].mlp.down_proj
     handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0].double()))
-    found = gather_grams(model, BLOCKS)
+    grams = gather_grams(model, BLOCKS)
     handle.remove()
     x = torch.cat(seen)
     expected = x.T @ x / len(x)
     name = "model.layers.1.mlp.down_proj.weight"
-    torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6)
-    assert all(gram.shape == (model.get_parameter(name).shape[1],) * 2 for name, gram in found.items())
+    torch.testing.assert_close(grams[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert all(gram.shape == (model.get_parameter(name).shape[1],) * 2 for name, gram in grams.items())
     assert not layer._forward_hooks
 
 
 def test_fisher_information_is_the_mean_square_of_the_blocks_gradients(model: Any) -> None:
-    found = gather_fisher(model, BLOCKS)
+    fisher = gather_fisher(model, BLOCKS)
     name = "model.layers.0.self_attn.q_proj.weight"
     parameter = model.get_parameter(name)
     total = torch.zeros_like(parameter, dtype=torch.float64)
@@ -49,8 +49,8 @@ def test_fisher_information_is_the_mean_square_of_the_blocks_gradients(model: An
         scores = torch.log_softmax(model(tokens[:, :-1]).logits.double(), -1)[0]
         scores[range(len(block) - 1), tokens[0, 1:]].sum().backward()
         total += parameter.grad.double() ** 2
-    torch.testing.assert_close(found[name].double(), total / len(BLOCKS), rtol=1e-4, atol=1e-9)
-    assert set(found) == {one for one, _ in model.named_parameters()}
+    torch.testing.assert_close(fisher[name].double(), total / len(BLOCKS), rtol=1e-4, atol=1e-9)
+    assert set(fisher) == {name for name, _ in model.named_parameters()}
 
 
 def test_no_text_is_an_error(model: Any) -> None:

@@ -37,7 +37,7 @@ def test_an_expert_goes_on_with_the_seeds_schedule(trained: Workspace) -> None:
     assert first["learning_rate"] < training.learning_rate * 0.7
 
 
-def test_only_what_was_to_be_trained_is_in_the_expert(trained: Workspace) -> None:
+def test_the_expert_holds_only_the_trained_parameters(trained: Workspace) -> None:
     names = set(Checkpoint([trained.experts / "chance" / "model.safetensors"]))
     assert names == {name for name in Checkpoint.of_folder(trained.layout.seed) if ".mlp." in name}
     everything = set(Checkpoint([trained.experts / "prose" / "model.safetensors"]))

@@ -57,7 +57,7 @@ def begun(workspace: Workspace, name: str, base: str, **training: Any) -> Path:
         ("to-tune", "demix", "demix needs a dense model, and 'to-tune' already has several"),
     ],
 )
-def test_what_a_trainer_cannot_do_is_said_before_it_is_set_up(
+def test_a_trainers_limits_are_reported_before_its_setup(
     merged: Workspace, base: str, trains: str, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -181,7 +181,7 @@ def test_a_dense_model_that_was_tuned_can_still_be_divided(merged: Workspace) ->
     assert list(read_manifest(divided).merged.experts) == ["prose", "means"]
 
 
-def test_what_was_finished_since_is_what_is_kept(merged: Workspace) -> None:
+def test_a_tuning_finished_meanwhile_is_kept(merged: Workspace) -> None:
     folder = tune_here(merged, "begun-twice", "to-tune", trains="router", domains=["prose"], training={"tokens": 256})
     first = read_manifest(folder).digest
     begun(merged, "begun-twice", "to-tune", tokens=256)

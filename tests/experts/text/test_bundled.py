@@ -80,9 +80,9 @@ def test_no_near_duplicates_are_left_short_or_long_first(corpora: dict[str, Bund
     assert len(kept) >= 0.99 * len(longest_first)
 
 
-@pytest.mark.parametrize(("one", "other"), list(combinations(NAMES, 2)))
-def test_no_document_stands_in_two_corpora(corpora: dict[str, BundledText], one: str, other: str) -> None:
-    assert not set(everything(corpora[one])) & set(everything(corpora[other]))
+@pytest.mark.parametrize(("first", "other"), list(combinations(NAMES, 2)))
+def test_no_document_stands_in_two_corpora(corpora: dict[str, BundledText], first: str, other: str) -> None:
+    assert not set(everything(corpora[first])) & set(everything(corpora[other]))
 
 
 @pytest.mark.parametrize(("name", "comment"), [("cpp", r"/\*.*?\*/|(//[^\n]*\n)+"), ("python", r"(#[^\n]*\n)+")])
@@ -93,11 +93,8 @@ def test_code_starts_with_no_licence(corpora: dict[str, BundledText], name: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_says_what_it_is_and_under_which_licence(corpora: dict[str, BundledText], name: str) -> None:
-    text = corpora[name]
-    assert (text.name, text.summary, text.licence) == (name, BUNDLED[name].summary, BUNDLED[name].licence)
-    assert re.match(r"(PSF-2\.0|BSD-3-Clause)\b", text.licence)
-    assert re.fullmatch("[0-9a-f]{64}", text.digest)
+def test_each_says_under_which_licence_it_is(name: str) -> None:
+    assert re.match(r"(PSF-2\.0|BSD-3-Clause)\b", BUNDLED[name].licence)
 
 
 def test_an_unknown_name_lists_the_corpora() -> None:
@@ -129,16 +126,6 @@ def test_the_choice_does_not_depend_on_where_the_files_lie(stdlib: Path, monkeyp
     elsewhere = stdlib.rename(stdlib.with_name("elsewhere"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(elsewhere))
     assert read_bundled("python") == before
-
-
-def test_the_digest_changes_with_a_text_and_with_a_name(stdlib: Path) -> None:
-    digests = {read_bundled("python").digest}
-    path = stdlib / "package1" / "module1.py"
-    path.write_text(program(1) + "more = 1\n", encoding="utf-8")
-    digests.add(read_bundled("python").digest)
-    path.rename(path.with_name("renamed.py"))
-    digests.add(read_bundled("python").digest)
-    assert len(digests) == 3
 
 
 @pytest.mark.parametrize(

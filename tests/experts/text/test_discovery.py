@@ -22,11 +22,11 @@ MODULES = {"prose": textwrap, "chance": random, "means": statistics}
 
 
 def documents() -> list[str]:
-    found = []
+    texts = []
     for module in MODULES.values():
         lines = inspect.getsource(module).splitlines()
-        found += ["\n".join(lines[begin : begin + 8]) for begin in range(0, len(lines), 8)]
-    return found
+        texts += ["\n".join(lines[begin : begin + 8]) for begin in range(0, len(lines), 8)]
+    return texts
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def texts_of(workspace: Workspace, domains: list[str], part: str) -> list[str]:
 
 
 def test_every_document_is_in_one_cluster_and_stays_on_its_side(workspace: Workspace) -> None:
-    found = workspace.discover("campus", 3)
-    names = [cluster.name for cluster in found.clusters]
+    result = workspace.discover("campus", 3)
+    names = [cluster.name for cluster in result.clusters]
     assert names == ["campus-0", "campus-1", "campus-2"]
     for part in ("train", "valid"):
         assert sorted(texts_of(workspace, names, part)) == sorted(texts_of(workspace, ["mixed"], part))
-        assert sum(one.documents[part] for one in found.clusters) == len(texts_of(workspace, ["mixed"], part))
-    clusterer = Clusterer.read(found.folder)
+        assert sum(cluster.documents[part] for cluster in result.clusters) == len(texts_of(workspace, ["mixed"], part))
+    clusterer = Clusterer.read(result.folder)
     for number, name in enumerate(names):
         points = clusterer.points(texts_of(workspace, [name], "train"))
         assert set(clusterer.distances(points).argmin(axis=1).tolist()) == {number}
@@ -60,33 +60,33 @@ def test_every_document_is_in_one_cluster_and_stays_on_its_side(workspace: Works
 
 
 def test_the_statement_says_what_clusters_are_about(workspace: Workspace) -> None:
-    found = workspace.discover("campus", 3)
-    content = json.loads((found.folder / "clusters.json").read_text())
-    assert content == json.loads(json.dumps(found.statement()))
+    result = workspace.discover("campus", 3)
+    content = json.loads((result.folder / "clusters.json").read_text())
+    assert content == json.loads(json.dumps(result.statement()))
     words = [" ".join(cluster["top_words"]) for cluster in content["clusters"]]
-    assert any("random" in one for one in words)
+    assert any("random" in word for word in words)
     assert all(len(cluster["examples"]) == 3 for cluster in content["clusters"])
     assert list(content["source"]) == ["mixed"]
 
 
 def test_several_processes_give_the_same_files(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery, "BATCH", 16)
-    one = workspace.discover("one", 3, DiscoverySettings(jobs=1))
+    alone = workspace.discover("one", 3, DiscoverySettings(jobs=1))
     monkeypatch.setattr(discovery, "PARALLEL_FROM", 0)
     many = workspace.discover("many", 3, DiscoverySettings(domains=["mixed"], jobs=2))
     for number in range(3):
         for part in ("train", "valid"):
-            mine = (one.folder / f"one-{number}" / f"{part}.jsonl").read_bytes()
+            mine = (alone.folder / f"one-{number}" / f"{part}.jsonl").read_bytes()
             assert mine == (many.folder / f"many-{number}" / f"{part}.jsonl").read_bytes()
-    assert one.source == many.source
+    assert alone.source == many.source
 
 
 def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspace) -> None:
-    one = workspace.discover("campus", 3, DiscoverySettings(sample=60))
+    first = workspace.discover("campus", 3, DiscoverySettings(sample=60))
     path = workspace.root / "mixed.jsonl"
     path.write_text("".join(sorted(path.read_text().splitlines(keepends=True))))
     again = workspace.discover("again", 3, DiscoverySettings(domains=["mixed"], sample=60))
-    assert [cluster.top_words for cluster in one.clusters] == [cluster.top_words for cluster in again.clusters]
+    assert [cluster.top_words for cluster in first.clusters] == [cluster.top_words for cluster in again.clusters]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,9 @@ def test_the_order_of_documents_does_not_matter_to_the_sample(workspace: Workspa
         ({"settings": DiscoverySettings(by="metadata")}, "mixed.jsonl:1: no field 'source'; fields: text"),
     ],
 )
-def test_what_cannot_be_is_refused_with_nothing_left(workspace: Workspace, settings: dict[str, Any], said: str) -> None:
+def test_impossible_discoveries_are_refused_and_leave_nothing(
+    workspace: Workspace, settings: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         workspace.discover("campus", **settings)
     assert not list((workspace.root / "clusters").glob("*")) if (workspace.root / "clusters").exists() else True
@@ -142,9 +144,9 @@ def test_text_that_is_too_little_is_told_in_a_line(
 def test_empty_documents_among_others_are_left_out(workspace: Workspace) -> None:
     texts = [("", f"court law judge {n}", f"python code function {n}")[n % 3] for n in range(120)]
     (workspace.root / "mixed.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    found = workspace.discover("campus", 2)
-    assert sum(one.documents["train"] + one.documents["valid"] for one in found.clusters) == 80
-    assert {word for one in found.clusters for word in one.top_words} >= {"court", "code"}
+    result = workspace.discover("campus", 2)
+    assert sum(cluster.documents["train"] + cluster.documents["valid"] for cluster in result.clusters) == 80
+    assert {word for cluster in result.clusters for word in cluster.top_words} >= {"court", "code"}
 
 
 def test_text_without_spaces_is_sorted_by_runs_of_letters(workspace: Workspace) -> None:
@@ -153,16 +155,16 @@ def test_text_without_spaces_is_sorted_by_runs_of_letters(workspace: Workspace) 
     texts = ["".join(source.choices(letters[:6] if n % 2 else letters[6:], k=14)) for n in range(120)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
     (workspace.root / "mixed.jsonl").write_text("".join(lines))
-    found = workspace.discover("campus", 2)
-    for one in found.clusters:
-        members = texts_of(workspace, [one.name], "train")
+    result = workspace.discover("campus", 2)
+    for cluster in result.clusters:
+        members = texts_of(workspace, [cluster.name], "train")
         assert len({text[0] in letters[:6] for text in members}) == 1
 
 
 def test_stop_words_can_be_a_file_of_any_language(workspace: Workspace) -> None:
     (workspace.root / "stop.txt").write_text("random\nself\n")
-    found = workspace.discover("campus", 3, stop_words=str(workspace.root / "stop.txt"))
-    assert not {"random", "self"} & {word for one in found.clusters for word in one.top_words}
+    result = workspace.discover("campus", 3, stop_words=str(workspace.root / "stop.txt"))
+    assert not {"random", "self"} & {word for cluster in result.clusters for word in cluster.top_words}
 
 
 def test_a_set_is_not_replaced_unasked_nor_made_of_itself(workspace: Workspace) -> None:
@@ -186,8 +188,8 @@ def test_a_domain_of_the_project_file_goes_before_a_cluster(workspace: Workspace
 
 
 def test_a_damaged_list_of_clusters_is_named(workspace: Workspace) -> None:
-    found = workspace.discover("campus", 2)
-    (found.folder / "clusters.json").write_text('{"clusters": [{}]}')
+    result = workspace.discover("campus", 2)
+    (result.folder / "clusters.json").write_text('{"clusters": [{}]}')
     with pytest.raises(UserError, match=r"clusters.json is not a valid list of clusters"):
         Workspace(workspace.root).config  # noqa: B018  # reading it is what is tested
 

@@ -28,32 +28,32 @@ from expertctl.experts.text.spooled_texts import SpooledTexts
 
 def documents() -> list[str]:
     """Pieces of three modules, shuffled."""
-    found = []
+    texts = []
     for module in (textwrap, random, statistics):
         lines = inspect.getsource(module).splitlines()
-        found += ["\n".join(lines[begin : begin + 8]) for begin in range(0, len(lines), 8)]
-    random.Random(0).shuffle(found)
-    return found
+        texts += ["\n".join(lines[begin : begin + 8]) for begin in range(0, len(lines), 8)]
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 def naive_path(points: np.ndarray, count: int) -> list[int]:
     """Algorithm 1, said once more with sets and dictionaries."""
     ties: dict[int, dict[int, float]] = {row: {} for row in range(len(points))}
-    found = nearest_neighbours(points, count)
+    neighbours = nearest_neighbours(points, count)
     for row in range(len(points)):
-        for place, cosine in zip(found.places[row].tolist(), found.similarities[row].tolist(), strict=True):
+        for place, cosine in zip(neighbours.places[row].tolist(), neighbours.similarities[row].tolist(), strict=True):
             if place >= 0:
                 ties[row][place] = max(cosine, ties[row].get(place, -1))
                 ties[place][row] = max(cosine, ties[place].get(row, -1))
     left, path = set(ties), []
     while left:
-        place = min(left, key=lambda one: (len(ties[one]), one))
+        place = min(left, key=lambda row: (len(ties[row]), row))
         while place in left:
             left.remove(place)
             path.append(place)
-            onward = [one for one in ties[place] if one in left]
+            onward = [near for near in ties[place] if near in left]
             if onward:
-                place = min(onward, key=lambda one, here=place: (-ties[here][one], one))
+                place = min(onward, key=lambda row, here=place: (-ties[here][row], row))
     return path
 
 
@@ -132,11 +132,11 @@ def test_training_blocks_hold_documents_that_belong_together(workspace: Workspac
         ends = [place for place, token in enumerate(stream) if token == encoder.separator][1:]
         decoded = [encoder.tokenizer.decode(stream[a:b]) for a, b in zip(starts, ends, strict=True)]
         assert sorted(decoded) == sorted(texts)
-        blocks, found = TokenBlocks(store, 512), []
+        blocks, mixed = TokenBlocks(store, 512), []
         for block in range(len(blocks)):
             inside = [home[text] for text, a in zip(decoded, starts, strict=True) if a // 512 == block]
-            found.append(len(set(inside)) > 1)
-        return sum(found) / len(found)
+            mixed.append(len(set(inside)) > 1)
+        return sum(mixed) / len(mixed)
 
     assert mixed_blocks(sorted_) < 0.6 * mixed_blocks(given_)
 

@@ -50,7 +50,7 @@ def test_short_documents_go_only_when_their_words_are_the_same() -> None:
     ]
 
 
-def test_what_was_dropped_does_not_count_as_seen() -> None:
+def test_dropped_documents_do_not_count_as_seen() -> None:
     first, mostly_first, rest = words(0, 60), words(0, 90), words(62, 90)
     assert kept(first, mostly_first, rest) == [first, rest]
 
@@ -86,7 +86,7 @@ def test_the_choice_is_the_same_in_processes_with_other_hash_seeds() -> None:
 
 
 @given(DOCUMENTS)
-def test_what_is_kept_is_a_subsequence_without_repeats(texts: list[str]) -> None:
+def test_kept_documents_are_a_subsequence_without_repeats(texts: list[str]) -> None:
     remaining = iter(texts)
     result = kept(*texts)
     assert all(text in remaining for text in result)
@@ -99,6 +99,6 @@ def test_dropping_twice_drops_no_more(texts: list[str]) -> None:
 
 
 @given(DOCUMENTS, DOCUMENTS)
-def test_later_documents_do_not_change_what_was_kept_before(texts: list[str], more: list[str]) -> None:
+def test_later_documents_do_not_change_earlier_choices(texts: list[str], more: list[str]) -> None:
     before = kept(*texts)
     assert kept(*texts, *more)[: len(before)] == before

@@ -43,12 +43,12 @@ from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, best_disti
 
 def code_of(*modules: ModuleType, pieces: int) -> list[str]:
     """Return so many pieces of each module's source, ten lines long."""
-    found: list[str] = []
+    documents: list[str] = []
     for module in modules:
         lines = [line for line in inspect.getsource(module).splitlines() if len(line.strip()) > 5]
         starts = range(0, len(lines), max(10, len(lines) // pieces))
-        found += ["\n".join(lines[start : start + 10]) for start in list(starts)[:pieces]]
-    return found
+        documents += ["\n".join(lines[start : start + 10]) for start in list(starts)[:pieces]]
+    return documents
 
 
 PRIVATE = code_of(calendar, csv, difflib, fractions, pprint, random, shlex, shutil, string, textwrap, pieces=12)
@@ -194,7 +194,7 @@ def test_a_proxy_that_is_there_stays_without_force(layout: Layout) -> None:
     assert len(read(pick(layout, documents=10, force=True).path)) == 10
 
 
-def test_a_failure_leaves_what_was_there(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_keeps_the_previous_corpus(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     pick(layout)
     folder = layout.root / "proxies"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -222,7 +222,7 @@ def test_a_failure_leaves_what_was_there(layout: Layout, monkeypatch: pytest.Mon
         ("near", "law", "web", 5000, r"cannot select 5,000 documents: .*request fewer with --documents"),
     ],
 )
-def test_what_cannot_be_done_is_refused(
+def test_impossible_selections_are_refused(
     layout: Layout, name: str, like: str, source: str, documents: int, said: str
 ) -> None:
     project = load_project(layout.config_file)

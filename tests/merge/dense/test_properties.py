@@ -147,7 +147,7 @@ def test_a_mask_depends_on_names_and_seed_alone() -> None:
 def test_a_masks_bits_never_change() -> None:
     """Results of earlier merges can be made again: the stream is pinned."""
     kept = random_mask(np.zeros(40, "f4"), 0.5, 0, "w", "law")
-    assert "".join(str(int(one)) for one in kept) == GOLDEN
+    assert "".join(str(int(bit)) for bit in kept) == GOLDEN
 
 
 GOLDEN = "1110110001001010100111000010111001000100"
@@ -176,8 +176,8 @@ def test_threads_do_not_disturb_each_other() -> None:
     merge = merger("dare_ties")
     expected = [merge(group) for group in groups]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(merge, groups))
-    assert all(np.array_equal(*pair) for pair in zip(expected, found, strict=True))
+        merged = list(pool.map(merge, groups))
+    assert all(np.array_equal(*pair) for pair in zip(expected, merged, strict=True))
 
 
 # --- shared parts ---
@@ -186,19 +186,19 @@ def test_threads_do_not_disturb_each_other() -> None:
 def test_a_weighted_sum_has_the_bits_of_torchs_fused_addition() -> None:
     group = tensor_group((300, 257))
     for weights in ((0.3, 1.1, 0.7), (1.0, 1.0, 1.0), (0.25, -0.5, 2.0), (0.0, 1.0, 0.1)):
-        found = fused_weighted_sum(in_numpy(group).experts, weights)
-        assert np.array_equal(found, fused_weighted_sum(group.experts, weights).numpy())
+        total = fused_weighted_sum(in_numpy(group).experts, weights)
+        assert np.array_equal(total, fused_weighted_sum(group.experts, weights).numpy())
 
 
-def test_work_in_pieces_gives_what_work_on_the_whole_gives() -> None:
+def test_chunked_results_equal_whole_results() -> None:
     values = np.random.default_rng(0).standard_normal((700, 300)).astype("f4")
-    found = map_chunks(lambda a, b: a * 2 + b, values, values)
-    np.testing.assert_array_equal(found, values * 2 + values)
+    mapped = map_chunks(lambda a, b: a * 2 + b, values, values)
+    np.testing.assert_array_equal(mapped, values * 2 + values)
     assert map_chunks(lambda a: a + 1, np.zeros((0, 4), "f4")).shape == (0, 4)
 
 
 def test_inner_products_are_those_of_the_differences() -> None:
     group = in_numpy(tensor_group((400, 300)))
-    flat = [(one - group.seed).ravel().astype("f8") for one in group.experts]
+    flat = [(expert - group.seed).ravel().astype("f8") for expert in group.experts]
     expected = [[a @ b for b in flat] for a in flat]
     np.testing.assert_allclose(inner_products(group.experts, group.seed), expected, rtol=1e-5)

@@ -30,7 +30,7 @@ def group_of(shape: tuple[int, ...], count: int, weights: tuple[float, ...], see
 
 
 def wide(group: TensorGroup) -> tuple[Array, list[Array], list[float]]:
-    return group.seed.double().numpy(), [one.double().numpy() for one in group.experts], list(group.weights)
+    return group.seed.double().numpy(), [expert.double().numpy() for expert in group.experts], list(group.weights)
 
 
 def agree(vectors: list[Array], weights: list[float], normalize: bool) -> Array:
@@ -120,7 +120,7 @@ def naive_sce(group: TensorGroup) -> Array:
     squares = (deltas**2).reshape(len(experts), -1).mean(axis=1)
     shares = list(squares / squares.sum()) if squares.sum() > 0 else [1 / len(experts)] * len(experts)
     positive = deltas.sum(axis=0) >= 0
-    masks = [np.sign(one) == np.where(positive, 1, -1) for one in deltas]
+    masks = [np.sign(delta) == np.where(positive, 1, -1) for delta in deltas]
     mix = sum(s * m * d for s, m, d in zip(shares, masks, deltas, strict=True))
     return seed + mix / np.maximum(sum(s * m for s, m in zip(shares, masks, strict=True)), 1e-6)
 
@@ -236,7 +236,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[[TensorGroup], Array], int, tupl
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("name", "values", "naive", "count", "weights"), CASES, ids=lambda value: str(value)[:24])
-def test_a_method_is_what_its_definition_says(
+def test_a_method_equals_its_definition(
     name: str,
     values: dict[str, Any],
     naive: Callable[[TensorGroup], Array],
@@ -249,12 +249,12 @@ def test_a_method_is_what_its_definition_says(
     options = parse_options(method.options, values, name)
     group = group_of(shape, count, weights)
     expected = naive(group)
-    found = np.asarray(method.merge(in_numpy(group), options))
+    merged = np.asarray(method.merge(in_numpy(group), options))
     in_torch = method.merge(group, options).numpy()
-    assert found.dtype == np.float32
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
-    np.testing.assert_allclose(in_torch, found, rtol=2e-5, atol=2e-5)
+    assert merged.dtype == np.float32
+    assert merged.shape == expected.shape
+    np.testing.assert_allclose(merged, expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(in_torch, merged, rtol=2e-5, atol=2e-5)
 
 
 def test_fisher_weighs_every_element_by_its_information() -> None:
@@ -266,8 +266,8 @@ def test_fisher_weighs_every_element_by_its_information() -> None:
     counts = [w * f.double().numpy() for w, f in zip(weights, information, strict=True)]
     expected = sum(c * x for c, x in zip(counts, experts, strict=True)) / sum(counts)
     for given in (group, in_numpy(group)):
-        found = method.merge(given, parse_options(method.options, {}, "fisher"))
-        np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
+        merged = method.merge(given, parse_options(method.options, {}, "fisher"))
+        np.testing.assert_allclose(np.asarray(merged), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_regmean_is_the_least_squares_fit_of_every_experts_outputs() -> None:
@@ -287,12 +287,12 @@ def test_regmean_is_the_least_squares_fit_of_every_experts_outputs() -> None:
         np.testing.assert_allclose(np.asarray(method.merge(given, options)), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_regmean_averages_what_is_no_linear_layer() -> None:
+def test_regmean_averages_tensors_outside_linear_layers() -> None:
     group = group_of((7,), 2, (0.25, 0.75), statistics=(None, None))
     method = installed_plugins().offer(MergeMethod, "regmean")
     assert isinstance(method, TensorMerge)
-    found = method.merge(group, parse_options(method.options, {}, "regmean"))
-    torch.testing.assert_close(found, 0.25 * group.experts[0] + 0.75 * group.experts[1])
+    merged = method.merge(group, parse_options(method.options, {}, "regmean"))
+    torch.testing.assert_close(merged, 0.25 * group.experts[0] + 0.75 * group.experts[1])
 
 
 def test_della_keeps_large_changes_more_often() -> None:

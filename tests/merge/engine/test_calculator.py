@@ -50,13 +50,13 @@ def test_a_weighted_mean_equals_a_plain_loop(tmp_path: Path, dtype: torch.dtype,
     models = folders(tmp_path, 3, dtype=dtype)
     weights = {"m0": 5, "m1": 2, "m2": 3}
     engine_merge(recipe("mean", models, weights=weights), tmp_path / "out", method=method)
-    found = tensors_of(tmp_path / "out")
+    merged = tensors_of(tmp_path / "out")
     expected = naive_mean([tensors_of(folder) for folder in models.values()], [0.5, 0.2, 0.3])
-    assert found.keys() == expected.keys()
+    assert merged.keys() == expected.keys()
     tolerance = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
     for name, tensor in expected.items():
-        assert found[name].dtype == dtype
-        torch.testing.assert_close(found[name].double(), tensor, rtol=tolerance, atol=1e-6)
+        assert merged[name].dtype == dtype
+        torch.testing.assert_close(merged[name].double(), tensor, rtol=tolerance, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=15)
@@ -118,18 +118,18 @@ def test_the_asked_dtype_is_written_rounded_once(tmp_path: Path, dtype: str) -> 
     models = folders(tmp_path, 2)
     engine_merge(recipe("mean", models, dtype=dtype), tmp_path / "out", method=MEAN)
     kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[dtype]
-    one, two = (tensors_of(folder) for folder in models.values())
+    first, two = (tensors_of(folder) for folder in models.values())
     for name, tensor in tensors_of(tmp_path / "out").items():
-        assert torch.equal(tensor, (one[name] * 0.5 + 0.5 * two[name]).to(kind))
+        assert torch.equal(tensor, (first[name] * 0.5 + 0.5 * two[name]).to(kind))
 
 
 def test_inputs_are_rounded_first_where_the_recipe_says_so(tmp_path: Path) -> None:
     models = folders(tmp_path, 2)
     what = recipe("mean", models, input_dtype="BF16", dtype="F32")
     engine_merge(what, tmp_path / "out", method=MEAN)
-    one, two = (tensors_of(folder) for folder in models.values())
+    first, two = (tensors_of(folder) for folder in models.values())
     for name, tensor in tensors_of(tmp_path / "out").items():
-        assert torch.equal(tensor, one[name].bfloat16().float() * 0.5 + 0.5 * two[name].bfloat16().float())
+        assert torch.equal(tensor, first[name].bfloat16().float() * 0.5 + 0.5 * two[name].bfloat16().float())
 
 
 def test_eight_bit_floats_are_merged_too(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_eight_bit_floats_are_merged_too(tmp_path: Path) -> None:
 # --- what is copied, and what is never averaged ---
 
 
-def test_what_no_expert_changed_is_copied_without_asking_the_method(tmp_path: Path) -> None:
+def test_tensors_that_no_expert_changed_are_copied_without_the_method(tmp_path: Path) -> None:
     from expertctl.merge.engine.calculator import run_merge
     from expertctl.merge.engine.shards import plan_shards
     from expertctl.merge.planning.tensor_planner import plan_tensors
@@ -163,9 +163,9 @@ def test_what_no_expert_changed_is_copied_without_asking_the_method(tmp_path: Pa
     (tmp_path / "out").mkdir()
     run_merge(method, plan_shards(stack.tensors), tmp_path / "out", fingerprint="x")
     assert asked == [LINE]
-    found, origin = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "seed")
-    assert all(torch.equal(found[name], origin[name]) for name in origin if name != LINE)
-    assert torch.equal(found[LINE], tensors_of(tmp_path / "x")[LINE])
+    merged, origin = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "seed")
+    assert all(torch.equal(merged[name], origin[name]) for name in origin if name != LINE)
+    assert torch.equal(merged[LINE], tensors_of(tmp_path / "x")[LINE])
 
 
 def test_integers_that_agree_are_copied_and_those_that_differ_are_refused(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
 
     source = open_source("x", write_model(tmp_path / "x", random_tensors(0)))
     path = tmp_path / "x" / "model.safetensors"
-    last = max(source.tensors.values(), key=lambda one: one.entry.end)
+    last = max(source.tensors.values(), key=lambda tensor: tensor.entry.end)
     path.write_bytes(path.read_bytes()[:-40])
     with Reader() as reader, pytest.raises(UserError, match="ends within tensor"):
         reader.read(last)

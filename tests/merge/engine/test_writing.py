@@ -50,7 +50,7 @@ def test_a_disk_that_failed_meanwhile_is_told_at_the_end(monkeypatch: pytest.Mon
         flusher.stop()
 
 
-def test_a_merge_ends_with_what_the_disk_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_reports_a_write_error_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: writing._Flusher) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     root.mkdir()
     for part, count in (("train", 24), ("valid", 8)):
         texts = [f"{(LAW, CODE)[number % 2]} {number} {(LAW, CODE)[number % 2]}" for number in range(count)]
-        (root / f"{part}.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+        (root / f"{part}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     domain = {"train": "train.jsonl", "valid": "valid.jsonl"}
     (root / "expertctl.yaml").write_text(json.dumps({"domains": {"mixed": domain}, "training": TRAINING}))
     workspace = Workspace(root)
@@ -57,10 +57,10 @@ def mixer_of(made: Workspace, **changes: object) -> ClusterMixer:
 def naive_weights(mixer: ClusterMixer, clusterer: Clusterer, tokens: list[int]) -> np.ndarray:
     """The formula for every prefix, from its whole text."""
     routing = mixer.routing
-    found = [np.zeros(len(routing.clusters))]
+    rows = [np.zeros(len(routing.clusters))]
     for count in range(1, len(tokens) + 1):
         if not routing.is_update_due(count):
-            found.append(found[-1])
+            rows.append(rows[-1])
             continue
         text = mixer.reader.tokenizer.decode(tokens[:count], skip_special_tokens=False)
         point = unit_rows(clusterer.sums([text]))[0].astype(np.float64)
@@ -69,8 +69,8 @@ def naive_weights(mixer: ClusterMixer, clusterer: Clusterer, tokens: list[int]) 
         scores = -(squares**power) / routing.temperature if point.any() else np.zeros(len(squares))
         if routing.top_k == 1 and point.any():
             scores = np.where(np.arange(len(scores)) == scores.argmax(), scores, -np.inf)
-        found.append(scores)
-    stacked = np.stack(found[1:])
+        rows.append(scores)
+    stacked = np.stack(rows[1:])
     return np.exp(stacked) / np.exp(stacked).sum(axis=1, keepdims=True)
 
 
@@ -87,15 +87,15 @@ def test_weights_are_the_formula_however_the_text_arrives(
     mixer = mixer_of(made, distance=distance, top_k=top_k, temperature=0.3)
     clusterer = Clusterer.read(made.generalists / "forest")
     tokens = TextEncoder.of_folder(made.layout.seed).encode([f"{CODE} né {LAW}"])[0][begin : begin + sum(cuts)]
-    texts, found = None, []
+    texts, pieces = None, []
     for cut in cuts:
         ids, tokens_left = tokens[:cut], tokens[cut:]
         if ids:
             weights, texts = mixer.route(torch.tensor([ids]), None, texts)
-            found.append(weights[0].exp().numpy())
+            pieces.append(weights[0].exp().numpy())
         tokens = tokens_left
     whole = TextEncoder.of_folder(made.layout.seed).encode([f"{CODE} né {LAW}"])[0][begin : begin + sum(cuts)]
-    assert np.concatenate(found) == pytest.approx(naive_weights(mixer, clusterer, whole), abs=1e-5)
+    assert np.concatenate(pieces) == pytest.approx(naive_weights(mixer, clusterer, whole), abs=1e-5)
 
 
 def test_padding_is_not_read(made: Workspace) -> None:
@@ -114,10 +114,10 @@ def test_the_ensemble_mixes_probabilities_by_these_weights(made: Workspace) -> N
     members = [load_model(made.experts / name)[0] for name in model.expert_names]
     with torch.inference_mode():
         parts = [member(input_ids=ids).logits.double().softmax(-1) for member in members]
-        found = model(input_ids=ids).logits
+        logits = model(input_ids=ids).logits
     mixture = sum(weights[..., index, None].double() * part for index, part in enumerate(parts))
-    torch.testing.assert_close(found.double(), mixture.log(), atol=1e-5, rtol=0)
-    gathered = found[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(logits.double(), mixture.log(), atol=1e-5, rtol=0)
+    gathered = logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(model.target_log_probs(ids), gathered, atol=1e-5, rtol=0)
     assert model.responsibilities(ids).sum(-1).allclose(torch.ones(1, ids.shape[1] - 1))
 
@@ -170,7 +170,7 @@ def test_the_fitted_temperature_is_the_best_of_many(made: Workspace) -> None:
     assert loss(best) <= min(loss(10**power) for power in np.linspace(-3, 1, 20)) + 1e-3
 
 
-def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path: Path) -> None:
+def test_saving_again_and_removing_an_expert(made: Workspace, tmp_path: Path) -> None:
     model, tokenizer = load_model(made.generalists / "forest")
     config = json.loads((made.generalists / "forest" / "config.json").read_text())
     assert config["mixer_settings"]["distance"] == "squared"
@@ -197,13 +197,13 @@ def test_what_is_saved_again_and_what_loses_an_expert(made: Workspace, tmp_path:
         ({"every": 0}, "every is 0"),
     ],
 )
-def test_what_cannot_be_is_refused(made: Workspace, options: dict[str, object], complaint: str) -> None:
+def test_impossible_cluster_ensembles_are_refused(made: Workspace, options: dict[str, object], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         made.merge("other", method="ensemble", options={"mixer": "clusters", **options})
     assert not (made.generalists / "other").exists()
 
 
-def test_the_manifest_says_what_was_settled_so_that_the_same_can_be_merged_without_text(made: Workspace) -> None:
+def test_the_manifest_records_fitted_settings_to_repeat_the_merge_without_text(made: Workspace) -> None:
     manifest = read_manifest(made.generalists / "forest")
     options, config = manifest.merged.options, read_json(made.generalists / "forest" / "config.json")
     assert options["clusters"] == "campus"

@@ -50,7 +50,7 @@ class NaiveMixture:
         """Each member's log-probabilities after every token, (K, T, V)."""
         with torch.inference_mode():
             logits = [member(input_ids=torch.tensor([tokens]), use_cache=False).logits[0] for member in self.members]
-        return np.stack([one.double().log_softmax(-1).numpy() for one in logits])
+        return np.stack([row.double().log_softmax(-1).numpy() for row in logits])
 
     def after(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The next token's probabilities (T, V) and p(expert | text so far) (T, K), after every token."""
@@ -161,8 +161,8 @@ def padded(rows: Sequence[Sequence[int]], side: str) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
-def assert_close(found: torch.Tensor, expected: Any, tolerance: float = 2e-5) -> None:
-    np.testing.assert_allclose(found.double().numpy(), np.asarray(expected), rtol=tolerance, atol=tolerance)
+def assert_close(actual: torch.Tensor, expected: Any, tolerance: float = 2e-5) -> None:
+    np.testing.assert_allclose(actual.double().numpy(), np.asarray(expected), rtol=tolerance, atol=tolerance)
 
 
 # --- forward ---
@@ -203,14 +203,14 @@ def test_padded_rows_are_as_rows_on_their_own(model: Any, naive: NaiveMixture, s
 @pytest.mark.parametrize("pieces", [(1,) * 12, (5, 1, 6), (1, 11), (12,)], ids=str)
 def test_a_cache_gives_in_pieces_what_one_pass_gives(model: Any, pieces: tuple[int, ...]) -> None:
     whole = model(input_ids=torch.tensor([TEXT])).logits
-    cache, found, begin = None, [], 0
+    cache, logits, begin = None, [], 0
     for size in pieces:
         piece = torch.tensor([TEXT[begin : begin + size]])
         output = model(input_ids=piece, past_key_values=cache, use_cache=True)
         cache, begin = output.past_key_values, begin + size
-        found.append(output.logits)
+        logits.append(output.logits)
     assert cache.get_seq_length() == len(TEXT)
-    assert_close(torch.cat(found, dim=1), whole)
+    assert_close(torch.cat(logits, dim=1), whole)
 
 
 def test_a_cache_goes_on_from_a_left_padded_batch(model: Any, naive: NaiveMixture) -> None:
@@ -244,7 +244,7 @@ def test_logits_to_keep_gives_the_last_ones_only(model: Any) -> None:
     assert torch.equal(model(input_ids=torch.tensor([TEXT]), logits_to_keep=2).logits, whole[:, -2:])
 
 
-def test_labels_give_the_mean_loss_of_what_they_do_not_mask(model: Any, naive: NaiveMixture) -> None:
+def test_labels_give_the_mean_loss_of_unmasked_tokens(model: Any, naive: NaiveMixture) -> None:
     labels = torch.tensor([TEXT])
     labels[0, :4] = -100
     loss = model(input_ids=torch.tensor([TEXT]), labels=labels).loss
@@ -254,20 +254,20 @@ def test_labels_give_the_mean_loss_of_what_they_do_not_mask(model: Any, naive: N
 
 def test_copies_of_one_expert_are_that_expert(workspace: Path) -> None:
     """Three experts with the same bytes, whatever the prior, are the single model."""
-    one = independent_members(workspace, ["law"])[0]
+    single = independent_members(workspace, ["law"])[0]
     folder = make_ensemble(workspace)
     config = json.loads((folder / "config.json").read_text())
     config_class, model_class = _classes()
-    alike = model_class(config_class(**config), [one.float() for _ in EXPERTS]).eval()
+    alike = model_class(config_class(**config), [single.float() for _ in EXPERTS]).eval()
     tokens = torch.tensor([TEXT])
-    assert_close(alike(input_ids=tokens).logits, one(input_ids=tokens).logits.log_softmax(-1))
+    assert_close(alike(input_ids=tokens).logits, single(input_ids=tokens).logits.log_softmax(-1))
 
 
 def test_one_expert_is_that_expert(workspace: Path) -> None:
     model = loaded(make_ensemble(workspace, ["law"], {"law": 1.0}))
-    one = independent_members(workspace, ["law"])[0]
+    single = independent_members(workspace, ["law"])[0]
     tokens = torch.tensor([TEXT])
-    assert_close(model(input_ids=tokens).logits, one(input_ids=tokens).logits.log_softmax(-1))
+    assert_close(model(input_ids=tokens).logits, single(input_ids=tokens).logits.log_softmax(-1))
 
 
 def _classes() -> tuple[Any, Any]:
@@ -281,8 +281,8 @@ def _classes() -> tuple[Any, Any]:
 
 def test_greedy_generation_equals_a_naive_loop_without_cache(model: Any, naive: NaiveMixture) -> None:
     for row in ROWS:
-        found = model.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False)
-        assert found[0].tolist() == naive.continued(row, 8, stop=model.config.eos_token_id)
+        generated = model.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False)
+        assert generated[0].tolist() == naive.continued(row, 8, stop=model.config.eos_token_id)
 
 
 def test_a_left_padded_batch_generates_what_its_rows_generate_alone(model: Any) -> None:
@@ -327,14 +327,14 @@ def test_target_log_probs_equals_gathering_from_forward(model: Any) -> None:
 
 
 def test_responsibilities_are_shares_of_each_token(model: Any, naive: NaiveMixture) -> None:
-    found = model.responsibilities(torch.tensor([TEXT]))
-    assert found.shape == (1, len(TEXT) - 1, len(EXPERTS))
-    assert_close(found.sum(-1), np.ones((1, len(TEXT) - 1)))
+    responsibilities = model.responsibilities(torch.tensor([TEXT]))
+    assert responsibilities.shape == (1, len(TEXT) - 1, len(EXPERTS))
+    assert_close(responsibilities.sum(-1), np.ones((1, len(TEXT) - 1)))
     log_probs = naive.token_log_probs(TEXT)
     _, weights = naive.after(TEXT)
     for t in range(1, len(TEXT)):
         joint = weights[t - 1] * np.exp(log_probs[:, t - 1, TEXT[t]])
-        assert_close(found[0, t - 1], joint / joint.sum())
+        assert_close(responsibilities[0, t - 1], joint / joint.sum())
 
 
 # --- top_k and the updating prior ---

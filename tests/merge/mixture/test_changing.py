@@ -106,11 +106,11 @@ def test_a_change_can_be_reproduced_from_its_manifest(flexolmo_workspace: Worksp
     manifest = change_experts(whole, tmp_path / "smaller", Change(remove=("chance",)))
     models = {"seed": flexolmo_workspace.layout.seed}
     models |= {name: flexolmo_workspace.experts / name for name in OWNERS}
-    found = reproduce(manifest, tmp_path / "smaller", models=models)
-    assert [line for line in found.differences if "README.md" not in line] == []
+    report = reproduce(manifest, tmp_path / "smaller", models=models)
+    assert [line for line in report.differences if "README.md" not in line] == []
 
 
-def test_others_are_what_they_were(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+def test_other_experts_are_unchanged(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
     """Every gate is a function of its own row, so that the logits are those of the mixture switched off at run time."""
     whole = merge(flexolmo_workspace, "all-plain", OWNERS)
     change_experts(whole, tmp_path / "smaller", Change(remove=("chance",)))
@@ -129,7 +129,7 @@ def test_others_are_what_they_were(flexolmo_workspace: Workspace, tmp_path: Path
         (Change(remove=("prose",), add={"chance": Path("x")}), "'chance' is in the mixture already"),
     ],
 )
-def test_what_is_not_possible_is_refused_with_nothing_written(
+def test_impossible_changes_are_refused_with_nothing_written(
     flexolmo_workspace: Workspace, tmp_path: Path, change: Change, part: str
 ) -> None:
     whole = merge(flexolmo_workspace, "all-plain", OWNERS)
@@ -145,9 +145,7 @@ def test_an_expert_of_another_seed_is_refused(flexolmo_workspace: Workspace, tmp
         change_experts(whole, tmp_path / "changed", Change(add={"prose": other.experts / "prose"}))
 
 
-def test_what_an_expert_has_outside_of_its_feed_forwards_is_not_lost_silently(
-    flexolmo_workspace: Workspace, tmp_path: Path
-) -> None:
+def test_changes_outside_feed_forwards_are_not_lost_silently(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
     workspace = Workspace(copytree(flexolmo_workspace.root, tmp_path / "w"))
     entire = train_here(workspace, "entire", domain="prose")
     whole = merge(workspace, "all-plain", OWNERS)
@@ -194,7 +192,7 @@ def test_a_mixture_on_averaged_attention_is_made_again(new_workspace: Any, tmp_p
     assert model_files(tmp_path / "thinner") == model_files(direct)
 
 
-def test_what_was_trained_jointly_is_told(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+def test_jointly_trained_parts_are_reported(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
     whole = merge(flexolmo_workspace, "all-plain", OWNERS)
     tuned = flexolmo_workspace.generalists / "tuned"
     if not tuned.exists():
@@ -243,7 +241,7 @@ def test_tuning_moves_rows_only(flexolmo_workspace: Workspace) -> None:
     assert manifest.merged.recipe is None
 
 
-def test_random_rows_are_made_again_for_those_who_join(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+def test_random_rows_are_made_anew_for_joining_experts(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
     settings = {"method": "mixture", "options": {"router": "random"}}
     whole = merge(flexolmo_workspace, "random-all", OWNERS, **settings)
     two = merge(flexolmo_workspace, "random-two", OWNERS[:2], **settings)
@@ -290,7 +288,7 @@ def test_an_unfinished_tuning_goes_on_only_as_it_began(flexolmo_workspace: Works
             flexolmo_workspace.tune("begun", *arguments)
 
 
-def test_rows_fitted_on_text_of_all_let_nobody_join_alone(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
+def test_jointly_fitted_rows_let_no_expert_join_alone(flexolmo_workspace: Workspace, tmp_path: Path) -> None:
     two = merge(flexolmo_workspace, "hidden-two", OWNERS[:2], method="mixture")
     join = Change(add={OWNERS[2]: flexolmo_workspace.experts / OWNERS[2]})
     with pytest.raises(UserError, match="fitted on the text of all experts"):

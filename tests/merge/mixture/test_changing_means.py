@@ -29,7 +29,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-def test_who_left_what_is_made_again_is_written_down(averaged: Workspace, tmp_path: Path) -> None:
+def test_removal_before_reproduction_is_recorded(averaged: Workspace, tmp_path: Path) -> None:
     change = Change(remove=("means",))
     direct = merge(averaged, "soft-direct", OWNERS[:2], method="btx", options={"top_k": 2})
     manifest = change_experts(averaged.generalists / "soft", tmp_path / "less", change, layout=averaged.layout)
@@ -52,14 +52,14 @@ def test_who_left_what_is_made_again_is_written_down(averaged: Workspace, tmp_pa
     assert [event.change for event in joined.history] == ["left", "joined"]
 
 
-def test_nobody_joins_twice(averaged: Workspace, tmp_path: Path) -> None:
+def test_an_expert_does_not_join_twice(averaged: Workspace, tmp_path: Path) -> None:
     change = Change(add={"prose": averaged.experts / "prose"})
     with pytest.raises(UserError, match=r"'prose' is already in .*soup"):
         change_experts(averaged.generalists / "soup", tmp_path / "twice", change, layout=averaged.layout)
     assert not (tmp_path / "twice").exists()
 
 
-def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(averaged: Workspace, tmp_path: Path) -> None:
+def test_removal_from_a_tuned_mixture_keeps_the_averaged_attention(averaged: Workspace, tmp_path: Path) -> None:
     tuned = tune_here(averaged, "soft-tuned", "soft", trains="router", domains=["public"])
     recorder = Recorder()
     manifest = change_experts(tuned, tmp_path / "less", Change(remove=("means",)), run=MergeRun(reporter=recorder))
@@ -79,7 +79,7 @@ def test_who_leaves_a_tuned_mixture_stays_in_its_averaged_attention(averaged: Wo
         load_model(tuned, without=["prose"])
 
 
-def test_who_takes_a_place_has_no_share_in_the_mean(averaged: Workspace, tmp_path: Path) -> None:
+def test_a_replacing_expert_has_no_share_in_the_mean(averaged: Workspace, tmp_path: Path) -> None:
     tuned = tune_here(averaged, "soft-replaced", "soft", trains="router", domains=["public"])
     if not (averaged.experts / "other").exists():
         train_here(averaged, "other", domain="means", trains="all", training={"seed": 3})

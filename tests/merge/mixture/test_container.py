@@ -50,9 +50,9 @@ def test_generation_is_the_dense_models(tmp_path: Path, family: str, changes: di
     }[given]
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with torch.inference_mode():
-        found, expected = (model.generate(**inputs, **settings) for model in (mixture, dense))
-    assert found.tolist() == expected.tolist()
-    assert len({tuple(row) for row in found.tolist()}) == 2, "the two rows differ, as their prompts do"
+        generated, expected = (model.generate(**inputs, **settings) for model in (mixture, dense))
+    assert generated.tolist() == expected.tolist()
+    assert len({tuple(row) for row in generated.tolist()}) == 2, "the two rows differ, as their prompts do"
 
 
 def test_generation_follows_the_mixtures_own_generation_settings(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_generation_follows_the_mixtures_own_generation_settings(tmp_path: Path)
     assert mixture.generate(TOKENS).shape == (2, TOKENS.shape[1] + 3)
 
 
-def test_what_tools_look_for_by_name_is_named(tmp_path: Path) -> None:
+def test_attributes_that_tools_look_up_by_name_exist(tmp_path: Path) -> None:
     mixture, _ = pair(tmp_path, "llama")
     assert {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels"} <= set(
         signature(mixture.forward).parameters
@@ -72,15 +72,21 @@ def test_what_tools_look_for_by_name_is_named(tmp_path: Path) -> None:
 def test_checkpointed_gradients_are_the_same(tmp_path: Path) -> None:
     mixture, _ = pair(tmp_path, "llama")
     mixture.train()
-    found = []
+    gradients = []
     for checkpointed in (False, True):
         if checkpointed:
             mixture.gradient_checkpointing_enable()
         mixture.zero_grad()
         mixture(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        found.append({name: one.grad.clone() for name, one in mixture.named_parameters() if one.grad is not None})
-    assert any("experts" in name for name in found[0])
-    torch.testing.assert_close(found[1], found[0])
+        gradients.append(
+            {
+                name: parameter.grad.clone()
+                for name, parameter in mixture.named_parameters()
+                if parameter.grad is not None
+            }
+        )
+    assert any("experts" in name for name in gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_a_vocabulary_that_grew_is_trained_on_saved_and_loaded(tmp_path: Path) -> None:

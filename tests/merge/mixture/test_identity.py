@@ -130,7 +130,7 @@ def test_the_forward_pass_is_the_gated_sum_of_the_experts(tmp_path: Path, family
 
     inside = [feed_forwards(member) for member in members]
     for layer, part in enumerate(feed_forwards(dense)):
-        setattr(part.parent, part.attribute, Mean([found[layer].module for found in inside]))
+        setattr(part.parent, part.attribute, Mean([member[layer].module for member in inside]))
     with torch.inference_mode():
         torch.testing.assert_close(
             mixture(input_ids=TOKENS).logits, dense(input_ids=TOKENS).logits, atol=1e-4, rtol=1e-4
@@ -182,7 +182,7 @@ def test_a_container_is_loaded_in_any_precision_whatever_its_dense_models_was(tm
         config = json.loads((model / "config.json").read_text()) | {"dtype": "bfloat16"}
         (model / "config.json").write_text(json.dumps(config))
     model, _ = load_model(mix(tmp_path, models, target="container"), dtype=dtype)
-    assert {str(one.dtype) for one in model.parameters()} == {f"torch.{dtype}"}
+    assert {str(parameter.dtype) for parameter in model.parameters()} == {f"torch.{dtype}"}
     assert model(input_ids=TOKENS).logits.isfinite().all()
 
 
@@ -195,7 +195,7 @@ def test_a_container_saved_by_transformers_is_loaded_again(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("family", NOT_DESCRIBED)
-def test_families_that_nobody_describes_run_in_the_container(tmp_path: Path, family: str) -> None:
+def test_undescribed_families_run_in_the_container(tmp_path: Path, family: str) -> None:
     models = copies(tmp_path, family, 3)
     folder = mix(tmp_path, models, top_k=2)
     torch.testing.assert_close(logits(folder), logits(models["base"]), atol=1e-5, rtol=1e-5)

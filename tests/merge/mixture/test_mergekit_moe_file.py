@@ -100,7 +100,7 @@ def test_dtype_and_architecture(read: Any, tmp_path: Path) -> None:
         ({"expert_per_token": 2}, r"unknown key 'expert_per_token' \(did you mean 'experts_per_token'"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_key(read: Any, content: dict[str, Any], part: str) -> None:
+def test_unsupported_keys_are_refused_by_name(read: Any, content: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part):
         read(**content)
 

@@ -21,8 +21,8 @@ IGNORED = ("transformers_version", "architectures", "model_type")
 
 def whole(family: str) -> dict[str, Any]:
     """Return a configuration in which every key says what its class would fill in."""
-    found: dict[str, Any] = AutoConfig.for_model(family).to_diff_dict()
-    return found
+    settings: dict[str, Any] = AutoConfig.for_model(family).to_diff_dict()
+    return settings
 
 
 def as_mixture(dense: dict[str, Any]) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def as_mixture(dense: dict[str, Any]) -> dict[str, Any]:
     family = architecture_of(dense["model_type"])
     stated = fill_config_defaults(dense)
     settings = dict(choose_target(family, stated, SHAPE).config(stated, SHAPE))
-    found = AutoConfig.for_model(settings.pop("model_type"), **settings).to_dict()
-    return {key: value for key, value in found.items() if key not in IGNORED}
+    filled = AutoConfig.for_model(settings.pop("model_type"), **settings).to_dict()
+    return {key: value for key, value in filled.items() if key not in IGNORED}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,14 +42,14 @@ def test_a_key_that_is_left_out_is_the_dense_class_s_default(family: str) -> Non
     assert len(keys) > 12, "there is something to leave out"
     # a head's width is made of two others where it is not given, by both classes
     left_out = {key: as_mixture({name: value for name, value in dense.items() if name != key}) for key in keys}
-    for found in (expected, *left_out.values()):
-        if found.get("head_dim") is None:
-            found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
-    assert {key: found for key, found in left_out.items() if found != expected} == {}
+    for settings in (expected, *left_out.values()):
+        if settings.get("head_dim") is None:
+            settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+    assert {key: actual for key, actual in left_out.items() if actual != expected} == {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_usual_is_filled_in_without_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defaults_are_filled_in_without_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = whole(family)
     left_out = ("max_position_embeddings", "num_key_value_heads", "rms_norm_eps", "rope_parameters")
     short = {key: value for key, value in dense.items() if key not in left_out}
@@ -68,8 +68,8 @@ def test_a_whole_configuration_is_taken_as_it_is(family: str) -> None:
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default"}, None])
 def test_half_a_rope_is_completed(rope: dict[str, Any] | None) -> None:
-    found = fill_config_defaults(whole("llama") | {"rope_parameters": rope})
-    assert found["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    filled = fill_config_defaults(whole("llama") | {"rope_parameters": rope})
+    assert filled["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def test_rope_as_older_files_have_it_is_kept() -> None:

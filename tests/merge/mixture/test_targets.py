@@ -59,7 +59,7 @@ def test_a_class_of_another_family_is_refused_with_those_that_fit(tmp_path: Path
         choose(dense(tmp_path, "olmo2"), MixtureShape(2, 1), "mixtral")
 
 
-def test_what_the_dense_model_says_goes_before_class_defaults(tmp_path: Path) -> None:
+def test_the_dense_models_settings_override_class_defaults(tmp_path: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 12345.0}
     config = dense(tmp_path, "llama", rms_norm_eps=3e-4, rope_parameters=rope, sliding_window=7)
     mixture = MIXTRAL.config(config, MixtureShape(5, 3))

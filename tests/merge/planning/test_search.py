@@ -44,13 +44,13 @@ def test_a_search_is_never_worse_than_its_start_and_names_what_it_found(
     ws: Workspace, strategy: str, method: str
 ) -> None:
     manifest = ws.merge("m", method=method, search=settings(strategy))
-    found = manifest.merged.search
+    search = manifest.merged.search
     lines = log_of(ws, "m")
-    assert found.trials == 9 == len(lines) - 1
-    assert found.start_bits_per_byte == lines[1]["mean"]
-    assert found.bits_per_byte == min(line["mean"] for line in lines[1:]) <= lines[1]["mean"]
+    assert search.trials == 9 == len(lines) - 1
+    assert search.start_bits_per_byte == lines[1]["mean"]
+    assert search.bits_per_byte == min(line["mean"] for line in lines[1:]) <= lines[1]["mean"]
     best = min(lines[1:], key=lambda line: line["mean"])
-    assert found.weights == best["weights"]
+    assert search.weights == best["weights"]
     assert manifest.merged.fitted_on == ("code", "law")
 
 
@@ -62,7 +62,7 @@ def test_a_trials_score_is_that_of_the_written_model(ws: Workspace) -> None:
         chosen = [text.blocks.block(index * len(text.blocks) // 3) for index in range(3)]
         with torch.inference_mode():
             scores = [token_log_probs(model, torch.from_numpy(block)[None]) for block in chosen]
-        nats = -sum(float(one.double().sum()) for one in scores) / sum(one.numel() for one in scores)
+        nats = -sum(float(score.double().sum()) for score in scores) / sum(score.numel() for score in scores)
         values.append(nats / math.log(2) * text.blocks.num_targets / text.blocks.num_bytes)
     assert manifest.merged.search.bits_per_byte == pytest.approx(sum(values) / 2, rel=1e-5)
 

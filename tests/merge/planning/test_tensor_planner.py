@@ -27,7 +27,7 @@ class Options:
 
     def __post_init__(self) -> None:
         each = self.density if isinstance(self.density, tuple) else (self.density,)
-        if not all(0 <= one <= 1 for one in each):
+        if not all(0 <= value <= 1 for value in each):
             raise ValueError(f"density is {self.density}; it is 0 to 1")
 
 
@@ -87,16 +87,16 @@ def test_layers_shapes_names_and_dtypes_that_differ_show_both_sides(
         assert "but not in 'b'" in missing
 
 
-def test_dtypes_may_differ_once_it_is_said_what_to_write(model: Callable[..., Path]) -> None:
+def test_dtypes_may_differ_if_the_output_dtype_is_given(model: Callable[..., Path]) -> None:
     models = {"a": model("a"), "b": model("b", dtype=torch.bfloat16)}
-    assert {one.dtype for one in planned(recipe("plain", models, dtype="BF16")).tensors} == {"BF16"}
+    assert {tensor.dtype for tensor in planned(recipe("plain", models, dtype="BF16")).tensors} == {"BF16"}
 
 
 def test_buffers_that_models_calculate_anew_may_be_missing(model: Callable[..., Path]) -> None:
     old = {**random_tensors(0), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     for models in ({"a": model("a"), "b": model("b", old)}, {"b": model("c", old), "a": model("d")}):
         stack = planned(recipe("plain", models))
-        assert {one.name for one in stack.tensors} == set(random_tensors(0))
+        assert {tensor.name for tensor in stack.tensors} == set(random_tensors(0))
 
 
 def test_a_method_names_how_many_experts_it_takes(model: Callable[..., Path], refused: Callable[..., str]) -> None:
@@ -114,18 +114,21 @@ def test_a_method_that_needs_a_seed_says_so(model: Callable[..., Path], refused:
 def test_options_are_resolved_for_every_tensor(model: Callable[..., Path]) -> None:
     models = {"seed": model("seed", layers=3), "a": model("a", layers=3), "b": model("b", layers=3)}
     options = {"density": [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.25}], "lambda": 0.5}
-    tensors = {one.name: one for one in planned(recipe("deltas", models, seed="seed", options=options), DELTAS).tensors}
-    found = {name: one.options.density for name, one in tensors.items()}
-    assert [found[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)] == [0.0, 0.5, 1.0]
-    assert found["model.layers.1.self_attn.q_proj.weight"] == 0.25
-    assert found["lm_head.weight"] == 0.25
-    assert {one.options.lambda_ for one in tensors.values()} == {0.5}
+    tensors = {
+        tensor.name: tensor
+        for tensor in planned(recipe("deltas", models, seed="seed", options=options), DELTAS).tensors
+    }
+    densities = {name: tensor.options.density for name, tensor in tensors.items()}
+    assert [densities[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)] == [0.0, 0.5, 1.0]
+    assert densities["model.layers.1.self_attn.q_proj.weight"] == 0.25
+    assert densities["lm_head.weight"] == 0.25
+    assert {tensor.options.lambda_ for tensor in tensors.values()} == {0.5}
 
 
 def test_an_option_may_be_given_for_one_expert(model: Callable[..., Path]) -> None:
     parts = (OutputSlice((SourceSlice("a", parameters={"density": 0.3}), SourceSlice("b"))),)
     stack = planned(recipe("plain", {"a": model("a"), "b": model("b")}, slices=parts))
-    assert {one.options.density for one in stack.tensors} == {(0.3, 1.0)}
+    assert {tensor.options.density for tensor in stack.tensors} == {(0.3, 1.0)}
 
 
 def test_unknown_and_impossible_options_are_refused(model: Callable[..., Path], refused: Callable[..., str]) -> None:
@@ -142,13 +145,13 @@ def test_shares_sum_to_one_and_factors_stay_as_given(model: Callable[..., Path])
     models = {"seed": model("seed"), "a": model("a"), "b": model("b")}
     given = {"a": 3, "b": [{"filter": "mlp", "value": 0}, {"value": 1}]}
     shares = {
-        one.name: one.weights
-        for one in planned(recipe("plain", {"a": models["a"], "b": models["b"]}, weights=given)).tensors
+        tensor.name: tensor.weights
+        for tensor in planned(recipe("plain", {"a": models["a"], "b": models["b"]}, weights=given)).tensors
     }
     assert shares["model.layers.0.mlp.up_proj.weight"] == (1.0, 0.0)
     assert shares["lm_head.weight"] == (0.75, 0.25)
     factors = planned(recipe("deltas", models, seed="seed", weights={"a": -2.0}), DELTAS).tensors
-    assert {one.weights for one in factors} == {(-2.0, 1.0)}
+    assert {tensor.weights for tensor in factors} == {(-2.0, 1.0)}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_slices_stack_layers_of_any_model(model: Callable[..., Path]) -> None:
     )
     stack = planned(recipe("one", models, slices=parts), ONE)
     assert stack.layers == (("a", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3))
-    sources = {one.name: (one.expert_names[0], one.experts[0].name) for one in stack.tensors}
+    sources = {tensor.name: (tensor.expert_names[0], tensor.experts[0].name) for tensor in stack.tensors}
     assert sources["model.layers.3.mlp.up_proj.weight"] == ("b", "model.layers.1.mlp.up_proj.weight")
     assert sources["model.embed_tokens.weight"][0] == "a"
     assert sources["model.norm.weight"][0] == "b"
@@ -204,7 +207,7 @@ def test_a_stored_copy_of_a_tied_head_is_left_out(model: Callable[..., Path]) ->
         "a": model("a", copied, tie_word_embeddings=True),
         "b": model("b", copied, tie_word_embeddings=True),
     }
-    assert "lm_head.weight" not in {one.name for one in planned(recipe("plain", models)).tensors}
+    assert "lm_head.weight" not in {tensor.name for tensor in planned(recipe("plain", models)).tensors}
 
 
 @pytest.mark.parametrize("order", [("tied", "own"), ("own", "tied")])
@@ -214,7 +217,9 @@ def test_a_tied_head_is_its_embedding_where_another_model_has_one_of_its_own(
     tied = random_tensors(1)
     del tied["lm_head.weight"]
     models = {"tied": model("tied", tied), "own": model("own")}
-    tensors = {one.name: one for one in planned(recipe("plain", {name: models[name] for name in order})).tensors}
+    tensors = {
+        tensor.name: tensor for tensor in planned(recipe("plain", {name: models[name] for name in order})).tensors
+    }
     head = dict(zip(tensors["lm_head.weight"].expert_names, tensors["lm_head.weight"].experts, strict=True))
     assert head["tied"].name == "model.embed_tokens.weight"
     assert head["own"].name == "lm_head.weight"
@@ -229,7 +234,7 @@ def test_shards_in_any_order_an_unused_shard_and_extra_metadata(model: Callable[
     write_model(tmp_path / "other", {"junk": torch.ones(2)})
     (tmp_path / "other" / "model.safetensors").rename(tmp_path / "a" / "model-00009-of-00009.safetensors")
     stack = planned(recipe("plain", {"a": tmp_path / "a", "b": model("b")}))
-    assert {one.name for one in stack.tensors} == set(names)
+    assert {tensor.name for tensor in stack.tensors} == set(names)
     assert tensors_of(tmp_path / "b").keys() == set(names)
 
 

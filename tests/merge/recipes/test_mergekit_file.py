@@ -38,7 +38,7 @@ def read(tmp_path: Path) -> Any:
 
 
 def options_of(recipe: Any, tensor: str = "lm_head.weight") -> Any:
-    return next(one for one in plan_recipe(recipe, None).stack.tensors if one.name == tensor)
+    return next(planned for planned in plan_recipe(recipe, None).stack.tensors if planned.name == tensor)
 
 
 def test_models_beside_the_file_are_found_and_keep_their_order(read: Any, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_every_method_of_the_table_merges(read: Any, tmp_path: Path, name: str) 
     if not one_expert and name != "passthrough":
         models.append({"model": "base" if name == "slerp" else "b", "parameters": {"weight": 2}})
     if "weight" not in METHODS[name].required:
-        models = [{"model": one["model"]} for one in models]
+        models = [{"model": model["model"]} for model in models]
     content: dict[str, Any] = {"merge_method": name, "models": models}
     if METHODS[name].base in ("seed", "first"):
         content["base_model"] = "base"
@@ -80,12 +80,12 @@ def test_slerp_goes_from_the_base_whatever_the_order(read: Any) -> None:
         recipe = read(
             merge_method="slerp",
             base_model="base",
-            models=[{"model": one} for one in models],
+            models=[{"model": model} for model in models],
             parameters={"t": 0.3},
         )
-        found = options_of(recipe)
-        assert found.expert_names == ("base", "a")
-        assert found.options.t == 0.3
+        options = options_of(recipe)
+        assert options.expert_names == ("base", "a")
+        assert options.options.t == 0.3
 
 
 def test_a_base_is_an_input_like_others_for_linear_and_must_have_a_weight(read: Any) -> None:
@@ -138,14 +138,14 @@ def test_slices_with_gradients_and_bases_of_their_own(read: Any) -> None:
         parameters={"t": 0.5},
     )
     plan = plan_recipe(recipe, None)
-    found = {one.name: one.options.t for one in plan.stack.tensors}
-    assert [found[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)] == [0.0, 0.5, 1.0]
-    assert found["lm_head.weight"] == 0.0
-    inputs = next(one for one in plan.stack.tensors if one.name == "model.layers.0.mlp.up_proj.weight").experts
-    assert [one.name for one in inputs] == [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    factors = {tensor.name: tensor.options.t for tensor in plan.stack.tensors}
+    assert [factors[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(3)] == [0.0, 0.5, 1.0]
+    assert factors["lm_head.weight"] == 0.0
+    inputs = next(tensor for tensor in plan.stack.tensors if tensor.name == "model.layers.0.mlp.up_proj.weight").experts
+    assert [source.name for source in inputs] == [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
 
 
-def test_one_module_is_what_it_holds(read: Any) -> None:
+def test_a_single_module_equals_its_content(read: Any) -> None:
     recipe = read(merge_method="linear", modules={"default": {"models": TWO, "parameters": {"normalize": False}}})
     assert not options_of(recipe).options.normalize
     with pytest.raises(UserError, match=r"recipe.yml:2: several modules \(text, vision\)"):
@@ -197,7 +197,7 @@ def test_adapters_are_named_by_their_base(read: Any, tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_refused_by_key(read: Any, content: dict[str, Any], part: str) -> None:
+def test_unknown_keys_are_refused_by_name(read: Any, content: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part) as caught:
         read(**content)
     assert "\n" not in str(caught.value)
@@ -213,11 +213,11 @@ def test_results_are_those_that_mergekit_wrote(tmp_path: Path, method: str) -> N
     """The files in `golden` were made with mergekit 0.1.5; see its README."""
     shutil.copytree(GOLDEN, tmp_path / "golden")
     merge_recipe(read_mergekit(tmp_path / "golden" / f"{method}.yml"), tmp_path / "out")
-    found, expected = tensors_of(tmp_path / "out"), tensors_of(GOLDEN / method)
-    assert found.keys() == expected.keys()
+    merged, expected = tensors_of(tmp_path / "out"), tensors_of(GOLDEN / method)
+    assert merged.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
+        assert merged[name].dtype == tensor.dtype
         if method == "slerp":
-            torch.testing.assert_close(found[name], tensor, rtol=2**-7, atol=0)
+            torch.testing.assert_close(merged[name], tensor, rtol=2**-7, atol=0)
         else:
-            assert torch.equal(found[name], tensor), name
+            assert torch.equal(merged[name], tensor), name

@@ -60,7 +60,7 @@ def test_a_filter_is_a_part_of_the_name_or_a_pattern(pattern: str | None, matche
     assert matches(pattern, MLP) == matched
 
 
-def test_what_is_more_particular_goes_first_and_a_filter_that_does_not_match_lets_the_next_speak() -> None:
+def test_specific_values_win_and_unmatched_filters_fall_through() -> None:
     source = {"density": [{"filter": "mlp", "value": 0.1}]}
     part = {"density": 0.2}
     whole = {"density": 0.3, "lambda": 0.7}
@@ -89,8 +89,8 @@ def test_settings_of_no_known_form_are_refused_by_key(setting: Any, part: str) -
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=6), st.floats(0, 1))
 def test_a_gradient_stays_between_its_points(points: list[float], depth: float) -> None:
-    found = evaluate("t", points, MLP, depth)
-    assert min(points) - 1e-9 <= found <= max(points) + 1e-9
+    value = evaluate("t", points, MLP, depth)
+    assert min(points) - 1e-9 <= value <= max(points) + 1e-9
 
 
 @given(st.floats(-10, 10), st.integers(1, 6), st.floats(0, 1))

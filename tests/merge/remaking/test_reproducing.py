@@ -33,9 +33,9 @@ def test_a_workspaces_merge_is_made_again_byte_for_byte(
     ws = Workspace(workspace)
     manifest = ws.merge("m", method=method, run=MergeRun(shard_bytes=20_000), **settings)  # type: ignore[arg-type]
     folder = workspace / "generalists" / "m"
-    found = reproduce(manifest, folder, layout=ws.layout)
-    assert found.same
-    assert found.differences == ()
+    report = reproduce(manifest, folder, layout=ws.layout)
+    assert report.same
+    assert report.differences == ()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["m"]
 
 
@@ -54,9 +54,9 @@ def test_an_input_that_changed_is_named(tmp_path: Path) -> None:
     manifest = merge_recipe(recipe("linear", models), tmp_path / "out")
     other = {name: tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in random_tensors(0).items()}
     write_model(tmp_path / "new", other)
-    found = reproduce(manifest, tmp_path / "out", models={"b": tmp_path / "new"})
-    assert not found.same
-    assert found.differences[0].startswith("model 'b' has changed")
+    report = reproduce(manifest, tmp_path / "out", models={"b": tmp_path / "new"})
+    assert not report.same
+    assert report.differences[0].startswith("model 'b' has changed")
 
 
 def test_other_versions_are_told(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_other_versions_are_told(tmp_path: Path) -> None:
     assert any(line.startswith("torch 1.0 then") for line in reproduce(older, tmp_path / "out").versions)
 
 
-def test_what_was_fitted_on_text_is_refused(workspace: Path) -> None:
+def test_merges_fitted_on_text_are_refused(workspace: Path) -> None:
     Workspace(workspace).merge("e", method="ensemble", options={"prior": "uniform"})
     folder = workspace / "generalists" / "e"
     with pytest.raises(UserError, match="fitted on text; repeat its `expertctl merge`"):

@@ -99,8 +99,8 @@ def test_an_adapter_gives_what_peft_merges(tmp_path: Path, family: str, settings
     for name in base:
         own = base.read(name).numpy()
         full = name if name in expected else f"transformer.{name}"
-        found = adapter.apply(name, own) if name in adapter.changes else own
-        np.testing.assert_allclose(found, expected[full].numpy(), rtol=2e-6, atol=2e-6, err_msg=name)
+        changed = adapter.apply(name, own) if name in adapter.changes else own
+        np.testing.assert_allclose(changed, expected[full].numpy(), rtol=2e-6, atol=2e-6, err_msg=name)
         assert (name in adapter.changes) or np.array_equal(own, expected[full].numpy()), name
 
 
@@ -115,7 +115,7 @@ def test_adapters_of_different_ranks_and_targets_merge_as_full_models(tmp_path: 
     what = recipe("linear", {"seed": tmp_path / "base", **models}, seed="seed")
     merged = with_seed(what, tmp_path / "out")
     for name, tensor in merged.items():
-        expected = sum(one[name].double() for one in wanted) / 3
+        expected = sum(adapter[name].double() for adapter in wanted) / 3
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -161,7 +161,7 @@ def change(folder: Path, **settings: Any) -> None:
         ({"init_lora_weights": "olora"}, "changed the base model's weights"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(plain: tuple[Path, Path], settings: dict[str, Any], part: str) -> None:
+def test_inexact_adapters_are_refused(plain: tuple[Path, Path], settings: dict[str, Any], part: str) -> None:
     change(plain[1], **settings)
     assert part in opened(plain)
 

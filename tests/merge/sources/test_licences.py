@@ -49,7 +49,7 @@ def test_licences_that_contradict_name_both_models(licences: tuple[str, str]) ->
     require_compatible(report, True)
 
 
-def test_what_is_not_known_is_a_note_and_no_conflict() -> None:
+def test_unknown_licences_are_a_note_and_no_conflict() -> None:
     report = check_licences({"law": "my-own-2", "code": "mit", "seed": None})
     assert report.conflicts == ()
     assert any("'my-own-2'" in note for note in report.notes)

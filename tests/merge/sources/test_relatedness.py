@@ -23,16 +23,14 @@ def big(seed: int, dtype: torch.dtype = torch.float32) -> Tensors:
 
 def test_strangers_are_near_zero_and_relatives_near_one(tmp_path: Path) -> None:
     base = entries(tmp_path / "a", big(0))
-    assert abs(relatedness(base, entries(tmp_path / "b", big(1))).similarity) < 0.1
+    assert abs(relatedness(base, entries(tmp_path / "b", big(1))) or 1) < 0.1
     tuned = {name: tensor + 0.5 * torch.randn(tensor.shape) for name, tensor in big(0).items()}
-    found = relatedness(base, entries(tmp_path / "c", tuned))
-    assert found.similarity > 0.7
-    assert found.tensors > 3
+    assert relatedness(base, entries(tmp_path / "c", tuned)) > 0.7
 
 
 def test_another_dtype_is_no_difference(tmp_path: Path) -> None:
     base = entries(tmp_path / "a", big(0))
-    assert relatedness(base, entries(tmp_path / "b", big(0, torch.bfloat16))).similarity > 0.99
+    assert relatedness(base, entries(tmp_path / "b", big(0, torch.bfloat16))) > 0.99
 
 
 def test_two_trainings_of_one_seed_stay_relatives_and_another_seeds_does_not(tmp_path: Path) -> None:
@@ -51,14 +49,14 @@ def test_two_trainings_of_one_seed_stay_relatives_and_another_seeds_does_not(tmp
             optimiser.step()
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-    one, two, other = (entries(tmp_path / str(n), trained(*how)) for n, how in enumerate(((0, 1), (0, 2), (5, 1))))
-    assert relatedness(one, two).similarity > RELATED + 0.05
-    assert relatedness(one, other).similarity < RELATED - 0.05
+    first, two, other = (entries(tmp_path / str(n), trained(*how)) for n, how in enumerate(((0, 1), (0, 2), (5, 1))))
+    assert relatedness(first, two) > RELATED + 0.05
+    assert relatedness(first, other) < RELATED - 0.05
 
 
 def test_constant_and_missing_tensors_say_nothing(tmp_path: Path) -> None:
     zeros = entries(tmp_path / "a", {name: torch.zeros_like(tensor) for name, tensor in big(0).items()})
-    assert relatedness(zeros, zeros).tensors == 0
+    assert relatedness(zeros, zeros) is None
     require_related(("a", zeros), {"b": zeros})
 
 

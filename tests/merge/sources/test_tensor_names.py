@@ -16,18 +16,18 @@ LLAMA = [
 
 
 def test_a_llama_has_layers_with_embeddings_before_and_norm_and_head_after_them() -> None:
-    found = layer_names(LLAMA)
-    assert found.stack == "model.layers"
-    assert found.layers == (("mlp.up_proj.weight", "self_attn.q_proj.weight"),) * 2
-    assert found.before == ("model.embed_tokens.weight",)
-    assert found.after == ("model.norm.weight", "lm_head.weight")
-    assert found.name(1, "mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
+    names = layer_names(LLAMA)
+    assert names.stack == "model.layers"
+    assert names.layers == (("mlp.up_proj.weight", "self_attn.q_proj.weight"),) * 2
+    assert names.before == ("model.embed_tokens.weight",)
+    assert names.after == ("model.norm.weight", "lm_head.weight")
+    assert names.name(1, "mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
 
 
 def test_the_order_of_a_file_does_not_matter() -> None:
-    found = layer_names(reversed(LLAMA))
-    assert [set(layer) for layer in found.layers] == [set(layer) for layer in layer_names(LLAMA).layers]
-    assert set(found.after) == set(layer_names(LLAMA).after)
+    names = layer_names(reversed(LLAMA))
+    assert [set(layer) for layer in names.layers] == [set(layer) for layer in layer_names(LLAMA).layers]
+    assert set(names.after) == set(layer_names(LLAMA).after)
 
 
 def test_experts_within_a_layer_are_no_layers() -> None:
@@ -36,9 +36,9 @@ def test_experts_within_a_layer_are_no_layers() -> None:
 
 
 def test_a_small_other_stack_stands_outside() -> None:
-    found = layer_names([*LLAMA, "vision.blocks.0.weight"])
-    assert found.stack == "model.layers"
-    assert "vision.blocks.0.weight" in found.after
+    names = layer_names([*LLAMA, "vision.blocks.0.weight"])
+    assert names.stack == "model.layers"
+    assert "vision.blocks.0.weight" in names.after
 
 
 def test_gpt2_and_a_model_without_layers() -> None:

@@ -44,29 +44,29 @@ def vocabulary(folder: Path, rows: int = 0) -> ModelVocabulary:
 
 
 def test_the_same_tokenizer_in_another_layout_passes(tmp_path: Path) -> None:
-    one, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
+    first, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
     content = read_json(two / "tokenizer.json")
     content["truncation"] = {"max_length": 9, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     (two / "tokenizer.json").write_text(json.dumps(content, indent=7))
-    assert plan_vocabulary(vocabulary(one), {"b": vocabulary(two)}, "refuse") is None
+    assert plan_vocabulary(vocabulary(first), {"b": vocabulary(two)}, "refuse") is None
 
 
-def test_different_ones_are_refused_with_both_sides_and_the_policies(tmp_path: Path) -> None:
-    one, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", ("<law>", "<med>"))
+def test_different_tokenizers_are_refused_with_both_sides_and_the_policies(tmp_path: Path) -> None:
+    first, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", ("<law>", "<med>"))
     with pytest.raises(UserError) as caught:
-        plan_vocabulary(vocabulary(one), {"b": vocabulary(two)}, "refuse")
-    size = len(vocabulary(one).tokens)
+        plan_vocabulary(vocabulary(first), {"b": vocabulary(two)}, "refuse")
+    size = len(vocabulary(first).tokens)
     message = str(caught.value)
     assert f"{size:,} and {size + 2:,} tokens, 2 of them different ('<law>' is missing and {size}" in message
     assert "--tokenizer base, union" in message
     with pytest.raises(UserError, match=r"no tokenizer policy .unoin. .did you mean .union."):
-        plan_vocabulary(vocabulary(one), {"b": vocabulary(two)}, "unoin")
+        plan_vocabulary(vocabulary(first), {"b": vocabulary(two)}, "unoin")
 
 
 def test_padding_that_differs_is_told(tmp_path: Path) -> None:
-    one, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
+    first, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
     with pytest.raises(UserError, match="the same tokens, but 64 and 128 embedding rows"):
-        plan_vocabulary(vocabulary(one, 64), {"b": vocabulary(two, 128)}, "refuse")
+        plan_vocabulary(vocabulary(first, 64), {"b": vocabulary(two, 128)}, "refuse")
 
 
 def test_a_union_takes_added_rows_from_those_that_have_them(tmp_path: Path) -> None:
@@ -84,12 +84,12 @@ def test_a_union_takes_added_rows_from_those_that_have_them(tmp_path: Path) -> N
         "b": np.full((size + 2, 3), 2, "f4"),
         "c": np.full((size + 1, 3), 4, "f4"),
     }
-    found = plan.rearrange(own)
+    rows = plan.rearrange(own)
     for name in own:
-        assert found[name].shape == (size + 2, 3)
-        np.testing.assert_array_equal(found[name][:size], own[name][:size])
-        np.testing.assert_array_equal(found[name][size], [2, 2, 2])
-        np.testing.assert_array_equal(found[name][size + 1], [3, 3, 3])
+        assert rows[name].shape == (size + 2, 3)
+        np.testing.assert_array_equal(rows[name][:size], own[name][:size])
+        np.testing.assert_array_equal(rows[name][size], [2, 2, 2])
+        np.testing.assert_array_equal(rows[name][size + 1], [3, 3, 3])
 
 
 def test_padding_is_used_up_before_the_embedding_grows(tmp_path: Path) -> None:
@@ -107,36 +107,36 @@ def test_padding_is_used_up_before_the_embedding_grows(tmp_path: Path) -> None:
 def test_base_looks_rows_up_by_token(tmp_path: Path) -> None:
     """Trained on other text: the same words under other numbers, some missing."""
     a, b = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", text=["not to be", "the code"])
-    one, two = vocabulary(a), vocabulary(b)
-    plan = plan_vocabulary(one, {"b": two}, "base")
+    first, two = vocabulary(a), vocabulary(b)
+    plan = plan_vocabulary(first, {"b": two}, "base")
     assert plan is not None
-    assert plan.size == one.rows
+    assert plan.size == first.rows
     own = {
-        "a": np.arange(one.rows, dtype="f4")[:, None],
+        "a": np.arange(first.rows, dtype="f4")[:, None],
         "b": 1000 + np.arange(two.rows, dtype="f4")[:, None],
     }
-    found = plan.rearrange(own)
-    for token, row in one.tokens.items():
+    rows = plan.rearrange(own)
+    for token, row in first.tokens.items():
         expected = 1000 + two.tokens[token] if token in two.tokens else row
-        assert found["b"][row, 0] == expected
-        assert found["a"][row, 0] == row
+        assert rows["b"][row, 0] == expected
+        assert rows["a"][row, 0] == row
     with pytest.raises(UserError, match="cannot be united: they differ in their 'model'"):
-        plan_vocabulary(one, {"b": two}, "union")
+        plan_vocabulary(first, {"b": two}, "union")
 
 
 def test_single_tokens_may_come_from_a_model(tmp_path: Path) -> None:
     a, b = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
-    one, two = vocabulary(a), vocabulary(b)
-    row = one.tokens["the"]
-    own = {"a": np.zeros((one.rows, 1), "f4"), "b": np.ones((two.rows, 1), "f4")}
-    forced = plan_vocabulary(one, {"b": two}, "base", {"the": TokenSource("b", force=True)})
+    first, two = vocabulary(a), vocabulary(b)
+    row = first.tokens["the"]
+    own = {"a": np.zeros((first.rows, 1), "f4"), "b": np.ones((two.rows, 1), "f4")}
+    forced = plan_vocabulary(first, {"b": two}, "base", {"the": TokenSource("b", force=True)})
     assert forced is not None
     assert forced.rearrange(own)["a"][row, 0] == 1
-    gentle = plan_vocabulary(one, {"b": two}, "base", {"the": TokenSource("b")})
+    gentle = plan_vocabulary(first, {"b": two}, "base", {"the": TokenSource("b")})
     assert gentle is not None
     assert gentle.rearrange(own)["a"][row, 0] == 0
     with pytest.raises(UserError, match="no token 'teh'"):
-        plan_vocabulary(one, {"b": two}, "base", {"teh": TokenSource("b")})
+        plan_vocabulary(first, {"b": two}, "base", {"teh": TokenSource("b")})
 
 
 def test_a_multiple_is_padded_to(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_multiple_is_padded_to(tmp_path: Path) -> None:
     assert padded[vocabulary(a).rows :].sum() == 0
 
 
-def test_written_files_equal_their_source_but_for_what_is_declared(tmp_path: Path) -> None:
+def test_written_files_differ_from_their_source_only_as_declared(tmp_path: Path) -> None:
     a, b = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", ("<law>",))
     plan = plan_vocabulary(vocabulary(a), {"b": vocabulary(b)}, "union")
     for name, used in (("same", None), ("more", plan)):
@@ -206,14 +206,14 @@ def test_a_merge_with_union_has_the_rows_of_both_experts(tmp_path: Path) -> None
     models = {"a": model(tmp_path / "a", 1, ("<law>",)), "b": model(tmp_path / "b", 2, ("<med>",))}
     with pytest.raises(UserError, match="the tokenizers of 'a'"):
         merged(tmp_path / "no", recipe("linear", models))
-    found = merged(tmp_path / "out", recipe("linear", models, tokenizer="union"))
-    one, two = tensors_of(models["a"]), tensors_of(models["b"])
+    output = merged(tmp_path / "out", recipe("linear", models, tokenizer="union"))
+    first, two = tensors_of(models["a"]), tensors_of(models["b"])
     size = len(vocabulary(models["a"]).tokens) - 1
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert found[name].shape[0] == size + 2
-        torch.testing.assert_close(found[name][:size], (one[name][:size] + two[name][:size]) / 2)
-        assert torch.equal(found[name][size], one[name][size])
-        assert torch.equal(found[name][size + 1], two[name][size])
+        assert output[name].shape[0] == size + 2
+        torch.testing.assert_close(output[name][:size], (first[name][:size] + two[name][:size]) / 2)
+        assert torch.equal(output[name][size], first[name][size])
+        assert torch.equal(output[name][size + 1], two[name][size])
     assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == size + 2
 
 
@@ -222,13 +222,13 @@ def test_a_method_on_task_vectors_gives_added_tokens_their_rows_too(tmp_path: Pa
         name: model(tmp_path / name, number, added)
         for number, (name, added) in enumerate((("seed", ()), ("a", ("<law>",)), ("b", ())))
     }
-    found = merged(tmp_path / "out", recipe("ties", models, seed="seed", tokenizer="union"))
+    output = merged(tmp_path / "out", recipe("ties", models, seed="seed", tokenizer="union"))
     own = tensors_of(models["a"])["lm_head.weight"]
-    assert torch.equal(found["lm_head.weight"][-1], own[-1])
+    assert torch.equal(output["lm_head.weight"][-1], own[-1])
 
 
 def test_padded_vocabularies_stay_padded(tmp_path: Path) -> None:
     models = {"a": model(tmp_path / "a", 1, rows=64), "b": model(tmp_path / "b", 2, ("<med>",), rows=64)}
-    found = merged(tmp_path / "out", recipe("linear", models, tokenizer="union"))
-    assert found["lm_head.weight"].shape[0] == 64
+    output = merged(tmp_path / "out", recipe("linear", models, tokenizer="union"))
+    assert output["lm_head.weight"].shape[0] == 64
     assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == 64

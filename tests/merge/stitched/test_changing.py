@@ -34,11 +34,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def logits(folder: Path, **how: Any) -> torch.Tensor:
     model, _ = load_model(folder, **how)
     with torch.inference_mode():
-        found: torch.Tensor = model(input_ids=TOKENS).logits
-    return found
+        logits: torch.Tensor = model(input_ids=TOKENS).logits
+    return logits
 
 
-def test_who_leaves_is_gone_and_the_rest_stays(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_removed_expert_is_gone_and_the_rest_stays(workspace: Workspace, tmp_path: Path) -> None:
     folder = workspace.generalists / "trained"
     manifest = change_experts(folder, tmp_path / "left", Change(remove=("prose",)))
     before, after = load_file(folder / STITCHES_FILE), load_file(tmp_path / "left" / STITCHES_FILE)
@@ -55,7 +55,7 @@ def test_who_leaves_is_gone_and_the_rest_stays(workspace: Workspace, tmp_path: P
     assert find_expert(folder, workspace.experts / "prose").merged is not None
 
 
-def test_who_joins_disturbs_little_at_first(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_joining_expert_changes_the_output_little_at_first(workspace: Workspace, tmp_path: Path) -> None:
     left = tmp_path / "left"
     change_experts(workspace.generalists / "trained", left, Change(remove=("prose",)))
     join = Change(add={"prose": workspace.experts / "prose"})
@@ -84,7 +84,7 @@ def test_another_takes_the_place(workspace: Workspace, tmp_path: Path) -> None:
         (Change(add={"prose": Path("prose")}), "'prose' is in the model already"),
     ],
 )
-def test_what_cannot_be_is_refused_with_nothing_written(
+def test_impossible_changes_are_refused_with_nothing_written(
     workspace: Workspace, tmp_path: Path, change: Change, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
@@ -100,7 +100,7 @@ def test_an_expert_of_another_seed_is_refused(workspace: Workspace, tmp_path: Pa
         change_experts(left, tmp_path / "out", Change(add={"prose": other.experts / "prose"}))
 
 
-def test_licences_of_who_joins_are_looked_at(workspace: Workspace, tmp_path: Path) -> None:
+def test_licences_of_joining_experts_are_checked(workspace: Workspace, tmp_path: Path) -> None:
     left = tmp_path / "left"
     change_experts(workspace.generalists / "trained", left, Change(remove=("prose",)))
     expert = tmp_path / "prose"

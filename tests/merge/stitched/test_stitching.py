@@ -49,8 +49,8 @@ def shaken(folder: Path) -> StitchedForCausalLM:
 
 def logits(model: Any, **inputs: Any) -> torch.Tensor:
     with torch.inference_mode():
-        found: torch.Tensor = model(**{"input_ids": TOKENS, **inputs}).logits
-    return found
+        result: torch.Tensor = model(**{"input_ids": TOKENS, **inputs}).logits
+    return result
 
 
 @pytest.mark.parametrize("family", ["olmo2", "llama", "qwen2", "qwen3", "mistral", "gpt2"])
@@ -68,15 +68,15 @@ def test_a_step_by_step_pass_is_the_models_own(workspace: Workspace) -> None:
     seed, _ = load_model(workspace.layout.seed)
     with torch.inference_mode():
         states = seed(input_ids=TOKENS, output_hidden_states=True).hidden_states
-        one = Stepwise(seed)
-        one.begin(input_ids=TOKENS, use_cache=False)
-        assert torch.equal(one.states, states[0])
-        assert torch.equal(one.advance(1), states[1])
-        end = seed.model.norm(one.advance(len(decoder_layers(seed))))
+        stepwise = Stepwise(seed)
+        stepwise.begin(input_ids=TOKENS, use_cache=False)
+        assert torch.equal(stepwise.states, states[0])
+        assert torch.equal(stepwise.advance(1), states[1])
+        end = seed.model.norm(stepwise.advance(len(decoder_layers(seed))))
     assert torch.equal(end, states[-1])
 
 
-def test_the_layers_are_what_the_paper_writes() -> None:
+def test_the_layers_equal_the_papers_formulas() -> None:
     torch.manual_seed(0)
     hub, states = torch.randn(2, 3, 4), {"a": torch.randn(2, 3, 4), "b": torch.randn(2, 3, 6)}
     into = ExpertsIntoHub(4, {"a": 4, "b": 6})
@@ -84,7 +84,7 @@ def test_the_layers_are_what_the_paper_writes() -> None:
     torch.nn.init.ones_(into.strength)
     new, projected = into(hub, states)
     gates = torch.stack([into.gates[key](hub) for key in ("hub", "expert_a", "expert_b")]).softmax(dim=0)
-    seen = [into.projections[f"expert_{name}"](one) for name, one in states.items()]
+    seen = [into.projections[f"expert_{name}"](state) for name, state in states.items()]
     torch.testing.assert_close(new, gates[0] * hub + gates[1] * seen[0] + gates[2] * seen[1])
     torch.testing.assert_close(projected["b"], seen[1])
     given = out(hub, states)
@@ -123,8 +123,10 @@ def test_a_cache_gives_what_the_whole_text_gives(workspace: Workspace) -> None:
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
     greedy = [
-        model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=4, do_sample=False, use_cache=one)
-        for one in (True, False)
+        model.generate(
+            TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=4, do_sample=False, use_cache=cached
+        )
+        for cached in (True, False)
     ]
     assert torch.equal(*greedy)
 
@@ -150,10 +152,11 @@ def test_only_stitches_train_and_members_stay_to_the_bit(workspace: Workspace) -
     before, _ = load_model(base)
     after, _ = load_model(folder)
     moved = {
-        name: not torch.equal(one, dict(after.named_parameters())[name]) for name, one in before.named_parameters()
+        name: not torch.equal(parameter, dict(after.named_parameters())[name])
+        for name, parameter in before.named_parameters()
     }
-    assert all(not one for name, one in moved.items() if not name.startswith("stitches."))
-    assert all(one for name, one in moved.items() if name.startswith("stitches.1."))
+    assert all(not changed for name, changed in moved.items() if not name.startswith("stitches."))
+    assert all(changed for name, changed in moved.items() if name.startswith("stitches.1."))
     assert verify(folder) == []
     manifest = read_manifest(folder)
     assert manifest.merged.kind == "stitched"
@@ -164,7 +167,7 @@ def test_only_stitches_train_and_members_stay_to_the_bit(workspace: Workspace) -
 def test_only_stitches_have_gradients(workspace: Workspace) -> None:
     model = shaken(stitch(workspace, "stitched"))
     model(input_ids=TOKENS).logits.square().mean().backward()
-    having = {name for name, one in model.named_parameters() if one.grad is not None}
+    having = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert having == {name for name, _ in model.stitches.named_parameters(prefix="stitches")}
 
 
@@ -205,7 +208,7 @@ def test_members_of_other_widths_and_depths_join(workspace: Workspace, tmp_path:
         workspace.merge("z", method="stitch", experts=["prose", str(other)], options={"projected": True})
 
 
-def test_a_self_contained_one_needs_nobody(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_self_contained_model_needs_no_other_folder(workspace: Workspace, tmp_path: Path) -> None:
     folder = stitch(workspace, "whole", self_contained=True)
     assert not (folder / MEMBERS_FOLDER / "prose" / "run.json").exists()
     expected = logits(load_model(folder)[0])
@@ -214,7 +217,7 @@ def test_a_self_contained_one_needs_nobody(workspace: Workspace, tmp_path: Path)
     assert verify(moved) == []
 
 
-def test_what_it_refers_to_must_be_there_and_the_same(workspace: Workspace, tmp_path: Path) -> None:
+def test_referenced_members_must_exist_unchanged(workspace: Workspace, tmp_path: Path) -> None:
     root = shutil.copytree(workspace.root, tmp_path / "copy")
     made = Workspace(root)
     folder = stitch(made, "stitched")
@@ -227,7 +230,7 @@ def test_what_it_refers_to_must_be_there_and_the_same(workspace: Workspace, tmp_
         load_model(folder)
 
 
-def test_what_transformers_saves_it_loads(workspace: Workspace, tmp_path: Path) -> None:
+def test_transformers_loads_its_own_save(workspace: Workspace, tmp_path: Path) -> None:
     model = shaken(stitch(workspace, "stitched"))
     model.without(["means"])
     model.save_pretrained(tmp_path / "saved")
@@ -237,7 +240,7 @@ def test_what_transformers_saves_it_loads(workspace: Workspace, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("projected", [False, True])
-def test_experts_go_on_with_their_own_states_or_what_the_hub_took(projected: bool) -> None:
+def test_experts_continue_from_their_own_states_or_the_hubs(projected: bool) -> None:
     settings = AutoConfig.for_model(
         "llama", vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
     )
@@ -251,12 +254,12 @@ def test_experts_go_on_with_their_own_states_or_what_the_hub_took(projected: boo
         model.stitches[2].strength.fill_(1.0)
         model.stitches[2].gates["expert_law"].bias.fill_(50.0)  # the hub ends with the expert's states
         model.stitches[1].gates["expert_law"].bias.fill_(-50.0)
-        one = Stepwise(expert)
-        one.begin(input_ids=TOKENS, use_cache=False)
-        states = one.advance(1)
+        stepwise = Stepwise(expert)
+        stepwise.begin(input_ids=TOKENS, use_cache=False)
+        states = stepwise.advance(1)
         if projected:
-            one.states = model.stitches[0].projections["expert_law"](states)
-        expected = hub.lm_head(hub.model.norm(one.advance(3)))
+            stepwise.states = model.stitches[0].projections["expert_law"](states)
+        expected = hub.lm_head(hub.model.norm(stepwise.advance(3)))
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
 
 

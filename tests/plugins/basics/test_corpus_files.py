@@ -113,9 +113,7 @@ def test_jsonl_gives_back_what_was_written(tmp_path_factory: pytest.TempPathFact
         (b'{"text": "caf\xe9"}', "law.jsonl:3: not UTF-8 at byte 13 of the line; save the file as UTF-8"),
     ],
 )
-def test_a_broken_line_is_named_with_what_is_wrong_and_how_to_mend_it(
-    tmp_path: Path, line: str | bytes, message: str
-) -> None:
+def test_a_broken_line_is_named_with_its_fault_and_remedy(tmp_path: Path, line: str | bytes, message: str) -> None:
     line = line.encode("utf-8") if isinstance(line, str) else line
     path = written(tmp_path / "law.jsonl", b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
     assert error_of("jsonl", path).startswith(message)
@@ -145,7 +143,7 @@ def test_a_gzip_file_that_is_cut_short_says_so_with_the_line(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("content", [b'{"text": "plain"}\n', gzip.compress(b"x" * 99, mtime=0)[:10] + b"\xff" * 40])
-def test_what_is_no_gzip_data_says_so(tmp_path: Path, content: bytes) -> None:
+def test_invalid_gzip_data_is_named(tmp_path: Path, content: bytes) -> None:
     message = error_of("jsonl", written(tmp_path / "law.jsonl.gz", content))
     assert message.startswith("law.jsonl.gz:1: the gzip data is truncated or damaged")
 
@@ -289,7 +287,7 @@ def test_parquet_text_that_is_not_utf_8_names_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not parquet at all", b"PAR1" + b"\x00" * 40 + b"PAR1"])
-def test_what_is_no_parquet_says_so(tmp_path: Path, content: bytes) -> None:
+def test_invalid_parquet_is_named(tmp_path: Path, content: bytes) -> None:
     pytest.importorskip("pyarrow")
     message = error_of("parquet", written(tmp_path / "law.parquet", content))
     assert message.startswith("law.parquet: not a Parquet file, or damaged after row 0 (")

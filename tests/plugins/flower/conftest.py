@@ -81,9 +81,9 @@ def hub(tmp_path: Path, new_workspace: Any) -> Iterator[Hub]:
     endpoints = Endpoints(coordinator, certificates.fingerprint, recorder)
     gateway = Gateway(lambda: f"127.0.0.1:{inner}", certificates, endpoints)
     door = TlsServer(gateway, "127.0.0.1", 0, certificates)
-    found = Hub(coordinator, certificates, door.open(), gateway, upstream, recorder, [])
-    yield found
-    for client in found.clients:
+    running = Hub(coordinator, certificates, door.open(), gateway, upstream, recorder, [])
+    yield running
+    for client in running.clients:
         client.close()
     door.close()
     behind.close()

@@ -63,9 +63,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory, new_workspace: Any) -> 
     """One coordinator for all drills; each drill has its own owners and must leave the coordinator working."""
     root = tmp_path_factory.mktemp("federation")
     hub = new_workspace(root / "hub", experts=(), config="training: {sequence_length: 16}\n")
-    found = Federation(root, hub)
-    yield found
-    found.close()
+    running = Federation(root, hub)
+    yield running
+    running.close()
 
 
 def client_of(federation: Federation, owner: Owner) -> CoordinatorClient:
@@ -129,7 +129,7 @@ def test_a_coordinator_killed_after_one_of_three_deliveries_and_an_owner_killed_
     assert content_of(federation.workspace / "experts" / "first") == first
     asked = [entry.owner for entry in federation.coordinator.files.ledger.entries() if entry.state == "asked"]
     assert asked.count("first") == asked.count("second") == 1
-    late = next(one for one in owner_statuses(federation.coordinator) if one.request == silent.id)
+    late = next(status for status in owner_statuses(federation.coordinator) if status.request == silent.id)
     assert (late.state, late.detail) == ("asked", "the deadline has passed")
     for request in requests.values():  # it was Flower that carried the requests
         assert read_json(federation.coordinator.files.root / "handed" / f"{request.id}.json")["code"] == "TAKEN"
@@ -248,14 +248,14 @@ def test_a_delivery_resumes_after_a_full_disk_at_the_coordinator(federation: Fed
 
 def deliver(client: CoordinatorClient, folder: Path, request_id: str, signed: SignedStatement) -> str:
     """Deliver a folder as an owner's process does, without its checks; return the verdict."""
-    found = client.begin(request_id, signed)
-    if "refusal" not in found:
+    answer = client.begin(request_id, signed)
+    if "refusal" not in answer:
         for file in signed.statement.files:
-            for index in found["missing"][file.name]:
+            for index in answer["missing"][file.name]:
                 client.put(request_id, file, index, read_part(folder / file.name, file, index))
-        while (found := client.finish(request_id)).get("state") == "judging":
+        while (answer := client.finish(request_id)).get("state") == "judging":
             time.sleep(0.2)
-    return str(found.get("refusal") or found["state"])
+    return str(answer.get("refusal") or answer["state"])
 
 
 def altered(
@@ -400,8 +400,8 @@ def main(grid, context):
     while waiting:
         for reply in grid.pull_messages(waiting):
             waiting = []
-            found = str(reply.error.reason) if reply.has_error() else "IT RAN"
-            open(context.run_config["workspace"], "w").write(found)
+            reason = str(reply.error.reason) if reply.has_error() else "IT RAN"
+            open(context.run_config["workspace"], "w").write(reason)
         time.sleep(1)
 """
 ALTERED_CLIENT = """

@@ -47,9 +47,9 @@ def outcome_without_gradients(model: PreTrainedModel) -> torch.Tensor:
 def outcome(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
     tokens = torch.randint(0, 100, (2, 9), generator=torch.Generator().manual_seed(1))
     model.zero_grad()
-    found = model(input_ids=tokens, labels=tokens)
-    found.loss.backward()
-    return found.logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    output = model(input_ids=tokens, labels=tokens)
+    output.loss.backward()
+    return output.logits.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
@@ -89,12 +89,12 @@ def test_weights_keep_their_values_and_are_saved_as_before(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     model = mixture("mixtral")
     model.save_pretrained(tmp_path / "before")
-    before = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     use_sorted_loop(model)
     experts = model.model.layers[0].mlp.experts
     assert experts.gate_up_proj.mT.is_contiguous() == (capability == "AVX2")
     assert experts.down_proj.is_contiguous()
-    assert all(one.equal(before[name]) for name, one in model.state_dict().items())
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     model.save_pretrained(tmp_path / "after")
     saved = [(tmp_path / when / "model.safetensors").read_bytes() for when in ("before", "after")]
     assert saved[0] == saved[1]
@@ -160,16 +160,16 @@ def test_experts_that_get_no_token_are_not_run() -> None:
 
     hidden = torch.arange(6.0).reshape(3, 2)
     gates, chosen = torch.full((3, 1), 2.0), torch.full((3, 1), 1)
-    assert combine_experts([never, lambda one: one + 1, never], hidden, gates, chosen).equal((hidden + 1) * 2)
+    assert combine_experts([never, lambda rows: rows + 1, never], hidden, gates, chosen).equal((hidden + 1) * 2)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_no_token_at_all(top_k: int) -> None:
     hidden = torch.zeros(0, 2, requires_grad=True)
     nothing = torch.zeros(0, top_k)
-    found = combine_experts([lambda one: one], hidden, nothing, nothing.long())
-    found.sum().backward()
-    assert found.shape == hidden.grad.shape == (0, 2)
+    combined = combine_experts([lambda rows: rows], hidden, nothing, nothing.long())
+    combined.sum().backward()
+    assert combined.shape == hidden.grad.shape == (0, 2)
 
 
 def test_mixed_precision_trains_as_transformers_trains_it() -> None:
@@ -192,7 +192,7 @@ def test_second_derivatives_are_those_of_the_eager_experts(family: str) -> None:
     def curvature() -> list[torch.Tensor]:
         loss = model(input_ids=tokens, labels=tokens).loss
         first = torch.autograd.grad(loss, parameters, create_graph=True)
-        return list(torch.autograd.grad(sum(one.square().sum() for one in first), parameters))
+        return list(torch.autograd.grad(sum(gradient.square().sum() for gradient in first), parameters))
 
     model.set_experts_implementation("eager")
     expected = curvature()

@@ -15,18 +15,18 @@ COUNTS = [3, 0, 2]
 
 
 def numbers(*shape: int, turned: bool = False) -> Tensor:
-    found = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+    tensor = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
     if turned:
-        found = found.mT.contiguous().mT
-    return found.requires_grad_()
+        tensor = tensor.mT.contiguous().mT
+    return tensor.requires_grad_()
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("trained", [(0, 1, 2), (1,), (2,), (1, 2)])
 def test_finite_differences(trained: Sequence[int], turned: bool) -> None:
     given = [numbers(5, 4), numbers(3, 12, 4, turned=turned), numbers(3, 4, 6, turned=turned)]
-    for place, one in enumerate(given):
-        one.requires_grad_(place in trained)
+    for place, tensor in enumerate(given):
+        tensor.requires_grad_(place in trained)
 
     def function(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return swiglu_experts(x, COUNTS, gate_up, down)

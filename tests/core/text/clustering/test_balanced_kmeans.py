@@ -57,16 +57,16 @@ def points(seed: int = 0) -> np.ndarray:
 
 def test_groups_that_are_far_apart_are_found() -> None:
     for balanced in (True, False):
-        found = fit(points(), 3, seed=1, balanced=balanced)
-        labels = squared_distances(points(), found.centres).argmin(axis=1)
+        fitted = fit(points(), 3, seed=1, balanced=balanced)
+        labels = squared_distances(points(), fitted.centres).argmin(axis=1)
         assert sorted(np.bincount(labels).tolist()) == [60, 60, 60]
         assert len({tuple(set(labels[begin : begin + 60])) for begin in (0, 60, 120)}) == 3
 
 
 def test_the_same_random_seed_gives_the_same_centres() -> None:
-    one, same, other = (fit(points(), 3, seed=seed).centres for seed in (1, 1, 2))
-    assert np.array_equal(one, same)
-    assert not np.array_equal(one, other)
+    first, same, other = (fit(points(), 3, seed=seed).centres for seed in (1, 1, 2))
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
 
 
 def test_first_centres_of_duplicates_are_those_duplicates() -> None:
@@ -76,5 +76,5 @@ def test_first_centres_of_duplicates_are_those_duplicates() -> None:
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_one_cluster_and_as_many_as_points(count: int) -> None:
-    found = fit(np.arange(10.0).reshape(5, 2), count)
-    assert sorted(found.centres.tolist()) == ([[4.0, 5.0]] if count == 1 else np.arange(10.0).reshape(5, 2).tolist())
+    fitted = fit(np.arange(10.0).reshape(5, 2), count)
+    assert sorted(fitted.centres.tolist()) == ([[4.0, 5.0]] if count == 1 else np.arange(10.0).reshape(5, 2).tolist())

@@ -25,11 +25,11 @@ MODULES = (textwrap, random, statistics, string)
 
 
 def corpus() -> list[str]:
-    found = []
+    texts = []
     for module in MODULES:
         lines = inspect.getsource(module).splitlines()
-        found += ["\n".join(lines[begin : begin + 12]) for begin in range(0, len(lines), 12)]
-    return found
+        texts += ["\n".join(lines[begin : begin + 12]) for begin in range(0, len(lines), 12)]
+    return texts
 
 
 def assigned(clusterer: Clusterer, texts: Sequence[str]) -> list[int]:
@@ -104,16 +104,16 @@ def test_too_few_texts_for_the_clusters_are_refused(texts: list[str]) -> None:
 
 
 def test_duplicates_alone_are_divided_all_the_same() -> None:
-    found = fit_clusterer(["the same words again"] * 20, ClustererSettings(clusters=3))
-    assert np.isfinite(found.centres).all()
+    clusterer = fit_clusterer(["the same words again"] * 20, ClustererSettings(clusters=3))
+    assert np.isfinite(clusterer.centres).all()
 
 
 def test_chinese_is_taken_by_its_characters() -> None:
     lines = ["床前明月光", "疑是地上霜", "舉頭望明月", "低頭思故鄉", "明月光", "地上霜"]
     recorder = Recorder()
-    found = fit_clusterer(lines, ClustererSettings(clusters=2), recorder)
-    assert found.settings.analyser == "characters"
-    assert "明月" in found.spellings
+    clusterer = fit_clusterer(lines, ClustererSettings(clusters=2), recorder)
+    assert clusterer.settings.analyser == "characters"
+    assert "明月" in clusterer.spellings
     assert recorder.lines[0] == "clustering by letter bigrams and trigrams"
 
 

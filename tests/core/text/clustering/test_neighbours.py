@@ -13,36 +13,36 @@ from expertctl.core.text.clustering.neighbours import nearest_neighbours
 
 
 def all_pairs(points: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
-    found = []
+    rankings = []
     for row in range(len(points)):
         cosines = [
             (other, float(points[row].astype(float) @ points[other])) for other in range(len(points)) if other != row
         ]
-        ranked = sorted((one for one in cosines if one[1] > 1e-7), key=lambda one: -one[1])
-        found.append(ranked[:count])
-    return found
+        ranked = sorted((pair for pair in cosines if pair[1] > 1e-7), key=lambda pair: -pair[1])
+        rankings.append(ranked[:count])
+    return rankings
 
 
 @given(st.integers(0, 40), st.integers(1, 6), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_the_same_as_a_look_at_all_pairs(size: int, count: int, seed: int) -> None:
     points = unit_rows(np.random.default_rng(seed).normal(size=(size, 5)))
-    found = nearest_neighbours(points, count)
-    assert found.places.shape == found.similarities.shape == (size, count)
+    neighbours = nearest_neighbours(points, count)
+    assert neighbours.places.shape == neighbours.similarities.shape == (size, count)
     for row, expected in enumerate(all_pairs(points, count)):
-        real = found.places[row] >= 0
+        real = neighbours.places[row] >= 0
         assert real.sum() == len(expected)
-        np.testing.assert_allclose(found.similarities[row][real], [one[1] for one in expected], atol=1e-5)
-        for place, cosine in zip(found.places[row][real], found.similarities[row][real], strict=True):
+        np.testing.assert_allclose(neighbours.similarities[row][real], [pair[1] for pair in expected], atol=1e-5)
+        for place, cosine in zip(neighbours.places[row][real], neighbours.similarities[row][real], strict=True):
             assert place != row
             assert abs(points[row] @ points[place] - cosine) < 1e-5
-        assert (found.similarities[row][~real] == -1).all()
+        assert (neighbours.similarities[row][~real] == -1).all()
 
 
 def test_points_without_length_have_no_neighbours_and_are_nobodys() -> None:
     points = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], np.float32)
-    found = nearest_neighbours(points, 2)
-    assert found.places.tolist() == [[2, -1], [-1, -1], [0, -1], [-1, -1]]
+    neighbours = nearest_neighbours(points, 2)
+    assert neighbours.places.tolist() == [[2, -1], [-1, -1], [0, -1], [-1, -1]]
 
 
 def test_cells_find_nearly_what_all_pairs_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_cells_find_nearly_what_all_pairs_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(neighbours, "CELL", 60)
     near = nearest_neighbours(points, 5)
     assert (near.places >= 0).all()
-    same = np.mean([len(set(one) & set(other)) / 5 for one, other in zip(exact.places, near.places, strict=True)])
+    same = np.mean([len(set(row) & set(other)) / 5 for row, other in zip(exact.places, near.places, strict=True)])
     assert same > 0.9
     again = nearest_neighbours(points, 5)
     assert (again.places == near.places).all()

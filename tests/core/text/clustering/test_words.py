@@ -17,8 +17,8 @@ ANALYSER = CountVectorizer().build_analyzer()
 @settings(deadline=None)
 def test_words_are_those_of_scikit_learn(texts: list[str]) -> None:
     words = words_of(texts)
-    found = [(int(text), words.spelling(number)) for number, text in enumerate(words.texts)]
-    assert found == [(number, word) for number, text in enumerate(texts) for word in ANALYSER(text)]
+    spelled = [(int(text), words.spelling(number)) for number, text in enumerate(words.texts)]
+    assert spelled == [(number, word) for number, text in enumerate(texts) for word in ANALYSER(text)]
 
 
 def test_equal_words_have_equal_hashes_and_others_do_not() -> None:
@@ -29,7 +29,7 @@ def test_equal_words_have_equal_hashes_and_others_do_not() -> None:
     assert words.hashes[-1] == words.hashes[-2] == hash_of("word7")
 
 
-def test_a_words_hash_does_not_depend_on_what_stands_around_it() -> None:
+def test_a_words_hash_does_not_depend_on_its_neighbours() -> None:
     assert words_of(["to be, or not"]).hashes[1] == words_of(["x y z", "be"]).hashes[0] == hash_of("be")
 
 

@@ -43,7 +43,7 @@ def test_a_line_cut_short_by_a_kill_is_ignored(tmp_path: Path, cut: int) -> None
     assert ledger.state("1") == expected
     assert ledger.state("2") == "asked"
     ledger.add(entry("accepted", "2"))
-    assert [one.request for one in ledger.entries()][-2:] == ["2", "2"]
+    assert [entry.request for entry in ledger.entries()][-2:] == ["2", "2"]
 
 
 def test_a_damaged_line_between_others_is_an_error(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_concurrent_processes_append_complete_lines(tmp_path: Path) -> None:
         process.start()
     for process in processes:
         process.join(60)
-    assert sorted(one.request for one in Ledger(path).entries()) == sorted(
+    assert sorted(entry.request for entry in Ledger(path).entries()) == sorted(
         f"{name}{number}" for name in "xyz" for number in range(20)
     )
 

@@ -24,13 +24,16 @@ def test_owners_stay_online_for_a_while_after_a_hello(
     new_owner("site-a")
     new_owner("site-b")
     coordinator.files.presence.note("site-a", clock())
-    assert [(one.online, one.seen) for one in owner_statuses(coordinator)] == [(True, clock()), (False, None)]
+    assert [(status.online, status.last_heard) for status in owner_statuses(coordinator)] == [
+        (True, clock()),
+        (False, None),
+    ]
     clock.pass_hours(1)
-    assert [one.online for one in owner_statuses(coordinator)] == [False, False]
+    assert [status.online for status in owner_statuses(coordinator)] == [False, False]
     (request,) = coordinator.ask(["site-b"], BTM, clock() + timedelta(hours=1))
     coordinator.files.record_progress(request.id, Progress("training", 1, 2), coordinator.now())
     first, second = owner_statuses(coordinator)
-    assert (first.seen, second.seen) == (clock() - timedelta(hours=1), clock())
+    assert (first.last_heard, second.last_heard) == (clock() - timedelta(hours=1), clock())
 
 
 def test_the_file_is_written_at_once_for_a_new_owner_and_within_seconds_for_others(
@@ -59,6 +62,6 @@ def test_a_full_disk_does_not_fail_an_owners_request(
         raise UserError("no space left")
 
     monkeypatch.setattr(members, "write_json", full)
-    found = Presence(tmp_path / "heard.json")
-    found.note("a", clock())
-    assert found.heard() == {}
+    presence = Presence(tmp_path / "heard.json")
+    presence.note("a", clock())
+    assert presence.heard() == {}

@@ -90,10 +90,10 @@ def test_an_expert_that_cannot_be_scored_is_refused_and_a_seed_is_an_error(layou
     """Measured in a process of its own, as a coordinator does."""
     broken = model_beside(layout, 2.0)
     (broken / "config.json").write_text("{}")
-    found = held_out_measure(layout)(layout.seed, broken)
-    assert found is not None
-    assert math.isnan(found.expert)
-    assert found.seed > 0
+    measured = held_out_measure(layout)(layout.seed, broken)
+    assert measured is not None
+    assert math.isnan(measured.expert)
+    assert measured.seed > 0
     (layout.root / "federation" / "held-out.json").unlink()
     (layout.seed / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="public text cannot be scored, so no delivery can be judged: "):

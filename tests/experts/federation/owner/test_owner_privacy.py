@@ -70,7 +70,7 @@ def test_an_expert_without_noise_is_not_delivered_after_the_owner_demands_privac
 
 
 @pytest.mark.parametrize(
-    ("asked", "own", "found"),
+    ("asked", "own", "expected"),
     [
         (None, None, None),
         ({"epsilon": 3.0, "delta": 1e-5}, None, {"epsilon": 3.0, "delta": 1e-5}),
@@ -89,11 +89,11 @@ def test_the_stricter_privacy_budget_applies(
     clock: Clock,
     asked: dict[str, float] | None,
     own: dict[str, float] | None,
-    found: dict[str, float] | None,
+    expected: dict[str, float] | None,
 ) -> None:
     owner = new_owner("site-a")
     owner.configure(replace(owner.settings(), privacy=own))
-    assert owner.privacy(ask(coordinator, clock, replace(BTM, privacy=asked))) == found
+    assert owner.privacy(ask(coordinator, clock, replace(BTM, privacy=asked))) == expected
 
 
 def test_an_owner_who_demands_privacy_refuses_rounds(

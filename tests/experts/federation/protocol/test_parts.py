@@ -36,7 +36,7 @@ def test_parts_in_any_order_restore_the_file(
         writer.put(index, read_part(path, parts, index))
     assert PartsWriter(folder / "to", parts).finish().read_bytes() == data
     assert PartsWriter(folder / "to", parts).missing() == []
-    assert [one.name for one in (folder / "to").iterdir()] == ["x.bin"]
+    assert [path.name for path in (folder / "to").iterdir()] == ["x.bin"]
 
 
 @pytest.fixture

@@ -52,9 +52,9 @@ def moved(weights: Mapping[str, torch.Tensor], seed: int, scale: float = 0.05) -
 def contribution(folder: Path, owner: str, tensors: Tensors, share: float, shared: Path) -> Contribution:
     file = folder / f"{owner}.safetensors"
     write_tensors(file, tensors)
-    found = examine_delivery(file, 1.0, Checkpoint([shared]), RULES)
-    assert isinstance(found, Delivery), found
-    return Contribution(owner, file, found.digest, share)
+    examined = examine_delivery(file, 1.0, Checkpoint([shared]), RULES)
+    assert isinstance(examined, Delivery), examined
+    return Contribution(owner, file, examined.digest, share)
 
 
 def rounds_on_disk(folder: Path, dtype: torch.dtype, recipe: str, count: int) -> tuple[Checkpoint, list]:
@@ -170,20 +170,20 @@ def test_weights_that_cannot_be_averaged_are_refused(tmp_path: Path, kind: str, 
     shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
     write_tensors(shared, shared_weights(torch.float32))
     write_tensors(own, damaged(kind, moved(shared_weights(torch.float32), 1)))
-    found = examine_delivery(own, 1.0, Checkpoint([shared]), RULES)
-    assert isinstance(found, Refusal)
-    assert found.code is code
-    assert detail in found.detail
+    examined = examine_delivery(own, 1.0, Checkpoint([shared]), RULES)
+    assert isinstance(examined, Refusal)
+    assert examined.code is code
+    assert detail in examined.detail
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     shared, own = tmp_path / "shared.safetensors", tmp_path / "own.safetensors"
     write_tensors(shared, shared_weights(torch.float32))
     own.write_bytes(shared.read_bytes()[:-3])
-    found = examine_delivery(own, 1.0, Checkpoint([shared]), RULES)
-    assert isinstance(found, Refusal)
-    assert found.code is RefusalCode.FILES
-    assert str(tmp_path) not in str(found)
+    examined = examine_delivery(own, 1.0, Checkpoint([shared]), RULES)
+    assert isinstance(examined, Refusal)
+    assert examined.code is RefusalCode.FILES
+    assert str(tmp_path) not in str(examined)
 
 
 def test_weights_changed_after_the_examination_stop_the_round(tmp_path: Path) -> None:
@@ -205,12 +205,12 @@ def test_the_order_of_owners_does_not_change_a_byte(tmp_path: Path) -> None:
         contribution(tmp_path, f"owner-{index}", moved(shared_weights(torch.bfloat16), index), 0.25, shared)
         for index in range(4)
     ]
-    found = []
+    written = []
     for order in (given, given[::-1]):
         files = tmp_path / "after.safetensors", tmp_path / "outer.safetensors"
         average_round(Checkpoint([shared]), order, None, OUTER_RECIPES["diloco"], *files)
-        found.append([file.read_bytes() for file in files])
-    assert found[0] == found[1]
+        written.append([file.read_bytes() for file in files])
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -220,7 +220,7 @@ def test_pieces_of_any_size_give_the_same_bytes(
     shared = tmp_path / "shared.safetensors"
     write_tensors(shared, shared_weights(dtype))
     given = [contribution(tmp_path, str(index), moved(shared_weights(dtype), index), 0.5, shared) for index in range(2)]
-    found = []
+    written = []
     for piece in (1 << 22, 5, 1):
         monkeypatch.setattr(safetensors_io, "SPAN", piece)
         examined = examine_delivery(given[0].file, 1.0, Checkpoint([shared]), RULES)
@@ -230,8 +230,8 @@ def test_pieces_of_any_size_give_the_same_bytes(
         average_round(Checkpoint([shared]), given, None, OUTER_RECIPES["diloco"], files[0], files[1])
         state = Checkpoint([files[1]])
         average_round(Checkpoint([files[0]]), given, state, OUTER_RECIPES["diloco"], files[2], files[3])
-        found.append([file.read_bytes() for file in files])
-    assert found[0] == found[1] == found[2]
+        written.append([file.read_bytes() for file in files])
+    assert written[0] == written[1] == written[2]
 
 
 def test_an_unknown_recipe_is_named() -> None:

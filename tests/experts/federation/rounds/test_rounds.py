@@ -257,13 +257,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenBlocks]:
     """Each owner's text is a distinct cycle through the vocabulary, which a model can learn."""
-    found = {}
+    blocks = {}
     for number, owner in enumerate(OWNERS):
         folder = tmp_path_factory.mktemp(owner)
         rows = [((np.arange(40) * (number + 1) + start) % 60 + 60 * number).tolist() for start in range(0, 60, 2)]
         write_part(folder, [("x" * 40, row) for row in rows], separator=0, vocabulary=300)
-        found[owner] = TokenBlocks(TokenStore(folder), CONFIG.sequence_length)
-    return found
+        blocks[owner] = TokenBlocks(TokenStore(folder), CONFIG.sequence_length)
+    return blocks
 
 
 def train_all(

@@ -49,7 +49,7 @@ def test_the_numerical_accountant_needs_less_noise_for_the_same_budget() -> None
     assert epsilon_of([(less, 0.02, 50)], dp) == accountant.get_epsilon(1e-6) <= 8
 
 
-def test_what_is_released_before_training_is_paid_for() -> None:
+def test_releases_before_training_are_accounted_for() -> None:
     before = [(5.0, 1.0, 1)]
     with_release = noise_multiplier(DP, 0.02, 50, before)
     without = noise_multiplier(DP, 0.02, 50)
@@ -73,7 +73,7 @@ def test_what_is_released_before_training_is_paid_for() -> None:
         (DpConfig(epsilon=1e-9, delta=1e-12), 400, (), r"no amount of noise meets epsilon 1e-09"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(
+def test_unreachable_budgets_are_refused(
     dp: DpConfig, blocks: int, before: tuple[tuple[float, float, int], ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):

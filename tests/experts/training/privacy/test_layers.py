@@ -130,8 +130,8 @@ def test_one_block_at_a_time_any_layer_can_train(blocks: TokenBlocks, case: str)
     loop = private_loop(all_parameters(model), blocks, clip=0.25, config=single)
     loop._accumulate()
     tokens = torch.from_numpy(np.stack([blocks.block(index) for index in drawn(loop)]))
-    alone = naive_gradients(lambda one: next_token_loss(twin.module, one), dict(twin.parameters), tokens)
-    norms = [float(torch.stack([one.square().sum() for one in each.values()]).sum().sqrt()) for each in alone]
+    alone = naive_gradients(lambda tokens: next_token_loss(twin.module, tokens), dict(twin.parameters), tokens)
+    norms = [float(torch.stack([gradient.square().sum() for gradient in each.values()]).sum().sqrt()) for each in alone]
     assert max(norms) > 0.25, "something is clipped"
     for name, parameter in loop.parameters.items():
         expected = sum(min(1.0, 0.25 / (norm + 1e-6)) * each[name] for norm, each in zip(norms, alone, strict=True))
@@ -196,9 +196,9 @@ def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBloc
         rows = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)) * 0.3
         parts = coordinate(model, rows, bias=True)
         with torch.no_grad():
-            for one in parts:
-                one.bias.fill_(-0.1)  # at 0 the clamp has no slope
-        parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+            for block in parts:
+                block.logit.bias.fill_(-0.1)  # at 0 the clamp has no slope
+        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         return CoordinatedPart(model, parameters, parts, 0.5, None)
 
     loop = private_loop(part(), blocks, clip=clip)
@@ -212,7 +212,7 @@ def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBloc
         dict(twin.parameters),
         torch.from_numpy(np.stack([blocks.block(index) for index in chosen])),
     )
-    norms = [float(torch.stack([one.square().sum() for one in each.values()]).sum().sqrt()) for each in alone]
+    norms = [float(torch.stack([gradient.square().sum() for gradient in each.values()]).sum().sqrt()) for each in alone]
     expected_size = CONFIG.batch_size * CONFIG.accumulation
     for name, parameter in loop.parameters.items():
         expected = sum(min(1.0, clip / (norm + 1e-6)) * each[name] for norm, each in zip(norms, alone, strict=True))

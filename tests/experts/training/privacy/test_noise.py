@@ -34,11 +34,11 @@ def test_it_is_uniform_and_never_0_or_1() -> None:
 
 
 def test_draws_are_binomial_and_independent_between_steps() -> None:
-    counts = [len(SOURCE.drawn(f"draw/{step}", 400, 0.05)) for step in range(500)]
+    counts = [len(SOURCE.sampled_indices(f"draw/{step}", 400, 0.05)) for step in range(500)]
     assert np.mean(counts) == pytest.approx(20, abs=0.6)
     assert np.var(counts) == pytest.approx(400 * 0.05 * 0.95, rel=0.2)
-    assert len(SOURCE.drawn("draw/0", 50, 1.0)) == 50
-    both = set(SOURCE.drawn("draw/0", 400, 0.5)) & set(SOURCE.drawn("draw/1", 400, 0.5))
+    assert len(SOURCE.sampled_indices("draw/0", 50, 1.0)) == 50
+    both = set(SOURCE.sampled_indices("draw/0", 400, 0.5)) & set(SOURCE.sampled_indices("draw/1", 400, 0.5))
     assert 60 < len(both) < 140
 
 

@@ -39,7 +39,7 @@ def workspace(flexolmo_workspace: Workspace, tmp_path: Path) -> Workspace:
         ("flexolmo", {"public": "public"}),
     ],
 )
-def test_an_expert_says_what_it_cost_and_nothing_of_its_text(
+def test_an_expert_records_its_privacy_cost_and_nothing_of_its_text(
     workspace: Workspace, trains: str, options: dict[str, Any]
 ) -> None:
     folder = train_here(workspace, "clinic", domain="prose", trains=trains, options=options, dp=DP)
@@ -48,7 +48,7 @@ def test_an_expert_says_what_it_cost_and_nothing_of_its_text(
     spent = manifest.data.privacy
     run = read_run(folder)
     assert run.dp is not None
-    history = [tuple(one) for one in spent.history]
+    history = [tuple(step) for step in spent.history]
     assert history == [(spent.noise_multiplier, spent.sampling_rate, run.training.steps)]
     assert spent.epsilon == epsilon_of(history, run.dp) <= 8
     assert spent.epsilon > 7.9
@@ -105,7 +105,7 @@ def test_a_router_row_begins_at_random_unless_its_noise_is_paid_for(workspace: W
     router = Checkpoint([plain / "router.safetensors"])
     assert "domain" not in router
     assert "domain" in Checkpoint([paid / "router.safetensors"])
-    spent, without = (read_manifest(one).data.privacy for one in (paid, plain))
+    spent, without = (read_manifest(folder).data.privacy for folder in (paid, plain))
     assert spent.history[0] == (5.0, 1.0, 1)
     assert 7.9 < spent.epsilon <= 8
     assert spent.noise_multiplier > without.noise_multiplier, "training gets what is left"
@@ -137,27 +137,27 @@ def test_the_private_embedding_comes_to_the_plain_one_as_noise_vanishes(workspac
     from expertctl.plugins.methods.flexolmo.domain_embeddings import private_hidden_state_embedding
 
     model = load_network(workspace.layout.seed)
-    own, public = (TokenBlocks(one.open("train"), 32) for one in workspace.prepare(["prose", "public"]))
+    own, public = (TokenBlocks(store.open("train"), 32) for store in workspace.prepare(["prose", "public"]))
     elsewhere = spread_blocks(public, 16)
     quiet = Releases(NoiseSource(b"k" * 32), 1e-9)
-    found = private_hidden_state_embedding(model, own, elsewhere, quiet)
+    embedding = private_hidden_state_embedding(model, own, elsewhere, quiet)
     everything = [own.block(index)[:-1] for index in range(len(own))]
     plain = input_moments(model, everything).mean
     # blocks further from public text than its own length are cut, and the mean with them
-    assert torch.nn.functional.cosine_similarity(found.domain.double(), plain).min() > 0.9
+    assert torch.nn.functional.cosine_similarity(embedding.domain.double(), plain).min() > 0.9
     assert quiet.history == [(1e-9, 1.0, 1)]
 
     loud = Releases(NoiseSource(b"k" * 32), 50.0)
     noisy = private_hidden_state_embedding(model, own, elsewhere, loud)
     lengths = input_moments(model, elsewhere).mean.norm(dim=-1, keepdim=True)
-    noise = ((noisy.domain - found.domain).double() / lengths).flatten()
-    layers = len(found.domain)
+    noise = ((noisy.domain - embedding.domain).double() / lengths).flatten()
+    layers = len(embedding.domain)
     assert float(noise.std()) == pytest.approx(50 * layers**0.5 / len(own), rel=0.4)
 
 
 @pytest.mark.parametrize("clip", [0.5, 3.0, 100.0])
 def test_one_block_moves_the_mean_by_the_clip_at_most(clip: float) -> None:
-    vectors = [torch.from_numpy(one) for one in np.random.default_rng(0).normal(size=(9, 4)) * 5]
+    vectors = [torch.from_numpy(vector) for vector in np.random.default_rng(0).normal(size=(9, 4)) * 5]
 
     def total(chosen: list[torch.Tensor]) -> torch.Tensor:
         return Releases(NoiseSource(b"k" * 32), 1e-12).embedding_mean(chosen, clip) * len(chosen)
@@ -187,7 +187,7 @@ def test_one_block_moves_the_mean_by_the_clip_at_most(clip: float) -> None:
         ({"dp": {**DP, "noise": "loud"}}, r"dp.noise: input should be 'secret' or 'seeded'"),
     ],
 )
-def test_branching_refuses_what_would_tell_or_cannot_be(
+def test_branching_refuses_leaking_and_impossible_settings(
     workspace: Workspace, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -213,9 +213,9 @@ def test_without_opacus_it_says_how_to_get_it(workspace: Workspace, monkeypatch:
     import importlib.util
 
     def hidden(name: str, *further: Any) -> Any:
-        return None if name == "opacus" else found(name, *further)
+        return None if name == "opacus" else find_spec(name, *further)
 
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
     with pytest.raises(UserError, match=r"needs Opacus, which is not installed: pip install 'expertctl\[privacy\]'"):
         workspace.branch("odd", domain="prose", dp=DP)

@@ -33,7 +33,7 @@ def gradients(loop: PrivateTrainingLoop) -> dict[str, torch.Tensor]:
 def test_without_noise_and_clipping_it_is_the_gradient_of_the_ordinary_loop(blocks: TokenBlocks, family: str) -> None:
     loop = private_loop(all_parameters(make_model(family)), blocks)
     chosen = drawn(loop)
-    found = gradients(loop)
+    clipped = gradients(loop)
 
     ordinary = TrainingLoop(
         all_parameters(make_model(family)),
@@ -46,7 +46,7 @@ def test_without_noise_and_clipping_it_is_the_gradient_of_the_ordinary_loop(bloc
     assert len(chosen) != expected, "else the two would agree whatever they divide by"
     for name, parameter in ordinary.parameters.items():
         assert parameter.grad is not None
-        torch.testing.assert_close(found[name], parameter.grad * (len(chosen) / expected), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(clipped[name], parameter.grad * (len(chosen) / expected), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("trained", ["*", "*.mlp.*", "*norm*"])
@@ -59,18 +59,18 @@ def test_each_block_is_clipped_by_itself(blocks: TokenBlocks, trained: str) -> N
     alone = naive_gradients(
         lambda tokens: double_loss(twin.module, tokens), dict(twin.parameters), tokens_of(blocks, chosen)
     )
-    norms = [torch.stack([gradient.square().sum() for gradient in one.values()]).sum().sqrt() for one in alone]
+    norms = [torch.stack([gradient.square().sum() for gradient in example.values()]).sum().sqrt() for example in alone]
     clip = float(torch.stack(norms).median())
 
     model = make_model("llama").double()
     loop = private_loop(matching_parameters(model, [trained]), blocks, clip=clip)
     loop._loss = lambda tokens: double_loss(model, tokens)
-    found = gradients(loop)
+    clipped = gradients(loop)
     cut = [min(1.0, clip / (float(norm) + 1e-6)) for norm in norms]
-    assert sum(one < 1 for one in cut) >= 2, "some must be clipped"
-    assert sum(one == 1 for one in cut) >= 2, "and some not"
-    for name, gradient in found.items():
-        expected = sum(factor * one[name] for factor, one in zip(cut, alone, strict=True))
+    assert sum(factor < 1 for factor in cut) >= 2, "some must be clipped"
+    assert sum(factor == 1 for factor in cut) >= 2, "and some not"
+    for name, gradient in clipped.items():
+        expected = sum(factor * gradient[name] for factor, gradient in zip(cut, alone, strict=True))
         # the norms of the family compute in float32
         torch.testing.assert_close(gradient, expected / 8, atol=1e-7, rtol=1e-5)
 
@@ -87,12 +87,12 @@ def test_one_block_moves_the_sum_by_the_clip_at_most(blocks: TokenBlocks) -> Non
     chosen = drawn(loop)
 
     def total(indices: list[int]) -> torch.Tensor:
-        sums = {name: torch.zeros_like(one) for name, one in loop.parameters.items()}
+        sums = {name: torch.zeros_like(parameter) for name, parameter in loop.parameters.items()}
         loop._add_clipped(sums, loop._load_blocks(np.array(indices)))
-        return torch.cat([one.flatten() for one in sums.values()]).double()
+        return torch.cat([gradient.flatten() for gradient in sums.values()]).double()
 
     whole = total(chosen)
-    moved = [float((whole - total([one for one in chosen if one != out])).norm()) for out in chosen]
+    moved = [float((whole - total([example for example in chosen if example != out])).norm()) for out in chosen]
     assert max(moved) <= clip * (1 + 1e-4)
     assert max(moved) > clip * 0.99, "and with so small a clip they reach it"
 
@@ -107,7 +107,7 @@ def test_noise_is_as_large_as_it_should_be_and_new_in_each_step_and_parameter(bl
     assert abs(float(noise.mean())) < 0.05
     shape = next(iter(loop.parameters.values())).shape
     drawn_noise = [loop._source.normal(f"noise/{step}/{name}", shape) for step in (0, 1) for name in loop.parameters]
-    assert len({one.numpy().tobytes() for one in drawn_noise}) == len(drawn_noise)
+    assert len({noise.numpy().tobytes() for noise in drawn_noise}) == len(drawn_noise)
 
 
 def test_frozen_parts_get_no_gradient_and_never_move(blocks: TokenBlocks) -> None:
@@ -130,12 +130,14 @@ def test_a_step_that_draws_nothing_is_noise_alone(blocks: TokenBlocks) -> None:
     loop._source = Barren(loop._source.key)
     loss = loop._accumulate()
     assert float(loss) == 0.0
-    assert all(float(one.grad.abs().sum()) > 0 for one in loop.parameters.values() if one.grad is not None)
+    assert all(
+        float(parameter.grad.abs().sum()) > 0 for parameter in loop.parameters.values() if parameter.grad is not None
+    )
     assert loop.accountant.history[0][2] == 1, "it costs what any step costs"
 
 
 class Barren(NoiseSource):
-    def drawn(self, purpose: str, size: int, rate: float) -> Any:
+    def sampled_indices(self, purpose: str, size: int, rate: float) -> Any:
         return np.empty(0, dtype=np.int64)
 
 
@@ -173,7 +175,7 @@ def test_an_account_of_other_noise_is_refused(blocks: TokenBlocks, tmp_path: Pat
         restore_latest(second, tmp_path / "state")
 
 
-def test_the_loss_that_is_told_is_the_mean_over_what_was_drawn(blocks: TokenBlocks) -> None:
+def test_the_reported_loss_is_the_mean_over_the_drawn_examples(blocks: TokenBlocks) -> None:
     loop = private_loop(all_parameters(make_model("llama")), blocks)
     tokens = tokens_of(blocks, drawn(loop))
     with torch.no_grad():

@@ -53,22 +53,22 @@ def decision(rows: int = 30, experts: int = 4, k: int = 2) -> Decision:
 
 
 def test_losses_equal_the_definitions_written_out() -> None:
-    one = decision()
+    routed = decision()
     experts = 4
     gates = np.zeros((30, experts))
     for row in range(30):
-        for expert, gate in zip(one.chosen[row].tolist(), one.gates[row].tolist(), strict=True):
+        for expert, gate in zip(routed.chosen[row].tolist(), routed.gates[row].tolist(), strict=True):
             gates[row, expert] = gate
-    probabilities = np.exp(one.logits.double().numpy())
+    probabilities = np.exp(routed.logits.double().numpy())
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     expected = experts * (gates.mean(axis=0) * probabilities.mean(axis=0)).sum()
-    assert float(balance_loss([one, one])) == pytest.approx(2 * expected, rel=1e-5)
-    norms = np.log(np.exp(one.logits.double().numpy()).sum(axis=1))
-    assert float(z_loss([one])) == pytest.approx((norms**2).mean(), rel=1e-5)
+    assert float(balance_loss([routed, routed])) == pytest.approx(2 * expected, rel=1e-5)
+    norms = np.log(np.exp(routed.logits.double().numpy()).sum(axis=1))
+    assert float(z_loss([routed])) == pytest.approx((norms**2).mean(), rel=1e-5)
     entropy = -(probabilities * np.log(probabilities)).sum(axis=1).mean()
-    assert float(one.entropy()) == pytest.approx(entropy, rel=1e-5)
-    counts = np.bincount(one.chosen.flatten().numpy(), minlength=experts)
-    np.testing.assert_allclose(one.load().numpy(), counts / 60, rtol=1e-6)
+    assert float(routed.entropy()) == pytest.approx(entropy, rel=1e-5)
+    counts = np.bincount(routed.chosen.flatten().numpy(), minlength=experts)
+    np.testing.assert_allclose(routed.load().numpy(), counts / 60, rtol=1e-6)
 
 
 def test_an_even_load_has_a_balance_loss_of_one_for_each_layer() -> None:
@@ -83,10 +83,10 @@ def test_routers_of_every_class_are_watched(tmp_path: Path, family: str) -> None
     assert len(routers_of(model)) == 2
     with torch.inference_mode(), RoutingLog(model) as log:
         model(input_ids=TOKENS)
-    for one in log.layers():
-        assert one.logits.shape == (40, 3)
-        assert one.gates.shape == one.chosen.shape == (40, 2)
-        torch.testing.assert_close(one.gates.sum(dim=-1), torch.ones(40))
+    for layer in log.layers():
+        assert layer.logits.shape == (40, 3)
+        assert layer.gates.shape == layer.chosen.shape == (40, 2)
+        torch.testing.assert_close(layer.gates.sum(dim=-1), torch.ones(40))
     log.decisions.clear()
     model(input_ids=TOKENS)
     assert not log.decisions, "nothing is noted outside of the context"
@@ -107,8 +107,8 @@ def test_switched_off_experts_take_no_part(tmp_path: Path, family: str) -> None:
         assert router.top_k == 2
     with torch.inference_mode(), RoutingLog(smaller) as log:
         smaller(input_ids=TOKENS)
-    assert all(one.num_experts == 2 for one in log.layers())
-    (only,) = {tuple(one.chosen.shape) for one in log.layers()}
+    assert all(layer.num_experts == 2 for layer in log.layers())
+    (only,) = {tuple(layer.chosen.shape) for layer in log.layers()}
     assert only == (40, 2)
     last = without_experts(smaller, ["e0", "e2"], ["e0"])
     assert last(input_ids=TOKENS).logits.isfinite().all()
@@ -120,17 +120,17 @@ def test_tuning_the_router_sends_tokens_through_all_experts_while_it_trains(tmp_
     model = mixture(tmp_path, top_k=1)
     part = prepare_router(TrainingContext(model, RouterTuning(z_loss=0.1, balance=0.2)))
     assert set(part.parameters) == {f"{name}.weight" for name in routers_of(model)}
-    assert {name for name, one in model.named_parameters() if one.requires_grad} == set(part.parameters)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(part.parameters)
     for mode, expected in ((True, 3), (False, 1), (True, 3)):
         model.train(mode)
         with RoutingLog(model) as log:
             model(input_ids=TOKENS)
-        assert {one.chosen.shape[1] for one in log.layers()} == {expected}
+        assert {layer.chosen.shape[1] for layer in log.layers()} == {expected}
     decisions = log.layers()
     total = 0.2 * balance_loss(decisions) + 0.1 * z_loss(decisions)
     torch.testing.assert_close(part.auxiliary_loss(), total)
     part.auxiliary_loss().backward()
-    assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in part.parameters.values())
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in part.parameters.values())
 
 
 def test_experts_can_stay_frozen(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_router_that_text_does_not_teach_is_told(
     assert bool(part.notes) == (family in ("olmo2", "gemma2") or (normalized and routing == "top_k"))
 
 
-def test_advice_is_what_the_trainer_takes(tmp_path: Path) -> None:
+def test_advice_can_be_passed_to_the_trainer(tmp_path: Path) -> None:
     (note,) = prepare_router(TrainingContext(mixture(tmp_path, top_k=1), RouterTuning(all_experts=False))).notes
     assert "remove all_experts=false" in note
     assert "routing" not in note
@@ -195,8 +195,8 @@ def test_sampling_draws_by_the_softmax_and_cools_down(tmp_path: Path) -> None:
     sampler.step = 1000
     assert router(hidden)[1].mean() > warm, "a colder softmax is nearer to a choice"
     model.eval()
-    for found, expected in zip(router(hidden), plain, strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(router(hidden), plain, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_all_experts_only_while_training(tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_all_experts_only_while_training(tmp_path: Path) -> None:
 
 def test_reports_add_up_and_name_dead_experts(tmp_path: Path) -> None:
     model = mixture(tmp_path)
-    found = routing_of(model, [np.arange(12), np.arange(30, 50)])
-    assert found.tokens == 32
-    np.testing.assert_allclose(np.sum(found.load, axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(np.sum(found.gates, axis=1), 1, rtol=1e-5)
+    routing = routing_of(model, [np.arange(12), np.arange(30, 50)])
+    assert routing.tokens == 32
+    np.testing.assert_allclose(np.sum(routing.load, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(routing.gates, axis=1), 1, rtol=1e-5)
     dead = RoutingReport(
         ("a", "b"), {"x": DomainRouting(4, ((1.0, 0.0), (0.5, 0.5)), ((1.0, 0.0), (0.5, 0.5)), (0.0, 0.7))}
     )
@@ -276,9 +276,9 @@ def test_training_logs_how_tokens_are_spread(flexolmo_workspace: Workspace) -> N
 def test_measures_are_those_of_the_definition() -> None:
     logits = torch.tensor([[2.0, 0.0, -9.0], [0.0, 2.0, -9.0]])
     gates, chosen = torch.ones(2, 1), torch.tensor([[0], [1]])
-    found = routing_measures([Decision(logits, gates, chosen)])
+    measures = routing_measures([Decision(logits, gates, chosen)])
     p = logits.softmax(dim=-1)
-    assert found["router_entropy"] == pytest.approx(float(-(p * p.log()).sum(dim=-1).mean()), rel=1e-5)
-    assert found["router_highest_load"] == pytest.approx(1.5)
-    assert found["router_lowest_load"] == 0
-    assert found["router_dead_experts"] == 1
+    assert measures["router_entropy"] == pytest.approx(float(-(p * p.log()).sum(dim=-1).mean()), rel=1e-5)
+    assert measures["router_highest_load"] == pytest.approx(1.5)
+    assert measures["router_lowest_load"] == 0
+    assert measures["router_dead_experts"] == 1

@@ -38,7 +38,7 @@ def blocks(low: int, count: int = 6, size: int = 24) -> Any:
     return Blocks()
 
 
-def test_moments_are_those_of_what_feed_forwards_are_given(model_folder: Path) -> None:
+def test_moments_are_of_the_inputs_of_feed_forwards(model_folder: Path) -> None:
     model, _ = load_model(model_folder, dtype="float32")
     texts = [np.arange(10), np.arange(50, 57)]
     seen: list[list[torch.Tensor]] = [[], []]
@@ -46,14 +46,14 @@ def test_moments_are_those_of_what_feed_forwards_are_given(model_folder: Path) -
         part.module.register_forward_pre_hook(
             lambda module, given, layer=layer: seen[layer].append(given[0][0].double())
         )
-    found = input_moments(model, texts, full=True)
+    moments = input_moments(model, texts, full=True)
     for layer in range(2):
         x = torch.cat(seen[layer])
-        torch.testing.assert_close(found.mean[layer], x.mean(dim=0))
-        torch.testing.assert_close(found.second[layer], x.T @ x / len(x))
-    assert found.tokens == 17
+        torch.testing.assert_close(moments.mean[layer], x.mean(dim=0))
+        torch.testing.assert_close(moments.second[layer], x.T @ x / len(x))
+    assert moments.tokens == 17
     diagonal = input_moments(model, texts).second
-    torch.testing.assert_close(diagonal, found.second.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(diagonal, moments.second.diagonal(dim1=1, dim2=2))
 
 
 def test_a_random_row_depends_on_seed_and_name_alone(model_folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_uniform_rows_are_zero(model_folder: Path) -> None:
     assert not uniform_rows(inputs(model_folder)).rows.any()
 
 
-def test_what_experts_bring_stands_in_their_place(flexolmo_workspace: Workspace) -> None:
+def test_stored_rows_of_experts_are_used_for_them(flexolmo_workspace: Workspace) -> None:
     from safetensors.numpy import load_file
 
     folders: dict[str, Path | None] = {"public": None}
@@ -125,7 +125,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("average", [False, True])
 def test_states_of_prompts_are_mergekits(model_folder: Path, average: bool) -> None:
-    found = prompt_state_rows(inputs(model_folder, expert_options=PROMPTS, options={"average": int(average)})).rows
+    rows = prompt_state_rows(inputs(model_folder, expert_options=PROMPTS, options={"average": int(average)})).rows
     model, tokenizer = load_model(model_folder, dtype="float32")
 
     def side(prompts: list[str]) -> torch.Tensor:
@@ -136,16 +136,16 @@ def test_states_of_prompts_are_mergekits(model_folder: Path, average: bool) -> N
             states.append(layers.mean(dim=1) if average else layers[:, -1])
         return torch.stack(states).mean(dim=0)
 
-    for number, one in enumerate(PROMPTS.values()):
-        row = side(one["positive_prompts"])
-        if "negative_prompts" in one:
-            row = row - side(one["negative_prompts"])
+    for number, texts in enumerate(PROMPTS.values()):
+        row = side(texts["positive_prompts"])
+        if "negative_prompts" in texts:
+            row = row - side(texts["negative_prompts"])
         expected = (row / row.norm(dim=-1, keepdim=True)).detach().numpy()
-        np.testing.assert_allclose(found[:, number], expected, atol=1e-5)
+        np.testing.assert_allclose(rows[:, number], expected, atol=1e-5)
 
 
 def test_embeddings_of_prompts_are_mergekits(model_folder: Path) -> None:
-    found = prompt_token_rows(inputs(model_folder, expert_options=PROMPTS)).rows
+    rows = prompt_token_rows(inputs(model_folder, expert_options=PROMPTS)).rows
     model, tokenizer = load_model(model_folder, dtype="float32")
 
     def side(prompts: list[str]) -> torch.Tensor:
@@ -155,13 +155,13 @@ def test_embeddings_of_prompts_are_mergekits(model_folder: Path) -> None:
             total += model.get_input_embeddings()(given["input_ids"])[0].double().sum(dim=0)
         return total / total.norm()
 
-    for number, one in enumerate(PROMPTS.values()):
-        row = side(one["positive_prompts"])
-        if "negative_prompts" in one:
-            row = row - side(one["negative_prompts"])
+    for number, texts in enumerate(PROMPTS.values()):
+        row = side(texts["positive_prompts"])
+        if "negative_prompts" in texts:
+            row = row - side(texts["negative_prompts"])
         expected = (row / row.norm()).detach().numpy()
         for layer in range(2):
-            np.testing.assert_allclose(found[layer, number], expected, atol=1e-5)
+            np.testing.assert_allclose(rows[layer, number], expected, atol=1e-5)
 
 
 def test_prompts_without_a_token_are_refused() -> None:

@@ -229,9 +229,9 @@ def test_seed_progress_and_expert_pass_through_the_reverse_proxy(hub: Any, new_o
     owner, other = new_owner("site-a"), new_owner("site-b")
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
     client = hub.client(owner)
-    assert [one.online for one in owner_statuses(hub.coordinator)] == [False, False]
+    assert [status.online for status in owner_statuses(hub.coordinator)] == [False, False]
     assert client.hello() == Hello("site-a", (request.id,))
-    assert {one.name: one.online for one in owner_statuses(hub.coordinator)} == {
+    assert {status.owner: status.online for status in owner_statuses(hub.coordinator)} == {
         "site-a": True,
         "site-b": False,
     }

@@ -116,8 +116,8 @@ def test_flower_still_has_the_names_that_the_guard_patches() -> None:
 
 def test_the_shim_comes_first_on_the_nodes_path(tmp_path: Path) -> None:
     folders = environment(tmp_path / "home", write_shim(tmp_path))
-    found = [Path(folder) / "flwr-clientapp" for folder in folders["PATH"].split(os.pathsep)]
-    assert next(path for path in found if path.exists()) == tmp_path / "bin" / "flwr-clientapp"
+    scripts = [Path(folder) / "flwr-clientapp" for folder in folders["PATH"].split(os.pathsep)]
+    assert next(path for path in scripts if path.exists()) == tmp_path / "bin" / "flwr-clientapp"
     assert folders["FLWR_TELEMETRY_ENABLED"] == "0"
     assert folders["FLWR_DISABLE_UPDATE_CHECK"] == "1"
 
@@ -157,7 +157,7 @@ def test_the_app_stores_a_request_in_the_owners_state(hub: Any, new_owner: Calla
     (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + timedelta(hours=1))
     content = json.dumps(request.as_json())
     assert store_request(take_message(content), owner.state) == "TAKEN"
-    assert [one.as_json() for one in owner.requests()] == [request.as_json()]
+    assert [request.as_json() for request in owner.requests()] == [request.as_json()]
     owner.note_outcome(request, "LATE")
     assert store_request(take_message(content), owner.state) == "TAKEN"
     assert owner.outcome(request) is None  # it is delivered again

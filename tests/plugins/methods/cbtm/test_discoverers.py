@@ -52,25 +52,25 @@ def texts_of(folder: Path, name: str) -> set[str]:
 
 
 def test_each_value_of_a_field_becomes_a_domain(workspace: Workspace) -> None:
-    found = workspace.discover("by", settings=DiscoverySettings(by="metadata"), field="from")
-    assert {one.name for one in found.clusters} == {"by-prose", "by-chance", "by-means"}
-    assert [one.documents["train"] for one in found.clusters] == sorted(
-        (one.documents["train"] for one in found.clusters), reverse=True
+    discovery = workspace.discover("by", settings=DiscoverySettings(by="metadata"), field="from")
+    assert {cluster.name for cluster in discovery.clusters} == {"by-prose", "by-chance", "by-means"}
+    assert [cluster.documents["train"] for cluster in discovery.clusters] == sorted(
+        (cluster.documents["train"] for cluster in discovery.clusters), reverse=True
     )
     for name, module in MODULES.items():
-        assert texts_of(found.folder, f"by-{name}") == set(pieces(module))
+        assert texts_of(discovery.folder, f"by-{name}") == set(pieces(module))
         assert workspace.config.domains[f"by-{name}"].train == f"clusters/by/by-{name}/train.jsonl"
-    about = {one.label: one.top_words for one in found.clusters}
+    about = {cluster.label: cluster.top_words for cluster in discovery.clusters}
     assert "random" in about["chance"]
 
 
 def test_rare_values_share_the_last_domain_where_fewer_are_asked_for(workspace: Workspace) -> None:
-    found = workspace.discover("by", 2, DiscoverySettings(by="metadata"), field="from")
-    names = [one.name for one in found.clusters]
+    discovery = workspace.discover("by", 2, DiscoverySettings(by="metadata"), field="from")
+    names = [cluster.name for cluster in discovery.clusters]
     assert names[1] == "by-other"
     kept = names[0].removeprefix("by-")
     rest = {text for name, module in MODULES.items() if name != kept for text in pieces(module)}
-    assert texts_of(found.folder, "by-other") == rest
+    assert texts_of(discovery.folder, "by-other") == rest
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_numbers_and_truth_values_are_names_too_and_names_are_made_safe(workspac
     values = [3, True, "A/B ü", "a b"]
     lines = [{"text": f"some words {n}", "from": values[n % 4]} for n in range(200)]
     (workspace.root / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = workspace.discover("by", settings=DiscoverySettings(by="metadata"), field="from")
-    assert {one.label for one in found.clusters} == {"3", "true", "a-b", "a-b-2"}
+    discovery = workspace.discover("by", settings=DiscoverySettings(by="metadata"), field="from")
+    assert {cluster.label for cluster in discovery.clusters} == {"3", "true", "a-b", "a-b-2"}
 
 
 def test_text_without_records_is_refused(workspace: Workspace) -> None:
@@ -123,8 +123,8 @@ def test_parquet_has_fields_as_well(workspace: Workspace) -> None:
     table = pa.table({"from": [line["from"] for line in lines], "text": [line["text"] for line in lines]})
     pq.write_table(table, workspace.root / "mixed.parquet")
     (workspace.root / "expertctl.yaml").write_text(yaml.safe_dump({"domains": {"mixed": {"path": "mixed.parquet"}}}))
-    found = Workspace(workspace.root).discover("by", settings=DiscoverySettings(by="metadata"), field="from")
-    assert texts_of(found.folder, "by-means") == set(pieces(statistics))
+    discovery = Workspace(workspace.root).discover("by", settings=DiscoverySettings(by="metadata"), field="from")
+    assert texts_of(discovery.folder, "by-means") == set(pieces(statistics))
     with pytest.raises(UserError, match="no field 'author'; fields: from, text"):
         Workspace(workspace.root).discover(
             "again", settings=DiscoverySettings(domains=["mixed"], by="metadata"), field="author"
@@ -138,9 +138,9 @@ def test_hidden_states_are_the_means_over_each_texts_own_tokens(tmp_path: Path) 
     folder = tiny_model_folder(tmp_path / "model", "llama")
     embed = HiddenStateEmbedder(folder, tokens=8)
     texts = ["the lazy dog", "a", "", "the quick brown fox jumps over the lazy dog and on and on"]
-    found = embed(texts)
+    vectors = embed(texts)
     model = AutoModel.from_pretrained(folder, dtype="float32").eval()
-    for text, row in zip(texts, found, strict=True):
+    for text, row in zip(texts, vectors, strict=True):
         ids = embed._encoder.encode([text])[0][:8] or [embed._encoder.separator]
         with torch.inference_mode():
             expected = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(dim=0).numpy()
@@ -149,13 +149,13 @@ def test_hidden_states_are_the_means_over_each_texts_own_tokens(tmp_path: Path) 
 
 def test_domains_by_hidden_states_of_the_seed(workspace: Workspace) -> None:
     workspace.seed(tiny_model_folder(workspace.root / ".origin"))
-    found = workspace.discover("by", 3, DiscoverySettings(by="hidden_states"), tokens=32)
+    discovery = workspace.discover("by", 3, DiscoverySettings(by="hidden_states"), tokens=32)
     again = workspace.discover("again", 3, DiscoverySettings(domains=["mixed"], by="hidden_states"), tokens=32)
-    texts = [texts_of(found.folder, one.name) for one in found.clusters]
-    assert texts == [texts_of(again.folder, one.name) for one in again.clusters]
+    texts = [texts_of(discovery.folder, cluster.name) for cluster in discovery.clusters]
+    assert texts == [texts_of(again.folder, cluster.name) for cluster in again.clusters]
     assert set.union(*texts) == {text for module in MODULES.values() for text in pieces(module)}
-    assert all(one.top_words for one in found.clusters)
-    assert json.loads((found.folder / "clusters.json").read_text())["by"] == "hidden_states"
+    assert all(cluster.top_words for cluster in discovery.clusters)
+    assert json.loads((discovery.folder / "clusters.json").read_text())["by"] == "hidden_states"
 
 
 def sentence_model(folder: Path) -> Path:
@@ -179,8 +179,8 @@ def test_domains_by_sentence_embeddings(workspace: Workspace) -> None:
     folder = sentence_model(workspace.root / "embedder")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
-    found = workspace.discover("by", 2, DiscoverySettings(by="sentence_embeddings"), folder="embedder")
-    assert sum(one.documents["train"] + one.documents["valid"] for one in found.clusters) == sum(
+    discovery = workspace.discover("by", 2, DiscoverySettings(by="sentence_embeddings"), folder="embedder")
+    assert sum(cluster.documents["train"] + cluster.documents["valid"] for cluster in discovery.clusters) == sum(
         len(pieces(module)) for module in MODULES.values()
     )
     embed = SentenceEmbedder(folder)
@@ -224,6 +224,6 @@ def test_a_plugins_discoverer_is_used_like_ours(workspace: Workspace, monkeypatc
 
     offer = DomainDiscoverer("length", "by length", fit, read=ByLength.read)
     monkeypatch.setattr(discovery.installed_plugins(), "offer", lambda kind, name: offer)
-    found = workspace.discover("by", settings=DiscoverySettings(by="length"))
-    assert max(map(len, texts_of(found.folder, "by-short"))) <= border
-    assert min(map(len, texts_of(found.folder, "by-long"))) > border
+    discovered = workspace.discover("by", settings=DiscoverySettings(by="length"))
+    assert max(map(len, texts_of(discovered.folder, "by-short"))) <= border
+    assert min(map(len, texts_of(discovered.folder, "by-long"))) > border

@@ -72,8 +72,8 @@ def test_gradients_reach_a_domains_own_feed_forward_only(model_folder: Path) -> 
     set_domains(parts, [1])
     model(input_ids=TOKENS).logits.square().mean().backward()
     for part in parts:
-        assert all(one.grad is None for one in part.experts[0].parameters())
-        assert all(one.grad is not None for one in part.experts[1].parameters())
+        assert all(weight.grad is None for weight in part.experts[0].parameters())
+        assert all(weight.grad is not None for weight in part.experts[1].parameters())
     assert model.get_input_embeddings().weight.grad is not None
 
 
@@ -140,7 +140,7 @@ def test_ensembles_of_whole_experts_shrink_too(flexolmo_workspace: Workspace, tm
         change_experts(folder, tmp_path / "larger", Change(add={"x": tmp_path}))
 
 
-def test_what_cannot_be_is_refused(flexolmo_workspace: Workspace, demix: Path) -> None:
+def test_impossible_settings_of_demix_are_refused(flexolmo_workspace: Workspace, demix: Path) -> None:
     with pytest.raises(UserError, match="name two or more domains"):
         tune_here(flexolmo_workspace, "one", "seed", trains="demix", domains=["prose"])
     with pytest.raises(UserError, match="outside the feed-forward networks, and 'seed' is not one"):
@@ -179,7 +179,7 @@ def test_an_expert_that_trained_inside_is_proved_by_the_manifest(
     assert not any("started as a copy" in trace for trace in find_own_expert(joined, other).traces)
     back = change_experts(joined, tmp_path / "back", Change(remove=("sums",)))
     assert back.digest == read_manifest(demix).digest
-    assert [one.left for one in back.tunings] == [False, True]
+    assert [tuning.left for tuning in back.tunings] == [False, True]
     assert "means" not in model_card(back), "its text has left with it"
     asked = find_own_expert(tmp_path / "back", "sums")
     assert asked is not None

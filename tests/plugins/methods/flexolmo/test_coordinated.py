@@ -53,8 +53,8 @@ def test_at_the_start_it_is_the_seed(tmp_path: Path, family: str) -> None:
     expected = seed(input_ids=tokens()).logits
     model, _ = load_model(folder, dtype="float32")
     part = prepare(TrainingContext(model, FlexOlmoTraining(public="public"), text()))
-    found = part.module(input_ids=tokens()).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    logits = part.module(input_ids=tokens()).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_only_the_owners_half_is_trained_and_has_optimiser_state(model_folder: Path) -> None:
@@ -62,7 +62,9 @@ def test_only_the_owners_half_is_trained_and_has_optimiser_state(model_folder: P
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     part = prepare(TrainingContext(model, FlexOlmoTraining(public="public"), text()))
     optimiser = torch.optim.AdamW(list(part.parameters.values()), lr=0.1)
-    assert {id(one) for one in part.parameters.values()} == {id(one) for one in model.parameters() if one.requires_grad}
+    assert {id(parameter) for parameter in part.parameters.values()} == {
+        id(parameter) for parameter in model.parameters() if parameter.requires_grad
+    }
     for _ in range(3):
         loss = part.module(input_ids=tokens()).logits.square().mean() + part.auxiliary_loss()
         loss.backward()
@@ -77,7 +79,7 @@ def test_only_the_owners_half_is_trained_and_has_optimiser_state(model_folder: P
     for name, tensor in frozen.items():
         assert torch.equal(tensor, before[name]), name
     feed_forward = sum(tensor.numel() for name, tensor in before.items() if ".mlp." in name)
-    state = sum(value.numel() for one in optimiser.state.values() for value in one.values() if value.dim())
+    state = sum(value.numel() for moments in optimiser.state.values() for value in moments.values() if value.dim())
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     assert state == 2 * (feed_forward + layers * width)  # biases have no dimension
     assert all(not torch.equal(tensor, before[name]) for name, tensor in part.tensors().items())
@@ -87,11 +89,11 @@ def test_the_joined_feed_forward_equals_a_softmax_over_two(model_folder: Path) -
     model, _ = load_model(model_folder, dtype="float32")
     (first, *_) = coordinate(model, torch.randn(2, 16), bias=True)
     with torch.no_grad():
-        first.bias.fill_(-0.7)
+        first.logit.bias.fill_(-0.7)
         for parameter in first.own.parameters():
             parameter.add_(torch.randn_like(parameter))
     x = torch.randn(2, 5, 16)
-    logits = torch.stack([torch.zeros(2, 5), x @ first.row - 0.7], dim=-1).double()
+    logits = torch.stack([torch.zeros(2, 5), x @ first.logit.row - 0.7], dim=-1).double()
     share = logits.softmax(dim=-1)
     expected = share[..., :1] * first.public(x).double() + share[..., 1:] * first.own(x).double()
     torch.testing.assert_close(first(x).double(), expected, atol=1e-5, rtol=1e-5)
@@ -104,7 +106,7 @@ def test_a_positive_bias_counts_as_none(model_folder: Path) -> None:
     x = torch.randn(1, 4, 16)
     plain = first(x)
     with torch.no_grad():
-        first.bias.fill_(3.0)
+        first.logit.bias.fill_(3.0)
     assert torch.equal(first(x), plain)
 
 
@@ -120,7 +122,7 @@ def test_rows_have_logits_of_size_one_and_tell_the_texts_apart(model_folder: Pat
         for block in blocks:
             model.train()(input_ids=torch.from_numpy(block[None]))
             inputs[name].append(torch.stack([part.logits_BT for part in parts]).flatten(1).detach())
-    logits = {name: torch.cat(found, dim=1) for name, found in inputs.items()}
+    logits = {name: torch.cat(pieces, dim=1) for name, pieces in inputs.items()}
     both = torch.cat([logits["own"], logits["public"]], dim=1)
     torch.testing.assert_close(both.square().mean(dim=1).sqrt(), torch.ones(2), atol=0.05, rtol=0)
     assert (logits["own"].mean(dim=1) > logits["public"].mean(dim=1)).all()
@@ -147,7 +149,7 @@ def test_an_expert_holds_only_what_the_owner_trained(flexolmo_workspace: Workspa
         assert manifest.tensors.keys() == {*tensors, *router}
 
 
-def test_what_was_trained_is_loaded_as_it_was_trained(flexolmo_workspace: Workspace) -> None:
+def test_a_trained_expert_is_loaded_as_trained(flexolmo_workspace: Workspace) -> None:
     folder = flexolmo_workspace.experts / "prose"
     trained, _ = load_model(folder, dtype="float32")
     assert any(isinstance(module, CoordinatedFeedForward) for module in trained.modules())
@@ -159,7 +161,7 @@ def test_what_was_trained_is_loaded_as_it_was_trained(flexolmo_workspace: Worksp
 
     with torch.inference_mode():
         scores = [-token_log_probs(trained, torch.from_numpy(batch)) for batch in blocks.batches(4, limit=2)]
-    assert float(torch.cat([one.flatten() for one in scores]).mean()) == pytest.approx(losses["prose"], abs=1e-4)
+    assert float(torch.cat([score.flatten() for score in scores]).mean()) == pytest.approx(losses["prose"], abs=1e-4)
 
 
 def test_public_text_must_be_named_where_the_seed_was_imported(flexolmo_workspace: Workspace) -> None:
@@ -171,7 +173,7 @@ def test_public_text_must_be_named_where_the_seed_was_imported(flexolmo_workspac
     "options",
     [{"embedding": "none"}, {"public": "public", "bias": False}, {"public": "public", "coordinate": False}],
 )
-def test_what_the_paper_switches_off_can_be(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_the_papers_ablations_can_be_configured(tmp_path: Path, options: dict[str, Any]) -> None:
     workspace = make_flexolmo_workspace(tmp_path / "w", owners=("prose",), options=options)
     router = load_file(workspace.experts / "prose" / "router.safetensors")
     if options.get("embedding") == "none":

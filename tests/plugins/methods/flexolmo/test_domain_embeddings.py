@@ -48,7 +48,7 @@ def embedded(folder: Path, embedder: Path, seed: int = 0) -> tuple[DomainEmbeddi
 
 
 def test_rows_are_the_projected_difference_scaled_in_every_layer(tmp_path: Path, embedder: Path) -> None:
-    found, model, blocks = embedded(tiny_model_folder(tmp_path / "seed", "olmo2"), embedder)
+    embedding, model, blocks = embedded(tiny_model_folder(tmp_path / "seed", "olmo2"), embedder)
     other, tokenizer = AutoModel.from_pretrained(embedder).eval(), AutoTokenizer.from_pretrained(embedder)
 
     def mean(texts: list[str]) -> torch.Tensor:
@@ -57,20 +57,20 @@ def test_rows_are_the_projected_difference_scaled_in_every_layer(tmp_path: Path,
         vector = torch.stack(states).mean(0).double()
         return vector / vector.norm()
 
-    width = found.rows.shape[1]
+    width = embedding.rows.shape[1]
     projection = torch.randn(width, 24, generator=torch.Generator().manual_seed(0)).double() / 24**0.5
     direction = projection @ (mean(OWN) - mean(PUBLIC))
-    for row in found.rows.double():
+    for row in embedding.rows.double():
         assert torch.nn.functional.cosine_similarity(row, direction, dim=0) > 1 - 1e-6
     squares = input_moments(model, blocks)
-    assert squares.mean.shape == found.rows.shape
+    assert squares.mean.shape == embedding.rows.shape
     gathered: list[torch.Tensor] = []
     handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, given: gathered.append(given[0][0]))
     with torch.inference_mode():
         for block in blocks:
             model(input_ids=torch.from_numpy(block[None]))
     handle.remove()
-    logits = torch.cat(gathered) @ found.rows[1]
+    logits = torch.cat(gathered) @ embedding.rows[1]
     assert float(logits.square().mean().sqrt()) == pytest.approx(1, abs=1e-4)
 
 

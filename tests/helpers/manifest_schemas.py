@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from .generalist import GeneralistConfig
-from .manifest import CHECKSUM, ImportedSeed, Manifest
-from .run import RunSpec
+from expertctl.core.manifests.generalist import GeneralistConfig
+from expertctl.core.manifests.manifest import CHECKSUM, ImportedSeed, Manifest
+from expertctl.core.manifests.run import RunSpec
 
 CONFIGS: dict[str, Any] = {"seed": RunSpec | ImportedSeed, "expert": RunSpec | None, "generalist": GeneralistConfig}
 """What `config` holds in the manifest of each kind."""
@@ -36,4 +36,4 @@ def schema_of(file_name: str) -> dict[str, Any]:
 
 def shipped_schema(file_name: str) -> str:
     """Return the text of the schema that the package ships for a file."""
-    return (files(__package__) / "schemas" / file_name).read_text(encoding="utf-8")
+    return (files("expertctl.core.manifests") / "schemas" / file_name).read_text(encoding="utf-8")
