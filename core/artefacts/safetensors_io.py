@@ -67,6 +67,20 @@ class TensorEntry:
                 self._fill(piece, descriptor, begin)
                 yield piece
 
+    def has_same_bytes(self, other: TensorEntry) -> bool:
+        """Return whether both tensors have the same dtype, shape and bytes; reads no further than the first difference."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        with (
+            os_errors_as_user_errors(self.file),
+            self.file.open("rb", buffering=0) as first,
+            other.file.open("rb", buffering=0) as second,
+        ):
+            pieces = zip(
+                self.pieces(first.fileno(), CHUNK_BYTES), other.pieces(second.fileno(), CHUNK_BYTES), strict=True
+            )
+            return all(left == right for left, right in pieces)
+
     def _fill(self, target: memoryview, descriptor: int, begin: int) -> None:
         filled = 0
         while filled < len(target):

@@ -21,7 +21,7 @@ from ..engine.calculator import run_merge
 from ..engine.writing import fingerprint_of
 from ..planning.plan import MergePlan
 from ..recipes.recipe import recipe_as_json
-from ..sources.models import LAYER_KEYS
+from ..sources.models import LAYER_KEYS, is_tied, text_config
 from ..sources.tensor_names import head_name
 from ..sources.tokenizers import write_chat_template, write_tokenizer
 from .card import model_card
@@ -125,10 +125,8 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     """Write `config.json`: the leading model's with the changes of the merge; a byte-identical copy if unchanged."""
     source = plan.leading
     config = dict(plan.assembly.config) if plan.assembly is not None else source.config
-    if plan.assembly is not None and "member" in config:
-        changed = config | {"member": config["member"] | _config_changes(plan, config["member"])}
-    else:
-        changed = config | _config_changes(plan, config)
+    changes = _config_changes(plan, text_config(config))
+    changed = _with_changes(config, changes)
     if plan.assembly is None and changed == config:
         copy_files(source.model_folder, folder, ["config.json"])
     else:
@@ -136,24 +134,35 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
 
 
 def _config_changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the decoder that the merge changes; `config` holds those of the leading model."""
     changes: dict[str, Any] = {}
-    leading = plan.leading
-    old, new = leading.num_layers, len(plan.stack.layers)
-    if plan.stack.layers != tuple((plan.stack.layers[0][0], layer) for layer in range(old)):
+    if plan.has_other_layers:
+        old, new = plan.leading.num_layers, len(plan.stack.layers)
         changes = {key: new for key in LAYER_KEYS if key in config}
+        configs = {model: text_config(plan.sources[model].config) for model, _ in plan.stack.layers}
         for key, value in config.items():
             if isinstance(value, list) and len(value) == old and key not in changes:  # one entry per layer
-                changes[key] = [plan.sources[model].config[key][layer] for model, layer in plan.stack.layers]
+                changes[key] = [configs[model][key][layer] for model, layer in plan.stack.layers]
     if plan.vocabulary is not None and plan.vocabulary.size != config.get("vocab_size"):
         changes["vocab_size"] = plan.vocabulary.size
     dtype = plan.recipe.dtype or plan.recipe.input_dtype
     if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        changes[key] = DTYPES[dtype].torch
+        changes["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[dtype].torch
     untied = any(head_name({tensor.name.removeprefix("network."): tensor}) for tensor in plan.stack.tensors)
-    if untied and config.get("tie_word_embeddings", False):
+    if untied and is_tied(config):
         changes["tie_word_embeddings"] = False
     return changes
+
+
+def _with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with changed settings of its decoder, also in the configurations nested in it."""
+    nested = {key: config[key] for key in ("member", "text_config") if isinstance(config.get(key), Mapping)}
+    changed = {
+        key: _with_changes(part, {name: changes[name] for name in changes if key == "member" or name in part})
+        for key, part in nested.items()
+    }
+    own = {name: value for name, value in changes.items() if name in config or not nested}
+    return {**config, **own, **changed}
 
 
 def _parents(plan: MergePlan, read: Mapping[TensorEntry, str]) -> tuple[Parent, ...]:

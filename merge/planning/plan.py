@@ -28,10 +28,10 @@ from ..engine.calculator import CONCURRENT_BYTES, EngineSettings
 from ..engine.shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
 from ..recipes.recipe import Recipe
 from ..sources.licences import check_licences, require_compatible
-from ..sources.models import Source, open_sources
+from ..sources.models import LAYER_KEYS, Source, open_sources, text_config
 from ..sources.relatedness import require_related
 from ..sources.statistics import Statistics, find_statistics
-from ..sources.tensor_names import embedding_name, head_name
+from ..sources.tensor_names import embedding_name, head_name, layer_names
 from ..sources.tokenizers import ModelVocabulary, VocabularyPlan, plan_vocabulary
 from .assembly import Assembly, AssemblyInputs
 from .tensor_planner import Stack, plan_tensors
@@ -96,6 +96,13 @@ class MergePlan:
     @property
     def experts(self) -> tuple[str, ...]:
         return self.recipe.experts
+
+    @cached_property
+    def has_other_layers(self) -> bool:
+        """Whether the output has other layers than the leading model: a selection, or layers of several models."""
+        count = len(layer_names(self.leading.tensors).layers)
+        is_whole = [layer for _, layer in self.stack.layers] == list(range(count))
+        return self.assembly is None and not (is_whole and len({model for model, _ in self.stack.layers}) <= 1)
 
     @cached_property
     def shards(self) -> tuple[ShardPlan, ...]:
@@ -238,6 +245,7 @@ def prepare_merge(
     ).with_recipe(recipe, reporter=run.reporter)
     if not any(tensor.dtype in FLOATING for tensor in plan.stack.tensors):
         raise UserError("the models have no floating-point tensors to merge")
+    _check_layer_selection(plan)
     return replace(plan, notes=(*plan.notes, *plan.assembly.notes)) if plan.assembly is not None else plan
 
 
@@ -255,6 +263,17 @@ def check_output(plan: MergePlan, output: Path) -> None:
         raise UserError(
             f"{output} needs {plan.bytes_to_write / 1e9:,.2f} GB, but its disk has only {free / 1e9:,.2f} GB left; free "
             "some space, or choose another folder"
+        )
+
+
+def _check_layer_selection(plan: MergePlan) -> None:
+    """Raise `UserError` for a selection of layers that the configuration cannot express."""
+    config = text_config(plan.leading.config)
+    is_plain = any(key in config for key in LAYER_KEYS) and not config.get("is_encoder_decoder")
+    if plan.has_other_layers and not is_plain:
+        raise UserError(
+            f"{plan.leading.model_folder / 'config.json'} does not contain the number of decoder layers, so layers of this "
+            "architecture cannot be selected; merge whole models"
         )
 
 
@@ -314,7 +333,7 @@ def _plan_vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> Vocabular
 def _embedding_rows(source: Source) -> int:
     name = embedding_name(source.tensors) or head_name(source.tensors)
     if name is None:
-        return int(source.config.get("vocab_size", 0))
+        return int(text_config(source.config).get("vocab_size", 0))
     return source.tensors[name].shape[0]
 
 

@@ -11,7 +11,7 @@ from ...core.errors import UserError
 from ...core.hooks.merging import TensorMerge
 from ..engine.tensor_plan import Action, TensorPlan
 from ..recipes.recipe import OutputSlice, Recipe, SourceSlice
-from ..sources.models import DERIVED, Source, StoredTensor
+from ..sources.models import DERIVED, Source, StoredTensor, is_tied
 from ..sources.statistics import Statistics
 from ..sources.tensor_names import HEADS, LayerNames, embedding_name, head_name, layer_names
 from .tensor_settings import TensorSettings
@@ -195,7 +195,7 @@ class _Planner:
     def _stored(self, model: str, tensor: str) -> StoredTensor | None:
         """Return a model's tensor, None if it has none; a tied output head is the embedding."""
         tensors = self.sources[model].tensors
-        if tensor not in tensors and tensor in HEADS and self.sources[model].config.get("tie_word_embeddings", True):
+        if tensor not in tensors and tensor in HEADS and is_tied(self.sources[model].config):
             embedding = embedding_name(tensors)
             return tensors[embedding] if embedding is not None else None
         return tensors.get(tensor)

@@ -17,12 +17,27 @@ from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.models.loading import ExpertTensors, seed_of
 from .adapters import ADAPTER_CONFIG, Adapter
 from .licences import licence_on_card
-from .tensor_names import HEADS, embedding_name
+from .tensor_names import HEADS, embedding_name, layer_names
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys of `config.json` for the number of decoder layers."""
 DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 """Name suffixes of buffers in old checkpoints that models recompute."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of the decoder: those of a container's members, or of a multimodal model's text part.
+
+    A key that the text part does not have is the model's.
+    """
+    member: Mapping[str, Any] = config.get("member", config)
+    nested = member.get("text_config")
+    return {**member, **nested} if isinstance(nested, Mapping) else member
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Return whether a configuration ties the output head to the embedding, which is transformers' default."""
+    return bool(text_config(config).get("tie_word_embeddings", True))
 
 
 @dataclass(frozen=True)
@@ -104,13 +119,15 @@ class Source:
             return {name: replace(base[name], adapter=self.adapter) for name in self.adapter.changes}
         expected = self.manifest.tensors if self.manifest is not None else {}
         entries = self.checkpoint.entries
-        # loading drops a stored output head that is tied to the embedding
-        is_tied = self.base is None and self.config.get("tie_word_embeddings", False) and embedding_name(entries)
-        return {
-            name: StoredTensor(entry, expected.get(name))
-            for name, entry in entries.items()
-            if not (is_tied and name in HEADS)
-        }
+        copies = self._tied_heads(entries) if self.base is None else ()
+        return {name: StoredTensor(entry, expected.get(name)) for name, entry in entries.items() if name not in copies}
+
+    def _tied_heads(self, entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+        """Return the stored output heads that repeat the embedding; loading ties these, but keeps a different head."""
+        embedding = embedding_name(entries)
+        if embedding is None or not is_tied(self.config):
+            return ()
+        return tuple(name for name in HEADS if name in entries and entries[name].has_same_bytes(entries[embedding]))
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -124,13 +141,10 @@ class Source:
 
     @cached_property
     def num_layers(self) -> int:
-        """Number of decoder layers; raises `UserError` if the configuration does not contain it."""
-        dense = self.config.get("member", self.config)  # containers nest the configuration of their members
-        for key in LAYER_KEYS:
-            value = dense.get(key)
-            if isinstance(value, int):
-                return value
-        raise UserError(f"{self.model_folder / 'config.json'} does not contain the number of layers")
+        """Number of decoder layers, by the configuration or else by the names of the tensors."""
+        config = text_config(self.config)
+        stated = (config[key] for key in LAYER_KEYS if isinstance(config.get(key), int))
+        return next(stated, len(layer_names(self.tensors).layers))
 
     @cached_property
     def licence(self) -> str | None:
