@@ -27,6 +27,7 @@ from ..engine.actions import bytes_needed
 from ..engine.calculator import CONCURRENT_BYTES, EngineSettings
 from ..engine.shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
 from ..recipes.recipe import Recipe
+from ..sources.configurations import compare_configurations
 from ..sources.licences import check_licences, require_compatible
 from ..sources.models import LAYER_KEYS, Source, open_sources, text_config
 from ..sources.relatedness import require_related
@@ -227,6 +228,7 @@ def prepare_merge(
     if statistics is None:
         statistics = find_statistics(method, recipe.experts, sources, None)
     vocabulary = _plan_vocabulary(recipe, sources)
+    differences = _compare_configurations(recipe, sources, run.allow_unrelated)
     if not run.allow_unrelated:
         _require_related_models(recipe, sources)
     licences = check_licences({name: source.licence for name, source in sources.items()})
@@ -238,7 +240,7 @@ def prepare_merge(
         stack=Stack((), ()),
         shard_bytes=run.shard_bytes,
         licence=licences.agreed,
-        notes=(*licences.warnings, *(vocabulary.notes if vocabulary is not None else ())),
+        notes=(*licences.warnings, *differences, *(vocabulary.notes if vocabulary is not None else ())),
         vocabulary=vocabulary,
         statistics=statistics,
         settings=run.settings,
@@ -289,6 +291,16 @@ def _check_device(device: str) -> None:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
         raise UserError(f"there is no device '{device}': torch finds {count} GPUs on this machine; use --device cpu")
+
+
+def _compare_configurations(recipe: Recipe, sources: Mapping[str, Source], allowed: bool) -> tuple[str, ...]:
+    leading = sources[recipe.leading]
+    others = {
+        name: (source.model_folder, source.root.config)
+        for name, source in sources.items()
+        if source.model_folder != leading.model_folder
+    }
+    return compare_configurations((recipe.leading, leading.model_folder, leading.root.config), others, allowed)
 
 
 def _require_related_models(recipe: Recipe, sources: Mapping[str, Source]) -> None:

@@ -19,7 +19,7 @@ from ...core.artefacts.files import read_json
 from ...core.artefacts.numeric import decode
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
-from .tensor_names import HEADS, TOKEN_EMBEDDINGS
+from .tensor_names import embedding_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,8 +73,11 @@ class Adapter:
     """Changed tensors of the base model, by name."""
 
     @classmethod
-    def open(cls, folder: Path, base: Checkpoint) -> Adapter:
-        """Open an adapter folder without reading tensors; raises `UserError` if it cannot be merged exactly."""
+    def open(cls, folder: Path, base: Mapping[str, TensorEntry], tied_head: str | None = None) -> Adapter:
+        """Open an adapter folder without reading tensors; raises `UserError` if it cannot be merged exactly.
+
+        `base` holds the base model's tensors; `tied_head` is the one among them that is the embedding by another name.
+        """
         config = read_json(folder / ADAPTER_CONFIG)
         _check_config(folder, config)
         weights = folder / ADAPTER_WEIGHTS
@@ -84,7 +87,12 @@ class Adapter:
                 "save the adapter again with safe_serialization=True"
             )
         checkpoint = Checkpoint([weights])
-        return cls(checkpoint, _Matcher(folder, config, checkpoint, base).changes())
+        return cls(checkpoint, _Matcher(folder, config, checkpoint, base, tied_head).changes())
+
+    def replaces_alike(self, first: str, second: str) -> bool:
+        """Return whether the adapter replaces two tensors by the same bytes."""
+        new = [self.changes[name].replaced_by if name in self.changes else None for name in (first, second)]
+        return new[0] is not None and new[1] is not None and new[0].has_same_bytes(new[1])
 
     @cached_property
     def digest(self) -> str:
@@ -147,7 +155,8 @@ class _Matcher:
     folder: Path
     config: Mapping[str, Any]
     adapter: Checkpoint
-    base: Checkpoint
+    base: Mapping[str, TensorEntry]
+    tied_head: str | None
 
     def changes(self) -> dict[str, _Change]:
         factors: dict[str, dict[str, TensorEntry]] = {}
@@ -181,8 +190,10 @@ class _Matcher:
         magnitude = parts.get("lora_magnitude_vector")
         if is_embedding and magnitude is not None:
             raise self._refusal(f"it adapts the embedding '{module}' with DoRA")
-        if weight.name.endswith(TOKEN_EMBEDDINGS) and not any(head in self.base for head in HEADS):
-            raise self._refusal(f"it adapts '{weight.name}', which the base model also uses as output head")
+        if self.tied_head is not None and weight.name in (self.tied_head, embedding_name(self.base)):
+            raise self._refusal(
+                f"it adapts '{weight.name}', which the base model shares between embedding and output head"
+            )
         is_transposed = is_embedding or bool(self.config.get("fan_in_fan_out"))
         self._check_factors(module, weight, a, b, is_transposed)
         scale = self._scale(module, a.shape[0])
@@ -220,17 +231,15 @@ class _Matcher:
         """Return the base model's entry of a tensor; checkpoints may lack prefixes of module names."""
         for candidate in (name, *(name[match.end() :] for match in re.finditer(r"\.", name))):
             if candidate in self.base:
-                return self.base.entries[candidate]
+                return self.base[candidate]
         longer_names = [base_name for base_name in self.base if base_name.endswith(f".{name}")]
         if len(longer_names) == 1:
-            return self.base.entries[longer_names[0]]
+            return self.base[longer_names[0]]
         raise self._refusal(f"it changes '{name}' (by '{key}'), which the base model does not have")
 
     def _refusal(self, reason: str) -> UserError:
-        base = next(iter(self.base.files), None)
-        return UserError(
-            f"adapter {self.folder} cannot be merged exactly into {base.parent if base else 'its base'}: {reason}"
-        )
+        base = next((entry.file.parent for entry in self.base.values()), "its base")
+        return UserError(f"adapter {self.folder} cannot be merged exactly into {base}: {reason}")
 
 
 def _read(entry: TensorEntry) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.models.loading import ExpertTensors, seed_of
 from .adapters import ADAPTER_CONFIG, Adapter
 from .licences import licence_on_card
-from .tensor_names import HEADS, embedding_name, layer_names
+from .tensor_names import HEADS, embedding_name, head_name, layer_names
 
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys of `config.json` for the number of decoder layers."""
@@ -109,14 +109,39 @@ class Source:
     @cached_property
     def adapter(self) -> Adapter | None:
         """The adapter in the folder; None for other models."""
-        return Adapter.open(self.folder, self.root.checkpoint) if self.kind == "adapter" else None
+        if self.kind != "adapter":
+            return None
+        base = {name: stored.entry for name, stored in self._adapted.items()}
+        return Adapter.open(self.folder, base, self.root.tied_head)
+
+    @cached_property
+    def tied_head(self) -> str | None:
+        """Name of the output head if it is the embedding and not stored by itself; None otherwise."""
+        is_shared = embedding_name(self.tensors) is not None and head_name(self.tensors) is None
+        return HEADS[0] if is_shared and is_tied(self.root.config) else None
+
+    @property
+    def _adapted(self) -> Mapping[str, StoredTensor]:
+        """Tensors that an adapter can change: those of its base, with a tied output head beside the embedding."""
+        tensors, tied_head = self.root.tensors, self.root.tied_head
+        if tied_head is None:
+            return tensors
+        embedding = tensors[embedding_name(tensors) or ""]
+        return {**tensors, tied_head: replace(embedding, entry=replace(embedding.entry, name=tied_head))}
 
     @cached_property
     def own(self) -> Mapping[str, StoredTensor]:
         """Tensors that differ from the base; all tensors of a whole model."""
         if self.base is not None and self.adapter is not None:
-            base = self.base.tensors
-            return {name: replace(base[name], adapter=self.adapter) for name in self.adapter.changes}
+            adapted, tied_head = self._adapted, self.root.tied_head
+            own = {name: replace(adapted[name], adapter=self.adapter) for name in self.adapter.changes}
+            embedding = embedding_name(adapted)
+            if tied_head is not None and embedding is not None:
+                if self.adapter.replaces_alike(embedding, tied_head):
+                    del own[tied_head]  # still tied
+                elif embedding in own:
+                    own.setdefault(tied_head, adapted[tied_head])  # the head keeps the old embedding
+            return own
         expected = self.manifest.tensors if self.manifest is not None else {}
         entries = self.checkpoint.entries
         copies = self._tied_heads(entries) if self.base is None else ()

@@ -14,6 +14,7 @@ from toy_models import engine_merge, recipe, tensors_of
 
 from expertctl.core.artefacts.safetensors_io import Checkpoint
 from expertctl.core.errors import UserError
+from expertctl.merge.merging import merge_recipe
 from expertctl.merge.recipes.recipe import Recipe
 from expertctl.merge.sources.adapters import Adapter
 from expertctl.merge.sources.models import open_source
@@ -35,12 +36,12 @@ SIZES = {
 GPT2_SIZES = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 32}
 
 
-def base_model(folder: Path, family: str) -> Any:
+def base_model(folder: Path, family: str, **settings: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     sizes = GPT2_SIZES if family == "gpt2" else SIZES
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **CONFIGS[family]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **(CONFIGS[family] | settings)))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -94,7 +95,7 @@ def test_an_adapter_gives_what_peft_merges(tmp_path: Path, family: str, settings
     model = base_model(tmp_path / "base", family)
     expected = adapted(tmp_path / "lora", model, **settings)
     base = Checkpoint.of_folder(tmp_path / "base")
-    adapter = Adapter.open(tmp_path / "lora", base)
+    adapter = Adapter.open(tmp_path / "lora", base.entries)
     assert adapter.changes
     for name in base:
         own = base.read(name).numpy()
@@ -137,7 +138,7 @@ def plain(tmp_path: Path) -> tuple[Path, Path]:
 def opened(folders: tuple[Path, Path]) -> str:
     base, lora = folders
     with pytest.raises(UserError) as caught:
-        Adapter.open(lora, Checkpoint.of_folder(base))
+        assert open_source("lora", lora, open_source("base", base)).adapter is None
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -196,6 +197,32 @@ def test_an_adapted_embedding_that_is_the_output_head_too_is_refused(tmp_path: P
     model = base_model(tmp_path / "base", "gpt2")
     adapted(tmp_path / "lora", model, r=2, target_modules=["wte"])
     assert "output head" in opened((tmp_path / "base", tmp_path / "lora"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("trained", "is_tied"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, True),
+    ],
+    ids=str,
+)
+def test_a_retrained_embedding_or_head_of_a_tied_base(tmp_path: Path, trained: dict[str, Any], is_tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = base_model(tmp_path / "base", "llama", tie_word_embeddings=True)
+    expected = adapted(tmp_path / "lora", model, r=4, target_modules=["q_proj"], **trained)
+    models = {"base": tmp_path / "base", "lora": tmp_path / "lora"}
+    merge_recipe(recipe("linear", models, seed="base", weights={"lora": 1.0}), tmp_path / "out")
+    merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    assert merged.config.tie_word_embeddings is is_tied
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
