@@ -75,6 +75,7 @@ if TYPE_CHECKING:
 @integer("--threads", "Number of tensors to merge at the same time. Default: one per core, up to 4.")
 @flag("--allow-unrelated", "Merge models that do not descend from one another.")
 @flag("--allow-licences", "Merge models with incompatible licences.")
+@flag("--allow-nonfinite", "Merge models that contain NaN or infinity.")
 @pass_session
 def command(
     session: Session,
@@ -96,6 +97,7 @@ def command(
     threads: int | None,
     allow_unrelated: bool,
     allow_licences: bool,
+    allow_nonfinite: bool,
     **settings: Any,
 ) -> int:
     """Merge the seed and its experts into a generalist.
@@ -111,7 +113,7 @@ def command(
         resume=resume,
         allow_unrelated=allow_unrelated,
         allow_licences=allow_licences,
-        settings=EngineSettings(threads=threads, device=device),
+        settings=EngineSettings(threads=threads, device=device, allow_nonfinite=allow_nonfinite),
         shard_bytes=shard_size,
     )
     if self_contained:

@@ -63,6 +63,27 @@ def dtype_of_word(word: str) -> str:
     raise UserError(f"'{word}' is not a supported dtype; use one of {known}")
 
 
+_EXPONENT_BITS = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "F16": ("<u2", 0x1F << 10),
+    "BF16": ("<u2", 0xFF << 7),
+    "F8_E4M3": ("u1", 0x7F),
+    "F8_E5M2": ("u1", 0x1F << 2),
+}
+"""Bits that are all set only in infinities and NaN, as (type of a stored number, mask)."""
+
+
+def is_finite(raw: Any, dtype: str) -> bool:
+    """Return whether the buffer `raw` of stored numbers contains neither NaN nor infinity; integers never do."""
+    import numpy as np
+
+    if dtype not in _EXPONENT_BITS or not len(raw):
+        return True
+    kind, mask = _EXPONENT_BITS[dtype]
+    return int((np.frombuffer(raw, kind) & mask).max()) != mask
+
+
 def working_dtype(dtype: str) -> str:
     """Return the dtype for computations on a stored dtype: float64 for F64, otherwise float32."""
     return "float64" if dtype == "F64" else "float32"

@@ -39,6 +39,9 @@ class EngineSettings:
     piece_numbers: int = PIECE_NUMBERS
     """Piece size of element-wise methods, in numbers."""
 
+    allow_nonfinite: bool = False
+    """Merge inputs that contain NaN or infinity."""
+
     @property
     def num_threads(self) -> int:
         return self.threads or min(available_cores(), MAX_THREADS)
@@ -73,7 +76,7 @@ def run_merge(
     """
     settings = settings or EngineSettings()
     with (
-        Reader(round_to, settings.piece_numbers) as reader,
+        Reader(round_to, settings.piece_numbers, finite=not settings.allow_nonfinite) as reader,
         Writer(folder, shards, fingerprint, reporter) as writer,
         ThreadPoolExecutor(max_workers=settings.num_threads) as pool,
     ):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...core.artefacts.digest_cache import cached_digests, remember_digests
 from ...core.artefacts.files import os_errors_as_user_errors
-from ...core.artefacts.numeric import DTYPES, decode, encode, working_dtype
+from ...core.artefacts.numeric import DTYPES, decode, encode, is_finite, working_dtype
 from ...core.artefacts.safetensors_io import TensorEntry, digest_start
 from ...core.errors import UserError
 from ..sources.models import StoredTensor
@@ -23,12 +23,18 @@ PIECE_NUMBERS = 1 << 16
 
 
 class Reader:
-    """Thread-safe reader that keeps the digest of every tensor that was read completely."""
+    """Thread-safe reader that keeps the digest of every tensor that was read completely.
 
-    def __init__(self, round_to: str | None = None, piece_numbers: int = PIECE_NUMBERS) -> None:
+    With `finite`, it raises `UserError` for NaN and infinity.
+    """
+
+    def __init__(
+        self, round_to: str | None = None, piece_numbers: int = PIECE_NUMBERS, *, finite: bool = False
+    ) -> None:
         self.digests: dict[TensorEntry, str] = {}
         self.piece_numbers = piece_numbers
         self._round_to = round_to
+        self._finite = finite
         self._files: dict[Path, int] = {}
         self._cached: dict[Path, dict[str, str]] = {}
         self._newly_hashed: set[TensorEntry] = set()
@@ -52,6 +58,8 @@ class Reader:
         for piece in entry.pieces(self._descriptor(entry.file), self.piece_numbers * DTYPES[entry.dtype].num_bytes):
             if state is not None:
                 state.update(piece)
+            if self._finite and not is_finite(piece, entry.dtype):
+                raise _not_finite(entry.name, entry.file)
             yield piece
         if state is not None:
             self.note(stored, state.hexdigest())
@@ -71,7 +79,12 @@ class Reader:
         for piece in self.pieces(stored):
             flat[begin : begin + piece.size] = piece
             begin += piece.size
-        return self._round(stored.adapter.apply(stored.name, numbers)) if stored.adapter is not None else numbers
+        if stored.adapter is None:
+            return numbers
+        adapted = stored.adapter.apply(stored.name, numbers)
+        if self._finite and not np.isfinite(adapted).all():
+            raise _not_finite(stored.name, stored.adapter.checkpoint.files[0])
+        return self._round(adapted)
 
     def _round(self, numbers: NDArray[Any]) -> NDArray[Any]:
         if self._round_to is None or self._round_to in ("F32", "F64"):
@@ -114,3 +127,10 @@ class Reader:
             self.digests[stored.entry] = digest
             if stored.expected is None:
                 self._newly_hashed.add(stored.entry)
+
+
+def _not_finite(tensor: str, file: Path) -> UserError:
+    return UserError(
+        f"tensor '{tensor}' contains NaN or infinity according to {file}; a merge would spread them to its result "
+        "(override: --allow-nonfinite)"
+    )

@@ -48,10 +48,12 @@ def reproduce(
     if merged is None or merged.recipe is None or merged.shard_bytes is None or is_fitted:
         raise UserError(f"{folder} cannot be reproduced from its manifest alone: it {_why_not(manifest)}")
     recipe = locate(manifest, merged.recipe, folder, layout, models or {})
+    run = run or MergeRun()
     repeated_run = replace(
-        run or MergeRun(),
+        run,
         allow_unrelated=True,  # as the original merge was allowed
         allow_licences=True,
+        settings=replace(run.settings, allow_nonfinite=True),
         shard_bytes=merged.shard_bytes,
     )
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

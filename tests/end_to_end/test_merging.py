@@ -314,9 +314,9 @@ def test_transformers_finds_every_key_and_none_too_many(tmp_path: Path, family: 
     merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    first, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b"))
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b"))
     for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(tensor, (first[name] + two[name]) / 2)
+        torch.testing.assert_close(tensor, (first[name] + second[name]) / 2)
 
 
 def test_stacked_layers_load_and_say_how_many_they_are(tmp_path: Path) -> None:

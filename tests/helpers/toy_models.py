@@ -85,6 +85,7 @@ def engine_merge(
     shard_bytes: int = 10**9,
     threads: int = 2,
     pieces: int = PIECE_NUMBERS,
+    settings: EngineSettings | None = None,
 ) -> Written:
     """Plan and run a merge with the engine alone: no checks of relatedness, licences or tokenizers."""
     chosen = method or installed_plugins().offer(MergeMethod, what.method)
@@ -97,7 +98,7 @@ def engine_merge(
         output,
         fingerprint="test",
         round_to=what.input_dtype,
-        settings=EngineSettings(threads=threads, piece_numbers=pieces),
+        settings=settings or EngineSettings(threads=threads, piece_numbers=pieces),
     )
 
 

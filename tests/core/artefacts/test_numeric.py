@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertctl.core.artefacts.numeric import decode, dtype_of_word, encode
+from expertctl.core.artefacts.numeric import DTYPES, decode, dtype_of_word, encode, is_finite
 from expertctl.core.errors import UserError
 
 KINDS = {
@@ -71,3 +71,17 @@ def test_dtypes_as_people_write_them() -> None:
     ]
     with pytest.raises(UserError, match="'int4' is not a supported dtype"):
         dtype_of_word("int4")
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_every_nan_and_infinity_is_noticed(dtype: str) -> None:
+    """All 8- and 16-bit patterns, or as many of the wider ones, one at a time."""
+    bytes_each = DTYPES[dtype].num_bytes
+    patterns = np.arange(2 ** min(8 * bytes_each, 16), dtype="<u8") << (8 * bytes_each - min(8 * bytes_each, 16))
+    stored = torch.from_numpy(patterns.astype(f"<u{bytes_each}").view("u1")).view(KINDS[dtype])
+    expected = torch.isfinite(stored.double() if dtype == "F64" else stored.float()).tolist()
+    raw = stored.view(torch.uint8).numpy().tobytes()
+    actual = [is_finite(raw[at : at + bytes_each], dtype) for at in range(0, len(raw), bytes_each)]
+    assert actual == expected
+    assert is_finite(b"", dtype)
+    assert is_finite(b"\xff" * 8, "I64")

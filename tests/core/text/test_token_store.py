@@ -166,9 +166,9 @@ def test_shuffling_is_a_permutation_for_any_size_and_seed(size: int, seed: int) 
 def test_shuffling_mixes_and_depends_on_the_seed() -> None:
     """Neighbours do not stay neighbours, and two seeds agree about as often as chance has it (once)."""
     size = 1000
-    first, two = ([shuffled(index, size, seed) for index in range(size)] for seed in (1, 2))
+    first, second = ([shuffled(index, size, seed) for index in range(size)] for seed in (1, 2))
     assert sum(abs(a - b) == 1 for a, b in pairwise(first)) < 15
-    assert sum(a == b for a, b in zip(first, two, strict=True)) < 15
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 15
     thirds = Counter(position * 3 // size for position in first[: size // 3])
     assert min(thirds.values()) > 80
 

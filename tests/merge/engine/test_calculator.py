@@ -17,6 +17,7 @@ from toy_models import Tensors, engine_merge, random_tensors, recipe, tensors_of
 from expertctl.core.artefacts.safetensors_io import Checkpoint, read_header
 from expertctl.core.errors import UserError
 from expertctl.core.hooks.merging import MergeMethod, TensorGroup, TensorMerge
+from expertctl.merge.engine.calculator import EngineSettings
 
 LINE = "model.layers.1.mlp.up_proj.weight"
 
@@ -118,18 +119,18 @@ def test_the_asked_dtype_is_written_rounded_once(tmp_path: Path, dtype: str) -> 
     models = folders(tmp_path, 2)
     engine_merge(recipe("mean", models, dtype=dtype), tmp_path / "out", method=MEAN)
     kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[dtype]
-    first, two = (tensors_of(folder) for folder in models.values())
+    first, second = (tensors_of(folder) for folder in models.values())
     for name, tensor in tensors_of(tmp_path / "out").items():
-        assert torch.equal(tensor, (first[name] * 0.5 + 0.5 * two[name]).to(kind))
+        assert torch.equal(tensor, (first[name] * 0.5 + 0.5 * second[name]).to(kind))
 
 
 def test_inputs_are_rounded_first_where_the_recipe_says_so(tmp_path: Path) -> None:
     models = folders(tmp_path, 2)
     what = recipe("mean", models, input_dtype="BF16", dtype="F32")
     engine_merge(what, tmp_path / "out", method=MEAN)
-    first, two = (tensors_of(folder) for folder in models.values())
+    first, second = (tensors_of(folder) for folder in models.values())
     for name, tensor in tensors_of(tmp_path / "out").items():
-        assert torch.equal(tensor, first[name].bfloat16().float() * 0.5 + 0.5 * two[name].bfloat16().float())
+        assert torch.equal(tensor, first[name].bfloat16().float() * 0.5 + 0.5 * second[name].bfloat16().float())
 
 
 def test_eight_bit_floats_are_merged_too(tmp_path: Path) -> None:
@@ -237,3 +238,22 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with Reader() as reader, pytest.raises(UserError, match="ends within tensor"):
         reader.read(last)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared", [False, True], ids=["merged", "copied"])
+def test_an_input_that_is_not_finite_is_named(tmp_path: Path, value: float, dtype: torch.dtype, shared: bool) -> None:
+    tensors = {name: random_tensors(number, dtype=dtype) for number, name in enumerate(("x", "y"))}
+    broken = "model.layers.1.mlp.up_proj.weight"
+    tensors["y"][broken][3, 2] = value
+    if shared:
+        tensors["x"][broken] = tensors["y"][broken].clone()
+    models = {name: write_model(tmp_path / name, each) for name, each in tensors.items()}
+    with pytest.raises(UserError, match=rf"tensor '{broken}' contains NaN or infinity") as caught:
+        engine_merge(recipe("mean", models), tmp_path / "out", method=MEAN)
+    named = [name for name, folder in models.items() if str(folder / "model.safetensors") in str(caught.value)]
+    assert named == ["x" if shared else "y"]
+    insisted = EngineSettings(allow_nonfinite=True)
+    engine_merge(recipe("mean", models), tmp_path / "insisted", method=MEAN, settings=insisted)
+    assert not torch.isfinite(tensors_of(tmp_path / "insisted")[broken]).all()

@@ -229,3 +229,14 @@ def test_a_retrained_embedding_or_head_of_a_tied_base(tmp_path: Path, trained: d
 def test_an_adapter_without_its_base_is_refused(plain: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="needs the model it was trained on"):
         open_source("lora", plain[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_is_not_finite_is_named(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    path = plain[1] / "adapter_model.safetensors"
+    factors = load_file(path)
+    factors[next(key for key in factors if "lora_B" in key)][0, 0] = float("nan")
+    save_file(factors, path)
+    what = recipe("linear", {"base": plain[0], "lora": plain[1]}, seed="base", weights={"lora": 1.0})
+    with pytest.raises(UserError, match=r"q_proj.weight' contains NaN or infinity according to .*adapter_model"):
+        merge_recipe(what, tmp_path / "out")

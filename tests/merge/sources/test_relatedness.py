@@ -49,8 +49,8 @@ def test_two_trainings_of_one_seed_stay_relatives_and_another_seeds_does_not(tmp
             optimiser.step()
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
-    first, two, other = (entries(tmp_path / str(n), trained(*how)) for n, how in enumerate(((0, 1), (0, 2), (5, 1))))
-    assert relatedness(first, two) > RELATED + 0.05
+    first, second, other = (entries(tmp_path / str(n), trained(*how)) for n, how in enumerate(((0, 1), (0, 2), (5, 1))))
+    assert relatedness(first, second) > RELATED + 0.05
     assert relatedness(first, other) < RELATED - 0.05
 
 

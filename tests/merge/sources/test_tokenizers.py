@@ -44,29 +44,29 @@ def vocabulary(folder: Path, rows: int = 0) -> ModelVocabulary:
 
 
 def test_the_same_tokenizer_in_another_layout_passes(tmp_path: Path) -> None:
-    first, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
-    content = read_json(two / "tokenizer.json")
+    first, second = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
+    content = read_json(second / "tokenizer.json")
     content["truncation"] = {"max_length": 9, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    (two / "tokenizer.json").write_text(json.dumps(content, indent=7))
-    assert plan_vocabulary(vocabulary(first), {"b": vocabulary(two)}, "refuse") is None
+    (second / "tokenizer.json").write_text(json.dumps(content, indent=7))
+    assert plan_vocabulary(vocabulary(first), {"b": vocabulary(second)}, "refuse") is None
 
 
 def test_different_tokenizers_are_refused_with_both_sides_and_the_policies(tmp_path: Path) -> None:
-    first, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", ("<law>", "<med>"))
+    first, second = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", ("<law>", "<med>"))
     with pytest.raises(UserError) as caught:
-        plan_vocabulary(vocabulary(first), {"b": vocabulary(two)}, "refuse")
+        plan_vocabulary(vocabulary(first), {"b": vocabulary(second)}, "refuse")
     size = len(vocabulary(first).tokens)
     message = str(caught.value)
     assert f"{size:,} and {size + 2:,} tokens, 2 of them different ('<law>' is missing and {size}" in message
     assert "--tokenizer base, union" in message
     with pytest.raises(UserError, match=r"no tokenizer policy .unoin. .did you mean .union."):
-        plan_vocabulary(vocabulary(first), {"b": vocabulary(two)}, "unoin")
+        plan_vocabulary(vocabulary(first), {"b": vocabulary(second)}, "unoin")
 
 
 def test_padding_that_differs_is_told(tmp_path: Path) -> None:
-    first, two = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
+    first, second = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
     with pytest.raises(UserError, match="the same tokens, but 64 and 128 embedding rows"):
-        plan_vocabulary(vocabulary(first, 64), {"b": vocabulary(two, 128)}, "refuse")
+        plan_vocabulary(vocabulary(first, 64), {"b": vocabulary(second, 128)}, "refuse")
 
 
 def test_a_union_takes_added_rows_from_those_that_have_them(tmp_path: Path) -> None:
@@ -107,36 +107,36 @@ def test_padding_is_used_up_before_the_embedding_grows(tmp_path: Path) -> None:
 def test_base_looks_rows_up_by_token(tmp_path: Path) -> None:
     """Trained on other text: the same words under other numbers, some missing."""
     a, b = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b", text=["not to be", "the code"])
-    first, two = vocabulary(a), vocabulary(b)
-    plan = plan_vocabulary(first, {"b": two}, "base")
+    first, second = vocabulary(a), vocabulary(b)
+    plan = plan_vocabulary(first, {"b": second}, "base")
     assert plan is not None
     assert plan.size == first.rows
     own = {
         "a": np.arange(first.rows, dtype="f4")[:, None],
-        "b": 1000 + np.arange(two.rows, dtype="f4")[:, None],
+        "b": 1000 + np.arange(second.rows, dtype="f4")[:, None],
     }
     rows = plan.rearrange(own)
     for token, row in first.tokens.items():
-        expected = 1000 + two.tokens[token] if token in two.tokens else row
+        expected = 1000 + second.tokens[token] if token in second.tokens else row
         assert rows["b"][row, 0] == expected
         assert rows["a"][row, 0] == row
     with pytest.raises(UserError, match="cannot be united: they differ in their 'model'"):
-        plan_vocabulary(first, {"b": two}, "union")
+        plan_vocabulary(first, {"b": second}, "union")
 
 
 def test_single_tokens_may_come_from_a_model(tmp_path: Path) -> None:
     a, b = tokenizer(tmp_path / "a"), tokenizer(tmp_path / "b")
-    first, two = vocabulary(a), vocabulary(b)
+    first, second = vocabulary(a), vocabulary(b)
     row = first.tokens["the"]
-    own = {"a": np.zeros((first.rows, 1), "f4"), "b": np.ones((two.rows, 1), "f4")}
-    forced = plan_vocabulary(first, {"b": two}, "base", {"the": TokenSource("b", force=True)})
+    own = {"a": np.zeros((first.rows, 1), "f4"), "b": np.ones((second.rows, 1), "f4")}
+    forced = plan_vocabulary(first, {"b": second}, "base", {"the": TokenSource("b", force=True)})
     assert forced is not None
     assert forced.rearrange(own)["a"][row, 0] == 1
-    gentle = plan_vocabulary(first, {"b": two}, "base", {"the": TokenSource("b")})
+    gentle = plan_vocabulary(first, {"b": second}, "base", {"the": TokenSource("b")})
     assert gentle is not None
     assert gentle.rearrange(own)["a"][row, 0] == 0
     with pytest.raises(UserError, match="no token 'teh'"):
-        plan_vocabulary(first, {"b": two}, "base", {"teh": TokenSource("b")})
+        plan_vocabulary(first, {"b": second}, "base", {"teh": TokenSource("b")})
 
 
 def test_a_multiple_is_padded_to(tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ def test_written_files_differ_from_their_source_only_as_declared(tmp_path: Path)
 def test_a_chat_template_is_the_most_common_or_the_given_text(tmp_path: Path) -> None:
     folders = {name: tokenizer(tmp_path / name) for name in "abc"}
     assert chat_template("auto", list(folders.values())) is None
-    for name, text in (("a", "{{ one }}"), ("b", "{{ two }}"), ("c", "{{ two }}")):
+    for name, text in (("a", "{{ one }}"), ("b", "{{ second }}"), ("c", "{{ second }}")):
         (folders[name] / "chat_template.jinja").write_text(text)
-    assert chat_template("auto", list(folders.values())) == "{{ two }}"
+    assert chat_template("auto", list(folders.values())) == "{{ second }}"
     assert chat_template("{{ mine }}", list(folders.values())) == "{{ mine }}"
     with pytest.raises(UserError, match="neither 'auto' nor a template"):
         chat_template("chatml", list(folders.values()))
@@ -207,13 +207,13 @@ def test_a_merge_with_union_has_the_rows_of_both_experts(tmp_path: Path) -> None
     with pytest.raises(UserError, match="the tokenizers of 'a'"):
         merged(tmp_path / "no", recipe("linear", models))
     output = merged(tmp_path / "out", recipe("linear", models, tokenizer="union"))
-    first, two = tensors_of(models["a"]), tensors_of(models["b"])
+    first, second = tensors_of(models["a"]), tensors_of(models["b"])
     size = len(vocabulary(models["a"]).tokens) - 1
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert output[name].shape[0] == size + 2
-        torch.testing.assert_close(output[name][:size], (first[name][:size] + two[name][:size]) / 2)
+        torch.testing.assert_close(output[name][:size], (first[name][:size] + second[name][:size]) / 2)
         assert torch.equal(output[name][size], first[name][size])
-        assert torch.equal(output[name][size + 1], two[name][size])
+        assert torch.equal(output[name][size + 1], second[name][size])
     assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == size + 2
 
 
