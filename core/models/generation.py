@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UserError
 from ..process.compute import best_device
 from ..reporting import SILENT, Reporter
+from ..text.tokenizer import missing_row
 from .loading import load_model, require_intact_models
 
 
@@ -118,6 +119,9 @@ def _prompt_tokens(
         if first is None:
             raise UserError("the model's tokenizer has no begin-of-sequence token; give a prompt")
         ids = [first]
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    if rows is not None and max(ids) >= rows:
+        raise missing_row(tokenizer.convert_ids_to_tokens(max(ids)), max(ids), rows)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and len(ids) + max_new_tokens > positions:
         raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artefacts.files import read_json, write_json, write_text
+from ..artefacts.model_config import embedding_rows
 from ..errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class TextEncoder:
     tokenizer: Tokenizer
     separator: int
     """Id of the token that ends a document."""
+    rows: int | None = None
+    """Number of ids that the model can read, if the tokenizer has larger ones."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> TextEncoder:
@@ -34,16 +37,31 @@ class TextEncoder:
         tokenizer.no_padding()
         # A document that contains the text "<|endoftext|>" must not end there.
         tokenizer.encode_special_tokens = True
-        return cls(tokenizer, _separator(folder, tokenizer))
+        separator, rows = _separator(folder, tokenizer), embedding_rows(folder)
+        encoder = cls(tokenizer, separator, rows if rows is not None and rows < _num_ids(tokenizer) else None)
+        encoder.require_rows([separator])
+        return encoder
 
     @property
     def vocabulary(self) -> int:
         """Number of token ids, including added tokens."""
-        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+        return _num_ids(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text; texts are encoded in parallel."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        """Return the token ids of each text; texts are encoded in parallel.
+
+        Raises `UserError` for a token that the model has no embedding for.
+        """
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.rows is not None:
+            for ids in rows:
+                self.require_rows(ids)
+        return rows
+
+    def require_rows(self, ids: Sequence[int]) -> None:
+        """Raise `UserError` for a token that the model has no embedding for."""
+        if self.rows is not None and (largest := max(ids, default=0)) >= self.rows:
+            raise missing_row(self.tokenizer.id_to_token(largest), largest, self.rows)
 
     def encode_stream(self, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
         """Yield each text with its token ids, in order, one batch in memory at a time."""
@@ -56,6 +74,19 @@ class TextEncoder:
                 yield from zip(batch, self.encode(batch), strict=True)
                 batch, size = [], 0
         yield from zip(batch, self.encode(batch), strict=True)
+
+
+def missing_row(token: str | None, token_id: int, rows: int) -> UserError:
+    """Return the error for a token whose id is larger than those of the model's embedding."""
+    return UserError(
+        f"token {token!r} has the id {token_id}, but the model's embedding has only {rows} rows; use the tokenizer that the "
+        "model was trained with, or remove the token from the text"
+    )
+
+
+def _num_ids(tokenizer: Tokenizer) -> int:
+    """Return the largest token id plus one; ids can have gaps."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)) + 1
 
 
 def _load(folder: Path) -> Tokenizer:

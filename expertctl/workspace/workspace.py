@@ -73,7 +73,7 @@ class Workspace:
             path = Path(folder).expanduser()
             if source is None:  # a path of the project file, relative to it
                 path = self.root / path
-            return import_seed(self.layout, path, licence=config.seed.licence, force=force)
+            return import_seed(self.layout, path, licence=config.seed.licence, force=force, reporter=reporter)
         if preset is not None:
             config = config.model_copy(update={"seed": config.seed.model_copy(update={"preset": preset})})
         run = start_pretraining(self.layout, config, force=force)

@@ -42,8 +42,10 @@ def model_config(size: Preset, family: str, separator: int, vocabulary: int) -> 
     `vocabulary` is the tokenizer's vocabulary size, which is below the preset's if there was little text.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     settings = asdict(size) | {
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]],  # servers choose the class by it
         "num_key_value_heads": size.num_attention_heads,
         "vocab_size": vocabulary,
         "tie_word_embeddings": False,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digests import TOKENIZER_FILES
-from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing
+from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing, write_json
 from ...core.artefacts.layout import Layout
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
 from ...core.config.settings import ProjectConfig
@@ -16,60 +17,96 @@ from ...core.manifests.manifest import ImportedSeed, Manifest
 from ...core.manifests.run import RUN_FILE, RunSpec, is_finished, read_run
 from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
 from ...core.process.environment import without_loading_bars
+from ...core.reporting import SILENT, Reporter
 from ...core.text.tokenizer import TextEncoder, train_tokenizer
 from ..text.corpora import domain_config, domain_documents
 from .presets import model_config, preset
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 MODEL_FILES = ("config.json", "generation_config.json")
 
 
-def import_seed(layout: Layout, source: Path, *, licence: str | None = None, force: bool = False) -> Manifest:
+def import_seed(
+    layout: Layout, source: Path, *, licence: str | None = None, force: bool = False, reporter: Reporter = SILENT
+) -> Manifest:
     """Import a Hugging Face causal LM folder as the seed; its files are linked, not copied.
 
     Raises `UserError`, before anything is written, if the folder has only pickled weights, is truncated, has no
-    tokenizer, or is not a causal language model of transformers.
+    tokenizer or too large a one, lacks tensors, or is not a causal language model of transformers.
     """
     refuse_existing(layout.seed, force=force, what="seed")
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has no config.json: it is not a Hugging Face model folder")
     weights = checkpoint_files(source)
     tensors = Checkpoint(weights)
-    TextEncoder.of_folder(source)
-    names = _names_in_memory(source)
+    _check_vocabulary(TextEncoder.of_folder(source), source, reporter)
+    model = _empty_model(source)
+    expected = {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
+    is_complete = expected.keys() <= tensors.entries.keys()
+    if is_complete:
+        _check_shapes(expected, tensors, source)
     with exclusive(layout.lock("run-seed"), "the seed"), new_folder(layout.seed, force=force, what="seed") as partial:
         for name in (*MODEL_FILES, *TOKENIZER_FILES):
             if (source / name).is_file():
                 link_or_copy(source / name, partial / name)
-        if names == set(tensors):
+        config = read_json(source / "config.json")
+        if not config.get("architectures"):
+            (partial / "config.json").unlink()
+            write_json(partial / "config.json", {"architectures": [type(model).__name__], **config})
+        if expected.keys() == tensors.entries.keys():
             for file in weights:
                 link_or_copy(file, partial / file.name)
             if len(weights) > 1:
                 link_or_copy(source / INDEX_FILE, partial / INDEX_FILE)
         else:
-            _rewrite_weights(source, partial)
-        model_type = read_json(source / "config.json").get("model_type")
-        manifest = Manifest(kind="seed", name="seed", config=ImportedSeed(model_type), licence=licence)
+            _rewrite_weights(source, partial, reporter)
+        manifest = Manifest(kind="seed", name="seed", config=ImportedSeed(config.get("model_type")), licence=licence)
         return finish_artefact(partial, manifest)
 
 
-def _names_in_memory(source: Path) -> set[str]:
-    """Return the tensor names of the model that transformers builds for a folder, without tied duplicates."""
+def _check_vocabulary(encoder: TextEncoder, source: Path, reporter: Reporter) -> None:
+    """Raise `UserError` for a tokenizer of another model; added tokens without an embedding are only reported."""
+    if encoder.rows is None:
+        return
+    plain = encoder.tokenizer.get_vocab(with_added_tokens=False)
+    encoder.require_rows(list(plain.values()))
+    added = encoder.tokenizer.get_vocab(with_added_tokens=True)
+    beyond = sorted(token for token, token_id in added.items() if token_id >= encoder.rows)
+    reporter.say(
+        f"{len(beyond)} added tokens of the tokenizer in {source}, such as {beyond[0]!r}, have no row in the model's "
+        "embedding; text that contains them will be refused"
+    )
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Checkpoint, source: Path) -> None:
+    for name, shape in expected.items():
+        if tensors.entry(name).shape != shape:
+            raise UserError(
+                f"tensor '{name}' in {tensors.entry(name).file} is {list(tensors.entry(name).shape)}, but "
+                f"{source / 'config.json'} describes {list(shape)}; download the model again"
+            )
+
+
+def _empty_model(source: Path) -> PreTrainedModel:
+    """Return the model that transformers builds for a folder, without memory for its tensors."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
             f"{source} is not a causal language model supported by transformers: {first_line(error)}"
         ) from None
-    return set(checkpoint_tensors(model))
+    return model
 
 
-def _rewrite_weights(source: Path, target: Path) -> None:
-    """Write the weights under their names in memory.
+def _rewrite_weights(source: Path, target: Path, reporter: Reporter) -> None:
+    """Write the weights under their names in memory, without tensors that the model does not use.
 
     Some families use other names on disk (per-expert tensors, a missing prefix). expertctl uses the names in memory
     everywhere, and transformers can read those too.
@@ -77,14 +114,22 @@ def _rewrite_weights(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     with without_loading_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype="auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+        except RuntimeError as error:  # tensors of other shapes
+            raise UserError(f"{source} does not fit its config.json: {first_line(error)}; download it again") from None
     model, loading = loaded
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
             f"{source} lacks {len(missing)} tensors of its model, such as '{missing[0]}'; download it again"
+        )
+    if loading["unexpected_keys"]:
+        unused = sorted(loading["unexpected_keys"])
+        reporter.say(
+            f"left out {len(unused)} tensors of {source} that its config.json does not describe, such as '{unused[0]}'"
         )
     write_tensors(target / WEIGHTS_FILE, checkpoint_tensors(model))
 

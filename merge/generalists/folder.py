@@ -9,6 +9,7 @@ from typing import Any
 
 from ...core.artefacts.digests import digest_of_file
 from ...core.artefacts.files import copy_files, write_json, write_text
+from ...core.artefacts.model_config import LAYER_KEYS, is_tied, text_config
 from ...core.artefacts.numeric import DTYPES
 from ...core.artefacts.safetensors_io import TensorEntry
 from ...core.hooks.manager import installed_plugins
@@ -21,7 +22,6 @@ from ..engine.calculator import run_merge
 from ..engine.writing import fingerprint_of
 from ..planning.plan import MergePlan
 from ..recipes.recipe import recipe_as_json
-from ..sources.models import LAYER_KEYS, is_tied, text_config
 from ..sources.tensor_names import head_name
 from ..sources.tokenizers import write_chat_template, write_tokenizer
 from .card import model_card

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ...core.artefacts.model_config import LAYER_KEYS, text_config
 from ...core.artefacts.numeric import FLOATING
 from ...core.artefacts.versions import package_version
 from ...core.errors import UserError
@@ -29,7 +30,7 @@ from ..engine.shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
 from ..recipes.recipe import Recipe
 from ..sources.configurations import compare_configurations
 from ..sources.licences import check_licences, require_compatible
-from ..sources.models import LAYER_KEYS, Source, open_sources, text_config
+from ..sources.models import Source, open_sources
 from ..sources.relatedness import require_related
 from ..sources.statistics import Statistics, find_statistics
 from ..sources.tensor_names import embedding_name, head_name, layer_names

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ...core.artefacts.model_config import is_tied
 from ...core.artefacts.numeric import FLOATING
 from ...core.errors import UserError
 from ...core.hooks.merging import TensorMerge
 from ..engine.tensor_plan import Action, TensorPlan
 from ..recipes.recipe import OutputSlice, Recipe, SourceSlice
-from ..sources.models import DERIVED, Source, StoredTensor, is_tied
+from ..sources.models import DERIVED, Source, StoredTensor
 from ..sources.statistics import Statistics
 from ..sources.tensor_names import HEADS, LayerNames, embedding_name, head_name, layer_names
 from .tensor_settings import TensorSettings

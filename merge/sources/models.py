@@ -11,6 +11,7 @@ from typing import Any
 from ...core.artefacts.digest_cache import digests_of_untouched
 from ...core.artefacts.digests import digest_of_tensors, digest_of_tokenizer
 from ...core.artefacts.files import read_json
+from ...core.artefacts.model_config import LAYER_KEYS, is_tied, text_config
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
@@ -19,25 +20,8 @@ from .adapters import ADAPTER_CONFIG, Adapter
 from .licences import licence_on_card
 from .tensor_names import HEADS, embedding_name, head_name, layer_names
 
-LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""Keys of `config.json` for the number of decoder layers."""
 DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 """Name suffixes of buffers in old checkpoints that models recompute."""
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of the decoder: those of a container's members, or of a multimodal model's text part.
-
-    A key that the text part does not have is the model's.
-    """
-    member: Mapping[str, Any] = config.get("member", config)
-    nested = member.get("text_config")
-    return {**member, **nested} if isinstance(nested, Mapping) else member
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Return whether a configuration ties the output head to the embedding, which is transformers' default."""
-    return bool(text_config(config).get("tie_word_embeddings", True))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reporters import Recorder
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, load_model, verify
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.project import load_project
 from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.models.generation import Sampling, generate
 from expertctl.core.testing import tiny_model_folder
 from expertctl.experts.runs.seed import import_seed, start_pretraining
 from expertctl.workspace import Workspace
@@ -176,3 +178,77 @@ def test_a_preset_too_short_for_the_blocks_is_refused(project: Workspace) -> Non
     path.write_text(path.read_text().replace('"sequence_length": 32', '"sequence_length": 4096'))
     with pytest.raises(UserError, match="exceeds the 1024 positions of preset 'tiny'"):
         start_pretraining(project.layout, load_project(path))
+
+
+def add_token(folder: Path, text: str, *, token_id: int) -> None:
+    """Add a token to the tokenizer of a folder, without a row in the model."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"].append({"id": token_id, "content": text, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def test_an_added_token_without_a_row_is_reported_and_refused_where_it_occurs(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model")
+    add_token(source, "<law>", token_id=300)
+    said = Recorder()
+    import_seed(layout, source, reporter=said)
+    assert any("1 added tokens" in text and "'<law>'" in text for text in said.lines)
+    domains = {}
+    for name, word in (("plain", "fox"), ("law", "<law>")):
+        domains[name] = {"path": str(tmp_path / f"{name}.jsonl")}
+        lines = [json.dumps({"text": f"The {word} jumps over {number} dogs. " * 9}) for number in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (layout.root / "expertctl.yaml").write_text(json.dumps({"domains": domains}))
+    workspace = Workspace(layout.root)
+    workspace.prepare(["plain"])
+    with pytest.raises(UserError, match="token '<law>' has the id 300, but the model's embedding has only 300 rows"):
+        workspace.prepare(["law"])
+    assert generate(layout.seed, "The fox", Sampling(max_new_tokens=2)).text is not None
+    with pytest.raises(UserError, match="token '<law>' has the id 300"):
+        generate(layout.seed, "The <law>", Sampling(max_new_tokens=2))
+
+
+def test_the_tokenizer_of_a_larger_model_is_refused(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model")
+    settings = json.loads((source / "config.json").read_text()) | {"vocab_size": 290}
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:290].contiguous()
+    (source / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="has the id 299, but the model's embedding has only 290 rows"):
+        import_seed(layout, source)
+    assert not layout.seed.exists()
+
+
+def test_tensors_of_other_shapes_than_described_are_refused(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model")
+    settings = json.loads((source / "config.json").read_text()) | {"intermediate_size": 32}
+    (source / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"mlp.* is \[24, 16\], but .*config.json describes \[32, 16\]"):
+        import_seed(layout, source)
+    assert not layout.seed.exists()
+
+
+def test_layers_that_the_configuration_does_not_describe_are_left_out_and_named(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model", "llama")
+    settings = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (source / "config.json").write_text(json.dumps(settings))
+    said = Recorder()
+    import_seed(layout, source, reporter=said)
+    assert any("left out 9 tensors" in text and "model.layers.1." in text for text in said.lines)
+    assert not any(".layers.1." in name for name in read_manifest(layout.seed).tensors)
+
+
+def test_every_written_configuration_names_its_class(layout: Layout, tmp_path: Path) -> None:
+    source = tiny_model_folder(tmp_path / "model", "llama")
+    settings = json.loads((source / "config.json").read_text())
+    del settings["architectures"]
+    (source / "config.json").write_text(json.dumps(settings))
+    import_seed(layout, source)
+    assert json.loads((layout.seed / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    (tmp_path / "text.txt").write_text("The fox jumps over the dog.\n\n" * 30 + "Another one.\n\n")
+    (layout.root / "expertctl.yaml").write_text(json.dumps({"domains": {"a": {"path": str(tmp_path / "text.txt")}}}))
+    start_pretraining(layout, load_project(layout.root / "expertctl.yaml"), force=True)
+    assert json.loads((layout.seed / "config.json").read_text())["architectures"] == ["Olmo2ForCausalLM"]
