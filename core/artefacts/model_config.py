@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .files import read_json
 
+FP8_REMEDY = "fp8 with 'weight_block_size' is converted by a mergekit file with `merge_method: passthrough` and `dtype: bfloat16`"
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys for the number of decoder layers."""
 
@@ -32,3 +34,18 @@ def embedding_rows(folder: Path) -> int | None:
     path = folder / "config.json"
     rows = text_config(read_json(path)).get("vocab_size") if path.is_file() else None
     return rows if isinstance(rows, int) else None
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the `quantization_config` of a model, empty if its weights are plain numbers."""
+    stated = text_config(config).get("quantization_config")
+    return stated if isinstance(stated, Mapping) else {}
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a quantized model, whose stored numbers are codes."""
+    if stated := quantization(config):
+        raise UserError(
+            f"{folder} is quantized ({stated.get('quant_method', 'unknown method')}): its tensors are codes, not weights; "
+            f"use the original model ({FP8_REMEDY})"
+        )

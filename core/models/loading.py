@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..artefacts.digests import MANIFEST_NAMES
 from ..artefacts.files import is_unfinished, read_json
 from ..artefacts.layout import Layout
+from ..artefacts.model_config import refuse_quantized
 from ..artefacts.safetensors_io import Checkpoint, TensorEntry, checkpoint_files
 from ..errors import UserError, first_line, unknown_name
 from ..hooks.manager import installed_plugins
@@ -214,6 +215,7 @@ def check_loadable(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json: it is not a model folder, or it is unfinished")
     config = read_json(folder / "config.json")
+    refuse_quantized(folder, config)
     if not str(config.get("model_type", "")).startswith("expertctl_"):
         for file in checkpoint_files(folder):
             Checkpoint([file])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing, write_json
 from ...core.artefacts.layout import Layout
+from ...core.artefacts.model_config import refuse_quantized
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
 from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError, first_line
@@ -39,6 +40,7 @@ def import_seed(
     refuse_existing(layout.seed, force=force, what="seed")
     if not (source / "config.json").is_file():
         raise UserError(f"{source} has no config.json: it is not a Hugging Face model folder")
+    refuse_quantized(source, read_json(source / "config.json"))
     weights = checkpoint_files(source)
     tensors = Checkpoint(weights)
     _check_vocabulary(TextEncoder.of_folder(source), source, reporter)

@@ -88,7 +88,7 @@ class Concatenate(Action):
     def pieces(self) -> Iterator[Any]:
         reader, dtype = self.tools.reader, self.tensor.dtype
         for stored in self.tensor.experts if self.tensor.action == "stack" else self.tensor.experts[:1]:
-            if stored.adapter is not None:
+            if not stored.is_plain:
                 yield encode(reader.read(stored), dtype)
             elif stored.dtype == dtype:
                 yield from reader.raw(stored)
@@ -194,14 +194,14 @@ def action_of(tensor: TensorPlan, tools: MergeTools) -> Action:
     if tensor.action == "computed":
         return Compute(tensor, tools)
     first = tensor.experts[0]
-    is_same = first.adapter is None and (first.dtype, first.shape) == (tensor.dtype, tensor.shape)
+    is_same = first.is_plain and (first.dtype, first.shape) == (tensor.dtype, tensor.shape)
     copy = (CopyBytes if is_same and tensor.action != "stack" else Concatenate)(tensor, tools)
     return RequireEqual(tensor, tools, copy) if tensor.action == "require_equal" else copy
 
 
 def is_piecewise(tensor: TensorPlan, method: TensorMerge) -> bool:
     """Return whether the method merges a tensor piece by piece."""
-    has_whole_inputs = tensor.is_vocabulary or any(stored.adapter is not None for stored in tensor.inputs)
+    has_whole_inputs = tensor.is_vocabulary or any(not stored.is_plain for stored in tensor.inputs)
     return method.elementwise and not has_whole_inputs and not tensor.statistics
 
 

@@ -72,19 +72,22 @@ class Reader:
             yield self._round(decode(piece, stored.dtype, (len(piece) // item_bytes,), scratch))
 
     def read(self, stored: StoredTensor) -> NDArray[Any]:
-        """Return a whole tensor as float32 (or float64), with its adapter applied."""
+        """Return a whole tensor as float32 (or float64), dequantized and with its adapter applied."""
         numbers = np.empty(stored.shape, working_dtype(stored.dtype))
         flat = numbers.reshape(-1)
         begin = 0
         for piece in self.pieces(stored):
             flat[begin : begin + piece.size] = piece
             begin += piece.size
-        if stored.adapter is None:
+        if stored.is_plain:
             return numbers
-        adapted = stored.adapter.apply(stored.name, numbers)
-        if self._finite and not np.isfinite(adapted).all():
-            raise _not_finite(stored.name, stored.adapter.checkpoint.files[0])
-        return self._round(adapted)
+        if stored.scales is not None:
+            numbers = stored.scales.apply(numbers)
+        if stored.adapter is not None:
+            numbers = stored.adapter.apply(stored.name, numbers)
+            if self._finite and not np.isfinite(numbers).all():
+                raise _not_finite(stored.name, stored.adapter.checkpoint.files[0])
+        return self._round(numbers)
 
     def _round(self, numbers: NDArray[Any]) -> NDArray[Any]:
         if self._round_to is None or self._round_to in ("F32", "F64"):

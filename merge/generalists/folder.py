@@ -125,8 +125,8 @@ def _write_config(plan: MergePlan, folder: Path) -> None:
     """Write `config.json`: the leading model's with the changes of the merge; a byte-identical copy if unchanged."""
     source = plan.leading
     config = dict(plan.assembly.config) if plan.assembly is not None else source.config
-    changes = _config_changes(plan, text_config(config))
-    changed = _with_changes(config, changes)
+    changed = _with_changes(config, _config_changes(plan, text_config(config)))
+    changed.pop("quantization_config", None)  # the weights are dequantized
     if plan.assembly is None and changed == config:
         copy_files(source.model_folder, folder, ["config.json"])
     else:

@@ -249,6 +249,7 @@ def prepare_merge(
     if not any(tensor.dtype in FLOATING for tensor in plan.stack.tensors):
         raise UserError("the models have no floating-point tensors to merge")
     _check_layer_selection(plan)
+    _check_dtypes(plan)
     return replace(plan, notes=(*plan.notes, *plan.assembly.notes)) if plan.assembly is not None else plan
 
 
@@ -278,6 +279,16 @@ def _check_layer_selection(plan: MergePlan) -> None:
             f"{plan.leading.model_folder / 'config.json'} does not contain the number of decoder layers, so layers of this "
             "architecture cannot be selected; merge whole models"
         )
+
+
+def _check_dtypes(plan: MergePlan) -> None:
+    """Raise `UserError` for an output in 8-bit floats, which no model computes with."""
+    for tensor in plan.stack.tensors:
+        if tensor.dtype.startswith("F8"):
+            raise UserError(
+                f"tensor '{tensor.name}' is {tensor.dtype}, and models in 8-bit floats cannot be loaded without their "
+                "scales; choose the output dtype, for example --dtype bfloat16"
+            )
 
 
 def _check_device(device: str) -> None:

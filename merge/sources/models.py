@@ -18,6 +18,7 @@ from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.models.loading import ExpertTensors, seed_of
 from .adapters import ADAPTER_CONFIG, Adapter
 from .licences import licence_on_card
+from .quantized import BlockScales, block_scales, is_scale
 from .tensor_names import HEADS, embedding_name, head_name, layer_names
 
 DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
@@ -33,6 +34,13 @@ class StoredTensor:
     """Digest according to the manifest of its folder; None without a manifest."""
     adapter: Adapter | None = None
     """Adapter to apply to the tensor; None: no adapter."""
+    scales: BlockScales | None = None
+    """Scales of a quantized tensor; None: the stored numbers are the weights."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the stored numbers are used as they are."""
+        return self.adapter is None and self.scales is None
 
     @property
     def name(self) -> str:
@@ -129,7 +137,12 @@ class Source:
         expected = self.manifest.tensors if self.manifest is not None else {}
         entries = self.checkpoint.entries
         copies = self._tied_heads(entries) if self.base is None else ()
-        return {name: StoredTensor(entry, expected.get(name)) for name, entry in entries.items() if name not in copies}
+        scales = block_scales(self.folder, self.config, entries) if self.base is None else {}
+        return {
+            name: StoredTensor(entry, expected.get(name), scales=scales.get(name))
+            for name, entry in entries.items()
+            if name not in copies and not is_scale(name, scales)
+        }
 
     def _tied_heads(self, entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
         """Return the stored output heads that repeat the embedding; loading ties these, but keeps a different head."""
