@@ -62,6 +62,11 @@ def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assem
     tensors, config = plan_assembly(
         dense, family, target, shape, shared, experts, router, dtype=inputs.recipe.dtype, layout=options.layout
     )
+    if target.name != CONTAINER and "F64" in {tensor.dtype for tensor in tensors}:
+        raise UserError(
+            f"mixture class '{target.name}' of transformers cannot compute in float64; choose the output dtype, for example "
+            "--dtype float32, or the option target=container"
+        )
     if target.name == CONTAINER and family.name not in installed_plugins().offers(Architecture):
         _require_runnable(config)  # no plugin describes this family
     return Assembly(

@@ -186,6 +186,20 @@ def test_a_container_is_loaded_in_any_precision_whatever_its_dense_models_was(tm
     assert model(input_ids=TOKENS).logits.isfinite().all()
 
 
+def test_a_mixture_of_float64_is_refused_where_its_class_cannot_run_it(tmp_path: Path) -> None:
+    models = copies(tmp_path, "llama", 2, dtype="float64")
+    with pytest.raises(UserError, match=r"cannot compute in float64; choose the output dtype"):
+        mix(tmp_path, models)
+    model, _ = load_model(mix(tmp_path, models, target="container"))
+    assert model(input_ids=TOKENS).logits.dtype == torch.float64
+    recipe = Recipe(
+        "mixture", models, whole_models(("copy0", "copy1")), "base", scopes=({"router": "random"},), dtype="F32"
+    )
+    merge_recipe(recipe, tmp_path / "single")
+    single = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "single")
+    assert single(input_ids=TOKENS).logits.dtype == torch.float32
+
+
 def test_a_container_saved_by_transformers_is_loaded_again(tmp_path: Path) -> None:
     models = copies(tmp_path, "gemma2", 2, tied=True)
     model, tokenizer = load_model(mix(tmp_path, models), dtype="float32")
