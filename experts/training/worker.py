@@ -1,11 +1,13 @@
-"""The worker process of one run: `python -m expertctl.experts.training.worker RUN_FOLDER`.
+"""The worker process of one run: `python -m expertctl.experts.training.worker RUN_FOLDER [--leash FD]`.
 
-It writes JSON lines to standard output and stops with a checkpoint on SIGINT or SIGTERM. It exits at once if the
-process that started it is gone (its standard input closes), so that a killed command leaves no lock behind.
+It writes JSON lines to standard output and stops with a checkpoint on SIGINT or SIGTERM. With `--leash`, it exits at
+once when that pipe closes because the process that started it is gone: a killed command leaves no lock behind.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import signal
@@ -26,12 +28,17 @@ from ...core.reporting import Reporter
 
 
 def main(arguments: list[str]) -> int:
-    """Train the run in the folder `arguments[0]` and return the exit status."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    """Train the run in a folder and return the exit status."""
+    parser = argparse.ArgumentParser(prog="expertctl.experts.training.worker")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--leash", type=int, metavar="FD", help="inherited end of a pipe; exit when it closes")
+    given = parser.parse_args(arguments)
+    if given.leash is not None:
+        threading.Thread(target=_exit_with_parent, args=(given.leash,), daemon=True).start()
     stop = _stop_signal()
     prepare_libraries()
     keep_freed_memory()
-    folder = Path(arguments[0])
+    folder = given.run
     try:
         spec = read_run(folder)
         layout = Layout.find(folder)
@@ -94,10 +101,12 @@ def _stop_signal() -> threading.Event:
     return stop
 
 
-def _exit_with_parent() -> None:
+def _exit_with_parent(leash: int) -> None:
     # os.read, since a buffered read holds a lock that interpreter shutdown waits for
-    while os.read(0, 1024):
+    while os.read(leash, 1024):
         pass
+    with contextlib.suppress(OSError):  # standard error may have gone with the parent
+        os.write(2, b"the process that started this training is gone; resume it with `expertctl train`\n")
     os._exit(1)
 
 

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
 from typing import IO, Any
@@ -46,6 +47,7 @@ class _WorkerProcesses:
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self._running: set[subprocess.Popen[str]] = set()
+        self._warnings: set[str] = set()
         self._stopping = Event()
         self._lock = Lock()
 
@@ -62,8 +64,8 @@ class _WorkerProcesses:
         from ...core.manifests.run import LOG_FILE  # here: it loads pydantic, and plugins load for `--help`
 
         # standard error is kept beside the run only if the process fails unexpectedly
-        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-            process = self._start(run, log)
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log, _leash() as leash:
+            process = self._start(run, log, leash)
             if process is None:
                 return LaunchResult(run, None, interrupted=True)
             with process:  # closes both pipes on exit
@@ -72,22 +74,26 @@ class _WorkerProcesses:
             with self._lock:
                 self._running.discard(process)
             event = last_record.get("event")
+            log.seek(0)
+            output = log.read()
+            self._forward_warnings(output)
             if status == 0 and event == "finished":
                 return LaunchResult(run, None)
             if event == "interrupted" or self._stopping.is_set():
                 return LaunchResult(run, None, interrupted=True)
             if event == "error":
                 return LaunchResult(run, str(last_record["message"]))
-            log.seek(0)
-            return LaunchResult(run, _describe_crash(status, log.read(), run / LOG_FILE))
+            return LaunchResult(run, _describe_crash(status, output, run / LOG_FILE))
 
-    def _start(self, run: Path, log: IO[str]) -> subprocess.Popen[str] | None:
+    def _start(self, run: Path, log: IO[str], leash: int) -> subprocess.Popen[str] | None:
         with self._lock:
             if self._stopping.is_set():
                 return None
+            command = [sys.executable, "-P", "-m", "expertctl.experts.training.worker", str(run)]
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "expertctl.experts.training.worker", str(run)],
-                stdin=subprocess.PIPE,  # kept open: the worker exits when it closes
+                [*command, "--leash", str(leash)],
+                pass_fds=(leash,),
+                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -115,12 +121,33 @@ class _WorkerProcesses:
                 self._reporter.run_progressed(run, record)
         return last_record
 
+    def _forward_warnings(self, output: str) -> None:
+        """Forward the warnings that a worker printed, each once for all runs."""
+        for line in output.splitlines():
+            if line.startswith("Warning: "):
+                with self._lock:
+                    is_new = line not in self._warnings
+                    self._warnings.add(line)
+                if is_new:
+                    self._reporter.say(line)
+
     def stop(self) -> None:
         """Signal every running process to save its state and exit."""
         with self._lock:
             self._stopping.set()
             for process in self._running:
                 process.send_signal(signal.SIGINT)
+
+
+@contextmanager
+def _leash() -> Iterator[int]:
+    """Yield the end of a pipe for a worker to watch; the other end closes when this process ends for any reason."""
+    watched, held = os.pipe()
+    try:
+        yield watched
+    finally:
+        os.close(watched)
+        os.close(held)
 
 
 def _describe_crash(status: int, output: str, log: Path) -> str:
