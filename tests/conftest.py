@@ -69,7 +69,7 @@ def make_workspace(
     folder.mkdir(parents=True)
     (folder / "expertctl.yaml").write_text(config, encoding="utf-8")
     origin = tiny_model_folder(folder / ".origin", family, seed=seed, tied=tied, dtype=dtype)
-    import_seed(Layout(folder), origin)
+    import_seed(Layout(folder), origin, licence="CC0-1.0")
     for number, name in enumerate(experts, start=1):
         write_expert(folder, name, changed=changed, seed=1000 * seed + number)
     return folder

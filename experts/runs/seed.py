@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing, write_json
 from ...core.artefacts.layout import Layout
+from ...core.artefacts.licence_card import licence_on_card
 from ...core.artefacts.model_config import refuse_quantized
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
 from ...core.config.settings import ProjectConfig
@@ -33,6 +34,8 @@ def import_seed(
     layout: Layout, source: Path, *, licence: str | None = None, force: bool = False, reporter: Reporter = SILENT
 ) -> Manifest:
     """Import a Hugging Face causal LM folder as the seed; its files are linked, not copied.
+
+    Without `licence`, the licence is that of the folder's model card, if it has one.
 
     Raises `UserError`, before anything is written, if the folder has only pickled weights, is truncated, has no
     tokenizer or too large a one, lacks tensors, or is not a causal language model of transformers.
@@ -64,7 +67,8 @@ def import_seed(
                 link_or_copy(source / INDEX_FILE, partial / INDEX_FILE)
         else:
             _rewrite_weights(source, partial, reporter)
-        manifest = Manifest(kind="seed", name="seed", config=ImportedSeed(config.get("model_type")), licence=licence)
+        origin = ImportedSeed(config.get("model_type"))
+        manifest = Manifest(kind="seed", name="seed", config=origin, licence=licence or licence_on_card(source))
         return finish_artefact(partial, manifest)
 
 

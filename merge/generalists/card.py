@@ -123,7 +123,9 @@ def _parents_section(manifest: Manifest) -> str:
         for parent in manifest.parents
     ]
     head = ("model", "kind", "weight", "owner", "licence", "trained on", "digest")
-    return f"## Made from\n\n{_table(head, rows)}"
+    unknown = _join_names([parent.name for parent in manifest.parents if not parent.licence])
+    remark = f"\n\nThe licence is not known, as none is recorded for {unknown}." if not manifest.licence else ""
+    return f"## Made from\n\n{_table(head, rows)}{remark}"
 
 
 def _describe_data(data: DataStatement) -> str:

@@ -16,8 +16,6 @@ import yaml
 
 from ...core.errors import UserError
 
-CARD = "README.md"
-
 
 @dataclass(frozen=True)
 class LicenceTable:
@@ -55,7 +53,7 @@ class LicenceReport:
     notes: tuple[str, ...]
     """Missing and unknown licences."""
     result: str | None
-    """Licence of the merged model, whatever the conflicts; None if unknown."""
+    """Licence of the merged model, whatever the conflicts; None if that of any model is unknown."""
 
     @property
     def agreed(self) -> str | None:
@@ -84,20 +82,6 @@ def check_licences(licences: Mapping[str, str | None]) -> LicenceReport:
     return LicenceReport(tuple(conflicts), tuple(_notes(licences, known)), _result(licences, known))
 
 
-def licence_on_card(folder: Path) -> str | None:
-    """Return the licence in the YAML front matter of a folder's model card; None without one."""
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    if not text.startswith("---"):
-        return None
-    try:
-        content = yaml.safe_load(text[3:].partition("\n---")[0])
-    except yaml.YAMLError:
-        return None
-    licence = content.get("license") if isinstance(content, dict) else None
-    return licence if isinstance(licence, str) else None
-
-
 def require_compatible(report: LicenceReport, allow_conflicts: bool) -> LicenceReport:
     """Return the report; raises `UserError` for its first conflict, unless `allow_conflicts` is set."""
     if report.conflicts and not allow_conflicts:
@@ -119,7 +103,8 @@ def _is_conflict(first: str, second: str) -> bool:
 
 def _notes(licences: Mapping[str, str | None], known: Mapping[str, str]) -> list[str]:
     missing = [name for name in licences if name not in known]
-    notes = [f"no licence is recorded for {', '.join(missing)}"] if missing and known else []
+    unknown = f"no licence is recorded for {', '.join(missing)}, so that of the result is unknown"
+    notes = [unknown] if missing and known else []
     table = licence_table()
     all_known = table.permissive | table.no_derivatives | table.non_commercial | table.copyleft
     if len(set(known.values())) > 1:
@@ -134,7 +119,7 @@ def _notes(licences: Mapping[str, str | None], known: Mapping[str, str]) -> list
 def _result(licences: Mapping[str, str | None], known: Mapping[str, str]) -> str | None:
     """Return the licence of the result: the most restrictive one, or all licences if they cannot be combined."""
     distinct = set(known.values())
-    if not distinct:
+    if not distinct or len(known) < len(licences):
         return None
     if len(distinct) == 1:
         return (licences[next(iter(known))] or "").strip()  # in its original spelling

@@ -11,13 +11,13 @@ from typing import Any
 from ...core.artefacts.digest_cache import digests_of_untouched
 from ...core.artefacts.digests import digest_of_tensors, digest_of_tokenizer
 from ...core.artefacts.files import read_json
+from ...core.artefacts.licence_card import licence_on_card
 from ...core.artefacts.model_config import LAYER_KEYS, is_tied, text_config
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.models.loading import ExpertTensors, seed_of
 from .adapters import ADAPTER_CONFIG, Adapter
-from .licences import licence_on_card
 from .quantized import BlockScales, block_scales, is_scale
 from .tensor_names import HEADS, embedding_name, head_name, layer_names
 

@@ -66,6 +66,15 @@ def test_weights_are_linked_and_not_copied(layout: Layout, model_folder: Path) -
     assert (layout.seed / "model.safetensors").stat().st_ino == (model_folder / "model.safetensors").stat().st_ino
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "mit"), ("Apache-2.0", "Apache-2.0")])
+def test_the_licence_is_the_cards_unless_given(
+    layout: Layout, tmp_path: Path, given: str | None, expected: str
+) -> None:
+    source = tiny_model_folder(tmp_path / "model")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert import_seed(layout, source, licence=given).licence == expected
+
+
 def test_the_digest_does_not_depend_on_sharding(layout: Layout, tmp_path: Path) -> None:
     whole = import_seed(layout, tiny_model_folder(tmp_path / "a")).digest
     split = tiny_model_folder(tmp_path / "b")

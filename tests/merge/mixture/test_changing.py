@@ -327,6 +327,7 @@ def test_rounded_tensors_are_found_too(flexolmo_workspace: Workspace) -> None:
 
 def test_cards_and_licences_follow_the_experts(tmp_path: Path) -> None:
     workspace = make_flexolmo_workspace(tmp_path / "licences", "llama")
+    replace(read_manifest(workspace.layout.seed), licence="mit").write(workspace.layout.seed)
     terms = dict(zip(OWNERS, ("mit", "cc-by-nc-4.0", "mit"), strict=True))
     for name, licence in terms.items():
         folder = workspace.experts / name

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from expertctl.core.artefacts.licence_card import licence_on_card
 from expertctl.core.errors import UserError
-from expertctl.merge.sources.licences import check_licences, licence_on_card, require_compatible
+from expertctl.merge.sources.licences import check_licences, require_compatible
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,8 @@ from expertctl.merge.sources.licences import check_licences, licence_on_card, re
         (("mit", "cc-by-sa-4.0"), "cc-by-sa-4.0"),
         (("gpl-3.0", "agpl-3.0", "mit"), "agpl-3.0"),
         (("cc-by-nc-4.0", "apache-2.0"), "cc-by-nc-4.0"),
-        (("apache-2.0", None), "apache-2.0"),
+        (("apache-2.0", None), None),
+        (("cc-by-nc-4.0", None), None),
         ((None, None), None),
     ],
 )
