@@ -26,6 +26,15 @@ COMMANDS = {
 }
 
 
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        session = ctx.ensure_object(Session)
+        session.finish({"version": version("expertctl")}, f"expertctl {version('expertctl')}")
+        ctx.exit()
+
+
 @click.group(
     "expertctl",
     cls=LazyGroup,
@@ -33,7 +42,13 @@ COMMANDS = {
     params=options_everywhere(),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.version_option(package_name="expertctl", message="%(prog)s %(version)s", help="Print the version and exit.")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
 def cli() -> None:
     """Train language-model experts independently and merge them.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 def artefact_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Return the `--json` content for a new artefact."""
+    search = manifest.merged.search if manifest.merged is not None else None
     return {
         "name": manifest.name,
         "kind": manifest.kind,
@@ -21,6 +23,7 @@ def artefact_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "digest": manifest.digest,
         "method": manifest.method,
         "weights": dict(manifest.merged.weights) if manifest.merged is not None else None,
+        **({"search": asdict(search)} if search is not None else {}),
         "metrics": dict(manifest.metrics),
         "licence": manifest.licence,
     }

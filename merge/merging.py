@@ -343,5 +343,6 @@ def _write(
         raise Interrupted(
             f"interrupted; the written part of {target} is kept; run the same command with --resume to resume"
         ) from None
-    installed_plugins().merge_finished(MergeFinished(name, target, plan.method.name))
+    if not run.is_repetition:
+        installed_plugins().merge_finished(MergeFinished(name, target, plan.method.name))
     return manifest

@@ -42,7 +42,7 @@ def command(session: Session) -> None:
     hook_only = [
         f"plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) implements {', '.join(plugin.hooks)}"
         for plugin in plugins.plugins()
-        if not any(offer["plugin"] == plugin.name for offer in offers)
+        if plugin.hooks and not any(offer["plugin"] == plugin.name for offer in offers)
     ]
     session.finish(content, table, *hook_only)
 

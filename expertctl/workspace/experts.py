@@ -10,7 +10,7 @@ from expertctl.core.artefacts.files import exclusive, remove_tree
 from expertctl.core.config.discovered import cluster_sets
 from expertctl.core.config.settings import ExpertConfig, LauncherConfig, validate_settings
 from expertctl.core.errors import UserError, unknown_name
-from expertctl.core.manifests.run import RUN_FILE, STATE_FOLDER, RunSpec, is_finished
+from expertctl.core.manifests.run import RUN_FILE, STATE_FOLDER, RunSpec, is_finished, read_run
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.runs.branching import branch
 from expertctl.experts.runs.launching import TrainResult, next_wave
@@ -91,24 +91,41 @@ class Experts:
         while pending and not interrupted:
             wave = next_wave(pending, declared, self.folder)
             pending = [name for name in pending if name not in wave]
-            if runs := self._branched(wave, failed):
+            if runs := self._branched(wave, failed, reporter):
                 result = self._project.launch(runs, jobs=jobs, launcher=launcher, reporter=reporter)
                 finished += result.finished
                 failed |= result.failed
                 interrupted += result.interrupted
         return TrainResult(tuple(name for name in requested if name in finished), failed, (*interrupted, *pending))
 
-    def _branched(self, names: Sequence[str], failed: dict[str, str]) -> list[Path]:
+    def _branched(self, names: Sequence[str], failed: dict[str, str], reporter: Reporter) -> list[Path]:
         """Branch experts that are not branched yet and return the runs; errors are added to `failed`."""
         runs = []
         for name in names:
             try:
                 if not (self / name / RUN_FILE).is_file():
                     self.branch(name)
+                else:
+                    self._note_changed_settings(name, reporter)
                 runs.append(self / name)
             except UserError as error:
                 failed[name] = str(error)
         return runs
+
+    def _note_changed_settings(self, name: str, reporter: Reporter) -> None:
+        """Report training settings in which the project file differs from a run that will be resumed."""
+        declared = self._project.config.experts.get(name)
+        if declared is None:
+            return
+        wanted = self._project.config.training_of(declared.training)
+        ours = read_run(self / name).training
+        changed = [field for field in type(ours).model_fields if getattr(ours, field) != getattr(wanted, field)]
+        if changed:
+            pairs = ", ".join(f"{field} {getattr(ours, field)} (not {getattr(wanted, field)})" for field in changed)
+            reporter.say(
+                f"expert '{name}' keeps the settings of its branch where expertctl.yaml now has others: {pairs}; to use "
+                f"those, start over with `expertctl branch {name} --force`"
+            )
 
     def statistics(
         self,

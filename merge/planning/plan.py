@@ -60,6 +60,8 @@ class MergeRun:
     settings: EngineSettings = field(default_factory=EngineSettings)
     shard_bytes: int = DEFAULT_SHARD_BYTES
     reporter: Reporter = SILENT
+    is_repetition: bool = False
+    """The output is compared with an earlier merge and deleted; plugins are not told about it."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def reproduce(
         allow_licences=True,
         settings=replace(run.settings, allow_nonfinite=True),
         shard_bytes=merged.shard_bytes,
+        is_repetition=True,
     )
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         repeated_manifest = merge_recipe(recipe, Path(scratch) / folder.name, run=repeated_run, name=manifest.name)
@@ -68,7 +69,11 @@ def _why_not(manifest: Manifest) -> str:
         return "was trained in rounds with weights that only the owners have"
     if manifest.tunings:
         return "was trained after the merge; repeat its `expertctl tune`"
-    return "was fitted on text; repeat its `expertctl merge`"
+    if manifest.merged.fitted_on:
+        return "was fitted on text; repeat its `expertctl merge`"
+    return (
+        f"is of the kind '{manifest.merged.kind}', which holds its experts unchanged; `expertctl verify` compares them"
+    )
 
 
 def compare(before: Manifest, after: Manifest) -> Reproduction:

@@ -76,6 +76,8 @@ def test_every_example_names_options_that_exist(words: tuple[str, ...]) -> None:
 def test_version(run: Any) -> None:
     result = run("--version")
     assert (result.status, result.out.split()[0]) == (0, "expertctl")
+    for words in (["--json", "--version"], ["--version", "--json"]):
+        assert run(*words).json == {"version": result.out.split()[1]}
 
 
 def test_no_command_shows_the_help_and_is_a_usage_error(run: Any) -> None:

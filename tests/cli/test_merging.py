@@ -111,6 +111,13 @@ def test_a_config_file_says_it_all(workspace: Path, run: Any) -> None:
     assert run("merge").status == 2
 
 
+def test_a_search_by_layer_groups_prints_a_weight_for_each(workspace: Path, run: Any) -> None:
+    words = ["--json", "merge", "m", "--method", "average", "--search", "--trials", "2", "--layer-groups", "2"]
+    search = run(*words).json["search"]
+    assert search["trials"] == 2
+    assert all(len(weights) == 2 for weights in search["weights"].values())
+
+
 def test_a_search_on_the_command_line(workspace: Path, run: Any) -> None:
     result = run("merge", "m", "--method", "average", "--search", "--trials", "3")
     assert result.status == 0, result.err

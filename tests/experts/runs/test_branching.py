@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from inline_launching import inline_launching
+from reporters import Recorder
 
 from expertctl import UserError, load_model, verify
 from expertctl.core.artefacts.safetensors_io import Checkpoint
@@ -171,3 +173,17 @@ def test_an_expert_in_training_elsewhere_is_left_alone(project: Workspace) -> No
     assert "another process is working on expert 'prose'" in failed["prose"]
     with inline_launching():
         assert not project.train("prose").failed
+
+
+def test_settings_that_changed_since_the_branch_are_reported(project: Workspace) -> None:
+    config = yaml.safe_load((project.root / "expertctl.yaml").read_text())
+    config["experts"] = {"late": {"domain": "prose"}}
+    (project.root / "expertctl.yaml").write_text(yaml.safe_dump(config))
+    workspace = Workspace(project.root)
+    workspace.branch("late")
+    config["experts"]["late"]["training"] = {"batch_size": 3}
+    (project.root / "expertctl.yaml").write_text(yaml.safe_dump(config))
+    said = Recorder()
+    with inline_launching():
+        assert Workspace(project.root).train("late", reporter=said).finished == ("late",)
+    assert any("'late' keeps the settings" in line and "batch_size" in line for line in said.lines)

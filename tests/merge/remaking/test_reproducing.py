@@ -9,8 +9,12 @@ import pytest
 import torch
 from toy_models import random_tensors, recipe, write_model
 
+from expertctl import hookimpl
 from expertctl.core.errors import UserError
+from expertctl.core.hooks.events import MergeFinished
 from expertctl.core.manifests.manifest import read_manifest
+from expertctl.core.testing import fresh_plugins
+from expertctl.merge import merging
 from expertctl.merge.merging import MergeRun, merge_recipe
 from expertctl.merge.remaking.reproducing import reproduce
 from expertctl.workspace import Workspace
@@ -37,6 +41,34 @@ def test_a_workspaces_merge_is_made_again_byte_for_byte(
     assert report.same
     assert report.differences == ()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["m"]
+
+
+def test_plugins_are_told_of_the_merge_and_not_of_its_repetition(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dashboard:
+        def __init__(self) -> None:
+            self.names: list[str] = []
+
+        @hookimpl
+        def merge_finished(self, event: MergeFinished) -> None:
+            self.names.append(event.name)
+
+    plugin = Dashboard()
+    manager = fresh_plugins(plugin)
+    monkeypatch.setattr(merging, "installed_plugins", lambda: manager)
+    ws = Workspace(workspace)
+    manifest = ws.merge("m", method="average")
+    assert reproduce(manifest, workspace / "generalists" / "m", layout=ws.layout).same
+    assert plugin.names == ["m"]
+
+
+@pytest.mark.parametrize(("method", "options"), [("ensemble", {"prior": "uniform"}), ("stitch", {})])
+def test_models_that_hold_their_experts_say_so(workspace: Path, method: str, options: dict[str, str]) -> None:
+    ws = Workspace(workspace)
+    manifest = ws.merge("m", method=method, options=options)
+    with pytest.raises(UserError, match="holds its experts unchanged"):
+        reproduce(manifest, workspace / "generalists" / "m", layout=ws.layout)
 
 
 def test_folders_beside_the_result_are_found_and_others_are_named(tmp_path: Path) -> None:
@@ -69,5 +101,7 @@ def test_other_versions_are_told(tmp_path: Path) -> None:
 def test_merges_fitted_on_text_are_refused(workspace: Path) -> None:
     Workspace(workspace).merge("e", method="ensemble", options={"prior": "uniform"})
     folder = workspace / "generalists" / "e"
+    manifest = read_manifest(folder)
+    fitted = replace(manifest, config=replace(manifest.config, fitted_on=("law",)))
     with pytest.raises(UserError, match="fitted on text; repeat its `expertctl merge`"):
-        reproduce(read_manifest(folder), folder)
+        reproduce(fitted, folder)
