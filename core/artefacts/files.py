@@ -271,7 +271,7 @@ def _user_error(path: Path, error: OSError) -> UserError:
 
 
 def user_fixable_error(error: OSError, path: Path | None = None) -> UserError | None:
-    """Return a `UserError` for a full disk or a missing permission, None for any other error."""
+    """Return a `UserError` for a full disk, a missing permission or too long a name, None for any other error."""
     where = error.filename or path or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
@@ -279,6 +279,8 @@ def user_fixable_error(error: OSError, path: Path | None = None) -> UserError | 
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"no permission to access {where} ({error.strerror}); check the folder's owner and mode")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"the name {str(where)[:40]}... is longer than the file system allows; choose a shorter one")
     return None
 
 

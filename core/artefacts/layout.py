@@ -82,6 +82,8 @@ class Layout:
 
 
 RESERVED = ("seed", "public", "auto", "dense", "dense-same-batch", "random-split")
+MAX_NAME = 180
+"""Longest name; file systems allow 255 bytes, and locks and temporary folders have names derived from it."""
 
 
 def require_free(layout: Layout, name: str, own: Path) -> None:
@@ -99,6 +101,8 @@ def check_name(name: str, what: str) -> str:
             f"{what} cannot be called '{name}': use letters, digits, '-', '_' and '.', starting with a letter or "
             f"digit; reserved names: {', '.join(RESERVED)}"
         )
+    if len(name) > MAX_NAME:
+        raise UserError(f"{what} cannot be called '{name[:40]}...': names have at most {MAX_NAME} characters")
     return name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ from ...core.artefacts.versions import package_version
 from ...core.config.settings import DomainConfig, ProjectConfig
 from ...core.errors import UserError, unknown_name
 from ...core.hooks.manager import installed_plugins
-from ...core.hooks.text import CorpusFormat, Document, DocumentOrder
+from ...core.hooks.text import Document, DocumentOrder
 from ...core.manifests.statements import DomainStatement
 from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.token_store import TokenPart, TokenStore, write_part
 from ...core.text.tokenizer import DOCUMENTS_PER_BATCH, TextEncoder
+from .corpus_folders import read_corpus_folder, require_format
 from .spooled_texts import SpooledTexts
 
 PARTS = ("train", "valid")
@@ -88,6 +89,7 @@ def prepare_domain(
         if not force and (cached := _cached(folder, fingerprint)):
             return cached
         encoder = TextEncoder.of_folder(tokenizer_folder)
+        _report_files(domain, layout.root, reporter)
         with new_folder(folder, force=True, what="corpus") as partial:
             num_documents = 0
             for part in PARTS:
@@ -119,6 +121,15 @@ def prepare_domain(
     prepared = _cached(folder, fingerprint)
     assert prepared is not None
     return prepared
+
+
+def _report_files(domain: DomainConfig, root: Path, reporter: Reporter) -> None:
+    """Report the use of a folder's files where it is not that of dividing them all by document."""
+    path = root / Path(domain.path or "").expanduser()
+    if domain.path is not None and path.is_dir():
+        folder = read_corpus_folder(path)
+        if folder.train or folder.left_out:
+            reporter.say(folder.description(path))
 
 
 @contextmanager
@@ -170,14 +181,17 @@ def domain_values(domain: DomainConfig, root: Path, part: str, field: str | None
         yield from map(Document, getattr(read_bundled(domain.bundled), part))
     elif domain.path is not None:
         path = root / Path(domain.path).expanduser()
+        if path.is_dir() and (named := read_corpus_folder(path)).train:
+            yield from _values(named.train if part == "train" else named.valid, domain.text_field, field)
+            return
         border = _split_border(read_documents(path, domain.text_field), domain.valid_share)
-        for document in _values(path, domain.text_field, field):
+        for document in _values(_files(path), domain.text_field, field):
             if (_split_position(document.text) < border) == (part == "valid"):
                 yield document
     else:
         source = domain.train if part == "train" else domain.valid
         assert source is not None
-        yield from _values(root / Path(source).expanduser(), domain.text_field, field)
+        yield from _values(_files(root / Path(source).expanduser()), domain.text_field, field)
 
 
 def _split_border(documents: Iterable[str], share: float) -> float:
@@ -210,41 +224,28 @@ def _split_position(document: str) -> int:
 
 def read_documents(path: Path, text_field: str) -> Iterator[str]:
     """Stream the documents of a file, or of all files of known formats below a folder, sorted by path."""
-    return (document.text for document in _values(path, text_field, None))
+    return (document.text for document in _values(_files(path), text_field, None))
 
 
-def _values(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
+def _files(path: Path) -> Sequence[Path]:
+    """Return the files of documents at a path; a folder's validation text is among them, its test text is not."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file))
-        if not files:
-            raise UserError(f"{path} has no file of a known format; known suffixes: {', '.join(sorted(_formats()))}")
-    elif path.is_file():
-        files = [path]
-    else:
+        folder = read_corpus_folder(path)
+        return sorted((*folder.documents, *folder.train, *folder.valid))
+    if not path.is_file():
         raise UserError(f"{path} does not exist")
+    return [path]
+
+
+def _values(files: Sequence[Path], text_field: str, field: str | None) -> Iterator[Document]:
     for file in files:
-        corpus_format = _format_of(file)
-        if corpus_format is None:
-            raise UserError(f"{file} has an unknown format; known suffixes: {', '.join(sorted(_formats()))}")
+        corpus_format = require_format(file)
         if field is None:
             yield from map(Document, corpus_format.read(file, text_field))
         elif corpus_format.read_values is None:
             raise UserError(f"{file}: documents of format '{corpus_format.name}' have no field '{field}'")
         else:
             yield from corpus_format.read_values(file, text_field, field)
-
-
-def _formats() -> Mapping[str, CorpusFormat]:
-    return {
-        suffix: corpus_format
-        for corpus_format in installed_plugins().offers(CorpusFormat).values()
-        for suffix in corpus_format.suffixes
-    }
-
-
-def _format_of(file: Path) -> CorpusFormat | None:
-    matching = [suffix for suffix in _formats() if file.name.lower().endswith(suffix)]
-    return _formats()[max(matching, key=len)] if matching else None
 
 
 def licence_of(domain: DomainConfig) -> str | None:

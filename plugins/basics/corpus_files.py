@@ -236,7 +236,7 @@ def _check_column(schema: Any, text_field: str, path: Path) -> None:
         raise _no_field("column", text_field, schema.names, str(path), SET_TEXT_FIELD)
     kind = schema.field(text_field).type
     plain = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not (kinds.is_string(plain) or kinds.is_large_string(plain)):
+    if not (kinds.is_string(plain) or kinds.is_large_string(plain) or kinds.is_string_view(plain)):
         raise UserError(f"{path}: column '{text_field}' holds {kind}, not strings; set text_field to another column")
 
 

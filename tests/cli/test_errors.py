@@ -202,3 +202,29 @@ def test_ctrl_c_during_training_leaves_it_resumable(workspace: Path, run: Any) -
     assert '"interrupted": [\n    "long"\n  ]' in out
     assert err.strip().splitlines()[-1] == "Error: interrupted, state saved: long; rerun the same command to resume"
     assert run("--json", "show").json["unfinished"] == {"long": "expertctl train long"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show"],
+        ["generate", "hello"],
+        ["eval"],
+        ["verify"],
+        ["seed", "--force", "--from"],
+        ["card"],
+        ["reproduce"],
+        ["init"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_too_long_for_the_file_system_is_one_line(words: list[str], run: Any, workspace: Path) -> None:
+    result = run(*words[:1], "x" * 300, *words[1:]) if words[0] == "generate" else run(*words, "x" * 300)
+    assert result.status == 1
+    assert len(result.err.strip().splitlines()) == 1
+    assert "longer than the file system allows" in result.error
+
+
+def test_a_name_that_leaves_no_room_for_its_lock_is_refused(run: Any, workspace: Path) -> None:
+    assert "at most 180 characters" in run("merge", "x" * 230, "--method", "average").error
+    assert run("merge", "x" * 180, "--method", "average").status == 0

@@ -273,6 +273,13 @@ def test_a_parquet_column_that_is_not_text_says_what_it_holds(tmp_path: Path) ->
     assert message.startswith("law.parquet: column 'text' holds int64, not strings")
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view"])
+def test_every_kind_of_string_in_parquet_is_read(kind: str, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    column = pa.array(["a", "größe"], getattr(pa, kind)())
+    assert list(read_parquet(parquet(tmp_path / "law.parquet", {"text": column}), "text")) == ["a", "größe"]
+
+
 def test_a_parquet_null_names_its_row(tmp_path: Path) -> None:
     path = parquet(tmp_path / "law.parquet", {"text": ["a"] * 700 + [None]}, row_group_size=300)
     assert error_of("parquet", path).startswith("law.parquet: row 701: 'text' is null, not a string")
