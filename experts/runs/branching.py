@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...core.artefacts.files import exclusive, new_folder, refuse_existing
+from ...core.artefacts.files import exclusive, new_folder, read_json, refuse_existing
 from ...core.artefacts.layout import Layout, check_name, require_free
 from ...core.artefacts.versions import require_privacy_extra
 from ...core.config.settings import ExpertConfig, ProjectConfig, TrainingConfig
@@ -19,7 +19,7 @@ from ...core.process.compute import best_device
 from ...core.text.token_store import TokenBlocks, spread
 from ..text.corpora import domain_config, prepare_domain
 from .replaced import back_up
-from .trainable import trainer_for
+from .trainable import require_changeable, trainer_for
 
 AUTO_SAMPLE_BLOCKS = 32
 
@@ -43,6 +43,8 @@ def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConf
             f"{trainer.name}`"
         )
     parse_options(trainer.options, expert.options, f"trainer '{trainer.name}'")
+    model_type = str(read_json(layout.seed / "config.json").get("model_type"))
+    require_changeable(expert.trains, sorted(read_manifest(layout.seed).tensors), model_type)
     training = expert_training(layout, project, expert.training)
     check_private(expert, training, trainer)
     start = start_weights(layout, project, expert)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,25 @@ def matching_parameters(model: PreTrainedModel, patterns: Iterable[str]) -> Trai
         if is_trainable:
             trainable[name] = parameter
     if not trainable:
-        guess = closest(patterns[0], names) or names[0]
-        raise UserError(
-            f"no tensor matches '{', '.join(patterns)}'; the model has {len(names)} tensors, such as '{guess}'"
-        )
+        raise _no_match(patterns, names)
     return TrainablePart(model, trainable)
+
+
+def require_changeable(trains: str, names: Sequence[str], model_type: str) -> None:
+    """Raise `UserError` if a trainer or pattern can change none of a model's tensors."""
+    if changeable_tensors(trains, names, model_type):
+        return
+    if trains not in installed_plugins().offers(Trainer):
+        raise _no_match(_patterns(trains), names)
+    layer = next((name for name in names if ".0." in name), names[0])
+    raise UserError(
+        f"trainer '{trains}' changes the feed-forward networks, and those of '{model_type}' are not known; train all "
+        f"tensors, or the ones that a pattern matches (such as '{re.sub(r'[.]0[.]', '.*.', layer, count=1)}')"
+    )
+
+
+def _no_match(patterns: Sequence[str], names: Sequence[str]) -> UserError:
+    guess = closest(patterns[0], names) or names[0]
+    return UserError(
+        f"no tensor matches '{', '.join(patterns)}'; the model has {len(names)} tensors, such as '{guess}'"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,10 +140,24 @@ def test_names_that_are_no_folder_names_are_refused(project: Workspace, name: st
 
 
 def test_a_pattern_that_matches_nothing_names_what_there_is(project: Workspace) -> None:
-    project.branch("new", domain="prose", trains="model.layers.*.mpl.*")
-    with inline_launching():
-        failed = project.train("new").failed
-    assert "no tensor matches 'model.layers.*.mpl.*'; the model has" in failed["new"]
+    with pytest.raises(UserError, match=r"no tensor matches 'model.layers.\*.mpl.\*'; the model has"):
+        project.branch("new", domain="prose", trains="model.layers.*.mpl.*")
+    assert not (project.experts / "new").exists()
+
+
+@pytest.mark.parametrize("trains", ["feed_forward", "flexolmo"])
+def test_a_family_whose_feed_forward_is_not_known_is_refused_with_a_pattern(
+    new_workspace: object, tmp_path: Path, trains: str
+) -> None:
+    root: Path = new_workspace(tmp_path / "ws", [])  # type: ignore[operator]
+    config = json.loads((root / "seed" / "config.json").read_text()) | {"model_type": "of_a_plugin"}
+    seed = read_manifest(root / "seed")
+    renamed = {name.replace(".mlp.", ".block."): digest for name, digest in seed.tensors.items()}
+    replace(seed, tensors=renamed).write(root / "seed")
+    (root / "seed" / "config.json").write_text(json.dumps(config))
+    (root / "expertctl.yaml").write_text("domains: {law: {bundled: python}}\ntraining: {sequence_length: 16}\n")
+    with pytest.raises(UserError, match=r"those of 'of_a_plugin' are not known.*model.layers.\*."):
+        Workspace(root).branch("new", domain="law", trains=trains)
 
 
 def test_text_shorter_than_a_block_fails_that_expert_and_no_other(project: Workspace) -> None:
