@@ -24,6 +24,15 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**member, **nested} if isinstance(nested, Mapping) else member
 
 
+def with_floats(value: Any) -> Any:
+    """Return a configuration with infinities and NaN in place of their notation in `config.json`."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: with_floats(part) for key, part in value.items()}
+    return [with_floats(part) for part in value] if isinstance(value, list) else value
+
+
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Return whether a configuration ties the output head to the embedding, which is transformers' default."""
     return bool(text_config(config).get("tie_word_embeddings", True))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..hooks.architectures import architecture_of
 from ..text.token_store import Blocks, spread
+
+_READ_BY_THEIR_BLOCKS = ("rwkv",)
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,56 @@ class FeedForward:
 
 def feed_forwards(model: PreTrainedModel) -> list[FeedForward]:
     """Return a model's FFNs, first layer first; raises `UserError` if its family's FFN modules do not exist."""
-    family = architecture_of(model.config.model_type)
+    family = architecture_of(model.config.model_type, (name for name, _ in model.named_parameters()))
+    if family.name in _READ_BY_THEIR_BLOCKS:
+        raise UserError(
+            f"the feed-forward networks of '{family.name}' cannot be replaced: its blocks read their weights"
+        )
     modules = dict(model.named_modules())
     patterns = [pattern.removesuffix(".*") for pattern in family.feed_forward]
     networks = []
     for name in modules:
-        if any(fnmatchcase(name, pattern) and name.count(".") == pattern.count(".") for pattern in patterns):
-            parent, _, attribute = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
+        if any(fnmatchcase(name, pattern) and attribute == pattern.rpartition(".")[2] for pattern in patterns):
             networks.append(FeedForward(name, modules[parent], attribute))
     if not networks:
         raise UserError(
             f"the model has no module {', '.join(patterns)}, the feed-forward networks of family '{family.name}'"
         )
+    parents = [network.parent for network in networks]
+    if any(isinstance(network.module, nn.Linear) for network in networks) or len(set(parents)) < len(parents):
+        raise UserError(
+            f"the feed-forward network of a layer is not one module in family '{family.name}', but "
+            f"{', '.join(network.name for network in networks if network.parent is parents[0])}"
+        )
     return networks
+
+
+def require_replaceable(model_type: str) -> None:
+    """Raise `UserError` for a family whose blocks do more with their FFNs than call them."""
+    if model_type in _READ_BY_THEIR_BLOCKS:
+        raise UserError(
+            f"the feed-forward networks of '{model_type}' cannot be replaced: its blocks read their weights"
+        )
+
+
+def require_plain(network: nn.Module) -> None:
+    """Raise `UserError` for an FFN that cannot be an expert: one of several inputs, or itself a mixture of experts."""
+    required = [
+        parameter.name
+        for parameter in signature(network.forward).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    if len(required) != 1:
+        raise UserError(
+            f"the feed-forward network ({type(network).__name__}) takes {', '.join(required)}, and experts get hidden "
+            "states only: models of this family cannot be merged into a mixture"
+        )
+    if any(name.rpartition(".")[2] == "experts" for name, _ in network.named_modules()):
+        raise UserError(
+            f"the feed-forward network ({type(network).__name__}) is itself a mixture of experts, and cannot be an expert "
+            "of another one; merge models of this family to an average or an ensemble"
+        )
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,11 @@ def changeable_tensors(trains: str, names: Iterable[str], model_type: str) -> se
 
     Raises `UserError` if `trains` is neither a trainer nor a pattern.
     """
-    trainer = trainer_for(trains)
-    patterns = architecture_of(model_type).feed_forward if trainer.changes == "feed_forward" else ("*",)
+    trainer, tensors = trainer_for(trains), tuple(names)
+    patterns = architecture_of(model_type, tensors).feed_forward if trainer.changes == "feed_forward" else ("*",)
     if trainer.name not in installed_plugins().offers(Trainer):
         patterns = _patterns(trains)
-    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
 def all_parameters(model: PreTrainedModel) -> TrainablePart:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.utils.generic import ModelOutput
 
 from ...core.artefacts.files import write_json
+from ...core.artefacts.model_config import with_floats
 from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ...core.errors import UserError
 from ...core.hooks.ensembles import TextMixer, TextState
@@ -282,7 +283,7 @@ def write_config(folder: Path, config: EnsembleConfig) -> None:
 
 
 def _member_config(config: EnsembleConfig) -> PretrainedConfig:
-    return AutoConfig.for_model(**config.member)
+    return AutoConfig.for_model(**with_floats(config.member))
 
 
 def _empty_member(config: EnsembleConfig) -> PreTrainedModel:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from ...core.errors import UserError
+from ...core.artefacts.model_config import with_floats
+from ...core.models.feed_forwards import require_plain, require_replaceable
 from ...core.models.kernels.sorted_loop import combine_experts
 from ...core.models.kernels.top_k_gates import top_k_gates
 from ..sources.shared_settings import SHARED_SETTINGS
@@ -53,7 +53,7 @@ class MixtureConfig(PretrainedConfig):
 
     def dense(self) -> PretrainedConfig:
         """Return the dense model's configuration as an instance of its transformers class."""
-        config: PretrainedConfig = AutoConfig.for_model(**self.member)
+        config: PretrainedConfig = AutoConfig.for_model(**with_floats(self.member))
         return config
 
 
@@ -79,16 +79,7 @@ class MixtureFeedForward(nn.Module):
 
     def __init__(self, experts: list[nn.Module], router: TopKRouter) -> None:
         super().__init__()
-        required = [
-            parameter.name
-            for parameter in signature(experts[0].forward).parameters.values()
-            if parameter.default is parameter.empty
-        ]
-        if len(required) != 1:
-            raise UserError(
-                f"the feed-forward network ({type(experts[0]).__name__}) takes {', '.join(required)}, and "
-                "experts get hidden states only: models of this family cannot be merged into a mixture"
-            )
+        require_plain(experts[0])
         self.experts = nn.ModuleList(experts)
         self.router = router
 
@@ -109,6 +100,7 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MixtureConfig) -> None:
         super().__init__(config)
         dense = config.dense()
+        require_replaceable(dense.model_type)
         # sdpa is the default here, but not every family supports it
         if config._attn_implementation not in (None, "sdpa"):
             dense._attn_implementation = config._attn_implementation
@@ -125,6 +117,11 @@ class MixtureForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise nothing: all weights are loaded."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return False: for custom code, transformers leaves buffers of modules without parameters uninitialised."""
+        return False
 
     def get_input_embeddings(self) -> nn.Module:
         return cast("nn.Module", self.network.get_input_embeddings())

@@ -29,12 +29,17 @@ def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assem
     """Plan a mixture of the recipe's experts; raises `UserError` for incompatible models or options."""
     assert isinstance(inputs, AssemblyInputs), "assemblers pass on what the planner gave them"
     leading = inputs.leading
-    family = architecture_of(str(leading.config.get("model_type")))
+    family = architecture_of(str(leading.config.get("model_type")), leading.tensors)
     names, _ = split_feed_forward(leading.tensors, family)
     if not names:
         raise UserError(
             f"{leading.folder} has no feed-forward tensors where family '{family.name}' has them "
             f"({', '.join(family.feed_forward)}); describe the family in a plugin (hook `architectures`)"
+        )
+    if any(".experts." in name for name in names):
+        raise UserError(
+            f"the feed-forward networks of {leading.folder} ({family.name}) are mixtures of experts themselves, and cannot be "
+            "experts of another one; merge models of this family to an average or an ensemble"
         )
     if PUBLIC in inputs.recipe.experts:
         raise UserError(

@@ -139,10 +139,10 @@ def open_mixture(folder: Path) -> OpenedMixture:
     if merged is None or merged.mixture is None:
         raise UserError(f"{folder} is not a mixture of experts: its manifest lists no experts")
     record = merged.mixture
-    family = architecture_of(record.dense["model_type"])
+    source = open_source(manifest.name, folder, allow_containers=True)
+    family = architecture_of(record.dense["model_type"], source.tensors)
     targets = (*family.mixtures, container_target(family))
     target = next(candidate for candidate in targets if candidate.name == record.target)
-    source = open_source(manifest.name, folder, allow_containers=True)
     return OpenedMixture(source, manifest, merged, record, family, target)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...core.artefacts.model_config import with_floats
 from ...core.errors import UserError
 
 _WITHOUT_EFFECT = re.compile(
@@ -78,7 +79,7 @@ def _as_read_by_transformers(config: Mapping[str, Any]) -> Mapping[str, Any] | N
     """Return all settings that transformers' class of the model has; None if there is no such class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    settings = dict(config)
+    settings = with_floats(config)
     kind = settings.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
         return None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ....core.models.feed_forwards import feed_forwards
+from ....core.models.feed_forwards import feed_forwards, require_plain
 
 
 class DomainFeedForward(nn.Module):
@@ -37,6 +37,7 @@ def split_by_domain(model: nn.Module, count: int) -> list[DomainFeedForward]:
     """Replace each feed-forward network by `count` copies; return the new modules in layer order."""
     modules = []
     for part in feed_forwards(model):
+        require_plain(part.module)
         module = DomainFeedForward(part.module, count)
         setattr(part.parent, part.attribute, module)
         modules.append(module)

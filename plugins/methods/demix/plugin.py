@@ -90,7 +90,8 @@ def require_shared_layers(folder: Path, options: DemixAdaptation, domains: Seque
             f"networks, and '{folder.name}' is not one; name a DEMix model or such an ensemble with --from"
         )
     for file in sorted((folder / EXPERTS_FOLDER).glob("*.safetensors")):
-        _, outside = split_feed_forward(Checkpoint([file]).entries, architecture_of(family))
+        names = Checkpoint([file]).entries
+        _, outside = split_feed_forward(names, architecture_of(family, names))
         if outside:
             raise UserError(
                 "demix_dapt needs an ensemble whose experts share all tensors outside the feed-forward networks, and "

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ....core.models.feed_forwards import feed_forwards
+from ....core.models.feed_forwards import feed_forwards, require_plain
 
 
 class OwnersLogit(nn.Module):
@@ -54,6 +54,7 @@ def coordinate(model: nn.Module, rows_Ld: Tensor, *, bias: bool) -> list[Coordin
     model.requires_grad_(False)
     modules = []
     for layer, part in enumerate(feed_forwards(model)):
+        require_plain(part.module)
         module = CoordinatedFeedForward(part.module, rows_Ld[layer], bias=bias)
         setattr(part.parent, part.attribute, module)
         modules.append(module)

@@ -219,7 +219,7 @@ def test_undescribed_families_run_in_the_container(tmp_path: Path, family: str) 
     ("family", "said"),
     [
         ("bloom", "BloomMLP\\) takes hidden_states, residual"),
-        ("opt", "no feed-forward tensors where family 'opt' has"),
+        ("opt", "feed-forward network of family 'opt' is not a single module"),
     ],
 )
 def test_families_without_feed_forwards_of_their_own_are_refused(tmp_path: Path, family: str, said: str) -> None:
