@@ -27,7 +27,7 @@ from ...core.errors import UserError
 from ...core.hooks.ensembles import TextMixer, TextState
 from ...core.models.loading import checkpoint_tensors
 from ..sources.shared_settings import SHARED_SETTINGS
-from .members_cache import MembersCache
+from .members_cache import MembersCache, MembersGeneration, can_cache
 from .stored_mixer import stored_mixer
 
 MODEL_TYPE = "expertctl_ensemble"
@@ -64,9 +64,9 @@ class EnsembleConfig(PretrainedConfig):
 class EnsembleCache(MembersCache):
     """Key-value cache per member, and the mixer's state of the texts so far."""
 
-    def __init__(self, num_members: int) -> None:
-        super().__init__(num_members)
-        self.unread_tokens: list[Tensor | None] = [None] * num_members
+    def __init__(self, members: Sequence[PreTrainedModel]) -> None:
+        super().__init__(members)
+        self.unread_tokens: list[Tensor | None] = [None] * len(members)
         """Tokens (B, t) that a member skipped because its weight was 0 in all rows."""
         self.text_state: TextState | None = None
 
@@ -111,7 +111,7 @@ class EnsembleOutput(ModelOutput):
     """p(expert | tokens up to and including t) of the active experts, (B, T, K)."""
 
 
-class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
     """Ensemble of a seed's experts, mixed per token by a mixer such as the domain posterior."""
 
     config_class = EnsembleConfig
@@ -159,8 +159,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         cache = past_key_values if isinstance(past_key_values, EnsembleCache) else None
-        if cache is None and use_cache:
-            cache = EnsembleCache(len(self.members))
+        members = list(self.members)
+        if cache is None and use_cache and can_cache(members):
+            cache = EnsembleCache(members)
         continues = cache is not None and cache.get_seq_length() > 0
         if position_ids is None and attention_mask is not None:
             position_ids = _positions(attention_mask)[:, -input_ids.shape[1] :]

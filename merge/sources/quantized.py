@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.model_config import quantization, refuse_quantized
 from ...core.artefacts.numeric import decode
 from ...core.artefacts.safetensors_io import TensorEntry
 from ...core.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SUFFIX = "_scale_inv"
 
@@ -28,6 +28,8 @@ class BlockScales:
 
     def apply(self, codes: NDArray[Any]) -> NDArray[Any]:
         """Return the weight for its codes, both (rows, columns)."""
+        import numpy as np
+
         scales = decode(self.entry.read(), self.entry.dtype, self.entry.shape).astype(codes.dtype)
         (height, width), (rows, columns) = self.block, codes.shape
         numbers: NDArray[Any] = codes * np.repeat(np.repeat(scales, height, axis=0)[:rows], width, axis=1)[:, :columns]

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...core.artefacts.files import write_json
 from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
-from ..ensemble.members_cache import MembersCache
+from ..ensemble.members_cache import MembersCache, MembersGeneration, can_cache
 from .configuration import StitchedConfig, hub_points, leads_into_hub, matched_points
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
 from .members import load_members, move_members, write_members
@@ -29,7 +29,7 @@ STITCHES_FILE = "stitches.safetensors"
 HUB = "hub"
 
 
-class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
+class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
     """Hub and experts that exchange hidden states at stitch layers; logits come from the hub's LM head."""
 
     config_class = StitchedConfig
@@ -85,8 +85,9 @@ class StitchedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return the hub's logits for tokens (B, T), which may continue the text in a cache."""
         cache = past_key_values if isinstance(past_key_values, MembersCache) else None
-        if cache is None and use_cache:
-            cache = MembersCache(1 + len(self.experts))
+        members = (self.hub, *self.experts)
+        if cache is None and use_cache and can_cache(members):
+            cache = MembersCache(members)
         if position_ids is None and attention_mask is not None:
             positions = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
             position_ids = positions[:, -input_ids.shape[1] :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def test_a_replacing_expert_has_no_share_in_the_mean(averaged: Workspace, tmp_pa
 
 def test_licences_of_those_in_the_mean_still_count(tmp_path: Path) -> None:
     workspace = make_flexolmo_workspace(tmp_path / "terms", "llama", owners=(), trains="all")
+    seed = workspace.layout.seed
+    replace(read_manifest(seed), licence="mit").write(seed)
     for name, licence in (("prose", "mit"), ("means", "cc-by-nc-4.0"), ("other", "mit")):
         train_here(workspace, name, domain="prose", trains="all", licence=licence)
     merge(workspace, "two", ("prose", "means"), method="btx", options={"top_k": 2})
