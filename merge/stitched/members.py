@@ -17,7 +17,7 @@ from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, find_manifest
 from ...core.models.loading import WEIGHTS_FILE, load_network
 from .configuration import StitchedConfig
-from .stepwise import decoder_layers
+from .stepwise import decoder_layers, require_steps
 
 MEMBERS_FOLDER = "members"
 
@@ -30,6 +30,8 @@ def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contai
         _copy_model(source, folder / place)
     is_expert = manifest is not None and manifest.kind == "expert"
     config = read_json((seed if is_expert else source) / "config.json")
+    if not is_expert:  # an expert is a model of the seed's class
+        require_steps(config)
     return {
         "name": name,
         "folder": place,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ...core.errors import UserError
+from ...core.artefacts.model_config import with_floats
+from ...core.errors import UserError, first_line
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -61,3 +64,21 @@ class Stepwise:
             self.states = hidden_states_of(self._layers[number](self.states, *args, **kwargs))
         self._next_layer = until
         return self.states
+
+
+def require_steps(config: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless a model of a `config.json` can run layer by layer; computes shapes, no numbers."""
+    with torch.device("meta"), torch.inference_mode():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**with_floats(config))).eval()
+        stepwise = Stepwise(model)
+        try:
+            stepwise.begin(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+            stepwise.advance(len(decoder_layers(model)))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the layers of {type(model).__name__} cannot run one at a time ({first_line(error)}); models of this family "
+                "cannot be stitched"
+            ) from None
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error):  # some models look at numbers, which are not there
+                raise
