@@ -243,7 +243,7 @@ def prepare_merge(
         stack=Stack((), ()),
         shard_bytes=run.shard_bytes,
         licence=licences.agreed,
-        notes=(*licences.warnings, *differences, *(vocabulary.notes if vocabulary is not None else ())),
+        notes=(*recipe.notes, *licences.warnings, *differences, *(vocabulary.notes if vocabulary is not None else ())),
         vocabulary=vocabulary,
         statistics=statistics,
         settings=run.settings,

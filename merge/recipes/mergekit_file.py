@@ -7,7 +7,7 @@ Unsupported keys raise an error.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from ...core.config.problems import first_problem
 from ...core.config.settings import Section
 from ...core.config.yaml_lines import parse_yaml
-from ...core.errors import UserError, unknown_name
+from ...core.errors import UserError, did_you_mean, unknown_name
+from ...core.hooks.manager import installed_plugins
+from ...core.hooks.merging import MergeMethod
 from .mergekit_models import NamedModels
 from .mergekit_moe_file import read_mergekit_moe
 from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice, TokenSource, whole_models
@@ -109,6 +111,10 @@ METHODS: dict[str, _Method] = {
 }
 
 
+_PARAMETERS = (WEIGHT, "density", "epsilon", "gamma", "lambda", "normalize", "rescale", "select_topk", "t", "int8_mask")
+"""Parameters of any method, which files often give for all of them."""
+
+
 def read_mergekit(path: Path) -> Recipe:
     """Return the recipe of a mergekit or mergekit-moe configuration file.
 
@@ -137,6 +143,9 @@ class _Reader:
                 + str(unknown_name("merge method", file.merge_method, METHODS, listed_as="of mergekit's there are"))
             )
         self.method = METHODS[file.merge_method]
+        options = installed_plugins().offer(MergeMethod, file.merge_method).options
+        self.known = {WEIGHT, *(option.name.rstrip("_") for option in (fields(options) if options is not None else ()))}
+        self.notes: list[str] = []
 
     def recipe(self) -> Recipe:
         file = self.file
@@ -173,6 +182,7 @@ class _Reader:
             tokens=tokens,
             pad_to_multiple_of=file.tokenizer.pad_to_multiple_of if file.tokenizer is not None else None,
             chat_template=file.chat_template,
+            notes=tuple(dict.fromkeys(self.notes)),
         )
 
     def _module(self) -> _Module:
@@ -248,6 +258,9 @@ class _Reader:
         for key, value in (parameters or {}).items():
             if key in self.method.dropped:
                 continue
+            if key not in self.known and key != "rescale":
+                self._note_unknown(key, at)
+                continue
             if key != "rescale":
                 scope[key] = value
             elif not isinstance(value, bool):
@@ -259,6 +272,14 @@ class _Reader:
                     f"{self.named.at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
                 )
         return scope
+
+    def _note_unknown(self, key: str, at: tuple[Any, ...]) -> None:
+        """Note a parameter that the method does not have, as such files are common; raises `UserError` for a typo."""
+        place = self.named.at(*at, key) if at[-1] == "parameters" else self.named.at(*at, "parameters", key)
+        problem = f"{place}: '{self.file.merge_method}' has no parameter '{key}'"
+        if key not in _PARAMETERS and (hint := did_you_mean(key, self.known)):
+            raise UserError(f"{problem}{hint}")
+        self.notes.append(f"{problem}; it is ignored")
 
     def _tokenizer(self) -> tuple[str, dict[str, TokenSource]]:
         """Return the tokenizer policy and the sources of single tokens' rows."""

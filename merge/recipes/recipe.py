@@ -72,6 +72,8 @@ class Recipe:
     tokens: Mapping[str, TokenSource] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     chat_template: str | None = None
+    notes: tuple[str, ...] = ()
+    """Remarks on the file that the recipe was read from; no part of the merge."""
 
     @property
     def leading(self) -> str:
@@ -94,6 +96,7 @@ def whole_models(names: Sequence[str], parameters: Mapping[str, Scope] | None = 
 def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
     """Return the JSON form of a recipe for a manifest, with model names but no folders."""
     content = asdict(recipe)
+    del content["notes"]
     content["models"] = list(recipe.models)
     content["adapter_bases"] = {name: folder.name for name, folder in recipe.adapter_bases.items()}
     return dict(json.loads(json.dumps(content)))  # tuples become lists, as after reading

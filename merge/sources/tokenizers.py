@@ -261,7 +261,6 @@ def _fills(
             fills[row] = tuple(
                 name for name, model in models.items() if model.content is not None and token in model.tokens
             )
-            shared.add(row)  # in all models, so that the result is this mean for every merge method
         else:
             fills[row] = (leading.name,)
     for token, source in token_sources.items():

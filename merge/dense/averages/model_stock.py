@@ -26,7 +26,8 @@ class ModelStockOptions:
 def model_stock(group: TensorGroup, options: ModelStockOptions) -> Any:
     """Return t * mean + (1 - t) * seed with t = N c / (1 + (N - 1) c) (arXiv:2403.19522, section 4.2).
 
-    N is the number of experts and c the mean cosine between pairs of task vectors.
+    N is the number of experts and c the mean cosine between pairs of task vectors. Task vectors that oppose each other
+    (c < 0) give the seed: the formula assumes c >= 0, and diverges as c approaches -1 / (N - 1).
     """
     count = len(group.experts)
     if count < 2:
@@ -38,9 +39,8 @@ def model_stock(group: TensorGroup, options: ModelStockOptions) -> Any:
         products[i][j] / max(math.sqrt(products[i][i] * products[j][j]), _EPSILON)
         for i, j in combinations(range(count), 2)
     ]
-    cosine = sum(max(-1.0, min(1.0, cosine)) for cosine in cosines) / len(cosines)
-    denominator = 1 + (count - 1) * cosine
-    t = count * cosine / denominator if abs(denominator) >= _EPSILON else 0.0
+    cosine = max(0.0, sum(min(1.0, cosine) for cosine in cosines) / len(cosines))
+    t = count * cosine / (1 + (count - 1) * cosine)
     return weighted_sum((1 - t, *[t / count] * count), (group.seed, *group.experts))
 
 
@@ -54,10 +54,6 @@ def _merge_rows(group: TensorGroup) -> Array:
     for i, j in pairs:
         product = xp.sum(vectors[i] * vectors[j], axis=-1, keepdims=True)
         cosine += xp.clip(product / xp.clip(norms[i] * norms[j], _EPSILON, math.inf), -1.0, 1.0)
-    cosine /= len(pairs)
-    denominator = 1 + (count - 1) * cosine
-    is_singular = abs(denominator) < _EPSILON
-    t = xp.where(
-        is_singular, xp.zeros_like(cosine), count * cosine / xp.where(is_singular, xp.ones_like(cosine), denominator)
-    )
+    cosine = xp.clip(cosine / len(pairs), 0.0, 1.0)
+    t = count * cosine / (1 + (count - 1) * cosine)
     return group.seed + t * reduce(add, vectors) / count

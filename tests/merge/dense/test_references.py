@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def naive_model_stock(group: TensorGroup) -> Array:
     seed, experts, _ = wide(group)
     deltas = [(x - seed).ravel() for x in experts]
     pairs = [a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-6) for a, b in itertools.combinations(deltas, 2)]
-    c, n = np.mean(pairs), len(experts)
+    c, n = max(np.mean(pairs), 0.0), len(experts)
     t = n * c / (1 + (n - 1) * c)
     return t * sum(experts) / n + (1 - t) * seed
 
@@ -255,6 +256,18 @@ def test_a_method_equals_its_definition(
     assert merged.shape == expected.shape
     np.testing.assert_allclose(merged, expected, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(in_torch, merged, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("filter_wise", [False, True])
+def test_model_stock_of_opposed_task_vectors_is_the_seed(filter_wise: bool) -> None:
+    method = installed_plugins().offer(MergeMethod, "model_stock")
+    assert isinstance(method, TensorMerge)
+    group = group_of((6, 8), 3, (1.0, 1.0, 1.0))
+    step = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    opposed = replace(group, experts=(group.seed + step, group.seed - 0.9 * step, group.seed - step))
+    options = parse_options(method.options, {"filter_wise": filter_wise}, "model_stock")
+    for given in (opposed, in_numpy(opposed)):
+        np.testing.assert_allclose(np.asarray(method.merge(given, options)), group.seed.numpy(), atol=1e-6)
 
 
 def test_fisher_weighs_every_element_by_its_information() -> None:

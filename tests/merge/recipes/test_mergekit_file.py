@@ -14,6 +14,7 @@ from toy_models import random_tensors, tensors_of, write_model
 from expertctl.core.errors import UserError
 from expertctl.merge.merging import merge_recipe, plan_recipe
 from expertctl.merge.recipes.mergekit_file import METHODS, read_mergekit
+from expertctl.merge.remaking.reproducing import reproduce
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "mergekit"
 TWO = [{"model": "a", "parameters": {"weight": 1}}, {"model": "b", "parameters": {"weight": 2}}]
@@ -221,3 +222,28 @@ def test_results_are_those_that_mergekit_wrote(tmp_path: Path, method: str) -> N
             torch.testing.assert_close(merged[name], tensor, rtol=2**-7, atol=0)
         else:
             assert torch.equal(merged[name], tensor), name
+
+
+def test_parameters_that_a_method_does_not_have_are_noted_with_their_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_model(tmp_path / name, random_tensors(0))
+    (tmp_path / "m.yml").write_text(
+        "merge_method: linear\n"
+        "models:\n"
+        f"  - model: {tmp_path / 'a'}\n"
+        "    parameters: {weight: 1.0, density: 0.5}\n"
+        f"  - model: {tmp_path / 'b'}\n"
+        "    parameters: {weight: 1.0}\n"
+        "parameters: {our_own: true, lambda: 0.5}\n"
+    )
+    recipe = read_mergekit(tmp_path / "m.yml")
+    file = tmp_path / "m.yml"
+    assert recipe.notes == (
+        f"{file}:4: 'linear' has no parameter 'density'; it is ignored",
+        f"{file}:7: 'linear' has no parameter 'our_own'; it is ignored",
+        f"{file}:7: 'linear' has no parameter 'lambda'; it is ignored",
+    )
+    assert set(recipe.notes) <= set(plan_recipe(recipe, None).notes)
+    manifest = merge_recipe(recipe, tmp_path / "out")
+    assert "notes" not in (manifest.merged.recipe or {})
+    assert reproduce(manifest, tmp_path / "out").same

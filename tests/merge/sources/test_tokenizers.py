@@ -89,7 +89,8 @@ def test_a_union_takes_added_rows_from_those_that_have_them(tmp_path: Path) -> N
         assert rows[name].shape == (size + 2, 3)
         np.testing.assert_array_equal(rows[name][:size], own[name][:size])
         np.testing.assert_array_equal(rows[name][size], [2, 2, 2])
-        np.testing.assert_array_equal(rows[name][size + 1], [3, 3, 3])
+    for name, expected in (("a", 3), ("b", 2), ("c", 4)):  # their own rows, and the mean where there is none
+        np.testing.assert_array_equal(rows[name][size + 1], [expected] * 3)
 
 
 def test_padding_is_used_up_before_the_embedding_grows(tmp_path: Path) -> None:
@@ -215,6 +216,15 @@ def test_a_merge_with_union_has_the_rows_of_both_experts(tmp_path: Path) -> None
         assert torch.equal(output[name][size], first[name][size])
         assert torch.equal(output[name][size + 1], second[name][size])
     assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == size + 2
+
+
+def test_rows_that_several_models_add_are_weighted_like_all_others(tmp_path: Path) -> None:
+    models = {name: model(tmp_path / name, number, ("<law>",)) for number, name in enumerate("ab", start=1)}
+    seed = model(tmp_path / "seed", 3)
+    what = recipe("linear", {"seed": seed, **models}, seed="seed", weights={"a": 0.9, "b": 0.1}, tokenizer="union")
+    output = merged(tmp_path / "out", what)
+    first, second = (tensors_of(folder)["lm_head.weight"][-1] for folder in models.values())
+    torch.testing.assert_close(output["lm_head.weight"][-1], 0.9 * first + 0.1 * second)
 
 
 def test_a_method_on_task_vectors_gives_added_tokens_their_rows_too(tmp_path: Path) -> None:
