@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..process.compute import best_device
+from ..process.compute import best_device, threads_for_tokens
 from ..reporting import SILENT, Reporter
 from ..text.tokenizer import missing_row
 from .loading import load_model, require_intact_models
@@ -76,7 +76,7 @@ def generate(
     torch.manual_seed(sampling.seed)
     temperature = sampling.temperature
     options = {"temperature": temperature, "top_p": sampling.top_p, "top_k": 0} if temperature > 0 else {}
-    with torch.inference_mode():
+    with torch.inference_mode(), threads_for_tokens(weight_bytes(model)):
         text_1T = model.generate(
             prompt_1T,
             attention_mask=torch.ones_like(prompt_1T),
@@ -93,6 +93,11 @@ def generate(
     tokens = tuple(itertools.starmap(GeneratedToken, itertools.zip_longest(ids, texts, token_shares)))
     prompt_length = prompt_1T.shape[1]
     return Generation(tokens[:prompt_length], tokens[prompt_length:], names)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's parameters, shared ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 class _TokenCounter:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SMALL_MODEL_BYTES = 1 << 30
+SINGLE_THREAD_BYTES = 64 << 20
 
 
 def concurrently(
@@ -39,6 +41,23 @@ def concurrently(
             return list(pool.map(work, pending))
     finally:
         torch.set_num_threads(previous_threads)
+
+
+@contextmanager
+def threads_for_tokens(num_bytes: int) -> Iterator[None]:
+    """Run the block, which generates token by token with weights of `num_bytes`, on as many threads as are worth it.
+
+    Products of a small model's matrices with one token take microseconds; threads that wait for each other in between take
+    longer, most of all on busy cores.
+    """
+    import torch
+
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1 if num_bytes <= SINGLE_THREAD_BYTES else previous)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
 
 
 def available_cores() -> int:

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.artefacts.versions import require_privacy_extra
 from ...core.errors import UserError
+from ...core.models.generation import weight_bytes
 from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
-from ...core.process.compute import best_device
+from ...core.process.compute import best_device, threads_for_tokens
 from ...core.reporting import SILENT, Reporter
 from ...core.text.tokenizer import TextEncoder
 
@@ -236,7 +237,7 @@ def _sample(
 ) -> list[list[int]]:
     """Return `settings.samples` continuations of each document, grouped by document."""
     prompts_BP = torch.tensor([[separator, *target.prefix] for target in group], device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), threads_for_tokens(weight_bytes(model)):
         texts_BN: Tensor = model.generate(
             prompts_BP,
             attention_mask=torch.ones_like(prompts_BP),
