@@ -51,6 +51,8 @@ DTYPES = {
 """All dtypes, by safetensors' name."""
 FLOATING = tuple(name for name, dtype in DTYPES.items() if dtype.is_floating)
 _BFLOAT16_NAN = 0x7FC0
+_BLOCK = 1 << 14
+"""Numbers that are rounded at a time: memory that is allocated anew for more of them costs more than rounding."""
 
 
 def dtype_of_word(word: str) -> str:
@@ -132,12 +134,15 @@ def _to_bfloat16(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
     import numpy as np
 
     bits = numbers.view("<u4")
-    rounded = np.right_shift(bits, 16)
-    np.bitwise_and(rounded, 1, out=rounded)
-    np.add(rounded, 0x7FFF, out=rounded)
-    np.add(rounded, bits, out=rounded)
-    np.right_shift(rounded, 16, out=rounded)
-    halves: NDArray[np.uint16] = rounded.astype("<u2")
+    halves: NDArray[np.uint16] = np.empty(bits.size, "<u2")
+    scratch = np.empty(min(_BLOCK, bits.size), "<u4")
+    for begin in range(0, bits.size, _BLOCK):
+        block = bits[begin : begin + _BLOCK]
+        rounded = np.right_shift(block, 16, out=scratch[: block.size])
+        np.bitwise_and(rounded, 1, out=rounded)
+        np.add(rounded, 0x7FFF, out=rounded)
+        np.add(rounded, block, out=rounded)
+        halves[begin : begin + _BLOCK] = rounded.view("<u2")[1::2]
     is_nan = numbers != numbers
     if is_nan.any():
         halves[is_nan] = _BFLOAT16_NAN

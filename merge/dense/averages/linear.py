@@ -10,6 +10,9 @@ from typing import Any
 from ....core.hooks.merging import TensorGroup
 from ..arrays import Array, is_numpy, namespace
 
+BLOCK = 1 << 16
+"""Numbers that are added at a time, so that their float64 products fit into scratch memory that is used again."""
+
 
 @dataclass(frozen=True)
 class LinearOptions:
@@ -43,23 +46,29 @@ def fused_weighted_sum(arrays: Sequence[Array], weights: Sequence[float]) -> Arr
     if not is_numpy(arrays[0]):
         import torch
 
-        total = torch.zeros_like(arrays[0])
+        added = torch.zeros_like(arrays[0])
         for array, weight in zip(arrays, weights, strict=True):
-            total.addcmul_(array, torch.tensor(weight, dtype=total.dtype, device=total.device))
-        return total
+            added.addcmul_(array, torch.tensor(weight, dtype=added.dtype, device=added.device))
+        return added
     import numpy as np
 
-    total = np.zeros_like(arrays[0])
-    for array, weight in zip(arrays, weights, strict=True):
-        _add_product(total, array, total.dtype.type(weight))
+    total = np.zeros(arrays[0].shape, arrays[0].dtype)
+    sums = total.reshape(-1)
+    addends = [(np.ravel(array), total.dtype.type(weight)) for array, weight in zip(arrays, weights, strict=True)]
+    count = math.prod(total.shape)
+    wide = np.empty(min(BLOCK, count), np.float64)
+    for begin in range(0, count, BLOCK):
+        block = sums[begin : begin + BLOCK]
+        for array, weight in addends:
+            _add_product(block, array[begin : begin + BLOCK], weight, wide[: len(block)])
     return total
 
 
-def _add_product(total: Array, array: Array, weight: Any) -> None:
+def _add_product(total: Array, array: Array, weight: Any, wide: Array) -> None:
     """Add `array * weight` to `total` in place as a fused multiply-add: exact product, one rounding.
 
     A product with a power of two is exact. Other products are computed in float64, which holds any product of
-    two float32 numbers exactly.
+    two float32 numbers exactly, in the scratch array `wide`.
     """
     import numpy as np
 
@@ -71,7 +80,9 @@ def _add_product(total: Array, array: Array, weight: Any) -> None:
     elif abs(mantissa) == 0.5 or total.dtype != np.float32:
         np.add(total, array * weight, out=total)
     else:
-        total[...] = np.add(np.multiply(array, weight, dtype=np.float64), total)
+        np.multiply(array, weight, out=wide, dtype=np.float64)
+        np.add(wide, total, out=wide)
+        total[...] = wide
 
 
 def _sum_as_float32(weights: Sequence[float]) -> float:
