@@ -6,7 +6,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import Group
-from ..options import flag, integer
+from ..options import flag, integer, name_list
 from ..summaries import show_artefact
 
 
@@ -16,17 +16,18 @@ def command() -> None:
 
 
 @command.command("dense", example="expertctl baseline dense && expertctl eval forest dense")
+@name_list("--experts", "Experts to match: their domains and tokens. Default: all finished experts.")
 @flag("--same-batch", "Use an expert's batch size and more steps, instead of an expert's steps and a larger batch.")
 @flag("--force", "Replace the existing baseline.")
 @pass_session
-def dense(session: Session, same_batch: bool, force: bool) -> None:
+def dense(session: Session, experts: tuple[str, ...] | None, same_batch: bool, force: bool) -> None:
     """Train one dense model for as many tokens as all experts together.
 
-    Training starts from the seed and covers all domains of the experts.
+    Training starts from the seed and covers the domains of the experts.
     """
     workspace = session.open()
     with session.progress() as progress:
-        manifest = workspace.baselines.dense(same_batch=same_batch, reporter=progress, force=force)
+        manifest = workspace.baselines.dense(experts=experts, same_batch=same_batch, reporter=progress, force=force)
     show_artefact(session, workspace.layout.baselines / manifest.name, manifest)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.manifests.manifest import Manifest, read_manifest
 from expertctl.core.manifests.run import is_finished
@@ -18,13 +20,20 @@ class Baselines:
     def __init__(self, project: Project, data: Data) -> None:
         self._project, self._data = project, data
 
-    def dense(self, *, same_batch: bool = False, force: bool = False, reporter: Reporter = SILENT) -> Manifest:
-        """Train the compute-matched dense model: the seed, on all domains, for the tokens of all experts.
+    def dense(
+        self,
+        *,
+        experts: Sequence[str] | None = None,
+        same_batch: bool = False,
+        force: bool = False,
+        reporter: Reporter = SILENT,
+    ) -> Manifest:
+        """Train the compute-matched dense model: the seed, on the domains of `experts`, for the tokens of all of them.
 
         It takes an expert's number of steps with a batch larger by the number of experts, or, with `same_batch`, an
         expert's batch size and as many more steps.
         """
-        run = start_dense(self._project.layout, same_batch=same_batch, force=force)
+        run = start_dense(self._project.layout, experts=experts, same_batch=same_batch, force=force)
         self._project.launch([run], reporter=reporter).raise_for_failures()
         return read_manifest(run)
 

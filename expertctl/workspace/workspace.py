@@ -10,6 +10,7 @@ from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig
 from expertctl.core.errors import UserError
 from expertctl.core.manifests.manifest import Manifest, read_manifest
+from expertctl.core.manifests.removal import Dependent, remove
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
 from expertctl.experts.runs.seed import import_seed, start_pretraining
@@ -79,6 +80,13 @@ class Workspace:
         run = start_pretraining(self.layout, config, force=force)
         self._project.launch([run], launcher=launcher, reporter=reporter).raise_for_failures()
         return read_manifest(run)
+
+    def remove(self, name: str, *, force: bool = False) -> list[Dependent]:
+        """Remove an artefact or an unfinished run; returns the artefacts that were made of it.
+
+        Raises `UserError` if there are any, unless `force`.
+        """
+        return remove(self.layout, name, force=force)
 
     def unfinished(self) -> dict[str, str]:
         """Return the unfinished runs and merges, each with the command that resumes it."""

@@ -9,10 +9,11 @@ blocks of all domains; an ensemble of them separates the effect of domains from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...core.artefacts.layout import Layout
-from ...core.errors import UserError
+from ...core.errors import UserError, unknown_name
 from ...core.manifests.run import RUN_FILE, RunSpec, read_run
 from .branching import parent_digests, write_run
 
@@ -20,19 +21,21 @@ DENSE = "dense"
 DENSE_SAME_BATCH = "dense-same-batch"
 
 
-def start_dense(layout: Layout, *, same_batch: bool = False, force: bool = False) -> Path:
-    """Set up the dense baseline's run and return its folder; an unfinished run is resumed.
+def start_dense(
+    layout: Layout, *, experts: Sequence[str] | None = None, same_batch: bool = False, force: bool = False
+) -> Path:
+    """Set up the run of the baseline of `experts` (default: all) and return its folder; an unfinished run is resumed.
 
     `same_batch` keeps an expert's batch size and multiplies its steps by the number of experts, instead of the reverse.
     """
-    experts = trained_experts(layout)
-    training = experts[0].training
-    tokens = sum(expert.training.trained_tokens for expert in experts)
-    batch = training.batch_size if same_batch else training.batch_size * len(experts)
+    matched = trained_experts(layout, experts)
+    training = matched[0].training
+    tokens = sum(expert.training.trained_tokens for expert in matched)
+    batch = training.batch_size if same_batch else training.batch_size * len(matched)
     spec = RunSpec(
         kind="expert",
         name=DENSE_SAME_BATCH if same_batch else DENSE,
-        domains=_all_domains(experts),
+        domains=_all_domains(matched),
         training=training.model_copy(update={"tokens": tokens, "batch_size": batch}),
         parents=parent_digests(layout, {"seed": 1.0}),
     )
@@ -58,12 +61,15 @@ def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
     return folders
 
 
-def trained_experts(layout: Layout) -> list[RunSpec]:
-    """Return the specifications of the finished experts; raises `UserError` if there are none."""
-    names = layout.finished_experts()
-    if not names:
+def trained_experts(layout: Layout, names: Sequence[str] | None = None) -> list[RunSpec]:
+    """Return the specifications of finished experts, all by default; raises `UserError` if one is not finished."""
+    finished = layout.finished_experts()
+    if not finished:
         raise UserError("a baseline is matched to the finished experts, and there are none; train experts first")
-    return [read_run(layout.experts / name) for name in names]
+    for name in names or ():
+        if name not in finished:
+            raise unknown_name("finished expert", name, finished, listed_as="this workspace has")
+    return [read_run(layout.experts / name) for name in names or finished]
 
 
 def _all_domains(experts: list[RunSpec]) -> tuple[str, ...]:

@@ -16,7 +16,9 @@ from expertctl import UserError, load_model, verify
 from expertctl.core.artefacts.safetensors_io import Checkpoint
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.records import record_as_json
+from expertctl.core.manifests.run import read_run
 from expertctl.core.models.loading import ExpertTensors
+from expertctl.experts.runs.baselines import start_dense
 from expertctl.workspace import Workspace
 
 
@@ -202,3 +204,17 @@ def test_settings_that_changed_since_the_branch_are_reported(project: Workspace)
     with inline_launching():
         assert Workspace(project.root).train("late", reporter=said).finished == ("late",)
     assert any("'late' keeps the settings" in line and "batch_size" in line for line in said.lines)
+
+
+def test_a_dense_baseline_is_matched_to_the_experts_that_are_named(trained: Workspace) -> None:
+    layout = trained.layout
+    run = read_run(start_dense(layout, experts=["prose"]))
+    prose = read_run(layout.experts / "prose")
+    assert run.domains == ("prose",)
+    assert run.training.tokens == prose.training.trained_tokens
+    with pytest.raises(UserError, match="was set up for other experts or settings; use --force"):
+        start_dense(layout)
+    both = read_run(start_dense(layout, force=True))
+    assert (both.domains, both.training.tokens) == (("chance", "prose"), 2 * prose.training.trained_tokens)
+    with pytest.raises(UserError, match=r"no finished expert 'prosa' \(did you mean 'prose'\?\)"):
+        start_dense(layout, experts=["prosa"])
