@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_figures(fresh: Path) -> None:
 def test_one_good_sample_of_many_is_enough() -> None:
     """A model that tells the truth half of the time is caught in all documents; the best sample counts."""
 
-    class Sometimes:
+    class Sometimes(torch.nn.Module):
         device = "cpu"
 
         def generate(self, prompts: torch.Tensor, **how: int) -> torch.Tensor:
