@@ -45,11 +45,11 @@ def dependents(layout: Layout, folder: Path) -> list[Dependent]:
     for other in layout.finished():
         if other == folder:
             continue
-        parents = {parent.digest for parent in read_manifest(other).parents}
-        reads_files = folder.resolve() in _referenced(other) or (
-            manifest.kind == "seed" and other.parent == layout.experts
-        )
-        if manifest.digest in parents or reads_files:
+        made = read_manifest(other)
+        is_child = manifest.digest in {parent.digest for parent in made.parents}
+        loads_seed = is_child and (manifest.kind, made.kind) == ("seed", "expert")
+        reads_files = loads_seed or folder.resolve() in _referenced(other)
+        if is_child or reads_files:
             others.append(Dependent(other.name, reads_files))
     return others
 

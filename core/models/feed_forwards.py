@@ -22,6 +22,7 @@ from ..hooks.architectures import architecture_of
 from ..text.token_store import Blocks, spread
 
 _READ_BY_THEIR_BLOCKS = ("rwkv",)
+"""Families whose blocks read the weights of their FFNs."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,7 @@ class FeedForward:
 def feed_forwards(model: PreTrainedModel) -> list[FeedForward]:
     """Return a model's FFNs, first layer first; raises `UserError` if its family's FFN modules do not exist."""
     family = architecture_of(model.config.model_type, (name for name, _ in model.named_parameters()))
-    if family.name in _READ_BY_THEIR_BLOCKS:
-        raise UserError(
-            f"the feed-forward networks of '{family.name}' cannot be replaced: its blocks read their weights"
-        )
+    require_replaceable(family.name)
     modules = dict(model.named_modules())
     patterns = [pattern.removesuffix(".*") for pattern in family.feed_forward]
     networks = []

@@ -13,6 +13,7 @@ Result = TypeVar("Result")
 
 SMALL_MODEL_BYTES = 1 << 30
 SINGLE_THREAD_BYTES = 64 << 20
+"""Weights up to which one thread generates faster than several (`docs/log.md`)."""
 
 
 def concurrently(

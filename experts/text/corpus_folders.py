@@ -17,7 +17,8 @@ _SPLIT = re.compile(
 )
 """`train.jsonl`, `train-00000-of-00002.parquet`, `valid_3.txt.gz`, and folders `dev`; not `train_station.txt`."""
 _SPLITS = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid"}
-_ABOUT_THE_CORPUS = re.compile(r"(licen[cs]e|readme|notice|copying|changelog|citation|authors)\b.*", re.IGNORECASE)
+_TERMS = re.compile(r"(licen[cs]e|notice|copying)\b.*", re.IGNORECASE)
+_ABOUT_THE_CORPUS = re.compile(r"(readme|changelog|citation|authors)\b.*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class CorpusFolder:
     train: tuple[Path, ...] = ()
     valid: tuple[Path, ...] = ()
     left_out: tuple[Path, ...] = ()
-    """Text about the corpus, test splits, and files of formats that cannot be read."""
+    """Licences, text about the corpus, test splits, files beside named splits, and those of unknown formats."""
 
     def description(self, folder: Path) -> str:
         """Return one line that says which files are used for what."""
@@ -45,7 +46,7 @@ def read_corpus_folder(folder: Path) -> CorpusFolder:
     text.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
-    readable = [file for file in files if format_of(file) and not _ABOUT_THE_CORPUS.fullmatch(file.name)]
+    readable = [file for file in files if format_of(file) and not _is_about_the_corpus(file, folder)]
     if not readable:
         raise UserError(f"{folder} has no file of a known format; known suffixes: {', '.join(sorted(_formats()))}")
     splits = {file: _split_of(file, folder) for file in readable}
@@ -92,8 +93,14 @@ def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
+def _is_about_the_corpus(file: Path, folder: Path) -> bool:
+    """Return whether a file is a licence, or at the top of the folder and describes it."""
+    return bool(_TERMS.fullmatch(file.name) or (file.parent == folder and _ABOUT_THE_CORPUS.fullmatch(file.name)))
+
+
 def _others(files: Sequence[Path], used: Sequence[Path]) -> tuple[Path, ...]:
-    return tuple(file for file in files if file not in set(used))
+    left = set(files) - set(used)
+    return tuple(file for file in files if file in left)
 
 
 def _names(files: Sequence[Path], folder: Path, most: int = 5) -> str:

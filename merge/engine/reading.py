@@ -84,11 +84,15 @@ class Reader:
             return numbers
         if stored.scales is not None:
             numbers = stored.scales.apply(numbers)
+            self._require_finite(numbers, stored.name, stored.scales.entry.file)
         if stored.adapter is not None:
             numbers = stored.adapter.apply(stored.name, numbers)
-            if self._finite and not np.isfinite(numbers).all():
-                raise _not_finite(stored.name, stored.adapter.checkpoint.files[0])
+            self._require_finite(numbers, stored.name, stored.adapter.checkpoint.files[0])
         return self._round(numbers)
+
+    def _require_finite(self, numbers: NDArray[Any], tensor: str, file: Path) -> None:
+        if self._finite and not np.isfinite(numbers).all():
+            raise _not_finite(tensor, file)
 
     def _round(self, numbers: NDArray[Any]) -> NDArray[Any]:
         if self._round_to is None or self._round_to in ("F32", "F64"):

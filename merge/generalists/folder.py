@@ -161,7 +161,11 @@ def _with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
         key: _with_changes(part, {name: changes[name] for name in changes if key == "member" or name in part})
         for key, part in nested.items()
     }
-    own = {name: value for name, value in changes.items() if name in config or not nested}
+    own = {
+        name: value
+        for name, value in changes.items()
+        if name in config or not ("member" in nested or any(name in part for part in nested.values()))
+    }
     return {**config, **own, **changed}
 
 

@@ -154,7 +154,9 @@ class MergePlan:
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the output bytes; a resumed merge must have the same identity."""
-        files = {stored.entry.file for tensor in self.stack.tensors for stored in tensor.inputs}
+        inputs = [stored for tensor in self.stack.tensors for stored in tensor.inputs]
+        files = {stored.entry.file for stored in inputs}
+        files |= {stored.scales.entry.file for stored in inputs if stored.scales is not None}
         return {
             "method": self.method.name,
             "tensors": [

@@ -19,9 +19,12 @@ _WITHOUT_EFFECT = re.compile(
     r"|.*dropout.*|.*_pdrop|.*layerdrop|.*initializer.*|.*init_std|init_device|.*loss_coef.*|.*jitter_noise"
     r"|.*kernels|use_mambapy|use_mem_eff_path|pretraining_tp|summary_.*|gradient_checkpointing|model_max_length"
     # compared by shapes, layers and tensors
-    r"|vocab_size|unpadded_vocab_size|tie_word_embeddings|num_hidden_layers|n_layers?|num_layers|layer_types"
+    r"|vocab_size|unpadded_vocab_size|tie_word_embeddings|num_hidden_layers|n_layers?|num_layers"
 )
 """Settings of training, of metadata, and those that other checks compare."""
+_IN_LAYER_TYPES = re.compile(r"max_window_layers|use_sliding_window|.*sliding_window_pattern")
+"""Settings that transformers turns into `layer_types` and `sliding_window`."""
+_MISSING = "(not stated)"
 _FOR_GENERATION = re.compile(r".*_token_id|.*_token_index|max_position_embeddings|n_positions|max_sequence_length")
 """Settings outside the function of the weights, of which the output keeps the leading model's."""
 
@@ -39,7 +42,7 @@ def compare_configurations(
         for key, (first, second) in _differences(config, other_config).items():
             values = f"{key} is {first!r} in '{name}' and {second!r} in '{other}'"
             is_harmless = _FOR_GENERATION.fullmatch(key.rpartition(".")[2])
-            if not (is_harmless or allowed):
+            if not (is_harmless or allowed or _MISSING in (first, second)):
                 raise UserError(
                     f"{values} ({folder / 'config.json'}, {other_folder / 'config.json'}): the same weights compute "
                     "different functions in these models (override: --allow-unrelated)"
@@ -49,20 +52,26 @@ def compare_configurations(
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the settings with an effect that differ, as (first, second) by dotted key; None stands for a missing one."""
+    """Return the settings with an effect that differ, as (first, second) by dotted key."""
     settings = [dict(_with_effect(config)) for config in (first, second)]
     if settings[0] == settings[1] or first.get("model_type") != second.get("model_type"):
         return _unequal(*settings)
     # files leave out defaults, and state the rotary embedding in several ways
     complete = [_as_read_by_transformers(config) for config in (first, second)]
     if complete[0] is None or complete[1] is None:
-        return {key: pair for key, pair in _unequal(*settings).items() if None not in pair}
-    return _unequal(*(dict(_with_effect(config)) for config in complete if config is not None))
+        return _unequal(*settings)
+    differences = _unequal(*(dict(_with_effect(config)) for config in complete if config is not None))
+    return {key: pair for key, pair in differences.items() if not _IN_LAYER_TYPES.fullmatch(key.rpartition(".")[2])}
 
 
 def _unequal(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    keys = dict.fromkeys((*first, *second))
-    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
+    pairs = {key: (first.get(key, _MISSING), second.get(key, _MISSING)) for key in dict.fromkeys((*first, *second))}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and not _differ_in_depth(*pair)}
+
+
+def _differ_in_depth(first: Any, second: Any) -> bool:
+    """Return whether two settings are lists of different length, with one entry per layer."""
+    return isinstance(first, list) and isinstance(second, list) and len(first) != len(second)
 
 
 def _with_effect(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

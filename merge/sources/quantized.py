@@ -53,7 +53,9 @@ def block_scales(folder: Path, config: Mapping[str, Any], entries: Mapping[str, 
             continue
         weight = entries.get(name.removesuffix(_SUFFIX))
         wanted = (
-            () if weight is None else tuple(-(-size // each) for size, each in zip(weight.shape, block, strict=False))
+            ()
+            if weight is None
+            else tuple(-(-size // length) for size, length in zip(weight.shape, block, strict=False))
         )
         if weight is None or len(weight.shape) != 2 or entry.shape != wanted:
             raise UserError(

@@ -46,6 +46,12 @@ def test_members_of_a_stitched_model_and_the_seed_are_read_by_others(workspace: 
     assert "whole could not be reproduced or changed any more" in run("remove", "code").error
 
 
+def test_baselines_start_from_the_seed_too(workspace: Path, run: Any) -> None:
+    (workspace / "baselines").mkdir(exist_ok=True)
+    (workspace / "experts" / "code").rename(workspace / "baselines" / "code")
+    assert "code, prose could not be loaded" in run("remove", "seed").error.replace("prose, code", "code, prose")
+
+
 def test_an_ensemble_by_symbolic_links_needs_its_experts(
     workspace: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

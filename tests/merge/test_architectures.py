@@ -151,6 +151,21 @@ def test_layers_of_the_text_part_are_selected_in_its_own_configuration(tmp_path:
     assert not any(report.values())
 
 
+def test_an_untied_head_is_stated_even_where_the_tie_was_a_default(tmp_path: Path) -> None:
+    _, folders = relatives(tmp_path, gemma3)
+    for number, folder in enumerate(folders.values()):
+        config = json.loads((folder / "config.json").read_text())
+        for part in (config, config["text_config"]):
+            part.pop("tie_word_embeddings", None)
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = load_file(folder / "model.safetensors")
+        embedding = next(tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = embedding.flip(0).contiguous() + number
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    average(folders, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def logits(folder: Path) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 

@@ -51,6 +51,10 @@ def uses(root: Path) -> dict[str, list[str]]:
             {"documents": ["a.txt", "dev_notes.txt", "test.txt", "train_station.txt"]},
         ),
         (("a.txt", "README.md", "b.bin", ".git/c.txt"), {"documents": ["a.txt"], "left out": ["README.md", "b.bin"]}),
+        (
+            ("a/README.md", "b/README.md", "b/LICENSE"),
+            {"documents": ["a/README.md", "b/README.md"], "left out": ["b/LICENSE"]},
+        ),
         (("licensed.txt", "readme_again.txt"), {"documents": ["licensed.txt", "readme_again.txt"]}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, tuple) else "",

@@ -85,7 +85,21 @@ def test_another_family_is_refused_by_its_type(tmp_path: Path) -> None:
 
 def test_a_family_unknown_to_transformers_is_compared_by_what_both_state(tmp_path: Path) -> None:
     first = changed(tmp_path / "a", model_type="of_a_plugin", heads=2, only_here=1)
-    assert plan(first, changed(tmp_path / "b", model_type="of_a_plugin", heads=2)) is not None
+    notes = plan(first, changed(tmp_path / "b", model_type="of_a_plugin", heads=2)).notes
+    assert any(note.startswith("only_here is 1 in 'a' and '(not stated)' in 'b'") for note in notes)
     other = changed(tmp_path / "c", model_type="of_a_plugin", heads=4)
     with pytest.raises(UserError, match="heads is 2 in 'a' and 4 in 'b'"):
         plan(first, other)
+
+
+def test_a_window_that_is_switched_off_has_no_effect_and_one_that_is_on_has(tmp_path: Path) -> None:
+    """Published bases and their instruct models differ in the settings of a window that neither uses."""
+    off = {"use_sliding_window": False, "sliding_window": 32, "layer_types": None}
+    base = changed(tmp_path / "a", "qwen2", **off, max_window_layers=2)
+    instruct = changed(tmp_path / "b", "qwen2", **{**off, "sliding_window": 16}, max_window_layers=1)
+    assert not any("window" in note for note in plan(base, instruct).notes)
+    on = {"use_sliding_window": True, "sliding_window": 32, "layer_types": None}
+    first = changed(tmp_path / "c", "qwen2", **on, max_window_layers=0)
+    second = changed(tmp_path / "d", "qwen2", **on, max_window_layers=1)
+    with pytest.raises(UserError, match="layer_types is"):
+        plan(first, second)
