@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from expertctl.core.reporting import LaunchResult as LaunchResult
     from expertctl.core.reporting import Reporter as Reporter
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
+    from expertctl.core.text.token_store import TokenWindows as TokenWindows
     from expertctl.experts.runs.launching import TrainResult as TrainResult
     from expertctl.experts.runs.tuning import TuningSettings as TuningSettings
     from expertctl.experts.text.discovery import DiscoverySettings as DiscoverySettings
@@ -88,7 +89,7 @@ _HOMES = {
     "core.models.generation": "Sampling",
     "core.models.loading": "load_model register_auto_classes",
     "core.reporting": "LaunchResult Reporter",
-    "core.text.token_store": "TokenBlocks",
+    "core.text.token_store": "TokenBlocks TokenWindows",
     "experts.runs.launching": "TrainResult",
     "experts.runs.tuning": "TuningSettings",
     "experts.text.discovery": "DiscoverySettings",

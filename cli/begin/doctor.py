@@ -145,11 +145,17 @@ def _workspace(session: Session) -> Iterator[Finding]:
 
 
 def _sources(workspace: Workspace) -> Iterator[Finding]:
-    """Check that the text of every domain exists."""
+    """Check that the text of every domain exists, and that the seed's tokenizer keeps it."""
+    from ...experts.text.corpora import lost_text
+
     for name, domain in workspace.config.domains.items():
-        for source in (domain.path, domain.train, domain.valid):
+        for source in (domain.path, domain.train, domain.valid, domain.test):
             if source is not None and not (workspace.root / Path(source).expanduser()).exists():
                 yield Finding("wrong", f"domain {name}", f"{source} does not exist")
+    has_tokenizer = (workspace.layout.seed / "config.json").is_file()
+    for name, prepared in workspace.data.prepared().items() if has_tokenizer else ():
+        if prepared is not None and (lost := lost_text(prepared)):
+            yield Finding("note", f"domain {name}", lost)
 
 
 def _state(workspace: Workspace) -> Iterator[Finding]:

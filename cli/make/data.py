@@ -148,6 +148,7 @@ def discover(
             cluster.name,
             number(cluster.documents["train"]),
             number(cluster.documents["valid"]),
+            number(cluster.documents["test"]),
             number(cluster.bytes["train"]),
             ", ".join(cluster.top_words[:8]),
         )
@@ -155,7 +156,7 @@ def discover(
     ]
     session.finish(
         {"folder": str(discovery.folder), **discovery.statement()},
-        Table(("domain", "train", "valid", "bytes", "words"), rows, right=frozenset({1, 2, 3})),
+        Table(("domain", "train", "valid", "test", "bytes", "words"), rows, right=frozenset({1, 2, 3, 4})),
         f"next: expertctl branch --clusters {name}",
     )
 
@@ -172,8 +173,14 @@ def _content(domain: PreparedDomain | None) -> dict[str, Any] | None:
     if domain is None:
         return None
     counts = {
-        part: {"documents": store.documents, "tokens": store.tokens, "bytes": store.bytes, "digest": store.digest}
-        for part, store in (("train", domain.train), ("valid", domain.valid))
+        part: {
+            "documents": store.documents,
+            "tokens": store.tokens,
+            "bytes": store.bytes,
+            "lost_bytes": store.lost_bytes,
+            "digest": store.digest,
+        }
+        for part, store in domain.parts.items()
     }
     return {**counts, "licence": domain.licence}
 
@@ -181,7 +188,7 @@ def _content(domain: PreparedDomain | None) -> dict[str, Any] | None:
 def _table(domains: Mapping[str, PreparedDomain]) -> Table:
     rows = []
     for name, domain in domains.items():
-        for part, counts in (("train", domain.train), ("valid", domain.valid)):
+        for part, counts in domain.parts.items():
             rows.append((name, part, number(counts.documents), number(counts.tokens), number(counts.bytes)))
     return Table(("domain", "part", "documents", "tokens", "bytes"), rows, right=frozenset({2, 3, 4}))
 
@@ -189,4 +196,4 @@ def _table(domains: Mapping[str, PreparedDomain]) -> Table:
 def _source(domain: DomainConfig) -> str:
     if domain.bundled is not None:
         return f"bundled {domain.bundled}"
-    return domain.path or f"{domain.train} and {domain.valid}"
+    return domain.path or ", ".join(source for source in (domain.train, domain.valid, domain.test) if source)

@@ -21,9 +21,16 @@ from ..summaries import show_artefact
 )
 @flag("--scratch", "Pretrain a seed even if expertctl.yaml names a model to import.")
 @option("--preset", "NAME", "Size of a pretrained seed: tiny or small.")
+@click.option(
+    "--bos/--no-bos",
+    default=None,
+    help="Begin every document with the imported tokenizer's BOS token, or not. Default: as the tokenizer does itself.",
+)
 @flag("--force", "Replace the existing seed. Experts of the old seed cannot be merged with the new one.")
 @pass_session
-def command(session: Session, source: Path | None, scratch: bool, preset: str | None, force: bool) -> None:
+def command(
+    session: Session, source: Path | None, scratch: bool, preset: str | None, bos: bool | None, force: bool
+) -> None:
     """Make the seed: import a model or pretrain a small one.
 
     Without options, the section `seed` of expertctl.yaml applies. Interrupted pretraining is resumed.
@@ -33,6 +40,6 @@ def command(session: Session, source: Path | None, scratch: bool, preset: str | 
     workspace = session.open()
     with session.progress("seed") as progress:
         manifest = workspace.seed(
-            source, scratch=scratch or preset is not None, preset=preset, force=force, reporter=progress
+            source, scratch=scratch or preset is not None, preset=preset, bos=bos, force=force, reporter=progress
         )
     show_artefact(session, workspace.layout.seed, manifest)

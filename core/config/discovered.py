@@ -26,7 +26,7 @@ def discovered_domains(root: Path) -> dict[str, DomainConfig]:
             for cluster in content["clusters"]:
                 parts = {
                     part: f"{CLUSTERS_FOLDER}/{path.parent.name}/{cluster['name']}/{part}.jsonl"
-                    for part in ("train", "valid")
+                    for part in cluster["documents"]
                 }
                 domains[cluster["name"]] = DomainConfig.model_validate({**parts, "licence": content.get("licence")})
         except (KeyError, TypeError) as error:

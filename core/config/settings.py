@@ -155,6 +155,9 @@ class SeedConfig(Section):
 
     from_: str | None = Field(default=None, alias="from")
     """Folder of a Hugging Face causal language model."""
+    bos: bool | None = None
+    """Whether every document begins with the BOS token of an imported tokenizer. None: if the tokenizer puts it before a
+    text itself."""
     preset: str = "tiny"
     """Size of a seed pretrained from scratch."""
     family: Literal["olmo2", "llama"] = "olmo2"
@@ -165,15 +168,21 @@ class SeedConfig(Section):
 
 
 class DomainConfig(Section):
-    """A named corpus: bundled, `train` and `valid` files, or one `path` to split."""
+    """A named corpus: bundled, `train`, `valid` and `test` files, or one `path` to split."""
 
     bundled: str | None = None
     path: str | None = None
-    """File or folder of documents, split into training and validation."""
+    """File or folder of documents, split into training, validation and test."""
     train: str | None = None
+    """File or folder of documents that models are trained on."""
     valid: str | None = None
+    """File or folder of documents that weights, priors and other choices are fitted on."""
+    test: str | None = None
+    """File or folder of documents that models are evaluated on. None: half of the documents of `valid`."""
     valid_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction of the documents of `path` used for validation."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction of the documents of `path` used for evaluation."""
     text_field: str = "text"
     """Field or column with the text."""
     order: str | None = None
@@ -187,6 +196,12 @@ class DomainConfig(Section):
             raise ValueError("give exactly one of 'bundled', 'path' or 'train'")
         if (self.train is None) != (self.valid is None):
             raise ValueError("'train' and 'valid' go together; use 'path' to split one source")
+        if self.test is not None and self.train is None:
+            raise ValueError(
+                "'test' goes with 'train' and 'valid'; a 'path' or bundled text has a test part of its own"
+            )
+        if self.valid_share + self.test_share >= 1:
+            raise ValueError("valid_share and test_share must leave text to train on")
         return self
 
 
@@ -231,7 +246,7 @@ class MergeConfig(Section):
     weights: Annotated[Annotated[Literal["uniform", "posterior"], Tag("(word)")] | Settings, _BY_KIND] = "uniform"
     """`uniform`, `posterior`, or for each expert a number or numbers per layer and per module."""
     fit_on: tuple[str, ...] | None = None
-    """Domains with the validation text for priors and posterior weights. None: the experts' domains."""
+    """Domains whose validation text priors and posterior weights are fitted on. None: the experts' domains."""
     options: dict[str, Any] = {}
     """Method options. Each may be a number, a gradient over the layers, `[{filter, value}]`, or one per expert."""
     tokenizer: str = "refuse"

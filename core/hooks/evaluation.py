@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..text.token_store import TokenBlocks
+    from ..text.token_store import TokenWindows
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Score:
     values: Mapping[str, float]
     """Metric name -> value, such as `{"bits_per_byte": 1.9}`."""
     tokens: int
+    """Number of scored tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores a model on the validation part of a domain."""
+    """Scores a model on the test part of a domain."""
 
     name: str
     summary: str
     metrics: tuple[Metric, ...]
     """The values that it returns; comparisons and gates use the first one."""
-    evaluate: Callable[[PreTrainedModel, TokenBlocks], Score]
-    """`evaluate(model, blocks)`; `Score.values` holds a number for every metric."""
+    evaluate: Callable[[PreTrainedModel, TokenWindows], Score]
+    """`evaluate(model, windows)`; `Score.values` holds a number for every metric."""

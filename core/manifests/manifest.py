@@ -48,6 +48,8 @@ class ImportedSeed:
 
     model_type: str | None = None
     """`model_type` in the model's `config.json`."""
+    documents_begin_with: tuple[str, ...] = ()
+    """Tokens that the tokenizer puts before a text, and so before every document; a separator stands there in any case."""
 
 
 @record

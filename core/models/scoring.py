@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..text.token_store import Windows
+
 
 def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     """Return log p(x_t | x_<t) in float32 for all but the first token, shape (B, T).
@@ -37,4 +39,16 @@ def total_loss(model: PreTrainedModel, batches: Iterable[NDArray[Any]], device: 
         scores = token_log_probs(model, torch.from_numpy(batch).to(device))
         total -= float(scores.double().sum())
         count += scores.numel()
+    return total, count
+
+
+def scored_loss(model: PreTrainedModel, batches: Iterable[Windows], device: torch.device) -> tuple[float, int]:
+    """Return the summed cross-entropy of the targets that the windows score, in nats, and their number."""
+    import torch
+
+    total, count = 0.0, 0
+    for windows in batches:
+        scores = token_log_probs(model, torch.from_numpy(windows.tokens).to(device)).double()
+        total -= float(scores[torch.from_numpy(windows.scored).to(device)].sum())
+        count += int(windows.scored.sum())
     return total, count

@@ -1,8 +1,9 @@
 """Tokenised text on disk: memory-mapped shards, read as fixed-size blocks in a pseudo-random order.
 
-A part (`train` or `valid`) of a domain is one stream of tokens: a separator, then every document followed by
-a separator. Block `i` of size S covers tokens `i*S` to `i*S + S` inclusive; its last token is also the first token
+A part (`train`, `valid` or `test`) of a domain is one stream of tokens: a separator, then every document followed by
+a separator; if the tokenizer begins texts with a token of its own, so does every document. Block `i` of size S covers tokens `i*S` to `i*S + S` inclusive; its last token is also the first token
 of block `i + 1`. Inputs are all tokens but the last, targets all but the first, so every token is predicted once.
+Windows, for evaluation, overlap: each scores only the tokens that no window before it has scored.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-FORMAT = 1
+FORMAT = 2
 PART_FILE = "part.json"
 SHARD_TOKENS = 1 << 26
 
@@ -40,27 +41,51 @@ class TokenPart:
     """UTF-8 bytes of the documents' text, the denominator of bits per byte."""
     digest: str
     """sha256 over the documents' texts in order."""
+    markers: tuple[int, ...] = ()
+    """Ids of the tokens between documents, which stand for no text: the separator and the token before a document."""
+    lost_bytes: int = 0
+    """Bytes of the documents that their tokens do not give back: unknown tokens, and changes by the tokenizer."""
     format: int = FORMAT
+
+    @property
+    def coverage(self) -> float:
+        """Share of the bytes that the tokens give back."""
+        return 1 - self.lost_bytes / self.bytes if self.bytes else 1.0
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document and its token ids."""
+
+    text: str
+    ids: Sequence[int]
+    lost_bytes: int = 0
+    """Bytes of the text that the tokens do not give back."""
 
 
 def write_part(
     folder: Path,
-    documents: Iterable[tuple[str, Sequence[int]]],
+    documents: Iterable[EncodedDocument],
     *,
     separator: int,
     vocabulary: int,
+    begin: Sequence[int] = (),
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenPart:
-    """Stream (text, token ids) documents into shards in the existing `folder`, in constant memory."""
+    """Stream documents into shards in the existing `folder`, in constant memory; `begin` are the ids before each."""
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     counter = TextCounter()
+    lost_bytes = 0
     with _ShardWriter(folder, dtype, shard_tokens) as shards:
         shards.add([separator])
-        for text, ids in documents:
-            shards.add([*ids, separator])
-            counter.add(text)
-    sizes = tuple(shards.sizes)
-    part = TokenPart(dtype, sizes, counter.documents, sum(sizes), counter.bytes, counter.digest)
+        for document in documents:
+            shards.add([*begin, *document.ids, separator])
+            counter.add(document.text)
+            lost_bytes += document.lost_bytes
+    sizes, markers = tuple(shards.sizes), (separator, *begin)
+    part = TokenPart(
+        dtype, sizes, counter.documents, sum(sizes), counter.bytes, counter.digest, markers, lost_bytes=lost_bytes
+    )
     write_json(folder / PART_FILE, asdict(part))
     return part
 
@@ -122,7 +147,8 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         content = read_json(folder / PART_FILE)
         try:
-            self.part = TokenPart(**{**content, "shard_tokens": tuple(content["shard_tokens"])})
+            lists = {key: tuple(content[key]) for key in ("shard_tokens", "markers")}
+            self.part = TokenPart(**{**content, **lists})
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{folder / PART_FILE} is damaged ({error}); delete {folder} and run `expertctl data prepare` again"
@@ -205,6 +231,60 @@ class TokenBlocks:
             yield np.stack([self.block(index) for index in range(first, min(first + batch_size, full))])
         if full == len(self) and self.num_targets > full * self.block_size and (limit is None or not full):
             yield self.block(full)[None, :]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of equal length with the targets that they score."""
+
+    tokens: NDArray[np.int64]
+    """Token ids, (B, T + 1); targets are all but the first of a row."""
+    scored: NDArray[np.bool_]
+    """Whether a target counts, (B, T): it is new in its window, and text rather than the boundary of documents."""
+
+
+class TokenWindows:
+    """A part as overlapping windows, in which every token of its text is scored once, with context before it."""
+
+    def __init__(self, store: TokenStore, context: int, stride: int) -> None:
+        """Cut windows of at most `context` inputs; each begins `stride` tokens after the one before it.
+
+        Every scored token but those of the first window has at least `context - stride` tokens before it.
+        """
+        self.store = store
+        self.num_targets = len(store) - 1
+        self.context = max(min(context, self.num_targets), 1)
+        self.stride = min(stride, self.context)
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the documents."""
+        return self.store.part.bytes
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes that the tokens do not give back."""
+        return self.store.part.lost_bytes
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return 1 + -(-max(self.num_targets - self.context, 0) // self.stride)
+
+    def batches(self, batch_size: int) -> Iterator[Windows]:
+        """Yield all windows in order, at most `batch_size` at once; the last one ends with the text."""
+        for first in range(0, len(self), batch_size):
+            yield self._windows(range(first, min(first + batch_size, len(self))))
+
+    def _windows(self, numbers: range) -> Windows:
+        import numpy as np
+
+        begins = [min(number * self.stride, self.num_targets - self.context) for number in numbers]
+        # a window's targets end at begin + context; those before the end of the window before it are scored already
+        ends = [(number - 1) * self.stride + self.context if number else 0 for number in numbers]
+        tokens = np.stack([self.store.read(begin, begin + self.context + 1) for begin in begins])
+        targets = np.arange(self.context)[None, :] + np.array(begins)[:, None]
+        is_new = targets >= np.array(ends)[:, None]
+        return Windows(tokens, is_new & ~np.isin(tokens[:, 1:], self.store.part.markers))
 
 
 def spread(blocks: Blocks, count: int) -> Iterator[NDArray[np.int64]]:

@@ -34,7 +34,7 @@ def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], A
 
     from expertctl.core.config.settings import DpConfig, TrainingConfig
     from expertctl.core.hooks.manager import installed_plugins
-    from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
+    from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
     from expertctl.experts.training.loop import TrainingLoop
     from expertctl.experts.training.privacy.accounting import Mechanism
     from expertctl.experts.training.privacy.loop import PrivateTrainingLoop
@@ -54,7 +54,7 @@ def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], A
     part = installed_plugins().offer(Trainer, trains).prepare(TrainingContext(LlamaForCausalLM(settings)))
     folder = Path(tempfile.mkdtemp())
     ids = torch.randint(1, given.vocabulary, (given.batch * given.length,)).tolist()
-    write_part(folder, [("x", ids)], separator=0, vocabulary=given.vocabulary)
+    write_part(folder, [EncodedDocument("x", ids)], separator=0, vocabulary=given.vocabulary)
     blocks = TokenBlocks(TokenStore(folder), given.length)
     assert len(blocks) == given.batch
     single = loop.endswith("one block at a time")

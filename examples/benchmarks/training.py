@@ -83,11 +83,11 @@ def new_blocks(folder: str) -> Any:
     """Return blocks of random tokens."""
     import numpy as np
 
-    from expertctl.core.text.token_store import PART_FILE, TokenBlocks, TokenStore, write_part
+    from expertctl.core.text.token_store import PART_FILE, EncodedDocument, TokenBlocks, TokenStore, write_part
 
     if not (Path(folder) / PART_FILE).exists():
         rows = np.random.default_rng(0).integers(1, 4096, size=(256, LENGTH)).tolist()
-        write_part(Path(folder), (("x", row) for row in rows), separator=0, vocabulary=4096)
+        write_part(Path(folder), (EncodedDocument("x", row) for row in rows), separator=0, vocabulary=4096)
     return TokenBlocks(TokenStore(Path(folder)), LENGTH)
 
 

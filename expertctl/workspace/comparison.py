@@ -88,6 +88,7 @@ def compare(
             else:
                 folders[row] = project.layout.artefact(name)
         table = evaluate(project.layout, project.config, folders, domains, jobs=jobs, reporter=reporter)
+    table.require_comparable(folders)
     scores = dict(table.scores)
     if BEST_EXPERT in against:
         metric = table.metrics[0]
@@ -95,7 +96,8 @@ def compare(
         reporter.say(f"the best expert is {best}")
         scores[rows[BEST_EXPERT]] = scores[_row(best)]
     shown = {row: scores[row] for row in (model, *rows.values())}
-    return Comparison(model, tuple(rows.values()), EvaluationTable(table.domains, shown, table.metrics))
+    texts = {row: table.texts.get(row, table.texts[model]) for row in shown}
+    return Comparison(model, tuple(rows.values()), EvaluationTable(table.domains, shown, table.metrics, texts))
 
 
 def _row(expert: str) -> str:

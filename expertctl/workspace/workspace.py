@@ -60,13 +60,14 @@ class Workspace:
         *,
         scratch: bool = False,
         preset: str | None = None,
+        bos: bool | None = None,
         force: bool = False,
         launcher: str | LauncherConfig | None = None,
         reporter: Reporter = SILENT,
     ) -> Manifest:
         """Make the seed: import a Hugging Face folder (`source`, or `seed.from`), otherwise pretrain from scratch.
 
-        `scratch` pretrains even if `seed.from` is set; `preset` replaces `seed.preset`.
+        `scratch` pretrains even if `seed.from` is set; `preset` and `bos` replace `seed.preset` and `seed.bos`.
         """
         config = self.config
         folder = source if source is not None or scratch else config.seed.from_
@@ -74,7 +75,14 @@ class Workspace:
             path = Path(folder).expanduser()
             if source is None:  # a path of the project file, relative to it
                 path = self.root / path
-            return import_seed(self.layout, path, licence=config.seed.licence, force=force, reporter=reporter)
+            return import_seed(
+                self.layout,
+                path,
+                bos=config.seed.bos if bos is None else bos,
+                licence=config.seed.licence,
+                force=force,
+                reporter=reporter,
+            )
         if preset is not None:
             config = config.model_copy(update={"seed": config.seed.model_copy(update={"preset": preset})})
         run = start_pretraining(self.layout, config, force=force)
@@ -97,15 +105,33 @@ class Workspace:
         *models: str,
         domains: Sequence[str] | None = None,
         evaluator: str = "perplexity",
+        context: int | None = None,
+        stride: int | None = None,
+        known_domains: bool = False,
         jobs: int | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationTable:
-        """Score models (names in this workspace, or folders; default: all finished ones) on domains."""
+        """Score models (names in this workspace, or folders; default: all finished ones) on the test text of domains.
+
+        `context` and `stride` are the length of windows and their distance, in tokens; with `known_domains`, ensembles are
+        told which domain they read.
+        """
         names = models or tuple(folder.name for folder in self.layout.finished())
         if not names:
             raise UserError("there is no finished model to evaluate yet; make a seed with `expertctl seed`")
         folders = {name: self.layout.artefact(name) for name in names}
-        return evaluate(self.layout, self.config, folders, domains, evaluator=evaluator, jobs=jobs, reporter=reporter)
+        return evaluate(
+            self.layout,
+            self.config,
+            folders,
+            domains,
+            evaluator=evaluator,
+            context=context,
+            stride=stride,
+            known_domains=known_domains,
+            jobs=jobs,
+            reporter=reporter,
+        )
 
     def generate(
         self,
@@ -114,11 +140,16 @@ class Workspace:
         sampling: Sampling | None = None,
         *,
         without: Sequence[str] = (),
+        domain: str | None = None,
         shares: bool = False,
         reporter: Reporter = SILENT,
     ) -> Generation:
-        """Sample a continuation; `shares`: add each expert's share per token; `without`: experts to disable."""
+        """Sample a continuation; `shares`: add each expert's share per token; `without`: experts to disable; `domain`: of
+        the text, if the ensemble has a prior for it.
+        """
         from expertctl.core.models.generation import Sampling, generate
 
         folder = self.layout.artefact(model)
-        return generate(folder, prompt, sampling or Sampling(), without=without, shares=shares, reporter=reporter)
+        return generate(
+            folder, prompt, sampling or Sampling(), without=without, domain=domain, shares=shares, reporter=reporter
+        )

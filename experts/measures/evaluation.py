@@ -1,10 +1,10 @@
-"""Evaluation of models on domains, with every token of each validation part scored once."""
+"""Evaluation of models on domains, with every token of the text of each test part scored once."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...core.artefacts.layout import Layout
@@ -12,11 +12,15 @@ from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
 from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.manager import installed_plugins
+from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
+from ...core.manifests.run import RunSpec
 from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
 from ...core.process.compute import best_device, concurrently
 from ...core.reporting import SILENT, Reporter
-from ...core.text.token_store import TokenBlocks
-from ..text.corpora import domain_config, prepare_domain
+from ...core.text.token_store import TokenWindows
+from ..text.corpora import NEGLIGIBLE_LOSS, domain_config, lost_text, prepare_domain
+
+LONGEST_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,42 @@ class EvaluationTable:
     """Model -> domain -> score."""
     metrics: tuple[Metric, ...]
     """The evaluator's metrics; comparisons use the first."""
+    texts: Mapping[str, Mapping[str, EvaluatedText]]
+    """Model -> domain -> the text as the model read it."""
 
     def mean(self, model: str, metric: Metric) -> float:
         """Return the unweighted mean of a metric over the domains."""
         values = [self.scores[model][domain].values[metric.name] for domain in self.domains]
         return sum(values) / len(values)
 
-    def best(self, domain: str, metric: Metric) -> str:
-        """Return the model with the best value on a domain."""
+    def best(self, domain: str, metric: Metric) -> str | None:
+        """Return the model with the best value on a domain; None if their tokenizers keep different shares of the text."""
+        if not self.is_comparable(self.scores, [domain]):
+            return None
         return metric.best({model: scores[domain].values[metric.name] for model, scores in self.scores.items()})
 
-    def best_mean(self, metric: Metric) -> str:
-        """Return the model with the best mean over the domains."""
+    def best_mean(self, metric: Metric) -> str | None:
+        """Return the model with the best mean over the domains; None if models cannot be compared on one of them."""
+        if not self.is_comparable(self.scores):
+            return None
         return metric.best({model: self.mean(model, metric) for model in self.scores})
+
+    def is_comparable(self, models: Iterable[str], domains: Sequence[str] | None = None) -> bool:
+        """Return whether the models' tokenizers keep the same share of the text of every domain."""
+        names = tuple(models)
+        coverages = ([self.texts[name][domain].coverage for name in names] for domain in domains or self.domains)
+        return all(max(shares) - min(shares) <= NEGLIGIBLE_LOSS for shares in coverages)
+
+    def require_comparable(self, models: Iterable[str]) -> None:
+        """Raise `UserError` for models whose tokenizers keep different shares of a domain's text."""
+        names = tuple(models)
+        for domain in self.domains:
+            if not self.is_comparable(names, [domain]):
+                shares = ", ".join(f"{name} {self.texts[name][domain].coverage:.1%}" for name in names)
+                raise UserError(
+                    f"these models cannot be ranked on '{domain}', since their tokenizers keep different shares of its "
+                    f"text ({shares}); leave the domain out with --domains, or compare models that keep all of it"
+                )
 
     def as_json(self) -> dict[str, object]:
         """Return the content of `eval --json`: for each model metric -> domain -> value, and token counts."""
@@ -49,8 +76,25 @@ class EvaluationTable:
             models[name] = {
                 metric.name: {domain: by_domain[domain].values[metric.name] for domain in self.domains}
                 for metric in self.metrics
-            } | {"tokens": {domain: by_domain[domain].tokens for domain in self.domains}}
+            } | {
+                "tokens": {domain: by_domain[domain].tokens for domain in self.domains},
+                "text": {domain: asdict(self.texts[name][domain]) for domain in self.domains},
+            }
         return {"domains": list(self.domains), "models": models}
+
+
+@dataclass(frozen=True)
+class EvaluatedText:
+    """How a model reads the text that it is evaluated on."""
+
+    part: str
+    """`test`, or `valid` for a domain with too little text for a test part."""
+    context: int
+    """Tokens of a window."""
+    stride: int
+    """Tokens from the begin of a window to the next; every later token is scored with `context - stride` before it."""
+    coverage: float
+    """Share of the bytes that the model's tokens give back."""
 
 
 def evaluate(
@@ -60,26 +104,47 @@ def evaluate(
     domains: Sequence[str] | None = None,
     *,
     evaluator: str = "perplexity",
+    context: int | None = None,
+    stride: int | None = None,
+    known_domains: bool = False,
     jobs: int | None = None,
     reporter: Reporter = SILENT,
 ) -> EvaluationTable:
-    """Score models (display name -> folder) on domains (default: all of the project).
+    """Score models (display name -> folder) on the test text of domains (default: all of the project).
 
-    Each model uses its own tokenizer; bits per byte are comparable across tokenizers. Raises `UserError` for a
-    damaged model or an unknown domain.
+    Each model uses its own tokenizer; bits per byte are comparable across tokenizers that keep the whole text. `context`
+    is the length of a window in tokens (default: the model's own, at most 2,048), `stride` the distance between windows
+    (default: half of `context`). With `known_domains`, ensembles are told which domain they read, if they have a prior for it.
+    Raises `UserError` for a damaged model, an unknown domain, and a context that a model
+    cannot read.
     """
     names = tuple(domains if domains is not None else project.domains)
     if not names:
         raise UserError("there is no domain to evaluate on; add one under 'domains' in expertctl.yaml")
     scorer = installed_plugins().offer(Evaluator, evaluator)
-    size = project.training.sequence_length
     require_intact_models(models.values())
-    blocks = {}
+    windows: dict[tuple[str, str], TokenWindows] = {}
+    texts: dict[str, dict[str, EvaluatedText]] = {model: {} for model in models}
+    warnings: dict[str, None] = {}  # each once, in order
     for model, folder in models.items():
-        tokenizer = tokenizer_folder(folder)
+        length = _context(layout, model, folder, context)
+        if stride is not None and stride > length:
+            raise UserError(f"--stride {stride} skips tokens, since a window has {length}; give at most {length}")
         for name in names:
-            prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer)
-            blocks[model, name] = TokenBlocks(prepared.open("valid"), min(size, max_positions(tokenizer)))
+            prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer_folder(folder))
+            if lost := lost_text(prepared):
+                warnings[lost] = None
+            part = "test" if prepared.test is not None else "valid"
+            window = TokenWindows(prepared.open(part), length, stride or max(length // 2, 1))
+            texts[model][name] = EvaluatedText(part, length, window.stride, window.store.part.coverage)
+            windows[model, name] = window
+    for warning in warnings:
+        reporter.say(warning)
+    if untested := [name for name in names if any(read[name].part == "valid" for read in texts.values())]:
+        reporter.say(
+            f"too little text for a test part, so scored on validation text, which merges may be fitted on: "
+            f"{', '.join(untested)}"
+        )
 
     counter = itertools.count(1)
 
@@ -87,12 +152,40 @@ def evaluate(
         network = load_network(models[model], dtype="float32").to(best_device())
         domain_scores = {}
         for name in names:
-            if hasattr(network, "begin_text"):
-                network.begin_text()  # reset an adaptive prior, so that scores do not depend on the order of domains
-            domain_scores[name] = scorer.evaluate(network, blocks[model, name])
+            if hasattr(network, "begin_text"):  # scores do not depend on the order of domains
+                network.begin_text(name if known_domains and name in network.text_domains else None)
+            domain_scores[name] = scorer.evaluate(network, windows[model, name])
             reporter.progress("evaluating", next(counter), len(models) * len(names), "scores")
         return domain_scores
 
     sizes = (sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in models.values())
     scores = concurrently(score, models, bytes_each=max(sizes, default=0), jobs=jobs)
-    return EvaluationTable(names, dict(zip(models, scores, strict=True)), scorer.metrics)
+    return EvaluationTable(names, dict(zip(models, scores, strict=True)), scorer.metrics, texts)
+
+
+def _context(layout: Layout, model: str, folder: Path, requested: int | None) -> int:
+    """Return the length of a model's windows; raises `UserError` if it has fewer positions than are requested."""
+    positions = max_positions(tokenizer_folder(folder))
+    if requested is None:
+        return min(positions, LONGEST_CONTEXT, _trained_context(layout, folder) or LONGEST_CONTEXT)
+    if requested > positions:
+        raise UserError(f"--context {requested} exceeds the {positions} positions of {model}; give at most {positions}")
+    return requested
+
+
+def _trained_context(layout: Layout, folder: Path) -> int | None:
+    """Return the longest sequences that a model pretrained here has seen; None if others pretrained it."""
+    if manifest_path(folder) is None:
+        return None
+    manifest = read_manifest(folder)
+    lengths = [_sequence_length(manifest)]
+    if manifest.kind != "seed" and manifest_path(layout.seed) is not None:
+        seed = read_manifest(layout.seed)
+        if not isinstance(seed.config, RunSpec):
+            return None
+        lengths.append(_sequence_length(seed))
+    return max(lengths) or None
+
+
+def _sequence_length(manifest: Manifest) -> int:
+    return manifest.config.training.sequence_length if isinstance(manifest.config, RunSpec) else 0

@@ -192,7 +192,8 @@ def choose_targets(documents: Iterable[str], encoder: TextEncoder, settings: Att
     generator = random.Random(settings.seed)
     chosen: list[Target] = []
     long_enough = too_short = 0
-    for _, ids in encoder.encode_stream(documents):
+    for document in encoder.encode_stream(documents):
+        ids = document.ids
         if len(ids) < needed:
             too_short += 1
             continue

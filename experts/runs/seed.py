@@ -17,10 +17,11 @@ from ...core.errors import UserError, first_line
 from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.manifest import ImportedSeed, Manifest
 from ...core.manifests.run import RUN_FILE, RunSpec, is_finished, read_run
-from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
+from ...core.models.loading import WEIGHTS_FILE
+from ...core.models.stored_names import empty_model, stored_tensors
 from ...core.process.environment import without_loading_bars
 from ...core.reporting import SILENT, Reporter
-from ...core.text.tokenizer import TextEncoder, train_tokenizer
+from ...core.text.tokenizer import TextEncoder, set_begin, train_tokenizer
 from ..text.corpora import domain_config, domain_documents
 from .presets import model_config, preset
 
@@ -31,11 +32,18 @@ MODEL_FILES = ("config.json", "generation_config.json")
 
 
 def import_seed(
-    layout: Layout, source: Path, *, licence: str | None = None, force: bool = False, reporter: Reporter = SILENT
+    layout: Layout,
+    source: Path,
+    *,
+    bos: bool | None = None,
+    licence: str | None = None,
+    force: bool = False,
+    reporter: Reporter = SILENT,
 ) -> Manifest:
     """Import a Hugging Face causal LM folder as the seed; its files are linked, not copied.
 
-    Without `licence`, the licence is that of the folder's model card, if it has one.
+    `bos` decides whether documents begin with the tokenizer's BOS token (default: as the tokenizer does itself). Without
+    `licence`, the licence is that of the folder's model card, if it has one.
 
     Raises `UserError`, before anything is written, if the folder has only pickled weights, is truncated, has no
     tokenizer or too large a one, lacks tensors, or is not a causal language model of transformers.
@@ -48,7 +56,7 @@ def import_seed(
     tensors = Checkpoint(weights)
     _check_vocabulary(TextEncoder.of_folder(source), source, reporter)
     model = _empty_model(source)
-    expected = {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(model).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
     is_complete = expected.keys() <= tensors.entries.keys()
     if is_complete:
         _check_shapes(expected, tensors, source)
@@ -56,6 +64,8 @@ def import_seed(
         for name in (*MODEL_FILES, *TOKENIZER_FILES):
             if (source / name).is_file():
                 link_or_copy(source / name, partial / name)
+        if bos is not None:
+            set_begin(partial, begins=bos)
         config = read_json(source / "config.json")
         if not config.get("architectures"):
             (partial / "config.json").unlink()
@@ -67,7 +77,9 @@ def import_seed(
                 link_or_copy(source / INDEX_FILE, partial / INDEX_FILE)
         else:
             _rewrite_weights(source, partial, reporter)
-        origin = ImportedSeed(config.get("model_type"))
+        encoder = TextEncoder.of_folder(partial)
+        begin = tuple(encoder.tokenizer.id_to_token(token_id) for token_id in encoder.begin)
+        origin = ImportedSeed(config.get("model_type"), begin)
         manifest = Manifest(kind="seed", name="seed", config=origin, licence=licence or licence_on_card(source))
         return finish_artefact(partial, manifest)
 
@@ -97,25 +109,18 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Checkpoint, 
 
 def _empty_model(source: Path) -> PreTrainedModel:
     """Return the model that transformers builds for a folder, without memory for its tensors."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return empty_model(source)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
             f"{source} is not a causal language model supported by transformers: {first_line(error)}"
         ) from None
-    return model
 
 
 def _rewrite_weights(source: Path, target: Path, reporter: Reporter) -> None:
-    """Write the weights under their names in memory, without tensors that the model does not use.
+    """Write the weights as `save_pretrained` does, without tensors that the model does not use.
 
-    Some families use other names on disk (per-expert tensors, a missing prefix). expertctl uses the names in memory
-    everywhere, and transformers can read those too.
+    Checkpoints of some families come under several names: without a prefix, or with the experts of a layer in one tensor.
     """
     from transformers import AutoModelForCausalLM
 
@@ -137,7 +142,7 @@ def _rewrite_weights(source: Path, target: Path, reporter: Reporter) -> None:
         reporter.say(
             f"left out {len(unused)} tensors of {source} that its config.json does not describe, such as '{unused[0]}'"
         )
-    write_tensors(target / WEIGHTS_FILE, checkpoint_tensors(model))
+    write_tensors(target / WEIGHTS_FILE, stored_tensors(model))
 
 
 def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = False) -> Path:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from ...core.errors import UserError, unknown_name
 
-VALIDATION_SHARE = 0.1
+HELD_OUT_SHARE = 0.1  # of validation and of test text, each
 MAX_UNIT_BYTES = 40_000  # keeps a single file or topic from dominating a corpus
-MIN_UNITS = 20  # a smaller corpus has smaller units, so that a tenth can be split off
+MIN_UNITS = 20  # a smaller corpus has smaller units, so that tenths can be split off
 MIN_DOCSTRING_CHARACTERS = 400
 SHINGLE_WORDS = 8
 SCIENCE_PACKAGES = ("numpy", "scipy", "sklearn")
@@ -62,7 +62,9 @@ class BundledText:
     train: tuple[str, ...]
     """Training documents, in the order of their units' hashes."""
     valid: tuple[str, ...]
-    """Validation documents, about a tenth of the bytes; no file or topic is in both parts."""
+    """Validation documents, about a tenth of the bytes; no file or topic is in two parts."""
+    test: tuple[str, ...]
+    """Test documents, as many as for validation."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +90,26 @@ class _Unit:
 
 
 def read_bundled(name: str, max_bytes: int = 900_000) -> BundledText:
-    """Read a bundled corpus of at most `max_bytes` UTF-8 bytes in both parts together.
+    """Read a bundled corpus of at most `max_bytes` UTF-8 bytes in all parts together.
 
     Raises `UserError` for an unknown name, or if this installation lacks the text.
     """
     if name not in BUNDLED:
         raise unknown_name("bundled corpus", name, BUNDLED)
     units = _drop_contained(list(_sample(BUNDLED[name].documents(), max_bytes)))
-    valid_names = _choose_validation(units)
-    train, valid = (
-        tuple(text for unit in units for text in unit.texts if (unit.name in valid_names) == is_valid)
-        for is_valid in (False, True)
+    valid = _held_out(units, units)
+    test = _held_out([unit for unit in units if unit.name not in valid], units)
+    train = {unit.name for unit in units} - valid - test
+    parts = (
+        tuple(text for unit in units if unit.name in names for text in unit.texts) for names in (train, valid, test)
     )
-    if not (train and valid):
-        raise _lacking(name, f"too little text ({sum(unit.num_bytes for unit in units)} bytes) for two parts")
-    return BundledText(train, valid)
+    corpus = BundledText(*parts)
+    if not (corpus.train and corpus.valid and corpus.test):
+        raise _lacking(name, f"too little text ({sum(unit.num_bytes for unit in units)} bytes) for three parts")
+    return corpus
 
 
-# --- from documents to two parts ---
+# --- from documents to parts ---
 
 
 def _sample(documents: Iterable[Document], max_bytes: int) -> Iterator[_Unit]:
@@ -147,9 +151,9 @@ def _drop_contained(units: Sequence[_Unit]) -> list[_Unit]:
     return [unit for unit in reduced if unit.texts]
 
 
-def _choose_validation(units: Sequence[_Unit]) -> set[str]:
-    """Return the names of the first units that make up about a tenth of the bytes."""
-    target = VALIDATION_SHARE * sum(unit.num_bytes for unit in units)
+def _held_out(units: Sequence[_Unit], corpus: Sequence[_Unit]) -> set[str]:
+    """Return the names of the first units that make up about a tenth of the corpus' bytes."""
+    target = HELD_OUT_SHARE * sum(unit.num_bytes for unit in corpus)
     chosen: set[str] = set()
     num_bytes = 0
     for unit in units:

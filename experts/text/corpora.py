@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from ...core.artefacts.digests import digest_of_tokenizer
@@ -20,13 +23,17 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.text import Document, DocumentOrder
 from ...core.manifests.statements import DomainStatement
 from ...core.reporting import SILENT, Reporter, reported
-from ...core.text.token_store import TokenPart, TokenStore, write_part
+from ...core.text.token_store import FORMAT, TokenPart, TokenStore, write_part
 from ...core.text.tokenizer import DOCUMENTS_PER_BATCH, TextEncoder
 from .corpus_folders import read_corpus_folder, require_format
 from .spooled_texts import SpooledTexts
 
-PARTS = ("train", "valid")
+PARTS = ("train", "valid", "test")
+"""Models are trained on `train`; what is fitted or chosen afterwards reads `valid`; evaluation reads `test`."""
 DOMAIN_FILE = "domain.json"
+
+NEGLIGIBLE_LOSS = 0.001
+"""Share of the bytes that a tokenizer may lose without a warning: single white space at the ends of documents."""
 
 SPLIT = b"expertctl split\n"
 """Prefix of the hashed text that decides on a document's part."""
@@ -40,9 +47,18 @@ class PreparedDomain:
     folder: Path
     train: TokenPart
     valid: TokenPart
+    test: TokenPart | None
+    """None if there is too little text for a part of its own."""
     licence: str | None
 
+    @property
+    def parts(self) -> Mapping[str, TokenPart]:
+        """The parts with text, by name."""
+        parts = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def open(self, part: str) -> TokenStore:
+        """Return the tokens of a part that has text."""
         return TokenStore(self.folder / part)
 
     def statement(self, *, private: bool = False) -> DomainStatement:
@@ -78,10 +94,19 @@ def prepare_domain(
     force: bool = False,
     reporter: Reporter = SILENT,
 ) -> PreparedDomain:
-    """Tokenise a domain into the cache, unless its current text is cached already.
+    """Tokenise a domain into the cache, unless its current text is cached already; say what its tokenizer loses.
 
-    Raises `UserError` for unreadable text and for a part without documents.
+    Raises `UserError` for unreadable text, and without documents to train on or to validate with.
     """
+    prepared = _prepare(layout, name, domain, tokenizer_folder, force, reporter)
+    if lost := lost_text(prepared):
+        reporter.say(lost)
+    return prepared
+
+
+def _prepare(
+    layout: Layout, name: str, domain: DomainConfig, tokenizer_folder: Path, force: bool, reporter: Reporter
+) -> PreparedDomain:
     encoder_digest = digest_of_tokenizer(tokenizer_folder)
     folder = layout.corpora / name / encoder_digest[:12]
     fingerprint = _fingerprint(domain, layout.root)
@@ -100,14 +125,15 @@ def prepare_domain(
                     )
                     written = write_part(
                         partial / part,
-                        encoder.encode_stream(counted),
+                        encoder.encode_stream(counted, measure_loss=part != "train"),
                         separator=encoder.separator,
                         vocabulary=encoder.vocabulary,
+                        begin=encoder.begin,
                     )
-                if written.documents == 0:
+                if written.documents == 0 and part != "test":
                     remedy = (
-                        "; a path is split by document and needs two different documents: add text, or give train "
-                        "and valid files"
+                        "; a path is split by document and needs three different documents: add text, or give train, "
+                        "valid and test files"
                         if domain.path
                         else ""
                     )
@@ -121,6 +147,18 @@ def prepare_domain(
     prepared = _cached(folder, fingerprint)
     assert prepared is not None
     return prepared
+
+
+def lost_text(domain: PreparedDomain) -> str | None:
+    """Return a sentence about text that the tokenizer does not give back; None if that is less than a thousandth."""
+    measured = [part for part in (domain.valid, domain.test) if part is not None]
+    lost, size = sum(part.lost_bytes for part in measured), sum(part.bytes for part in measured)
+    if lost <= NEGLIGIBLE_LOSS * size:
+        return None
+    return (
+        f"domain '{domain.name}': the tokenizer loses {lost / size:.1%} of the text (unknown tokens, or characters that it "
+        "changes); evaluation charges 8 bits for each lost byte; a tokenizer for this text would keep it"
+    )
 
 
 def _report_files(domain: DomainConfig, root: Path, reporter: Reporter) -> None:
@@ -159,8 +197,10 @@ def _cached(folder: Path, fingerprint: str) -> PreparedDomain | None:
     content = read_json(folder / DOMAIN_FILE)
     if content.get("fingerprint") != fingerprint:
         return None
-    train, valid = (TokenStore(folder / part).part for part in PARTS)
-    return PreparedDomain(content["name"], folder, train, valid, content.get("licence"))
+    train, valid, test = (TokenStore(folder / part).part for part in PARTS)
+    return PreparedDomain(
+        content["name"], folder, train, valid, test if test.documents else None, content.get("licence")
+    )
 
 
 def domain_documents(domain: DomainConfig, root: Path, part: str) -> Iterator[str]:
@@ -182,34 +222,80 @@ def domain_values(domain: DomainConfig, root: Path, part: str, field: str | None
     elif domain.path is not None:
         path = root / Path(domain.path).expanduser()
         if path.is_dir() and (named := read_corpus_folder(path)).train:
-            yield from _values(named.train if part == "train" else named.valid, domain.text_field, field)
+            yield from _named_part(lambda name: getattr(named, name), part, domain.text_field, field)
             return
-        border = _split_border(read_documents(path, domain.text_field), domain.valid_share)
-        for document in _values(_files(path), domain.text_field, field):
-            if (_split_position(document.text) < border) == (part == "valid"):
-                yield document
+        rest = 1 - domain.valid_share - domain.test_share
+        shares = {"valid": domain.valid_share, "test": domain.test_share, "train": rest}
+        division = divide(read_documents(path, domain.text_field), shares)
+        yield from _divided(_files(path), division, part, domain.text_field, field)
     else:
-        source = domain.train if part == "train" else domain.valid
-        assert source is not None
-        yield from _values(_files(root / Path(source).expanduser()), domain.text_field, field)
+        sources = {"train": domain.train, "valid": domain.valid, "test": domain.test}
+
+        def files(name: str) -> Sequence[Path]:
+            source = sources[name]
+            return _files(root / Path(source).expanduser()) if source is not None else ()
+
+        yield from _named_part(files, part, domain.text_field, field)
 
 
-def _split_border(documents: Iterable[str], share: float) -> float:
-    """Return the split position below which documents are validation text.
+def _named_part(
+    files: Callable[[str], Sequence[Path]], part: str, text_field: str, field: str | None
+) -> Iterator[Document]:
+    """Stream a part of a corpus whose files name the parts; without test files, half of the validation text is test."""
+    if part == "train" or files("test"):
+        yield from _values(files(part), text_field, field)
+    else:
+        halves = divide(
+            (document.text for document in _values(files("valid"), text_field, None)), {"valid": 0.5, "test": 0.5}
+        )
+        yield from _divided(files("valid"), halves, part, text_field, field)
 
-    It is `share` of the range of positions. If all documents are on one side of it, it is moved so that the nearest
-    document is alone on the other side. Stops reading once there is a document on each side.
+
+def _divided(
+    files: Sequence[Path], division: Division, part: str, text_field: str, field: str | None
+) -> Iterator[Document]:
+    """Stream the documents that a division puts into a part."""
+    documents = _values(files, text_field, field)
+    return (document for document in documents if division.part_of(document.text) == part)
+
+
+@dataclass(frozen=True)
+class Division:
+    """A division of documents into parts by a hash of their text."""
+
+    parts: tuple[str, ...]
+    borders: tuple[int, ...]
+    """Hash at which each part but the first begins."""
+
+    def part_of(self, document: str) -> str:
+        """Return the part of a document; equal documents have the same one."""
+        return self.parts[bisect_right(self.borders, _split_position(document))]
+
+
+def divide(documents: Iterable[str], shares: Mapping[str, float]) -> Division:
+    """Divide the range of hashes by the shares of the parts, in their order; stops reading once every part has a document.
+
+    Borders are moved where a part would be empty. With fewer different documents than parts, the last of `PARTS` are
+    empty.
     """
-    border = share * 2**64
-    lowest, highest = 2**64, -1
+    parts = tuple(shares)
+    division = Division(parts, tuple(int(share * 2**64) for share in accumulate(shares.values()))[:-1])
+    positions: set[int] = set()
+    used: set[str] = set()
     for document in documents:
-        position = _split_position(document)
-        lowest, highest = min(lowest, position), max(highest, position)
-        if lowest < border <= highest:
-            return border
-    if lowest >= highest:
-        return border  # at most one distinct document: nothing to split
-    return lowest + 1 if lowest >= border else highest
+        positions.add(_split_position(document))
+        used.add(division.part_of(document))
+        if len(used) == len(parts):
+            return division
+    ordered = sorted(positions)
+    counts = Counter(parts[bisect_right(division.borders, position)] for position in ordered)
+    needed = [part for part in PARTS if part in shares][: len(ordered)]
+    for part in needed:
+        if not counts[part]:
+            counts[max(parts, key=lambda other: counts[other] - (other in needed))] -= 1
+            counts[part] += 1
+    ends = list(accumulate(counts[part] for part in parts))[:-1]
+    return Division(parts, tuple(ordered[end] if end < len(ordered) else 2**64 for end in ends))
 
 
 def _split_position(document: str) -> int:
@@ -228,10 +314,10 @@ def read_documents(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _files(path: Path) -> Sequence[Path]:
-    """Return the files of documents at a path; a folder's validation text is among them, its test text is not."""
+    """Return the files of documents at a path; a folder's named parts are among them."""
     if path.is_dir():
         folder = read_corpus_folder(path)
-        return sorted((*folder.documents, *folder.train, *folder.valid))
+        return sorted((*folder.documents, *folder.train, *folder.valid, *folder.test))
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     return [path]
@@ -259,12 +345,12 @@ def licence_of(domain: DomainConfig) -> str | None:
 
 def _fingerprint(domain: DomainConfig, root: Path) -> str:
     """Return a digest of a domain's settings and of the size and modification time of its files."""
-    content: dict[str, object] = {"domain": domain.model_dump()}
+    content: dict[str, object] = {"format": FORMAT, "domain": domain.model_dump()}
     if domain.bundled is not None:  # read from these packages
         packages = ("expertctl", "torch", "numpy", "scipy", "scikit-learn")
         versions = {name: package_version(name) for name in packages}
         content["bundled"] = {"python": platform.python_version(), **versions}
-    for source in (domain.path, domain.train, domain.valid):
+    for source in (domain.path, domain.train, domain.valid, domain.test):
         if source is not None:
             content[source] = _stamps(root / Path(source).expanduser())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -29,12 +29,14 @@ class CorpusFolder:
     """Files to divide by document; empty if their names give the splits."""
     train: tuple[Path, ...] = ()
     valid: tuple[Path, ...] = ()
+    test: tuple[Path, ...] = ()
     left_out: tuple[Path, ...] = ()
-    """Licences, text about the corpus, test splits, files beside named splits, and those of unknown formats."""
+    """Licences, text about the corpus, files beside named splits, and those of unknown formats."""
 
     def description(self, folder: Path) -> str:
         """Return one line that says which files are used for what."""
-        parts = {"documents": self.documents, "train": self.train, "valid": self.valid, "left out": self.left_out}
+        parts = {"documents": self.documents, "train": self.train, "valid": self.valid, "test": self.test}
+        parts["left out"] = self.left_out
         return f"{folder}: " + "; ".join(f"{use}: {_names(files, folder)}" for use, files in parts.items() if files)
 
 
@@ -51,8 +53,10 @@ def read_corpus_folder(folder: Path) -> CorpusFolder:
         raise UserError(f"{folder} has no file of a known format; known suffixes: {', '.join(sorted(_formats()))}")
     splits = {file: _split_of(file, folder) for file in readable}
     if {"train", "valid"} <= set(splits.values()):
-        train, valid = (tuple(file for file in readable if splits[file] == name) for name in ("train", "valid"))
-        return CorpusFolder((), train, valid, _others(files, (*train, *valid)))
+        train, valid, test = (
+            tuple(file for file in readable if splits[file] == name) for name in ("train", "valid", "test")
+        )
+        return CorpusFolder((), train, valid, test, _others(files, (*train, *valid, *test)))
     has_splits = bool({"train", "valid"} & set(splits.values()))
     documents = tuple(file for file in readable if not (has_splits and splits[file] == "test"))
     return CorpusFolder(documents, left_out=_others(files, documents))

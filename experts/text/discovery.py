@@ -69,7 +69,7 @@ class Cluster:
     label: str
     """Name within the cluster set: a number or a topic."""
     documents: Mapping[str, int]
-    """Number of documents by part (`train`, `valid`)."""
+    """Number of documents by part (`train`, `valid`, `test`)."""
     bytes: Mapping[str, int]
     """UTF-8 bytes of the documents by part."""
     top_words: tuple[str, ...]
@@ -109,7 +109,7 @@ def discover(
 ) -> Discovery:
     """Cluster the documents of domains into `clusters/NAME`; `options` are the discoverer's.
 
-    Validation documents stay validation documents. Raises `UserError` if there is too little text for the clusters.
+    Validation and test documents stay what they are. Raises `UserError` if there is too little text for the clusters.
     """
     folder = layout.root / CLUSTERS_FOLDER / check_name(name, "a set of clusters")
     discoverer = installed_plugins().offer(DomainDiscoverer, settings.by)

@@ -10,13 +10,12 @@ def test_clusters_are_listed_and_become_experts(run: Any, workspace: Path) -> No
     result = run("data", "discover", "campus", "--clusters", "2", "--analyser", "words", cwd=workspace)
     assert result.status == 0, result.err
     heading, first, second, last = result.out.splitlines()
-    assert heading.split() == ["domain", "train", "valid", "bytes", "words"]
+    assert heading.split() == ["domain", "train", "valid", "test", "bytes", "words"]
     assert (first.split()[0], second.split()[0]) == ("campus-0", "campus-1")
     assert last == "next: expertctl branch --clusters campus"
     listed = run("--json", "data", "list").json["domains"]
-    assert (
-        listed["campus-1"]["source"] == "clusters/campus/campus-1/train.jsonl and clusters/campus/campus-1/valid.jsonl"
-    )
+    files = (f"clusters/campus/campus-1/{part}.jsonl" for part in ("train", "valid", "test"))
+    assert listed["campus-1"]["source"] == ", ".join(files)
     done = run("--json", "branch", "--clusters", "campus", "--tokens", "4000", "--set", "sequence_length=16")
     assert [(expert["name"], expert["training"]["tokens"]) for expert in done.json["experts"]] == [
         ("campus-0", 2000),

@@ -45,12 +45,12 @@ def test_the_whole_way(run: Any, fresh: Path) -> None:
 def test_data_prepare_reports_the_prepared_text(run: Any, workspace: Path) -> None:
     content = run("--json", "data", "prepare").json["domains"]
     assert list(content) == ["code", "prose"]
-    assert set(content["code"]) == {"train", "valid", "licence"}
-    assert set(content["code"]["train"]) == {"documents", "tokens", "bytes", "digest"}
+    assert set(content["code"]) == {"train", "valid", "test", "licence"}
+    assert set(content["code"]["train"]) == {"documents", "tokens", "bytes", "lost_bytes", "digest"}
     assert content["prose"]["licence"] == "PSF-2.0"
     lines = run("data", "prepare", "prose", "--force").out.splitlines()
     assert lines[0].split() == ["domain", "part", "documents", "tokens", "bytes"]
-    assert [line.split()[:2] for line in lines[1:]] == [["prose", "train"], ["prose", "valid"]]
+    assert [line.split()[:2] for line in lines[1:]] == [["prose", part] for part in ("train", "valid", "test")]
 
 
 def test_data_list_sees_whether_the_text_is_prepared(run: Any, workspace: Path) -> None:
@@ -59,7 +59,7 @@ def test_data_list_sees_whether_the_text_is_prepared(run: Any, workspace: Path) 
         file.write(json.dumps({"text": "one more"}) + "\n")
     listed = run("--json", "data", "list").json["domains"]
     assert listed["prose"] == {"source": "text/prose.jsonl", "prepared": None}
-    assert listed["code"]["source"] == "text/code-train.jsonl and text/code-valid.jsonl"
+    assert listed["code"]["source"] == "text/code-train.jsonl, text/code-valid.jsonl"
     assert [line.split()[-1] for line in run("data", "list").out.splitlines()[1:3]] == ["yes", "no"]
 
 

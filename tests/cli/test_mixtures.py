@@ -13,7 +13,7 @@ from flexolmo_workspaces import OWNERS
 from expertctl.core.hooks.evaluation import Metric, Score
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
-from expertctl.experts.measures.evaluation import EvaluationTable
+from expertctl.experts.measures.evaluation import EvaluatedText, EvaluationTable
 from expertctl.workspace import Workspace, comparison
 
 
@@ -136,6 +136,7 @@ def test_an_expert_that_is_called_like_a_baseline_has_scores_of_its_own(
             ("prose",),
             {name: {"prose": Score({"bits_per_byte": values[name]}, 1)} for name in models},
             (Metric("bits_per_byte", "bits per byte"),),
+            {name: {"prose": EvaluatedText("test", 256, 128, 1.0)} for name in models},
         )
 
     experts = {"ensemble": campus / "experts" / "prose", "means": campus / "experts" / "means"}

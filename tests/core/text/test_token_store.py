@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from expertctl.core.errors import UserError
 from expertctl.core.text.token_store import (
     BalancedUnion,
     Concatenation,
+    EncodedDocument,
     Position,
     RandomSlice,
     SharedUnion,
     TokenBlocks,
     TokenStore,
+    TokenWindows,
     domain_at,
     draw,
     shuffled,
@@ -50,9 +53,9 @@ class Numbered:
         return np.array([self.name, index])
 
 
-def written(folder: Path, documents: Sequence[Sequence[int]], **settings: int) -> TokenStore:
+def written(folder: Path, documents: Sequence[Sequence[int]], **settings: Any) -> TokenStore:
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [("ä" * len(ids), ids) for ids in documents]
+    texts = [EncodedDocument("ä" * len(ids), ids) for ids in documents]
     write_part(folder, texts, **{"separator": SEPARATOR, "vocabulary": 300, **settings})
     return TokenStore(folder)
 
@@ -72,7 +75,7 @@ def test_a_digest_tells_texts_and_their_borders_apart(tmp_path: Path) -> None:
     for number, texts in enumerate((["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])):
         folder = tmp_path / str(number)
         folder.mkdir()
-        part = write_part(folder, [(text, [1]) for text in texts], separator=0, vocabulary=9)
+        part = write_part(folder, [EncodedDocument(text, [1]) for text in texts], separator=0, vocabulary=9)
         digests.add(part.digest)
     assert len(digests) == 4
     encoded = b"".join(len(text).to_bytes(8, "little") + text for text in (b"ab", b"c"))
@@ -253,3 +256,39 @@ def test_positions_add_up(epoch: int, index: int, first: int, second: int) -> No
     there = begin.advanced(first, 10)
     assert there.epoch * 10 + there.index == epoch * 10 + index + first
     assert 0 <= there.index < 10
+
+
+# --- windows for evaluation ---
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.lists(st.integers(2, 299), max_size=30), min_size=1, max_size=6),
+    context=st.integers(1, 40),
+    stride=st.integers(1, 40),
+    batch_size=st.integers(1, 4),
+    begin=st.sampled_from([(), (1,)]),
+)
+def test_windows_score_every_token_of_the_text_once_and_none_between_documents(
+    tmp_path: Path, documents: list[list[int]], context: int, stride: int, batch_size: int, begin: tuple[int, ...]
+) -> None:
+    store = written(tmp_path / "store", documents, begin=begin)
+    windows = TokenWindows(store, context, min(stride, context))
+    scored = []
+    for batch in windows.batches(batch_size):
+        assert batch.tokens.shape[1] == batch.scored.shape[1] + 1 <= context + 1
+        scored += batch.tokens[:, 1:][batch.scored].tolist()
+    assert scored == [token for document in documents for token in document]
+
+
+def test_windows_after_the_first_score_their_last_tokens_with_context_before_them(tmp_path: Path) -> None:
+    store = written(tmp_path, [list(range(1, 12))])  # 0 1 2 ... 11 0: twelve targets
+    (batch,) = TokenWindows(store, 4, 2).batches(9)
+    assert batch.tokens[:, 0].tolist() == [0, 2, 4, 6, 8]
+    assert batch.scored.tolist() == [[True] * 4, *[[False, False, True, True]] * 3, [False, False, True, False]]
+
+
+def test_documents_begin_with_the_given_tokens_which_stand_for_no_text(tmp_path: Path) -> None:
+    store = written(tmp_path, [[5, 6], [7]], begin=(2, 3))
+    assert store.read(0, 99).tolist() == [0, 2, 3, 5, 6, 0, 2, 3, 7, 0]
+    assert store.part.markers == (0, 2, 3)

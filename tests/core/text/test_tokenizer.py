@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE, WordLevel
+from tokenizers.normalizers import NFD, Lowercase, Replace, Sequence, StripAccents
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from expertctl.core.errors import UserError
-from expertctl.core.text.tokenizer import TextEncoder, load_tokenizer, train_tokenizer
+from expertctl.core.text.tokenizer import TextEncoder, load_tokenizer, set_begin, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,95 @@ def test_a_folder_without_a_tokenizer_is_named(model_folder: Path, tmp_path: Pat
     folder = copied(model_folder, tmp_path / "x", "config.json")
     with pytest.raises(UserError, match=r"has no loadable tokenizer .*add its tokenizer\.json"):
         TextEncoder.of_folder(folder)
+
+
+# --- the token before a text ---
+
+BOS = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+BOTH = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+EOS = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+
+
+def word_tokenizer(folder: Path, processor: object = None, **settings: object) -> Path:
+    """Write a tokenizer of a few words, with its own BOS and EOS tokens."""
+    words = ["<unk>", "<s>", "</s>", "a", "b", "c"]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.decoder = None
+    tokenizer.add_special_tokens(words[:3])
+    if processor is not None:
+        tokenizer.post_processor = processor
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processor", "begin"),
+    [(None, ()), (BOS, (1,)), (BOTH, (1,)), (EOS, ()), (processors.Sequence([ByteLevel(), BOS]), (1,))],
+    ids=["none", "bos", "bos and eos", "eos", "sequence"],
+)
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
+def test_documents_begin_as_the_tokenizer_begins_texts(
+    tmp_path: Path, processor: object, begin: tuple[int, ...], settings: dict[str, object]
+) -> None:
+    folder = word_tokenizer(tmp_path, processor, **settings)
+    assert TextEncoder.of_folder(folder).begin == begin
+    called = load_tokenizer(folder)("a b").input_ids
+    assert tuple(called[: called.index(3)]) == begin
+
+
+def test_a_token_before_a_text_that_is_the_separator_is_not_doubled(tmp_path: Path) -> None:
+    folder = word_tokenizer(tmp_path, TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)]))
+    assert TextEncoder.of_folder(folder).begin == ()
+
+
+@pytest.mark.parametrize("processor", [None, BOS, BOTH, ByteLevel()], ids=["none", "bos", "both", "byte level"])
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_bos_token_can_be_set_for_everyone_who_reads_the_folder(
+    tmp_path: Path, processor: object, begins: bool
+) -> None:
+    folder = word_tokenizer(tmp_path, processor)
+    set_begin(folder, begins=begins)
+    assert TextEncoder.of_folder(folder).begin == ((1,) if begins else ())
+    assert load_tokenizer(folder)("a b").input_ids[: 1 + begins] == ([1, 3] if begins else [3])
+
+
+def test_a_tokenizer_without_a_bos_token_cannot_begin_with_it(tmp_path: Path) -> None:
+    folder = word_tokenizer(tmp_path, bos_token=None)
+    with pytest.raises(UserError, match="has no BOS token; leave bos out"):
+        set_begin(folder, begins=True)
+
+
+# --- text that a tokenizer loses ---
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "c", "é", "中文", "x"]), max_size=12))
+def test_unknown_words_are_lost_bytes(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> None:
+    folder = word_tokenizer(tmp_path_factory.mktemp("words"))
+    encoder = TextEncoder.of_folder(folder)
+    (document,) = encoder.encode_stream([" ".join(words)], measure_loss=True)
+    assert document.lost_bytes == sum(len(word.encode()) for word in words if word not in "abc")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "lost"),
+    [(Lowercase(), "a B C", 2), (Sequence([NFD(), StripAccents()]), "á b", 2), (Replace(" ", ""), "a b", 1)],
+    ids=["case", "accents", "spaces"],
+)
+def test_characters_that_a_tokenizer_changes_are_lost_bytes(
+    tmp_path: Path, normalizer: object, text: str, lost: int
+) -> None:
+    tokenizer = Tokenizer(BPE({character: number for number, character in enumerate("abc ")}, []))
+    tokenizer.normalizer = normalizer
+    tokenizer.decoder = Fuse()
+    encoder = TextEncoder(tokenizer, 0)
+    assert encoder.lost_bytes([text], encoder.encode([text])) == [lost]
+
+
+def test_a_byte_level_tokenizer_loses_nothing(encoder: TextEncoder) -> None:
+    texts = ["plain", "  two  spaces\n\n", "Grüße, 世界!", "\x00 <|endoftext|>"]
+    assert [document.lost_bytes for document in encoder.encode_stream(texts, measure_loss=True)] == [0] * 4

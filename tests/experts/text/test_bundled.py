@@ -28,12 +28,13 @@ def num_bytes(texts: Sequence[str]) -> int:
     return sum(len(text.encode("utf-8")) for text in texts)
 
 
-def share_of_validation(text: BundledText) -> float:
-    return num_bytes(text.valid) / num_bytes(text.train + text.valid)
+def held_out_shares(text: BundledText) -> tuple[float, float]:
+    whole = num_bytes(everything(text))
+    return num_bytes(text.valid) / whole, num_bytes(text.test) / whole
 
 
 def everything(text: BundledText) -> tuple[str, ...]:
-    return text.train + text.valid
+    return text.train + text.valid + text.test
 
 
 # --- as installed ---
@@ -50,8 +51,8 @@ def test_each_has_enough_text_within_the_cap(corpora: dict[str, BundledText], na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_about_a_tenth_of_the_bytes_is_for_validation(corpora: dict[str, BundledText], name: str) -> None:
-    assert 0.08 <= share_of_validation(corpora[name]) <= 0.12
+def test_about_a_tenth_of_the_bytes_each_is_for_validation_and_test(corpora: dict[str, BundledText], name: str) -> None:
+    assert all(0.08 <= share <= 0.12 for share in held_out_shares(corpora[name]))
 
 
 @pytest.mark.parametrize("max_bytes", [20_000, 100_000])
@@ -59,7 +60,7 @@ def test_about_a_tenth_of_the_bytes_is_for_validation(corpora: dict[str, Bundled
 def test_a_smaller_cap_is_met_and_split_alike(name: str, max_bytes: int) -> None:
     text = read_bundled(name, max_bytes)
     assert 0.8 * max_bytes < num_bytes(everything(text)) <= max_bytes
-    assert 0.08 <= share_of_validation(text) <= 0.12
+    assert all(0.08 <= share <= 0.12 for share in held_out_shares(text))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,7 +70,8 @@ def test_reading_again_gives_the_same_bytes(corpora: dict[str, BundledText], nam
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_document_stands_in_both_parts(corpora: dict[str, BundledText], name: str) -> None:
-    assert not set(corpora[name].train) & set(corpora[name].valid)
+    corpus = corpora[name]
+    assert len(set(everything(corpus))) == sum(len(set(part)) for part in (corpus.train, corpus.valid, corpus.test))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -242,7 +244,8 @@ def test_docstrings_of_definitions_and_added_ones_are_found_without_an_import(
     def files(documents: Sequence[str]) -> set[str]:
         return {document.partition("x")[0] for document in documents}
 
-    assert not files(text.train) & files(text.valid)
+    parts = [files(part) for part in (text.train, text.valid, text.test)]
+    assert len(set().union(*parts)) == sum(map(len, parts))
 
 
 # --- what an installation may lack ---
@@ -274,8 +277,8 @@ def test_a_python_without_its_manual_says_so(monkeypatch: pytest.MonkeyPatch) ->
         read_bundled("manual")
 
 
-def test_too_little_text_for_two_parts_says_so(stdlib: Path) -> None:
-    with pytest.raises(UserError, match=r"too little text \(\d+ bytes\) for two parts"):
+def test_too_little_text_for_three_parts_says_so(stdlib: Path) -> None:
+    with pytest.raises(UserError, match=r"too little text \(\d+ bytes\) for three parts"):
         read_bundled("python", max_bytes=100)
 
 
@@ -300,8 +303,8 @@ def read_made_up(sizes: Sequence[int], max_bytes: int) -> BundledText:
 def test_cap_and_split_hold_for_any_sizes(sizes: list[int], max_bytes: int) -> None:
     text = read_made_up(sizes, max_bytes)
     assert num_bytes(everything(text)) <= max_bytes
-    assert 0.08 <= share_of_validation(text) <= 0.12
-    assert not set(text.train) & set(text.valid)
+    assert all(0.08 <= share <= 0.12 for share in held_out_shares(text))
+    assert len(set(everything(text))) == sum(len(set(part)) for part in (text.train, text.valid, text.test))
 
 
 def test_a_huge_document_is_cut_at_the_end_of_a_line() -> None:
@@ -309,7 +312,7 @@ def test_a_huge_document_is_cut_at_the_end_of_a_line() -> None:
     cut = next(document for document in everything(text) if document.startswith("unit0line"))
     assert 39_000 < len(cut) <= 40_000
     assert cut.endswith("\n")
-    assert 0.08 <= share_of_validation(text) <= 0.12
+    assert all(0.08 <= share <= 0.12 for share in held_out_shares(text))
 
 
 def test_a_text_that_a_later_longer_one_contains_goes() -> None:

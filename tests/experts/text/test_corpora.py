@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from expertctl import UserError
 from expertctl.core.artefacts.layout import Layout
@@ -15,7 +18,7 @@ from expertctl.core.config.settings import DomainConfig
 from expertctl.core.text import tokenizer
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.core.text.tokenizer import TextEncoder
-from expertctl.experts.text.corpora import PreparedDomain, domain_documents, prepare_domain
+from expertctl.experts.text.corpora import PARTS, PreparedDomain, divide, domain_documents, prepare_domain
 
 TEXTS = [f"Document {number}: " + "all work and no play makes a dull boy. " * (number % 5 + 1) for number in range(40)]
 
@@ -56,7 +59,9 @@ def test_documents_come_back_whole_and_in_order(layout: Layout, model_folder: Pa
     )
     prepared = prepare(layout, model_folder, train=train, valid=valid)
     assert decoded(prepared, "train", model_folder) == TEXTS[:30]
-    assert decoded(prepared, "valid", model_folder) == TEXTS[30:]
+    held_out = [decoded(prepared, part, model_folder) for part in ("valid", "test")]
+    assert all(held_out)
+    assert sorted(held_out[0] + held_out[1]) == sorted(TEXTS[30:])
 
 
 def test_counts_are_those_of_the_text(layout: Layout, model_folder: Path) -> None:
@@ -90,45 +95,71 @@ def test_a_second_time_costs_nothing_and_changed_text_is_prepared_again(layout: 
 def test_one_path_is_split_by_document_and_equal_documents_stay_together(layout: Layout, model_folder: Path) -> None:
     many = [f"{text} ({number})" for number in range(10) for text in TEXTS]
     config = DomainConfig(path=jsonl(layout.root / "all.jsonl", many + many))
-    train = list(domain_documents(config, layout.root, "train"))
-    valid = list(domain_documents(config, layout.root, "valid"))
-    assert sorted(train + valid) == sorted(many + many)
-    assert not set(train) & set(valid)
-    assert 0.05 < len(valid) / len(many + many) < 0.15
+    parts = {part: list(domain_documents(config, layout.root, part)) for part in PARTS}
+    assert sorted(chain.from_iterable(parts.values())) == sorted(many + many)
+    assert len(set(many)) == sum(len(set(texts)) for texts in parts.values())
+    for part in ("valid", "test"):
+        assert 0.05 < len(parts[part]) / len(many + many) < 0.15
 
 
 def test_text_that_was_sampled_by_its_digest_is_split_like_any_other(layout: Layout) -> None:
     """Corpora are often cut to size by keeping the documents whose sha256 is low."""
     texts = [f"document {number}" for number in range(20_000)]
     sampled = [text for text in texts if hashlib.sha256(text.encode()).digest()[0] < 8]
-    train, valid = split_of(layout, sampled, 0.1)
-    assert 0.05 < len(valid) / (len(train) + len(valid)) < 0.15
+    parts = split_of(layout, sampled, 0.1)
+    assert 0.05 < len(parts["valid"]) / len(sampled) < 0.15
 
 
-def split_of(layout: Layout, texts: list[str], share: float) -> tuple[list[str], list[str]]:
-    config = DomainConfig(path=jsonl(layout.root / "all.jsonl", texts), valid_share=share)
-    train, valid = (list(domain_documents(config, layout.root, part)) for part in ("train", "valid"))
-    assert sorted(train + valid) == sorted(texts)
-    return train, valid
+def split_of(layout: Layout, texts: list[str], share: float, test_share: float = 0.1) -> dict[str, list[str]]:
+    config = DomainConfig(path=jsonl(layout.root / "all.jsonl", texts), valid_share=share, test_share=test_share)
+    parts = {part: list(domain_documents(config, layout.root, part)) for part in PARTS}
+    assert sorted(chain.from_iterable(parts.values())) == sorted(texts)
+    return parts
 
 
-@pytest.mark.parametrize("share", [1e-9, 0.1, 0.5, 1 - 1e-9])
-@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("share", [1e-9, 0.1, 0.5, 0.9 - 1e-9])
+@pytest.mark.parametrize("count", [3, 4, 10])
 def test_a_few_documents_are_split_so_that_no_part_is_empty(layout: Layout, share: float, count: int) -> None:
-    train, valid = split_of(layout, TEXTS[:count], share)
-    assert train
-    assert valid
-    if share == 1e-9:  # the one that comes first of all when the share grows
-        assert len(valid) == 1
-        assert set(valid) <= set(split_of(layout, TEXTS[:count], 0.5)[1])
-    if share == 1 - 1e-9:
-        assert len(train) == 1
+    parts = split_of(layout, TEXTS[:count], share)
+    assert all(parts.values())
+    if share == 1e-9:
+        assert len(parts["valid"]) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    texts=st.lists(st.text(max_size=5), max_size=40),
+    shares=st.tuples(st.floats(1e-6, 0.9), st.floats(1e-6, 0.9)).filter(lambda pair: sum(pair) < 0.99),
+)
+def test_parts_have_text_as_far_as_there_are_documents(texts: list[str], shares: tuple[float, float]) -> None:
+    division = divide(texts, {"valid": shares[0], "test": shares[1], "train": 1 - sum(shares)})
+    used = {division.part_of(text) for text in texts}
+    different = len(set(texts))
+    if different >= 2:
+        assert used >= set(PARTS[:different])
+    assert division == divide(texts[::-1], {"valid": shares[0], "test": shares[1], "train": 1 - sum(shares)})
+
+
+def test_two_documents_are_trained_on_and_validated_with(layout: Layout, model_folder: Path) -> None:
+    prepared = prepare(layout, model_folder, path=jsonl(layout.root / "two.jsonl", TEXTS[:2]))
+    assert (prepared.train.documents, prepared.valid.documents, prepared.test) == (1, 1, None)
+    assert list(prepared.parts) == ["train", "valid"]
+
+
+def test_a_test_file_leaves_the_validation_text_whole(layout: Layout, model_folder: Path) -> None:
+    train, valid, test = (
+        jsonl(layout.root / f"{name}.jsonl", TEXTS[begin : begin + 10])
+        for begin, name in ((0, "a"), (10, "b"), (20, "c"))
+    )
+    prepared = prepare(layout, model_folder, train=train, valid=valid, test=test)
+    assert decoded(prepared, "valid", model_folder) == TEXTS[10:20]
+    assert decoded(prepared, "test", model_folder) == TEXTS[20:30]
 
 
 def test_copies_of_one_document_cannot_be_split(layout: Layout, model_folder: Path) -> None:
     path = jsonl(layout.root / "one.jsonl", ["the same"] * 3)
-    assert 0 in map(len, split_of(layout, ["the same"] * 3, 0.1))
-    with pytest.raises(UserError, match="split by document and needs two different documents: add text, or give train"):
+    assert sorted(map(len, split_of(layout, ["the same"] * 3, 0.1).values())) == [0, 0, 3]
+    with pytest.raises(UserError, match="split by document and needs three different documents: add text, or give"):
         prepare(layout, model_folder, path=path)
 
 
@@ -136,7 +167,7 @@ def test_long_documents_are_encoded_in_smaller_batches_to_the_same_tokens(
     layout: Layout, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = jsonl(layout.root / "train.jsonl", TEXTS)
-    whole = prepare(layout, model_folder, train=path, valid=path)
+    whole = prepare(layout, model_folder, train=path, valid=path, test=path)
     tokens = whole.open("train").read(0, len(whole.open("train"))).tolist()
     batches = []
     encode = TextEncoder.encode
@@ -147,7 +178,7 @@ def test_long_documents_are_encoded_in_smaller_batches_to_the_same_tokens(
 
     monkeypatch.setattr(TextEncoder, "encode", counted)
     monkeypatch.setattr(tokenizer, "CHARACTERS_PER_BATCH", 100)
-    again = prepare_domain(layout, "law", DomainConfig(train=path, valid=path), model_folder, force=True)
+    again = prepare_domain(layout, "law", DomainConfig(train=path, valid=path, test=path), model_folder, force=True)
     assert again.train == whole.train
     assert again.open("train").read(0, len(again.open("train"))).tolist() == tokens
     assert len(batches) > 20
@@ -171,6 +202,7 @@ def test_another_field_may_hold_the_text(layout: Layout) -> None:
     assert [
         *domain_documents(config, layout.root, "train"),
         *domain_documents(config, layout.root, "valid"),
+        *domain_documents(config, layout.root, "test"),
     ] == ["hello"]
 
 

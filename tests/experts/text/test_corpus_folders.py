@@ -23,7 +23,8 @@ def folder_of(root: Path, *names: str) -> Path:
 
 def uses(root: Path) -> dict[str, list[str]]:
     folder = read_corpus_folder(root)
-    parts = {"documents": folder.documents, "train": folder.train, "valid": folder.valid, "left out": folder.left_out}
+    parts = {"documents": folder.documents, "train": folder.train, "valid": folder.valid, "test": folder.test}
+    parts["left out"] = folder.left_out
     return {use: [str(file.relative_to(root)) for file in files] for use, files in parts.items() if files}
 
 
@@ -43,7 +44,7 @@ def uses(root: Path) -> dict[str, list[str]]:
         ),
         (
             ("train/a.txt", "dev/b.txt", "test/c.txt"),
-            {"train": ["train/a.txt"], "valid": ["dev/b.txt"], "left out": ["test/c.txt"]},
+            {"train": ["train/a.txt"], "valid": ["dev/b.txt"], "test": ["test/c.txt"]},
         ),
         (("train.jsonl", "test.jsonl"), {"documents": ["train.jsonl"], "left out": ["test.jsonl"]}),
         (
@@ -74,5 +75,6 @@ def test_splits_of_a_folder_are_prepared_and_reported(tmp_path: Path, new_worksp
     workspace = Workspace(new_workspace(tmp_path / "workspace", [], config=config))  # type: ignore[operator]
     said = Recorder()
     (prepared,) = workspace.prepare(["law"], reporter=said)
-    assert (prepared.train.documents, prepared.valid.documents) == (5, 5)
+    assert prepared.test is not None
+    assert (prepared.train.documents, prepared.valid.documents + prepared.test.documents) == (5, 5)
     assert f"{text}: train: train.jsonl; valid: valid.jsonl; left out: LICENSE.txt" in said.lines

@@ -38,6 +38,7 @@ from expertctl.core.config.project import load_project
 from expertctl.core.config.settings import DomainConfig
 from expertctl.core.errors import UserError
 from expertctl.experts.text import proxy_corpus as proxy_module
+from expertctl.experts.text.corpora import PARTS
 from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, best_distinct, make_proxy
 
 
@@ -181,7 +182,7 @@ def test_a_tenth_is_picked_by_default_and_the_sample_may_be_smaller_than_the_tex
 def test_the_printed_domain_reads_the_proxy(layout: Layout) -> None:
     domain = DomainConfig.model_validate(pick(layout).domain())
     assert (domain.path, domain.licence) == ("proxies/near.jsonl", "CC-BY-4.0")
-    parts = [list(proxy_module.domain_documents(domain, layout.root, part)) for part in ("train", "valid")]
+    parts = [list(proxy_module.domain_documents(domain, layout.root, part)) for part in PARTS]
     assert sum(map(len, parts)) == 30
     assert all(parts)
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from expertctl import UserError
 from expertctl.core.config.settings import TrainingConfig
-from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
 from expertctl.experts.training.checkpointing import restore_latest, save_checkpoint
 from expertctl.experts.training.loop import TrainingLoop
@@ -47,7 +47,7 @@ def blocks(tmp_path: Path) -> TokenBlocks:
     folder = tmp_path / "part"
     folder.mkdir()
     ids = np.random.default_rng(0).integers(1, 64, size=(40, 30)).tolist()
-    write_part(folder, [("x" * 30, row) for row in ids], separator=0, vocabulary=64)
+    write_part(folder, [EncodedDocument("x" * 30, row) for row in ids], separator=0, vocabulary=64)
     return TokenBlocks(TokenStore(folder), CONFIG.sequence_length)
 
 
@@ -164,7 +164,7 @@ def test_only_the_chosen_part_moves_and_has_optimiser_state(blocks: TokenBlocks)
 
 
 def test_text_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
-    write_part(tmp_path, [("abc", [1, 2, 3])], separator=0, vocabulary=64)
+    write_part(tmp_path, [EncodedDocument("abc", [1, 2, 3])], separator=0, vocabulary=64)
     with pytest.raises(UserError, match="shorter than one block of 16 tokens"):
         TrainingLoop(all_parameters(tiny_model()), TokenBlocks(TokenStore(tmp_path), 16), CONFIG)
 

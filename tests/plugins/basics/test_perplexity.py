@@ -12,27 +12,31 @@ import torch
 from expertctl.core.hooks.evaluation import Evaluator
 from expertctl.core.models.loading import load_model
 from expertctl.core.testing import fresh_plugins
-from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import EncodedDocument, TokenStore, TokenWindows, write_part
 
 
-@pytest.mark.parametrize("block_size", [4, 7, 100])
-def test_bits_per_byte_and_perplexity_score_every_token_once(
-    model_folder: Path, tmp_path: Path, block_size: int
+@pytest.mark.parametrize(("context", "stride"), [(4, 4), (7, 3), (100, 50)])
+def test_bits_per_byte_and_perplexity_score_every_token_of_the_text_once(
+    model_folder: Path, tmp_path: Path, context: int, stride: int
 ) -> None:
-    """Each block is predicted from its own beginning on; the separators count as tokens and not as bytes."""
+    """Separators are context, and are neither scored nor counted; a lost byte costs 8 bits."""
     ids = np.random.default_rng(0).integers(1, 300, 37).tolist()
-    write_part(tmp_path, [("größer" * 5, ids[:20]), ("x", ids[20:])], separator=0, vocabulary=300)
+    documents = [EncodedDocument("größer" * 5, ids[:20], lost_bytes=3), EncodedDocument("x", ids[20:])]
+    write_part(tmp_path, documents, separator=0, vocabulary=300)
     stream = [0, *ids[:20], 0, *ids[20:], 0]
     model, _ = load_model(model_folder)
     total = 0.0
     with torch.no_grad():
-        for begin in range(0, len(stream) - 1, block_size):
-            block = stream[begin : begin + block_size + 1]
-            log_probs = model(input_ids=torch.tensor([block])).logits[0].double().log_softmax(-1)
-            total -= sum(float(log_probs[t - 1, block[t]]) for t in range(1, len(block)))
-    score = (
-        fresh_plugins().offer(Evaluator, "perplexity").evaluate(model, TokenBlocks(TokenStore(tmp_path), block_size))
-    )
-    assert score.tokens == len(stream) - 1
+        for target in range(1, len(stream)):
+            if stream[target] == 0:
+                continue
+            # the first window that reaches the target, none of which begins beyond the last full one
+            number = max(-(-(target - context) // stride), 0)
+            begin = max(min(number * stride, len(stream) - 1 - context), 0)
+            logits = model(input_ids=torch.tensor([stream[begin:target]])).logits[0, -1]
+            total -= float(logits.double().log_softmax(-1)[stream[target]])
+    windows = TokenWindows(TokenStore(tmp_path), context, stride)
+    score = fresh_plugins().offer(Evaluator, "perplexity").evaluate(model, windows)
+    assert score.tokens == len(ids)
     assert score.values["perplexity"] == pytest.approx(math.exp(total / score.tokens), rel=1e-5)
-    assert score.values["bits_per_byte"] == pytest.approx(total / math.log(2) / (8 * 5 + 1), rel=1e-5)
+    assert score.values["bits_per_byte"] == pytest.approx((total / math.log(2) + 8 * 3) / (8 * 5 + 1), rel=1e-5)

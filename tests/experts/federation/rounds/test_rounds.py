@@ -22,7 +22,7 @@ from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.errors import Interrupted
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
 from expertctl.experts.federation.judging.acceptance import RefusalCode
 from expertctl.experts.federation.judging.round_weights import AveragingRules
 from expertctl.experts.federation.owner import inner_training
@@ -261,7 +261,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenBlocks]:
     for number, owner in enumerate(OWNERS):
         folder = tmp_path_factory.mktemp(owner)
         rows = [((np.arange(40) * (number + 1) + start) % 60 + 60 * number).tolist() for start in range(0, 60, 2)]
-        write_part(folder, [("x" * 40, row) for row in rows], separator=0, vocabulary=300)
+        write_part(folder, [EncodedDocument("x" * 40, row) for row in rows], separator=0, vocabulary=300)
         blocks[owner] = TokenBlocks(TokenStore(folder), CONFIG.sequence_length)
     return blocks
 
