@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.artefacts.digests import MANIFEST_NAMES, TOKENIZER_FILES, digest_of_tokenizer
 from ..core.artefacts.files import (
@@ -24,7 +24,6 @@ from ..core.hooks.events import MergeFinished
 from ..core.hooks.manager import installed_plugins
 from ..core.hooks.merging import Assembler, BuiltModel, MergeInputs, MergeMethod, ModelBuilder
 from ..core.hooks.options import parse_options
-from ..core.hooks.text import ValidationText
 from ..core.manifests.finishing import finish_artefact
 from ..core.manifests.generalist import ExpertChange, GeneralistConfig, SearchRecord
 from ..core.manifests.manifest import Manifest, Parent
@@ -34,14 +33,16 @@ from .planning.plan import MergePlan, check_output, prepare_merge
 from .planning.plan import MergeRun as MergeRun
 from .planning.search import search_weights
 from .planning.tensor_planner import Stack
-from .planning.weights import check_weights, resolve_weights
+from .planning.used_text import UsedText, Validation
+from .planning.weights import check_weights, posterior_weights, resolve_weights
 from .recipes.recipe import WEIGHT, Recipe, Scope, Setting, whole_models
 from .sources.licences import LicenceReport, check_licences, require_compatible
 from .sources.models import Source, open_sources
 from .sources.parents import SEED, check_lineage, expert_folders
 from .sources.statistics import find_statistics
 
-Validation = Callable[[], Sequence[ValidationText]]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def merge(
@@ -60,7 +61,7 @@ def merge(
     and is called only if needed.
     """
     workspace_merge = _WorkspaceMerge(layout, name, config, output, run, experts_folder)
-    text = _LazyText(validation)
+    text = UsedText(validation)
     if isinstance(workspace_merge.method, ModelBuilder):
         return workspace_merge.build(workspace_merge.method, text)
     return workspace_merge.merge_tensors(text)
@@ -80,18 +81,24 @@ def merge_recipe(
     name: str | None = None,
     run: MergeRun | None = None,
     history: Sequence[ExpertChange] = (),
+    validation: Validation = tuple,
+    router_statistics: Mapping[str, Mapping[str, NDArray[Any]]] | None = None,
+    fitted_on: Sequence[str] = (),
 ) -> Manifest:
     """Merge model folders into `output` according to a recipe, without a workspace, and return the manifest.
 
-    `history` lists the expert changes for the manifest of a generalist that is derived from another one.
+    The last four arguments are for a generalist that is derived from another one: the changes of its experts, the text
+    of new experts, the statistics of its router, and the domains that these were measured on.
     """
     run = run or MergeRun()
     plan = plan_recipe(recipe, output, run=run)
+    text = UsedText(validation)
     if plan.assembly is not None and not plan.assembly.is_fitted:
-        plan = plan.with_recipe(recipe, tuple, run.reporter)
+        plan = plan.with_recipe(recipe, text, run.reporter, router_statistics)
     with exclusive_output(output, f"generalist {output}"):
         refuse_existing(output, force=run.force, what="generalist")
-        return _write(plan, output, name or output.name, run, history=history)
+        domains = tuple(dict.fromkeys([*fitted_on, *text.domains]))
+        return _write(plan, output, name or output.name, run, domains, history=history)
 
 
 def plan_recipe(recipe: Recipe, output: Path | None, *, run: MergeRun | None = None) -> MergePlan:
@@ -103,22 +110,6 @@ def plan_recipe(recipe: Recipe, output: Path | None, *, run: MergeRun | None = N
     plan = prepare_merge(recipe, run)
     check_output(plan, output)
     return plan
-
-
-class _LazyText:
-    """The validation text of a merge, prepared on first use; `read` holds the used text."""
-
-    def __init__(self, prepare: Validation) -> None:
-        self._prepare = prepare
-        self.read: Sequence[ValidationText] = ()
-
-    def __call__(self) -> Sequence[ValidationText]:
-        self.read = self.read or tuple(self._prepare())
-        return self.read
-
-    @property
-    def domains(self) -> tuple[str, ...]:
-        return tuple(text.domain for text in self.read)
 
 
 class _WorkspaceMerge:
@@ -187,7 +178,7 @@ class _WorkspaceMerge:
             tokenizer=self.config.tokenizer,
         )
 
-    def merge_tensors(self, text: _LazyText) -> Manifest:
+    def merge_tensors(self, text: UsedText) -> Manifest:
         """Merge tensor by tensor; the digests of tensors are verified while they are read."""
         if self.config.search is not None and isinstance(self.method, Assembler):
             raise UserError(
@@ -204,10 +195,12 @@ class _WorkspaceMerge:
                 plan = plan.with_recipe(plan.recipe, text, self.run.reporter)
             return _write(plan, self.target, self.name, self.run, text.domains, search)
 
-    def _fit_weights(self, plan: MergePlan, text: _LazyText) -> tuple[Mapping[str, Setting], SearchRecord | None]:
+    def _fit_weights(self, plan: MergePlan, text: UsedText) -> tuple[Mapping[str, Setting], SearchRecord | None]:
         """Return weights fitted on validation text, by the posterior or a search, and the record of the search."""
-        wanted = "posterior" if self.config.weights == "uniform" else self.config.weights
-        start = resolve_weights(wanted, self.layout.seed, self.folders, text, self.run.reporter)
+        if self.config.search is None or self.config.weights != "uniform":
+            start = resolve_weights(self.config.weights, self.layout.seed, self.folders, text, self.run.reporter)
+        else:  # a start need not carry information
+            start = posterior_weights(self.layout.seed, self.folders, text, self.run.reporter)
         if self.config.search is None:
             return start, None
         if self.method.weights == "factors" and isinstance(self.config.weights, str):
@@ -270,7 +263,7 @@ class _WorkspaceMerge:
             ),
         )
 
-    def build(self, method: ModelBuilder, text: _LazyText) -> Manifest:
+    def build(self, method: ModelBuilder, text: UsedText) -> Manifest:
         """Let the method build its own kind of model from fully verified artefacts."""
         options, licences = self._check_build(method, tensors=True)
         seed, reporter = self.layout.seed, self.run.reporter

@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 
 BASELINES = ("dense", "random-split")
 EXPLANATION = """\
-seed               the common starting point of all experts.
+seed             the common starting point of all experts.
 {experts}
-                   the experts, each trained on its own domain only; {best_at_home} are the best expert on their domain.
-uniform-average    one model; every tensor is the mean of the experts' tensors.
-posterior-average  as above, weighted by how well each expert predicts validation text.
-ensemble           all experts; next-token distributions are mixed by how well each expert predicted the text so far.
+                 the experts, each trained on its own domain only; {best_at_home} are the best expert on their domain.
+uniform-average  one model; every tensor is the mean of the experts' tensors.
+ensemble         all experts; next-token distributions are mixed by how well each expert predicted the text so far.
 """
 BASELINES_EXPLANATION = """\
-dense              the seed, trained further on all domains for as many tokens as all experts together.
-random-split       an ensemble of experts trained on random slices of the text, without domains.
+dense            the seed, trained further on all domains for as many tokens as all experts together.
+random-split     an ensemble of experts trained on random slices of the text, without domains.
 """
 NEXT_STEPS = """\
 Next:
@@ -46,7 +45,7 @@ Next:
 @option(
     "--corpora",
     "FOLDER",
-    "Use your own text: a folder with one subfolder per domain, each with train.jsonl and valid.jsonl. Default: "
+    "Use your own text: a folder with one subfolder per domain, each with train.jsonl, valid.jsonl and perhaps test.jsonl. Default: "
     "the installed text.",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
 )
@@ -128,7 +127,11 @@ def _domains(corpora: Path | None) -> dict[str, str]:
         raise UserError(f"{corpora} needs subfolders for at least two domains, each with train.jsonl and valid.jsonl")
     return {
         check_name(folder.name, "the expert of a folder's text"): json.dumps(
-            {part: str(folder / f"{part}.jsonl") for part in ("train", "valid")}
+            {
+                part: str(folder / f"{part}.jsonl")
+                for part in ("train", "valid", "test")
+                if part != "test" or (folder / "test.jsonl").is_file()
+            }
         )
         for folder in folders
     }
@@ -165,7 +168,7 @@ def _evaluate(session: Session, workspace: Workspace, domains: list[str]) -> Eva
     finished = {folder.name for folder in workspace.layout.finished()}
     merges = reversed(tuple(workspace.config.merges))
     models = [name for name in ("seed", *workspace.experts.names(), *BASELINES, *merges) if name in finished]
-    session.note(f"evaluating {len(models)} models on the validation text of {len(domains)} domains")
+    session.note(f"evaluating {len(models)} models on the test text of {len(domains)} domains")
     with session.progress() as progress:
         return workspace.evaluate(*models, reporter=progress)
 

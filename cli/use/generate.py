@@ -31,6 +31,7 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "
 @fraction("--top-p", "P", "Sample only from the most probable tokens up to this cumulative probability.", default=1.0)
 @integer("--seed", "Random seed.", least=0, default=0)
 @name_list("--without", "Disable these experts of an ensemble or a mixture for this call.", multiple=True)
+@option("--domain", "NAME", "Domain of the text, for which an ensemble may have a prior of its own.")
 @flag("--show-experts", "Mark each token with the expert of the highest weight (ensembles).")
 @pass_session
 def command(
@@ -42,6 +43,7 @@ def command(
     top_p: float,
     seed: int,
     without: tuple[tuple[str, ...], ...],
+    domain: str | None,
     show_experts: bool,
 ) -> None:
     """Sample a continuation of a prompt.
@@ -59,6 +61,7 @@ def command(
             text,
             Sampling(max_new_tokens, temperature, top_p, seed),
             without=[name for several in without for name in several],
+            domain=domain,
             shares=show_experts,
             reporter=progress,
         )

@@ -34,13 +34,19 @@ class TextState(Protocol):
 class MixingPass(ABC):
     """The weights of one forward pass; members are read one by one, in order."""
 
+    needs_all_members = False
+    """Whether a member's weight depends on members that are read after it; `finish` then returns the weights."""
+
     def is_skipped(self, member: int, kept: slice) -> bool:
         """Return whether a member has weight 0 at all the kept positions, so that it need not run."""
         return False
 
     @abstractmethod
     def log_weights(self, member: int, log_probs_BTV: Tensor) -> Tensor:
-        """Return the log weight of a member after each token, (B, T), given its predictions."""
+        """Return the log weight of a member after each token, (B, T), given its predictions (B, t + T, V).
+
+        t is the number of tokens before this pass that the member was skipped for.
+        """
 
     @abstractmethod
     def finish(self) -> tuple[Tensor, Tensor | None]:
@@ -59,6 +65,11 @@ class TextMixer(ABC):
     def active(self) -> Sequence[int]:
         """Indices of the members that can have a weight above 0; the others are not loaded."""
 
+    @property
+    def domains(self) -> Sequence[str]:
+        """Domains whose texts are weighted in a way of their own, if `begin_text` names them."""
+        return ()
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the JSON content that `Mixer.read` restores it from, with the files of `write`."""
@@ -74,8 +85,8 @@ class TextMixer(ABC):
     def subset(self, members: Sequence[int]) -> TextMixer:
         """Return the mixer of some of the members; raises `UserError` if they have no weight."""
 
-    def begin_text(self) -> None:  # noqa: B027  # most mixers treat each text alone
-        """Forget the texts that were scored before, if they change the weights of later ones."""
+    def begin_text(self, domain: str | None = None) -> None:  # noqa: B027  # most mixers treat each text alone
+        """Forget the texts that were scored before, if they change later weights; the next are of one of `domains`."""
 
     @abstractmethod
     def begin(self, ids_BT: Tensor, mask_BT: Tensor | None, counts_BT: Tensor, state: TextState | None) -> MixingPass:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, unknown_name
 from ..process.compute import best_device, threads_for_tokens
 from ..reporting import SILENT, Reporter
 from ..text.tokenizer import missing_row
@@ -61,16 +61,26 @@ def generate(
     sampling: Sampling = Sampling(),
     *,
     without: Collection[str] = (),
+    domain: str | None = None,
     shares: bool = False,
     reporter: Reporter = SILENT,
 ) -> Generation:
-    """Sample a continuation; raises `UserError` for `shares` of a model without experts, and for too long a text."""
+    """Sample a continuation; an ensemble may have a prior for texts of `domain`.
+
+    Raises `UserError` for `shares` of a model without experts, for a domain that the model has no prior for, and for too
+    long a text.
+    """
     require_intact_models([folder])
     model, tokenizer = load_model(folder, without=without)
     if shares and not hasattr(model, "responsibilities"):
         raise UserError(
             f"{folder.name} does not mix the experts' predictions per token; request shares from an ensemble"
         )
+    if domain is not None:
+        known = getattr(model, "text_domains", ())
+        if domain not in known:
+            raise unknown_name("domain", domain, known, listed_as=f"{folder.name} has priors for")
+        model.begin_text(domain)
     model.to(best_device())
     prompt_1T = _prompt_tokens(model, tokenizer, prompt, sampling.max_new_tokens).to(model.device)
     torch.manual_seed(sampling.seed)

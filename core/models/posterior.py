@@ -9,7 +9,7 @@ are implemented (`prefix`, `last_token`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PosteriorKind = Literal["prefix", "last_token"]
 EWMA_RATE = 0.3  # `pandas.ewm(alpha=0.3, adjust=False)` in the released evaluation
+SMALLEST_PRIOR = 1e-6
 
 
 def evidence(token_log_probs_KBT: Tensor, kind: PosteriorKind) -> Tensor:
@@ -41,32 +42,43 @@ def mean_posterior(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: Poste
     return log_posterior(token_log_probs_KBT, log_prior_K, kind).exp().mean(dim=(1, 2))
 
 
-def updated_prior(prior_K: Tensor, batch: Sequence[Tensor], kind: PosteriorKind) -> Tensor:
-    """Return the prior after one more batch: an exponentially weighted moving average of the posteriors.
+def last_posterior(token_log_probs_KBT: Tensor, log_prior_K: Tensor, kind: PosteriorKind) -> Tensor:
+    """Return the posterior that predicts the last token, averaged over sequences, shape (K,).
 
-    A batch is a list of token log-probabilities (K, B, T), since texts of one batch may differ in length.
+    The released scorer reads it there too (`weights[:, :, -1]`), rather than averaging over positions.
+    """
+    return log_posterior(token_log_probs_KBT, log_prior_K, kind)[..., -1].exp().mean(dim=1)
+
+
+def updated_prior(prior_K: Tensor | None, posterior_K: Tensor) -> Tensor:
+    """Return the prior after one more posterior: their exponentially weighted moving average.
+
+    It starts with the first posterior (`prior_K` is None), as with `adjust=False`. No expert falls below `SMALLEST_PRIOR`,
+    since a prior of 0 could never rise again.
+    """
+    mean = posterior_K if prior_K is None else EWMA_RATE * posterior_K + (1 - EWMA_RATE) * prior_K
+    mean = mean.clamp(min=SMALLEST_PRIOR)
+    return mean / mean.sum()
+
+
+def cached_prior(blocks: Iterable[Tensor], num_experts: int, kind: PosteriorKind) -> Tensor:
+    """Return the prior after blocks of one domain's text, (K,); each holds the log-probabilities of its tokens, (K, T).
+
+    Without blocks it is uniform.
     """
     import torch
 
-    posterior_K = torch.stack([mean_posterior(scores, prior_K.log(), kind) for scores in batch]).mean(dim=0)
-    return EWMA_RATE * posterior_K + (1 - EWMA_RATE) * prior_K
+    uniform = torch.full((num_experts,), 1.0 / num_experts)
+    prior: Tensor | None = None
+    for scores in blocks:
+        posterior = last_posterior(scores[:, None], (uniform if prior is None else prior).log(), kind)
+        prior = updated_prior(prior, posterior)
+    return uniform if prior is None else prior
 
 
-def cached_prior(batches: Iterable[Sequence[Tensor]], num_experts: int, kind: PosteriorKind) -> Tensor:
-    """Return the prior after all batches (`updated_prior`), starting from the uniform prior."""
+def top_mask(scores_KBT: Tensor, top_k: int) -> Tensor:
+    """Return whether an expert is among the `top_k` with the largest scores, (K, B, T); the earlier one of equals is."""
     import torch
 
-    prior = torch.full((num_experts,), 1.0 / num_experts)
-    for batch in batches:
-        prior = updated_prior(prior, batch, kind)
-    return prior
-
-
-def keep_top(prior_K: Tensor, top_k: int) -> Tensor:
-    """Keep the `top_k` largest entries of a prior and renormalise; ties keep the earlier entry."""
-    import torch
-
-    kept = prior_K.argsort(descending=True, stable=True)[:top_k]
-    result = torch.zeros_like(prior_K)
-    result[kept] = prior_K[kept]
-    return result / result.sum()
+    order = scores_KBT.argsort(dim=0, descending=True, stable=True)[:top_k]
+    return torch.zeros_like(scores_KBT, dtype=torch.bool).scatter_(0, order, value=True)

@@ -241,8 +241,9 @@ def fit_clusters(inputs: MergeInputs, options: ClusterOptions) -> tuple[ClusterM
     routing = ClusterRouting(clusters, options.temperature or 1.0, options.distance, options.every, options.top_k)
     mixer = ClusterMixer(routing, reader_of(folder, inputs.seed))
     if options.temperature is None:
-        batches = validation_scores(inputs, options.samples, "the temperature", f"{len(clusters)} clusters")
-        texts = [(block.tokens.tolist(), block.scores.astype(float)) for batch in batches for block in batch]
+        each = max(options.samples // max(len(inputs.validation()), 1), 1)
+        scored = validation_scores(inputs, each, "the temperature", f"{len(clusters)} clusters")
+        texts = [(block.tokens.tolist(), block.scores.astype(float)) for blocks in scored.values() for block in blocks]
         mixer = replace(mixer, routing=replace(routing, temperature=fit_temperature(mixer, texts)))
         inputs.reporter.say(f"temperature {mixer.routing.temperature:.4g} ({options.distance} distance)")
     return mixer, BuiltModel({}, {"clusters": folder.name, "temperature": mixer.routing.temperature})

@@ -25,7 +25,7 @@ from ...core.artefacts.model_config import with_floats
 from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ...core.errors import UserError
 from ...core.hooks.ensembles import TextMixer, TextState
-from ...core.models.loading import checkpoint_tensors
+from ...core.models.stored_names import StoredNames, stored_tensors
 from ..sources.shared_settings import SHARED_SETTINGS
 from .members_cache import MembersCache, MembersGeneration, can_cache
 from .stored_mixer import stored_mixer
@@ -170,6 +170,7 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         mask_BT = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         mixing = self.mixer.begin(input_ids, mask_BT, counts_BT, cache.text_state if cache is not None else None)
         total: Tensor | None = None
+        waiting: dict[int, Tensor] = {}  # predictions of members whose weights depend on later ones
         for index, member in enumerate(self.members):
             if mixing.is_skipped(index, kept):
                 if cache is not None:
@@ -177,10 +178,16 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
                 continue
             logits = _member_logits(member, index, input_ids, attention_mask, position_ids, cache)
             log_probs_BTV = logits.float().log_softmax(dim=-1)
-            weighted = mixing.log_weights(index, log_probs_BTV)[:, kept, None] + log_probs_BTV[:, kept]
-            total = weighted if total is None else torch.logaddexp(total, weighted)
-        assert total is not None
+            log_weights_BT = mixing.log_weights(index, log_probs_BTV)
+            log_probs_BTV = log_probs_BTV[:, -input_ids.shape[1] :][:, kept]
+            if mixing.needs_all_members:
+                waiting[index] = log_probs_BTV.clone()  # not a view of all positions
+            else:
+                total = _log_sum(total, log_weights_BT[:, kept, None] + log_probs_BTV)
         log_weights_BTK, log_sum_BT = mixing.finish()
+        for index, log_probs_BTV in waiting.items():
+            total = _log_sum(total, log_weights_BTK[:, kept, index, None] + log_probs_BTV)
+        assert total is not None
         if log_sum_BT is not None:
             total = total - log_sum_BT[:, kept, None]
         if cache is not None:
@@ -190,9 +197,14 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
             loss = torch.nn.functional.nll_loss(total[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         return EnsembleOutput(loss=loss, logits=total, past_key_values=cache, expert_weights=log_weights_BTK.exp())
 
-    def begin_text(self) -> None:
-        """Forget the texts that were scored before, if they change the weights of later ones."""
-        self.mixer.begin_text()
+    @property
+    def text_domains(self) -> Sequence[str]:
+        """Domains that `begin_text` may name."""
+        return self.mixer.domains
+
+    def begin_text(self, domain: str | None = None) -> None:
+        """Forget the texts that were scored before, if they change later weights; the next are of one of the mixer's domains."""
+        self.mixer.begin_text(domain)
 
     def target_log_probs(self, tokens_BT1: Tensor) -> Tensor:
         """Return log p(x_t | x_<t) for all but the first token, (B, T), without the full distribution.
@@ -236,7 +248,7 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         root = Path(save_directory)
         (root / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
         for name, member in zip(self.expert_names, self.members, strict=True):
-            write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", checkpoint_tensors(member))
+            write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", stored_tensors(member))
         mixer = self.mixer.current()
         mixer.write(root)
         write_config(root, ensemble_config(self.config.member, self.expert_names, self.config.mixer, mixer))
@@ -268,7 +280,7 @@ def _load_members(root: Path, config: EnsembleConfig, names: Iterable[str], dtyp
                     seed_tensors[key] = read(seed, key)
                 tensors[key] = seed_tensors[key]
         empty = _empty_member(config)
-        for key in sorted(checkpoint_tensors(empty).keys() - tensors.keys()):
+        for key in StoredNames(empty).missing_in(tensors):
             # transformers would initialise it with no more than a warning
             raise UserError(f"{root} has no tensor '{key}' for expert '{name}'; merge the ensemble again")
         kind = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
@@ -302,8 +314,7 @@ def _member_logits(
     position_ids: Tensor | None,
     cache: EnsembleCache | None,
 ) -> Tensor:
-    """Return an expert's logits for the tokens, (B, T, V); it reads the tokens that it skipped first."""
-    num_new = input_ids.shape[1]
+    """Return an expert's logits for the tokens that it skipped, which it reads first, and for these, (B, t + T, V)."""
     unread = None if cache is None else cache.unread_tokens[index]
     if cache is not None and unread is not None:
         input_ids = _append_tokens(unread, input_ids)
@@ -315,8 +326,12 @@ def _member_logits(
         position_ids=position_ids,
         past_key_values=cache.members[index] if cache is not None else None,
         use_cache=cache is not None,
-    ).logits[:, -num_new:]
+    ).logits
     return logits
+
+
+def _log_sum(total: Tensor | None, terms: Tensor) -> Tensor:
+    return terms if total is None else torch.logaddexp(total, terms)
 
 
 def _append_tokens(before_Bt: Tensor | None, after_BT: Tensor) -> Tensor:

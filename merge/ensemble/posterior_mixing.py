@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.errors import UserError
 from ...core.hooks.ensembles import MixingPass, TextMixer, TextState
 from ...core.hooks.merging import BuiltModel, MergeInputs
-from ...core.hooks.option_checks import check_top_k
-from ...core.models.posterior import PosteriorKind, keep_top, log_posterior, updated_prior
+from ...core.hooks.option_checks import check_at_least, check_top_k
+from ...core.models.posterior import PosteriorKind, last_posterior, log_posterior, updated_prior
 from ...core.models.scoring import token_log_probs
-from .prior import fit_prior
+from .posterior_pass import Evidence, PosteriorPass
+from .prior import fit_priors, mean_prior
+from .top_experts import ChosenEvidence, TopExpertsPass, chosen_only
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PriorKind = Literal["cached", "updating", "uniform", "given"]
+EVERY = 16
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,24 @@ class PosteriorSettings:
     """Settings of a posterior mixer, as stored in an ensemble's configuration."""
 
     prior: tuple[float, ...]
-    """Prior probability of each member."""
+    """Prior probability of each member for texts of unknown domains."""
     prior_kind: PriorKind = "uniform"
     """Origin of the prior; an `updating` prior changes while text is scored."""
     posterior: PosteriorKind = "prefix"
     top_experts: int | None = None
-    """Number of members with a weight, those with the largest prior; None for all."""
+    """Number of members with a weight, those with the largest posterior; None for all."""
+    domain_priors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Prior probability of each member for texts of known domains, by domain."""
+    every: int = EVERY
+    """Interval in tokens between choices of the `top_experts`; before the first one, all members have a weight."""
 
 
 class PosteriorMixer(TextMixer):
-    """Weights members by prior and evidence: the likelihood of the text so far under each of them."""
+    """Weights members by prior and evidence: the likelihood of the text so far under each of them.
+
+    A text of unknown domain has the mean of the domains' priors. For `prefix` evidence, that is the same as weighting the
+    domains' priors by the text so far, since the evidence depends on the member only.
+    """
 
     def __init__(self, settings: PosteriorSettings) -> None:
         self._settings = settings
@@ -46,10 +57,21 @@ class PosteriorMixer(TextMixer):
         """The members with a prior above 0; all with an updating prior, since the next one needs their evidence."""
         if self._settings.prior_kind == "updating":
             return range(len(self._settings.prior))
-        return [index for index, share in enumerate(self._initial_prior().tolist()) if share > 0]
+        return [index for index, share in enumerate(self._settings.prior) if share > 0]
+
+    @property
+    def domains(self) -> Sequence[str]:
+        return tuple(self._settings.domain_priors)
+
+    @property
+    def top_experts(self) -> int | None:
+        """Number of members with a weight; None if all have one."""
+        wanted = self._settings.top_experts
+        return wanted if wanted is not None and wanted < len(self.prior) else None
 
     def settings(self) -> dict[str, Any]:
-        return {**asdict(self._settings), "prior": list(self._settings.prior)}
+        priors = {domain: list(prior) for domain, prior in self._settings.domain_priors.items()}
+        return {**asdict(self._settings), "prior": list(self._settings.prior), "domain_priors": priors}
 
     def current(self) -> PosteriorMixer:
         if self._settings.prior_kind != "updating":
@@ -57,108 +79,65 @@ class PosteriorMixer(TextMixer):
         return PosteriorMixer(replace(self._settings, prior=tuple(self.prior.tolist())))
 
     def subset(self, members: Sequence[int]) -> PosteriorMixer:
-        shares = [self._settings.prior[member] for member in members]
-        total, top_experts = sum(shares), self._settings.top_experts
-        if not total > 0:
-            raise UserError("no expert is left that has a weight; keep at least one")
-        is_all = top_experts is None or top_experts >= len(shares)
-        prior = tuple(share / total for share in shares)
-        return PosteriorMixer(replace(self._settings, prior=prior, top_experts=None if is_all else top_experts))
+        top_experts = self._settings.top_experts
+        is_all = top_experts is None or top_experts >= len(members)
+        priors = {domain: _restricted(prior, members) for domain, prior in self._settings.domain_priors.items()}
+        return PosteriorMixer(
+            replace(
+                self._settings,
+                prior=_restricted(self._settings.prior, members),
+                top_experts=None if is_all else top_experts,
+                domain_priors=priors,
+            )
+        )
 
-    def begin_text(self) -> None:
-        self.prior = self._initial_prior()[list(self.active)]
+    def begin_text(self, domain: str | None = None) -> None:
+        import torch
+
+        prior = self._settings.prior if domain is None else self._settings.domain_priors[domain]
+        self.prior = torch.tensor(prior, dtype=torch.float64).float()[list(self.active)]
         """Prior of the active members, (K,)."""
+        self._has_read = False
 
     def begin(self, ids_BT: Tensor, mask_BT: Tensor | None, counts_BT: Tensor, state: TextState | None) -> MixingPass:
-        evidence = state if isinstance(state, Evidence) else Evidence()
-        return _PosteriorPass(self._log_prior(counts_BT), ids_BT, counts_BT, evidence, self._settings.posterior)
+        log_prior_K = self.prior.to(counts_BT.device).log()
+        kind = self._settings.posterior
+        if self.top_experts is None:
+            evidence = state if isinstance(state, Evidence) else Evidence()
+            return PosteriorPass(log_prior_K, ids_BT, counts_BT, evidence, kind)
+        chosen = state if isinstance(state, ChosenEvidence) else None
+        return TopExpertsPass(log_prior_K, ids_BT, counts_BT, chosen, kind, self.top_experts, self._settings.every)
 
     def joint_log_probs(self, members: Sequence[nn.Module], tokens_BT1: Tensor, *, adapt: bool) -> Tensor:
         import torch
 
         scores_KBT = torch.stack([token_log_probs(member, tokens_BT1) for member in members])
-        log_prior = self._log_prior(scores_KBT)
+        prior_K, kind = self.prior.to(scores_KBT.device), self._settings.posterior
+        log_weights_KBT = log_posterior(scores_KBT, prior_K.log(), kind)
+        if self.top_experts is not None:
+            counts_BT = torch.arange(scores_KBT.shape[-1], device=scores_KBT.device).expand(scores_KBT.shape[1:])
+            is_choice_BT = (counts_BT > 0) & (counts_BT % self._settings.every == 0)
+            log_weights_KBT, _ = chosen_only(log_weights_KBT, is_choice_BT, self.top_experts)
         if adapt and self._settings.prior_kind == "updating":
-            self.prior = updated_prior(self.prior.to(scores_KBT.device), [scores_KBT], self._settings.posterior)
-        return log_posterior(scores_KBT, log_prior, self._settings.posterior) + scores_KBT
-
-    def _initial_prior(self) -> Tensor:
-        """Return the prior of all members, without those beyond `top_experts` if it is constant."""
-        import torch
-
-        prior = torch.tensor(self._settings.prior, dtype=torch.float64)
-        if self._settings.top_experts and self._settings.prior_kind != "updating":
-            prior = keep_top(prior, self._settings.top_experts)
-        return prior.float()
-
-    def _log_prior(self, like: Tensor) -> Tensor:
-        """Return the log prior, (K,); of an updating prior only the `top_experts` largest entries."""
-        is_truncated = self._settings.prior_kind == "updating" and self._settings.top_experts is not None
-        prior = keep_top(self.prior, self._settings.top_experts or 0) if is_truncated else self.prior
-        return prior.to(like.device).log()
+            posterior_K = last_posterior(scores_KBT, prior_K.log(), kind)
+            self.prior = updated_prior(prior_K if self._has_read else None, posterior_K)
+            self._has_read = True
+        return log_weights_KBT + scores_KBT
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Each member's predictions for the texts of a batch so far."""
-
-    log_likelihoods: tuple[Tensor, ...] = ()
-    """Log-likelihood of the text so far, (B,) per member; empty before the first token."""
-    next_log_probs: tuple[Tensor, ...] = ()
-    """Log-probabilities of the next token, (B, V) per member."""
-
-    def __len__(self) -> int:
-        return len(self.log_likelihoods[0]) if self.log_likelihoods else 0
-
-    def select_rows(self, rows: Sequence[int]) -> Evidence:
-        return Evidence(
-            tuple(tensor[list(rows)] for tensor in self.log_likelihoods),
-            tuple(tensor[list(rows)] for tensor in self.next_log_probs),
-        )
-
-
-class _PosteriorPass(MixingPass):
-    """The posterior weights of one forward pass."""
-
-    def __init__(
-        self, log_prior_K: Tensor, ids_BT: Tensor, counts_BT: Tensor, before: Evidence, kind: PosteriorKind
-    ) -> None:
-        self._log_prior_K, self._ids_BT, self._counts_BT = log_prior_K, ids_BT, counts_BT
-        self._before, self._kind = before, kind
-        self._evidence: list[Tensor] = []
-        """Evidence after each token, (B, T) per member."""
-        self._log_likelihoods: list[Tensor] = []
-        self._next_log_probs: list[Tensor] = []
-
-    def log_weights(self, member: int, log_probs_BTV: Tensor) -> Tensor:
-        import torch
-
-        token_log_probs_BT = torch.zeros_like(self._counts_BT)
-        token_log_probs_BT[:, 1:] = log_probs_BTV[:, :-1].gather(-1, self._ids_BT[:, 1:, None]).squeeze(-1)
-        if self._before.next_log_probs:
-            token_log_probs_BT[:, :1] = self._before.next_log_probs[member].gather(-1, self._ids_BT[:, :1])
-        token_log_probs_BT = token_log_probs_BT * self._counts_BT
-        log_likelihoods_BT = token_log_probs_BT.cumsum(dim=1)
-        if self._before.log_likelihoods:
-            log_likelihoods_BT = log_likelihoods_BT + self._before.log_likelihoods[member][:, None]
-        self._log_likelihoods.append(log_likelihoods_BT[:, -1])
-        self._next_log_probs.append(log_probs_BTV[:, -1])
-        self._evidence.append(log_likelihoods_BT if self._kind == "prefix" else token_log_probs_BT)
-        return self._log_prior_K[member] + self._evidence[-1]
-
-    def finish(self) -> tuple[Tensor, Tensor | None]:
-        import torch
-
-        joint_KBT = self._log_prior_K[:, None, None] + torch.stack(self._evidence)
-        return joint_KBT.log_softmax(dim=0).permute(1, 2, 0), joint_KBT.logsumexp(dim=0)
-
-    def state(self) -> Evidence:
-        return Evidence(tuple(self._log_likelihoods), tuple(self._next_log_probs))
+def _restricted(prior: Sequence[float], members: Sequence[int]) -> tuple[float, ...]:
+    """Return the prior of some members; raises `UserError` if they have none."""
+    shares = [prior[member] for member in members]
+    total = sum(shares)
+    if not total > 0:
+        raise UserError("no expert is left that has a weight; keep at least one")
+    return tuple(share / total for share in shares)
 
 
 def read_posterior(settings: Mapping[str, Any], folder: Path | None) -> PosteriorMixer:
     """Restore a posterior mixer from its settings."""
-    return PosteriorMixer(PosteriorSettings(**{**settings, "prior": tuple(settings["prior"])}))
+    priors = {domain: tuple(prior) for domain, prior in settings.get("domain_priors", {}).items()}
+    return PosteriorMixer(PosteriorSettings(**{**settings, "prior": tuple(settings["prior"]), "domain_priors": priors}))
 
 
 @dataclass(frozen=True)
@@ -168,12 +147,18 @@ class PosteriorOptions:
     posterior: PosteriorKind = "prefix"
     """Evidence of the posterior: the text so far (the paper) or only its last token (the released code)."""
     prior: PriorKind | None = None
-    """Prior over experts. `cached`: fitted on validation text and frozen; `updating`: updated while text is
-    scored; `given`: the merge's weights. Not set: `given` if the merge has weights, else `cached`."""
+    """Prior over experts. `cached`: fitted on the validation text of each domain and frozen; `updating`: updated while text
+    is scored; `given`: the merge's weights. Not set: `given` if the merge has weights, else `cached`."""
     top_k: int | None = None
-    """Number of active experts, those with the largest prior; not set: all."""
+    """Number of active experts, those with the largest posterior; not set: all."""
+    every: int = EVERY
+    """Interval in tokens between choices of the `top_k` experts."""
     samples: int = 100
-    """Number of validation blocks for fitting the cached prior."""
+    """Number of validation blocks of each domain for fitting its cached prior."""
+
+    def __post_init__(self) -> None:
+        check_at_least("every", self.every, 1)
+        check_at_least("samples", self.samples, 1)
 
 
 def fit_posterior(inputs: MergeInputs, options: PosteriorOptions) -> tuple[PosteriorMixer, BuiltModel]:
@@ -183,14 +168,14 @@ def fit_posterior(inputs: MergeInputs, options: PosteriorOptions) -> tuple[Poste
     if inputs.weights_given and kind != "given":
         raise UserError(f"prior '{kind}' ignores the given weights; remove either the weights or the prior")
     check_top_k(options.top_k, count)
-    if options.top_k is not None and kind == "uniform" and options.top_k < count:
-        raise UserError(
-            "top_k selects the experts with the largest prior, which a uniform prior does not rank; "
-            "use prior: cached, updating or given"
-        )
+    priors: dict[str, dict[str, float]] = {}
     if kind == "cached":
-        prior = fit_prior(inputs, options.posterior, options.samples)
+        priors = fit_priors(inputs, options.posterior, options.samples)
+        prior = mean_prior(priors)
     else:
         prior = dict(inputs.weights) if kind == "given" else dict.fromkeys(inputs.experts, 1 / count)
-    settings = PosteriorSettings(tuple(prior.values()), kind, options.posterior, options.top_k)
+    domain_priors = {domain: tuple(by_expert.values()) for domain, by_expert in priors.items()}
+    settings = PosteriorSettings(
+        tuple(prior.values()), kind, options.posterior, options.top_k, domain_priors, options.every
+    )
     return PosteriorMixer(settings), BuiltModel(prior)

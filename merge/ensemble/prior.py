@@ -1,19 +1,18 @@
 """Fit the cached prior over experts on validation text (arXiv:2208.03306).
 
-The experts score blocks of every domain. The prior is the exponential moving average of their posterior. Each step of
-the average uses one block of every domain, so that the last blocks do not bias the prior towards one domain.
+The experts score blocks of each domain, and the prior for texts of that domain is the exponential moving average of
+their posterior. A prior fitted on all domains at once would be near uniform by construction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import UserError
 from ...core.hooks.merging import MergeInputs
-from ...core.hooks.text import ValidationText
 from ...core.models.loading import load_model
 from ...core.models.posterior import PosteriorKind, cached_prior
 from ...core.models.scoring import token_log_probs
@@ -27,14 +26,26 @@ if TYPE_CHECKING:
 SAMPLES = 100  # number of blocks in the released evaluation
 
 
-def fit_prior(inputs: MergeInputs, posterior: PosteriorKind, samples: int = SAMPLES) -> dict[str, float]:
-    """Return the prior probability of each expert; raises `UserError` if there is no validation text."""
+def fit_priors(inputs: MergeInputs, posterior: PosteriorKind, samples: int = SAMPLES) -> dict[str, dict[str, float]]:
+    """Return the prior probability of each expert for texts of each domain: domain -> expert -> probability.
+
+    Each is fitted on up to `samples` blocks of the domain. Raises `UserError` if there is no validation text.
+    """
     import torch
 
-    batches = validation_scores(inputs, samples, "the prior", f"{len(inputs.experts)} experts")
-    scores = [[torch.from_numpy(block.scores)[:, None] for block in batch] for batch in batches]
-    prior = cached_prior(scores, len(inputs.experts), posterior).double()
-    return dict(zip(inputs.experts, (prior / prior.sum()).tolist(), strict=True))
+    scored = validation_scores(inputs, samples, "the prior", f"{len(inputs.experts)} experts")
+    priors = {}
+    for domain, blocks in scored.items():
+        scores = (torch.from_numpy(block.scores).double() for block in blocks)
+        prior = cached_prior(scores, len(inputs.experts), posterior).double()
+        priors[domain] = dict(zip(inputs.experts, (prior / prior.sum()).tolist(), strict=True))
+    return priors
+
+
+def mean_prior(priors: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the prior for a text whose domain is not known: the mean of the domains' priors."""
+    experts = next(iter(priors.values()))
+    return {expert: sum(prior[expert] for prior in priors.values()) / len(priors) for expert in experts}
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,10 @@ class ScoredBlock:
     """Log-probabilities of all tokens but the first, per expert, (K, T)."""
 
 
-def validation_scores(inputs: MergeInputs, samples: int, fitted: str, owner: str) -> list[list[ScoredBlock]]:
-    """Return batches of one block per domain, scored by all experts; raises `UserError` without validation text.
+def validation_scores(inputs: MergeInputs, samples: int, fitted: str, owner: str) -> dict[str, list[ScoredBlock]]:
+    """Return up to `samples` blocks of each domain, evenly spaced in its validation text and scored by all experts.
 
-    `fitted` names the quantity to fit in messages, `owner` what it belongs to.
+    `fitted` names the quantity to fit in messages, `owner` what it belongs to. Raises `UserError` without validation text.
     """
     import numpy as np
     import torch
@@ -58,37 +69,28 @@ def validation_scores(inputs: MergeInputs, samples: int, fitted: str, owner: str
     validation = inputs.validation()
     if not validation:
         raise UserError(f"{fitted} is fitted on validation text, and there is none; run `expertctl data prepare`")
-    batches = _sample(validation, samples)
-    count = sum(len(batch) for batch in batches)
-    domains = ", ".join(text.domain for text in validation)
-    inputs.reporter.say(f"fitting {fitted} of {owner} on {count} blocks of {domains}")
+    chosen = {text.domain: list(spread(text.blocks, samples)) for text in validation}
+    count = sum(len(blocks) for blocks in chosen.values())
+    inputs.reporter.say(f"fitting {fitted} of {owner} on {count} blocks of {', '.join(chosen)}")
 
-    def scores_of(folder: Path) -> list[list[NDArray[float32]]]:
+    def scores_of(folder: Path) -> dict[str, list[NDArray[float32]]]:
         model, _ = load_model(folder, seed=inputs.seed, dtype="float32", as_trained=False)
         model.to(best_device())
         with torch.inference_mode():
-            return [
-                [
+            return {
+                domain: [
                     token_log_probs(model, torch.from_numpy(block)[None].to(model.device))[0].cpu().numpy()
-                    for block in batch
+                    for block in blocks
                 ]
-                for batch in batches
-            ]
+                for domain, blocks in chosen.items()
+            }
 
     size = sum(file.stat().st_size for file in inputs.seed.glob("*.safetensors"))
     by_expert = concurrently(scores_of, inputs.experts.values(), bytes_each=size)
-    return [
-        [
-            ScoredBlock(block, np.stack([scores[step][index] for scores in by_expert]))
-            for index, block in enumerate(batch)
+    return {
+        domain: [
+            ScoredBlock(block, np.stack([scores[domain][index] for scores in by_expert]))
+            for index, block in enumerate(blocks)
         ]
-        for step, batch in enumerate(batches)
-    ]
-
-
-def _sample(validation: Sequence[ValidationText], samples: int) -> list[list[NDArray[int64]]]:
-    """Return batches of one block per domain, evenly spaced in each validation text."""
-    rounds = max(samples // len(validation), 1)
-    chosen = [list(spread(text.blocks, rounds)) for text in validation]
-    longest = max(len(blocks) for blocks in chosen)
-    return [[blocks[step % len(blocks)] for blocks in chosen] for step in range(longest)]
+        for domain, blocks in chosen.items()
+    }

@@ -10,8 +10,23 @@ from ...core.errors import UserError, unknown_name
 from ...core.hooks.merging import MergeInputs
 from ...core.hooks.text import ValidationText
 from ...core.reporting import Reporter
-from ..ensemble.prior import fit_prior
+from ..ensemble.prior import fit_priors, mean_prior
 from ..recipes.parameters import is_varied
+
+LEAST_DIFFERENCE = 0.05
+"""Total variation from uniform weights below which weights carry no information."""
+
+
+def posterior_weights(
+    seed: Path,
+    experts: Mapping[str, Path],
+    validation: Callable[[], Sequence[ValidationText]],
+    reporter: Reporter,
+) -> dict[str, float]:
+    """Return the mean of the cached priors of the validation text's domains, with the evidence of the released code."""
+    return mean_prior(
+        fit_priors(MergeInputs(seed, experts, {}, validation=validation, reporter=reporter), "last_token")
+    )
 
 
 def check_weights(wanted: str | Mapping[str, Any], experts: Mapping[str, Path]) -> None:
@@ -39,13 +54,24 @@ def resolve_weights(
 ) -> dict[str, float]:
     """Return one weight per expert, for all tensors; the weights sum to 1.
 
-    `posterior` is the cached prior of Branch-Train-Merge (arXiv:2208.03306), its best weights for a parameter average.
-    Raises `UserError` for weights that are negative, sum to 0, vary between tensors, or belong to unknown experts.
+    `posterior` is the cached prior of Branch-Train-Merge (arXiv:2208.03306), its best weights for a parameter average
+    that is to be used on the domain of the validation text. Raises `UserError` for weights that are negative, sum to 0,
+    vary between tensors, belong to unknown experts, or should come from text that favours no expert.
     """
     if wanted == "uniform":
         return {name: 1 / len(experts) for name in experts}
     if wanted == "posterior":
-        return fit_prior(MergeInputs(seed, experts, {}, validation=validation, reporter=reporter), "prefix")
+        weights = posterior_weights(seed, experts, validation, reporter)
+        if (
+            len(experts) > 1
+            and sum(abs(weight - 1 / len(experts)) for weight in weights.values()) / 2 < LEAST_DIFFERENCE
+        ):
+            domains = ", ".join(text.domain for text in validation())
+            raise UserError(
+                f"the posterior's weights are uniform, since the text that they are fitted on ({domains}) favours no expert; "
+                "name the domain that the model is for with fit_on (--fit-on), or use weights: uniform"
+            )
+        return weights
     assert isinstance(wanted, Mapping), wanted
     check_weights(wanted, experts)
     for name, weight in wanted.items():

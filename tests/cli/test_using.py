@@ -23,7 +23,7 @@ def test_eval_prints_the_contract(run: Any, workspace: Path) -> None:
     assert table["domains"] == ["code", "prose"]
     assert list(table["models"]) == ["seed", "code", "prose", "forest"]
     for scores in table["models"].values():
-        assert set(scores) == {"bits_per_byte", "perplexity", "tokens"}
+        assert set(scores) == {"bits_per_byte", "perplexity", "tokens", "text"}
         assert all(list(values) == ["code", "prose"] for values in scores.values())
     assert result.err == ""
 
@@ -165,9 +165,9 @@ def test_show_experts_needs_a_model_that_has_some(run: Any, workspace: Path) -> 
 
 
 def test_generate_works_on_an_ensemble_that_runs_a_part_of_its_experts(run: Any, workspace: Path) -> None:
-    run("merge", "narrow", "--method", "ensemble", "--option", "top_k=1")
-    content = run("--json", "generate", "narrow", "def", "--max-new-tokens", "3", "--show-experts").json
-    assert len(content["experts"]) == 1
+    run("merge", "narrow", "--method", "ensemble", "--option", "top_k=1", "--option", "every=2")
+    content = run("--json", "generate", "narrow", "def", "--max-new-tokens", "6", "--show-experts").json
+    assert sorted(content["tokens"][-1]["experts"].values()) == [0, 1]
 
 
 def test_a_prompt_may_be_empty_but_not_too_long(run: Any, workspace: Path) -> None:

@@ -31,7 +31,7 @@ def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path
         "20000",
     )
     report = json.loads(run(*call))
-    models = ["seed", "chance", "prose", "uniform-average", "posterior-average", "ensemble"]
+    models = ["seed", "chance", "prose", "uniform-average", "ensemble"]
     assert list(report["models"]) == models
     assert report["domains"] == ["chance", "prose"]
     folders = [*(tmp_path / "demo" / "experts").iterdir(), *(tmp_path / "demo" / "generalists").iterdir()]

@@ -29,7 +29,7 @@ from expertctl.core.manifests.verification import verify
 from expertctl.core.models.posterior import EWMA_RATE
 from expertctl.core.reporting import SILENT
 from expertctl.core.testing import fresh_plugins
-from expertctl.core.text.token_store import TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
 from expertctl.merge.merging import MergeRun, merge
 from expertctl.merge.planning.weights import resolve_weights
 
@@ -357,32 +357,25 @@ def test_a_method_that_fails_half_way_leaves_nothing(workspace: Path, monkeypatc
 def some_text(folder: Path, domain: str, tokens: int, seed: int, block_size: int = 8) -> ValidationText:
     (folder / domain).mkdir(parents=True)
     ids = np.random.default_rng(seed).integers(1, 300, tokens).tolist()
-    write_part(folder / domain, [("x" * tokens, ids)], separator=0, vocabulary=300)
+    write_part(folder / domain, [EncodedDocument("x" * tokens, ids)], separator=0, vocabulary=300)
     return ValidationText(domain, TokenBlocks(TokenStore(folder / domain), block_size))
 
 
-def naive_prior(workspace: Path, texts: list[ValidationText], samples: int) -> list[float]:
-    """The exponentially weighted mean posterior, over one block of each text at a time, in plain floats."""
+def naive_prior(workspace: Path, text: ValidationText, samples: int, kind: str) -> list[float]:
+    """The exponentially weighted mean of the posterior at the last position of blocks of one text, in plain floats."""
     members = [expertctl.load_model(workspace / "experts" / name)[0].double() for name in EXPERTS]
-    rounds = max(samples // len(texts), 1)
-    columns = []
-    for text in texts:
-        count = min(rounds, len(text.blocks))
-        columns.append([text.blocks.block(i * len(text.blocks) // count).tolist() for i in range(count)])
+    count = min(samples, len(text.blocks))
     prior = [1 / len(EXPERTS)] * len(EXPERTS)
-    for step in range(max(map(len, columns))):
-        seen = []
-        for column in columns:
-            tokens = column[step % len(column)]
-            with torch.no_grad():
-                logs = [m(torch.tensor([tokens])).logits[0].log_softmax(-1) for m in members]
-            totals = [0.0] * len(EXPERTS)
-            for t in range(1, len(tokens)):
-                joint = [share * math.exp(total) for share, total in zip(prior, totals, strict=True)]
-                seen.append([value / sum(joint) for value in joint])
-                totals = [total + float(log[t - 1, tokens[t]]) for total, log in zip(totals, logs, strict=True)]
-        mean = [sum(row[k] for row in seen) / len(seen) for k in range(len(EXPERTS))]
-        prior = [EWMA_RATE * new + (1 - EWMA_RATE) * old for new, old in zip(mean, prior, strict=True)]
+    for number in range(count):
+        tokens = text.blocks.block(number * len(text.blocks) // count).tolist()
+        with torch.no_grad():
+            logs = [m(torch.tensor([tokens])).logits[0].log_softmax(-1) for m in members]
+        heard = range(1, len(tokens) - 1) if kind == "prefix" else [len(tokens) - 2]
+        totals = [sum(float(log[t - 1, tokens[t]]) for t in heard) for log in logs]
+        joint = [share * math.exp(total) for share, total in zip(prior, totals, strict=True)]
+        last = [value / sum(joint) for value in joint]
+        rate = EWMA_RATE if number else 1
+        prior = [rate * new + (1 - rate) * old for new, old in zip(last, prior, strict=True)]
     return prior
 
 
@@ -392,10 +385,24 @@ def test_posterior_weights_are_the_naive_cached_prior(workspace: Path, tmp_path:
     config = MergeConfig(method="average", weights="posterior")
     manifest = merge(Layout(workspace), "m", config, validation=lambda: texts, run=MergeRun(reporter=recorder))
     fitted = manifest.merged.weights
+    priors = [naive_prior(workspace, text, 100, "last_token") for text in texts]
     assert sum(fitted.values()) == pytest.approx(1, abs=1e-9)
-    assert list(fitted.values()) == pytest.approx(naive_prior(workspace, texts, 100), abs=1e-5)
+    assert list(fitted.values()) == pytest.approx([sum(shares) / 2 for shares in zip(*priors, strict=True)], abs=1e-5)
     assert manifest.merged.fitted_on == ("a", "b")
-    assert recorder.lines[0] == "fitting the prior of 3 experts on 10 blocks of a, b"
+    assert recorder.lines[0] == "fitting the prior of 3 experts on 7 blocks of a, b"
+
+
+def test_posterior_weights_without_information_are_refused(workspace: Path, tmp_path: Path) -> None:
+    """As where the validation text of all experts is fitted at once."""
+    texts = [some_text(tmp_path, name, 41, number) for number, name in enumerate("abc")]
+    config = MergeConfig(method="average", weights="posterior")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "expertctl.merge.planning.weights.fit_priors",
+            lambda *_: {name: {"x": 0.34, "y": 0.33, "z": 0.33} for name in "abc"},
+        )
+        with pytest.raises(UserError, match=r"\(a, b, c\) favours no expert; name the domain .* --fit-on"):
+            merge(Layout(workspace), "m", config, validation=lambda: texts)
 
 
 def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: Path) -> None:
@@ -403,7 +410,9 @@ def test_a_cached_prior_is_fitted_frozen_and_stored(workspace: Path, tmp_path: P
     config = MergeConfig(method="ensemble", options={"samples": 4})
     merge(Layout(workspace), "m", config, validation=lambda: texts)
     stored = json.loads((workspace / "generalists" / "m" / "config.json").read_text())
-    assert stored["mixer_settings"]["prior"] == pytest.approx(naive_prior(workspace, texts, 4), abs=1e-5)
+    expected = naive_prior(workspace, texts[0], 4, "prefix")
+    assert stored["mixer_settings"]["prior"] == pytest.approx(expected, abs=1e-5)
+    assert stored["mixer_settings"]["domain_priors"] == {"a": pytest.approx(expected, abs=1e-5)}
     model, _ = expertctl.load_model(workspace / "generalists" / "m")
     assert model.mixer.prior.tolist() == pytest.approx(stored["mixer_settings"]["prior"])
     model.target_log_probs(torch.tensor([[4, 5, 6, 7]]))

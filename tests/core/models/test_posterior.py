@@ -17,10 +17,9 @@ from expertctl.core.models.posterior import (
     PosteriorKind,
     cached_prior,
     evidence,
-    keep_top,
     log_posterior,
     mean_posterior,
-    updated_prior,
+    top_mask,
 )
 
 KINDS = ("prefix", "last_token")
@@ -124,19 +123,15 @@ def test_the_mean_posterior_counts_every_token_of_every_text() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_cached_prior_is_an_exponentially_weighted_mean(kind: str) -> None:
-    """As `ewm(alpha=0.3, adjust=False)`: y_0 = the uniform prior, y_i = 0.3 x_i + 0.7 y_(i-1)."""
-    batches = [[random_scores(3, 1, 5, seed=i), random_scores(3, 1, 3, seed=50 + i)] for i in range(4)]
+def test_the_cached_prior_is_an_exponentially_weighted_mean_of_last_posteriors(kind: str) -> None:
+    """As `ewm(alpha=0.3, adjust=False)` of the posterior at each block's last position: it starts with the first one."""
+    blocks = [random_scores(3, 1, 5 + i, seed=i)[:, 0] for i in range(4)]
     prior = [1 / 3] * 3
-    for batch in batches:
-        seen = []
-        for scores in batch:
-            rows = naive_posterior(scores[:, 0].tolist(), prior, kind)
-            seen.append([math.fsum(row[k] for row in rows) / len(rows) for k in range(3)])
-        mean = [math.fsum(row[k] for row in seen) / len(seen) for k in range(3)]
-        prior = [0.3 * new + 0.7 * old for new, old in zip(mean, prior, strict=True)]
-    fitted = cached_prior(batches, 3, kind)
-    torch.testing.assert_close(fitted, torch.tensor(prior), rtol=1e-5, atol=1e-6)
+    for number, scores in enumerate(blocks):
+        last = naive_posterior(scores.tolist(), prior, kind)[-1]
+        prior = last if number == 0 else [0.3 * new + 0.7 * old for new, old in zip(last, prior, strict=True)]
+    fitted = cached_prior(blocks, 3, kind)
+    torch.testing.assert_close(fitted, torch.tensor(prior), rtol=1e-4, atol=1e-5)
     assert fitted.sum() == pytest.approx(1, abs=1e-5)
     assert EWMA_RATE == 0.3
 
@@ -145,16 +140,19 @@ def test_without_text_the_prior_stays_uniform() -> None:
     assert cached_prior([], 4, "prefix").tolist() == [0.25] * 4
 
 
-def test_a_prior_moves_towards_the_expert_that_explains_the_text() -> None:
-    scores = torch.stack([torch.full((1, 9), -0.1), torch.full((1, 9), -3.0)])
-    prior = updated_prior(torch.tensor([0.5, 0.5]), [scores], "prefix")
-    assert prior[0] > 0.6
+def test_an_expert_that_explains_later_text_comes_back() -> None:
+    """A first text that rules an expert out for good would leave it a prior of 0, which no evidence can raise."""
+    first, later = (
+        torch.tensor([[-0.1], [-30.0]]).repeat(1, 40).flip(0 if flipped else ()) for flipped in (False, True)
+    )
+    prior = cached_prior([first, *[later] * 12], 2, "prefix")
+    assert prior[1] > 0.9
 
 
-def test_keep_top_zeroes_the_rest_and_gives_ties_to_the_earlier() -> None:
-    assert keep_top(torch.tensor([0.1, 0.4, 0.4, 0.1]), 1).tolist() == [0, 1, 0, 0]
-    torch.testing.assert_close(keep_top(torch.tensor([0.2, 0.5, 0.3]), 2), torch.tensor([0, 0.625, 0.375]))
-    assert keep_top(torch.tensor([0.25, 0.75]), 2).tolist() == [0.25, 0.75]
+def test_top_mask_marks_the_largest_and_gives_ties_to_the_earlier() -> None:
+    scores = torch.tensor([[0.1, 0.3], [0.4, 0.1], [0.4, 0.2]])[:, None]
+    assert top_mask(scores, 1)[:, 0].tolist() == [[False, True], [True, False], [False, False]]
+    assert top_mask(scores, 2)[:, 0].tolist() == [[False, True], [True, False], [True, True]]
 
 
 # --- the scores it is made of ---

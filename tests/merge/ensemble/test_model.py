@@ -9,13 +9,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
@@ -24,7 +27,8 @@ from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError
 from expertctl.core.manifests.verification import verify
-from expertctl.core.models.posterior import EWMA_RATE
+from expertctl.core.models.posterior import EWMA_RATE, SMALLEST_PRIOR
+from expertctl.merge.ensemble.posterior_mixing import PosteriorMixer
 from expertctl.merge.merging import merge
 
 EXPERTS = ("code", "law", "news")
@@ -45,6 +49,8 @@ class NaiveMixture:
     members: Sequence[torch.nn.Module]
     prior: Sequence[float]
     posterior: str
+    top_k: int | None = None
+    every: int = 16
 
     def token_log_probs(self, tokens: Sequence[int]) -> np.ndarray:
         """Each member's log-probabilities after every token, (K, T, V)."""
@@ -56,12 +62,16 @@ class NaiveMixture:
         """The next token's probabilities (T, V) and p(expert | text so far) (T, K), after every token."""
         log_probs = self.token_log_probs(tokens)
         probabilities, weights = [], []
+        chosen = range(len(self.members))
         for t in range(len(tokens)):
             joint = []
             for k, prior in enumerate(self.prior):
                 heard = [log_probs[k, i - 1, tokens[i]] for i in range(1, t + 1)]
                 evidence = sum(heard) if self.posterior == "prefix" else sum(heard[-1:])
                 joint.append(prior * np.exp(evidence))
+            if self.top_k is not None and t > 0 and t % self.every == 0:
+                chosen = np.argsort(-np.array(joint), kind="stable")[: self.top_k]
+            joint = [share if k in chosen else 0.0 for k, share in enumerate(joint)]
             weights.append(np.array(joint) / sum(joint))
             probabilities.append(sum(w * np.exp(log_probs[k, t]) for k, w in enumerate(weights[-1])))
         return np.stack(probabilities), np.stack(weights)
@@ -340,21 +350,72 @@ def test_responsibilities_are_shares_of_each_token(model: Any, naive: NaiveMixtu
 # --- top_k and the updating prior ---
 
 
-def test_top_k_runs_only_the_experts_with_the_largest_prior(olmo: Path) -> None:
-    model = loaded(make_ensemble(olmo, top_k=2))
-    assert model.expert_names == ["code", "news"]
-    assert len(model.members) == 2
-    naive = NaiveMixture(independent_members(olmo, ["code", "news"]), [0.5 / 0.8, 0.3 / 0.8], "prefix")
-    probabilities, weights = naive.after(TEXT)
-    output = model(input_ids=torch.tensor([TEXT]))
+@pytest.mark.parametrize("posterior", POSTERIORS)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_top_k_chooses_members_by_the_text_so_far(olmo: Path, top_k: int, posterior: str) -> None:
+    model = loaded(make_ensemble(olmo, top_k=top_k, every=3, posterior=posterior))
+    naive = NaiveMixture(independent_members(olmo, EXPERTS), list(PRIOR.values()), posterior, top_k, every=3)
+    text = [*TEXT, *ROWS[0], *ROWS[1]]
+    probabilities, weights = naive.after(text)
+    output = model(input_ids=torch.tensor([text]))
     assert_close(output.logits[0].exp(), probabilities)
     assert_close(output.expert_weights[0], weights)
+    assert (weights[3:] > 0).sum(axis=1).tolist() == [top_k] * (len(text) - 3)
+    scored = model.target_log_probs(torch.tensor([text]))
+    assert_close(scored[0], [np.log(probabilities[t - 1, text[t]]) for t in range(1, len(text))])
 
 
-def test_top_k_does_not_open_the_files_of_the_others(new_workspace: Any, tmp_path: Path) -> None:
-    folder = make_ensemble(new_workspace(tmp_path / "ws", EXPERTS), top_k=2)
+@pytest.mark.parametrize("posterior", POSTERIORS)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 299), min_size=1, max_size=14), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(1, 13), max_size=5),
+    every=st.integers(1, 6),
+    side=st.sampled_from(["left", "right"]),
+)
+def test_members_that_were_skipped_catch_up(
+    olmo: Path, posterior: str, rows: list[list[int]], cuts: list[int], every: int, side: str
+) -> None:
+    """In pieces, in batches and with padding, a row is read as it is alone and at once."""
+    model = loaded(make_ensemble(olmo, top_k=1, every=3, posterior=posterior))
+    model.mixer = PosteriorMixer(replace(model.mixer._settings, every=every))
+    batch = padded(rows, side)
+    length = batch["input_ids"].shape[1]
+    ends = sorted({*(cut for cut in cuts if cut < length), length})
+    cache, outputs = None, []
+    with torch.no_grad():
+        for begin, end in pairwise([0, *ends]):
+            output = model(
+                input_ids=batch["input_ids"][:, begin:end],
+                attention_mask=batch["attention_mask"][:, :end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            outputs.append(output)
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        for number, row in enumerate(rows):
+            alone = model(input_ids=torch.tensor([row])).logits[0]
+            own = logits[number, length - len(row) :] if side == "left" else logits[number, : len(row)]
+            assert_close(own, alone, 1e-4)
+
+
+def test_members_that_are_not_chosen_do_not_run(olmo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(make_ensemble(olmo, top_k=1, every=8))
+    calls = [0] * 3
+    for index, member in enumerate(model.members):
+        member.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    model.generate(torch.tensor([TEXT[:9]]), max_new_tokens=16, min_new_tokens=16, do_sample=False)
+    # the prompt, which ends after its first choice; then, of 15 passes, one choice by all after 16 tokens
+    assert sorted(calls)[:2] == [2, 2]
+    assert sum(calls) == 3 + 3 + 14
+
+
+def test_only_experts_with_a_prior_are_loaded(new_workspace: Any, tmp_path: Path) -> None:
+    weights = {**PRIOR, "law": 0.0}
+    folder = make_ensemble(new_workspace(tmp_path / "ws", EXPERTS), weights=weights)
     (folder / "experts" / "law.safetensors").unlink()
-    assert len(loaded(folder).members) == 2
+    assert loaded(folder).expert_names == ["code", "news"]
 
 
 @pytest.mark.parametrize("top_k", [0, 4, -1])
@@ -363,16 +424,12 @@ def test_top_k_must_name_between_one_and_all_experts(olmo: Path, top_k: int) -> 
         make_ensemble(olmo, top_k=top_k)
 
 
-def test_top_k_of_a_uniform_prior_is_refused_since_it_says_nothing(olmo: Path) -> None:
-    with pytest.raises(UserError, match="uniform prior"):
-        make_ensemble(olmo, prior="uniform", top_k=2)
-
-
-def _moved(naive: NaiveMixture, prior: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
-    """The prior after one text: 0.3 of the mean posterior before each token, 0.7 of the old prior."""
+def _moved(naive: NaiveMixture, prior: np.ndarray, tokens: Sequence[int], *, first: bool) -> np.ndarray:
+    """The prior after one text: 0.3 of the posterior before its last token, 0.7 of the old prior; at first only the former."""
     moving = NaiveMixture(naive.members, list(prior), naive.posterior)
     _, weights = moving.after(tokens[:-1])
-    return EWMA_RATE * weights.mean(axis=0) + (1 - EWMA_RATE) * prior
+    mean = weights[-1] if first else EWMA_RATE * weights[-1] + (1 - EWMA_RATE) * prior
+    return np.maximum(mean, SMALLEST_PRIOR) / np.maximum(mean, SMALLEST_PRIOR).sum()
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)
@@ -380,25 +437,26 @@ def test_the_updating_prior_moves_with_every_text_and_starts_again_when_loaded(o
     folder = make_ensemble(olmo, prior="updating", posterior=posterior)
     naive = NaiveMixture(independent_members(olmo, EXPERTS), [1 / 3] * 3, posterior)
     model, prior = loaded(folder), np.full(3, 1 / 3)
-    for row in ROWS:
+    for number, row in enumerate(ROWS):
         probabilities, _ = NaiveMixture(naive.members, list(prior), posterior).after(row)
         scored = model.target_log_probs(torch.tensor([row]))
         assert_close(scored[0], [np.log(probabilities[t - 1, row[t]]) for t in range(1, len(row))])
-        prior = _moved(naive, prior, row)
+        prior = _moved(naive, prior, row, first=number == 0)
         assert_close(model.mixer.prior, prior)
     assert_close(loaded(folder).mixer.prior, np.full(3, 1 / 3))
 
 
-def test_an_updating_prior_with_top_k_scores_and_predicts_with_the_same_experts(olmo: Path) -> None:
-    model = loaded(make_ensemble(olmo, prior="updating", top_k=1))
-    model.target_log_probs(torch.tensor([ROWS[2]]))
-    best = int(model.mixer.prior.argmax())
-    single = independent_members(olmo, [EXPERTS[best]])[0]
-    tokens = torch.tensor([TEXT])
-    expected = single(input_ids=tokens).logits.log_softmax(-1)
-    assert_close(model(input_ids=tokens).logits, expected)
-    assert_close(model.responsibilities(tokens)[0, :, best], np.ones(len(TEXT) - 1))
-    assert_close(model.target_log_probs(tokens), expected[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1))
+def test_a_known_domain_has_a_prior_of_its_own(olmo: Path) -> None:
+    model = loaded(make_ensemble(olmo, posterior="prefix"))
+    own = (0.1, 0.1, 0.8)
+    model.mixer = PosteriorMixer(replace(model.mixer._settings, domain_priors={"law": own}))
+    assert model.text_domains == ("law",)
+    known = NaiveMixture(independent_members(olmo, EXPERTS), own, "prefix").after(TEXT)[0]
+    model.begin_text("law")
+    assert_close(model(input_ids=torch.tensor([TEXT])).logits[0].exp(), known)
+    model.begin_text()
+    unknown = NaiveMixture(independent_members(olmo, EXPERTS), list(PRIOR.values()), "prefix").after(TEXT)[0]
+    assert_close(model(input_ids=torch.tensor([TEXT])).logits[0].exp(), unknown)
 
 
 # --- files and memory ---
