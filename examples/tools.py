@@ -44,6 +44,15 @@ def divided_text(
     return files
 
 
+def joined_text(folder: Path, name: str, parts: Sequence[Mapping[str, Path]]) -> dict[str, Path]:
+    """Write the text of several domains as one domain's, for models that train on all of it; return its files."""
+    files = {}
+    for part in ("train", "valid"):
+        files[part] = folder / f"{name}-{part}.jsonl"
+        files[part].write_text("".join(domain[part].read_text(encoding="utf-8") for domain in parts), encoding="utf-8")
+    return files
+
+
 def results_over_seeds(
     options: argparse.Namespace, one_seed: Callable[[Path, int, argparse.Namespace], Any]
 ) -> list[Any]:
@@ -92,4 +101,25 @@ def table_over_seeds(
             f"{statistics.stdev(values):.4f}" if len(values) > 1 else "",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences_over_seeds(reference: str, rows: Sequence[str], results: Sequence[Mapping[str, float]]) -> str:
+    """Return a table of each model's difference from `reference`: mean and 95% confidence interval of paired differences.
+
+    Pairs have the same random seed. The interval is Student's t, which is wide for few seeds; with one seed there is none.
+    """
+    from scipy.stats import t
+
+    lines = [f"| minus {reference} | mean difference | 95% interval |", "|---|---:|---:|"]
+    for name in rows:
+        pairs = [(result[name], result[reference]) for result in results if name in result and reference in result]
+        if not pairs or name == reference:
+            continue
+        differences = [value - other for value, other in pairs]
+        mean, interval = statistics.mean(differences), ""
+        if len(differences) > 1:
+            width = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+            interval = f"{mean - width:+.4f} to {mean + width:+.4f}"
+        lines.append(f"| {name} | {mean:+.4f} | {interval} |")
     return "\n".join(lines)

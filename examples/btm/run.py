@@ -17,45 +17,46 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import results_over_seeds, write_config
+from tools import differences_over_seeds, results_over_seeds, table_over_seeds, write_config
 
 from expertctl import Workspace
-from expertctl.core.manifests.manifest import read_manifest
+from expertctl.experts.measures.evaluation import EvaluationTable
 from expertctl.experts.text.bundled import BUNDLED
 
 TARGET_AVERAGE = "posterior average, per target"
-# With the prior that was fitted for the average of the same target: `given` saves fitting it again.
-TARGET_ENSEMBLES = {
-    "ensemble, cached prior per target": {"prior": "given"},
-    "ensemble, cached per target, top 2": {"prior": "given", "top_k": 2},
-    "ensemble, cached per target, top 1": {"prior": "given", "top_k": 1},
-}
 MERGES = {
     "uniform average": {"method": "average"},
-    "posterior average": {"method": "average", "weights": "posterior"},
     "ensemble, uniform prior": {"method": "ensemble", "options": {"prior": "uniform"}},
     "ensemble, updating prior": {"method": "ensemble", "options": {"prior": "updating"}},
-    "ensemble, cached prior": {"method": "ensemble"},
-    "ensemble, cached prior, last token": {"method": "ensemble", "options": {"posterior": "last_token"}},
+    "ensemble, cached priors": {"method": "ensemble"},
+    "ensemble, cached priors, last token": {"method": "ensemble", "options": {"posterior": "last_token"}},
+    "ensemble, cached priors, top 2": {"method": "ensemble", "options": {"top_k": 2}},
+    "ensemble, cached priors, top 1": {"method": "ensemble", "options": {"top_k": 1}},
 }
+KNOWN = {f"{name}, known domain": name for name in MERGES if "cached" in name}
+"""Rows of ensembles that are told which domain they read."""
+AT_HOME = "experts at home"
+REFERENCE = "dense, same batch"
 ORDER = (
     "seed",
     "best single expert",
+    AT_HOME,
     "uniform average",
-    "posterior average",
     TARGET_AVERAGE,
     "dense",
     "dense, same batch",
     "random-split forest",
     *(name for name in MERGES if name.startswith("ensemble")),
-    *TARGET_ENSEMBLES,
+    *KNOWN,
 )
 
 
 def main() -> None:
     options = parse(sys.argv[1:])
     results = results_over_seeds(options, one_seed)
-    print(markdown(results, options.seeds))
+    means = [{name: statistics.mean(row.values()) for name, row in rows.items()} for rows in results]
+    print(table_over_seeds("bits per byte, mean over domains", ORDER, means, options.seeds), end="\n\n")
+    print(differences_over_seeds(REFERENCE, ORDER, means))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -119,29 +120,26 @@ def shared_rows(workspace: Workspace) -> dict[str, dict[str, float]]:
         **{folder: name for name, folder in folders.items()},
     }
     table = workspace.evaluate(*names)
-    rows = {
-        row: {domain: table.scores[model][domain].values["bits_per_byte"] for domain in table.domains}
-        for model, row in names.items()
-    }
-    experts = [rows[f"expert {name}"] for name in workspace.config.experts]
-    return rows | {"best single expert": min(experts, key=lambda row: statistics.mean(row.values()))}
+    rows = {row: bits_per_byte(table, model) for model, row in names.items()}
+    known = workspace.evaluate(*(folders[base] for base in KNOWN.values()), known_domains=True)
+    rows |= {row: bits_per_byte(known, folders[base]) for row, base in KNOWN.items()}
+    experts = {name: rows[f"expert {name}"] for name in workspace.config.experts}
+    best = min(experts.values(), key=lambda row: statistics.mean(row.values()))
+    return rows | {"best single expert": best, AT_HOME: {name: row[name] for name, row in experts.items()}}
+
+
+def bits_per_byte(table: EvaluationTable, model: str) -> dict[str, float]:
+    return {domain: table.scores[model][domain].values["bits_per_byte"] for domain in table.domains}
 
 
 def per_target_rows(workspace: Workspace) -> dict[str, dict[str, float]]:
-    """Evaluate the models made for each target domain, with priors fitted on its validation text."""
-    rows: dict[str, dict[str, float]] = {name: {} for name in (TARGET_AVERAGE, *TARGET_ENSEMBLES)}
+    """Evaluate on each domain the average that is weighted by the cached prior of this domain."""
+    row = {}
     for domain in workspace.config.domains:
         average = {"method": "average", "weights": "posterior", "fit_on": [domain]}
-        folders = {TARGET_AVERAGE: merged(workspace, f"{TARGET_AVERAGE} {domain}", average)}
-        merged_average = read_manifest(workspace.generalists / folders[TARGET_AVERAGE]).merged
-        assert merged_average is not None
-        for name, options in TARGET_ENSEMBLES.items():
-            settings = {"method": "ensemble", "weights": dict(merged_average.weights), "options": options}
-            folders[name] = merged(workspace, f"{name} {domain}", settings)
-        table = workspace.evaluate(*folders.values(), domains=[domain])
-        for name, folder in folders.items():
-            rows[name][domain] = table.scores[folder][domain].values["bits_per_byte"]
-    return rows
+        folder = merged(workspace, f"{TARGET_AVERAGE} {domain}", average)
+        row |= bits_per_byte(workspace.evaluate(folder, domains=[domain]), folder)
+    return {TARGET_AVERAGE: row}
 
 
 def merged(workspace: Workspace, name: str, settings: dict[str, object]) -> str:
@@ -150,21 +148,6 @@ def merged(workspace: Workspace, name: str, settings: dict[str, object]) -> str:
     if not (workspace.generalists / folder / "generalist.json").exists():
         workspace.merge(folder, **settings)
     return folder
-
-
-def markdown(results: list[dict[str, dict[str, float]]], seeds: list[int]) -> str:
-    """Return the table: a row per model, a column per random seed, mean and spread."""
-    heads = [*(f"seed {seed}" for seed in seeds), "mean", "std"]
-    lines = [
-        f"| bits per byte, mean over domains | {' | '.join(heads)} |",
-        "|---" + "|---:" * len(heads) + "|",
-    ]
-    for name in ORDER:
-        means = [statistics.mean(result[name].values()) for result in results]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        cells = [*(f"{value:.4f}" for value in means), f"{statistics.mean(means):.4f}", f"{spread:.4f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python examples/bts/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each domain: train.jsonl, valid.jsonl
 
 The seed is pretrained on a share of the text of all domains; all parameters of each expert are trained on the rest of its
-domain. Then stitches, a BTX mixture and a FlexOlmo router are trained on the same number of tokens each. Each random seed
-has a workspace of its own in --out; the same command resumes an interrupted run. One column of the table is text that
-alternates between passages of two domains.
+domain. Then stitches, a BTX mixture and a FlexOlmo router are trained on the same number of tokens each; the control is the
+seed, trained on as many tokens of the same text. Each random seed has a workspace of its own in --out; the same command
+resumes an interrupted run. One table is of text that alternates between passages of two domains.
 """
 
 from __future__ import annotations
@@ -20,9 +20,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
+from tools import (
+    PUBLIC,
+    differences_over_seeds,
+    divided_text,
+    joined_text,
+    results_over_seeds,
+    table_over_seeds,
+    write_config,
+)
 
 from expertctl import TuningSettings, Workspace
+from expertctl.core.config.settings import DomainConfig
+from expertctl.experts.text.corpora import domain_documents
 
 CROSSED = "crossed"
 """The domain whose documents hold two domains; only measured on."""
@@ -41,7 +51,12 @@ TUNED = {
     "stitched, trained": (STITCHED, "stitches", 4e-3),
 }
 """Row -> (what it is trained from, what of it trains, at which peak learning rate), on text of all domains."""
-ORDER = ("seed", "best single expert", *MERGES, *TUNED)
+MORE_TEXT = "seed, as much more text"
+"""Control of the rows that train after the merge: the seed itself, on as many tokens of the same text."""
+AT_HOME = "experts at home"
+ORDER = ("seed", MORE_TEXT, "best single expert", AT_HOME, *MERGES, *TUNED)
+TOGETHER = "together"
+"""The domain with the text of all others, for the control."""
 
 
 def main() -> None:
@@ -50,6 +65,7 @@ def main() -> None:
     for what, pick in (("own domains, mean", own_mean), (f"{CROSSED} text", lambda row: row[CROSSED])):
         rows_ = [{name: pick(row) for name, row in result["scores"].items()} for result in results]
         print(table_over_seeds(f"bits per byte, {what}", ORDER, rows_, options.seeds), end="\n\n")
+        print(differences_over_seeds(MORE_TEXT, ORDER, rows_), end="\n\n")
     print(costs_table(results))
 
 
@@ -101,15 +117,17 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
             domains = [PUBLIC, *options.domains]
             workspace.tune(folders[row], folders[base], TuningSettings(trains, domains, training=training))
     experts = [f"dense-{domain}" for domain in options.domains]
-    table = workspace.evaluate("seed", *experts, *folders.values(), domains=[*options.domains, CROSSED])
+    table = workspace.evaluate("seed", TOGETHER, *experts, *folders.values(), domains=[*options.domains, CROSSED])
     scores = {
         model: {domain: score.values["bits_per_byte"] for domain, score in row.items()}
         for model, row in table.scores.items()
     }
     best = min(experts, key=lambda name: own_mean(scores[name]))
-    named = {"seed": "seed", "best single expert": best, **folders}
+    named = {"seed": "seed", MORE_TEXT: TOGETHER, "best single expert": best, **folders}
+    at_home = {domain: scores[f"dense-{domain}"][domain] for domain in options.domains}
+    crossed = statistics.mean(scores[expert][CROSSED] for expert in experts)  # no expert is at home there
     return {
-        "scores": {row: scores[model] for row, model in named.items()},
+        "scores": {row: scores[model] for row, model in named.items()} | {AT_HOME: {**at_home, CROSSED: crossed}},
         "costs": {row: costs(workspace, model, row in TUNED) for row, model in named.items()},
     }
 
@@ -171,6 +189,7 @@ def costs_table(results: list[dict[str, Any]]) -> str:
 
 def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Workspace:
     text = divided_text(root / "text", options.corpora, options.public_share, options.domains)
+    text[TOGETHER] = joined_text(root / "text", TOGETHER, list(text.values()))
     text[CROSSED] = crossed_text(root / "text", options.corpora, options.domains)
     training = {"batch_size": 4, "learning_rate": 4e-3, "seed": seed}
     config = {
@@ -185,19 +204,21 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
             f"{kind}-{domain}": {"domain": domain, "trains": trains}
             for kind, trains in (("dense", "all"), ("flex", "flexolmo"))
             for domain in options.domains
-        },
+        }
+        | {TOGETHER: {"domain": TOGETHER, "training": {"tokens": options.tuning_tokens}}},
     }
     write_config(root, config)
     return Workspace(root)
 
 
 def crossed_text(folder: Path, corpora: Path, domains: list[str]) -> dict[str, Path]:
-    """Write documents with alternating passages of two domains' validation text, as both training and validation files."""
+    """Write documents with alternating passages of two domains' test text, which no other part of the experiment reads."""
     held_out = {
-        domain: [
-            json.loads(line)["text"]
-            for line in (corpora / domain / "valid.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        domain: list(
+            domain_documents(
+                DomainConfig(**{part: f"{domain}/{part}.jsonl" for part in ("train", "valid")}), corpora, "test"
+            )
+        )
         for domain in domains
     }
     lines = []
@@ -210,7 +231,7 @@ def crossed_text(folder: Path, corpora: Path, domains: list[str]) -> dict[str, P
             lines.append(json.dumps({"text": "\n".join(pieces)}, ensure_ascii=False))
     path = folder / f"{CROSSED}.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {"train": path, "valid": path}
+    return {"train": path, "valid": path, "test": path}  # only measured on
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
+from tools import PUBLIC, differences_over_seeds, divided_text, results_over_seeds, table_over_seeds, write_config
 
 from expertctl import DiscoverySettings, Workspace
 from expertctl.core.text.clustering.clusterer import ClustererSettings, fit_clusterer
@@ -53,6 +54,12 @@ BASELINES = {
     "dense, batch of an expert": "dense-same-batch",
 }
 ORDER = ("seed", "best single expert", *BASELINES, *ENSEMBLES)
+REFERENCE = "dense, batch of an expert"
+
+
+def swept(clusters: int) -> str:
+    """Return the row of another number of clusters."""
+    return f"{clusters} clusters, all"
 
 
 def main() -> None:
@@ -65,7 +72,9 @@ def main() -> None:
         measures = [{name: cluster[measure] for name, cluster in result["clusters"].items()} for result in results]
         print(table_over_seeds(heading, SORTED, measures, options.seeds), end="\n\n")
     scores = [{name: statistics.mean(row.values()) for name, row in result["scores"].items()} for result in results]
-    print(table_over_seeds("bits per byte, mean over the sets", ORDER, scores, options.seeds), end="\n\n")
+    order = (*ORDER, *map(swept, options.sweep))
+    print(table_over_seeds("bits per byte, mean over the sets", order, scores, options.seeds), end="\n\n")
+    print(differences_over_seeds(REFERENCE, order, scores), end="\n\n")
     temperatures = [result["temperatures"] for result in results]
     print(table_over_seeds("temperature", tuple(ENSEMBLES), temperatures, options.seeds))
 
@@ -75,6 +84,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--clusters", type=int, default=6)
+    parser.add_argument(
+        "--sweep",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[2, 12],
+        help="further numbers of clusters, each with experts of its own for the same budget",
+    )
     parser.add_argument("--passage-bytes", type=int, default=2000, help="size of a passage in bytes")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--public-share", type=float, default=0.3, help="share of public documents in every corpus")
@@ -89,19 +104,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run the experiment with one random seed; return cluster figures, bits per byte by row and corpus, and temperatures."""
     workspace, labels = make_workspace(root, seed, options)
-    if not (root / "clusters" / FOUND / "clusters.json").exists():
-        workspace.discover(FOUND, options.clusters, DiscoverySettings(domains=[MIXED], seed=seed))
+    found = {FOUND: options.clusters, **{f"{FOUND}{clusters}": clusters for clusters in options.sweep}}
+    for name, clusters in found.items():
+        if not (root / "clusters" / name / "clusters.json").exists():
+            workspace.discover(name, clusters, DiscoverySettings(domains=[MIXED], seed=seed))
     if not (workspace.layout.seed / "seed.json").exists():
         workspace.seed()
-    if not workspace.layout.finished_experts():
-        workspace.experts.branch_clusters(FOUND, force=True)
-    failed = workspace.train(jobs=options.jobs).failed
-    if failed:
-        sys.exit(f"failed: {failed}")
-    workspace.baselines.dense()
-    workspace.baselines.dense(same_batch=True)
-    workspace.baselines.random_split(jobs=options.jobs)
-    experts = workspace.layout.finished_experts()
+    train(workspace, FOUND, options.jobs)
+    baselines = {
+        "dense": workspace.baselines.dense,
+        "dense-same-batch": partial(workspace.baselines.dense, same_batch=True),
+        "random-split": partial(workspace.baselines.random_split, jobs=options.jobs),
+    }
+    for name, make in baselines.items():  # before there are further experts, whose tokens they would get too
+        if not any((workspace.layout.baselines / name).glob("*.json")):
+            make()
+    for name in found:
+        train(workspace, name, options.jobs)
+    experts = experts_of(workspace, FOUND)
     ensembles = {
         row: settings for row, settings in ENSEMBLES.items() if (settings.get("top_k") or 0) <= options.clusters
     }
@@ -111,6 +131,13 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
             given = {key: value for key, value in settings.items() if value is not None}
             fitted_on = {"fit_on": [f"{FOUND}-{number}" for number in range(options.clusters)]}
             workspace.merge(folders[row], method="ensemble", experts=experts, options=given, **fitted_on)
+    for name, clusters in list(found.items())[1:]:
+        folders[swept(clusters)] = f"clusters-{name}"
+        if not (workspace.generalists / folders[swept(clusters)] / "generalist.json").exists():
+            settings = {"mixer": "clusters", "temperature": TEMPERATURE}
+            workspace.merge(
+                folders[swept(clusters)], method="ensemble", experts=experts_of(workspace, name), options=settings
+            )
     sets = [name for name in workspace.config.domains if name.startswith("set-")]
     named = {"seed": "seed", **BASELINES, **folders}
     table = workspace.evaluate(*named.values(), *experts, domains=sets)
@@ -130,6 +157,19 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     }
 
 
+def train(workspace: Workspace, clusters: str, jobs: int) -> None:
+    """Train an expert on each cluster of a set, unless there are such experts."""
+    if not experts_of(workspace, clusters):
+        workspace.experts.branch_clusters(clusters, force=True)
+    failed = workspace.train(jobs=jobs).failed
+    if failed:
+        sys.exit(f"failed: {failed}")
+
+
+def experts_of(workspace: Workspace, clusters: str) -> list[str]:
+    return [name for name in workspace.layout.finished_experts() if name.startswith(f"{clusters}-")]
+
+
 def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[Workspace, dict[str, str]]:
     """Return the workspace of a random seed, and the corpus of each training document."""
     text = divided_text(root / "text", options.corpora, options.public_share)
@@ -143,7 +183,7 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[
         labels |= {json.loads(line)["text"]: name for line in lines["train"]}
         path = root / "text" / f"set-{name}.jsonl"
         path.write_text("\n".join(measured) + "\n", encoding="utf-8")
-        domains[f"set-{name}"] = {"train": path, "valid": path}  # only measured on
+        domains[f"set-{name}"] = {"train": path, "valid": path, "test": path}  # only measured on
     domains[MIXED] = {}
     for part, lines in mixed.items():
         random.Random(seed).shuffle(lines)
