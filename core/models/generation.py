@@ -16,6 +16,7 @@ from ..process.compute import best_device, threads_for_tokens
 from ..reporting import SILENT, Reporter
 from ..text.tokenizer import missing_row
 from .loading import load_model, require_intact_models
+from .scoring import begin_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def generate(
         known = getattr(model, "text_domains", ())
         if domain not in known:
             raise unknown_name("domain", domain, known, listed_as=f"{folder.name} has priors for")
-        model.begin_text(domain)
+        begin_text(model, domain)
     model.to(best_device())
     prompt_1T = _prompt_tokens(model, tokenizer, prompt, sampling.max_new_tokens).to(model.device)
     torch.manual_seed(sampling.seed)

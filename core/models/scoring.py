@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from ..text.token_store import Windows
 
 
+def begin_text(model: PreTrainedModel, domain: str | None = None) -> None:
+    """Let a model whose weights depend on earlier texts forget them; the next ones are of `domain`, if it knows that."""
+    ensemble: Any = model
+    if hasattr(model, "begin_text"):
+        ensemble.begin_text(domain if domain in ensemble.text_domains else None)
+
+
 def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     """Return log p(x_t | x_<t) in float32 for all but the first token, shape (B, T).
 

@@ -116,7 +116,7 @@ class TextEncoder:
             return str(self.tokenizer.id_to_token(unknown_id)), unknown_id
         token = model.get("unk_token")
         token_id = None if token is None else self.tokenizer.token_to_id(token)
-        return None if token_id is None else (token, token_id)
+        return None if token_id is None else (str(token), token_id)
 
 
 def _size(characters: Counter[str]) -> int:

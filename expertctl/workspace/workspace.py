@@ -11,6 +11,7 @@ from expertctl.core.config.settings import LauncherConfig, ProjectConfig
 from expertctl.core.errors import UserError
 from expertctl.core.manifests.manifest import Manifest, read_manifest
 from expertctl.core.manifests.removal import Dependent, remove
+from expertctl.core.manifests.renaming import rename
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
 from expertctl.experts.runs.seed import import_seed, start_pretraining
@@ -88,6 +89,12 @@ class Workspace:
         run = start_pretraining(self.layout, config, force=force)
         self._project.launch([run], launcher=launcher, reporter=reporter).raise_for_failures()
         return read_manifest(run)
+
+    def rename(self, name: str, new_name: str) -> Manifest:
+        """Rename a finished expert, baseline or generalist; raises `UserError` if other artefacts were made of it."""
+        from expertctl.merge.generalists.card import model_card
+
+        return rename(self.layout, name, new_name, model_card)
 
     def remove(self, name: str, *, force: bool = False) -> list[Dependent]:
         """Remove an artefact or an unfinished run; returns the artefacts that were made of it.

@@ -15,6 +15,7 @@ from ...core.hooks.manager import installed_plugins
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.manifests.run import RunSpec
 from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
+from ...core.models.scoring import begin_text
 from ...core.process.compute import best_device, concurrently
 from ...core.reporting import SILENT, Reporter
 from ...core.text.token_store import TokenWindows
@@ -152,8 +153,7 @@ def evaluate(
         network = load_network(models[model], dtype="float32").to(best_device())
         domain_scores = {}
         for name in names:
-            if hasattr(network, "begin_text"):  # scores do not depend on the order of domains
-                network.begin_text(name if known_domains and name in network.text_domains else None)
+            begin_text(network, name if known_domains else None)  # scores do not depend on the order of domains
             domain_scores[name] = scorer.evaluate(network, windows[model, name])
             reporter.progress("evaluating", next(counter), len(models) * len(names), "scores")
         return domain_scores

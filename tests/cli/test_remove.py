@@ -74,3 +74,36 @@ def test_what_the_project_file_declares_is_noted(workspace: Path, run: Any) -> N
     removed = run("remove", "code")
     assert removed.out.strip() == "removed 'code'"
     assert "expertctl.yaml still declares 'code'" in removed.err
+
+
+# --- renaming ---
+
+
+def test_a_renamed_expert_is_the_same_model_under_another_name(workspace: Path, run: Any) -> None:
+    before = run("--json", "show", "code").json
+    result = run("--json", "rename", "code", "programs").json
+    assert (result["name"], result["digest"]) == ("programs", before["digest"])
+    assert not (workspace / "experts" / "code").exists()
+    assert run("verify").status == 0
+    assert run("train", "programs").status == 0, "its run is finished under the new name too"
+    soup = run("--json", "merge", "soup", "--method", "average").json
+    assert set(soup["weights"]) == {"programs", "prose"}
+
+
+def test_a_renamed_generalist_has_its_name_on_its_card(workspace: Path, run: Any) -> None:
+    run("merge", "forest", "--method", "ensemble", "--option", "prior=uniform")
+    content = run("--json", "eval", "forest", "--domains", "code").json["models"]["forest"]
+    assert run("rename", "forest", "wood").status == 0
+    assert "# wood\n" in (workspace / "generalists" / "wood" / "README.md").read_text()
+    assert run("verify").status == 0
+    assert run("--json", "eval", "wood", "--domains", "code").json["models"]["wood"] == content
+
+
+def test_names_that_others_record_stay(workspace: Path, run: Any) -> None:
+    run("merge", "soup", "--method", "average")
+    error = run("rename", "code", "programs").error
+    assert "other artefacts record its name: soup; remove them first" in error
+    assert "is taken by" in run("rename", "soup", "prose").error
+    assert "every workspace has its seed" in run("rename", "seed", "origin").error
+    assert "no artefact 'coed' (did you mean 'code'?)" in run("rename", "coed", "x").error
+    assert run("verify").status == 0
