@@ -2,9 +2,9 @@
 
     python examples/flexolmo/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each owner: train.jsonl, valid.jsonl
 
-A share share of public documents of every owner is public; the seed is pretrained on the public documents of all owners. Each owner then
+A share of the documents of every owner is public; the seed is pretrained on the public documents of all owners. Each owner then
 trains on its private documents, all for the same number of tokens. Each random seed has a workspace of its own in --out;
-the same command resumes an interrupted run. Prints bits per byte averaged over the owners' validation text; `rows.json` in
+the same command resumes an interrupted run. Prints bits per byte averaged over the owners' test text; `rows.json` in
 each workspace has the values of every owner.
 """
 
@@ -20,7 +20,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import PUBLIC, divided_text, results_over_seeds, table_over_seeds, write_config
+from tools import (
+    PUBLIC,
+    differences_over_seeds,
+    divided_text,
+    joined_text,
+    results_over_seeds,
+    table_over_seeds,
+    write_config,
+)
 
 from expertctl import TuningSettings, Workspace
 from expertctl.merge.mixture.changing import Change
@@ -38,7 +46,6 @@ ABLATED = ("alone", "unembedded", "unbiased")
 EVERYBODY = 10**6
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform average": ("dense", {"method": "average"}),
-    "posterior average": ("dense", {"method": "average", "weights": "posterior"}),
     "ensemble, cached prior": ("dense", {"method": "ensemble"}),
     "btx": ("dense", {"method": "btx"}),
     "flexolmo": ("flex", {"method": "flexolmo"}),
@@ -52,13 +59,18 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TUNED = {
     "btx, router trained on public text": ("btx", "router"),
+    "btx, trained on public text": ("btx", "mixture"),
     "flexolmo, router tuned on public text": ("flexolmo", "router"),
 }
 """Row -> (the mixture that it is trained from, what of it trains), on public text."""
 FOLLOWED_BY_ALL = "btx, trained on all text"
 UNRESTRICTED = "unrestricted mixture"
 ROUTED = "prompt routing that never errs"
-ORDER = ("seed", "best single expert", *MERGES, *TUNED, FOLLOWED_BY_ALL, UNRESTRICTED, ROUTED)
+DENSE = "dense, all text"
+"""The seed, trained on the text of all owners in one place for as many tokens as all of them together."""
+TOGETHER = "together"
+ORDER = ("seed", "best single expert", *MERGES, *TUNED, FOLLOWED_BY_ALL, UNRESTRICTED, DENSE, ROUTED)
+REFERENCE = "flexolmo"
 
 
 def main() -> None:
@@ -70,7 +82,8 @@ def main() -> None:
         if not leaving.exists():
             leaving.write_text(json.dumps(without_each(Workspace(root)), indent=2) + "\n")
     means = [{row: statistics.mean(scores.values()) for row, scores in rows.items()} for rows in results]
-    print(table_over_seeds("bits per byte, mean over owners", ORDER, means, options.seeds))
+    print(table_over_seeds("bits per byte, mean over owners", ORDER, means, options.seeds), end="\n\n")
+    print(differences_over_seeds(REFERENCE, ORDER, means))
     first = options.out.resolve() / f"seed-{options.seeds[0]}" / "leaving.json"
     print(f"\n{leaving_table(json.loads(first.read_text()))}")
 
@@ -108,7 +121,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, di
         workspace, FOLLOWED_BY_ALL, folders["btx"], "mixture", [PUBLIC, *owners], options.tuning_tokens
     )
     folders[UNRESTRICTED] = unrestricted(workspace, owners, options.owner_tokens * len(owners))
-    names = {"seed": "seed", **{f"dense-{owner}": f"dense-{owner}" for owner in owners}}
+    names = {"seed": "seed", TOGETHER: DENSE, **{f"dense-{owner}": f"dense-{owner}" for owner in owners}}
     names |= {folder: row for row, folder in folders.items()}
     table = workspace.evaluate(*names, domains=owners)
     rows = {
@@ -124,6 +137,8 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, di
 
 def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Workspace:
     text = divided_text(root / "text", options.corpora, options.public_share)
+    private = [parts for name, parts in text.items() if name != PUBLIC]
+    text[TOGETHER] = joined_text(root / "text", TOGETHER, private)
     domains = {name: {part: str(path) for part, path in parts.items()} for name, parts in text.items()}
     training = {"batch_size": 4, "learning_rate": 4e-3, "seed": seed}
     config = {
@@ -138,15 +153,16 @@ def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> Worksp
             f"{kind}-{owner}": {"domain": owner, **settings}
             for kind, settings in KINDS.items()
             for owner in domains
-            if owner != PUBLIC and (options.ablations or kind not in ABLATED)
-        },
+            if owner not in (PUBLIC, TOGETHER) and (options.ablations or kind not in ABLATED)
+        }
+        | {TOGETHER: {"domain": TOGETHER, "training": {"tokens": options.owner_tokens * len(private)}}},
     }
     write_config(root, config)
     return Workspace(root)
 
 
 def owners_of(workspace: Workspace) -> list[str]:
-    return [name for name in workspace.config.domains if name != PUBLIC]
+    return [name for name in workspace.config.domains if name not in (PUBLIC, TOGETHER)]
 
 
 def merged(workspace: Workspace, row: str, kind: str, settings: dict[str, Any], owners: list[str]) -> str:
