@@ -9,9 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ...core.hooks.merging import PerExpert, TensorGroup
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 CHUNK_SIZE = 1 << 17
 """Elements per chunk, small enough for the CPU cache."""
@@ -40,12 +45,12 @@ def per_expert_values(option: PerExpert, group: TensorGroup) -> tuple[float, ...
     return option if isinstance(option, tuple) else (option,) * len(group.experts)
 
 
-def chunks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+def chunks(*arrays: Array, size: int = CHUNK_SIZE) -> Iterator[tuple[Array, ...]]:
     """Yield matching flat chunks of all arrays; on a GPU the whole arrays are one chunk."""
     flat = [array.reshape(-1) for array in arrays]
-    size = flat[0].shape[0]
-    step = CHUNK_SIZE if is_numpy(flat[0]) else max(size, 1)
-    for begin in range(0, size, step):
+    total = flat[0].shape[0]
+    step = size if is_numpy(flat[0]) else max(total, 1)
+    for begin in range(0, total, step):
         yield tuple(array[begin : begin + step] for array in flat)
 
 
@@ -89,7 +94,22 @@ def as_indicator(mask: Array, like: Array) -> Array:
 
 
 def kth_largest_magnitude(array: Array, count: int, base: Array | None = None) -> float:
-    """Return the exact `count`-th largest magnitude of `array - base` by introselect, without sorting.
+    """Return the exact `count`-th largest magnitude of `array - base`; see `largest_magnitudes`."""
+    return largest_magnitudes(array, count, base).smallest
+
+
+@dataclass(frozen=True)
+class LargestMagnitudes:
+    """The `count` largest magnitudes of an array."""
+
+    smallest: float
+    """The `count`-th largest magnitude."""
+    beyond: int
+    """Number of further elements with that magnitude; 0 if it is 0."""
+
+
+def largest_magnitudes(array: Array, count: int, base: Array | None = None) -> LargestMagnitudes:
+    """Return the threshold of the `count` largest magnitudes of `array - base` by introselect, without sorting.
 
     Allocates one array of the input size. `count` is in the range 1 to the number of elements.
     """
@@ -97,13 +117,69 @@ def kth_largest_magnitude(array: Array, count: int, base: Array | None = None) -
         import torch
 
         magnitudes = (array if base is None else array - base).abs().reshape(-1)
-        return float(torch.kthvalue(magnitudes, magnitudes.numel() - count + 1).values)
+        smallest = float(torch.kthvalue(magnitudes, magnitudes.numel() - count + 1).values)
+        return LargestMagnitudes(smallest, int((magnitudes >= smallest).sum()) - count if smallest else 0)
     import numpy as np
 
     scratch = np.subtract(array, base).reshape(-1) if base is not None else array.reshape(-1).copy()
     np.abs(scratch, out=scratch)
-    scratch.partition(scratch.size - count)
-    return float(scratch[scratch.size - count])
+    rest = scratch.size - count
+    scratch.partition(rest)
+    value = scratch[rest]
+    return LargestMagnitudes(float(value), int(np.count_nonzero(scratch[:rest] == value)) if value else 0)
+
+
+def magnitude_bits(array: Array, base: Array, *, double: bool = False) -> Array:
+    """Return the magnitudes of `array - base` as flat integers in the same order, by the bits of the floats.
+
+    Magnitudes are float32, or float64 with `double`; the integers are int32 or int64.
+    """
+    vector = array - base
+    if is_numpy(vector):
+        import numpy as np
+
+        flat = np.abs(vector).reshape(-1).astype("<f8" if double else "<f4", copy=False)
+        return flat.view("<i8" if double else "<i4")
+    import torch
+
+    flat = vector.abs().reshape(-1).to(torch.float64 if double else torch.float32)
+    return flat.view(torch.int64 if double else torch.int32)
+
+
+def largest_mask(bits: Array, smallest: int, quota: int | None) -> Array:
+    """Return the flat mask of the bits above `smallest`, and of the first `quota` elements that equal it (None: all)."""
+    if quota is None:
+        return bits >= smallest
+    mask = bits > smallest
+    equal = (bits == smallest).nonzero()
+    places = equal[0] if is_numpy(bits) else equal[:, 0]
+    mask[places[:quota]] = True
+    return mask
+
+
+def first_largest_mask(array: Array, count: int, base: Array, smallest: float) -> Array:
+    """Return the mask of the `count` largest magnitudes of `array - base`; of equal ones, the first are taken.
+
+    `smallest` is the `count`-th largest magnitude.
+    """
+    magnitudes = abs(array - base).reshape(-1)
+    mask = magnitudes > smallest
+    equal = (magnitudes == smallest).nonzero()
+    places = equal[0] if is_numpy(magnitudes) else equal[:, 0]
+    mask[places[: count - int(mask.sum())]] = True
+    return mask.reshape(array.shape)
+
+
+def histogram(values: Array, bins: int) -> NDArray[np.int64]:
+    """Return the counts (bins,) of flat integers from 0 to `bins` - 1, as a numpy array."""
+    import numpy as np
+
+    if is_numpy(values):
+        return np.bincount(values, minlength=bins)
+    import torch
+
+    counts: NDArray[np.int64] = torch.bincount(values.long(), minlength=bins).cpu().numpy()
+    return counts
 
 
 def inner_products(arrays: Sequence[Array], base: Array | None = None) -> list[list[float]]:

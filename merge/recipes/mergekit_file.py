@@ -19,9 +19,13 @@ from ...core.config.yaml_lines import parse_yaml
 from ...core.errors import UserError, did_you_mean, unknown_name
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import MergeMethod
+from .chat_templates import require_chat_template
 from .mergekit_models import NamedModels
 from .mergekit_moe_file import read_mergekit_moe
-from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice, TokenSource, whole_models
+from .mergekit_tokens import TokenSettings, read_token_sources
+from .parameters import check_setting
+from .places import placed
+from .recipe import WEIGHT, OutputSlice, Recipe, Scope, SourceSlice, TokenSource
 
 Parameters = dict[str, Any]
 
@@ -48,14 +52,9 @@ class _Module(Section):
     parameters: Parameters | None = None
 
 
-class _Token(Section):
-    source: Any = None
-    force: bool = False
-
-
 class _Tokenizer(Section):
     source: Any = "union"
-    tokens: dict[str, _Token] | None = None
+    tokens: dict[str, TokenSettings] | None = None
     pad_to_multiple_of: int | None = None
 
 
@@ -69,7 +68,7 @@ class _File(_Module):
     tokenizer: _Tokenizer | None = None
     chat_template: str | None = None
     name: str | None = None
-    """Ignored, as in mergekit."""
+    """Name of the result in files of several documents; ignored in others, as in mergekit."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,16 @@ METHODS: dict[str, _Method] = {
     "model_stock": _Method("seed"),
     "nearswap": _Method("seed", ("t",)),
     "arcee_fusion": _Method("seed"),
+    "ram": _Method("seed", dropped=(WEIGHT, "int8_mask")),
+    "ramplus_tl": _Method("seed", dropped=(WEIGHT, "int8_mask")),
     "passthrough": _Method("input"),
 }
 
 
-_PARAMETERS = (WEIGHT, "density", "epsilon", "gamma", "lambda", "normalize", "rescale", "select_topk", "t", "int8_mask")
+_PARAMETERS = (
+    *(WEIGHT, "density", "epsilon", "gamma", "lambda", "normalize", "rescale", "select_topk", "t", "int8_mask"),
+    *("r", "alpha"),
+)
 """Parameters of any method, which files often give for all of them."""
 
 
@@ -122,21 +126,25 @@ def read_mergekit(path: Path) -> Recipe:
     and key for unknown keys, unsupported settings and missing models.
     """
     content, lines = parse_yaml(path)
+    return recipe_of(content, NamedModels(path, lines))
+
+
+def recipe_of(content: Any, named: NamedModels) -> Recipe:
+    """Return the recipe of a parsed document, whose models are resolved by `named`; raises `UserError` likewise."""
     if isinstance(content, dict) and "experts" in content and "merge_method" not in content:
-        return read_mergekit_moe(content, lines, path)
+        return read_mergekit_moe(content, named)
     try:
         file = _File.model_validate(content)
     except ValidationError as error:
-        raise UserError(first_problem(error, path, lines, _File)) from None
-    return _Reader(path, lines, file).recipe()
+        raise UserError(first_problem(error, named.path, named.lines, _File)) from None
+    return _Reader(named, file).recipe()
 
 
 class _Reader:
     """Converts a validated file into a recipe."""
 
-    def __init__(self, path: Path, lines: Mapping[Any, int], file: _File) -> None:
-        self.path, self.file = path, file
-        self.named = NamedModels(path, lines)
+    def __init__(self, named: NamedModels, file: _File) -> None:
+        self.named, self.file = named, file
         if file.merge_method not in METHODS:
             raise UserError(
                 f"{self.named.at('merge_method')}: "
@@ -146,6 +154,8 @@ class _Reader:
         options = installed_plugins().offer(MergeMethod, file.merge_method).options
         self.known = {WEIGHT, *(option.name.rstrip("_") for option in (fields(options) if options is not None else ()))}
         self.notes: list[str] = []
+        self.root: tuple[Any, ...] = ("modules", *file.modules) if file.modules is not None else ()
+        """Keys above `models` and `slices`."""
 
     def recipe(self) -> Recipe:
         file = self.file
@@ -155,17 +165,20 @@ class _Reader:
             output_slice.base_model is not None for output_slice in module.slices
         )
         if self.method.base in ("seed", "first") and base is None and not all_slices_have_bases:
-            raise UserError(f"{self.path}: merge method '{file.merge_method}' needs a base_model")
+            raise UserError(f"{self.named.at('merge_method')}: merge method '{file.merge_method}' needs a base_model")
         slices = (
-            tuple(self._slice(part, base, ("slices", number)) for number, part in enumerate(module.slices))
+            tuple(self._slice(part, base, (*self.root, "slices", number)) for number, part in enumerate(module.slices))
             if module.slices is not None
             else self._whole(module.models or (), base)
         )
-        scopes = [self._scope(module.parameters, ("modules",)), self._scope(file.parameters, ("parameters",))]
+        scopes = [self._scope(module.parameters, self.root), self._scope(file.parameters, ())]
         if self.method.base == "optional" and base is not None:
             scopes.append({"task_vectors": True})
         scopes.append(self.method.defaults)
         tokenizer, tokens = self._tokenizer()
+        if file.chat_template is not None:
+            with placed(self.named.at("chat_template")):
+                require_chat_template(file.chat_template)
         seed = base if self.method.base in ("seed", "optional") else None
         models = {seed: self.named.models[seed], **self.named.models} if seed is not None else self.named.models
         return Recipe(
@@ -174,6 +187,7 @@ class _Reader:
             slices=slices,
             seed=seed,
             adapter_bases=self.named.adapter_bases,
+            references=self.named.references,
             scopes=tuple(scopes),
             required=self.method.required,
             dtype=self.named.dtype(file.out_dtype, "out_dtype") or self.named.dtype(file.dtype, "dtype"),
@@ -191,7 +205,7 @@ class _Reader:
         keys = [key for key in ("models", "slices", "modules") if getattr(file, key)]
         if len(keys) != 1:
             raise UserError(
-                f"{self.path}: give exactly one of 'models', 'slices' and 'modules'"
+                f"{self.named.at(keys[-1] if keys else 'merge_method')}: give exactly one of 'models', 'slices' and 'modules'"
                 + (f", not {' and '.join(keys)}" if keys else "")
             )
         if file.modules is None:
@@ -206,18 +220,18 @@ class _Reader:
         return module
 
     def _whole(self, models: Sequence[_Model], base: str | None) -> tuple[OutputSlice, ...]:
-        named = [
-            (
-                self.named.model(model.model, ("models", number, "model")),
-                self._scope(model.parameters, ("models", number)),
-            )
-            for number, model in enumerate(models)
-        ]
-        self._require_different([name for name, _ in named], ("models",))
+        at = (*self.root, "models")
+        named = []
+        for number, model in enumerate(models):
+            place = (*at, number)
+            name = self.named.model(model.model, (*place, "model"))
+            parameters = self._scope(model.parameters, place)
+            named.append((name, SourceSlice(name, parameters=parameters, place=self.named.at(*place, "model"))))
+        self._require_different([name for name, _ in named], at)
         if base is not None and base not in dict(named) and self.method.base in ("input", "first"):
-            named.append((base, {}))
-        ordered = self._ordered(named, base)
-        return whole_models([name for name, _ in ordered], dict(ordered))
+            named.append((base, SourceSlice(base, place=self.named.at("base_model"))))
+        sources = tuple(source for _, source in self._ordered(named, base))
+        return (OutputSlice(sources, place=self.named.at(*at)),)
 
     def _slice(self, file_slice: _Slice, base: str | None, at: tuple[Any, ...]) -> OutputSlice:
         if file_slice.residual_weight is not None:
@@ -228,13 +242,17 @@ class _Reader:
         for index, source in enumerate(file_slice.sources):
             place = (*at, "sources", index)
             name = self.named.model(source.model, (*place, "model"))
-            named.append((name, SourceSlice(name, source.layer_range, self._scope(source.parameters, place))))
+            parameters = self._scope(source.parameters, place)
+            named.append(
+                (name, SourceSlice(name, source.layer_range, parameters, self.named.at(*place, "layer_range")))
+            )
         self._require_different([name for name, _ in named], at)
         sources = tuple(source for _, source in self._ordered(named, base, keep_seed=True))
         parameters = self._scope(file_slice.parameters, at)
         if base is not None and self.method.base == "optional":
             parameters = {"task_vectors": True, **parameters}
-        return OutputSlice(sources, parameters, base if self.method.base in ("optional", "seed") else None)
+        seed = base if self.method.base in ("optional", "seed") else None
+        return OutputSlice(sources, parameters, seed, self.named.at(*at))
 
     def _ordered(
         self, named: Sequence[tuple[str, Any]], base: str | None, keep_seed: bool = False
@@ -253,29 +271,29 @@ class _Reader:
                 raise UserError(f"{self.named.at(*at)}: model '{name}' is given twice")
 
     def _scope(self, parameters: Parameters | None, at: tuple[Any, ...]) -> Scope:
-        """Return parameters under the names of our method."""
+        """Return the `parameters` below a key under the names of our method."""
         scope = {}
         for key, value in (parameters or {}).items():
+            place = self.named.at(*at, "parameters", key)
             if key in self.method.dropped:
                 continue
             if key not in self.known and key != "rescale":
-                self._note_unknown(key, at)
+                self._note_unknown(key, place)
                 continue
             if key != "rescale":
+                with placed(place):
+                    check_setting(key, value)
                 scope[key] = value
             elif not isinstance(value, bool):
-                raise UserError(f"{self.named.at(*at)}: 'rescale' must be true or false, for all tensors")
+                raise UserError(f"{place}: 'rescale' must be true or false, for all tensors")
             elif self.method.rescales:
                 scope[key] = "l1" if value else "none"
             elif value:
-                raise UserError(
-                    f"{self.named.at(*at)}: 'rescale: true' is not supported for '{self.file.merge_method}'"
-                )
+                raise UserError(f"{place}: 'rescale: true' is not supported for '{self.file.merge_method}'")
         return scope
 
-    def _note_unknown(self, key: str, at: tuple[Any, ...]) -> None:
+    def _note_unknown(self, key: str, place: str) -> None:
         """Note a parameter that the method does not have, as such files are common; raises `UserError` for a typo."""
-        place = self.named.at(*at, key) if at[-1] == "parameters" else self.named.at(*at, "parameters", key)
         problem = f"{place}: '{self.file.merge_method}' has no parameter '{key}'"
         if key not in _PARAMETERS and (hint := did_you_mean(key, self.known)):
             raise UserError(f"{problem}{hint}")
@@ -289,15 +307,8 @@ class _Reader:
         source = settings.source if settings is not None else source
         if source is None:
             return "refuse", {}
-        policy = source if source in ("base", "union") else self.named.model(source, ("tokenizer_source",))
-        token_sources = {}
-        for token, token_file in ((settings.tokens if settings is not None else None) or {}).items():
-            if token_file.source is None:
-                continue
-            place = ("tokenizer", "tokens", token)
-            if isinstance(token_file.source, dict) and "kind" in token_file.source:
-                raise UserError(
-                    f"{self.named.at(*place)}: a source of kind '{token_file.source['kind']}' is not supported; name a model"
-                )
-            token_sources[token] = TokenSource(self.named.model(token_file.source, place), token_file.force)
-        return policy, token_sources
+        inputs = tuple(self.named.models)
+        key = ("tokenizer", "source") if settings is not None else ("tokenizer_source",)
+        policy = source if source in ("base", "union") else self.named.model(source, key)
+        tokens = settings.tokens if settings is not None else None
+        return policy, read_token_sources(tokens or {}, self.named, inputs)

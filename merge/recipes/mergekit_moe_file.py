@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
@@ -12,7 +11,8 @@ from ...core.config.problems import first_problem
 from ...core.config.settings import Section
 from ...core.errors import UserError, unknown_name
 from .mergekit_models import NamedModels
-from .recipe import Recipe, whole_models
+from .perturbation import NOISE, RESIDUAL
+from .recipe import OutputSlice, Recipe, SourceSlice
 
 GATES: Mapping[str, tuple[str, Mapping[str, float]]] = {
     "hidden": ("prompt_states", {}),
@@ -32,7 +32,7 @@ class _Expert(Section):
     source_model: Any
     positive_prompts: tuple[str, ...] | None = None
     negative_prompts: tuple[str, ...] | None = None
-    noise_scale: float | None = None
+    noise_scale: float | None = Field(default=None, ge=0)
     residual_scale: float | None = None
 
 
@@ -43,41 +43,43 @@ class _MoeFile(Section):
     dtype: str | None = None
     experts_per_token: int | None = Field(default=None, ge=1)
     """None: 2, or the number of experts if that is smaller."""
-    shared_experts: list[Any] | None = None
+    shared_experts: tuple[_Expert, ...] | None = None
     architecture: str | None = None
     tokenizer_source: Literal["base", "union"] | None = None
+    name: str | None = None
+    """Name of the result in files of several documents."""
 
 
-def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path: Path) -> Recipe:
+def read_mergekit_moe(content: Mapping[str, Any], named: NamedModels) -> Recipe:
     """Return the mixture recipe of a parsed file; raises `UserError` with file, line and key if it is not supported."""
     try:
         file = _MoeFile.model_validate(content)
     except ValidationError as error:
-        raise UserError(first_problem(error, path, lines, _MoeFile)) from None
-    named = NamedModels(path, lines)
+        raise UserError(first_problem(error, named.path, named.lines, _MoeFile)) from None
     _refuse_unsupported(file, named)
     router, router_options = GATES[file.gate_mode]
-    models = {_SEED: named.models[named.model(file.base_model, ("base_model",))]}
-    expert_parameters: dict[str, dict[str, Any]] = {}
-    for number, expert in enumerate(file.experts):
-        source = named.model(expert.source_model, ("experts", number, "source_model"))
+    names_in_file = {_SEED: named.model(file.base_model, ("base_model",))}
+    """Name of a model in the recipe -> its name in the file, where several experts can have the same model."""
+    experts = [(expert, ("experts", number)) for number, expert in enumerate(file.experts)]
+    experts += [(expert, ("shared_experts", number)) for number, expert in enumerate(file.shared_experts or ())]
+    sources: list[SourceSlice] = []
+    for expert, key in experts:
+        source = named.model(expert.source_model, (*key, "source_model"))
         # the same model can occur several times with different prompts
-        names = (source, *(f"{source}#{copy}" for copy in range(2, len(file.experts) + 1)))
-        name = next(name for name in names if name not in expert_parameters)
+        names = (source, *(f"{source}#{copy}" for copy in range(2, len(experts) + 1)))
+        name = next(name for name in names if name not in names_in_file)
+        names_in_file[name] = source
+        parameters = _parameters(expert)
+        if key[0] == "shared_experts":
+            parameters["shared_expert"] = True
         if router in _FROM_PROMPTS and not any(prompt.strip() for prompt in expert.positive_prompts or ()):
             raise UserError(
-                f"{named.at('experts', number)}: gate_mode '{file.gate_mode}' needs positive_prompts (example texts) for "
+                f"{named.at(*key)}: gate_mode '{file.gate_mode}' needs positive_prompts (example texts) for "
                 f"'{expert.source_model}'; add some, or use gate_mode: random"
             )
-        models[name] = named.models[source]
-        prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
-        expert_parameters[name] = {key: list(value) for key, value in prompts.items() if value}
-    parameters = list(expert_parameters.values())
-    if router in _FROM_PROMPTS and len(parameters) > 1 and all(prompts == parameters[0] for prompts in parameters):
-        raise UserError(
-            f"{named.at('experts')}: all experts have the same prompts, so the router cannot distinguish them; change the "
-            "prompts, or use gate_mode: random"
-        )
+        sources.append(SourceSlice(name, parameters=parameters, place=named.at(*key)))
+    if router in _FROM_PROMPTS:
+        _require_different_prompts(file, named)
     options = {
         "router": router,
         "router_options": dict(router_options),
@@ -87,14 +89,44 @@ def read_mergekit_moe(content: Mapping[str, Any], lines: Mapping[Any, int], path
     }
     return Recipe(
         method="mixture",
-        models=models,
-        slices=whole_models(tuple(expert_parameters), expert_parameters),
+        models={name: named.models[source] for name, source in names_in_file.items()},
+        slices=(OutputSlice(tuple(sources), place=named.at("experts")),),
         seed=_SEED,
-        adapter_bases={name: base for name, base in named.adapter_bases.items() if name in expert_parameters},
+        adapter_bases={
+            name: named.adapter_bases[source]
+            for name, source in names_in_file.items()
+            if source in named.adapter_bases and name != _SEED
+        },
+        references={
+            f"{prefix}{name}": named.references[f"{prefix}{source}"]
+            for prefix in ("", "base of ")
+            for name, source in names_in_file.items()
+            if f"{prefix}{source}" in named.references
+        },
         scopes=(options,),
         dtype=named.dtype(file.dtype, "dtype"),
         tokenizer=file.tokenizer_source or "refuse",
     )
+
+
+def _parameters(expert: _Expert) -> dict[str, Any]:
+    """Return the options of an expert, without those that change nothing."""
+    prompts = {"positive_prompts": expert.positive_prompts, "negative_prompts": expert.negative_prompts}
+    parameters: dict[str, Any] = {key: list(value) for key, value in prompts.items() if value}
+    if expert.noise_scale:
+        parameters[NOISE] = expert.noise_scale
+    if expert.residual_scale not in (None, 1):
+        parameters[RESIDUAL] = expert.residual_scale
+    return parameters
+
+
+def _require_different_prompts(file: _MoeFile, named: NamedModels) -> None:
+    prompts = [(expert.positive_prompts or (), expert.negative_prompts or ()) for expert in file.experts]
+    if len(prompts) > 1 and all(others == prompts[0] for others in prompts):
+        raise UserError(
+            f"{named.at('experts')}: all experts have the same prompts, so the router cannot distinguish them; change the "
+            "prompts, or use gate_mode: random"
+        )
 
 
 def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
@@ -103,12 +135,8 @@ def _refuse_unsupported(file: _MoeFile, named: NamedModels) -> None:
             f"{named.at('experts_per_token')}: 'experts_per_token' is {file.experts_per_token}, but there are only "
             f"{len(file.experts)} experts"
         )
-    if file.shared_experts:
-        raise UserError(f"{named.at('shared_experts')}: 'shared_experts' is not supported; all experts are routed")
-    for number, expert in enumerate(file.experts):
-        for key in ("noise_scale", "residual_scale"):
-            if getattr(expert, key) not in (None, 0 if key == "noise_scale" else 1):
-                raise UserError(f"{named.at('experts', number, key)}: '{key}' is not supported")
+    if len(file.shared_experts or ()) > 1:
+        raise UserError(f"{named.at('shared_experts')}: more than one shared expert is not supported; keep one")
     if file.gate_mode not in GATES:
         raise UserError(
             f"{named.at('gate_mode')}: {unknown_name('gate_mode', file.gate_mode, GATES, listed_as='there are')}"

@@ -45,14 +45,33 @@ def evaluate(key: str, setting: Setting, tensor: str, depth: float) -> Any:
         setting = [setting]
     if not isinstance(setting, list | tuple):
         return setting
+    check_setting(key, setting)
+    if isinstance(setting[0], Mapping):
+        return _first_match(key, setting, tensor, depth)
+    return _interpolate(list(setting), depth)
+
+
+def check_setting(key: str, setting: Setting) -> None:
+    """Raise `UserError` for a setting that is neither a value, a gradient nor a list of conditions."""
+    if isinstance(setting, Mapping):
+        setting = [setting]
+    if not isinstance(setting, list | tuple):
+        return
     if not setting:
         raise UserError(f"parameter '{key}' is an empty list; give a number, or numbers for a gradient")
-    conditional = [isinstance(item, Mapping) for item in setting]
-    if any(conditional):
-        if not all(conditional):
-            raise UserError(f"parameter '{key}' mixes numbers and {{filter, value}}; use only one of the two")
-        return _first_match(key, setting, tensor, depth)
-    return _interpolate(key, list(setting), depth)
+    if any(isinstance(item, list | tuple) for item in setting):
+        raise UserError(f"parameter '{key}' is a list of lists; a gradient is a list of numbers")
+    conditions = [item for item in setting if isinstance(item, Mapping)]
+    if conditions and len(conditions) < len(setting):
+        raise UserError(f"parameter '{key}' mixes numbers and {{filter, value}}; use only one of the two")
+    for condition in conditions:
+        is_filter = isinstance(condition.get("filter"), str | None)
+        if "value" not in condition or set(condition) - _KEYS or not is_filter:
+            raise UserError(
+                f"parameter '{key}': {dict(condition)} is not a condition; write {{filter: mlp, value: 0.5}}"
+            )
+        if isinstance(condition["value"], list | tuple):
+            check_setting(key, condition["value"])
 
 
 def is_varied(setting: Setting) -> bool:
@@ -62,10 +81,6 @@ def is_varied(setting: Setting) -> bool:
 
 def _first_match(key: str, conditions: Iterable[Mapping[str, Any]], tensor: str, depth: float) -> Any:
     for condition in conditions:
-        if "value" not in condition or set(condition) - _KEYS:
-            raise UserError(
-                f"parameter '{key}': {dict(condition)} is not a condition; write {{filter: mlp, value: 0.5}}"
-            )
         if matches(condition.get("filter"), tensor):
             value = condition["value"]
             return evaluate(key, value, tensor, depth) if isinstance(value, list | tuple) else value
@@ -79,11 +94,9 @@ def matches(pattern: str | None, tensor: str) -> bool:
     return any(wildcard in pattern for wildcard in "*?[") and fnmatchcase(tensor, pattern)
 
 
-def _interpolate(key: str, points: list[Any], depth: float) -> Any:
+def _interpolate(points: list[Any], depth: float) -> Any:
     """Return the value at `depth`: interpolated linearly for numbers, piecewise constant otherwise."""
     if not all(isinstance(point, int | float) and not isinstance(point, bool) for point in points):
-        if any(isinstance(point, list | tuple) for point in points):
-            raise UserError(f"parameter '{key}' is a list of lists; a gradient is a list of numbers")
         return points[int(depth * (len(points) - 1))]
     position = depth * (len(points) - 1)
     left = int(position)

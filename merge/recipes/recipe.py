@@ -27,6 +27,8 @@ class SourceSlice:
     layers: tuple[int, int] | None = None
     """Half-open range of layers; None: all layers."""
     parameters: Scope = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+    """`FILE:LINE` of the file that the recipe was read from; no part of the merge."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,21 @@ class OutputSlice:
     parameters: Scope = field(default_factory=dict)
     seed: str | None = None
     """Name of the seed of this slice; None: the seed of the recipe."""
+    place: str = field(default="", compare=False)
+    """`FILE:LINE` of the file that the recipe was read from; no part of the merge."""
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Source model of the embedding of one token; with `force`, also for models that have the token."""
+    """Source of the embedding of one token; with `force`, also for models that have the token."""
 
-    model: str
+    model: str | None
+    """None: zeros."""
     force: bool = False
+    token: str | int | None = None
+    """Another token of the model, or its id, whose embedding is used; None: the same token."""
+    place: str = field(default="", compare=False)
+    """`FILE:LINE` of the file that the recipe was read from; no part of the merge."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,9 @@ class Recipe:
     tokens: Mapping[str, TokenSource] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     chat_template: str | None = None
+    references: Mapping[str, str] = field(default_factory=dict)
+    """Model name, or `base of NAME` for the base of an adapter -> its name on the hub with the commit
+    (`owner/name@commit`), or its relative path, from which a repetition of the merge finds it."""
     notes: tuple[str, ...] = ()
     """Remarks on the file that the recipe was read from; no part of the merge."""
 
@@ -97,6 +109,10 @@ def recipe_as_json(recipe: Recipe) -> dict[str, Any]:
     """Return the JSON form of a recipe for a manifest, with model names but no folders."""
     content = asdict(recipe)
     del content["notes"]
+    output_slices = content["slices"]
+    sources = [source for output_slice in output_slices for source in output_slice["sources"]]
+    for placed in (*output_slices, *sources, *content["tokens"].values()):
+        del placed["place"]
     content["models"] = list(recipe.models)
     content["adapter_bases"] = {name: folder.name for name, folder in recipe.adapter_bases.items()}
     return dict(json.loads(json.dumps(content)))  # tuples become lists, as after reading
@@ -112,7 +128,13 @@ def change_models(content: Mapping[str, Any], remove: Collection[str], add: Coll
         }
         for output_slice in content["slices"]
     ]
-    return {**content, "models": [*(name for name in content["models"] if name not in remove), *add], "slices": slices}
+    models = [*(name for name in content["models"] if name not in remove), *add]
+    references = {
+        name: reference
+        for name, reference in content.get("references", {}).items()
+        if name.removeprefix("base of ") in models
+    }
+    return {**content, "models": models, "slices": slices, "references": references}
 
 
 def recipe_from_json(content: Mapping[str, Any], models: Mapping[str, Path]) -> Recipe:

@@ -19,6 +19,7 @@ from ...core.artefacts.files import read_json
 from ...core.artefacts.numeric import decode
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
+from ...core.models.stored_names import loaded_names
 from .tensor_names import embedding_name
 
 if TYPE_CHECKING:
@@ -235,7 +236,16 @@ class _Matcher:
         longer_names = [base_name for base_name in self.base if base_name.endswith(f".{name}")]
         if len(longer_names) == 1:
             return self.base[longer_names[0]]
+        file_name = self._names_in_memory.get(name)
+        if file_name is not None:
+            return self.base[file_name]
         raise self._refusal(f"it changes '{name}' (by '{key}'), which the base model does not have")
+
+    @cached_property
+    def _names_in_memory(self) -> dict[str, str]:
+        """Tensors of the base model by their names in memory, which adapters have, where its files have others."""
+        folder = next(entry.file.parent for entry in self.base.values())
+        return {memory: name for name, (memory, is_whole) in loaded_names(folder, self.base).items() if is_whole}
 
     def _refusal(self, reason: str) -> UserError:
         base = next((entry.file.parent for entry in self.base.values()), "its base")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.models.loading import ExpertTensors, seed_of
+from ..recipes.perturbation import Perturbation
 from .adapters import ADAPTER_CONFIG, Adapter
 from .quantized import BlockScales, block_scales, is_scale
-from .tensor_names import HEADS, embedding_name, head_name, layer_names
+from .tensor_names import HEADS, aligned_names, embedding_name, head_name, layer_names
 
-DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
-"""Name suffixes of buffers in old checkpoints that models recompute."""
+DERIVED = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
+"""Name suffixes of buffers in old checkpoints that models recompute; `.attn.c_attn.bias` is not one."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class StoredTensor:
     """Adapter to apply to the tensor; None: no adapter."""
     scales: BlockScales | None = None
     """Scales of a quantized tensor; None: the stored numbers are the weights."""
+    perturbation: Perturbation | None = None
+    """Noise and factor for the numbers; None: neither."""
 
     @property
     def is_plain(self) -> bool:
         """Whether the stored numbers are used as they are."""
-        return self.adapter is None and self.scales is None
+        return self.adapter is None and self.scales is None and self.perturbation is None
 
     @property
     def name(self) -> str:
@@ -66,6 +69,8 @@ class Source:
     manifest: Manifest | None = None
     seed: Source | None = None
     """Seed of the merge, or the given base model of an adapter."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Tensors with another name in the leading model -> that name."""
 
     @cached_property
     def base(self) -> Source | None:
@@ -139,10 +144,15 @@ class Source:
         copies = self._tied_heads(entries) if self.base is None else ()
         scales = block_scales(self.folder, self.config, entries) if self.base is None else {}
         return {
-            name: StoredTensor(entry, expected.get(name), scales=scales.get(name))
+            self.renamed.get(name, name): StoredTensor(
+                self._renamed(entry), expected.get(name), scales=scales.get(name)
+            )
             for name, entry in entries.items()
             if name not in copies and not is_scale(name, scales)
         }
+
+    def _renamed(self, entry: TensorEntry) -> TensorEntry:
+        return replace(entry, name=self.renamed[entry.name]) if entry.name in self.renamed else entry
 
     def _tied_heads(self, entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
         """Return the stored output heads that repeat the embedding; loading ties these, but keeps a different head."""
@@ -191,7 +201,8 @@ class Source:
         """Return the digest of a model without a manifest; `read` holds digests computed during a merge."""
         if self.adapter is not None:
             return self.adapter.digest
-        known = {name: read[entry] for name, entry in self.checkpoint.entries.items() if entry in read}
+        entries = {name: self._renamed(entry) for name, entry in self.checkpoint.entries.items()}
+        known = {name: read[entry] for name, entry in entries.items() if entry in read}
         return digest_of_tensors(digests_of_untouched(self.checkpoint, known))
 
 
@@ -239,4 +250,24 @@ def open_sources(
             if adapter_bases is not None and name in adapter_bases:
                 base = open_source(f"base of {name}", adapter_bases[name])
             sources[name] = open_source(name, folder, base, allow_containers=allow_containers)
-    return sources
+    return _with_aligned_names(sources)
+
+
+def _with_aligned_names(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the models, with the tensor names of the first one for whole models that have others."""
+    first = next(iter(sources.values())).root
+    aligned = dict(sources)
+    for name, source in sources.items():
+        if source.kind in ("model", "generalist") and source.folder != first.folder and _is_same_class(source, first):
+            renamed = aligned_names((first.folder, first.tensors), (source.folder, source.tensors), DERIVED)
+            aligned[name] = replace(source, renamed=renamed) if renamed else source
+    return aligned
+
+
+def _is_same_class(first: Source, second: Source) -> bool:
+    """Return whether two models have the same class of transformers."""
+    folders = (first.folder, second.folder)
+    if not all((folder / "config.json").is_file() for folder in folders):
+        return False  # reading their tensors reports it
+    kinds = {str(model.config.get("model_type")) for model in (first, second)}
+    return len(kinds) == 1 and not kinds.pop().startswith("expertctl_")

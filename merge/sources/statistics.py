@@ -55,4 +55,10 @@ def _open(source: Source, kind: str, layout: Layout | None) -> dict[str, StoredT
         )
     digests = manifest.get("tensors", {})
     checkpoint = Checkpoint([folder / STATISTICS_WEIGHTS])
+    for tensor in checkpoint:
+        if tensor not in source.tensors:  # without its statistics, a tensor would be averaged plainly
+            raise UserError(
+                f"the {kind} statistics in {folder} are of tensor '{tensor}', which the files of expert '{name}' do not have: "
+                "its family is converted at loading; choose a merge method without statistics, such as linear"
+            )
     return {tensor: StoredTensor(entry, digests.get(tensor)) for tensor, entry in checkpoint.entries.items()}

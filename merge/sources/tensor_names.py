@@ -6,7 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from ...core.errors import UserError
+from ...core.models.stored_names import loaded_names
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 TOKEN_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -64,3 +68,33 @@ def embedding_name(tensors: Mapping[str, Any]) -> str | None:
 def head_name(tensors: Mapping[str, Any]) -> str | None:
     """Return the name of the output head; None if it is tied to the embedding."""
     return next((name for name in HEADS if name in tensors), None)
+
+
+def aligned_names(
+    leading: tuple[Path, Iterable[str]], other: tuple[Path, Iterable[str]], ignored: tuple[str, ...]
+) -> dict[str, str]:
+    """Return the tensors of another checkpoint (folder, names) whose names differ from the leading one's -> its names.
+
+    Checkpoints of a family come under several names, such as with and without a prefix. `ignored` are suffixes of tensors
+    that do not count. Raises `UserError` if they store the same tensors in another layout.
+    """
+    names = [[name for name in part if not f".{name}".endswith(ignored)] for _, part in (leading, other)]
+    if _kinds(names[0]) == _kinds(names[1]):
+        return {}
+    loaded = [loaded_names(folder, part) for (folder, _), part in zip((leading, other), names, strict=True)]
+    by_memory = {memory: name for name, (memory, _) in loaded[0].items()}
+    for name, (memory, is_whole) in loaded[1].items():
+        if memory in by_memory and is_whole != loaded[0][by_memory[memory]][1]:
+            raise UserError(
+                f"{leading[0]} and {other[0]} store the same tensors in different layouts ('{by_memory[memory]}', '{name}'); "
+                "load the latter with from_pretrained and save it again with save_pretrained, and import a seed again"
+            )
+    renamed = {
+        name: by_memory[memory] for name, (memory, is_whole) in loaded[1].items() if is_whole and memory in by_memory
+    }
+    return {name: target for name, target in renamed.items() if name != target}
+
+
+def _kinds(names: Iterable[str]) -> set[str]:
+    """Return the names without numbers, which are the same for models of different depth."""
+    return {re.sub(r"\d+", "#", name) for name in names}

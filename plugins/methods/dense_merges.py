@@ -22,9 +22,10 @@ from ...merge.dense.task_vectors.breadcrumbs import BreadcrumbsOptions, breadcru
 from ...merge.dense.task_vectors.dare import DareOptions, dare
 from ...merge.dense.task_vectors.della import DellaOptions, della
 from ...merge.dense.task_vectors.nearswap import NearswapOptions, nearswap
+from ...merge.dense.task_vectors.ram import RamOptions, RamPlusOptions, ram, ram_plus
 from ...merge.dense.task_vectors.sce import SceOptions, sce
 from ...merge.dense.task_vectors.task_arithmetic import TaskArithmeticOptions, task_arithmetic
-from ...merge.dense.task_vectors.ties import TiesOptions, ties
+from ...merge.dense.task_vectors.ties import TIES_SURVEY, TiesOptions, ties
 
 
 def _dense(merge: Any, options: type, summary: str, name: str | None = None, **fields: Any) -> MergeMethod:
@@ -60,7 +61,7 @@ def merge_methods() -> list[MergeMethod]:
         ),
         _dense(karcher, KarcherOptions, "Riemannian mean of several models on the sphere", uses_seed=False),
         _dense(task_arithmetic, TaskArithmeticOptions, "seed plus weighted sum of task vectors", elementwise=True),
-        _dense(ties, TiesOptions, "seed plus trimmed task vectors with sign election"),
+        _dense(ties, TiesOptions, "seed plus trimmed task vectors with sign election", survey=TIES_SURVEY),
         _dense(partial(dare, elect=False), DareOptions, "seed plus randomly sparsified task vectors", "dare_linear"),
         _dense(partial(dare, elect=True), DareOptions, "dare_linear with sign election", "dare_ties"),
         _dense(partial(della, elect=True), DellaOptions, "della_linear with sign election", "della"),
@@ -83,6 +84,18 @@ def merge_methods() -> list[MergeMethod]:
             sce,
             SceOptions,
             "seed plus high-variance elements of task vectors, weighted by their norms, with sign election",
+        ),
+        _dense(
+            ram,
+            RamOptions,
+            "seed plus the mean task vector of the experts that changed an element",
+            elementwise=True,
+        ),
+        _dense(
+            ram_plus,
+            RamPlusOptions,
+            "ram with amplified elements that only one expert changed",
+            "ramplus_tl",
         ),
         _dense(
             model_stock,

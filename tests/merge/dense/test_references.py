@@ -213,6 +213,19 @@ def naive_arcee_fusion(group: TensorGroup) -> Array:
     return seed + (expert - seed) * (importance >= middle + 1.5 * (high - low) - 1e-9)
 
 
+def naive_ram(group: TensorGroup, r: float = 0.0, alpha: float = 0.0) -> Array:
+    seed, experts, _ = wide(group)
+    deltas = [(x.astype("f4") - seed.astype("f4")).astype("f8") for x in experts]
+    changed = np.stack([np.abs(delta) > 0.3 for delta in deltas])
+    count = changed.sum(axis=0)
+    mix = np.zeros_like(seed)
+    for delta, mask in zip(deltas, changed, strict=True):
+        shared, unique = (mask & (count > 1)).sum(), (mask & (count == 1)).sum()
+        factor = 1 + r * min(shared / unique, alpha) if unique else 1.0
+        mix = mix + np.where(count == 1, factor, 1 / np.maximum(count, 1)) * mask * delta
+    return seed + mix
+
+
 THREE = (0.5, 1.25, 2.0)
 CASES: list[tuple[str, dict[str, Any], Callable[[TensorGroup], Array], int, tuple[float, ...]]] = [
     ("linear", {}, naive_linear, 3, THREE),
@@ -226,6 +239,9 @@ CASES: list[tuple[str, dict[str, Any], Callable[[TensorGroup], Array], int, tupl
     ("breadcrumbs", {"density": 0.6, "gamma": 0.1}, naive_breadcrumbs, 3, THREE),
     ("sce", {}, naive_sce, 3, THREE),
     ("model_stock", {}, naive_model_stock, 3, THREE),
+    ("ram", {"epsilon": 0.3}, naive_ram, 3, THREE),
+    ("ramplus_tl", {"epsilon": 0.3, "r": 0.5, "alpha": 2}, lambda group: naive_ram(group, 0.5, 2), 3, THREE),
+    ("ramplus_tl", {"epsilon": 0.3, "r": 0.5, "alpha": 0.4}, lambda group: naive_ram(group, 0.5, 0.4), 3, THREE),
     ("nearswap", {"t": 0.1}, naive_nearswap, 1, (1.0,)),
     ("slerp", {"t": 0.3}, naive_slerp, 2, (1.0, 1.0)),
     ("nuslerp", {"nuslerp_flatten": False, "task_vectors": True}, naive_nuslerp_rows, 2, (1.0, 3.0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from toy_models import random_tensors, tensors_of, write_model
 from expertctl.core.errors import UserError
 from expertctl.merge.merging import merge_recipe, plan_recipe
 from expertctl.merge.recipes.mergekit_file import METHODS, read_mergekit
+from expertctl.merge.recipes.recipe import TokenSource
 from expertctl.merge.remaking.reproducing import reproduce
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "mergekit"
@@ -180,7 +182,10 @@ def test_adapters_are_named_by_their_base(read: Any, tmp_path: Path) -> None:
         ({"merge_method": "linear", "models": TWO, "modles": []}, r":\d+: unknown key 'modles' \(did you mean 'modules'"),
         ({"merge_method": "linear"}, "give exactly one of 'models', 'slices' and 'modules'"),
         ({"merge_method": "ties", "models": TWO}, "needs a base_model"),
-        ({"merge_method": "linear", "models": [{"model": "org/name"}]}, "hf download org/name --local-dir name"),
+        ({"merge_method": "linear", "models": [{"model": "org/name"}]}, r":3: there is no folder org/name and .* hf download org/name$"),
+        ({"merge_method": "linear", "models": [{"model": "org/name@v2"}]}, "hf download org/name --revision v2$"),
+        ({"merge_method": "linear", "models": [{"model": "nowhere"}]}, "there is no folder nowhere$"),
+        ({"merge_method": "linear", "models": [{"model": "a@v2"}]}, "a is a folder, which has no revision 'v2'; remove '@v2'"),
         ({"merge_method": "linear", "models": [TWO[0], TWO[0]]}, "model 'a' is given twice"),
         ({"merge_method": "linear", "models": TWO, "dtype": "int3"}, ":[0-9]+: 'int3' is not a supported dtype"),
         ({"merge_method": "linear", "models": TWO, "tokenizer_source": "base", "tokenizer": {}}, "not both"),
@@ -189,9 +194,33 @@ def test_adapters_are_named_by_their_base(read: Any, tmp_path: Path) -> None:
             "'rescale: true' is not supported for 'ties'",
         ),
         (
-            {"merge_method": "linear", "models": TWO, "tokenizer": {"tokens": {"x": {"source": {"kind": "zero"}}}}},
-            "kind 'zero' is not supported",
+            {"merge_method": "linear", "models": TWO, "tokenizer": {"tokens": {"x": {"source": {"kind": "zreo"}}}}},
+            r":12: no kind of source 'zreo' \(did you mean 'zero'",
         ),
+        (
+            {"merge_method": "linear", "models": TWO, "tokenizer": {"tokens": {"x": {"force": True}}}},
+            ":11: token 'x' has no source; name a model",
+        ),
+        (
+            {"merge_method": "linear", "models": TWO, "tokenizer": {"tokens": {"x": {"source": "base"}}}},
+            ":11: the row of token 'x' comes from 'base', which is not one of the merged models: a, b",
+        ),
+        (
+            {"merge_method": "linear", "models": TWO, "tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}},
+            "needs a 'model', and one of 'token' and 'token_id'",
+        ),
+        (
+            {"merge_method": "linear", "models": TWO, "tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "a", "token_id": "5"}}}}},
+            "'token' must be a text, and 'token_id' a number",
+        ),
+        (
+            {"merge_method": "linear", "models": TWO, "tokenizer": {"tokens": {"x": {"source": {"kind": "zero", "model": "a"}}}}},
+            "a source of kind 'zero' has no key 'model'",
+        ),
+        ({"merge_method": "linear", "models": TWO, "chat_template": "chatlm"}, r":9: no chat_template 'chatlm' \(did you mean 'chatml'"),
+        ({"merge_method": "linear", "models": TWO, "parameters": {"weight": [1, {"value": 2}]}}, ":10: parameter 'weight' mixes numbers and"),
+        ({"merge_method": "linear", "models": TWO, "parameters": {"weight": []}}, ":10: parameter 'weight' is an empty list"),
+        ({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": [{"filter": 1, "value": 2}]}}]}, ":5: parameter 'weight': .* is not a condition"),
         (
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 1]}], "residual_weight": 0.5}]},
             "'residual_weight' is not supported",
@@ -202,6 +231,85 @@ def test_unknown_keys_are_refused_by_name(read: Any, content: dict[str, Any], pa
     with pytest.raises(UserError, match=part) as caught:
         read(**content)
     assert "\n" not in str(caught.value)
+
+
+def slices_of(*sources: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"sources": list(sources)}]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (
+            {"merge_method": "linear", "models": [TWO[0], {"model": "b"}]},
+            r":6: .* needs the parameter 'weight', .* of 'b'$",
+        ),
+        (
+            {"merge_method": "linear", "models": [TWO[0], {"model": "b", "parameters": {"weight": "two"}}]},
+            ":6: the weight of 'b' is 'two', which is not a number$",
+        ),
+        (
+            {"merge_method": "slerp", "base_model": "base", "models": [{"model": "a"}]},
+            r":3: .* needs the parameter 't', which is not set for tensor '",
+        ),
+        (
+            {"merge_method": "nearswap", "base_model": "base", "models": [{"model": "a"}, {"model": "b"}], "parameters": {"t": 1}},
+            r":3: merge method 'nearswap' takes 1 expert, but this merge has 2: a, b$",
+        ),
+        (
+            {"merge_method": "ties", "base_model": "base", "models": TWO, "parameters": {"density": 3}},
+            r":3: merge method 'ties': .*density is 3",
+        ),
+        (
+            {"merge_method": "passthrough", "slices": slices_of({"model": "a", "layer_range": [0, 9]})},
+            r":5: layer_range \[0, 9\] of 'a' is out of range: .* has 4 layers$",
+        ),
+        (
+            {"merge_method": "passthrough", "slices": [*slices_of({"model": "a", "layer_range": [0, 1]}), *slices_of({"model": "b", "layer_range": [3, 2]})]},
+            r":10: layer_range \[3, 2\] of 'b' is out of range",
+        ),
+        (
+            {"merge_method": "linear", "slices": slices_of(
+                {"model": "a", "layer_range": [0, 2], "parameters": {"weight": 1}}, {"model": "b", "layer_range": [0, 1], "parameters": {"weight": 1}}
+            )},
+            ":3: 'b' has 1 layers where 'a' has 2",
+        ),
+        (
+            {"merge_method": "linear", "modules": {"default": {"models": [TWO[0], {"model": "b"}]}}},
+            r":8: .* needs the parameter 'weight', .* of 'b'$",
+        ),
+        (
+            {"merge_method": "linear", "models": [TWO[0], {"model": "b", "parameters": {"weight": 1, "normalize": True}}]},
+            ":6: option 'normalize' of merge method 'linear' applies to all experts",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_that_only_the_models_show_have_their_line_too(read: Any, content: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError, match=f"recipe.yml{part}") as caught:
+        plan_recipe(read(**content), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_places_are_no_part_of_a_recipe(read: Any, tmp_path: Path) -> None:
+    recipe = read(merge_method="linear", models=TWO)
+    assert recipe == read(text="# moved\n\n" + (tmp_path / "recipe.yml").read_text())
+    manifest = merge_recipe(recipe, tmp_path / "out")
+    assert "recipe.yml" not in json.dumps(manifest.merged.recipe)
+    assert reproduce(manifest, tmp_path / "out").same
+
+
+def test_sources_of_tokens(read: Any) -> None:
+    tokens = {
+        "<a>": {"source": {"kind": "zero"}},
+        "<b>": {"source": {"kind": "model_token", "model": "a", "token": "the"}, "force": True},
+        "<c>": {"source": {"kind": "model_token", "model": {"path": "b"}, "token_id": 3}},
+    }
+    recipe = read(merge_method="linear", models=TWO, tokenizer={"source": "base", "tokens": tokens})
+    assert recipe.tokens == {
+        "<a>": TokenSource(None),
+        "<b>": TokenSource("a", force=True, token="the"),
+        "<c>": TokenSource("b", token=3),
+    }
 
 
 def test_yaml_that_is_none_is_refused_by_line(read: Any) -> None:
