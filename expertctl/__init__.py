@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.merging import Assembly as Assembly
     from expertctl.core.hooks.merging import AssemblyInputs as AssemblyInputs
     from expertctl.core.hooks.merging import BuiltModel as BuiltModel
+    from expertctl.core.hooks.merging import KeptElements as KeptElements
     from expertctl.core.hooks.merging import MergeInputs as MergeInputs
     from expertctl.core.hooks.merging import MergeMethod as MergeMethod
     from expertctl.core.hooks.merging import ModelBuilder as ModelBuilder
     from expertctl.core.hooks.merging import OpenedModel as OpenedModel
     from expertctl.core.hooks.merging import PerExpert as PerExpert
     from expertctl.core.hooks.merging import PlannedTensor as PlannedTensor
+    from expertctl.core.hooks.merging import Survey as Survey
     from expertctl.core.hooks.merging import TensorGroup as TensorGroup
     from expertctl.core.hooks.merging import TensorMerge as TensorMerge
     from expertctl.core.hooks.mixtures import Architecture as Architecture
@@ -79,8 +81,8 @@ _HOMES = {
     "core.hooks.evaluation": "Evaluator Metric Score",
     "core.hooks.events": "ExpertFinished MergeFinished TrainingStep",
     "core.hooks.hookspecs": "hookimpl",
-    "core.hooks.merging": "Assembler Assembly AssemblyInputs BuiltModel MergeInputs MergeMethod ModelBuilder "
-    "OpenedModel PerExpert PlannedTensor TensorGroup TensorMerge",
+    "core.hooks.merging": "Assembler Assembly AssemblyInputs BuiltModel KeptElements MergeInputs MergeMethod ModelBuilder "
+    "OpenedModel PerExpert PlannedTensor Survey TensorGroup TensorMerge",
     "core.hooks.mixtures": "Architecture MixtureShape MixtureTarget RouterInputs RouterRows RouterStart",
     "core.hooks.text": "CorpusFormat DiscoveryInputs Document DocumentOrder DomainDiscoverer FoundDomains ValidationText",
     "core.hooks.training": "Launcher PrivateReleases TrainablePart Trainer TrainingContext TrainingText",

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.artefacts.files import new_folder, write_json, write_text
 from ..core.artefacts.safetensors_io import torch_dtype, write_tensors
 from ..core.errors import UserError
+from ..core.models.stored_names import loaded_names
 from ..core.reporting import SILENT, Reporter, reported
 from .engine.reading import Reader
 from .recipes.parameters import matches
@@ -76,7 +77,8 @@ def extract_adapter(
     base_source = open_source("base", base)
     model_source = open_source("model", model, base_source)
     names = _changed_names(base_source, model_source)
-    targeted = [name for name in names if _is_target(name, model_source.tensors[name], targets)]
+    in_memory = _names_in_memory(base_source)
+    targeted = [name for name in names if name in in_memory and _is_target(name, model_source.tensors[name], targets)]
     factors: dict[str, Tensor] = {}
     extractions: list[TensorExtraction] = []
     squared_error = squared_norm = 0.0
@@ -90,13 +92,15 @@ def extract_adapter(
             squares = float((delta**2).sum())
             if squares > 0:
                 b, a, error = _factorise(delta, rank, energy)
-                module = name.removesuffix(_WEIGHT)
+                module = in_memory[name].removesuffix(_WEIGHT)
                 factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-                extractions.append(TensorExtraction(name, a.shape[0], error))
+                extractions.append(TensorExtraction(in_memory[name], a.shape[0], error))
                 squared_error, squared_norm = squared_error + error**2 * squares, squared_norm + squares
         others = [name for name in names if name not in targeted and float(abs(difference(name)).max()) > 0]
         saved = {
-            name: torch.from_numpy(reader.read(model_source.tensors[name])) for name in (others if save_rest else ())
+            in_memory[name]: torch.from_numpy(reader.read(model_source.tensors[name]))
+            for name in (others if save_rest else ())
+            if name in in_memory
         }
     if not extractions and not saved:
         raise UserError(f"nothing to extract: {model} and {base} have the same tensors in '{targets}'")
@@ -104,7 +108,7 @@ def extract_adapter(
         tuple(extractions),
         math.sqrt(squared_error / squared_norm) if squared_norm else 0.0,
         tuple(saved),
-        () if save_rest else tuple(others),
+        tuple(name for name in others if in_memory.get(name) not in saved),
     )
     with new_folder(output, force=force, what="adapter") as partial:
         _write(partial, base, factors | saved, report, dtype)
@@ -123,6 +127,13 @@ def _changed_names(base: Source, model: Source) -> list[str]:
                 f"tensor '{name}' is {list(model_tensor.shape)} in {model.folder}, but {list(base_tensor.shape)} in {base.folder}"
             )
     return [name for name, tensor in model.tensors.items() if tensor != base.tensors[name]]
+
+
+def _names_in_memory(base: Source) -> dict[str, str]:
+    """Return the names in memory, which adapters have, of the tensors that are not only a part of one in memory."""
+    loaded = loaded_names(base.model_folder, base.tensors)
+    names = {name: loaded.get(name, (name, True)) for name in base.tensors}
+    return {name: memory for name, (memory, is_whole) in names.items() if is_whole}
 
 
 def _is_target(name: str, tensor: StoredTensor, targets: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..options import flag, option, path, with_options
 from ..summaries import artefact_content, artefact_line
 
 if TYPE_CHECKING:
+    from ...core.hooks.text import ValidationText
     from ...core.manifests.manifest import Manifest
     from ...merge.mixture.changing import Change
 
@@ -101,9 +102,16 @@ def _change(
             raise click.UsageError("--retrain needs a generalist of this workspace; give its name with -o")
         _require_stitches(folder)
         start = layout.generalists / f"{target.name}-untrained"
+
+    def validation() -> Sequence[ValidationText]:
+        data = session.open().data
+        return data.validation(data.trained_domains(change.joining.values()))
+
     with session.progress() as reporter:
         run = MergeRun(force=force, resume=resume, allow_licences=allow_licences, reporter=reporter)
-        manifest = change_experts(folder, start, change, layout=layout, run=run)
+        manifest = change_experts(
+            folder, start, change, layout=layout, run=run, validation=validation if layout is not None else tuple
+        )
     if retrain:
         manifest = _retrained(session, target.name, start, change, force)
     session.finish(

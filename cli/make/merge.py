@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from ..group import cli_command
 from ..options import choice, flag, integer, name_list, option, pairs, path
 from ..output import Table
 from ..parsing import as_dictionary, byte_count, weights
-from ..summaries import artefact_content, origin, show_artefact
+from ..summaries import artefact_content, artefact_line, origin, show_artefact
 
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ...core.manifests.manifest import Manifest
     from ...merge.merging import MergeRun
     from ...merge.planning.plan import MergePlan
+    from ...merge.recipes.mergekit_documents import Stage
 
 
 @cli_command("merge", example="expertctl merge forest --method ensemble --experts code,law --option top_k=1")
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 @path(
     "--config",
     "FILE",
-    "Merge according to a mergekit configuration file, into -o DIR; needs no workspace.",
+    "Merge according to a mergekit configuration file, into -o DIR, or into a folder in DIR for each of several documents; "
+    "needs no workspace.",
     file=True,
     name="file",
 )
@@ -163,25 +166,69 @@ def _refuse_with_file(name: str | None, settings: dict[str, Any]) -> None:
 
 
 def _merge_file(session: Session, file: Path, output: Path | None, run: MergeRun, plan_only: bool) -> None:
-    from ...merge.merging import merge_recipe, plan_recipe
-    from ...merge.recipes.mergekit_file import read_mergekit
+    """Run or plan the merges of a mergekit configuration file."""
+    from ...merge.recipes.mergekit_documents import read_stages
 
-    recipe = read_mergekit(file)
-    if plan_only:
-        _show_plan(session, plan_recipe(recipe, output, run=run), output)
-        return
-    if output is None:
+    if output is None and not plan_only:
         raise click.UsageError("--config needs an output folder: -o DIR")
+    stages = read_stages(file, output if output is not None else Path())
+    folders = [stage.folder if output is not None else None for stage in stages]
+    if plan_only:
+        _show_plans(session, stages, folders, run)
+    else:
+        _merge_stages(session, stages, run)
+
+
+def _merge_stages(session: Session, stages: Sequence[Stage], run: MergeRun) -> None:
+    from ...merge.merging import merge_recipe
+    from ...merge.remaking.stages import merge_stages
+
     with session.progress() as reporter:
-        manifest = merge_recipe(recipe, output, run=replace(run, reporter=reporter))
-    show_artefact(session, output, manifest, origin(manifest))
+        run = replace(run, reporter=reporter)
+        if len(stages) > 1:
+            manifests = merge_stages(stages, run)
+        else:
+            manifests = [merge_recipe(stages[0].recipe, stages[0].folder, run=run)]
+    results = [(stage.folder, manifest) for stage, manifest in zip(stages, manifests, strict=True)]
+    if len(stages) == 1:
+        show_artefact(session, *results[0], origin(manifests[0]))
+        return
+    lines = [f"{artefact_line(folder, manifest)}: {origin(manifest)}" for folder, manifest in results]
+    session.finish({"merges": [artefact_content(folder, manifest) for folder, manifest in results]}, *lines)
 
 
 def _show_plan(session: Session, plan: MergePlan, output: Path | None) -> None:
-    from ...merge.planning.plan_report import plan_content, plan_rows, tensor_rows
+    from ...merge.planning.plan_report import plan_content
 
-    parts = [Table(("", ""), plan_rows(plan, output), headings=False)]
+    session.finish(plan_content(plan, output), *_plan_tables(session, plan, output))
+
+
+def _show_plans(session: Session, stages: Sequence[Stage], folders: Sequence[Path | None], run: MergeRun) -> None:
+    """Show the plans of a file's merges; one that needs the result of another can be planned only after it."""
+    from ...merge.merging import plan_recipe
+    from ...merge.planning.plan_report import plan_content
+
+    if len(stages) == 1:
+        _show_plan(session, plan_recipe(stages[0].recipe, folders[0], run=run), folders[0])
+        return
+    contents: dict[str, Any] = {}
+    parts: list[str | Table] = []
+    for stage, folder in zip(stages, folders, strict=True):
+        contents[stage.name] = {"needs": list(stage.needs)}
+        if stage.needs:
+            parts.append(f"{stage.name}: planned after {', '.join(stage.needs)}")
+            continue
+        plan = plan_recipe(stage.recipe, folder, run=run)
+        contents[stage.name] |= plan_content(plan, folder)
+        parts += [f"{stage.name}:", *_plan_tables(session, plan, folder)]
+    session.finish({"merges": contents}, *parts)
+
+
+def _plan_tables(session: Session, plan: MergePlan, output: Path | None) -> list[Table]:
+    from ...merge.planning.plan_report import plan_rows, tensor_rows
+
+    tables = [Table(("", ""), plan_rows(plan, output), headings=False)]
     if session.verbose:
         columns = ("tensor", "shape", "dtype", "action", "from", "weights")
-        parts.append(Table(columns, tensor_rows(plan)))
-    session.finish(plan_content(plan, output), *parts)
+        tables.append(Table(columns, tensor_rows(plan)))
+    return tables

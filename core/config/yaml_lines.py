@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,32 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     """Return a YAML file's content ({} if empty) and the line of every key; raises `UserError` if it is not valid."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        lines: dict[KeyPath, int] = {}
-        if node is not None:
+    documents = parse_documents(path)
+    if len(documents) > 1:
+        raise UserError(f"{path}:{documents[1][1][()]}: not valid YAML: a second document; write one document")
+    return documents[0] if documents else ({}, {})
+
+
+def parse_documents(path: Path) -> list[tuple[Any, dict[KeyPath, int]]]:
+    """Return content and lines, as `parse_yaml`, of each document of a YAML file (separated by `---`) that is not empty."""
+    documents = []
+    with _yaml_errors_as_user_errors(path):
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            lines: dict[KeyPath, int] = {}
             _note_lines(node, (), lines, path)
-        content = yaml.load(text, Loader=_Loader)  # _Loader derives from SafeLoader
-        return {} if content is None else content, lines
+            content = loader.construct_document(node)
+            if content is not None:
+                documents.append((content, lines))
+    return documents
+
+
+@contextmanager
+def _yaml_errors_as_user_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except OSError as error:

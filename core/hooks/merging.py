@@ -11,11 +11,30 @@ from ..reporting import SILENT, Reporter
 from .option_checks import check_options_class
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from ..manifests.generalist import GeneralistKind, MixtureRecord
     from .text import ValidationText
+
+
+@dataclass(frozen=True)
+class KeptElements:
+    """How many elements of a task vector a merge keeps, counted without those that are 0."""
+
+    kept: int
+    wanted: int
+    """Number according to the options; `kept` can be larger if elements have the same magnitude."""
+    size: int
+    """Number of all elements."""
+
+    def __add__(self, other: KeptElements) -> KeptElements:
+        return KeptElements(self.kept + other.kept, self.wanted + other.wanted, self.size + other.size)
+
+
+def _uncounted(expert: str, elements: KeptElements) -> None:
+    """Default of `TensorGroup.tally`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,10 @@ class TensorGroup:
     """None if the method does not use the seed (`TensorMerge.uses_seed`); otherwise read `seed`."""
     statistics: tuple[Tensor | None, ...] = ()
     """Statistics from `expertctl stats`, one per expert, if the method requests them."""
+    survey: Any = None
+    """Result of the method's `Survey`, if it has one that its options need."""
+    tally: Callable[[str, KeptElements], None] = _uncounted
+    """`tally(expert, elements)` counts the kept elements of an expert in this tensor, for a note to the user."""
 
     @property
     def seed(self) -> Tensor:
@@ -94,6 +117,30 @@ class MergeMethod:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """What a method has to know of all tensors before it merges the first one, such as a threshold for whole models.
+
+    All tensors are read once for each state of the survey, from several threads and in any order.
+    """
+
+    is_needed: Callable[[Any], bool]
+    """`is_needed(options)` of a tensor."""
+    begin: Callable[[Sequence[tuple[Sequence[str], Any]], bool], Any]
+    """`begin(settings, is_double)` returns the first state, from the expert names and options of every merged tensor,
+    and whether any of the tensors is float64. Raises `UserError` for settings that differ between tensors and must not.
+    Called while the merge is planned, too."""
+    measure: Callable[[TensorGroup, Any], Mapping[str, NDArray[Any]]]
+    """`measure(group, state)` returns integers by name, which are summed over all tensors."""
+    advance: Callable[[Any, Mapping[str, NDArray[Any]], Mapping[str, int]], Any]
+    """`advance(state, sums, sizes)` returns the next state; `sizes` holds the number of elements of each expert,
+    unchanged tensors included."""
+    is_complete: Callable[[Any], bool]
+    """`is_complete(state)`: whether the state is the result, which becomes `TensorGroup.survey`."""
+    kept: Callable[[Any], Mapping[str, KeptElements]]
+    """`kept(result)` returns how many elements of each expert are kept."""
+
+
+@dataclass(frozen=True)
 class TensorMerge(MergeMethod):
     """Merges tensor by tensor; the engine reads, streams and writes.
 
@@ -115,6 +162,8 @@ class TensorMerge(MergeMethod):
     """`any`: works on numpy arrays as well, so that torch need not be imported for a merge on a CPU."""
     statistics: str | None = None
     """Kind of statistics (`gram`, `fisher`) that it needs from `expertctl stats`, or None."""
+    survey: Survey | None = None
+    """What it has to know of all tensors first, or None."""
 
 
 class OpenedModel(Protocol):

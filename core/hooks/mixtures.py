@@ -11,8 +11,13 @@ from ..reporting import SILENT, Reporter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
 
     from .text import ValidationText
+
+
+def _without_expert_models(expert: str) -> PreTrainedModel:
+    raise ValueError(f"there is no model of '{expert}': the router start does not declare runs_experts")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,13 @@ class RouterInputs:
     validation: Callable[[], Sequence[ValidationText]] = tuple
     domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Known training domains of each expert."""
+    expert_model: Callable[[str], PreTrainedModel] = _without_expert_models
+    """`expert_model(name)` returns the dense model that the mixture is if every token is routed to one expert. It is
+    valid until the next call. Only for router starts that declare `runs_experts`."""
+    has_bias: bool = False
+    """Whether the router adds a bias to its logits."""
+    statistics: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    """`RouterRows.statistics` of experts that an earlier mixture contained; empty for a new mixture."""
     reporter: Reporter = SILENT
     """Receives messages for the user."""
 
@@ -45,6 +57,9 @@ class RouterRows:
     """(L, E), or None."""
     unit: NDArray[Any] | None = None
     """Vectors (L, E, d) that give about 1 for any hidden state, by which a bias can be folded into rows; or None."""
+    statistics: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    """Tensors by expert and name that are stored with the mixture. When its experts change, the router start gets them
+    back and needs text of the new experts only."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,8 @@ class RouterStart:
     """Whether it runs the seed; `merge --plan` skips it."""
     uses_text: bool = False
     """Whether it reads validation text, so that the merge cannot be repeated from its manifest alone."""
+    runs_experts: bool = False
+    """Whether it runs the experts (`RouterInputs.expert_model`), whose vocabularies must then be the same."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class MixtureShape:
     """Whether the gates of those experts sum to one."""
     router_bias: bool = False
     """Whether the router adds a bias to its logits."""
+    shared_expert: bool = False
+    """Whether all tokens pass through a further expert, with a gate of its own."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,12 @@ class MixtureTarget:
     router_bias: str | None = None
     """Name of the router's bias (experts,), if the class has one."""
     zeros: Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]] = lambda config: {}
-    """`zeros(config)` returns the names and shapes of further tensors of every layer, which are 0."""
+    """`zeros(config)` returns the names and shapes of further tensors of every layer, which are 0; with a shared expert,
+    those of `shared_expert` and `shared_gate` are not."""
+    shared_expert: Callable[[str], str] | None = None
+    """`shared_expert(name)` returns the name of FFN tensor `name` in the shared expert; None: the class has none."""
+    shared_gate: str | None = None
+    """Name of the (1, width) row of the shared expert's gate."""
     prefix: str = ""
     """Prefix of the dense model's tensor names."""
 

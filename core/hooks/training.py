@@ -120,6 +120,8 @@ class TrainingContext:
     """The trainer's options."""
     text_or_none: TrainingText | None = None
     """The run's text; None unless the trainer declares `uses_text`."""
+    blocks_per_step: int | None = None
+    """Number of blocks in an optimiser step, of all accumulated batches; None if it is not known."""
 
     @property
     def text(self) -> TrainingText:

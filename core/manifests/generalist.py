@@ -55,6 +55,8 @@ class MixtureRecord:
     """Names of the FFN tensors of the dense model, relative to the layer."""
     averaged: tuple[AveragedExpert, ...] = ()
     """Experts in the average of the shared tensors, including removed ones; empty until an expert is removed."""
+    shared_expert: str | None = None
+    """The model whose feed-forward networks all tokens pass through, beside the experts; None: there is none."""
 
 
 @record

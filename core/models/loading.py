@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from ..manifests.manifest import Manifest, find_manifest, read_manifest
 from ..manifests.verification import require_intact
 from ..process.environment import without_loading_bars
 from ..text.tokenizer import load_tokenizer
+from .overlay import overlay_tensors as overlay_tensors
+from .stored_names import checkpoint_tensors as checkpoint_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,25 +240,6 @@ def seed_of(expert: Path, manifest: Manifest, given: str | Path | None = None) -
             f"expert '{manifest.name}' was branched from seed {parent.digest[:12]}, but {folder} is {digest[:12]}"
         )
     return folder
-
-
-def overlay_tensors(model: PreTrainedModel, tensors: Checkpoint | Mapping[str, Tensor]) -> None:
-    """Overwrite a model's tensors by name; raises `UserError` for a tensor that the model does not have."""
-    import torch
-
-    model_tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name in tensors:
-            if name not in model_tensors:
-                raise UserError(f"the model has no tensor '{name}': the expert belongs to another architecture")
-            source = tensors.read(name) if isinstance(tensors, Checkpoint) else tensors[name]
-            model_tensors[name].copy_(source)
-
-
-def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors that a model's checkpoint stores, by their names in memory and without tied duplicates."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 class ExpertTensors:

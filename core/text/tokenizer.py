@@ -157,9 +157,9 @@ def set_begin(folder: Path, *, begins: bool) -> None:
         content = tokenizer.to_str(pretty=True)
     else:
         parsed = json.loads(tokenizer.to_str())
-        for template in _templates(parsed["post_processor"]):
+        for node in _templates(parsed["post_processor"]):
             for form in ("single", "pair"):
-                template[form] = [piece for piece in template[form] if "Sequence" in piece]
+                node[form] = [piece for piece in node[form] if "Sequence" in piece]
         content = json.dumps(parsed, ensure_ascii=False, indent=2)
     if bool(_begin(Tokenizer.from_str(content))) != begins:
         raise UserError(f"{path} adds tokens by a rule that is not a template; leave bos out, or edit the file")

@@ -147,7 +147,18 @@ class Generalists:
             {folder.name: folder for folder in map(layout.artefact, added)},
             {name: layout.artefact(new) for name, new in (replace or {}).items()},
         )
-        return change_experts(layout.artefact(model), layout.generalist(output), change, layout=layout, run=run)
+
+        def validation() -> list[ValidationText]:
+            return self._data.validation(self._data.trained_domains(change.joining.values()))
+
+        return change_experts(
+            layout.artefact(model),
+            layout.generalist(output),
+            change,
+            layout=layout,
+            run=run,
+            validation=validation,
+        )
 
     def absence(self, model: str, expert: str) -> Absence:
         """Search a model for an expert; if the expert is absent, `found` is empty and `merged` is None."""

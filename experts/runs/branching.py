@@ -19,7 +19,7 @@ from ...core.process.compute import best_device
 from ...core.text.token_store import TokenBlocks, spread
 from ..text.corpora import domain_config, prepare_domain
 from .replaced import back_up
-from .trainable import require_changeable, trainer_for
+from .trainable import require_changeable, require_whole_parameters, trainer_for
 
 AUTO_SAMPLE_BLOCKS = 32
 
@@ -44,7 +44,9 @@ def branch(layout: Layout, project: ProjectConfig, name: str, expert: ExpertConf
         )
     parse_options(trainer.options, expert.options, f"trainer '{trainer.name}'")
     model_type = str(read_json(layout.seed / "config.json").get("model_type"))
-    require_changeable(expert.trains, sorted(read_manifest(layout.seed).tensors), model_type)
+    names = sorted(read_manifest(layout.seed).tensors)
+    require_changeable(expert.trains, names, model_type)
+    require_whole_parameters(expert.trains, layout.seed, names)
     training = expert_training(layout, project, expert.training)
     check_private(expert, training, trainer)
     start = start_weights(layout, project, expert)

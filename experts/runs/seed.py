@@ -78,7 +78,7 @@ def import_seed(
         else:
             _rewrite_weights(source, partial, reporter)
         encoder = TextEncoder.of_folder(partial)
-        begin = tuple(encoder.tokenizer.id_to_token(token_id) for token_id in encoder.begin)
+        begin = tuple(str(encoder.tokenizer.id_to_token(token_id)) for token_id in encoder.begin)
         origin = ImportedSeed(config.get("model_type"), begin)
         manifest = Manifest(kind="seed", name="seed", config=origin, licence=licence or licence_on_card(source))
         return finish_artefact(partial, manifest)

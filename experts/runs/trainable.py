@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import UserError, closest, unknown_name
 from ...core.hooks.architectures import architecture_of
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.training import TrainablePart, Trainer
+from ...core.models.stored_names import StoredNames
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +34,7 @@ def trainer_for(trains: str) -> Trainer:
     return Trainer(
         name=trains,
         summary="the tensors that match a pattern",
-        prepare=lambda context: matching_parameters(context.model, _patterns(trains)),
+        prepare=lambda context: _matching_files(context.model, _patterns(trains)),
     )
 
 
@@ -49,7 +51,11 @@ def changeable_tensors(trains: str, names: Iterable[str], model_type: str) -> se
     patterns = architecture_of(model_type, tensors).feed_forward if trainer.changes == "feed_forward" else ("*",)
     if trainer.name not in installed_plugins().offers(Trainer):
         patterns = _patterns(trains)
-    return {name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name for name in tensors if _matches(name, patterns)}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def all_parameters(model: PreTrainedModel) -> TrainablePart:
@@ -58,35 +64,90 @@ def all_parameters(model: PreTrainedModel) -> TrainablePart:
 
 
 def matching_parameters(model: PreTrainedModel, patterns: Iterable[str]) -> TrainablePart:
-    """Freeze all parameters but those whose names match one of the patterns.
+    """Freeze all parameters but those whose names in memory match one of the patterns.
 
     Raises `UserError` if no parameter matches.
     """
     patterns = tuple(patterns)
-    trainable = {}
-    names = []
-    for name, parameter in model.named_parameters():
-        names.append(name)
-        is_trainable = any(fnmatchcase(name, pattern) for pattern in patterns)
-        parameter.requires_grad_(is_trainable)
-        if is_trainable:
-            trainable[name] = parameter
-    if not trainable:
+    names = [name for name, _ in model.named_parameters()]
+    trained = {name for name in names if _matches(name, patterns)}
+    if not trained:
         raise _no_match(patterns, names)
-    return TrainablePart(model, trainable)
+    return _train_only(model, trained)
+
+
+def _matching_files(model: PreTrainedModel, patterns: Sequence[str]) -> TrainablePart:
+    """Freeze all parameters but those whose names, in memory or in files, match one of the patterns."""
+    stored = StoredNames(model)
+    names = {name: stored.of(name) for name, _ in model.named_parameters()}
+    trained = {
+        name
+        for name, file_names in names.items()
+        if _matches(name, patterns) or all(_matches(file_name, patterns) for file_name in file_names)
+    }
+    if not trained:
+        raise _no_match(patterns, list(names))
+    return _train_only(model, trained)
+
+
+def feed_forward_parameters(model: PreTrainedModel) -> TrainablePart:
+    """Freeze all parameters outside the feed-forward networks; raises `UserError` if those are not known.
+
+    Names in files count, because the networks of delivered experts are recognised by them.
+    """
+    stored = StoredNames(model)
+    names = {name: stored.of(name) for name, _ in model.named_parameters()}
+    tensors = [file_name for file_names in names.values() for file_name in file_names]
+    patterns = architecture_of(model.config.model_type, tensors).feed_forward
+    trained = {
+        name for name, file_names in names.items() if all(_matches(file_name, patterns) for file_name in file_names)
+    }
+    if not trained:
+        raise _no_match(patterns, list(names))
+    return _train_only(model, trained)
+
+
+def _train_only(model: PreTrainedModel, names: Collection[str]) -> TrainablePart:
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+    return TrainablePart(model, {name: parameter for name, parameter in parameters.items() if name in names})
 
 
 def require_changeable(trains: str, names: Sequence[str], model_type: str) -> None:
-    """Raise `UserError` if a trainer or pattern can change none of a model's tensors."""
+    """Raise `UserError` if a trainer or a pattern can change none of a model's tensors."""
+    if trains not in installed_plugins().offers(Trainer):
+        trainer_for(trains)
+        for pattern in _patterns(trains):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise _no_match((pattern,), names)
+        return
     if changeable_tensors(trains, names, model_type):
         return
-    if trains not in installed_plugins().offers(Trainer):
-        raise _no_match(_patterns(trains), names)
     layer = next((name for name in names if ".0." in name), names[0])
     raise UserError(
         f"trainer '{trains}' changes the feed-forward networks, and those of '{model_type}' are not known; train all "
         f"tensors, or the ones that a pattern matches (such as '{re.sub(r'[.]0[.]', '.*.', layer, count=1)}')"
     )
+
+
+def require_whole_parameters(trains: str, model: Path, names: Collection[str]) -> None:
+    """Raise `UserError` if a pattern matches only some of the tensors that are one parameter in memory.
+
+    `names` are the tensors in the files of the model.
+    """
+    if trains in installed_plugins().offers(Trainer):
+        return
+    patterns = _patterns(trains)
+    for group in StoredNames.of_folder(model).groups:
+        stored = [name for name in group.stored if name in names]
+        matched = [name for name in stored if _matches(name, patterns)]
+        if matched and len(matched) < len(stored):
+            other = next(name for name in stored if name not in matched)
+            raise UserError(
+                f"'{trains}' matches tensor '{matched[0]}', but not '{other}', and both are trained as one parameter "
+                f"('{group.memory[0]}'); use a pattern that matches all of them or none"
+            )
 
 
 def _no_match(patterns: Sequence[str], names: Sequence[str]) -> UserError:

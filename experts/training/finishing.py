@@ -15,7 +15,8 @@ from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.generalist import GeneralistConfig, Tuning
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement, PrivacyStatement
-from ...core.models.loading import WEIGHTS_FILE, checkpoint_tensors
+from ...core.models.loading import WEIGHTS_FILE
+from ...core.models.stored_names import StoredNames, stored_tensors
 from .run_inputs import RunInputs
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, m
         finish_artefact(run.folder, _tuned_manifest(run, metrics, part.config))
         return
     if run.spec.kind == "seed":
-        write_tensors(run.folder / WEIGHTS_FILE, checkpoint_tensors(model))
+        write_tensors(run.folder / WEIGHTS_FILE, stored_tensors(model))
         (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
         write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
     else:
@@ -49,11 +50,14 @@ def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, m
 
 
 def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that differ from the seed's, in the seed's dtype; raises `UserError` if none does."""
+    """Return the tensors that differ from the seed's, in the seed's dtype; raises `UserError` if none does.
+
+    `trained` has names in memory, the result those of the seed's files.
+    """
     seed = Checkpoint.of_folder(run.layout.seed)
     digests = read_manifest(run.layout.seed).tensors
     changed = {}
-    for name, tensor in trained.items():
+    for name, tensor in _as_in_seed(run, seed, trained).items():
         if name in seed:
             stored = tensor.to("cpu", torch_dtype(seed.entry(name).dtype))
             if tensor_digest(stored) != digests[name]:
@@ -61,6 +65,16 @@ def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str,
     if not changed:
         raise UserError(f"training changed no tensor of '{run.spec.name}'; check its learning rate")
     return changed
+
+
+def _as_in_seed(run: RunInputs, seed: Checkpoint, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return trained tensors by the names and in the layout of the seed's files."""
+    if all(name in seed for name in trained):
+        return trained
+    names = StoredNames.of_folder(run.layout.seed)
+    converted = {name: tensor.to("cpu") for name, tensor in trained.items() if name not in seed}
+    stored = names.to_stored(converted, lambda group: names.read(seed, group))
+    return {name: tensor for name, tensor in trained.items() if name in seed} | stored
 
 
 def run_manifest(

@@ -73,7 +73,8 @@ def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any
         releases = Releases(source, dp.embedding_noise)
     text = training_text(run, releases) if trainer.uses_text else None
     try:
-        part = trainer.prepare(TrainingContext(model, options, text))
+        context = TrainingContext(model, options, text, training.batch_size * training.accumulation)
+        part = trainer.prepare(context)
     except UserError:
         if run.spec.kind == "generalist" and not state.exists():
             restore_backup(run.folder)  # the trainer refused before the run started

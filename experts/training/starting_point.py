@@ -10,7 +10,8 @@ from ...core.errors import UserError
 from ...core.hooks.training import PrivateReleases, TrainingText
 from ...core.manifests.manifest import read_manifest
 from ...core.manifests.verification import require_intact
-from ...core.models.loading import ExpertTensors, load_model, max_positions, overlay_tensors
+from ...core.models.loading import ExpertTensors, load_model, max_positions
+from ...core.models.overlay import overlay_tensors
 from ...core.text.token_store import BalancedUnion, Blocks, Concatenation, RandomSlice, SharedUnion, TokenBlocks
 from ..runs.branching import parent_digests
 from ..text.corpora import domain_config, prepare_domain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from ...core.artefacts.numeric import FLOATING, encode
 from ...core.errors import UserError
 from ...core.hooks.merging import TensorGroup, TensorMerge
 from ..sources.models import StoredTensor
-from ..sources.tokenizers import VocabularyPlan
+from ..sources.vocabularies.row_mapping import VocabularyPlan
 from .reading import PIECE_NUMBERS, Reader
+from .tally import Tally
 from .tensor_plan import TensorPlan
 
 
@@ -27,6 +28,9 @@ class MergeTools:
     reader: Reader
     vocabulary: VocabularyPlan | None = None
     device: str = "cpu"
+    survey: Any = None
+    """Result of the method's survey."""
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def in_torch(self) -> bool:
@@ -137,6 +141,10 @@ class MergeWhole(Action):
 
     def numbers(self) -> NDArray[Any]:
         """Return the merged tensor as float32 (or float64), before rounding to the output dtype."""
+        return self.call(self.arrays())
+
+    def arrays(self) -> Mapping[StoredTensor, NDArray[Any]]:
+        """Return all inputs as float arrays, with the rows of the output."""
         arrays = {stored: self.tools.reader.read(stored) for stored in self.tensor.inputs}
         if self.tensor.is_vocabulary:
             assert self.tools.vocabulary is not None
@@ -147,23 +155,29 @@ class MergeWhole(Action):
                 {model: arrays[stored] for model, stored in stored_by_model.items()}
             )
             arrays = {stored: rearranged[model] for model, stored in stored_by_model.items()}
-        return self.call(arrays)
+        return arrays
 
-    def call(self, arrays: Mapping[StoredTensor, NDArray[Any]]) -> NDArray[Any]:
-        """Call the method on float arrays and check the shape of its result."""
+    def group(self, arrays: Mapping[StoredTensor, NDArray[Any]]) -> TensorGroup:
+        """Return float arrays as the method takes them."""
         tensor, tools = self.tensor, self.tools
         inputs = tools.as_inputs(arrays)
         statistics = tools.as_inputs(
             {stored: tools.reader.read(stored) for stored in tensor.statistics if stored is not None}
         )
-        group = TensorGroup(
+        return TensorGroup(
             name=tensor.name,
             experts=tuple(inputs[stored] for stored in tensor.experts),
             expert_names=tensor.expert_names,
             weights=tensor.weights,
             seed_or_none=inputs[tensor.seed] if tensor.seed is not None else None,
             statistics=tuple(statistics[stored] if stored is not None else None for stored in tensor.statistics),
+            survey=tools.survey,
+            tally=tools.tally.add,
         )
+
+    def call(self, arrays: Mapping[StoredTensor, NDArray[Any]]) -> NDArray[Any]:
+        """Call the method on float arrays and check the shape of its result."""
+        tensor, tools, group = self.tensor, self.tools, self.group(arrays)
         merged: Any = tools.method.merge(group, tensor.options)
         shape = group.experts[0].shape
         if tuple(merged.shape) != tuple(shape):

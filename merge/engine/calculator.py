@@ -6,26 +6,24 @@ one tensor of all experts, and the memory of concurrent tensors is limited.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Condition
 
 from ...core.artefacts.safetensors_io import TensorEntry
-from ...core.hooks.merging import TensorMerge
+from ...core.hooks.merging import KeptElements, TensorMerge
 from ...core.process.compute import available_cores
 from ...core.reporting import SILENT, Reporter
-from ..sources.tokenizers import VocabularyPlan
+from ..sources.vocabularies.row_mapping import VocabularyPlan
 from .actions import MergeTools, action_of, bytes_needed
+from .queueing import TensorQueue
 from .reading import PIECE_NUMBERS, Reader
 from .shards import ShardPlan
-from .tensor_plan import TensorPlan
+from .surveying import run_survey
 from .writing import Writer
 
 MAX_THREADS = 4
-CONCURRENT_BYTES = 160 << 20
-"""Memory limit of concurrent tensors, in addition to the largest tensor."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,8 @@ class Written:
     """Stored tensor -> digest, of all tensors that were read."""
     resumed: int
     """Number of tensors completed by an earlier, interrupted merge."""
+    kept: Mapping[str, KeptElements]
+    """Elements of each expert's task vector that this run kept, of methods that count them."""
 
 
 def run_merge(
@@ -82,8 +82,11 @@ def run_merge(
     ):
         resumed = len(writer.digests)
         tools = MergeTools(method, reader, vocabulary, settings.device)
-        remaining = [tensor for shard in shards for tensor in shard.tensors if tensor.name not in writer.digests]
-        queue = _Queue(remaining, lambda tensor: bytes_needed(tensor, method, settings.piece_numbers))
+        planned = [tensor for shard in shards for tensor in shard.tensors]
+        remaining = [tensor for tensor in planned if tensor.name not in writer.digests]
+        survey = run_survey(planned, tools, threads=settings.num_threads, reporter=reporter) if remaining else None
+        tools = replace(tools, survey=survey)
+        queue = TensorQueue(remaining, lambda tensor: bytes_needed(tensor, method, settings.piece_numbers))
         workers = [pool.submit(_work, queue, tools, writer) for _ in range(settings.num_threads)]
         try:
             for worker in workers:
@@ -92,10 +95,13 @@ def run_merge(
             queue.stop()  # an interruption also stops the other threads
         writer.finish()
         reader.remember()
-        return Written(dict(writer.digests), dict(reader.digests), resumed)
+        kept = tools.tally.experts
+        if method.survey is not None and survey is not None:
+            kept = {**kept, **method.survey.kept(survey)}
+        return Written(dict(writer.digests), dict(reader.digests), resumed, kept)
 
 
-def _work(queue: _Queue, tools: MergeTools, writer: Writer) -> None:
+def _work(queue: TensorQueue, tools: MergeTools, writer: Writer) -> None:
     """Merge tensors of the queue until it is empty or stopped; an error stops all threads."""
     try:
         while (tensor := queue.take()) is not None:
@@ -111,40 +117,3 @@ def _work(queue: _Queue, tools: MergeTools, writer: Writer) -> None:
     except BaseException:
         queue.stop()
         raise
-
-
-class _Queue:
-    """Schedules tensors by size: the largest tensor that fits into the remaining memory comes first.
-
-    Starting with large tensors avoids threads that wait for one of them at the end. A single tensor always fits.
-    """
-
-    def __init__(self, tensors: Sequence[TensorPlan], size: Callable[[TensorPlan], int]) -> None:
-        self._remaining = sorted(tensors, key=size, reverse=True)
-        self._size = size
-        self._limit = (size(self._remaining[0]) if self._remaining else 0) + CONCURRENT_BYTES
-        self._used = 0
-        self._condition = Condition()
-        self.stopped = False
-
-    def take(self) -> TensorPlan | None:
-        """Return the next tensor, waiting for free memory; None if no tensors are left."""
-        with self._condition:
-            while self._remaining and not self.stopped:
-                for tensor in self._remaining:
-                    if self._used == 0 or self._used + self._size(tensor) <= self._limit:
-                        self._remaining.remove(tensor)
-                        self._used += self._size(tensor)
-                        return tensor
-                self._condition.wait()
-            return None
-
-    def release(self, tensor: TensorPlan) -> None:
-        with self._condition:
-            self._used -= self._size(tensor)
-            self._condition.notify_all()
-
-    def stop(self) -> None:
-        with self._condition:
-            self.stopped = True
-            self._condition.notify_all()

@@ -73,7 +73,7 @@ class Reader:
             yield numbers if stored.dtype == self._round_to else self._round(numbers)
 
     def read(self, stored: StoredTensor) -> NDArray[Any]:
-        """Return a whole tensor as float32 (or float64), dequantized and with its adapter applied."""
+        """Return a whole tensor as float32 (or float64): dequantized, with its adapter applied, and perturbed."""
         numbers = np.empty(stored.shape, working_dtype(stored.dtype))
         flat = numbers.reshape(-1)
         begin = 0
@@ -88,6 +88,8 @@ class Reader:
         if stored.adapter is not None:
             numbers = stored.adapter.apply(stored.name, numbers)
             self._require_finite(numbers, stored.name, stored.adapter.checkpoint.files[0])
+        if stored.perturbation is not None:
+            numbers = stored.perturbation.apply(numbers)
         return self._round(numbers)
 
     def _require_finite(self, numbers: NDArray[Any], tensor: str, file: Path) -> None:

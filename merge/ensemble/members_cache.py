@@ -61,10 +61,11 @@ class MembersGeneration(GenerationMixin):
 def can_cache(members: Iterable[PreTrainedModel]) -> bool:
     """Return whether all models continue a text from `past_key_values`; warns about the first one that does not."""
     for member in members:
-        if "past_key_values" not in signature(member.forward).parameters:
+        takes_cache = "past_key_values" in signature(member.forward).parameters
+        if not (takes_cache and member._supports_default_dynamic_cache()):  # MiniMax takes only a cache of its own
             warnings.warn(
-                f"models of type '{member.config.model_type}' keep no keys and values; the whole text is read again for "
-                "each new token",
+                f"models of type '{member.config.model_type}' keep no keys and values in a common cache; the whole text is "
+                "read again for each new token",
                 stacklevel=2,
             )
             return False

@@ -11,6 +11,7 @@ from ...core.manifests.generalist import GeneralistConfig
 from ...core.manifests.manifest import Manifest
 from ...core.manifests.statements import DataStatement
 
+_BITS_PER_BYTE = "bits_per_byte"
 _SHORT = 12
 _LOADING_WITH_EXPERTCTL = """```python
 import expertctl
@@ -175,12 +176,21 @@ def _evaluation_section(evaluation: Mapping[str, Any] | None, gate: Mapping[str,
     if evaluation is None:
         return "## Evaluation\n\nNone was recorded here."
     domains = list(evaluation["domains"])
+    metric = _first_metric(evaluation)
     rows = [
-        (name, *(f"{scores['bits_per_byte'][domain]:.3f}" for domain in domains))
+        (name, *(f"{scores[metric][domain]:.3f}" for domain in domains))
         for name, scores in evaluation["models"].items()
     ]
+    title = "Bits per byte on held-out text; lower is better." if metric == _BITS_PER_BYTE else f"`{metric}`."
     verdict = f"\n\n**{gate['verdict']!s}.**" if gate is not None else ""
-    return f"## Evaluation\n\nBits per byte on validation text; lower is better.\n\n{_table(('model', *domains), rows)}{verdict}"
+    return f"## Evaluation\n\n{title}\n\n{_table(('model', *domains), rows)}{verdict}"
+
+
+def _first_metric(evaluation: Mapping[str, Any]) -> str:
+    """Return the first metric of an evaluation; evaluators of plugins have their own."""
+    models = list(evaluation["models"].values())
+    metrics = (key for key in (models[0] if models else {}) if key not in ("tokens", "text"))
+    return next(metrics, _BITS_PER_BYTE)
 
 
 def _lineage(manifest: Manifest) -> str:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ...core.artefacts.digests import digest_of_file
-from ...core.artefacts.files import copy_files, write_json, write_text
+from ...core.artefacts.files import copy_files, read_json, remove_tree, write_json, write_text
 from ...core.artefacts.model_config import LAYER_KEYS, is_tied, text_config
 from ...core.artefacts.numeric import DTYPES
-from ...core.artefacts.safetensors_io import TensorEntry
+from ...core.artefacts.safetensors_io import TensorEntry, write_tensors
 from ...core.hooks.manager import installed_plugins
-from ...core.hooks.merging import MergeMethod
+from ...core.hooks.merging import KeptElements, MergeMethod, TensorMerge
 from ...core.manifests.finishing import CARD_FILE, finish_artefact
 from ...core.manifests.generalist import ExpertChange, GeneralistConfig, SearchRecord
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.reporting import SILENT, Reporter
 from ..engine.calculator import run_merge
 from ..engine.writing import fingerprint_of
+from ..planning.assembly import ROUTER_FOLDER
 from ..planning.plan import MergePlan
 from ..recipes.recipe import recipe_as_json
 from ..sources.tensor_names import head_name
-from ..sources.tokenizers import write_chat_template, write_tokenizer
 from .card import model_card
+from .chat_templates import write_chat_template
+from .tokenizer_files import without_token_ids, write_tokenizer
+
+_NOTICEABLE = 1.05
 
 
 def write_generalist(
@@ -57,12 +61,15 @@ def write_generalist(
     )
     if written.resumed:
         reporter.say(f"resuming: {written.resumed} of {len(written.digests)} tensors are already complete")
+    for note in _notes_on_kept(written.kept, plan.tensor_method):
+        reporter.say(note)
     write_tokenizer(plan.vocabulary, plan.leading.model_folder, folder)
     if plan.recipe.chat_template is not None:
         write_chat_template(
             plan.recipe.chat_template, [source.model_folder for source in plan.sources.values()], folder
         )
-    copy_files(plan.leading.model_folder, folder, ["generation_config.json"])
+    _write_generation_config(plan, folder)
+    _write_router_statistics(plan, folder)
     _write_config(plan, folder)
     manifest = provenance or Manifest(
         kind="generalist",
@@ -110,6 +117,17 @@ def note_evaluation(folder: Path, scores: Mapping[str, Any], verdict: str, holds
     replace(manifest, files=files).write(folder)
 
 
+def _notes_on_kept(experts: Mapping[str, KeptElements], method: TensorMerge) -> Iterator[str]:
+    """Yield a note for every expert of which noticeably more elements are kept than its options say."""
+    hint = "; option at_threshold=first keeps the wanted number" if hasattr(method.options, "at_threshold") else ""
+    for name, elements in experts.items():
+        if elements.kept > elements.wanted * _NOTICEABLE:
+            yield (
+                f"{elements.kept / elements.size:.1%} of the changes of '{name}' are kept, and not "
+                f"{elements.wanted / elements.size:.1%}: many are equal in size, down to the smallest that is kept{hint}"
+            )
+
+
 def _options(plan: MergePlan) -> dict[str, Any]:
     """Return the options in user syntax: lists for tuples, names without a trailing underscore."""
     if plan.assembly is not None:
@@ -119,6 +137,36 @@ def _options(plan: MergePlan) -> dict[str, Any]:
         key.rstrip("_"): list(value) if isinstance(value, tuple) else value
         for key, value in (asdict(options) if options is not None else {}).items()
     }
+
+
+def _write_router_statistics(plan: MergePlan, folder: Path) -> None:
+    """Write the statistics of a mixture's router, a file per expert, in place of those of an interrupted merge."""
+    target = folder / ROUTER_FOLDER
+    remove_tree(target)
+    if plan.assembly is None or not plan.assembly.router_statistics:
+        return
+    import numpy as np
+    import torch
+
+    target.mkdir()
+    for expert, arrays in plan.assembly.router_statistics.items():
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        write_tensors(target / f"{expert}.safetensors", tensors)
+
+
+def _write_generation_config(plan: MergePlan, folder: Path) -> None:
+    """Copy `generation_config.json`, without the ids of removed tokens."""
+    name = "generation_config.json"
+    copy_files(plan.leading.model_folder, folder, [name])
+    if (folder / name).is_file():
+        settings = read_json(folder / name)
+        changed = without_token_ids(settings, _removed_ids(plan))
+        if changed != settings:
+            write_json(folder / name, changed)
+
+
+def _removed_ids(plan: MergePlan) -> frozenset[int]:
+    return frozenset(plan.vocabulary.removed.values()) if plan.vocabulary is not None else frozenset()
 
 
 def _write_config(plan: MergePlan, folder: Path) -> None:
@@ -145,6 +193,9 @@ def _config_changes(plan: MergePlan, config: Mapping[str, Any]) -> dict[str, Any
                 changes[key] = [configs[model][key][layer] for model, layer in plan.stack.layers]
     if plan.vocabulary is not None and plan.vocabulary.size != config.get("vocab_size"):
         changes["vocab_size"] = plan.vocabulary.size
+    changes |= {
+        key: value for key, value in without_token_ids(config, _removed_ids(plan)).items() if value != config[key]
+    }
     dtype = plan.recipe.dtype or plan.recipe.input_dtype
     if dtype is not None:
         changes["torch_dtype" if "torch_dtype" in config else "dtype"] = DTYPES[dtype].torch

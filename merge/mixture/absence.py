@@ -11,10 +11,12 @@ from ...core.artefacts.digests import digests_of_folder
 from ...core.artefacts.numeric import FLOATING, encode
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry, digest_start
 from ...core.errors import UserError
+from ...core.manifests.generalist import MixtureRecord
 from ...core.manifests.manifest import Manifest, find_manifest, read_manifest
 from ..engine.reading import Reader
 from ..sources.models import StoredTensor
-from .opened import slice_of
+from .opened import shared_tensors_are_the_seeds, slice_of
+from .routing.stored_statistics import has_statistics
 
 _SMALLEST = 2
 """Tensors with up to this many elements are not compared: they can be equal by chance."""
@@ -140,8 +142,17 @@ def _traces(manifest: Manifest, expert: str) -> list[str]:
         if change.expert == expert:
             traces.append(f"'{expert}' {change.change} on {change.date}")
             if change.change != "joined" and mixture is not None and mixture.router.uses_text:
-                traces.append("the router's rows were fitted on text of all experts, including this one")
+                traces += _traces_in_router(manifest, mixture)
     return traces
+
+
+def _traces_in_router(manifest: Manifest, mixture: MixtureRecord) -> list[str]:
+    """Return how a router that is fitted on text depends on an expert that left."""
+    if not has_statistics(manifest):
+        return ["the router's rows were fitted on text of all experts, including this one"]
+    if shared_tensors_are_the_seeds(mixture):
+        return []  # the rows were computed again without it
+    return ["the router's statistics of other experts were measured while it was part of the mean of the other tensors"]
 
 
 def _ancestors(name: str, origins: Mapping[str, str]) -> list[str]:

@@ -22,17 +22,21 @@ from ...core.manifests.generalist import ExpertChange, GeneralistConfig
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement
 from ...core.models.loading import WEIGHTS_FILE
+from ...core.reporting import SILENT, Reporter
 from ..engine.shards import DEFAULT_SHARD_BYTES
 from ..planning.assembly import Assembly, ExpertParts, plan_assembly
 from ..planning.plan import MergePlan
 from ..planning.tensor_planner import Stack
+from ..planning.used_text import UsedText, Validation
 from ..recipes.recipe import Recipe, change_models, whole_models
 from ..sources.licences import check_licences, require_compatible
 from ..sources.models import StoredTensor
 from .mixing import PUBLIC, apply_bias, summarize_names
 from .opened import OpenedMixture, open_mixture
 from .options import MixtureOptions
+from .refitting import fitted_domains, refit_router
 from .routing.starts import ROUTER_FILE, read_router_start
+from .routing.stored_statistics import has_statistics
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,30 @@ class _JoiningExpert:
     """Its tensors outside the FFNs that differ from the mixture's shared tensors."""
 
 
-def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -> tuple[MergePlan, Manifest]:
-    """Return the plan of a changed mixture and a manifest of its provenance; raises `UserError` if it is impossible."""
+def plan_change(
+    folder: Path,
+    change: Change,
+    *,
+    allow_licences: bool = False,
+    validation: Validation = tuple,
+    reporter: Reporter = SILENT,
+) -> tuple[MergePlan, Manifest]:
+    """Return the plan of a changed mixture and a manifest of its provenance; raises `UserError` if it is impossible.
+
+    `validation` returns the text of the joining experts' domains, for a router that is computed from text.
+    """
     mixture = open_mixture(folder)
     _check(mixture, change)
     joining = {name: _open_expert(mixture, name, expert) for name, expert in change.joining.items()}
-    experts, router = _changed_parts(mixture, change, joining)
+    experts = _changed_experts(mixture, change, joining)
+    text = UsedText(validation)
+    if has_statistics(mixture.manifest):
+        manifests = {name: expert.manifest for name, expert in joining.items()}
+        start = refit_router(mixture, experts, manifests, text, reporter)
+        bias = mixture.record.router.biases
+        router = apply_bias(start, bias if bias != "none" else "drop")
+    else:
+        start = router = _changed_rows(mixture, change, joining)
     method = installed_plugins().offer(MergeMethod, mixture.merged.method)
     options = mixture.options
     top_k = options.top_k  # that a merge of these experts with the mixture's options would have
@@ -86,13 +108,18 @@ def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -
         mixture.shared,
         experts,
         router,
+        shared_expert=mixture.shared_expert,
         layout=options.layout if not mixture.merged.tunings else "per_expert",
     )
     before = mixture.target.config(mixture.record.dense, mixture.shape)
     config = {**mixture.source.config, **{key: value for key, value in config.items() if before.get(key) != value}}
     names = tuple(expert.name for expert in experts)
     record = replace(mixture.record, top_k=shape.top_k, averaged=mixture.averaged)
-    provenance = _provenance(mixture, change, joining, replace(mixture.merged, experts=names, mixture=record))
+    fitted_on = mixture.merged.fitted_on
+    if start.statistics:
+        fitted_on = fitted_domains(mixture.manifest, change.removed, text.domains)
+    merged = replace(mixture.merged, experts=names, mixture=record, fitted_on=fitted_on)
+    provenance = _provenance(mixture, change, joining, merged)
     kept = {parent.name for parent in mixture.manifest.parents} - set(change.removed)
     licences = check_licences(
         {f"{expert.name} (in the mean)": expert.licence for expert in mixture.averaged if expert.name not in kept}
@@ -114,7 +141,7 @@ def plan_change(folder: Path, change: Change, *, allow_licences: bool = False) -
         shard_bytes=mixture.merged.shard_bytes or DEFAULT_SHARD_BYTES,
         licence=licence,
         notes=notes,
-        assembly=Assembly(tensors, config, names, record, notes),
+        assembly=Assembly(tensors, config, names, record, notes, router_statistics=start.statistics),
     )
     return plan, replace(provenance, licence=licence)
 
@@ -158,18 +185,24 @@ def _check(mixture: OpenedMixture, change: Change) -> None:
 # --- experts and router rows ---
 
 
-def _changed_parts(
+def _changed_experts(
     mixture: OpenedMixture, change: Change, joining: Mapping[str, _JoiningExpert]
-) -> tuple[list[ExpertParts], RouterRows]:
+) -> list[ExpertParts]:
+    """Return the experts of the changed mixture: those that stay or are replaced in their places, then the added ones."""
+    kept = [expert for expert in mixture.experts if expert.name not in change.remove]
+    experts = [joining[expert.name].parts if expert.name in change.replace else expert for expert in kept]
+    return experts + [joining[name].parts for name in change.add]
+
+
+def _changed_rows(mixture: OpenedMixture, change: Change, joining: Mapping[str, _JoiningExpert]) -> RouterRows:
+    """Return the rows of the experts that stay, with those that joining experts were trained with."""
     kept = [number for number, name in enumerate(mixture.names) if name not in change.remove]
-    experts = [mixture.experts[number] for number in kept]
     rows = mixture.router.rows[:, kept].copy()
     biases = mixture.router.biases[:, kept].copy() if mixture.router.biases is not None else None
     for name, expert in joining.items():
         row = expert.row
         if name in change.replace:
-            index = [parts.name for parts in experts].index(name)
-            experts[index] = expert.parts
+            index = [mixture.names[number] for number in kept].index(name)
             if row is None:
                 continue  # keeps the row of the replaced expert, which `_traces` reports
             rows[:, index] = row.rows[:, 0]
@@ -184,11 +217,10 @@ def _changed_parts(
                     f"expert '{name}' ({change.add[name]}) has no router row ({ROUTER_FILE}), and the mixture's router "
                     f"{reason}; train the expert with --trains flexolmo, or merge again with all experts"
                 )
-            experts.append(expert.parts)
             rows = np.concatenate([rows, row.rows], axis=1)
             if biases is not None and row.biases is not None:
                 biases = np.concatenate([biases, row.biases], axis=1)
-    return experts, RouterRows(rows, biases)
+    return RouterRows(rows, biases)
 
 
 def require_expert_of(seed: str | None, expert: str, manifest: Manifest, model: str) -> None:
@@ -305,13 +337,13 @@ def _traces(mixture: OpenedMixture, change: Change, joining: Mapping[str, _Joini
     traces += [
         f"the replacement of '{name}' has no router row and keeps the row of '{name}'"
         for name in change.replace
-        if joining[name].row is None
+        if joining[name].row is None and not has_statistics(mixture.manifest)
     ]
     traces += [
         f"{len(expert.dropped)} tensors of '{name}' outside the feed-forward networks are dropped"
         for name, expert in joining.items()
         if expert.dropped
     ]
-    if change.removed and mixture.record.router.uses_text:
+    if change.removed and mixture.record.router.uses_text and not has_statistics(mixture.manifest):
         traces.append("the router's rows were fitted on text of all experts, including the removed ones")
     return traces

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
 from ...core.hooks import merging as hooks
@@ -13,7 +13,15 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.mixtures import Architecture, RouterInputs, RouterRows, RouterStart
 from ...core.manifests.generalist import MixtureRecord, RouterRecord
 from ..engine.tensor_plan import Action, TensorPlan
-from ..planning.assembly import Assembly, AssemblyInputs, ExpertParts, plan_assembly, split_feed_forward
+from ..planning.assembly import (
+    Assembly,
+    AssemblyInputs,
+    ExpertParts,
+    SharedExpert,
+    plan_assembly,
+    split_feed_forward,
+)
+from ..recipes.perturbation import perturbations
 from ..recipes.recipe import WEIGHT, whole_models
 from ..sources.models import Source, StoredTensor
 from ..sources.tensor_names import layer_names
@@ -21,12 +29,21 @@ from .options import MixtureOptions, shape_of
 from .stated_settings import fill_config_defaults
 from .targets import CONTAINER, choose_target
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .expert_models import ExpertModels
+
 PUBLIC = "public"
 """Name of the seed's feed-forward network as an expert."""
+SHARED_EXPERT = "shared_expert"
+"""Option of the expert that all tokens pass through."""
 
 
 def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assembly:
     """Plan a mixture of the recipe's experts; raises `UserError` for incompatible models or options."""
+    from .expert_models import ExpertModels  # imports numpy, which listing plugins must not
+
     assert isinstance(inputs, AssemblyInputs), "assemblers pass on what the planner gave them"
     leading = inputs.leading
     family = architecture_of(str(leading.config.get("model_type")), leading.tensors)
@@ -46,26 +63,38 @@ def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assem
             f"an expert cannot be called '{PUBLIC}' in a mixture: that is the seed's feed-forward network; "
             "rename its folder"
         )
-    experts = [
-        ExpertParts(name, {tensor: _tensor(inputs.sources[name], tensor) for tensor in names})
-        for name in inputs.recipe.experts
-    ]
+    common, routed = _split_shared_expert(inputs)
+    experts = [_parts(inputs, name, names) for name in routed]
     if options.with_seed:
         experts.insert(0, ExpertParts(PUBLIC, {tensor: leading.tensors[tensor] for tensor in names}))
-    shape = shape_of(options, len(experts))
+    shape = replace(shape_of(options, len(experts)), shared_expert=common is not None)
     dense = fill_config_defaults(leading.config, leading.folder) if family.mixtures else leading.config
     target = choose_target(family, dense, shape, options.target)
     shared, notes = _shared(inputs, options, family)
     slots = tuple(expert.name for expert in experts)
     router_method = installed_plugins().offer(RouterStart, options.router)
+    if router_method.runs_experts:
+        _require_runnable_experts(router_method.name, shared, common)
     is_fitted = inputs.validation is not None or not (router_method.uses_model or router_method.uses_text)
-    start = _router_start(inputs, router_method, options, slots, is_fitted=is_fitted)
+    common_parts = [_parts(inputs, common, names)] if common is not None else []
+    models = ExpertModels(dense, shared, [*experts, *common_parts], inputs.recipe.dtype)
+    gated = (*slots, *(parts.name for parts in common_parts))
+    start = _router_start(inputs, router_method, options, gated, models, is_fitted=is_fitted)
     bias = options.bias
     if bias == "auto":
         bias = "drop" if start.unit is None else "fold"
-    router = apply_bias(start, bias)
+    router, gate = _split_gate(apply_bias(start, bias), len(slots))
     tensors, config = plan_assembly(
-        dense, family, target, shape, shared, experts, router, dtype=inputs.recipe.dtype, layout=options.layout
+        dense,
+        family,
+        target,
+        shape,
+        shared,
+        experts,
+        router,
+        shared_expert=SharedExpert(common_parts[0], gate) if common_parts else None,
+        dtype=inputs.recipe.dtype,
+        layout=options.layout,
     )
     if target.name != CONTAINER and "F64" in {tensor.dtype for tensor in tensors}:
         raise UserError(
@@ -90,10 +119,56 @@ def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assem
             family=family.name,
             dense=dict(dense),
             feed_forward=tuple(sorted({suffix for layer in layer_names(names).layers for suffix in layer})),
+            shared_expert=common,
         ),
         notes,
         is_fitted,
+        start.statistics,
     )
+
+
+def _require_runnable_experts(router: str, shared: Mapping[str, TensorPlan], shared_expert: str | None) -> None:
+    """Raise `UserError` for a mixture whose experts a router start cannot run one by one."""
+    remedy = "choose another router, for example --option router=random"
+    if any(plan.is_vocabulary for plan in shared.values()):
+        raise UserError(
+            f"router '{router}' runs every expert on the seed's text, and the experts have different vocabularies; {remedy}"
+        )
+    if shared_expert is not None:
+        raise UserError(
+            f"router '{router}' routes all tokens of a text to one expert, and all pass through the shared expert "
+            f"'{shared_expert}' as well; {remedy}"
+        )
+
+
+def _split_shared_expert(inputs: AssemblyInputs) -> tuple[str | None, tuple[str, ...]]:
+    """Return the expert that all tokens pass through (None: there is none), and all others."""
+    settings = {name: inputs.expert_options[name].get(SHARED_EXPERT, False) for name in inputs.recipe.experts}
+    for name, setting in settings.items():
+        if not isinstance(setting, bool):
+            raise UserError(f"{SHARED_EXPERT} of '{name}' is {setting!r}; it must be true or false")
+    common = [name for name, is_shared in settings.items() if is_shared]
+    routed = tuple(name for name in inputs.recipe.experts if name not in common)
+    if len(common) > 1:
+        raise UserError(f"{', '.join(common)} are all shared experts; a mixture has at most one")
+    if not routed:
+        raise UserError("a mixture needs an expert beside the shared one")
+    return (common[0] if common else None), routed
+
+
+def _parts(inputs: AssemblyInputs, expert: str, names: Sequence[str]) -> ExpertParts:
+    """Return the FFN tensors of an expert, perturbed if its options say so."""
+    changes = perturbations(inputs.expert_options[expert], expert, tuple(names))
+    stored = {name: _tensor(inputs.sources[expert], name) for name in names}
+    return ExpertParts(
+        expert, {name: replace(tensor, perturbation=changes.get(name)) for name, tensor in stored.items()}
+    )
+
+
+def _split_gate(router: RouterRows, num_experts: int) -> tuple[RouterRows, NDArray[Any]]:
+    """Return the router of the first experts, and the rows (L, d) of the last one, which is a shared expert if any."""
+    biases = router.biases[:, :num_experts] if router.biases is not None else None
+    return RouterRows(router.rows[:, :num_experts], biases), router.rows[:, -1]
 
 
 def apply_bias(start: RouterRows, bias: str) -> RouterRows:
@@ -222,7 +297,13 @@ def _changed_outside(inputs: AssemblyInputs, family: Architecture) -> dict[str, 
 
 
 def _router_start(
-    inputs: AssemblyInputs, router: RouterStart, options: MixtureOptions, slots: Sequence[str], *, is_fitted: bool
+    inputs: AssemblyInputs,
+    router: RouterStart,
+    options: MixtureOptions,
+    slots: Sequence[str],
+    models: ExpertModels,
+    *,
+    is_fitted: bool,
 ) -> RouterRows:
     """Return the rows of the router; zeros unless `is_fitted`."""
     import numpy as np
@@ -234,6 +315,13 @@ def _router_start(
     shape = (leading.num_layers, len(slots), width)
     if not is_fitted:
         return RouterRows(np.zeros(shape, np.float32))
+    trained = {
+        name: tuple(source.manifest.domains)
+        for name, source in inputs.sources.items()
+        if source.manifest is not None and source.kind == "expert"
+    }
+    if leading.manifest is not None and PUBLIC in slots:
+        trained[PUBLIC] = tuple(leading.manifest.domains)
     start = router.start(
         RouterInputs(
             seed=leading.model_folder,
@@ -243,11 +331,10 @@ def _router_start(
             options=options.router_options,
             expert_options=inputs.expert_options,
             validation=inputs.validation or tuple,
-            domains={
-                name: tuple(source.manifest.domains)
-                for name, source in inputs.sources.items()
-                if source.manifest is not None and source.kind == "expert"
-            },
+            domains=trained,
+            expert_model=models,
+            has_bias=options.bias == "carry",
+            statistics=inputs.router_statistics,
             reporter=inputs.reporter,
         )
     )

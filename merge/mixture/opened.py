@@ -20,7 +20,7 @@ from ...core.manifests.generalist import AveragedExpert, GeneralistConfig, Mixtu
 from ...core.manifests.manifest import Manifest, read_manifest
 from ..engine.reading import Reader
 from ..engine.tensor_plan import TensorPlan
-from ..planning.assembly import FUSED, FUSED_ROUTER, ExpertParts
+from ..planning.assembly import FUSED, FUSED_ROUTER, ExpertParts, SharedExpert
 from ..sources.models import Source, StoredTensor, open_source
 from ..sources.tensor_names import LayerNames, layer_names
 from .options import MixtureOptions
@@ -49,7 +49,8 @@ class OpenedMixture:
     @property
     def shape(self) -> MixtureShape:
         has_biases = self.router.biases is not None
-        return MixtureShape(len(self.names), self.record.top_k, self.options.normalized, has_biases)
+        has_shared_expert = self.record.shared_expert is not None
+        return MixtureShape(len(self.names), self.record.top_k, self.options.normalized, has_biases, has_shared_expert)
 
     @property
     def averaged(self) -> tuple[AveragedExpert, ...]:
@@ -100,12 +101,27 @@ class OpenedMixture:
         return slice_of(fused, number * len(kinds) + kinds.index(kind), len(self.names) * len(kinds))
 
     @cached_property
+    def shared_expert(self) -> SharedExpert | None:
+        """The expert that all tokens pass through, and its gate; None if there is none."""
+        expert, name_of, gate = self.record.shared_expert, self.target.shared_expert, self.target.shared_gate
+        if expert is None or name_of is None or gate is None:
+            return None
+        names = [(layer, suffix) for layer in range(len(self._layers.layers)) for suffix in self.record.feed_forward]
+        feed_forward = {
+            self._layers.name(layer, suffix): self.tensors[self._layers.name(layer, name_of(suffix))]
+            for layer, suffix in names
+        }
+        return SharedExpert(ExpertParts(expert, feed_forward), self._read(gate)[:, 0])
+
+    @cached_property
     def shared(self) -> Mapping[str, TensorPlan]:
         """Tensors outside the feed-forward networks, by their names in the dense model."""
         unshared = {self.target.router, self.target.router_bias, *FUSED, FUSED_ROUTER}
         unshared |= set(self.target.zeros(self.source.config))
         for suffix in self.record.feed_forward:
             unshared |= {self.target.expert(suffix, number) for number in range(len(self.names))}
+            if self.target.shared_expert is not None:
+                unshared.add(self.target.shared_expert(suffix))
         excluded = {
             self._layers.name(layer, suffix)
             for layer, suffixes in enumerate(self._layers.layers)

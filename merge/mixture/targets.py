@@ -14,6 +14,8 @@ from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
 CONTAINER = "container"
 CONTAINER_TYPE = "expertctl_mixture"
 _NOT_COPIED = ("architectures", "model_type", "auto_map", "_name_or_path", "transformers_version")
+_WITHOUT_BIASES = ("llama", "mistral")
+"""Families whose attention has no biases, beside that of Qwen2-MoE, which has."""
 _QWEN2_SHARED_WIDTH = 64
 """Hidden size of the all-zero shared expert that Qwen2-MoE requires; small, and divisible among GPUs."""
 
@@ -42,7 +44,7 @@ def _target(
     refusal: Callable[[Mapping[str, Any], MixtureShape], str | None],
     *,
     removed: Sequence[str] = (),
-    settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda dense: {},
+    settings: Callable[[Mapping[str, Any], MixtureShape], Mapping[str, Any]] = lambda dense, shape: {},
     **fields: Any,
 ) -> MixtureTarget:
     """Return a class with the usual names of settings and tensors; `removed` are settings that it does not have."""
@@ -53,7 +55,7 @@ def _target(
             model_class,
             dense,
             removed,
-            **settings(dense),
+            **settings(dense, shape),
             num_experts=shape.num_experts,
             num_experts_per_tok=shape.top_k,
             norm_topk_prob=shape.normalized,
@@ -99,6 +101,30 @@ def _qwen3_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
     return _no_router_bias(dense, shape)
 
 
+def _qwen2_refusal(dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
+    if dense.get("model_type") in _WITHOUT_BIASES:
+        if not shape.shared_expert:
+            return "for this family, it is meant for mixtures with a shared expert"
+        if dense.get("attention_bias"):
+            return "its attention has no bias for the output, and the model's has (attention_bias)"
+    return _no_router_bias(dense, shape)
+
+
+def _qwen2_settings(dense: Mapping[str, Any], shape: MixtureShape) -> dict[str, Any]:
+    settings = {
+        "moe_intermediate_size": dense["intermediate_size"],
+        "shared_expert_intermediate_size": dense["intermediate_size"] if shape.shared_expert else _QWEN2_SHARED_WIDTH,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "qkv_bias": dense.get("model_type") not in _WITHOUT_BIASES,
+    }
+    if dense.get("model_type") in _WITHOUT_BIASES:  # Llama has no window, Mistral has the same in all layers
+        has_window = dense.get("model_type") == "mistral" and bool(dense.get("sliding_window"))
+        layer = "sliding_attention" if has_window else "full_attention"
+        settings |= {"use_sliding_window": has_window, "layer_types": [layer] * dense["num_hidden_layers"]}
+    return settings
+
+
 def _qwen2_zeros(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     width, inner = config["hidden_size"], config["shared_expert_intermediate_size"]
     return {
@@ -123,7 +149,7 @@ QWEN3_MOE = _target(
     "Qwen3MoeForCausalLM",
     _qwen3_refusal,
     removed=("layer_types", "max_window_layers"),
-    settings=lambda dense: {
+    settings=lambda dense, shape: {
         "moe_intermediate_size": dense["intermediate_size"],
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -132,15 +158,12 @@ QWEN3_MOE = _target(
 QWEN2_MOE = _target(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
-    _no_router_bias,
-    settings=lambda dense: {
-        "moe_intermediate_size": dense["intermediate_size"],
-        "shared_expert_intermediate_size": _QWEN2_SHARED_WIDTH,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "qkv_bias": True,
-    },
+    _qwen2_refusal,
+    removed=("attention_bias", "mlp_bias", "pretraining_tp"),  # settings of Llama
+    settings=_qwen2_settings,
     zeros=_qwen2_zeros,
+    shared_expert=lambda name: name.replace("mlp.", "mlp.shared_expert.", 1),
+    shared_gate="mlp.shared_expert_gate.weight",
 )
 OLMOE = _target(
     "olmoe",
@@ -189,6 +212,12 @@ def feed_forward_module(family: Architecture) -> str:
     return modules.pop()
 
 
+def _refusal(target: MixtureTarget, dense: Mapping[str, Any], shape: MixtureShape) -> str | None:
+    if shape.shared_expert and target.shared_expert is None:
+        return "it has no shared expert"
+    return target.refusal(dense, shape)
+
+
 def choose_target(
     family: Architecture, dense: Mapping[str, Any], shape: MixtureShape, wanted: str = "auto"
 ) -> MixtureTarget:
@@ -197,16 +226,19 @@ def choose_target(
     Raises `UserError` with the constraint that the model violates and with the classes that support it.
     """
     targets = {target.name: target for target in (*family.mixtures, container_target(family))}
-    refusals = {name: target.refusal(dense, shape) for name, target in targets.items()}
+    refusals = {name: _refusal(target, dense, shape) for name, target in targets.items()}
     supported = [name for name, reason in refusals.items() if reason is None]
-    if wanted == "auto":
+    if wanted == "auto" and supported:
         return targets[supported[0]]
+    if wanted == "auto":
+        reasons = "; ".join(f"'{name}': {reason}" for name, reason in refusals.items())
+        raise UserError(f"a mixture of '{family.name}' models with these settings cannot be written ({reasons})")
     quoted = ", ".join(f"'{name}'" for name in supported)
     if wanted not in targets:
         raise UserError(f"a mixture of '{family.name}' models cannot be written as '{wanted}'; supported: {quoted}")
     if refusals[wanted] is not None:
         raise UserError(
             f"the mixture cannot be written as '{wanted}' ({targets[wanted].model_class}): {refusals[wanted]}; "
-            f"supported: {quoted}"
+            f"supported: {quoted or 'none'}"
         )
     return targets[wanted]

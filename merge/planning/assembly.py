@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,8 @@ _Placed = dict[str, list[tuple[str, StoredTensor]]]
 FUSED = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
 """Fused expert tensors of transformers -> the FFN tensors that each one stacks."""
 FUSED_ROUTER = "mlp.gate.weight"
+ROUTER_FOLDER = "router"
+"""Folder of a mixture with the statistics of its router, `EXPERT.safetensors`."""
 _NUMBER = re.compile(r"(\d+)")
 
 
@@ -42,6 +44,8 @@ class AssemblyInputs:
     """`dense(recipe)` plans the weighted mean of the models, tensor by tensor, with the merged vocabulary."""
     validation: Callable[[], Sequence[ValidationText]] | None = None
     reporter: Reporter = SILENT
+    router_statistics: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    """Statistics of experts of an earlier mixture, by expert and name, if its router start stored some."""
 
     @property
     def expert_options(self) -> dict[str, dict[str, Any]]:
@@ -66,6 +70,15 @@ class ExpertParts:
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """An expert that all tokens pass through, and its gate."""
+
+    parts: ExpertParts
+    gate: NDArray[Any]
+    """(L, d): the row of each layer."""
+
+
+@dataclass(frozen=True)
 class Assembly:
     """Implements `Assembly` of the plugin interface for mixtures."""
 
@@ -75,6 +88,8 @@ class Assembly:
     record: MixtureRecord
     notes: tuple[str, ...] = ()
     is_fitted: bool = True
+    router_statistics: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict, compare=False, repr=False)
+    """Statistics that the router was computed from, by expert and name, which are stored with the mixture."""
 
 
 def plan_assembly(
@@ -86,6 +101,7 @@ def plan_assembly(
     experts: Sequence[ExpertParts],
     router: RouterRows,
     *,
+    shared_expert: SharedExpert | None = None,
     dtype: str | None = None,
     layout: Literal["per_expert", "fused"] = "per_expert",
 ) -> tuple[tuple[TensorPlan, ...], dict[str, Any]]:
@@ -95,7 +111,7 @@ def plan_assembly(
     tensors differ in name or shape.
     """
     first = experts[0]
-    for expert in experts[1:]:
+    for expert in (*experts[1:], *([shared_expert.parts] if shared_expert is not None else ())):
         _check_same_tensors(first, expert)
     names = layer_names([*shared, *first.feed_forward])
     config = target.config(dense, shape)
@@ -115,10 +131,14 @@ def plan_assembly(
             if layout == "fused"
             else _per_expert(feed_forward_names, experts, target)
         )
+        if shared_expert is not None and target.shared_expert is not None:
+            parts = shared_expert.parts
+            for suffix, name in feed_forward_names.items():
+                expert_tensors[target.shared_expert(suffix)] = [(parts.name, parts.feed_forward[name])]
         prefix = f"{target.prefix}{names.name(layer, '')}"
         for suffix, stored in expert_tensors.items():
             plans.append(_plan_tensor(prefix + suffix, stored, len(experts), stored_dtype))
-        for suffix, values in _router_tensors(router, layer, target, layout, config).items():
+        for suffix, values in _router_tensors(router, shared_expert, layer, target, layout, config).items():
             plans.append(TensorPlan(prefix + suffix, stored_dtype, values.shape, "computed", (), (), values=values))
     return (*plans, *copies(sorted(names.after))), config
 
@@ -174,16 +194,21 @@ def _plan_tensor(name: str, parts: Sequence[tuple[str, StoredTensor]], count: in
 
 
 def _router_tensors(
-    router: RouterRows, layer: int, target: MixtureTarget, layout: str, config: Mapping[str, Any]
+    router: RouterRows,
+    shared_expert: SharedExpert | None,
+    layer: int,
+    target: MixtureTarget,
+    layout: str,
+    config: Mapping[str, Any],
 ) -> dict[str, NDArray[Any]]:
     import numpy as np
 
     tensors = {FUSED_ROUTER if layout == "fused" else target.router: router.rows[layer]}
     if target.router_bias is not None and config.get("router_bias") and router.biases is not None:
         tensors[target.router_bias] = router.biases[layer]
-    for zero, shape in target.zeros(config).items():
-        tensors[zero] = np.zeros(shape, np.float32)
-    return tensors
+    if shared_expert is not None and target.shared_gate is not None:
+        return {**tensors, target.shared_gate: shared_expert.gate[layer][None]}
+    return tensors | {zero: np.zeros(shape, np.float32) for zero, shape in target.zeros(config).items()}
 
 
 def _check_same_tensors(first: ExpertParts, other: ExpertParts) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...core.artefacts.model_config import LAYER_KEYS, text_config
 from ...core.artefacts.numeric import FLOATING
@@ -25,8 +26,10 @@ from ...core.hooks.options import parse_options
 from ...core.hooks.text import ValidationText
 from ...core.reporting import SILENT, Reporter
 from ..engine.actions import bytes_needed
-from ..engine.calculator import CONCURRENT_BYTES, EngineSettings
+from ..engine.calculator import EngineSettings
+from ..engine.queueing import CONCURRENT_BYTES
 from ..engine.shards import DEFAULT_SHARD_BYTES, ShardPlan, plan_shards
+from ..engine.surveying import begin_survey, survey_group
 from ..recipes.recipe import Recipe
 from ..sources.configurations import compare_configurations
 from ..sources.licences import check_licences, require_compatible
@@ -34,7 +37,9 @@ from ..sources.models import Source, open_sources
 from ..sources.relatedness import require_related
 from ..sources.statistics import Statistics, find_statistics
 from ..sources.tensor_names import embedding_name, head_name, layer_names
-from ..sources.tokenizers import ModelVocabulary, VocabularyPlan, plan_vocabulary
+from ..sources.vocabularies.model_vocabulary import ModelVocabulary
+from ..sources.vocabularies.planning import plan_vocabulary
+from ..sources.vocabularies.row_mapping import VocabularyPlan
 from .assembly import Assembly, AssemblyInputs
 from .tensor_planner import Stack, plan_tensors
 
@@ -43,6 +48,8 @@ BASE_BYTES = 64 << 20
 TORCH_BYTES = 300 << 20
 READ_BYTES_PER_SECOND = 1.5e9
 WRITE_BYTES_PER_SECOND = 0.7e9
+_PASSES_OF_SURVEYS = 3
+"""How often a merge with a survey of all tensors reads them, about."""
 _SAMPLE_SHAPE = (256, 256)
 _TORCH_SECONDS_PER_NUMBER = 2e-9
 
@@ -138,7 +145,8 @@ class MergePlan:
             tensor.num_numbers * len(tensor.experts) for tensor in self.stack.tensors if tensor.action == "merge"
         )
         calculating = merged * _seconds_per_number(self) + hashing * (self.bytes_to_read + self.bytes_to_write)
-        reading = self.bytes_to_read / READ_BYTES_PER_SECOND
+        passes = 1 if begin_survey(self.tensor_method, self.stack.tensors) is None else _PASSES_OF_SURVEYS
+        reading = passes * self.bytes_to_read / READ_BYTES_PER_SECOND
         return (calculating + reading) / self.settings.num_threads + self.bytes_to_write / WRITE_BYTES_PER_SECOND
 
     def weights(self) -> dict[str, float]:
@@ -166,7 +174,10 @@ class MergePlan:
                     tensor.dtype,
                     list(tensor.weights),
                     asdict(tensor.options) if tensor.options is not None else None,
-                    [[str(stored.entry.file), stored.entry.begin, stored.name] for stored in tensor.inputs],
+                    [
+                        [str(stored.entry.file), stored.entry.begin, stored.name, repr(stored.perturbation)]
+                        for stored in tensor.inputs
+                    ],
                     [stored is not None for stored in tensor.statistics],
                     hashlib.sha256(tensor.values.tobytes()).hexdigest() if tensor.values is not None else None,
                 ]
@@ -185,8 +196,12 @@ class MergePlan:
         recipe: Recipe,
         validation: Callable[[], Sequence[ValidationText]] | None = None,
         reporter: Reporter = SILENT,
+        router_statistics: Mapping[str, Mapping[str, NDArray[Any]]] | None = None,
     ) -> MergePlan:
-        """Return the plan of the same models with other weights, or with a router fitted on `validation`."""
+        """Return the plan of the same models with other weights, or with a router fitted on `validation`.
+
+        `router_statistics` are those of experts of an earlier mixture, which then need no text.
+        """
         rows = self.vocabulary.size if self.vocabulary is not None else None
         method = self.tensor_method
         if method is self.method:
@@ -200,6 +215,7 @@ class MergePlan:
             lambda dense: plan_tensors(dense, method, self.sources, rows).tensors,
             validation,
             reporter,
+            router_statistics or {},
         )
         assembly = self.method.assemble(
             inputs, parse_options(self.method.options_class(options), options, f"merge method '{self.method.name}'")
@@ -340,7 +356,12 @@ def _require_related_models(recipe: Recipe, sources: Mapping[str, Source]) -> No
 def _plan_vocabulary(recipe: Recipe, sources: Mapping[str, Source]) -> VocabularyPlan | None:
     """Return the plan of the merged vocabulary; None if all models have the same vocabulary."""
     base = sources[recipe.leading]
-    others = [source for source in sources.values() if source.model_folder != base.model_folder]
+    named = {source.model for source in recipe.tokens.values()}
+    others = [
+        source
+        for name, source in sources.items()
+        if source is not base and (source.model_folder != base.model_folder or name in named)
+    ]
     is_same = all(
         source.tokenizer == base.tokenizer and _embedding_rows(source) == _embedding_rows(base) for source in others
     )
@@ -384,6 +405,7 @@ def _seconds_per_number(plan: MergePlan) -> float:
         sample_tensor.weights,
         arrays[0] if sample_tensor.seed is not None else None,
     )
+    group = survey_group(method, group, sample_tensor.options)
     method.merge(group, sample_tensor.options)  # warm-up: the first call may import modules
     seconds = _seconds(lambda: method.merge(group, sample_tensor.options))
     return seconds / (math.prod(_SAMPLE_SHAPE) * len(sample_tensor.experts))

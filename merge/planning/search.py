@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,15 @@ from ...core.config.settings import SearchConfig
 from ...core.errors import UserError
 from ...core.hooks.text import ValidationText
 from ...core.manifests.generalist import SearchRecord
-from ...core.models.loading import load_model, overlay_tensors
+from ...core.models.loading import load_model
+from ...core.models.overlay import Overlay
 from ...core.models.scoring import total_loss
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter
 from ...core.text.token_store import spread
 from ..engine.actions import MergeTools, MergeWhole
 from ..engine.reading import Reader
+from ..engine.surveying import run_survey
 from ..engine.writing import fingerprint_of
 from ..recipes.recipe import Setting
 from .plan import MergePlan
@@ -101,6 +104,8 @@ class _Scorer:
         self._seed, self._plan_for, self._texts = seed, plan_for, texts
         self._blocks = {text.domain: list(spread(text.blocks, blocks)) for text in texts}
         self._model: PreTrainedModel | None = None
+        self._survey: Any = None
+        self._is_surveyed = False
 
     def identity(self) -> dict[str, Any]:
         return {domain: fingerprint_of([block.tolist() for block in blocks]) for domain, blocks in self._blocks.items()}
@@ -126,14 +131,19 @@ class _Scorer:
         if self._model is None:
             self._model, _ = load_model(self._seed, dtype="float32")
             self._model.to(best_device())
-        plan = self._plan_for(weights)
+        plan, overlay = self._plan_for(weights), Overlay(self._model)
         with Reader(plan.recipe.input_dtype) as reader:
             tools = MergeTools(plan.tensor_method, reader, device=plan.settings.device)
+            if not self._is_surveyed:  # the weights have no effect on what a survey finds
+                self._survey = run_survey(plan.stack.tensors, tools)
+                self._is_surveyed = True
+            tools = replace(tools, survey=self._survey)
             for tensor in plan.stack.tensors:
                 if tensor.action != "require_equal":
                     is_merged = tensor.action == "merge"
                     numbers = MergeWhole(tensor, tools).numbers() if is_merged else reader.read(tensor.experts[0])
-                    overlay_tensors(self._model, {tensor.name: torch.from_numpy(numbers.copy())})
+                    overlay.add(tensor.name, torch.from_numpy(numbers.copy()))
+        overlay.finish()
         return self._model
 
 

@@ -10,7 +10,9 @@ from ...core.artefacts.model_config import is_tied
 from ...core.artefacts.numeric import FLOATING
 from ...core.errors import UserError
 from ...core.hooks.merging import TensorMerge
+from ..engine.surveying import begin_survey
 from ..engine.tensor_plan import Action, TensorPlan
+from ..recipes.places import placed
 from ..recipes.recipe import OutputSlice, Recipe, SourceSlice
 from ..sources.models import DERIVED, Source, StoredTensor
 from ..sources.statistics import Statistics
@@ -61,19 +63,26 @@ class _Planner:
 
     def plan(self) -> Stack:
         slices = self.recipe.slices
-        widths = [self._width(output_slice) for output_slice in slices]
+        widths = []
         for output_slice in slices:
-            self._check_count(output_slice)
+            with placed(output_slice.place):
+                widths.append(self._width(output_slice))
+        for output_slice in slices:
+            with placed(output_slice.place):
+                self._check_count(output_slice)
         leading = self.names[slices[0].sources[0].model]
         plans = [self._outer_tensor(name, slices[0]) for name in leading.before]
         layers: list[tuple[str, int]] = []
         for output_slice, width in zip(slices, widths, strict=True):
             for offset in range(width):
                 depth = offset / (width - 1) if width > 1 else 1.0
-                plans += self._layer_tensors(output_slice, offset, leading, len(layers), depth)
+                with placed(output_slice.place):
+                    plans += self._layer_tensors(output_slice, offset, leading, len(layers), depth)
                 layers.append((output_slice.sources[0].model, _first_layer(output_slice.sources[0]) + offset))
         plans += [self._outer_tensor(name, slices[-1]) for name in self._after(slices[-1])]
-        return Stack(tuple(plan for plan in plans if plan is not None), tuple(layers))
+        tensors = tuple(plan for plan in plans if plan is not None)
+        begin_survey(self.method, tensors)  # refuses options that differ between tensors
+        return Stack(tensors, tuple(layers))
 
     def _after(self, output_slice: OutputSlice) -> list[str]:
         """Return the tensors after the layers, with the output head if any source has an untied one."""
@@ -82,7 +91,9 @@ class _Planner:
         return names + [head for head in dict.fromkeys(heads) if head is not None and head not in names]
 
     def _outer_tensor(self, name: str, output_slice: OutputSlice) -> TensorPlan | None:
-        return self._tensor(name, output_slice, {source.model: name for source in self._with_seed(output_slice)}, 0.0)
+        with placed(output_slice.place):
+            inputs = {source.model: name for source in self._with_seed(output_slice)}
+            return self._tensor(name, output_slice, inputs, 0.0)
 
     def _layer_tensors(
         self, output_slice: OutputSlice, offset: int, leading: LayerNames, target: int, depth: float
@@ -96,7 +107,7 @@ class _Planner:
             plans.append(self._tensor(leading.name(target, inner_name), output_slice, inputs, depth))
         for model, layer in layer_of.items():
             for inner_name in self.names[model].layers[layer]:
-                if inner_name not in inner_names and not inner_name.endswith(DERIVED):
+                if inner_name not in inner_names and not f".{inner_name}".endswith(DERIVED):
                     raise self._missing_error(self.names[model].name(layer, inner_name), model, first.model)
         return plans
 
@@ -122,10 +133,11 @@ class _Planner:
             num_layers = len(self.names[source.model].layers)
             begin, end = source.layers if source.layers is not None else (0, num_layers)
             if not 0 <= begin < end <= num_layers and (begin, end) != (0, 0):
-                raise UserError(
-                    f"layer_range [{begin}, {end}] of '{source.model}' is out of range: {self._describe(source.model)} has "
-                    f"{num_layers} layers"
-                )
+                with placed(source.place):
+                    raise UserError(
+                        f"layer_range [{begin}, {end}] of '{source.model}' is out of range: "
+                        f"{self._describe(source.model)} has {num_layers} layers"
+                    )
             sizes[source.model] = end - begin
         first = output_slice.sources[0].model
         for model, size in sizes.items():
@@ -142,9 +154,10 @@ class _Planner:
         if minimum <= len(names) <= (maximum or math.inf):
             return
         wanted = f"{minimum} to {maximum}" if maximum is not None else f"{minimum} or more"
+        wanted = str(minimum) if minimum == maximum else wanted
         raise UserError(
-            f"merge method '{self.method.name}' takes {minimum if minimum == maximum else wanted} experts, but this "
-            f"merge has {len(names)}: {', '.join(names) or 'none'}"
+            f"merge method '{self.method.name}' takes {wanted} expert{'s' if wanted != '1' else ''}, but this merge has "
+            f"{len(names)}: {', '.join(names) or 'none'}"
         )
 
     def _experts(self, output_slice: OutputSlice) -> list[SourceSlice]:
@@ -156,7 +169,7 @@ class _Planner:
         present = {model: stored for model, key in inputs.items() if (stored := self._stored(model, key)) is not None}
         absent = next((model for model in inputs if model not in present), None)
         if absent is not None:
-            if name.endswith(DERIVED):
+            if f".{name}".endswith(DERIVED):
                 return None
             raise self._missing_error(inputs[absent], next(iter(present), output_slice.sources[0].model), absent)
         experts = self._experts(output_slice)

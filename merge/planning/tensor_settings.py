@@ -13,6 +13,7 @@ from ...core.hooks.merging import PerExpert, TensorMerge
 from ...core.hooks.options import NoOptions, parse_options, unknown_option
 from ..engine.tensor_plan import TensorPlan
 from ..recipes.parameters import resolve
+from ..recipes.places import placed
 from ..recipes.recipe import WEIGHT, OutputSlice, Recipe, SourceSlice
 from ..sources.models import StoredTensor
 from .weights import require_all_weights
@@ -67,7 +68,9 @@ class TensorSettings:
             )
         expert_weights = by_expert(WEIGHT)
         for source, weight in zip(experts, expert_weights, strict=True):
-            self._check_required(WEIGHT, weight, f"'{inputs[source.model]}' of '{source.model}'")
+            with placed(source.place):
+                self._check_required(WEIGHT, weight, f"'{inputs[source.model]}' of '{source.model}'")
+                _check_number(weight, source.model)
         weights = self._normalise_weights(expert_weights, [source.model for source in experts], plan.name)
         # missing rows of experts may come from the seed
         seed_input = seed if needs_seed or plan.is_vocabulary else None
@@ -87,9 +90,6 @@ class TensorSettings:
 
     def _normalise_weights(self, values: Sequence[Any], experts: Sequence[str], tensor: str) -> tuple[float, ...]:
         by_name = dict(zip(experts, values, strict=True))
-        for name, weight in by_name.items():
-            if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
-                raise UserError(f"the weight of '{name}' is {weight!r}, which is not a number")
         if self.method.weights == "factors":
             return tuple(1.0 if weight is None else float(weight) for weight in values)
         if all(weight is None for weight in values):
@@ -108,16 +108,23 @@ class TensorSettings:
     def _check_keys(self) -> None:
         """Raise `UserError` for unknown parameters."""
         slices = self.recipe.slices
-        by_source = [source.parameters for output_slice in slices for source in output_slice.sources]
+        sources = [source for output_slice in slices for source in output_slice.sources]
+        by_source = [source.parameters for source in sources]
         known = {*self._shared, *self._per_expert}
         for scope in (*self.recipe.scopes, *(output_slice.parameters for output_slice in slices), *by_source):
             for key in scope:
                 if key not in known and key != WEIGHT:
                     raise unknown_option(f"merge method '{self.method.name}'", key, known)
-        for scope in by_source:
-            for key in scope:
+        for source in sources:
+            for key in source.parameters:
                 if key in self._shared:
-                    raise UserError(
-                        f"option '{key}' of merge method '{self.method.name}' applies to all experts; set it for "
-                        "the merge, not for a single expert"
-                    )
+                    with placed(source.place):
+                        raise UserError(
+                            f"option '{key}' of merge method '{self.method.name}' applies to all experts; set it for "
+                            "the merge, not for a single expert"
+                        )
+
+
+def _check_number(weight: Any, model: str) -> None:
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
+        raise UserError(f"the weight of '{model}' is {weight!r}, which is not a number")

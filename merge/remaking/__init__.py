@@ -1,1 +1,1 @@
-"""Making a generalist again: from its manifest, or with other experts."""
+"""Merges of merges: repeating one from its manifest, with other experts, and several that build on each other."""

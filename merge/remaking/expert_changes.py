@@ -18,7 +18,7 @@ from ...core.artefacts.files import (
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError, unknown_name
 from ...core.manifests.finishing import CARD_FILE, finish_artefact
-from ...core.manifests.generalist import GeneralistConfig, MixtureRecord
+from ...core.manifests.generalist import MixtureRecord
 from ...core.manifests.manifest import Manifest, read_manifest
 from ...core.manifests.verification import require_intact
 from ..ensemble.stored_mixer import stored_mixer
@@ -27,7 +27,10 @@ from ..generalists.folder import write_generalist
 from ..merging import MergeRun, merge_recipe
 from ..mixture.changing import Change, history_entries, plan_change, require_valid_change
 from ..mixture.opened import shared_tensors_are_the_seeds
+from ..mixture.refitting import fitted_domains
+from ..mixture.routing.stored_statistics import has_statistics, read_statistics
 from ..planning.plan import check_output
+from ..planning.used_text import Validation
 from ..recipes.recipe import Recipe, change_models
 from .reproducing import locate
 
@@ -39,11 +42,12 @@ def change_experts(
     *,
     layout: Layout | None = None,
     run: MergeRun | None = None,
+    validation: Validation = tuple,
 ) -> Manifest:
     """Write the generalist of `folder` with changed experts to `output` and return its manifest.
 
     Mixtures are changed directly if possible; other generalists are merged again from their models, which are found by
-    name. Raises `UserError` for unsupported changes before anything is written.
+    name. `validation` returns the text of the joining experts' domains, for a router that is computed from text. Raises `UserError` for unsupported changes before anything is written.
     """
     run = run or MergeRun()
     require_valid_change(change)
@@ -57,10 +61,12 @@ def change_experts(
         from ..stitched.changing import change_stitched  # needs torch
 
         return change_stitched(folder, output, change, force=run.force, allow_licences=run.allow_licences)
-    if merged.mixture is not None and _is_changed_directly(manifest.name, merged, merged.mixture, change):
+    if merged.mixture is not None and _is_changed_directly(manifest, merged.mixture, change):
         require_intact(folder, manifest=manifest)
         refuse_existing(output, force=run.force, what="generalist")
-        plan, provenance = plan_change(folder, change, allow_licences=run.allow_licences)
+        plan, provenance = plan_change(
+            folder, change, allow_licences=run.allow_licences, validation=validation, reporter=run.reporter
+        )
         check_output(plan, output)
         with (
             exclusive_output(output, f"generalist {output}"),
@@ -79,20 +85,37 @@ def change_experts(
         )
     recipe = _changed_recipe(manifest, folder, change, layout)
     events = [*merged.history, *history_entries(manifest, change)]
-    return merge_recipe(recipe, output, name=output.name, run=run, history=events)
+    if not has_statistics(manifest):
+        return merge_recipe(recipe, output, name=output.name, run=run, history=events)
+    require_intact(folder, manifest=manifest)
+    kept = {name: tensors for name, tensors in read_statistics(folder).items() if name not in change.removed}
+    run.reporter.say(
+        f"the router statistics of {', '.join(kept)} stay as measured: with the earlier mean of the tensors outside the "
+        "feed-forward networks"
+    )
+    return merge_recipe(
+        recipe,
+        output,
+        name=output.name,
+        run=run,
+        history=events,
+        validation=validation,
+        router_statistics=kept,
+        fitted_on=fitted_domains(manifest, change.removed),
+    )
 
 
-def _is_changed_directly(name: str, merged: GeneralistConfig, mixture: MixtureRecord, change: Change) -> bool:
+def _is_changed_directly(manifest: Manifest, mixture: MixtureRecord, change: Change) -> bool:
     """Return whether a mixture can change without its parents; raises `UserError` if it cannot even with them."""
-    if merged.tunings:
+    if manifest.tunings:
         return True
     if not shared_tensors_are_the_seeds(mixture):
         return False
-    if mixture.router.start == "embedding" or not (change.add or change.replace):
+    if mixture.router.start == "embedding" or not (change.add or change.replace) or has_statistics(manifest):
         return True
     if mixture.router.uses_text:
         raise UserError(
-            f"the router of '{name}' was fitted on the text of all experts, so experts cannot be added or replaced; merge "
+            f"the router of '{manifest.name}' was fitted on the text of all experts, so experts cannot be added or replaced; merge "
             "again with all experts"
         )
     return False
@@ -174,6 +197,8 @@ def _changed_recipe(manifest: Manifest, folder: Path, change: Change, layout: La
         if name not in known:
             raise UserError(f"'{name}' is not a model of {folder}; it has {', '.join(known)}")
     content = change_models(merged.recipe, change.remove, change.add)
+    references = {name: text for name, text in content["references"].items() if name not in change.replace}
+    content["references"] = references
     if any(not output_slice["sources"] for output_slice in content["slices"]):
         raise UserError("the change would remove all experts")
     if merged.mixture is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.artefacts.digests import MANIFEST_NAMES
+from ...core.artefacts.hub_cache import cached_model, download_command, split_commit
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError
 from ...core.manifests.finishing import CARD_FILE
@@ -39,8 +40,8 @@ def reproduce(
 ) -> Reproduction:
     """Repeat the merge of `manifest` in a temporary folder beside `folder` and compare the results.
 
-    Models are found by name in the workspace, beside `folder`, or in the current folder; `models` gives the folders of
-    other models. Raises `UserError` for manifests of other artefacts and for missing models.
+    Models are found by name in the workspace, beside `folder`, or in the current folder, and in the Hugging Face cache;
+    `models` gives the folders of other models. Raises `UserError` for manifests of other artefacts and for missing models.
     """
     merged = manifest.merged
     # the recipe does not hold the text that a router was fitted on
@@ -122,15 +123,24 @@ def locate(
     """
     names = [*recipe["models"], *(f"base of {name}" for name in recipe["adapter_bases"])]
     digests = {parent.name: parent.digest for parent in manifest.parents}
+    references = recipe.get("references", {})
     located = {
-        name: folders[name] if name in folders else _find(name, digests.get(name), folder, layout, require_digest)
+        name: folders[name]
+        if name in folders
+        else _find(name, references.get(name), digests.get(name), folder, layout, require_digest)
         for name in names
     }
     return recipe_from_json(recipe, located)
 
 
-def _find(name: str, digest: str | None, folder: Path, layout: Layout | None, require_digest: bool) -> Path:
-    beside = [folder.resolve().parent / name, Path.cwd() / name]
+def _find(
+    name: str, reference: str | None, digest: str | None, folder: Path, layout: Layout | None, require_digest: bool
+) -> Path:
+    """Return the folder of a model by its digest, its name, or its `reference` in the file of the merge, if any."""
+    beside = [place / text for text in (reference, name) if text for place in (folder.resolve().parent, Path.cwd())]
+    on_hub = split_commit(reference or "")
+    if on_hub is not None and (cached := cached_model(*on_hub)) is not None:
+        beside.insert(0, cached)
     inside = []
     if layout is not None:
         inside = [layout.seed if name == SEED else layout.experts / name, layout.generalists / name]
@@ -150,4 +160,5 @@ def _find(name: str, digest: str | None, folder: Path, layout: Layout | None, re
             f"{named[0]} is not the '{name}' that {folder} was made from ({str(digest)[:12]}); restore that model in the "
             "workspace, or replace it as well"
         )
-    raise UserError(f"model '{name}' was not found; give its folder: --model {name}=DIR")
+    download = f" download it with `{download_command(*on_hub)}`, or" if on_hub is not None else ""
+    raise UserError(f"model '{name}' was not found;{download} give its folder: --model {name}=DIR")

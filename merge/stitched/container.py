@@ -21,9 +21,10 @@ from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
 from ..ensemble.members_cache import MembersCache, MembersGeneration, can_cache
 from .configuration import StitchedConfig, hub_points, leads_into_hub, matched_points
+from .layer_probe import output_forms
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
 from .members import load_members, move_members, write_members
-from .stepwise import Stepwise, decoder_layers, hidden_states_of
+from .stepwise import OutputForm, Stepwise, decoder_layers, hidden_states_of
 
 STITCHES_FILE = "stitches.safetensors"
 HUB = "hub"
@@ -101,7 +102,10 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
                 "use_cache": cache is not None,
             }
 
-        passes = {name: Stepwise(expert) for name, expert in zip(self.expert_names, self.experts, strict=True)}
+        passes = {
+            name: Stepwise(expert, output_forms(expert))
+            for name, expert in zip(self.expert_names, self.experts, strict=True)
+        }
         for number, stepwise in enumerate(passes.values(), start=1):
             stepwise.begin(**inputs(number))
         layers = decoder_layers(self.hub)
@@ -125,7 +129,8 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
                 changed = stitch(hub, states)
             for name, new_states in changed.items():
                 passes[name].states = new_states
-            return (hub, *output[1:]) if isinstance(output, tuple) else hub
+            form = OutputForm.of(output)
+            return hub if form.container is None else form.container([hub, *output[1:]])
 
         return hook
 

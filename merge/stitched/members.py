@@ -16,8 +16,10 @@ from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, find_manifest
 from ...core.models.loading import WEIGHTS_FILE, load_network
+from ...core.models.stored_names import StoredNames
 from .configuration import StitchedConfig
-from .stepwise import decoder_layers, require_steps
+from .layer_probe import require_steps
+from .stepwise import decoder_layers
 
 MEMBERS_FOLDER = "members"
 
@@ -29,15 +31,13 @@ def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contai
     if self_contained:
         _copy_model(source, folder / place)
     is_expert = manifest is not None and manifest.kind == "expert"
-    config = read_json((seed if is_expert else source) / "config.json")
-    if not is_expert:  # an expert is a model of the seed's class
-        require_steps(config)
+    config = require_steps(read_json((seed if is_expert else source) / "config.json"))
     return {
         "name": name,
         "folder": place,
         "digest": _digest(source, manifest),
-        "width": _setting(config, source, "hidden_size", "n_embd"),
-        "num_layers": _setting(config, source, "num_hidden_layers", "n_layer"),
+        "width": int(config.hidden_size),
+        "num_layers": int(config.num_hidden_layers),
     }
 
 
@@ -54,7 +54,7 @@ def load_members(root: Path, config: StitchedConfig, dtype: Any) -> tuple[PreTra
         expert = load_network(folder, seed=hub_folder if is_expert else None, dtype=dtype_name, as_trained=False)
         expert.to(hub.dtype)
         if is_expert:
-            changed = Checkpoint([folder / WEIGHTS_FILE])
+            changed = StoredNames(expert).behind(Checkpoint([folder / WEIGHTS_FILE]))
             for name, parameter in expert.named_parameters():
                 if name not in changed and name in hub_parameters:
                     parameter.data = hub_parameters[name].data
@@ -121,10 +121,3 @@ def _digest(folder: Path, manifest: Manifest | None) -> str:
     if manifest is not None:
         return manifest.digest
     return digest_of_tensors(digests_of_untouched(Checkpoint(checkpoint_files(folder)), {}))
-
-
-def _setting(config: Mapping[str, Any], folder: Path, *names: str) -> int:
-    for name in names:
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    raise UserError(f"{folder / 'config.json'} has no {names[0]}; models of this family cannot be stitched")

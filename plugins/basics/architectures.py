@@ -20,8 +20,8 @@ def _family(name: str, model_types: tuple[str, ...], *mixtures: MixtureTarget) -
 @hookimpl
 def architectures() -> list[Architecture]:
     return [
-        _family("llama", ("llama",), MIXTRAL),
-        _family("mistral", ("mistral",), MIXTRAL),
+        _family("llama", ("llama",), MIXTRAL, QWEN2_MOE),
+        _family("mistral", ("mistral",), MIXTRAL, QWEN2_MOE),
         Architecture("olmo", ("olmo",), _FEED_FORWARD, _ATTENTION, (), _EMBEDDINGS, (OLMOE,)),
         _family("olmo2", ("olmo2",), FLEXOLMO),
         _family("qwen2", ("qwen2",), QWEN2_MOE),

@@ -10,6 +10,7 @@ from ...core.hooks.mixtures import RouterStart
 from ...merge.mixture.mixing import plan_mixture
 from ...merge.mixture.options import MixtureOptions
 from ...merge.mixture.routing.prompt_starts import prompt_rows, prompt_state_rows, prompt_token_rows
+from ...merge.mixture.routing.ridge import ridge_rows
 from ...merge.mixture.routing.starts import embedding_rows, hidden_rows, linear_rows, random_rows, uniform_rows
 from ...merge.mixture.routing.switching import without_experts
 
@@ -55,5 +56,13 @@ def router_starts() -> list[RouterStart]:
             hidden_rows,
             uses_model=True,
             uses_text=True,
+        ),
+        RouterStart(
+            "ridge",
+            "ridge regression of the experts' labels on hidden states of validation text",
+            ridge_rows,
+            uses_model=True,
+            uses_text=True,
+            runs_experts=True,
         ),
     ]

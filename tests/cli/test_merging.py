@@ -111,6 +111,28 @@ def test_a_config_file_says_it_all(workspace: Path, run: Any) -> None:
     assert run("merge").status == 2
 
 
+def test_several_documents_of_a_file_are_merged_one_after_the_other(workspace: Path, run: Any) -> None:
+    merge = "merge_method: task_arithmetic\nbase_model: seed\nparameters: {weight: 0.5}\n"
+    documents = [
+        f"{merge}models: [{{model: both}}, {{model: experts/code}}]\n",
+        f"name: both\n{merge}models: [{{model: experts/code}}, {{model: experts/prose}}]\n",
+    ]
+    Path("m.yml").write_text("---\n".join(documents))
+    plan = run("merge", "--config", "m.yml", "--plan")
+    assert plan.status == 0, plan.err
+    assert "final: planned after both" in plan.out
+    merges = run("--json", "merge", "--config", "m.yml", "-o", "out", "--plan").json["merges"]
+    assert (merges["final"], merges["both"]["output"]) == ({"needs": ["both"]}, "out/both")
+    assert not Path("out").exists()
+    result = run("--json", "merge", "--config", "m.yml", "-o", "out")
+    assert result.status == 0, result.err
+    assert [entry["name"] for entry in result.json["merges"]] == ["both", "final"]
+    assert all(verify(Path("out") / name) == [] for name in ("both", "final"))
+    again = run("merge", "--config", "m.yml", "-o", "out", "--resume")
+    assert "is in out/final: task_arithmetic of " in again.out
+    assert run("reproduce", "out/final").out.strip() == "final: byte-identical"
+
+
 def test_a_search_by_layer_groups_prints_a_weight_for_each(workspace: Path, run: Any) -> None:
     words = ["--json", "merge", "m", "--method", "average", "--search", "--trials", "2", "--layer-groups", "2"]
     search = run(*words).json["search"]

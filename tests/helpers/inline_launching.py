@@ -17,6 +17,7 @@ from expertctl.core.reporting import SILENT
 from expertctl.experts.federation.judging import held_out
 from expertctl.experts.runs import launching
 from expertctl.experts.training.run import train_run
+from expertctl.workspace import project
 
 
 def launch_inline(
@@ -42,7 +43,7 @@ def _train(run: Path, reporter: Reporter) -> LaunchResult:
 def inline_launching() -> Iterator[None]:
     """Let workspaces train in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launching, "launch", launch_inline)
+        patch.setattr(project, "launch", launch_inline)
         yield
 
 

@@ -401,7 +401,7 @@ def test_posterior_weights_without_information_are_refused(workspace: Path, tmp_
             "expertctl.merge.planning.weights.fit_priors",
             lambda *_: {name: {"x": 0.34, "y": 0.33, "z": 0.33} for name in "abc"},
         )
-        with pytest.raises(UserError, match=r"\(a, b, c\) favours no expert; name the domain .* --fit-on"):
+        with pytest.raises(UserError, match=r"\(a, b, c\) favours no expert; name the domain .* \(--fit-on\)"):
             merge(Layout(workspace), "m", config, validation=lambda: texts)
 
 

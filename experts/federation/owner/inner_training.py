@@ -19,7 +19,8 @@ from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, torch_dty
 from ....core.config.settings import TrainingConfig
 from ....core.errors import Interrupted, UserError
 from ....core.manifests.finishing import finish_artefact
-from ....core.models.loading import checkpoint_tensors, overlay_tensors
+from ....core.models.overlay import overlay_tensors
+from ....core.models.stored_names import stored_tensors
 from ....core.reporting import SILENT, Reporter
 from ....core.text.token_store import BalancedUnion, Blocks
 from ...runs.trainable import all_parameters
@@ -58,7 +59,7 @@ class InnerTraining:
         Raises the errors of `train`.
         """
         self.train(task)
-        return len(self.blocks) * self.config.sequence_length
+        return _num_blocks(self.blocks) * self.blocks.block_size
 
     def train(self, task: OwnerTask) -> float:
         """Train one round and return the loss of its last step, NaN if an earlier call has ended with that step.
@@ -98,7 +99,7 @@ class InnerTraining:
                 saved_at = time.monotonic()
         stored = {
             name: tensor.to("cpu", torch_dtype(shared.entry(name).dtype))
-            for name, tensor in checkpoint_tensors(model).items()
+            for name, tensor in stored_tensors(model, shared.entries).items()
         }
         write_tensors(task.result, stored)
         return loss
@@ -113,6 +114,11 @@ class InnerTraining:
         if step <= begin:  # the checkpoint is from an earlier round
             overlay_tensors(loop.part.module, shared)
             loop.step = begin  # an owner who missed a round follows the others' learning-rate schedule
+
+
+def _num_blocks(blocks: Blocks | BalancedUnion) -> int:
+    """Return the number of blocks of a text, each counted once: a balanced union repeats those of small domains."""
+    return sum(map(len, blocks.parts)) if isinstance(blocks, BalancedUnion) else len(blocks)
 
 
 def train_round(folder: Path, round_: RoundOf, state: Path, reporter: Reporter, stopped: Callable[[], bool]) -> None:

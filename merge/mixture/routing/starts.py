@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....core.errors import UserError
 from ....core.hooks.mixtures import RouterInputs, RouterRows
+from .expert_text import domains_of_expert, validation_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,20 +150,13 @@ def hidden_rows(inputs: RouterInputs) -> RouterRows:
     from ....core.models.loading import load_model
 
     options = options_of(inputs, {"samples": 64, "ridge": 1e-3}, "hidden")
-    texts = {text.domain: text.blocks for text in inputs.validation()}
+    texts = validation_blocks(inputs)
     model, _ = load_model(inputs.seed, dtype="float32")
     moments: dict[int, InputMoments] = {}
     for number, (name, folder) in enumerate(inputs.experts.items()):
         if folder is None:
             continue
-        domains = [domain for domain in inputs.domains.get(name, ()) if domain in texts]
-        if not domains and name in texts:
-            domains = [name]
-        if not domains:
-            raise UserError(
-                f"router start 'hidden' needs validation text of the domain of '{name}'; name domains with "
-                "--fit-on, or choose another router"
-            )
+        domains = domains_of_expert(inputs, texts, name, "hidden")
         blocks = [block for domain in domains for block in spread_blocks(texts[domain], int(options["samples"]))]
         moments[number] = input_moments(model, blocks, full=True)
         inputs.reporter.say(f"hidden states of '{name}': {moments[number].tokens:,} tokens of {', '.join(domains)}")

@@ -112,10 +112,16 @@ class DemixPart(TrainablePart):
     """A model whose feed-forward networks are split by domain; written as an ensemble that shares all else."""
 
     def __init__(
-        self, model: PreTrainedModel, modules: Sequence[DomainFeedForward], names: Sequence[str], options: DemixTraining
+        self,
+        model: PreTrainedModel,
+        modules: Sequence[DomainFeedForward],
+        names: Sequence[str],
+        options: DemixTraining,
+        notes: Sequence[str] = (),
     ) -> None:
         tuning = {"trained_inside": tuple(names)}
-        super().__init__(model, dict(model.named_parameters()), config=_manifest_config(names, options.prior, tuning))
+        config = _manifest_config(names, options.prior, tuning)
+        super().__init__(model, dict(model.named_parameters()), config=config, notes=notes)
         self._modules, self._names, self._options = modules, names, options
 
     def begin_batch(self, domains: Sequence[int]) -> None:
@@ -124,24 +130,27 @@ class DemixPart(TrainablePart):
         set_domains(self._modules, domains)
 
     def write_model(self, folder: Path, base: Path) -> None:
-        from ....core.models.loading import checkpoint_tensors
+        from ....core.models.stored_names import StoredNames, checkpoint_tensors
         from ....merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
         from ....merge.ensemble.posterior_mixing import PosteriorMixer, PosteriorSettings
 
         shared: dict[str, Tensor] = {}
         own: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
-        for key, tensor in checkpoint_tensors(self.module).items():
-            module, separator, expert_key = key.partition(".experts.")
+        module = cast("PreTrainedModel", self.module)
+        for key, tensor in checkpoint_tensors(module).items():
+            block, separator, expert_key = key.partition(".experts.")
             number, _, parameter = expert_key.partition(".")
             if separator:
-                own[self._names[int(number)]][f"{module}.{parameter}"] = tensor
+                own[self._names[int(number)]][f"{block}.{parameter}"] = tensor
             else:
                 shared[key] = tensor
         for subfolder in (EXPERTS_FOLDER, SEED_FOLDER):
             (folder / subfolder).mkdir(exist_ok=True)
-        dtype = stored_dtype(base)
+        dtype, stored = stored_dtype(base), StoredNames.of_folder(base)
+        shared = stored.to_stored(shared, lambda group: {})
         _write_tensors(folder / SEED_FOLDER / "model.safetensors", shared, dtype)
         for name, tensors in own.items():
+            tensors = stored.to_stored(tensors, lambda group: {})
             _write_tensors(folder / EXPERTS_FOLDER / f"{name}.safetensors", tensors, dtype)
         prior, options = (1 / len(own),) * len(own), self._options
         mixer = PosteriorMixer(PosteriorSettings(prior, options.prior, options.posterior))
@@ -149,13 +158,30 @@ class DemixPart(TrainablePart):
 
 
 def prepare(context: TrainingContext) -> TrainablePart:
-    """Split the feed-forward networks by domain and make all parameters trainable."""
+    """Split the feed-forward networks by domain and make all parameters trainable.
+
+    Blocks are drawn from the domains in turn, so that all have the same number of tokens: in every step or,
+    if a step has fewer blocks than there are domains or not a multiple, in every few steps. A network without tokens in a
+    step has no gradient, and the optimiser leaves it as it is.
+    """
     from .domain_feed_forwards import split_by_domain
 
     names = tuple(context.text.domains)
     modules = split_by_domain(context.model, len(names))
     context.model.requires_grad_(True)
-    return DemixPart(context.model, modules, names, context.options)
+    notes = _cycle_notes(len(names), context.blocks_per_step)
+    return DemixPart(context.model, modules, names, context.options, notes)
+
+
+def _cycle_notes(num_domains: int, blocks_per_step: int | None) -> tuple[str, ...]:
+    """Return a note if a step has too few blocks to train the feed-forward networks of all domains."""
+    if blocks_per_step is None or blocks_per_step >= num_domains:
+        return ()
+    return (
+        f"a step has {blocks_per_step} blocks, and there are {num_domains} domains: each feed-forward network is trained "
+        f"in {blocks_per_step} of {num_domains} steps, the shared layers in all; to train all in every step, set "
+        f"training.batch_size or training.accumulation so that a step has {num_domains} blocks",
+    )
 
 
 def _manifest_config(names: Sequence[str], prior: str, tuning: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +217,7 @@ class AdaptedPart(TrainablePart):
             for file in sorted((base / subfolder).iterdir()):
                 link_or_copy(file, folder / subfolder / file.name)
         path = folder / EXPERTS_FOLDER / f"{self._name}.safetensors"
-        _write_tensors(path, self.parameters, stored_dtype(base / SEED_FOLDER))
+        _write_tensors(path, self._as_in_files(base), stored_dtype(base / SEED_FOLDER))
         config = read_json(base / "config.json")
         experts, settings = config["experts"], config["mixer_settings"]
         count = len(experts) + 1
@@ -199,6 +225,16 @@ class AdaptedPart(TrainablePart):
         prior = [*(share * (count - 1) / count for share in settings["prior"]), 1 / count]
         changed = {"experts": [*experts, self._name], "mixer_settings": {**settings, "prior": prior}}
         write_json(folder / "config.json", {**config, **changed})
+
+    def _as_in_files(self, base: Path) -> Mapping[str, Tensor]:
+        """Return the trained tensors by the names that the files of the ensemble have for them."""
+        from ....core.models.stored_names import StoredNames, stored_tensors
+
+        member = cast("PreTrainedModel", self.module)
+        present = {name for file in base.glob("*/*.safetensors") for name in Checkpoint([file])}
+        names = StoredNames(member)
+        trained = {*self.parameters, *(stored for name in self.parameters for stored in names.of(name))}
+        return {name: tensor for name, tensor in stored_tensors(member, present).items() if name in trained}
 
 
 def prepare_adaptation(context: TrainingContext) -> TrainablePart:

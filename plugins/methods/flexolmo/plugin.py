@@ -122,16 +122,17 @@ def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     from ....core.artefacts.safetensors_io import Checkpoint
     from ....core.models.loading import WEIGHTS_FILE
+    from ....core.models.overlay import tensors_in_memory
     from .coordinated import coordinate
 
     router = Checkpoint([folder / ROUTER_FILE])
     rows, biases = router.read("rows").to(model.dtype), router.read("biases").to(model.dtype)
+    trained = tensors_in_memory(model, Checkpoint([folder / WEIGHTS_FILE]))
     parts = coordinate(model, rows, bias=True)
-    weights = Checkpoint([folder / WEIGHTS_FILE])
     with torch.no_grad():
         for name, parameter in _own_parameters(model).items():
-            if name in weights:
-                parameter.copy_(weights.read(name))
+            if name in trained:
+                parameter.copy_(trained[name])
         for layer, part in enumerate(parts):
             part.logit.bias.copy_(biases[layer])
     return model

@@ -9,12 +9,14 @@ import pytest
 import torch
 from reporters import Recorder
 from safetensors.torch import load_file, save_file
+from tiny_families import family_folder, family_model
 
 from expertctl import UserError, load_model, verify
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.project import load_project
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.models.generation import Sampling, generate
+from expertctl.core.models.stored_names import checkpoint_tensors, stored_tensors
 from expertctl.core.testing import tiny_model_folder
 from expertctl.experts.runs.seed import import_seed, start_pretraining
 from expertctl.workspace import Workspace
@@ -82,32 +84,26 @@ def test_the_digest_does_not_depend_on_sharding(layout: Layout, tmp_path: Path) 
     assert import_seed(layout, split, force=True).digest == whole
 
 
-def test_a_family_with_other_names_on_disk_is_rewritten_once(layout: Layout, tmp_path: Path) -> None:
-    """Mixtures keep one tensor for each expert on disk and one for all in memory."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    source = tiny_model_folder(tmp_path / "model", "llama")
-    settings = json.loads((source / "config.json").read_text())
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-            vocab_size=settings["vocab_size"],
-            eos_token_id=settings["eos_token_id"],
-        )
-    ).eval()
-    (source / "model.safetensors").unlink()
-    model.save_pretrained(source)
+@pytest.mark.parametrize("names", ["in files", "in memory", "without a prefix"])
+def test_the_names_of_a_seed_are_those_that_transformers_writes(layout: Layout, tmp_path: Path, names: str) -> None:
+    """Mixtures keep one tensor for each expert in files and one for all in memory."""
+    family = "gpt2" if names == "without a prefix" else "mixtral"
+    source, model = family_folder(tmp_path / "model", family), family_model(family)
+    tensors = {
+        "in files": stored_tensors(model),
+        "in memory": checkpoint_tensors(model),
+        "without a prefix": {
+            name.removeprefix("transformer."): tensor for name, tensor in checkpoint_tensors(model).items()
+        },
+    }[names]
+    save_file(tensors, source / "model.safetensors")
     manifest = import_seed(layout, source)
-    assert set(manifest.tensors) == set(model.state_dict())
+    assert set(manifest.tensors) == set(stored_tensors(model))
+    is_linked = (layout.seed / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert is_linked == (names == "in files")
     with torch.inference_mode():
         expected = model(torch.arange(1, 12)[None]).logits
-    torch.testing.assert_close(logits(layout.seed), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(layout.seed), expected, atol=1e-5, rtol=0)
 
 
 def test_pickled_weights_are_refused_with_the_way_to_convert_them(layout: Layout, tmp_path: Path) -> None:

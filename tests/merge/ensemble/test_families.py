@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from expertctl import load_model
+from expertctl.core.models.loading import load_network
 from expertctl.merge.ensemble.model import EnsembleConfig, EnsembleForCausalLM
+from expertctl.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -134,3 +138,15 @@ def test_families_without_keys_and_values_read_the_whole_text_and_say_so(family:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="models of type")
         assert torch.equal(cached, generated(model, use_cache=False))
+
+
+def test_experts_whose_tensors_are_stacked_in_memory_are_loaded(tmp_path: Path, new_workspace: Any) -> None:
+    root = new_workspace(tmp_path / "ws", ["a", "b"], family="mixtral", changed="*.experts.1.*")
+    Workspace(root).merge("m", method="ensemble", options={"prior": "uniform"})
+    loaded, _ = load_model(root / "generalists" / "m")
+    loaded.save_pretrained(tmp_path / "again")
+    for model in (loaded, load_network(tmp_path / "again")):
+        for number, name in enumerate(("a", "b")):
+            expert, _ = load_model(root / "experts" / name)
+            member = dict(model.members[number].named_parameters())
+            assert all(torch.equal(member[key], parameter) for key, parameter in expert.named_parameters())

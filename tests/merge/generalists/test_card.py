@@ -51,6 +51,15 @@ def test_owners_licences_data_and_scores_are_told(folder: Path, workspace: Path)
     assert text == model_card(read_manifest(folder), scores)
 
 
+def test_the_scores_of_other_evaluators_are_shown_by_the_name_of_their_metric(folder: Path) -> None:
+    """Whether higher is better is not known here, so that nothing is said of it."""
+    models = {"soup": {"accuracy": {"law": 0.5}, "tokens": {"law": 9}, "text": {"law": {"part": "test"}}}}
+    text = model_card(read_manifest(folder), {"domains": ["law"], "models": models})
+    assert "## Evaluation\n\n`accuracy`.\n\n| model | law |" in text
+    assert "| soup | 0.500 |" in text
+    assert "lower is better" not in text
+
+
 def test_experts_and_seeds_have_cards_too(workspace: Path) -> None:
     expert = ModelCard(model_card(read_manifest(workspace / "experts" / "law")))
     assert expert.data.to_dict()["base_model_relation"] == "finetune"

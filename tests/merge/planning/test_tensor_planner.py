@@ -101,7 +101,7 @@ def test_buffers_that_models_calculate_anew_may_be_missing(model: Callable[..., 
 
 def test_a_method_names_how_many_experts_it_takes(model: Callable[..., Path], refused: Callable[..., str]) -> None:
     message = refused(recipe("one", {"a": model("a"), "b": model("b")}), ONE)
-    assert message == "merge method 'one' takes 1 experts, but this merge has 2: a, b"
+    assert message == "merge method 'one' takes 1 expert, but this merge has 2: a, b"
 
 
 def test_a_method_that_needs_a_seed_says_so(model: Callable[..., Path], refused: Callable[..., str]) -> None:

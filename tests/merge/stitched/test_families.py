@@ -39,3 +39,13 @@ def test_a_family_that_cannot_run_layer_by_layer_is_refused(
     with pytest.raises(UserError, match=f"{reason}.*models of this family cannot be stitched"):
         Workspace(root).merge("m", method="stitch")
     assert not (root / "generalists" / "m").exists()
+
+
+def test_experts_whose_tensors_are_stacked_in_memory_keep_their_own(tmp_path: Path, new_workspace: Any) -> None:
+    root = new_workspace(tmp_path / "ws", ["a"], family="mixtral", changed="*.experts.1.*")
+    Workspace(root).merge("m", method="stitch")
+    stitched, _ = load_model(root / "generalists" / "m")
+    expert, _ = load_model(root / "experts" / "a")
+    loaded = dict(stitched.experts[0].named_parameters())
+    for name, parameter in expert.named_parameters():
+        assert torch.equal(loaded[name], parameter), name

@@ -15,14 +15,24 @@ import numpy as np
 import pytest
 import torch
 from reporters import Recorder
+from tiny_families import family_folder, family_model
 
 from expertctl import Reporter, UserError
 from expertctl.core.artefacts import files
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
 from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.errors import Interrupted
+from expertctl.core.models.overlay import overlay_tensors
+from expertctl.core.models.stored_names import checkpoint_tensors
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
+from expertctl.core.text.token_store import (
+    BalancedUnion,
+    EncodedDocument,
+    RandomSlice,
+    TokenBlocks,
+    TokenStore,
+    write_part,
+)
 from expertctl.experts.federation.judging.acceptance import RefusalCode
 from expertctl.experts.federation.judging.round_weights import AveragingRules
 from expertctl.experts.federation.owner import inner_training
@@ -314,6 +324,19 @@ def test_owner_state_past_the_round_is_an_error(tmp_path: Path, model: Path, tex
         training(OwnerTask("court", 4, task.shared, task.result))
 
 
+def test_text_of_several_domains_is_counted_once(
+    tmp_path: Path, model: Path, texts: dict[str, TokenBlocks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A balanced union repeats the small domain in every epoch; the owner has no more text for that."""
+    small = RandomSlice(texts["court"], 0, 20, seed=0)
+    union = BalancedUnion([texts["press"], small])
+    monkeypatch.setattr(InnerTraining, "train", lambda self, task: 0.0)
+    training = InnerTraining(tmp_path / "state", model, union, CONFIG, STEPS)
+    task = OwnerTask("court", 0, model / "model.safetensors", tmp_path / "out.safetensors")
+    assert training(task) == (len(texts["press"]) + len(small)) * CONFIG.sequence_length
+    assert len(small) < len(texts["press"])
+
+
 def test_a_round_trained_twice_gives_the_same_bytes(tmp_path: Path, model: Path, texts: dict[str, TokenBlocks]) -> None:
     """A kill after the last checkpoint of a round and before the delivery of its weights."""
     training = InnerTraining(tmp_path / "state", model, texts["court"], CONFIG, STEPS)
@@ -323,6 +346,24 @@ def test_a_round_trained_twice_gives_the_same_bytes(tmp_path: Path, model: Path,
     task.result.unlink()
     training(task)
     assert task.result.read_bytes() == first
+
+
+def test_a_round_has_the_names_of_the_shared_weights(tmp_path: Path, texts: dict[str, TokenBlocks]) -> None:
+    """The experts of a Mixtral are stacked in memory, and single tensors in its files."""
+    folder = family_folder(tmp_path / "mixtral", "mixtral")
+    in_files = folder / "model.safetensors"
+    in_memory = tmp_path / "memory.safetensors"
+    write_tensors(in_memory, checkpoint_tensors(family_model("mixtral")))
+    results = []
+    for shared in (in_files, in_memory):
+        state, result = tmp_path / shared.stem / "state", tmp_path / f"new-{shared.name}"
+        InnerTraining(state, folder, texts["court"], CONFIG, STEPS)(OwnerTask("court", 0, shared, result))
+        assert set(Checkpoint([result])) == set(Checkpoint([shared]))
+        model = family_model("mixtral", 1)
+        overlay_tensors(model, Checkpoint([result]))
+        results.append(checkpoint_tensors(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not torch.equal(results[0]["model.norm.weight"], family_model("mixtral").model.norm.weight)
 
 
 PROCESS = """

@@ -5,19 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flexolmo_workspaces import make_flexolmo_workspace, tune_here
 from safetensors.torch import load_file
 
 from expertctl import UserError, load_model
+from expertctl.core.config.settings import TrainingConfig
+from expertctl.core.hooks.training import TrainingContext, TrainingText
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
+from expertctl.core.text.token_store import BalancedUnion
+from expertctl.experts.training.loop import TrainingLoop
 from expertctl.merge.generalists.card import model_card
 from expertctl.merge.mixture.absence import find_own_expert
 from expertctl.merge.mixture.changing import Change
 from expertctl.merge.remaking.expert_changes import change_experts
 from expertctl.plugins.methods.demix.domain_feed_forwards import set_domains, split_by_domain
+from expertctl.plugins.methods.demix.plugin import DemixTraining, prepare
 from expertctl.workspace import Workspace
 
 TOKENS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -75,6 +81,78 @@ def test_gradients_reach_a_domains_own_feed_forward_only(model_folder: Path) -> 
         assert all(weight.grad is None for weight in part.experts[0].parameters())
         assert all(weight.grad is not None for weight in part.experts[1].parameters())
     assert model.get_input_embeddings().weight.grad is not None
+
+
+class Text:
+    """A domain of `count` blocks of random tokens."""
+
+    block_size = 16
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.rows = np.random.default_rng(seed).integers(0, 250, (count, self.block_size + 1))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def block(self, index: int) -> Any:
+        return self.rows[index]
+
+
+def demix_loop(model_folder: Path, batch_size: int, num_domains: int, **settings: Any) -> TrainingLoop:
+    model, _ = load_model(model_folder, dtype="float32")
+    texts = [Text(3 + number, number) for number in range(num_domains)]
+    names = {f"d{number}": text for number, text in enumerate(texts)}
+    text: Any = TrainingText(names, names.__getitem__, (), model_folder)
+    steps_blocks = batch_size * settings.get("accumulation", 1)
+    part = prepare(TrainingContext(model, DemixTraining(), text, steps_blocks))
+    config = TrainingConfig(
+        tokens=steps_blocks * Text.block_size * 12,
+        sequence_length=Text.block_size,
+        batch_size=batch_size,
+        weight_decay=0.1,
+        warmup=0,
+        device="cpu",
+        **settings,
+    )
+    return TrainingLoop(part, BalancedUnion(texts), config)
+
+
+def feed_forward_weights(loop: TrainingLoop, domain: int) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().clone() for name, parameter in loop.parameters.items() if f".experts.{domain}." in name
+    }
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 1), (2, 1), (1, 2), (4, 1)])
+def test_networks_without_tokens_stay_and_domains_get_equal_tokens(
+    model_folder: Path, batch_size: int, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through several epochs, with momentum and weight decay."""
+    num_domains = 3
+    loop = demix_loop(model_folder, batch_size, num_domains, accumulation=accumulation)
+    drawn: list[int] = []
+    begin = loop.part.begin_batch
+    monkeypatch.setattr(loop.part, "begin_batch", lambda domains: (drawn.extend(domains), begin(domains)))
+    before = [feed_forward_weights(loop, domain) for domain in range(num_domains)]
+    for _ in loop.steps():
+        in_step = set(drawn[-batch_size * accumulation :])
+        for domain in range(num_domains):
+            after = feed_forward_weights(loop, domain)
+            moved = [name for name in after if not torch.equal(after[name], before[domain][name])]
+            assert len(moved) == (len(after) if domain in in_step else 0), (domain, in_step)
+            before[domain] = after
+        if len(drawn) % num_domains == 0:
+            assert len({drawn.count(domain) for domain in range(num_domains)}) == 1
+    assert len(drawn) == batch_size * accumulation * 12
+
+
+def test_a_step_without_all_domains_is_noted(model_folder: Path) -> None:
+    (note,) = demix_loop(model_folder, 2, 3).part.notes
+    assert note.startswith(
+        "a step has 2 blocks, and there are 3 domains: each feed-forward network is trained in 2 of 3"
+    )
+    assert demix_loop(model_folder, 3, 3).part.notes == ()
+    assert demix_loop(model_folder, 2, 3, accumulation=2).part.notes == ()
 
 
 def test_the_result_is_an_ensemble_that_shares_all_but_feed_forwards(
