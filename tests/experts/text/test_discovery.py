@@ -49,7 +49,7 @@ def test_every_document_is_in_one_cluster_and_stays_on_its_side(workspace: Works
     result = workspace.discover("campus", 3)
     names = [cluster.name for cluster in result.clusters]
     assert names == ["campus-0", "campus-1", "campus-2"]
-    for part in ("train", "valid"):
+    for part in ("train", "valid", "test"):
         assert sorted(texts_of(workspace, names, part)) == sorted(texts_of(workspace, ["mixed"], part))
         assert sum(cluster.documents[part] for cluster in result.clusters) == len(texts_of(workspace, ["mixed"], part))
     clusterer = Clusterer.read(result.folder)
@@ -75,7 +75,7 @@ def test_several_processes_give_the_same_files(workspace: Workspace, monkeypatch
     monkeypatch.setattr(discovery, "PARALLEL_FROM", 0)
     many = workspace.discover("many", 3, DiscoverySettings(domains=["mixed"], jobs=2))
     for number in range(3):
-        for part in ("train", "valid"):
+        for part in ("train", "valid", "test"):
             mine = (alone.folder / f"one-{number}" / f"{part}.jsonl").read_bytes()
             assert mine == (many.folder / f"many-{number}" / f"{part}.jsonl").read_bytes()
     assert alone.source == many.source

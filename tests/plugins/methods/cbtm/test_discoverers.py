@@ -43,7 +43,7 @@ def workspace(tmp_path: Path) -> Workspace:
 def texts_of(folder: Path, name: str) -> set[str]:
     return {
         json.loads(line)["text"]
-        for part in ("train", "valid")
+        for part in ("train", "valid", "test")
         for line in (folder / name / f"{part}.jsonl").read_text().splitlines()
     }
 
@@ -180,7 +180,7 @@ def test_domains_by_sentence_embeddings(workspace: Workspace) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 64}))
     discovery = workspace.discover("by", 2, DiscoverySettings(by="sentence_embeddings"), folder="embedder")
-    assert sum(cluster.documents["train"] + cluster.documents["valid"] for cluster in discovery.clusters) == sum(
+    assert sum(sum(cluster.documents.values()) for cluster in discovery.clusters) == sum(
         len(pieces(module)) for module in MODULES.values()
     )
     embed = SentenceEmbedder(folder)
