@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from .manager import installed_plugins
 from .mixtures import Architecture
 
-_BLOCKS = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "shared_mlp")
+_BLOCKS = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "shared_mlp", "mlp_block")
 _FEED_FORWARD = (
     tuple(f"*.{stack}.*.{block}.*" for stack in ("layers", "h", "blocks") for block in _BLOCKS),
     ("*.layers.*.fc1.*", "*.layers.*.fc2.*"),

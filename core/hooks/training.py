@@ -49,7 +49,7 @@ class TrainablePart:
         self.module = module
         """Called as `module(input_ids=..., use_cache=False)`; returns an object with `.logits` of shape (B, T, V)."""
         self.parameters = parameters
-        """All trained parameters, by name in the checkpoint."""
+        """All trained parameters, by their names in the model in memory."""
         self.config = config or {}
         """Fields of the generalist's manifest that differ from its base (`GeneralistConfig`), such as `method`, `kind`
         and `weights`. Under `tuning`: fields of this run's `Tuning`, such as `trained_inside` and `copied_from`."""
@@ -78,7 +78,7 @@ class TrainablePart:
         return {}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors of the artefact, by their names in the starting model; those that changed are stored."""
+        """Return the tensors of the artefact, by their names in the starting model in memory; changed ones are stored."""
         tensors: Mapping[str, Tensor] = self.module.state_dict()
         return tensors
 

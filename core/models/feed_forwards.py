@@ -83,7 +83,7 @@ def require_plain(network: nn.Module) -> None:
             f"the feed-forward network ({type(network).__name__}) takes {', '.join(required)}, and experts get hidden "
             "states only: models of this family cannot be merged into a mixture"
         )
-    if any(name.rpartition(".")[2] == "experts" for name, _ in network.named_modules()):
+    if any(name.rpartition(".")[2] in ("experts", "router") for name, _ in network.named_modules()):
         raise UserError(
             f"the feed-forward network ({type(network).__name__}) is itself a mixture of experts, and cannot be an expert "
             "of another one; merge models of this family to an average or an ensemble"

@@ -27,7 +27,7 @@ from ..sources.models import Source, StoredTensor
 from ..sources.tensor_names import layer_names
 from .options import MixtureOptions, shape_of
 from .stated_settings import fill_config_defaults
-from .targets import CONTAINER, choose_target
+from .targets import CONTAINER, choose_target, require_network_per_layer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +58,7 @@ def plan_mixture(inputs: hooks.AssemblyInputs, options: MixtureOptions) -> Assem
             f"the feed-forward networks of {leading.folder} ({family.name}) are mixtures of experts themselves, and cannot be "
             "experts of another one; merge models of this family to an average or an ensemble"
         )
+    require_network_per_layer(leading.folder, family, leading.tensors, names, leading.num_layers)
     if PUBLIC in inputs.recipe.experts:
         raise UserError(
             f"an expert cannot be called '{PUBLIC}' in a mixture: that is the seed's feed-forward network; "
@@ -196,13 +197,24 @@ def _tensor(source: Source, name: str) -> StoredTensor:
 
 
 def _require_runnable(config: Mapping[str, Any]) -> None:
-    """Raise `UserError` unless the container can be built from a configuration; loads no weights."""
+    """Raise `UserError` unless the container can be built from a configuration and run its experts; loads no weights."""
     import torch
 
-    from .container import MixtureConfig, MixtureForCausalLM
+    from .container import MixtureConfig, MixtureFeedForward, MixtureForCausalLM
 
-    with torch.device("meta"):
-        MixtureForCausalLM(MixtureConfig(**config))
+    with torch.device("meta"), torch.inference_mode():
+        model = MixtureForCausalLM(MixtureConfig(**config))
+        block = next(module for module in model.modules() if isinstance(module, MixtureFeedForward))
+        rows_Nd = torch.zeros(3, block.router.weight.shape[1])
+        try:
+            shape = block.experts[0](rows_Nd).shape
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            shape = None
+    if shape != rows_Nd.shape:
+        raise UserError(
+            f"the feed-forward network of '{config['member']['model_type']}' ({type(block.experts[0]).__name__}) does not "
+            "map rows of hidden states to rows: models of this family cannot be merged into a mixture"
+        )
 
 
 # --- shared tensors ---

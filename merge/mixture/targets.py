@@ -5,11 +5,14 @@ Configurations are copied from the dense model's, since the class defaults diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...core.errors import UserError
 from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget
+from ..sources.tensor_names import layer_names
 
 CONTAINER = "container"
 CONTAINER_TYPE = "expertctl_mixture"
@@ -210,6 +213,21 @@ def feed_forward_module(family: Architecture) -> str:
             f"({', '.join(family.feed_forward)}), which mixtures require"
         )
     return modules.pop()
+
+
+def require_network_per_layer(
+    folder: Path, family: Architecture, names: Iterable[str], feed_forward: Iterable[str], num_layers: int
+) -> None:
+    """Raise `UserError` unless every FFN tensor is in the family's FFN module, directly in one of the decoder layers."""
+    layers, module = layer_names(names), feed_forward_module(family)
+    inside = re.compile(rf"{re.escape(layers.stack)}\.\d+\.{re.escape(module)}\.")
+    outside = next((name for name in feed_forward if not inside.match(name)), None)
+    if outside is not None or len(layers.layers) != num_layers:
+        example = f" ('{outside}')" if outside is not None else ""
+        raise UserError(
+            f"the feed-forward networks of {folder} ({family.name}) are not one per decoder layer{example}, which mixtures "
+            "require; merge models of this family to an average or an ensemble"
+        )
 
 
 def _refusal(target: MixtureTarget, dense: Mapping[str, Any], shape: MixtureShape) -> str | None:

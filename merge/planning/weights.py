@@ -56,20 +56,19 @@ def resolve_weights(
 
     `posterior` is the cached prior of Branch-Train-Merge (arXiv:2208.03306), its best weights for a parameter average
     that is to be used on the domain of the validation text. Raises `UserError` for weights that are negative, sum to 0,
-    vary between tensors, belong to unknown experts, or should come from text that favours no expert.
+    vary between tensors, belong to unknown experts, or should come from text of
+    several domains that together favours no expert.
     """
     if wanted == "uniform":
         return {name: 1 / len(experts) for name in experts}
     if wanted == "posterior":
         weights = posterior_weights(seed, experts, validation, reporter)
-        if (
-            len(experts) > 1
-            and sum(abs(weight - 1 / len(experts)) for weight in weights.values()) / 2 < LEAST_DIFFERENCE
-        ):
-            domains = ", ".join(text.domain for text in validation())
+        domains = [text.domain for text in validation()]
+        distance = sum(abs(weight - 1 / len(experts)) for weight in weights.values()) / 2
+        if len(domains) > 1 and len(experts) > 1 and distance < LEAST_DIFFERENCE:
             raise UserError(
-                f"the posterior's weights are uniform, since the text that they are fitted on ({domains}) favours no expert; "
-                "name the domain that the model is for with fit_on (--fit-on), or use weights: uniform"
+                f"the posterior's weights are uniform, since the text that they are fitted on ({', '.join(domains)}) favours "
+                "no expert; name the domain that the model is for with fit_on (--fit-on), or use weights: uniform"
             )
         return weights
     assert isinstance(wanted, Mapping), wanted

@@ -79,7 +79,8 @@ def aligned_names(
     that do not count. Raises `UserError` if they store the same tensors in another layout.
     """
     names = [[name for name in part if not f".{name}".endswith(ignored)] for _, part in (leading, other)]
-    if _kinds(names[0]) == _kinds(names[1]):
+    differing = _kinds(names[0]) ^ _kinds(names[1])
+    if not differing or (len(differing) == 1 and differing <= set(HEADS)):  # one of them ties its head
         return {}
     loaded = [loaded_names(folder, part) for (folder, _), part in zip((leading, other), names, strict=True)]
     by_memory = {memory: name for name, (memory, _) in loaded[0].items()}

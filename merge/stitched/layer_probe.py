@@ -24,6 +24,8 @@ from ...core.errors import UserError, first_line
 from .stepwise import OutputForm, Stepwise, decoder_of, hidden_states_of, split_call
 
 _FORMS: WeakKeyDictionary[nn.Module, tuple[OutputForm, ...]] = WeakKeyDictionary()
+_FORMS_OF_CONFIGS: dict[str, tuple[OutputForm, ...]] = {}
+"""Members of a stitched model mostly have the same configuration."""
 
 
 def require_steps(config: Mapping[str, Any]) -> PretrainedConfig:
@@ -41,10 +43,17 @@ def output_forms(model: PreTrainedModel) -> tuple[OutputForm, ...]:
 
 
 def probe_layers(config: PretrainedConfig) -> tuple[OutputForm, ...]:
-    """Return the forms of the layers' outputs, with tensors that have shapes and no numbers.
+    """Return the forms of the layers' outputs, found with tensors that have shapes and no numbers.
 
     Raises `UserError` for a model that cannot run layer by layer.
     """
+    key = config.to_json_string()
+    if key not in _FORMS_OF_CONFIGS:
+        _FORMS_OF_CONFIGS[key] = _probe(config)
+    return _FORMS_OF_CONFIGS[key]
+
+
+def _probe(config: PretrainedConfig) -> tuple[OutputForm, ...]:
     with torch.device("meta"):  # no initialisation, which some families compute
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     _, layers = decoder_of(model)

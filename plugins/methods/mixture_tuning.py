@@ -96,14 +96,30 @@ class RoutedPart(TrainablePart):
 
 
 def require_mixture(folder: Path, options: Any, domains: Sequence[str]) -> None:
-    """Raise `UserError` unless a folder is a mixture of expertctl."""
+    """Raise `UserError` unless a folder is a mixture of experts: of expertctl, or of a family with routers."""
     from ...core.manifests.manifest import read_manifest
 
     manifest = read_manifest(folder)
-    if manifest.merged is None or manifest.merged.mixture is None:
+    is_mixture = manifest.merged is not None and manifest.merged.mixture is not None
+    if not is_mixture and not _has_routers(folder):
         raise UserError(
-            f"'{folder.name}' is not a mixture of experts and has no router to train; name a mixture with --from"
+            f"'{folder.name}' is not a mixture of experts, or the routers of its family are not known: there is no router to "
+            "train; name a mixture with --from"
         )
+
+
+def _has_routers(folder: Path) -> bool:
+    """Return whether the model of transformers in a folder has routers; builds it without its tensors."""
+    from ...core.artefacts.files import read_json
+    from ...core.models.stored_names import empty_model
+    from ...merge.mixture.routing.log import routers_of
+
+    if str(read_json(folder / "config.json").get("model_type", "")).startswith("expertctl_"):
+        return False
+    try:
+        return bool(routers_of(empty_model(folder)))
+    except UserError:
+        return False
 
 
 def prepare_router(context: TrainingContext) -> TrainablePart:

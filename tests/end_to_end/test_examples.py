@@ -53,11 +53,11 @@ def test_the_stitching_example_prints_its_tables(corpora: Path, tmp_path: Path) 
     assert rows["scores"]["stitched, trained"] != rows["scores"]["seed"]
     assert rows["costs"]["stitched, trained"]["trained"] > 0
     assert "| bits per byte, crossed text |" in out
-    assert out.count("| stitched, trained |") == 3
+    assert out.count("| stitched, trained |") == 5
 
 
 def test_the_clusters_example_prints_its_tables(corpora: Path, tmp_path: Path) -> None:
-    budgets = ("--seed-tokens", "8192", "--tokens", "8192", "--passage-bytes", "300")
+    budgets = ("--seed-tokens", "8192", "--tokens", "8192", "--passage-bytes", "300", "--sweep", "3")
     out = run(
         *(ROOT / "examples/cbtm/run.py", "--corpora", corpora, "--clusters", "2", "--seeds", "0"),
         *(*budgets, "--out", tmp_path),
@@ -68,4 +68,5 @@ def test_the_clusters_example_prints_its_tables(corpora: Path, tmp_path: Path) -
     assert set(rows["scores"]["clusters, top 1"]) == {"set-chance", "set-prose"}
     assert rows["scores"]["clusters, top 1"] != rows["scores"]["clusters, all"]
     assert rows["temperatures"]["clusters, top 2"] == 0.1
+    assert set(rows["scores"]["3 clusters, all"]) == {"set-chance", "set-prose"}
     assert out.count("| dense, batch of an expert |") == 1

@@ -35,7 +35,7 @@ def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path
     assert list(report["models"]) == models
     assert report["domains"] == ["chance", "prose"]
     folders = [*(tmp_path / "demo" / "experts").iterdir(), *(tmp_path / "demo" / "generalists").iterdir()]
-    assert len(folders) == 5
+    assert len(folders) == 4
     manifests = [path for name in SCHEMA_NAMES for path in (tmp_path / "demo").rglob(name)]
     assert {path.name for path in manifests} == {"seed.json", "expert.json", "run.json", "generalist.json"}
     for path in manifests:
@@ -62,7 +62,7 @@ def test_the_branch_train_merge_example_prints_its_table(corpora: Path, tmp_path
         tmp_path,
     )
     rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| ")}
-    assert {"dense", "random-split forest", "ensemble, cached prior", "posterior average, per target"} <= set(rows)
+    assert {"dense", "random-split forest", "ensemble, cached priors", "posterior average, per target"} <= set(rows)
     scores = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
     mean = sum(scores["seed"].values()) / 2
     assert f"{mean:.4f}" in rows["seed"]

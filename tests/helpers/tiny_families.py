@@ -218,7 +218,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "nemotron": {},
     "nemotron_h": {
-        "layers_block_type": ["mamba", "attention"],
+        **MIXTURE,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "attention", "moe"],
         "mamba_num_heads": 8,
         "mamba_head_dim": 8,
         "ssm_state_size": 8,

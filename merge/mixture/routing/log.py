@@ -69,11 +69,17 @@ class RoutingLog(ExitStack):
         for router in routers_of(model).values():
             self.enter_context(router.register_forward_hook(self._record))
 
-    def _record(self, router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        self.decisions[router] = Decision(*output)
+    def _record(self, router: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        self.decisions[router] = Decision(*output[:3]) if len(output) > 2 else _dense_decision(router, *output)
 
     def layers(self) -> list[Decision]:
         return list(self.decisions.values())
+
+
+def _dense_decision(router: Any, gates_NE: Tensor, logits_NE: Tensor) -> Decision:
+    """Return the decision of a router that gives a gate to every expert, 0 to those that are not chosen, as Llama 4's."""
+    chosen_Nk = logits_NE.topk(router.top_k, dim=-1).indices
+    return Decision(logits_NE, gates_NE.gather(-1, chosen_Nk), chosen_Nk)
 
 
 def routing_measures(decisions: list[Decision]) -> dict[str, float]:
@@ -85,13 +91,13 @@ def routing_measures(decisions: list[Decision]) -> dict[str, float]:
     """
     with torch.no_grad():
         gates = [decision.mean_gates() for decision in decisions]
-        loads = torch.stack([layer / layer.sum() * len(layer) for layer in gates])
+        loads = [layer / layer.sum() * len(layer) for layer in gates]  # layers may differ in their number of experts
         entropy = torch.stack([decision.entropy() for decision in decisions]).mean()
     return {
         "router_entropy": float(entropy),
-        "router_highest_load": float(loads.amax(dim=1).mean()),
-        "router_lowest_load": float(loads.amin(dim=1).mean()),
-        "router_dead_experts": float((loads < DEAD_SHARE).sum()),
+        "router_highest_load": float(torch.stack([load.max() for load in loads]).mean()),
+        "router_lowest_load": float(torch.stack([load.min() for load in loads]).mean()),
+        "router_dead_experts": float(sum(int((load < DEAD_SHARE).sum()) for load in loads)),
     }
 
 
@@ -125,23 +131,23 @@ class SampledTop1:
         self._router, self._rate, self._original_forward = router, rate, router.forward
         router.forward = self
 
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = self._original_forward(hidden)
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = self._original_forward(*inputs)
         if not self._router.training:
             return output
         temperature = max(0.5, math.exp(-self._rate * self.step))
         noisy_NE = torch.nn.functional.gumbel_softmax(output[0].float(), tau=temperature)
         gates_N1, chosen_N1 = noisy_NE.topk(1, dim=-1)
-        return output[0], gates_N1.to(output[1].dtype), chosen_N1
+        return output[0], gates_N1.to(output[1].dtype), chosen_N1, *output[3:]
 
 
 def train_with_all_experts(router: Any) -> None:
     """Make a router select all experts in training mode and its top k in evaluation mode."""
     top_k, original_forward = router.top_k, router.forward
 
-    def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any, **named: Any) -> tuple[Tensor, ...]:
         router.top_k = router.num_experts if router.training else top_k
-        output: tuple[Tensor, Tensor, Tensor] = original_forward(hidden)
+        output: tuple[Tensor, ...] = original_forward(*inputs, **named)
         return output
 
     router.forward = forward

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from inline_launching import inline_launching
+from made_experts import write_expert
 from safetensors.torch import load_file, save_file
 from tiny_families import family_folder
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from expertctl.core.manifests.finishing import finish_artefact
 from expertctl.core.manifests.manifest import Manifest, read_manifest
 from expertctl.core.models.loading import load_network
 from expertctl.core.models.stored_names import checkpoint_tensors
+from expertctl.experts.runs.tuning import TuningSettings
 from expertctl.experts.training import run as training_run
 from expertctl.workspace import Workspace
 
@@ -172,3 +174,22 @@ def test_a_pattern_matches_names_in_files(tmp_path: Path, monkeypatch: pytest.Mo
     assert names
     assert all(name.startswith("model.layers.0.block_sparse_moe.experts.") for name in names)
     assert all(name.endswith("w2.weight") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "llama4_text", "lfm2_moe"])
+def test_the_routers_of_an_average_are_tuned_where_the_first_layer_has_none(family: str, tmp_path: Path) -> None:
+    workspace, _ = imported(tmp_path / "ws", family)
+    for number, name in enumerate(("a", "b"), start=1):
+        write_expert(workspace.root, name, seed=number)
+    workspace.merge("average", method="average")
+    with inline_launching():
+        workspace.generalists.tune("tuned", "average", TuningSettings(trains="router", domains=("prose",)))
+    before, after = (
+        load_file(workspace.layout.generalists / name / "model.safetensors") for name in ("average", "tuned")
+    )
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all(".gate." in name or ".router." in name for name in changed)
+    assert any(".0." not in name for name in changed)
