@@ -61,7 +61,8 @@ def test_the_branch_train_merge_example_prints_its_table(corpora: Path, tmp_path
         "--out",
         tmp_path,
     )
-    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line.startswith("| ")}
+    table = out.split("\n\n")[0]
+    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}
     assert {"dense", "random-split forest", "ensemble, cached priors", "posterior average, per target"} <= set(rows)
     scores = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
     mean = sum(scores["seed"].values()) / 2

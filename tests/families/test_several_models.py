@@ -10,7 +10,7 @@ from family_checks import CHECKS
 
 from expertctl.workspace import Workspace
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.families, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("column", ["Ensemble", "Stitched"])
