@@ -64,8 +64,10 @@ def command(
     """
     workspace = session.open()
     if against is not None:
-        if len(models) != 1 or gates:
-            raise click.UsageError("--against takes exactly one MODEL and excludes --require")
+        if len(models) != 1 or gates or context or stride or known_domains or evaluator != "perplexity":
+            raise click.UsageError(
+                "--against takes exactly one MODEL, and of the other options only --domains and --jobs"
+            )
         return report_comparison(session, workspace, models[0], against, domains, jobs)[0]
     model_names = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
     _require_models(gates, model_names)
@@ -77,11 +79,10 @@ def command(
             context=context,
             stride=stride,
             known_domains=known_domains,
+            ranked=gates,
             jobs=jobs,
             reporter=progress,
         )
-    for pair in gates:
-        table.require_comparable(pair)
     if not table.is_comparable(table.scores):
         session.note(
             "no model is marked as the best where tokenizers keep different shares of the text (--json: coverage)"

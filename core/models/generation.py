@@ -77,11 +77,10 @@ def generate(
         raise UserError(
             f"{folder.name} does not mix the experts' predictions per token; request shares from an ensemble"
         )
-    if domain is not None:
-        known = getattr(model, "text_domains", ())
-        if domain not in known:
-            raise unknown_name("domain", domain, known, listed_as=f"{folder.name} has priors for")
-        begin_text(model, domain)
+    if not begin_text(model, domain) and domain is not None:
+        raise unknown_name(
+            "domain", domain, getattr(model, "text_domains", ()), listed_as=f"{folder.name} has priors for"
+        )
     model.to(best_device())
     prompt_1T = _prompt_tokens(model, tokenizer, prompt, sampling.max_new_tokens).to(model.device)
     torch.manual_seed(sampling.seed)

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from ..text.token_store import Windows
 
 
-def begin_text(model: PreTrainedModel, domain: str | None = None) -> None:
-    """Let a model whose weights depend on earlier texts forget them; the next ones are of `domain`, if it knows that."""
+def begin_text(model: PreTrainedModel, domain: str | None = None) -> bool:
+    """Let a model whose weights depend on earlier texts forget them; the next ones are of `domain`.
+
+    Returns whether the model has weights of its own for that domain.
+    """
+    if not hasattr(model, "begin_text"):
+        return False
     ensemble: Any = model
-    if hasattr(model, "begin_text"):
-        ensemble.begin_text(domain if domain in ensemble.text_domains else None)
+    is_known = domain in ensemble.text_domains
+    ensemble.begin_text(domain if is_known else None)
+    return is_known
 
 
 def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run the experiment with one random seed; return cluster figures, bits per byte by row and corpus, and temperatures."""
     workspace, labels = make_workspace(root, seed, options)
-    found = {FOUND: options.clusters, **{f"{FOUND}{clusters}": clusters for clusters in options.sweep}}
-    for name, clusters in found.items():
+    sets_of_clusters = {FOUND: options.clusters, **{f"{FOUND}{clusters}": clusters for clusters in options.sweep}}
+    for name, clusters in sets_of_clusters.items():
         if not (root / "clusters" / name / "clusters.json").exists():
             workspace.discover(name, clusters, DiscoverySettings(domains=[MIXED], seed=seed))
     if not (workspace.layout.seed / "seed.json").exists():
@@ -119,7 +119,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
     for name, make in baselines.items():  # before there are further experts, whose tokens they would get too
         if not any((workspace.layout.baselines / name).glob("*.json")):
             make()
-    for name in found:
+    for name in sets_of_clusters:
         train(workspace, name, options.jobs)
     experts = experts_of(workspace, FOUND)
     ensembles = {
@@ -131,7 +131,7 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, An
             given = {key: value for key, value in settings.items() if value is not None}
             fitted_on = {"fit_on": [f"{FOUND}-{number}" for number in range(options.clusters)]}
             workspace.merge(folders[row], method="ensemble", experts=experts, options=given, **fitted_on)
-    for name, clusters in list(found.items())[1:]:
+    for name, clusters in list(sets_of_clusters.items())[1:]:
         folders[swept(clusters)] = f"clusters-{name}"
         if not (workspace.generalists / folders[swept(clusters)] / "generalist.json").exists():
             settings = {"mixer": "clusters", "temperature": TEMPERATURE}

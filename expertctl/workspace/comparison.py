@@ -87,8 +87,8 @@ def compare(
                 folders[row] = _merged(project, data, name, experts, Path(scratch))
             else:
                 folders[row] = project.layout.artefact(name)
-        table = evaluate(project.layout, project.config, folders, domains, jobs=jobs, reporter=reporter)
-    table.require_comparable(folders)
+        ranked = [list(folders)]
+        table = evaluate(project.layout, project.config, folders, domains, ranked=ranked, jobs=jobs, reporter=reporter)
     scores = dict(table.scores)
     if BEST_EXPERT in against:
         metric = table.metrics[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,13 +115,15 @@ class Workspace:
         context: int | None = None,
         stride: int | None = None,
         known_domains: bool = False,
+        ranked: Iterable[Collection[str]] = (),
         jobs: int | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationTable:
         """Score models (names in this workspace, or folders; default: all finished ones) on the test text of domains.
 
         `context` and `stride` are the length of windows and their distance, in tokens; with `known_domains`, ensembles are
-        told which domain they read.
+        told which domain they read. `ranked` are models that will be compared; it is refused if their tokenizers keep
+        different shares of a text.
         """
         names = models or tuple(folder.name for folder in self.layout.finished())
         if not names:
@@ -136,6 +138,7 @@ class Workspace:
             context=context,
             stride=stride,
             known_domains=known_domains,
+            ranked=ranked,
             jobs=jobs,
             reporter=reporter,
         )

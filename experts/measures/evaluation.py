@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,20 +55,8 @@ class EvaluationTable:
 
     def is_comparable(self, models: Iterable[str], domains: Sequence[str] | None = None) -> bool:
         """Return whether the models' tokenizers keep the same share of the text of every domain."""
-        names = tuple(models)
-        coverages = ([self.texts[name][domain].coverage for name in names] for domain in domains or self.domains)
-        return all(max(shares) - min(shares) <= NEGLIGIBLE_LOSS for shares in coverages)
-
-    def require_comparable(self, models: Iterable[str]) -> None:
-        """Raise `UserError` for models whose tokenizers keep different shares of a domain's text."""
-        names = tuple(models)
-        for domain in self.domains:
-            if not self.is_comparable(names, [domain]):
-                shares = ", ".join(f"{name} {self.texts[name][domain].coverage:.1%}" for name in names)
-                raise UserError(
-                    f"these models cannot be ranked on '{domain}', since their tokenizers keep different shares of its "
-                    f"text ({shares}); leave the domain out with --domains, or compare models that keep all of it"
-                )
+        texts = [self.texts[name] for name in models]
+        return all(_is_comparable(texts, domain) for domain in domains or self.domains)
 
     def as_json(self) -> dict[str, object]:
         """Return the content of `eval --json`: for each model metric -> domain -> value, and token counts."""
@@ -108,6 +96,7 @@ def evaluate(
     context: int | None = None,
     stride: int | None = None,
     known_domains: bool = False,
+    ranked: Iterable[Collection[str]] = (),
     jobs: int | None = None,
     reporter: Reporter = SILENT,
 ) -> EvaluationTable:
@@ -115,52 +104,95 @@ def evaluate(
 
     Each model uses its own tokenizer; bits per byte are comparable across tokenizers that keep the whole text. `context`
     is the length of a window in tokens (default: the model's own, at most 2,048), `stride` the distance between windows
-    (default: half of `context`). With `known_domains`, ensembles are told which domain they read, if they have a prior for it.
-    Raises `UserError` for a damaged model, an unknown domain, and a context that a model
-    cannot read.
+    (default: half of `context`). With `known_domains`, ensembles are told which domain they read, if they have a prior for
+    it. `ranked` are models that will be compared with each other.
+
+    Raises `UserError` for a damaged model, an unknown domain, a context that a model cannot read, and for ranked models
+    whose tokenizers keep different shares of a text.
     """
     names = tuple(domains if domains is not None else project.domains)
     if not names:
         raise UserError("there is no domain to evaluate on; add one under 'domains' in expertctl.yaml")
     scorer = installed_plugins().offer(Evaluator, evaluator)
     require_intact_models(models.values())
-    windows: dict[tuple[str, str], TokenWindows] = {}
-    texts: dict[str, dict[str, EvaluatedText]] = {model: {} for model in models}
-    warnings: dict[str, None] = {}  # each once, in order
-    for model, folder in models.items():
-        length = _context(layout, model, folder, context)
-        if stride is not None and stride > length:
-            raise UserError(f"--stride {stride} skips tokens, since a window has {length}; give at most {length}")
-        for name in names:
-            prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer_folder(folder))
-            if lost := lost_text(prepared):
-                warnings[lost] = None
-            part = "test" if prepared.test is not None else "valid"
-            window = TokenWindows(prepared.open(part), length, stride or max(length // 2, 1))
-            texts[model][name] = EvaluatedText(part, length, window.stride, window.store.part.coverage)
-            windows[model, name] = window
-    for warning in warnings:
-        reporter.say(warning)
-    if untested := [name for name in names if any(read[name].part == "valid" for read in texts.values())]:
-        reporter.say(
-            f"too little text for a test part, so scored on validation text, which merges may be fitted on: "
-            f"{', '.join(untested)}"
-        )
+    windows, texts, notes = _open_texts(layout, project, models, names, context, stride)
+    for group in ranked:
+        _require_comparable(texts, group, names)
+    for note in notes:
+        reporter.say(note)
 
     counter = itertools.count(1)
+    told: dict[tuple[str, str], bool] = {}
 
     def score(model: str) -> dict[str, Score]:
         network = load_network(models[model], dtype="float32").to(best_device())
         domain_scores = {}
         for name in names:
-            begin_text(network, name if known_domains else None)  # scores do not depend on the order of domains
+            # scores do not depend on the order of domains
+            told[model, name] = begin_text(network, name if known_domains else None)
             domain_scores[name] = scorer.evaluate(network, windows[model, name])
             reporter.progress("evaluating", next(counter), len(models) * len(names), "scores")
         return domain_scores
 
     sizes = (sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in models.values())
     scores = concurrently(score, models, bytes_each=max(sizes, default=0), jobs=jobs)
+    if known_domains and not any(told.values()):
+        reporter.say(f"no model has a prior for {', '.join(names)}, so it makes no difference that domains are known")
     return EvaluationTable(names, dict(zip(models, scores, strict=True)), scorer.metrics, texts)
+
+
+def _open_texts(
+    layout: Layout,
+    project: ProjectConfig,
+    models: Mapping[str, Path],
+    domains: Sequence[str],
+    context: int | None,
+    stride: int | None,
+) -> tuple[dict[tuple[str, str], TokenWindows], dict[str, dict[str, EvaluatedText]], list[str]]:
+    """Return the windows of each model and domain, what they are (model -> domain), and notes for the user."""
+    windows: dict[tuple[str, str], TokenWindows] = {}
+    texts: dict[str, dict[str, EvaluatedText]] = {model: {} for model in models}
+    readers: dict[str, list[str]] = {}
+    untested: dict[str, None] = {}
+    for model, folder in models.items():
+        length = _context(layout, model, folder, context)
+        if stride is not None and stride > length:
+            raise UserError(f"a stride of {stride} skips tokens, since a window has {length}; give at most {length}")
+        for name in domains:
+            prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer_folder(folder))
+            if lost := lost_text(prepared):
+                readers.setdefault(lost, []).append(model)
+            if prepared.test is None:
+                untested[name] = None
+            part = "test" if prepared.test is not None else "valid"
+            opened = TokenWindows(prepared.open(part), length, stride or max(length // 2, 1))
+            texts[model][name] = EvaluatedText(part, length, opened.stride, opened.store.part.coverage)
+            windows[model, name] = opened
+    notes = [f"{', '.join(names)}: {lost}" for lost, names in readers.items()]
+    if untested:
+        notes.append(
+            "too little text for a test part, so scored on validation text, which merges may be fitted on: "
+            f"{', '.join(untested)}"
+        )
+    return windows, texts, notes
+
+
+def _is_comparable(texts: Iterable[Mapping[str, EvaluatedText]], domain: str) -> bool:
+    shares = [text[domain].coverage for text in texts]
+    return max(shares) - min(shares) <= NEGLIGIBLE_LOSS
+
+
+def _require_comparable(
+    texts: Mapping[str, Mapping[str, EvaluatedText]], models: Collection[str], domains: Sequence[str]
+) -> None:
+    """Raise `UserError` for models whose tokenizers keep different shares of a domain's text."""
+    for domain in domains:
+        if not _is_comparable([texts[name] for name in models], domain):
+            shares = ", ".join(f"{name} {texts[name][domain].coverage:.1%}" for name in models)
+            raise UserError(
+                f"these models cannot be ranked on '{domain}', since their tokenizers keep different shares of its text "
+                f"({shares}); leave the domain out with --domains, or compare models that keep all of it"
+            )
 
 
 def _context(layout: Layout, model: str, folder: Path, requested: int | None) -> int:

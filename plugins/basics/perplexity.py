@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...core.text.token_store import TokenWindows
 
 BATCH_TOKENS = 4096
-BATCH_LOGITS = 1 << 26  # limits the logits to 256 MiB of float32 for any vocabulary
+BATCH_LOGITS = 1 << 26  # limits the logits of several windows to 256 MiB of float32
 
 
 BITS_PER_LOST_BYTE = 8

@@ -175,3 +175,10 @@ def test_a_prompt_may_be_empty_but_not_too_long(run: Any, workspace: Path) -> No
     result = run("generate", "seed", "def " * 100)
     assert result.status == 1
     assert "exceeds the model's 128 positions" in result.error
+
+
+@pytest.mark.parametrize("option", [("--context", "64"), ("--known-domains",), ("--evaluator", "other")])
+def test_a_comparison_takes_no_option_that_it_would_ignore(run: Any, workspace: Path, option: tuple[str, ...]) -> None:
+    result = run("eval", "forest", "--against", "seed", *option)
+    assert result.status == 2
+    assert "only --domains and --jobs" in result.err

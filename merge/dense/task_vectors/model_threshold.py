@@ -144,10 +144,10 @@ class ModelThresholds:
             name: threshold.next_digit(sums[name], self._digit_bits, sizes[name])
             for name, threshold in self.thresholds.items()
         }
-        found = replace(self, thresholds=thresholds, found_bits=self.found_bits + self._digit_bits)
+        refined = replace(self, thresholds=thresholds, found_bits=self.found_bits + self._digit_bits)
         # without elements beyond the wanted number, or with a threshold of 0, all equal ones can be kept
         exact = all(threshold.rank == threshold.equal or not threshold.prefix for threshold in thresholds.values())
-        return replace(found, counts_equal=False) if found._has_thresholds and exact else found
+        return replace(refined, counts_equal=False) if refined._has_thresholds and exact else refined
 
     def _share_out(self, sums: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, int]]:
         """Return the quotas: tensors in the order of their names keep all equal elements, as long as there are some."""
