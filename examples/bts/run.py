@@ -42,7 +42,9 @@ MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform average": ("dense", {"method": "average"}),
     "ensemble, cached prior": ("dense", {"method": "ensemble"}),
     "btx": ("dense", {"method": "btx"}),
+    "btx, ridge router": ("dense", {"method": "btx", "options": {"router": "ridge"}}),
     "flexolmo": ("flex", {"method": "flexolmo"}),
+    "flexolmo, ridge router": ("flex", {"method": "flexolmo", "options": {"router": "ridge"}}),
     STITCHED: ("dense", {"method": "stitch"}),
 }
 TUNED = {

@@ -39,23 +39,28 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense": {"trains": "all"},
     "alone": {"trains": "flexolmo", "options": {"coordinate": False}},
     "unembedded": {"trains": "flexolmo", "options": {"embedding": "none"}},
-    "unbiased": {"trains": "flexolmo", "options": {"bias": False}},
+    "unbiased": {"trains": "flexolmo", "options": {"bias": "none"}},
+    "softplus": {"trains": "flexolmo", "options": {"bias": "softplus"}},
 }
 """What each owner trains, once for every row that needs it."""
-ABLATED = ("alone", "unembedded", "unbiased")
+ABLATED = ("alone", "unembedded", "unbiased", "softplus")
 EVERYBODY = 10**6
 MERGES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform average": ("dense", {"method": "average"}),
     "ensemble, cached prior": ("dense", {"method": "ensemble"}),
     "btx": ("dense", {"method": "btx"}),
+    "btx, ridge router": ("dense", {"method": "btx", "options": {"router": "ridge"}}),
     "flexolmo": ("flex", {"method": "flexolmo"}),
     "flexolmo, top 1": ("flex", {"method": "flexolmo", "options": {"top_k": 1}}),
     "flexolmo, top 2": ("flex", {"method": "flexolmo", "options": {"top_k": 2}}),
     "flexolmo, all": ("flex", {"method": "flexolmo", "options": {"top_k": EVERYBODY}}),
     "flexolmo, bias folded": ("flex", {"method": "flexolmo", "options": {"bias": "fold"}}),
+    "flexolmo, ridge router": ("flex", {"method": "flexolmo", "options": {"router": "ridge"}}),
     "flexolmo, no coordination": ("alone", {"method": "flexolmo"}),
     "flexolmo, no embedding": ("unembedded", {"method": "flexolmo"}),
     "flexolmo, no bias": ("unbiased", {"method": "flexolmo"}),
+    "flexolmo, softplus bias dropped": ("softplus", {"method": "flexolmo"}),
+    "flexolmo, softplus bias folded": ("softplus", {"method": "flexolmo", "options": {"bias": "fold"}}),
 }
 TUNED = {
     "btx, router trained on public text": ("btx", "router"),

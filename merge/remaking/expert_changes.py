@@ -116,7 +116,7 @@ def _is_changed_directly(manifest: Manifest, mixture: MixtureRecord, change: Cha
     if mixture.router.uses_text:
         raise UserError(
             f"the router of '{manifest.name}' was fitted on the text of all experts, so experts cannot be added or replaced; merge "
-            "again with all experts"
+            "again with all experts (with --option router=ridge, more can be added later)"
         )
     return False
 

@@ -1,4 +1,4 @@
-"""The quickstart and the example of Branch-Train-Merge, in small."""
+"""The quickstart, in small."""
 
 from __future__ import annotations
 
@@ -47,23 +47,3 @@ def test_quickstart_tells_the_whole_story_and_goes_on_where_it_was(corpora: Path
     assert json.loads(run(*call)) == report
     for folder, stamp in stamps.items():
         assert not stamp or (folder / "config.json").stat().st_mtime_ns == stamp
-
-
-def test_the_branch_train_merge_example_prints_its_table(corpora: Path, tmp_path: Path) -> None:
-    out = run(
-        ROOT / "examples/btm/run.py",
-        "--corpora",
-        corpora,
-        "--seeds",
-        "0",
-        "--tokens",
-        "8192",
-        "--out",
-        tmp_path,
-    )
-    table = out.split("\n\n")[0]
-    rows = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| ")}
-    assert {"dense", "random-split forest", "ensemble, cached priors", "posterior average, per target"} <= set(rows)
-    scores = json.loads((tmp_path / "seed-0" / "rows.json").read_text())
-    mean = sum(scores["seed"].values()) / 2
-    assert f"{mean:.4f}" in rows["seed"]

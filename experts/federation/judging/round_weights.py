@@ -10,17 +10,30 @@ from ....core.artefacts.digests import digest_of_tensors
 from ....core.artefacts.numeric import FLOATING
 from ....core.artefacts.safetensors_io import Checkpoint, digest_start, tensor_bytes
 from ....core.errors import UserError, first_line
+from ....core.hooks.option_checks import check_at_least, check_positive
 from .acceptance import Refusal, RefusalCode, refusal_of_entry, upcast
 
 
 @dataclass(frozen=True)
 class AveragingRules:
-    """Bounds on an owner's weights."""
+    """Bounds on an owner's weights, and settings of the outer optimiser that differ from the recipe's."""
 
     max_change: float = 1.0
     """Largest change in a round: norm of the difference over all tensors, divided by the norm of the shared weights."""
     max_weight: float = 10.0
     """Cap on an owner's token count, as a multiple of the round's median, since token counts are declared by owners."""
+    learning_rate: float | None = None
+    """Learning rate of the outer optimiser; None: the recipe's."""
+    momentum: float | None = None
+    """Nesterov momentum of the outer optimiser, 0 for none; None: the recipe's."""
+
+    def __post_init__(self) -> None:
+        check_positive("max_change", self.max_change)
+        check_at_least("max_weight", self.max_weight, 1)
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True)

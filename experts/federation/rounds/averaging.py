@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -45,11 +45,12 @@ OUTER_RECIPES = {
 }
 
 
-def outer_recipe(name: str) -> OuterRecipe:
-    """Return a synchronous recipe by name; raises `UserError` for an unknown name."""
+def outer_recipe(name: str, rules: AveragingRules | None = None) -> OuterRecipe:
+    """Return a synchronous recipe with the settings that `rules` changes; raises `UserError` for an unknown name."""
     if name not in OUTER_RECIPES:
         raise unknown_name("synchronous recipe", name, OUTER_RECIPES)
-    return OUTER_RECIPES[name]
+    changed = {"learning_rate": rules.learning_rate, "momentum": rules.momentum} if rules is not None else {}
+    return replace(OUTER_RECIPES[name], **{key: value for key, value in changed.items() if value is not None})
 
 
 @dataclass(frozen=True)

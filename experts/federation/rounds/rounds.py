@@ -97,7 +97,7 @@ class Rounds:
             """Digest of the weights of round 0."""
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); restore it from a copy") from None
-        self.recipe = outer_recipe(self.plan.recipe)
+        self.recipe = outer_recipe(self.plan.recipe, self.plan.rules)
         self._duration = timedelta(seconds=self.plan.round_seconds)
 
     @classmethod

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ....core.hooks.merging import TensorGroup
-from ..arrays import Array, kth_largest_magnitude, namespace
+from ..arrays import Array, namespace
+from ..largest import kth_largest_magnitude
 
 _EPSILON = 1e-8
 

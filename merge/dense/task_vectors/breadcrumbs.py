@@ -8,7 +8,8 @@ from typing import Any
 
 from ....core.hooks.merging import PerExpert, TensorGroup
 from ....core.hooks.option_checks import check_range
-from ..arrays import kth_largest_magnitude, per_expert_values
+from ..arrays import per_expert_values
+from ..largest import kth_largest_magnitude
 from .changes import KEEP_NONE, ElementFilter, add_task_vectors, density_filters
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ....core.hooks.merging import KeptElements, TensorGroup
-from ..arrays import chunks, histogram, largest_mask, magnitude_bits
+from ..arrays import chunks, histogram
+from ..largest import largest_mask, magnitude_bits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

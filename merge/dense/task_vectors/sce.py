@@ -9,7 +9,8 @@ from typing import Any
 
 from ....core.hooks.merging import TensorGroup
 from ....core.hooks.option_checks import check_range
-from ..arrays import Array, chunks, inner_products, is_numpy, kth_largest_magnitude, map_chunks, namespace
+from ..arrays import Array, chunks, inner_products, is_numpy, map_chunks, namespace
+from ..largest import kth_largest_magnitude
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ....core.errors import UserError
 from ....core.hooks.merging import KeptElements, PerExpert, Survey, TensorGroup
 from ....core.hooks.option_checks import check_range
-from ..arrays import first_largest_mask, largest_magnitudes
+from ..largest import first_largest_mask, largest_magnitudes
 from .changes import ElementFilter, add_task_vectors, density_filters
 from .model_threshold import ModelThresholds, Threshold
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +17,34 @@ from torch import Tensor, nn
 from ....core.models.feed_forwards import feed_forwards, require_plain
 
 
-class OwnersLogit(nn.Module):
-    """Owner's logit, row x + min(bias, 0); a separate module for per-example gradients."""
+BiasForm = Literal["clamp", "softplus", "none"]
+"""How a bias stays non-positive: min(b, 0) from b = 0, as in the authors' code, or -softplus(b) from b = -3."""
+SOFTPLUS_START = -3.0
+"""A bias of -0.05, from where it can move either way; at b = 0 it would take a third of the owner's share at once."""
 
-    def __init__(self, row_d: Tensor, *, bias: bool) -> None:
+
+class OwnersLogit(nn.Module):
+    """Owner's logit, row x + non-positive bias; a separate module for per-example gradients."""
+
+    def __init__(self, row_d: Tensor, *, bias: BiasForm) -> None:
         super().__init__()
+        self.form = bias
         self.row = nn.Parameter(row_d.clone())
-        self.bias = nn.Parameter(torch.zeros(()), requires_grad=bias)
+        start = SOFTPLUS_START if bias == "softplus" else 0.0
+        self.bias = nn.Parameter(torch.tensor(start), requires_grad=bias != "none")
+
+    def non_positive_bias(self) -> Tensor:
+        """Return the bias as the logit has it, shape ()."""
+        return -nn.functional.softplus(self.bias) if self.form == "softplus" else self.bias.clamp(max=0)
 
     def forward(self, hidden_BTd: Tensor) -> Tensor:
-        return hidden_BTd @ self.row + self.bias.clamp(max=0)
+        return hidden_BTd @ self.row + self.non_positive_bias()
 
 
 class CoordinatedFeedForward(nn.Module):
-    """p_public FFN_public(x) + p_own FFN_own(x); (p_public, p_own) = softmax(0, row x + min(bias, 0))."""
+    """p_public FFN_public(x) + p_own FFN_own(x); (p_public, p_own) = softmax(0, row x + non-positive bias)."""
 
-    def __init__(self, public: nn.Module, row_d: Tensor, *, bias: bool) -> None:
+    def __init__(self, public: nn.Module, row_d: Tensor, *, bias: BiasForm) -> None:
         super().__init__()
         self.public = public
         self.own = copy.deepcopy(public)
@@ -49,7 +62,7 @@ class CoordinatedFeedForward(nn.Module):
         return mixed
 
 
-def coordinate(model: nn.Module, rows_Ld: Tensor, *, bias: bool) -> list[CoordinatedFeedForward]:
+def coordinate(model: nn.Module, rows_Ld: Tensor, *, bias: BiasForm) -> list[CoordinatedFeedForward]:
     """Replace each FFN by a coordinated one and freeze all else; return the modules in layer order."""
     model.requires_grad_(False)
     modules = []

@@ -41,8 +41,9 @@ class FlexOlmoTraining:
     """Initialisation of the router row: `hidden` (mean hidden states of the seed), `none` (small random
     values), or the folder of a sentence-embedding model. Not set: `hidden`; with differential privacy `none`,
     or `hidden` with noise if `embedding_noise` is set."""
-    bias: bool = True
-    """Train a non-positive bias of the owner's logit: select the owner's expert only by a clear margin."""
+    bias: Literal["clamp", "softplus", "none"] = "clamp"
+    """Non-positive bias of the owner's logit, which selects the owner's expert only by a clear margin: `clamp` trains
+    min(b, 0) from b = 0, as the authors' code does; `softplus` trains -softplus(b), which always has a gradient."""
     coordinate: bool = True
     """Train beside the public FFN; if false, train the owner's FFN alone with a frozen row."""
     z_loss: float = 1e-3
@@ -87,7 +88,7 @@ class CoordinatedPart(TrainablePart):
 
         tensors = {
             "rows": torch.stack([part.logit.row.detach() for part in self._parts]).cpu(),
-            "biases": torch.stack([part.logit.bias.detach().clamp(max=0) for part in self._parts]).cpu(),
+            "biases": torch.stack([part.logit.non_positive_bias().detach() for part in self._parts]).cpu(),
         }
         if self._embedding is not None:
             tensors |= {"domain": self._embedding.domain, "public": self._embedding.public}
@@ -105,7 +106,7 @@ def prepare(context: TrainingContext) -> TrainablePart:
     parameters = _own_parameters(model)
     if options.coordinate:
         parameters |= {f"router.{layer}.row": part.logit.row for layer, part in enumerate(parts)}
-        if options.bias:
+        if options.bias != "none":
             parameters |= {f"router.{layer}.bias": part.logit.bias for layer, part in enumerate(parts)}
     else:
         for part in parts:
@@ -128,7 +129,7 @@ def restore(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     router = Checkpoint([folder / ROUTER_FILE])
     rows, biases = router.read("rows").to(model.dtype), router.read("biases").to(model.dtype)
     trained = tensors_in_memory(model, Checkpoint([folder / WEIGHTS_FILE]))
-    parts = coordinate(model, rows, bias=True)
+    parts = coordinate(model, rows, bias="clamp")
     with torch.no_grad():
         for name, parameter in _own_parameters(model).items():
             if name in trained:

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from expertctl.core.hooks.merging import KeptElements, TensorGroup
 from expertctl.core.testing import in_numpy
-from expertctl.merge.dense.arrays import largest_magnitudes
+from expertctl.merge.dense.largest import largest_magnitudes
 from expertctl.merge.dense.task_vectors.model_threshold import ModelThresholds, Threshold
 
 SHAPES = ((40, 30), (7,), (), (5, 2, 3))

@@ -19,8 +19,10 @@ from expertctl.core.hooks.manager import installed_plugins
 from expertctl.core.hooks.merging import MergeMethod, TensorGroup, TensorMerge
 from expertctl.core.hooks.options import parse_options
 from expertctl.core.testing import assert_merge_ok, in_numpy, tensor_group
-from expertctl.merge.dense.arrays import inner_products, kth_largest_magnitude, map_chunks, random_mask
+from expertctl.merge.dense import largest
+from expertctl.merge.dense.arrays import inner_products, map_chunks, random_mask
 from expertctl.merge.dense.averages.linear import fused_weighted_sum
+from expertctl.merge.dense.largest import kth_largest_magnitude
 
 BY_ORDER = {"slerp"}
 """From the first to the second: order is meant."""
@@ -98,6 +100,34 @@ def test_the_kth_largest_magnitude_is_that_of_a_sorted_list(values: Any, data: A
     assert kth_largest_magnitude(values, count) == expected
     assert kth_largest_magnitude(torch.from_numpy(values), count) == expected
     assert kth_largest_magnitude(values + 1, count, np.ones_like(values)) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    values=arrays(np.float32, st.integers(33, 300), elements=st.floats(-4, 4, width=16)),
+    repeats=st.integers(1, 9),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from(["f4", "f8"]),
+)
+def test_a_bracketed_threshold_is_that_of_a_sorted_list(values: Any, repeats: int, share: float, dtype: str) -> None:
+    values = np.tile(values, repeats).astype(dtype)  # the sample is unlike the array at some strides
+    count = max(1, int(share * values.size))
+    expected = np.sort(np.abs(values))[::-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(largest, "SAMPLE_SIZE", 8)
+        found = largest.largest_magnitudes(values, count)
+    assert found.smallest == expected[count - 1]
+    assert found.beyond == (
+        (expected == expected[count - 1]).sum() - (expected[:count] == expected[count - 1]).sum()
+    ) * (found.smallest != 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 150_000, 200_000])
+def test_not_a_number_is_the_largest_magnitude(count: int) -> None:
+    values = np.random.default_rng(0).standard_normal(200_000).astype("f4")
+    values[7] = np.nan
+    expected = np.sort(np.abs(values))[::-1]
+    np.testing.assert_equal(largest.largest_magnitudes(values, count).smallest, float(expected[count - 1]))
 
 
 def test_elements_as_large_as_the_threshold_are_all_kept() -> None:

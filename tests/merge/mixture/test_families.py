@@ -55,4 +55,4 @@ def test_a_family_that_cannot_be_mixed_is_refused_in_the_plan(family: str, reaso
 def test_flexolmo_refuses_what_it_cannot_train(family: str, tmp_path: Path) -> None:
     model = load_network(tiny_model_folder(tmp_path / "model", family))
     with pytest.raises(UserError, match=r"feed-forward network"):
-        coordinate(model, torch.zeros(8, 16), bias=True)
+        coordinate(model, torch.zeros(8, 16), bias="clamp")

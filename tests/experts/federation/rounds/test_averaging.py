@@ -18,6 +18,7 @@ from expertctl.experts.federation.judging.round_weights import AveragingRules, D
 from expertctl.experts.federation.rounds.averaging import (
     OUTER_RECIPES,
     Contribution,
+    OuterRecipe,
     average_round,
     outer_recipe,
     owner_shares,
@@ -104,6 +105,15 @@ def test_rounds_equal_torch_sgd_in_float64(tmp_path: Path, recipe: str, dtype: t
         exact = state.read(f"master/{name}") if dtype == torch.bfloat16 else stored
         torch.testing.assert_close(exact.double(), parameter.data, atol=tolerance, rtol=tolerance)
         assert torch.equal(stored, exact.to(dtype))
+
+
+def test_a_recipes_outer_optimiser_can_be_changed() -> None:
+    rules = AveragingRules(learning_rate=0.3, momentum=0.0)
+    assert outer_recipe("diloco", rules) == OuterRecipe("diloco", 0.3, 0.0, by_tokens=False)
+    assert outer_recipe("diloco", AveragingRules()) == outer_recipe("diloco") == OUTER_RECIPES["diloco"]
+    for wrong in ({"learning_rate": 0.0}, {"momentum": 1.0}, {"momentum": -0.1}, {"max_change": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            AveragingRules(**wrong)
 
 
 def test_fedavg_is_the_weighted_mean_of_the_owners(tmp_path: Path) -> None:

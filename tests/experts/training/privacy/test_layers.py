@@ -194,7 +194,7 @@ def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBloc
     def part() -> TrainablePart:
         model = make_model("olmo2")
         rows = torch.randn(2, 16, generator=torch.Generator().manual_seed(1)) * 0.3
-        parts = coordinate(model, rows, bias=True)
+        parts = coordinate(model, rows, bias="clamp")
         with torch.no_grad():
             for block in parts:
                 block.logit.bias.fill_(-0.1)  # at 0 the clamp has no slope

@@ -15,7 +15,7 @@ from expertctl import UserError, load_model
 from expertctl.core.hooks.training import TrainingContext, TrainingText
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.testing import tiny_model_folder
-from expertctl.plugins.methods.flexolmo.coordinated import CoordinatedFeedForward, coordinate, z_loss
+from expertctl.plugins.methods.flexolmo.coordinated import BiasForm, CoordinatedFeedForward, coordinate, z_loss
 from expertctl.plugins.methods.flexolmo.domain_embeddings import hidden_state_embedding, scale_to_unit_logits
 from expertctl.plugins.methods.flexolmo.plugin import FlexOlmoTraining, prepare
 from expertctl.workspace import Workspace
@@ -87,7 +87,7 @@ def test_only_the_owners_half_is_trained_and_has_optimiser_state(model_folder: P
 
 def test_the_joined_feed_forward_equals_a_softmax_over_two(model_folder: Path) -> None:
     model, _ = load_model(model_folder, dtype="float32")
-    (first, *_) = coordinate(model, torch.randn(2, 16), bias=True)
+    (first, *_) = coordinate(model, torch.randn(2, 16), bias="clamp")
     with torch.no_grad():
         first.logit.bias.fill_(-0.7)
         for parameter in first.own.parameters():
@@ -102,12 +102,27 @@ def test_the_joined_feed_forward_equals_a_softmax_over_two(model_folder: Path) -
 
 def test_a_positive_bias_counts_as_none(model_folder: Path) -> None:
     model, _ = load_model(model_folder, dtype="float32")
-    (first, *_) = coordinate(model, torch.zeros(2, 16), bias=True)
+    (first, *_) = coordinate(model, torch.zeros(2, 16), bias="clamp")
     x = torch.randn(1, 4, 16)
     plain = first(x)
     with torch.no_grad():
         first.logit.bias.fill_(3.0)
     assert torch.equal(first(x), plain)
+
+
+@pytest.mark.parametrize(
+    ("form", "raw", "moves"), [("clamp", 3.0, False), ("softplus", 3.0, True), ("softplus", -3.0, True)]
+)
+def test_only_a_softplus_bias_has_a_gradient_everywhere(
+    model_folder: Path, form: BiasForm, raw: float, moves: bool
+) -> None:
+    model, _ = load_model(model_folder, dtype="float32")
+    (first, *_) = coordinate(model, torch.zeros(2, 16), bias=form)
+    with torch.no_grad():
+        first.logit.bias.fill_(raw)
+    (gradient,) = torch.autograd.grad(first.logit(torch.randn(1, 4, 16)).sum(), first.logit.bias)
+    assert (float(gradient) != 0) == moves
+    assert float(first.logit.non_positive_bias()) <= 0
 
 
 def test_rows_have_logits_of_size_one_and_tell_the_texts_apart(model_folder: Path) -> None:
@@ -117,7 +132,7 @@ def test_rows_have_logits_of_size_one_and_tell_the_texts_apart(model_folder: Pat
     public = [source.integers(150, 250, 32) for _ in range(6)]
     embedding = hidden_state_embedding(model, own, public)
     inputs: dict[str, list[torch.Tensor]] = {"own": [], "public": []}
-    parts = coordinate(model, embedding.rows, bias=False)
+    parts = coordinate(model, embedding.rows, bias="none")
     for name, blocks in (("own", own), ("public", public)):
         for block in blocks:
             model.train()(input_ids=torch.from_numpy(block[None]))
@@ -171,12 +186,19 @@ def test_public_text_must_be_named_where_the_seed_was_imported(flexolmo_workspac
 
 @pytest.mark.parametrize(
     "options",
-    [{"embedding": "none"}, {"public": "public", "bias": False}, {"public": "public", "coordinate": False}],
+    [
+        {"embedding": "none"},
+        {"public": "public", "bias": "none"},
+        {"public": "public", "bias": "softplus"},
+        {"public": "public", "coordinate": False},
+    ],
 )
 def test_the_papers_ablations_can_be_configured(tmp_path: Path, options: dict[str, Any]) -> None:
     workspace = make_flexolmo_workspace(tmp_path / "w", owners=("prose",), options=options)
     router = load_file(workspace.experts / "prose" / "router.safetensors")
     if options.get("embedding") == "none":
         assert router.keys() == {"rows", "biases"}
-    if "bias" in options or "coordinate" in options:
+    if options.get("bias") == "softplus":
+        assert (router["biases"] < 0).all()
+    elif "bias" in options or "coordinate" in options:
         assert not router["biases"].any()
