@@ -161,6 +161,24 @@ def discover(
     )
 
 
+@command.command("remove", example="expertctl data remove campus")
+@click.argument("name", metavar="NAME")
+@flag("--force", "Remove a set of clusters even if models were trained on it.")
+@pass_session
+def remove(session: Session, name: str, force: bool) -> None:
+    """Remove the prepared text of a domain, or a set of discovered clusters.
+
+    Files that the text was read from, expertctl.yaml and models stay as they are.
+    """
+    from dataclasses import asdict
+
+    removed = session.open().data.remove(name, force=force)
+    if removed.declared:
+        session.note(f"expertctl.yaml still declares '{name}'; its text is prepared again when it is needed")
+    trained = f"; trained on it: {', '.join(removed.trained)}" if removed.trained else ""
+    session.finish({"removed": name, **asdict(removed)}, f"removed the prepared text of '{name}'{trained}")
+
+
 def _lines_to_add(name: str, domain: Mapping[str, str]) -> list[str]:
     """Return the lines to add to `expertctl.yaml`; JSON strings are valid YAML."""
     import json

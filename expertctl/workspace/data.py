@@ -15,6 +15,7 @@ from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.text.corpora import PreparedDomain, domain_config, prepare_domain, prepared_domain
 from expertctl.experts.text.discovery import Discovery, DiscoverySettings, discover
 from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, make_proxy
+from expertctl.experts.text.removal import RemovedText, remove_text
 
 from .project import Project
 
@@ -95,6 +96,15 @@ class Data:
         )
         self._project.reload()  # it has more domains now
         return discovery
+
+    def remove(self, name: str, *, force: bool = False) -> RemovedText:
+        """Remove the prepared text of a domain, or a set of clusters; the text that they were made from stays.
+
+        Raises `UserError` for a set of clusters that artefacts were trained on, unless `force`.
+        """
+        removed = remove_text(self._project.layout, self._project.config, name, force=force)
+        self._project.reload()  # it has fewer domains without the clusters
+        return removed
 
     def trained_domains(self, experts: Iterable[Path]) -> list[str]:
         """Return the domains that experts were trained on and that the project still has, sorted."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ....core.models.feed_forwards import feed_forwards, require_plain
 
-
 BiasForm = Literal["clamp", "softplus", "none"]
 """How a bias stays non-positive: min(b, 0) from b = 0, as in the authors' code, or -softplus(b) from b = -3."""
 SOFTPLUS_START = -3.0
