@@ -47,7 +47,8 @@ def change_experts(
     """Write the generalist of `folder` with changed experts to `output` and return its manifest.
 
     Mixtures are changed directly if possible; other generalists are merged again from their models, which are found by
-    name. `validation` returns the text of the joining experts' domains, for a router that is computed from text. Raises `UserError` for unsupported changes before anything is written.
+    name. `validation` returns the text of the joining experts' domains, for a router that is computed from text. Raises
+    `UserError` for unsupported changes before anything is written.
     """
     run = run or MergeRun()
     require_valid_change(change)

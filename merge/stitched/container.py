@@ -48,6 +48,7 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         self._expert_points = {
             name: matched_points(self.points, name, len(decoder_layers(expert))) for name, expert in experts.items()
         }
+        self._forms = dict(zip(experts, output_forms(experts.values()), strict=True))
         self.stitches = new_stitches(config)
         for member in (hub, *self.experts):
             member.requires_grad_(False)
@@ -103,7 +104,7 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
             }
 
         passes = {
-            name: Stepwise(expert, output_forms(expert))
+            name: Stepwise(expert, self._forms[name])
             for name, expert in zip(self.expert_names, self.experts, strict=True)
         }
         for number, stepwise in enumerate(passes.values(), start=1):

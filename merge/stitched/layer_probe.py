@@ -7,12 +7,11 @@ states to each other. Shapes: B = batch, T = tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,6 @@ from ...core.artefacts.model_config import with_floats
 from ...core.errors import UserError, first_line
 from .stepwise import OutputForm, Stepwise, decoder_of, hidden_states_of, split_call
 
-_FORMS: WeakKeyDictionary[nn.Module, tuple[OutputForm, ...]] = WeakKeyDictionary()
-_FORMS_OF_CONFIGS: dict[str, tuple[OutputForm, ...]] = {}
-"""Members of a stitched model mostly have the same configuration."""
-
 
 def require_steps(config: Mapping[str, Any]) -> PretrainedConfig:
     """Return the settings of a `config.json` with transformers' names; raises `UserError` unless it can be stitched."""
@@ -35,11 +30,18 @@ def require_steps(config: Mapping[str, Any]) -> PretrainedConfig:
     return settings
 
 
-def output_forms(model: PreTrainedModel) -> tuple[OutputForm, ...]:
-    """Return the forms of the layers' outputs; raises `UserError` for a model that cannot run layer by layer."""
-    if model not in _FORMS:
-        _FORMS[model] = probe_layers(model.config)
-    return _FORMS[model]
+def output_forms(models: Iterable[PreTrainedModel]) -> list[tuple[OutputForm, ...]]:
+    """Return the forms of each model's layer outputs; raises `UserError` for one that cannot run layer by layer.
+
+    Members of a stitched model mostly have the same configuration, which is probed once.
+    """
+    forms: dict[str, tuple[OutputForm, ...]] = {}
+    keys = []
+    for model in models:
+        keys.append(model.config.to_json_string())
+        if keys[-1] not in forms:
+            forms[keys[-1]] = probe_layers(model.config)
+    return [forms[key] for key in keys]
 
 
 def probe_layers(config: PretrainedConfig) -> tuple[OutputForm, ...]:
@@ -47,13 +49,6 @@ def probe_layers(config: PretrainedConfig) -> tuple[OutputForm, ...]:
 
     Raises `UserError` for a model that cannot run layer by layer.
     """
-    key = config.to_json_string()
-    if key not in _FORMS_OF_CONFIGS:
-        _FORMS_OF_CONFIGS[key] = _probe(config)
-    return _FORMS_OF_CONFIGS[key]
-
-
-def _probe(config: PretrainedConfig) -> tuple[OutputForm, ...]:
     with torch.device("meta"):  # no initialisation, which some families compute
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     _, layers = decoder_of(model)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_experts import write_tensors_as_expert
 from numpy.typing import NDArray
 from reporters import Recorder
 
 from expertctl import UserError
 from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
-from expertctl.core.artefacts.safetensors_io import Checkpoint, tensor_bytes, write_tensors
-from expertctl.core.manifests.manifest import Manifest, Parent, read_manifest
+from expertctl.core.artefacts.safetensors_io import Checkpoint, tensor_bytes
+from expertctl.core.manifests.manifest import read_manifest
 from expertctl.merge.engine.calculator import EngineSettings
 from expertctl.merge.merging import MergeRun
 from expertctl.merge.planning import search as search_module
@@ -93,24 +94,10 @@ def write_coarse_expert(workspace: Workspace, name: str) -> None:
         write_seed_tensor(seed, key, tensor)
         steps = torch.randint(0, 30, tensor.shape, generator=generator).clamp(max=12).div(10).ceil()
         made[key] = (tensor.float() + steps * 2**-7).to(torch.bfloat16)
-    folder = workspace.experts / name
-    folder.mkdir(parents=True)
-    write_tensors(folder / "model.safetensors", made)
-    origin_digests, origin_files = digests_of_folder(workspace.layout.seed)
+    digests, files = digests_of_folder(workspace.layout.seed)
     origin = read_manifest(workspace.layout.seed)
-    origin = replace(origin, tensors=origin_digests, files=origin_files, digest=digest_of_tensors(origin_digests))
-    origin.write(workspace.layout.seed)
-    digests, files = digests_of_folder(folder)
-    Manifest(
-        kind="expert",
-        name=name,
-        digest=digest_of_tensors(digests),
-        tensors=digests,
-        files=files,
-        tokenizer=origin.tokenizer,
-        parents=(Parent("seed", "seed", origin.digest, 1.0),),
-        trainable="*",
-    ).write(folder)
+    replace(origin, tensors=digests, files=files, digest=digest_of_tensors(digests)).write(workspace.layout.seed)
+    write_tensors_as_expert(workspace.root, name, made)
 
 
 def write_seed_tensor(seed: Checkpoint, name: str, tensor: torch.Tensor) -> None:

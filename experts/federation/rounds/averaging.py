@@ -49,8 +49,12 @@ def outer_recipe(name: str, rules: AveragingRules | None = None) -> OuterRecipe:
     """Return a synchronous recipe with the settings that `rules` changes; raises `UserError` for an unknown name."""
     if name not in OUTER_RECIPES:
         raise unknown_name("synchronous recipe", name, OUTER_RECIPES)
-    changed = {"learning_rate": rules.learning_rate, "momentum": rules.momentum} if rules is not None else {}
-    return replace(OUTER_RECIPES[name], **{key: value for key, value in changed.items() if value is not None})
+    recipe = OUTER_RECIPES[name]
+    if rules is not None and rules.learning_rate is not None:
+        recipe = replace(recipe, learning_rate=rules.learning_rate)
+    if rules is not None and rules.momentum is not None:
+        recipe = replace(recipe, momentum=rules.momentum)
+    return recipe
 
 
 @dataclass(frozen=True)

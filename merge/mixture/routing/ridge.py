@@ -30,12 +30,13 @@ def ridge_rows(inputs: RouterInputs) -> RouterRows:
     biases gets a column of ones. The rows solve (X^T X + lambda I) W = X^T Y, with the experts of the tokens as one-hot
     labels Y and lambda = `ridge` times the mean of the diagonal of X^T X. Each column of W is divided by its norm, and by
     `temperature`. Both products are sums over experts, so the statistics of `inputs.statistics` are used as they are.
-    They are stored with the mixture unless `store` is 0. The seed's expert gets a row of 0 if there is no text for it. Raises `UserError` for an expert without text.
+    They are stored with the mixture unless `store` is 0. The seed's expert gets a row of 0 if there is no text for it.
+    Raises `UserError` for an expert without text.
     """
     import numpy as np
 
     options = _options(inputs)
-    statistics = {name: found for name, found in inputs.statistics.items() if name in inputs.experts}
+    statistics = {name: sums for name, sums in inputs.statistics.items() if name in inputs.experts}
     statistics |= _measure_others(inputs, statistics, int(options["samples"]))
     labelled = [name for name in inputs.experts if name in statistics]
     weights, offsets = solve_ridge([statistics[name] for name in labelled], options["ridge"], has_bias=inputs.has_bias)

@@ -32,7 +32,7 @@ PLAIN = OutputForm()
 )
 def test_the_states_are_those_of_the_models_own_pass(family: str, form: OutputForm) -> None:
     model, last = family_model(family), {}
-    forms = output_forms(model)
+    (forms,) = output_forms([model])
     assert set(forms) == {form}
     layers = decoder_layers(model)
 
