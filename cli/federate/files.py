@@ -118,6 +118,7 @@ def work(
     your consent.
     """
     from ...core.artefacts.files import refuse_existing
+    from ...core.manifests.records import record_as_json
     from ...experts.federation.owner.work import work as train
     from ...experts.federation.packs import SEED_FOLDER, open_pack, read_request, write_delivery
 
@@ -143,8 +144,8 @@ def work(
             "output": str(output),
             "files": content.files,
             "tensors": content.tensors,
-            "data": content.data,
-            "privacy": content.privacy,
+            "data": record_as_json(content.data),
+            "privacy": record_as_json(content.privacy) if content.privacy is not None else None,
         },
         f"the delivery is in {output}; next, at the coordinator: expertctl federate deliver {output.name}",
     )

@@ -39,15 +39,15 @@ def review_lines(review: Review, *, full: bool) -> list[str]:
     recipe = review.request.recipe
     content = f"{recipe.round}, weights" if recipe.round is not None else f"{recipe.trains} for seed"
     lines = [f"request {review.request.id}: {content} {short(review.request.seed)}"]
-    for domain in review.data.get("domains", {}).values():
+    for domain in review.data.domains.values():
         lines.append(
-            f"statement about your text: about {number(domain['documents'])} documents, {number(domain['tokens'])} tokens, "
-            f"{number(domain['bytes'])} bytes; licence {domain.get('licence') or 'not stated'}"
+            f"statement about your text: about {number(domain.documents)} documents, {number(domain.tokens)} tokens, "
+            f"{number(domain.bytes)} bytes; licence {domain.licence or 'not stated'}"
         )
     spent = review.privacy
     lines.append(
-        f"privacy spent: epsilon {spent['epsilon']:g}, delta {spent['delta']:g}"
-        if spent is not None
+        f"privacy spent: epsilon {spent.epsilon:g}, delta {spent.delta:g}"
+        if spent is not None and spent.epsilon is not None
         else "privacy: trained without noise; memorised text can be extracted from the weights (see `expertctl audit extraction`)"
     )
     if full:

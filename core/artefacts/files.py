@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def inside(root: Path, *names: str) -> Path:
+    """Return `root / names[0] / ...`; raises `UserError` unless every name is that of a single file or folder.
+
+    For names that come from outside, so that the path cannot leave `root`.
+    """
+    for name in names:
+        is_plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+        if not is_plain or len(name.encode("utf-8", "surrogatepass")) > 255:
+            raise UserError(f"{name!a:.80} is not the name of a file or folder; it is refused")
+    return root.joinpath(*names)
+
+
+def require_regular(path: Path) -> Path:
+    """Return a path from outside; raises `UserError` for a link, pipe, device or folder, which could read or wait elsewhere."""
+    with os_errors_as_user_errors(path):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise UserError(f"{path} is not a regular file; it is refused")
+    return path
 
 
 @contextmanager

@@ -156,9 +156,23 @@ class Trainer:
     before a run is set up and anything is replaced."""
     changes: Literal["all", "feed_forward"] = "all"
     """Tensors of the starting model that training can change; delivered experts are checked against it."""
+    side_files: Callable[[Path, Any], Mapping[str, Mapping[str, SideTensor]]] | None = None
+    """`side_files(seed, options)`: the files and tensors of `TrainablePart.extra_tensors`, against which delivered experts
+    are checked; None: the part has no such tensors."""
 
     def __post_init__(self) -> None:
         check_options_class(self.options, f"trainer '{self.name}'")
+
+
+@dataclass(frozen=True)
+class SideTensor:
+    """A tensor that an expert has in a file beside the model's, such as a router row."""
+
+    shape: tuple[int, ...]
+    least: float
+    """Smallest value that training can give it."""
+    largest: float
+    is_required: bool = True
 
 
 @dataclass(frozen=True)

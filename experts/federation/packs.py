@@ -18,7 +18,7 @@ from ...core.artefacts.files import (
 )
 from ...core.errors import UserError
 from .coordinator.coordinator import Coordinator
-from .judging.acceptance import Refusal
+from .judging.refusal import Refusal
 from .protocol.delivery import SignedStatement
 from .protocol.parts import read_part
 from .protocol.requests import ExpertRequest

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
-from expertctl.experts.federation.judging.acceptance import Refusal
+from expertctl.experts.federation.judging.refusal import Refusal
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.owner.work import work
 from expertctl.experts.federation.protocol.delivery import SignedStatement

@@ -15,7 +15,8 @@ from ....core.artefacts.layout import Layout, check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE
 from ....core.errors import UserError, unknown_name
 from ....core.manifests.manifest import read_manifest
-from ..judging.acceptance import HeldOut, Measure, Refusal, RefusalCode, refusal_of_expert, refusal_of_statement
+from ..judging.acceptance import HeldOut, Measure, refusal_of_expert, refusal_of_statement
+from ..judging.refusal import Refusal, RefusalCode
 from ..protocol.delivery import SignedStatement
 from ..protocol.parts import read_part
 from ..protocol.requests import ExpertRequest, Recipe, new_identifier

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from ....core.artefacts.files import exclusive, link_or_copy, new_folder
 from ....core.artefacts.layout import check_name, require_free
@@ -17,7 +16,6 @@ from ....core.errors import UserError, first_line
 from ....core.manifests.finishing import finish_artefact
 from ....core.manifests.generalist import GeneralistConfig
 from ....core.manifests.manifest import Manifest, Parent, read_manifest
-from ....core.manifests.records import parse_record
 from ....core.manifests.statements import DataStatement
 from ....core.reporting import Reporter
 from ..rounds.rounds import RoundPlan
@@ -205,16 +203,13 @@ def _write_generalist(coordinator: Coordinator, shared: SharedModel) -> str:
 
 def _statements(coordinator: Coordinator, shared: SharedModel) -> dict[str, DataStatement]:
     """Return the data statement of each owner's latest accepted delivery."""
-    latest: dict[str, tuple[int, Mapping[str, Any]]] = {}
+    latest: dict[str, tuple[int, DataStatement]] = {}
     for request, signed in coordinator.files.accepted():
         round_ = request.recipe.round
         if round_ is not None and round_.rounds == shared.identifier:
             statement = round_.number, signed.statement.data
             latest[request.owner] = max(latest.get(request.owner, statement), statement, key=itemgetter(0))
-    statements = {}
-    for owner, (_, data) in sorted(latest.items()):
-        statements[owner] = DataStatement(parse_record(DataStatement, dict(data), f"delivery of {owner}").domains)
-    return statements
+    return {owner: DataStatement(data.domains) for owner, (_, data) in sorted(latest.items())}
 
 
 def _enumerate(names: Sequence[str]) -> str:

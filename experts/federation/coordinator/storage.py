@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 
 from ....core.artefacts.digests import digest_of_file
-from ....core.artefacts.files import exclusive, new_folder, read_json, remove_tree, write_json
+from ....core.artefacts.files import exclusive, inside, new_folder, read_json, remove_tree, write_json
 from ....core.errors import UserError
 from ....core.manifests.manifest import read_manifest
-from ..judging.acceptance import Refusal
+from ..judging.refusal import Refusal
 from ..protocol.delivery import DELIVERY_FILE, SignedStatement
 from ..protocol.parts import FileParts, PartsWriter, parts_of
 from ..protocol.requests import ExpertRequest, Progress, is_identifier
@@ -90,11 +90,11 @@ class FederationFiles:
 
     def locked(self, request_id: str, patience_s: float = 5.0) -> AbstractContextManager[None]:
         """Return the lock of a request's delivery."""
-        return exclusive(self.root / ".locks" / request_id, "this delivery", patience_s=patience_s)
+        return exclusive(inside(self.root, ".locks", request_id), "this delivery", patience_s=patience_s)
 
     def incoming(self, request_id: str) -> Path:
         """Return the folder of a delivery in transfer."""
-        return self.root / "incoming" / request_id
+        return inside(self.root, "incoming", request_id)
 
     def announce(self, request_id: str, signed: SignedStatement) -> dict[str, list[int]]:
         """Store the statement of a delivery and return the missing parts by file name.
@@ -161,7 +161,7 @@ class FederationFiles:
     # --- paths ---
 
     def _path(self, folder: str, request_id: str) -> Path:
-        return self.root / folder / f"{request_id}.json"
+        return inside(self.root, folder, f"{request_id}.json")
 
     def _new_path(self, folder: str, request_id: str) -> Path:
         """Return a path to write to, in folders that other users cannot read."""

@@ -11,7 +11,8 @@ from ....core.artefacts.numeric import FLOATING
 from ....core.artefacts.safetensors_io import Checkpoint, digest_start, tensor_bytes
 from ....core.errors import UserError, first_line
 from ....core.hooks.option_checks import check_at_least, check_positive
-from .acceptance import Refusal, RefusalCode, refusal_of_entry, upcast
+from .delivered_tensors import refusal_of_entry, upcast
+from .refusal import Refusal, RefusalCode
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ....core.artefacts.digests import TRAINING_FOLDER
-from ....core.artefacts.files import link_or_copy, new_folder, remove_tree
+from ....core.artefacts.files import inside, link_or_copy, new_folder, remove_tree, require_regular
 from ....core.errors import UserError
 from ....core.manifests.manifest import read_manifest
 from ....core.manifests.verification import require_intact
-from ..protocol.parts import PartsWriter, is_digest, parts_of
+from ..protocol.parts import PartsWriter, parts_of
 from ..protocol.requests import ExpertRequest
 
 
@@ -26,9 +26,7 @@ class KeptSeeds:
 
     def folder(self, request: ExpertRequest) -> Path:
         """Return the folder of a request's seed, which need not exist yet."""
-        if not is_digest(request.seed):
-            raise UserError(f"'{request.seed:.40}' is not the digest of a seed")
-        return self._root / request.seed
+        return inside(self._root, request.seed)
 
     def writers(self, request: ExpertRequest) -> list[PartsWriter]:
         """Return writers for the seed's files; call `complete` after the last part."""
@@ -52,8 +50,8 @@ class KeptSeeds:
                 f"{folder} holds seed {digest[:12]}, the request needs {request.seed[:12]}; name another folder"
             )
         for file in request.seed_files:
-            path = folder / file.name
-            if not path.is_file() or parts_of(path, file.part_size).sha256 != file.sha256:
+            path = inside(folder, file.name)
+            if not path.is_file() or parts_of(require_regular(path), file.part_size).sha256 != file.sha256:
                 raise UserError(f"{path} differs from the requested seed's; fetch the seed again, or omit --seed")
         return self._store(request, folder)
 

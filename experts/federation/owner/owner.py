@@ -2,7 +2,7 @@
 
 All files are in the owner's state folder, which other users cannot read:
 
-    owner.key owner.pub   settings.json (where the text is)   requests/ID.json   seeds/DIGEST/
+    owner.key owner.pub   name.json   settings.json (where the text is)   requests/ID.json   seeds/DIGEST/
     runs/ID/ (a workspace)   deliveries/ID/   outcomes/ID.json   shared/ROUNDS/ (state between rounds)
 """
 
@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ....core.artefacts.files import is_alive, os_errors_as_user_errors, read_json, remove_tree, write_json
+from ....core.artefacts.files import inside, is_alive, os_errors_as_user_errors, read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
 from ....core.manifests.run import RUN_FILE, read_run
+from ....core.manifests.statements import DataStatement, PrivacyStatement
 from ..protocol.delivery import DELIVERY_FILE, SignedStatement, make_delivery
 from ..protocol.keys import OwnerKey, read_key
 from ..protocol.parts import PART_BYTES
@@ -31,6 +32,7 @@ from ..protocol.requests import ExpertRequest, Progress, is_identifier, without_
 from .kept_seeds import KeptSeeds
 
 SETTINGS_FILE = "settings.json"
+NAME_FILE = "name.json"
 LOG_FILE = "work.log"
 PROGRESS_FILE = "progress.json"
 PROCESS_FILE = "process.txt"
@@ -59,8 +61,8 @@ class Review:
     """File sizes in bytes, by name."""
     tensors: Mapping[str, Mapping[str, Any]]
     """`dtype`, `shape`, `bytes` and `digest` of each tensor, by name."""
-    data: Mapping[str, Any]
-    privacy: Mapping[str, Any] | None
+    data: DataStatement
+    privacy: PrivacyStatement | None
 
 
 class Owner:
@@ -132,10 +134,21 @@ class Owner:
             raise UserError(
                 "the request is for another key; ask the coordinator for a request for the key in this state folder"
             )
+        if (name := self.own_name()) is not None and request.owner != name:
+            raise UserError(
+                f"the request is for '{request.owner}', and this state folder is that of '{name}'; it is refused (if the "
+                f"coordinator renamed you, delete {self.state / NAME_FILE})"
+            )
         check_recipe(request)
         self.privacy(request)
+        write_json(self.state / NAME_FILE, {"name": request.owner})
         (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self._file("requests", request.id), request.as_json())
+
+    def own_name(self) -> str | None:
+        """Return the name under which the coordinator asked before; None before the first request."""
+        path = self.state / NAME_FILE
+        return str(read_json(path).get("name")) if path.is_file() else None
 
     def requests(self) -> list[ExpertRequest]:
         """Return the stored requests, without superseded rounds."""
@@ -164,7 +177,7 @@ class Owner:
         """Return the folder with the state between rounds of a shared model: tokenised text and optimiser state."""
         round_ = request.recipe.round
         assert round_ is not None
-        return self.state / "shared" / round_.rounds
+        return inside(self.state, "shared", round_.rounds)
 
     def request(self, identifier: str) -> ExpertRequest:
         """Return a stored request by its identifier; raises `UserError` if there is none."""
@@ -174,16 +187,16 @@ class Owner:
         return ExpertRequest.of_json(read_json(path))
 
     def _file(self, folder: str, identifier: str) -> Path:
-        return self.state / folder / f"{identifier}.json"
+        return inside(self.state, folder, f"{identifier}.json")
 
     # --- training ---
 
     def run_folder(self, request: ExpertRequest) -> Path:
         """Return the workspace in which a request's expert is trained."""
-        return self.state / "runs" / request.id
+        return inside(self.state, "runs", request.id)
 
     def expert_folder(self, request: ExpertRequest) -> Path:
-        return self.run_folder(request) / "experts" / request.owner
+        return inside(self.run_folder(request), "experts", request.owner)
 
     def is_trained(self, request: ExpertRequest) -> bool:
         finished = (self.expert_folder(request) / "expert.json").is_file()
@@ -269,7 +282,7 @@ class Owner:
         return Review(request, files, tensors, statement.data, statement.privacy)
 
     def delivery_folder(self, request: ExpertRequest) -> Path:
-        return self.state / "deliveries" / request.id
+        return inside(self.state, "deliveries", request.id)
 
     def delivery(self, request: ExpertRequest, *, part_size: int = PART_BYTES) -> SignedStatement:
         """Return the signed statement of a delivery, preparing it in parts of `part_size` bytes if needed.

@@ -11,23 +11,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from ....core.artefacts.digests import MANIFEST_NAMES
 from ....core.artefacts.files import link_or_copy, new_folder, read_json, write_json
 from ....core.errors import UserError
 from ....core.manifests.manifest import Manifest, read_manifest
-from ....core.manifests.records import record_as_json
-from ....core.manifests.statements import DomainStatement
+from ....core.manifests.statements import DataStatement, DomainStatement, PrivacyStatement
 from ...text.corpora import two_digits
-from .fields import Message, Word
+from .fields import Digest, Identifier, Message, Name
 from .keys import OwnerKey
 from .parts import PART_BYTES, FileParts, parts_of
-from .requests import ExpertRequest, canonical_json
+from .requests import ExpertRequest, canonical_json, require_distinct
 
 DELIVERY_FILE = "delivery.json"
 MAX_STATEMENT = 4 << 20
 """Largest `delivery.json`, in bytes."""
+MAX_FILES = 8
+"""Most files of a delivery: the expert's tensors, its manifest and run, and files of its trainer."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,22 @@ class Statement(Message):
     LABEL = "the statement of a delivery"
     FORMAT = 1
 
-    request: Word
-    """Identifier of the request."""
-    owner: Word
-    seed: Word
-    """Digest of the seed."""
-    recipe: Word
-    """Digest of the recipe."""
-    expert: Word
+    request: Identifier
+    owner: Name
+    seed: Digest
+    recipe: Digest
+    expert: Digest
     """Digest of the expert's tensors."""
-    files: tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...]
-    data: Mapping[str, Any]
+    files: Annotated[
+        tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...], Field(min_length=1, max_length=MAX_FILES)
+    ]
+    data: DataStatement
     """Counts of documents, tokens and bytes, to two significant digits."""
-    privacy: Mapping[str, Any] | None
+    privacy: PrivacyStatement | None
     """Privacy budget spent; None without differential privacy."""
 
     def __post_init__(self) -> None:
-        if len({file.name for file in self.files}) != len(self.files):
-            raise UserError("the delivery's statement lists a file twice; create the delivery again")
+        require_distinct(self.files, "the delivery")
 
     @property
     def signed_bytes(self) -> bytes:
@@ -69,7 +68,7 @@ class SignedStatement(Message):
     LABEL = "the delivery"
 
     statement: Annotated[Statement, BeforeValidator(Statement.of_json)]
-    signature: str
+    signature: Annotated[str, Field(pattern="^[A-Za-z0-9+/=]{1,300}$")]
 
     def as_json(self) -> dict[str, Any]:
         return {"statement": self.statement.as_json(), "signature": self.signature}
@@ -102,8 +101,8 @@ def make_delivery(
             recipe=request.recipe.digest,
             expert=manifest.digest,
             files=tuple(parts_of(partial / name, part_size) for name in names),
-            data=record_as_json(manifest.data),
-            privacy=record_as_json(manifest.data.privacy) if manifest.data.privacy is not None else None,
+            data=manifest.data,
+            privacy=manifest.data.privacy,
         )
         signed = SignedStatement(statement, key.sign(statement.signed_bytes))
         write_json(partial / DELIVERY_FILE, signed.as_json())

@@ -1,22 +1,58 @@
-"""JSON records that coordinator and owners exchange: exactly the fields of a dataclass, with their types."""
+"""JSON records that coordinator and owners exchange: exactly the fields of a dataclass, with their types and bounds.
+
+Whatever becomes part of a path or of a line on a terminal has a type of this file, which holds letters, digits and a few
+marks only.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self, cast
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
+from ....core.artefacts.layout import check_name
 from ....core.errors import UserError
 from ....core.manifests.records import record_as_json
 
 SAME_VERSION = "install the same version of expertctl on both sides"
-Word = Annotated[str, Field(max_length=199)]
+
+
+def _valid_name(name: str) -> str:
+    try:
+        return check_name(name, "a member or model")
+    except UserError as error:
+        raise ValueError(str(error)[:200]) from None
+
+
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,180}$"), AfterValidator(_valid_name)]
+"""Name of an owner or of a shared model, which becomes the name of a folder."""
 Identifier = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 """Identifier of a request or of rounds, which becomes part of a path."""
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""A sha256 in hexadecimal."""
+Fingerprint = Annotated[str, Field(pattern="^SHA256:[A-Za-z0-9+/]{43}$")]
+"""Fingerprint of a key, as `ssh-keygen -l` shows it."""
+FileName = Annotated[str, Field(pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
+"""Name of a file in a flat folder; it does not begin with a dot."""
+Count = Annotated[int, Field(ge=0, lt=10**15)]
+Word = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,100}$")]
+"""Name of a trainer, an option or a setting."""
+_Scalar = (
+    bool
+    | Annotated[int, Field(ge=-(10**15), le=10**15)]
+    | Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
+    | Annotated[str, Field(max_length=300)]
+    | None
+)
+Settings = Annotated[
+    Mapping[Word, _Scalar | Annotated[list[_Scalar], Field(max_length=100)]],
+    Field(max_length=100),
+]
+"""Options and settings of a recipe: finite numbers, short texts, and lists of them."""
 
 
 class Message:

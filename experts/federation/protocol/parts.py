@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ....core.artefacts.files import os_errors_as_user_errors
+from pydantic import Field
+
+from ....core.artefacts.files import inside, os_errors_as_user_errors
 from ....core.artefacts.safetensors_io import write_at
 from ....core.errors import UserError
-from .fields import Message
+from .fields import Digest, FileName, Message
 
 PART_BYTES = 64 << 20
 """Largest part, and the default size."""
 READ_BYTES = 1 << 20
+MAX_PARTS = 1 << 16
+"""Most parts of a file, 4 TiB of parts of the default size."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +32,22 @@ class FileParts(Message):
 
     LABEL = "a file entry"
 
-    name: str
-    """File name without a folder."""
-    size: int
+    name: FileName
+    size: Annotated[int, Field(ge=0, le=MAX_PARTS * PART_BYTES)]
     """Bytes."""
-    sha256: str
+    sha256: Digest
     """Digest of the whole file."""
-    parts: tuple[str, ...]
+    parts: Annotated[tuple[Digest, ...], Field(max_length=MAX_PARTS)]
     """sha256 of each part, in order."""
-    part_size: int = PART_BYTES
+    part_size: Annotated[int, Field(ge=1, le=PART_BYTES)] = PART_BYTES
     """Bytes of every part but the last."""
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
-            raise UserError(f"{self.name!r} is not a plain file name")
-        digests = [self.sha256, *self.parts]
-        if self.size < 0 or self.part_size < 1 or not all(is_digest(digest) for digest in digests):
-            raise UserError(f"the sizes or digests of {self.name} are invalid")
+        if not is_file_name(self.name):  # also where an own file's parts are computed
+            raise UserError(
+                f"{self.name!r:.100} cannot be sent: names of files have letters, digits, '-', '_' and '.', and do not "
+                "begin with a dot"
+            )
         if len(self.parts) != -(-self.size // self.part_size):
             raise UserError(f"{self.name} of {self.size:,} bytes cannot have {len(self.parts)} parts")
 
@@ -51,6 +56,11 @@ class FileParts(Message):
         if not 0 <= index < len(self.parts):
             raise UserError(f"{self.name} has {len(self.parts)} parts; there is no part {index}")
         return index * self.part_size, min((index + 1) * self.part_size, self.size)
+
+
+def is_file_name(text: str) -> bool:
+    """Return whether a text is a `FileName`."""
+    return re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", text) is not None
 
 
 def is_digest(text: object) -> bool:
@@ -91,7 +101,7 @@ class PartsWriter:
     """Writes the parts of one file, in any order and across restarts."""
 
     def __init__(self, folder: Path, file: FileParts) -> None:
-        self.file, self.path = file, folder / file.name
+        self.file, self.path = file, inside(folder, file.name)
         self._partial = folder / f".{file.name}.parts"
         self._marks = folder / f".{file.name}.marks"
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BeforeValidator, Field
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 
-from ....core.artefacts.layout import check_name
+from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
-from .fields import Identifier, Message, Word
+from .fields import Count, Digest, Fingerprint, Identifier, Message, Name, Settings
 from .parts import FileParts
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
@@ -26,17 +26,26 @@ FailureCode = Literal["", "SEED", "DATA", "TRAINING", "PRIVACY", "DISK", "STOPPE
 Amount = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
 
 
+def _valid_deadline(deadline: datetime) -> datetime:
+    if not 2000 <= deadline.year <= 2200:  # others leave the range of dates in another time zone or a day later
+        raise ValueError(f"a deadline in the year {deadline.year}")
+    return deadline
+
+
+Deadline = Annotated[AwareDatetime, AfterValidator(_valid_deadline)]
+
+
 @dataclass(frozen=True)
 class RoundOf(Message):
     """The round of a shared model that a request belongs to."""
 
     LABEL = "the round of a request"
 
-    model: str
+    model: Name
     """Name of the shared model."""
     rounds: Identifier
     """Identifier of the sequence of rounds; an owner's state between rounds is stored under it."""
-    number: int
+    number: Annotated[int, Field(ge=0, lt=10**9)]
     """Number of this round, from 0."""
     total: Annotated[int, Field(lt=10**9)]
     """Number of rounds planned."""
@@ -44,9 +53,8 @@ class RoundOf(Message):
     """Optimiser steps per round."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.number < self.total:
+        if not self.number < self.total:
             raise UserError("the request's round number is out of range; ask the coordinator for a new request")
-        check_name(self.model, "a shared model")
 
     def __str__(self) -> str:
         return f"round {self.number + 1} of {self.total} of '{self.model}'"
@@ -63,16 +71,20 @@ class Recipe(Message):
     LABEL = "the recipe"
     OPTIONAL = frozenset({"round"})
 
-    trains: str
-    """Name of the trainer: `flexolmo`, `all` ..."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    trains: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?,\[\]! -]{1,300}$")]
+    """Name of the trainer, `flexolmo`, `all` ..., or a pattern of tensor names."""
+    options: Settings = field(default_factory=dict)
     """Options of the trainer."""
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: Settings = field(default_factory=dict)
     """Training-loop settings that differ from the defaults: `tokens`, `learning_rate` ..."""
-    privacy: Mapping[str, Any] | None = None
+    privacy: Settings | None = None
     """Differential privacy settings; None to train without."""
     round: Annotated[RoundOf, BeforeValidator(RoundOf.of_json)] | None = None
     """Round of a shared model that the request trains; None for an expert."""
+
+    def __post_init__(self) -> None:
+        if self.privacy is not None:
+            validate_settings(DpConfig, dict(self.privacy), "the differential privacy of the recipe")
 
     @property
     def digest(self) -> str:
@@ -95,16 +107,20 @@ class ExpertRequest(Message):
     FORMAT = 1
 
     id: Identifier
-    owner: Word
-    key: Word
-    """Fingerprint of the owner's key."""
-    seed: Word
-    """Digest of the seed."""
-    seed_files: tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...]
+    owner: Name
+    key: Fingerprint
+    """Of the owner's key."""
+    seed: Digest
+    seed_files: Annotated[
+        tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...], Field(min_length=1, max_length=1000)
+    ]
     """Files of the seed that the owner downloads."""
     recipe: Annotated[Recipe, BeforeValidator(Recipe.of_json)]
-    deadline: AwareDatetime
+    deadline: Deadline
     """UTC."""
+
+    def __post_init__(self) -> None:
+        require_distinct(self.seed_files, "the seed")
 
     def as_json(self) -> dict[str, Any]:
         deadline = self.deadline.astimezone(UTC).isoformat(timespec="seconds")
@@ -119,9 +135,9 @@ class Progress(Message):
     OPTIONAL = frozenset({"step", "steps", "loss", "seconds_left", "code"})
 
     state: ProgressState
-    step: Annotated[int, Field(ge=0, lt=10**15)] = 0
+    step: Count = 0
     """Optimiser steps done."""
-    steps: Annotated[int, Field(ge=0, lt=10**15)] = 0
+    steps: Count = 0
     """Optimiser steps in total; 0 while unknown."""
     loss: Amount | None = None
     """Loss at the last logged step, nats per token, to two decimals; None if unknown or withheld."""
@@ -129,6 +145,12 @@ class Progress(Message):
     """Estimated seconds until the end; None if unknown."""
     code: FailureCode = ""
     """Phase or cause of a failure; empty without one."""
+
+
+def require_distinct(files: Sequence[FileParts], what: str) -> None:
+    """Raise `UserError` if two files have one name, also on a file system that ignores case."""
+    if len({file.name.lower() for file in files}) != len(files):
+        raise UserError(f"the files of {what} have a name twice; they are refused")
 
 
 def without_superseded(requests: Sequence[ExpertRequest]) -> list[ExpertRequest]:

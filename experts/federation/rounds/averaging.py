@@ -18,7 +18,7 @@ from ....core.artefacts.digests import digest_of_tensors
 from ....core.artefacts.numeric import FLOATING
 from ....core.artefacts.safetensors_io import Checkpoint, digest_start, new_file, tensor_bytes
 from ....core.errors import UserError, unknown_name
-from ..judging.acceptance import upcast
+from ..judging.delivered_tensors import upcast
 from ..judging.round_weights import AveragingRules
 
 if TYPE_CHECKING:

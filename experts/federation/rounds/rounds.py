@@ -19,7 +19,7 @@ from ....core.artefacts.files import exclusive, link_or_copy, new_folder, read_j
 from ....core.artefacts.layout import check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.errors import UserError
-from ..judging.acceptance import Refusal, RefusalCode
+from ..judging.refusal import Refusal, RefusalCode
 from ..judging.round_weights import AveragingRules, Delivery, examine_delivery
 from .averaging import Contribution, average_round, outer_recipe, owner_shares
 from .storage import ROUND_FILE, Round, write_round

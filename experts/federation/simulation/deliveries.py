@@ -18,7 +18,9 @@ from ....core.artefacts.digests import digest_of_tensors, digests_of_folder
 from ....core.artefacts.files import remove_tree, write_json
 from ....core.artefacts.layout import Layout
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, write_tensors
+from ....core.config.settings import TrainingConfig
 from ....core.manifests.manifest import Manifest, Parent, read_manifest
+from ....core.manifests.run import RunSpec
 from ....core.manifests.statements import DataStatement, DomainStatement
 from ..protocol.delivery import SignedStatement, make_delivery
 from ..protocol.keys import read_key
@@ -62,20 +64,21 @@ class StandIns:
         if request.owner not in self._signed:
             key, expert = read_key(state), state / "expert"
             expert.mkdir()
-            write_json(expert / "run.json", {"kind": "expert", "trains": request.recipe.trains})
+            owner, trains = request.owner, request.recipe.trains
+            RunSpec("expert", owner, (owner,), TrainingConfig(), trains, owner=owner).write(expert)
             _write_artefact(
                 expert,
                 self._tensors(number, delivers),
                 kind="expert",
-                name=request.owner,
+                name=owner,
                 parents=(Parent("seed", "seed", self.seed_digest, 1.0),),
-                data=DataStatement({request.owner: DomainStatement(100, 10_000, 40_000)}),
-                trainable=request.recipe.trains,
-                owner=request.owner,
+                data=DataStatement({owner: DomainStatement(100, 10_000, 40_000)}),
+                trainable=trains,
+                owner=owner,
             )
             signed = make_delivery(expert, request, key, folder)
             if delivers == "forged":
-                signed = replace(signed, statement=replace(signed.statement, privacy={"epsilon": 0.1}))
+                signed = replace(signed, statement=replace(signed.statement, data=DataStatement(trained_tokens=1)))
             elif delivers == "someone_elses":
                 statement = replace(signed.statement, owner=f"{request.owner}-x")
                 signed = SignedStatement(statement, key.sign(statement.signed_bytes))

@@ -19,7 +19,7 @@ from ....core.artefacts.files import user_fixable_error
 from ....core.errors import UserError, first_line
 from ....core.reporting import Reporter
 from ....experts.federation.coordinator.coordinator import Coordinator
-from ....experts.federation.judging.acceptance import Refusal
+from ....experts.federation.judging.refusal import Refusal
 from ....experts.federation.protocol.delivery import MAX_STATEMENT, SignedStatement
 from ....experts.federation.protocol.parts import PART_BYTES
 from ....experts.federation.protocol.requests import ExpertRequest, Progress

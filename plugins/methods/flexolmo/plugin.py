@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ....core.artefacts.files import read_json
+from ....core.artefacts.model_config import LAYER_KEYS, text_config
 from ....core.errors import UserError
 from ....core.hooks.hookspecs import hookimpl
 from ....core.hooks.merging import MergeMethod
 from ....core.hooks.option_checks import check_at_least, check_positive
-from ....core.hooks.training import PrivateReleases, TrainablePart, Trainer, TrainingContext, TrainingText
+from ....core.hooks.training import PrivateReleases, SideTensor, TrainablePart, Trainer, TrainingContext, TrainingText
 from ....merge.mixture.options import MixtureOptions
 from ....merge.mixture.routing.starts import ROUTER_FILE
 from ..mixtures import mixture_method
@@ -29,6 +31,10 @@ if TYPE_CHECKING:
 
     from .coordinated import CoordinatedFeedForward
     from .domain_embeddings import DomainEmbedding
+
+
+LARGEST_ROW = 30.0
+"""Largest number in a router file that training can lead to; hidden states and logits begin with sizes of about 1."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,22 @@ def _rows(model: PreTrainedModel, embedding: DomainEmbedding | None, size: float
     return torch.nn.init.trunc_normal_(torch.empty(shape), std=0.002, a=-0.006, b=0.0)
 
 
+def router_file(seed: Path, options: FlexOlmoTraining) -> Mapping[str, Mapping[str, SideTensor]]:
+    """Return the tensors of an expert's router file; L = layers, d = hidden size.
+
+    Rows of more than a few units would give an owner's expert every token of everybody's text.
+    """
+    config = text_config(read_json(seed / "config.json"))
+    layers = next(int(config[key]) for key in LAYER_KEYS if key in config)
+    width = next(int(config[key]) for key in ("hidden_size", "n_embd", "d_model") if key in config)
+    embedding = SideTensor((layers, width), -LARGEST_ROW, LARGEST_ROW, is_required=False)
+    tensors = {
+        "rows": SideTensor((layers, width), -LARGEST_ROW, LARGEST_ROW),
+        "biases": SideTensor((layers,), -LARGEST_ROW, 0.0),
+    }
+    return {ROUTER_FILE: tensors | {"domain": embedding, "public": embedding}}
+
+
 @dataclass(frozen=True)
 class FlexOlmoMerge(MixtureOptions):
     """Mixture options with the seed as an expert and the router rows trained by the owners."""
@@ -253,6 +275,7 @@ def trainers() -> list[Trainer]:
             private_text=True,
             restore=restore,
             changes="feed_forward",
+            side_files=router_file,
         )
     ]
 

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from expertctl import UserError, Workspace, load_model, verify
 from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
 from expertctl.core.manifests.manifest import read_manifest
-from expertctl.core.manifests.records import record_as_json
+from expertctl.core.manifests.statements import DataStatement, DomainStatement
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
-from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
+from expertctl.experts.federation.judging.acceptance import HeldOut
+from expertctl.experts.federation.judging.refusal import RefusalCode
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol.delivery import SignedStatement, Statement, make_delivery
 from expertctl.experts.federation.protocol.parts import parts_of
@@ -76,12 +77,8 @@ def test_a_delivery_holds_only_what_the_review_shows(
     assert set(review.files) == {path.name for path in folder.iterdir()} - {"delivery.json"}
     assert set(review.tensors) >= set(load_file(folder / "model.safetensors"))
     exact = read_manifest(expert).domains["site-a"]
-    assert review.data["domains"]["site-a"] == {
-        **{name: two_digits(getattr(exact, name)) for name in ("documents", "tokens", "bytes")},
-        "digest": None,
-        "licence": None,
-        "rounded": True,
-    }
+    counts = (two_digits(count) for count in (exact.documents, exact.tokens, exact.bytes))
+    assert review.data.domains == {"site-a": DomainStatement(*counts, rounded=True)}
     crossed = b"".join(path.read_bytes() for path in folder.iterdir())
     lines = [line.strip() for line in (owner.settings().data).read_text().split("\\n") if len(line.strip()) > 20]
     assert len(lines) > 50
@@ -272,6 +269,19 @@ def add_stranger(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.backdoor.weight"] = torch.ones(2)
 
 
+def scaled_by(factor: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[first(tensors)] *= factor
+
+    return change
+
+
+def keep_one(tensors: dict[str, torch.Tensor]) -> None:
+    kept = first(tensors)
+    for name in set(tensors) - {kept}:
+        del tensors[name]
+
+
 def move_frozen(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.embed_tokens.weight"] = torch.zeros(300, 16)
 
@@ -283,9 +293,48 @@ def rows_of(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
+def add_file(folder: Path) -> None:
+    """Add a file of tensors that the trainer does not write, to the statement too."""
+    save_file({"rows": torch.ones(2)}, folder / "extra.safetensors")
+    path = folder / "delivery.json"
+    content = json.loads(path.read_text())
+    content["statement"]["files"].append(parts_of(folder / "extra.safetensors").as_json())
+    path.write_text(json.dumps(content))
+
+
+ROUTER = "router.safetensors"
+
+
 @pytest.mark.parametrize(
     ("change", "manifest", "code"),
     [
+        (with_tensors(scaled_by(3.5)), {}, RefusalCode.NORM),
+        (with_tensors(scaled_by(0.0)), {}, RefusalCode.NORM),
+        (with_tensors(scaled_by(-1.0)), {}, RefusalCode.NORM),
+        (with_tensors(scaled_by(1e-41)), {}, RefusalCode.NORM),
+        (with_tensors(keep_one), {}, RefusalCode.FILES),
+        (add_file, {}, RefusalCode.FILES),
+        (with_tensors(rows_of(99.0), ROUTER), {}, RefusalCode.NORM),
+        (with_tensors(lambda tensors: tensors.update(rows=tensors["rows"].long()), ROUTER), {}, RefusalCode.DTYPES),
+        (
+            with_tensors(lambda tensors: tensors.update(rows=tensors["rows"].T.contiguous()), ROUTER),
+            {},
+            RefusalCode.SHAPES,
+        ),
+        (with_tensors(lambda tensors: tensors.update(other=torch.ones(2)), ROUTER), {}, RefusalCode.SHAPES),
+        (with_tensors(lambda tensors: tensors.pop("biases"), ROUTER), {}, RefusalCode.SHAPES),
+        (with_tensors(lambda tensors: tensors.update(biases=tensors["biases"] + 1), ROUTER), {}, RefusalCode.NORM),
+        (lambda folder: None, {"tokenizer": "0" * 64}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"metrics": {"loss": "low"}}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"metrics": {"loss": float("inf")}}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"licence": "\x1b[2J"}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"licence": "x" * 301}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"name": "site-b"}, RefusalCode.MANIFEST),
+        (
+            lambda folder: None,
+            {"data": DataStatement({"site-a": DomainStatement(10**9, 10**12)})},
+            RefusalCode.MANIFEST,
+        ),
         (with_tensors(set_nan), {}, RefusalCode.NOT_FINITE),
         (with_tensors(scale_up), {}, RefusalCode.NORM),
         (with_tensors(cut), {}, RefusalCode.SHAPES),
@@ -445,10 +494,10 @@ def test_requested_privacy_is_applied_stated_and_checked(
     assert owner.progress(request).loss is None
     spent = owner.review(request).privacy
     assert spent is not None
-    assert 0 < spent["epsilon"] <= 8
-    assert spent["delta"] == 1e-5
+    assert spent.epsilon is not None
+    assert 0 < spent.epsilon <= 8
+    assert spent.delta == 1e-5
     signed = owner.delivery(request)
     assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
     privacy = read_manifest(coordinator.layout.experts / "site-a").data.privacy
-    assert privacy is not None
-    assert record_as_json(privacy) == spent
+    assert privacy == spent

@@ -31,7 +31,8 @@ from expertctl.experts.federation.coordinator.round_keeper import (
     keep_rounds,
     status_of,
 )
-from expertctl.experts.federation.judging.acceptance import HeldOut, RefusalCode
+from expertctl.experts.federation.judging.acceptance import HeldOut
+from expertctl.experts.federation.judging.refusal import RefusalCode
 from expertctl.experts.federation.judging.round_weights import AveragingRules
 from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
 from expertctl.experts.federation.protocol.delivery import SignedStatement

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 
 from expertctl import UserError
-from expertctl.experts.federation.judging.acceptance import RefusalCode
+from expertctl.experts.federation.judging.refusal import RefusalCode
 from expertctl.experts.federation.protocol.parts import PART_BYTES
 from expertctl.experts.federation.simulation.deliveries import Delivers
 from expertctl.experts.federation.simulation.events import BEGIN, Events, Line

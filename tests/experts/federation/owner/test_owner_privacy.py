@@ -11,7 +11,6 @@ from federation_members import BTM, TRAINING, Clock, hand_in, trained
 
 from expertctl import UserError
 from expertctl.core.manifests.manifest import read_manifest
-from expertctl.core.manifests.records import record_as_json
 from expertctl.experts.federation.coordinator.coordinator import Coordinator
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.owner.recipes import recipe_of
@@ -41,7 +40,7 @@ def test_an_owner_can_demand_privacy_that_the_request_does_not(
     spent = read_manifest(trained(coordinator, owner, request)).data.privacy
     assert 0 < spent.epsilon <= 8.0
     review = owner.review(request)
-    assert review.privacy == record_as_json(spent)
+    assert review.privacy == spent
     signed = owner.delivery(request)
     assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
     kept = read_manifest(coordinator.layout.experts / "site-a")

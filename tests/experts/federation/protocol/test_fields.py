@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from federation_messages import FILE, PROGRESS, RECIPE, REQUEST, ROUND, SIGNED, STATEMENT
 
 from expertctl import UserError
 from expertctl.experts.federation.protocol.delivery import SignedStatement, Statement
 from expertctl.experts.federation.protocol.parts import FileParts
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Progress, Recipe, RoundOf
-
-IDENTIFIER, DIGEST = "0123456789abcdef", "ab" * 32
-FILE = FileParts("config.json", 1, DIGEST, (DIGEST,))
-ROUND = RoundOf("campus", IDENTIFIER, 0, 2, 5)
-RECIPE = Recipe("all", round=ROUND)
-REQUEST = ExpertRequest(IDENTIFIER, "site-a", "SHA256:x", DIGEST, (FILE,), RECIPE, datetime(2030, 1, 1, tzinfo=UTC))
-STATEMENT = Statement(IDENTIFIER, "site-a", DIGEST, RECIPE.digest, DIGEST, (FILE,), {}, None)
 
 
 @pytest.mark.parametrize(
@@ -29,9 +22,9 @@ STATEMENT = Statement(IDENTIFIER, "site-a", DIGEST, RECIPE.digest, DIGEST, (FILE
         (Recipe.of_json, RECIPE.as_json(), "the recipe"),
         (RoundOf.of_json, asdict(ROUND), "the round of a request"),
         (FileParts.of_json, FILE.as_json(), "a file entry"),
-        (Progress.of_json, Progress("waiting").as_json(), "a progress message"),
+        (Progress.of_json, PROGRESS.as_json(), "a progress message"),
         (Statement.of_json, STATEMENT.as_json(), "the statement of a delivery"),
-        (SignedStatement.of_json, SignedStatement(STATEMENT, "x").as_json(), "the delivery"),
+        (SignedStatement.of_json, SIGNED.as_json(), "the delivery"),
     ],
 )
 def test_unknown_and_missing_fields_are_named(

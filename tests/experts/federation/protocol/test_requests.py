@@ -15,7 +15,7 @@ NOW = datetime(2030, 1, 1, tzinfo=UTC)
 REQUEST = ExpertRequest(
     "0123456789abcdef",
     "site-a",
-    "SHA256:x",
+    f"SHA256:{'x' * 43}",
     "ab" * 32,
     (FileParts("config.json", 1, "0" * 64, ("0" * 64,)),),
     Recipe("flexolmo", {"embedding": "none"}, {"tokens": 100}, {"epsilon": 8.0, "delta": 1e-6}),

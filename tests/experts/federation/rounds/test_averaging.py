@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from expertctl import UserError
 from expertctl.core.artefacts import safetensors_io
 from expertctl.core.artefacts.safetensors_io import Checkpoint, write_tensors
-from expertctl.experts.federation.judging.acceptance import Refusal, RefusalCode
+from expertctl.experts.federation.judging.refusal import Refusal, RefusalCode
 from expertctl.experts.federation.judging.round_weights import AveragingRules, Delivery, examine_delivery
 from expertctl.experts.federation.rounds.averaging import (
     OUTER_RECIPES,

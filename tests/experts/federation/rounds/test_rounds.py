@@ -33,7 +33,7 @@ from expertctl.core.text.token_store import (
     TokenStore,
     write_part,
 )
-from expertctl.experts.federation.judging.acceptance import RefusalCode
+from expertctl.experts.federation.judging.refusal import RefusalCode
 from expertctl.experts.federation.judging.round_weights import AveragingRules
 from expertctl.experts.federation.owner import inner_training
 from expertctl.experts.federation.owner.inner_training import InnerTraining
