@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..core.errors import UserError
+from ..core.reporting import printable
 from .output import Table, print_json, print_part
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Session:
     def note(self, text: str) -> None:
         """Print a note on standard error, unless `--quiet` is set."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def finish(self, content: Mapping[str, Any], *parts: str | Table) -> None:
         """Print the result: `content` as JSON with `--json`, else the parts one after the other."""

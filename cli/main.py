@@ -12,6 +12,7 @@ import click
 from ..core.artefacts.files import user_fixable_error
 from ..core.errors import UserError
 from ..core.process.environment import prepare_libraries
+from ..core.reporting import printable
 from .context import INTERRUPTED, Session
 from .group import LazyGroup, options_everywhere
 from .output import print_json
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(session: Session, message: str, status: int) -> int:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {printable(message)}", err=True)
     if session.json:
         print_json({"error": message})
     return status

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from ..core.reporting import printable
+
 SHORT_DIGEST = 12
 
 
@@ -50,7 +52,7 @@ def _as_json(value: Any) -> Any:
 def print_part(part: str | Table) -> None:
     """Print text or a table; tables are drawn by rich on a terminal and as aligned plain text elsewhere."""
     if isinstance(part, str):
-        click.echo(part)
+        click.echo(printable(part))
     elif sys.stdout.isatty():
         _print_rich(part)
     else:
@@ -59,7 +61,7 @@ def print_part(part: str | Table) -> None:
 
 def plain_table(table: Table) -> str:
     """Return a table as aligned text; cells are never truncated."""
-    lines = [list(row) for row in table.rows]
+    lines = [[printable(cell) for cell in row] for row in table.rows]
     if table.headings:
         lines.insert(0, list(table.columns))
     if not lines:
@@ -88,7 +90,8 @@ def _print_rich(table: Table) -> None:
         )
     for row, cells in enumerate(table.rows):
         styled = (
-            Text(cell, style="bold green" if (row, column) in table.strong else "") for column, cell in enumerate(cells)
+            Text(printable(cell), style="bold green" if (row, column) in table.strong else "")
+            for column, cell in enumerate(cells)
         )
         rich_table.add_row(*styled)
     if table.title:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tabs and line ends, and those that reverse the direction of text."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class LaunchResult:
     error: str | None
     """One line, or None if the run finished."""
     interrupted: bool = False
+
+
+def printable(text: str) -> str:
+    """Return text with escapes in place of control characters, by which names from outside could control a terminal."""
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class Reporter:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.text import ValidationText as ValidationText
     from expertctl.core.hooks.training import Launcher as Launcher
     from expertctl.core.hooks.training import PrivateReleases as PrivateReleases
+    from expertctl.core.hooks.training import SideTensor as SideTensor
     from expertctl.core.hooks.training import TrainablePart as TrainablePart
     from expertctl.core.hooks.training import Trainer as Trainer
     from expertctl.core.hooks.training import TrainingContext as TrainingContext
@@ -85,7 +86,7 @@ _HOMES = {
     "OpenedModel PerExpert PlannedTensor Survey TensorGroup TensorMerge",
     "core.hooks.mixtures": "Architecture MixtureShape MixtureTarget RouterInputs RouterRows RouterStart",
     "core.hooks.text": "CorpusFormat DiscoveryInputs Document DocumentOrder DomainDiscoverer FoundDomains ValidationText",
-    "core.hooks.training": "Launcher PrivateReleases TrainablePart Trainer TrainingContext TrainingText",
+    "core.hooks.training": "Launcher PrivateReleases SideTensor TrainablePart Trainer TrainingContext TrainingText",
     "core.manifests.generalist": "GeneralistKind MixtureRecord",
     "core.manifests.verification": "verify",
     "core.models.generation": "Sampling",

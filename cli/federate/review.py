@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ...core.errors import UserError
+from ...core.reporting import printable
 from ..context import Session
 from ..output import Table, number, plain_table, short
 
@@ -23,7 +24,7 @@ def require_consent(session: Session, review: Review, *, full: bool, yes: bool) 
     if yes and not full:
         return
     for line in review_lines(review, full=full):
-        click.echo(line, err=True)
+        click.echo(printable(line), err=True)
     if yes:
         return
     if not sys.stdin.isatty():

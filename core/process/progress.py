@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import RLock, Timer
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from ..reporting import LaunchResult, Reporter
+from ..reporting import LaunchResult, Reporter, printable
 
 if TYPE_CHECKING:
     from rich import progress as rich_progress
@@ -184,7 +184,7 @@ class Progress(Reporter):
         self._display.close()
 
     def say(self, line: str) -> None:
-        self._display.say(line)
+        self._display.say(printable(line))
 
     def progress(self, task: str, done: int, total: int | None = None, unit: str = "") -> None:
         with self._lock:

@@ -9,11 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ...core.artefacts.files import (
+    inside,
     link_or_copy,
     new_folder,
     os_errors_as_user_errors,
     read_json,
     refuse_existing,
+    require_regular,
     write_json,
 )
 from ...core.errors import UserError
@@ -26,6 +28,10 @@ from .protocol.requests import ExpertRequest
 REQUEST_FILE = "request.json"
 SEED_FOLDER = "seed"
 TAR = ".tar"
+MAX_MEMBERS = 2000
+"""Most files of an archive."""
+MAX_REQUEST = 4 << 20
+"""Largest `request.json`, in bytes."""
 
 
 def write_pack(
@@ -45,7 +51,8 @@ def write_pack(
 def open_pack(path: Path, state: Path) -> Iterator[Path]:
     """Yield a pack or a delivery as a folder; a `.tar` file is unpacked into a temporary folder in `state`.
 
-    Raises `UserError` if the path does not exist, and for an archive with anything but regular files and folders.
+    Raises `UserError` if the path does not exist, and for an archive with anything but regular files and folders, or whose
+    files are larger than the archive: sparse files could fill a disk from a few bytes.
     """
     if path.is_dir():
         yield path
@@ -55,14 +62,17 @@ def open_pack(path: Path, state: Path) -> Iterator[Path]:
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with TemporaryDirectory(prefix=".unpacked-", dir=state) as folder:
         try:
-            with os_errors_as_user_errors(path), tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if not (member.isreg() or member.isdir()):
+            with os_errors_as_user_errors(path), tarfile.open(require_regular(path), "r:") as archive:
+                left = path.stat().st_size
+                for number, member in enumerate(archive):
+                    left -= member.size
+                    if not (member.isreg() or member.isdir()) or member.issparse() or left < 0 or number >= MAX_MEMBERS:
                         raise UserError(
-                            f"{path} contains '{member.name:.80}', which is not a regular file; it is not unpacked"
+                            f"{path} contains '{member.name:.80}', which is not a plain file of an archive of at most "
+                            f"{MAX_MEMBERS} files; it is not unpacked"
                         )
                     archive.extract(member, folder, filter="data")
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is not a readable archive ({error}); copy it again") from None
         yield Path(folder)
 
@@ -72,6 +82,8 @@ def read_request(folder: Path) -> ExpertRequest:
     path = folder / REQUEST_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a pack: it has no {REQUEST_FILE}; make one with `expertctl federate pack`")
+    if require_regular(path).stat().st_size > MAX_REQUEST:
+        raise UserError(f"{path} is larger than {MAX_REQUEST:,} bytes; it is refused")
     return ExpertRequest.of_json(read_json(path))
 
 
@@ -91,7 +103,8 @@ def receive_delivery(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequ
         return request, missing
     for file in signed.statement.files:
         for index in missing[file.name]:
-            coordinator.files.put(request.id, file.name, index, read_part(folder / file.name, file, index))
+            part = read_part(require_regular(inside(folder, file.name)), file, index)
+            coordinator.files.put(request.id, file.name, index, part)
     return request, coordinator.finish(request)
 
 

@@ -56,3 +56,9 @@ def test_json_has_null_where_a_number_is_not_finite(capsys: pytest.CaptureFixtur
         "b": [1.5, None, [None, True]],
         "c": {"d": None},
     }
+
+
+def test_control_characters_are_shown_as_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    print_part("a\x1b[2Jb\tc\n東\u3000京 \u202e")
+    print_part(Table(("name",), [("x\x07",)]))
+    assert capsys.readouterr().out == "a\\x1b[2Jb\tc\n東\u3000京 \\u202e\nname\nx\\x07\n"

@@ -13,11 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ....core.artefacts.files import inside, is_alive, os_errors_as_user_errors, read_json, remove_tree, write_json
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
@@ -36,6 +36,7 @@ NAME_FILE = "name.json"
 LOG_FILE = "work.log"
 PROGRESS_FILE = "progress.json"
 PROCESS_FILE = "process.txt"
+Record = TypeVar("Record")
 STOP_S = 10.0
 """Seconds that a training process gets to end before it is killed."""
 
@@ -156,7 +157,8 @@ class Owner:
 
     def _all_requests(self) -> list[ExpertRequest]:
         paths = sorted((self.state / "requests").glob("*.json"))
-        return [ExpertRequest.of_json(read_json(path)) for path in paths]
+        requests = [_read_or_set_aside(path, ExpertRequest.of_json) for path in paths if is_identifier(path.stem)]
+        return [request for request in requests if request is not None]
 
     def drop_superseded(self) -> None:
         """Delete the requests, runs, deliveries and unused seeds of rounds that a later round replaces."""
@@ -258,7 +260,7 @@ class Owner:
     def progress(self, request: ExpertRequest) -> Progress:
         """Return the progress of a request's training run."""
         path = self.run_folder(request) / PROGRESS_FILE
-        last = Progress.of_json(read_json(path)) if path.is_file() else Progress("waiting")
+        last = (_read_or_set_aside(path, Progress.of_json) if path.is_file() else None) or Progress("waiting")
         if self.is_trained(request):
             return replace(last, state="ready", seconds_left=0.0, code="")
         if last.state == "training" and not self.is_working(request):
@@ -315,7 +317,20 @@ class Owner:
     def outcome(self, request: ExpertRequest) -> str | None:
         """Return `accepted`, the code of a refusal, or None before a delivery."""
         path = self._file("outcomes", request.id)
-        return (read_json(path)["refusal"] or "accepted") if path.is_file() else None
+        content = _read_or_set_aside(path, dict[str, Any]) if path.is_file() else None
+        return (content.get("refusal") or "accepted") if content is not None else None
+
+
+def _read_or_set_aside(path: Path, parse: Callable[[Any], Record]) -> Record | None:
+    """Return a JSON file of the state, or None for one that a crash has damaged, which is renamed.
+
+    The coordinator sends requests again, and accepts a delivery twice.
+    """
+    try:
+        return parse(read_json(path))
+    except UserError:
+        path.rename(path.with_name(f"{path.name}.damaged"))
+        return None
 
 
 def check_recipe(request: ExpertRequest) -> None:

@@ -77,7 +77,7 @@ class SignedStatement(Message):
     def read(cls, folder: Path) -> SignedStatement:
         """Read the statement in a delivery's folder; raises `UserError` if there is none."""
         path = folder / DELIVERY_FILE
-        if not path.is_file() or path.stat().st_size > MAX_STATEMENT:
+        if not path.is_file() or path.is_symlink() or path.stat().st_size > MAX_STATEMENT:
             raise UserError(
                 f"{folder} is not a delivery: {DELIVERY_FILE} is missing or larger than {MAX_STATEMENT:,} bytes"
             )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import secrets
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from ....experts.federation.protocol.parts import FileParts
 from ....experts.federation.protocol.requests import Progress
 from ..protocol.certificates import fingerprint_of
 from ..protocol.endpoints import PATH, STATUS
-from ..protocol.signing import EMPTY, Failure, signed_headers
+from ..protocol.signing import EMPTY, WINDOW_S, Failure, signed_headers
 
 PIECE = 1 << 18
 TIMEOUT_S = 90.0
@@ -36,6 +37,7 @@ SENTENCES = {
     "DUPLICATE": "another process with this key has joined; run `join` in one place only",
     "DISK": "the coordinator's disk is full; parts that have arrived are kept",
     "TOO_LARGE": "the coordinator does not accept parts of that size; install the same version of expertctl on both sides",
+    "NOT_UNDERSTOOD": "the coordinator does not understand the message; install the same version of expertctl on both sides",
     "WRONG_BYTES": "the data was corrupted in transfer",
 }
 
@@ -46,6 +48,11 @@ class Unreachable(Exception):
 
 class Declined(Failure):
     """The coordinator answered with an error code."""
+
+    def __init__(self, code: str, now: float | None = None) -> None:
+        super().__init__(code)
+        self.now = now
+        """Time by the coordinator's clock, in seconds, if the answer has it."""
 
     def sentence(self, public: Path) -> str:
         """Return the error message for the owner."""
@@ -72,6 +79,8 @@ class CoordinatorClient:
     def __init__(self, server: str, authority: Path, key: OwnerKey) -> None:
         self._key, self._audience = key, fingerprint_of(authority)
         self.session = secrets.token_hex(8)
+        self._ahead_s = 0.0
+        """By how many seconds the coordinator's clock is ahead, once that matters."""
         context = ssl.create_default_context(cafile=str(authority))
         self._client = httpx.Client(
             base_url=f"https://{server}", verify=context, timeout=TIMEOUT_S, trust_env=False, follow_redirects=False
@@ -121,7 +130,17 @@ class CoordinatorClient:
         return _parse_object(self._send(method, PATH + endpoint, hashlib.sha256(body).hexdigest(), body, MAX_JSON))
 
     def _send(self, method: str, target: str, digest: str, body: bytes | None, limit: int) -> bytes:
-        headers = signed_headers(self._key, method, target, digest, self.session, self._audience)
+        try:
+            return self._send_once(method, target, digest, body, limit)
+        except Declined as error:
+            if error.code != "RESTARTED" or error.now is None:
+                raise
+            # it was signed before the coordinator restarted, by the coordinator's clock
+            self._ahead_s = min(max(error.now - time.time(), -WINDOW_S), WINDOW_S)
+            return self._send_once(method, target, digest, body, limit)
+
+    def _send_once(self, method: str, target: str, digest: str, body: bytes | None, limit: int) -> bytes:
+        headers = signed_headers(self._key, method, target, digest, self.session, self._audience, ahead_s=self._ahead_s)
         if body is not None:
             headers["content-length"] = str(len(body))
         try:
@@ -140,8 +159,9 @@ class CoordinatorClient:
         if response.status_code >= 500 and response.status_code != STATUS["DISK"]:
             raise Unreachable(f"status {response.status_code}")
         answer = _parse_object(bytes(data))
-        check_fields(answer, f"the server's answer with status {response.status_code}", ("code",))
-        raise Declined(str(answer["code"])[:40])
+        check_fields(answer, f"the server's answer with status {response.status_code}", ("code",), ("now",))
+        now = answer.get("now")
+        raise Declined(str(answer["code"])[:40], now if isinstance(now, float) else None)
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from ....core.artefacts.files import user_fixable_error
@@ -21,6 +21,7 @@ from ....core.reporting import Reporter
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.judging.refusal import Refusal
 from ....experts.federation.protocol.delivery import MAX_STATEMENT, SignedStatement
+from ....experts.federation.protocol.fields import Message
 from ....experts.federation.protocol.parts import PART_BYTES
 from ....experts.federation.protocol.requests import ExpertRequest, Progress
 from .signing import Failure, Gatekeeper, SignedRequest
@@ -40,6 +41,7 @@ STATUS = {
     "BAD_SIGNATURE": 401,
     "CLOCK": 401,
     "REPLAYED": 401,
+    "RESTARTED": 401,
     "DUPLICATE": 409,
     "NO_SUCH_THING": 404,
     "TOO_LARGE": 413,
@@ -54,6 +56,7 @@ Read = Callable[[int], Awaitable[bytes]]
 """Reads a request's body up to a size limit in bytes."""
 Answer = tuple[int, bytes, str]
 """HTTP status, body and content type."""
+Received = TypeVar("Received", bound=Message)
 _IDENTIFIER = r"(?P<request>[0-9a-f]{16})"
 _FILE = r"(?P<file>[A-Za-z0-9._%-]{1,200})/(?P<index>[0-9]{1,7})"
 
@@ -120,15 +123,13 @@ class Endpoints:
         return 200, data, "application/octet-stream"
 
     async def _progress(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        progress = Progress.of_json(await _json_body(signed, read))
+        progress = _understood(Progress, await _json_body(signed, read))
         await self._request_of(signed, request)
         await asyncio.to_thread(self._files.record_progress, request, progress, self._coordinator.now())
         return _json({})
 
     async def _begin(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        delivery = SignedStatement.of_json(await _json_body(signed, read, MAX_STATEMENT))
-        if any(file.part_size > PART_BYTES for file in delivery.statement.files):
-            raise Failure("TOO_LARGE")
+        delivery = _understood(SignedStatement, await _json_body(signed, read, MAX_STATEMENT))
         missing = await asyncio.to_thread(self._coordinator.begin, await self._request_of(signed, request), delivery)
         return self._refused(signed, missing) if isinstance(missing, Refusal) else _json({"missing": missing})
 
@@ -141,6 +142,7 @@ class Endpoints:
 
     async def _finish(self, signed: SignedRequest, read: Read, request: str) -> Answer:
         await _body(signed, read)
+        await self._request_of(signed, request)  # another owner must not hear the verdict
         if request not in self._finishing:
             self._finishing[request] = asyncio.create_task(self._judge(signed, request))
         task = self._finishing[request]
@@ -171,8 +173,11 @@ class Endpoints:
 
 
 def failure_answer(code: str) -> Answer:
-    """Return the error answer for a code."""
-    return _json({"code": code}, STATUS.get(code, 409))
+    """Return the error answer for a code, with the time by this clock where the owner has to sign by it."""
+    content: dict[str, Any] = {"code": code}
+    if code == "RESTARTED":
+        content["now"] = time.time()
+    return _json(content, STATUS.get(code, 409))
 
 
 async def _body(signed: SignedRequest, read: Read, limit: int = SMALL_BODY) -> bytes:
@@ -187,6 +192,14 @@ async def _json_body(signed: SignedRequest, read: Read, limit: int = SMALL_BODY)
     try:
         return json.loads(await _body(signed, read, limit))
     except (ValueError, RecursionError):
+        raise Failure("NOT_UNDERSTOOD") from None
+
+
+def _understood(kind: type[Received], content: Any) -> Received:
+    """Return a message of an owner; raises `Failure` for one that this version does not understand."""
+    try:
+        return kind.of_json(content)
+    except UserError:
         raise Failure("NOT_UNDERSTOOD") from None
 
 

@@ -48,9 +48,14 @@ def signed_bytes(method: str, target: str, digest: str, at: str, nonce: str, ses
     return "\n".join(("expertctl-1", method, target, digest, at, nonce, session, audience)).encode()
 
 
-def signed_headers(key: OwnerKey, method: str, target: str, digest: str, session: str, audience: str) -> dict[str, str]:
-    """Return the headers that sign a request; `audience` is the fingerprint of the server's certificate authority."""
-    at, nonce = f"{time.time():.3f}", secrets.token_hex(NONCE_BYTES)
+def signed_headers(
+    key: OwnerKey, method: str, target: str, digest: str, session: str, audience: str, *, ahead_s: float = 0.0
+) -> dict[str, str]:
+    """Return the headers that sign a request; `audience` is the fingerprint of the server's certificate authority.
+
+    `ahead_s` is by how many seconds the server's clock is ahead of this one.
+    """
+    at, nonce = f"{time.time() + ahead_s:.3f}", secrets.token_hex(NONCE_BYTES)
     signature = key.sign(signed_bytes(method, target, digest, at, nonce, session, audience))
     values = (key.public.fingerprint, digest, at, nonce, session, signature)
     return dict(zip(HEADERS, values, strict=True))
@@ -88,8 +93,9 @@ class Gatekeeper:
         if not abs(now - signed_at) <= WINDOW_S:
             raise Failure("CLOCK")
         with self._lock:
-            # nonces used before a restart are lost, so requests signed before it are refused
-            if signed_at < self._started_at - 2 or nonce in self._used:
+            if nonce in self._used:
                 raise Failure("REPLAYED")
+            if signed_at < self._started_at:  # nonces used before a restart are lost; the owner signs the request again
+                raise Failure("RESTARTED")
             self._used = {used: until for used, until in self._used.items() if until > now}
             self._used[nonce] = signed_at + 2 * WINDOW_S

@@ -145,7 +145,7 @@ def _empty(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (_escape, "which is not a regular file; it is not unpacked"),
+        (_escape, "which is not a plain file of an archive of at most"),
         (_garbage, "is not a readable archive"),
         (_empty, "is not a pack: it has no request.json"),
         (lambda folder: folder / "nowhere.tar", "does not exist"),

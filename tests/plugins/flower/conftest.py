@@ -56,6 +56,7 @@ class Hub:
     upstream: Upstream
     recorder: Recorder
     clients: list[CoordinatorClient]
+    endpoints: Endpoints
 
     @property
     def address(self) -> str:
@@ -81,7 +82,7 @@ def hub(tmp_path: Path, new_workspace: Any) -> Iterator[Hub]:
     endpoints = Endpoints(coordinator, certificates.fingerprint, recorder)
     gateway = Gateway(lambda: f"127.0.0.1:{inner}", certificates, endpoints)
     door = TlsServer(gateway, "127.0.0.1", 0, certificates)
-    running = Hub(coordinator, certificates, door.open(), gateway, upstream, recorder, [])
+    running = Hub(coordinator, certificates, door.open(), gateway, upstream, recorder, [], endpoints)
     yield running
     for client in running.clients:
         client.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -202,13 +203,45 @@ def test_requests_signed_long_ago_or_before_a_restart_are_refused(hub: Any, new_
     owner = new_owner("site-a")
     headers = signed_headers(owner.key(), "GET", "/x", EMPTY, "s", "aud")
     members = hub.coordinator.files.members
-    assert Gatekeeper(members, "aud").check("GET", "/x", headers).member.name == "site-a"
+    started_before = Gatekeeper(members, "aud", lambda: time.time() - 5)
+    assert started_before.check("GET", "/x", headers).member.name == "site-a"
     late = Gatekeeper(members, "aud", lambda: time.time() + 400)
     with pytest.raises(Failure, match="CLOCK"):
         late.check("GET", "/x", headers)
     restarted = Gatekeeper(members, "aud", lambda: time.time() + 10)
-    with pytest.raises(Failure, match="REPLAYED"):
+    with pytest.raises(Failure, match="RESTARTED"):
         restarted.check("GET", "/x", headers)
+
+
+@pytest.mark.parametrize("slow_s", [0.0, 200.0])
+def test_an_owner_signs_again_what_it_signed_before_a_restart(
+    hub: Any, new_owner: NewOwner, monkeypatch: pytest.MonkeyPatch, slow_s: float
+) -> None:
+    """Also with a clock that is minutes behind the coordinator's."""
+    client = hub.client(new_owner("site-a"))
+    monkeypatch.setattr(client, "_ahead_s", -slow_s - 5.0)
+    assert client.hello() == Hello("site-a")
+    assert abs(client._ahead_s) < 5.0
+
+
+def test_another_member_does_not_hear_a_verdict(hub: Any, new_owner: NewOwner) -> None:
+    owner, other = new_owner("site-a"), new_owner("site-b")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
+    done: asyncio.Future[None] = asyncio.Future(loop=asyncio.new_event_loop())
+    done.set_result(None)
+    hub.endpoints._finishing[request.id] = done
+    with pytest.raises(Declined, match="REFUSED_NOW"):
+        hub.client(other).finish(request.id)
+    assert request.id in hub.endpoints._finishing
+    assert hub.client(owner).hello().open == (request.id,)
+
+
+def test_a_message_of_another_version_is_not_understood(hub: Any, new_owner: NewOwner) -> None:
+    owner = new_owner("site-a")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
+    client = hub.client(owner)
+    with pytest.raises(Declined, match="NOT_UNDERSTOOD"):
+        client._call("POST", f"progress/{request.id}", {"state": "training", "eta": 3})
 
 
 @pytest.mark.parametrize(
