@@ -22,6 +22,7 @@ from ....core.errors import UserError
 from ..protocol.certificates import Certificates
 from ..protocol.endpoints import PATH, Answer, Endpoints, failure_answer
 from ..protocol.signing import Failure
+from .connections import KEEP_ALIVE_S, MOST, BoundedLoop, Connections, PatientProtocol
 
 FLEET = "/v1/fleet/"
 FLEET_CALLS = frozenset(
@@ -50,8 +51,8 @@ MAX_HEADERS = 64 << 10
 """Bytes of path and headers."""
 READ_S = 60.0
 """Longest silence of a client within a request, in seconds."""
-KEEP_ALIVE_S = 75
-MAX_CONNECTIONS = 2000
+BYTES_PER_S = 16 << 10
+"""Slowest transfer of a body, in bytes per second; `READ_S` seconds are added."""
 NOT_FORWARDED = frozenset({"host", "content-length", "expect", "trailer", "proxy-connection"})
 """Headers that are not forwarded, in addition to those of `is_hop_by_hop`."""
 
@@ -153,11 +154,16 @@ class _Disconnected(Exception):
 
 
 async def _read_body(receive: Receive, limit: int, reserve: Callable[[int], None] = lambda size: None) -> bytes:
-    """Read a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`."""
+    """Read a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`.
+
+    Raises `Failure` for a client that pauses for `READ_S` seconds or sends less than `BYTES_PER_S`.
+    """
     body = bytearray()
+    begin = asyncio.get_running_loop().time()
     while True:
         try:
-            event = await asyncio.wait_for(receive(), READ_S)
+            spent = asyncio.get_running_loop().time() - begin
+            event = await asyncio.wait_for(receive(), min(READ_S, READ_S + len(body) / BYTES_PER_S - spent))
         except TimeoutError:
             raise Failure("NOT_UNDERSTOOD") from None
         if event["type"] == "http.disconnect":
@@ -185,24 +191,31 @@ async def _reply(send: Send, answer: Answer) -> None:
 class TlsServer:
     """HTTPS server for a gateway, in a separate thread."""
 
-    def __init__(self, gateway: Gateway, host: str, port: int, certificates: Certificates) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        host: str,
+        port: int,
+        certificates: Certificates,
+        connections: Connections | None = None,
+    ) -> None:
+        self._connections = connections or Connections()
         config = uvicorn.Config(
             gateway,
             host=host,
             port=port,
             ssl_certfile=str(certificates.certificate),
             ssl_keyfile=str(certificates.key),
-            http="h11",
+            http=PatientProtocol,
             ws="none",
             lifespan="auto",
-            loop="asyncio",
             interface="asgi3",
             log_level="error",
             access_log=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=5,
-            limit_concurrency=MAX_CONNECTIONS,
+            limit_concurrency=MOST,
             h11_max_incomplete_event_size=MAX_HEADERS,
         )
         self._server = uvicorn.Server(config)
@@ -210,8 +223,13 @@ class TlsServer:
         self._address = f"{host}:{port}"
 
     def _serve(self) -> None:
-        with suppress(SystemExit):  # uvicorn exits if it cannot listen
-            self._server.run()
+        def bounded_loop() -> BoundedLoop:
+            loop = BoundedLoop()
+            loop.connections = self._connections
+            return loop
+
+        with suppress(SystemExit), asyncio.Runner(loop_factory=bounded_loop) as runner:
+            runner.run(self._server.serve())  # uvicorn exits if it cannot listen
 
     def open(self) -> int:
         """Start serving and return the port; raises `UserError` if it cannot listen."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ COMMAND_S = 120
 LOG_TAIL = 40_000
 """Bytes that `recent_output` returns at most."""
 MAX_LOG = 20 << 20
-"""Size in bytes at which a start moves the log to `.old`."""
+"""Size in bytes at which the log is moved to `.old`."""
 
 
 def backoff_s(failures: int) -> float:
@@ -47,7 +48,11 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def poll(self) -> int | None:
-        """If the process has ended since the last call, schedule its restart and return its exit status; else None."""
+        """If the process has ended since the last call, schedule its restart and return its exit status; else None.
+
+        Moves the content of a log that has grown too large to `.old`.
+        """
+        self._shorten_log()
         if self._process is None or (status := self._process.poll()) is None:
             return None
         self._close()
@@ -56,6 +61,12 @@ class Child:
         self._restart_at = now + backoff_s(self._failures)
         return status
 
+    def _shorten_log(self) -> None:
+        if self.log.is_file() and self.log.stat().st_size > MAX_LOG:
+            shutil.copyfile(self.log, self.log.with_suffix(".old"))
+            os.truncate(self.log, 0)  # the process goes on appending to it
+            self._log_start = 0
+
     def is_due(self) -> bool:
         """Return whether the command should be started now."""
         return self._process is None and time.monotonic() >= self._restart_at
@@ -63,8 +74,7 @@ class Child:
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start the command; its output is appended to the log."""
         self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self.log.is_file() and self.log.stat().st_size > MAX_LOG:
-            self.log.replace(self.log.with_suffix(".old"))
+        self._shorten_log()
         with os.fdopen(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             self._log_start = os.fstat(log.fileno()).st_size
             self._process = subprocess.Popen(
