@@ -44,18 +44,24 @@ def keys(session: Session, state: Path | None) -> None:
 
     An existing key pair is kept and shown.
     """
+    from ...experts.federation.owner.policy import POLICY_FILE, write_policy_template
     from ...experts.federation.protocol.keys import KEY_FILE, PUBLIC_FILE, make_key, read_key
 
     folder = state or default_state()
     key = read_key(folder) if (folder / KEY_FILE).exists() else make_key(folder)
+    write_policy_template(folder)
     content = {
         "private": str(key.path),
         "public": str(folder / PUBLIC_FILE),
         "line": key.public.line,
         "fingerprint": key.public.fingerprint,
+        "policy": str(folder / POLICY_FILE),
     }
     session.finish(
-        content, f"send this file to the coordinator: {folder / PUBLIC_FILE}", f"fingerprint: {key.public.fingerprint}"
+        content,
+        f"send this file to the coordinator: {folder / PUBLIC_FILE}",
+        f"fingerprint: {key.public.fingerprint}",
+        f"limits on what you will be asked for: {folder / POLICY_FILE}",
     )
 
 
@@ -83,6 +89,43 @@ def remove(session: Session, name: str) -> None:
     """Remove an owner from the federation; its accepted experts stay."""
     coordinator_of(session).files.members.remove(name)
     session.finish({"removed": name}, f"'{name}' is removed; its accepted experts stay")
+
+
+@cli_command("stop", example="expertctl federate stop site-a")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@pass_session
+def stop(session: Session, names: tuple[str, ...]) -> None:
+    """Withdraw the open requests of owners.
+
+    Training for them ends when the owners are next online. Accepted experts stay; `ask` makes new requests.
+    """
+    coordinator = coordinator_of(session)
+    for name in names:
+        coordinator.files.members.get(name)
+    withdrawn = [request for name in names for request in coordinator.withdraw(name)]
+    session.finish(
+        {"withdrawn": [{"request": request.id, "owner": request.owner} for request in withdrawn]},
+        *(f"request {request.id} to '{request.owner}' is withdrawn" for request in withdrawn),
+    )
+
+
+@cli_command("decline", example="expertctl federate decline 0123456789abcdef")
+@click.argument("identifier", metavar="REQUEST")
+@state_option
+@pass_session
+def decline(session: Session, identifier: str, state: Path | None) -> None:
+    """Decline a request as its owner; training for it ends.
+
+    The coordinator is told by a running `join`, or by the next one.
+    """
+    from ...experts.federation.owner.owner import Owner
+
+    owner = Owner((state or default_state()).expanduser().resolve())
+    request = owner.request(identifier)
+    if owner.outcome(request) == "accepted":
+        raise UserError(f"the expert of request {identifier} is accepted already; ask the coordinator to remove it")
+    owner.close(request, "DECLINED")
+    session.finish({"declined": identifier}, f"request {identifier} is declined")
 
 
 @cli_command("status", example="expertctl federate status --watch")
@@ -137,5 +180,5 @@ def _status_table(statuses: list[OwnerStatus]) -> Table | str:
     return Table(("owner", "online", "state", "training", "last heard", "deadline", "detail"), rows)
 
 
-for _command in (keys, invite, remove, ask, pack, work, deliver, status, simulate_command, serve, join):
+for _command in (keys, invite, remove, ask, stop, pack, work, decline, deliver, status, simulate_command, serve, join):
     command.add_command(_command)

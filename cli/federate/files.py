@@ -127,6 +127,7 @@ def work(
     with open_pack(pack_path, owner.state) as folder:
         request = read_request(folder)
         owner.take(request)
+        session.note(f"request {request.id}: {owner.describe(request)}")
         owner.drop_superseded()
         if not owner.seeds.has(request):
             source = seed or folder / SEED_FOLDER

@@ -48,6 +48,8 @@ class Coordinator:
         Owners start from the seed in `seed_folder`, by default the workspace's. Raises `UserError` for an owner who is not a
         member and for a workspace without a seed.
         """
+        if deadline <= self.now():
+            raise UserError(f"the deadline {deadline.isoformat(timespec='seconds')} has passed; choose a later one")
         members = [self.files.members.get(name) for name in names]
         start = seed_folder or self.layout.seed
         seed = digest_of_seed(start)
@@ -78,6 +80,22 @@ class Coordinator:
             if (entry.seed, entry.recipe) == (seed, recipe):
                 return self.files.request(entry.request)
         return None
+
+    def withdraw(self, name: str) -> list[ExpertRequest]:
+        """Withdraw an owner's open requests, whose training then ends; return them.
+
+        An owner without an open request for a round is left out of it. Raises `UserError` if there are none.
+        """
+        self.files.members.get(name)
+        requests = self.open_requests(name)
+        if not requests:
+            raise UserError(f"'{name}' has no open request; see `expertctl federate status`")
+        for request in requests:
+            self._log("withdrawn", request)
+            if (round_ := request.recipe.round) is not None:
+                withdrawn = RefusalCode.WITHDRAWN
+                self.shared_model(round_.model).rounds.leave_out(name, withdrawn.name, withdrawn.value)
+        return requests
 
     def seed_folder(self, request: ExpertRequest) -> Path:
         """Return the folder of a request's seed; raises `UserError` if another seed has replaced it."""
@@ -155,6 +173,8 @@ class Coordinator:
 
     def _refusal_of_statement(self, request: ExpertRequest, signed: SignedStatement) -> Refusal | None:
         member = self.files.members.get(request.owner)
+        if self.files.ledger.state(request.id) == "withdrawn":
+            return Refusal(RefusalCode.WITHDRAWN)
         if self.now() > request.deadline:
             return Refusal(RefusalCode.LATE)
         refusal = refusal_of_statement(signed, request, member.key)
@@ -166,7 +186,8 @@ class Coordinator:
         return Refusal(RefusalCode.REPLAY) if accepted - repeats else None
 
     def _refuse(self, request: ExpertRequest, refusal: Refusal, signed: SignedStatement) -> None:
-        self._log("refused", request, str(refusal), signed.statement.expert)
+        if refusal.code is not RefusalCode.WITHDRAWN:  # it stays withdrawn
+            self._log("refused", request, str(refusal), signed.statement.expert)
         self.files.quarantine(request, refusal)
 
     def _judge_expert(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
@@ -220,7 +241,8 @@ class Coordinator:
 
     def _open_entries(self, name: str) -> list[Entry]:
         """Return the latest ledger entries of an owner's requests that have no accepted delivery."""
-        return [entry for entry in self.files.ledger.states_of(name).values() if entry.state != "accepted"]
+        entries = self.files.ledger.states_of(name).values()
+        return [entry for entry in entries if entry.state not in ("accepted", "withdrawn")]
 
     def _is_current(self, request: ExpertRequest) -> bool:
         """Return whether a request is for an expert or for an open round."""

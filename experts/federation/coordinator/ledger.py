@@ -12,7 +12,7 @@ from ....core.artefacts.files import exclusive
 from ....core.artefacts.json_lines import JsonLines
 from ....core.errors import UserError
 
-State = Literal["asked", "delivered", "accepted", "refused"]
+State = Literal["asked", "delivered", "accepted", "refused", "withdrawn"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ class RefusalCode(Enum):
     SOMEONE_ELSES = "the statement names another request, owner, seed or recipe"
     REPLAY = "the same expert was accepted before"
     LATE = "the deadline has passed"
+    WITHDRAWN = "the coordinator has withdrawn the request"
     FILES = "files are missing or unexpected"
     TOO_LARGE = "the delivery is larger than an expert of this seed can be"
     DIGEST = "the files do not match the manifest"

@@ -8,6 +8,7 @@ All files are in the owner's state folder, which other users cannot read:
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +32,13 @@ from ..protocol.keys import OwnerKey, read_key
 from ..protocol.parts import PART_BYTES
 from ..protocol.requests import ExpertRequest, Progress, is_identifier, without_superseded
 from .kept_seeds import KeptSeeds
+from .policy import describe, read_policy
 
 SETTINGS_FILE = "settings.json"
 NAME_FILE = "name.json"
 LOG_FILE = "work.log"
 PROGRESS_FILE = "progress.json"
+SPENT_FILE = "spent.json"
 PROCESS_FILE = "process.txt"
 Record = TypeVar("Record")
 STOP_S = 10.0
@@ -117,12 +121,25 @@ class Owner:
         return {**requested, **demanded, **budget}
 
     def objection(self, request: ExpertRequest) -> str | None:
-        """Return why a stored request conflicts with the owner's current settings, or None."""
+        """Return why a request conflicts with the owner's current settings and policy, or None."""
         try:
-            self.privacy(request)
-            return None
+            policy = read_policy(self.state)
+            objection = policy.objection(request, self.noise(request))
         except UserError as error:
             return str(error)
+        hours = self.seconds_spent(request) / 3600
+        if objection is None and hours >= (policy.max_hours or math.inf) and not self.is_trained(request):
+            return f"training for the request has taken {hours:.1f} hours; your policy allows {policy.max_hours:g}"
+        return objection
+
+    def noise(self, request: ExpertRequest) -> DpConfig | None:
+        """Return the differential privacy that a request is trained with; see `privacy`."""
+        privacy = self.privacy(request)
+        return validate_settings(DpConfig, privacy, "the differential privacy") if privacy is not None else None
+
+    def describe(self, request: ExpertRequest) -> str:
+        """Return a line with what a request asks for."""
+        return describe(request, self.noise(request))
 
     def key(self) -> OwnerKey:
         return read_key(self.state)
@@ -130,7 +147,7 @@ class Owner:
     # --- requests ---
 
     def take(self, request: ExpertRequest) -> None:
-        """Store a request; raises `UserError` if it is for another key or if the owner must not carry it out."""
+        """Store a request; raises `UserError` if it is for another key or name, is late, or exceeds settings or policy."""
         if request.key != self.key().public.fingerprint:
             raise UserError(
                 "the request is for another key; ask the coordinator for a request for the key in this state folder"
@@ -141,7 +158,12 @@ class Owner:
                 f"coordinator renamed you, delete {self.state / NAME_FILE})"
             )
         check_recipe(request)
-        self.privacy(request)
+        if request.deadline < datetime.now(UTC):
+            raise UserError(
+                f"the deadline of the request has passed ({request.deadline:%Y-%m-%d %H:%M} UTC); ask for a new one"
+            )
+        if (objection := self.objection(request)) is not None:
+            raise UserError(f"{objection}; the request is refused")
         write_json(self.state / NAME_FILE, {"name": request.owner})
         (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self._file("requests", request.id), request.as_json())
@@ -174,6 +196,15 @@ class Owner:
             remove_tree(self.delivery_folder(request))
             for folder in ("outcomes", "requests"):
                 remove_tree(self._file(folder, request.id))
+
+    def stored_at(self, request: ExpertRequest) -> float:
+        """Return when a request was stored, in seconds since the epoch."""
+        return self._file("requests", request.id).stat().st_mtime
+
+    def close(self, request: ExpertRequest, code: str) -> None:
+        """Stop working on a request: `DECLINED` by the owner, or `WITHDRAWN` by the coordinator."""
+        self.note_outcome(request, code)
+        self.stop(request)
 
     def shared_folder(self, request: ExpertRequest) -> Path:
         """Return the folder with the state between rounds of a shared model: tokenised text and optimiser state."""
@@ -238,6 +269,12 @@ class Owner:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder
             )
         (folder / PROCESS_FILE).write_text(str(process.pid))
+
+    def seconds_spent(self, request: ExpertRequest) -> float:
+        """Return how long training for a request has taken."""
+        path = self.run_folder(request) / SPENT_FILE
+        content = _read_or_set_aside(path, dict[str, Any]) if path.is_file() else None
+        return float((content or {}).get("seconds", 0.0))
 
     def stop(self, request: ExpertRequest) -> None:
         """Stop a request's training process, if there is one; steps since its last checkpoint are lost."""

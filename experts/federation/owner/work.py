@@ -28,7 +28,8 @@ from ...text.corpora import prepare_domain
 from ...training.run_inputs import RunInputs
 from ...training.starting_point import training_blocks
 from ..protocol.requests import ExpertRequest, FailureCode, Progress
-from .owner import PROCESS_FILE, PROGRESS_FILE, Owner
+from .owner import PROCESS_FILE, PROGRESS_FILE, SPENT_FILE, Owner
+from .policy import GIGABYTE, read_policy
 
 
 def main(arguments: list[str]) -> int:
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> int:
     keep_freed_memory()
     owner = Owner(Path(arguments[0]))
     try:
+        limit_memory(read_policy(owner.state).max_memory_gb)
         request = owner.request(arguments[1])
         (owner.run_folder(request) / PROCESS_FILE).write_text(str(os.getpid()))
         work(owner, request)
@@ -44,6 +46,15 @@ def main(arguments: list[str]) -> int:
         print(f"Error: {error}", flush=True)
         return error.exit_status
     return 0
+
+
+def limit_memory(gigabytes: float | None) -> None:
+    """Limit the memory that this process can allocate; more raises `MemoryError`."""
+    if gigabytes is not None:
+        import resource
+
+        size = int(gigabytes * GIGABYTE)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def work(
@@ -55,7 +66,12 @@ def work(
     """
     folder, expert = owner.run_folder(request), owner.expert_folder(request)
     privacy = owner.privacy(request)
-    progress = _ProgressFile(folder / PROGRESS_FILE, reporter, private=privacy is not None)
+    limit = read_policy(owner.state).max_hours
+    progress = _ProgressFile(folder, reporter, owner.seconds_spent(request), private=privacy is not None)
+
+    def is_over_limit() -> bool:
+        return limit is not None and progress.seconds_spent >= 3600 * limit
+
     with exclusive(folder / ".locks" / "work", f"request {request.id}"):
         if owner.is_trained(request):
             return expert
@@ -72,7 +88,17 @@ def work(
             progress.phase = "DATA"
             training_blocks(RunInputs.of_folder(expert))  # raises for too little text
             progress.phase = "TRAINING"
-            _train(expert, owner, request, progress, stopped)
+            _train(expert, owner, request, progress, lambda: stopped() or is_over_limit())
+        except Interrupted as error:
+            if not is_over_limit():
+                progress.fail(error)
+                raise
+            progress.phase = "POLICY"
+            refused = UserError(
+                f"training for the request has taken the {limit:g} hours that your policy allows; it is stopped"
+            )
+            progress.fail(refused)
+            raise refused from None
         except Exception as error:
             progress.fail(error)
             raise
@@ -133,13 +159,19 @@ def _train(
 class _ProgressFile(Reporter):
     """Writes the progress of a training run to a file and passes it on; without the loss if the run is `private`."""
 
-    def __init__(self, path: Path, reporter: Reporter, *, private: bool) -> None:
-        self._path, self._reporter, self._private = path, reporter, private
+    def __init__(self, folder: Path, reporter: Reporter, spent_before: float, *, private: bool) -> None:
+        self._folder, self._reporter, self._private = folder, reporter, private
+        self._spent_before, self._began = spent_before, time.monotonic()
         self.phase: FailureCode = "TRAINING"
         """Code of a failure in the current phase."""
         self._start: tuple[float, int] | None = None
         """(time, step) at which training started or resumed."""
         self.last = Progress("training")
+
+    @property
+    def seconds_spent(self) -> float:
+        """How long training has taken, in this process and in those before it."""
+        return self._spent_before + time.monotonic() - self._began
 
     def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
         step, now = int(record.get("step", self.last.step)), time.monotonic()
@@ -160,11 +192,14 @@ class _ProgressFile(Reporter):
             code = "STOPPED"
         elif isinstance(cause, OSError) and user_fixable_error(cause) is not None:
             code = "DISK"
+        elif isinstance(error, MemoryError) or "allocate memory" in str(error):
+            code = "MEMORY"
         self.write(Progress("failed", self.last.step, self.last.steps, self.last.loss, None, code))
 
     def write(self, progress: Progress) -> None:
         self.last = progress
-        write_json(self._path, progress.as_json())
+        write_json(self._folder / PROGRESS_FILE, progress.as_json())
+        write_json(self._folder / SPENT_FILE, {"seconds": round(self.seconds_spent, 1)})
         self._reporter.progress("training", progress.step, progress.steps or None, "steps")
 
 

@@ -22,7 +22,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 ProgressState = Literal["waiting", "training", "ready", "failed"]
-FailureCode = Literal["", "SEED", "DATA", "TRAINING", "PRIVACY", "DISK", "STOPPED"]
+FailureCode = Literal["", "SEED", "DATA", "TRAINING", "PRIVACY", "DISK", "MEMORY", "POLICY", "DECLINED", "STOPPED"]
 Amount = Annotated[float, Field(ge=0, lt=1e15, allow_inf_nan=False)]
 
 

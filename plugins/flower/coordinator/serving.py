@@ -24,9 +24,17 @@ TICK_S = 1.0
 def parse_address(text: str) -> tuple[str, int]:
     """Parse `HOST:PORT` (IPv6 in brackets); raises `UserError` for anything else."""
     host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
-        raise UserError(f"'{text}' is not an address; write HOST:PORT, such as 0.0.0.0:8443")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not separator or not host or not port.isdigit() or int(port) > 65535 or (":" in host) != is_bracketed:
+        raise UserError(
+            f"'{text}' is not an address; write HOST:PORT, such as 0.0.0.0:8443, or [ADDRESS]:PORT for IPv6, such as [::]:8443"
+        )
     return host.strip("[]"), int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """Return an address in the form of `parse_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def serve(
@@ -56,7 +64,7 @@ def serve(
         server = TlsServer(gateway, host, port, certificates)
         rounds = threading.Thread(target=keep_rounds, args=(coordinator, reporter, stop))
         try:
-            opened(f"{host}:{server.open()}", certificates)
+            opened(format_address(host, server.open()), certificates)
             rounds.start()
             _supervise(superlink, reporter, stop)
         finally:

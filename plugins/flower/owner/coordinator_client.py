@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,10 @@ SENTENCES = {
 
 class Unreachable(Exception):
     """The connection failed or was cut; the request can be repeated later."""
+
+
+class Misdirected(Unreachable):
+    """The connection cannot succeed with this address and certificate authority, however often it is tried."""
 
 
 class Declined(Failure):
@@ -153,7 +158,8 @@ class CoordinatorClient:
                     if len(data) > limit:
                         raise UserError("the server's answer is too long for a coordinator; check --server")
         except httpx.TransportError as error:
-            raise Unreachable(type(error).__name__) from None
+            permanent = _permanent_reason(error)
+            raise (Unreachable(type(error).__name__) if permanent is None else Misdirected(permanent)) from None
         if response.status_code == 200:
             return bytes(data)
         if response.status_code >= 500 and response.status_code != STATUS["DISK"]:
@@ -162,6 +168,20 @@ class CoordinatorClient:
         check_fields(answer, f"the server's answer with status {response.status_code}", ("code",), ("now",))
         now = answer.get("now")
         raise Declined(str(answer["code"])[:40], now if isinstance(now, float) else None)
+
+
+def _permanent_reason(error: BaseException) -> str | None:
+    """Return why a failed connection would fail again, or None if it may succeed later."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"{cause.verify_message}; check --server, and that --ca is the ca.crt of this coordinator"
+        if isinstance(cause, socket.gaierror) and cause.errno == socket.EAI_NONAME:
+            return "its host name is unknown; check --server"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from ....core.reporting import Reporter
 from ....experts.federation.owner.owner import Owner
 from ....experts.federation.protocol.keys import PUBLIC_FILE
 from ..coordinator.serving import parse_address
-from .coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
+from .coordinator_client import CoordinatorClient, Declined, Hello, Misdirected, Unreachable
 from .guarded_client import write_allowed
 from .owner_work import Consent, OwnerWork
 from .supernode import SuperNode
@@ -24,6 +24,10 @@ FINAL = ("UNKNOWN_KEY", "BAD_SIGNATURE", "CLOCK", "DUPLICATE")
 """Error codes that end the process."""
 DUPLICATE_S = 45.0
 """Seconds to wait for another process with the same key, which may be a killed one that the coordinator still counts."""
+
+
+class Removed(UserError):
+    """The coordinator does not know the owner's key, or not any more."""
 
 
 def join(
@@ -56,9 +60,14 @@ def join(
                 if not work.is_over(request) and owner.seeds.has(request):
                     owner.start(request)
             while not stop.is_set():
-                membership.send_hello()
+                try:
+                    membership.send_hello()
+                except Removed:
+                    work.stop_all()
+                    raise
                 if membership.last_hello is not None:
                     node.tick()
+                    work.withdraw_unlisted(membership.last_hello.open, membership.last_hello_at)
                     work.step()
                     if until_done and _is_done(owner, work, membership.last_hello):
                         return
@@ -95,6 +104,8 @@ class _Membership(Reporter):
         self._duplicate_since: float | None = None
         self.last_hello: Hello | None = None
         """The coordinator's latest answer; None before the owner has joined."""
+        self.last_hello_at = 0.0
+        """When it was asked for, in seconds since the epoch."""
 
     def say(self, line: str) -> None:
         self._reporter.say(line)
@@ -107,9 +118,12 @@ class _Membership(Reporter):
         if time.monotonic() < self._next_at:
             return
         self._next_at = time.monotonic() + HELLO_S
+        asked_at = time.time()
         try:
             hello = self._client.hello()
         except Unreachable as error:
+            if isinstance(error, Misdirected) and self.last_hello is None:
+                raise UserError(f"the coordinator cannot be reached: {error}") from None
             self._say_once(f"the coordinator cannot be reached ({error}); trying again")
             return
         except Declined as error:
@@ -120,7 +134,7 @@ class _Membership(Reporter):
                     self._say_once(f"{sentence} (if that process was killed, this one takes over in half a minute)")
                     return
             if error.code in FINAL:
-                raise UserError(sentence) from None
+                raise (Removed if error.code == "UNKNOWN_KEY" else UserError)(sentence) from None
             self._say_once(f"{sentence}; trying again")
             return
         if self._name is not None and hello.name != self._name:
@@ -128,7 +142,7 @@ class _Membership(Reporter):
         self._duplicate_since = None
         if self.last_hello is None:
             self._say_once(f"joined as '{hello.name}'")
-        self.last_hello = hello
+        self.last_hello, self.last_hello_at = hello, asked_at
 
     def _say_once(self, text: str) -> None:
         if text != self._reported:

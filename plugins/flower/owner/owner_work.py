@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ....experts.federation.owner.owner import LOG_FILE, Owner, Review
 from ....experts.federation.protocol.delivery import SignedStatement
 from ....experts.federation.protocol.keys import PUBLIC_FILE
 from ....experts.federation.protocol.parts import PART_BYTES, read_part
-from ....experts.federation.protocol.requests import ExpertRequest, Progress
+from ....experts.federation.protocol.requests import ExpertRequest, FailureCode, Progress
 from ..processes.child import backoff_s
 from .coordinator_client import CoordinatorClient, Declined, Unreachable
 
@@ -43,13 +44,22 @@ class OwnerWork:
         self._reported: dict[str, tuple[float, Progress]] = {}
         """Time and content of the last progress message, by request."""
         self._said: dict[str, str] = {}
+        self._described: set[str] = set()
+        self._closed: dict[str, FailureCode] = {}
+        """Codes that the coordinator was told, by request that the owner does not carry out."""
 
     def step(self) -> None:
         """Advance every request by one step."""
         self._owner.drop_superseded()
         for request in self._owner.requests():
+            if request.id not in self._described:
+                self._described.add(request.id)
+                self._say(request, self._owner.describe(request))
             if (objection := self._owner.objection(request)) is not None:
                 self._say(request, objection)
+                self._close(request, "POLICY")
+            elif self._owner.outcome(request) == "DECLINED":
+                self._close(request, "DECLINED")
             if time.monotonic() < self._wait_until.get(request.id, 0.0) or self.is_over(request):
                 continue
             try:
@@ -62,6 +72,36 @@ class OwnerWork:
                 if error.code == "UNKNOWN_KEY":
                     raise UserError(sentence) from None
                 self._retry_later(request, f"{sentence}; trying again")
+
+    def withdraw_unlisted(self, listed: Collection[str], as_of: float) -> None:
+        """End the training for requests that the coordinator does not list any more.
+
+        `as_of` is when the list was asked for, in seconds since the epoch: later requests may be missing from it. Experts
+        that are trained are delivered, since the coordinator may have accepted them already.
+        """
+        for request in self._owner.requests():
+            is_known = self._owner.stored_at(request) < as_of - 1
+            if (
+                is_known
+                and request.id not in listed
+                and not self.is_over(request)
+                and not self._owner.is_trained(request)
+            ):
+                self._owner.close(request, "WITHDRAWN")
+                self._say(request, "the coordinator has withdrawn it, or its deadline has passed there")
+
+    def stop_all(self) -> None:
+        """End all training; it goes on from its last checkpoints if it is started again."""
+        for request in self._owner.requests():
+            self._owner.stop(request)
+
+    def _close(self, request: ExpertRequest, code: FailureCode) -> None:
+        """End the training for a request that the owner does not carry out, and tell the coordinator once."""
+        self._owner.stop(request)
+        if self._closed.get(request.id) != code:
+            with suppress(Unreachable, Declined):
+                self._client.progress(request.id, Progress("failed", code=code))
+                self._closed[request.id] = code
 
     def is_over(self, request: ExpertRequest) -> bool:
         """Return whether a request is closed: delivered, refused, past its deadline or against the owner's settings."""

@@ -41,6 +41,6 @@ def store_request(message: Message, state: Path) -> str:
     owner = Owner(state)
     request = ExpertRequest.of_json(json.loads(str(message.content.config_records[RECORD]["request"])))
     owner.take(request)
-    if owner.outcome(request) not in (None, "accepted"):
+    if owner.outcome(request) not in (None, "accepted", "DECLINED"):
         owner.forget_outcome(request)
     return "TAKEN"

@@ -225,3 +225,22 @@ def test_killed_work_resumes_to_the_same_bytes(run: Any, hub: Path) -> None:
 
     assert experts(hub.parent / "from-site-a.tar") == experts(hub.parent / "undisturbed.tar")
     assert run("federate", "deliver", str(hub.parent / "from-site-a.tar"), cwd=hub).status == 0
+
+
+def test_a_withdrawn_request_takes_no_delivery_and_a_declined_one_is_not_trained(run: Any, hub: Path) -> None:
+    invite(run, hub, "site-a")
+    pack(run, hub, "site-a")
+    done = run(*work(hub, "site-a", "--yes"), cwd=hub.parent)
+    assert "flexolmo, " in done.err
+    assert " until " in done.err
+    withdrawn = run("--json", "federate", "stop", "site-a", cwd=hub).json["withdrawn"]
+    assert [request["owner"] for request in withdrawn] == ["site-a"]
+    done = run("federate", "deliver", str(hub.parent / "from-site-a.tar"), cwd=hub)
+    assert done.status == 1
+    assert "is refused: the coordinator has withdrawn the request" in done.error
+    assert "'site-a' has no open request" in run("federate", "stop", "site-a", cwd=hub).error
+    state = hub.parent / "state-site-a"
+    identifier = withdrawn[0]["request"]
+    declined = run("--json", "federate", "decline", identifier, "--state", str(state), cwd=hub.parent)
+    assert declined.json == {"declined": identifier}
+    assert "there is no request 'x'" in run("federate", "decline", "x", "--state", str(state)).error
