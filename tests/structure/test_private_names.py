@@ -15,6 +15,15 @@ PRIVATE = {
         "transformers.integrations.moe",
         "_default_apply_gate",
     ): "core/models/kernels/sorted_loop.py recognises plain experts",
+    **dict.fromkeys(
+        (
+            ("flwr.cli.flower_config", "read_superlink_connection"),
+            ("flwr.cli.utils", "init_http_client_from_connection"),
+            ("flwr.cli.utils", "flwr_cli_exc_handler"),
+            ("flwr.proto.control_pb2", "RegisterNodeRequest"),
+        ),
+        "plugins/flower/coordinator/registering.py registers all members with one connection",
+    ),
     **{
         ("torch._subclasses.fake_tensor", name): "merge/stitched/layer_probe.py runs models without weights"
         for name in ("FakeTensorMode", "DataDependentOutputException", "DynamicOutputShapeException")
@@ -22,6 +31,7 @@ PRIVATE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the libraries import
 @pytest.mark.parametrize(("module", "name"), PRIVATE, ids=lambda value: value)
 def test_a_private_name_of_another_library_is_there(module: str, name: str) -> None:
     purpose = PRIVATE[module, name]

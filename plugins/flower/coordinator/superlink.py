@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import ssl
+import subprocess
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ from ....core.artefacts.files import write_text
 from ....core.errors import UserError
 from ....core.reporting import Reporter
 from ....experts.federation.coordinator.members import Members
-from ..processes.child import Child, environment, flower_command, free_port, last_line, run_flwr
+from ..processes.child import COMMAND_S, Child, environment, flower_command, free_port, last_line, run_flwr
 from ..protocol.certificates import Certificates
 
 CONNECTION = "here"
 """Name of the connection in Flower's configuration."""
+RETRY_S = 60.0
+"""Seconds after which a member whose registration failed is tried again."""
 SILENT_S = 30.0
 """Seconds without a heartbeat after which Flower is asked whether the app still runs."""
 HEARTBEAT_FILE = "app-alive"
@@ -39,6 +44,10 @@ class SuperLink:
         self._child = Child(folder / "superlink.log")
         self._registered: dict[str, tuple[str, str]] = {}
         """Member name -> public key and node id, for the running server process."""
+        self._unregistered: set[str] = set()
+        """Public keys that the running server process has unregistered, and does not register again."""
+        self._retry_at: dict[str, float] = {}
+        """When members whose registration failed are tried again."""
         self._run_id = ""
         self._checked_at = 0.0
         """When the app was started or Flower was last asked about it."""
@@ -69,7 +78,8 @@ class SuperLink:
 
     def _reset(self) -> None:
         self.ready, self._run_id = False, ""
-        self._registered.clear()
+        for known in (self._registered, self._unregistered, self._retry_at):
+            known.clear()
 
     def _start(self) -> None:
         self._reset()
@@ -96,17 +106,52 @@ class SuperLink:
             return False
 
     def _update_registrations(self) -> None:
-        members = {member.name: member for member in self._members.all()}
-        for name, (line, node) in list(self._registered.items()):
-            if name not in members or members[name].key.line != line:
-                self._flwr("supernode", "unregister", node, CONNECTION)
-                del self._registered[name]
-        for name in [name for name in members if name not in self._registered]:
-            line, public = members[name].key.line, self.folder / "keys" / f"{name}.pub"
-            public.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_text(public, f"{line}\n")
-            output = self._flwr("supernode", "register", str(public), CONNECTION, "--name", name)
-            self._registered[name] = (line, str(output["node-id"]))
+        """Register new members and unregister those that were removed or have another key."""
+        keys = {member.name: member.key.line for member in self._members.all()}
+        gone = [name for name, (line, _) in self._registered.items() if keys.get(name) != line]
+        now = time.monotonic()
+        new = {
+            name: line
+            for name, line in keys.items()
+            if (name not in self._registered or name in gone) and now >= self._retry_at.get(name, 0.0)
+        }
+        if not gone and not new:
+            return
+        if self._unregistered & set(new.values()):
+            self._reporter.say(
+                "restarting Flower's server, which registers the key of a removed member only after that"
+            )
+            self._child.stop()
+            self._reset()
+            return
+        result = self._register(new, [self._registered[name][1] for name in gone])
+        for name in gone:
+            self._unregistered.add(self._registered.pop(name)[0])
+        for name, node in result["registered"].items():
+            self._registered[name] = (new[name], str(node))
+        for name, reason in result["failed"].items():
+            self._retry_at[name] = now + RETRY_S
+            self._reporter.say(f"'{name}' cannot be registered ({reason}); the others can join, and it is tried again")
+
+    def _register(self, members: Mapping[str, str], nodes: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Register members by their keys and unregister nodes, in one process; raises `UserError` if it fails."""
+        command = [sys.executable, "-P", "-m", f"{__package__}.registering", CONNECTION]
+        try:
+            done = subprocess.run(
+                command,
+                input=json.dumps({"register": members, "unregister": nodes}),
+                env=self._environment,
+                capture_output=True,
+                text=True,
+                timeout=COMMAND_S + len(members),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError("Flower's server did not register the members in time") from None
+        content: dict[str, dict[str, str]] = _json_in(done.stdout)
+        if done.returncode != 0 or not {"registered", "failed"} <= content.keys():
+            raise UserError(f"members cannot be registered at Flower's server: {last_line(done.stderr)}")
+        return content
 
     def _ensure_app(self) -> None:
         """Start the app that sends requests to owners, unless it runs."""

@@ -7,14 +7,13 @@ import re
 import time
 from pathlib import Path
 
-from ....core.errors import UserError
 from ....core.reporting import Reporter
 from ..processes.child import Child, environment, flower_command, free_port
 from .guarded_client import STATE_SETTING, STATE_VARIABLE, write_shim
 
 _REFUSAL_CODE = re.compile(r"\[code: (2001|2004)\]")
 REFUSED_S = 150.0
-"""Seconds of refusals before an error: a new server process must first register its members, and it counts a killed node as connected
+"""Seconds of refusals before they are reported: a new server process must first register its members, and it counts a killed node as connected
 for a minute."""
 
 
@@ -26,17 +25,18 @@ class SuperNode:
         self._reporter = reporter
         self._child = Child(state / "flower" / "supernode.log")
         self._refused_since: float | None = None
+        self._has_told = False
         self._environment = {**environment(state / "flower", write_shim(state)), STATE_VARIABLE: str(state.resolve())}
 
     def tick(self) -> None:
-        """Start the node if it does not run; raises `UserError` if the server has refused it for `REFUSED_S`."""
+        """Start the node if it does not run; an owner waits for as long as the server refuses it."""
         status = self._child.poll()
         if status is not None:
             self._handle_exit(status)
         if self._child.is_due():
             self._start()
         if self._child.is_running and "SuperNode ID:" in self._child.recent_output():  # the server accepts the node
-            self._refused_since = None
+            self._refused_since, self._has_told = None, False
 
     def stop(self) -> None:
         """Stop the node."""
@@ -49,10 +49,11 @@ class SuperNode:
             return
         now = time.monotonic()
         self._refused_since = self._refused_since or now
-        if now - self._refused_since > REFUSED_S:
-            raise UserError(
-                f"the coordinator's server refuses this key [{refusal[1]}]: it was removed from the federation, or another process uses "
-                "it; ask the coordinator, and run `join` in one place only"
+        if now - self._refused_since > REFUSED_S and not self._has_told:
+            self._has_told = True
+            self._reporter.say(
+                f"the coordinator's server has refused this key for {REFUSED_S:.0f} s [{refusal[1]}]; trying again until it has "
+                "registered all members (if that takes longer, ask the coordinator to restart `serve`)"
             )
 
     def _start(self) -> None:
