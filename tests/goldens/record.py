@@ -39,6 +39,8 @@ DATA_FREE_METHODS = [
     "multislerp",
     "nearswap",
     "nuslerp",
+    "ram",
+    "ramplus_tl",
     "sce",
     "slerp",
     "task_arithmetic",
