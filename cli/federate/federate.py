@@ -75,7 +75,7 @@ def invite(session: Session, public: Path, name: str) -> None:
 
     if not public.is_file():
         raise UserError(f"{public} does not exist; the owner makes it with `expertctl federate keys`")
-    member = coordinator_of(session).files.members.add(name, PublicKey.read(public))
+    member = coordinator_of(session).invite(name, PublicKey.read(public))
     session.finish(
         {"name": member.name, "fingerprint": member.key.fingerprint},
         f"'{member.name}' is invited: {member.key.fingerprint}",
@@ -87,7 +87,7 @@ def invite(session: Session, public: Path, name: str) -> None:
 @pass_session
 def remove(session: Session, name: str) -> None:
     """Remove an owner from the federation; its accepted experts stay."""
-    coordinator_of(session).files.members.remove(name)
+    coordinator_of(session).remove(name)
     session.finish({"removed": name}, f"'{name}' is removed; its accepted experts stay")
 
 
@@ -128,6 +128,32 @@ def decline(session: Session, identifier: str, state: Path | None) -> None:
     session.finish({"declined": identifier}, f"request {identifier} is declined")
 
 
+@cli_command("audit", example="expertctl federate audit --known DIGEST")
+@option("--known", "DIGEST", "Digest of a line that an earlier audit printed and that has to be there.")
+@pass_session
+def audit(session: Session, known: str | None) -> int:
+    """Check the ledger's signatures and show what it records.
+
+    Every line is signed, and names the digest of the line before it. The exit status is 1 if a line was changed, added or
+    removed. Keep the printed digest elsewhere: it shows later whether lines were removed from the end.
+    """
+    ledger = coordinator_of(session).files.ledger
+    result = ledger.chain.audit(known)
+    entries = ledger.entries()
+    rows = [(entry.at, entry.state, entry.owner, entry.request, entry.detail) for entry in entries]
+    session.finish(
+        {
+            **asdict(result),
+            "entries": list(map(asdict, entries)),
+            "removed": list(map(asdict, ledger.removed_members())),
+        },
+        Table(("time", "event", "owner", "request", "detail"), rows),
+        *result.problems,
+        f"{number(result.lines)} lines; digest of the last: {result.digest}",
+    )
+    return 1 if result.problems else 0
+
+
 @cli_command("status", example="expertctl federate status --watch")
 @flag("--watch", "Refresh every few seconds, until Ctrl-C.")
 @pass_session
@@ -143,7 +169,14 @@ def status(session: Session, watch: bool) -> None:
         if watch and sys.stdout.isatty():
             click.clear()
         session.finish(
-            {"owners": list(map(asdict, statuses)), "shared": list(map(asdict, shared))},
+            {
+                "owners": list(map(asdict, statuses)),
+                "shared": list(map(asdict, shared)),
+                "removed": [
+                    {"owner": entry.owner, "fingerprint": entry.detail, "at": entry.at}
+                    for entry in coordinator.files.ledger.removed_members()
+                ],
+            },
             *([shared_table(shared)] if shared else []),
             _status_table(statuses),
         )
@@ -180,5 +213,20 @@ def _status_table(statuses: list[OwnerStatus]) -> Table | str:
     return Table(("owner", "online", "state", "training", "last heard", "deadline", "detail"), rows)
 
 
-for _command in (keys, invite, remove, ask, stop, pack, work, decline, deliver, status, simulate_command, serve, join):
+for _command in (
+    keys,
+    invite,
+    remove,
+    ask,
+    stop,
+    pack,
+    work,
+    decline,
+    deliver,
+    status,
+    audit,
+    simulate_command,
+    serve,
+    join,
+):
     command.add_command(_command)

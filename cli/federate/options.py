@@ -99,10 +99,11 @@ def recipe_from(
 def coordinator_of(session: Session) -> Coordinator:
     """Return the coordinator of the current workspace."""
     from ...experts.federation.coordinator.coordinator import Coordinator
-    from ...experts.federation.judging.held_out import held_out_measure
+    from ...experts.federation.judging.judges import Judges
 
     layout = session.open().layout
-    return Coordinator(layout, measure=held_out_measure(layout))
+    judges = Judges(layout)
+    return Coordinator(layout, measure=judges, judged_at_once=judges.count)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from federation_members import MODULES, private_text
-from inline_launching import measure_inline
+from inline_launching import ask_inline
 
 from expertctl import Workspace, load_model, verify
-from expertctl.experts.federation.judging import held_out
+from expertctl.experts.federation.judging.judges import Judges
 
 ASK = ("federate", "ask", "--experts", "site-a,site-b", "--name", "campus", "--rounds", "2")
 TRAINING = ("--tokens", "640", "--set", "sequence_length=16", "--set", "batch_size=2")
@@ -49,7 +49,7 @@ def carry(run: Any, hub: Path, name: str) -> Any:
 def test_two_rounds_exchanged_by_files_become_a_generalist(
     run: Any, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out.subprocess, "run", measure_inline)
+    monkeypatch.setattr(Judges, "_ask", ask_inline)
     asked = run("--json", *ASK, "--recipe", "fedavg", *TRAINING, cwd=hub)
     assert asked.status == 0, asked.err
     assert asked.json["shared"]["missing"] == ["site-a", "site-b"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from expertctl import LaunchResult, Reporter, UserError
 from expertctl.core.config.settings import LauncherConfig
 from expertctl.core.reporting import SILENT
 from expertctl.experts.federation.judging import held_out
+from expertctl.experts.federation.judging.judges import Judges
 from expertctl.experts.runs import launching
 from expertctl.experts.training.run import train_run
 from expertctl.workspace import project
@@ -47,9 +46,6 @@ def inline_launching() -> Iterator[None]:
         yield
 
 
-def measure_inline(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Measure models on public text, in place of the process that a coordinator starts with `subprocess.run`."""
-    out = io.StringIO()
-    with redirect_stdout(out):
-        status = held_out.main(command[4:])
-    return subprocess.CompletedProcess(command, status, out.getvalue(), "")
+def ask_inline(judges: Judges, seed: Path, folder: Path) -> dict[str, Any]:
+    """Score models on public text, in place of `Judges._ask`, which asks a process."""
+    return held_out.answer(judges._layout, seed, folder)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ....core.artefacts.files import link_or_copy, remove_tree
+from ....core.artefacts.files import exclusive, link_or_copy, remove_tree
 from ....core.artefacts.layout import Layout, check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE
 from ....core.errors import UserError, unknown_name
@@ -18,10 +18,12 @@ from ....core.manifests.manifest import read_manifest
 from ..judging.acceptance import HeldOut, Measure, refusal_of_expert, refusal_of_statement
 from ..judging.refusal import Refusal, RefusalCode
 from ..protocol.delivery import SignedStatement
+from ..protocol.keys import PublicKey
 from ..protocol.parts import read_part
 from ..protocol.requests import ExpertRequest, Recipe, new_identifier
 from ..rounds.shared_model import SETTINGS_FILE, SharedModel
 from .ledger import Entry, State
+from .members import Member
 from .storage import NO_SUCH_REQUEST, FederationFiles
 
 
@@ -33,10 +35,33 @@ class Coordinator:
         layout: Layout,
         *,
         measure: Measure = lambda seed, folder: None,
+        judged_at_once: int = 1,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.layout, self._measure, self.now = layout, measure, now
+        self.judged_at_once = judged_at_once
+        """Number of deliveries that `measure` can score at a time."""
         self.files = FederationFiles(layout.root / "federation")
+
+    # --- members ---
+
+    def invite(self, name: str, key: PublicKey) -> Member:
+        """Invite an owner and record it; raises `UserError` if another member has the name or the key."""
+        is_new = all(member.name != name for member in self.files.members.all())
+        member = self.files.members.add(name, key)
+        if is_new:
+            self._log_member("invited", member)
+        return member
+
+    def remove(self, name: str) -> None:
+        """Remove a member and record it; accepted experts stay."""
+        member = self.files.members.get(name)
+        self.files.members.remove(name)
+        self._log_member("removed", member)
+
+    def _log_member(self, state: State, member: Member) -> None:
+        at = self.now().isoformat(timespec="seconds")
+        self.files.ledger.add(Entry(state, "", member.name, "", "", at, member.key.fingerprint))
 
     # --- requests ---
 
@@ -231,10 +256,11 @@ class Coordinator:
             remove_tree(folder)  # the round has a copy of the weights
             return str(request.recipe.round)
         name, number = request.owner, 2
-        while (self.layout.experts / name).exists():
-            name, number = f"{request.owner}-{number}", number + 1
-        self.layout.experts.mkdir(parents=True, exist_ok=True)
-        folder.rename(self.layout.experts / check_name(name, "an expert"))
+        with exclusive(self.layout.lock("accepted-experts"), "the accepted experts", patience_s=60):
+            while (self.layout.experts / name).exists():
+                name, number = f"{request.owner}-{number}", number + 1
+            self.layout.experts.mkdir(parents=True, exist_ok=True)
+            folder.rename(self.layout.experts / check_name(name, "an expert"))
         return name
 
     # --- helpers ---

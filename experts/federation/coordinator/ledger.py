@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ....core.artefacts.files import exclusive
 from ....core.artefacts.json_lines import JsonLines
 from ....core.errors import UserError
+from .ledger_chain import PREVIOUS, SIGNATURE, LedgerChain
 
-State = Literal["asked", "delivered", "accepted", "refused", "withdrawn"]
+State = Literal["asked", "delivered", "accepted", "refused", "withdrawn", "invited", "removed"]
+"""State of a request, or what happened to a member: `invited` and `removed`."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Entry:
 
     state: State
     request: str
-    """Identifier of the request."""
+    """Identifier of the request; empty for a member's own entries, as are seed and recipe."""
     owner: str
     seed: str
     """Digest of the seed."""
@@ -30,7 +32,7 @@ class Entry:
     at: str
     """Time in UTC, ISO 8601."""
     detail: str = ""
-    """Deadline of a request, name of an accepted expert, or reason of a refusal."""
+    """Deadline of a request, name of an accepted expert, reason of a refusal, or fingerprint of a member's key."""
     delivery: str = ""
     """Digest of the delivered expert."""
 
@@ -48,14 +50,15 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = JsonLines(path, lambda content: Entry(**content), mode=0o600)
+        self._file = JsonLines(path, _entry_of, mode=0o600)
+        self.chain = LedgerChain(path)
         self._index = _Index([])
         self._lock = Lock()
 
     def add(self, entry: Entry) -> None:
         """Append an entry and flush it to disk."""
         with exclusive(self.path.with_suffix(".lock"), "the ledger"):
-            self._file.append(dict(sorted(asdict(entry).items())))
+            self._file.append(self.chain.signed(dict(sorted(asdict(entry).items()))))
 
     def entries(self) -> list[Entry]:
         """Return all entries, in order, without lines that a kill cut short."""
@@ -69,6 +72,15 @@ class Ledger:
     def states(self) -> dict[str, Entry]:
         """Return the latest entry of each request."""
         return dict(self._read().last)
+
+    def removed_members(self) -> list[Entry]:
+        """Return the entries of members that were removed and not invited again with the same key, in order."""
+        latest: dict[tuple[str, str], Entry] = {}
+        for entry in self._read().entries:
+            if entry.state in ("invited", "removed"):
+                latest.pop((entry.owner, entry.detail), None)
+                latest[entry.owner, entry.detail] = entry
+        return [entry for entry in latest.values() if entry.state == "removed"]
 
     def states_of(self, owner: str) -> Mapping[str, Entry]:
         """Return the latest entry of each of an owner's requests, in the order of the requests."""
@@ -94,6 +106,10 @@ class Ledger:
             return self._index
 
 
+def _entry_of(content: dict[str, Any]) -> Entry:
+    return Entry(**{name: value for name, value in content.items() if name not in (PREVIOUS, SIGNATURE)})
+
+
 @dataclass
 class _Index:
     entries: Sequence[Entry]
@@ -111,6 +127,8 @@ class _Index:
 
     def add(self, entry: Entry) -> None:
         self.count += 1
+        if not entry.request:
+            return
         self.last[entry.request] = entry
         self.of_owner.setdefault(entry.owner, {})[entry.request] = entry
         if entry.state == "accepted":

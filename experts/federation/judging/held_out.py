@@ -1,22 +1,22 @@
-"""Loss of a delivered expert on public text, compared with the seed's.
+"""Loss of a delivered expert on public text, compared with the seed's; `python -m expertctl.experts.federation.judging.held_out ROOT`.
 
-Usage: `python -m expertctl.experts.federation.judging.held_out ROOT SEED EXPERT`. Models are loaded in a separate process, so that
-the receiving process stays small.
+The process reads `["SEED", "EXPERT"]`, two folders, from each line of its standard input, and prints a line of JSON:
+`{"seed": LOSS, "expert": LOSS}`, null for an expert that cannot be loaded, or `{"error": REASON}`. It ends with its input.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ....core.artefacts.files import read_json, write_json
 from ....core.artefacts.layout import Layout
 from ....core.config.project import load_project
 from ....core.config.settings import ProjectConfig
-from ....core.errors import UserError
+from ....core.errors import UserError, first_line
 from ....core.manifests.manifest import read_manifest
 from ....core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
 from ....core.models.scoring import total_loss
@@ -24,30 +24,9 @@ from ....core.process.compute import best_device
 from ....core.process.environment import prepare_libraries
 from ....core.text.token_store import TokenBlocks
 from ...text.corpora import domain_config, prepare_domain
-from .acceptance import HeldOut, Measure
 
 BLOCKS = 64
 """Maximum number of blocks scored of each public text; enough to detect forgetting."""
-
-
-def held_out_measure(layout: Layout) -> Measure:
-    """Return a function that measures models on the workspace's public text: the seed's domains, or all domains.
-
-    The function returns None without public text; the bound is then not checked.
-    """
-
-    def measure(seed: Path, folder: Path) -> HeldOut | None:
-        if not public_domains(layout, load_project(layout.config_file)):
-            return None
-        command = [sys.executable, "-P", "-m", __name__, str(layout.root), str(seed), str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if result.returncode != 0:  # caused by the seed or the machine, not by the expert
-            reason = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
-            raise UserError(f"public text cannot be scored, so no delivery can be judged: {reason}")
-        content = json.loads(result.stdout.splitlines()[-1])
-        return HeldOut(content["seed"], float("nan") if content["expert"] is None else content["expert"])
-
-    return measure
 
 
 def public_domains(layout: Layout, project: ProjectConfig) -> tuple[str, ...]:
@@ -58,22 +37,28 @@ def public_domains(layout: Layout, project: ProjectConfig) -> tuple[str, ...]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print both losses as JSON (null for an expert that cannot be loaded); return the exit status."""
+    """Answer every line of standard input until its end; return the exit status."""
     prepare_libraries()
-    layout, seed, folder = Layout(Path(arguments[0])), Path(arguments[1]), Path(arguments[2])
+    layout = Layout(Path(arguments[0]))
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print
+    for line in sys.stdin:
+        seed, folder = map(Path, json.loads(line))
+        print(json.dumps(answer(layout, seed, folder)), file=answers, flush=True)
+    return 0
+
+
+def answer(layout: Layout, seed: Path, folder: Path) -> dict[str, Any]:
+    """Return both losses, None for an expert that cannot be loaded, or the error that keeps the seed from being scored."""
     try:
         text = _public_text(layout, load_project(layout.config_file), seed)
         seed_loss = _loss_of_seed(layout, seed, text)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
+    except UserError as error:  # caused by the seed or the machine, not by the expert
+        return {"error": first_line(error)}
     try:
-        expert_loss: float | None = loss_on(folder, text)
+        return {"seed": seed_loss, "expert": loss_on(folder, text)}
     except UserError as error:
         print(error, file=sys.stderr)
-        expert_loss = None
-    print(json.dumps({"seed": seed_loss, "expert": expert_loss}))
-    return 0
+        return {"seed": seed_loss, "expert": None}
 
 
 def _public_text(layout: Layout, project: ProjectConfig, seed: Path) -> dict[str, TokenBlocks]:

@@ -70,7 +70,7 @@ class Endpoints:
         self._sessions: dict[str, tuple[str, float]] = {}
         self._finishing: dict[str, asyncio.Task[Refusal | None]] = {}
         self._parts = asyncio.Semaphore(PARTS_AT_ONCE)
-        self._judging = asyncio.Semaphore(1)  # judging loads a model
+        self._judging = asyncio.Semaphore(coordinator.judged_at_once)
         self._routes: list[tuple[str, re.Pattern[str], Callable[..., Awaitable[Answer]]]] = [
             ("GET", re.compile("requests"), self._requests),
             ("GET", re.compile(f"seed/{_IDENTIFIER}/{_FILE}"), self._seed_part),

@@ -244,3 +244,21 @@ def test_a_withdrawn_request_takes_no_delivery_and_a_declined_one_is_not_trained
     declined = run("--json", "federate", "decline", identifier, "--state", str(state), cwd=hub.parent)
     assert declined.json == {"declined": identifier}
     assert "there is no request 'x'" in run("federate", "decline", "x", "--state", str(state)).error
+
+
+def test_the_ledger_is_audited(run: Any, hub: Path) -> None:
+    assert "there is no signed ledger" in run("federate", "audit", cwd=hub).error
+    invite(run, hub, "site-a")
+    run("federate", "remove", "site-a", cwd=hub)
+    audit = run("--json", "federate", "audit", cwd=hub).json
+    assert [(entry["state"], entry["owner"]) for entry in audit["entries"]] == [
+        ("invited", "site-a"),
+        ("removed", "site-a"),
+    ]
+    assert run("--json", "federate", "status", cwd=hub).json["removed"][0]["owner"] == "site-a"
+    assert run("federate", "audit", "--known", audit["digest"], cwd=hub).status == 0
+    ledger = hub / "federation" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace("site-a", "site-b", 1))
+    tampered = run("federate", "audit", cwd=hub)
+    assert tampered.status == 1
+    assert "line 1 is not signed by this coordinator, or was changed" in tampered.out

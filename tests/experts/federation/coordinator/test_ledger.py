@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,66 @@ def test_a_ledger_restored_from_a_copy_is_read_from_the_start(tmp_path: Path) ->
     assert ledger.state("1") == "asked"
     path.unlink()
     assert ledger.entries() == []
+
+
+def changed_field(lines: list[bytes]) -> list[bytes]:
+    return [lines[0], lines[1].replace(b'"owner": "a"', b'"owner": "b"'), *lines[2:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (changed_field, "line 2 is not signed by this coordinator, or was changed"),
+        (lambda lines: [lines[0], *lines[2:]], "line 2 does not follow the line before it"),
+        (lambda lines: lines[1:], "line 1 does not follow the line before it"),
+        (lambda lines: [lines[0], lines[2], lines[1], lines[3]], "line 2 does not follow the line before it"),
+        (lambda lines: [*lines, lines[-1]], "line 5 does not follow the line before it"),
+        (lambda lines: lines[:-1], "no line has the digest"),
+    ],
+    ids=["changed", "removed", "first removed", "swapped", "repeated", "cut off"],
+)
+def test_tampering_with_a_ledger_is_found(
+    tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], problem: str
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for request in "1234":
+        Ledger(ledger.path).add(entry("asked", request))  # each as another process
+    intact = ledger.chain.audit()
+    assert (intact.lines, intact.problems) == (4, ())
+    assert ledger.chain.audit(intact.digest) == intact
+    lines = ledger.path.read_bytes().splitlines(keepends=True)
+    ledger.path.write_bytes(b"".join(change(lines)))
+    problems = ledger.chain.audit(intact.digest).problems
+    assert any(found.startswith(problem) for found in problems), problems
+
+
+def test_another_key_signs_no_ledger(tmp_path: Path) -> None:
+    ledger, forged = Ledger(tmp_path / "ledger.jsonl"), Ledger(tmp_path / "forged" / "ledger.jsonl")
+    for each in (ledger, forged):
+        each.path.parent.mkdir(exist_ok=True)
+        each.add(entry("asked", "1"))
+    ledger.path.write_bytes(forged.path.read_bytes())
+    assert ledger.chain.audit().problems == ("line 1 is not signed by this coordinator, or was changed",)
+    assert (tmp_path / "ledger.key").stat().st_mode & 0o077 == 0
+    with pytest.raises(UserError, match="no signed ledger"):
+        Ledger(tmp_path / "empty" / "ledger.jsonl").chain.audit()
+
+
+def test_a_line_cut_short_by_a_kill_breaks_no_chain(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.add(entry("asked", "1"))
+    whole = ledger.path.read_bytes()
+    ledger.add(entry("accepted", "1"))
+    ledger.path.write_bytes(ledger.path.read_bytes()[: len(whole) + 30])
+    Ledger(ledger.path).add(entry("asked", "2"))
+    audit = ledger.chain.audit()
+    assert (audit.lines, audit.problems) == (2, ())
+
+
+def test_removed_members_stay_visible(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for state, owner in (("invited", "a"), ("invited", "b"), ("removed", "a"), ("removed", "b"), ("invited", "b")):
+        ledger.add(Entry(state, "", owner, "", "", "2030-01-01T00:00:00+00:00", f"SHA256:{owner}"))  # type: ignore[arg-type]
+    assert [(gone.owner, gone.detail) for gone in ledger.removed_members()] == [("a", "SHA256:a")]
+    assert ledger.states() == {}
+    assert ledger.states_of("a") == {}
