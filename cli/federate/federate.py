@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,33 +160,24 @@ def audit(session: Session, known: str | None) -> int:
 @pass_session
 def status(session: Session, watch: bool) -> None:
     """Show the status of every owner and shared model."""
-    from ...experts.federation.coordinator.owner_status import owner_statuses
-    from ...experts.federation.coordinator.round_keeper import status_of
+    from ...experts.federation.coordinator.report import FederationReport
 
     coordinator = coordinator_of(session)
     while True:
-        statuses = owner_statuses(coordinator)
-        shared = [status_of(coordinator, model) for model in coordinator.shared_models().values()]
+        report = FederationReport.of(coordinator)
         if watch and sys.stdout.isatty():
             click.clear()
         session.finish(
-            {
-                "owners": list(map(asdict, statuses)),
-                "shared": list(map(asdict, shared)),
-                "removed": [
-                    {"owner": entry.owner, "fingerprint": entry.detail, "at": entry.at}
-                    for entry in coordinator.files.ledger.removed_members()
-                ],
-            },
-            *([shared_table(shared)] if shared else []),
-            _status_table(statuses),
+            report.as_json(),
+            *([shared_table(report.shared)] if report.shared else []),
+            _status_table(report.owners),
         )
         if not watch:
             return
         time.sleep(WATCH_SECONDS)
 
 
-def _status_table(statuses: list[OwnerStatus]) -> Table | str:
+def _status_table(statuses: Sequence[OwnerStatus]) -> Table | str:
     if not statuses:
         return "no owner is invited yet: expertctl federate invite FILE.pub --name NAME"
     rows = []

@@ -42,8 +42,9 @@ class _Notes(Reporter):
     name="names",
     multiple=True,
 )
+@option("--status", "HOST:PORT", "Serve a status page and metrics for Prometheus; an address of this machine only.")
 @pass_session
-def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
+def serve(session: Session, listen: str, names: tuple[str, ...], status: str | None) -> None:
     """Serve a federation over a network, until Ctrl-C.
 
     Creates a certificate authority and a server certificate on first use; owners need the file ca.crt. All state is on disk.
@@ -65,7 +66,7 @@ def serve(session: Session, listen: str, names: tuple[str, ...]) -> None:
 
     coordinator = coordinator_of(session)
     with stopped_by_signals() as stop:
-        run(coordinator, listen, names, reporter=_Notes(session), opened=report_opened, stop=stop)
+        run(coordinator, listen, names, reporter=_Notes(session), opened=report_opened, stop=stop, status=status)
 
 
 @cli_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..output import Table
@@ -21,7 +22,7 @@ def shared_line(status: SharedStatus) -> str:
     )
 
 
-def shared_table(statuses: list[SharedStatus]) -> Table:
+def shared_table(statuses: Sequence[SharedStatus]) -> Table:
     """Return a table with a row for each shared model."""
     rows = [
         (

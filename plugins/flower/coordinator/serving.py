@@ -15,6 +15,7 @@ from ..processes.child import backoff_s
 from ..protocol.certificates import Certificates, certificates_for, reachable_names
 from ..protocol.endpoints import Endpoints
 from .reverse_proxy import Gateway, TlsServer
+from .status_page import StatusServer
 from .superlink import SuperLink
 
 TICK_S = 1.0
@@ -45,8 +46,11 @@ def serve(
     reporter: Reporter,
     opened: Callable[[str, Certificates], None],
     stop: threading.Event,
+    status: str | None = None,
 ) -> None:
     """Serve a federation until `stop` is set; `opened` receives the address and the certificates once the port is open.
+
+    `status` is an address of this machine for the status page; None for no page.
 
     All lasting state is on disk, so a killed server can be restarted. Raises `UserError` if the port is in use or
     another process serves the workspace.
@@ -62,14 +66,19 @@ def serve(
         endpoints = Endpoints(coordinator, certificates.fingerprint, reporter)
         gateway = Gateway(lambda: superlink.address, certificates, endpoints)
         server = TlsServer(gateway, host, port, certificates)
+        page = StatusServer(coordinator, *parse_address(status)) if status is not None else None
         rounds = threading.Thread(target=keep_rounds, args=(coordinator, reporter, stop))
         try:
+            if page is not None:
+                reporter.say(f"status page: http://{format_address(parse_address(status or '')[0], page.open())}/")
             opened(format_address(host, server.open()), certificates)
             rounds.start()
             _supervise(superlink, reporter, stop)
         finally:
             stop.set()
             server.close()
+            if page is not None:
+                page.close()
             superlink.stop()
             if rounds.ident is not None:
                 rounds.join()
