@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ...core.errors import UserError
 from ...core.reporting import Reporter
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import flag, option
+from ..options import flag, integer, option
 from .options import coordinator_of, handled_signals, owner_from, stopped_by_signals, with_owner
 from .review import require_consent
 
@@ -43,8 +44,9 @@ class _Notes(Reporter):
     multiple=True,
 )
 @option("--status", "HOST:PORT", "Serve a status page and metrics for Prometheus; an address of this machine only.")
+@integer("--certificate-days", "Days for which new certificates are valid.", metavar="N", default=3650)
 @pass_session
-def serve(session: Session, listen: str, names: tuple[str, ...], status: str | None) -> None:
+def serve(session: Session, listen: str, names: tuple[str, ...], status: str | None, certificate_days: int) -> None:
     """Serve a federation over a network, until Ctrl-C.
 
     Creates a certificate authority and a server certificate on first use; owners need the file ca.crt. All state is on disk.
@@ -56,17 +58,35 @@ def serve(session: Session, listen: str, names: tuple[str, ...], status: str | N
     from ...plugins.flower.coordinator.serving import serve as run
 
     def report_opened(address: str, certificates: Certificates) -> None:
+        authority_until, server_until = certificates.valid_until()
         session.finish(
-            {"listen": address, "ca": str(certificates.authority), "fingerprint": certificates.fingerprint},
+            {
+                "listen": address,
+                "ca": str(certificates.authority),
+                "fingerprint": certificates.fingerprint,
+                "authority_valid_until": authority_until,
+                "certificate_valid_until": server_until,
+            },
             f"listening on {address}",
             f"owners need this file: {certificates.authority}",
             f"its fingerprint (sha256): {certificates.fingerprint}",
+            f"it is valid until {authority_until:%Y-%m-%d}; the server's own certificate until {server_until:%Y-%m-%d}, and is "
+            "renewed before that",
         )
         sys.stdout.flush()
 
     coordinator = coordinator_of(session)
     with stopped_by_signals() as stop:
-        run(coordinator, listen, names, reporter=_Notes(session), opened=report_opened, stop=stop, status=status)
+        run(
+            coordinator,
+            listen,
+            names,
+            reporter=_Notes(session),
+            opened=report_opened,
+            stop=stop,
+            status=status,
+            lifetime=timedelta(days=certificate_days),
+        )
 
 
 @cli_command(

@@ -243,6 +243,11 @@ class TlsServer:
         port: int = self._server.servers[0].sockets[0].getsockname()[1]
         return port
 
+    def reload(self, certificates: Certificates) -> None:
+        """Use a renewed certificate for new connections."""
+        assert self._server.config.ssl is not None
+        self._server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)
+
     def close(self) -> None:
         """Stop the server, giving open requests a few seconds."""
         self._server.should_exit = True

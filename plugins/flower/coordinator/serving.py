@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 from ....core.artefacts.files import exclusive
 from ....core.errors import UserError, first_line
@@ -12,7 +14,7 @@ from ....core.reporting import Reporter
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.coordinator.round_keeper import keep_rounds
 from ..processes.child import backoff_s
-from ..protocol.certificates import Certificates, certificates_for, reachable_names
+from ..protocol.certificates import LIFETIME, Certificates, certificates_for, reachable_names
 from ..protocol.endpoints import Endpoints
 from .reverse_proxy import Gateway, TlsServer
 from .status_page import StatusServer
@@ -20,6 +22,8 @@ from .superlink import SuperLink
 
 TICK_S = 1.0
 """Seconds between two checks of Flower's server."""
+RENEW_CHECK_S = 3600.0
+"""Seconds between two checks of the server's certificate."""
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -47,10 +51,12 @@ def serve(
     opened: Callable[[str, Certificates], None],
     stop: threading.Event,
     status: str | None = None,
+    lifetime: timedelta = LIFETIME,
 ) -> None:
     """Serve a federation until `stop` is set; `opened` receives the address and the certificates once the port is open.
 
-    `status` is an address of this machine for the status page; None for no page.
+    `status` is an address of this machine for the status page; None for no page. `lifetime` is the validity of new
+    certificates; the server's is renewed before it expires.
 
     All lasting state is on disk, so a killed server can be restarted. Raises `UserError` if the port is in use or
     another process serves the workspace.
@@ -61,7 +67,12 @@ def serve(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     coordinator.files.root.chmod(0o700)
     with exclusive(folder / "serve.lock", "this federation's server"):
-        certificates = certificates_for(folder / "certificates", [*reachable_names(host), *names])
+        all_names = [*reachable_names(host), *names]
+
+        def current_certificates() -> Certificates:
+            return certificates_for(folder / "certificates", all_names, lifetime)
+
+        certificates = current_certificates()
         superlink = SuperLink(folder, certificates, coordinator.files.members, reporter)
         endpoints = Endpoints(coordinator, certificates.fingerprint, reporter)
         gateway = Gateway(lambda: superlink.address, certificates, endpoints)
@@ -73,7 +84,7 @@ def serve(
                 reporter.say(f"status page: http://{format_address(parse_address(status or '')[0], page.open())}/")
             opened(format_address(host, server.open()), certificates)
             rounds.start()
-            _supervise(superlink, reporter, stop)
+            _supervise(superlink, server, current_certificates, reporter, stop)
         finally:
             stop.set()
             server.close()
@@ -84,10 +95,26 @@ def serve(
                 rounds.join()
 
 
-def _supervise(superlink: SuperLink, reporter: Reporter, stop: threading.Event) -> None:
+def _supervise(
+    superlink: SuperLink,
+    server: TlsServer,
+    certificates: Callable[[], Certificates],
+    reporter: Reporter,
+    stop: threading.Event,
+) -> None:
     reported, failures, was_ready = "", 0, False
+    _, expiry = certificates().valid_until()
+    checked_at = time.monotonic()
     while not stop.wait(TICK_S):
         try:
+            if time.monotonic() - checked_at > RENEW_CHECK_S:
+                checked_at = time.monotonic()
+                current = certificates()
+                if current.valid_until()[1] != expiry:
+                    _, expiry = current.valid_until()
+                    server.reload(current)
+                    superlink.restart()
+                    reporter.say(f"the server's certificate was renewed; it is valid until {expiry:%Y-%m-%d}")
             superlink.tick()
             failures = 0
             if superlink.ready and not was_ready:

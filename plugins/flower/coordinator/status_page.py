@@ -99,7 +99,9 @@ def status_app(coordinator: Coordinator) -> Starlette:
         return Response(text, media_type="application/json")
 
     routes = [Route("/", report), Route("/metrics", metrics), Route("/status.json", content)]
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["])  # all of an IPv6 address before ":"
+    hosts = Middleware(
+        TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "["]
+    )  # all of an IPv6 address before ":"
     return Starlette(routes=routes, middleware=[hosts])
 
 

@@ -71,6 +71,11 @@ class SuperLink:
             self._update_registrations()
             self._ensure_app()
 
+    def restart(self) -> None:
+        """Stop the server; the next `tick` starts it again, with the certificate that is there then."""
+        self._reporter.say("restarting Flower's server")
+        self.stop()
+
     def stop(self) -> None:
         """Stop the server."""
         self._child.stop()

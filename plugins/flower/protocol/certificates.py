@@ -21,8 +21,9 @@ from ....core.artefacts.files import os_errors_as_user_errors
 from ....core.errors import UserError
 
 LIFETIME = timedelta(days=3650)
+"""Default validity of new certificates."""
 RENEW_BEFORE = timedelta(days=30)
-"""Time before its expiry at which the server's certificate is renewed."""
+"""Time before its expiry at which the server's certificate is renewed, at most a third of its validity."""
 LOCAL_NAMES = ("127.0.0.1", "localhost")
 ALL_INTERFACES = {"0.0.0.0", "::", ""}
 
@@ -41,12 +42,16 @@ class Certificates:
         """Fingerprint of the authority's certificate."""
         return fingerprint_of(self.authority)
 
+    def valid_until(self) -> tuple[datetime, datetime]:
+        """Return when the certificates of authority and server expire, in UTC."""
+        return _read(self.authority).not_valid_after_utc, _read(self.certificate).not_valid_after_utc
 
-def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
-    """Return a coordinator's certificates for these host names and addresses, creating missing ones.
+
+def certificates_for(folder: Path, names: Sequence[str], lifetime: timedelta = LIFETIME) -> Certificates:
+    """Return a coordinator's certificates for these host names and addresses, creating missing ones valid for `lifetime`.
 
     The authority is created once, since owners have a copy. The server's certificate is renewed for a new name and before it
-    expires. Raises `UserError` for unreadable files.
+    expires. Raises `UserError` for unreadable files, and for an authority that has expired.
     """
     all_names = tuple(dict.fromkeys([*LOCAL_NAMES, *names]))
     certificates = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key")
@@ -54,9 +59,14 @@ def certificates_for(folder: Path, names: Sequence[str]) -> Certificates:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         if not (certificates.authority.is_file() and (folder / "ca.key").is_file()):
-            _make_authority(folder)
-        if not _is_valid_for(certificates, all_names):
-            _make_server(folder, certificates, all_names)
+            _make_authority(folder, lifetime)
+        expiry = _read(certificates.authority).not_valid_after_utc
+        if expiry <= datetime.now(UTC):
+            raise UserError(
+                f"the certificate authority expired on {expiry:%Y-%m-%d}; move {folder} away, and send the new ca.crt to all owners"
+            )
+        if not _is_valid_for(certificates, all_names, min(RENEW_BEFORE, lifetime / 3)):
+            _make_server(folder, certificates, all_names, lifetime)
     return certificates
 
 
@@ -84,7 +94,7 @@ def _read(path: Path) -> x509.Certificate:
         raise UserError(f"{path} is not a certificate; fetch the coordinator's ca.crt again") from None
 
 
-def _is_valid_for(certificates: Certificates, names: Sequence[str]) -> bool:
+def _is_valid_for(certificates: Certificates, names: Sequence[str], renew_before: timedelta) -> bool:
     """Return whether the server's certificate exists, is signed by the authority, covers the names and is not about to expire."""
     if not (certificates.certificate.is_file() and certificates.key.is_file()):
         return False
@@ -95,10 +105,10 @@ def _is_valid_for(certificates: Certificates, names: Sequence[str]) -> bool:
         return False
     alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     covered = {str(name.value) for name in alternative}
-    return set(names) <= covered and certificate.not_valid_after_utc > datetime.now(UTC) + RENEW_BEFORE
+    return set(names) <= covered and certificate.not_valid_after_utc > datetime.now(UTC) + renew_before
 
 
-def _make_authority(folder: Path) -> None:
+def _make_authority(folder: Path, lifetime: timedelta) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"expertctl federation {os.urandom(4).hex()}")])
     usage = x509.KeyUsage(
@@ -113,7 +123,7 @@ def _make_authority(folder: Path) -> None:
         decipher_only=False,
     )
     certificate = (
-        _builder(name, name, key)
+        _builder(name, name, key, lifetime)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
         .sign(key, hashes.SHA384())
@@ -122,7 +132,7 @@ def _make_authority(folder: Path) -> None:
     (folder / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
 
 
-def _make_server(folder: Path, certificates: Certificates, names: Sequence[str]) -> None:
+def _make_server(folder: Path, certificates: Certificates, names: Sequence[str], lifetime: timedelta) -> None:
     authority = _read(certificates.authority)
     signer = load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)  # `_make_authority` writes this type
@@ -130,7 +140,7 @@ def _make_server(folder: Path, certificates: Certificates, names: Sequence[str])
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[-1][:64])])
     alternative = x509.SubjectAlternativeName([_general_name(name) for name in names])
     certificate = (
-        _builder(subject, authority.subject, key)
+        _builder(subject, authority.subject, key, lifetime)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(alternative, critical=False)
         .add_extension(x509.ExtendedKeyUsage([x509.oid.ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -141,7 +151,9 @@ def _make_server(folder: Path, certificates: Certificates, names: Sequence[str])
     certificates.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, lifetime: timedelta
+) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -150,7 +162,7 @@ def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivate
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))  # tolerates clocks that differ
-        .not_valid_after(now + LIFETIME)
+        .not_valid_after(now + lifetime)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 

@@ -55,6 +55,30 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Ce
     server.close()
 
 
+def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -> None:
+    folder = tmp_path / "certificates"
+    old = certificates_for(folder, [])
+    server = TlsServer(answer, "127.0.0.1", 0, old)  # type: ignore[arg-type]  # any application
+    port = server.open()
+
+    def shown() -> bytes | None:
+        context = ssl.create_default_context(cafile=str(old.authority))
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+        ):
+            return connection.getpeercert(binary_form=True)
+
+    before = shown()
+    renewed = certificates_for(folder, ["new.example.org"])
+    assert shown() == before
+    server.reload(renewed)
+    after = shown()
+    server.close()
+    assert after != before
+    assert after == ssl.PEM_cert_to_DER_cert(renewed.certificate.read_text())
+
+
 @pytest.fixture
 def connect(server: tuple[Certificates, int]) -> Iterator[Open]:
     certificates, port = server

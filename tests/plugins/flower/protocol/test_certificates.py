@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 
 from expertctl import UserError
+from expertctl.plugins.flower.protocol import certificates
 from expertctl.plugins.flower.protocol.certificates import certificates_for, fingerprint_of, reachable_names
 
 
@@ -70,3 +72,29 @@ def test_files_that_are_not_certificates_are_named(tmp_path: Path) -> None:
 def test_a_server_on_all_interfaces_has_the_names_of_this_machine() -> None:
     assert reachable_names("hub.example.org") == ["hub.example.org"]
     assert len(reachable_names("0.0.0.0")) >= 2
+
+
+def test_a_certificate_is_renewed_before_it_expires_and_an_expired_authority_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Later(datetime):
+        ahead = timedelta()
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + cls.ahead
+
+    monkeypatch.setattr(certificates, "datetime", Later)
+    lifetime = timedelta(days=30)
+    first = certificates_for(tmp_path, [], lifetime)
+    expiry = first.valid_until()
+    assert all(timedelta(days=29) < until - datetime.now(UTC) < timedelta(days=31) for until in expiry)
+    Later.ahead = timedelta(days=19)
+    assert certificates_for(tmp_path, [], lifetime).valid_until() == expiry
+    Later.ahead = timedelta(days=21)  # a third of its time is left
+    renewed = certificates_for(tmp_path, [], lifetime).valid_until()
+    assert renewed[0] == expiry[0]
+    assert renewed[1] > expiry[1]
+    Later.ahead = timedelta(days=31)
+    with pytest.raises(UserError, match="the certificate authority expired on"):
+        certificates_for(tmp_path, [], lifetime)
