@@ -18,6 +18,7 @@ from ..options import flag, option
 from ..output import Table, number
 from .ask import ask
 from .files import deliver, pack, work
+from .keys import accept_key, keys, rotate_key
 from .network import join, serve
 from .options import coordinator_of, default_state, state_option
 from .shared import shared_table
@@ -35,35 +36,6 @@ def command() -> None:
 
     The coordinator has the workspace with the seed; each owner has a key, text and a state folder.
     """
-
-
-@cli_command("keys", example="expertctl federate keys")
-@state_option
-@pass_session
-def keys(session: Session, state: Path | None) -> None:
-    """Make an owner's key pair; the coordinator needs the public key.
-
-    An existing key pair is kept and shown.
-    """
-    from ...experts.federation.owner.policy import POLICY_FILE, write_policy_template
-    from ...experts.federation.protocol.keys import KEY_FILE, PUBLIC_FILE, make_key, read_key
-
-    folder = state or default_state()
-    key = read_key(folder) if (folder / KEY_FILE).exists() else make_key(folder)
-    write_policy_template(folder)
-    content = {
-        "private": str(key.path),
-        "public": str(folder / PUBLIC_FILE),
-        "line": key.public.line,
-        "fingerprint": key.public.fingerprint,
-        "policy": str(folder / POLICY_FILE),
-    }
-    session.finish(
-        content,
-        f"send this file to the coordinator: {folder / PUBLIC_FILE}",
-        f"fingerprint: {key.public.fingerprint}",
-        f"limits on what you will be asked for: {folder / POLICY_FILE}",
-    )
 
 
 @cli_command("invite", example="expertctl federate invite site-a.pub --name site-a")
@@ -207,6 +179,8 @@ def _status_table(statuses: Sequence[OwnerStatus]) -> Table | str:
 
 for _command in (
     keys,
+    rotate_key,
+    accept_key,
     invite,
     remove,
     ask,

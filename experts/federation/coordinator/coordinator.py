@@ -6,6 +6,7 @@ All state is on disk (`storage.py`), so a restart resumes where the process stop
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from ..protocol.delivery import SignedStatement
 from ..protocol.keys import PublicKey
 from ..protocol.parts import read_part
 from ..protocol.requests import ExpertRequest, Recipe, new_identifier
+from ..protocol.rotation import KeyRotation
 from ..rounds.shared_model import SETTINGS_FILE, SharedModel
 from .ledger import Entry, State
 from .members import Member
@@ -58,6 +60,17 @@ class Coordinator:
         member = self.files.members.get(name)
         self.files.members.remove(name)
         self._log_member("removed", member)
+
+    def rotate_key(self, rotation: KeyRotation) -> Member:
+        """Give the member with the old key the new one, also in its open requests; raises `UserError` if it is not signed."""
+        member = self.files.members.find_by_key(rotation.old)
+        if member is None:
+            raise UserError(f"no member has the key {rotation.old}; it may have been rotated already")
+        rotated = self.files.members.replace_key(member.name, rotation.verified(member.key))
+        for request in self.open_requests(member.name):
+            self.files.write_request(replace(request, key=rotated.key.fingerprint))
+        self._log_member("rotated", rotated)
+        return rotated
 
     def _log_member(self, state: State, member: Member) -> None:
         at = self.now().isoformat(timespec="seconds")

@@ -13,8 +13,8 @@ from ....core.artefacts.json_lines import JsonLines
 from ....core.errors import UserError
 from .ledger_chain import PREVIOUS, SIGNATURE, LedgerChain
 
-State = Literal["asked", "delivered", "accepted", "refused", "withdrawn", "invited", "removed"]
-"""State of a request, or what happened to a member: `invited` and `removed`."""
+State = Literal["asked", "delivered", "accepted", "refused", "withdrawn", "invited", "rotated", "removed"]
+"""State of a request, or what happened to a member: `invited`, `rotated` (it has another key) and `removed`."""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,17 @@ class Members:
             self._write(list(members.values()))
         return [members[name] for name in keys]
 
+    def replace_key(self, name: str, key: PublicKey) -> Member:
+        """Give a member another key; raises `UserError` if another member has it."""
+        self.get(name)
+        with exclusive(self.path.with_suffix(".lock"), "the list of members"):
+            members = dict(self._by_name())
+            if any(member.key == key and member.name != name for member in members.values()):
+                raise UserError("another member has that key; each owner needs a key of its own")
+            members[name] = Member(name, key)
+            self._write(list(members.values()))
+        return members[name]
+
     def remove(self, name: str) -> None:
         """Remove a member; accepted experts stay."""
         self.get(name)

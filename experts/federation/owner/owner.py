@@ -21,16 +21,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ....core.artefacts.files import inside, is_alive, os_errors_as_user_errors, read_json, remove_tree, write_json
+from ....core.artefacts.files import (
+    inside,
+    is_alive,
+    link_or_copy,
+    os_errors_as_user_errors,
+    read_json,
+    remove_tree,
+    write_json,
+)
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint
 from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
 from ....core.manifests.run import RUN_FILE, read_run
 from ....core.manifests.statements import DataStatement, PrivacyStatement
 from ..protocol.delivery import DELIVERY_FILE, SignedStatement, make_delivery
-from ..protocol.keys import OwnerKey, read_key
+from ..protocol.keys import KEY_FILE, PUBLIC_FILE, OwnerKey, make_key, read_key
 from ..protocol.parts import PART_BYTES
 from ..protocol.requests import ExpertRequest, Progress, is_identifier, without_superseded
+from ..protocol.rotation import KeyRotation
 from .kept_seeds import KeptSeeds
 from .policy import describe, read_policy
 
@@ -143,6 +152,23 @@ class Owner:
 
     def key(self) -> OwnerKey:
         return read_key(self.state)
+
+    def rotate_key(self, send: Callable[[KeyRotation, OwnerKey], None]) -> OwnerKey:
+        """Make another key pair, `send` the rotation and the new key to the coordinator, and use it if that succeeds.
+
+        The old pair is kept beside it, with the ending `.old`. Statements of deliveries are signed again when they are sent.
+        """
+        old, folder = self.key(), self.state / "next-key"
+        new = (
+            read_key(folder) if (folder / KEY_FILE).is_file() else make_key(folder)
+        )  # an earlier try may have been sent
+        send(KeyRotation.of(old, new), new)
+        for name in (PUBLIC_FILE, KEY_FILE):
+            link_or_copy(self.state / name, self.state / f"{name}.old")
+            (folder / name).replace(self.state / name)
+        remove_tree(folder)
+        remove_tree(self.state / "deliveries")
+        return self.key()
 
     # --- requests ---
 

@@ -22,6 +22,7 @@ from ....experts.federation.protocol.fields import Message, check_fields
 from ....experts.federation.protocol.keys import OwnerKey
 from ....experts.federation.protocol.parts import FileParts
 from ....experts.federation.protocol.requests import Progress
+from ....experts.federation.protocol.rotation import KeyRotation
 from ..protocol.certificates import fingerprint_of
 from ..protocol.endpoints import PATH, STATUS
 from ..protocol.signing import EMPTY, WINDOW_S, Failure, signed_headers
@@ -110,6 +111,10 @@ class CoordinatorClient:
     def progress(self, request: str, progress: Progress) -> None:
         """Send the progress of a training run."""
         check_fields(self._call("POST", f"progress/{request}", progress.as_json()), "the answer to progress", ())
+
+    def rotate_key(self, rotation: KeyRotation) -> None:
+        """Ask the coordinator to know this owner by another key from now on."""
+        check_fields(self._call("POST", "rotate-key", rotation.as_json()), "the answer to a key rotation", ())
 
     def begin(self, request: str, signed: SignedStatement) -> Mapping[str, Any]:
         """Announce a delivery; return `{"missing": {FILE: [PART, ...]}}` or `{"refusal": CODE}`."""

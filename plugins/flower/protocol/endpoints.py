@@ -24,6 +24,7 @@ from ....experts.federation.protocol.delivery import MAX_STATEMENT, SignedStatem
 from ....experts.federation.protocol.fields import Message
 from ....experts.federation.protocol.parts import PART_BYTES
 from ....experts.federation.protocol.requests import ExpertRequest, Progress
+from ....experts.federation.protocol.rotation import KeyRotation
 from .signing import Failure, Gatekeeper, SignedRequest
 
 PATH = "/expertctl/v1/"
@@ -78,6 +79,7 @@ class Endpoints:
             ("POST", re.compile(f"begin/{_IDENTIFIER}"), self._begin),
             ("PUT", re.compile(f"part/{_IDENTIFIER}/{_FILE}"), self._part),
             ("POST", re.compile(f"finish/{_IDENTIFIER}"), self._finish),
+            ("POST", re.compile("rotate-key"), self._rotate_key),
         ]
 
     async def answer(self, method: str, target: str, headers: Mapping[str, str], read: Read) -> Answer:
@@ -155,6 +157,14 @@ class Endpoints:
             return self._refused(signed, refusal)
         self._reporter.say(f"the expert of '{signed.member.name}' is accepted")
         return _json({"state": "accepted"})
+
+    async def _rotate_key(self, signed: SignedRequest, read: Read) -> Answer:
+        rotation = _understood(KeyRotation, await _json_body(signed, read))
+        if rotation.old != signed.member.key.fingerprint:
+            raise Failure("REFUSED_NOW")
+        member = await asyncio.to_thread(self._coordinator.rotate_key, rotation)
+        self._reporter.say(f"'{member.name}' has another key: {member.key.fingerprint}")
+        return _json({})
 
     def _refused(self, signed: SignedRequest, refusal: Refusal) -> Answer:
         self._reporter.say(f"the delivery of '{signed.member.name}' is refused: {refusal}")

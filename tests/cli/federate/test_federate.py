@@ -262,3 +262,14 @@ def test_the_ledger_is_audited(run: Any, hub: Path) -> None:
     tampered = run("federate", "audit", cwd=hub)
     assert tampered.status == 1
     assert "line 1 is not signed by this coordinator, or was changed" in tampered.out
+
+
+def test_a_key_is_rotated_by_file(run: Any, hub: Path) -> None:
+    state = invite(run, hub, "site-a")
+    target = hub.parent / "rotation.json"
+    made = run("--json", "federate", "rotate-key", "--state", str(state), "-o", str(target), cwd=hub.parent)
+    assert made.status == 0, made.err
+    accepted = run("--json", "federate", "accept-key", str(target), cwd=hub).json
+    assert accepted == {"name": "site-a", "fingerprint": made.json["fingerprint"]}
+    assert "may have been rotated already" in run("federate", "accept-key", str(target), cwd=hub).error
+    assert run("federate", "rotate-key", "--state", str(state), cwd=hub.parent).status == 2

@@ -24,8 +24,10 @@ from expertctl import UserError
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol import parts
+from expertctl.experts.federation.protocol.keys import make_key
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.requests import Progress
+from expertctl.experts.federation.protocol.rotation import KeyRotation
 from expertctl.plugins.flower.coordinator import reverse_proxy
 from expertctl.plugins.flower.coordinator.serving import serve
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient, Declined, Hello, Unreachable
@@ -353,3 +355,18 @@ def test_a_port_in_use_is_a_one_line_error(tmp_path: Path, hub: Any) -> None:
             opened=lambda address, certificates: None,
             stop=threading.Event(),
         )
+
+
+def test_an_owner_rotates_its_own_key_only(hub: Any, new_owner: NewOwner, tmp_path: Path) -> None:
+    owner, other = new_owner("site-a"), new_owner("site-b")
+    new = make_key(tmp_path / "next")
+    with pytest.raises(Declined, match="REFUSED_NOW"):
+        hub.client(other).rotate_key(KeyRotation.of(owner.key(), new))
+    client = hub.client(owner)
+    client.rotate_key(KeyRotation.of(owner.key(), new))
+    with pytest.raises(Declined, match="UNKNOWN_KEY"):
+        client.hello()
+    renewed = CoordinatorClient(hub.address, hub.certificates.authority, new)
+    renewed.session = client.session  # of the same process
+    assert renewed.hello().name == "site-a"
+    renewed.close()
