@@ -48,6 +48,13 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0, min_open=True),
     default=10.0,
 )
+@fraction(
+    "--hostile",
+    "SHARE",
+    "Share of random owners whose delivery has to be refused. Default: 0.02.",
+    allow_zero=True,
+)
+@fraction("--flapping", "SHARE", "Share of random owners that lose their connection every half hour.", allow_zero=True)
 @integer("--seed", "Random seed.", least=0, default=0)
 @pass_session
 def simulate_command(
@@ -62,6 +69,8 @@ def simulate_command(
     expert_size: int,
     seed_size: int | None,
     line: float,
+    hostile: float | None,
+    flapping: float | None,
     seed: int,
 ) -> None:
     """Simulate a federation: duration, traffic and failures.
@@ -79,7 +88,10 @@ def simulate_command(
 
     if owners is not None and trace is not None:
         raise click.UsageError("--owners draws owners and --trace reads them; use only one of the two")
-    simulated = read_trace(trace) if trace is not None else draw_owners(owners or 100, seed)
+    if trace is not None and (hostile, flapping) != (None, None):
+        raise click.UsageError("--hostile and --flapping apply to random owners; a trace says what each owner does")
+    shares = {name: share for name, share in (("hostile", hostile), ("flapping", flapping)) if share is not None}
+    simulated = read_trace(trace) if trace is not None else draw_owners(owners or 100, seed, **shares)
     plan = Plan(
         expert_bytes=expert_size,
         seed_bytes=expert_size if seed_size is None else seed_size,

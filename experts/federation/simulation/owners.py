@@ -7,7 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -90,11 +90,12 @@ class OwnerTraits:
             raise UserError(f"the offline periods of '{self.name}' are not in order")
 
 
-def draw_owners(count: int, seed: int) -> list[OwnerTraits]:
+def draw_owners(count: int, seed: int, *, hostile: float = 0.02, flapping: float = 0.0) -> list[OwnerTraits]:
     """Draw random owners; a larger `count` with the same seed starts with the same owners.
 
-    Speeds are log-normal around 4,000 tokens a second and 200 Mbit/s. 3% of the owners leave for good, and 2% have an
-    invalid delivery, of any kind with equal probability.
+    Speeds are log-normal around 4,000 tokens a second and 200 Mbit/s. 3% of the owners leave for good. A share `hostile` has
+    an invalid delivery, of any kind with equal probability, and a share `flapping` loses its connection every half hour, for
+    a quarter of an hour on average.
     """
     bad_deliveries = [kind for kind in get_args(Delivers) if kind != "good"]
     width = max(len(str(count - 1)), 4)
@@ -112,9 +113,11 @@ def draw_owners(count: int, seed: int) -> list[OwnerTraits]:
                 uptime_hours=20.0,
                 downtime_hours=1.5,
                 leaves_hours=source.uniform(0.1, 48) if source.random() < 0.03 else 0.0,
-                delivers=source.choice(bad_deliveries) if source.random() < 0.02 else "good",
+                delivers=source.choice(bad_deliveries) if source.random() < hostile else "good",
             )
         )
+        if source.random() < flapping:
+            owners[-1] = replace(owners[-1], uptime_hours=0.5, downtime_hours=0.25)
     return owners
 
 

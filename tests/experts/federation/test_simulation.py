@@ -243,3 +243,12 @@ def test_lines_that_are_not_json_are_named(tmp_path: Path) -> None:
     path.write_text("[1]\n")
     with pytest.raises(UserError, match="a row must be a JSON object"):
         read_trace(path)
+
+
+def test_shares_of_hostile_and_flapping_owners_are_drawn() -> None:
+    owners = draw_owners(1000, 0, hostile=0.1, flapping=0.33)
+    assert 70 < sum(owner.delivers != "good" for owner in owners) < 130
+    assert 280 < sum(owner.uptime_hours == 0.5 for owner in owners) < 380
+    usual = draw_owners(1000, 0)
+    assert [owner.tokens_per_second for owner in usual] == [owner.tokens_per_second for owner in owners]
+    assert {owner.uptime_hours for owner in usual} == {20.0}
