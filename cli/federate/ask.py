@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
@@ -27,6 +29,13 @@ ROUNDS, QUORUM, NAME = 10, 0.5, "shared"  # defaults of the options
     "--quorum", "SHARE", f"diloco, fedavg: share of the owners that a round needs at its deadline. Default: {QUORUM}"
 )
 @option("--name", "NAME", f"diloco, fedavg: name of the shared model. Default: {NAME}")
+@option(
+    "--priority",
+    "N",
+    "Owners train for requests of higher priority first, from -100 to 100.",
+    type=click.IntRange(-100, 100),
+    default=0,
+)
 @pass_session
 def ask(
     session: Session,
@@ -36,6 +45,7 @@ def ask(
     rounds: int | None,
     quorum: float | None,
     name: str | None,
+    priority: int,
     **recipe: Any,
 ) -> None:
     """Request an expert from each owner, or start the rounds of a shared model.
@@ -57,7 +67,7 @@ def ask(
     until = deadline_in(deadline, now)
     if recipe["recipe_name"] in OUTER_RECIPES:
         seconds, name = (until - now).total_seconds(), name or NAME
-        plan, settings = _plan_from(names, seconds, rounds or ROUNDS, quorum or QUORUM, recipe)
+        plan, settings = _plan_from(names, seconds, rounds or ROUNDS, quorum or QUORUM, priority, recipe)
         coordinator = coordinator_of(session)
         status = status_of(coordinator, begin_rounds(coordinator, name, plan, settings))
         session.finish(
@@ -68,7 +78,7 @@ def ask(
         return
     if (rounds, quorum, name) != (None, None, None):
         raise UserError(f"--rounds, --quorum and --name apply only to the recipes {' and '.join(OUTER_RECIPES)}")
-    requests = coordinator_of(session).ask(names, recipe_from(**recipe), until)
+    requests = coordinator_of(session).ask(names, recipe_from(**recipe), until, priority=priority)
     delivered = sorted(set(names) - {request.owner for request in requests})
     lines = [
         f"'{request.owner}' is asked until {request.deadline:%Y-%m-%d %H:%M} UTC: request {request.id}"
@@ -87,7 +97,7 @@ def ask(
 
 
 def _plan_from(
-    names: list[str], seconds: float, rounds: int, quorum: float, recipe: dict[str, Any]
+    names: list[str], seconds: float, rounds: int, quorum: float, priority: int, recipe: dict[str, Any]
 ) -> tuple[RoundPlan, SharedSettings]:
     """Return plan and settings for the options of `with_recipe`; raises `UserError` if rounds do not support one."""
     from ...core.hooks.options import parse_options
@@ -103,4 +113,4 @@ def _plan_from(
         )
     rules = parse_options(AveragingRules, recipe["options"], f"recipe '{name}'")
     plan = RoundPlan(tuple(names), name, quorum, seconds, rules)
-    return plan, SharedSettings(rounds, training_settings(recipe["tokens"], recipe["settings"]))
+    return plan, SharedSettings(rounds, training_settings(recipe["tokens"], recipe["settings"]), priority)

@@ -79,9 +79,15 @@ class Coordinator:
     # --- requests ---
 
     def ask(
-        self, names: Sequence[str], recipe: Recipe, deadline: datetime, seed_folder: Path | None = None
+        self,
+        names: Sequence[str],
+        recipe: Recipe,
+        deadline: datetime,
+        seed_folder: Path | None = None,
+        *,
+        priority: int = 0,
     ) -> list[ExpertRequest]:
-        """Request an expert from each owner without an accepted one; an open request gets the later deadline.
+        """Request an expert from each owner without an accepted one; an open request gets the later deadline and the priority.
 
         Owners start from the seed in `seed_folder`, by default the workspace's. Raises `UserError` for an owner who is not a
         member and for a workspace without a seed.
@@ -101,7 +107,9 @@ class Coordinator:
             previous = self.open_request(member.name, seed, recipe.digest)
             if previous is not None:
                 identifier, until = previous.id, max(deadline, previous.deadline)
-            request = ExpertRequest(identifier, member.name, member.key.fingerprint, seed, seed_files, recipe, until)
+            request = ExpertRequest(
+                identifier, member.name, member.key.fingerprint, seed, seed_files, recipe, until, priority
+            )
             self.files.write_request(request)
             self._log("asked", request, until.isoformat(timespec="seconds"))
             requests.append(request)

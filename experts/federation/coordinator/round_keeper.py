@@ -160,9 +160,11 @@ def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]
         if owner not in member_names:
             rounds.leave_out(owner, "REMOVED", "no longer a member")
     deadline = rounds.open.deadline.replace(microsecond=0)
+    if deadline <= _now(coordinator):
+        return []  # nobody can deliver any more, unless the deadline is extended
     open_requests = {owner: coordinator.open_request(owner, digest, recipe.digest) for owner in rounds.missing()}
     due = [owner for owner, request in open_requests.items() if request is None or request.deadline < deadline]
-    requests = coordinator.ask(due, recipe, deadline, seed) if due else []
+    requests = coordinator.ask(due, recipe, deadline, seed, priority=shared.settings.priority) if due else []
     if not requests:
         return []
     owners = _enumerate([request.owner for request in requests])

@@ -141,6 +141,13 @@ class Owner:
             return f"training for the request has taken {hours:.1f} hours; your policy allows {policy.max_hours:g}"
         return objection
 
+    def max_parallel(self) -> int:
+        """Return how many requests may be trained at a time; 0 while the policy is invalid, which `objection` explains."""
+        try:
+            return read_policy(self.state).max_parallel
+        except UserError:
+            return 0
+
     def noise(self, request: ExpertRequest) -> DpConfig | None:
         """Return the differential privacy that a request is trained with; see `privacy`."""
         privacy = self.privacy(request)

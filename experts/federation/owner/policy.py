@@ -23,6 +23,7 @@ TEMPLATE = """\
 # max_hours: 48              # hours that training for one request may take
 # max_seed_gb: 20            # size of the seed to download
 # max_memory_gb: 32          # memory of the training process
+# max_parallel: 1            # requests that are trained at a time
 # epsilon: 8                 # requests need differential privacy with at most this budget
 # delta: 1.0e-6
 """
@@ -45,6 +46,8 @@ class OwnerPolicy(Section):
     """Largest seed to download."""
     max_memory_gb: Limit = None
     """Memory limit of the training process."""
+    max_parallel: Annotated[int, Field(ge=1)] = 1
+    """Most requests that are trained at a time."""
     epsilon: Limit = None
     """Largest privacy budget; requests without differential privacy are refused."""
     delta: Limit = None

@@ -105,6 +105,7 @@ class ExpertRequest(Message):
 
     LABEL = "the request"
     FORMAT = 1
+    OPTIONAL = frozenset({"priority"})
 
     id: Identifier
     owner: Name
@@ -118,6 +119,8 @@ class ExpertRequest(Message):
     recipe: Annotated[Recipe, BeforeValidator(Recipe.of_json)]
     deadline: Deadline
     """UTC."""
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Owners train for requests of higher priority first, and of equal priority for that with the earlier deadline."""
 
     def __post_init__(self) -> None:
         require_distinct(self.seed_files, "the seed")
@@ -125,6 +128,11 @@ class ExpertRequest(Message):
     def as_json(self) -> dict[str, Any]:
         deadline = self.deadline.astimezone(UTC).isoformat(timespec="seconds")
         return {**super().as_json(), "recipe": self.recipe.as_json(), "deadline": deadline}
+
+    @property
+    def turn(self) -> tuple[int, datetime, str]:
+        """Place in the order in which an owner trains for its requests."""
+        return -self.priority, self.deadline, self.id
 
 
 @dataclass(frozen=True)

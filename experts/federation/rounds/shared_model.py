@@ -37,6 +37,8 @@ class SharedSettings:
     """Number of rounds."""
     training: Mapping[str, Any]
     """Training-loop settings, as in a recipe; `tokens` is one owner's budget for all rounds together."""
+    priority: int = 0
+    """Priority of the requests for its rounds."""
 
     def __post_init__(self) -> None:
         config = self._config

@@ -49,9 +49,14 @@ class OwnerWork:
         """Codes that the coordinator was told, by request that the owner does not carry out."""
 
     def step(self) -> None:
-        """Advance every request by one step."""
+        """Advance every request by one step; training is only for as many at a time as the owner's policy allows."""
         self._owner.drop_superseded()
-        for request in self._owner.requests():
+        requests = sorted(self._owner.requests(), key=lambda request: request.turn)
+        untrained = [
+            request.id for request in requests if not (self.is_over(request) or self._owner.is_trained(request))
+        ]
+        turns = untrained[: self._owner.max_parallel()]
+        for request in requests:
             if request.id not in self._described:
                 self._described.add(request.id)
                 self._say(request, self._owner.describe(request))
@@ -60,6 +65,10 @@ class OwnerWork:
                 self._close(request, "POLICY")
             elif self._owner.outcome(request) == "DECLINED":
                 self._close(request, "DECLINED")
+            if request.id in untrained and request.id not in turns:
+                self._owner.stop(request)  # it goes on from its last checkpoint
+                self._say(request, "waits until training for others has ended")
+                continue
             if time.monotonic() < self._wait_until.get(request.id, 0.0) or self.is_over(request):
                 continue
             try:

@@ -212,3 +212,37 @@ def test_an_address_that_is_none_is_a_line(address: str) -> None:
 @pytest.mark.parametrize("address", ["0.0.0.0:8443", "[::1]:8443", "hub.example.org:1"])
 def test_addresses_are_printed_as_they_are_read(address: str) -> None:
     assert format_address(*parse_address(address)) == address
+
+
+def test_requests_are_trained_by_priority_and_deadline_as_many_at_a_time_as_the_policy_allows(
+    hub: Any, new_owner: Callable[[str], Owner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = new_owner("site-a")
+    now = datetime.now(UTC)
+    recipes = [replace(BTM, training={**TRAINING, "seed": number}) for number in range(3)]
+    (late,) = hub.coordinator.ask(["site-a"], recipes[0], now + timedelta(hours=3))
+    (early,) = hub.coordinator.ask(["site-a"], recipes[1], now + timedelta(hours=1))
+    for request in (late, early):
+        owner.take(request)
+        fetch_seed(hub.coordinator, owner, request)
+    monkeypatch.setattr(child, "PAUSES_S", (0.0,))
+    working: set[str] = set()
+    monkeypatch.setattr(Owner, "start", lambda self, request: working.add(request.id))
+    monkeypatch.setattr(Owner, "stop", lambda self, request: working.discard(request.id))
+    monkeypatch.setattr(Owner, "is_working", lambda self, request: request.id in working)
+    work = OwnerWork(owner, hub.client(owner), lambda review: True, SILENT)
+    work.step()
+    assert working == {early.id}
+    (urgent,) = hub.coordinator.ask(["site-a"], recipes[2], now + timedelta(hours=9), priority=5)
+    owner.take(urgent)
+    work.step()
+    assert working == {urgent.id}
+    (owner.state / "policy.yaml").write_text("max_parallel: 2")
+    work.step()
+    assert working == {urgent.id, early.id}
+    owner.note_outcome(urgent, None)
+    work.step()
+    assert working >= {early.id, late.id}
+    (owner.state / "policy.yaml").write_text("max_parallel: none")
+    work.step()
+    assert not working & {early.id, late.id}
