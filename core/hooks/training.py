@@ -155,7 +155,8 @@ class Trainer:
     """`require(folder, options, domains)` raises `UserError` for a generalist, options or domains that it cannot train,
     before a run is set up and anything is replaced."""
     changes: Literal["all", "feed_forward"] = "all"
-    """Tensors of the starting model that training can change; delivered experts are checked against it."""
+    """Tensors of the starting model that training can change; an expert that is delivered to a federation has to have all
+    matrices among them, and nothing else."""
     side_files: Callable[[Path, Any], Mapping[str, Mapping[str, SideTensor]]] | None = None
     """`side_files(seed, options)`: the files and tensors of `TrainablePart.extra_tensors`, against which delivered experts
     are checked; None: the part has no such tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from tempfile import TemporaryDirectory
 
 from ...core.artefacts.files import (
     inside,
-    link_or_copy,
     new_folder,
     os_errors_as_user_errors,
     read_json,
@@ -44,7 +44,7 @@ def write_pack(
             (folder / SEED_FOLDER).mkdir()
             seed = coordinator.seed_folder(request)
             for file in request.seed_files:
-                link_or_copy(seed / file.name, folder / SEED_FOLDER / file.name)
+                shutil.copyfile(seed / file.name, folder / SEED_FOLDER / file.name)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def write_delivery(folder: Path, target: Path, *, force: bool = False) -> None:
     """Write a signed delivery as a folder or a `.tar` file."""
     with _folder_for(target, "delivery", force=force) as copy:
         for path in sorted(folder.iterdir()):
-            link_or_copy(path, copy / path.name)
+            shutil.copyfile(path, copy / path.name)  # a link across devices would be symbolic, which nobody follows
 
 
 def receive_delivery(coordinator: Coordinator, folder: Path) -> tuple[ExpertRequest, Refusal | None]:

@@ -15,7 +15,7 @@ from ....core.artefacts.files import exclusive, link_or_copy, remove_tree
 from ....core.artefacts.layout import Layout, check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE
 from ....core.errors import UserError, unknown_name
-from ....core.manifests.manifest import read_manifest
+from ....core.manifests.manifest import find_manifest, read_manifest
 from ..judging.acceptance import HeldOut, Measure, refusal_of_expert, refusal_of_statement
 from ..judging.refusal import Refusal, RefusalCode
 from ..protocol.delivery import SignedStatement
@@ -66,7 +66,10 @@ class Coordinator:
         member = self.files.members.find_by_key(rotation.old)
         if member is None:
             raise UserError(f"no member has the key {rotation.old}; it may have been rotated already")
-        rotated = self.files.members.replace_key(member.name, rotation.verified(member.key))
+        new = rotation.verified(member.key)
+        if new.fingerprint in self.files.ledger.known_keys():  # the server registers each key once, see `SuperLink`
+            raise UserError("the new key was in use before; make another one")
+        rotated = self.files.members.replace_key(member, new)
         for request in self.open_requests(member.name):
             self.files.write_request(replace(request, key=rotated.key.fingerprint))
         self._log_member("rotated", rotated)
@@ -110,6 +113,7 @@ class Coordinator:
             request = ExpertRequest(
                 identifier, member.name, member.key.fingerprint, seed, seed_files, recipe, until, priority
             )
+            ExpertRequest.of_json(request.as_json())  # what owners would refuse to read is refused here
             self.files.write_request(request)
             self._log("asked", request, until.isoformat(timespec="seconds"))
             requests.append(request)
@@ -278,11 +282,23 @@ class Coordinator:
             return str(request.recipe.round)
         name, number = request.owner, 2
         with exclusive(self.layout.lock("accepted-experts"), "the accepted experts", patience_s=60):
+            if (kept := self._taken_before(folder, request.owner)) is not None:
+                remove_tree(folder)
+                return kept
             while (self.layout.experts / name).exists():
                 name, number = f"{request.owner}-{number}", number + 1
             self.layout.experts.mkdir(parents=True, exist_ok=True)
             folder.rename(self.layout.experts / check_name(name, "an expert"))
         return name
+
+    def _taken_before(self, folder: Path, owner: str) -> str | None:
+        """Return the name under which a kill left an accepted expert that the ledger does not know yet, or None."""
+        digest, known = read_manifest(folder).digest, self.files.ledger.accepted_names()
+        for path in sorted(self.layout.experts.glob(f"{owner}*")):
+            manifest = find_manifest(path)
+            if path.name not in known and manifest is not None and (manifest.owner, manifest.digest) == (owner, digest):
+                return path.name
+        return None
 
     # --- helpers ---
 

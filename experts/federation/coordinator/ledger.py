@@ -82,6 +82,14 @@ class Ledger:
                 latest[entry.owner, entry.detail] = entry
         return [entry for entry in latest.values() if entry.state == "removed"]
 
+    def known_keys(self) -> set[str]:
+        """Return the fingerprints of all keys that members have had."""
+        return {entry.detail for entry in self._read().entries if entry.state in ("invited", "rotated", "removed")}
+
+    def accepted_names(self) -> set[str]:
+        """Return the names of all accepted experts."""
+        return {entry.detail for entry in self._read().entries if entry.state == "accepted"}
+
     def states_of(self, owner: str) -> Mapping[str, Entry]:
         """Return the latest entry of each of an owner's requests, in the order of the requests."""
         return dict(self._read().of_owner.get(owner, {}))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....core.artefacts.files import os_errors_as_user_errors
+from ....core.artefacts.files import os_errors_as_user_errors, replacement_file
 from ....core.errors import UserError
 from ..protocol.requests import canonical_json
 
@@ -77,9 +77,13 @@ class LedgerChain:
         if not self._ledger.is_file():
             return ""
         with self._ledger.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - TAIL, 0))
-            lines = [line for _, line in _lines(file.read())]
-        return _digest(lines[-1]) if lines else ""
+            size = tail = file.seek(0, os.SEEK_END)
+            for tail in (TAIL, size):  # all of it only if the last line is longer
+                file.seek(max(size - tail, 0))
+                lines = [line for _, line in _lines(file.read())]
+                if lines:
+                    return _digest(lines[-1])
+        return ""
 
     def _signing_key(self) -> Any:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -95,9 +99,8 @@ class LedgerChain:
         with os_errors_as_user_errors(self._key_file):
             if not self._key_file.is_file():
                 key = Ed25519PrivateKey.generate()
-                content = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-                with os.fdopen(os.open(self._key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(content)
+                with replacement_file(self._key_file, mode=0o600) as file:
+                    file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
             self._key = load_pem_private_key(self._key_file.read_bytes(), password=None)
         return self._key
 

@@ -90,11 +90,13 @@ class Members:
             self._write(list(members.values()))
         return [members[name] for name in keys]
 
-    def replace_key(self, name: str, key: PublicKey) -> Member:
-        """Give a member another key; raises `UserError` if another member has it."""
-        self.get(name)
+    def replace_key(self, old: Member, key: PublicKey) -> Member:
+        """Give a member another key; raises `UserError` if it was removed or changed meanwhile, or another member has it."""
+        name = old.name
         with exclusive(self.path.with_suffix(".lock"), "the list of members"):
             members = dict(self._by_name())
+            if members.get(name) != old:
+                raise UserError(f"'{name}' was removed or has another key by now; its key is not replaced")
             if any(member.key == key and member.name != name for member in members.values()):
                 raise UserError("another member has that key; each owner needs a key of its own")
             members[name] = Member(name, key)

@@ -14,7 +14,7 @@ from ....core.errors import UserError, first_line
 from ....core.manifests.manifest import Manifest, read_manifest
 from ....core.manifests.run import RUN_FILE, read_run
 from ....core.manifests.verification import verify
-from ..protocol.delivery import SignedStatement, Statement
+from ..protocol.delivery import MAX_TEXT, SignedStatement, Statement
 from ..protocol.requests import ExpertRequest
 from .refusal import RefusalCode, Refused
 
@@ -22,8 +22,6 @@ MAX_JSON = 1 << 20
 """Largest manifest and run file, in bytes."""
 MAX_HEADER = 8 << 20
 """Largest header of a safetensors file, in bytes."""
-MAX_TEXT = 300
-"""Longest text in a manifest."""
 SIZE_SLACK = 64 << 20
 """Bytes by which an expert may exceed the seed."""
 

@@ -29,8 +29,10 @@ MAX_CHANGE = 2.0
 than 1."""
 NORM_RANGE = (1 / 3, 3.0)
 """Range of a tensor's norm, divided by that of the seed's tensor."""
-BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".position_ids")
-"""Ends of the names of stored tensors that are computed, not trained; an expert need not have them."""
+MASKS = (".masked_bias", ".attn.bias")
+"""Ends of the names of causal masks, which older models store."""
+SMALL_RMS = 0.1
+"""Root mean square below which a tensor, such as a bias that began at 0, may change by as much as one of this size."""
 
 
 def check_tensors(folder: Path, recipe: Recipe, seed: Path) -> None:
@@ -46,11 +48,15 @@ def check_tensors(folder: Path, recipe: Recipe, seed: Path) -> None:
             raise Refused(refusal.code, refusal.detail)
         if name not in trainable:
             raise Refused(RefusalCode.FROZEN, f"'{name}'")
+    # training can leave a vector as it was, and then an expert does not store it; and some vectors are computed
     missing = sorted(
-        name for name in trainable - set(expert) if base.entry(name).dtype in FLOATING and not name.endswith(BUFFERS)
+        name
+        for name in trainable - set(expert)
+        if base.entry(name).dtype in FLOATING and len(base.entry(name).shape) > 1 and not name.endswith(MASKS)
     )
-    if missing:
-        raise Refused(RefusalCode.FILES, f"{len(missing)} tensors are missing, such as '{missing[0]}'")
+    if missing or not list(expert):
+        example = f", such as '{missing[0]}'" if missing else ""
+        raise Refused(RefusalCode.FILES, f"{len(missing)} matrices are missing{example}")
     digests = read_manifest(seed).tensors
     for name in expert:
         if base.entry(name).dtype not in FLOATING:
@@ -87,11 +93,11 @@ class Movement:
     """How far a tensor is from the seed's."""
 
     change: float
-    """Norm of the difference, divided by the norm of the seed's tensor; a seed's tensor of zeros is treated as all ones."""
+    """Norm of the difference, divided by the norm of the seed's tensor, or of a tensor with `SMALL_RMS` if that is larger."""
     norm_ratio: float | None
-    """Norm, divided by that of the seed's tensor; None for a seed's tensor of zeros."""
+    """Norm, divided by that of the seed's tensor; None for a small tensor."""
     cosine: float | None
-    """Cosine of the angle to the seed's tensor; None for a seed's tensor of zeros."""
+    """Cosine of the angle to the seed's tensor; None for a small tensor."""
 
 
 def movement_of(expert: Checkpoint, base: Checkpoint, name: str) -> Movement:
@@ -106,8 +112,9 @@ def movement_of(expert: Checkpoint, base: Checkpoint, name: str) -> Movement:
         squared_base += _squared_norm(base_values)
         product += float(torch.dot(values.double(), base_values.double()))
         count += values.numel()
-    change = math.sqrt(squared_change / (squared_base or count or 1.0))
-    if not squared_base:
+    floor = count * SMALL_RMS**2
+    change = math.sqrt(squared_change / (max(squared_base, floor) or 1.0))
+    if squared_base <= floor:
         return Movement(change, None, None)
     norms = math.sqrt(squared_norm * squared_base)
     return Movement(change, math.sqrt(squared_norm / squared_base), product / norms if norms else 0.0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+MAX_DETAIL = 300
+"""Longest detail of a refusal, in letters; it may quote what an owner sent."""
+
 
 class RefusalCode(Enum):
     """Reasons for a refusal; the code crosses the network, each side has its own sentence."""
@@ -44,4 +47,4 @@ class Refused(Exception):
 
     def __init__(self, code: RefusalCode, detail: str = "") -> None:
         super().__init__(code.name)
-        self.refusal = Refusal(code, detail)
+        self.refusal = Refusal(code, detail.encode("ascii", "backslashreplace").decode()[:MAX_DETAIL])

@@ -51,7 +51,7 @@ class KeptSeeds:
             )
         for file in request.seed_files:
             path = inside(folder, file.name)
-            if not path.is_file() or parts_of(require_regular(path), file.part_size).sha256 != file.sha256:
+            if not path.is_file() or parts_of(require_regular(path.resolve()), file.part_size).sha256 != file.sha256:
                 raise UserError(f"{path} differs from the requested seed's; fetch the seed again, or omit --seed")
         return self._store(request, folder)
 

@@ -35,7 +35,7 @@ from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
 from ....core.manifests.run import RUN_FILE, read_run
 from ....core.manifests.statements import DataStatement, PrivacyStatement
-from ..protocol.delivery import DELIVERY_FILE, SignedStatement, make_delivery
+from ..protocol.delivery import DELIVERY_FILE, MAX_TEXT, SignedStatement, make_delivery
 from ..protocol.keys import KEY_FILE, PUBLIC_FILE, OwnerKey, make_key, read_key
 from ..protocol.parts import PART_BYTES
 from ..protocol.requests import ExpertRequest, Progress, is_identifier, without_superseded
@@ -98,6 +98,10 @@ class Owner:
             self.state.chmod(0o700)
         if settings.privacy is not None:
             check_privacy(settings.privacy)
+        if settings.licence is not None and (len(settings.licence) > MAX_TEXT or not settings.licence.isprintable()):
+            raise UserError(
+                f"the licence has to be one printable line of at most {MAX_TEXT} letters, or delivery would be refused"
+            )
         write_json(self.state / SETTINGS_FILE, {**asdict(settings), "data": str(data)})
 
     def settings(self) -> OwnerSettings:
@@ -170,9 +174,11 @@ class Owner:
             read_key(folder) if (folder / KEY_FILE).is_file() else make_key(folder)
         )  # an earlier try may have been sent
         send(KeyRotation.of(old, new), new)
-        for name in (PUBLIC_FILE, KEY_FILE):
-            link_or_copy(self.state / name, self.state / f"{name}.old")
-            (folder / name).replace(self.state / name)
+        for name in (PUBLIC_FILE, KEY_FILE):  # the private key last: until then, the same command goes on
+            if (folder / name).is_file():
+                remove_tree(self.state / f"{name}.old")
+                link_or_copy(self.state / name, self.state / f"{name}.old")
+                (folder / name).replace(self.state / name)
         remove_tree(folder)
         remove_tree(self.state / "deliveries")
         return self.key()
@@ -325,7 +331,12 @@ class Owner:
         pid = path.read_text().strip()
         with suppress(ChildProcessError, ValueError):
             os.waitpid(int(pid), os.WNOHANG)  # a child counts as alive until its exit status is collected
-        return is_alive(pid)
+        if not is_alive(pid):
+            return False
+        try:  # the system may have given the number to another process since
+            return request.id.encode() in Path(f"/proc/{int(pid)}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return not Path("/proc").is_dir()
 
     def progress(self, request: ExpertRequest) -> Progress:
         """Return the progress of a request's training run."""

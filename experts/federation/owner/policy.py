@@ -59,7 +59,11 @@ class OwnerPolicy(Section):
             return f"your policy allows {', '.join(self.recipes)}, and the request asks for '{recipe.trains}'"
         if recipe.round is not None and not self.rounds:
             return f"your policy excludes rounds, and the request is for {recipe.round}"
-        tokens, seed_bytes = training_of(request).tokens, sum(file.size for file in request.seed_files)
+        training = training_of(request)
+        tokens, seed_bytes = (
+            max(training.tokens, training.trained_tokens),
+            sum(file.size for file in request.seed_files),
+        )
         if self.max_tokens is not None and tokens > self.max_tokens:
             return f"the request trains on {tokens:,} tokens; your policy allows {self.max_tokens:,.0f}"
         if self.max_seed_gb is not None and seed_bytes > self.max_seed_gb * GIGABYTE:

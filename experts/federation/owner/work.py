@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from ...training.starting_point import training_blocks
 from ..protocol.requests import ExpertRequest, FailureCode, Progress
 from .owner import PROCESS_FILE, PROGRESS_FILE, SPENT_FILE, Owner
 from .policy import GIGABYTE, read_policy
+
+PATIENCE_S = 60.0
+"""Seconds for which training may go on after the hours of the policy, to end its step and to save its state."""
 
 
 def main(arguments: list[str]) -> int:
@@ -72,7 +77,7 @@ def work(
     def is_over_limit() -> bool:
         return limit is not None and progress.seconds_spent >= 3600 * limit
 
-    with exclusive(folder / ".locks" / "work", f"request {request.id}"):
+    with exclusive(folder / ".locks" / "work", f"request {request.id}"), _ended_after(limit, progress):
         if owner.is_trained(request):
             return expert
         if not owner.is_private_enough(request):
@@ -103,6 +108,27 @@ def work(
             progress.fail(error)
             raise
     return expert
+
+
+@contextmanager
+def _ended_after(hours: float | None, progress: _ProgressFile) -> Iterator[None]:
+    """End this process if training goes on `PATIENCE_S` seconds after its limit: one step can be as long as a request wants."""
+    if hours is None:
+        yield
+        return
+
+    def end() -> None:
+        progress.phase = "POLICY"
+        progress.fail(UserError("over the limit"))
+        os._exit(1)
+
+    timer = threading.Timer(max(hours * 3600 - progress.seconds_spent, 0.0) + PATIENCE_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _workspace(owner: Owner, request: ExpertRequest) -> Layout:

@@ -27,6 +27,8 @@ from .requests import ExpertRequest, canonical_json, require_distinct
 DELIVERY_FILE = "delivery.json"
 MAX_STATEMENT = 4 << 20
 """Largest `delivery.json`, in bytes."""
+MAX_TEXT = 300
+"""Longest text in a delivered manifest, in letters; all have to be printable."""
 MAX_FILES = 8
 """Most files of a delivery: the expert's tensors, its manifest and run, and files of its trainer."""
 

@@ -6,6 +6,7 @@ Connections are counted before the TLS handshake, which would otherwise hold a d
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import resource
 import ssl
 from collections import Counter
@@ -47,6 +48,17 @@ class Connections:
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
+
+
+def network_of(address: str) -> str:
+    """Return the network that connections are counted by: an IPv4 address, or the /64 of an IPv6 address."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
 
 
 def descriptors() -> int:
@@ -126,7 +138,7 @@ class _Gate(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         peer = transport.get_extra_info("peername")
-        address = str(peer[0]) if peer else ""
+        address = network_of(str(peer[0])) if peer else ""
         if not self._connections.admit(address):
             transport.abort()
             return

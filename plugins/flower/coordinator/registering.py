@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -24,7 +25,7 @@ def register(connection: str, members: dict[str, str], nodes: list[str]) -> dict
     client = init_http_client_from_connection(read_superlink_connection(connection))
     try:
         for node in nodes:
-            with flwr_cli_exc_handler():
+            with suppress(click.ClickException), flwr_cli_exc_handler():  # an earlier call may have unregistered it
                 client.UnregisterNode(UnregisterNodeRequest(node_id=int(node)))
         for name, line in members.items():
             key = load_ssh_public_key(line.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -185,7 +185,11 @@ async def _reply(send: Send, answer: Answer) -> None:
     view = memoryview(body)
     for begin in range(0, max(len(view), 1), 1 << 20):
         piece = bytes(view[begin : begin + (1 << 20)])
-        await send({"type": "http.response.body", "body": piece, "more_body": begin + len(piece) < len(view)})
+        event = {"type": "http.response.body", "body": piece, "more_body": begin + len(piece) < len(view)}
+        try:
+            await asyncio.wait_for(send(event), READ_S)
+        except TimeoutError:  # a client that does not read; ending the task without the rest closes the connection
+            return
 
 
 class TlsServer:

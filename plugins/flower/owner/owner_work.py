@@ -69,7 +69,10 @@ class OwnerWork:
                 self._owner.stop(request)  # it goes on from its last checkpoint
                 self._say(request, "waits until training for others has ended")
                 continue
-            if time.monotonic() < self._wait_until.get(request.id, 0.0) or self.is_over(request):
+            if self.is_over(request):
+                self._owner.stop(request)  # after its deadline
+                continue
+            if time.monotonic() < self._wait_until.get(request.id, 0.0):
                 continue
             try:
                 self._advance(request)

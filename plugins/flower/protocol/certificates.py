@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from ....core.artefacts.files import os_errors_as_user_errors
+from ....core.artefacts.files import os_errors_as_user_errors, replacement_file
 from ....core.errors import UserError
 
 LIFETIME = timedelta(days=3650)
@@ -98,9 +98,13 @@ def _is_valid_for(certificates: Certificates, names: Sequence[str], renew_before
     """Return whether the server's certificate exists, is signed by the authority, covers the names and is not about to expire."""
     if not (certificates.certificate.is_file() and certificates.key.is_file()):
         return False
-    certificate = _read(certificates.certificate)
+    authority = _read(certificates.authority)
     try:
-        certificate.verify_directly_issued_by(_read(certificates.authority))
+        certificate = x509.load_pem_x509_certificate(certificates.certificate.read_bytes())
+        certificate.verify_directly_issued_by(authority)
+        key = load_pem_private_key(certificates.key.read_bytes(), password=None)
+        if key.public_key() != certificate.public_key():  # a kill came between the two files
+            return False
     except (ValueError, TypeError, InvalidSignature):
         return False
     alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -176,6 +180,5 @@ def _general_name(name: str) -> x509.GeneralName:
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     content = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with replacement_file(path, mode=0o600) as file:
         file.write(content)

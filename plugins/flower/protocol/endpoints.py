@@ -34,8 +34,8 @@ ALIVE_S = 30.0
 """Seconds for which an owner's session counts as alive after its last request."""
 FINISH_S = 20.0
 """Seconds that a `finish` request waits for the verdict before it answers `judging`."""
-PARTS_AT_ONCE = 2
-"""Parts that are held in memory at a time."""
+PARTS_AT_ONCE = 4
+"""Parts that are held in memory at a time, of as many members."""
 STATUS = {
     "NOT_SIGNED": 401,
     "UNKNOWN_KEY": 401,
@@ -71,6 +71,7 @@ class Endpoints:
         self._sessions: dict[str, tuple[str, float]] = {}
         self._finishing: dict[str, asyncio.Task[Refusal | None]] = {}
         self._parts = asyncio.Semaphore(PARTS_AT_ONCE)
+        self._transfers: dict[str, asyncio.Semaphore] = {}
         self._judging = asyncio.Semaphore(coordinator.judged_at_once)
         self._routes: list[tuple[str, re.Pattern[str], Callable[..., Awaitable[Answer]]]] = [
             ("GET", re.compile("requests"), self._requests),
@@ -110,6 +111,10 @@ class Endpoints:
             self._reporter.say(f"'{name}' is online")
         self._sessions[name] = (signed.session, now)
 
+    def _transfer(self, signed: SignedRequest) -> asyncio.Semaphore:
+        """Return the lock by which a member transfers one part at a time, so that a slow one does not hold all places."""
+        return self._transfers.setdefault(signed.member.name, asyncio.Semaphore(1))
+
     async def _requests(self, signed: SignedRequest, read: Read) -> Answer:
         await _body(signed, read)
         name = signed.member.name
@@ -119,7 +124,7 @@ class Endpoints:
 
     async def _seed_part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
         await _body(signed, read)
-        async with self._parts:
+        async with self._transfer(signed), self._parts:
             expert_request = await self._request_of(signed, request)
             data = await asyncio.to_thread(self._coordinator.seed_part, expert_request, unquote(file), int(index))
         return 200, data, "application/octet-stream"
@@ -136,7 +141,7 @@ class Endpoints:
         return self._refused(signed, missing) if isinstance(missing, Refusal) else _json({"missing": missing})
 
     async def _part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
-        async with self._parts:
+        async with self._transfer(signed), self._parts:
             data = await _body(signed, read, PART_BYTES)
             await self._request_of(signed, request)
             await asyncio.to_thread(self._files.put, request, unquote(file), int(index), data)

@@ -501,3 +501,53 @@ def test_requested_privacy_is_applied_stated_and_checked(
     assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
     privacy = read_manifest(coordinator.layout.experts / "site-a").data.privacy
     assert privacy == spent
+
+
+def test_vectors_that_training_left_as_they_were_need_not_be_delivered(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    trained(coordinator, owner, request)
+    owner.delivery(request)
+
+    def drop_norms(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if tensors[name].dim() == 1]:
+            del tensors[name]
+
+    signed = rewritten(owner, request, with_tensors(drop_norms))
+    assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
+
+
+def test_a_kill_between_taking_an_expert_and_its_entry_leaves_no_second_one(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a")
+    trained(coordinator, owner, request)
+    signed = owner.delivery(request)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    log = coordinator._log
+    monkeypatch.setattr(
+        coordinator, "_log", lambda state, *rest, **more: (killed if state == "accepted" else log)(state, *rest, **more)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        hand_in(coordinator, owner.delivery_folder(request), request, signed)
+    assert coordinator.layout.finished_experts() == ["site-a"]
+    monkeypatch.undo()
+    assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is None
+    assert coordinator.layout.finished_experts() == ["site-a"]
+    assert coordinator.files.ledger.accepted_names() == {"site-a"}
+
+
+@pytest.mark.parametrize("trains", ["model.layers.{0,1}.mlp.*", ",".join(f"model.layers.{n}.mlp.*" for n in range(30))])
+def test_a_request_that_owners_could_not_read_is_not_asked(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock, trains: str
+) -> None:
+    new_owner("site-a")
+    with pytest.raises(UserError, match="the field 'trains' of the recipe"):
+        ask(coordinator, clock, "site-a", recipe=replace(BTM, trains=trains))
+    assert coordinator.open_requests("site-a") == []

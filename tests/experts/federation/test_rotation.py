@@ -84,3 +84,41 @@ def test_a_rotation_that_cannot_be_sent_changes_nothing_and_is_sent_again(
     assert tried == [new.public.line]  # the same pair, since the first try may have arrived
     assert read_key(owner.state).public == new.public
     assert not (owner.state / "next-key").exists()
+
+
+def test_keys_can_be_rotated_again_and_a_kill_in_between_is_made_up_for(
+    coordinator: Coordinator, new_owner: NewOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = new_owner("site-a")
+    seen = {owner.key().public.line}
+    for _ in range(3):
+        seen.add(owner.rotate_key(lambda rotation, _: coordinator.rotate_key(rotation)).public.line)
+        assert coordinator.files.members.get("site-a").key == owner.key().public
+    assert len(seen) == 4
+    replaced = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "owner.key":
+            raise KeyboardInterrupt
+        return replaced(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        owner.rotate_key(lambda rotation, _: coordinator.rotate_key(rotation))
+    monkeypatch.undo()
+    owner.rotate_key(lambda rotation, new: None)  # the coordinator has it already, as `rotate-key` finds out
+    assert coordinator.files.members.get("site-a").key == owner.key().public
+
+
+def test_a_key_that_was_in_use_before_does_not_come_back(coordinator: Coordinator, new_owner: NewOwner) -> None:
+    owner = new_owner("site-a")
+    coordinator.remove("site-a")
+    first = owner.key()
+    coordinator.invite("site-a", first.public)
+    owner.rotate_key(lambda rotation, _: coordinator.rotate_key(rotation))
+    with pytest.raises(UserError, match="was in use before"):
+        coordinator.rotate_key(KeyRotation.of(owner.key(), replace(first, path=owner.state / "owner.key.old")))
+    member = coordinator.files.members.get("site-a")
+    coordinator.remove("site-a")
+    with pytest.raises(UserError, match="was removed or has another key by now"):
+        coordinator.files.members.replace_key(member, first.public)

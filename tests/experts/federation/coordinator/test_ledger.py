@@ -10,6 +10,7 @@ import pytest
 
 from expertctl import UserError
 from expertctl.experts.federation.coordinator.ledger import Entry, Ledger, State
+from expertctl.experts.federation.judging.refusal import RefusalCode, Refused
 
 
 def entry(state: State, request: str, owner: str = "a", recipe: str = "r", delivery: str = "") -> Entry:
@@ -163,3 +164,16 @@ def test_removed_members_stay_visible(tmp_path: Path) -> None:
     assert [(gone.owner, gone.detail) for gone in ledger.removed_members()] == [("a", "SHA256:a")]
     assert ledger.states() == {}
     assert ledger.states_of("a") == {}
+
+
+def test_a_line_longer_than_the_tail_breaks_no_chain(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.add(entry("asked", "1", owner="x" * 100_000))
+    ledger.add(entry("asked", "2"))
+    assert ledger.chain.audit().problems == ()
+
+
+def test_details_of_refusals_are_short_and_plain() -> None:
+    detail = Refused(RefusalCode.DIGEST, "\ud800" + "é" * 70_000).refusal.detail
+    assert detail.isascii()
+    assert len(detail) == 300

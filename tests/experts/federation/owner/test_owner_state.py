@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from federation_messages import REQUEST
 
+from expertctl import UserError
 from expertctl.core.artefacts.files import write_json
-from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
 from expertctl.experts.federation.protocol.requests import Progress
+
+
+def test_a_number_that_another_process_has_now_is_not_the_training(tmp_path: Path) -> None:
+    owner = Owner(tmp_path)
+    folder = owner.run_folder(REQUEST)
+    folder.mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (folder / "process.txt").write_text(str(other.pid))
+        assert not owner.is_working(REQUEST)
+        owner.stop(REQUEST)
+        assert other.poll() is None
+        other.kill()
+    with subprocess.Popen([sys.executable, "-c", "input()", REQUEST.id], stdin=subprocess.PIPE) as training:
+        (folder / "process.txt").write_text(str(training.pid))
+        assert owner.is_working(REQUEST)
+        owner.stop(REQUEST)
+        assert training.wait(10) != 1  # it may be ending still
+
+
+def test_a_licence_that_no_delivery_may_have_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("x")
+    for licence in ("CC BY\u00a04.0", "two\nlines", "x" * 301):
+        with pytest.raises(UserError, match="the licence has to be one printable line"):
+            Owner(tmp_path / "state").configure(OwnerSettings(tmp_path / "text.txt", licence=licence))
 
 
 def test_damaged_files_are_set_aside(tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ def test_the_template_sets_no_limit_and_every_line_of_it_is_valid(tmp_path: Path
     [
         ("recipes: [flexolmo]", {}, "your policy allows flexolmo, and the request asks for 'all'"),
         ("max_tokens: 100", {}, "trains on 320 tokens; your policy allows 100"),
+        (
+            "max_tokens: 1000",
+            {"training": {"tokens": 320, "batch_size": 8, "accumulation": 10**9}},
+            "your policy allows 1,000",
+        ),
         ("max_seed_gb: 0.000001", {}, "your policy allows 1e-06"),
         ("epsilon: 8", {}, "the request has no differential privacy; your policy demands epsilon of at most 8"),
         ("epsilon: 8", {"privacy": {"epsilon": 9.0, "delta": 1e-6}}, "the request has epsilon 9"),

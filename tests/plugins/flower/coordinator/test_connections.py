@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from expertctl.plugins.flower.coordinator import connections, reverse_proxy
-from expertctl.plugins.flower.coordinator.connections import Connections
+from expertctl.plugins.flower.coordinator.connections import Connections, network_of
 from expertctl.plugins.flower.coordinator.reverse_proxy import TlsServer
 from expertctl.plugins.flower.processes import child
 from expertctl.plugins.flower.processes.child import Child
@@ -32,6 +32,14 @@ def test_connections_are_counted_by_address_and_in_all() -> None:
     for address in "abbc":
         counts.release(address)
     assert [counts.admit(f"{number}") for number in range(5)] == [True] * 4 + [False]
+
+
+def test_a_host_with_many_ipv6_addresses_counts_as_one() -> None:
+    assert network_of("192.0.2.7") == "192.0.2.7"
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:2") == "2001:db8::/64"
+    assert network_of("::ffff:192.0.2.7") == "192.0.2.7"
+    assert network_of("fe80::1%eth0") == "fe80::/64"
+    assert network_of("unix") == "unix"
 
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:
