@@ -42,6 +42,7 @@ def register(connection: str, members: dict[str, str], nodes: list[str]) -> dict
 
 
 def main() -> None:
+    """Read the members from standard input, and print what became of each."""
     content = json.load(sys.stdin)
     print(json.dumps(register(sys.argv[1], content["register"], content["unregister"])))
 
