@@ -11,8 +11,10 @@ import heapq
 import inspect
 import optparse
 import pprint
+import random
 import sched
 import shutil
+import smtplib
 import ssl
 import statistics
 import subprocess
@@ -138,6 +140,41 @@ def test_a_coordinator_killed_after_one_of_three_deliveries_and_an_owner_killed_
     model, _ = load_model(workspace.generalists / "together")
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
     assert verify(workspace.experts / "third") == []
+
+
+@pytest.mark.timeout(900)
+def test_twenty_kills_at_random_moments_lose_nothing_and_change_no_tensor(federation: Federation) -> None:
+    """Of the coordinator, the owner's process and its training, against an owner with the same text that nobody disturbs."""
+    source = random.Random(0)
+    owners = {name: federation.owner(name, smtplib) for name in ("steady", "shaken")}
+    requests = {name: federation.ask(name, FLEXOLMO_LONG) for name in owners}
+    owners["steady"].take(requests["steady"])
+    owners["steady"].seeds.copy(requests["steady"], federation.workspace / "seed")
+    undisturbed = work(owners["steady"], requests["steady"])  # not delivered: the same expert twice would be a replay
+    joined = federation.join("shaken")
+    wait_until(has_begun(owners["shaken"], requests["shaken"]), why=joined.output)
+    killed = []
+    for _ in range(20):
+        time.sleep(source.uniform(0.1, 3.0))
+        victim = source.choice(["coordinator", "owner", "training"])
+        if victim == "coordinator":
+            federation.server.kill()
+            federation.server.again()
+        elif victim == "owner" and joined.process.poll() is None:
+            joined.kill()
+            joined.again()
+        elif victim == "training" and owners["shaken"].is_working(requests["shaken"]):
+            kill_work(owners["shaken"], requests["shaken"])
+        else:
+            continue
+        killed.append(victim)
+    assert {"coordinator", "owner"} <= set(killed)
+    assert joined.wait() == 0, joined.output()
+    assert "shaken" in federation.accepted(), joined.output()
+    delivered = federation.workspace / "experts" / "shaken"
+    assert read_manifest(delivered).tensors == read_manifest(undisturbed).tensors
+    assert verify(delivered) == []
+    assert federation.coordinator.files.ledger.chain.audit().problems == ()
 
 
 def test_traffic_and_coordinator_files_hold_no_line_of_the_owners_text(
