@@ -8,7 +8,10 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertctl import Workspace
 
 PUBLIC = "public"
 
@@ -70,6 +73,14 @@ def results_over_seeds(
             rows.write_text(json.dumps(one_seed(root, seed, options), indent=2) + "\n")
         results.append(json.loads(rows.read_text()))
     return results
+
+
+def train_seed_and_experts(workspace: Workspace, jobs: int) -> None:
+    """Pretrain the seed and train all experts that are not finished; exit if one fails."""
+    if not (workspace.layout.seed / "seed.json").exists():
+        workspace.seed()
+    if failed := workspace.train(jobs=jobs).failed:
+        sys.exit(f"failed: {failed}")
 
 
 def write_config(root: Path, config: Mapping[str, Any]) -> None:

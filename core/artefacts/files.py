@@ -1,4 +1,4 @@
-"""Atomic file and folder writes (temporary sibling, then rename) and lock files."""
+"""Atomic file and folder writes (temporary sibling, then rename), lock files, and paths that come from outside."""
 
 from __future__ import annotations
 

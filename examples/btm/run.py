@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import differences_over_seeds, results_over_seeds, table_over_seeds, write_config
+from tools import differences_over_seeds, results_over_seeds, table_over_seeds, train_seed_and_experts, write_config
 
 from expertctl import Workspace
 from expertctl.experts.measures.evaluation import EvaluationTable
@@ -73,9 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Run the experiment with one random seed; return bits per byte by row and domain."""
     workspace = make_workspace(root, seed, options)
-    if not (workspace.layout.seed / "seed.json").exists():
-        workspace.seed()
-    require(workspace.train(jobs=options.jobs).failed)
+    train_seed_and_experts(workspace, options.jobs)
     workspace.baselines.dense()
     workspace.baselines.dense(same_batch=True)
     workspace.baselines.random_split(jobs=options.jobs)
@@ -101,11 +99,6 @@ def domains_of(corpora: Path | None) -> dict[str, dict[str, str]]:
         return {name: {"bundled": name} for name in BUNDLED}
     folders = sorted(path for path in corpora.resolve().iterdir() if (path / "train.jsonl").exists())
     return {path.name: {part: str(path / f"{part}.jsonl") for part in ("train", "valid")} for path in folders}
-
-
-def require(failed: object) -> None:
-    if failed:
-        sys.exit(f"failed: {failed}")
 
 
 def shared_rows(workspace: Workspace) -> dict[str, dict[str, float]]:

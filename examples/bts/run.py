@@ -27,6 +27,7 @@ from tools import (
     joined_text,
     results_over_seeds,
     table_over_seeds,
+    train_seed_and_experts,
     write_config,
 )
 
@@ -101,11 +102,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run the experiment with one random seed; return bits per byte and costs by row."""
     workspace = make_workspace(root, seed, options)
-    if not (workspace.layout.seed / "seed.json").exists():
-        workspace.seed()
-    failed = workspace.train(jobs=options.jobs).failed
-    if failed:
-        sys.exit(f"failed: {failed}")
+    train_seed_and_experts(workspace, options.jobs)
     folders = {}
     for row, (kind, settings) in MERGES.items():
         folders[row] = row.replace(", ", "-").replace(" ", "-")

@@ -19,7 +19,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import PUBLIC, differences_over_seeds, divided_text, results_over_seeds, table_over_seeds, write_config
+from tools import (
+    PUBLIC,
+    differences_over_seeds,
+    divided_text,
+    results_over_seeds,
+    table_over_seeds,
+    train_seed_and_experts,
+    write_config,
+)
 
 from expertctl import Workspace
 from expertctl.experts.federation.judging.round_weights import AveragingRules
@@ -103,11 +111,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Run the experiment with one random seed; return bits per byte by row and owner."""
     workspace = make_workspace(root, seed, options)
-    if not (workspace.layout.seed / "seed.json").exists():
-        workspace.seed()
-    failed = workspace.train(jobs=options.jobs).failed
-    if failed:
-        sys.exit(f"failed: {failed}")
+    train_seed_and_experts(workspace, options.jobs)
     owners = options.owners
     dense = [f"dense-{owner}" for owner in owners]
     workspace.baselines.dense(experts=dense)

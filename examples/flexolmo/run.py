@@ -27,6 +27,7 @@ from tools import (
     joined_text,
     results_over_seeds,
     table_over_seeds,
+    train_seed_and_experts,
     write_config,
 )
 
@@ -111,11 +112,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Run the experiment with one random seed; return bits per byte by row and owner."""
     workspace = make_workspace(root, seed, options)
-    if not (workspace.layout.seed / "seed.json").exists():
-        workspace.seed()
-    failed = workspace.train(jobs=options.jobs).failed
-    if failed:
-        sys.exit(f"failed: {failed}")
+    train_seed_and_experts(workspace, options.jobs)
     owners = owners_of(workspace)
     merges = {row: what for row, what in MERGES.items() if options.ablations or what[0] not in ABLATED}
     folders = {row: merged(workspace, row, *settings, owners) for row, settings in merges.items()}

@@ -19,7 +19,7 @@ from ....core.errors import UserError
 from ....core.manifests.manifest import Manifest, read_manifest
 from ....core.manifests.statements import DataStatement, DomainStatement, PrivacyStatement
 from ...text.corpora import two_digits
-from .fields import Digest, Identifier, Message, Name
+from .fields import Digest, Identifier, Message, Name, Signature
 from .keys import OwnerKey
 from .parts import PART_BYTES, FileParts, parts_of
 from .requests import ExpertRequest, canonical_json, require_distinct
@@ -70,7 +70,7 @@ class SignedStatement(Message):
     LABEL = "the delivery"
 
     statement: Annotated[Statement, BeforeValidator(Statement.of_json)]
-    signature: Annotated[str, Field(pattern="^[A-Za-z0-9+/=]{1,300}$")]
+    signature: Signature
 
     def as_json(self) -> dict[str, Any]:
         return {"statement": self.statement.as_json(), "signature": self.signature}

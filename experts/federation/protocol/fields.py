@@ -38,6 +38,8 @@ Fingerprint = Annotated[str, Field(pattern="^SHA256:[A-Za-z0-9+/]{43}$")]
 """Fingerprint of a key, as `ssh-keygen -l` shows it."""
 FileName = Annotated[str, Field(pattern="^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
 """Name of a file in a flat folder; it does not begin with a dot."""
+Signature = Annotated[str, Field(pattern="^[A-Za-z0-9+/=]{1,300}$")]
+"""A signature in base64."""
 Count = Annotated[int, Field(ge=0, lt=10**15)]
 Word = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,100}$")]
 """Name of a trainer, an option or a setting."""

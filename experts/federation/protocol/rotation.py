@@ -8,11 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from ....core.errors import UserError
-from .fields import Fingerprint, Message
+from .fields import Fingerprint, Message, Signature
 from .keys import OwnerKey, PublicKey
 from .requests import canonical_json
-
-Signature = Annotated[str, Field(pattern="^[A-Za-z0-9+/=]{1,300}$")]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class PatientProtocol(H11Protocol):
 
     _deadline: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as H11Protocol narrows it
         super().connection_made(transport)
         self._wait(HEADERS_S)
 
@@ -111,7 +111,7 @@ class BoundedLoop(asyncio.SelectorEventLoop):
 
     connections: Connections
 
-    async def create_server(  # type: ignore[override]
+    async def create_server(  # type: ignore[override]  # always with TLS
         self, protocol_factory: Callable[[], asyncio.Protocol], *args: Any, ssl: ssl.SSLContext, **kwargs: Any
     ) -> asyncio.Server:
         def gate() -> asyncio.Protocol:

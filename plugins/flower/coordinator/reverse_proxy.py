@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import threading
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 from wsgiref.util import is_hop_by_hop
@@ -18,11 +16,11 @@ from wsgiref.util import is_hop_by_hop
 import httpx
 import uvicorn
 
-from ....core.errors import UserError
 from ..protocol.certificates import Certificates
 from ..protocol.endpoints import PATH, Answer, Endpoints, failure_answer
 from ..protocol.signing import Failure
 from .connections import KEEP_ALIVE_S, MOST, BoundedLoop, Connections, PatientProtocol
+from .threaded_server import ThreadedServer
 
 FLEET = "/v1/fleet/"
 FLEET_CALLS = frozenset(
@@ -192,7 +190,7 @@ async def _reply(send: Send, answer: Answer) -> None:
             return
 
 
-class TlsServer:
+class TlsServer(ThreadedServer):
     """HTTPS server for a gateway, in a separate thread."""
 
     def __init__(
@@ -222,37 +220,20 @@ class TlsServer:
             limit_concurrency=MOST,
             h11_max_incomplete_event_size=MAX_HEADERS,
         )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._address = f"{host}:{port}"
+        super().__init__(config, "--listen")
 
-    def _serve(self) -> None:
+    def run(self) -> None:
+        """Serve on an event loop that bounds the number of connections."""
+
         def bounded_loop() -> BoundedLoop:
             loop = BoundedLoop()
             loop.connections = self._connections
             return loop
 
-        with suppress(SystemExit), asyncio.Runner(loop_factory=bounded_loop) as runner:
-            runner.run(self._server.serve())  # uvicorn exits if it cannot listen
-
-    def open(self) -> int:
-        """Start serving and return the port; raises `UserError` if it cannot listen."""
-        self._thread.start()
-        while not self._server.started:
-            self._thread.join(0.05)
-            if not self._thread.is_alive():
-                raise UserError(
-                    f"cannot listen on {self._address}; another server may use the port: choose another with --listen"
-                )
-        port: int = self._server.servers[0].sockets[0].getsockname()[1]
-        return port
+        with asyncio.Runner(loop_factory=bounded_loop) as runner:
+            runner.run(self.server.serve())
 
     def reload(self, certificates: Certificates) -> None:
         """Use a renewed certificate for new connections."""
-        assert self._server.config.ssl is not None
-        self._server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)
-
-    def close(self) -> None:
-        """Stop the server, giving open requests a few seconds."""
-        self._server.should_exit = True
-        self._thread.join(10)
+        assert self.server.config.ssl is not None
+        self.server.config.ssl.load_cert_chain(certificates.certificate, certificates.key)

@@ -77,11 +77,12 @@ def serve(
         endpoints = Endpoints(coordinator, certificates.fingerprint, reporter)
         gateway = Gateway(lambda: superlink.address, certificates, endpoints)
         server = TlsServer(gateway, host, port, certificates)
-        page = StatusServer(coordinator, *parse_address(status)) if status is not None else None
+        page_host, page_port = parse_address(status) if status is not None else ("", 0)
+        page = StatusServer(coordinator, page_host, page_port) if status is not None else None
         rounds = threading.Thread(target=keep_rounds, args=(coordinator, reporter, stop))
         try:
             if page is not None:
-                reporter.say(f"status page: http://{format_address(parse_address(status or '')[0], page.open())}/")
+                reporter.say(f"status page: http://{format_address(page_host, page.open())}/")
             opened(format_address(host, server.open()), certificates)
             rounds.start()
             _supervise(superlink, server, current_certificates, reporter, stop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import threading
 from contextlib import suppress
 from html import escape
 from typing import Any
@@ -21,6 +20,7 @@ from ....core.errors import UserError
 from ....experts.federation.coordinator.coordinator import Coordinator
 from ....experts.federation.coordinator.owner_status import OwnerStatus
 from ....experts.federation.coordinator.report import FederationReport
+from .threaded_server import ThreadedServer
 
 REFRESH_S = 5
 PAGE = """<!doctype html>
@@ -36,7 +36,7 @@ th {{ font-weight: 600; }}
 """
 
 
-class StatusServer:
+class StatusServer(ThreadedServer):
     """HTTP server of the status page, in a separate thread."""
 
     def __init__(self, coordinator: Coordinator, host: str, port: int) -> None:
@@ -53,28 +53,7 @@ class StatusServer:
             access_log=False,
             server_header=False,
         )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._address = f"{host}:{port}"
-
-    def _serve(self) -> None:
-        with suppress(SystemExit):  # uvicorn exits if it cannot listen
-            self._server.run()
-
-    def open(self) -> int:
-        """Start serving and return the port; raises `UserError` if it cannot listen."""
-        self._thread.start()
-        while not self._server.started:
-            self._thread.join(0.05)
-            if not self._thread.is_alive():
-                raise UserError(f"cannot listen on {self._address} for the status page; choose another with --status")
-        port: int = self._server.servers[0].sockets[0].getsockname()[1]
-        return port
-
-    def close(self) -> None:
-        """Stop the server."""
-        self._server.should_exit = True
-        self._thread.join(5)
+        super().__init__(config, "--status")
 
 
 def is_loopback(host: str) -> bool:

@@ -19,7 +19,6 @@ from expertctl.experts.federation.owner import work as work_module
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.owner.policy import POLICY_FILE, read_policy, write_policy_template
 from expertctl.experts.federation.protocol.requests import ExpertRequest
-from expertctl.experts.runs.trainable import trainer_for
 
 NewOwner = Callable[[str], Owner]
 
@@ -114,7 +113,6 @@ def test_a_request_says_what_it_asks_for(coordinator: Coordinator, new_owner: Ne
     said = owner.describe(ask(coordinator, clock, private))
     assert said.startswith("flexolmo, 10 steps of 32 tokens, epsilon 8, delta 1e-05, a seed of ")
     assert said.endswith(" bytes, until 2030-01-03 00:00 UTC")
-    assert trainer_for("flexolmo").side_files is not None
 
 
 def test_a_deadline_in_the_past_is_refused_on_both_sides(
