@@ -15,8 +15,7 @@ from .options import coordinator_of, recipe_from, with_recipe
 from .shared import shared_line
 
 if TYPE_CHECKING:
-    from ...experts.federation.rounds.rounds import RoundPlan
-    from ...experts.federation.rounds.shared_model import SharedSettings
+    from ...experts.federation.judging.round_weights import AveragingRules
 
 ROUNDS, QUORUM, NAME = 10, 0.5, "shared"  # defaults of the options
 
@@ -27,6 +26,15 @@ ROUNDS, QUORUM, NAME = 10, 0.5, "shared"  # defaults of the options
 @integer("--rounds", f"diloco, fedavg: number of rounds. Default: {ROUNDS}")
 @fraction(
     "--quorum", "SHARE", f"diloco, fedavg: share of the owners that a round needs at its deadline. Default: {QUORUM}"
+)
+@option(
+    "--grace",
+    "TIME",
+    "diloco, fedavg: wait only this long for further owners after the quorum. Default: until the deadline",
+)
+@integer(
+    "--late",
+    "diloco, fedavg: rounds for which a delivery still counts after its own round, with half the share each. Default: 0",
 )
 @option("--name", "NAME", f"diloco, fedavg: name of the shared model. Default: {NAME}")
 @option(
@@ -44,6 +52,8 @@ def ask(
     deadline: str,
     rounds: int | None,
     quorum: float | None,
+    grace: str | None,
+    late: int | None,
     name: str | None,
     priority: int,
     **recipe: Any,
@@ -59,6 +69,8 @@ def ask(
     from ...experts.federation.coordinator.round_keeper import begin_rounds, status_of
     from ...experts.federation.protocol.requests import deadline_in
     from ...experts.federation.rounds.averaging import OUTER_RECIPES
+    from ...experts.federation.rounds.rounds import RoundPlan
+    from ...experts.federation.rounds.shared_model import SharedSettings
 
     names = list(dict.fromkeys(owner.strip() for owner in owners.split(",") if owner.strip()))
     if not names:
@@ -67,7 +79,18 @@ def ask(
     until = deadline_in(deadline, now)
     if recipe["recipe_name"] in OUTER_RECIPES:
         seconds, name = (until - now).total_seconds(), name or NAME
-        plan, settings = _plan_from(names, seconds, rounds or ROUNDS, quorum or QUORUM, priority, recipe)
+        grace_seconds = (deadline_in(grace, now) - now).total_seconds() if grace is not None else None
+        plan = RoundPlan(
+            tuple(names),
+            recipe["recipe_name"],
+            quorum or QUORUM,
+            seconds,
+            _averaging_rules(recipe),
+            grace_seconds,
+            late or 0,
+        )
+        training = training_settings(recipe["tokens"], recipe["settings"])
+        settings = SharedSettings(rounds or ROUNDS, training, priority)
         coordinator = coordinator_of(session)
         status = status_of(coordinator, begin_rounds(coordinator, name, plan, settings))
         session.finish(
@@ -76,8 +99,10 @@ def ask(
             f"`expertctl federate serve` runs the rounds; the result becomes generalists/{name}",
         )
         return
-    if (rounds, quorum, name) != (None, None, None):
-        raise UserError(f"--rounds, --quorum and --name apply only to the recipes {' and '.join(OUTER_RECIPES)}")
+    if any(given is not None for given in (rounds, quorum, grace, late, name)):
+        raise UserError(
+            f"--rounds, --quorum, --grace, --late and --name apply only to the recipes {' and '.join(OUTER_RECIPES)}"
+        )
     requests = coordinator_of(session).ask(names, recipe_from(**recipe), until, priority=priority)
     delivered = sorted(set(names) - {request.owner for request in requests})
     lines = [
@@ -96,14 +121,10 @@ def ask(
     )
 
 
-def _plan_from(
-    names: list[str], seconds: float, rounds: int, quorum: float, priority: int, recipe: dict[str, Any]
-) -> tuple[RoundPlan, SharedSettings]:
-    """Return plan and settings for the options of `with_recipe`; raises `UserError` if rounds do not support one."""
+def _averaging_rules(recipe: dict[str, Any]) -> AveragingRules:
+    """Return the rules in the options of `with_recipe`; raises `UserError` if rounds do not support one."""
     from ...core.hooks.options import parse_options
     from ...experts.federation.judging.round_weights import AveragingRules
-    from ...experts.federation.rounds.rounds import RoundPlan
-    from ...experts.federation.rounds.shared_model import SharedSettings
 
     name = recipe["recipe_name"]
     if recipe["dp"] is not None:
@@ -111,6 +132,5 @@ def _plan_from(
             f"'{name}' does not support differential privacy, which would need accounting over all rounds; choose btm or flexolmo "
             "with --dp"
         )
-    rules = parse_options(AveragingRules, recipe["options"], f"recipe '{name}'")
-    plan = RoundPlan(tuple(names), name, quorum, seconds, rules)
-    return plan, SharedSettings(rounds, training_settings(recipe["tokens"], recipe["settings"]), priority)
+    rules: AveragingRules = parse_options(AveragingRules, recipe["options"], f"recipe '{name}'")
+    return rules

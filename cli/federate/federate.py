@@ -21,7 +21,7 @@ from .files import deliver, pack, work
 from .keys import accept_key, keys, rotate_key
 from .network import join, serve
 from .options import coordinator_of, default_state, state_option
-from .shared import shared_table
+from .shared import public_loss_text, shared_table
 from .simulate import simulate_command
 
 if TYPE_CHECKING:
@@ -172,9 +172,10 @@ def _status_table(statuses: Sequence[OwnerStatus]) -> Table | str:
                 f"{status.last_heard:%Y-%m-%d %H:%M}" if status.last_heard is not None else "",
                 f"{status.deadline:%Y-%m-%d %H:%M}" if status.deadline is not None else "",
                 status.detail,
+                public_loss_text(status.public_loss) if status.public_loss is not None else "",
             )
         )
-    return Table(("owner", "online", "state", "training", "last heard", "deadline", "detail"), rows)
+    return Table(("owner", "online", "state", "training", "last heard", "deadline", "detail", "public text"), rows)
 
 
 for _command in (

@@ -1,8 +1,8 @@
-"""Output of `expertctl federate` about shared models."""
+"""Output of `expertctl federate` about shared models and contributions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..output import Table
@@ -20,6 +20,12 @@ def shared_line(status: SharedStatus) -> str:
         f"'{status.name}': round {status.number + 1} of {status.total}, {len(status.delivered)} of {status.owners} owners have "
         f"delivered, {status.needed} are needed{until}"
     )
+
+
+def public_loss_text(losses: Mapping[str, float]) -> str:
+    """Return an expert's loss on public text, and by how much it differs from the seed's."""
+    expert, seed = losses["expert"], losses["seed"]
+    return f"{expert:.3f} ({100 * (expert / seed - 1):+.1f}%)" if seed else f"{expert:.3f}"
 
 
 def shared_table(statuses: Sequence[SharedStatus]) -> Table:

@@ -134,6 +134,7 @@ def command(
         raise click.UsageError("give the NAME of the merge, or --config FILE with -o DIR")
     workspace = session.open()
     folder = output or workspace.generalists / name
+    _note_contributions(session, workspace, settings["experts"])
     if plan_only:
         _show_plan(session, workspace.generalists.plan(name, output=output, run=run, **settings), folder)
         return 0
@@ -143,6 +144,19 @@ def command(
         show_artefact(session, folder, manifest, origin(manifest))
         return 0
     return _compare(session, workspace, folder, manifest)
+
+
+def _note_contributions(session: Session, workspace: Workspace, experts: Sequence[str] | None) -> None:
+    """Print the loss on public text of each expert that an owner of a federation delivered."""
+    from ...experts.federation.coordinator.storage import FederationFiles
+    from ..federate.shared import public_loss_text
+
+    if not (root := workspace.root / "federation").is_dir():
+        return
+    losses = FederationFiles(root).ledger.public_losses()
+    for name in experts or workspace.layout.finished_experts():
+        if name in losses:
+            session.note(f"{name}: loss on public text {public_loss_text(losses[name])}, compared with the seed")
 
 
 def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Manifest) -> int:

@@ -18,6 +18,8 @@ import expertctl
 
 model, tokenizer = expertctl.load_model("FOLDER")
 ```"""
+_PARTICIPATION = {"shares": "counted", "late": "of these late", "refused": "refused", "missing": "not delivered"}
+"""Fields of a round's record with owners -> what they are called."""
 _LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,6 +41,7 @@ def model_card(manifest: Manifest, evaluation: Mapping[str, Any] | None = None) 
         _introduction(manifest),
         _parents_section(manifest),
         _recipe_section(manifest.name, merged) if merged is not None else "",
+        _participation_section(merged) if merged is not None and merged.rounds else "",
         _data_section(manifest),
         _evaluation_section(evaluation, manifest.metrics.get("gate")),
         "## How to load it",
@@ -127,6 +130,24 @@ def _parents_section(manifest: Manifest) -> str:
     unknown = _join_names([parent.name for parent in manifest.parents if not parent.licence])
     remark = f"\n\nThe licence is not known, as none is recorded for {unknown}." if not manifest.licence else ""
     return f"## Made from\n\n{_table(head, rows)}{remark}"
+
+
+def _participation_section(merged: GeneralistConfig) -> str:
+    """Return a table of the rounds in which each owner counted, was late, was refused or did not deliver."""
+    rounds = merged.rounds
+    owners = sorted(
+        {owner for round_ in rounds for owner in (*round_["shares"], *round_["refused"], *round_["missing"])}
+    )
+    rows = [
+        (
+            owner,
+            *(str(sum(owner in round_.get(kind, ()) for round_ in rounds)) for kind in _PARTICIPATION),
+            f"{sum(round_['shares'].get(owner, 0.0) for round_ in rounds) / len(rounds):.3f}",
+        )
+        for owner in owners
+    ]
+    head = ("owner", *_PARTICIPATION.values(), "mean share")
+    return f"## Participation\n\nOf {len(rounds)} rounds:\n\n{_table(head, rows)}"
 
 
 def _describe_data(data: DataStatement) -> str:

@@ -94,7 +94,7 @@ def test_invalid_rounds_are_one_line_errors(run: Any, hub: Path) -> None:
         ("--recipe", "diloco", "--option", "momentum=1"): "momentum is 1.0; it must be at least 0 and less than 1",
         ("--recipe", "diloco", "--set", "sequence_lenght=3"): "sequence_lenght",
         ("--recipe", "diloco", "--tokens", "40"): "too few for 2 rounds",
-        ("--recipe", "btm"): "--rounds, --quorum and --name apply only to the recipes diloco and fedavg",
+        ("--recipe", "btm"): "--rounds, --quorum, --grace, --late and --name apply only to the recipes",
         ("--recipe", "diloco", "--name", "../x"): "cannot be called '../x'",
         ("--recipe", "diloco", "--name", "seed"): "cannot be called 'seed'",
     }.items():

@@ -6,7 +6,7 @@ All state is on disk (`storage.py`), so a restart resumes where the process stop
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +16,8 @@ from ....core.artefacts.layout import Layout, check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE
 from ....core.errors import UserError, unknown_name
 from ....core.manifests.manifest import find_manifest, read_manifest
-from ..judging.acceptance import HeldOut, Measure, refusal_of_expert, refusal_of_statement
-from ..judging.refusal import Refusal, RefusalCode
+from ..judging.acceptance import HeldOut, Measure, examine_expert, refusal_of_statement
+from ..judging.refusal import Refusal, RefusalCode, Refused
 from ..protocol.delivery import SignedStatement
 from ..protocol.keys import PublicKey
 from ..protocol.parts import read_part
@@ -131,6 +131,19 @@ class Coordinator:
                 return self.files.request(entry.request)
         return None
 
+    def is_training_for_earlier_round(self, name: str, shared: SharedModel) -> bool:
+        """Return whether an owner trains for a round before the open one, in which its weights can still count."""
+        if not shared.rounds.plan.late_rounds:
+            return False
+        for request in self.open_requests(name):
+            round_, (progress, _) = request.recipe.round, self.files.progress(request.id)
+            if round_ is None or (round_.rounds, round_.number) == (shared.identifier, shared.rounds.number):
+                continue
+            is_under_way = progress is not None and progress.state in ("training", "ready")
+            if round_.rounds == shared.identifier and is_under_way and self.files.ledger.state(request.id) != "refused":
+                return True
+        return False
+
     def withdraw(self, name: str) -> list[ExpertRequest]:
         """Withdraw an owner's open requests, whose training then ends; return them.
 
@@ -150,7 +163,9 @@ class Coordinator:
     def seed_folder(self, request: ExpertRequest) -> Path:
         """Return the folder of a request's seed; raises `UserError` if another seed has replaced it."""
         round_ = request.recipe.round
-        folder = self.layout.seed if round_ is None else self.shared_model(round_.model).seed_folder()
+        folder = self.layout.seed
+        if round_ is not None:
+            folder = self.shared_model(round_.model).seed_folder(round_.number)
         if digest_of_seed(folder) != request.seed:
             raise UserError(f"the seed of request {request.id} was replaced, or its round is over; ask again")
         return folder
@@ -212,12 +227,16 @@ class Coordinator:
                 artefact = self.files.assemble(request.id, signed)
                 self._log("delivered", request, delivery=signed.statement.expert)
                 judge = self._judge_expert if request.recipe.round is None else self._judge_weights
-                refusal = judge(artefact, signed, request)
-                if refusal is None:
-                    self._log("accepted", request, self._take(artefact, request), signed.statement.expert)
+                try:
+                    losses = judge(artefact, signed, request)
+                except Refused as refused:
+                    refusal = refused.refusal
+                    remove_tree(artefact)
+                else:
+                    expert = signed.statement.expert
+                    self._log("accepted", request, self._take(artefact, request), expert, losses)
                     self.files.accept(request.id, signed)
                     return None
-                remove_tree(artefact)
             self._refuse(request, refusal, signed)
             return refusal
 
@@ -240,20 +259,21 @@ class Coordinator:
             self._log("refused", request, str(refusal), signed.statement.expert)
         self.files.quarantine(request, refusal)
 
-    def _judge_expert(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
+    def _judge_expert(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> HeldOut | None:
         seed = self.layout.seed
-        return refusal_of_expert(folder, signed, request, seed, lambda: self._measure(seed, folder))
+        return examine_expert(folder, signed, request, seed, lambda: self._measure(seed, folder))
 
-    def _judge_weights(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> Refusal | None:
+    def _judge_weights(self, folder: Path, signed: SignedStatement, request: ExpertRequest) -> HeldOut | None:
         """Apply the checks of an expert, then those of the round; a refused owner is left out of the round."""
         round_ = request.recipe.round
         assert round_ is not None
         shared = self.shared_model(round_.model)
         rounds = shared.rounds
-        if rounds.number != round_.number:  # the round may have closed before a restart sent the verdict
-            counted = rounds.number > round_.number and request.owner in rounds.report(round_.number).shares
-            return None if counted else Refusal(RefusalCode.LATE)
-        seed = shared.seed_folder()
+        if rounds.has_counted(request.owner, round_.number):  # the round closed before a restart sent the verdict
+            return None
+        if not shared.accepts(round_.number):
+            raise Refused(RefusalCode.LATE)
+        seed = shared.seed_folder(round_.number)
 
         def held_out() -> HeldOut | None:
             """Score the owner's weights with the configuration and tokenizer of the round's seed."""
@@ -265,15 +285,19 @@ class Coordinator:
                 link_or_copy(folder / SINGLE_FILE, model / SINGLE_FILE)
                 return self._measure(seed, model)
 
-        refusal = refusal_of_expert(folder, signed, request, seed, held_out)
-        if refusal is not None:
-            rounds.leave_out(request.owner, refusal.code.name, str(refusal))
-            return refusal
+        try:
+            losses = examine_expert(folder, signed, request, seed, held_out)
+        except Refused as refused:
+            rounds.leave_out(request.owner, refused.refusal.code.name, str(refused.refusal))
+            raise
         try:  # token count that the owner declares, to two significant digits
             weight = float(sum(domain.tokens for domain in read_manifest(folder).domains.values()))
         except (UserError, OverflowError):
             weight = 0.0
-        return rounds.deliver(request.owner, folder / SINGLE_FILE, weight, self.now(), number=round_.number)
+        refusal = rounds.deliver(request.owner, folder / SINGLE_FILE, weight, self.now(), number=round_.number)
+        if refusal is not None:
+            raise Refused(refusal.code, refusal.detail)
+        return losses
 
     def _take(self, folder: Path, request: ExpertRequest) -> str:
         """Move an accepted expert to `experts/NAME`, with a number if the name exists; return its name or its round."""
@@ -308,17 +332,26 @@ class Coordinator:
         return [entry for entry in entries if entry.state not in ("accepted", "withdrawn")]
 
     def _is_current(self, request: ExpertRequest) -> bool:
-        """Return whether a request is for an expert or for an open round."""
+        """Return whether a request is for an expert, or for a round that its weights can still count in."""
         round_ = request.recipe.round
         if round_ is None:
             return True
         shared = self.shared_models().get(round_.model)
-        return shared is not None and (shared.identifier, shared.rounds.number) == (round_.rounds, round_.number)
+        return shared is not None and shared.identifier == round_.rounds and shared.accepts(round_.number)
 
-    def _log(self, state: State, request: ExpertRequest, detail: str = "", delivery: str = "") -> None:
+    def _log(
+        self,
+        state: State,
+        request: ExpertRequest,
+        detail: str = "",
+        delivery: str = "",
+        losses: HeldOut | None = None,
+    ) -> None:
         at = self.now().isoformat(timespec="seconds")
-        entry = Entry(state, request.id, request.owner, request.seed, request.recipe.digest, at, detail, delivery)
-        self.files.ledger.add(entry)
+        recipe, public = request.recipe.digest, asdict(losses) if losses is not None else None
+        self.files.ledger.add(
+            Entry(state, request.id, request.owner, request.seed, recipe, at, detail, delivery, public)
+        )
 
 
 def digest_of_seed(folder: Path) -> str:

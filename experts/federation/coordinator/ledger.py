@@ -35,6 +35,8 @@ class Entry:
     """Deadline of a request, name of an accepted expert, reason of a refusal, or fingerprint of a member's key."""
     delivery: str = ""
     """Digest of the delivered expert."""
+    public_loss: Mapping[str, float] | None = None
+    """Losses on public text of an accepted expert and of its seed, in nats per token: `expert`, `seed`; None if not measured."""
 
     def __post_init__(self) -> None:
         if self.state not in get_args(State):
@@ -89,6 +91,11 @@ class Ledger:
     def accepted_names(self) -> set[str]:
         """Return the names of all accepted experts."""
         return {entry.detail for entry in self._read().entries if entry.state == "accepted"}
+
+    def public_losses(self) -> dict[str, Mapping[str, float]]:
+        """Return the losses on public text of accepted experts, by expert; without those that were not measured."""
+        entries = (entry for entry in self._read().entries if entry.state == "accepted")
+        return {entry.detail: entry.public_loss for entry in entries if entry.public_loss is not None}
 
     def states_of(self, owner: str) -> Mapping[str, Entry]:
         """Return the latest entry of each of an owner's requests, in the order of the requests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -25,6 +26,8 @@ class OwnerStatus:
     last_heard: datetime | None = None
     """When the owner was last heard from; None if never."""
     deadline: datetime | None = None
+    public_loss: Mapping[str, float] | None = None
+    """Losses of the accepted expert and its seed on public text, as in the ledger."""
 
 
 def owner_statuses(coordinator: Coordinator) -> list[OwnerStatus]:
@@ -45,7 +48,7 @@ def owner_statuses(coordinator: Coordinator) -> list[OwnerStatus]:
             entry = entries[request.id]
             detail = entry.detail if entry.state != "asked" else _open_detail(coordinator, request)
             training, _ = progress[request.id]
-            status = (request.id, entry.state, detail, training, last_heard, request.deadline)
+            status = (request.id, entry.state, detail, training, last_heard, request.deadline, entry.public_loss)
             statuses.append(OwnerStatus(member.name, online, *status))
     return statuses
 

@@ -93,9 +93,12 @@ def advance(coordinator: Coordinator, shared: SharedModel) -> list[str]:
                 return messages
             report = shared.rounds.close(_now(coordinator))
             excluded = sorted([*report.refused, *report.missing])
+            averaged = [
+                f"{owner} ({late} late)" if (late := report.late.get(owner)) else owner for owner in report.shares
+            ]
             messages.append(
                 f"round {report.number + 1} of {shared.settings.total} of '{shared.name}': "
-                f"{_enumerate(list(report.shares))} averaged{f', without {_enumerate(excluded)}' if excluded else ''}"
+                f"{_enumerate(averaged)} averaged{f', without {_enumerate(excluded)}' if excluded else ''}"
             )
         shared.finish(_write_generalist(coordinator, shared))
         messages.append(f"'{shared.name}' is finished: generalists/{shared.name}")
@@ -152,17 +155,22 @@ def _extend_open_round(shared: SharedModel, plan: RoundPlan, settings: SharedSet
 
 
 def _request_missing(coordinator: Coordinator, shared: SharedModel) -> list[str]:
-    """Send requests for the open round to missing owners without one, or with one that ends before the round."""
+    """Send requests for the open round to missing owners without one, or with one that ends before the round.
+
+    An owner who trains for an earlier round that still counts finishes that first.
+    """
     rounds, recipe, seed = shared.rounds, shared.recipe(), shared.seed_folder()
     digest = digest_of_seed(seed)
     member_names = {member.name for member in coordinator.files.members.all()}
     for owner in rounds.missing():
         if owner not in member_names:
             rounds.leave_out(owner, "REMOVED", "no longer a member")
-    deadline = rounds.open.deadline.replace(microsecond=0)
+    late = timedelta(seconds=rounds.plan.round_seconds) * rounds.plan.late_rounds
+    deadline = rounds.open.deadline.replace(microsecond=0) + late
     if deadline <= _now(coordinator):
         return []  # nobody can deliver any more, unless the deadline is extended
-    open_requests = {owner: coordinator.open_request(owner, digest, recipe.digest) for owner in rounds.missing()}
+    asked = [owner for owner in rounds.missing() if not coordinator.is_training_for_earlier_round(owner, shared)]
+    open_requests = {owner: coordinator.open_request(owner, digest, recipe.digest) for owner in asked}
     due = [owner for owner, request in open_requests.items() if request is None or request.deadline < deadline]
     requests = coordinator.ask(due, recipe, deadline, seed, priority=shared.settings.priority) if due else []
     if not requests:
@@ -189,7 +197,12 @@ def _write_generalist(coordinator: Coordinator, shared: SharedModel) -> str:
         config=GeneralistConfig(
             method=rounds.plan.recipe,
             kind="shared",
-            options={"quorum": rounds.plan.quorum, **asdict(rounds.plan.rules)},
+            options={
+                "quorum": rounds.plan.quorum,
+                "grace_seconds": rounds.plan.grace_seconds,
+                "late_rounds": rounds.plan.late_rounds,
+                **asdict(rounds.plan.rules),
+            },
             training={**shared.settings.training, "steps_per_round": shared.settings.steps},
             rounds=tuple(asdict(report) for report in reports),
         ),

@@ -50,27 +50,27 @@ def refusal_of_statement(signed: SignedStatement, request: ExpertRequest, key: P
     return None
 
 
-def refusal_of_expert(
+def examine_expert(
     folder: Path,
     signed: SignedStatement,
     request: ExpertRequest,
     seed: Path,
     held_out: Callable[[], HeldOut | None],
-) -> Refusal | None:
-    """Judge an expert with all its files; return the refusal or None. `held_out` is called after all other checks pass."""
-    try:
-        side = side_files(request.recipe, seed)
-        manifest = checked_manifest(folder, signed, request, read_manifest(seed), side)
-        _check_privacy(manifest, request)
-        check_tensors(folder, request.recipe, seed)
-        check_side_files(folder, side)
-        losses = held_out()
-    except Refused as refused:
-        return refused.refusal
+) -> HeldOut | None:
+    """Check an expert with all its files and return what `held_out` measures, which is called after all other checks.
+
+    Raises `Refused`.
+    """
+    side = side_files(request.recipe, seed)
+    manifest = checked_manifest(folder, signed, request, read_manifest(seed), side)
+    _check_privacy(manifest, request)
+    check_tensors(folder, request.recipe, seed)
+    check_side_files(folder, side)
+    losses = held_out()
     if losses is not None and not losses.expert <= MAX_LOSS_RATIO * losses.seed:  # true for NaN as well
         loss = "the expert cannot be scored" if math.isnan(losses.expert) else f"{losses.expert:.3f}"
-        return Refusal(RefusalCode.HELD_OUT, f"{loss}; the seed has {losses.seed:.3f}")
-    return None
+        raise Refused(RefusalCode.HELD_OUT, f"{loss}; the seed has {losses.seed:.3f}")
+    return losses
 
 
 def _check_privacy(manifest: Manifest, request: ExpertRequest) -> None:

@@ -10,7 +10,7 @@ from ....core.artefacts.digests import digest_of_tensors
 from ....core.artefacts.numeric import FLOATING
 from ....core.artefacts.safetensors_io import Checkpoint, digest_start, tensor_bytes
 from ....core.errors import UserError, first_line
-from ....core.hooks.option_checks import check_at_least, check_positive
+from ....core.hooks.option_checks import check_at_least, check_positive, check_range
 from .delivered_tensors import refusal_of_entry, upcast
 from .refusal import Refusal, RefusalCode
 
@@ -27,6 +27,8 @@ class AveragingRules:
     """Learning rate of the outer optimiser; None: the recipe's."""
     momentum: float | None = None
     """Nesterov momentum of the outer optimiser, 0 for none; None: the recipe's."""
+    late_discount: float = 0.5
+    """Factor on an owner's share for each round that its delivery is late, from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_positive("max_change", self.max_change)
@@ -35,6 +37,7 @@ class AveragingRules:
             check_positive("learning_rate", self.learning_rate)
         if self.momentum is not None and not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
+        check_range("late_discount", self.late_discount, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Delivery:
     """Token count of the owner's text."""
     change: float
     """Relative change, as in `AveragingRules.max_change`."""
+    at: str = ""
+    """Time of the delivery, ISO 8601."""
+    late: int = 0
+    """Rounds between the one that the weights start from and the one that they count in."""
 
 
 def examine_delivery(file: Path, weight: float, shared: Checkpoint, rules: AveragingRules) -> Delivery | Refusal:

@@ -2,6 +2,7 @@
 
 DiLoCo (arXiv:2311.08105, algorithm 1) and FedAvg (arXiv:1602.05629, algorithm 1). theta are the shared weights of a round,
 theta_i the weights of owner i after it: Delta = sum_i w_i (theta - theta_i), which the outer optimiser uses as the gradient.
+A late delivery counts with the change from the weights that it started from (as in asynchronous DiLoCo, arXiv:2401.09135, section 3).
 Memory holds one span of one tensor at a time, whatever the number of owners and the size of the tensor.
 """
 
@@ -19,7 +20,7 @@ from ....core.artefacts.numeric import FLOATING
 from ....core.artefacts.safetensors_io import Checkpoint, digest_start, new_file, tensor_bytes
 from ....core.errors import UserError, unknown_name
 from ..judging.delivered_tensors import upcast
-from ..judging.round_weights import AveragingRules
+from ..judging.round_weights import AveragingRules, Delivery
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,20 +67,25 @@ class Contribution:
     digest: str
     """Digest of the tensors when they were examined."""
     share: float
-    """Weight in the average; the shares of a round sum to 1."""
+    """Weight in the average; the shares of a round sum to 1, or less if some deliveries are late."""
+    start: Path | None = None
+    """Weights that a late delivery started from; None: the shared weights of the round."""
 
 
-def owner_shares(weights: Mapping[str, float], recipe: OuterRecipe, rules: AveragingRules) -> dict[str, float]:
-    """Return each owner's share in the average, sorted by name and summing to 1.
+def owner_shares(deliveries: Mapping[str, Delivery], recipe: OuterRecipe, rules: AveragingRules) -> dict[str, float]:
+    """Return each owner's share in the average, sorted by name.
 
-    Token counts are capped at `rules.max_weight` times their median.
+    Token counts are capped at `rules.max_weight` times their median. The shares sum to 1 before those of late deliveries are
+    multiplied with `rules.late_discount` for each round of lateness; what these lose, the shared weights keep.
     """
-    if not recipe.by_tokens:
-        return {owner: 1 / len(weights) for owner in sorted(weights)}
-    cap = rules.max_weight * median(weights.values())
-    capped = {owner: min(weights[owner], cap) for owner in sorted(weights)}
-    total = math.fsum(capped.values())
-    return {owner: weight / total for owner, weight in capped.items()}
+    owners = sorted(deliveries)
+    cap = rules.max_weight * median(delivery.weight for delivery in deliveries.values())
+    weights = [min(deliveries[owner].weight, cap) if recipe.by_tokens else 1.0 for owner in owners]
+    total = math.fsum(weights)
+    return {
+        owner: weight / total * rules.late_discount ** deliveries[owner].late
+        for owner, weight in zip(owners, weights, strict=True)
+    }
 
 
 def outer_step(
@@ -112,6 +118,7 @@ def average_round(
 
     contributions = sorted(contributions, key=lambda contribution: contribution.owner)
     files = [Checkpoint([contribution.file]) for contribution in contributions]
+    starts = [Checkpoint([given.start]) if given.start is not None else None for given in contributions]
     digests: list[dict[str, str]] = [{} for _ in contributions]
     with (
         new_file(weights_file, shared.shapes()) as weights,
@@ -123,10 +130,11 @@ def average_round(
                 piece = shared.span(name, begin, end)
                 before = upcast(piece)
                 difference = torch.zeros_like(before)
-                for contribution, file, digest in zip(contributions, files, hashes, strict=True):
+                for contribution, file, start, digest in zip(contributions, files, starts, hashes, strict=True):
                     owner_piece = file.span(name, begin, end)
                     digest.update(tensor_bytes(owner_piece))
-                    difference.add_(before - upcast(owner_piece), alpha=contribution.share)
+                    origin = before if start is None else upcast(start.span(name, begin, end))
+                    difference.add_(origin - upcast(owner_piece), alpha=contribution.share)
                 if dtype not in FLOATING:
                     weights.add(name, piece)
                     continue

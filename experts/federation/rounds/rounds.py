@@ -7,9 +7,9 @@ once. A process that resumes therefore averages the same weights to the same byt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,9 @@ from .storage import ROUND_FILE, Round, write_round
 FORMAT = 1
 PLAN_FILE = "plan.json"
 KEPT = 2
-"""Rounds whose weights are kept: the open one and its predecessor."""
+"""Rounds whose weights are kept: the open one and its predecessor; and those that late deliveries start from."""
+
+MOST_LATE = 100
 
 RoundState = Literal["waiting", "ready", "short"]
 
@@ -49,6 +51,10 @@ class RoundPlan:
     round_seconds: float = 86_400.0
     """Seconds from the start of a round to its deadline."""
     rules: AveragingRules = field(default_factory=AveragingRules)
+    grace_seconds: float | None = None
+    """Seconds that a round waits for further owners once it has its quorum; None: until its deadline."""
+    late_rounds: int = 0
+    """Rounds for which a delivery still counts after its own round is closed."""
 
     def __post_init__(self) -> None:
         outer_recipe(self.recipe)
@@ -58,6 +64,10 @@ class RoundPlan:
             check_name(owner, "an owner")
         if not 0 < self.quorum <= 1 or not self.round_seconds > 0:
             raise UserError("the quorum must be a share between 0 and 1, and a round longer than 0 seconds")
+        if not (self.grace_seconds is None or self.grace_seconds >= 0) or not 0 <= self.late_rounds <= MOST_LATE:
+            raise UserError(
+                f"the grace must be at least 0 seconds, and deliveries can be from 0 to {MOST_LATE} rounds late"
+            )
 
     @property
     def needed(self) -> int:
@@ -78,6 +88,8 @@ class RoundReport:
     """Reason of each refusal, by owner."""
     missing: tuple[str, ...]
     """Owners who did not deliver."""
+    late: Mapping[str, int]
+    """Rounds by which deliveries were late, by owner, without those that were not."""
 
 
 class Rounds:
@@ -150,30 +162,57 @@ class Rounds:
         """Return whether the open round waits for owners, is ready to be closed, or is short of owners."""
         if self.is_closing:
             return "ready"
-        if self.missing() and now < self.open.deadline:
+        delivered = self.delivered()
+        if self.missing() and now < self._end_of_waiting(delivered.values()):
             return "waiting"
-        return "ready" if len(self.delivered()) >= self.plan.needed else "short"
+        return "ready" if len(delivered) >= self.plan.needed else "short"
+
+    def _end_of_waiting(self, delivered: Collection[Delivery]) -> datetime:
+        """Return when the open round no longer waits for missing owners."""
+        deadline, grace = self.open.deadline, self.plan.grace_seconds
+        if grace is None or len(delivered) < self.plan.needed:
+            return deadline
+        times = sorted(datetime.fromisoformat(delivery.at) for delivery in delivered)
+        return min(deadline, times[self.plan.needed - 1] + timedelta(seconds=grace))
 
     def deliver(
         self, owner: str, file: Path, weight: float, now: datetime, *, number: int | None = None
     ) -> Refusal | None:
         """Accept an owner's weights for the open round, or return the refusal.
 
-        `weight` is the owner's token count and `number` the round that the weights belong to (default: the open round). A
+        `weight` is the owner's token count and `number` the round that the weights start from (default: the open round). A
         second delivery replaces the first. Raises `UserError` for a name that is not an owner of these rounds.
         """
         self._require_owner(owner)
-        examined = self.open
-        verdict = examine_delivery(file, weight, Checkpoint([examined.shared]), self.plan.rules)
+        number = self.number if number is None else number
+        if not self.accepts(number):
+            return Refusal(RefusalCode.LATE)
+        verdict = examine_delivery(file, weight, Checkpoint([self.weights(number)]), self.plan.rules)
         with self._locked():
-            number = examined.number if number is None else number
-            if self.number != number or self.is_closing or now >= self.open.deadline:
+            if self.is_closing and self.plan.late_rounds:  # a kill interrupted the closing
+                self._open_next(now)
+            is_over = not self.plan.late_rounds and (self.is_closing or now >= self.open.deadline)
+            if is_over or not self.accepts(number):
                 return Refusal(RefusalCode.LATE)
             if isinstance(verdict, Refusal):
                 self.open.write_refusal(owner, verdict.code.name, str(verdict))
                 return verdict
-            self.open.write_delivery(owner, file, verdict)
+            late = self.number - number
+            self.open.write_delivery(owner, file, replace(verdict, at=now.isoformat(), late=late))
         return None
+
+    def accepts(self, number: int) -> bool:
+        """Return whether weights that start from this round's weights can count in the open round."""
+        return 0 <= self.number - number <= self.plan.late_rounds
+
+    def has_counted(self, owner: str, number: int) -> bool:
+        """Return whether an owner's weights that start from this round's weights count in a closed round."""
+        reports = (self.report(closed) for closed in range(number, self.number))
+        return any(owner in report.shares and report.number - report.late.get(owner, 0) == number for report in reports)
+
+    def weights(self, number: int) -> Path:
+        """Return the file of the weights that the owners start from in a round."""
+        return Round(self.root / _name(number)).shared
 
     def leave_out(self, owner: str, code: str, reason: str) -> None:
         """Record that an owner will not deliver in the open round; an accepted delivery still counts."""
@@ -214,28 +253,36 @@ class Rounds:
                 )
             if not self.is_closing:
                 write_json(closed.closing, self._closing_record())
-            closing, number = read_json(closed.closing), closed.number + 1
-            with new_folder(self.root / _name(number), what="round") as partial:
-                write_round(partial, number, self._average(closed, closing, partial), now + self._duration, closing)
-            self.tidy()
+            self._open_next(now)
             return self.report(closed.number)
+
+    def _open_next(self, now: datetime) -> None:
+        """Create the round after the open one, as its closing record says."""
+        closed = self.open
+        closing, number = read_json(closed.closing), closed.number + 1
+        with new_folder(self.root / _name(number), what="round") as partial:
+            write_round(partial, number, self._average(closed, closing, partial), now + self._duration, closing)
+        self.tidy()
 
     def _closing_record(self) -> dict[str, Any]:
         """Return which owners count in the open round; later deliveries are late."""
         delivered = self.delivered()
-        weights = {owner: delivery.weight for owner, delivery in delivered.items()}
         refused = self.open.refused()
         return {
-            "shares": owner_shares(weights, self.recipe, self.plan.rules),
+            "shares": owner_shares(delivered, self.recipe, self.plan.rules),
             "digests": {owner: delivery.digest for owner, delivery in delivered.items()},
             "refused": {owner: refused[owner]["reason"] for owner in refused if owner not in delivered},
             "missing": self.missing(),
+            "late": {owner: delivery.late for owner, delivery in delivered.items() if delivery.late},
         }
 
     def _average(self, closed: Round, closing: dict[str, Any], folder: Path) -> str:
         """Write the average of the weights that count into the next round's folder; return its digest."""
+        starts = {owner: self.weights(closed.number - late) for owner, late in closing.get("late", {}).items()}
         contributions = [
-            Contribution(owner, closed.delivery_folder(owner) / SINGLE_FILE, closing["digests"][owner], share)
+            Contribution(
+                owner, closed.delivery_folder(owner) / SINGLE_FILE, closing["digests"][owner], share, starts.get(owner)
+            )
             for owner, share in closing["shares"].items()
         ]
         state = Checkpoint([closed.outer]) if closed.outer.is_file() else None
@@ -249,7 +296,10 @@ class Rounds:
             raise UserError(f"round {number} is not closed yet")
         content = read_json(path)
         before = content["before"]
-        return RoundReport(number, content["digest"], before["shares"], before["refused"], tuple(before["missing"]))
+        late = before.get("late", {})  # absent in records of former versions
+        return RoundReport(
+            number, content["digest"], before["shares"], before["refused"], tuple(before["missing"]), late
+        )
 
     def tidy(self) -> None:
         """Delete deliveries and old weights of closed rounds; the records of the rounds stay."""
@@ -257,7 +307,7 @@ class Rounds:
         for closed in (Round(self.root / _name(number)) for number in range(open_number)):
             for name in ("deliveries", "work"):
                 remove_tree(closed.folder / name)
-            if closed.number <= open_number - KEPT:
+            if closed.number <= open_number - max(KEPT, self.plan.late_rounds + 1):
                 for file in (closed.shared, closed.outer):
                     file.unlink(missing_ok=True)
 

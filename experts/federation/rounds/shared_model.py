@@ -90,19 +90,29 @@ class SharedModel:
         """Whether all rounds are closed."""
         return self.rounds.number >= self.settings.total
 
+    def accepts(self, number: int) -> bool:
+        """Return whether weights that start from a round's weights can count in the open round."""
+        return not self.is_trained and self.rounds.accepts(number)
+
     def recipe(self) -> Recipe:
         """Return the recipe of requests for the open round."""
         round_ = RoundOf(self.name, self.identifier, self.rounds.number, self.settings.total, self.settings.steps)
         return Recipe(TRAINS, {}, dict(self.settings.training), round=round_)
 
-    def seed_folder(self) -> Path:
-        """Return the folder of the open round's seed, creating it if needed and deleting earlier ones."""
-        folder = self.root / "seeds" / _folder_name(self.rounds.number)
+    def seed_folder(self, number: int | None = None) -> Path:
+        """Return the folder of a round's seed (default: the open round's), creating it if needed.
+
+        Seeds of rounds whose weights cannot count any more are deleted. Raises `UserError` for such a round.
+        """
+        number = self.rounds.number if number is None else number
+        folder = self.root / "seeds" / _folder_name(number)
+        if not self.rounds.accepts(number):
+            raise UserError(f"round {number + 1} of '{self.name}' is over")
         if not (folder / "seed.json").is_file():
             previous = max(path for path in folder.parent.iterdir() if (path / "seed.json").is_file())
-            make_round_seed(previous, self.rounds.open.shared, folder)
+            make_round_seed(previous, self.rounds.weights(number), folder)
             for path in folder.parent.iterdir():
-                if path != folder:
+                if not (path.name.isdigit() and self.rounds.accepts(int(path.name))):
                     remove_tree(path)
         return folder
 

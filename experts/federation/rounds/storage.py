@@ -30,7 +30,7 @@ class Round:
         self.shared, self.outer = folder / SINGLE_FILE, folder / "outer.safetensors"
         """Files of the weights from which owners start, and of the outer optimiser's state."""
         self.closing = folder / "closing.json"
-        """Record of the owners that count (`shares`, `digests`) and of the others (`refused`, `missing`)."""
+        """Record of the owners that count (`shares`, `digests`, `late`) and of the others (`refused`, `missing`)."""
 
     @property
     def deadline(self) -> datetime:

@@ -72,7 +72,15 @@ def test_owners_deliver_experts_by_file_and_they_merge(run: Any, hub: Path) -> N
         assert delivered.out == f"the expert of '{name}' is accepted: experts/{name}\n"
     told = run("--json", "federate", "status", cwd=hub).json["owners"]
     assert [(status["owner"], status["state"]) for status in told] == [(name, "accepted") for name in sorted(MODULES)]
-    assert run("merge", "campus", "--method", "flexolmo", cwd=hub).status == 0
+    merged = run("merge", "campus", "--method", "flexolmo", cwd=hub)
+    assert merged.status == 0
+    losses = {status["owner"]: status["public_loss"] for status in told}
+    for name, loss in losses.items():
+        change = 100 * (loss["expert"] / loss["seed"] - 1)
+        assert (
+            f"{name}: loss on public text {loss['expert']:.3f} ({change:+.1f}%), compared with the seed" in merged.err
+        )
+        assert f"{loss['expert']:.3f} ({change:+.1f}%)" in run("federate", "status", cwd=hub).out
     workspace = Workspace(hub)
     load_model(workspace.generalists / "campus")
     assert verify(workspace.generalists / "campus") == []

@@ -38,10 +38,11 @@ from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
 from expertctl.experts.federation.protocol.delivery import SignedStatement
 from expertctl.experts.federation.protocol.keys import make_key
 from expertctl.experts.federation.protocol.parts import parts_of
-from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe, RoundOf
+from expertctl.experts.federation.protocol.requests import ExpertRequest, Progress, Recipe, RoundOf
 from expertctl.experts.federation.rounds.averaging import OuterRecipe, outer_step
 from expertctl.experts.federation.rounds.rounds import RoundPlan
 from expertctl.experts.federation.rounds.shared_model import SharedModel, SharedSettings
+from expertctl.merge.generalists.card import model_card
 
 NewOwner = Callable[[str], Owner]
 ROUNDS = 2
@@ -266,6 +267,57 @@ def test_weights_with_a_high_loss_on_public_text_are_left_out(
     assert refusal is not None
     assert refusal.code is RefusalCode.HELD_OUT  # type: ignore[attr-defined]
     assert seen[0][0] == shared.seed_folder()
+
+
+def test_the_losses_on_public_text_of_an_accepted_delivery_are_recorded(
+    coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
+) -> None:
+    scoring = Coordinator(coordinator.layout, measure=lambda *_: HeldOut(2.0, 1.9), now=clock)
+    begin_rounds(scoring, "together", plan(quorum=0.5), SETTINGS)
+    play(scoring, owners, "site-a")
+    status = {status.owner: status.public_loss for status in owner_statuses(scoring)}
+    assert status == {"site-a": {"seed": 2.0, "expert": 1.9}, "site-b": None}
+
+
+def test_an_owner_slower_than_the_rounds_finishes_its_request_and_counts_late(
+    coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
+) -> None:
+    settings = SharedSettings(3, {**TRAINING, "tokens": TRAINING["tokens"] * 3})
+    shared = begin_rounds(coordinator, "together", plan(quorum=0.5, late_rounds=1), settings)
+    slow = open_request(coordinator, "site-b")
+    assert slow.deadline - shared.rounds.open.deadline == timedelta(hours=1)
+    coordinator.files.record_progress(slow.id, Progress("training", 1, 2), clock())
+    play(coordinator, owners, "site-a")
+    clock.pass_hours(1)
+    said = advance(coordinator, shared)
+    assert said[0] == "round 1 of 3 of 'together': site-a averaged, without site-b"
+    assert coordinator.open_requests("site-b") == [slow]  # it is not asked for the next round
+    trained(coordinator, owners["site-b"], slow)
+    assert deliver(coordinator, owners["site-b"], slow) is None
+    assert coordinator.finish(slow) is None  # the verdict may be asked for again
+    play(coordinator, owners, "site-a")
+    said = advance(coordinator, shared)
+    assert said[0] == "round 2 of 3 of 'together': site-a and site-b (1 late) averaged"
+    play(coordinator, owners)
+    advance(coordinator, shared)
+    folder = coordinator.layout.generalists / "together"
+    assert [round_["late"] for round_ in read_manifest(folder).merged.rounds] == [{}, {"site-b": 1}, {}]
+    card = model_card(read_manifest(folder))
+    assert "| owner | counted | of these late | refused | not delivered | mean share |" in card
+    assert "| site-a | 3 | 0 | 0 | 0 |" in card
+    assert "| site-b | 2 | 1 | 0 | 1 |" in card
+
+
+def test_an_owner_who_did_not_begin_is_asked_for_the_open_round(
+    coordinator: Coordinator, owners: dict[str, Owner], clock: Clock
+) -> None:
+    settings = SharedSettings(3, {**TRAINING, "tokens": TRAINING["tokens"] * 3})
+    shared = begin_rounds(coordinator, "together", plan(quorum=0.5, late_rounds=1), settings)
+    play(coordinator, owners, "site-a")
+    clock.pass_hours(1)
+    advance(coordinator, shared)
+    numbers = [request.recipe.round.number for request in coordinator.open_requests("site-b")]
+    assert sorted(numbers) == [0, 1]
 
 
 def test_a_removed_member_is_not_awaited(coordinator: Coordinator, owners: dict[str, Owner]) -> None:

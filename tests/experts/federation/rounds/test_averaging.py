@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -249,18 +250,54 @@ def test_an_unknown_recipe_is_named() -> None:
         outer_recipe("dilco")
 
 
+def deliveries(weights: dict[str, float], late: dict[str, int] | None = None) -> dict[str, Delivery]:
+    return {owner: Delivery(owner, weight, 0.1, late=(late or {}).get(owner, 0)) for owner, weight in weights.items()}
+
+
 @given(st.dictionaries(st.text("abcdef", min_size=1), st.floats(1e-3, 1e9), min_size=1, max_size=8))
 def test_shares_sum_to_one_and_a_false_count_cannot_dominate(weights: dict[str, float]) -> None:
-    equal = owner_shares(weights, OUTER_RECIPES["diloco"], RULES)
+    equal = owner_shares(deliveries(weights), OUTER_RECIPES["diloco"], RULES)
     assert set(equal.values()) == {1 / len(weights)}
-    by_tokens = owner_shares(weights, OUTER_RECIPES["fedavg"], RULES)
+    by_tokens = owner_shares(deliveries(weights), OUTER_RECIPES["fedavg"], RULES)
     assert sum(by_tokens.values()) == pytest.approx(1.0)
     assert list(by_tokens) == sorted(weights)
     largest = {**weights, "liar": 1e30}
     if len(weights) >= 3:
-        assert owner_shares(largest, OUTER_RECIPES["fedavg"], RULES)["liar"] < 1.0
+        assert owner_shares(deliveries(largest), OUTER_RECIPES["fedavg"], RULES)["liar"] < 1.0
 
 
 def test_an_excessive_token_count_is_capped_at_ten_medians() -> None:
-    shares = owner_shares({"a": 1.0, "b": 1.0, "liar": 1e12}, OUTER_RECIPES["fedavg"], RULES)
+    shares = owner_shares(deliveries({"a": 1.0, "b": 1.0, "liar": 1e12}), OUTER_RECIPES["fedavg"], RULES)
     assert shares == pytest.approx({"a": 1 / 12, "b": 1 / 12, "liar": 10 / 12})
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.floats(0, 1))
+def test_a_late_delivery_loses_the_discount_for_each_round_and_others_gain_nothing(
+    late: list[int], discount: float
+) -> None:
+    names = [f"owner-{index}" for index in range(len(late))]
+    given = deliveries(dict.fromkeys(names, 1.0), dict(zip(names, late, strict=True)))
+    shares = owner_shares(given, OUTER_RECIPES["diloco"], AveragingRules(late_discount=discount))
+    assert shares == pytest.approx(
+        {name: discount**rounds / len(late) for name, rounds in zip(names, late, strict=True)}
+    )
+
+
+def test_a_late_contribution_adds_its_change_from_where_it_started(tmp_path: Path) -> None:
+    """A naive float64 sum over the owners, one of whom started from other weights."""
+    now, before = shared_weights(torch.float32), moved(shared_weights(torch.float32), 7)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("now", "before", "weights", "outer")}
+    write_tensors(files["now"], now)
+    write_tensors(files["before"], before)
+    models = {"on-time": moved(now, 1), "late": moved(before, 2)}
+    given = [
+        contribution(tmp_path, "on-time", models["on-time"], 0.5, files["now"]),
+        replace(contribution(tmp_path, "late", models["late"], 0.25, files["before"]), start=files["before"]),
+    ]
+    average_round(Checkpoint([files["now"]]), given, None, OUTER_RECIPES["fedavg"], files["weights"], files["outer"])
+    after = Checkpoint([files["weights"]])
+    for name, start in now.items():
+        if start.is_floating_point():
+            change = 0.5 * (models["on-time"][name].double() - start.double())
+            change += 0.25 * (models["late"][name].double() - before[name].double())
+            torch.testing.assert_close(after.read(name).double(), start.double() + change, atol=1e-6, rtol=0)

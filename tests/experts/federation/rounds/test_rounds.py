@@ -115,6 +115,83 @@ def test_after_the_deadline_a_quorum_suffices_and_less_is_an_error(tmp_path: Pat
     assert (sorted(report.shares), report.missing) == (["clinic", "court"], ("press",))
 
 
+def test_a_round_with_its_quorum_waits_only_for_the_grace(tmp_path: Path) -> None:
+    rounds = begin(tmp_path, quorum=0.6, grace_seconds=60.0)
+    minute = timedelta(minutes=1)
+    rounds.deliver("clinic", delivered_file(rounds, "clinic"), 1000, NOW + minute)
+    assert rounds.state(NOW + 30 * minute) == "waiting"
+    rounds.deliver("court", delivered_file(rounds, "court"), 1000, NOW + 5 * minute)
+    assert rounds.state(NOW + 5.9 * minute) == "waiting"
+    assert rounds.state(NOW + 6 * minute) == "ready"
+    assert rounds.close(NOW + 6 * minute).missing == ("press",)
+
+
+def test_a_late_delivery_counts_in_the_open_round_with_its_own_start_and_less_share(tmp_path: Path) -> None:
+    rounds = begin(tmp_path, quorum=0.6, recipe="fedavg", late_rounds=1)
+    slow = delivered_file(rounds, "press")
+    kept = tmp_path / "slow.safetensors"
+    kept.write_bytes(slow.read_bytes())
+    for number in range(2):
+        for owner in ("clinic", "court"):
+            assert rounds.deliver(owner, delivered_file(rounds, owner), 1000, NOW) is None
+        if number == 1:
+            assert rounds.deliver("press", kept, 1000, NOW, number=0) is None
+            assert rounds.missing() == []
+        report = rounds.close(NOW + (number + 1) * timedelta(hours=1))
+    assert (report.late, report.missing) == ({"press": 1}, ())
+    assert report.shares == pytest.approx({"clinic": 1 / 3, "court": 1 / 3, "press": 1 / 6})
+    assert rounds.has_counted("press", 0)
+    assert not rounds.has_counted("press", 1)
+    assert rounds.has_counted("clinic", 1)
+    too_late = rounds.deliver("press", kept, 1000, NOW, number=0)
+    assert too_late is not None
+    assert too_late.code is RefusalCode.LATE
+    first, second, third = (
+        Checkpoint([path]).read("w").double() for path in [tmp_path / "start.safetensors", *map(rounds.weights, (1, 2))]
+    )
+    on_time = [
+        0.1 * torch.randn(3, 4, generator=torch.Generator().manual_seed(100 + len(owner)))
+        for owner in ("clinic", "court")
+    ]
+    late = Checkpoint([kept]).read("w").double() - first
+    torch.testing.assert_close(third, second + sum(on_time) / 3 + late / 6, atol=1e-6, rtol=0)
+
+
+def test_with_late_deliveries_allowed_a_deadline_refuses_nobody(tmp_path: Path) -> None:
+    rounds = begin(tmp_path, quorum=1.0, late_rounds=2)
+    after = NOW + timedelta(hours=5)
+    rounds.deliver("clinic", delivered_file(rounds, "clinic"), 1000, NOW)
+    assert rounds.state(after) == "short"
+    for owner in ("court", "press"):
+        assert rounds.deliver(owner, delivered_file(rounds, owner), 1000, after) is None
+    assert rounds.close(after).late == {}
+
+
+def test_a_late_delivery_after_a_kill_in_the_closing_counts_in_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = begin(tmp_path, quorum=0.6, late_rounds=1)
+    slow = tmp_path / "slow.safetensors"
+    slow.write_bytes(delivered_file(rounds, "press").read_bytes())
+    for owner in ("clinic", "court"):
+        rounds.deliver(owner, delivered_file(rounds, owner), 1000, NOW)
+    after = NOW + timedelta(hours=1)
+    with monkeypatch.context() as killed:
+        killed.setattr(Rounds, "_open_next", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            rounds.close(after)
+    assert rounds.is_closing
+    assert rounds.deliver("press", slow, 1000, after, number=0) is None
+    assert (rounds.number, rounds.delivered()["press"].late) == (1, 1)
+    assert rounds.report(0).missing == ("press",)
+
+
+@pytest.mark.parametrize("wrong", [{"grace_seconds": -1.0}, {"late_rounds": -1}, {"late_rounds": 101}])
+def test_wrong_grace_and_lateness_are_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="the grace must be at least 0 seconds"):
+        begin(tmp_path, **wrong)
+
+
 def test_invalid_weights_are_refused_with_a_reason_and_can_be_replaced(tmp_path: Path) -> None:
     rounds = begin(tmp_path, quorum=0.6)
     bad = tmp_path / "bad.safetensors"
