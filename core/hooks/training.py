@@ -33,6 +33,9 @@ class PrivateReleases(Protocol):
 class TrainablePart:
     """Module and trainable parameters of a run; subclass it for own losses, measures or files (all have defaults)."""
 
+    used_in_a_pass: Literal["all", "same", "some"] = "all"
+    """Which trained parameters have a gradient after a pass: all, always the same ones, or some that depend on the text.
+    Several processes have to look for the others, and cannot shard a model in which they differ (`some`)."""
     auxiliary_per_example = False
     """Whether `auxiliary_loss` is a mean over the batch of terms that each depend on one example, as training with
     differential privacy needs."""

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import clear_leftovers, new_folder, read_json, remove_tree, write_json
-from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
+from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError
 from ...core.text.token_store import Position
 from .loop import TrainingLoop
@@ -24,13 +23,18 @@ STATE_FILE = "state.json"
 def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, str] | None = None) -> Path:
     """Write a checkpoint to `state_folder/step-N` and delete all but the newest two.
 
-    `data` holds the digest of each domain's text, which must be the same on resume.
+    `data` holds the digest of each domain's text, which must be the same on resume. All processes of a run must call this; the
+    main one writes.
     """
     folder = state_folder / f"step-{loop.step:08d}"
+    states = {"weights": loop.weights(), "optimiser": loop.optimiser_state(), "random": _random_states()}
+    if not loop.ranks.is_main:
+        for name, tensors in states.items():
+            loop.replica.write(folder / name, tensors)
+        return folder
     with new_folder(folder, force=True, what="checkpoint") as partial:
-        states = {"weights": loop.weights(), "optimiser": loop.optimiser_state(), "random": _random_states()}
         digests = {
-            name: digest_of_tensors(write_tensors(partial / f"{name}.safetensors", tensors))
+            name: digest_of_tensors(loop.replica.write(partial / f"{name}.safetensors", tensors))
             for name, tensors in states.items()
         }
         state = {
@@ -51,15 +55,17 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
 
     Raises `UserError` if the checkpoint is damaged, or if it was written for other text; it is never deleted.
     """
-    clear_leftovers(state_folder)
+    with loop.ranks.main_first():
+        clear_leftovers(state_folder)
     folders = sorted(state_folder.glob("step-*"))
     if not folders:
         return 0
     folder = folders[-1]
     try:
         state = read_json(folder / STATE_FILE)
-        tensors = {
-            name: _read_checked(folder, name, state["digests"][name]) for name in ("weights", "optimiser", "random")
+        files = {
+            name: _checked(folder, name, state["digests"][name], is_read=loop.ranks.is_main)
+            for name in ("weights", "optimiser", "random")
         }
         position = Position(**state["position"])
         step = int(state["step"])
@@ -72,18 +78,20 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
             f"the text changed since checkpoint {folder} was written; restore the text, or delete {state_folder} to "
             "train from the start on the new text"
         )
-    loop.load_weights(tensors["weights"])
-    loop.load_optimiser_state(tensors["optimiser"])
+    loop.load_weights(files["weights"])
+    loop.load_optimiser_state(files["optimiser"])
     loop.step, loop.position = step, position
-    _restore_random_states(tensors["random"])
+    if loop.ranks.is_main:
+        _restore_random_states({name: files["random"].read(name) for name in files["random"]})
     return step
 
 
-def _read_checked(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+def _checked(folder: Path, name: str, digest: str, *, is_read: bool) -> Checkpoint:
+    """Return a file of a checkpoint; raises `UserError` if `is_read` and its tensors have another digest."""
     checkpoint = Checkpoint([folder / f"{name}.safetensors"])
-    if digest_of_tensors(checkpoint.digests()) != digest:
+    if is_read and digest_of_tensors(checkpoint.digests()) != digest:
         raise UserError(f"{name}.safetensors was changed")
-    return {tensor: checkpoint.read(tensor) for tensor in checkpoint}
+    return checkpoint
 
 
 def _random_states() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digests import TOKENIZER_FILES, TRAINING_FOLDER, digest_of_tokenizer
 from ...core.artefacts.files import copy_files
-from ...core.artefacts.safetensors_io import Checkpoint, tensor_digest, torch_dtype, write_tensors
+from ...core.artefacts.safetensors_io import Checkpoint, tensor_digest, torch_dtype
 from ...core.errors import UserError
 from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.generalist import GeneralistConfig, Tuning
@@ -23,48 +23,64 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from .distributed.replicas import Replica
     from .loop import TrainingLoop
 
 OPTIMISER_FILE = Path(TRAINING_FOLDER) / "optimiser.safetensors"
 
 
 def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, metrics: Mapping[str, Any]) -> None:
-    """Write the weights, then the manifest, which marks the folder as complete."""
-    part = loop.part
+    """Write the weights, then the manifest, which marks the folder as complete. All processes of a run must call this.
+
+    Tensors of a sharded model are gathered one at a time, except for generalists and for families whose tensors have another
+    layout in files: their model is put together in the main process.
+    """
+    part, is_main = loop.part, loop.ranks.is_main
+    if run.spec.kind == "generalist" or not _is_stored_as_in_memory(model):
+        loop.replica.assemble()
+        if not is_main:
+            return
     if run.spec.kind == "generalist":
         copy_files(run.base, run.folder, (*TOKENIZER_FILES, "generation_config.json"))
         part.write_model(run.folder, run.base)
         finish_artefact(run.folder, _tuned_manifest(run, metrics, part.config))
         return
     if run.spec.kind == "seed":
-        write_tensors(run.folder / WEIGHTS_FILE, stored_tensors(model))
+        loop.replica.write(run.folder / WEIGHTS_FILE, stored_tensors(model))
         (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
-        write_tensors(run.folder / OPTIMISER_FILE, loop.optimiser_state())
+        loop.replica.write(run.folder / OPTIMISER_FILE, loop.optimiser_state())
     else:
-        write_tensors(run.folder / WEIGHTS_FILE, _changed_tensors(run, part.tensors()))
+        _write_changed_tensors(run, part.tensors(), loop.replica)
         for file, tensors in part.extra_tensors().items():
-            write_tensors(run.folder / file, tensors)
-    # metrics of a private run are omitted: they are functions of the private text without noise
-    private = loop.statement()
-    finish_artefact(run.folder, run_manifest(run, metrics if private is None else {}, private))
+            loop.replica.write(run.folder / file, tensors)
+    if is_main:
+        # metrics of a private run are omitted: they are functions of the private text without noise
+        private = loop.statement()
+        finish_artefact(run.folder, run_manifest(run, metrics if private is None else {}, private))
 
 
-def _changed_tensors(run: RunInputs, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that differ from the seed's, in the seed's dtype; raises `UserError` if none does.
+def _is_stored_as_in_memory(model: PreTrainedModel) -> bool:
+    """Return whether files have a model's tensors in the layout of memory; names may differ."""
+    return all(group.is_renamed for group in StoredNames(model).groups)
 
-    `trained` has names in memory, the result those of the seed's files.
+
+def _write_changed_tensors(run: RunInputs, trained: Mapping[str, Tensor], replica: Replica) -> None:
+    """Write the tensors that differ from the seed's, in the seed's dtype; raises `UserError` if none does.
+
+    `trained` has names in memory, the file those of the seed's files.
     """
     seed = Checkpoint.of_folder(run.layout.seed)
     digests = read_manifest(run.layout.seed).tensors
-    changed = {}
-    for name, tensor in _as_in_seed(run, seed, trained).items():
-        if name in seed:
-            stored = tensor.to("cpu", torch_dtype(seed.entry(name).dtype))
-            if tensor_digest(stored) != digests[name]:
-                changed[name] = stored
+    tensors = {name: tensor for name, tensor in sorted(_as_in_seed(run, seed, trained).items()) if name in seed}
+    dtypes = {name: torch_dtype(seed.entry(name).dtype) for name in tensors}
+    is_changed = [
+        replica.ranks.is_main and tensor_digest(whole.to("cpu", dtypes[name])) != digests[name]
+        for name, whole in ((name, replica.full(tensor)) for name, tensor in tensors.items())
+    ]
+    changed = [name for name, differs in zip(tensors, replica.ranks.share(is_changed), strict=True) if differs]
     if not changed:
         raise UserError(f"training changed no tensor of '{run.spec.name}'; check its learning rate")
-    return changed
+    replica.write(run.folder / WEIGHTS_FILE, {name: tensors[name].to(dtypes[name]) for name in changed})
 
 
 def _as_in_seed(run: RunInputs, seed: Checkpoint, trained: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...core.artefacts.safetensors_io import Checkpoint, torch_dtype
 from ...core.config.settings import TrainingConfig
 from ...core.errors import UserError
 from ...core.hooks.training import TrainablePart
 from ...core.manifests.statements import PrivacyStatement
 from ...core.text.token_store import BalancedUnion, Blocks, Position, domain_at, draw
+from .distributed.ranks import ALONE, Ranks, Strategy
+from .distributed.replicas import laid_out, require_divisible
 from .schedule import learning_rate, progress_at
 
 
@@ -37,7 +40,15 @@ class StepReport:
 class TrainingLoop:
     """Trainable parameters, their optimiser and the data position: everything that a checkpoint stores."""
 
-    def __init__(self, part: TrainablePart, blocks: Blocks | BalancedUnion, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        part: TrainablePart,
+        blocks: Blocks | BalancedUnion,
+        config: TrainingConfig,
+        ranks: Ranks = ALONE,
+        strategy: Strategy = "ddp",
+    ) -> None:
+        """Lay the model out over the processes of a run; raises `UserError` for text and settings that they cannot train on."""
         if len(blocks) == 0:
             raise UserError(
                 f"the text is shorter than one block of {config.sequence_length} tokens; add text or lower "
@@ -47,11 +58,13 @@ class TrainingLoop:
         self.device = resolve_device(config.device)
         self.step = 0
         self.position = Position()
-        self.parameters = dict(part.parameters)
-        self.module: nn.Module = part.module.to(self.device).train()
-        frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        frozen = [name for name, parameter in part.parameters.items() if not parameter.requires_grad]
         assert not frozen, f"the trainer froze a parameter that it declares trainable: {frozen[0]}"
-        self._loss: Any = functools.partial(next_token_loss, self.module)
+        require_divisible(config.batch_size, ranks)
+        self.ranks = ranks
+        self.replica = laid_out(part, self.device, ranks, strategy, bfloat16=uses_bfloat16(config, self.device))
+        self.module, self.parameters = self.replica.module, self.replica.parameters
+        self._loss: Any = functools.partial(next_token_loss, self.replica.forward)
         if config.compile:
             self._loss = torch.compile(self._loss)  # including the loss, which fuses with the logits
         self.optimiser = make_optimiser(self.parameters, config)
@@ -64,7 +77,7 @@ class TrainingLoop:
             rate = learning_rate(self.config, progress_at(self.config, self.step))
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-            loss = self._accumulate()
+            loss = self.replica.mean(self._accumulate())
             norm = self._clip()
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
@@ -74,12 +87,14 @@ class TrainingLoop:
     def _accumulate(self) -> Tensor:
         """Run the forward and backward passes of one step and return the mean loss, without auxiliary losses."""
         total = torch.zeros((), device=self.device)
-        for _ in range(self.config.accumulation):
-            with self._autocast():
-                loss = self._loss(self._batch())
-                objective = self._with_auxiliary(loss)
-            torch.autograd.backward(objective / self.config.accumulation)
+        for number in range(self.config.accumulation):
+            with self.replica.accumulating(is_last=number + 1 == self.config.accumulation):
+                with self._autocast():
+                    loss = self._loss(self._batch())
+                    objective = self._with_auxiliary(loss)
+                torch.autograd.backward(objective / self.config.accumulation)
             total += loss.detach() / self.config.accumulation
+        self.replica.finish_gradients()
         return total
 
     def _with_auxiliary(self, loss: Tensor) -> Tensor:
@@ -87,18 +102,18 @@ class TrainingLoop:
         return loss if auxiliary is None else loss + auxiliary
 
     def _batch(self) -> Tensor:
-        """Return the next batch of tokens (B, S + 1) and advance the position."""
+        """Return this process's rows (B, S + 1) of the next batch of all processes, and advance the position."""
         rows, domains = [], []
-        for _ in range(self.config.batch_size):
-            domains.append(domain_at(self.blocks, self.position))
-            rows.append(draw(self.blocks, self.position, self.config.seed))
+        for number in range(self.config.batch_size):
+            if number % self.ranks.world == self.ranks.rank:
+                domains.append(domain_at(self.blocks, self.position))
+                rows.append(draw(self.blocks, self.position, self.config.seed))
             self.position = self.position.advanced(1, len(self.blocks))
         self.part.begin_batch(domains)
         return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
 
     def _clip(self) -> Tensor:
-        limit = self.config.clip if self.config.clip is not None else float("inf")
-        return torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+        return self.replica.clip(self.config.clip if self.config.clip is not None else float("inf"))
 
     # --- state ---
 
@@ -115,10 +130,11 @@ class TrainingLoop:
             for field, value in state.get(parameter, {}).items()
         }
 
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
+    @torch.no_grad()
+    def load_weights(self, stored: Checkpoint) -> None:
+        """Load the trained parameters; raises `UserError` if one is missing."""
+        for name, parameter in self.parameters.items():
+            self.replica.load(parameter, stored, name)
 
     def statement(self) -> PrivacyStatement | None:
         """Return the privacy statement of a private run, otherwise None."""
@@ -131,17 +147,16 @@ class TrainingLoop:
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Load the additional state from a checkpoint's full state."""
 
-    def load_optimiser_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the optimiser state of every parameter in `tensors`; other parameters start without state."""
-        fields: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
+    @torch.no_grad()
+    def load_optimiser_state(self, stored: Checkpoint) -> None:
+        """Load the optimiser state of every parameter in a file; other parameters start without state."""
+        for key in stored:
             name, _, field = key.rpartition("/")
-            fields.setdefault(name, {})[field] = value
-        for name, parameter in self.parameters.items():
-            if name in fields:
-                self.optimiser.state[parameter] = {
-                    field: value.to(parameter.device, copy=True) for field, value in fields[name].items()
-                }
+            if name in self.parameters:
+                parameter, entry = self.parameters[name], stored.entry(key)
+                target = self.replica.like(parameter, entry.shape, torch_dtype(entry.dtype))
+                self.replica.load(target, stored, key)
+                self.optimiser.state[parameter][field] = target
 
 
 def next_token_loss(forward: Any, tokens_BT1: Tensor) -> Tensor:
@@ -178,9 +193,14 @@ def resolve_device(setting: str) -> Any:
     return device
 
 
+def uses_bfloat16(config: TrainingConfig, device: Any) -> bool:
+    """Return whether the precision setting amounts to bfloat16 on a device."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return config.precision == "bfloat16" or (config.precision == "auto" and native)
+
+
 def autocast(config: TrainingConfig, device: Any) -> Any:
     """Return a factory of the autocast context for the precision setting on a device."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if config.precision == "bfloat16" or (config.precision == "auto" and native):
+    if uses_bfloat16(config, device):
         return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext

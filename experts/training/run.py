@@ -25,6 +25,7 @@ from ..runs.branching import require_opacus
 from ..runs.replaced import delete_backup, restore_backup
 from ..runs.trainable import trainer_for
 from .checkpointing import restore_latest, save_checkpoint
+from .distributed.ranks import ALONE, Ranks, Strategy
 from .finishing import write_artefact
 from .loop import StepReport, TrainingLoop, autocast
 from .metrics_log import MetricsLog
@@ -34,41 +35,64 @@ from .run_inputs import RunInputs
 from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
 
 
-def train_run(folder: Path, reporter: Reporter, stopped: Callable[[], bool]) -> None:
+def train_run(
+    folder: Path,
+    reporter: Reporter,
+    stopped: Callable[[], bool],
+    ranks: Ranks = ALONE,
+    strategy: Strategy = "ddp",
+) -> None:
     """Train the run in `folder` to its end or until `stopped()`; returns at once if it is finished.
 
-    Progress is reported about every half second. Raises `Interrupted` after a stop, with the state saved.
+    Progress is reported about every half second. All processes of a run call this, with the same `strategy` if there are
+    several. Raises `Interrupted` after a stop, with the state saved.
     """
-    if is_finished(folder):
-        remove_tree(folder / STATE_FOLDER)
+    finished = is_finished(folder)
+    ranks.wait()
+    if finished:
+        if ranks.is_main:
+            remove_tree(folder / STATE_FOLDER)
         return
-    clear_leftovers(folder, below=True)  # subfolders hold the checkpoints and the optimiser state
-    run = RunInputs.of_folder(folder)
+    with ranks.main_first():
+        if ranks.is_main:
+            clear_leftovers(folder, below=True)  # subfolders hold the checkpoints and the optimiser state
+        run = RunInputs.of_folder(folder)
+    ranks.require_agreement(run.digest, "a run, text or torch")
     model = starting_model(run)
     trainer = trainer_for(run.spec.trains)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
-    loop = _loop(run, trainer, model, options)
-    if run.spec.kind == "generalist":
+    loop = _loop(run, trainer, model, options, ranks, strategy)
+    if run.spec.kind == "generalist" and ranks.is_main:
         delete_backup(folder)
     inherit_optimiser(run, loop)
     start_step = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
-    log = MetricsLog(run, reporter, loop.part)
-    log.open(start_step)
+    if not ranks.is_main:  # dropout differs between the rows of a batch
+        torch.manual_seed(run.spec.training.seed + 1_000_003 * ranks.rank + start_step)
+    log = MetricsLog(run, reporter, loop.part) if ranks.is_main else None
+    if log is not None:
+        log.open(start_step)
     last = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)
-    log.validation(loop.step, validation)
+    if log is not None:
+        log.validation(loop.step, validation)
     write_artefact(run, model, loop, {"loss": float(last.loss), "validation_loss": validation})
+    if not ranks.is_main:
+        return
     if run.spec.kind != "generalist":
         installed_plugins().expert_finished(ExpertFinished(run.spec.name, folder))
     remove_tree(folder / STATE_FOLDER)
 
 
-def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any) -> TrainingLoop:
+def _loop(
+    run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any, ranks: Ranks, strategy: Strategy
+) -> TrainingLoop:
     """Return the training loop for the trainer's trainable part, a private loop if the run has a privacy budget."""
     dp, training, state = run.spec.dp, run.spec.training, run.folder / STATE_FOLDER
     releases = None
     if dp is not None:
         require_opacus()
+        if ranks.world > 1:
+            raise UserError("training with differential privacy runs in one process; start it without --nproc")
         source = seeded_source(training.seed) if dp.noise == "seeded" else secret_source(state)
         releases = Releases(source, dp.embedding_noise)
     text = training_text(run, releases) if trainer.uses_text else None
@@ -81,7 +105,7 @@ def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any
         raise
     blocks = training_blocks(run, part.shares)
     if dp is None or releases is None:
-        return TrainingLoop(part, blocks, training)
+        return TrainingLoop(part, blocks, training, ranks, strategy)
     from .privacy.loop import PrivateTrainingLoop
 
     assert not isinstance(blocks, BalancedUnion), "an expert has one domain"
@@ -90,7 +114,7 @@ def _loop(run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any
     return PrivateTrainingLoop(part, blocks, in_float32, dp, mechanism, releases.source)
 
 
-def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callable[[], bool]) -> StepReport:
+def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog | None, stopped: Callable[[], bool]) -> StepReport:
     """Run the loop to its end with logging, validation and checkpoints; return the last step's report.
 
     The last step is never checkpointed, so a resumed run has at least one step left.
@@ -99,9 +123,13 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callabl
     every = config.validate_every or max(config.steps // 4, 1)
     saved_at = time.monotonic()
     for report in loop.steps():
-        log.step(report)
-        is_last, is_stopped = report.step == config.steps, stopped()
-        if is_last or is_stopped or time.monotonic() - saved_at >= config.checkpoint_seconds:
+        if log is not None:
+            log.step(report)
+        is_due = loop.ranks.is_main and time.monotonic() - saved_at >= config.checkpoint_seconds
+        # a signal reaches the processes at different steps, and they must stop at the same one
+        is_stopped, is_due = map(bool, loop.ranks.share([stopped(), is_due]))
+        is_last = report.step == config.steps
+        if is_last or is_stopped or is_due:
             _require_finite(report)
             if is_last:
                 return report
@@ -110,7 +138,9 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog, stopped: Callabl
         if is_stopped:
             raise Interrupted(f"stopped at step {report.step} of {config.steps}; rerun the same command to resume")
         if report.step % every == 0:
-            log.validation(report.step, _validation_losses(run, loop))
+            losses = _validation_losses(run, loop)
+            if log is not None:
+                log.validation(report.step, losses)
     raise AssertionError("a run has at least one step, and a checkpoint is never its last")
 
 
@@ -128,7 +158,7 @@ def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
     config = run.spec.training
     loop.module.eval()
     losses: dict[str, float] = {}
-    with torch.inference_mode(), autocast(config, loop.device)():
+    with torch.no_grad(), autocast(config, loop.device)():
         for number, domain in enumerate(run.domains):
             loop.part.begin_batch([number])
             blocks = TokenBlocks(domain.open("valid"), config.sequence_length)

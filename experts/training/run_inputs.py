@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...core.artefacts.layout import Layout
 from ...core.config.project import load_project
 from ...core.config.settings import ProjectConfig
-from ...core.manifests.run import RunSpec, read_run
+from ...core.manifests.manifest import read_manifest
+from ...core.manifests.run import RUN_FILE, RunSpec, read_run
 from ..text.corpora import PreparedDomain, domain_config, prepare_domain
 
 
@@ -29,6 +32,15 @@ class RunInputs:
     def data_digests(self) -> dict[str, str]:
         """Digest of each domain's training text."""
         return {domain.name: domain.train.digest for domain in self.domains}
+
+    @property
+    def digest(self) -> str:
+        """Digest (sha256) of what all processes of a run must have in common: settings, text, base and torch's version."""
+        import torch
+
+        base = read_manifest(self.base).digest if self.spec.kind != "seed" else ""
+        content = [(self.folder / RUN_FILE).read_text(encoding="utf-8"), self.data_digests, base, torch.__version__]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def of_folder(cls, folder: Path) -> RunInputs:

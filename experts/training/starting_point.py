@@ -92,8 +92,7 @@ def inherit_optimiser(run: RunInputs, loop: TrainingLoop) -> None:
     """Load the seed's optimiser state into an expert's loop, as Branch-Train-Merge does."""
     path = run.layout.seed / OPTIMISER_FILE
     if run.spec.kind == "expert" and run.spec.training.inherit_optimiser and path.is_file():
-        state = Checkpoint([path])
-        loop.load_optimiser_state({name: state.read(name) for name in state})
+        loop.load_optimiser_state(Checkpoint([path]))
 
 
 def training_blocks(run: RunInputs, shares: Mapping[str, float] | None = None) -> Blocks | BalancedUnion:

@@ -1,7 +1,8 @@
-"""The worker process of one run: `python -m expertctl.experts.training.worker RUN_FOLDER [--leash FD]`.
+"""The worker process of one run: `python -m expertctl.experts.training.worker RUN_FOLDER`, or the same by `torchrun -m`.
 
 It writes JSON lines to standard output and stops with a checkpoint on SIGINT or SIGTERM. With `--leash`, it exits at
 once when that pipe closes because the process that started it is gone: a killed command leaves no lock behind.
+Started by torchrun, on one machine or many that share the workspace's folder, the processes train the run together.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ...core.manifests.run import read_run
 from ...core.process.allocator import keep_freed_memory
 from ...core.process.environment import prepare_libraries
 from ...core.reporting import Reporter
+from .distributed.ranks import STRATEGIES, TIMEOUT_S, joined
 
 
 def main(arguments: list[str]) -> int:
@@ -32,17 +34,19 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="expertctl.experts.training.worker")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--leash", type=int, metavar="FD", help="inherited end of a pipe; exit when it closes")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of the model over several processes")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds that processes wait for each other")
     given = parser.parse_args(arguments)
     if given.leash is not None:
         threading.Thread(target=_exit_with_parent, args=(given.leash,), daemon=True).start()
-    stop = _stop_signal()
+    stop, is_main = _stop_signal(), os.environ.get("RANK", "0") == "0"
     prepare_libraries()
     keep_freed_memory()
     folder = given.run
     try:
         spec = read_run(folder)
-        layout = Layout.find(folder)
-        with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
+        lock = Layout.find(folder).lock(f"run-{folder.name}")
+        with exclusive(lock, f"{spec.kind} '{spec.name}'") if is_main else contextlib.nullcontext():
             os.environ["OMP_NUM_THREADS"] = str(spec.training.threads)  # before torch starts any thread
             import torch
 
@@ -50,9 +54,11 @@ def main(arguments: list[str]) -> int:
 
             torch.set_num_threads(spec.training.threads)
 
-            train_run(folder, _JsonLines(), stop.is_set)
+            with joined(given.timeout) as ranks:
+                train_run(folder, _JsonLines(), stop.is_set, ranks, given.strategy)
     except Interrupted as error:
-        _print({"event": "interrupted", "message": str(error)})
+        if is_main:
+            _print({"event": "interrupted", "message": str(error)})
         return error.exit_status
     except Exception as error:
         message = _user_message(error)
@@ -60,7 +66,8 @@ def main(arguments: list[str]) -> int:
             raise
         _print({"event": "error", "message": message})
         return 1
-    _print({"event": "finished"})
+    if is_main:
+        _print({"event": "finished"})
     return 0
 
 

@@ -85,6 +85,8 @@ def build(inputs: MergeInputs, options: StitchOptions, folder: Path) -> None:
 class StitchedPart(TrainablePart):
     """The stitches of a stitched model."""
 
+    used_in_a_pass = "same"  # nothing reads what the last stitch leads into the experts
+
     def __init__(self, model: StitchedForCausalLM, shares: Mapping[str, float]) -> None:
         super().__init__(model, dict(model.stitches.named_parameters(prefix="stitches")), shares=shares)
         self._model = model

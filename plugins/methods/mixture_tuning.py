@@ -72,6 +72,9 @@ class RoutedPart(TrainablePart):
         from ...merge.mixture.routing.log import RoutingLog
 
         super().__init__(model, parameters, notes=notes)
+        names = {name.partition(".experts.")[2].split(".")[0] for name in parameters if ".experts." in name}
+        if any(name.isdigit() for name in names):  # experts that are modules run only if a token is routed to them
+            self.used_in_a_pass = "some"
         self._log = RoutingLog(model)
         self._options, self._samplers = options, samplers
 

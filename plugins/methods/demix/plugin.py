@@ -111,6 +111,8 @@ def _expert_name(options: DemixAdaptation, domains: Iterable[str]) -> str:
 class DemixPart(TrainablePart):
     """A model whose feed-forward networks are split by domain; written as an ensemble that shares all else."""
 
+    used_in_a_pass = "some"
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -1,0 +1,1 @@
+"""Training of one run by several processes with torch.distributed: the ranks, and what each of them holds and exchanges."""

@@ -1,0 +1,270 @@
+"""How a run's model is laid out over its processes: alone, replicated (DDP) or sharded (FSDP2).
+
+All strategies train on the same global batch. Checkpoints hold whole tensors, whatever the strategy: a run resumes on another
+number of processes and by another strategy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ....core.artefacts.safetensors_io import Checkpoint, dtype_name, new_file, write_tensors
+from ....core.errors import UserError
+from .ranks import ALONE, Ranks, Strategy
+
+if TYPE_CHECKING:
+    from ....core.hooks.training import TrainablePart
+
+
+class Replica:
+    """The whole model in one process."""
+
+    ranks: Ranks = ALONE
+
+    def __init__(self, part: TrainablePart, device: torch.device) -> None:
+        self.module: nn.Module = part.module.to(device).train()
+        self.parameters = dict(part.parameters)
+        self.device = device
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Callable for the forward pass of a training step."""
+        return self.module
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Return the context of one forward and backward pass of a step; gradients are exchanged in the last."""
+        return nullcontext()
+
+    def finish_gradients(self) -> None:
+        """Exchange gradients that the backward pass did not."""
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients so that the norm over all of them is at most `limit`; return the norm before, shape ()."""
+        return torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a value over all processes."""
+        return value
+
+    def full(self, tensor: Tensor) -> Tensor:
+        """Return a whole tensor; all processes must ask for it."""
+        return tensor
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Write whole tensors, one in memory at a time; return their digests in the main process. All processes must call it."""
+        return write_tensors(path, tensors)
+
+    def load(self, target: Tensor, checkpoint: Checkpoint, name: str) -> None:
+        """Overwrite a tensor, or this process's part of it, with a stored one."""
+        target.copy_(checkpoint.read(name))
+
+    def like(self, parameter: nn.Parameter, stored_shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return an empty tensor of the optimiser's state, laid out as its parameter if it has the same shape."""
+        if stored_shape == tuple(parameter.shape):
+            return torch.empty_like(parameter, dtype=dtype)
+        return torch.empty(stored_shape, dtype=dtype, device=parameter.device)
+
+    def assemble(self) -> None:
+        """Put the whole model together in the main process, to be written; it cannot be trained afterwards."""
+
+
+class DistributedReplica(Replica):
+    """The whole model in each of several processes, whose gradients are averaged (DistributedDataParallel)."""
+
+    def __init__(self, part: TrainablePart, device: torch.device, ranks: Ranks) -> None:
+        super().__init__(part, device)
+        self.ranks = ranks
+        self._ddp = nn.parallel.DistributedDataParallel(
+            self.module,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=part.used_in_a_pass != "all",
+        )
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return self._ddp
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if is_last else self._ddp.no_sync()
+
+    def mean(self, value: Tensor) -> Tensor:
+        return _mean(value, self.ranks)
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        return write_tensors(path, tensors) if self.ranks.is_main else {}
+
+
+class ShardedReplica(Replica):
+    """A part of every tensor in each of several processes (FSDP2): whole layers exist only while they compute."""
+
+    def __init__(self, part: TrainablePart, device: torch.device, ranks: Ranks, *, bfloat16: bool) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        super().__init__(part, device)
+        self.ranks = ranks
+        _broadcast(self.module, ranks)  # shards of different models would be joined silently
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        paths = {name: names[parameter] for name, parameter in self.parameters.items()}
+        # fully_shard refuses parameters without dimensions: they stay whole, and `finish_gradients` averages their gradients
+        scalars = {parameter for parameter in names if parameter.dim() == 0}
+        self._whole = [parameter for parameter in scalars if parameter.requires_grad]
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(device.type, (ranks.world,)),
+            "mp_policy": policy,
+            "ignored_params": scalars,
+        }
+        for layer in layers_of(self.module):
+            fully_shard(layer, **settings)
+        fully_shard(self.module, **settings)
+        self.parameters = {name: self.module.get_parameter(path) for name, path in paths.items()}
+        part.parameters = self.parameters
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        self.module.set_requires_gradient_sync(is_last)  # type: ignore[operator]  # of FSDPModule
+        return nullcontext()
+
+    def finish_gradients(self) -> None:
+        for parameter in self._whole:
+            if parameter.grad is not None:
+                parameter.grad.copy_(_mean(parameter.grad, self.ranks))
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale gradients by the norm over all processes; torch's own refuses sharded and whole gradients together."""
+        import torch.distributed as dist
+
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        sharded = torch.zeros((), dtype=torch.float32, device=self.device)
+        whole = torch.zeros_like(sharded)
+        for gradient in gradients:
+            target = sharded if _is_sharded(gradient) else whole
+            target += _local(gradient).float().square().sum()
+        dist.all_reduce(sharded)
+        norm = (sharded + whole).sqrt()
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for gradient in gradients:
+            _local(gradient).mul_(factor)
+        return norm
+
+    def mean(self, value: Tensor) -> Tensor:
+        return _mean(value, self.ranks)
+
+    def full(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        names = sorted(tensors)
+        if not self.ranks.is_main:
+            for name in names:
+                self.full(tensors[name])
+            return {}
+        shapes = {name: (dtype_name(tensors[name].dtype), tuple(tensors[name].shape)) for name in names}
+        with new_file(path, shapes) as file:
+            for name in names:
+                file.add(name, self.full(tensors[name]))
+        return file.digests()
+
+    def load(self, target: Tensor, checkpoint: Checkpoint, name: str) -> None:
+        if not _is_sharded(target):
+            target.copy_(checkpoint.read(name))
+            return
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]  # of DTensor
+        shape, offset = compute_local_shape_and_global_offset(target.shape, mesh, placements)
+        begin, rows = offset[0], shape[0]  # FSDP2 shards the first dimension
+        per_row = target.numel() // max(target.shape[0], 1)
+        piece = checkpoint.span(name, begin * per_row, (begin + rows) * per_row)
+        _local(target).copy_(piece.reshape(shape))
+
+    def assemble(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the last forward pass leaves the outermost module whole
+        assembled: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+        for module in self.module.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if _is_sharded(parameter) and parameter not in assembled:
+                    whole = self.full(parameter.detach())
+                    kept = whole.to("cpu", copy=True) if self.ranks.is_main else torch.empty(0)
+                    assembled[parameter] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+                if parameter in assembled:
+                    setattr(module, name, assembled[parameter])
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.__class__ = type(module).__bases__[1]  # the class that it had before `fully_shard`
+
+
+def laid_out(part: TrainablePart, device: torch.device, ranks: Ranks, strategy: Strategy, *, bfloat16: bool) -> Replica:
+    """Return the model of a run as its processes hold it."""
+    if ranks.world == 1:
+        return Replica(part, device)
+    if strategy == "fsdp":
+        if part.used_in_a_pass == "some":
+            raise UserError(
+                "strategy 'fsdp' needs a gradient for the same parameters in every process, and this trainer's depend on the "
+                "text; use ddp"
+            )
+        return ShardedReplica(part, device, ranks, bfloat16=bfloat16)
+    return DistributedReplica(part, device, ranks)
+
+
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Return the modules that are sharded one by one: the outermost of those that transformers does not split."""
+    classes = {name for model in module.modules() for name in getattr(model, "_no_split_modules", None) or ()}
+    found: list[nn.Module] = []
+
+    def search(parent: nn.Module) -> None:
+        for child in parent.children():
+            if type(child).__name__ in classes:
+                found.append(child)
+            else:
+                search(child)
+
+    search(module)
+    return found
+
+
+def require_divisible(batch_size: int, ranks: Ranks) -> None:
+    """Raise `UserError` unless every process gets as many blocks of a forward pass as the others."""
+    if batch_size % ranks.world:
+        raise UserError(
+            f"training.batch_size is {batch_size}, which {ranks.world} processes cannot share equally; make it a multiple of "
+            f"{ranks.world}, or start another number of processes"
+        )
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
+    return local
+
+
+def _mean(value: Tensor, ranks: Ranks) -> Tensor:
+    import torch.distributed as dist
+
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / ranks.world
+
+
+def _broadcast(module: nn.Module, ranks: Ranks) -> None:
+    """Copy parameters and buffers of the main process to the others."""
+    import torch.distributed as dist
+
+    tensors: Iterable[Tensor] = [*module.parameters(), *module.buffers()]
+    for tensor in tensors:
+        dist.broadcast(tensor.data, 0)
