@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ...plugins.flower.protocol.certificates import Certificates
 
 
+PATIENCE_S = 10.0
+"""Seconds after a signal in which `join` ends what it is doing; a coordinator that does not answer cannot hold it longer."""
+
+
 class _Notes(Reporter):
     """Prints messages only, since a progress display would disturb the question for consent."""
 
@@ -128,7 +132,7 @@ def join(
     from ...plugins.flower.owner.joining import join as run
 
     owner = owner_from(**owner_options)
-    with stopped_by_signals() as stop:
+    with stopped_by_signals(PATIENCE_S) as stop:
         run(
             owner,
             server,

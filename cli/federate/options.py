@@ -107,11 +107,30 @@ def coordinator_of(session: Session) -> Coordinator:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C and SIGTERM set."""
+def stopped_by_signals(patience_s: float | None = None) -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C and SIGTERM set; with `patience_s`, the process exits if the block goes on for so long after it."""
     stop = threading.Event()
-    with handled_signals(lambda *_: stop.set(), signal.SIGINT, signal.SIGTERM):
-        yield stop
+    timers: list[threading.Timer] = []
+
+    def request_stop(*_: object) -> None:
+        stop.set()
+        if patience_s is not None and not timers:
+            timers.append(threading.Timer(patience_s, _exit_now))
+            timers[0].daemon = True
+            timers[0].start()
+
+    with handled_signals(request_stop, signal.SIGINT, signal.SIGTERM):
+        try:
+            yield stop
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+
+def _exit_now() -> None:
+    """Exit although the other side has not answered; all state is on disk."""
+    os.write(2, b"stopped while waiting for an answer; the same command goes on\n")
+    os._exit(1)
 
 
 @contextmanager

@@ -32,6 +32,8 @@ CHUNK_BYTES = 1 << 22
 SPAN = 1 << 22
 """Elements of a tensor that `Checkpoint.spans` covers at a time."""
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own parser
+MAX_DIMENSIONS = 16
+"""Most dimensions of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,13 @@ class TensorEntry:
             filled += count
 
 
+def header_bytes(path: Path) -> int:
+    """Return the size of a safetensors file's header as the file states it, without reading it; 0 for a shorter file."""
+    with os_errors_as_user_errors(path), path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    return size if size <= path.stat().st_size else 0
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of a safetensors file in file order; raises `UserError` if it is truncated or not valid."""
     with os_errors_as_user_errors(path), path.open("rb") as file:
@@ -125,6 +134,8 @@ def _entry(name: str, record: Any, path: Path, data_start: int) -> TensorEntry:
         kind, shape, (begin, end) = record["dtype"], tuple(record["shape"]), record["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, "its header is not a safetensors header") from None
+    if len(shape) > MAX_DIMENSIONS:  # also: the product of so many numbers takes minutes
+        raise _damaged(path, f"tensor '{name:.80}' has {len(shape):,} dimensions")
     if not isinstance(kind, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise _damaged(path, f"the header entry of tensor '{name}' is invalid")
     if kind not in DTYPES:

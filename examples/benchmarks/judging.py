@@ -84,7 +84,8 @@ def hand_in(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> N
     owner.take(request)
     for writer in owner.seeds.writers(request):
         for index in writer.missing():
-            writer.put(index, coordinator.seed_part(request, writer.file.name, index))
+            path, *_ = coordinator.seed_span(request, writer.file.name, index)
+            writer.put(index, read_part(path, writer.file, index))
     owner.seeds.complete(request)
     work(owner, request)
     signed = owner.delivery(request)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 from ...core.artefacts.files import (
     inside,
@@ -30,6 +31,8 @@ SEED_FOLDER = "seed"
 TAR = ".tar"
 MAX_MEMBERS = 2000
 """Most files of an archive."""
+MAX_DEPTH = 4
+"""Most folders within each other in an archive."""
 MAX_REQUEST = 4 << 20
 """Largest `request.json`, in bytes."""
 
@@ -62,19 +65,39 @@ def open_pack(path: Path, state: Path) -> Iterator[Path]:
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with TemporaryDirectory(prefix=".unpacked-", dir=state) as folder:
         try:
-            with os_errors_as_user_errors(path), tarfile.open(require_regular(path), "r:") as archive:
-                left = path.stat().st_size
-                for number, member in enumerate(archive):
-                    left -= member.size
-                    if not (member.isreg() or member.isdir()) or member.issparse() or left < 0 or number >= MAX_MEMBERS:
-                        raise UserError(
-                            f"{path} contains '{member.name:.80}', which is not a plain file of an archive of at most "
-                            f"{MAX_MEMBERS} files; it is not unpacked"
-                        )
-                    archive.extract(member, folder, filter="data")
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+            with os_errors_as_user_errors(path), require_regular(path).open("rb") as file:
+                _require_plain_files(path, file)
+                with tarfile.open(fileobj=file, mode="r:") as archive:
+                    for member in archive:
+                        archive.extract(member, folder, filter="data")
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is not a readable archive ({error}); copy it again") from None
         yield Path(folder)
+
+
+def _require_plain_files(path: Path, file: BinaryIO) -> None:
+    """Raise `UserError` unless an archive holds plain files and folders with plain names only, and no more than its size.
+
+    Extended headers, links, devices and sparse files are not read: `tarfile` reads the first into memory whole.
+    """
+    size, position = path.stat().st_size, 0
+    for _ in range(MAX_MEMBERS + 1):
+        file.seek(position)
+        header = file.read(tarfile.BLOCKSIZE)
+        if len(header) < tarfile.BLOCKSIZE or not any(header):  # the end
+            file.seek(0)
+            return
+        member = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+        name = member.name
+        position += (1 + -(-member.size // tarfile.BLOCKSIZE)) * tarfile.BLOCKSIZE
+        is_plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
+        if not is_plain or member.size < 0 or position > size or name.count("/") > MAX_DEPTH:
+            break
+    file.seek(0)
+    raise UserError(
+        f"{path} contains '{name:.80}', which is not a plain file of an archive of at most "
+        f"{MAX_MEMBERS} files; it is not unpacked"
+    )
 
 
 def read_request(folder: Path) -> ExpertRequest:
@@ -123,7 +146,7 @@ def _folder_for(target: Path, what: str, *, force: bool) -> Iterator[Path]:
         yield content
         partial = Path(scratch) / target.name
         with os_errors_as_user_errors(target):
-            with tarfile.open(partial, "w") as archive:
+            with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
                 for path in sorted(content.rglob("*")):
                     archive.add(
                         path.resolve(), path.relative_to(content).as_posix(), recursive=False, filter=_anonymise

@@ -47,7 +47,8 @@ class Clock:
 def fetch_seed(coordinator: Coordinator, owner: Owner, request: ExpertRequest) -> None:
     for writer in owner.seeds.writers(request):
         for index in writer.missing():
-            writer.put(index, coordinator.seed_part(request, writer.file.name, index))
+            path, *_ = coordinator.seed_span(request, writer.file.name, index)
+            writer.put(index, read_part(path, writer.file, index))
     owner.seeds.complete(request)
 
 

@@ -20,13 +20,15 @@ from ..judging.acceptance import HeldOut, Measure, examine_expert, refusal_of_st
 from ..judging.refusal import Refusal, RefusalCode, Refused
 from ..protocol.delivery import SignedStatement
 from ..protocol.keys import PublicKey
-from ..protocol.parts import read_part
 from ..protocol.requests import ExpertRequest, Recipe, new_identifier
 from ..protocol.rotation import KeyRotation
 from ..rounds.shared_model import SETTINGS_FILE, SharedModel
 from .ledger import Entry, State
 from .members import Member
 from .storage import NO_SUCH_REQUEST, FederationFiles
+
+MOST_REFUSALS = 20
+"""Refusals of one request, after which its deliveries are not examined until the owner is asked again."""
 
 
 class Coordinator:
@@ -177,12 +179,12 @@ class Coordinator:
             raise UserError(NO_SUCH_REQUEST)
         return request
 
-    def seed_part(self, request: ExpertRequest, file: str, index: int) -> bytes:
-        """Read one part of a file of a request's seed."""
+    def seed_span(self, request: ExpertRequest, file: str, index: int) -> tuple[Path, int, int]:
+        """Return where one part of a file of a request's seed is: path, first byte, and the byte after the last."""
         parts = next((parts for parts in request.seed_files if parts.name == file), None)
         if parts is None:
             raise UserError(f"the seed has no file '{file:.80}'")
-        return read_part(self.seed_folder(request) / file, parts, index)
+        return self.seed_folder(request) / file, *parts.span(index)
 
     def shared_models(self) -> dict[str, SharedModel]:
         """Return the shared models of this federation, by name."""
@@ -246,6 +248,8 @@ class Coordinator:
             return Refusal(RefusalCode.WITHDRAWN)
         if self.now() > request.deadline:
             return Refusal(RefusalCode.LATE)
+        if self.files.ledger.refusals(request.id) >= MOST_REFUSALS:
+            return Refusal(RefusalCode.TOO_OFTEN)
         refusal = refusal_of_statement(signed, request, member.key)
         if refusal is not None:
             return refusal
@@ -255,7 +259,10 @@ class Coordinator:
         return Refusal(RefusalCode.REPLAY) if accepted - repeats else None
 
     def _refuse(self, request: ExpertRequest, refusal: Refusal, signed: SignedStatement) -> None:
-        if refusal.code is not RefusalCode.WITHDRAWN:  # it stays withdrawn
+        if refusal.code not in (
+            RefusalCode.WITHDRAWN,
+            RefusalCode.TOO_OFTEN,
+        ):  # it stays withdrawn; refusals are bounded
             self._log("refused", request, str(refusal), signed.statement.expert)
         self.files.quarantine(request, refusal)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, get_args
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from ....core.artefacts.files import exclusive
 from ....core.artefacts.json_lines import JsonLines
 from ....core.errors import UserError
-from .ledger_chain import PREVIOUS, SIGNATURE, LedgerChain
+from .ledger_chain import LedgerChain
 
 State = Literal["asked", "delivered", "accepted", "refused", "withdrawn", "invited", "rotated", "removed"]
 """State of a request, or what happened to a member: `invited`, `rotated` (it has another key) and `removed`."""
@@ -71,6 +71,10 @@ class Ledger:
         entry = self._read().last.get(request)
         return entry.state if entry is not None else None
 
+    def refusals(self, request: str) -> int:
+        """Return how often deliveries for a request were refused since the owner was last asked."""
+        return self._read().refusals.get(request, 0)
+
     def states(self) -> dict[str, Entry]:
         """Return the latest entry of each request."""
         return dict(self._read().last)
@@ -122,7 +126,11 @@ class Ledger:
 
 
 def _entry_of(content: dict[str, Any]) -> Entry:
-    return Entry(**{name: value for name, value in content.items() if name not in (PREVIOUS, SIGNATURE)})
+    return Entry(**{name: value for name, value in content.items() if name in _FIELDS})
+
+
+_FIELDS = frozenset(field.name for field in fields(Entry))
+"""Fields that this version knows; a newer one may have written others, which `LedgerChain` checks too."""
 
 
 @dataclass
@@ -139,6 +147,8 @@ class _Index:
     """(seed, recipe, owner) of accepted experts."""
     deliveries: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
     """Digest of an accepted expert -> (owner, seed) pairs."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """Number of refusals by request, since it was last asked."""
 
     def add(self, entry: Entry) -> None:
         self.count += 1
@@ -146,6 +156,8 @@ class _Index:
             return
         self.last[entry.request] = entry
         self.of_owner.setdefault(entry.owner, {})[entry.request] = entry
+        if entry.state in ("asked", "refused"):
+            self.refusals[entry.request] = self.refusals.get(entry.request, 0) + 1 if entry.state == "refused" else 0
         if entry.state == "accepted":
             self.accepted.add((entry.seed, entry.recipe, entry.owner))
             self.deliveries.setdefault(entry.delivery, set()).add((entry.owner, entry.seed))

@@ -19,6 +19,8 @@ from ..protocol.requests import ExpertRequest, Progress, is_identifier
 from .ledger import Ledger
 from .members import Members, Presence
 
+QUARANTINED = 3
+"""Refused deliveries of a request that are kept."""
 NO_SUCH_REQUEST = "there is no such request; ask the coordinator for a new one"
 
 
@@ -92,6 +94,12 @@ class FederationFiles:
         """Return the lock of a request's delivery."""
         return exclusive(inside(self.root, ".locks", request_id), "this delivery", patience_s=patience_s)
 
+    def incoming_root(self) -> Path:
+        """Return the folder of all deliveries in transfer."""
+        folder = self.root / "incoming"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder
+
     def incoming(self, request_id: str) -> Path:
         """Return the folder of a delivery in transfer."""
         return inside(self.root, "incoming", request_id)
@@ -148,12 +156,15 @@ class FederationFiles:
             yield self.request(path.stem), SignedStatement.of_json(read_json(path))
 
     def quarantine(self, request: ExpertRequest, refusal: Refusal) -> None:
-        """Move the files of a refused delivery into quarantine for inspection, with the reason."""
+        """Move the files of a refused delivery into quarantine for inspection, with the reason; the latest of a request are kept."""
         folder, quarantine = self.incoming(request.id), self.root / "quarantine"
         if not folder.is_dir():
             return
         quarantine.mkdir(exist_ok=True, mode=0o700)
-        number = sum(1 for _ in quarantine.glob(f"{request.id}-*"))
+        earlier = sorted((int(path.name.rpartition("-")[2]), path) for path in quarantine.glob(f"{request.id}-*"))
+        for _, path in earlier[: max(len(earlier) - QUARANTINED + 1, 0)]:
+            remove_tree(path)
+        number = earlier[-1][0] + 1 if earlier else 0
         target = folder.rename(quarantine / f"{request.id}-{number}")
         reason = {"code": refusal.code.name, "reason": str(refusal), "owner": request.owner}
         write_json(target / "reason.json", reason)

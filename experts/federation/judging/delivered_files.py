@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ....core.artefacts.digests import MANIFEST_NAMES
 from ....core.artefacts.files import read_json
-from ....core.artefacts.safetensors_io import SINGLE_FILE
+from ....core.artefacts.safetensors_io import SINGLE_FILE, header_bytes
 from ....core.errors import UserError, first_line
 from ....core.manifests.manifest import Manifest, read_manifest
 from ....core.manifests.run import RUN_FILE, read_run
 from ....core.manifests.verification import verify
-from ..protocol.delivery import MAX_TEXT, SignedStatement, Statement
+from ..protocol.delivery import MAX_HEADER, MAX_TEXT, SignedStatement, Statement
 from ..protocol.requests import ExpertRequest
 from .refusal import RefusalCode, Refused
 
 MAX_JSON = 1 << 20
 """Largest manifest and run file, in bytes."""
-MAX_HEADER = 8 << 20
-"""Largest header of a safetensors file, in bytes."""
+LARGEST_METRIC = 1e15
 SIZE_SLACK = 64 << 20
 """Bytes by which an expert may exceed the seed."""
 
@@ -76,6 +74,7 @@ def checked_manifest(
         "digest": (manifest.digest, statement.expert),
         "data": (manifest.data, statement.data),
         "privacy": (manifest.data.privacy, statement.privacy),
+        "start": ((run.base, set(run.start)), (None, {"seed"})),
         "run": ((run.kind, run.name, run.owner, run.trains, run.domains), ("expert", owner, owner, trains, (owner,))),
         "experts": (dict(manifest.expert_data), {}),
     }
@@ -87,9 +86,7 @@ def checked_manifest(
 
 def _check_header(path: Path) -> None:
     """Bound the header of a safetensors file, which is parsed as a whole."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if MAX_HEADER < size <= path.stat().st_size:  # else it is no safetensors file
+    if (size := header_bytes(path)) > MAX_HEADER:
         raise Refused(
             RefusalCode.TOO_LARGE, f"the header of {path.name} has {size:,} bytes; {MAX_HEADER:,} are allowed"
         )
@@ -111,4 +108,4 @@ def _texts(content: Any) -> Iterator[str]:
 def _is_metric(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(not isinstance(inner, Mapping) and _is_metric(inner) for inner in value.values())
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and -LARGEST_METRIC <= value <= LARGEST_METRIC  # false for NaN

@@ -31,8 +31,9 @@ NORM_RANGE = (1 / 3, 3.0)
 """Range of a tensor's norm, divided by that of the seed's tensor."""
 MASKS = (".masked_bias", ".attn.bias")
 """Ends of the names of causal masks, which older models store."""
-SMALL_RMS = 0.1
-"""Root mean square below which a tensor, such as a bias that began at 0, may change by as much as one of this size."""
+SMALL_VECTOR, SMALL_MATRIX = 0.1, 0.02
+"""Root mean squares below which a vector, such as a bias that began at 0, or a matrix may change by as much as one of this size.
+Matrices begin with about 0.02 before any training."""
 
 
 def check_tensors(folder: Path, recipe: Recipe, seed: Path) -> None:
@@ -93,7 +94,7 @@ class Movement:
     """How far a tensor is from the seed's."""
 
     change: float
-    """Norm of the difference, divided by the norm of the seed's tensor, or of a tensor with `SMALL_RMS` if that is larger."""
+    """Norm of the difference, divided by the norm of the seed's tensor, or of a small tensor if that is larger."""
     norm_ratio: float | None
     """Norm, divided by that of the seed's tensor; None for a small tensor."""
     cosine: float | None
@@ -112,7 +113,8 @@ def movement_of(expert: Checkpoint, base: Checkpoint, name: str) -> Movement:
         squared_base += _squared_norm(base_values)
         product += float(torch.dot(values.double(), base_values.double()))
         count += values.numel()
-    floor = count * SMALL_RMS**2
+    small = SMALL_MATRIX if len(base.entry(name).shape) > 1 else SMALL_VECTOR
+    floor = count * small**2
     change = math.sqrt(squared_change / (max(squared_base, floor) or 1.0))
     if squared_base <= floor:
         return Movement(change, None, None)

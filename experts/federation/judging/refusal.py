@@ -16,6 +16,7 @@ class RefusalCode(Enum):
     SOMEONE_ELSES = "the statement names another request, owner, seed or recipe"
     REPLAY = "the same expert was accepted before"
     LATE = "the deadline has passed"
+    TOO_OFTEN = "deliveries for the request were refused too often; the coordinator has to ask again"
     WITHDRAWN = "the coordinator has withdrawn the request"
     FILES = "files are missing or unexpected"
     TOO_LARGE = "the delivery is larger than an expert of this seed can be"

@@ -8,11 +8,16 @@ from pathlib import Path
 
 from ....core.artefacts.digests import TRAINING_FOLDER
 from ....core.artefacts.files import inside, link_or_copy, new_folder, remove_tree, require_regular
+from ....core.artefacts.safetensors_io import header_bytes
 from ....core.errors import UserError
 from ....core.manifests.manifest import read_manifest
 from ....core.manifests.verification import require_intact
+from ..protocol.delivery import MAX_HEADER
 from ..protocol.parts import PartsWriter, parts_of
 from ..protocol.requests import ExpertRequest
+
+MAX_DOCUMENT = 256 << 20
+"""Largest file of a seed that is not weights, such as a tokenizer, in bytes."""
 
 
 class KeptSeeds:
@@ -38,12 +43,14 @@ class KeptSeeds:
         """Verify a downloaded seed against the digests of its files and tensors, and store it."""
         for writer in self.writers(request):
             writer.finish()
+        _require_readable(request, self._incoming(request))
         folder = self._store(request, self._incoming(request))
         remove_tree(self._incoming(request))
         return folder
 
     def copy(self, request: ExpertRequest, folder: Path) -> Path:
         """Store a seed from a folder; raises `UserError` if it is not the requested seed."""
+        _require_readable(request, folder)
         digest = read_manifest(folder).digest
         if digest != request.seed:
             raise UserError(
@@ -76,6 +83,20 @@ class KeptSeeds:
             if require_intact(partial).digest != request.seed:
                 raise UserError(f"the files received are not seed {request.seed[:12]}; fetch it again")
         return target
+
+
+def _require_readable(request: ExpertRequest, folder: Path) -> None:
+    """Raise `UserError` for a seed whose documents or headers, which are read into memory whole, are too large."""
+    for file in request.seed_files:
+        path = inside(folder, file.name)
+        if not path.is_file():
+            continue
+        require_regular(path.resolve())
+        is_manifest = file.name == "seed.json"
+        size = header_bytes(path) if path.suffix == ".safetensors" else path.stat().st_size
+        most = MAX_HEADER if is_manifest or path.suffix == ".safetensors" else MAX_DOCUMENT
+        if size > most:
+            raise UserError(f"{path} has a document of {size:,} bytes, and {most:,} is the most; the seed is refused")
 
 
 def _without_training(digests: Mapping[str, str]) -> dict[str, str]:

@@ -50,6 +50,8 @@ PROGRESS_FILE = "progress.json"
 SPENT_FILE = "spent.json"
 PROCESS_FILE = "process.txt"
 Record = TypeVar("Record")
+LARGEST_SETTINGS = {"threads": 256, "batch_size": 1 << 16, "accumulation": 1 << 20, "sequence_length": 1 << 20}
+"""Largest training settings that a request can have: larger ones could only exhaust the machine."""
 STOP_S = 10.0
 """Seconds that a training process gets to end before it is killed."""
 
@@ -197,12 +199,18 @@ class Owner:
                 f"coordinator renamed you, delete {self.state / NAME_FILE})"
             )
         check_recipe(request)
+        known = self._file("requests", request.id)
+        if known.is_file() and ExpertRequest.of_json(read_json(known)).recipe != request.recipe:
+            raise UserError(
+                "the request has the identifier of another one that asked for something else; it is refused"
+            )
         if request.deadline < datetime.now(UTC):
             raise UserError(
                 f"the deadline of the request has passed ({request.deadline:%Y-%m-%d %H:%M} UTC); ask for a new one"
             )
         if (objection := self.objection(request)) is not None:
             raise UserError(f"{objection}; the request is refused")
+        check_sizes(request)
         write_json(self.state / NAME_FILE, {"name": request.owner})
         (self.state / "requests").mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self._file("requests", request.id), request.as_json())
@@ -334,7 +342,8 @@ class Owner:
         if not is_alive(pid):
             return False
         try:  # the system may have given the number to another process since
-            return request.id.encode() in Path(f"/proc/{int(pid)}/cmdline").read_bytes()
+            command = Path(f"/proc/{int(pid)}/cmdline").read_bytes()
+            return not command or request.id.encode() in command  # it has none for a moment while it starts
         except (OSError, ValueError):
             return not Path("/proc").is_dir()
 
@@ -424,6 +433,14 @@ def check_recipe(request: ExpertRequest) -> None:
             raise UserError(f"the request sets '{name:.40}' to a path, which only the owner may choose; it is refused")
         if not isinstance(value, str | int | float | bool | list | None):
             raise UserError(f"the request sets '{name:.40}' to a value of an unsupported type; it is refused")
+
+
+def check_sizes(request: ExpertRequest) -> None:
+    """Raise `UserError` for training settings that could only exhaust the machine."""
+    for name, most in LARGEST_SETTINGS.items():
+        value = request.recipe.training.get(name, 1)
+        if isinstance(value, int | float) and value > most:
+            raise UserError(f"the request sets '{name}' to {value:g}, and {most:,} is the most here; it is refused")
 
 
 def check_privacy(privacy: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from ....core.config.settings import ExpertConfig, ProjectConfig, validate_setti
 from ....core.errors import Interrupted, UserError
 from ....core.manifests.run import RUN_FILE, read_run
 from ....core.process.allocator import keep_freed_memory
+from ....core.process.compute import available_cores
 from ....core.process.environment import prepare_libraries
 from ....core.reporting import SILENT, Reporter
 from ...runs.branching import branch
@@ -173,7 +174,7 @@ def _train(
     from ...training.run import train_run
     from .inner_training import train_round
 
-    torch.set_num_threads(read_run(folder).training.threads)
+    torch.set_num_threads(min(read_run(folder).training.threads, available_cores()))
     if request.recipe.round is None:
         train_run(folder, progress, stopped)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field
 
@@ -25,12 +25,26 @@ from .parts import PART_BYTES, FileParts, parts_of
 from .requests import ExpertRequest, canonical_json, require_distinct
 
 DELIVERY_FILE = "delivery.json"
-MAX_STATEMENT = 4 << 20
+MAX_STATEMENT = 1 << 20
 """Largest `delivery.json`, in bytes."""
+MAX_HEADER = 8 << 20
+"""Largest header of a safetensors file, in bytes; it is read into memory whole."""
 MAX_TEXT = 300
 """Longest text in a delivered manifest, in letters; all have to be printable."""
+MAX_VALUES = 1000
+"""Most values in a statement's account of text and privacy."""
 MAX_FILES = 8
 """Most files of a delivery: the expert's tensors, its manifest and run, and files of its trainer."""
+
+
+def _count_values(content: Any) -> int:
+    """Return the number of values in JSON content, those of lists and objects included."""
+    count, waiting = 0, [content]
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        waiting += value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return count
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,13 @@ class Statement(Message):
 
     def __post_init__(self) -> None:
         require_distinct(self.files, "the delivery")
+
+    @classmethod
+    def of_json(cls, content: Any) -> Self:
+        """Read the result of `as_json`; raises `UserError` for anything else, and for an account of many thousand values."""
+        if isinstance(content, dict) and _count_values([content.get("data"), content.get("privacy")]) > MAX_VALUES:
+            raise UserError(f"{cls.LABEL} has more than {MAX_VALUES} values about text and privacy; it is refused")
+        return super().of_json(content)
 
     @property
     def signed_bytes(self) -> bytes:

@@ -38,9 +38,8 @@ class PublicKey:
         if len(words) < 2 or words[0] != KIND:
             kind = words[0][:40] if words else "an empty file"
             raise UserError(f"not an owner's public key ({kind}); `expertctl federate keys` makes one of type {KIND}")
-        key = cls(f"{words[0]} {words[1]}")
-        key._load()
-        return key
+        loaded = cls(f"{words[0]} {words[1]}")._load()  # written anew: base64 has several spellings of the same bytes
+        return cls(loaded.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode())
 
     @classmethod
     def read(cls, path: Path) -> PublicKey:

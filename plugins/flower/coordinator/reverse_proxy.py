@@ -7,17 +7,18 @@ node. So Flower's server listens on loopback only, and the proxy forwards nothin
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
-from typing import Any
+from asyncio import sslproto
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, BinaryIO
 from wsgiref.util import is_hop_by_hop
 
 import httpx
 import uvicorn
 
 from ..protocol.certificates import Certificates
-from ..protocol.endpoints import PATH, Answer, Endpoints, failure_answer
+from ..protocol.endpoints import PATH, Answer, Endpoints, FileSpan, failure_answer
 from ..protocol.signing import Failure
 from .connections import KEEP_ALIVE_S, MOST, BoundedLoop, Connections, PatientProtocol
 from .threaded_server import ThreadedServer
@@ -43,10 +44,14 @@ MAX_FLEET_BODY = 8 << 20
 """Largest forwarded request, in bytes; Flower splits messages into objects of 5 MB."""
 SMALL_BODY = 64 << 10
 """Bytes that every connection may buffer without reserving memory; most Flower messages are smaller."""
-MAX_FLEET_BYTES = 256 << 20
+MAX_FLEET_BYTES = 64 << 20
 """Bytes that all connections together may buffer beyond that, since a message is read before its sender is authenticated."""
 MAX_HEADERS = 64 << 10
 """Bytes of path and headers."""
+TLS_BUFFER_BYTES = 32 << 10
+"""Buffer that every connection has from its beginning, before a client has sent anything; asyncio's default is 256 KiB."""
+PIECE_BYTES = 128 << 10
+"""Bytes of an answer that a connection holds in memory."""
 READ_S = 60.0
 """Longest silence of a client within a request, in seconds."""
 BYTES_PER_S = 16 << 10
@@ -83,7 +88,7 @@ class Gateway:
                 answer = 404, b"", "text/plain"
             elif target.startswith(PATH):
                 headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-                answer = await self._endpoints.answer(method, target, headers, partial(_read_body, receive))
+                answer = await self._endpoints.answer(method, target, headers, _Body(receive))
             elif (method == "POST" and target.removeprefix(FLEET) in FLEET_CALLS and target.startswith(FLEET)) or (
                 method == "GET" and target == "/health"
             ):
@@ -147,47 +152,86 @@ def _is_end_to_end(header: bytes) -> bool:
     return not is_hop_by_hop(name) and name not in NOT_FORWARDED
 
 
+class _Body:
+    """The body of a request to the endpoints."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+
+    async def read(self, limit: int) -> bytes:
+        return await _read_body(self._receive, limit)
+
+    async def read_into(self, file: BinaryIO, limit: int) -> None:
+        async for piece in _pieces(self._receive, limit):
+            await asyncio.to_thread(file.write, piece)
+
+
 class _Disconnected(Exception):
     """The client has closed the connection."""
 
 
 async def _read_body(receive: Receive, limit: int, reserve: Callable[[int], None] = lambda size: None) -> bytes:
-    """Read a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`.
+    """Read a body up to a size limit; `reserve` is called with the size so far and may raise `Failure`."""
+    body = bytearray()
+    async for piece in _pieces(receive, limit):
+        body += piece
+        reserve(len(body))
+    return bytes(body)
+
+
+async def _pieces(receive: Receive, limit: int) -> AsyncIterator[bytes]:
+    """Yield a body as it arrives, up to a size limit.
 
     Raises `Failure` for a client that pauses for `READ_S` seconds or sends less than `BYTES_PER_S`.
     """
-    body = bytearray()
-    begin = asyncio.get_running_loop().time()
+    begin, size = asyncio.get_running_loop().time(), 0
     while True:
         try:
             spent = asyncio.get_running_loop().time() - begin
-            event = await asyncio.wait_for(receive(), min(READ_S, READ_S + len(body) / BYTES_PER_S - spent))
+            event = await asyncio.wait_for(receive(), min(READ_S, READ_S + size / BYTES_PER_S - spent))
         except TimeoutError:
             raise Failure("NOT_UNDERSTOOD") from None
         if event["type"] == "http.disconnect":
             raise _Disconnected
-        body += event.get("body", b"")
-        if len(body) > limit:
+        piece = event.get("body", b"")
+        size += len(piece)
+        if size > limit:
             raise Failure("TOO_LARGE")
-        reserve(len(body))
+        yield piece
         if not event.get("more_body", False):
-            return bytes(body)
+            return
 
 
 async def _reply(send: Send, answer: Answer) -> None:
+    """Send an answer; a client that reads less than `BYTES_PER_S` loses the connection."""
     status, body, kind = answer
-    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
+    size = body.end - body.begin if isinstance(body, FileSpan) else len(body)
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(size).encode())]
     if status >= 400:
         headers.append((b"connection", b"close"))  # the next request must not start in an unread body
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    view = memoryview(body)
-    for begin in range(0, max(len(view), 1), 1 << 20):
-        piece = bytes(view[begin : begin + (1 << 20)])
-        event = {"type": "http.response.body", "body": piece, "more_body": begin + len(piece) < len(view)}
+    started = asyncio.get_running_loop().time()
+    for begin in range(0, max(size, 1), PIECE_BYTES):
+        piece = await _piece(body, begin)
+        event = {"type": "http.response.body", "body": piece, "more_body": begin + len(piece) < size}
+        spent = asyncio.get_running_loop().time() - started
         try:
-            await asyncio.wait_for(send(event), READ_S)
+            await asyncio.wait_for(send(event), min(READ_S, READ_S + begin / BYTES_PER_S - spent))
         except TimeoutError:  # a client that does not read; ending the task without the rest closes the connection
             return
+
+
+async def _piece(body: bytes | FileSpan, begin: int) -> bytes:
+    """Return up to `PIECE_BYTES` of an answer's body."""
+    if not isinstance(body, FileSpan):
+        return body[begin : begin + PIECE_BYTES]
+    start = body.begin + begin
+
+    def read() -> bytes:
+        with body.path.open("rb") as file:
+            return os.pread(file.fileno(), min(PIECE_BYTES, body.end - start), start)
+
+    return await asyncio.to_thread(read)
 
 
 class TlsServer(ThreadedServer):
@@ -223,7 +267,8 @@ class TlsServer(ThreadedServer):
         super().__init__(config, "--listen")
 
     def run(self) -> None:
-        """Serve on an event loop that bounds the number of connections."""
+        """Serve on an event loop that bounds the number of connections, and what each of them holds."""
+        sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES
 
         def bounded_loop() -> BoundedLoop:
             loop = BoundedLoop()

@@ -9,16 +9,17 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 import httpx
+from pydantic import Field
 
 from ....core.errors import UserError
-from ....experts.federation.protocol.delivery import SignedStatement
-from ....experts.federation.protocol.fields import Message, check_fields
+from ....experts.federation.protocol.delivery import MAX_FILES, SignedStatement
+from ....experts.federation.protocol.fields import FileName, Message, check_fields
 from ....experts.federation.protocol.keys import OwnerKey
 from ....experts.federation.protocol.parts import FileParts
 from ....experts.federation.protocol.requests import Progress
@@ -29,7 +30,9 @@ from ..protocol.signing import EMPTY, WINDOW_S, Failure, signed_headers
 
 PIECE = 1 << 18
 TIMEOUT_S = 90.0
-"""Longest silence of the server, in seconds; the duration of a transfer is not limited."""
+"""Longest silence of the server, in seconds."""
+SLOWEST = 16 << 10
+"""Slowest transfer in bytes per second, beyond `TIMEOUT_S`."""
 MAX_JSON = 1 << 20
 """Largest JSON answer, in bytes."""
 SENTENCES = {
@@ -62,7 +65,8 @@ class Declined(Failure):
 
     def sentence(self, public: Path) -> str:
         """Return the error message for the owner."""
-        return SENTENCES.get(self.code, f"the coordinator declined ({self.code})").format(public=public)
+        known = SENTENCES.get(self.code)
+        return known.format(public=public) if known is not None else f"the coordinator declined ({self.code})"
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,40 @@ class Hello(Message):
     """Identifiers of open requests."""
     more: bool = False
     """Whether more requests follow, for later rounds of a shared model."""
+
+
+Code = Annotated[str, Field(pattern="^[A-Z_]{1,40}$")]
+"""Code of a refusal."""
+
+
+@dataclass(frozen=True)
+class Begun(Message):
+    """The coordinator's answer to the statement of a delivery: one of the two."""
+
+    LABEL = "the coordinator's answer to a delivery"
+    OPTIONAL = frozenset({"missing", "refusal"})
+
+    missing: Annotated[
+        Mapping[FileName, Annotated[tuple[Annotated[int, Field(ge=0, lt=10**7)], ...], Field(max_length=20_000)]],
+        Field(max_length=MAX_FILES),
+    ] = field(default_factory=dict)
+    """Indices of the parts that the coordinator does not have, by file."""
+    refusal: Code | None = None
+
+
+@dataclass(frozen=True)
+class Verdict(Message):
+    """The coordinator's answer about a complete delivery: one of the two."""
+
+    LABEL = "the coordinator's verdict"
+    OPTIONAL = frozenset({"state", "refusal"})
+
+    state: Literal["judging", "accepted"] | None = None
+    refusal: Code | None = None
+
+    def __post_init__(self) -> None:
+        if (self.state is None) == (self.refusal is None):
+            raise UserError(f"{self.LABEL} has neither a state nor a refusal, or both")
 
 
 class CoordinatorClient:
@@ -116,24 +154,18 @@ class CoordinatorClient:
         """Ask the coordinator to know this owner by another key from now on."""
         check_fields(self._call("POST", "rotate-key", rotation.as_json()), "the answer to a key rotation", ())
 
-    def begin(self, request: str, signed: SignedStatement) -> Mapping[str, Any]:
-        """Announce a delivery; return `{"missing": {FILE: [PART, ...]}}` or `{"refusal": CODE}`."""
-        return self._verdict(f"begin/{request}", "missing", signed.as_json())
+    def begin(self, request: str, signed: SignedStatement) -> Begun:
+        """Announce a delivery; return what is missing, or the refusal."""
+        return Begun.of_json(self._call("POST", f"begin/{request}", signed.as_json()))
 
     def put(self, request: str, file: FileParts, index: int, data: bytes) -> None:
         """Send one part of a file."""
         target = f"{PATH}part/{request}/{quote(file.name, safe='')}/{index}"
         self._send("PUT", target, file.parts[index], data, MAX_JSON)
 
-    def finish(self, request: str) -> Mapping[str, Any]:
-        """Ask for the verdict; return `{"state": "accepted" | "judging"}` or `{"refusal": CODE}`."""
-        return self._verdict(f"finish/{request}", "state")
-
-    def _verdict(self, endpoint: str, field: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return an answer with either `field` or a refusal."""
-        answer = self._call("POST", endpoint, content)
-        check_fields(answer, f"the answer to {endpoint}", ("refusal",) if "refusal" in answer else (field,))
-        return answer
+    def finish(self, request: str) -> Verdict:
+        """Ask for the verdict on a delivery."""
+        return Verdict.of_json(self._call("POST", f"finish/{request}"))
 
     def _call(self, method: str, endpoint: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
         body = json.dumps(content).encode() if content is not None else b""
@@ -150,6 +182,7 @@ class CoordinatorClient:
             return self._send_once(method, target, digest, body, limit)
 
     def _send_once(self, method: str, target: str, digest: str, body: bytes | None, limit: int) -> bytes:
+        ends = time.monotonic() + TIMEOUT_S + (len(body or b"") + limit) / SLOWEST
         headers = signed_headers(self._key, method, target, digest, self.session, self._audience, ahead_s=self._ahead_s)
         if body is not None:
             headers["content-length"] = str(len(body))
@@ -160,6 +193,8 @@ class CoordinatorClient:
                 data = bytearray()
                 for piece in response.iter_raw():
                     data += piece
+                    if time.monotonic() > ends:
+                        raise Unreachable("the answer is too slow")
                     if len(data) > limit:
                         raise UserError("the server's answer is too long for a coordinator; check --server")
         except httpx.TransportError as error:
@@ -198,7 +233,7 @@ def _pieces(body: bytes) -> Iterator[bytes]:
 def _parse_object(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError("the server's answer is not a coordinator's; check --server")

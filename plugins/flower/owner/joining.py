@@ -54,7 +54,7 @@ def join(
         client = CoordinatorClient(server, authority, key)
         node = SuperNode(owner.state, server, authority, key.path, reporter)
         membership = _Membership(owner, client, name, reporter)
-        work = OwnerWork(owner, client, consent, membership)
+        work = OwnerWork(owner, client, consent, membership, stop.is_set)
         try:
             for request in owner.requests():  # resume training before connecting
                 if not work.is_over(request) and owner.seeds.has(request):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,11 +31,23 @@ Consent = Callable[[Review], bool]
 """Asks the owner whether a delivery may leave."""
 
 
+class Stopped(Exception):
+    """The owner wants to stop taking part."""
+
+
 class OwnerWork:
     """Work on one owner's requests: `step` advances each of them, and reports progress between transfers."""
 
-    def __init__(self, owner: Owner, client: CoordinatorClient, consent: Consent, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        client: CoordinatorClient,
+        consent: Consent,
+        reporter: Reporter,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._owner, self._client, self._consent, self._reporter = owner, client, consent, reporter
+        self._stopped = stopped
         self._wait_until: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         """Failed attempts in a row, by request."""
@@ -43,8 +55,11 @@ class OwnerWork:
         """Started training processes, by request."""
         self._reported: dict[str, tuple[float, Progress]] = {}
         """Time and content of the last progress message, by request."""
+        self._sent: set[str] = set()
+        """Requests whose delivery is complete and awaits the verdict."""
         self._said: dict[str, str] = {}
-        self._described: set[str] = set()
+        self._described: set[tuple[str, str]] = set()
+        """Requests that were shown, with the digests of their recipes."""
         self._closed: dict[str, FailureCode] = {}
         """Codes that the coordinator was told, by request that the owner does not carry out."""
 
@@ -57,8 +72,8 @@ class OwnerWork:
         ]
         turns = untrained[: self._owner.max_parallel()]
         for request in requests:
-            if request.id not in self._described:
-                self._described.add(request.id)
+            if (request.id, request.recipe.digest) not in self._described:
+                self._described.add((request.id, request.recipe.digest))
                 self._say(request, self._owner.describe(request))
             if (objection := self._owner.objection(request)) is not None:
                 self._say(request, objection)
@@ -77,6 +92,8 @@ class OwnerWork:
             try:
                 self._advance(request)
                 self._failures.pop(request.id, None)
+            except Stopped:
+                return
             except Unreachable as error:
                 self._retry_later(request, f"the coordinator cannot be reached ({error}); trying again")
             except Declined as error:
@@ -156,10 +173,16 @@ class OwnerWork:
 
     # --- the seed ---
 
+    def _require_going_on(self) -> None:
+        """Raise `Stopped` between two parts of a transfer; what was transferred is kept."""
+        if self._stopped():
+            raise Stopped
+
     def _fetch_seed(self, request: ExpertRequest) -> None:
         self._say(request, f"fetching the seed, {sum(file.size for file in request.seed_files):,} bytes")
         for writer in self._owner.seeds.writers(request):
             for index in writer.missing():
+                self._require_going_on()
                 writer.put(index, self._client.seed_part(request.id, writer.file, index))
                 self._reporter.progress(f"fetching {writer.file.name}", index + 1, len(writer.file.parts), "parts")
         self._owner.seeds.complete(request)
@@ -197,29 +220,41 @@ class OwnerWork:
     # --- delivering ---
 
     def _deliver(self, request: ExpertRequest) -> None:
-        files = self._owner.expert_folder(request).glob("*.safetensors")
-        signed = self._owner.delivery(request, part_size=part_size(max(file.stat().st_size for file in files)))
-        if not self._consent(self._owner.review(request)):
-            self._say(
-                request, "the expert is ready and waits for your consent: inspect it with --review, send it with --yes"
-            )
-            self._wait_until[request.id] = time.monotonic() + PROGRESS_INTERVAL_S
-            return
-        answer = self._client.begin(request.id, signed)
-        if "refusal" not in answer:
-            self._say(request, f"delivering {sum(file.size for file in signed.statement.files):,} bytes")
-            self._send(request, signed, answer["missing"])
-            while (answer := self._client.finish(request.id)).get("state") == "judging":
-                self._reporter.progress(f"judging {request.id}", 0)
-                time.sleep(VERDICT_INTERVAL_S)
-        refusal = answer.get("refusal")
+        """Send a delivery if the owner consents, and ask for the verdict, in later steps again if it takes a while."""
+        refusal = None
+        if request.id not in self._sent:
+            files = self._owner.expert_folder(request).glob("*.safetensors")
+            signed = self._owner.delivery(request, part_size=part_size(max(file.stat().st_size for file in files)))
+            if not self._consent(self._owner.review(request)):
+                self._say(
+                    request,
+                    "the expert is ready and waits for your consent: inspect it with --review, send it with --yes",
+                )
+                self._wait_until[request.id] = time.monotonic() + PROGRESS_INTERVAL_S
+                return
+            begun = self._client.begin(request.id, signed)
+            refusal = begun.refusal
+            if refusal is None:
+                self._say(request, f"delivering {sum(file.size for file in signed.statement.files):,} bytes")
+                self._send(request, signed, begun.missing)
+        if refusal is None:
+            self._sent.discard(request.id)  # if this fails, the delivery is begun again
+            verdict = self._client.finish(request.id)
+            if verdict.state == "judging":
+                self._sent.add(request.id)
+                self._wait_until[request.id] = time.monotonic() + VERDICT_INTERVAL_S
+                return
+            refusal = verdict.refusal
         self._owner.note_outcome(request, refusal)
         self._say(request, "accepted" if refusal is None else f"refused: {refusal}")
 
-    def _send(self, request: ExpertRequest, signed: SignedStatement, missing: dict[str, list[int]]) -> None:
+    def _send(self, request: ExpertRequest, signed: SignedStatement, missing: Mapping[str, Sequence[int]]) -> None:
         folder, files = self._owner.delivery_folder(request), {file.name: file for file in signed.statement.files}
         for name, indices in missing.items():
-            for index in indices:
+            if name not in files or any(index >= len(files[name].parts) for index in indices):
+                raise Unreachable("it asks for parts that were not announced")
+            for index in sorted(set(indices)):
+                self._require_going_on()
                 self._client.put(request.id, files[name], index, read_part(folder / name, files[name], index))
                 self._reporter.progress(f"delivering {name}", index + 1, len(files[name].parts), "parts")
 

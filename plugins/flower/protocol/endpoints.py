@@ -12,7 +12,10 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote
 
 from ....core.artefacts.files import user_fixable_error
@@ -34,8 +37,8 @@ ALIVE_S = 30.0
 """Seconds for which an owner's session counts as alive after its last request."""
 FINISH_S = 20.0
 """Seconds that a `finish` request waits for the verdict before it answers `judging`."""
-PARTS_AT_ONCE = 4
-"""Parts that are held in memory at a time, of as many members."""
+PARTS_AT_ONCE = 2
+"""Delivered parts that are held in memory at a time, for as long as they are checked and written."""
 STATUS = {
     "NOT_SIGNED": 401,
     "UNKNOWN_KEY": 401,
@@ -53,9 +56,29 @@ STATUS = {
     "BUSY": 503,
 }
 
-Read = Callable[[int], Awaitable[bytes]]
-"""Reads a request's body up to a size limit in bytes."""
-Answer = tuple[int, bytes, str]
+
+class Body(Protocol):
+    """The body of a request; both methods raise `Failure` above a size limit in bytes."""
+
+    async def read(self, limit: int) -> bytes:
+        """Return the body."""
+        ...
+
+    async def read_into(self, file: BinaryIO, limit: int) -> None:
+        """Write the body to a file as it arrives, so that a slow client holds no memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """The bytes `begin` to `end` of a file, which are read as they are sent."""
+
+    path: Path
+    begin: int
+    end: int
+
+
+Answer = tuple[int, bytes | FileSpan, str]
 """HTTP status, body and content type."""
 Received = TypeVar("Received", bound=Message)
 _IDENTIFIER = r"(?P<request>[0-9a-f]{16})"
@@ -83,7 +106,7 @@ class Endpoints:
             ("POST", re.compile("rotate-key"), self._rotate_key),
         ]
 
-    async def answer(self, method: str, target: str, headers: Mapping[str, str], read: Read) -> Answer:
+    async def answer(self, method: str, target: str, headers: Mapping[str, str], body: Body) -> Answer:
         """Handle one request; raises `Failure` with a code for every error."""
         try:
             signed = await asyncio.to_thread(self._gate.check, method, target, headers)
@@ -92,7 +115,7 @@ class Endpoints:
             for route_method, pattern, handler in self._routes:
                 match = pattern.fullmatch(target.removeprefix(PATH))
                 if route_method == method and match is not None:
-                    return await handler(signed, read, **match.groupdict())
+                    return await handler(signed, body, **match.groupdict())
             raise Failure("NO_SUCH_THING")
         except UserError as error:
             cause = error.__cause__
@@ -112,43 +135,56 @@ class Endpoints:
         self._sessions[name] = (signed.session, now)
 
     def _transfer(self, signed: SignedRequest) -> asyncio.Semaphore:
-        """Return the lock by which a member transfers one part at a time, so that a slow one does not hold all places."""
+        """Return the lock by which a member sends one large message at a time: a member's memory and threads are bounded."""
         return self._transfers.setdefault(signed.member.name, asyncio.Semaphore(1))
 
-    async def _requests(self, signed: SignedRequest, read: Read) -> Answer:
-        await _body(signed, read)
+    async def _requests(self, signed: SignedRequest, body: Body) -> Answer:
+        await _body(signed, body)
         name = signed.member.name
         requests = await asyncio.to_thread(self._coordinator.open_requests, name)
         more = await asyncio.to_thread(self._coordinator.has_later_rounds, name)
         return _json({"name": name, "open": [request.id for request in requests], "more": more})
 
-    async def _seed_part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
-        await _body(signed, read)
-        async with self._transfer(signed), self._parts:
-            expert_request = await self._request_of(signed, request)
-            data = await asyncio.to_thread(self._coordinator.seed_part, expert_request, unquote(file), int(index))
-        return 200, data, "application/octet-stream"
+    async def _seed_part(self, signed: SignedRequest, body: Body, request: str, file: str, index: str) -> Answer:
+        await _body(signed, body)
+        expert_request = await self._request_of(signed, request)
+        span = await asyncio.to_thread(self._coordinator.seed_span, expert_request, unquote(file), int(index))
+        return 200, FileSpan(*span), "application/octet-stream"
 
-    async def _progress(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        progress = _understood(Progress, await _json_body(signed, read))
+    async def _progress(self, signed: SignedRequest, body: Body, request: str) -> Answer:
+        progress = _understood(Progress, await _json_body(signed, body))
         await self._request_of(signed, request)
         await asyncio.to_thread(self._files.record_progress, request, progress, self._coordinator.now())
         return _json({})
 
-    async def _begin(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        delivery = _understood(SignedStatement, await _json_body(signed, read, MAX_STATEMENT))
-        missing = await asyncio.to_thread(self._coordinator.begin, await self._request_of(signed, request), delivery)
+    async def _begin(self, signed: SignedRequest, body: Body, request: str) -> Answer:
+        async with self._transfer(signed):
+            content = await _body(signed, body, MAX_STATEMENT)
+            delivery = await asyncio.to_thread(_statement, content)
+            missing = await asyncio.to_thread(
+                self._coordinator.begin, await self._request_of(signed, request), delivery
+            )
         return self._refused(signed, missing) if isinstance(missing, Refusal) else _json({"missing": missing})
 
-    async def _part(self, signed: SignedRequest, read: Read, request: str, file: str, index: str) -> Answer:
-        async with self._transfer(signed), self._parts:
-            data = await _body(signed, read, PART_BYTES)
+    async def _part(self, signed: SignedRequest, body: Body, request: str, file: str, index: str) -> Answer:
+        async with self._transfer(signed):
             await self._request_of(signed, request)
-            await asyncio.to_thread(self._files.put, request, unquote(file), int(index), data)
+            with TemporaryFile(prefix=".part-", dir=self._files.incoming_root()) as spool:
+                await body.read_into(spool, PART_BYTES)
+                async with self._parts:
+                    await asyncio.to_thread(self._put, signed, request, unquote(file), int(index), spool)
         return _json({})
 
-    async def _finish(self, signed: SignedRequest, read: Read, request: str) -> Answer:
-        await _body(signed, read)
+    def _put(self, signed: SignedRequest, request: str, file: str, index: int, spool: BinaryIO) -> None:
+        """Store a part that has arrived in a temporary file."""
+        spool.seek(0)
+        data = spool.read()
+        if hashlib.sha256(data).hexdigest() != signed.digest:
+            raise Failure("WRONG_BYTES")
+        self._files.put(request, file, index, data)
+
+    async def _finish(self, signed: SignedRequest, body: Body, request: str) -> Answer:
+        await _body(signed, body)
         await self._request_of(signed, request)  # another owner must not hear the verdict
         if request not in self._finishing:
             self._finishing[request] = asyncio.create_task(self._judge(signed, request))
@@ -163,8 +199,8 @@ class Endpoints:
         self._reporter.say(f"the expert of '{signed.member.name}' is accepted")
         return _json({"state": "accepted"})
 
-    async def _rotate_key(self, signed: SignedRequest, read: Read) -> Answer:
-        rotation = _understood(KeyRotation, await _json_body(signed, read))
+    async def _rotate_key(self, signed: SignedRequest, body: Body) -> Answer:
+        rotation = _understood(KeyRotation, await _json_body(signed, body))
         if rotation.old != signed.member.key.fingerprint:
             raise Failure("REFUSED_NOW")
         member = await asyncio.to_thread(self._coordinator.rotate_key, rotation)
@@ -195,17 +231,25 @@ def failure_answer(code: str) -> Answer:
     return _json(content, STATUS.get(code, 409))
 
 
-async def _body(signed: SignedRequest, read: Read, limit: int = SMALL_BODY) -> bytes:
+async def _body(signed: SignedRequest, body: Body, limit: int = SMALL_BODY) -> bytes:
     """Read a body up to a size limit and check its signed digest."""
-    data = await read(limit)
+    data = await body.read(limit)
     if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != signed.digest:
         raise Failure("WRONG_BYTES")
     return data
 
 
-async def _json_body(signed: SignedRequest, read: Read, limit: int = SMALL_BODY) -> Any:
+def _statement(content: bytes) -> SignedStatement:
+    """Parse the statement of a delivery; raises `Failure`. Large ones take a moment, which others should not wait for."""
     try:
-        return json.loads(await _body(signed, read, limit))
+        return _understood(SignedStatement, json.loads(content))
+    except (ValueError, RecursionError):
+        raise Failure("NOT_UNDERSTOOD") from None
+
+
+async def _json_body(signed: SignedRequest, body: Body, limit: int = SMALL_BODY) -> Any:
+    try:
+        return json.loads(await _body(signed, body, limit))
     except (ValueError, RecursionError):
         raise Failure("NOT_UNDERSTOOD") from None
 

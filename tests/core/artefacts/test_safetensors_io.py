@@ -312,6 +312,15 @@ def test_a_header_length_beyond_the_file_is_refused_without_reading(tmp_path: Pa
         read_header(path)
 
 
+def test_a_shape_of_thousands_of_dimensions_is_refused_at_once(tmp_path: Path) -> None:
+    """Their product alone would take minutes."""
+    path = tmp_path / "x.safetensors"
+    header = json.dumps({"w": {"dtype": "F32", "shape": [10**18] * 100_000, "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(UserError, match="has 100,000 dimensions"):
+        read_header(path)
+
+
 def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
     path = raw_file(tmp_path / "model.safetensors", {"a": entry(0, 8, dtype="F33")}, b"x" * 8)
     with pytest.raises(UserError, match=r"model\.safetensors: tensor 'a' has unsupported dtype F33"):

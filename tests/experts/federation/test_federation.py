@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from expertctl import UserError, Workspace, load_model, verify
 from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.statements import DataStatement, DomainStatement
-from expertctl.experts.federation.coordinator.coordinator import Coordinator
+from expertctl.experts.federation.coordinator.coordinator import MOST_REFUSALS, Coordinator
 from expertctl.experts.federation.coordinator.owner_status import owner_statuses
+from expertctl.experts.federation.coordinator.storage import QUARANTINED
 from expertctl.experts.federation.judging.acceptance import HeldOut
 from expertctl.experts.federation.judging.refusal import RefusalCode
 from expertctl.experts.federation.owner.owner import Owner
@@ -327,6 +329,7 @@ ROUTER = "router.safetensors"
         (lambda folder: None, {"tokenizer": "0" * 64}, RefusalCode.MANIFEST),
         (lambda folder: None, {"metrics": {"loss": "low"}}, RefusalCode.MANIFEST),
         (lambda folder: None, {"metrics": {"loss": float("inf")}}, RefusalCode.MANIFEST),
+        (lambda folder: None, {"metrics": {"loss": 10**400}}, RefusalCode.MANIFEST),
         (lambda folder: None, {"licence": "\x1b[2J"}, RefusalCode.MANIFEST),
         (lambda folder: None, {"licence": "x" * 301}, RefusalCode.MANIFEST),
         (lambda folder: None, {"name": "site-b"}, RefusalCode.MANIFEST),
@@ -381,6 +384,68 @@ def test_an_invalid_expert_is_quarantined_with_a_reason(
     again = owner.delivery(request)
     assert hand_in(coordinator, owner.delivery_folder(request), request, again) is None
     assert coordinator.layout.finished_experts() == ["site-a"]
+
+
+def test_refusals_of_a_request_are_bounded_until_the_owner_is_asked_again(
+    ready: tuple[Coordinator, Owner, ExpertRequest], clock: Clock
+) -> None:
+    coordinator, owner, request = ready
+    good = SignedStatement.read(owner.delivery_folder(request))
+    bad = SignedStatement(good.statement, "AAAA")
+    lines = len(coordinator.files.ledger.entries())
+    codes = [coordinator.begin(request, bad).code for _ in range(MOST_REFUSALS + 5)]  # type: ignore[union-attr]
+    assert codes == [RefusalCode.SIGNATURE] * MOST_REFUSALS + [RefusalCode.TOO_OFTEN] * 5
+    assert len(coordinator.files.ledger.entries()) == lines + MOST_REFUSALS
+    coordinator.ask(["site-a"], request.recipe, clock() + timedelta(hours=5))
+    assert hand_in(coordinator, owner.delivery_folder(request), request, good) is None
+
+
+def test_only_the_latest_refused_deliveries_of_a_request_are_kept(
+    ready: tuple[Coordinator, Owner, ExpertRequest],
+) -> None:
+    coordinator, owner, request = ready
+    for _ in range(QUARANTINED + 2):
+        shutil.rmtree(owner.delivery_folder(request), ignore_errors=True)
+        owner.delivery(request)
+        signed = rewritten(owner, request, with_tensors(set_nan))
+        assert hand_in(coordinator, owner.delivery_folder(request), request, signed) is not None
+    kept = sorted(path.name for path in (coordinator.files.root / "quarantine").iterdir())
+    assert kept == [f"{request.id}-{number}" for number in (2, 3, 4)]
+
+
+def test_an_account_of_thousands_of_values_is_not_parsed(ready: tuple[Coordinator, Owner, ExpertRequest]) -> None:
+    _, owner, request = ready
+    content = SignedStatement.read(owner.delivery_folder(request)).as_json()
+    content["statement"]["privacy"] = {"history": [[0.1, 0.1, 1]] * 100_000}
+    with pytest.raises(UserError, match="more than 1000 values"):
+        SignedStatement.of_json(content)
+
+
+def test_a_known_request_that_asks_for_something_else_is_refused(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = coordinator.ask(["site-a"], BTM, clock() + timedelta(hours=1))
+    owner.take(request)
+    owner.take(replace(request, deadline=request.deadline + timedelta(hours=1)))
+    larger = replace(request, recipe=replace(BTM, training={**BTM.training, "tokens": 5_000_000}))
+    with pytest.raises(UserError, match="the identifier of another one that asked for something else"):
+        owner.take(larger)
+    for name, value in {"threads": 10**15, "batch_size": 10**9}.items():
+        changed = replace(request, id="f" * 16, recipe=replace(BTM, training={**BTM.training, name: value}))
+        with pytest.raises(UserError, match=f"sets '{name}' to"):
+            owner.take(changed)
+
+
+def test_a_seed_with_a_huge_manifest_is_not_read(coordinator: Coordinator, new_owner: NewOwner, clock: Clock) -> None:
+    owner = new_owner("site-a")
+    (request,) = coordinator.ask(["site-a"], BTM, clock() + timedelta(hours=1))
+    shutil.copytree(coordinator.layout.seed, owner.state / "pack")
+    (owner.state / "pack" / "seed.json").unlink()
+    (owner.state / "pack" / "seed.json").touch()
+    os.truncate(owner.state / "pack" / "seed.json", 3 << 29)
+    with pytest.raises(UserError, match="the seed is refused"):
+        owner.seeds.copy(request, owner.state / "pack")
 
 
 def restated(signed: SignedStatement, key: Any, **change: Any) -> SignedStatement:

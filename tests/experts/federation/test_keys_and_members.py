@@ -61,6 +61,16 @@ def test_ssh_keygen_shows_the_same_fingerprint_and_its_keys_work(tmp_path: Path)
     assert key.public.fingerprint in shown
 
 
+def test_other_spellings_of_a_key_are_the_same_key(tmp_path: Path) -> None:
+    key = make_key(tmp_path / "a").public
+    kind, encoded = key.line.split()
+    assert PublicKey.parse(f"{kind} {encoded}= comment") == key
+    members = Members(tmp_path / "members.json")
+    members.add("clinic", key)
+    with pytest.raises(UserError, match="clinic"):
+        members.add("court", PublicKey.parse(f"{kind} {encoded}="))
+
+
 def test_names_and_keys_of_members_are_unique(tmp_path: Path) -> None:
     members = Members(tmp_path / "federation" / "members.json")
     first, second = make_key(tmp_path / "a").public, make_key(tmp_path / "b").public

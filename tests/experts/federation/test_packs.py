@@ -50,7 +50,27 @@ def escaping(path: Path) -> None:
         archive.addfile(header, io.BytesIO(b"x"))
 
 
-@pytest.mark.parametrize("write", [sparse, larger_than_itself, pipe, escaping])
+def long_names(path: Path) -> None:
+    """Write an archive with thousands of headers in front of each other, each of which `tarfile` would follow."""
+    header = tarfile.TarInfo("x" * 200)
+    longname = header.tobuf(tarfile.GNU_FORMAT)[: 2 * tarfile.BLOCKSIZE]
+    path.write_bytes(longname * 5000 + tarfile.TarInfo("request.json").tobuf() + bytes(1024))
+
+
+def huge_header(path: Path) -> None:
+    """Write an archive of a few bytes on disk with an extended header of 1.5 GB."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, 3 << 29
+    path.write_bytes(header.tobuf())
+    os.truncate(path, 3 << 29)
+
+
+def deep(path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("/".join("x" * 40)))
+
+
+@pytest.mark.parametrize("write", [sparse, larger_than_itself, pipe, escaping, long_names, huge_header, deep])
 def test_a_hostile_archive_writes_nothing(tmp_path: Path, write: object) -> None:
     path, state = tmp_path / "pack.tar", tmp_path / "state"
     write(path)  # type: ignore[operator]

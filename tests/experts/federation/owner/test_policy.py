@@ -46,7 +46,7 @@ def test_the_template_sets_no_limit_and_every_line_of_it_is_valid(tmp_path: Path
         ("max_tokens: 100", {}, "trains on 320 tokens; your policy allows 100"),
         (
             "max_tokens: 1000",
-            {"training": {"tokens": 320, "batch_size": 8, "accumulation": 10**9}},
+            {"training": {"tokens": 320, "batch_size": 8, "accumulation": 10**6}},
             "your policy allows 1,000",
         ),
         ("max_seed_gb: 0.000001", {}, "your policy allows 1e-06"),

@@ -10,7 +10,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -293,11 +296,11 @@ def test_a_part_with_wrong_bytes_is_declined_and_the_correct_one_accepted(hub: A
     signed, client = owner.delivery(request), hub.client(owner)
     file = next(file for file in signed.statement.files if file.name == "model.safetensors")
     data = (owner.delivery_folder(request) / file.name).read_bytes()
-    assert 0 in client.begin(request.id, signed)["missing"][file.name]
+    assert 0 in client.begin(request.id, signed).missing[file.name]
     with pytest.raises(Declined, match="WRONG_BYTES"):
         client.put(request.id, file, 0, bytes(len(data)))
     client.put(request.id, file, 0, data)
-    assert client.begin(request.id, signed)["missing"][file.name] == []
+    assert client.begin(request.id, signed).missing[file.name] == ()
 
 
 def test_a_full_disk_is_reported_as_a_code_and_the_upload_resumes(
@@ -370,3 +373,50 @@ def test_an_owner_rotates_its_own_key_only(hub: Any, new_owner: NewOwner, tmp_pa
     renewed.session = client.session  # of the same process
     assert renewed.hello().name == "site-a"
     renewed.close()
+
+
+def test_slow_senders_and_readers_hold_little_memory(hub: Any, new_owner: NewOwner) -> None:
+    """Ten readers that stop after the first bytes of a part of 32 MiB, and a sender whose part is almost complete."""
+    owner = new_owner("site-a")
+    (request,) = hub.coordinator.ask(["site-a"], BTM, datetime.now(UTC) + SOON)
+    trained(hub.coordinator, owner, request)
+    signed, client = owner.delivery(request), hub.client(owner)
+    big = hub.coordinator.layout.seed / "big.bin"
+    big.write_bytes(bytes(32 << 20))
+    file = parts_of(big)
+    hub.coordinator.files.write_request(replace(request, seed_files=(*request.seed_files, file)))
+    client.begin(request.id, signed)
+
+    def headers(method: str, target: str, digest: str) -> dict[str, str]:
+        return signed_headers(owner.key(), method, target, digest, client.session, hub.certificates.fingerprint)
+
+    def almost_all() -> Iterator[bytes]:
+        for _ in range(31):
+            yield bytes(1 << 20)
+        is_measured.wait(60)
+        raise httpx.WriteError("the sender has gone")
+
+    is_measured = threading.Event()
+    part = f"/expertctl/v1/part/{request.id}/model.safetensors/0"
+    sending = {**headers("PUT", part, "0" * 64), "content-length": str(32 << 20)}
+    with hub.browser() as browser, ExitStack() as open_answers:
+        tracemalloc.start()
+        sender = threading.Thread(target=lambda: suppressed(hub, part, sending, almost_all()), daemon=True)
+        sender.start()
+        target = f"/expertctl/v1/seed/{request.id}/big.bin/0"
+        for _ in range(10):
+            answer = open_answers.enter_context(browser.stream("GET", target, headers=headers("GET", target, EMPTY)))
+            assert (answer.status_code, answer.headers["content-length"]) == (200, str(32 << 20))
+        time.sleep(1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        is_measured.set()
+    sender.join(30)
+    assert peak < 48 << 20  # one part of the sender's would be 32 MiB, and the readers' 320
+    assert client.seed_part(request.id, file, 0) == bytes(32 << 20)
+
+
+def suppressed(hub: Any, target: str, headers: dict[str, str], content: Iterator[bytes]) -> None:
+    """Send a body that ends early."""
+    with hub.browser() as browser, suppress(httpx.HTTPError):
+        browser.put(target, headers=headers, content=content)

@@ -14,6 +14,13 @@ from expertctl.experts.federation.protocol.requests import Progress
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
 from expertctl.plugins.flower.processes.child import backoff_s
 
+
+class A_STATEMENT:  # noqa: N801  # stands for a statement; only what is answered matters
+    @staticmethod
+    def as_json() -> dict[str, str]:
+        return {}
+
+
 HELLO = {"name": "site-a", "open": ["0123456789abcdef"], "more": False}
 
 
@@ -26,7 +33,13 @@ HELLO = {"name": "site-a", "open": ["0123456789abcdef"], "more": False}
         (CoordinatorClient.hello, [], "is not a coordinator's"),
         (lambda client: client.finish("1"), {"state": "judging", "eta": 3}, "has an unknown field 'eta'"),
         (lambda client: client.finish("1"), {"refusal": "NORM", "detail": "x"}, "unknown field 'detail'"),
-        (lambda client: client.finish("1"), {}, "has no field 'state'"),
+        (lambda client: client.finish("1"), {}, "has neither a state nor a refusal"),
+        (lambda client: client.finish("1"), {"state": "done"}, "has the wrong type"),
+        (lambda client: client.finish("1"), {"state": ["judging"]}, "has the wrong type"),
+        (lambda client: client.begin("1", A_STATEMENT), {"missing": {"../x": [0]}}, "has the wrong type"),
+        (lambda client: client.begin("1", A_STATEMENT), {"missing": {"x": ["0"]}}, "has the wrong type"),
+        (lambda client: client.begin("1", A_STATEMENT), {"missing": None}, "has the wrong type"),
+        (lambda client: client.begin("1", A_STATEMENT), {"missing": {"x": [0.5]}}, "has the wrong type"),
         (lambda client: client.progress("1", Progress("waiting")), {"ok": True}, "unknown field 'ok'"),
     ],
 )
