@@ -8,7 +8,7 @@ import click
 
 from ..context import INTERRUPTED, Session, pass_session
 from ..group import cli_command
-from ..options import flag, integer, option, pairs
+from ..options import choice, flag, integer, option, pairs
 
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @flag("--all", "Train all branched experts and all experts of expertctl.yaml.", name="everything")
 @integer("--jobs", "Number of experts to train at the same time.", default=1)
+@integer(
+    "--nproc", "Processes that train each expert together (with torchrun), on a GPU each if there are GPUs. Default: 1."
+)
+@choice(
+    "--strategy",
+    ["ddp", "fsdp"],
+    "How several processes hold the model: replicated, or a part of every tensor each. Default: ddp.",
+)
 @option("--launcher", "NAME", "Where training runs. Default: the launcher of expertctl.yaml, else local.")
 @pairs("--launcher-option", "launcher_options", "Set an option of the launcher; repeatable.")
 @pass_session
@@ -29,6 +37,8 @@ def command(
     names: tuple[str, ...],
     everything: bool,
     jobs: int,
+    nproc: int | None,
+    strategy: str | None,
     launcher: str | None,
     launcher_options: dict[str, Any],
 ) -> int:
@@ -40,6 +50,8 @@ def command(
     if bool(names) == everything:
         raise click.UsageError("name the experts to train, or give --all")
     workspace = session.open()
+    given = {"nproc": nproc, "strategy": strategy}
+    launcher_options = {**launcher_options, **{name: value for name, value in given.items() if value is not None}}
     expert_names = tuple(dict.fromkeys(names)) or workspace.experts.names()
     with session.progress(*expert_names) as progress:
         result = workspace.train(

@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote
 
-from ....core.artefacts.files import user_fixable_error
+from ....core.artefacts.files import os_errors_as_user_errors, user_fixable_error
 from ....core.errors import UserError, first_line
 from ....core.reporting import Reporter
 from ....experts.federation.coordinator.coordinator import Coordinator
@@ -169,7 +169,8 @@ class Endpoints:
     async def _part(self, signed: SignedRequest, body: Body, request: str, file: str, index: str) -> Answer:
         async with self._transfer(signed):
             await self._request_of(signed, request)
-            with TemporaryFile(prefix=".part-", dir=self._files.incoming_root()) as spool:
+            root = self._files.incoming_root()
+            with os_errors_as_user_errors(root), TemporaryFile(prefix=".part-", dir=root, buffering=0) as spool:
                 await body.read_into(spool, PART_BYTES)
                 async with self._parts:
                     await asyncio.to_thread(self._put, signed, request, unquote(file), int(index), spool)

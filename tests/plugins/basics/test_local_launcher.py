@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from reporters import Recorder
 
+from expertctl.core.config.settings import LauncherConfig
+from expertctl.core.manifests.run import STATE_FOLDER
+from expertctl.plugins.flower.processes.child import free_port
 from expertctl.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -105,3 +114,109 @@ def test_warnings_of_plugins_in_the_worker_are_shown_once(workspace: Workspace, 
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot reach the dashboard") == 1, (done.stderr, time.monotonic() - begin)
+
+
+# --- one run in several processes ---
+
+
+def longer(workspace: Workspace, steps: int, **training: object) -> Path:
+    """Branch an expert with so many steps, and a checkpoint after each."""
+    settings = {"tokens": 32 * steps, "checkpoint_seconds": 0, "log_every": 1, **training}
+    workspace.branch("fox", training=settings)
+    return workspace.layout.experts / "fox"
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Return the process numbers of the ranks that train a run, without torchrun's own."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if str(run).encode() in command and b"torch.distributed.run" not in command:
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_killed_rank_leads_to_the_same_end(workspace: Workspace, new_workspace: object, tmp_path: Path) -> None:
+    """kill -9 of one of two processes: the launcher starts both again from the last checkpoint."""
+    expected = longer(workspace, 60)
+    other = Workspace(shutil.copytree(workspace.root, tmp_path / "other"))
+    together = {"name": "local", "options": {"nproc": 2}}
+    assert workspace.train("fox", launcher=LauncherConfig(**together)).finished == ("fox",)
+    run, said = other.layout.experts / "fox", Recorder()
+    killed = threading.Thread(target=kill_one_after_checkpoint, args=(run,))
+    killed.start()
+    assert other.train("fox", launcher=LauncherConfig(**together), reporter=said).finished == ("fox",)
+    killed.join()
+    assert any("starting again from the last checkpoint" in line for line in said.lines), said.lines
+    assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+def kill_one_after_checkpoint(run: Path) -> None:
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and not list(run.glob(f"{STATE_FOLDER}/step-0000001*")):
+        time.sleep(0.02)
+    os.kill(max(ranks_of(run)), signal.SIGKILL)
+
+
+def test_several_processes_stop_together_and_go_on(workspace: Workspace) -> None:
+    run = longer(workspace, 4000)
+    command = [*CLI, "-w", str(workspace.root), "train", "fox", "--nproc", "2", "--strategy", "fsdp"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        ends = time.monotonic() + 120
+        while time.monotonic() < ends and not list(run.glob(f"{STATE_FOLDER}/step-*")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted, state saved: fox" in error
+    assert ranks_of(run) == []
+    assert list(run.glob(f"{STATE_FOLDER}/step-*"))
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"batch_size": 3}, "training.batch_size is 3, which 2 processes cannot share equally"),
+        ({"device": "cuda"}, "device 'cuda' is not available"),
+    ],
+)
+def test_errors_of_several_processes_are_one_line(workspace: Workspace, training: dict[str, object], said: str) -> None:
+    if "device" in training and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    longer(workspace, 10, **training)
+    done = workspace.train("fox", launcher=LauncherConfig(name="local", options={"nproc": 2}))
+    assert said in done.failed["fox"]
+
+
+def test_the_processes_end_with_the_command_that_started_them(workspace: Workspace) -> None:
+    run = longer(workspace, 4000)
+    command = [*CLI, "-w", str(workspace.root), "train", "fox", "--nproc", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        ends = time.monotonic() + 120
+        while time.monotonic() < ends and not list(run.glob(f"{STATE_FOLDER}/step-*")):
+            time.sleep(0.05)
+        assert len(ranks_of(run)) == 2
+        process.kill()
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends and ranks_of(run):
+        time.sleep(0.1)
+    assert ranks_of(run) == []
+
+
+def test_processes_that_do_not_meet_end_with_a_reason(workspace: Workspace) -> None:
+    run = longer(workspace, 10)
+    environment = {
+        **os.environ,
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    done = subprocess.run(
+        [*WORKER, str(run), "--timeout", "3"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    message = json.loads(done.stdout.splitlines()[-1])["message"]
+    assert message.startswith("the 2 processes of this run did not meet within 3 seconds")

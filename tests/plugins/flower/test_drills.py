@@ -285,14 +285,15 @@ def test_a_delivery_resumes_after_a_full_disk_at_the_coordinator(federation: Fed
 
 def deliver(client: CoordinatorClient, folder: Path, request_id: str, signed: SignedStatement) -> str:
     """Deliver a folder as an owner's process does, without its checks; return the verdict."""
-    answer = client.begin(request_id, signed)
-    if "refusal" not in answer:
-        for file in signed.statement.files:
-            for index in answer["missing"][file.name]:
-                client.put(request_id, file, index, read_part(folder / file.name, file, index))
-        while (answer := client.finish(request_id)).get("state") == "judging":
-            time.sleep(0.2)
-    return str(answer.get("refusal") or answer["state"])
+    begun = client.begin(request_id, signed)
+    if begun.refusal is not None:
+        return begun.refusal
+    for file in signed.statement.files:
+        for index in begun.missing[file.name]:
+            client.put(request_id, file, index, read_part(folder / file.name, file, index))
+    while (verdict := client.finish(request_id)).state == "judging":
+        time.sleep(0.2)
+    return str(verdict.refusal or verdict.state)
 
 
 def altered(
