@@ -17,6 +17,7 @@ from expertctl import Reporter, TuningSettings, Workspace, load_model, verify
 from expertctl.experts.runs.tuning import start_tuning
 from expertctl.experts.training.run import train_run
 
+pytestmark = pytest.mark.slow
 STEPS = 30
 TRAINING = {"tokens": STEPS * 4 * 32, "log_every": 1, "learning_rate": 5e-3, "checkpoint_seconds": 1e6}
 EXPERTS: dict[str, dict[str, Any]] = {
