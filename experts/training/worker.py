@@ -1,6 +1,7 @@
 """The worker process of one run: `python -m expertctl.experts.training.worker RUN_FOLDER`, or the same by `torchrun -m`.
 
-It writes JSON lines to standard output and stops with a checkpoint on SIGINT or SIGTERM. With `--leash`, it exits at
+It writes JSON lines to standard output and stops with a checkpoint on SIGINT, SIGTERM or SIGUSR1, which clusters send ahead of
+a time limit. With `--leash`, it exits at
 once when that pipe closes because the process that started it is gone: a killed command leaves no lock behind.
 Started by torchrun, on one machine or many that share the workspace's folder, the processes train the run together.
 """
@@ -96,15 +97,15 @@ def _print(record: Mapping[str, Any]) -> None:
 
 
 def _stop_signal() -> threading.Event:
-    """Return an event that SIGINT or SIGTERM sets; a second signal has its default effect."""
+    """Return an event that SIGINT, SIGTERM or SIGUSR1 sets; a second signal has its default effect."""
     stop = threading.Event()
 
     def request_stop(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, request_stop)
     return stop
 
 

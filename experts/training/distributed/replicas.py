@@ -108,8 +108,8 @@ class ShardedReplica(Replica):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        super().__init__(part, device)
-        self.ranks = ranks
+        super().__init__(part, torch.device("cpu"))  # fully_shard moves one layer after the other to the device
+        self.ranks, self.device = ranks, device
         _broadcast(self.module, ranks)  # shards of different models would be joined silently
         names = {parameter: name for name, parameter in self.module.named_parameters()}
         paths = {name: names[parameter] for name, parameter in self.parameters.items()}
@@ -125,6 +125,8 @@ class ShardedReplica(Replica):
         for layer in layers_of(self.module):
             fully_shard(layer, **settings)
         fully_shard(self.module, **settings)
+        for scalar in scalars:
+            scalar.data = scalar.data.to(device)
         self.parameters = {name: self.module.get_parameter(path) for name, path in paths.items()}
         part.parameters = self.parameters
 
@@ -181,6 +183,8 @@ class ShardedReplica(Replica):
         mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]  # of DTensor
         shape, offset = compute_local_shape_and_global_offset(target.shape, mesh, placements)
         begin, rows = offset[0], shape[0]  # FSDP2 shards the first dimension
+        if not rows:
+            return  # there are fewer rows than processes
         per_row = target.numel() // max(target.shape[0], 1)
         piece = checkpoint.span(name, begin * per_row, (begin + rows) * per_row)
         _local(target).copy_(piece.reshape(shape))

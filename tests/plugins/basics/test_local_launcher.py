@@ -116,6 +116,20 @@ def test_warnings_of_plugins_in_the_worker_are_shown_once(workspace: Workspace, 
     assert done.stderr.count("cannot reach the dashboard") == 1, (done.stderr, time.monotonic() - begin)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_ahead_of_a_time_limit_saves_the_state(workspace: Workspace, number: signal.Signals) -> None:
+    run = longer(workspace, 4000, checkpoint_seconds=1e6)
+    with subprocess.Popen([*WORKER, str(run)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while json.loads(process.stdout.readline())["event"] != "progress":
+            pass
+        process.send_signal(number)
+        outcome = json.loads(process.communicate(timeout=60)[0].splitlines()[-1])
+    assert outcome["event"] == "interrupted"
+    assert process.returncode == 130
+    assert len(list(run.glob(f"{STATE_FOLDER}/step-*"))) == 1
+
+
 # --- one run in several processes ---
 
 
