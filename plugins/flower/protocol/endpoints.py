@@ -170,7 +170,7 @@ class Endpoints:
         async with self._transfer(signed):
             await self._request_of(signed, request)
             root = self._files.incoming_root()
-            with os_errors_as_user_errors(root), TemporaryFile(prefix=".part-", dir=root, buffering=0) as spool:
+            with os_errors_as_user_errors(root), TemporaryFile(prefix=".part-", dir=root) as spool:
                 await body.read_into(spool, PART_BYTES)
                 async with self._parts:
                     await asyncio.to_thread(self._put, signed, request, unquote(file), int(index), spool)
