@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, FailFast, Field
 
 from ....core.artefacts.digests import MANIFEST_NAMES
 from ....core.artefacts.files import link_or_copy, new_folder, read_json, write_json
@@ -61,7 +61,9 @@ class Statement(Message):
     expert: Digest
     """Digest of the expert's tensors."""
     files: Annotated[
-        tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...], Field(min_length=1, max_length=MAX_FILES)
+        tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...],
+        Field(min_length=1, max_length=MAX_FILES),
+        FailFast(),
     ]
     data: DataStatement
     """Counts of documents, tokens and bytes, to two significant digits."""

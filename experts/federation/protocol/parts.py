@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from ....core.artefacts.files import inside, os_errors_as_user_errors
 from ....core.artefacts.safetensors_io import write_at
@@ -37,7 +37,7 @@ class FileParts(Message):
     """Bytes."""
     sha256: Digest
     """Digest of the whole file."""
-    parts: Annotated[tuple[Digest, ...], Field(max_length=MAX_PARTS)]
+    parts: Annotated[tuple[Digest, ...], Field(max_length=MAX_PARTS), FailFast()]
     """sha256 of each part, in order."""
     part_size: Annotated[int, Field(ge=1, le=PART_BYTES)] = PART_BYTES
     """Bytes of every part but the last."""

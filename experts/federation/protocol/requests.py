@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, FailFast, Field
 
 from ....core.config.settings import DpConfig, validate_settings
 from ....core.errors import UserError
@@ -113,7 +113,9 @@ class ExpertRequest(Message):
     """Of the owner's key."""
     seed: Digest
     seed_files: Annotated[
-        tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...], Field(min_length=1, max_length=1000)
+        tuple[Annotated[FileParts, BeforeValidator(FileParts.of_json)], ...],
+        Field(min_length=1, max_length=1000),
+        FailFast(),
     ]
     """Files of the seed that the owner downloads."""
     recipe: Annotated[Recipe, BeforeValidator(Recipe.of_json)]

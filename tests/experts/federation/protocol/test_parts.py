@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,14 @@ print(writer.missing())
     for index in writer.missing():
         writer.put(index, read_part(path, parts, index))
     assert writer.finish().read_bytes() == path.read_bytes()
+
+
+def test_a_list_of_half_a_million_wrong_digests_is_refused_at_the_first() -> None:
+    """An error for each of them would take a gigabyte."""
+    content = {"name": "x", "size": 1, "sha256": "a" * 64, "parts": [1] * 500_000, "part_size": 1}
+    tracemalloc.start()
+    with pytest.raises(UserError, match="the field 'parts'"):
+        FileParts.of_json(content)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
