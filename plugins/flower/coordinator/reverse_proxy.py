@@ -42,7 +42,7 @@ FLEET_CALLS = frozenset(
 )
 MAX_FLEET_BODY = 8 << 20
 """Largest forwarded request, in bytes; Flower splits messages into objects of 5 MB."""
-SMALL_BODY = 64 << 10
+SMALL_BODY = 16 << 10
 """Bytes that every connection may buffer without reserving memory; most Flower messages are smaller."""
 MAX_FLEET_BYTES = 64 << 20
 """Bytes that all connections together may buffer beyond that, since a message is read before its sender is authenticated."""
