@@ -102,7 +102,10 @@ def make(folder: Path) -> dict[str, float]:
     from expertctl.core.artefacts.digests import digest_of_tensors, digests_of_folder
     from expertctl.core.artefacts.layout import Layout
     from expertctl.core.artefacts.versions import tool_versions
+    from expertctl.core.config.settings import TrainingConfig
     from expertctl.core.manifests.manifest import Manifest, Parent, read_manifest
+    from expertctl.core.manifests.run import RunSpec
+    from expertctl.core.manifests.statements import DataStatement, DomainStatement
     from expertctl.core.testing import tiny_model_folder
     from expertctl.experts.federation.coordinator.coordinator import Coordinator
     from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
@@ -134,9 +137,9 @@ def make(folder: Path) -> dict[str, float]:
     expert = owner.expert_folder(request)
     expert.mkdir(parents=True)
     (folder / "expert-origin").mkdir()
-    write_random(folder / "expert-origin", config, 1)
+    write_random(folder / "expert-origin", config, 0, changed_by=1)
     (folder / "expert-origin" / "model.safetensors").replace(expert / "model.safetensors")
-    (expert / "run.json").write_text('{"trains": "all"}')
+    RunSpec("expert", "site-a", ("site-a",), TrainingConfig(), "all", owner="site-a").write(expert)
     seed = read_manifest(hub / "seed")
     tensors, files = digests_of_folder(expert)
     Manifest(
@@ -148,7 +151,8 @@ def make(folder: Path) -> dict[str, float]:
         files=files,
         tokenizer=seed.tokenizer,
         parents=(Parent("seed", "seed", seed.digest, 1.0),),
-        data={"domains": {"site-a": {"documents": 1, "tokens": 10, "bytes": 30}}},
+        config=RunSpec("expert", "site-a", ("site-a",), TrainingConfig(), "all", owner="site-a"),
+        data=DataStatement({"site-a": DomainStatement(1, 10, 30)}),
         trainable="all",
         versions=tool_versions(),
     ).write(expert)
@@ -157,8 +161,8 @@ def make(folder: Path) -> dict[str, float]:
     return {"seed_bytes": sizes[0], "expert_bytes": sizes[1], "peak": peak()}
 
 
-def write_random(folder: Path, config: object, seed: int) -> None:
-    """Write random bfloat16 tensors of a model."""
+def write_random(folder: Path, config: object, seed: int, changed_by: int | None = None) -> None:
+    """Write random bfloat16 tensors of a model, changed a little by another random seed."""
     import torch
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
@@ -167,16 +171,20 @@ def write_random(folder: Path, config: object, seed: int) -> None:
     with init_empty_weights():
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
     noise = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: torch.randn(shape, generator=noise, dtype=torch.float32).mul_(0.02).to(torch.bfloat16)
-        for name, shape in shapes.items()
-    }
+    change = torch.Generator().manual_seed(changed_by if changed_by is not None else seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=noise).mul_(0.02)
+        if changed_by is not None:
+            values += torch.randn(shape, generator=change).mul_(0.004)
+        tensors[name] = values.to(torch.bfloat16)
     (folder / "model.safetensors").unlink(missing_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def hub(folder: Path) -> dict[str, float]:
     """Serve as coordinator until standard input closes."""
+    from expertctl import Reporter
     from expertctl.core.artefacts.layout import Layout
     from expertctl.experts.federation.coordinator.coordinator import Coordinator
     from expertctl.plugins.flower.coordinator.reverse_proxy import Gateway, TlsServer
@@ -185,7 +193,7 @@ def hub(folder: Path) -> dict[str, float]:
 
     certificates = certificates_for(folder / "tls", [])
     coordinator = Coordinator(Layout(folder / "hub"))
-    endpoints = Endpoints(coordinator, certificates.fingerprint, lambda text: print(text, file=sys.stderr))
+    endpoints = Endpoints(coordinator, certificates.fingerprint, Reporter())
     door = TlsServer(Gateway(lambda: "127.0.0.1:9", certificates, endpoints), "127.0.0.1", 0, certificates)
     print(door.open(), flush=True)
     sys.stdin.read()
@@ -212,19 +220,19 @@ def owner(folder: Path) -> dict[str, float]:
     for writer in owner.seeds.writers(request):
         writer.finish()
     down = time.monotonic() - begun
-    target, expert = owner.delivery_folder(request.id), owner.expert_folder(request)
+    target, expert = owner.delivery_folder(request), owner.expert_folder(request)
     size = part_size((expert / "model.safetensors").stat().st_size)
     signed = make_delivery(expert, request, owner.key(), target, part_size=size)
     begun = time.monotonic()
-    missing = client.begin(request.id, signed)["missing"]
+    missing = client.begin(request.id, signed).missing
     for file in signed.statement.files:
         for index in missing[file.name]:
             client.put(request.id, file, index, read_part(target / file.name, file, index))
     up = time.monotonic() - begun
     begun = time.monotonic()
-    while (verdict := client.finish(request.id)).get("state") == "judging":
+    while (verdict := client.finish(request.id)).state == "judging":
         time.sleep(0.2)
-    if verdict.get("state") != "accepted":
+    if verdict.state != "accepted":
         sys.exit(f"not accepted: {verdict}")
     judged = time.monotonic() - begun
     client.close()
