@@ -147,7 +147,8 @@ def command(
 
 
 def _note_contributions(session: Session, workspace: Workspace, experts: Sequence[str] | None) -> None:
-    """Print the loss on public text of each expert that an owner of a federation delivered."""
+    """Print the loss on public text of each expert that an owner of a federation delivered, and that is the same still."""
+    from ...core.manifests.manifest import find_manifest
     from ...experts.federation.coordinator.storage import FederationFiles
     from ..federate.shared import public_loss_text
 
@@ -155,8 +156,10 @@ def _note_contributions(session: Session, workspace: Workspace, experts: Sequenc
         return
     losses = FederationFiles(root).ledger.public_losses()
     for name in experts or workspace.layout.finished_experts():
-        if name in losses:
-            session.note(f"{name}: loss on public text {public_loss_text(losses[name])}, compared with the seed")
+        manifest = find_manifest(workspace.layout.experts / name)
+        if manifest is not None and manifest.digest in losses:
+            text = public_loss_text(losses[manifest.digest])
+            session.note(f"{name}: loss on public text {text}, compared with the seed")
 
 
 def _compare(session: Session, workspace: Workspace, folder: Path, manifest: Manifest) -> int:

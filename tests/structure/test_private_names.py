@@ -24,6 +24,18 @@ PRIVATE = {
         ),
         "plugins/flower/coordinator/registering.py registers all members with one connection",
     ),
+    (
+        "torch.distributed.tensor._utils",
+        "compute_local_shape_and_global_offset",
+    ): "experts/training/distributed/replicas.py finds a process's rows of a tensor",
+    **dict.fromkeys(
+        (("torch.nn", "Parameter._backward_hooks"), ("torch.nn", "Parameter._post_accumulate_grad_hooks")),
+        "experts/training/distributed/replicas.py finds hooks that sharding would lose",
+    ),
+    (
+        "asyncio.sslproto",
+        "SSLProtocol.max_size",
+    ): "plugins/flower/coordinator/reverse_proxy.py bounds the memory of a connection",
     **{
         ("torch._subclasses.fake_tensor", name): "merge/stitched/layer_probe.py runs models without weights"
         for name in ("FakeTensorMode", "DataDependentOutputException", "DynamicOutputShapeException")
@@ -35,4 +47,7 @@ PRIVATE = {
 @pytest.mark.parametrize(("module", "name"), PRIVATE, ids=lambda value: value)
 def test_a_private_name_of_another_library_is_there(module: str, name: str) -> None:
     purpose = PRIVATE[module, name]
-    assert hasattr(importlib.import_module(module), name), f"{module} dropped {name}, by which {purpose}"
+    holder: object = importlib.import_module(module)
+    for part in name.split("."):
+        assert hasattr(holder, part), f"{module} dropped {name}, by which {purpose}"
+        holder = getattr(holder, part)

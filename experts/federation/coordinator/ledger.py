@@ -97,9 +97,9 @@ class Ledger:
         return {entry.detail for entry in self._read().entries if entry.state == "accepted"}
 
     def public_losses(self) -> dict[str, Mapping[str, float]]:
-        """Return the losses on public text of accepted experts, by expert; without those that were not measured."""
+        """Return the losses on public text of accepted experts, by the expert's digest; without those that were not measured."""
         entries = (entry for entry in self._read().entries if entry.state == "accepted")
-        return {entry.detail: entry.public_loss for entry in entries if entry.public_loss is not None}
+        return {entry.delivery: entry.public_loss for entry in entries if entry.public_loss is not None}
 
     def states_of(self, owner: str) -> Mapping[str, Entry]:
         """Return the latest entry of each of an owner's requests, in the order of the requests."""

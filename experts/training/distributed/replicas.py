@@ -214,13 +214,21 @@ def laid_out(part: TrainablePart, device: torch.device, ranks: Ranks, strategy: 
     if ranks.world == 1:
         return Replica(part, device)
     if strategy == "fsdp":
-        if part.used_in_a_pass == "some":
-            raise UserError(
-                "strategy 'fsdp' needs a gradient for the same parameters in every process, and this trainer's depend on the "
-                "text; use ddp"
-            )
+        _require_shardable(part)
         return ShardedReplica(part, device, ranks, bfloat16=bfloat16)
     return DistributedReplica(part, device, ranks)
+
+
+def _require_shardable(part: TrainablePart) -> None:
+    """Raise `UserError` for a trainer that sharding would change without an error."""
+    if part.used_in_a_pass == "some":
+        raise UserError(
+            "strategy 'fsdp' needs a gradient for the same parameters in every process, and this trainer's depend on the "
+            "text; use ddp"
+        )
+    for name, parameter in part.parameters.items():  # sharding replaces the parameters, and their hooks are lost
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise UserError(f"this trainer changes the gradient of '{name}', which strategy 'fsdp' would undo; use ddp")
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from distributed_runs import TORCHRUN
 from flexolmo_workspaces import make_flexolmo_workspace
 
 from expertctl.core.errors import UserError
+from expertctl.core.hooks.training import TrainablePart
 from expertctl.experts.training.distributed.ranks import ALONE, Ranks
-from expertctl.experts.training.distributed.replicas import require_divisible
+from expertctl.experts.training.distributed.replicas import laid_out, require_divisible
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +43,15 @@ def test_a_process_with_other_settings_is_refused(tmp_path: Path) -> None:
     assert done.returncode != 0
     messages = [json.loads(line).get("message", "") for line in done.stdout.splitlines() if line.startswith("{")]
     assert any(message.startswith("process 1 of 2 has a run, text or torch that differs") for message in messages)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_gradients_are_not_lost_by_sharding(register: str) -> None:
+    module = torch.nn.Linear(2, 2)
+    part = TrainablePart(module, dict(module.named_parameters()))
+    getattr(module.weight, register)(lambda value: None)
+    with pytest.raises(UserError, match="changes the gradient of 'weight', which strategy 'fsdp' would undo"):
+        laid_out(part, torch.device("cpu"), Ranks(0, 2), "fsdp", bfloat16=False)
 
 
 def test_a_batch_is_shared_equally() -> None:

@@ -7,19 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from federation_messages import SIGNED
 
 from expertctl import UserError
 from expertctl.experts.federation.owner.owner import Owner
 from expertctl.experts.federation.protocol.requests import Progress
 from expertctl.plugins.flower.owner.coordinator_client import CoordinatorClient
 from expertctl.plugins.flower.processes.child import backoff_s
-
-
-class A_STATEMENT:  # noqa: N801  # stands for a statement; only what is answered matters
-    @staticmethod
-    def as_json() -> dict[str, str]:
-        return {}
-
 
 HELLO = {"name": "site-a", "open": ["0123456789abcdef"], "more": False}
 
@@ -36,10 +30,10 @@ HELLO = {"name": "site-a", "open": ["0123456789abcdef"], "more": False}
         (lambda client: client.finish("1"), {}, "has neither a state nor a refusal"),
         (lambda client: client.finish("1"), {"state": "done"}, "has the wrong type"),
         (lambda client: client.finish("1"), {"state": ["judging"]}, "has the wrong type"),
-        (lambda client: client.begin("1", A_STATEMENT), {"missing": {"../x": [0]}}, "has the wrong type"),
-        (lambda client: client.begin("1", A_STATEMENT), {"missing": {"x": ["0"]}}, "has the wrong type"),
-        (lambda client: client.begin("1", A_STATEMENT), {"missing": None}, "has the wrong type"),
-        (lambda client: client.begin("1", A_STATEMENT), {"missing": {"x": [0.5]}}, "has the wrong type"),
+        (lambda client: client.begin("1", SIGNED), {"missing": {"../x": [0]}}, "has the wrong type"),
+        (lambda client: client.begin("1", SIGNED), {"missing": {"x": ["0"]}}, "has the wrong type"),
+        (lambda client: client.begin("1", SIGNED), {"missing": None}, "has the wrong type"),
+        (lambda client: client.begin("1", SIGNED), {"missing": {"x": [0.5]}}, "has the wrong type"),
         (lambda client: client.progress("1", Progress("waiting")), {"ok": True}, "unknown field 'ok'"),
     ],
 )
