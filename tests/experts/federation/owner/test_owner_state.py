@@ -15,17 +15,26 @@ from expertctl.experts.federation.owner.owner import Owner, OwnerSettings
 from expertctl.experts.federation.protocol.requests import Progress
 
 
+def started(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Return a process that runs Python code; it has begun, so the system knows its command line."""
+    command = [sys.executable, "-c", f"print(flush=True); {code}", *arguments]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
 def test_a_number_that_another_process_has_now_is_not_the_training(tmp_path: Path) -> None:
     owner = Owner(tmp_path)
     folder = owner.run_folder(REQUEST)
     folder.mkdir(parents=True)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+    with started("input()") as other:
         (folder / "process.txt").write_text(str(other.pid))
         assert not owner.is_working(REQUEST)
         owner.stop(REQUEST)
         assert other.poll() is None
         other.kill()
-    with subprocess.Popen([sys.executable, "-c", "input()", REQUEST.id], stdin=subprocess.PIPE) as training:
+    with started("input()", REQUEST.id) as training:
         (folder / "process.txt").write_text(str(training.pid))
         assert owner.is_working(REQUEST)
         owner.stop(REQUEST)
