@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -54,7 +54,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("input should not be true or false")
         return value
 
@@ -92,8 +93,15 @@ class TrainingConfig(Section):
     """Maximum gradient norm; null disables clipping."""
     inherit_optimiser: bool = True
     """Start from the seed's optimiser state, if the seed has one, as the released code of Branch-Train-Merge does."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 autocast on a GPU that supports it, otherwise float32."""
+    precision: Literal["auto", "float32", "bfloat16", "pure_bfloat16"] = "auto"
+    """`bfloat16`: passes in bfloat16, weights and optimiser in float32. `pure_bfloat16`: all in bfloat16, in half the memory.
+    `auto`: `bfloat16` on a GPU that supports it, otherwise `float32`."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    chunked_loss: bool | None = None
+    """Compute the loss some tokens at a time, so that all logits are never in memory. None: where they take over 256 MiB."""
+    separate_documents: bool = False
+    """Tokens attend only to their own document, whose positions begin at 0, and not to others in the same block."""
     compile: bool = False
     """Compile the model with torch.compile: slower start-up, faster steps."""
     device: str = "auto"
@@ -110,6 +118,15 @@ class TrainingConfig(Section):
     """Blocks of each domain per validation pass."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints."""
+    skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps of any 100 that may be skipped because the loss or gradient is not finite; with one more the run stops."""
+    spike_deviations: Annotated[float, Field(gt=0)] | None = None
+    """Robust standard deviations by which the last five losses must rise above those before them to be a spike, which
+    takes training back to a checkpoint and skips the text since. None: training is never taken back."""
+    spike_window: Annotated[int, Field(ge=16)] = 128
+    """Losses that recent ones are compared with to find a spike."""
+    rollbacks: Annotated[int, Field(ge=0)] = 3
+    """How often spikes may take training back; one more stops the run."""
 
     @model_validator(mode="after")
     def _span_goes_forward(self) -> TrainingConfig:

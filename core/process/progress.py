@@ -204,8 +204,8 @@ class Progress(Reporter):
             job.tokens_per_unit = int(record.get("tokens_per_step", job.tokens_per_unit))
             if record.get("event") == "started":
                 job.begun_done = job.done
-                for note in record.get("notes", ()):
-                    self._display.say(f"{run.name}: {note}")
+            for note in record.get("notes", ()):
+                self._display.say(f"{run.name}: {note}")
             self._display.show(job)
 
     def run_finished(self, result: LaunchResult) -> None:

@@ -35,10 +35,10 @@ def step_of(given: argparse.Namespace, loop: str, trains: str) -> Callable[[], A
     from expertctl.core.config.settings import DpConfig, TrainingConfig
     from expertctl.core.hooks.manager import installed_plugins
     from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
-    from expertctl.experts.training.loop import TrainingLoop
     from expertctl.experts.training.privacy.accounting import Mechanism
     from expertctl.experts.training.privacy.loop import PrivateTrainingLoop
     from expertctl.experts.training.privacy.noise import seeded_source
+    from expertctl.experts.training.steps.loop import TrainingLoop
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

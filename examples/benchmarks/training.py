@@ -43,7 +43,7 @@ def ready():
 FIRST_STEP = {
     "expertctl": """
 from expertctl.experts.runs.trainable import all_parameters
-from expertctl.experts.training.loop import TrainingLoop
+from expertctl.experts.training.steps.loop import TrainingLoop
 loop = TrainingLoop(all_parameters(model), blocks, training.settings())
 ready()
 next(loop.steps())
@@ -123,7 +123,7 @@ def plain_loop(folder: str) -> Callable[[], None]:
 def our_loop(folder: str, **changes: Any) -> Callable[[], None]:
     """Return a function that takes one step of the project's loop."""
     from expertctl.experts.runs.trainable import all_parameters
-    from expertctl.experts.training.loop import TrainingLoop
+    from expertctl.experts.training.steps.loop import TrainingLoop
 
     loop = TrainingLoop(all_parameters(new_model()), new_blocks(folder), settings(**changes))
     steps = loop.steps()

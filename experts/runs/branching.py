@@ -92,9 +92,10 @@ def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Train
             f"trainer '{trainer.name}' reads the text before training and does not declare that it does so privately; "
             "use another trainer, or train without differential privacy"
         )
-    if training.compile:
-        raise UserError("training.compile does not work with differential privacy; set compile: false")
-    if training.precision == "bfloat16":
+    for setting in ("compile", "activation_checkpointing", "chunked_loss"):
+        if getattr(training, setting):
+            raise UserError(f"training.{setting} does not work with differential privacy; set {setting}: false")
+    if training.precision in ("bfloat16", "pure_bfloat16"):
         raise UserError("differential privacy requires float32 gradients for exact clipping; set precision: auto")
 
 

@@ -14,7 +14,7 @@ from ...core.artefacts.files import clear_leftovers, new_folder, read_json, remo
 from ...core.artefacts.safetensors_io import Checkpoint
 from ...core.errors import UserError
 from ...core.text.token_store import Position
-from .loop import TrainingLoop
+from .steps.loop import TrainingLoop
 
 KEPT = 2
 STATE_FILE = "state.json"
@@ -48,6 +48,13 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
     for old in sorted(state_folder.glob("step-*"))[:-KEPT]:
         remove_tree(old)
     return folder
+
+
+def drop_checkpoints_after(state_folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, but never the oldest."""
+    for folder in sorted(state_folder.glob("step-*"))[1:]:
+        if int(folder.name[5:]) > step:
+            remove_tree(folder)
 
 
 def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, str] | None = None) -> int:

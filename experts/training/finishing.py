@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .distributed.replicas import Replica
-    from .loop import TrainingLoop
+    from .steps.loop import TrainingLoop
 
 OPTIMISER_FILE = Path(TRAINING_FOLDER) / "optimiser.safetensors"
 

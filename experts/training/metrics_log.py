@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -13,8 +14,9 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.training import TrainablePart
 from ...core.manifests.run import METRICS_FILE
 from ...core.reporting import Reporter
-from .loop import StepReport
 from .run_inputs import RunInputs
+from .steps.guards import Spike
+from .steps.loop import StepReport
 
 PROGRESS_SECONDS = 0.5
 
@@ -28,12 +30,12 @@ class MetricsLog:
         self._file = JsonLines(run.folder / METRICS_FILE, dict, durable=False)
         self._throughput = Throughput()
         self._losses: list[Tensor] = []
+        self._skipped = 0
         self._reported_at = 0.0
 
     def open(self, start_step: int) -> None:
         """Drop the lines of steps that will be repeated, and report the start of the run."""
-        if self._file.path.is_file():
-            self._file.rewrite(record for record in self._file.read() if record["step"] <= start_step)
+        self._drop_after(start_step)
         training = self._spec.training
         self._reporter.run_progressed(
             self._folder,
@@ -47,28 +49,54 @@ class MetricsLog:
         )
         self._throughput.take()
 
+    def _drop_after(self, step: int) -> None:
+        if self._file.path.is_file():
+            self._file.rewrite(record for record in self._file.read() if record["step"] <= step)
+
+    def rolled_back(self, step: int, from_step: int, spike: Spike) -> None:
+        """Record that a spike took training back to `step`, and drop the lines of the steps that this undoes."""
+        self._drop_after(step)
+        self._losses.clear()
+        self._skipped = 0
+        details = {"from_step": from_step, "loss": spike.loss, "limit": spike.limit}
+        self._file.append({"step": step, "rolled_back": details})
+        note = (
+            f"the loss rose to {spike.loss:.3f} (limit {spike.limit:.3f}); back from step {from_step} to {step}, and on with "
+            "the text after it"
+        )
+        self._reporter.run_progressed(self._folder, {"event": "progress", "step": step, "notes": [note]})
+
     def step(self, report: StepReport) -> None:
         """Record one optimiser step."""
         config = self._spec.training
         self._throughput.add(config.tokens_per_step)
-        self._losses.append(report.loss)
+        if report.skipped:
+            self._skipped += 1
+        else:
+            self._losses.append(report.loss)
         if report.step % config.log_every == 0 or report.step == config.steps:
             self._log(report)
         if time.monotonic() - self._reported_at >= PROGRESS_SECONDS:
             self._reported_at = time.monotonic()
-            self._reporter.run_progressed(
-                self._folder, {"event": "progress", "step": report.step, "loss": float(report.loss)}
-            )
+            record: dict[str, Any] = {"event": "progress", "step": report.step}
+            if not report.skipped:
+                record["loss"] = float(report.loss)
+            self._reporter.run_progressed(self._folder, record)
 
     def _log(self, report: StepReport) -> None:
-        record = {
-            "loss": float(sum(self._losses) / len(self._losses)),
+        record: dict[str, float] = {
             "learning_rate": report.learning_rate,
-            "gradient_norm": float(report.gradient_norm),
             "tokens_per_second": self._throughput.take(),
             **self._part.measures(),
         }
+        if self._losses:
+            record = {"loss": float(sum(self._losses) / len(self._losses)), **record}
+        if not report.skipped:
+            record["gradient_norm"] = float(report.gradient_norm)
+        if self._skipped:
+            record["skipped_steps"] = self._skipped
         self._losses.clear()
+        self._skipped = 0
         self._file.append({"step": report.step, **record})
         installed_plugins().training_step(
             TrainingStep(self._spec.name, self._folder, report.step, self._spec.training.steps, record)

@@ -24,15 +24,17 @@ from ...core.text.token_store import BalancedUnion, TokenBlocks
 from ..runs.branching import require_opacus
 from ..runs.replaced import delete_backup, restore_backup
 from ..runs.trainable import trainer_for
-from .checkpointing import restore_latest, save_checkpoint
+from .checkpointing import drop_checkpoints_after, restore_latest, save_checkpoint
 from .distributed.ranks import ALONE, Ranks, Strategy
 from .finishing import write_artefact
-from .loop import StepReport, TrainingLoop, autocast
 from .metrics_log import MetricsLog
 from .privacy.accounting import mechanism_for
 from .privacy.noise import Releases, secret_source, seeded_source
 from .run_inputs import RunInputs
 from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
+from .steps.guards import Spike
+from .steps.loop import TrainingLoop
+from .steps.precision import autocast
 
 
 def train_run(
@@ -71,11 +73,11 @@ def train_run(
     log = MetricsLog(run, reporter, loop.part) if ranks.is_main else None
     if log is not None:
         log.open(start_step)
-    last = _train(run, loop, log, stopped)
+    loss = _train(run, loop, log, stopped)
     validation = _validation_losses(run, loop)
     if log is not None:
         log.validation(loop.step, validation)
-    write_artefact(run, model, loop, {"loss": float(last.loss), "validation_loss": validation})
+    write_artefact(run, model, loop, {"loss": loss, "validation_loss": validation})
     if not ranks.is_main:
         return
     if run.spec.kind != "generalist":
@@ -105,52 +107,67 @@ def _loop(
         raise
     blocks = training_blocks(run, part.shares)
     if dp is None or releases is None:
-        return TrainingLoop(part, blocks, training, ranks, strategy)
+        separator = next(iter(run.domains[0].train.markers), None)
+        return TrainingLoop(part, blocks, training, ranks, strategy, separator=separator)
     from .privacy.loop import PrivateTrainingLoop
 
     assert not isinstance(blocks, BalancedUnion), "an expert has one domain"
     mechanism = mechanism_for(dp, training, len(blocks), releases.history)
-    in_float32 = training.model_copy(update={"precision": "float32"})
-    return PrivateTrainingLoop(part, blocks, in_float32, dp, mechanism, releases.source)
+    plain = training.model_copy(update={"precision": "float32", "chunked_loss": False})
+    return PrivateTrainingLoop(part, blocks, plain, dp, mechanism, releases.source)
 
 
-def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog | None, stopped: Callable[[], bool]) -> StepReport:
-    """Run the loop to its end with logging, validation and checkpoints; return the last step's report.
+def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog | None, stopped: Callable[[], bool]) -> float:
+    """Run the loop to its end with logging, validation and checkpoints; return the last loss, in nats per token.
 
     The last step is never checkpointed, so a resumed run has at least one step left.
     """
-    config = run.spec.training
+    config, state = run.spec.training, run.folder / STATE_FOLDER
     every = config.validate_every or max(config.steps // 4, 1)
-    saved_at = time.monotonic()
+    saved_at, is_saved, loss = time.monotonic(), any(state.glob("step-*")), float("nan")
     for report in loop.steps():
         if log is not None:
             log.step(report)
-        is_due = loop.ranks.is_main and time.monotonic() - saved_at >= config.checkpoint_seconds
+        loss = loss if report.skipped else float(report.loss)
+        spike = loop.guards.watch(report.step, loss, skipped=report.skipped)
+        if spike is not None and is_saved:
+            step = _roll_back(run, loop, spike)
+            if log is not None:
+                log.rolled_back(step, report.step, spike)
+            continue
+        is_due = time.monotonic() - saved_at >= config.checkpoint_seconds or (loop.guards.is_ready and not is_saved)
         # a signal reaches the processes at different steps, and they must stop at the same one
-        is_stopped, is_due = map(bool, loop.ranks.share([stopped(), is_due]))
-        is_last = report.step == config.steps
-        if is_last or is_stopped or is_due:
-            _require_finite(report)
-            if is_last:
-                return report
-            save_checkpoint(loop, run.folder / STATE_FOLDER, run.data_digests)
-            saved_at = time.monotonic()
+        is_stopped, is_due = map(bool, loop.ranks.share([stopped(), loop.ranks.is_main and is_due]))
+        if report.step == config.steps:
+            break
+        if is_stopped or (is_due and loop.guards.is_calm):
+            save_checkpoint(loop, state, run.data_digests)
+            saved_at, is_saved = time.monotonic(), True
         if is_stopped:
             raise Interrupted(f"stopped at step {report.step} of {config.steps}; rerun the same command to resume")
         if report.step % every == 0:
             losses = _validation_losses(run, loop)
             if log is not None:
                 log.validation(report.step, losses)
-    raise AssertionError("a run has at least one step, and a checkpoint is never its last")
-
-
-def _require_finite(report: StepReport) -> None:
-    """Raise `UserError` if training diverged, before it is saved; the previous checkpoint is kept."""
-    if not (math.isfinite(float(report.loss)) and math.isfinite(float(report.gradient_norm))):
+    if not math.isfinite(loss):
         raise UserError(
-            f"training diverged: loss {float(report.loss)}, gradient norm {float(report.gradient_norm)} at step "
-            f"{report.step}; start over with a lower learning_rate, or set clip"
+            "training diverged: the loss or gradient of every step is not finite; start over with another seed model"
         )
+    return loss
+
+
+def _roll_back(run: RunInputs, loop: TrainingLoop, spike: Spike) -> int:
+    """Return to the last checkpoint before a spike, but go on with the text after it; return the checkpoint's step."""
+    state, position, rollbacks = run.folder / STATE_FOLDER, loop.position, loop.guards.rollbacks
+    with loop.ranks.main_first():
+        if loop.ranks.is_main:
+            drop_checkpoints_after(
+                state, spike.first_step - 2
+            )  # the step before the first high loss may have caused it
+    step = restore_latest(loop, state, run.data_digests)
+    loop.position, loop.guards.rollbacks = position, rollbacks + 1
+    save_checkpoint(loop, state, run.data_digests)  # so that a crash does not bring the skipped text back
+    return step
 
 
 def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:

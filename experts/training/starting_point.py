@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from .loop import TrainingLoop
+    from .steps.loop import TrainingLoop
 
 
 def starting_model(run: RunInputs) -> PreTrainedModel:

@@ -20,6 +20,19 @@ def test_the_training_benchmark_prints_its_tables() -> None:
     assert "process to end of first step" in out
 
 
+def test_the_memory_benchmark_prints_its_tables() -> None:
+    out = run(
+        ROOT / "examples/benchmarks/training_memory.py", "--vocabulary", "20000", "--tokens", "512", "--layers", "1"
+    )
+    numbers = {
+        line.split("|")[1].strip(): float(line.split("|")[2].replace(",", ""))
+        for line in out.splitlines()
+        if "MB" not in line and line.count("|") == 4 and "---" not in line
+    }
+    assert numbers["logits in pieces"] < numbers["whole logits"]
+    assert numbers["tensor by tensor"] < numbers["gathered whole"]
+
+
 @pytest.mark.parametrize(
     ("benchmark", "words"),
     [

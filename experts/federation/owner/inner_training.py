@@ -26,10 +26,10 @@ from ....core.text.token_store import BalancedUnion, Blocks
 from ...runs.trainable import all_parameters
 from ...training.checkpointing import restore_latest, save_checkpoint
 from ...training.finishing import run_manifest
-from ...training.loop import TrainingLoop
 from ...training.metrics_log import PROGRESS_SECONDS
 from ...training.run_inputs import RunInputs
 from ...training.starting_point import training_blocks
+from ...training.steps.loop import TrainingLoop
 from ..protocol.requests import RoundOf
 from ..rounds.round_loop import OwnerTask
 

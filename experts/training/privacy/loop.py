@@ -21,7 +21,7 @@ from ....core.errors import UserError
 from ....core.hooks.training import TrainablePart
 from ....core.manifests.statements import PrivacyStatement
 from ....core.text.token_store import Blocks
-from ..loop import TrainingLoop
+from ..steps.loop import TrainingLoop
 from .accounting import Mechanism, new_accountant, privacy_statement
 from .layers import ONE_BY_ONE, attach_hooks, quiet_hooks, refuse_stateful, require_separable, take_grad_sample
 from .noise import NoiseSource
@@ -131,10 +131,11 @@ class PrivateTrainingLoop(TrainingLoop):
     # --- state ---
 
     def extra_state(self) -> dict[str, Any]:
-        return {"privacy": {"history": [list(release) for release in self.accountant.history]}}
+        return {**super().extra_state(), "privacy": {"history": [list(release) for release in self.accountant.history]}}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Load the privacy history; raises `UserError` if it does not match this run's mechanism."""
+        super().load_extra_state(state)
         history = [(float(sigma), float(rate), int(steps)) for sigma, rate, steps in state["privacy"]["history"]]
         steps = int(state["step"])
         expected = [*self.mechanism.before, (self.mechanism.noise_multiplier, self.mechanism.rate, steps)]

@@ -64,6 +64,11 @@ def test_a_full_file_is_read_into_its_sections(load: Load) -> None:
     )
 
 
+def test_settings_that_may_be_unset_take_true_and_false(load: Load) -> None:
+    assert load("seed: {from: /model, bos: true}").seed.bos is True
+    assert load("training: {chunked_loss: false}").training.chunked_loss is False
+
+
 def test_domains_may_have_names_reserved_among_experts(load: Load) -> None:
     assert list(load("domains: {auto: {bundled: cpp}, v1.2_a-b: {bundled: python}}").domains) == [
         "auto",

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from distributed_runs import losses_of, train_together
-from flexolmo_workspaces import make_flexolmo_workspace
+from flexolmo_workspaces import DOMAINS, make_flexolmo_workspace, write_text
 from safetensors.torch import load_file
 
 from expertctl import Reporter, TuningSettings, Workspace, load_model, verify
+from expertctl.experts.runs.seed import start_pretraining
 from expertctl.experts.runs.tuning import start_tuning
 from expertctl.experts.training.run import train_run
 
@@ -24,6 +26,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "whole": {"trains": "all"},
     "feed-forward": {"trains": "feed_forward"},
     "pattern": {"trains": "model.layers.*.self_attn.*"},
+    "thrifty": {
+        "trains": "feed_forward",
+        "training": TRAINING | {"activation_checkpointing": True, "chunked_loss": True, "separate_documents": True},
+    },
     "owner": {"trains": "flexolmo", "options": {"public": "public", "samples": 4}},
 }
 TUNED: dict[str, tuple[str, TuningSettings]] = {
@@ -31,7 +37,10 @@ TUNED: dict[str, tuple[str, TuningSettings]] = {
     "mixture": ("mix", TuningSettings("mixture", ["prose", "chance"], training=TRAINING)),
     "stitches": ("stitched", TuningSettings("stitches", ["public", "prose", "chance"], training=TRAINING)),
     "demix": ("seed", TuningSettings("demix", ["prose", "chance", "means"], training=TRAINING)),
+    "adapted": ("demix-base", TuningSettings("demix_dapt", ["means"], training=TRAINING)),
 }
+NOT_SHARDED = {"generalists/demix": "strategy 'fsdp' needs a gradient for the same parameters"}
+"""Which of its feed-forward networks have a gradient depends on the rows of a process."""
 RUNS = (*(f"experts/{name}" for name in EXPERTS), *(f"generalists/{name}" for name in TUNED))
 
 
@@ -43,7 +52,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace.merge("mix", method="btx")
     workspace.merge("stitched", method="stitch")
     for name, settings in EXPERTS.items():
-        workspace.branch(name, domain="means", training=TRAINING, **settings)
+        workspace.branch(name, domain="means", **{"training": TRAINING, **settings})
+    start_tuning(workspace.layout, workspace.config, "demix-base", "seed", TuningSettings("demix", ["prose", "chance"]))
+    train_run(root / "generalists" / "demix-base", Reporter(), lambda: False)
     for name, (base, settings) in TUNED.items():
         start_tuning(workspace.layout, workspace.config, name, base, settings)
     return root
@@ -68,9 +79,7 @@ def test_two_processes_have_the_losses_of_one_for_every_trainer(
 ) -> None:
     root = copied(prepared, tmp_path)
     train_together(root, strategy, *RUNS)
-    refused = {}
-    if strategy == "fsdp":  # which feed-forward networks have a gradient depends on the rows of a process
-        refused = {"generalists/demix": "strategy 'fsdp' needs a gradient for the same parameters"}
+    refused = NOT_SHARDED if strategy == "fsdp" else {}
     for rank in range(2):
         for line in (root / f"rank-{rank}.jsonl").read_text().splitlines():
             record = json.loads(line)
@@ -118,3 +127,25 @@ def test_a_run_resumes_on_other_numbers_of_processes_and_by_the_other_strategy(
     for run in runs:
         assert losses_of(root, run) == pytest.approx(losses_of(alone, run), abs=1e-4), run
         assert verify(root / run) == []
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_seed_is_pretrained_in_two_processes_as_in_one(strategy: str, tmp_path: Path) -> None:
+    losses = {}
+    for kind in ("alone", strategy):
+        root = tmp_path / kind
+        root.mkdir()
+        domains = {name: write_text(root / "text" / name, DOMAINS[name]) for name in ("prose", "chance")}
+        training = {**TRAINING, "sequence_length": 32, "batch_size": 4, "learning_rate": 1e-3}
+        config = {"domains": domains, "seed": {"preset": "tiny", "training": training}}
+        (root / "expertctl.yaml").write_text(yaml.safe_dump(config))
+        workspace = Workspace(root)
+        start_pretraining(workspace.layout, workspace.config)
+        if kind == "alone":
+            train_run(root / "seed", Reporter(), lambda: False)
+        else:
+            train_together(root, strategy, "seed")
+        losses[kind] = losses_of(root, "seed")
+        assert verify(root / "seed") == []
+    assert len(losses["alone"]) == STEPS
+    assert losses[strategy] == pytest.approx(losses["alone"], abs=1e-4)

@@ -17,7 +17,7 @@ from expertctl import UserError
 from expertctl.core.hooks.training import TrainablePart
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
-from expertctl.experts.training.loop import next_token_loss
+from expertctl.experts.training.steps.loop import next_token_loss
 from expertctl.plugins.methods.flexolmo.coordinated import coordinate
 from expertctl.plugins.methods.flexolmo.plugin import CoordinatedPart
 

@@ -15,9 +15,9 @@ from expertctl import UserError
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
 from expertctl.experts.training.checkpointing import restore_latest, save_checkpoint
-from expertctl.experts.training.loop import TrainingLoop, next_token_loss
 from expertctl.experts.training.privacy.loop import PrivateTrainingLoop
 from expertctl.experts.training.privacy.noise import NoiseSource
+from expertctl.experts.training.steps.loop import TrainingLoop, next_token_loss
 
 
 def tokens_of(blocks: TokenBlocks, chosen: list[int]) -> torch.Tensor:

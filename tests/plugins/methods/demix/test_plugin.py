@@ -17,7 +17,7 @@ from expertctl.core.hooks.training import TrainingContext, TrainingText
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
 from expertctl.core.text.token_store import BalancedUnion
-from expertctl.experts.training.loop import TrainingLoop
+from expertctl.experts.training.steps.loop import TrainingLoop
 from expertctl.merge.generalists.card import model_card
 from expertctl.merge.mixture.absence import find_own_expert
 from expertctl.merge.mixture.changing import Change

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ...core.config.settings import TrainingConfig
+from ....core.config.settings import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:

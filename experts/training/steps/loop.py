@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...core.artefacts.safetensors_io import Checkpoint, torch_dtype
-from ...core.config.settings import TrainingConfig
-from ...core.errors import UserError
-from ...core.hooks.training import TrainablePart
-from ...core.manifests.statements import PrivacyStatement
-from ...core.text.token_store import BalancedUnion, Blocks, Position, domain_at, draw
-from .distributed.ranks import ALONE, Ranks, Strategy
-from .distributed.replicas import laid_out, require_divisible
+from ....core.artefacts.safetensors_io import Checkpoint, torch_dtype
+from ....core.config.settings import TrainingConfig
+from ....core.errors import UserError
+from ....core.hooks.training import TrainablePart
+from ....core.manifests.statements import PrivacyStatement
+from ....core.text.token_store import BalancedUnion, Blocks, Position, domain_at, draw
+from ..distributed.ranks import ALONE, Ranks, Strategy
+from ..distributed.replicas import laid_out, require_divisible
+from .guards import Guards, is_finite
+from .loss import WHOLE_LOGITS_BYTES, chunked_loss, next_token_loss, require_separable_documents, separate_loss
+from .precision import autocast, resolve_device, store_weights, uses_bfloat16
+from .recomputation import recompute_activations
 from .schedule import learning_rate, progress_at
 
 
@@ -31,10 +34,12 @@ class StepReport:
     step: int
     """Number of steps done, including this one."""
     loss: Tensor
-    """Mean cross-entropy in nats per token, shape (); stays on its device, so that steps need no synchronisation."""
+    """Mean cross-entropy in nats per token, shape ()."""
     gradient_norm: Tensor
     """Norm of the gradient before clipping, shape ()."""
     learning_rate: float
+    skipped: bool = False
+    """Whether the weights were left as they are because the loss or the gradient is not finite."""
 
 
 class TrainingLoop:
@@ -47,8 +52,13 @@ class TrainingLoop:
         config: TrainingConfig,
         ranks: Ranks = ALONE,
         strategy: Strategy = "ddp",
+        *,
+        separator: int | None = None,
     ) -> None:
-        """Lay the model out over the processes of a run; raises `UserError` for text and settings that they cannot train on."""
+        """Lay the model out over the processes of a run; `separator` is the token between documents.
+
+        Raises `UserError` for text and settings that they cannot train on.
+        """
         if len(blocks) == 0:
             raise UserError(
                 f"the text is shorter than one block of {config.sequence_length} tokens; add text or lower "
@@ -62,13 +72,38 @@ class TrainingLoop:
         assert not frozen, f"the trainer froze a parameter that it declares trainable: {frozen[0]}"
         require_divisible(config.batch_size, ranks)
         self.ranks = ranks
+        store_weights(part, config, self.device)
+        if config.activation_checkpointing:
+            recompute_activations(part.module)
         self.replica = laid_out(part, self.device, ranks, strategy, bfloat16=uses_bfloat16(config, self.device))
         self.module, self.parameters = self.replica.module, self.replica.parameters
-        self._loss: Any = functools.partial(next_token_loss, self.replica.forward)
+        self._loss: Any = functools.partial(self._loss_function(separator), self.replica.forward)
         if config.compile:
             self._loss = torch.compile(self._loss)  # including the loss, which fuses with the logits
         self.optimiser = make_optimiser(self.parameters, config)
+        self.guards = Guards(config)
         self._autocast = autocast(config, self.device)
+
+    def _loss_function(self, separator: int | None) -> Callable[..., Tensor]:
+        """Return the loss by the settings `chunked_loss` and `separate_documents`, as a function of forward and tokens."""
+        config, forward = self.config, self.replica.forward
+        loss: Callable[..., Tensor] = next_token_loss
+        tokens = config.batch_size // self.ranks.world * config.sequence_length
+        logits_bytes = 4 * tokens * int(getattr(getattr(self.module, "config", None), "vocab_size", 0))
+        if config.chunked_loss or (config.chunked_loss is None and logits_bytes > WHOLE_LOGITS_BYTES):
+            self.part.begin_batch([0])
+            chunked = chunked_loss(self.module, forward, self.device)
+            if chunked is None and config.chunked_loss:
+                raise UserError(
+                    "training.chunked_loss: this model changes the logits of its last layer, or hides that layer; set it to false"
+                )
+            loss = chunked or loss
+        if config.separate_documents:
+            assert separator is not None, "whoever reads the text knows its separator"
+            self.part.begin_batch([0])
+            require_separable_documents(self.module, forward, separator, self.device)
+            loss = separate_loss(loss, separator)
+        return loss
 
     def steps(self) -> Iterator[StepReport]:
         """Train to the end of the budget; yields after each optimiser step."""
@@ -79,10 +114,12 @@ class TrainingLoop:
                 group["lr"] = rate
             loss = self.replica.mean(self._accumulate())
             norm = self._clip()
-            self.optimiser.step()
+            skipped = not is_finite(loss, norm)
+            if not skipped:
+                self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
             self.step += 1
-            yield StepReport(self.step, loss, norm, rate)
+            yield StepReport(self.step, loss, norm, rate, skipped)
 
     def _accumulate(self) -> Tensor:
         """Run the forward and backward passes of one step and return the mean loss, without auxiliary losses."""
@@ -142,10 +179,11 @@ class TrainingLoop:
 
     def extra_state(self) -> dict[str, Any]:
         """Return additional checkpoint state, as JSON."""
-        return {}
+        return {"guards": self.guards.state()}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Load the additional state from a checkpoint's full state."""
+        self.guards.load(state.get("guards", {}))
 
     @torch.no_grad()
     def load_optimiser_state(self, stored: Checkpoint) -> None:
@@ -159,12 +197,6 @@ class TrainingLoop:
                 self.optimiser.state[parameter][field] = target
 
 
-def next_token_loss(forward: Any, tokens_BT1: Tensor) -> Tensor:
-    """Return the mean cross-entropy of all tokens but the first, in nats per token, shape ()."""
-    logits_BTV = forward(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
-
-
 def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> Optimizer:
     """Return a fused AdamW; weight decay applies to matrices, not to norms and biases."""
     matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
@@ -175,32 +207,3 @@ def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfi
         if members
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
-
-
-def resolve_device(setting: str) -> Any:
-    """Return the torch device for a setting; `auto` selects a GPU if there is one.
-
-    Raises `UserError` for an unknown device, and for a GPU where torch finds none.
-    """
-    if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(setting)
-    except RuntimeError:
-        raise UserError(f"unknown device '{setting}'; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device '{setting}' is not available: torch finds no GPU; use device: auto or cpu")
-    return device
-
-
-def uses_bfloat16(config: TrainingConfig, device: Any) -> bool:
-    """Return whether the precision setting amounts to bfloat16 on a device."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return config.precision == "bfloat16" or (config.precision == "auto" and native)
-
-
-def autocast(config: TrainingConfig, device: Any) -> Any:
-    """Return a factory of the autocast context for the precision setting on a device."""
-    if uses_bfloat16(config, device):
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext

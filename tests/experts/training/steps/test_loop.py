@@ -14,8 +14,8 @@ from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
 from expertctl.experts.training.checkpointing import restore_latest, save_checkpoint
-from expertctl.experts.training.loop import TrainingLoop
-from expertctl.experts.training.schedule import learning_rate, progress_at
+from expertctl.experts.training.steps.loop import TrainingLoop
+from expertctl.experts.training.steps.schedule import learning_rate, progress_at
 
 CONFIG = TrainingConfig(
     tokens=8 * 2 * 16,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from expertctl.core.config.settings import TrainingConfig
-from expertctl.experts.training.schedule import learning_rate, progress_at
+from expertctl.experts.training.steps.schedule import learning_rate, progress_at
 
 
 def test_warm_up_rises_linearly_from_zero_to_the_peak() -> None:

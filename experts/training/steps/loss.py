@@ -1,0 +1,153 @@
+"""The loss of next-token prediction, and how it is computed in less memory or apart for every document.
+
+Shapes: B = blocks in a forward pass, T = predicted tokens of a block, D = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ....core.errors import UserError
+
+Forward = Callable[..., Any]
+WHOLE_LOGITS_BYTES = 2**28
+"""Size of the float32 logits of a forward pass (256 MiB) above which they are computed in pieces unless settings differ."""
+PIECE_BYTES = 2**26
+"""Size of the float32 logits that are in memory at a time (64 MiB), where that is enough for `LEAST_ROWS` tokens."""
+LEAST_ROWS = 64
+"""Fewest tokens at a time: the gradient of the whole output layer is read and written for every piece."""
+_PROBED = 8
+
+
+def next_token_loss(forward: Forward, tokens_BT1: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the mean cross-entropy of all tokens but the first, in nats per token, shape ()."""
+    logits_BTV = forward(input_ids=tokens_BT1[:, :-1], use_cache=False, **inputs).logits
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
+
+
+# --- pieces of the logits ---
+
+
+class ChunkedHead:
+    """The output layer of a model, which returns the mean loss in place of logits while it has targets.
+
+    torch computes the logits of some tokens at a time together with their gradients. The rest of the model, and whatever wraps
+    it, runs as before.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        self._head, self._logits = head, head.forward
+        self._targets: Tensor | None = None
+        head.forward = self  # type: ignore[assignment]  # called by the module, as its own method was
+
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        if self._targets is None:
+            return self._logits(hidden_BTD)
+        weight: Tensor = self._head.weight
+        bias: Tensor | None = self._head.bias
+        device = hidden_BTD.device.type
+        if torch.is_autocast_enabled(device):  # which does not know this operation
+            dtype = torch.get_autocast_dtype(device)
+            hidden_BTD, weight = hidden_BTD.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        rows = max(PIECE_BYTES // (4 * weight.shape[0]), LEAST_ROWS)
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
+        loss: Tensor = F.linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), weight, self._targets.flatten(), linear_bias=bias, options=options
+        )
+        return loss.float()
+
+    def loss(self, forward: Forward, tokens_BT1: Tensor, **inputs: Tensor) -> Tensor:
+        """Return what `next_token_loss` returns, without ever holding all logits."""
+        self._targets = tokens_BT1[:, 1:]
+        try:
+            loss: Tensor = forward(input_ids=tokens_BT1[:, :-1], use_cache=False, **inputs).logits
+        finally:
+            self._targets = None
+        return loss
+
+    def undo(self) -> None:
+        """Give the output layer its own method back."""
+        del self._head.forward
+
+
+def chunked_loss(module: nn.Module, forward: Forward, device: Any) -> Callable[..., Tensor] | None:
+    """Return a loss that never holds all logits, or None for a model whose logits are not just those of a linear layer.
+
+    `forward` is the module as its processes call it; all of them must call this.
+    """
+    find_head = getattr(module, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    if type(head) is not nn.Linear or not hasattr(F, "linear_cross_entropy"):
+        return None
+    tokens = torch.arange(_PROBED + 1, device=device)[None]
+    with _probing(module):
+        outputs: list[Tensor] = []
+        watched = head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        logits = forward(input_ids=tokens, use_cache=False).logits
+        watched.remove()
+        if len(outputs) != 1 or not torch.equal(outputs[0].float(), logits.float()):
+            return None  # such as capped or scaled logits
+        chunked = ChunkedHead(head)
+        try:
+            chunked.loss(forward, tokens)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # the model needs the logits for something else
+            chunked.undo()
+            return None
+    return chunked.loss
+
+
+# --- documents apart ---
+
+
+def document_positions(tokens_BT: Tensor, separator: int) -> Tensor:
+    """Return the position of each token in its document, (B, T); a document begins after a separator."""
+    positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    begins_BT = torch.zeros_like(tokens_BT)
+    begins_BT[:, 1:] = torch.where(tokens_BT[:, :-1] == separator, positions_T[1:], 0)
+    return positions_T - begins_BT.cummax(dim=1).values
+
+
+def require_separable_documents(module: nn.Module, forward: Forward, separator: int, device: Any) -> None:
+    """Raise `UserError` for a model in which a document still depends on the one before it in the same block."""
+    own = (torch.arange(_PROBED, device=device) % max(separator, 1))[None]
+    before = torch.cat((own.flip(1), torch.full_like(own[:, :1], separator)), dim=1)
+    row = torch.cat((before, own), dim=1)
+    with _probing(module):
+        alone = forward(input_ids=own, use_cache=False, position_ids=document_positions(own, separator)).logits
+        try:
+            behind = forward(input_ids=row, use_cache=False, position_ids=document_positions(row, separator)).logits
+        except TypeError:  # it takes no positions
+            behind = None
+    if behind is None or not torch.allclose(alone.float(), behind[:, before.shape[1] :].float(), rtol=1e-3, atol=1e-3):
+        raise UserError(
+            "training.separate_documents: this model cannot keep the documents of a block apart; set it to false"
+        )
+
+
+@contextmanager
+def _probing(module: nn.Module) -> Iterator[None]:
+    """Run the block without gradients and dropout."""
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+
+
+def separate_loss(loss: Callable[..., Tensor], separator: int) -> Callable[..., Tensor]:
+    """Return a loss whose tokens attend only to their own document, whose positions begin at 0."""
+
+    @functools.wraps(loss)
+    def separate(forward: Forward, tokens_BT1: Tensor) -> Tensor:
+        return loss(forward, tokens_BT1, position_ids=document_positions(tokens_BT1[:, :-1], separator))
+
+    return separate
