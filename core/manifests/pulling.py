@@ -139,15 +139,11 @@ def _at_remote(remote: Remote, transfer: Transfer) -> _Source:
     index = read_index(remote)
     if index is not None and not index.complete:
         raise UserError(f"{remote.url} {_UNFINISHED}")
-    names = MANIFEST_NAMES.values() if index is None else index.files.keys() & set(MANIFEST_NAMES.values())
     manifest, content = None, b""
-    for name in names:
-        if (found := _read_manifest(remote, name)) is not None:
+    for name in MANIFEST_NAMES.values():
+        entry = index.files.get(name) if index is not None else None
+        if (index is None or entry is not None) and (found := _read_manifest(remote, name, entry)) is not None:
             manifest, content = found
-        elif index is not None:
-            raise UserError(f"{remote.url} {_UNFINISHED} ({name} is missing)")
-        if index is not None and hashlib.sha256(content).hexdigest() != index.files[name].sha256:
-            raise UserError(f"{remote.url}/{name} does not have the sha256 that its index states; push it again")
     files = _files(remote, index, manifest)
     return _Source(manifest, content, lambda folder: download(remote, files, folder, transfer))
 
@@ -167,12 +163,16 @@ def _files(remote: Remote, index: Index | None, manifest: Manifest | None) -> Ma
     return files
 
 
-def _read_manifest(remote: Remote, name: str) -> tuple[Manifest, bytes] | None:
-    """Return a remote manifest and its bytes, None if it does not exist."""
+def _read_manifest(remote: Remote, name: str, entry: RemoteFile | None) -> tuple[Manifest, bytes] | None:
+    """Return a remote manifest and its bytes, None if it does not exist; `entry` is that of the index, if there is one."""
     try:
         content = remote.read(name, 0, MAX_MANIFEST_BYTES)
     except MissingFile:
+        if entry is not None:
+            raise UserError(f"{remote.url} {_UNFINISHED} ({name} is missing)") from None
         return None
+    if entry is not None and hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise UserError(f"{remote.url}/{name} does not have the sha256 that its index states; push it again")
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / name).write_bytes(content)
         return _parsed(Path(scratch), remote.url), content
