@@ -10,7 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
-from ..artefacts.files import cache_folder, os_errors_as_user_errors, partial_sibling
+from ..artefacts.files import cache_folder, exclusive, os_errors_as_user_errors, partial_sibling
+from ..errors import UserError
 
 MAX_CACHE_BYTES = 20 << 30
 """Size of the cache, unless `EXPERTCTL_CACHE_BYTES` is set; the files that were added or linked first are removed first."""
@@ -37,12 +38,12 @@ def keep(path: Path, sha256: str) -> None:
         return
     partial = partial_sibling(folder / sha256)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _make_room(folder, limit - size)
-        partial.unlink(missing_ok=True)
-        link_or_duplicate(path, partial)
-        partial.replace(folder / sha256)
-    except OSError:  # a cache only saves time
+        with exclusive(cache_folder("locks") / "files.lock", "the cache of downloaded files"):
+            folder.mkdir(parents=True, exist_ok=True)
+            _make_room(folder, limit - size)
+            link_or_duplicate(path, partial)
+            partial.replace(folder / sha256)
+    except (OSError, UserError):  # a cache only saves time
         partial.unlink(missing_ok=True)
 
 

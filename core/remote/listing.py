@@ -29,7 +29,7 @@ def listed_files(remote: Remote, wanted: Callable[[str], bool] = lambda name: Tr
     visible = {name for name in infos if not any(part.startswith(".") for part in name.split("/")) and wanted(name)}
     if not visible:
         raise UserError(
-            f"{remote.url} has no files that can be used, or its protocol lists no folders; give another URL"
+            f"{remote.url} does not exist, has no usable files, or is on a server that lists no folders; check the URL"
         )
     if len(visible) > MAX_FILES:
         raise UserError(f"{remote.url} has more than {MAX_FILES:,} files; give a folder inside it")

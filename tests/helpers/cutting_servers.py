@@ -75,10 +75,10 @@ class CuttingHandler(BaseHTTPRequestHandler):
             return
         for at in range(begin, end, PIECE):
             piece = content[at : min(at + PIECE, end)]
-            self.wfile.write(piece)
             if not self.traffic.count(urlsplit(self.path).path, len(piece)):
                 self.close_connection = True
                 return
+            self.wfile.write(piece)
 
     def read_content(self) -> bytes | None:
         """Return the body of the request; None if the connection was cut on the way."""
@@ -114,7 +114,7 @@ class FileHandler(CuttingHandler):
     root: Path
     ranges = True
 
-    def do_GET(self) -> None:  # noqa: N802  # named by the standard library
+    def do_GET(self) -> None:  # named by the standard library
         """Send a file, or 404."""
         path = self.root / unquote(urlsplit(self.path).path).lstrip("/")
         if path.is_file():

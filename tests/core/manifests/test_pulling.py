@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -98,7 +97,11 @@ def test_a_pull_that_was_killed_goes_on_where_it_was(tmp_path: Path, force: bool
     write_large_expert(tmp_path / "own" / "big", 4 * MB)
     push(tmp_path / "own" / "big", f"file://{tmp_path}/store/big", card=card)
     traffic = Traffic(hold_after=2 * MB)
-    script = PULL.format(part=PART).replace("Transfer(1", f"force={force}, transfer=Transfer(1").replace("transfer=force", "force")
+    script = (
+        PULL.format(part=PART)
+        .replace("Transfer(1", f"force={force}, transfer=Transfer(1")
+        .replace("transfer=force", "force")
+    )
     if force:
         (tmp_path / "pulled").mkdir()
         (tmp_path / "pulled" / "old").write_text("old")
@@ -114,7 +117,7 @@ def test_a_pull_that_was_killed_goes_on_where_it_was(tmp_path: Path, force: bool
         again = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert contents(tmp_path / "pulled") == contents(tmp_path / "own" / "big")
-    assert sorted(os.listdir(tmp_path)) == ["cache", "own", "pulled", "store"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "own", "pulled", "store"]
     largest = traffic.by_path["/big/part-0.safetensors"]
     assert largest <= (tmp_path / "pulled" / "part-0.safetensors").stat().st_size + 2 * PART
 
@@ -123,7 +126,7 @@ def test_a_connection_that_stays_down_is_one_line_and_keeps_what_has_arrived(sto
     traffic = Traffic()
     with serving(FileHandler, traffic, root=store) as url:
         traffic.cuts = [MB, *[1] * 1000]
-        with pytest.raises(UserError, match="cannot be reached .*then run the same command again"):
+        with pytest.raises(UserError, match=r"cannot be reached .*then run the same command again"):
             pulled(f"{url}/law", tmp_path / "pulled", jobs=1)
         assert not (tmp_path / "pulled").exists()
         traffic.cuts, sent = [], traffic.total
@@ -242,7 +245,20 @@ def test_a_server_without_ranges_is_refused(store: Path, tmp_path: Path) -> None
 
 hostile_names = st.one_of(
     st.sampled_from(
-        ["../x", "/etc/passwd", "a/../../x", "a\0b", "", ".", "..", "a//b", ".hidden", "a/.git/config", "C:\\x", "a" * 300]
+        [
+            "../x",
+            "/etc/passwd",
+            "a/../../x",
+            "a\0b",
+            "",
+            ".",
+            "..",
+            "a//b",
+            ".hidden",
+            "a/.git/config",
+            "C:\\x",
+            "a" * 300,
+        ]
     ),
     st.lists(st.sampled_from(["..", ".", "", "a", "\\", "\0", "b" * 256]), min_size=2, max_size=4).map("/".join),
 )
@@ -270,10 +286,13 @@ def test_a_hostile_index_writes_nothing_outside(tmp_path: Path, index: object) -
     store.mkdir(exist_ok=True)
     (store / INDEX_FILE).write_text(json.dumps(index))
     before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+    said = ""
     try:
         pulled(f"file://{store}", tmp_path / "pulled")
     except UserError as error:
-        assert "\n" not in str(error) and "\0" not in str(error)
+        said = str(error)
+    if said:
+        assert not {"\n", "\0"} & set(said)
         assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
     else:
         assert index == {"format": 1, "complete": True, "files": {}} or list((tmp_path / "pulled").iterdir()) == []

@@ -35,7 +35,7 @@ class Cutting(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
     cuts = 0
     refusal: Exception | None = None
-    sent: Counter[str] = Counter()
+    sent: Counter[str] = Counter()  # noqa: RUF012
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -102,7 +102,7 @@ def test_a_push_that_ended_early_is_refused_by_pull_and_resumed(law: Path, tmp_p
         patch.setattr(Cutting, "put_file", fails_for_the_last_shard)
         with pytest.raises(UserError, match="run the same command again") as cut:
             push(law, "cutting://bucket/law", card=card, transfer=Transfer(1, 1000))
-    assert "secret" not in str(cut.value) and "word@" not in str(cut.value)
+    assert not [secret for secret in ("secret", "word@") if secret in str(cut.value)]
     assert not index_of("cutting://bucket/law").complete
     with pytest.raises(UserError, match="was not pushed to the end"):
         pull("cutting://bucket/law", None, card=card, output=tmp_path / "pulled")

@@ -25,7 +25,10 @@ def test_a_missing_package_is_one_line_with_the_command(
     scheme: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf'pip install "expertctl\[{extra}\]"') as missing, open_remote(f"{scheme}://b"):
+    with (
+        pytest.raises(UserError, match=rf'pip install "expertctl\[{extra}\]"') as missing,
+        open_remote(f"{scheme}://b"),
+    ):
         pass
     assert "\n" not in str(missing.value)
 
