@@ -14,7 +14,7 @@ from ..artefacts.files import cache_folder, exclusive, os_errors_as_user_errors,
 from ..errors import UserError
 
 MAX_CACHE_BYTES = 20 << 30
-"""Size of the cache, unless `EXPERTCTL_CACHE_BYTES` is set; the files that were added or linked first are removed first."""
+"""Size of the cache; the files that were added or linked first are removed first."""
 
 
 def take(sha256: str, size: int, target: Path) -> bool:
@@ -32,15 +32,14 @@ def take(sha256: str, size: int, target: Path) -> bool:
 def keep(path: Path, sha256: str) -> None:
     """Add a file to the cache; does nothing if it is larger than the cache or the cache cannot be written."""
     folder = cache_folder("files")
-    limit = int(os.environ.get("EXPERTCTL_CACHE_BYTES") or MAX_CACHE_BYTES)
     size = path.stat().st_size
-    if size > limit or (folder / sha256).exists():
+    if size > MAX_CACHE_BYTES or (folder / sha256).exists():
         return
     partial = partial_sibling(folder / sha256)
     try:
         with exclusive(cache_folder("locks") / "files.lock", "the cache of downloaded files"):
             folder.mkdir(parents=True, exist_ok=True)
-            _make_room(folder, limit - size)
+            _make_room(folder, MAX_CACHE_BYTES - size)
             link_or_duplicate(path, partial)
             partial.replace(folder / sha256)
     except (OSError, UserError):  # a cache only saves time

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+_ATTEMPTS = 2
+"""Attempts of an operation on the hub, whose library repeats the requests in it five times itself."""
+
 
 def hub_snapshot(reference: str, transfer: Transfer, names: Iterable[str] | None = None) -> Path:
     """Download files of a repository (default: all) into the Hugging Face cache and return the folder of the commit.
@@ -95,10 +98,14 @@ def commit_to_hub(
             )
         count = Count(transfer.reporter, "uploading", sum(sizes.values()))
 
+        def preupload(addition: CommitOperationAdd) -> None:
+            try:
+                api.preupload_lfs_files(repository, [addition], revision=branch, free_memory=False)
+            except RuntimeError as error:  # which hides what the transport or the hub said
+                raise error.__cause__ or error from None
+
         def send(addition: CommitOperationAdd) -> None:
-            _call(
-                reference, lambda: api.preupload_lfs_files(repository, [addition], revision=branch, free_memory=False)
-            )
+            _call(reference, lambda: preupload(addition))
             count.add(sizes[addition.path_in_repo])
 
         run_all(transfer.jobs, send, additions)
@@ -130,7 +137,7 @@ def _parsed(reference: str) -> tuple[str, str | None]:
 def _call(reference: str, action: Callable[[], Result]) -> Result:
     """Return the result of a request to the hub, repeated if the connection drops; its failure is a `UserError`."""
     try:
-        return persistently(action)
+        return persistently(action, _ATTEMPTS)
     except UserError:
         raise
     except Exception as error:  # of the hub's library and the transports below it

@@ -19,10 +19,10 @@ _MAY_PASS = (408, 425, 429)
 """Client errors of HTTP that a later attempt may not meet."""
 
 
-def persistently(action: Callable[[], Result]) -> Result:
+def persistently(action: Callable[[], Result], attempts: int = ATTEMPTS) -> Result:
     """Return the result of a request; one that fails is repeated, unless the remote refused it."""
     wait_s = FIRST_WAIT_S
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(attempts - 1):
         try:
             return action()
         except Exception as error:  # of any transport; they have no common type

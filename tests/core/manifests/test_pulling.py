@@ -153,7 +153,7 @@ def test_a_file_in_the_cache_is_not_downloaded_again(store: Path, tmp_path: Path
 
 
 def test_the_cache_is_bounded(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXPERTCTL_CACHE_BYTES", str(3 * MB))
+    monkeypatch.setattr("expertctl.core.remote.file_cache.MAX_CACHE_BYTES", 3 * MB)
     pulled(f"file://{store}/law", tmp_path / "pulled")
     cached = [path.stat().st_size for path in (tmp_path / "cache" / "expertctl" / "files").iterdir()]
     assert cached
