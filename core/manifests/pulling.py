@@ -166,7 +166,7 @@ def _files(remote: Remote, index: Index | None, manifest: Manifest | None) -> Ma
 def _read_manifest(remote: Remote, name: str, entry: RemoteFile | None) -> tuple[Manifest, bytes] | None:
     """Return a remote manifest and its bytes, None if it does not exist; `entry` is that of the index, if there is one."""
     try:
-        content = remote.read(name, 0, MAX_MANIFEST_BYTES)
+        content = remote.read_whole(name, MAX_MANIFEST_BYTES)
     except MissingFile:
         if entry is not None:
             raise UserError(f"{remote.url} {_UNFINISHED} ({name} is missing)") from None

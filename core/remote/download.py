@@ -31,7 +31,8 @@ def download(
     """Download files into `target / folder` and return their sha256; what an earlier attempt left is not requested again.
 
     A remote that is a file itself has the empty name, and is stored as `file_name`. Files with a known sha256 come from
-    the user's cache if they are there. The caller removes `SOURCE_FILE` from the complete folder. Raises `UserError` that names the file if its size or content is not as announced.
+    the user's cache if they are there. The caller removes `SOURCE_FILE` from the complete folder. Raises `UserError` that
+    names the file if its size or content is not as announced.
     """
     paths = {name: local_path(target / folder, name or file_name) for name in files}
     _drop_others(remote, files, paths, target, transfer.part_bytes)
@@ -45,7 +46,7 @@ def download(
             partials[name] = PartialFile(path, file.size, transfer.part_bytes)
         else:
             digests[name] = sha256_of_file(path)
-    run_all(transfer.jobs, lambda name: _check_size(remote, name, files[name]), partials)
+    run_all(transfer.jobs, lambda name: _check_size(remote, name, files[name]), partials, remote.stop)
 
     parts = [(name, index) for name, partial in partials.items() for index in partial.missing()]
     lengths = (end - begin for name, index in parts for begin, end in [partials[name].span(index)])
@@ -77,7 +78,7 @@ def download(
     for name, partial in partials.items():
         if not partial.missing():
             finish(name)
-    run_all(transfer.jobs, fetch, parts)
+    run_all(transfer.jobs, fetch, parts, remote.stop)
     return {name: digests[name] for name in files}
 
 

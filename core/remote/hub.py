@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..artefacts.digests import CARD_FILE, MANIFEST_NAMES
@@ -85,6 +86,10 @@ def commit_to_hub(
     with hub_allowed():
         api = HfApi()
         _call(reference, lambda: api.create_repo(repository, private=private or None, exist_ok=True))
+        if private and not _call(reference, lambda: api.model_info(repository)).private:
+            raise UserError(
+                f"{reference} exists already and is public; make it private on its page, or leave out --private"
+            )
         if branch is not None:
             _call(reference, lambda: api.create_branch(repository, branch=branch, exist_ok=True))
         there = _call(reference, lambda: api.list_repo_files(repository, revision=branch))
@@ -108,7 +113,7 @@ def commit_to_hub(
             _call(reference, lambda: preupload(addition))
             count.add(sizes[addition.path_in_repo])
 
-        run_all(transfer.jobs, send, additions)
+        run_all(transfer.jobs, send, additions, Event())
         operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in sorted(stale))]
         _call(
             reference,

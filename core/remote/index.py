@@ -25,6 +25,11 @@ INDEX_FILE = ".files.json"
 MAX_INDEX_BYTES = 64 << 20
 MAX_FILES = 100_000
 MAX_FILE_BYTES = 1 << 50
+_REMEDY = "push the artefact again with --force"
+
+
+class DamagedIndexError(UserError):
+    """An index that `push` did not write."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Index:
 def read_index(remote: Remote) -> Index | None:
     """Return the index of a remote folder, None if it has none; raises `UserError` if it is damaged or hostile."""
     try:
-        content = remote.read(INDEX_FILE, 0, MAX_INDEX_BYTES)
+        content = remote.read_whole(INDEX_FILE, MAX_INDEX_BYTES)
     except MissingFile:
         return None
     return parse_index(content, f"{remote.url}/{INDEX_FILE}")
@@ -70,13 +75,13 @@ def parse_index(content: bytes, where: str) -> Index:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{where} is damaged ({place!a:.120}: {problem['msg']}); push the artefact again") from None
+        raise DamagedIndexError(f"{where} is damaged ({place!a:.120}: {problem['msg']}); {_REMEDY}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged ({error!s:.120}); push the artefact again") from None
+        raise DamagedIndexError(f"{where} is damaged ({error!s:.120}); {_REMEDY}") from None
     for name, file in index.files.items():
         local_path(Path(), name)
         if file.sha256 is None:
-            raise UserError(f"{where} is damaged ({name!a:.80} has no sha256); push the artefact again")
+            raise DamagedIndexError(f"{where} is damaged ({name!a:.80} has no sha256); {_REMEDY}")
     return index
 
 

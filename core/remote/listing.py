@@ -11,7 +11,7 @@ from ..errors import UserError
 from .index import MAX_FILES, RemoteFile
 from .urls import Remote
 
-_CHANGES_BY_ITSELF = ("url", "atime")
+_CHANGES_BY_ITSELF = ("url", "atime", "time")
 """Entries of `info` that differ between requests for the same file: signed addresses, times of access."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 from typing import TypeVar
 
 from ..reporting import SILENT, Reporter
@@ -40,15 +40,19 @@ class Count:
             self._reporter.progress(self._task, self.done, self.total, "bytes")
 
 
-def run_all(jobs: int, action: Callable[[Item], None], items: Iterable[Item]) -> None:
-    """Run an action for all items in threads; after a failure or an interruption, those that have not begun are dropped."""
+def run_all(jobs: int, action: Callable[[Item], None], items: Iterable[Item], stop: Event) -> None:
+    """Run an action for all items in threads; after a failure or an interruption, those that have not begun are dropped.
+
+    `stop` is set then, for actions that have begun.
+    """
     pool = ThreadPoolExecutor(max_workers=jobs)
     try:
         futures = [pool.submit(action, item) for item in items]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
-        for future in futures:
-            if not future.cancelled():
-                future.result()
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except BaseException:
+        stop.set()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

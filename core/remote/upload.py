@@ -9,7 +9,7 @@ from threading import Lock
 
 from ..artefacts.digests import MANIFEST_NAMES, sha256_of_file
 from ..errors import UserError
-from .index import INDEX_FILE, Index, RemoteFile, local_path, read_index
+from .index import INDEX_FILE, DamagedIndexError, Index, RemoteFile, local_path, read_index
 from .transfers import Count, Transfer, run_all
 from .urls import MissingFile, Remote
 
@@ -40,7 +40,7 @@ def upload(remote: Remote, folder: Path, names: Sequence[str], transfer: Transfe
     local = {name: RemoteFile((folder / name).stat().st_size, sha256_of_file(folder / name)) for name in names}
     for name in names:
         local_path(folder, name)
-    there = read_index(remote)
+    there = _old_index(remote, force=force)
     manifests = [name for name in MANIFEST_NAMES.values() if remote.info(name) is not None]
     finished = there.complete if there is not None else bool(manifests)
     if there is not None and finished and dict(there.files) == local and all(remote.info(name) for name in names[-1:]):
@@ -49,6 +49,15 @@ def upload(remote: Remote, folder: Path, names: Sequence[str], transfer: Transfe
     for name in manifests:
         remote.remove(name)
     return _Upload(remote, folder, local, transfer).run(there, names[-1], again=finished)
+
+
+def _old_index(remote: Remote, *, force: bool) -> Index | None:
+    try:
+        return read_index(remote)
+    except DamagedIndexError:
+        if not force:
+            raise
+        return None
 
 
 def _refuse_others(remote: Remote, there: Index | None, *, finished: bool, force: bool) -> None:
@@ -76,7 +85,9 @@ class _Upload:
         old = dict(there.files) if there is not None else {}
         if not again:
             self._there = {name: file for name, file in old.items() if name != last and self._is_there(name, file)}
-        missing = sorted(self._local.keys() - self._there.keys() - {last}, key=lambda name: -self._local[name].size)
+        missing = sorted(
+            self._local.keys() - self._there.keys() - {last}, key=lambda name: (-self._local[name].size, name)
+        )
         self._remote.make_parent(INDEX_FILE)
         self._write_index(complete=False)
         count = Count(self._transfer.reporter, "uploading", sum(self._local[name].size for name in (*missing, last)))
@@ -89,7 +100,7 @@ class _Upload:
                     self._write_index(complete=False)
             count.add(self._local[name].size)
 
-        run_all(self._transfer.jobs, send, missing)
+        run_all(self._transfer.jobs, send, missing, self._remote.stop)
         for name in sorted(old.keys() - self._local.keys()):
             self._remote.remove(name)
         self._there[last] = self._local[last]

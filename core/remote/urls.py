@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import Any
 
 from ..errors import UserError, first_line
 from .hub_access import hub_allowed
-from .retries import is_refusal, persistently
+from .retries import is_refusal, persistently, status_of
 
 HUB = "hub:"
 """Prefix of repositories on the Hugging Face hub: `hub:owner/name` or `hub:owner/name@revision`."""
@@ -59,6 +60,8 @@ class Remote:
     url: str
     """URL for messages, without secrets."""
     scheme: str
+    stop: Event = field(default_factory=Event)
+    """Set when a transfer has failed or was interrupted: requests of other threads are not repeated then."""
 
     def path(self, name: str) -> str:
         """Return the path of a file below the folder, itself for an empty name."""
@@ -72,8 +75,15 @@ class Remote:
         """
         if self.fs.async_impl:
             options["timeout"] = TIMEOUT_S + num_bytes / MIN_BYTES_PER_S
+
+        def request() -> Any:
+            try:
+                return getattr(self.fs, method)(*arguments, **options)
+            except FileNotFoundError as error:
+                raise _connection_error(error, self.scheme) or error from None
+
         try:
-            return persistently(lambda: getattr(self.fs, method)(*arguments, **options))
+            return persistently(request, stop=self.stop)
         except UserError:
             raise
         except Exception as error:  # fsspec passes on whatever the transport raises
@@ -95,6 +105,16 @@ class Remote:
             "cat_file", self.path(name), start=begin, end=end, what=name, num_bytes=end - begin, **options
         )
         return content
+
+    def read_whole(self, name: str, max_bytes: int) -> bytes:
+        """Return a small file; raises `MissingFile` if it does not exist, and `UserError` if it has more bytes."""
+        info = self.info(name)
+        if info is None:
+            raise MissingFile(f"{self.url}/{name} does not exist; check the URL")
+        size = info.get("size")
+        if not isinstance(size, int) or size > max_bytes:
+            raise UserError(f"{self.url}/{name} is refused: it has {size} bytes, and {max_bytes:,} are allowed")
+        return self.read(name, 0, size) if size else b""
 
     def make_parent(self, name: str) -> None:
         """Create the folder of a file where the protocol has folders."""
@@ -118,6 +138,14 @@ class Remote:
         return UserError(
             f"{place} cannot be reached ({reason}); check the connection and the URL, then run the same command again"
         )
+
+
+def _connection_error(error: FileNotFoundError, scheme: str) -> Exception | None:
+    """Return the dropped connection that fsspec's HTTP file system reports as a missing file, None if it is missing."""
+    cause = error.__cause__
+    if scheme not in ("http", "https") or not isinstance(cause, Exception) or isinstance(cause, FileNotFoundError):
+        return None
+    return None if status_of(cause) == 404 else cause
 
 
 class MissingFile(UserError):

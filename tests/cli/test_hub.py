@@ -90,6 +90,9 @@ def test_an_artefact_goes_to_the_hub_and_comes_back(place: Place, workspace: Pat
     assert verify(workspace / "experts" / "again") == []
     assert not any(path.is_symlink() for path in (workspace / "experts" / "again").iterdir())
 
+    repository.private = False
+    public = run("push", "code", "hub:me/code", "--private", cwd=workspace)
+    assert "exists already and is public" in error_of(public)
     refused = run("push", "prose", "hub:me/code", cwd=workspace)
     assert "holds other files already; use --force" in error_of(refused)
     branch = run("push", "prose", "hub:me/code", "--revision", "prose", "--force", cwd=workspace)

@@ -39,6 +39,15 @@ def test_a_workspace_moves_through_a_store(workspace: Path, fresh: Path, tmp_pat
     assert "leave NAME out" in run("pull", f"{store}/seed", "law", cwd=fresh).error
 
 
+def test_the_python_interface_does_the_same(workspace: Path, fresh: Path, tmp_path: Path) -> None:
+    from expertctl import Transfer, Workspace
+
+    assert Workspace(workspace).push("code", f"file://{tmp_path}/store/code").sent > 0
+    pulled = Workspace(fresh).pull(f"file://{tmp_path}/store/code", "tax", transfer=Transfer(jobs=1, part_bytes=1000))
+    assert pulled.folder == fresh / "experts" / "tax"
+    assert verify(pulled.folder) == []
+
+
 def test_pull_to_a_folder_needs_no_workspace(workspace: Path, tmp_path: Path, run: Any) -> None:
     run("push", "code", f"file://{tmp_path}/store/code", cwd=workspace)
     run("push", "text", f"file://{tmp_path}/store/text", cwd=workspace)

@@ -98,7 +98,14 @@ class HubHandler(CuttingHandler):
             if repository.files(revision) is None:
                 self.refuse(404, "RevisionNotFound", "Invalid rev id")
             else:
-                self.answer({"id": name, "sha": repository.branches.get(revision, revision), "siblings": []})
+                self.answer(
+                    {
+                        "id": name,
+                        "sha": repository.branches.get(revision, revision),
+                        "siblings": [],
+                        "private": repository.private,
+                    }
+                )
 
     def list_files(self, name: str, revision: str) -> None:
         """Send names, sizes and digests of a revision's files."""

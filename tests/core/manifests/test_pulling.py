@@ -135,6 +135,19 @@ def test_a_connection_that_stays_down_is_one_line_and_keeps_what_has_arrived(sto
     assert traffic.total - sent < size - MB // 2
 
 
+def test_a_server_that_stops_sending_is_not_waited_for(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertctl.core.remote.urls.TIMEOUT_S", 0.05)
+    monkeypatch.setattr("expertctl.core.remote.urls.MIN_BYTES_PER_S", 1e9)
+    traffic = Traffic(hold_after=MB)
+    with (
+        serving(FileHandler, traffic, root=store) as url,
+        pytest.raises(UserError, match=r"cannot be reached \(FSTimeoutError"),
+    ):
+        pulled(f"{url}/law", tmp_path / "pulled")
+
+
 def test_a_file_in_the_cache_is_not_downloaded_again(store: Path, tmp_path: Path) -> None:
     traffic = Traffic()
     with serving(FileHandler, traffic, root=store) as url:

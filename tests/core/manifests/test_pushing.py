@@ -139,6 +139,15 @@ def test_another_artefact_is_replaced_only_with_force_and_without_leftovers(law:
     assert replaced == contents(tmp_path / "tax")
 
 
+def test_a_damaged_index_is_replaced_only_with_force(law: Path) -> None:
+    push(law, "cutting://bucket/law", card=card)
+    fsspec.filesystem("cutting").pipe_file(f"/bucket/law/{INDEX_FILE}", b"{}")
+    with pytest.raises(UserError, match=r"is damaged .*; push the artefact again with --force"):
+        push(law, "cutting://bucket/law", card=card)
+    push(law, "cutting://bucket/law", card=card, force=True)
+    assert index_of("cutting://bucket/law").complete
+
+
 def test_files_of_others_are_left_alone(law: Path) -> None:
     fsspec.filesystem("cutting").pipe_file("/bucket/data/table.csv", b"1,2")
     with pytest.raises(UserError, match="holds other files"):

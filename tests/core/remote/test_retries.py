@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,7 @@ def test_only_what_may_pass_is_repeated(
     status: int, attempts: int, nested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(retries.time, "sleep", waits.append)
+    monkeypatch.setattr(Event, "wait", lambda event, seconds: waits.append(seconds))
     tries = []
 
     def fail() -> None:
@@ -43,7 +44,7 @@ def test_only_what_may_pass_is_repeated(
 
 
 def test_the_first_success_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.0)
     outcomes = iter([ConnectionResetError(), TimeoutError(), 7])
 
     def act() -> int:
@@ -53,3 +54,17 @@ def test_the_first_success_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         return outcome
 
     assert persistently(act) == 7
+
+
+def test_nothing_is_repeated_after_a_stop() -> None:
+    stop = Event()
+    stop.set()
+    tries = []
+
+    def fail() -> None:
+        tries.append(1)
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        persistently(fail, stop=stop)
+    assert len(tries) == 1
