@@ -19,12 +19,12 @@ from ..remote.hub import exactly, hub_snapshot
 from ..remote.index import Index, RemoteFile, local_path, read_index
 from ..remote.listing import named_files
 from ..remote.transfers import Transfer
+from ..remote.upload import MAX_MANIFEST_BYTES
 from ..remote.urls import HUB, MissingFile, Remote, is_url, open_remote, without_secrets
 from .manifest import Manifest, manifest_path, read_manifest
 from .renaming import write_under_name
 from .verification import require_intact
 
-MAX_MANIFEST_BYTES = 256 << 20
 _UNFINISHED = "was not pushed to the end; run the same `expertctl push` again"
 
 

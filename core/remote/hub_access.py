@@ -26,7 +26,7 @@ def hub_allowed() -> Iterator[None]:
     if constants.HF_HUB_OFFLINE and os.environ.get(OFFLINE_BY_DEFAULT) != "1":
         raise UserError(
             f"the Hugging Face hub is not contacted while {OFFLINE_SETTING} is set; unset it, or set {OFFLINE_SETTING}=0"
-        )
+        ) from ConnectionError(OFFLINE_SETTING)  # so that a copy of the workspace is used, if there is one
     offline, make_client = constants.HF_HUB_OFFLINE, _http._GLOBAL_CLIENT_FACTORY
 
     def make_client_with_timeout() -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -12,6 +13,8 @@ from ..errors import UserError
 from .index import INDEX_FILE, DamagedIndexError, Index, RemoteFile, local_path, read_index
 from .transfers import Count, Transfer, run_all
 from .urls import MissingFile, Remote
+
+MAX_MANIFEST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,22 @@ def upload(remote: Remote, folder: Path, names: Sequence[str], transfer: Transfe
     if there is not None and finished and dict(there.files) == local and all(remote.info(name) for name in names[-1:]):
         return Uploaded(len(names), 0, 0)
     _refuse_others(remote, there, finished=finished, force=force)
+    old = dict(there.files) if there is not None else _files_of_manifests(remote, manifests)
     for name in manifests:
         remote.remove(name)
-    return _Upload(remote, folder, local, transfer).run(there, names[-1], again=finished)
+    return _Upload(remote, folder, local, transfer).run(old, names[-1], again=finished)
+
+
+def _files_of_manifests(remote: Remote, manifests: Sequence[str]) -> dict[str, RemoteFile | None]:
+    """Return the files of an artefact without an index, as far as its manifest can be read."""
+    names: set[str] = set()
+    for manifest in manifests:
+        try:
+            found = list(json.loads(remote.read_whole(manifest, MAX_MANIFEST_BYTES))["files"])
+            names |= {name for name in found if local_path(Path(), name)}
+        except (ValueError, TypeError, KeyError, AttributeError, UserError):
+            continue
+    return dict.fromkeys(names)
 
 
 def _old_index(remote: Remote, *, force: bool) -> Index | None:
@@ -80,11 +96,13 @@ class _Upload:
         self._there: dict[str, RemoteFile] = {}
         self._lock = Lock()
 
-    def run(self, there: Index | None, last: str, *, again: bool) -> Uploaded:
-        """Send what is missing, remove what is not wanted any more, and write index and last file."""
-        old = dict(there.files) if there is not None else {}
+    def run(self, old: Mapping[str, RemoteFile | None], last: str, *, again: bool) -> Uploaded:
+        """Send what is missing, remove what is not wanted any more, and write index and last file.
+
+        `old` are the files of the last push; with `again`, they are all sent again.
+        """
         if not again:
-            self._there = {name: file for name, file in old.items() if name != last and self._is_there(name, file)}
+            self._there = {name: self._local[name] for name in old if name != last and self._is_there(name, old[name])}
         missing = sorted(
             self._local.keys() - self._there.keys() - {last}, key=lambda name: (-self._local[name].size, name)
         )
@@ -109,8 +127,8 @@ class _Upload:
         count.add(self._local[last].size)
         return Uploaded(len(self._local), len(missing) + 1, count.done)
 
-    def _is_there(self, name: str, file: RemoteFile) -> bool:
-        if self._local.get(name) != file:
+    def _is_there(self, name: str, file: RemoteFile | None) -> bool:
+        if file is None or self._local.get(name) != file:
             return False
         info = self._remote.info(name)
         return info is not None and info.get("size") == file.size

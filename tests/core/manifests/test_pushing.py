@@ -126,9 +126,14 @@ def test_a_file_that_shrank_at_the_remote_is_sent_again(law: Path) -> None:
     assert remote_files("cutting://bucket/law")["part-1.safetensors"] == contents(law)["part-1.safetensors"]
 
 
-def test_another_artefact_is_replaced_only_with_force_and_without_leftovers(law: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_index", [True, False])
+def test_another_artefact_is_replaced_only_with_force_and_without_leftovers(
+    law: Path, tmp_path: Path, with_index: bool
+) -> None:
     write_large_expert(tmp_path / "tax", 10_000, seed=1)
     push(law, "cutting://bucket/it", card=card)
+    if not with_index:
+        fsspec.filesystem("cutting").rm_file(f"/bucket/it/{INDEX_FILE}")
     before = remote_files("cutting://bucket/it")
     with pytest.raises(UserError, match="exists already; use --force"):
         push(tmp_path / "tax", "cutting://bucket/it", card=card)

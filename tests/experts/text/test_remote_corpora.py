@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from reporters import Recorder
 from expertctl import UserError
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.settings import DomainConfig
-from expertctl.core.remote.copies import COPIES_FOLDER
+from expertctl.core.remote.copies import COPIES_FOLDER, refresh
 from expertctl.experts.text.corpora import (
     DOMAIN_FILE,
     PreparedDomain,
@@ -91,6 +92,20 @@ def test_text_that_was_never_fetched_needs_the_remote(layout: Layout, model_fold
         prepare(layout, DomainConfig(path="memory://nothing/law.jsonl"), model_folder)
     with pytest.raises(UserError, match="hf://datasets/owner/name/FILE"):
         prepare(layout, DomainConfig(path="hub:owner/name"), model_folder)
+
+
+def test_a_copy_of_text_on_the_hub_is_used_offline(
+    layout: Layout, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "hf://datasets/owner/name/law.jsonl"
+    (tmp_path / "law.jsonl").write_text(texts(40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        prepare(layout, DomainConfig(path=url), model_folder)
+    copy = refresh(layout.root, f"file://{tmp_path}/law.jsonl").parent.parent
+    copy.rename(copy.with_name(hashlib.sha256(url.encode()).hexdigest()[:16]))
+    _, said = prepare(layout, DomainConfig(path=url), model_folder)
+    assert any("the copy that was fetched before is used" in line for line in said)
 
 
 def test_folders_and_parts(layout: Layout, model_folder: Path) -> None:
