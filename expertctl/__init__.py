@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from expertctl.core.models.generation import Sampling as Sampling
     from expertctl.core.models.loading import load_model as load_model
     from expertctl.core.models.loading import register_auto_classes as register_auto_classes
+    from expertctl.core.remote.transfers import Transfer as Transfer
     from expertctl.core.reporting import LaunchResult as LaunchResult
     from expertctl.core.reporting import Reporter as Reporter
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
@@ -91,6 +92,7 @@ _HOMES = {
     "core.manifests.verification": "verify",
     "core.models.generation": "Sampling",
     "core.models.loading": "load_model register_auto_classes",
+    "core.remote.transfers": "Transfer",
     "core.reporting": "LaunchResult Reporter",
     "core.text.token_store": "TokenBlocks TokenWindows",
     "experts.runs.launching": "TrainResult",

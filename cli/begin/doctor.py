@@ -146,11 +146,12 @@ def _workspace(session: Session) -> Iterator[Finding]:
 
 def _sources(workspace: Workspace) -> Iterator[Finding]:
     """Check that the text of every domain exists, and that the seed's tokenizer keeps it."""
+    from ...core.remote.urls import is_url
     from ...experts.text.corpora import lost_text
 
     for name, domain in workspace.config.domains.items():
         for source in (domain.path, domain.train, domain.valid, domain.test):
-            if source is not None and not (workspace.root / Path(source).expanduser()).exists():
+            if source is not None and not is_url(source) and not (workspace.root / Path(source).expanduser()).exists():
                 yield Finding("wrong", f"domain {name}", f"{source} does not exist")
     has_tokenizer = (workspace.layout.seed / "config.json").is_file()
     for name, prepared in workspace.data.prepared().items() if has_tokenizer else ():

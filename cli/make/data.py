@@ -212,6 +212,9 @@ def _table(domains: Mapping[str, PreparedDomain]) -> Table:
 
 
 def _source(domain: DomainConfig) -> str:
+    from ...core.remote.urls import without_secrets
+
     if domain.bundled is not None:
         return f"bundled {domain.bundled}"
-    return domain.path or ", ".join(source for source in (domain.train, domain.valid, domain.test) if source)
+    sources = (domain.path, domain.train, domain.valid, domain.test)
+    return ", ".join(without_secrets(source) for source in sources if source)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import flag, option, path
+from ..options import flag, option
 from ..summaries import show_artefact
 
 
 @cli_command("seed", example="expertctl seed --from models/SmolLM2-135M")
-@path(
+@option(
     "--from",
-    "FOLDER",
-    "Import this Hugging Face causal language model. Its files are linked, not copied.",
+    "SOURCE",
+    "Import this Hugging Face causal language model: a folder, whose files are linked, a URL, or hub:OWNER/NAME[@REVISION].",
     name="source",
 )
 @flag("--scratch", "Pretrain a seed even if expertctl.yaml names a model to import.")
@@ -29,7 +27,7 @@ from ..summaries import show_artefact
 @flag("--force", "Replace the existing seed. Experts of the old seed cannot be merged with the new one.")
 @pass_session
 def command(
-    session: Session, source: Path | None, scratch: bool, preset: str | None, bos: bool | None, force: bool
+    session: Session, source: str | None, scratch: bool, preset: str | None, bos: bool | None, force: bool
 ) -> None:
     """Make the seed: import a model or pretrain a small one.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from .safetensors_io import Checkpoint
 
 MANIFEST_NAMES = {"seed": "seed.json", "expert": "expert.json", "generalist": "generalist.json"}
+CARD_FILE = "README.md"
 TRAINING_FOLDER = "training"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,6 +44,12 @@ def digest_of_file(path: Path) -> str:
             prefix = file.read(8)
             length = min(int.from_bytes(prefix, "little"), path.stat().st_size)
             return hashlib.sha256(prefix + file.read(length)).hexdigest()
+    return sha256_of_file(path)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of a file's whole content, as `sha256sum` prints it."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

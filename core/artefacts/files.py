@@ -282,9 +282,13 @@ def exclusive_output(folder: Path, what: str) -> Iterator[None]:
 
 def cache_file(path: Path, kind: str, suffix: str) -> Path:
     """Return the file about `path` in a subfolder of the user's cache, `$XDG_CACHE_HOME/expertctl`."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    return Path(base).expanduser() / "expertctl" / kind / f"{name}{suffix}"
+    return cache_folder(kind) / f"{name}{suffix}"
+
+
+def cache_folder(kind: str) -> Path:
+    """Return a subfolder of the user's cache, `$XDG_CACHE_HOME/expertctl`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "expertctl" / kind
 
 
 def _user_error(path: Path, error: OSError) -> UserError:

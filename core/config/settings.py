@@ -171,7 +171,7 @@ class SeedConfig(Section):
     """The seed model: an imported checkpoint (`from`), or a model pretrained from a preset."""
 
     from_: str | None = Field(default=None, alias="from")
-    """Folder of a Hugging Face causal language model."""
+    """Hugging Face causal language model: a folder, a URL, or `hub:owner/name` with or without `@revision`."""
     bos: bool | None = None
     """Whether every document begins with the BOS token of an imported tokenizer. None: if the tokenizer puts it before a
     text itself."""
@@ -189,7 +189,7 @@ class DomainConfig(Section):
 
     bundled: str | None = None
     path: str | None = None
-    """File or folder of documents, split into training, validation and test."""
+    """File or folder of documents, also by URL, split into training, validation and test."""
     train: str | None = None
     """File or folder of documents that models are trained on."""
     valid: str | None = None

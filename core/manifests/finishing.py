@@ -6,12 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..artefacts.digests import digest_of_tensors, digest_of_tokenizer, digests_of_folder
+from ..artefacts.digests import CARD_FILE, digest_of_tensors, digest_of_tokenizer, digests_of_folder
 from ..artefacts.files import write_text
 from ..artefacts.versions import tool_versions
 from .manifest import Manifest
-
-CARD_FILE = "README.md"
 
 
 def finish_artefact(

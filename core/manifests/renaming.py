@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..artefacts.digests import MANIFEST_NAMES
+from ..artefacts.digests import CARD_FILE, MANIFEST_NAMES
 from ..artefacts.files import exclusive, link_or_copy, new_folder, remove_tree
 from ..artefacts.layout import Layout, check_name, require_free
 from ..errors import UserError
-from .finishing import CARD_FILE, finish_artefact
+from .finishing import finish_artefact
 from .manifest import Manifest, find_manifest
 from .removal import dependents, removable
 from .run import RUN_FILE, RunSpec
@@ -45,20 +45,25 @@ def rename(layout: Layout, name: str, new_name: str, card: Callable[[Manifest], 
         new_folder(target, what=manifest.kind) as partial,
     ):
         shutil.copytree(folder, partial, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-        (partial / MANIFEST_NAMES[manifest.kind]).unlink()
-        renamed = replace(manifest, name=new_name)
-        if isinstance(manifest.config, RunSpec):
-            run = replace(manifest.config, name=new_name)
-            renamed = replace(renamed, config=run)
-            if (partial / RUN_FILE).is_file():
-                (partial / RUN_FILE).unlink()  # a link to the old file
-                run.write(partial)
-        has_card = (partial / CARD_FILE).is_file()
-        (partial / CARD_FILE).unlink(missing_ok=True)
-        renamed = finish_artefact(partial, renamed, card=card if has_card else None, known=manifest.tensors)
+        renamed = write_under_name(partial, manifest, new_name, card)
     remove_tree(folder)
     remove_tree(layout.statistics / name)  # they name their expert
     return renamed
+
+
+def write_under_name(folder: Path, manifest: Manifest, name: str, card: Callable[[Manifest], str]) -> Manifest:
+    """Give the artefact in a folder that may be changed another name; returns the new manifest."""
+    (folder / MANIFEST_NAMES[manifest.kind]).unlink()
+    renamed = replace(manifest, name=name)
+    if isinstance(manifest.config, RunSpec):
+        run = replace(manifest.config, name=name)
+        renamed = replace(renamed, config=run)
+        if (folder / RUN_FILE).is_file():
+            (folder / RUN_FILE).unlink()  # it may be a link
+            run.write(folder)
+    has_card = (folder / CARD_FILE).is_file()
+    (folder / CARD_FILE).unlink(missing_ok=True)
+    return finish_artefact(folder, renamed, card=card if has_card else None, known=manifest.tensors)
 
 
 def _link(source: Any, target: Any) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BARS_SETTING = "HF_HUB_DISABLE_PROGRESS_BARS"
+OFFLINE_SETTING = "HF_HUB_OFFLINE"
+OFFLINE_BY_DEFAULT = "EXPERTCTL_HUB_OFFLINE_BY_DEFAULT"
+"""Set if HF_HUB_OFFLINE is ours, not the user's: commands that name a repository of the hub may then contact it."""
 LIBRARY_SETTINGS = {
-    # All files are local: no library may contact a hub.
-    "HF_HUB_OFFLINE": "1",
+    # No library may contact a hub on its own.
+    OFFLINE_SETTING: "1",
     BARS_SETTING: "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -19,6 +22,8 @@ LIBRARY_SETTINGS = {
 
 def prepare_libraries() -> None:
     """Set the defaults for this process and its children; variables that the user set are kept."""
+    if not {OFFLINE_SETTING, "TRANSFORMERS_OFFLINE"} & os.environ.keys():
+        os.environ[OFFLINE_BY_DEFAULT] = "1"
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
 

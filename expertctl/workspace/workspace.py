@@ -6,15 +6,22 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expertctl.core.artefacts.files import refuse_existing
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig
 from expertctl.core.errors import UserError
 from expertctl.core.manifests.manifest import Manifest, read_manifest
+from expertctl.core.manifests.pulling import Pulled, pull
+from expertctl.core.manifests.pushing import push
 from expertctl.core.manifests.removal import Dependent, remove
 from expertctl.core.manifests.renaming import rename
+from expertctl.core.remote.transfers import Transfer
+from expertctl.core.remote.upload import Uploaded
+from expertctl.core.remote.urls import is_url
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
 from expertctl.experts.runs.seed import import_seed, start_pretraining
+from expertctl.experts.runs.seed_sources import seed_folder
 from expertctl.experts.runs.unfinished import unfinished
 
 from .baselines import Baselines
@@ -66,19 +73,20 @@ class Workspace:
         launcher: str | LauncherConfig | None = None,
         reporter: Reporter = SILENT,
     ) -> Manifest:
-        """Make the seed: import a Hugging Face folder (`source`, or `seed.from`), otherwise pretrain from scratch.
+        """Make the seed: import a Hugging Face model (`source`, or `seed.from`), otherwise pretrain from scratch.
 
+        A model is a folder, a URL of fsspec, or `hub:owner/name` with or without `@revision`.
         `scratch` pretrains even if `seed.from` is set; `preset` and `bos` replace `seed.preset` and `seed.bos`.
         """
         config = self.config
         folder = source if source is not None or scratch else config.seed.from_
         if folder is not None:
-            path = Path(folder).expanduser()
-            if source is None:  # a path of the project file, relative to it
-                path = self.root / path
+            refuse_existing(self.layout.seed, force=force, what="seed")  # before a download
+            if source is None and not is_url(folder):  # a path of the project file, relative to it
+                folder = self.root / Path(folder).expanduser()
             return import_seed(
                 self.layout,
-                path,
+                seed_folder(self.root, folder, reporter),
                 bos=config.seed.bos if bos is None else bos,
                 licence=config.seed.licence,
                 force=force,
@@ -89,6 +97,43 @@ class Workspace:
         run = start_pretraining(self.layout, config, force=force)
         self._project.launch([run], launcher=launcher, reporter=reporter).raise_for_failures()
         return read_manifest(run)
+
+    def push(
+        self,
+        artefact: str,
+        url: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        force: bool = False,
+        transfer: Transfer | None = None,
+    ) -> Uploaded:
+        """Push an artefact (a name or a folder) to a URL of fsspec or to `hub:owner/name`; see `expertctl push`."""
+        from expertctl.merge.generalists.card import model_card
+
+        return push(
+            self.layout.artefact(artefact),
+            url,
+            card=model_card,
+            private=private,
+            revision=revision,
+            force=force,
+            transfer=transfer,
+        )
+
+    def pull(
+        self,
+        url: str,
+        name: str | None = None,
+        *,
+        output: Path | None = None,
+        force: bool = False,
+        transfer: Transfer | None = None,
+    ) -> Pulled:
+        """Pull an artefact into the workspace, or any pushed folder into `output`; see `expertctl pull`."""
+        from expertctl.merge.generalists.card import model_card
+
+        return pull(url, self.layout, name, card=model_card, output=output, force=force, transfer=transfer)
 
     def rename(self, name: str, new_name: str) -> Manifest:
         """Rename a finished expert, baseline or generalist; raises `UserError` if other artefacts were made of it."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ...core.artefacts.files import unfinished_names
+from ...core.artefacts.files import unfinished_names, unfinished_sibling
 from ...core.artefacts.layout import Layout
 from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
 from ...core.manifests.run import RUN_FILE, is_finished, read_run
+from ...core.remote.download import unfinished_source
 from .baselines import DENSE, DENSE_SAME_BATCH
 
 _BASELINES = {DENSE: "dense", DENSE_SAME_BATCH: "dense --same-batch"}
@@ -28,7 +29,18 @@ def unfinished(layout: Layout, project: ProjectConfig) -> dict[str, str]:
         for folder, command in sorted(commands.items())
         if (folder / RUN_FILE).is_file() and not is_finished(folder)
     }
-    return runs | {name: f"expertctl merge {name} --resume" for name in unfinished_names(layout.generalists)}
+    merges = {name: f"expertctl merge {name} --resume" for name in unfinished_names(layout.generalists)}
+    return runs | merges | _pulls(layout)
+
+
+def _pulls(layout: Layout) -> dict[str, str]:
+    """Return the interrupted pulls."""
+    folders = [
+        layout.seed,
+        *(parent / name for parent in (layout.experts, layout.generalists) for name in unfinished_names(parent)),
+    ]
+    urls = {folder.name: unfinished_source(unfinished_sibling(folder)) for folder in folders}
+    return {name: f"expertctl pull {url} {name}" for name, url in urls.items() if url is not None}
 
 
 def _seed_command(layout: Layout, project: ProjectConfig) -> str:

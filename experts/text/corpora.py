@@ -22,6 +22,8 @@ from ...core.errors import UserError, unknown_name
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.text import Document, DocumentOrder
 from ...core.manifests.statements import DomainStatement
+from ...core.remote.copies import digests_of_copy, refresh, source_path
+from ...core.remote.urls import is_url, without_secrets
 from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.token_store import FORMAT, TokenPart, TokenStore, write_part
 from ...core.text.tokenizer import DOCUMENTS_PER_BATCH, TextEncoder
@@ -109,6 +111,8 @@ def _prepare(
 ) -> PreparedDomain:
     encoder_digest = digest_of_tokenizer(tokenizer_folder)
     folder = layout.corpora / name / encoder_digest[:12]
+    for source in filter(is_url, _sources(domain)):
+        refresh(layout.root, source, reporter)
     fingerprint = _fingerprint(domain, layout.root)
     with exclusive(layout.lock(f"domain-{name}"), f"domain '{name}'", patience_s=600):
         if not force and (cached := _cached(folder, fingerprint)):
@@ -137,12 +141,21 @@ def _prepare(
                         if domain.path
                         else ""
                     )
-                    source = domain.path or domain.train or f"bundled: {domain.bundled}"
+                    source = without_secrets(domain.path or domain.train or f"bundled: {domain.bundled}")
                     raise UserError(f"domain '{name}' has no documents in its {part} part ({source}){remedy}")
                 num_documents += written.documents
+            remote = {
+                without_secrets(url): digests_of_copy(layout.root, url) for url in _sources(domain) if is_url(url)
+            }
             write_json(
                 partial / DOMAIN_FILE,
-                {"name": name, "fingerprint": fingerprint, "tokenizer": encoder_digest, "licence": licence_of(domain)},
+                {
+                    "name": name,
+                    "fingerprint": fingerprint,
+                    "tokenizer": encoder_digest,
+                    "licence": licence_of(domain),
+                    **({"remote": remote} if remote else {}),
+                },
             )
     prepared = _cached(folder, fingerprint)
     assert prepared is not None
@@ -163,8 +176,7 @@ def lost_text(domain: PreparedDomain) -> str | None:
 
 def _report_files(domain: DomainConfig, root: Path, reporter: Reporter) -> None:
     """Report the use of a folder's files where it is not that of dividing them all by document."""
-    path = root / Path(domain.path or "").expanduser()
-    if domain.path is not None and path.is_dir():
+    if domain.path is not None and (path := source_path(root, domain.path)).is_dir():
         folder = read_corpus_folder(path)
         if folder.train or folder.left_out:
             reporter.say(folder.description(path))
@@ -220,7 +232,7 @@ def domain_values(domain: DomainConfig, root: Path, part: str, field: str | None
             raise UserError(f"bundled text has no field '{field}'; use domains that are read from files")
         yield from map(Document, getattr(read_bundled(domain.bundled), part))
     elif domain.path is not None:
-        path = root / Path(domain.path).expanduser()
+        path = source_path(root, domain.path)
         if path.is_dir() and (named := read_corpus_folder(path)).train:
             yield from _named_part(lambda name: getattr(named, name), part, domain.text_field, field)
             return
@@ -233,7 +245,7 @@ def domain_values(domain: DomainConfig, root: Path, part: str, field: str | None
 
         def files(name: str) -> Sequence[Path]:
             source = sources[name]
-            return _files(root / Path(source).expanduser()) if source is not None else ()
+            return _files(source_path(root, source)) if source is not None else ()
 
         yield from _named_part(files, part, domain.text_field, field)
 
@@ -344,16 +356,20 @@ def licence_of(domain: DomainConfig) -> str | None:
 
 
 def _fingerprint(domain: DomainConfig, root: Path) -> str:
-    """Return a digest of a domain's settings and of the size and modification time of its files."""
+    """Return a digest of a domain's settings and of its files: their size and modification time, or sha256 if remote."""
     content: dict[str, object] = {"format": FORMAT, "domain": domain.model_dump()}
     if domain.bundled is not None:  # read from these packages
         packages = ("expertctl", "torch", "numpy", "scipy", "scikit-learn")
         versions = {name: package_version(name) for name in packages}
         content["bundled"] = {"python": platform.python_version(), **versions}
-    for source in (domain.path, domain.train, domain.valid, domain.test):
-        if source is not None:
-            content[source] = _stamps(root / Path(source).expanduser())
+    for source in _sources(domain):
+        content[source] = digests_of_copy(root, source) if is_url(source) else _stamps(source_path(root, source))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sources(domain: DomainConfig) -> list[str]:
+    """Return the files, folders and URLs of a domain."""
+    return [source for source in (domain.path, domain.train, domain.valid, domain.test) if source is not None]
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:

@@ -7,14 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...core.artefacts.digests import digest_of_file
+from ...core.artefacts.digests import CARD_FILE, digest_of_file
 from ...core.artefacts.files import copy_files, read_json, remove_tree, write_json, write_text
 from ...core.artefacts.model_config import LAYER_KEYS, is_tied, text_config
 from ...core.artefacts.numeric import DTYPES
 from ...core.artefacts.safetensors_io import TensorEntry, write_tensors
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import KeptElements, MergeMethod, TensorMerge
-from ...core.manifests.finishing import CARD_FILE, finish_artefact
+from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.generalist import ExpertChange, GeneralistConfig, SearchRecord
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.reporting import SILENT, Reporter

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ...core.artefacts.digests import CARD_FILE
 from ...core.artefacts.files import (
     exclusive_output,
     link_or_copy,
@@ -17,7 +18,7 @@ from ...core.artefacts.files import (
 )
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError, unknown_name
-from ...core.manifests.finishing import CARD_FILE, finish_artefact
+from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.generalist import MixtureRecord
 from ...core.manifests.manifest import Manifest, read_manifest
 from ...core.manifests.verification import require_intact

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...core.artefacts.digests import MANIFEST_NAMES
+from ...core.artefacts.digests import CARD_FILE, MANIFEST_NAMES
 from ...core.artefacts.hub_cache import cached_model, download_command, split_commit
 from ...core.artefacts.layout import Layout
 from ...core.errors import UserError
-from ...core.manifests.finishing import CARD_FILE
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ..merging import MergeRun, merge_recipe
 from ..recipes.recipe import Recipe, recipe_from_json

@@ -40,6 +40,9 @@ HEAVY = {
     "pandas",
     "opacus",
     "rapidfuzz",
+    "fsspec",
+    "aiohttp",
+    "huggingface_hub",
 }
 
 

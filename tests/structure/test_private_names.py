@@ -25,6 +25,10 @@ PRIVATE = {
         "plugins/flower/coordinator/registering.py registers all members with one connection",
     ),
     (
+        "huggingface_hub.utils._http",
+        "_GLOBAL_CLIENT_FACTORY",
+    ): "core/remote/hub_access.py gives requests to the hub a timeout",
+    (
         "torch.distributed.tensor._utils",
         "compute_local_shape_and_global_offset",
     ): "experts/training/distributed/replicas.py finds a process's rows of a tensor",
