@@ -19,7 +19,7 @@ from .output import print_json
 
 # In the order of a project's workflow. Each command is a module in the folder named after its section.
 COMMANDS = {
-    "Begin": ("init", "quickstart", "doctor", "plugins"),
+    "Begin": ("init", "quickstart", "doctor", "plugins", "plan"),
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline", "rename", "remove"),
     "Use": ("eval", "generate", "card", "extract-adapter", "push", "pull"),
     "Federate": ("federate",),
