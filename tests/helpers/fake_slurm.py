@@ -1,0 +1,207 @@
+"""A Slurm cluster of one machine: `sbatch`, `squeue`, `sacct`, `scancel`, `scontrol` and `srun` as programs on PATH.
+
+Jobs are real processes. `faults.json` in the cluster's folder tells by the number of the job what happens to it once its run
+has a new checkpoint: `preempt` (SIGTERM, time to save), `limit` (SIGUSR1 ahead of a time limit), `node` (everything is killed),
+`kill` (somebody kills the worker, and not
+after a checkpoint but after its first progress), `slow` (SIGKILL at the time limit).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
+VARIABLE = "FAKE_SLURM"
+END_OF_FAULT = {"preempt": "PREEMPTED", "node": "NODE_FAIL", "slow": "TIMEOUT"}
+
+
+class FakeSlurm:
+    """The cluster, for tests; `environment` puts its commands on PATH."""
+
+    def __init__(self, folder: Path, *, nodes: int = 8) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        for name in COMMANDS:
+            program = folder / "bin" / name
+            program.write_text(f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__)} {name} "$@"\n')
+            program.chmod(0o755)
+        (folder / "nodes").write_text(str(nodes))
+        self.faults()
+
+    def faults(self, **by_job: str) -> None:
+        """Say what happens to jobs: `job_1="preempt"`."""
+        (self.folder / "faults.json").write_text(json.dumps(by_job))
+
+    def refuse(self, message: str) -> None:
+        (self.folder / "refusal").write_text(message)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {VARIABLE: str(self.folder), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
+
+    def jobs(self) -> dict[int, dict[str, str]]:
+        """Return name, state and command of every job that was ever submitted."""
+        return {int(path.stem): json.loads(path.read_text()) for path in sorted(self.folder.glob("*.job"))}
+
+    def kill_all(self) -> None:
+        """End what still runs."""
+        for number, job in self.jobs().items():
+            if job["state"] in ("RUNNING", "PENDING"):
+                _update(self.folder, number, "CANCELLED")
+                _signal_job(job, signal.SIGKILL)
+
+
+# --- the programs ---
+
+
+def _job(folder: Path, number: int) -> dict[str, str]:
+    return json.loads((folder / f"{number:06d}.job").read_text())
+
+
+def _update(folder: Path, number: int, state: str, **values: object) -> dict[str, str]:
+    path = folder / f"{number:06d}.job"
+    job = (_job(folder, number) if path.is_file() else {}) | {"state": state, **values}
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(job))
+    partial.replace(path)
+    return job
+
+
+def _signal_job(job: dict[str, str], number: int, *, everything: bool = True) -> None:
+    with contextlib.suppress(KeyError, ProcessLookupError):
+        (os.killpg if everything else os.kill)(int(job["pid"]), number)
+
+
+def sbatch(folder: Path, arguments: list[str]) -> int:
+    if (folder / "refusal").is_file():
+        print(f"sbatch: error: {(folder / 'refusal').read_text()}", file=sys.stderr)
+        print("sbatch: error: Batch job submission failed: Invalid partition name specified", file=sys.stderr)
+        return 1
+    settings = dict(word.removeprefix("--").partition("=")[::2] for word in arguments)
+    for number in range(1, 1_000_000):
+        try:
+            (folder / f"{number:06d}.taken").open("x").close()
+            break
+        except FileExistsError:
+            continue
+    script = folder / f"{number:06d}.sh"
+    script.write_text(sys.stdin.read())
+    _update(folder, number, "PENDING", name=settings["job-name"], arguments=shlex.join(arguments), begun=0)
+    subprocess.Popen(
+        [sys.executable, "-S", __file__, "_node", str(number), settings["output"], settings["nodes"]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    print(f"{number};fake")
+    return 0
+
+
+def _node(folder: Path, arguments: list[str]) -> int:
+    """Run a job to its end and do to it what `faults.json` says."""
+    number, log, nodes = int(arguments[0]), Path(arguments[1]), arguments[2]
+    while _running(folder) >= int((folder / "nodes").read_text()):
+        if _job(folder, number)["state"] != "PENDING":
+            return 0
+        time.sleep(0.05)
+    environment = {**os.environ, "SLURM_JOB_ID": str(number), "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": nodes}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            ["bash", str(folder / f"{number:06d}.sh")],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    job = _update(folder, number, "RUNNING", pid=process.pid)
+    fault = json.loads((folder / "faults.json").read_text()).get(f"job_{number}")
+    before = _traces(log.parent, fault)
+    while process.poll() is None:
+        if fault and _traces(log.parent, fault) - before:
+            if fault == "preempt":
+                _signal_job(job, signal.SIGTERM)
+            elif fault == "limit":
+                _signal_job(job, signal.SIGUSR1, everything=False)
+            else:
+                _signal_job(job, signal.SIGKILL)
+            process.wait()
+        time.sleep(0.02)
+    state = _job(folder, number)["state"]
+    if state == "RUNNING":
+        ended = "COMPLETED" if process.returncode == 0 else "FAILED"
+        _update(folder, number, END_OF_FAULT.get(fault or "", ended) if process.returncode else ended)
+    return 0
+
+
+def _traces(run: Path, fault: str | None) -> set[str]:
+    """Return what shows that a worker has begun: checkpoints, for `kill` records with progress."""
+    if fault != "kill":
+        return {path.name for path in run.glob(".training/step-*")}
+    return {path.name for path in run.glob(".job/*.jsonl") if '"progress"' in path.read_text()}
+
+
+def _running(folder: Path) -> int:
+    return sum(json.loads(path.read_text())["state"] == "RUNNING" for path in folder.glob("*.job"))
+
+
+def squeue(folder: Path, arguments: list[str]) -> int:
+    for path in sorted(folder.glob("*.job")):
+        state = json.loads(path.read_text())["state"]
+        if state in ("PENDING", "RUNNING"):  # others have left the queue: see sacct
+            print(f"{int(path.stem)}|{state}|{'node7' if state == 'RUNNING' else ''}|None")
+    return 0
+
+
+def sacct(folder: Path, arguments: list[str]) -> int:
+    (ids,) = (word.partition("=")[2].split(",") for word in arguments if word.startswith("--jobs="))
+    for job_id in ids:
+        state = _job(folder, int(job_id))["state"]
+        print(f"{job_id}|{state + ' by 1000' if state == 'CANCELLED' else state}|node7")
+    return 0
+
+
+def scancel(folder: Path, arguments: list[str]) -> int:
+    settings = dict(word.removeprefix("--").partition("=")[::2] for word in arguments if word.startswith("--"))
+    for job_id in (word for word in arguments if not word.startswith("--")):
+        job = _job(folder, int(job_id))
+        if job["state"] not in ("PENDING", "RUNNING") or job["state"] != settings.get("state", job["state"]):
+            continue
+        if "signal" in settings:
+            number = getattr(signal, f"SIG{settings['signal']}")
+            _signal_job(job, number, everything="batch" not in settings)
+        else:
+            _update(folder, int(job_id), "CANCELLED")
+            _signal_job(job, signal.SIGTERM)
+    return 0
+
+
+def scontrol(folder: Path, arguments: list[str]) -> int:
+    print("localhost")
+    return 0
+
+
+def srun(folder: Path, arguments: list[str]) -> int:
+    """Start the command once for every node and forward signals, as srun does."""
+    command = arguments[next(index for index, word in enumerate(arguments) if not word.startswith("--")) :]
+    tasks = [
+        subprocess.Popen(command, env={**os.environ, "SLURM_NODEID": str(node)})
+        for node in range(int(os.environ["SLURM_NNODES"]))
+    ]
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: [task.send_signal(number) for task in tasks])
+    return max(abs(task.wait()) for task in tasks)
+
+
+if __name__ == "__main__":
+    program = {name: globals()[name] for name in (*COMMANDS, "_node")}[sys.argv[1]]
+    sys.exit(program(Path(os.environ[VARIABLE]), sys.argv[2:]))
