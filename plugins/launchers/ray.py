@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class _Tasks:
             name=job.name, num_cpus=self._options.cpus, num_gpus=self._options.gpus, max_retries=0
         )
         reference = task.remote(command, str(job.run), str(job.log))
-        job_id: str = reference.task_id().hex()
+        job_id: str = reference.task_id().hex()[:12]
         self._references[job_id] = reference
         return job_id
 
@@ -127,10 +128,13 @@ def train(command: Sequence[str], run: str, log: str) -> str:
         worker = subprocess.Popen(command, stdin=watched, stdout=output, stderr=output, start_new_session=True)
     os.close(watched)
     try:
-        while True:
+        while worker.poll() is None:
             try:
-                return f"status {worker.wait()}"
-            except KeyboardInterrupt:  # Ray's way of cancelling
+                time.sleep(
+                    0.2
+                )  # Ray's way of cancelling, KeyboardInterrupt, does not wake a process that waits for another
+            except KeyboardInterrupt:
                 worker.send_signal(signal.SIGTERM)
     finally:
         os.close(held)
+    return f"status {worker.returncode}"
