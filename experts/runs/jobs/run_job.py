@@ -72,13 +72,14 @@ class RunJob:
     def _submit(self, *, attempt: int, failures: int) -> None:
         records = self._folder / JOB_FOLDER / f"records-{secrets.token_hex(4)}.jsonl"
         records.parent.mkdir(exist_ok=True)
+        checkpoint = newest_checkpoint(self._folder)
         job = SubmittedJob(
             id=self.run.scheduler.submit(Job(self._folder, self._folder / LOG_FILE, records)),
             launcher=self.run.launcher,
             submitted_at=datetime.now(UTC).isoformat(timespec="seconds"),
             records=records.name,
             attempt=attempt,
-            checkpoint=newest_checkpoint(self._folder),
+            checkpoint=checkpoint,
             failures=failures,
         )
         job.write(self._folder)
@@ -122,10 +123,12 @@ class RunJob:
                 self._warnings.forward(self._output())
                 forget_job(self._folder)
                 self._end(LaunchResult(self._folder, None))
-            elif current is None or current.records != self.job.records:
-                self._attach_to_current()  # another command submitted it again
+            elif current is None:
+                self.fail("another command has replaced or removed the run")
             elif current.outcome is not None:
                 self._end(_result_of(self._folder, current))
+            elif current.records != self.job.records:
+                self._follow(current)  # another command has submitted it again
             elif self.event == "error":
                 self._conclude(replace(current, outcome="failed", error=str(self._records.outcome["message"])))
             elif current.is_cancelled or state.state == "cancelled":
