@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 WORKER = [sys.executable, "-m", "expertctl.experts.training.worker"]
 CLI = [sys.executable, "-m", "expertctl.cli.main"]
-DOCS = Path(__file__).parents[3] / "docs" / "plugins.md"
+DOCS = Path(__file__).parents[4] / "docs" / "plugins.md"
 NOISY = """
 import expertctl
 
