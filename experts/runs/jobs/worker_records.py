@@ -36,7 +36,7 @@ class WorkerRecords:
         if event in ("finished", "interrupted", "error") and not self.outcome:
             self.outcome = record  # other processes may crash because of the first one's end
         if event == "started":
-            self.has_started = True
+            self.has_started, self.outcome = True, {}  # a scheduler may start a stopped job again by itself
             self._reporter.run_started(self._run, int(record["total_steps"]))
         if event in ("started", "progress"):
             self._reporter.run_progressed(self._run, record)
