@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -31,7 +32,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 def shared_gpus(runs: Sequence[Path], jobs: int, options: LocalOptions) -> list[str | None]:
     """Return CUDA_VISIBLE_DEVICES for each of the runs that train at a time; None where users choose a GPU themselves."""
-    has_choice = any(":" in read_run(run).training.device for run in runs)
+    has_choice = any(":" in spec.training.device for spec in _readable(runs).values())
     return gpu_shares(() if has_choice or jobs == 1 else visible_gpus(), jobs, options.nproc)
 
 
@@ -48,7 +49,7 @@ def gpu_shares(gpus: Sequence[str], jobs: int, nproc: int) -> list[str | None]:
 
 def fitting_jobs(runs: Sequence[Path], options: LocalOptions) -> int:
     """Return how many of the runs can train at a time without sharing a core or a GPU, and within the memory; at least 1."""
-    specs = {run: read_run(run) for run in runs}
+    specs = _readable(runs)
     gpus = visible_gpus()
     threads = max((spec.training.threads for spec in specs.values()), default=1)
     limits = [len(runs), available_cores() // (threads * options.nproc)]
@@ -67,12 +68,7 @@ def memory_problems(runs: Sequence[Path], jobs: int, options: LocalOptions) -> t
     if available is None or not options.check_memory:
         return {}, None
     gpus = visible_gpus()
-    needs: dict[Path, int] = {}
-    for run in runs:
-        try:
-            needs[run] = memory_need(run, read_run(run), gpus, options)
-        except UserError:
-            continue  # its worker says so
+    needs = {run: memory_need(run, spec, gpus, options) for run, spec in _readable(runs).items()}
     errors = {
         run: f"training needs at least {_gigabytes(need)} of memory for weights, gradients and optimiser, and "
         f"{_gigabytes(available)} are available; train fewer parameters (trains), or free memory (--launcher-option "
@@ -89,6 +85,15 @@ def memory_problems(runs: Sequence[Path], jobs: int, options: LocalOptions) -> t
     )
 
 
+def _readable(runs: Sequence[Path]) -> dict[Path, RunSpec]:
+    """Return the specifications of runs; of a damaged one, its worker says what is wrong."""
+    specs = {}
+    for run in runs:
+        with contextlib.suppress(UserError):
+            specs[run] = read_run(run)
+    return specs
+
+
 def memory_need(run: Path, spec: RunSpec, gpus: Sequence[str], options: LocalOptions) -> int:
     """Return a lower bound on a run's memory on this machine, in bytes: 0 on a GPU, or if the model is made by the run.
 
@@ -97,9 +102,12 @@ def memory_need(run: Path, spec: RunSpec, gpus: Sequence[str], options: LocalOpt
     if _uses_gpu(spec, gpus) or spec.kind == "seed":
         return 0
     layout = Layout.find(run)
-    base = layout.seed if spec.base in (None, "seed") else layout.artefact(spec.base)
-    sizes = {name: 4 * prod(shape) for name, (_, shape) in Checkpoint.of_folder(base).shapes().items()}
-    trained = sum(sizes[name] for name in _trained(spec, base, sizes))
+    try:
+        base = layout.seed if spec.base in (None, "seed") else layout.artefact(spec.base)
+        sizes = {name: 4 * prod(shape) for name, (_, shape) in Checkpoint.of_folder(base).shapes().items()}
+        trained = sum(sizes[name] for name in _trained(spec, base, sizes))
+    except UserError:  # a damaged or missing model, of which its worker says more
+        return 0
     return options.nproc * sum(sizes.values()) + (options.nproc if options.strategy == "ddp" else 1) * 3 * trained
 
 

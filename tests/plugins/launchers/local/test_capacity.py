@@ -143,6 +143,21 @@ def test_a_run_that_cannot_fit_is_refused_and_the_others_train(
     assert set(result.failed) == {"ant", "bee", "fox"}
 
 
+def test_damaged_runs_and_models_are_left_to_their_workers(
+    new_project: MakeProject, machine: Callable[..., None]
+) -> None:
+    workspace = new_project("here")
+    runs = branched(workspace)
+    machine(cores=2, gpus="0,1", memory=1)
+    (runs[0] / "run.json").write_text("{}")
+    (workspace.layout.seed / "model.safetensors").write_bytes(b"damaged")
+    assert memory_problems(runs, 2, LocalOptions()) == ({}, None)
+    machine(cores=2, memory=1)
+    assert memory_problems(runs, 2, LocalOptions()) == ({}, None)
+    assert fitting_jobs(runs, LocalOptions()) == 2
+    assert shared_gpus(runs, 2, LocalOptions()) == [None, None]
+
+
 def test_every_process_gets_a_gpu_that_is_free(
     new_project: MakeProject, machine: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
