@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertctl.core.artefacts.files import exclusive, remove_tree
+from expertctl.core.artefacts.files import exclusive
 from expertctl.core.config.discovered import cluster_sets
 from expertctl.core.config.settings import ExpertConfig, LauncherConfig, validate_settings
 from expertctl.core.errors import UserError, unknown_name
-from expertctl.core.manifests.run import RUN_FILE, STATE_FOLDER, RunSpec, is_finished, read_run
+from expertctl.core.manifests.run import RUN_FILE, RunSpec, is_finished, read_run
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.runs.branching import branch
+from expertctl.experts.runs.jobs.job_file import forget_job
 from expertctl.experts.runs.launching import JobCount, TrainResult, next_wave
 from expertctl.merge.sources.parents import expert_folders
 
@@ -90,7 +91,7 @@ class Experts:
                 raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
         finished = [name for name in requested if is_finished(self / name)]
         for name in finished:
-            remove_tree(self / name / STATE_FOLDER)  # left by a kill after the last byte of the expert
+            forget_job(self / name)
         pending = [name for name in requested if name not in finished]
         failed: dict[str, str] = {}
         submitted: dict[str, str] = {}

@@ -66,10 +66,15 @@ def launch(
             group.require_detachable()
     scheduled = [run for group in groups for run in group.scheduled()]
     queue = JobQueue(scheduled, jobs if isinstance(jobs, int) else len(scheduled), reporter)
-    queue.submit()
     if detach:
+        queue.submit()
         return _collect(queue.detach())
-    results = [result for group in groups for result in group.train(jobs, reporter)]
+    results: list[LaunchResult] = []
+    try:
+        queue.submit()
+        results += [result for group in groups for result in group.train(jobs, reporter)]
+    except KeyboardInterrupt:
+        queue.stop()
     if any(result.interrupted for result in results):
         queue.stop()
     return _collect([*results, *queue.follow()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
 import shutil
@@ -91,7 +90,10 @@ def scheduler(options: SlurmOptions) -> Scheduler:
 def submit(options: SlurmOptions, job: Job) -> str:
     """Submit a job and return its id; raises `UserError` with the reason of sbatch."""
     output = _run(["sbatch", *sbatch_arguments(options, job)], stdin=job_script(options, job))
-    return output.strip().partition(";")[0]  # ID or ID;CLUSTER
+    job_id = output.strip().rpartition("\n")[2].partition(";")[0]  # ID or ID;CLUSTER
+    if not job_id.isdecimal():
+        raise UserError(f"sbatch printed {output.strip()!r:.80} and not the number of a job")
+    return job_id
 
 
 def sbatch_arguments(options: SlurmOptions, job: Job) -> list[str]:
@@ -148,12 +150,18 @@ def _start_lines(options: SlurmOptions, job: Job) -> Iterator[str]:
 
 def states(ids: Sequence[str]) -> Mapping[str, JobState]:
     """Return the states of jobs: from the queue, and for those that have left it from the accounts, if the cluster keeps any."""
-    found = _parsed(_run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%N|%r"]), ids)
-    missing = [job_id for job_id in ids if job_id not in found]
-    if missing and shutil.which("sacct") is not None:
-        command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList"]
-        with contextlib.suppress(UserError):  # without accounts, they are lost
-            found |= _parsed(_run([*command, f"--jobs={','.join(missing)}"]), missing)
+    found: dict[str, JobState] = {}
+    for command in (
+        ["squeue", "--noheader", "--states=all", "--format=%i|%T|%N|%r"],
+        ["sacct", "--allusers", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,NodeList"],
+    ):
+        missing = [job_id for job_id in ids if job_id not in found]
+        if missing and shutil.which(command[0]) is not None:
+            try:
+                found |= _parsed(_run([*command, f"--jobs={','.join(missing)}"]), missing)
+            except UserError as error:
+                if command[0] == "squeue" and "Invalid job id" not in str(error):
+                    raise  # whereas a job that squeue has forgotten, or a cluster without accounts, is no error
     return found
 
 

@@ -154,19 +154,27 @@ def _running(folder: Path) -> int:
     return sum(json.loads(path.read_text())["state"] == "RUNNING" for path in folder.glob("*.job"))
 
 
+def _asked(arguments: list[str]) -> list[int]:
+    (ids,) = (word.partition("=")[2].split(",") for word in arguments if word.startswith("--jobs="))
+    return [int(job_id) for job_id in ids]
+
+
 def squeue(folder: Path, arguments: list[str]) -> int:
-    for path in sorted(folder.glob("*.job")):
-        state = json.loads(path.read_text())["state"]
-        if state in ("PENDING", "RUNNING"):  # others have left the queue: see sacct
-            print(f"{int(path.stem)}|{state}|{'node7' if state == 'RUNNING' else ''}|None")
+    """Print those that have not ended; the queue forgets the others at once, which Slurm does after minutes."""
+    queued = [number for number in _asked(arguments) if _job(folder, number)["state"] in ("PENDING", "RUNNING")]
+    if not queued:
+        print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
+        return 1
+    for number in queued:
+        state = _job(folder, number)["state"]
+        print(f"{number}|{state}|{'node7' if state == 'RUNNING' else ''}|None")
     return 0
 
 
 def sacct(folder: Path, arguments: list[str]) -> int:
-    (ids,) = (word.partition("=")[2].split(",") for word in arguments if word.startswith("--jobs="))
-    for job_id in ids:
-        state = _job(folder, int(job_id))["state"]
-        print(f"{job_id}|{state + ' by 1000' if state == 'CANCELLED' else state}|node7")
+    for number in _asked(arguments):
+        state = _job(folder, number)["state"]
+        print(f"{number}|{state + ' by 1000' if state == 'CANCELLED' else state}|node7")
     return 0
 
 

@@ -38,9 +38,9 @@ class Act:
 class ScriptedScheduler:
     """Plays acts job by job; the last one is repeated."""
 
-    def __init__(self, *acts: Act | str, restarts: int = 3) -> None:
+    def __init__(self, *acts: Act | str, restarts: int = 3, can_detach: bool = True) -> None:
         self.acts = [Act(act) if isinstance(act, str) else act for act in acts]
-        self.restarts = restarts
+        self.restarts, self.can_detach = restarts, can_detach
         self.jobs: list[tuple[Job, Act]] = []
         self.cancelled: set[str] = set()
         self.most_live = 0
@@ -48,7 +48,7 @@ class ScriptedScheduler:
 
     @property
     def scheduler(self) -> Scheduler:
-        return Scheduler(self.submit, self.states, self.cancel, self.restarts, poll_seconds=0.0)
+        return Scheduler(self.submit, self.states, self.cancel, self.restarts, 0.0, self.can_detach)
 
     def submit(self, job: Job) -> str:
         act = self.acts[min(len(self.jobs), len(self.acts) - 1)]

@@ -65,6 +65,11 @@ def job_lock(run: Path) -> AbstractContextManager[None]:
     return exclusive(Layout.find(run).lock(f"job-{run.name}"), f"the job of '{run.name}'", patience_s=LOCK_PATIENCE_S)
 
 
+def command_lock(run: Path) -> AbstractContextManager[None]:
+    """Hold the lock of the command whose jobs end with it; raises `UserError` if another one has it."""
+    return exclusive(Layout.find(run).lock(f"command-{run.name}"), f"'{run.name}'", patience_s=0.5)
+
+
 def newest_checkpoint(run: Path) -> str:
     """Return the name of the newest checkpoint, empty if there is none; a later one sorts after it."""
     return max((folder.name for folder in (run / STATE_FOLDER).glob("step-*")), default="")

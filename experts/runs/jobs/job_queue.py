@@ -30,7 +30,7 @@ class JobQueue:
         warnings = Warnings(reporter)
         self._runs = [RunJob(run, reporter, warnings) for run in runs]
         self._jobs, self._reporter = jobs, reporter
-        self._polled_at = self._answered_at = float("-inf")
+        self._polled_at, self._answered_at = float("-inf"), time.monotonic()
         self._stopped_at: float | None = None
 
     @property
@@ -40,7 +40,7 @@ class JobQueue:
     def submit(self) -> None:
         """Attach to jobs that are under way and submit as many runs as there is room for; a refused run fails."""
         for job in self._unsubmitted():
-            job.attach()
+            _or_fail(job, job.attach)
         self._fill()
 
     def detach(self) -> list[LaunchResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +12,11 @@ from ....core.config.settings import LauncherConfig
 from ....core.manifests.run import JOB_FOLDER, LOG_FILE, is_finished
 from ....core.reporting import LaunchResult, Reporter
 from ....core.scheduling import Job, JobState, Scheduler
-from .job_file import SubmittedJob, forget_job, job_lock, newest_checkpoint, read_job
+from .job_file import SubmittedJob, command_lock, forget_job, job_lock, newest_checkpoint, read_job
 from .worker_records import RecordsFile, Warnings, WorkerRecords, last_line
+
+OUTPUT_BYTES = 1 << 20
+"""End of a job's output that is searched for warnings and its last line."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class RunJob:
         self._file: RecordsFile | None = None
         self.job: SubmittedJob | None = None
         self.result: LaunchResult | None = None
+        self._is_stopping = False
+        self._owned = ExitStack()
 
     @property
     def is_followed(self) -> bool:
@@ -47,7 +53,9 @@ class RunJob:
     # --- begin ---
 
     def attach(self) -> None:
-        """Follow the job that another command submitted, if there is one."""
+        """Follow the job that another command submitted, if there is one; raises `UserError` if that one has to end it."""
+        if not self.run.scheduler.can_detach:  # only the command that submits a job knows of it
+            self._owned.enter_context(command_lock(self._folder))
         with job_lock(self._folder):
             self._attach_to_current()
         if self.job is not None:
@@ -104,6 +112,7 @@ class RunJob:
 
     def mark_cancelled(self) -> str | None:
         """Keep other commands from submitting the run again; returns the id to cancel, None if the job has ended."""
+        self._is_stopping = True
         with job_lock(self._folder):
             current = read_job(self._folder)
             if current is None or current.outcome is not None:
@@ -127,11 +136,14 @@ class RunJob:
                 self.fail("another command has replaced or removed the run")
             elif current.outcome is not None:
                 self._end(_result_of(self._folder, current))
-            elif current.records != self.job.records:
-                self._follow(current)  # another command has submitted it again
+            elif current.records != self.job.records:  # another command has submitted it again
+                if self._is_stopping:
+                    self._end(LaunchResult(self._folder, None, interrupted=True))
+                else:
+                    self._follow(current)
             elif self.event == "error":
                 self._conclude(replace(current, outcome="failed", error=str(self._records.outcome["message"])))
-            elif current.is_cancelled or state.state == "cancelled":
+            elif current.is_cancelled or self._is_stopping or state.state == "cancelled":
                 self._conclude(replace(current, outcome="interrupted"))
             else:
                 self._restart(current, state)
@@ -170,11 +182,17 @@ class RunJob:
 
     def _end(self, result: LaunchResult) -> None:
         self.result = result
+        self._owned.close()
         self._reporter.run_finished(result)
 
     def _output(self) -> str:
+        """Return the end of the job's output."""
         path = self._folder / LOG_FILE
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - OUTPUT_BYTES, 0))
+            return file.read().decode(errors="replace")
 
 
 def _result_of(run: Path, job: SubmittedJob) -> LaunchResult:

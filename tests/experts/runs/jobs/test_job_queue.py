@@ -127,6 +127,27 @@ def test_a_cancelled_job_is_not_submitted_again_by_others(tmp_path: Path) -> Non
     assert follow(runs[:1], cluster) == [LaunchResult(runs[0], None)]
 
 
+def test_a_job_that_ends_with_its_command_is_left_to_it(tmp_path: Path) -> None:
+    """Another command knows nothing of the job, and must not take it for lost."""
+    (run,) = runs_in(tmp_path, "a")
+    cluster = ScriptedScheduler("hang", "finish", can_detach=False)
+    first, _ = queue_of([run], cluster)
+    first.submit()
+    assert follow([run], cluster) == [LaunchResult(run, "another process is working on 'a'; wait for it, or stop it")]
+    first.stop()
+    assert [result.interrupted for result in first.follow()] == [True]
+    assert follow([run], cluster) == [LaunchResult(run, None)]
+
+
+def test_a_damaged_file_fails_its_run_alone(tmp_path: Path) -> None:
+    damaged, intact = runs_in(tmp_path, "a", "b")
+    (damaged / JOB_FOLDER).mkdir()
+    (damaged / JOB_FOLDER / "job.json").write_text("{")
+    first, second = follow([damaged, intact], ScriptedScheduler("finish"))
+    assert "job.json is damaged" in str(first.error)
+    assert second == LaunchResult(intact, None)
+
+
 def test_a_silent_scheduler_is_asked_again_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = runs_in(tmp_path, "a")
     cluster = ScriptedScheduler("lose", "finish")
