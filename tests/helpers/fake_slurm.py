@@ -1,9 +1,7 @@
 """A Slurm cluster of one machine: `sbatch`, `squeue`, `sacct`, `scancel`, `scontrol` and `srun` as programs on PATH.
 
 Jobs are real processes. `faults.json` in the cluster's folder tells by the number of the job what happens to it once its run
-has a new checkpoint: `preempt` (SIGTERM, time to save), `limit` (SIGUSR1 ahead of a time limit), `node` (everything is killed),
-`kill` (somebody kills the worker, and not
-after a checkpoint but after its first progress), `slow` (SIGKILL at the time limit).
+has a new checkpoint: `preempt` (SIGTERM, time to save), `limit` (SIGUSR1 ahead of a time limit), `node` (everything is killed).
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from pathlib import Path
 
 COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
 VARIABLE = "FAKE_SLURM"
-END_OF_FAULT = {"preempt": "PREEMPTED", "node": "NODE_FAIL", "slow": "TIMEOUT"}
+END_OF_FAULT = {"preempt": "PREEMPTED", "node": "NODE_FAIL"}
 
 
 class FakeSlurm:
@@ -125,9 +123,10 @@ def _node(folder: Path, arguments: list[str]) -> int:
         )
     job = _update(folder, number, "RUNNING", pid=process.pid)
     fault = json.loads((folder / "faults.json").read_text()).get(f"job_{number}")
-    before = _traces(log.parent, fault)
+    checkpoints = log.parent / ".training"
+    before = set(checkpoints.glob("step-*"))
     while process.poll() is None:
-        if fault and _traces(log.parent, fault) - before:
+        if fault and set(checkpoints.glob("step-*")) - before:
             if fault == "preempt":
                 _signal_job(job, signal.SIGTERM)
             elif fault == "limit":
@@ -141,13 +140,6 @@ def _node(folder: Path, arguments: list[str]) -> int:
         ended = "COMPLETED" if process.returncode == 0 else "FAILED"
         _update(folder, number, END_OF_FAULT.get(fault or "", ended) if process.returncode else ended)
     return 0
-
-
-def _traces(run: Path, fault: str | None) -> set[str]:
-    """Return what shows that a worker has begun: checkpoints, for `kill` records with progress."""
-    if fault != "kill":
-        return {path.name for path in run.glob(".training/step-*")}
-    return {path.name for path in run.glob(".job/*.jsonl") if '"progress"' in path.read_text()}
 
 
 def _running(folder: Path) -> int:

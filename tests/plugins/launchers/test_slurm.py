@@ -18,7 +18,7 @@ from fake_slurm import FakeSlurm
 from inline_launching import inline_launching
 from reporters import Recorder
 
-from expertctl import Job, UserError, verify
+from expertctl import Job, JobState, UserError, verify
 from expertctl.core.config.settings import LauncherConfig
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.run import JOB_FOLDER, METRICS_FILE, STATE_FOLDER
@@ -183,18 +183,6 @@ def test_a_user_who_cancels_a_job_gets_no_new_one(new_project: MakeProject, slur
 
 
 @pytest.mark.slow
-def test_a_job_that_never_gets_further_is_given_up(new_project: MakeProject, slurm: FakeSlurm) -> None:
-    workspace = new_project("there", checkpoint_seconds=1e6, tokens=LONG)
-    slurm.faults(job_1="kill", job_2="kill")
-    options = {"poll_seconds": 0.2, "restarts": 1, "setup": ["echo out of luck"]}
-    failed = workspace.train("ant", launcher=LauncherConfig(name="slurm", options=options)).failed
-    assert failed == {
-        "ant": f"its job 2 ended (FAILED): out of luck (full output in {workspace.experts / 'ant' / 'training.log'})"
-    }
-    assert len(slurm.jobs()) == 2
-
-
-@pytest.mark.slow
 def test_an_error_of_the_worker_is_not_tried_again(new_project: MakeProject, slurm: FakeSlurm) -> None:
     workspace = new_project("there", device="cuda:99")
     failed = workspace.train("ant", launcher=SLURM).failed
@@ -294,6 +282,43 @@ def test_the_job_becomes_the_process_that_gets_the_signals(options: SlurmOptions
     assert all(part in script for part in parts), script
     done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_states_come_from_the_queue_and_then_from_the_accounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(command: list[str], stdin: str = "") -> str:
+        if command[0] == "squeue":
+            return "1|PENDING||Priority\n2|COMPLETING|n1|None\n99|RUNNING|n1|None\n"
+        assert "--jobs=3,4,5,6,7" in command
+        return "3|CANCELLED by 1000|n2\n4|TIMEOUT|n2\n5|OUT_OF_MEMORY|n2\n6|NODE_FAIL|n[1-2]\n"
+
+    monkeypatch.setattr(plugin.shutil, "which", lambda command: command)
+    monkeypatch.setattr(plugin, "_run", answer)
+    assert plugin.states([str(number) for number in range(1, 8)]) == {
+        "1": JobState("pending", None, "Priority"),
+        "2": JobState("running", "n1", "COMPLETING"),
+        "3": JobState("cancelled", "n2", "CANCELLED"),
+        "4": JobState("lost", "n2", "TIMEOUT"),
+        "5": JobState("ended", "n2", "OUT_OF_MEMORY"),
+        "6": JobState("lost", "n[1-2]", "NODE_FAIL"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "is_down"), [("Invalid job id specified", False), ("Unable to contact slurm controller", True)]
+)
+def test_a_cluster_that_does_not_answer_is_not_taken_for_one_without_the_job(
+    monkeypatch: pytest.MonkeyPatch, error: str, is_down: bool
+) -> None:
+    def answer(command: list[str], stdin: str = "") -> str:
+        raise UserError(f"{command[0]} failed: {error}")
+
+    monkeypatch.setattr(plugin.shutil, "which", lambda command: command)
+    monkeypatch.setattr(plugin, "_run", answer)
+    if is_down:
+        with pytest.raises(UserError, match="squeue failed: Unable to contact"):
+            plugin.states(["1"])
+    else:
+        assert plugin.states(["1"]) == {}
 
 
 @pytest.mark.parametrize("options", [{"nodes": 0}, {"restarts": -1}, {"poll_seconds": 0}, {"minutes": 0}])
