@@ -67,9 +67,7 @@ class _Tasks:
 
     def submit(self, job: Job) -> str:
         """Start a task; connects to the cluster first."""
-        import ray
-
-        _connect(self._options.address)
+        ray = _connected(self._options.address)
         nproc = self._options.nproc
         torchrun = ("--standalone", f"--nproc-per-node={nproc}") if nproc > 1 else ()
         command = [*job.command(*torchrun, strategy=self._options.strategy), "--leash", "0"]
@@ -86,8 +84,7 @@ class _Tasks:
         return {job_id: self._state(self._references[job_id]) for job_id in ids if job_id in self._references}
 
     def _state(self, reference: Any) -> JobState:
-        import ray
-
+        ray = _ray()
         if not ray.wait([reference], timeout=0)[0]:
             return JobState("running")
         try:
@@ -98,25 +95,30 @@ class _Tasks:
             return JobState("lost", reason=first_line(error))
 
     def cancel(self, ids: Sequence[str]) -> None:
-        import ray
-
+        ray = _ray()
         for job_id in ids:
             if job_id in self._references:
                 ray.cancel(self._references[job_id], force=False)
 
 
-def _connect(address: str | None) -> None:
-    """Connect to a cluster unless that is done; raises `UserError` if it cannot be reached."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    import ray
+def _ray() -> Any:
+    import ray  # pyright: ignore[reportMissingImports]  # too large to be installed for every development
 
+    return ray
+
+
+def _connected(address: str | None) -> Any:
+    """Return the module, connected to a cluster; raises `UserError` if the cluster cannot be reached."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    ray = _ray()
     if ray.is_initialized():
-        return
+        return ray
     try:
         dashboard = None if address else False
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach the Ray cluster {address or 'of this machine'}: {first_line(error)}") from None
+    return ray
 
 
 def train(command: Sequence[str], run: str, log: str) -> str:
@@ -130,9 +132,7 @@ def train(command: Sequence[str], run: str, log: str) -> str:
     try:
         while worker.poll() is None:
             try:
-                time.sleep(
-                    0.2
-                )  # Ray's way of cancelling, KeyboardInterrupt, does not wake a process that waits for another
+                time.sleep(0.2)  # and not `wait`, which KeyboardInterrupt, Ray's way of cancelling, does not wake
             except KeyboardInterrupt:
                 worker.send_signal(signal.SIGTERM)
     finally:

@@ -40,6 +40,7 @@ HEAVY = {
     "pandas",
     "opacus",
     "rapidfuzz",
+    "ray",
 }
 
 
