@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .parsing import as_dictionary, names, setting
+from .parsing import as_dictionary, job_count, names, setting
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -60,6 +60,11 @@ def pairs(flags: str, name: str, help: str) -> Decorator[Any]:
         return as_dictionary(value)
 
     return option(flags, "KEY=VALUE", help, name=name, type=setting, multiple=True, callback=collect)
+
+
+def jobs(help: str) -> Decorator[Any]:
+    """Return the option for how many runs train at the same time."""
+    return option("--jobs", "N|auto", help, type=job_count)
 
 
 def with_options(*options: Decorator[Any]) -> Decorator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -95,6 +95,15 @@ def _scaled(pattern: re.Pattern[str], text: str, expected: str) -> int:
         raise click.BadParameter(f"'{text}' is not {expected}")
     base = 1024 if match["binary"] else 1000
     return int(float(match["number"]) * base ** " KMGT".index((match["unit"] or " ").upper()))
+
+
+def job_count(value: str | int) -> int | Literal["auto"]:
+    """Parse a number of at least 1, or `auto`."""
+    if value == "auto":
+        return "auto"
+    if not str(value).isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"'{value}' is neither a number of at least 1 nor auto")
+    return int(value)
 
 
 def gate(value: str) -> tuple[str, str]:

@@ -21,6 +21,8 @@ class LaunchResult:
     error: str | None
     """One line, or None if the run finished."""
     interrupted: bool = False
+    job: str | None = None
+    """Id of the job in which the run goes on after the command has ended."""
 
 
 def printable(text: str) -> str:

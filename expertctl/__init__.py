@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from expertctl.core.remote.transfers import Transfer as Transfer
     from expertctl.core.reporting import LaunchResult as LaunchResult
     from expertctl.core.reporting import Reporter as Reporter
+    from expertctl.core.scheduling import Job as Job
+    from expertctl.core.scheduling import JobState as JobState
+    from expertctl.core.scheduling import Scheduler as Scheduler
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
     from expertctl.core.text.token_store import TokenWindows as TokenWindows
     from expertctl.experts.runs.launching import TrainResult as TrainResult
@@ -86,6 +89,7 @@ _HOMES = {
     "core.hooks.merging": "Assembler Assembly AssemblyInputs BuiltModel KeptElements MergeInputs MergeMethod ModelBuilder "
     "OpenedModel PerExpert PlannedTensor Survey TensorGroup TensorMerge",
     "core.hooks.mixtures": "Architecture MixtureShape MixtureTarget RouterInputs RouterRows RouterStart",
+    "core.scheduling": "Job JobState Scheduler",
     "core.hooks.text": "CorpusFormat DiscoveryInputs Document DocumentOrder DomainDiscoverer FoundDomains ValidationText",
     "core.hooks.training": "Launcher PrivateReleases SideTensor TrainablePart Trainer TrainingContext TrainingText",
     "core.manifests.generalist": "GeneralistKind MixtureRecord",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ..context import Session, pass_session
 from ..group import Group
-from ..options import flag, integer, name_list
+from ..options import flag, jobs, name_list
 from ..summaries import show_artefact
+
+if TYPE_CHECKING:
+    from ...experts.runs.launching import JobCount
 
 
 @click.group("baseline", cls=Group)
@@ -34,10 +39,10 @@ def dense(session: Session, experts: tuple[str, ...] | None, same_batch: bool, f
 @command.command(
     "random-split", example="expertctl baseline random-split --jobs 2 && expertctl eval forest random-split"
 )
-@integer("--jobs", "Number of runs to train at the same time.", default=1)
+@jobs("Number of runs to train at the same time; auto: as many as fit. Default: 1, on a cluster all.")
 @flag("--force", "Replace the existing baseline.")
 @pass_session
-def random_split(session: Session, jobs: int, force: bool) -> None:
+def random_split(session: Session, jobs: JobCount, force: bool) -> None:
     """Train experts on random slices of all text and make their ensemble.
 
     Trains as many models as there are experts. The difference to the ensemble of the domain experts shows the effect

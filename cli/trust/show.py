@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...core.errors import UserError
 from ..context import Session, pass_session
 from ..group import cli_command
 from ..options import name_list, option
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
     from ...core.manifests.manifest import Manifest, Parent
+    from ...experts.runs.jobs.status import JobStatus
 
 
 @cli_command("show", example="expertctl show forest")
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 def command(session: Session, name: str | None, routing: str | None, domains: tuple[str, ...] | None) -> None:
     """Show one artefact, or the contents of the workspace.
 
-    NAME is an artefact of this workspace or a folder.
+    NAME is an artefact of this workspace or a folder, or a run that a job of a cluster trains.
     """
     if domains is not None and routing is None:
         raise click.UsageError("--domains needs --routing")
@@ -36,9 +38,38 @@ def command(session: Session, name: str | None, routing: str | None, domains: tu
             raise click.UsageError("give NAME or --routing MODEL, not both")
         _show_routing(session, routing, domains)
     elif name is not None:
-        _show_artefact(session, session.artefact(name))
+        status = _job(session, name)
+        if status is not None:
+            _show_job(session, name, status)
+        else:
+            _show_artefact(session, session.artefact(name))
     else:
         _show_workspace(session, session.open())
+
+
+def _job(session: Session, name: str) -> JobStatus | None:
+    try:
+        return session.open().job(name)
+    except UserError:  # outside of a workspace
+        return None
+
+
+def _show_job(session: Session, name: str, status: JobStatus) -> None:
+    job, state = status.job, status.state
+    content = {
+        "name": name,
+        "launcher": job.launcher.name,
+        "job": job.id,
+        "state": state.state if state is not None else None,
+        "node": state.node if state is not None else None,
+        "reason": state.reason if state is not None else status.problem,
+        "submitted_at": job.submitted_at,
+        "attempt": job.attempt,
+        "log": str(status.log),
+    }
+    labels = {"submitted_at": "submitted", "log": "output"}
+    rows = [(labels.get(key, key), str(value)) for key, value in content.items() if value is not None]
+    session.finish(content, Table(("", ""), rows, headings=False))
 
 
 def _show_artefact(session: Session, folder: Path) -> None:

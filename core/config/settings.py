@@ -222,6 +222,27 @@ class DomainConfig(Section):
         return self
 
 
+class LauncherConfig(Section):
+    """Launcher of training runs. A bare name in the project file means no options."""
+
+    name: str = "local"
+    options: dict[str, Any] = {}
+    """Options of the launcher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, content: Any) -> Any:
+        return {"name": content} if isinstance(content, str) else content
+
+    def overlay(self, own: LauncherConfig | None) -> LauncherConfig:
+        """Return `own`, above these options if it names this launcher or none; None: this launcher."""
+        if own is None:
+            return self
+        if "name" in own.model_fields_set and own.name != self.name:
+            return own
+        return self.model_copy(update={"options": {**self.options, **own.options}})
+
+
 class ExpertConfig(Section):
     """One expert: its domain, initial weights and trainable parameters."""
 
@@ -235,6 +256,8 @@ class ExpertConfig(Section):
     training: TrainingConfig = TrainingConfig()
     dp: DpConfig | None = None
     """Train with differential privacy."""
+    launcher: LauncherConfig | None = None
+    """Launcher of this expert, or options above those of the project's launcher."""
     owner: str | None = None
     licence: str | None = None
 
@@ -287,19 +310,6 @@ class MergeConfig(Section):
     def stored_dtype(self) -> str | None:
         """safetensors' name of the dtype."""
         return dtype_of_word(self.dtype) if self.dtype is not None else None
-
-
-class LauncherConfig(Section):
-    """Launcher of training runs. A bare name in the project file means no options."""
-
-    name: str = "local"
-    options: dict[str, Any] = {}
-    """Options of the launcher."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, content: Any) -> Any:
-        return {"name": content} if isinstance(content, str) else content
 
 
 class ProjectConfig(Section):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from ..scheduling import Scheduler
 from .option_checks import check_options_class
 
 if TYPE_CHECKING:
@@ -181,15 +182,21 @@ class SideTensor:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts training runs: as local processes, or on the nodes of a cluster."""
+    """Starts training runs: as local processes (`launch`), or as jobs of a cluster (`scheduler`); it has one of the two."""
 
     name: str
     summary: str
-    launch: Callable[[Sequence[Path], int, Reporter, Any], list[LaunchResult]]
+    launch: Callable[[Sequence[Path], int, Reporter, Any], list[LaunchResult]] | None = None
     """`launch(runs, jobs, reporter, options)` trains every run folder, at most `jobs` at a time, and returns when all
     have ended. A run that fails must not affect the others."""
     options: type | None = None
     """A frozen dataclass with a default for every field, or None."""
+    scheduler: Callable[[Any], Scheduler] | None = None
+    """`scheduler(options)` returns the queue to which runs are submitted; expertctl follows and restarts their jobs."""
+    fitting_jobs: Callable[[Sequence[Path], Any], int] | None = None
+    """With `launch`: `fitting_jobs(runs, options)` returns how many of the runs can train at a time (`--jobs auto`)."""
 
     def __post_init__(self) -> None:
         check_options_class(self.options, f"launcher '{self.name}'")
+        if (self.launch is None) == (self.scheduler is None):
+            raise ValueError(f"launcher '{self.name}' needs either `launch` or `scheduler`")

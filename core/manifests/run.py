@@ -16,6 +16,8 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "training.log"
 STATE_FOLDER = ".training"
+JOB_FOLDER = ".job"
+"""Hidden, as files of the artefact are not."""
 
 
 @record

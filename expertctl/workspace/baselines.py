@@ -9,6 +9,7 @@ from expertctl.core.manifests.manifest import Manifest, read_manifest
 from expertctl.core.manifests.run import is_finished
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.runs.baselines import start_dense, start_random_split
+from expertctl.experts.runs.launching import JobCount
 
 from .data import Data
 from .project import Project
@@ -37,7 +38,7 @@ class Baselines:
         self._project.launch([run], reporter=reporter).raise_for_failures()
         return read_manifest(run)
 
-    def random_split(self, *, jobs: int = 1, force: bool = False, reporter: Reporter = SILENT) -> Manifest:
+    def random_split(self, *, jobs: JobCount = None, force: bool = False, reporter: Reporter = SILENT) -> Manifest:
         """Train as many experts as there are, on random splits of all text, and make their ensemble."""
         from expertctl.merge.merging import MergeRun, merge
 

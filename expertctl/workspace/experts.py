@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertctl.core.artefacts.files import exclusive, remove_tree
+from expertctl.core.artefacts.files import exclusive
 from expertctl.core.config.discovered import cluster_sets
 from expertctl.core.config.settings import ExpertConfig, LauncherConfig, validate_settings
 from expertctl.core.errors import UserError, unknown_name
-from expertctl.core.manifests.run import RUN_FILE, STATE_FOLDER, RunSpec, is_finished, read_run
+from expertctl.core.manifests.run import RUN_FILE, RunSpec, is_finished, read_run
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.runs.branching import branch
-from expertctl.experts.runs.launching import TrainResult, next_wave
+from expertctl.experts.runs.jobs.job_file import forget_job
+from expertctl.experts.runs.launching import JobCount, TrainResult, next_wave
 from expertctl.merge.sources.parents import expert_folders
 
 from .data import Data
@@ -67,12 +68,18 @@ class Experts:
         return validate_settings(ExpertConfig, fields, f"expert '{name}'")
 
     def train(
-        self, *names: str, jobs: int = 1, launcher: str | LauncherConfig | None = None, reporter: Reporter = SILENT
+        self,
+        *names: str,
+        jobs: JobCount = None,
+        launcher: str | LauncherConfig | None = None,
+        detach: bool = False,
+        reporter: Reporter = SILENT,
     ) -> TrainResult:
         """Train experts that were branched or are in `expertctl.yaml`; without names, all of them.
 
         Interrupted runs resume. A failed run does not affect the others and does not raise: the result lists finished,
-        failed and interrupted runs, and its `raise_for_failures()` raises.
+        failed and interrupted runs, and its `raise_for_failures()` raises. With `detach`, jobs are submitted to the queue
+        of the launcher and go on; a later call follows them.
         """
         declared = self._project.config.experts
         requested = names or self.names()
@@ -84,19 +91,28 @@ class Experts:
                 raise unknown_name("expert", name, known, listed_as="branched or in expertctl.yaml")
         finished = [name for name in requested if is_finished(self / name)]
         for name in finished:
-            remove_tree(self / name / STATE_FOLDER)  # left by a kill after the last byte of the expert
+            forget_job(self / name)
         pending = [name for name in requested if name not in finished]
         failed: dict[str, str] = {}
+        submitted: dict[str, str] = {}
         interrupted: list[str] = []
-        while pending and not interrupted:
+        own_launchers = {self / name: own.launcher for name, own in declared.items() if own.launcher is not None}
+        while pending and not (interrupted or submitted):
             wave = next_wave(pending, declared, self.folder)
             pending = [name for name in pending if name not in wave]
             if runs := self._branched(wave, failed, reporter):
-                result = self._project.launch(runs, jobs=jobs, launcher=launcher, reporter=reporter)
+                result = self._project.launch(
+                    runs, jobs=jobs, launcher=launcher, own_launchers=own_launchers, detach=detach, reporter=reporter
+                )
                 finished += result.finished
                 failed |= result.failed
+                submitted |= result.submitted
                 interrupted += result.interrupted
-        return TrainResult(tuple(name for name in requested if name in finished), failed, (*interrupted, *pending))
+        done = tuple(name for name in requested if name in finished)
+        if not detach:
+            return TrainResult(done, failed, (*interrupted, *pending))
+        waiting = [name for name in requested if name not in {*finished, *failed, *submitted, *interrupted}]
+        return TrainResult(done, failed, tuple(interrupted), submitted, tuple(waiting))
 
     def _branched(self, names: Sequence[str], failed: dict[str, str], reporter: Reporter) -> list[Path]:
         """Branch experts that are not branched yet and return the runs; errors are added to `failed`."""
@@ -104,13 +120,20 @@ class Experts:
         for name in names:
             try:
                 if not (self / name / RUN_FILE).is_file():
-                    self.branch(name)
+                    self._branch_once(name)
                 else:
                     self._note_changed_settings(name, reporter)
                 runs.append(self / name)
             except UserError as error:
                 failed[name] = str(error)
         return runs
+
+    def _branch_once(self, name: str) -> None:
+        try:
+            self.branch(name)
+        except UserError:
+            if not (self / name / RUN_FILE).is_file():  # otherwise another command was faster
+                raise
 
     def _note_changed_settings(self, name: str, reporter: Reporter) -> None:
         """Report training settings in which the project file differs from a run that will be resumed."""
@@ -119,6 +142,8 @@ class Experts:
             return
         wanted = self._project.config.training_of(declared.training)
         ours = read_run(self / name).training
+        if wanted.schedule_begin is None:  # the branch filled it in
+            wanted = wanted.model_copy(update={"schedule_begin": ours.schedule_begin})
         changed = [field for field in type(ours).model_fields if getattr(ours, field) != getattr(wanted, field)]
         if changed:
             pairs = ", ".join(f"{field} {getattr(ours, field)} (not {getattr(wanted, field)})" for field in changed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.project import load_project
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig, validate_settings
 from expertctl.core.reporting import SILENT, Reporter
-from expertctl.experts.runs.launching import TrainResult, launch
+from expertctl.experts.runs.launching import JobCount, TrainResult, launch
 
 
 @dataclass
@@ -33,11 +33,19 @@ class Project:
         self,
         runs: Sequence[Path],
         *,
-        jobs: int = 1,
+        jobs: JobCount = None,
         launcher: str | LauncherConfig | None = None,
+        own_launchers: Mapping[Path, LauncherConfig] | None = None,
+        detach: bool = False,
         reporter: Reporter = SILENT,
     ) -> TrainResult:
-        """Train runs with a launcher (default: the project's); a failed run does not raise."""
+        """Train runs with a launcher; a failed run does not raise.
+
+        `launcher` is above those of single runs (`own_launchers`), these above the project's: another launcher replaces it,
+        options of the same one are added to its own.
+        """
         if isinstance(launcher, str):
             launcher = validate_settings(LauncherConfig, {"name": launcher}, "launcher")
-        return launch(runs, jobs, launcher or self.config.launcher, reporter)
+        declared = self.config.launcher
+        own = {run: declared.overlay(own).overlay(launcher) for run, own in (own_launchers or {}).items()}
+        return launch(runs, jobs, declared.overlay(launcher), reporter, own_launchers=own, detach=detach)

@@ -13,13 +13,14 @@ from expertctl.core.errors import UserError
 from expertctl.core.manifests.manifest import Manifest, read_manifest
 from expertctl.core.manifests.pulling import Pulled, pull
 from expertctl.core.manifests.pushing import push
-from expertctl.core.manifests.removal import Dependent, remove
+from expertctl.core.manifests.removal import Dependent, removable, remove
 from expertctl.core.manifests.renaming import rename
 from expertctl.core.remote.transfers import Transfer
 from expertctl.core.remote.upload import Uploaded
 from expertctl.core.remote.urls import is_url
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.measures.evaluation import EvaluationTable, evaluate
+from expertctl.experts.runs.jobs.status import JobStatus, job_status, require_no_job
 from expertctl.experts.runs.seed import import_seed, start_pretraining
 from expertctl.experts.runs.seed_sources import seed_folder
 from expertctl.experts.runs.unfinished import unfinished
@@ -144,9 +145,16 @@ class Workspace:
     def remove(self, name: str, *, force: bool = False) -> list[Dependent]:
         """Remove an artefact or an unfinished run; returns the artefacts that were made of it.
 
-        Raises `UserError` if there are any, unless `force`.
+        Raises `UserError` if there are any, unless `force`, and if a job of a cluster trains it.
         """
+        require_no_job(removable(self.layout, name))
         return remove(self.layout, name, force=force)
+
+    def job(self, name: str) -> JobStatus | None:
+        """Return the job of a cluster that trains an unfinished run; None if there is none."""
+        layout = self.layout
+        runs = [folder / name for folder in (layout.root, layout.experts, layout.baselines, layout.generalists)]
+        return next((status for run in runs if (status := job_status(run)) is not None), None)
 
     def unfinished(self) -> dict[str, str]:
         """Return the unfinished runs and merges, each with the command that resumes it."""

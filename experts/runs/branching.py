@@ -18,6 +18,7 @@ from ...core.models.loading import load_network, max_positions, require_intact_m
 from ...core.process.compute import best_device
 from ...core.text.token_store import TokenBlocks, spread
 from ..text.corpora import domain_config, prepare_domain
+from .jobs.status import require_no_job
 from .replaced import back_up
 from .trainable import require_changeable, require_whole_parameters, trainer_for
 
@@ -100,7 +101,11 @@ def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Train
 
 
 def write_run(layout: Layout, folder: Path, spec: RunSpec, *, force: bool = False) -> None:
-    """Create the folder of a run atomically; a generalist that it replaces is kept until the new run trains."""
+    """Create the folder of a run atomically; a generalist that it replaces is kept until the new run trains.
+
+    Raises `UserError` if a process or a job trains the run that it replaces.
+    """
+    require_no_job(folder)
     with exclusive(layout.lock(f"run-{folder.name}"), f"{spec.kind} '{spec.name}'"):
         if force and spec.kind == "generalist":
             back_up(folder)

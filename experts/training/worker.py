@@ -1,7 +1,7 @@
 """The worker process of one run: `python -m expertctl.experts.training.worker RUN_FOLDER`, or the same by `torchrun -m`.
 
-It writes JSON lines to standard output and stops with a checkpoint on SIGINT, SIGTERM or SIGUSR1, which clusters send ahead of
-a time limit. With `--leash`, it exits at
+It writes JSON lines to standard output, or to the file `--records`, and stops with a checkpoint on SIGINT, SIGTERM or SIGUSR1,
+which clusters send ahead of a time limit. With `--leash`, it exits at
 once when that pipe closes because the process that started it is gone: a killed command leaves no lock behind.
 Started by torchrun, on one machine or many that share the workspace's folder, the processes train the run together.
 """
@@ -29,6 +29,10 @@ from ...core.process.environment import prepare_libraries
 from ...core.reporting import Reporter
 from .distributed.ranks import STRATEGIES, TIMEOUT_S, joined
 
+LOCK_PATIENCE_S = 5.0
+JOB_LOCK_PATIENCE_S = 180.0
+"""Longest wait for the lock of a worker that may be gone: a network file system keeps those of a failed node for a while."""
+
 
 def main(arguments: list[str]) -> int:
     """Train the run in a folder and return the exit status."""
@@ -37,7 +41,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--leash", type=int, metavar="FD", help="inherited end of a pipe; exit when it closes")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of the model over several processes")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds that processes wait for each other")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="append JSON lines here, for a job of a cluster")
     given = parser.parse_args(arguments)
+    records = _JsonLines(given.records)
     if given.leash is not None:
         threading.Thread(target=_exit_with_parent, args=(given.leash,), daemon=True).start()
     stop, is_main = _stop_signal(), os.environ.get("RANK", "0") == "0"
@@ -47,7 +53,9 @@ def main(arguments: list[str]) -> int:
     try:
         spec = read_run(folder)
         lock = Layout.find(folder).lock(f"run-{folder.name}")
-        with exclusive(lock, f"{spec.kind} '{spec.name}'") if is_main else contextlib.nullcontext():
+        patience_s = LOCK_PATIENCE_S if given.records is None else JOB_LOCK_PATIENCE_S
+        owned = exclusive(lock, f"{spec.kind} '{spec.name}'", patience_s=patience_s)
+        with owned if is_main else contextlib.nullcontext():
             os.environ["OMP_NUM_THREADS"] = str(spec.training.threads)  # before torch starts any thread
             import torch
 
@@ -56,19 +64,19 @@ def main(arguments: list[str]) -> int:
             torch.set_num_threads(spec.training.threads)
 
             with joined(given.timeout) as ranks:
-                train_run(folder, _JsonLines(), stop.is_set, ranks, given.strategy)
+                train_run(folder, records, stop.is_set, ranks, given.strategy)
     except Interrupted as error:
         if is_main:
-            _print({"event": "interrupted", "message": str(error)})
+            records.write({"event": "interrupted", "message": str(error)})
         return error.exit_status
     except Exception as error:
         message = _user_message(error)
         if message is None:
             raise
-        _print({"event": "error", "message": message})
+        records.write({"event": "error", "message": message})
         return 1
     if is_main:
-        _print({"event": "finished"})
+        records.write({"event": "finished"})
     return 0
 
 
@@ -86,14 +94,20 @@ def _user_message(error: Exception) -> str | None:
 
 
 class _JsonLines(Reporter):
-    """Prints the records of the run, for the launcher to read."""
+    """Writes the records of the run, for the launcher to read."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
 
     def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
-        _print(record)
+        self.write(record)
 
-
-def _print(record: Mapping[str, Any]) -> None:
-    print(json.dumps(record), flush=True)
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self._path is None:
+            print(json.dumps(record), flush=True)
+        else:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def _stop_signal() -> threading.Event:

@@ -20,7 +20,7 @@ from expertctl.workspace import project
 
 
 def launch_inline(
-    runs: Sequence[Path], jobs: int, launcher: LauncherConfig, reporter: Reporter = SILENT
+    runs: Sequence[Path], jobs: object, launcher: LauncherConfig, reporter: Reporter = SILENT, **settings: object
 ) -> launching.TrainResult:
     """Train runs one after the other; a `UserError` fails its run alone."""
     results = [_train(run, reporter) for run in runs]

@@ -43,6 +43,7 @@ HEAVY = {
     "fsspec",
     "aiohttp",
     "huggingface_hub",
+    "ray",
 }
 
 

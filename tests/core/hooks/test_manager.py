@@ -106,7 +106,7 @@ def test_hooks_are_asked_once() -> None:
             lambda m: m.offer(Trainer, "al"),
             r"no trainer 'al' \(did you mean 'all'\?\); installed: all, .*feed_forward",
         ),
-        (lambda m: m.offer(Launcher, "slurm"), "no launcher 'slurm'; installed: local"),
+        (lambda m: m.offer(Launcher, "kube"), "no launcher 'kube'; installed: local, ray, slurm"),
         (lambda m: m.offer(Evaluator, "x"), "no evaluator 'x'; installed: perplexity"),
     ],
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed_plugin import installed_plugin
 from reporters import Recorder
 
 from expertctl.core.config.settings import LauncherConfig
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 WORKER = [sys.executable, "-m", "expertctl.experts.training.worker"]
 CLI = [sys.executable, "-m", "expertctl.cli.main"]
-DOCS = Path(__file__).parents[3] / "docs" / "plugins.md"
+DOCS = Path(__file__).parents[4] / "docs" / "plugins.md"
 NOISY = """
 import expertctl
 
@@ -48,17 +49,6 @@ def workspace(tmp_path: Path, new_workspace: object) -> Workspace:
     }
     root: Path = new_workspace(tmp_path / "workspace", [], config=json.dumps(config))  # type: ignore[operator]
     return Workspace(root)
-
-
-def installed(folder: Path, name: str, code: str) -> dict[str, str]:
-    """Install a plugin into a folder; return an environment in which Python finds it."""
-    folder.mkdir()
-    (folder / f"plugin_of_{name}.py").write_text(code)
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[expertctl]\n{name} = plugin_of_{name}\n")
-    return {**os.environ, "PYTHONPATH": str(folder), "EXPERTCTL_PLUGINS": name}
 
 
 def test_a_worker_without_standard_input_trains_to_the_end(workspace: Workspace) -> None:
@@ -88,7 +78,7 @@ def test_a_worker_on_a_leash_says_why_it_leaves(workspace: Workspace) -> None:
 def test_the_launcher_of_the_documentation_leaves_json_alone(workspace: Workspace, tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (code,) = (block for block in blocks if "def launchers" in block)
-    environment = installed(tmp_path / "site", "serial", code)
+    environment = installed_plugin(tmp_path / "site", "serial", code)
     workspace.branch("fox")
     command = [*CLI, "--json", "train", "fox", "--launcher", "serial", "--launcher-option", "nice=1"]
     done = subprocess.run(
@@ -106,7 +96,7 @@ def test_the_launcher_of_the_documentation_leaves_json_alone(workspace: Workspac
 
 
 def test_warnings_of_plugins_in_the_worker_are_shown_once(workspace: Workspace, tmp_path: Path) -> None:
-    environment = installed(tmp_path / "site", "noisy", NOISY)
+    environment = installed_plugin(tmp_path / "site", "noisy", NOISY)
     workspace.branch("fox")
     begin = time.monotonic()
     done = subprocess.run(

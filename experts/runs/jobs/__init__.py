@@ -1,0 +1,1 @@
+"""Jobs of runs in the queue of a scheduler: submission, progress, restarts, outcome."""

@@ -1,0 +1,1 @@
+"""Built-in launchers: processes of this machine, jobs of Slurm, tasks of Ray."""

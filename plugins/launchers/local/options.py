@@ -1,0 +1,26 @@
+"""Options of the `local` launcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ....core.hooks.option_checks import check_at_least
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """Options of the `local` launcher."""
+
+    nproc: int = 1
+    """Processes that train a run together, on a GPU each if there are GPUs."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes hold the model: each the whole of it, or each a part of every tensor."""
+    restarts: int = 3
+    """How often a run of several processes is started again from its last checkpoint after a crash."""
+    check_memory: bool = True
+    """Refuse a run that needs more memory than there is."""
+
+    def __post_init__(self) -> None:
+        check_at_least("nproc", self.nproc, 1)
+        check_at_least("restarts", self.restarts, 0)
