@@ -118,6 +118,8 @@ class TrainingConfig(Section):
     """Blocks of each domain per validation pass."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints."""
+    background_checkpoints: bool = False
+    """Copy the state to the CPU's memory and write it while training goes on, instead of waiting for the disk."""
     skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Steps of any 100 that may be skipped because the loss or gradient is not finite; with one more the run stops."""
     spike_deviations: Annotated[float, Field(gt=0)] | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from ...core.artefacts.digests import digest_of_tensors
 from ...core.artefacts.files import clear_leftovers, new_folder, read_json, remove_tree, write_json
-from ...core.artefacts.safetensors_io import Checkpoint
+from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
 from ...core.text.token_store import Position
 from .steps.loop import TrainingLoop
@@ -26,28 +27,67 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
     `data` holds the digest of each domain's text, which must be the same on resume. All processes of a run must call this; the
     main one writes.
     """
-    folder = state_folder / f"step-{loop.step:08d}"
-    states = {"weights": loop.weights(), "optimiser": loop.optimiser_state(), "random": _random_states()}
-    if not loop.ranks.is_main:
+    folder, states = state_folder / f"step-{loop.step:08d}", _tensors(loop)
+    if loop.ranks.is_main:
+        _write(folder, states, _state(loop, data), loop.replica.write)
+    else:
         for name, tensors in states.items():
             loop.replica.write(folder / name, tensors)
-        return folder
+    return folder
+
+
+class BackgroundCheckpoints:
+    """Writes one checkpoint at a time in a thread, from a copy of the state in the CPU's memory."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+
+    def save(self, loop: TrainingLoop, state_folder: Path, data: Mapping[str, str]) -> None:
+        """Begin a checkpoint, after the one before it; all processes of a run must call this."""
+        self.wait()
+        folder, states = state_folder / f"step-{loop.step:08d}", _tensors(loop)
+        copies: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensors in states.items():
+            whole = ((key, loop.replica.full(tensor)) for key, tensor in tensors.items())
+            copies[name] = {key: tensor.to("cpu", copy=True) for key, tensor in whole if loop.ranks.is_main}
+        if loop.ranks.is_main:
+            self._writing = self._pool.submit(_write, folder, copies, _state(loop, data), write_tensors)
+
+    def wait(self) -> None:
+        """Return once the last checkpoint is on disk; raises what its writing raised."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+
+def _tensors(loop: TrainingLoop) -> dict[str, Mapping[str, torch.Tensor]]:
+    return {"weights": loop.weights(), "optimiser": loop.optimiser_state(), "random": _random_states()}
+
+
+def _state(loop: TrainingLoop, data: Mapping[str, str] | None) -> dict[str, Any]:
+    return {
+        "step": loop.step,
+        "position": asdict(loop.position),
+        "torch": torch.__version__,
+        "data": dict(data or {}),
+        **loop.extra_state(),
+    }
+
+
+def _write(
+    folder: Path,
+    states: Mapping[str, Mapping[str, torch.Tensor]],
+    state: Mapping[str, Any],
+    write: Callable[[Path, Mapping[str, torch.Tensor]], dict[str, str]],
+) -> None:
     with new_folder(folder, force=True, what="checkpoint") as partial:
         digests = {
-            name: digest_of_tensors(loop.replica.write(partial / f"{name}.safetensors", tensors))
-            for name, tensors in states.items()
+            name: digest_of_tensors(write(partial / f"{name}.safetensors", tensors)) for name, tensors in states.items()
         }
-        state = {
-            "step": loop.step,
-            "position": asdict(loop.position),
-            "torch": torch.__version__,
-            "data": dict(data or {}),
-            **loop.extra_state(),
-        }
-        write_json(partial / STATE_FILE, state | {"digests": digests})
-    for old in sorted(state_folder.glob("step-*"))[:-KEPT]:
+        write_json(partial / STATE_FILE, {**state, "digests": digests})
+    for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
         remove_tree(old)
-    return folder
 
 
 def drop_checkpoints_after(state_folder: Path, step: int) -> None:

@@ -24,7 +24,7 @@ from ...core.text.token_store import BalancedUnion, TokenBlocks
 from ..runs.branching import require_opacus
 from ..runs.replaced import delete_backup, restore_backup
 from ..runs.trainable import trainer_for
-from .checkpointing import drop_checkpoints_after, restore_latest, save_checkpoint
+from .checkpointing import BackgroundCheckpoints, drop_checkpoints_after, restore_latest, save_checkpoint
 from .distributed.ranks import ALONE, Ranks, Strategy
 from .finishing import write_artefact
 from .metrics_log import MetricsLog
@@ -125,12 +125,14 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog | None, stopped: 
     config, state = run.spec.training, run.folder / STATE_FOLDER
     every = config.validate_every or max(config.steps // 4, 1)
     saved_at, is_saved, loss = time.monotonic(), any(state.glob("step-*")), float("nan")
+    background = BackgroundCheckpoints()
     for report in loop.steps():
         if log is not None:
             log.step(report)
         loss = loss if report.skipped else float(report.loss)
         spike = loop.guards.watch(report.step, loss, skipped=report.skipped)
         if spike is not None and is_saved:
+            background.wait()
             step = _roll_back(run, loop, spike)
             if log is not None:
                 log.rolled_back(step, report.step, spike)
@@ -141,7 +143,11 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog | None, stopped: 
         if report.step == config.steps:
             break
         if is_stopped or (is_due and loop.guards.is_calm):
-            save_checkpoint(loop, state, run.data_digests)
+            if config.background_checkpoints and not is_stopped:
+                background.save(loop, state, run.data_digests)
+            else:
+                background.wait()
+                save_checkpoint(loop, state, run.data_digests)
             saved_at, is_saved = time.monotonic(), True
         if is_stopped:
             raise Interrupted(f"stopped at step {report.step} of {config.steps}; rerun the same command to resume")
@@ -149,6 +155,7 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog | None, stopped: 
             losses = _validation_losses(run, loop)
             if log is not None:
                 log.validation(report.step, losses)
+    background.wait()
     if not math.isfinite(loss):
         raise UserError(
             "training diverged: the loss or gradient of every step is not finite; start over with another seed model"

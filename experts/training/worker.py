@@ -41,12 +41,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--leash", type=int, metavar="FD", help="inherited end of a pipe; exit when it closes")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of the model over several processes")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds that processes wait for each other")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="seconds after which to save the state and stop")
     parser.add_argument("--records", type=Path, metavar="FILE", help="append JSON lines here, for a job of a cluster")
     given = parser.parse_args(arguments)
     records = _JsonLines(given.records)
     if given.leash is not None:
         threading.Thread(target=_exit_with_parent, args=(given.leash,), daemon=True).start()
     stop, is_main = _stop_signal(), os.environ.get("RANK", "0") == "0"
+    if given.time_limit is not None:
+        _stop_later(stop, given.time_limit)
     prepare_libraries()
     keep_freed_memory()
     folder = given.run
@@ -121,6 +124,12 @@ def _stop_signal() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, request_stop)
     return stop
+
+
+def _stop_later(stop: threading.Event, seconds: float) -> None:
+    timer = threading.Timer(seconds, stop.set)
+    timer.daemon = True  # a run that ends earlier does not wait for it
+    timer.start()
 
 
 def _exit_with_parent(leash: int) -> None:

@@ -66,6 +66,10 @@ class TrainingLoop:
             )
         self.config, self.blocks, self.part = config, blocks, part
         self.device = resolve_device(config.device)
+        if ranks.world > 1 and self.device.index is not None:
+            raise UserError(
+                f"training.device is {config.device}, one GPU for {ranks.world} processes; set it to auto or cuda"
+            )
         self.step = 0
         self.position = Position()
         frozen = [name for name, parameter in part.parameters.items() if not parameter.requires_grad]

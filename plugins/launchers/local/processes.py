@@ -110,7 +110,7 @@ class _WorkerProcesses:
                 return None
             together = self._options.nproc > 1
             process = subprocess.Popen(
-                _together(run, self._options) if together else worker_command(run, "--leash", str(leash)),
+                _command(run, self._options, leash),
                 pass_fds=(leash,),
                 stdin=leash if together else subprocess.DEVNULL,  # torchrun passes only standard streams on
                 stdout=subprocess.PIPE,
@@ -130,10 +130,13 @@ class _WorkerProcesses:
                 process.send_signal(signal.SIGINT)
 
 
-def _together(run: Path, options: LocalOptions) -> list[str]:
-    """Return the command by which torchrun starts the processes of a run."""
+def _command(run: Path, options: LocalOptions, leash: int) -> list[str]:
+    """Return the command of a run's worker, or of torchrun, which starts several of them; those are leashed by stdin."""
+    limit = () if options.minutes is None else ("--time-limit", f"{60 * options.minutes:g}")
+    if options.nproc == 1:
+        return worker_command(run, "--leash", str(leash), *limit)
     torchrun = ("--standalone", f"--nproc-per-node={options.nproc}")
-    return worker_command(run, "--strategy", options.strategy, "--leash", "0", torchrun=torchrun)
+    return worker_command(run, "--strategy", options.strategy, "--leash", "0", *limit, torchrun=torchrun)
 
 
 @contextmanager

@@ -28,7 +28,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "pattern": {"trains": "model.layers.*.self_attn.*"},
     "thrifty": {
         "trains": "feed_forward",
-        "training": TRAINING | {"activation_checkpointing": True, "chunked_loss": True, "separate_documents": True},
+        "training": TRAINING
+        | {"activation_checkpointing": True, "chunked_loss": True, "separate_documents": True}
+        | {"background_checkpoints": True, "checkpoint_seconds": 0.5},
     },
     "owner": {"trains": "flexolmo", "options": {"public": "public", "samples": 4}},
 }

@@ -13,7 +13,7 @@ from expertctl import UserError
 from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
-from expertctl.experts.training.checkpointing import restore_latest, save_checkpoint
+from expertctl.experts.training.checkpointing import BackgroundCheckpoints, restore_latest, save_checkpoint
 from expertctl.experts.training.steps.loop import TrainingLoop
 from expertctl.experts.training.steps.schedule import learning_rate, progress_at
 
@@ -112,6 +112,28 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits(blocks: TokenBlocks, tmp
         assert torch.equal(parameter, second.parameters[name]), name
     for name, tensor in whole.optimiser_state().items():
         assert torch.equal(tensor, second.optimiser_state()[name]), name
+
+
+def test_checkpoints_in_the_background_are_those_of_their_step(blocks: TokenBlocks, tmp_path: Path) -> None:
+    whole = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
+    background, losses = BackgroundCheckpoints(), []
+    for report in whole.steps():
+        losses.append(float(report.loss))
+        if report.step in (2, 4):
+            background.save(whole, tmp_path / "state", {})
+    background.wait()
+    second = TrainingLoop(all_parameters(tiny_model(seed=9)), blocks, CONFIG)
+    assert restore_latest(second, tmp_path / "state") == 4
+    assert run(second) == losses[4:]
+
+
+def test_a_checkpoint_that_cannot_be_written_in_the_background_is_reported(blocks: TokenBlocks, tmp_path: Path) -> None:
+    loop = TrainingLoop(all_parameters(tiny_model()), blocks, CONFIG)
+    (tmp_path / "state").write_text("a file")
+    background = BackgroundCheckpoints()
+    background.save(loop, tmp_path / "state", {})
+    with pytest.raises(UserError, match="state: File exists"):
+        background.wait()
 
 
 def test_random_numbers_go_on_too(blocks: TokenBlocks, tmp_path: Path) -> None:

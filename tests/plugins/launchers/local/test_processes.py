@@ -120,6 +120,15 @@ def test_a_signal_ahead_of_a_time_limit_saves_the_state(workspace: Workspace, nu
     assert len(list(run.glob(f"{STATE_FOLDER}/step-*"))) == 1
 
 
+def test_a_run_stops_at_its_time_limit_and_goes_on_later(workspace: Workspace) -> None:
+    run = longer(workspace, 200_000, checkpoint_seconds=1e6)
+    launcher = LauncherConfig(name="local", options={"minutes": 0.15})
+    assert workspace.train("fox", launcher=launcher).interrupted == ("fox",)
+    (first,) = run.glob(f"{STATE_FOLDER}/step-*")
+    assert workspace.train("fox", launcher=launcher).interrupted == ("fox",)
+    assert max(run.glob(f"{STATE_FOLDER}/step-*")) > first
+
+
 # --- one run in several processes ---
 
 
