@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 )
 @choice(
     "--strategy",
-    ["ddp", "fsdp"],
-    "How several processes hold the model: replicated, or a part of every tensor each. Default: ddp.",
+    ["ddp", "fsdp", "hsdp"],
+    "How several processes hold the model: the whole of it each (ddp, default), in parts (fsdp), or in parts on each node (hsdp).",
 )
 @option("--launcher", "NAME", "Where training runs. Default: the launcher of expertctl.yaml, else local.")
 @pairs("--launcher-option", "launcher_options", "Set an option of the launcher; repeatable.")

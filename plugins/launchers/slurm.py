@@ -47,8 +47,8 @@ class SlurmOptions:
     """Memory on each node, such as 64G."""
     nproc: int | None = None
     """Processes on each node. Default: one per GPU, or one."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes hold the model: each the whole of it, or each a part of every tensor."""
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How several processes hold the model: each the whole of it, each a part of every tensor, or each node in parts."""
     setup: tuple[str, ...] = ()
     """Lines of bash that a job runs first, such as `module load cuda`."""
     arguments: tuple[str, ...] = ()

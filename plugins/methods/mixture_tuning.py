@@ -83,11 +83,12 @@ class RoutedPart(TrainablePart):
             sampler.step = step
 
     def auxiliary_loss(self) -> Tensor | None:
+        from ...experts.training.distributed.ranks import mean_over_processes
         from ...merge.mixture.routing.log import balance_loss, z_loss
 
         layers, losses = self._log.layers(), []
         if self._options.balance:
-            losses.append(self._options.balance * balance_loss(layers))
+            losses.append(self._options.balance * balance_loss(layers, mean_over_processes()))
         if self._options.z_loss:
             losses.append(self._options.z_loss * z_loss(layers))
         return reduce(add, losses) if losses else None

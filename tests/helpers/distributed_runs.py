@@ -14,10 +14,16 @@ from pathlib import Path
 TORCHRUN = (sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--max-restarts=0")
 
 
-def train_together(root: Path, strategy: str, *runs: str, processes: int = 2, stop_after: int = 0) -> None:
-    """Train runs by torchrun, in processes that are started once; with `stop_after`, stop each after so many steps."""
+def train_together(
+    root: Path, strategy: str, *runs: str, processes: int = 2, on_a_node: int | None = None, stop_after: int = 0
+) -> None:
+    """Train runs by torchrun, in processes that are started once; with `stop_after`, stop each after so many steps.
+
+    The processes believe that `on_a_node` of them are on each node.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "ON_A_NODE": str(on_a_node or processes)}
     command = [*TORCHRUN, f"--nproc-per-node={processes}", __file__, str(root), strategy, str(stop_after), *runs]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, "\n".join(
         line for line in done.stderr.splitlines() if "Error" in line or "rank" in line
     )[-6000:]
@@ -38,6 +44,7 @@ def main(root: Path, strategy: str, stop_after: int, *runs: str) -> None:
     from expertctl.experts.training.run import train_run
 
     torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["ON_A_NODE"]
     with joined(120) as ranks:
         for run in runs:
             steps, error = 0, None

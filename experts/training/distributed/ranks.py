@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ....core.errors import UserError
 
-Strategy = Literal["ddp", "fsdp"]
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp")
-"""How several processes hold a model: each the whole of it, or each a part of every tensor."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Strategy = Literal["ddp", "fsdp", "hsdp"]
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "hsdp")
+"""How several processes hold a model: each the whole of it, each a part of every tensor, or each node the whole of it in parts."""
 TIMEOUT_S = 1800.0
 """Seconds that a process waits for the others before it ends with an error."""
 
@@ -38,6 +41,12 @@ class Ranks:
         yield
         if self.is_main:
             self.wait()
+
+    @property
+    def on_this_node(self) -> int:
+        """Number of processes on this node, as torchrun says; all if it does not divide them."""
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        return count if self.world % count == 0 else self.world
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -75,6 +84,21 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def mean_over_processes() -> Callable[[Tensor], Tensor] | None:
+    """Return the function that returns the mean of a tensor over the processes of this run; None for a single process."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+
+    def mean(value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    return mean
 
 
 @contextmanager

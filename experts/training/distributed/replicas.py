@@ -1,4 +1,4 @@
-"""How a run's model is laid out over its processes: alone, replicated (DDP) or sharded (FSDP2).
+"""How a run's model is laid out over its processes: alone, replicated (DDP) or sharded (FSDP2, HSDP).
 
 All strategies train on the same global batch. Checkpoints hold whole tensors, whatever the strategy: a run resumes on another
 number of processes and by another strategy.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ....core.artefacts.safetensors_io import Checkpoint, dtype_name, new_file, write_tensors
 from ....core.errors import UserError
-from .ranks import ALONE, Ranks, Strategy
+from .ranks import ALONE, Ranks, Strategy, mean_over_processes
 
 if TYPE_CHECKING:
     from ....core.hooks.training import TrainablePart
@@ -95,16 +95,20 @@ class DistributedReplica(Replica):
         return nullcontext() if is_last else self._ddp.no_sync()
 
     def mean(self, value: Tensor) -> Tensor:
-        return _mean(value, self.ranks)
+        return _mean(value)
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         return write_tensors(path, tensors) if self.ranks.is_main else {}
 
 
 class ShardedReplica(Replica):
-    """A part of every tensor in each of several processes (FSDP2): whole layers exist only while they compute."""
+    """A part of every tensor in each of several processes (FSDP2): whole layers exist only while they compute.
 
-    def __init__(self, part: TrainablePart, device: torch.device, ranks: Ranks, *, bfloat16: bool) -> None:
+    With fewer `shards` than processes, each group of so many holds the whole model in parts (HSDP), and exchanges gradients with
+    the other groups.
+    """
+
+    def __init__(self, part: TrainablePart, device: torch.device, ranks: Ranks, shards: int, *, bfloat16: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -117,8 +121,12 @@ class ShardedReplica(Replica):
         scalars = {parameter for parameter in names if parameter.dim() == 0}
         self._whole = [parameter for parameter in scalars if parameter.requires_grad]
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+        self._groups = ranks.world // shards
+        sizes, names_of_sizes = (
+            ((self._groups, shards), ("groups", "shards")) if self._groups > 1 else ((shards,), ("shards",))
+        )
         settings: dict[str, Any] = {
-            "mesh": init_device_mesh(device.type, (ranks.world,)),
+            "mesh": init_device_mesh(device.type, sizes, mesh_dim_names=names_of_sizes),
             "mp_policy": policy,
             "ignored_params": scalars,
         }
@@ -137,7 +145,7 @@ class ShardedReplica(Replica):
     def finish_gradients(self) -> None:
         for parameter in self._whole:
             if parameter.grad is not None:
-                parameter.grad.copy_(_mean(parameter.grad, self.ranks))
+                parameter.grad.copy_(_mean(parameter.grad))
 
     def clip(self, limit: float) -> Tensor:
         """Scale gradients by the norm over all processes; torch's own refuses sharded and whole gradients together."""
@@ -150,14 +158,14 @@ class ShardedReplica(Replica):
             target = sharded if _is_sharded(gradient) else whole
             target += _local(gradient).float().square().sum()
         dist.all_reduce(sharded)
-        norm = (sharded + whole).sqrt()
+        norm = (sharded / self._groups + whole).sqrt()
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for gradient in gradients:
             _local(gradient).mul_(factor)
         return norm
 
     def mean(self, value: Tensor) -> Tensor:
-        return _mean(value, self.ranks)
+        return _mean(value)
 
     def full(self, tensor: Tensor) -> Tensor:
         return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
@@ -213,9 +221,10 @@ def laid_out(part: TrainablePart, device: torch.device, ranks: Ranks, strategy: 
     """Return the model of a run as its processes hold it."""
     if ranks.world == 1:
         return Replica(part, device)
-    if strategy == "fsdp":
+    if strategy in ("fsdp", "hsdp"):
         _require_shardable(part)
-        return ShardedReplica(part, device, ranks, bfloat16=bfloat16)
+        shards = ranks.world if strategy == "fsdp" else ranks.on_this_node
+        return ShardedReplica(part, device, ranks, shards, bfloat16=bfloat16)
     return DistributedReplica(part, device, ranks)
 
 
@@ -223,12 +232,12 @@ def _require_shardable(part: TrainablePart) -> None:
     """Raise `UserError` for a trainer that sharding would change without an error."""
     if part.used_in_a_pass == "some":
         raise UserError(
-            "strategy 'fsdp' needs a gradient for the same parameters in every process, and this trainer's depend on the "
+            "sharding needs a gradient for the same parameters in every process, and this trainer's depend on the "
             "text; use ddp"
         )
     for name, parameter in part.parameters.items():  # sharding replaces the parameters, and their hooks are lost
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            raise UserError(f"this trainer changes the gradient of '{name}', which strategy 'fsdp' would undo; use ddp")
+            raise UserError(f"this trainer changes the gradient of '{name}', which sharding would undo; use ddp")
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
@@ -265,12 +274,9 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
-def _mean(value: Tensor, ranks: Ranks) -> Tensor:
-    import torch.distributed as dist
-
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / ranks.world
+def _mean(value: Tensor) -> Tensor:
+    mean = mean_over_processes()
+    return value if mean is None else mean(value)
 
 
 def _broadcast(module: nn.Module, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -101,17 +102,31 @@ def routing_measures(decisions: list[Decision]) -> dict[str, float]:
     }
 
 
-def balance_loss(decisions: list[Decision]) -> Tensor:
+def balance_loss(decisions: list[Decision], mean_over_processes: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Return the load-balancing loss: the sum over layers of E sum_i u_i p_i.
 
     u_i is the mean gate of expert i and p_i its mean probability (Branch-Train-MiX, arXiv:2403.07816, section
-    2.3). A balanced layer contributes 1.
+    2.3). A balanced layer contributes 1. Where several processes have a part of the tokens each, the mean over processes of
+    this loss and of its gradient is that of all tokens, given a function that returns the mean of a tensor over processes.
     """
-    losses = []
-    for decision in decisions:
-        probabilities_E = decision.logits.float().softmax(dim=-1).mean(dim=0)
-        losses.append(decision.num_experts * (decision.mean_gates() * probabilities_E).sum())
-    return torch.stack(losses).sum()
+    gates = [decision.mean_gates() for decision in decisions]
+    probabilities = [decision.logits.float().softmax(dim=-1).mean(dim=0) for decision in decisions]
+    if mean_over_processes is None:
+        products = [(u_E * p_E).sum() for u_E, p_E in zip(gates, probabilities, strict=True)]
+    else:
+        sizes = [decision.num_experts for decision in decisions]
+        all_gates, all_probabilities = mean_over_processes(
+            torch.stack((torch.cat(gates).float(), torch.cat(probabilities))).detach()
+        )
+        products = [
+            (u_E * all_p_E + all_u_E * p_E - all_u_E * all_p_E).sum()
+            for u_E, p_E, all_u_E, all_p_E in zip(
+                gates, probabilities, all_gates.split(sizes), all_probabilities.split(sizes), strict=True
+            )
+        ]
+    return torch.stack(
+        [decision.num_experts * product for decision, product in zip(decisions, products, strict=True)]
+    ).sum()
 
 
 def z_loss(decisions: list[Decision]) -> Tensor:

@@ -50,7 +50,7 @@ def test_hooks_on_gradients_are_not_lost_by_sharding(register: str) -> None:
     module = torch.nn.Linear(2, 2)
     part = TrainablePart(module, dict(module.named_parameters()))
     getattr(module.weight, register)(lambda value: None)
-    with pytest.raises(UserError, match="changes the gradient of 'weight', which strategy 'fsdp' would undo"):
+    with pytest.raises(UserError, match="changes the gradient of 'weight', which sharding would undo"):
         laid_out(part, torch.device("cpu"), Ranks(0, 2), "fsdp", bfloat16=False)
 
 

@@ -41,7 +41,7 @@ TUNED: dict[str, tuple[str, TuningSettings]] = {
     "demix": ("seed", TuningSettings("demix", ["prose", "chance", "means"], training=TRAINING)),
     "adapted": ("demix-base", TuningSettings("demix_dapt", ["means"], training=TRAINING)),
 }
-NOT_SHARDED = {"generalists/demix": "strategy 'fsdp' needs a gradient for the same parameters"}
+NOT_SHARDED = {"generalists/demix": "sharding needs a gradient for the same parameters"}
 """Which of its feed-forward networks have a gradient depends on the rows of a process."""
 RUNS = (*(f"experts/{name}" for name in EXPERTS), *(f"generalists/{name}" for name in TUNED))
 
@@ -126,6 +126,18 @@ def test_a_run_resumes_on_other_numbers_of_processes_and_by_the_other_strategy(
         with pytest.raises(Exception, match="stopped at step 21"):
             train_run(root / run, Reporter(), stopped)
     train_together(root, "fsdp", *runs)
+    for run in runs:
+        assert losses_of(root, run) == pytest.approx(losses_of(alone, run), abs=1e-4), run
+        assert verify(root / run) == []
+
+
+def test_each_of_two_nodes_holds_the_model_in_parts(prepared: Path, alone: Path, tmp_path: Path) -> None:
+    """Four processes that are told that two are on a node."""
+    root, runs = copied(prepared, tmp_path), ("experts/owner", "experts/thrifty", "generalists/mixture")
+    train_together(root, "hsdp", *runs, processes=4, on_a_node=2, stop_after=9)
+    train_together(root, "hsdp", runs[0], processes=4, on_a_node=2)
+    for run in runs[1:]:
+        train_run(root / run, Reporter(), lambda: False)
     for run in runs:
         assert losses_of(root, run) == pytest.approx(losses_of(alone, run), abs=1e-4), run
         assert verify(root / run) == []

@@ -77,6 +77,26 @@ def test_an_even_load_has_a_balance_loss_of_one_for_each_layer() -> None:
     assert float(balance_loss([even])) == pytest.approx(1)
 
 
+def test_parts_of_the_tokens_have_the_balance_loss_and_gradient_of_all() -> None:
+    """Each process's part, with the means of both."""
+    logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(4)).requires_grad_()
+
+    def decided(rows: slice) -> Decision:
+        gates, chosen = logits[rows].softmax(dim=-1).topk(2)
+        return Decision(logits[rows], gates / gates.sum(dim=-1, keepdim=True), chosen)
+
+    whole = 2 * balance_loss([decided(slice(0, 30))])
+    (gradient,) = torch.autograd.grad(whole, logits)
+    parts = [decided(slice(0, 15)), decided(slice(15, 30))]
+    seen: list[torch.Tensor] = []
+    for part in parts:
+        balance_loss([part, part], lambda value: seen.append(value) or value)
+    losses = [balance_loss([part, part], lambda value: (seen[0] + seen[1]) / 2) for part in parts]
+    mean = (losses[0] + losses[1]) / 2
+    assert mean.item() == pytest.approx(whole.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(mean, logits)[0], gradient)
+
+
 @pytest.mark.parametrize("family", ["llama", "olmo2", "qwen2", "qwen3", "gemma2", "gpt2"])
 def test_routers_of_every_class_are_watched(tmp_path: Path, family: str) -> None:
     model = mixture(tmp_path, family)
