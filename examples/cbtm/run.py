@@ -87,7 +87,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sweep",
         type=lambda text: [int(part) for part in text.split(",")],
-        default=[2, 12],
+        default=[2, 9],
         help="further numbers of clusters, each with experts of its own for the same budget",
     )
     parser.add_argument("--passage-bytes", type=int, default=2000, help="size of a passage in bytes")
