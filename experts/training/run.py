@@ -186,7 +186,7 @@ def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
         for number, domain in enumerate(run.domains):
             loop.part.begin_batch([number])
             blocks = TokenBlocks(domain.open("valid"), config.sequence_length)
-            batches = blocks.batches(config.batch_size, limit=config.validation_blocks)
+            batches = blocks.batches(loop.rows_at_a_time, limit=config.validation_blocks)
             total, count = total_loss(loop.module, batches, loop.device)
             losses[domain.name] = total / max(count, 1)
     loop.module.train()

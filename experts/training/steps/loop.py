@@ -88,13 +88,22 @@ class TrainingLoop:
         self.guards = Guards(config)
         self._autocast = autocast(config, self.device)
 
+    @property
+    def rows_at_a_time(self) -> int:
+        """Blocks of a batch whose logits can be in memory together, where they are not computed in pieces."""
+        return min(self.config.batch_size, max(WHOLE_LOGITS_BYTES // max(self._logits_bytes, 1), 1))
+
+    @property
+    def _logits_bytes(self) -> int:
+        """Bytes of a block's logits in float32; 0 if the module does not tell its vocabulary."""
+        return 4 * self.config.sequence_length * int(getattr(getattr(self.module, "config", None), "vocab_size", 0))
+
     def _loss_function(self, separator: int | None) -> Callable[..., Tensor]:
         """Return the loss by the settings `chunked_loss` and `separate_documents`, as a function of forward and tokens."""
         config, forward = self.config, self.replica.forward
         loss: Callable[..., Tensor] = next_token_loss
-        tokens = config.batch_size // self.ranks.world * config.sequence_length
-        logits_bytes = 4 * tokens * int(getattr(getattr(self.module, "config", None), "vocab_size", 0))
-        if config.chunked_loss or (config.chunked_loss is None and logits_bytes > WHOLE_LOGITS_BYTES):
+        is_large = config.batch_size // self.ranks.world * self._logits_bytes > WHOLE_LOGITS_BYTES
+        if config.chunked_loss or (config.chunked_loss is None and is_large):
             self.part.begin_batch([0])
             chunked = chunked_loss(self.module, forward, self.device)
             if chunked is None and config.chunked_loss:
