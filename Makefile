@@ -10,11 +10,11 @@ READY := $(VENV)/.ready
 quickstart: $(READY)  ## the whole workflow on installed text, in a few minutes
 	$(BIN)/expertctl quickstart quickstart
 
-test: $(READY)  ## all tests but those of a federation's processes and of every model family
-	$(PYTEST) -m "not federation and not families"
+test: $(READY)  ## all tests but those of a federation's processes, of clusters' long ones and of every model family
+	$(PYTEST) -m "not federation and not families and not clusters"
 
-test-all: test  ## and those of every family; then the federation tests, which start Flower's processes, one after the other
-	$(PYTEST) -m families
+test-all: test  ## and those; the federation tests, which start Flower's processes, last and one after the other
+	$(PYTEST) -m "families or clusters"
 	$(BIN)/python -m pytest -m federation
 
 quick-test: $(READY)

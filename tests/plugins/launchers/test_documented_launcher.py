@@ -22,6 +22,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "launchers.md"
 
 
 @pytest.mark.slow
+@pytest.mark.clusters
 def test_the_launcher_of_the_page_survives_a_failed_node(new_project: Callable[..., Workspace], tmp_path: Path) -> None:
     here, there = new_project("here"), new_project("there")
     with inline_launching():

@@ -55,6 +55,7 @@ def started_command(workspace: Workspace, *words: str) -> subprocess.Popen[str]:
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.clusters
 def test_a_killed_worker_ends_with_the_same_digest(new_project: Callable[..., Workspace]) -> None:
     here, there = new_project("here", tokens=32 * 60), new_project("there", tokens=32 * 60)
     with inline_launching():
@@ -71,6 +72,7 @@ def test_a_killed_worker_ends_with_the_same_digest(new_project: Callable[..., Wo
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.clusters
 def test_ctrl_c_saves_the_state_and_leaves_no_process(new_project: Callable[..., Workspace]) -> None:
     workspace = new_project("there", tokens=32 * 100_000)
     process = started_command(workspace, "ant")

@@ -89,6 +89,7 @@ def test_stopped_jobs_are_submitted_again_and_nothing_is_trained_twice(
 
 
 @pytest.mark.slow
+@pytest.mark.clusters
 def test_two_commands_at_once_submit_a_run_once(new_project: MakeProject, slurm: FakeSlurm) -> None:
     slurm.faults(job_1="preempt")
     workspace = new_project("there")
@@ -103,6 +104,7 @@ def test_two_commands_at_once_submit_a_run_once(new_project: MakeProject, slurm:
 
 
 @pytest.mark.slow
+@pytest.mark.clusters
 def test_detached_jobs_are_shown_followed_and_cancelled(new_project: MakeProject, slurm: FakeSlurm) -> None:
     workspace = new_project("there", tokens=LONG)
     result = workspace.train("ant", "bee", launcher=SLURM, jobs=1, detach=True)
@@ -152,6 +154,7 @@ def test_detached_jobs_are_shown_followed_and_cancelled(new_project: MakeProject
 
 
 @pytest.mark.slow
+@pytest.mark.clusters
 def test_pending_jobs_are_cancelled_and_start_again_later(new_project: MakeProject, slurm: FakeSlurm) -> None:
     (slurm.folder / "nodes").write_text("0")
     workspace = new_project("there")
@@ -214,6 +217,7 @@ def test_without_slurm_nothing_is_begun(new_project: MakeProject, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.clusters
 def test_two_nodes_train_a_run_together_and_save_their_state(new_project: MakeProject, slurm: FakeSlurm) -> None:
     slurm.faults(job_1="limit")
     workspace = new_project("there")

@@ -131,6 +131,7 @@ def test_a_run_resumes_on_other_numbers_of_processes_and_by_the_other_strategy(
         assert verify(root / run) == []
 
 
+@pytest.mark.clusters
 def test_each_of_two_nodes_holds_the_model_in_parts(prepared: Path, alone: Path, tmp_path: Path) -> None:
     """Four processes that are told that two are on a node."""
     root, runs = copied(prepared, tmp_path), ("experts/owner", "experts/thrifty", "generalists/mixture")
