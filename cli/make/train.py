@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 )
 @option("--launcher", "NAME", "Where training runs. Default: the launcher of expertctl.yaml, else local.")
 @pairs("--launcher-option", "launcher_options", "Set an option of the launcher; repeatable.")
+@option("--track", "NAME", "Record the runs with this experiment tracker too; repeatable.", multiple=True)
 @pass_session
 def command(
     session: Session,
@@ -41,6 +42,7 @@ def command(
     strategy: str | None,
     launcher: str | None,
     launcher_options: dict[str, Any],
+    track: tuple[str, ...],
 ) -> int:
     """Train experts, resuming interrupted runs.
 
@@ -55,7 +57,11 @@ def command(
     expert_names = tuple(dict.fromkeys(names)) or workspace.experts.names()
     with session.progress(*expert_names) as progress:
         result = workspace.train(
-            *expert_names, jobs=jobs, launcher=_launcher(workspace, launcher, launcher_options), reporter=progress
+            *expert_names,
+            jobs=jobs,
+            launcher=_launcher(workspace, launcher, launcher_options),
+            track=track,
+            reporter=progress,
         )
     session.finish(
         {"finished": list(result.finished), "failed": dict(result.failed), "interrupted": list(result.interrupted)},

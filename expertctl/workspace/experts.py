@@ -67,13 +67,20 @@ class Experts:
         return validate_settings(ExpertConfig, fields, f"expert '{name}'")
 
     def train(
-        self, *names: str, jobs: int = 1, launcher: str | LauncherConfig | None = None, reporter: Reporter = SILENT
+        self,
+        *names: str,
+        jobs: int = 1,
+        launcher: str | LauncherConfig | None = None,
+        track: Sequence[str] = (),
+        reporter: Reporter = SILENT,
     ) -> TrainResult:
         """Train experts that were branched or are in `expertctl.yaml`; without names, all of them.
 
+        `track` are experiment trackers beside those of `expertctl.yaml`, with their default options.
         Interrupted runs resume. A failed run does not affect the others and does not raise: the result lists finished,
         failed and interrupted runs, and its `raise_for_failures()` raises.
         """
+        self._project.check_trackers(track)
         declared = self._project.config.experts
         requested = names or self.names()
         if not requested:
@@ -92,7 +99,7 @@ class Experts:
             wave = next_wave(pending, declared, self.folder)
             pending = [name for name in pending if name not in wave]
             if runs := self._branched(wave, failed, reporter):
-                result = self._project.launch(runs, jobs=jobs, launcher=launcher, reporter=reporter)
+                result = self._project.launch(runs, jobs=jobs, launcher=launcher, track=track, reporter=reporter)
                 finished += result.finished
                 failed |= result.failed
                 interrupted += result.interrupted

@@ -10,8 +10,12 @@ from pathlib import Path
 from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.project import load_project
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig, validate_settings
+from expertctl.core.manifests.manifest import Manifest
+from expertctl.core.process.tracking import check_trackers
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.runs.launching import TrainResult, launch
+from expertctl.experts.runs.tracking import note_tracking
+from expertctl.merge.generalists.tracked_merge import track_merge
 
 
 @dataclass
@@ -35,9 +39,25 @@ class Project:
         *,
         jobs: int = 1,
         launcher: str | LauncherConfig | None = None,
+        track: Sequence[str] = (),
         reporter: Reporter = SILENT,
     ) -> TrainResult:
-        """Train runs with a launcher (default: the project's); a failed run does not raise."""
+        """Train runs with a launcher (default: the project's); a failed run does not raise.
+
+        `track` are trackers beside those of the project.
+        """
+        self.check_trackers(track)
+        for run in runs:
+            note_tracking(run, track, self.config.tracking, reporter)
         if isinstance(launcher, str):
             launcher = validate_settings(LauncherConfig, {"name": launcher}, "launcher")
         return launch(runs, jobs, launcher or self.config.launcher, reporter)
+
+    def check_trackers(self, names: Sequence[str] = ()) -> None:
+        """Raise `UserError` if a tracker of the project, or one of `names`, cannot be used."""
+        check_trackers({**{name: {} for name in names}, **self.config.tracking})
+
+    def tracked(self, folder: Path, merged: Manifest) -> Manifest:
+        """Record a finished merge in the project's trackers and return its manifest."""
+        track_merge(self.config.tracking, self.layout, folder, merged)
+        return merged

@@ -86,7 +86,7 @@ LAW = "domains: {law: {bundled: python}}\n"
 WRONG = {
     # unknown keys, at every level
     "traning: {}": "1: unknown key 'traning' (did you mean 'training'?)",
-    "zzz: {}": "1: unknown key 'zzz'; known here: domains, experts, launcher, merges, seed, training",
+    "zzz: {}": "1: unknown key 'zzz'; known here: domains, experts, launcher, merges, seed, tracking, training",
     "seed:\n  form: x": "2: unknown key 'form' in seed (did you mean 'from'?)",
     "training:\n  lerning_rate: 1": "2: unknown key 'lerning_rate' in training (did you mean 'learning_rate'?)",
     "seed:\n  training:\n    tokenz: 1": "3: unknown key 'tokenz' in seed.training (did you mean 'tokens'?)",
