@@ -11,8 +11,8 @@ from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.project import load_project
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig, validate_settings
 from expertctl.core.manifests.manifest import Manifest
-from expertctl.core.process.tracking import check_trackers
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.core.tracking.tracking import check_trackers
 from expertctl.experts.runs.launching import TrainResult, launch
 from expertctl.experts.runs.tracking import note_tracking
 from expertctl.merge.generalists.tracked_merge import track_merge

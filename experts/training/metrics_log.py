@@ -13,8 +13,8 @@ from ...core.hooks.events import TrainingStep
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.training import TrainablePart
 from ...core.manifests.run import METRICS_FILE
-from ...core.process.tracking import Tracking
 from ...core.reporting import Reporter
+from ...core.tracking.tracking import Tracking
 from .run_inputs import RunInputs
 from .steps.guards import Spike
 from .steps.loop import StepReport

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 from ...core.hooks.tracking import TrackedRun
 from ...core.manifests.records import record_as_json
-from ...core.process.tracking import Tracking, tracking
+from ...core.tracking.tracking import Tracking, tracking
 from ..runs.tracking import tracking_of, write_tracking
 from .run_inputs import RunInputs
 

@@ -9,7 +9,7 @@ from ...core.artefacts.layout import Layout
 from ...core.hooks.tracking import TrackedRun
 from ...core.manifests.manifest import Manifest
 from ...core.manifests.records import record_as_json
-from ...core.process.tracking import TrackerOptions, tracking
+from ...core.tracking.tracking import TrackerOptions, tracking
 
 
 def track_merge(trackers: TrackerOptions, layout: Layout, folder: Path, manifest: Manifest) -> None:

@@ -169,6 +169,13 @@ def test_errors_name_file_line_key_and_nearest_name(load: Load, tmp_path: Path, 
     assert "pydantic" not in message
 
 
+def test_a_tracker_without_options_may_stand_alone(load: Load) -> None:
+    assert load("tracking:\n  tensorboard:\n  wandb: {project: x}\n").tracking == {
+        "tensorboard": {},
+        "wandb": {"project": "x"},
+    }
+
+
 def test_text_that_is_not_utf_8_is_named_with_its_byte(load: Load) -> None:
     with pytest.raises(UserError, match=r"expertctl\.yaml is not UTF-8 text \(byte 3\)"):
         load(b"a: \xff\n")

@@ -19,7 +19,7 @@ from ..hooks.manager import installed_plugins
 from ..hooks.options import parse_options
 from ..hooks.tracking import RunOutcome, TrackedRun, Tracker
 
-FINISH_SECONDS = 30.0
+FINISH_SECONDS = 60.0
 """How long the end of a run waits for its trackers, all together."""
 
 TrackerOptions = Mapping[str, Mapping[str, Any]]
@@ -54,19 +54,19 @@ class Tracking:
         for process in self._processes:
             process.send("roll_back", step)
 
-    def finish(self, outcome: RunOutcome, patience_s: float) -> None:
+    def finish(self, outcome: RunOutcome) -> None:
         for process in self._processes:
             process.send("finish", outcome, self.summary)
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + FINISH_SECONDS
         for process in self._processes:
             process.wait(deadline)
 
 
 @contextmanager
-def tracking(trackers: TrackerOptions, run: TrackedRun, *, patience_s: float = FINISH_SECONDS) -> Iterator[Tracking]:
+def tracking(trackers: TrackerOptions, run: TrackedRun) -> Iterator[Tracking]:
     """Yield the trackers of a run, which hear how the block ended; `run.store` is the folder of all trackers' files.
 
-    At the end, trackers that take longer than `patience_s` are killed. Their problems are lines on standard error.
+    Trackers that take longer than `FINISH_SECONDS` to end are killed. Their problems are lines on standard error.
     """
     started = Tracking(trackers, run)
     outcome: RunOutcome = "failed"
@@ -77,7 +77,7 @@ def tracking(trackers: TrackerOptions, run: TrackedRun, *, patience_s: float = F
         outcome = "interrupted"
         raise
     finally:
-        started.finish(outcome, patience_s)
+        started.finish(outcome)
 
 
 class _TrackerProcess:
@@ -90,7 +90,7 @@ class _TrackerProcess:
         try:
             run.store.mkdir(parents=True, exist_ok=True)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "expertctl.core.process.tracker_process"],
+                [sys.executable, "-P", "-m", "expertctl.core.tracking.tracker_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 bufsize=0,
@@ -126,7 +126,9 @@ class _TrackerProcess:
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
-            self._warn("it did not finish in time and was stopped; the end of the run may be missing there")
+            self._warn(
+                f"it did not finish within {FINISH_SECONDS:g} seconds and was stopped; what it recorded may be incomplete"
+            )
         else:
             if self._process.returncode:
                 self._warn(f"its process ended with status {self._process.returncode}")

@@ -1,4 +1,4 @@
-"""The process of one tracker: `python -m expertctl.core.process.tracker_process` reads what to record as JSON lines.
+"""The process of one tracker: `python -m expertctl.core.tracking.tracker_process` reads what to record as JSON lines.
 
 Each line is a list. The first one has the tracker's name, its options, the run, and the subject of warnings; the others
 have a method of `RunTracker` and its arguments. If the lines end without `finish`, the process of the run has died.
