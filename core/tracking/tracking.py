@@ -41,7 +41,7 @@ class Tracking:
 
     def __init__(self, trackers: TrackerOptions, run: TrackedRun) -> None:
         self.summary: dict[str, Any] = {}
-        """What trackers are told of a finished run."""
+        """Passed to `RunTracker.finish`."""
         self._processes = [
             _TrackerProcess(name, options, replace(run, store=run.store / name)) for name, options in trackers.items()
         ]
@@ -64,7 +64,7 @@ class Tracking:
 
 @contextmanager
 def tracking(trackers: TrackerOptions, run: TrackedRun) -> Iterator[Tracking]:
-    """Yield the trackers of a run, which hear how the block ended; `run.store` is the folder of all trackers' files.
+    """Yield the trackers of a run, which the outcome of the block finishes; `run.store` is the folder of all their files.
 
     Trackers that take longer than `FINISH_SECONDS` to end are killed. Their problems are lines on standard error.
     """
@@ -94,7 +94,7 @@ class _TrackerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 bufsize=0,
-                start_new_session=True,  # Ctrl-C is for the run, which then tells its trackers
+                start_new_session=True,  # Ctrl-C must not reach it before the run has ended
             )
         except OSError as error:
             self._warn(str(error))

@@ -37,7 +37,7 @@ def trackers() -> list[Tracker]:
 def open_run(run: TrackedRun, options: MlflowOptions) -> RunTracker:
     """Begin a run, or resume the one that has this id as a tag."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    from mlflow import MlflowClient
+    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  # an extra
 
     # several runs can start at the same time, and the first one makes the database and the experiment
     with exclusive(run.store / "setup.lock", "the database of MLflow", patience_s=_SETUP_SECONDS):
@@ -75,7 +75,7 @@ class _MlflowRun(RunTracker):
         self._client, self._run_id = client, run_id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]  # an extra
 
         now = int(time.time() * 1000)
         entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]

@@ -29,7 +29,7 @@ def open_run(run: TrackedRun, options: TrackioOptions) -> RunTracker:
     os.environ["TRACKIO_DIR"] = str(run.store)  # read when trackio is imported
     for remote in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "TRACKIO_WEBHOOK_URL"):
         os.environ.pop(remote, None)
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]  # an extra
 
     started = trackio.init(
         options.project,

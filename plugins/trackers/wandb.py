@@ -31,7 +31,7 @@ def trackers() -> list[Tracker]:
 def open_run(run: TrackedRun, options: WandbOptions) -> RunTracker:
     """Begin or resume the run of this id."""
     os.environ["WANDB_ERROR_REPORTING"] = "false"
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
     settings = wandb.Settings(console="off", disable_code=True, disable_git=True, disable_job_creation=True)
     started = wandb.init(

@@ -75,6 +75,7 @@ def test_a_tracker_hears_what_metrics_jsonl_holds_and_changes_no_byte(tracked_pr
     assert len([call for call in calls(store(tracked_project)) if call[0] == "open"]) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_under_its_id_and_one_started_over_under_another(tracked_project: Workspace) -> None:
     folder = tracked_project.experts / "prose"
     note_tracking(folder, ["second"], ["recording"], Reporter())
@@ -134,6 +135,7 @@ def test_steps_that_a_spike_undoes_are_rolled_back(tracked_project: Workspace) -
     ]
 
 
+@pytest.mark.slow
 def test_a_tracker_of_the_command_line_records_the_experts_that_train(project: Workspace) -> None:
     project.branch("prose", domain="prose")
     with inline_launching():

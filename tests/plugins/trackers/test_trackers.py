@@ -13,6 +13,7 @@ from expertctl import TrackedRun
 from expertctl.core.errors import Interrupted
 from expertctl.core.tracking.tracking import tracking
 
+pytestmark = pytest.mark.slow
 CONFIGURATION = {"training": {"tokens": 7, "betas": [0.9, 0.95]}, "options": {}, "owner": None, "text": {"law": "d0"}}
 
 
