@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.text import DomainDiscoverer as DomainDiscoverer
     from expertctl.core.hooks.text import FoundDomains as FoundDomains
     from expertctl.core.hooks.text import ValidationText as ValidationText
+    from expertctl.core.hooks.tracking import RunOutcome as RunOutcome
+    from expertctl.core.hooks.tracking import RunTracker as RunTracker
+    from expertctl.core.hooks.tracking import TrackedRun as TrackedRun
+    from expertctl.core.hooks.tracking import Tracker as Tracker
     from expertctl.core.hooks.training import Launcher as Launcher
     from expertctl.core.hooks.training import PrivateReleases as PrivateReleases
     from expertctl.core.hooks.training import SideTensor as SideTensor
@@ -91,6 +95,7 @@ _HOMES = {
     "core.hooks.mixtures": "Architecture MixtureShape MixtureTarget RouterInputs RouterRows RouterStart",
     "core.scheduling": "Job JobState Scheduler",
     "core.hooks.text": "CorpusFormat DiscoveryInputs Document DocumentOrder DomainDiscoverer FoundDomains ValidationText",
+    "core.hooks.tracking": "RunOutcome RunTracker TrackedRun Tracker",
     "core.hooks.training": "Launcher PrivateReleases SideTensor TrainablePart Trainer TrainingContext TrainingText",
     "core.manifests.generalist": "GeneralistKind MixtureRecord",
     "core.manifests.verification": "verify",

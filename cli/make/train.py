@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @option("--launcher", "NAME", "Where training runs. Default: the launcher of expertctl.yaml, else local.")
 @pairs("--launcher-option", "launcher_options", "Set an option of the launcher; repeatable.")
 @flag("--detach", "Submit jobs to the queue of a cluster and return; the same command without it follows them.")
+@option("--track", "NAME", "Record the runs with this experiment tracker too; repeatable.", multiple=True)
 @pass_session
 def command(
     session: Session,
@@ -43,6 +44,7 @@ def command(
     launcher: str | None,
     launcher_options: dict[str, Any],
     detach: bool,
+    track: tuple[str, ...],
 ) -> int:
     """Train experts, resuming interrupted runs.
 
@@ -61,6 +63,7 @@ def command(
             jobs=jobs,
             launcher=_launcher(launcher, launcher_options),
             detach=detach,
+            track=track,
             reporter=progress,
         )
     content = {

@@ -30,6 +30,8 @@ class Layout:
         self.statistics = root / STATISTICS_FOLDER
         """Statistics of experts for merges that need them: `statistics/EXPERT/KIND`."""
         self.reports = root / "reports"
+        self.tracking = root / ".tracking"
+        """Files of experiment trackers, a folder each."""
 
     @classmethod
     def find(cls, start: Path | None = None) -> Layout:

@@ -324,6 +324,15 @@ class ProjectConfig(Section):
     experts: dict[str, ExpertConfig] = {}
     merges: dict[str, MergeConfig] = {}
     launcher: LauncherConfig = LauncherConfig()
+    tracking: dict[str, dict[str, Any]] = {}
+    """Experiment trackers of all runs and merges, with their options."""
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _name_alone_has_no_options(cls, content: Any) -> Any:
+        if isinstance(content, dict):
+            return {name: {} if options is None else options for name, options in content.items()}
+        return content
 
     @model_validator(mode="before")
     @classmethod

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .merging import MergeMethod
     from .mixtures import Architecture, RouterStart
     from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
+    from .tracking import Tracker
     from .training import Launcher, Trainer
 
 PROJECT = "expertctl"
@@ -50,6 +51,11 @@ def trainers() -> list[Trainer]:  # type: ignore[empty-body]  # as above
 @hookspec
 def launchers() -> list[Launcher]:  # type: ignore[empty-body]  # as above
     """Launchers, which start the processes of training runs."""
+
+
+@hookspec
+def trackers() -> list[Tracker]:  # type: ignore[empty-body]  # as above
+    """Experiment trackers, which record training runs and merges."""
 
 
 @hookspec

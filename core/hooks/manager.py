@@ -25,6 +25,7 @@ from .events import ExpertFinished, MergeFinished, TrainingStep
 from .merging import MergeMethod
 from .mixtures import Architecture, RouterStart
 from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
+from .tracking import Tracker
 from .training import Launcher, Trainer
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ BUILTIN_PLUGINS = (
     "methods.flexolmo",
     "methods.mixture_tuning",
     "methods.mixtures",
+    "trackers.mlflow",
+    "trackers.tensorboard",
+    "trackers.trackio",
+    "trackers.wandb",
 )
 
 Offer = TypeVar("Offer")
@@ -63,6 +68,7 @@ OFFER_KINDS: Mapping[type, str] = {
     RouterStart: "router_starts",
     Trainer: "trainers",
     Launcher: "launchers",
+    Tracker: "trackers",
     CorpusFormat: "corpus_formats",
     DomainDiscoverer: "domain_discoverers",
     DocumentOrder: "document_orders",

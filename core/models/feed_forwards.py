@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..hooks.architectures import architecture_of
 from ..text.token_store import Blocks, spread
+from .architectures import architecture_of
 
 _READ_BY_THEIR_BLOCKS = ("rwkv",)
 """Families whose blocks read the weights of their FFNs."""

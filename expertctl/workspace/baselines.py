@@ -48,7 +48,7 @@ class Baselines:
         target = layout.baselines / "random-split"
         if not force and is_finished(target):
             return read_manifest(target)
-        return merge(
+        manifest = merge(
             layout,
             "random-split",
             MergeConfig(method="ensemble", experts=tuple(run.name for run in runs)),
@@ -57,3 +57,4 @@ class Baselines:
             validation=lambda: self._data.validation(self._data.trained_domains(runs)),
             run=MergeRun(force=force),
         )
+        return self._project.tracked(target, manifest)

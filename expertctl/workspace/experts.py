@@ -73,14 +73,17 @@ class Experts:
         jobs: JobCount = None,
         launcher: str | LauncherConfig | None = None,
         detach: bool = False,
+        track: Sequence[str] = (),
         reporter: Reporter = SILENT,
     ) -> TrainResult:
         """Train experts that were branched or are in `expertctl.yaml`; without names, all of them.
 
+        `track` are experiment trackers beside those of `expertctl.yaml`, with their default options.
         Interrupted runs resume. A failed run does not affect the others and does not raise: the result lists finished,
         failed and interrupted runs, and its `raise_for_failures()` raises. With `detach`, jobs are submitted to the queue
         of the launcher and go on; a later call follows them.
         """
+        self._project.check_trackers(track)
         declared = self._project.config.experts
         requested = names or self.names()
         if not requested:
@@ -102,7 +105,13 @@ class Experts:
             pending = [name for name in pending if name not in wave]
             if runs := self._branched(wave, failed, reporter):
                 result = self._project.launch(
-                    runs, jobs=jobs, launcher=launcher, own_launchers=own_launchers, detach=detach, reporter=reporter
+                    runs,
+                    jobs=jobs,
+                    launcher=launcher,
+                    own_launchers=own_launchers,
+                    detach=detach,
+                    track=track,
+                    reporter=reporter,
                 )
                 finished += result.finished
                 failed |= result.failed

@@ -64,14 +64,17 @@ class Generalists:
             folders = expert_folders(self._project.layout, config.experts, self._project.layout.experts)
             return self._data.validation(config.fit_on or self._data.trained_domains(folders.values()))
 
-        return merge(
+        self._project.check_trackers()
+        target = Path(output) if output is not None else None
+        manifest = merge(
             self._project.layout,
             name,
             config,
-            output=Path(output) if output is not None else None,
+            output=target,
             validation=validation,
             run=replace(run, force=force or run.force),
         )
+        return self._project.tracked(target or self / name, manifest)
 
     def plan(
         self, name: str, *, output: str | Path | None = None, run: MergeRun | None = None, **settings: Any
@@ -151,14 +154,10 @@ class Generalists:
         def validation() -> list[ValidationText]:
             return self._data.validation(self._data.trained_domains(change.joining.values()))
 
-        return change_experts(
-            layout.artefact(model),
-            layout.generalist(output),
-            change,
-            layout=layout,
-            run=run,
-            validation=validation,
-        )
+        self._project.check_trackers()
+        target = layout.generalist(output)
+        manifest = change_experts(layout.artefact(model), target, change, layout=layout, run=run, validation=validation)
+        return self._project.tracked(target, manifest)
 
     def absence(self, model: str, expert: str) -> Absence:
         """Search a model for an expert; if the expert is absent, `found` is empty and `merged` is None."""

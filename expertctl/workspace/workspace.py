@@ -95,6 +95,7 @@ class Workspace:
             )
         if preset is not None:
             config = config.model_copy(update={"seed": config.seed.model_copy(update={"preset": preset})})
+        self._project.check_trackers()
         run = start_pretraining(self.layout, config, force=force)
         self._project.launch([run], launcher=launcher, reporter=reporter).raise_for_failures()
         return read_manifest(run)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import UserError, closest, unknown_name
-from ...core.hooks.architectures import architecture_of
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.training import TrainablePart, Trainer
+from ...core.models.architectures import architecture_of
 from ...core.models.stored_names import StoredNames
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Reporting of a run's progress to `metrics.jsonl`, plugins and the launcher."""
+"""Reporting of a run's progress to `metrics.jsonl`, trackers, plugins and the launcher."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.training import TrainablePart
 from ...core.manifests.run import METRICS_FILE
 from ...core.reporting import Reporter
+from ...core.tracking.tracking import Tracking
 from .run_inputs import RunInputs
 from .steps.guards import Spike
 from .steps.loop import StepReport
@@ -24,8 +25,9 @@ PROGRESS_SECONDS = 0.5
 class MetricsLog:
     """The log of one run, which continues from a checkpoint on resume."""
 
-    def __init__(self, run: RunInputs, reporter: Reporter, part: TrainablePart) -> None:
+    def __init__(self, run: RunInputs, reporter: Reporter, part: TrainablePart, trackers: Tracking) -> None:
         self._folder, self._spec, self._reporter, self._part = run.folder, run.spec, reporter, part
+        self._trackers = trackers
         # a resumed run repeats the steps after its checkpoint, so lines that a power failure takes are written again
         self._file = JsonLines(run.folder / METRICS_FILE, dict, durable=False)
         self._throughput = Throughput()
@@ -60,6 +62,8 @@ class MetricsLog:
         self._skipped = 0
         details = {"from_step": from_step, "loss": spike.loss, "limit": spike.limit}
         self._file.append({"step": step, "rolled_back": details})
+        self._trackers.roll_back(step)
+        self._trackers.log(step, {f"rolled_back/{name}": value for name, value in details.items()})
         note = (
             f"the loss rose to {spike.loss:.3f} (limit {spike.limit:.3f}); back from step {from_step} to {step}, and on with "
             "the text after it"
@@ -98,6 +102,7 @@ class MetricsLog:
         self._losses.clear()
         self._skipped = 0
         self._file.append({"step": report.step, **record})
+        self._trackers.log(report.step, record)
         installed_plugins().training_step(
             TrainingStep(self._spec.name, self._folder, report.step, self._spec.training.steps, record)
         )
@@ -105,6 +110,7 @@ class MetricsLog:
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Record the validation losses; the time of validation is excluded from the throughput."""
         self._file.append({"step": step, "validation_loss": dict(losses)})
+        self._trackers.log(step, {f"validation_loss/{domain}": loss for domain, loss in losses.items()})
         self._throughput.pause()
 
 

@@ -17,6 +17,7 @@ from ...core.hooks.events import ExpertFinished
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.training import Trainer, TrainingContext
+from ...core.manifests.manifest import read_manifest
 from ...core.manifests.run import STATE_FOLDER, is_finished
 from ...core.models.scoring import total_loss
 from ...core.reporting import Reporter
@@ -35,6 +36,7 @@ from .starting_point import inherit_optimiser, starting_model, training_blocks, 
 from .steps.guards import Spike
 from .steps.loop import TrainingLoop
 from .steps.precision import autocast
+from .tracked_run import tracked
 
 
 def train_run(
@@ -70,14 +72,17 @@ def train_run(
     start_step = restore_latest(loop, folder / STATE_FOLDER, run.data_digests)
     if not ranks.is_main:  # dropout differs between the rows of a batch
         torch.manual_seed(run.spec.training.seed + 1_000_003 * ranks.rank + start_step)
-    log = MetricsLog(run, reporter, loop.part) if ranks.is_main else None
-    if log is not None:
-        log.open(start_step)
-    loss = _train(run, loop, log, stopped)
-    validation = _validation_losses(run, loop)
-    if log is not None:
-        log.validation(loop.step, validation)
-    write_artefact(run, model, loop, {"loss": loss, "validation_loss": validation})
+    with tracked(run, start_step, is_main=ranks.is_main) as trackers:
+        log = MetricsLog(run, reporter, loop.part, trackers) if ranks.is_main else None
+        if log is not None:
+            log.open(start_step)
+        loss = _train(run, loop, log, stopped)
+        validation = _validation_losses(run, loop)
+        if log is not None:
+            log.validation(loop.step, validation)
+        write_artefact(run, model, loop, {"loss": loss, "validation_loss": validation})
+        if ranks.is_main:
+            trackers.summary["digest"] = read_manifest(folder).digest
     if not ranks.is_main:
         return
     if run.spec.kind != "generalist":

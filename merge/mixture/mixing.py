@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
 from ...core.hooks import merging as hooks
-from ...core.hooks.architectures import architecture_of
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.mixtures import Architecture, RouterInputs, RouterRows, RouterStart
 from ...core.manifests.generalist import MixtureRecord, RouterRecord
+from ...core.models.architectures import architecture_of
 from ..engine.tensor_plan import Action, TensorPlan
 from ..planning.assembly import (
     Assembly,

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from ...core.artefacts.numeric import DTYPES
 from ...core.errors import UserError
-from ...core.hooks.architectures import architecture_of
 from ...core.hooks.mixtures import Architecture, MixtureShape, MixtureTarget, RouterRows
 from ...core.manifests.generalist import AveragedExpert, GeneralistConfig, MixtureRecord
 from ...core.manifests.manifest import Manifest, read_manifest
+from ...core.models.architectures import architecture_of
 from ..engine.reading import Reader
 from ..engine.tensor_plan import TensorPlan
 from ..planning.assembly import FUSED, FUSED_ROUTER, ExpertParts, SharedExpert

@@ -104,6 +104,16 @@ def test_training_an_unknown_expert_or_on_an_unknown_launcher(run: Any, workspac
     assert "no launcher 'slurm'; installed: local" in run("train", "tax", "--launcher", "slurm").error
 
 
+def test_an_unknown_tracker_stops_a_command_before_its_work(run: Any, workspace: Path) -> None:
+    result = run("train", "tax", "--track", "tensorbord")
+    assert "no tracker 'tensorbord' (did you mean 'tensorboard'?)" in result.error
+    file = workspace / "expertctl.yaml"
+    file.write_text(file.read_text() + "\ntracking: {wandb: {colour: red}}\n")
+    for words in (["train", "--all"], ["seed", "--scratch", "--force"], ["merge", "m", "--method", "average"]):
+        assert "tracker 'wandb' has no option 'colour'" in run(*words).error
+    assert (workspace / "seed" / "seed.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

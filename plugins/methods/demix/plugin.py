@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ....core.artefacts.files import link_or_copy, read_json, write_json
 from ....core.artefacts.safetensors_io import Checkpoint, stored_dtype, write_tensors
 from ....core.errors import UserError
-from ....core.hooks.architectures import architecture_of
 from ....core.hooks.hookspecs import hookimpl
 from ....core.hooks.option_checks import check_at_least
 from ....core.hooks.training import TrainablePart, Trainer, TrainingContext, TrainingText
+from ....core.models.architectures import architecture_of
 
 if TYPE_CHECKING:
     import torch

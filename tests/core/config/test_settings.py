@@ -86,7 +86,7 @@ LAW = "domains: {law: {bundled: python}}\n"
 WRONG = {
     # unknown keys, at every level
     "traning: {}": "1: unknown key 'traning' (did you mean 'training'?)",
-    "zzz: {}": "1: unknown key 'zzz'; known here: domains, experts, launcher, merges, seed, training",
+    "zzz: {}": "1: unknown key 'zzz'; known here: domains, experts, launcher, merges, seed, tracking, training",
     "seed:\n  form: x": "2: unknown key 'form' in seed (did you mean 'from'?)",
     "training:\n  lerning_rate: 1": "2: unknown key 'lerning_rate' in training (did you mean 'learning_rate'?)",
     "seed:\n  training:\n    tokenz: 1": "3: unknown key 'tokenz' in seed.training (did you mean 'tokens'?)",
@@ -167,6 +167,13 @@ def test_errors_name_file_line_key_and_nearest_name(load: Load, tmp_path: Path, 
     assert re.fullmatch(rf"{expected}( \(it is .*\))?", message)
     assert "\n" not in message
     assert "pydantic" not in message
+
+
+def test_a_tracker_without_options_may_stand_alone(load: Load) -> None:
+    assert load("tracking:\n  tensorboard:\n  wandb: {project: x}\n").tracking == {
+        "tensorboard": {},
+        "wandb": {"project": "x"},
+    }
 
 
 def test_text_that_is_not_utf_8_is_named_with_its_byte(load: Load) -> None:

@@ -16,10 +16,10 @@ import pytest
 
 from expertctl import Evaluator, MergeFinished, MergeMethod, TensorMerge, Trainer, hookimpl
 from expertctl.core.errors import UserError
-from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.manager import BUILTIN_PLUGINS, PluginManager, PluginProblem, installed_plugins
 from expertctl.core.hooks.text import CorpusFormat
 from expertctl.core.hooks.training import Launcher
+from expertctl.core.models.architectures import architecture_of
 from expertctl.core.testing import fresh_plugins
 
 

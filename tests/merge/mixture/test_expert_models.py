@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertctl import UserError, load_model
-from expertctl.core.hooks.architectures import architecture_of
+from expertctl.core.models.architectures import architecture_of
 from expertctl.merge.mixture.expert_models import ExpertModels
 from expertctl.merge.mixture.opened import OpenedMixture, open_mixture
 from expertctl.workspace import Workspace

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig
 
 from expertctl.core.errors import UserError
-from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.mixtures import MixtureShape
+from expertctl.core.models.architectures import architecture_of
 from expertctl.merge.mixture.stated_settings import fill_config_defaults
 from expertctl.merge.mixture.targets import choose_target
 

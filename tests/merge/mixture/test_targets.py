@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from expertctl import UserError
-from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.mixtures import Architecture, MixtureShape
+from expertctl.core.models.architectures import architecture_of
 from expertctl.core.testing import tiny_model_folder
 from expertctl.merge.mixture.targets import MIXTRAL, QWEN3_MOE, choose_target, feed_forward_module
 

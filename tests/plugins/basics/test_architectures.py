@@ -9,8 +9,8 @@ import pytest
 import transformers
 
 from expertctl.core.artefacts.safetensors_io import Checkpoint
-from expertctl.core.hooks.architectures import architecture_of
 from expertctl.core.hooks.mixtures import Architecture
+from expertctl.core.models.architectures import architecture_of
 from expertctl.core.testing import fresh_plugins, tiny_model_folder
 
 PLUGINS = fresh_plugins()

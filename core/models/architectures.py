@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from .manager import installed_plugins
-from .mixtures import Architecture
+from ..hooks.manager import installed_plugins
+from ..hooks.mixtures import Architecture
 
 _BLOCKS = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "shared_mlp", "mlp_block")
 _FEED_FORWARD = (

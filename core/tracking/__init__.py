@@ -1,0 +1,1 @@
+"""Experiment trackers: checks before a run, and the processes that record it."""
