@@ -66,12 +66,12 @@ if TYPE_CHECKING:
     from expertctl.core.models.generation import Sampling as Sampling
     from expertctl.core.models.loading import load_model as load_model
     from expertctl.core.models.loading import register_auto_classes as register_auto_classes
+    from expertctl.core.process.scheduling import Job as Job
+    from expertctl.core.process.scheduling import JobState as JobState
+    from expertctl.core.process.scheduling import Scheduler as Scheduler
     from expertctl.core.remote.transfers import Transfer as Transfer
     from expertctl.core.reporting import LaunchResult as LaunchResult
     from expertctl.core.reporting import Reporter as Reporter
-    from expertctl.core.scheduling import Job as Job
-    from expertctl.core.scheduling import JobState as JobState
-    from expertctl.core.scheduling import Scheduler as Scheduler
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
     from expertctl.core.text.token_store import TokenWindows as TokenWindows
     from expertctl.experts.runs.launching import TrainResult as TrainResult
@@ -93,7 +93,7 @@ _HOMES = {
     "core.hooks.merging": "Assembler Assembly AssemblyInputs BuiltModel KeptElements MergeInputs MergeMethod ModelBuilder "
     "OpenedModel PerExpert PlannedTensor Survey TensorGroup TensorMerge",
     "core.hooks.mixtures": "Architecture MixtureShape MixtureTarget RouterInputs RouterRows RouterStart",
-    "core.scheduling": "Job JobState Scheduler",
+    "core.process.scheduling": "Job JobState Scheduler",
     "core.hooks.text": "CorpusFormat DiscoveryInputs Document DocumentOrder DomainDiscoverer FoundDomains ValidationText",
     "core.hooks.tracking": "RunOutcome RunTracker TrackedRun Tracker",
     "core.hooks.training": "Launcher PrivateReleases SideTensor TrainablePart Trainer TrainingContext TrainingText",

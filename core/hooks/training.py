@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..scheduling import Scheduler
+from ..process.scheduling import Scheduler
 from .option_checks import check_options_class
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.options import parse_options
 from ...core.hooks.training import Launcher
 from ...core.manifests.run import RUN_FILE
+from ...core.process.scheduling import Scheduler
 from ...core.reporting import SILENT, LaunchResult, Reporter
-from ...core.scheduling import Scheduler
 from .jobs.job_queue import JobQueue
 from .jobs.run_job import ScheduledRun
 from .jobs.status import require_no_job

@@ -17,7 +17,7 @@ from ...core.errors import UserError, first_line
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.option_checks import check_at_least
 from ...core.hooks.training import Launcher
-from ...core.scheduling import Job, JobState, Scheduler
+from ...core.process.scheduling import Job, JobState, Scheduler
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ...core.errors import UserError
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.option_checks import check_at_least, check_positive
 from ...core.hooks.training import Launcher
-from ...core.scheduling import Job, JobState, Scheduler
+from ...core.process.scheduling import Job, JobState, Scheduler
 
 COMMAND_TIMEOUT_S = 120.0
 _STATES: Mapping[str, Literal["pending", "running", "ended", "lost", "cancelled"]] = {

@@ -14,7 +14,7 @@ from ....core.hooks.options import parse_options
 from ....core.hooks.training import Launcher
 from ....core.manifests.records import parse_record, record, record_as_json
 from ....core.manifests.run import JOB_FOLDER, STATE_FOLDER
-from ....core.scheduling import Scheduler
+from ....core.process.scheduling import Scheduler
 
 JOB_FILE = "job.json"
 LOCK_PATIENCE_S = 120.0

@@ -9,8 +9,8 @@ from itertools import groupby
 
 from ....core.artefacts.files import json_text
 from ....core.errors import UserError
+from ....core.process.scheduling import JobState
 from ....core.reporting import LaunchResult, Reporter
-from ....core.scheduling import JobState
 from .run_job import RunJob, ScheduledRun
 from .worker_records import Warnings
 

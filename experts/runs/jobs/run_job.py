@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ....core.config.settings import LauncherConfig
 from ....core.manifests.run import JOB_FOLDER, LOG_FILE, is_finished
+from ....core.process.scheduling import Job, JobState, Scheduler
 from ....core.reporting import LaunchResult, Reporter
-from ....core.scheduling import Job, JobState, Scheduler
 from .job_file import SubmittedJob, command_lock, forget_job, job_lock, newest_checkpoint, read_job
 from .worker_records import RecordsFile, Warnings, WorkerRecords, last_line
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ....core.errors import UserError
 from ....core.manifests.run import JOB_FOLDER, LOG_FILE, is_finished
-from ....core.scheduling import JobState
+from ....core.process.scheduling import JobState
 from .job_file import JOB_FILE, SubmittedJob, read_job, scheduler_of
 
 

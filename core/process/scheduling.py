@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .process.worker_command import WORKER_ENVIRONMENT, worker_command
+from .worker_command import WORKER_ENVIRONMENT, worker_command
 
 
 @dataclass(frozen=True)
