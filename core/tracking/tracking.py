@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
@@ -109,7 +109,7 @@ class _TrackerProcess:
         """Send a JSON line, as much as the process takes without waiting."""
         if self._process is None:
             return
-        self._unsent += json.dumps(message).encode() + b"\n"
+        self._unsent += json.dumps(message, default=str).encode() + b"\n"  # YAML has dates
         try:
             del self._unsent[: os.write(self._pipe, self._unsent)]
         except BlockingIOError:
@@ -124,7 +124,8 @@ class _TrackerProcess:
         try:
             self._process.communicate(bytes(self._unsent), timeout=max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError, PermissionError):  # it has just ended
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.communicate()
             self._warn(
                 f"it did not finish within {FINISH_SECONDS:g} seconds and was stopped; what it recorded may be incomplete"

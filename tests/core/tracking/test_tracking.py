@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_a_tracker_that_crashes_is_named(run: TrackedRun, capfd: pytest.CaptureF
 def test_an_unknown_tracker_or_option_is_a_warning_where_the_run_trains(
     run: TrackedRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with tracking({"absent": {}, "recording": {"colour": 1}}, run):
+    with tracking({"absent": {}, "recording": {"colour": date(2026, 1, 1)}}, run):
         pass
     absent, option = sorted(warnings(capfd))
     assert "open failed: UserError: no tracker 'absent'" in absent
