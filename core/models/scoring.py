@@ -27,6 +27,11 @@ def begin_text(model: PreTrainedModel, domain: str | None = None) -> bool:
     return is_known
 
 
+def learns_from_text(model: PreTrainedModel) -> bool:
+    """Return whether scored text changes how a model scores later text, so that a text has to be scored in order."""
+    return bool(getattr(model, "learns_from_text", False))
+
+
 def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     """Return log p(x_t | x_<t) in float32 for all but the first token, shape (B, T).
 
@@ -55,13 +60,10 @@ def total_loss(model: PreTrainedModel, batches: Iterable[NDArray[Any]], device: 
     return total, count
 
 
-def scored_loss(model: PreTrainedModel, batches: Iterable[Windows], device: torch.device) -> tuple[float, int]:
-    """Return the summed cross-entropy of the targets that the windows score, in nats, and their number."""
+def scored_loss(model: PreTrainedModel, windows: Windows) -> tuple[float, int]:
+    """Return the summed cross-entropy of the targets that windows score, in nats, and their number."""
     import torch
 
-    total, count = 0.0, 0
-    for windows in batches:
-        scores = token_log_probs(model, torch.from_numpy(windows.tokens).to(device)).double()
-        total -= float(scores[torch.from_numpy(windows.scored).to(device)].sum())
-        count += int(windows.scored.sum())
-    return total, count
+    scores = token_log_probs(model, torch.from_numpy(windows.tokens).to(model.device)).double()
+    loss = -float(scores[torch.from_numpy(windows.scored).to(model.device)].sum())
+    return loss, int(windows.scored.sum())

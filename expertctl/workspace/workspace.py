@@ -162,13 +162,14 @@ class Workspace:
         known_domains: bool = False,
         ranked: Iterable[Collection[str]] = (),
         jobs: int | None = None,
+        nproc: int = 1,
         reporter: Reporter = SILENT,
     ) -> EvaluationTable:
         """Score models (names in this workspace, or folders; default: all finished ones) on the test text of domains.
 
         `context` and `stride` are the length of windows and their distance, in tokens; with `known_domains`, ensembles are
         told which domain they read. `ranked` are models that will be compared; it is refused if their tokenizers keep
-        different shares of a text.
+        different shares of a text. `nproc` processes share the work; scores do not depend on their number.
         """
         names = models or tuple(folder.name for folder in self.layout.finished())
         if not names:
@@ -185,6 +186,7 @@ class Workspace:
             known_domains=known_domains,
             ranked=ranked,
             jobs=jobs,
+            nproc=nproc,
             reporter=reporter,
         )
 

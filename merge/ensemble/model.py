@@ -202,6 +202,11 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         """Domains that `begin_text` may name."""
         return self.mixer.domains
 
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether scored texts change later weights."""
+        return self.mixer.learns_from_text
+
     def begin_text(self, domain: str | None = None) -> None:
         """Forget the texts that were scored before, if they change later weights; the next are of one of the mixer's domains."""
         self.mixer.begin_text(domain)
