@@ -49,11 +49,13 @@ class Worker:
             kind, content = self._connection.recv()
         except (OSError, EOFError):
             self._process.join(timeout=10)
-            raise UserError(self._end()) from None
+            # an error of the system: what was done so far is worth keeping
+            raise UserError(self._end()) from ChildProcessError(self._process.exitcode)
         if kind == "bug":
             raise RuntimeError(f"{self._what} failed:\n{content}")
         if kind == "error":
-            raise content
+            error, cause = content
+            raise error from cause
         return content
 
     def stop(self) -> None:
@@ -121,7 +123,7 @@ def _work(connection: Connection, prepare: Prepare, arguments: Sequence[Any]) ->
                 answer = answer or prepare(*arguments)
                 reply: tuple[str, Any] = ("done", answer(task))
             except UserError as error:
-                reply = ("error", error)
+                reply = ("error", (error, error.__cause__))  # which a pickled error does not keep
             except Exception:
                 reply = ("bug", traceback.format_exc())
             connection.send(reply)
