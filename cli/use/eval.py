@@ -8,7 +8,7 @@ import click
 
 from ..context import GATE_FAILED, Session, pass_session
 from ..group import cli_command
-from ..options import flag, integer, name_list, option
+from ..options import flag, integer, name_list, option, with_device_map
 from ..output import Table
 from ..parsing import gate
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     "Number of processes that share the text, one GPU each if there are any; figures do not depend on it.",
     default=1,
 )
+@with_device_map
 @option("--evaluator", "NAME", "Evaluator; `expertctl plugins` lists the choices.", default="perplexity")
 @option(
     "--require",
@@ -58,6 +59,7 @@ def command(
     known_domains: bool,
     jobs: int | None,
     nproc: int,
+    device_map: str | None,
     evaluator: str,
     gates: tuple[tuple[str, str], ...],
     against: tuple[str, ...] | None,
@@ -72,7 +74,7 @@ def command(
         raise click.UsageError("give either --jobs or --nproc")
     workspace = session.open()
     if against is not None:
-        if len(models) != 1 or gates or context or stride or known_domains or evaluator != "perplexity":
+        if len(models) != 1 or gates or context or stride or known_domains or device_map or evaluator != "perplexity":
             raise click.UsageError(
                 "--against takes exactly one MODEL, and of the other options only --domains, --jobs and --nproc"
             )
@@ -90,6 +92,7 @@ def command(
             ranked=gates,
             jobs=jobs,
             nproc=nproc,
+            device_map=device_map,
             reporter=progress,
         )
     if not table.is_comparable(table.scores):

@@ -35,17 +35,18 @@ def learns_from_text(model: PreTrainedModel) -> bool:
 def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     """Return log p(x_t | x_<t) in float32 for all but the first token, shape (B, T).
 
-    Uses the model's `target_log_probs` if it has one, which scores targets without the full distribution.
+    The model may be on another device than the tokens, where the result is. Uses the model's `target_log_probs` if it has one, which scores targets without the full distribution.
     """
     import torch
 
     if hasattr(model, "target_log_probs"):
         scored: Tensor = model.target_log_probs(tokens_BT1)
         return scored
+    home, tokens_BT1 = tokens_BT1.device, tokens_BT1.to(model.device)
     logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
     targets_BT = tokens_BT1[:, 1:]
     loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
-    return -loss.view_as(targets_BT)
+    return -loss.view_as(targets_BT).to(home)
 
 
 def total_loss(model: PreTrainedModel, batches: Iterable[NDArray[Any]], device: torch.device) -> tuple[float, int]:

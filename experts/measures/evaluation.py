@@ -14,7 +14,14 @@ from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.manager import installed_plugins
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.manifests.run import RunSpec
-from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
+from ...core.models.loading import (
+    load_network,
+    max_positions,
+    require_intact_models,
+    require_members,
+    tokenizer_folder,
+)
+from ...core.models.placement import DeviceMap
 from ...core.models.scoring import begin_text
 from ...core.process.compute import best_device, concurrently
 from ...core.reporting import SILENT, Reporter
@@ -100,6 +107,7 @@ def evaluate(
     ranked: Iterable[Collection[str]] = (),
     jobs: int | None = None,
     nproc: int = 1,
+    device_map: DeviceMap | None = None,
     reporter: Reporter = SILENT,
 ) -> EvaluationTable:
     """Score models (display name -> folder) on the test text of domains (default: all of the project).
@@ -108,7 +116,8 @@ def evaluate(
     is the length of a window in tokens (default: the model's own, at most 2,048), `stride` the distance between windows
     (default: half of `context`). With `known_domains`, ensembles are told which domain they read, if they have a prior for
     it. `ranked` are models that will be compared with each other. `nproc` processes share the batches of all texts, one GPU
-    each if there are any; scores do not depend on their number.
+    each if there are any; scores do not depend on their number. `device_map` places the members of all models on devices; see
+    `load_model`.
 
     Raises `UserError` for a damaged model, an unknown domain, a context that a model cannot read, and for ranked models
     whose tokenizers keep different shares of a text.
@@ -120,7 +129,12 @@ def evaluate(
     if nproc > 1:
         if jobs is not None:
             raise UserError("processes and models at the same time cannot both be given; give either nproc or jobs")
+        if device_map is not None:
+            raise UserError("a device map is for one process; give either nproc or device_map")
         require_devices(nproc)
+    if device_map is not None:
+        for folder in models.values():
+            require_members(folder, device_map)
     require_intact_models(models.values())
     windows, texts, notes = _open_texts(layout, project, models, names, context, stride)
     for group in ranked:
@@ -134,21 +148,28 @@ def evaluate(
     if nproc > 1 and scorer.division is not None:
         scores, knows_domains = score_in_processes(job, scorer.division, nproc, reporter)
     else:
-        scores, knows_domains = _score_here(job, scorer, names, jobs, reporter)
+        scores, knows_domains = _score_here(job, scorer, names, jobs, device_map, reporter)
     if known_domains and not knows_domains:
         reporter.say(f"no model has a prior for {', '.join(names)}, so it makes no difference that domains are known")
     return EvaluationTable(names, scores, scorer.metrics, texts)
 
 
 def _score_here(
-    job: EvaluationJob, scorer: Evaluator, domains: Sequence[str], jobs: int | None, reporter: Reporter
+    job: EvaluationJob,
+    scorer: Evaluator,
+    domains: Sequence[str],
+    jobs: int | None,
+    device_map: DeviceMap | None,
+    reporter: Reporter,
 ) -> tuple[dict[str, dict[str, Score]], bool]:
     """Return model -> domain -> score, and whether a model has weights of its own for one of the domains."""
     counter = itertools.count(1)
     told: dict[tuple[str, str], bool] = {}
 
     def score(model: str) -> dict[str, Score]:
-        network = load_network(job.models[model], dtype="float32").to(best_device())
+        network = load_network(job.models[model], dtype="float32", device_map=device_map)
+        if device_map is None:
+            network.to(best_device())
         domain_scores = {}
         for name in domains:
             # scores do not depend on the order of domains

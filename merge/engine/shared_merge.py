@@ -6,10 +6,11 @@ merge, of methods with a survey, run in threads of this process.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 from ...core.artefacts.safetensors_io import TensorEntry
@@ -66,19 +67,22 @@ def work_off(queue: TensorQueue, writer: Writer, merge: Callable[[TensorPlan], s
         raise
 
 
-def job_for_processes(tools: MergeTools, shards: Sequence[ShardPlan], folder: Path, reporter: Reporter) -> bytes | None:
-    """Return a pickled job; None, with a note, if the method cannot be passed on to other processes."""
+def job_for_processes(
+    tools: MergeTools, shards: Sequence[ShardPlan], folder: Path, reporter: Reporter
+) -> MergeJob | None:
+    """Return a job; None, with a note, if the method cannot be passed on to other processes."""
     job = MergeJob(
         tools.method, tools.vocabulary, tools.device, tools.survey, tools.reader.settings, tuple(shards), folder
     )
     try:
-        return pickle.dumps(job)
-    except (pickle.PicklingError, AttributeError, TypeError):  # such as a function within a function
+        ForkingPickler.dumps(job)
+    except (PicklingError, AttributeError, TypeError):  # such as a function within a function
         reporter.say(f"merge method '{tools.method.name}' cannot be passed on to other processes, so one is used")
         return None
+    return job
 
 
-def merge_in_processes(job: bytes, queue: TensorQueue, tools: MergeTools, writer: Writer, count: int) -> None:
+def merge_in_processes(job: MergeJob, queue: TensorQueue, tools: MergeTools, writer: Writer, count: int) -> None:
     """Merge all tensors of the queue in `count` processes; raises `UserError` if one of them ends."""
 
     def lane(worker: Worker) -> bool:
@@ -96,9 +100,8 @@ def merge_in_processes(job: bytes, queue: TensorQueue, tools: MergeTools, writer
     with_workers(count, lambda number: Worker(f"merge process {number + 1} of {count}", answer_tensors, (job,)), lane)
 
 
-def answer_tensors(pickled: bytes) -> Callable[[str | None], Merged | None]:
+def answer_tensors(job: MergeJob) -> Callable[[str | None], Merged | None]:
     """Return what a process answers: to the name of a tensor what it has merged, to None nothing, once it has flushed."""
-    job: MergeJob = pickle.loads(pickled)
     tensors = {tensor.name: tensor for shard in job.shards for tensor in shard.tensors}
     reader = Reader(**job.reading)
     files = OutputFiles(job.folder, job.shards)
