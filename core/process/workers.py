@@ -32,7 +32,7 @@ class Worker:
         self._what = what
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(theirs, prepare, tuple(arguments)), name=what)
+        self._process = spawn.Process(target=_work, args=(theirs, prepare, tuple(arguments)), name=what, daemon=True)
         with _interrupts_blocked():
             self._process.start()
         theirs.close()  # the only other end is then the worker's, so that we notice when it ends
@@ -61,10 +61,10 @@ class Worker:
     def stop(self) -> None:
         """Kill the process."""
         self._process.kill()
-        self._process.join()
 
     def close(self) -> None:
         """Free the process's resources after `stop`, once no thread asks it any more."""
+        self._process.join()
         self._connection.close()
         self._process.close()
 

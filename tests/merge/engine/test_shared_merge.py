@@ -103,11 +103,13 @@ class AtFirst(Recorder):
     def __init__(self, number: signal.Signals) -> None:
         super().__init__()
         self.number = number
+        self.is_done = False
 
     def progress(self, task: str, done: int, total: int | None = None, unit: str = "") -> None:
         children = [process.pid for process in multiprocessing.active_children() if process.pid is not None]
-        if not children:  # before the processes begin
+        if self.is_done or not children:  # before the processes begin
             return
+        self.is_done = True
         if self.number == signal.SIGINT:
             os.kill(os.getpid(), signal.SIGINT)
         else:
