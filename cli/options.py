@@ -85,6 +85,13 @@ with_training = with_options(
 )
 
 
+with_device_map = option(
+    "--device-map",
+    "MAP",
+    "Devices of the members of an ensemble or a stitched model: code=cuda:0,law=cpu, or auto (spread over the GPUs).",
+)
+
+
 def training_settings(tokens: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the training settings for the options `--tokens` and `--set`."""
     return as_dictionary((*settings.items(), *([("tokens", tokens)] if tokens is not None else [])))

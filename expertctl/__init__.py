@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from expertctl.core.hooks.ensembles import MixingPass as MixingPass
     from expertctl.core.hooks.ensembles import TextMixer as TextMixer
     from expertctl.core.hooks.ensembles import TextState as TextState
+    from expertctl.core.hooks.evaluation import Division as Division
     from expertctl.core.hooks.evaluation import Evaluator as Evaluator
     from expertctl.core.hooks.evaluation import Metric as Metric
     from expertctl.core.hooks.evaluation import Score as Score
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from expertctl.core.reporting import Reporter as Reporter
     from expertctl.core.text.token_store import TokenBlocks as TokenBlocks
     from expertctl.core.text.token_store import TokenWindows as TokenWindows
+    from expertctl.core.text.token_store import Windows as Windows
     from expertctl.experts.runs.launching import TrainResult as TrainResult
     from expertctl.experts.runs.tuning import TuningSettings as TuningSettings
     from expertctl.experts.text.discovery import DiscoverySettings as DiscoverySettings
@@ -87,7 +89,7 @@ _HOMES = {
     "core.config.project": "load_project",
     "core.errors": "UserError",
     "core.hooks.ensembles": "Mixer MixingPass TextMixer TextState",
-    "core.hooks.evaluation": "Evaluator Metric Score",
+    "core.hooks.evaluation": "Division Evaluator Metric Score",
     "core.hooks.events": "ExpertFinished MergeFinished TrainingStep",
     "core.hooks.hookspecs": "hookimpl",
     "core.hooks.merging": "Assembler Assembly AssemblyInputs BuiltModel KeptElements MergeInputs MergeMethod ModelBuilder "
@@ -103,7 +105,7 @@ _HOMES = {
     "core.models.loading": "load_model register_auto_classes",
     "core.remote.transfers": "Transfer",
     "core.reporting": "LaunchResult Reporter",
-    "core.text.token_store": "TokenBlocks TokenWindows",
+    "core.text.token_store": "TokenBlocks TokenWindows Windows",
     "experts.runs.launching": "TrainResult",
     "experts.runs.tuning": "TuningSettings",
     "experts.text.discovery": "DiscoverySettings",

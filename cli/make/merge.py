@@ -76,6 +76,7 @@ if TYPE_CHECKING:
 @option("--shard-size", "SIZE", "Maximum size of a file, such as 500MB.", type=byte_count, default="5GB")
 @option("--device", "DEVICE", "Device for the computation: cpu, cuda, cuda:1.", default="cpu")
 @integer("--threads", "Number of tensors to merge at the same time. Default: one per core, up to 4.")
+@integer("--workers", "Number of processes that share the tensors; the result does not depend on it.", default=1)
 @flag("--allow-unrelated", "Merge models that do not descend from one another.")
 @flag("--allow-licences", "Merge models with incompatible licences.")
 @flag("--allow-nonfinite", "Merge models that contain NaN or infinity.")
@@ -98,6 +99,7 @@ def command(
     shard_size: int,
     device: str,
     threads: int | None,
+    workers: int,
     allow_unrelated: bool,
     allow_licences: bool,
     allow_nonfinite: bool,
@@ -116,7 +118,7 @@ def command(
         resume=resume,
         allow_unrelated=allow_unrelated,
         allow_licences=allow_licences,
-        settings=EngineSettings(threads=threads, device=device, allow_nonfinite=allow_nonfinite),
+        settings=EngineSettings(threads, device, workers=workers, allow_nonfinite=allow_nonfinite),
         shard_bytes=shard_size,
     )
     if self_contained:

@@ -8,7 +8,7 @@ import click
 
 from ..context import GATE_FAILED, Session, pass_session
 from ..group import cli_command
-from ..options import flag, integer, name_list, option
+from ..options import flag, integer, name_list, option, with_device_map
 from ..output import Table
 from ..parsing import gate
 
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 @integer("--stride", "Tokens from one window to the next. Default: half of the context.", metavar="M")
 @flag("--known-domains", "Tell ensembles which domain they read, so that they use the prior fitted on it.")
 @integer("--jobs", "Number of models to evaluate at the same time. Default: as many as the machine allows.")
+@integer(
+    "--nproc",
+    "Number of processes that share the text, one GPU each if there are any; figures do not depend on it.",
+    default=1,
+)
+@with_device_map
 @option("--evaluator", "NAME", "Evaluator; `expertctl plugins` lists the choices.", default="perplexity")
 @option(
     "--require",
@@ -52,6 +58,8 @@ def command(
     stride: int | None,
     known_domains: bool,
     jobs: int | None,
+    nproc: int,
+    device_map: str | None,
     evaluator: str,
     gates: tuple[tuple[str, str], ...],
     against: tuple[str, ...] | None,
@@ -62,13 +70,15 @@ def command(
     Hugging Face causal language model; default: all models. Bits per byte are comparable across tokenizers, perplexity is
     not.
     """
+    if jobs is not None and nproc > 1:
+        raise click.UsageError("give either --jobs or --nproc")
     workspace = session.open()
     if against is not None:
-        if len(models) != 1 or gates or context or stride or known_domains or evaluator != "perplexity":
+        if len(models) != 1 or gates or context or stride or known_domains or device_map or evaluator != "perplexity":
             raise click.UsageError(
-                "--against takes exactly one MODEL, and of the other options only --domains and --jobs"
+                "--against takes exactly one MODEL, and of the other options only --domains, --jobs and --nproc"
             )
-        return report_comparison(session, workspace, models[0], against, domains, jobs)[0]
+        return report_comparison(session, workspace, models[0], against, domains, jobs, nproc)[0]
     model_names = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in workspace.layout.finished())
     _require_models(gates, model_names)
     with session.progress() as progress:
@@ -81,6 +91,8 @@ def command(
             known_domains=known_domains,
             ranked=gates,
             jobs=jobs,
+            nproc=nproc,
+            device_map=device_map,
             reporter=progress,
         )
     if not table.is_comparable(table.scores):
@@ -106,6 +118,7 @@ def report_comparison(
     against: Sequence[str] | None,
     domains: Sequence[str] | None = None,
     jobs: int | None = None,
+    nproc: int = 1,
     *,
     artefact: Mapping[str, Any] | None = None,
 ) -> tuple[int, Comparison]:
@@ -114,7 +127,7 @@ def report_comparison(
     `artefact` is the `--json` content of a new model; the evaluation is then added to it.
     """
     with session.progress() as progress:
-        comparison = workspace.compare(model, against, domains, jobs=jobs, reporter=progress)
+        comparison = workspace.compare(model, against, domains, jobs=jobs, nproc=nproc, reporter=progress)
     content = {**comparison.table.as_json(), "holds": comparison.holds, "best_baseline": comparison.best}
     session.finish(
         content if artefact is None else {**artefact, "evaluation": content},

@@ -13,7 +13,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import flag, fraction, integer, name_list, option
+from ..options import flag, fraction, integer, name_list, option, with_device_map
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,7 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "
 @integer("--seed", "Random seed.", least=0, default=0)
 @name_list("--without", "Disable these experts of an ensemble or a mixture for this call.", multiple=True)
 @option("--domain", "NAME", "Domain of the text, for which an ensemble may have a prior of its own.")
+@with_device_map
 @flag("--show-experts", "Mark each token with the expert of the highest weight (ensembles).")
 @pass_session
 def command(
@@ -44,6 +45,7 @@ def command(
     seed: int,
     without: tuple[tuple[str, ...], ...],
     domain: str | None,
+    device_map: str | None,
     show_experts: bool,
 ) -> None:
     """Sample a continuation of a prompt.
@@ -63,6 +65,7 @@ def command(
             without=[name for several in without for name in several],
             domain=domain,
             shares=show_experts,
+            device_map=device_map,
             reporter=progress,
         )
     content = {

@@ -70,6 +70,11 @@ class TextMixer(ABC):
         """Domains whose texts are weighted in a way of their own, if `begin_text` names them."""
         return ()
 
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether scored texts change later weights; by default, of mixers that forget texts in `begin_text`."""
+        return type(self).begin_text is not TextMixer.begin_text
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the JSON content that `Mixer.read` restores it from, with the files of `write`."""

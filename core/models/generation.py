@@ -16,6 +16,7 @@ from ..process.compute import best_device, threads_for_tokens
 from ..reporting import SILENT, Reporter
 from ..text.tokenizer import missing_row
 from .loading import load_model, require_intact_models
+from .placement import DeviceMap
 from .scoring import begin_text
 
 
@@ -64,15 +65,16 @@ def generate(
     without: Collection[str] = (),
     domain: str | None = None,
     shares: bool = False,
+    device_map: DeviceMap | None = None,
     reporter: Reporter = SILENT,
 ) -> Generation:
     """Sample a continuation; an ensemble may have a prior for texts of `domain`.
 
-    Raises `UserError` for `shares` of a model without experts, for a domain that the model has no prior for, and for too
-    long a text.
+    Raises `UserError` for `shares` of a model without experts, for a domain that the model has no prior for, for too long
+    a text, and for a `device_map` (see `load_model`) that does not fit.
     """
     require_intact_models([folder])
-    model, tokenizer = load_model(folder, without=without)
+    model, tokenizer = load_model(folder, without=without, device_map=device_map)
     if shares and not hasattr(model, "responsibilities"):
         raise UserError(
             f"{folder.name} does not mix the experts' predictions per token; request shares from an ensemble"
@@ -81,7 +83,8 @@ def generate(
         raise unknown_name(
             "domain", domain, getattr(model, "text_domains", ()), listed_as=f"{folder.name} has priors for"
         )
-    model.to(best_device())
+    if device_map is None:
+        model.to(best_device())
     prompt_1T = _prompt_tokens(model, tokenizer, prompt, sampling.max_new_tokens).to(model.device)
     torch.manual_seed(sampling.seed)
     temperature = sampling.temperature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from ..manifests.verification import require_intact
 from ..process.environment import without_loading_bars
 from ..text.tokenizer import load_tokenizer
 from .overlay import overlay_tensors as overlay_tensors
+from .placement import DeviceMap, check_device_map, place_members
 from .stored_names import checkpoint_tensors as checkpoint_tensors
 
 if TYPE_CHECKING:
@@ -65,15 +66,18 @@ def load_model(
     dtype: str = "auto",
     without: Collection[str] = (),
     as_trained: bool = True,
+    device_map: DeviceMap | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any artefact as (model in evaluation mode, tokenizer).
 
     `seed` is required only for an expert outside its workspace. `dtype` is `auto` (as stored) or the name of a torch
     dtype. `without` disables experts of an ensemble or a mixture; files stay unchanged. An expert trained inside a
     larger model (`flexolmo`: beside the public FFN) is loaded as that model, or, without `as_trained`, as a dense
-    model with its tensors. Raises `UserError` if the folder is unfinished, damaged or of unknown kind.
+    model with its tensors. `device_map` places the members of an ensemble or a stitched model on devices: `auto` (over
+    the GPUs by size), `code=cuda:0,law=cpu`, or a dictionary. Raises `UserError` if the folder is unfinished, damaged or
+    of unknown kind, and for a device map that does not fit.
     """
-    model = load_network(folder, seed=seed, dtype=dtype, without=without, as_trained=as_trained)
+    model = load_network(folder, seed=seed, dtype=dtype, without=without, as_trained=as_trained, device_map=device_map)
     with _LOADING:
         return model, load_tokenizer(tokenizer_folder(Path(folder), Path(seed) if seed is not None else None))
 
@@ -85,6 +89,7 @@ def load_network(
     dtype: str = "auto",
     without: Collection[str] = (),
     as_trained: bool = True,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load an artefact's model without its tokenizer; arguments as for `load_model`."""
     path = Path(folder)
@@ -97,6 +102,8 @@ def load_network(
     manifest = _manifest_of(path)
     if manifest is None and (path / "run.json").is_file():
         raise UserError(f"{path} is an unfinished run: it has a run.json and no manifest; resume its training")
+    if device_map is not None:
+        require_members(path, device_map)
     with _LOADING, without_loading_bars():
         if manifest is not None and manifest.kind == "expert":
             if without:
@@ -115,7 +122,27 @@ def load_network(
             from .kernels.sorted_loop import use_sorted_loop
 
             use_sorted_loop(model)
+        if device_map is not None:
+            place_members(model, device_map)
         return model
+
+
+def require_members(folder: Path, device_map: DeviceMap) -> None:
+    """Raise `UserError` unless the device map fits the members of the model in a folder; loads no weights."""
+    from transformers import AutoConfig
+
+    names: Collection[str] = ()
+    if (folder / "config.json").is_file() and _is_own_type(read_json(folder / "config.json")):
+        with _LOADING:
+            register_auto_classes()
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        names = getattr(config, "member_names", ())
+    check_device_map(device_map, names, folder)
+
+
+def _is_own_type(config: Mapping[str, Any]) -> bool:
+    """Return whether a model is of one of expertctl's classes."""
+    return str(config.get("model_type", "")).startswith("expertctl_")
 
 
 def _switch_off_experts(
@@ -218,7 +245,7 @@ def check_loadable(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no config.json: it is not a model folder, or it is unfinished")
     config = read_json(folder / "config.json")
     refuse_quantized(folder, config)
-    if not str(config.get("model_type", "")).startswith("expertctl_"):
+    if not _is_own_type(config):
         for file in checkpoint_files(folder):
             Checkpoint([file])
     return config

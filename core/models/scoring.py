@@ -27,20 +27,26 @@ def begin_text(model: PreTrainedModel, domain: str | None = None) -> bool:
     return is_known
 
 
+def learns_from_text(model: PreTrainedModel) -> bool:
+    """Return whether scored text changes how a model scores later text, so that a text has to be scored in order."""
+    return bool(getattr(model, "learns_from_text", False))
+
+
 def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     """Return log p(x_t | x_<t) in float32 for all but the first token, shape (B, T).
 
-    Uses the model's `target_log_probs` if it has one, which scores targets without the full distribution.
+    The model may be on another device than the tokens, where the result is. Uses the model's `target_log_probs` if it has one, which scores targets without the full distribution.
     """
     import torch
 
     if hasattr(model, "target_log_probs"):
         scored: Tensor = model.target_log_probs(tokens_BT1)
         return scored
+    home, tokens_BT1 = tokens_BT1.device, tokens_BT1.to(model.device)
     logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
     targets_BT = tokens_BT1[:, 1:]
     loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
-    return -loss.view_as(targets_BT)
+    return -loss.view_as(targets_BT).to(home)
 
 
 def total_loss(model: PreTrainedModel, batches: Iterable[NDArray[Any]], device: torch.device) -> tuple[float, int]:
@@ -55,13 +61,10 @@ def total_loss(model: PreTrainedModel, batches: Iterable[NDArray[Any]], device: 
     return total, count
 
 
-def scored_loss(model: PreTrainedModel, batches: Iterable[Windows], device: torch.device) -> tuple[float, int]:
-    """Return the summed cross-entropy of the targets that the windows score, in nats, and their number."""
+def scored_loss(model: PreTrainedModel, windows: Windows) -> tuple[float, int]:
+    """Return the summed cross-entropy of the targets that windows score, in nats, and their number."""
     import torch
 
-    total, count = 0.0, 0
-    for windows in batches:
-        scores = token_log_probs(model, torch.from_numpy(windows.tokens).to(device)).double()
-        total -= float(scores[torch.from_numpy(windows.scored).to(device)].sum())
-        count += int(windows.scored.sum())
-    return total, count
+    scores = token_log_probs(model, torch.from_numpy(windows.tokens).to(model.device)).double()
+    loss = -float(scores[torch.from_numpy(windows.scored).to(model.device)].sum())
+    return loss, int(windows.scored.sum())

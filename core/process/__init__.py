@@ -1,1 +1,1 @@
-"""The running process: progress display, devices, memory allocator, environment variables."""
+"""The running process: progress display, devices, memory allocator, environment variables, worker processes."""

@@ -270,9 +270,12 @@ class TokenWindows:
         """Return the number of windows."""
         return 1 + -(-max(self.num_targets - self.context, 0) // self.stride)
 
-    def batches(self, batch_size: int) -> Iterator[Windows]:
-        """Yield all windows in order, at most `batch_size` at once; the last one ends with the text."""
-        for first in range(0, len(self), batch_size):
+    def batches(self, batch_size: int, begin: int = 0, end: int | None = None) -> Iterator[Windows]:
+        """Yield all windows in order, at most `batch_size` at once; the last one ends with the text.
+
+        `begin` and `end` are the numbers of the first batch to yield, and of the one after the last.
+        """
+        for first in range(0, len(self), batch_size)[begin:end]:
             yield self._windows(range(first, min(first + batch_size, len(self))))
 
     def _windows(self, numbers: range) -> Windows:

@@ -67,6 +67,7 @@ def compare(
     domains: Sequence[str] | None = None,
     *,
     jobs: int | None = None,
+    nproc: int = 1,
     reporter: Reporter = SILENT,
 ) -> Comparison:
     """Score a generalist and its baselines; baselines that need a merge are made temporarily.
@@ -88,7 +89,9 @@ def compare(
             else:
                 folders[row] = project.layout.artefact(name)
         ranked = [list(folders)]
-        table = evaluate(project.layout, project.config, folders, domains, ranked=ranked, jobs=jobs, reporter=reporter)
+        table = evaluate(
+            project.layout, project.config, folders, domains, ranked=ranked, jobs=jobs, nproc=nproc, reporter=reporter
+        )
     scores = dict(table.scores)
     if BEST_EXPERT in against:
         metric = table.metrics[0]

@@ -173,10 +173,12 @@ class Generalists:
         domains: Sequence[str] | None = None,
         *,
         jobs: int | None = None,
+        nproc: int = 1,
         reporter: Reporter = SILENT,
     ) -> Comparison:
         """Compare a generalist with its seed, best expert, average and ensemble, or with the models `against`."""
-        return compare(self._project, self._data, model, against or BASELINES, domains, jobs=jobs, reporter=reporter)
+        baselines = against or BASELINES
+        return compare(self._project, self._data, model, baselines, domains, jobs=jobs, nproc=nproc, reporter=reporter)
 
     def routing(self, model: str, domains: Sequence[str] | None = None, *, blocks: int = 32) -> RoutingReport:
         """Return how a mixture's routers distribute the validation text of domains (default: all) over its experts."""

@@ -33,6 +33,7 @@ from .project import Project
 
 if TYPE_CHECKING:
     from expertctl.core.models.generation import Generation, Sampling
+    from expertctl.core.models.placement import DeviceMap
 
 
 class Workspace:
@@ -171,13 +172,16 @@ class Workspace:
         known_domains: bool = False,
         ranked: Iterable[Collection[str]] = (),
         jobs: int | None = None,
+        nproc: int = 1,
+        device_map: DeviceMap | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationTable:
         """Score models (names in this workspace, or folders; default: all finished ones) on the test text of domains.
 
         `context` and `stride` are the length of windows and their distance, in tokens; with `known_domains`, ensembles are
         told which domain they read. `ranked` are models that will be compared; it is refused if their tokenizers keep
-        different shares of a text.
+        different shares of a text. `nproc` processes share the work; scores do not depend on their number.
+        `device_map` places the members of all models on devices; see `load_model`.
         """
         names = models or tuple(folder.name for folder in self.layout.finished())
         if not names:
@@ -194,6 +198,8 @@ class Workspace:
             known_domains=known_domains,
             ranked=ranked,
             jobs=jobs,
+            nproc=nproc,
+            device_map=device_map,
             reporter=reporter,
         )
 
@@ -206,14 +212,22 @@ class Workspace:
         without: Sequence[str] = (),
         domain: str | None = None,
         shares: bool = False,
+        device_map: DeviceMap | None = None,
         reporter: Reporter = SILENT,
     ) -> Generation:
         """Sample a continuation; `shares`: add each expert's share per token; `without`: experts to disable; `domain`: of
-        the text, if the ensemble has a prior for it.
+        the text, if the ensemble has a prior for it; `device_map`: devices of the members, see `load_model`.
         """
         from expertctl.core.models.generation import Sampling, generate
 
         folder = self.layout.artefact(model)
         return generate(
-            folder, prompt, sampling or Sampling(), without=without, domain=domain, shares=shares, reporter=reporter
+            folder,
+            prompt,
+            sampling or Sampling(),
+            without=without,
+            domain=domain,
+            shares=shares,
+            device_map=device_map,
+            reporter=reporter,
         )

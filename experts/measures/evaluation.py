@@ -14,12 +14,20 @@ from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.manager import installed_plugins
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.manifests.run import RunSpec
-from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
+from ...core.models.loading import (
+    load_network,
+    max_positions,
+    require_intact_models,
+    require_members,
+    tokenizer_folder,
+)
+from ...core.models.placement import DeviceMap
 from ...core.models.scoring import begin_text
 from ...core.process.compute import best_device, concurrently
 from ...core.reporting import SILENT, Reporter
 from ...core.text.token_store import TokenWindows
 from ..text.corpora import NEGLIGIBLE_LOSS, domain_config, lost_text, prepare_domain
+from .shared_evaluation import EvaluationJob, require_devices, score_in_processes
 
 LONGEST_CONTEXT = 2048
 
@@ -98,6 +106,8 @@ def evaluate(
     known_domains: bool = False,
     ranked: Iterable[Collection[str]] = (),
     jobs: int | None = None,
+    nproc: int = 1,
+    device_map: DeviceMap | None = None,
     reporter: Reporter = SILENT,
 ) -> EvaluationTable:
     """Score models (display name -> folder) on the test text of domains (default: all of the project).
@@ -105,7 +115,9 @@ def evaluate(
     Each model uses its own tokenizer; bits per byte are comparable across tokenizers that keep the whole text. `context`
     is the length of a window in tokens (default: the model's own, at most 2,048), `stride` the distance between windows
     (default: half of `context`). With `known_domains`, ensembles are told which domain they read, if they have a prior for
-    it. `ranked` are models that will be compared with each other.
+    it. `ranked` are models that will be compared with each other. `nproc` processes share the batches of all texts, one GPU
+    each if there are any; scores do not depend on their number. `device_map` places the members of all models on devices; see
+    `load_model`.
 
     Raises `UserError` for a damaged model, an unknown domain, a context that a model cannot read, and for ranked models
     whose tokenizers keep different shares of a text.
@@ -114,31 +126,61 @@ def evaluate(
     if not names:
         raise UserError("there is no domain to evaluate on; add one under 'domains' in expertctl.yaml")
     scorer = installed_plugins().offer(Evaluator, evaluator)
+    if nproc > 1:
+        if jobs is not None:
+            raise UserError("processes and models at the same time cannot both be given; give either nproc or jobs")
+        if device_map is not None:
+            raise UserError("a device map is for one process; give either nproc or device_map")
+        require_devices(nproc)
+    if device_map is not None:
+        for folder in models.values():
+            require_members(folder, device_map)
     require_intact_models(models.values())
     windows, texts, notes = _open_texts(layout, project, models, names, context, stride)
     for group in ranked:
         _require_comparable(texts, group, names)
+    if nproc > 1 and scorer.division is None:
+        notes.append(f"evaluator '{evaluator}' scores a text as a whole, so only one process is used")
     for note in notes:
         reporter.say(note)
 
+    job = EvaluationJob(models, windows, known_domains)
+    if nproc > 1 and scorer.division is not None:
+        scores, knows_domains = score_in_processes(job, scorer.division, nproc, reporter)
+    else:
+        scores, knows_domains = _score_here(job, scorer, names, jobs, device_map, reporter)
+    if known_domains and not knows_domains:
+        reporter.say(f"no model has a prior for {', '.join(names)}, so it makes no difference that domains are known")
+    return EvaluationTable(names, scores, scorer.metrics, texts)
+
+
+def _score_here(
+    job: EvaluationJob,
+    scorer: Evaluator,
+    domains: Sequence[str],
+    jobs: int | None,
+    device_map: DeviceMap | None,
+    reporter: Reporter,
+) -> tuple[dict[str, dict[str, Score]], bool]:
+    """Return model -> domain -> score, and whether a model has weights of its own for one of the domains."""
     counter = itertools.count(1)
     told: dict[tuple[str, str], bool] = {}
 
     def score(model: str) -> dict[str, Score]:
-        network = load_network(models[model], dtype="float32").to(best_device())
+        network = load_network(job.models[model], dtype="float32", device_map=device_map)
+        if device_map is None:
+            network.to(best_device())
         domain_scores = {}
-        for name in names:
+        for name in domains:
             # scores do not depend on the order of domains
-            told[model, name] = begin_text(network, name if known_domains else None)
-            domain_scores[name] = scorer.evaluate(network, windows[model, name])
-            reporter.progress("evaluating", next(counter), len(models) * len(names), "scores")
+            told[model, name] = begin_text(network, name if job.known_domains else None)
+            domain_scores[name] = scorer.evaluate(network, job.windows[model, name])
+            reporter.progress("evaluating", next(counter), len(job.models) * len(domains), "scores")
         return domain_scores
 
-    sizes = (sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in models.values())
-    scores = concurrently(score, models, bytes_each=max(sizes, default=0), jobs=jobs)
-    if known_domains and not any(told.values()):
-        reporter.say(f"no model has a prior for {', '.join(names)}, so it makes no difference that domains are known")
-    return EvaluationTable(names, dict(zip(models, scores, strict=True)), scorer.metrics, texts)
+    sizes = (sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in job.models.values())
+    scores = concurrently(score, job.models, bytes_each=max(sizes, default=0), jobs=jobs)
+    return dict(zip(job.models, scores, strict=True)), any(told.values())
 
 
 def _open_texts(

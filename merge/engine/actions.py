@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from ...core.errors import UserError
 from ...core.hooks.merging import TensorGroup, TensorMerge
 from ..sources.models import StoredTensor
 from ..sources.vocabularies.row_mapping import VocabularyPlan
+from .output_files import OutputFiles
 from .reading import PIECE_NUMBERS, Reader
 from .tally import Tally
 from .tensor_plan import TensorPlan
@@ -199,6 +200,20 @@ class MergePieces(MergeWhole):
             yield encode(self.call(pieces), self.tensor.dtype)
         for iterator in iterators.values():  # read to the end, where the digest is checked
             next(iterator, None)
+
+
+def merge_tensor(
+    tensor: TensorPlan, tools: MergeTools, files: OutputFiles, is_stopped: Callable[[], bool] = bool
+) -> str | None:
+    """Compute and write a planned tensor and return its digest; None if it was stopped before the end."""
+    action = action_of(tensor, tools)
+    region = files.region(tensor, action.known_digest())
+    for piece in action.pieces():
+        if is_stopped():
+            return None
+        files.write(region, piece)
+    action.verify(region.digest())
+    return region.digest()
 
 
 def action_of(tensor: TensorPlan, tools: MergeTools) -> Action:

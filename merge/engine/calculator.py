@@ -16,11 +16,13 @@ from ...core.hooks.merging import KeptElements, TensorMerge
 from ...core.process.compute import available_cores
 from ...core.reporting import SILENT, Reporter
 from ..sources.vocabularies.row_mapping import VocabularyPlan
-from .actions import MergeTools, action_of, bytes_needed
+from .actions import MergeTools, bytes_needed, merge_tensor
 from .queueing import TensorQueue
 from .reading import PIECE_NUMBERS, Reader
 from .shards import ShardPlan
+from .shared_merge import job_for_processes, merge_in_processes, work_off
 from .surveying import run_survey
+from .tensor_plan import TensorPlan
 from .writing import Writer
 
 MAX_THREADS = 4
@@ -36,6 +38,8 @@ class EngineSettings:
     """Device of the computation: `cpu`, `cuda`, `cuda:1` ..."""
     piece_numbers: int = PIECE_NUMBERS
     """Piece size of element-wise methods, in numbers."""
+    workers: int = 1
+    """Number of processes; several merge one tensor at a time each, and `threads` then only read for surveys."""
 
     allow_nonfinite: bool = False
     """Merge inputs that contain NaN or infinity."""
@@ -43,6 +47,11 @@ class EngineSettings:
     @property
     def num_threads(self) -> int:
         return self.threads or min(available_cores(), MAX_THREADS)
+
+    @property
+    def num_tensors(self) -> int:
+        """Number of tensors that are merged at the same time."""
+        return self.workers if self.workers > 1 else self.num_threads
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,6 @@ def run_merge(
     with (
         Reader(round_to, settings.piece_numbers, finite=not settings.allow_nonfinite) as reader,
         Writer(folder, shards, fingerprint, reporter) as writer,
-        ThreadPoolExecutor(max_workers=settings.num_threads) as pool,
     ):
         resumed = len(writer.digests)
         tools = MergeTools(method, reader, vocabulary, settings.device)
@@ -87,12 +95,11 @@ def run_merge(
         survey = run_survey(planned, tools, threads=settings.num_threads, reporter=reporter) if remaining else None
         tools = replace(tools, survey=survey)
         queue = TensorQueue(remaining, lambda tensor: bytes_needed(tensor, method, settings.piece_numbers))
-        workers = [pool.submit(_work, queue, tools, writer) for _ in range(settings.num_threads)]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:
-            queue.stop()  # an interruption also stops the other threads
+        job = job_for_processes(tools, shards, folder, reporter) if settings.workers > 1 and remaining else None
+        if job is not None:
+            merge_in_processes(job, queue, tools, writer, min(settings.workers, len(remaining)))
+        else:
+            _merge_here(queue, tools, writer, settings.num_threads)
         writer.finish()
         reader.remember()
         kept = tools.tally.experts
@@ -101,19 +108,16 @@ def run_merge(
         return Written(dict(writer.digests), dict(reader.digests), resumed, kept)
 
 
-def _work(queue: TensorQueue, tools: MergeTools, writer: Writer) -> None:
-    """Merge tensors of the queue until it is empty or stopped; an error stops all threads."""
-    try:
-        while (tensor := queue.take()) is not None:
-            action = action_of(tensor, tools)
-            region = writer.region(tensor, action.known_digest())
-            for piece in action.pieces():
-                if queue.stopped:
-                    return
-                writer.write(region, piece)
-            action.verify(region.digest())
-            writer.complete(tensor, region.digest())
-            queue.release(tensor)
-    except BaseException:
-        queue.stop()
-        raise
+def _merge_here(queue: TensorQueue, tools: MergeTools, writer: Writer, threads: int) -> None:
+    """Merge all tensors of the queue in threads of this process."""
+
+    def merge(tensor: TensorPlan) -> str | None:
+        return merge_tensor(tensor, tools, writer.files, lambda: queue.stopped)
+
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        workers = [pool.submit(work_off, queue, writer, merge) for _ in range(threads)]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            queue.stop()  # an interruption also stops the other threads

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -46,6 +47,11 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that the reader was made with."""
+        return {"round_to": self._round_to, "piece_numbers": self.piece_numbers, "finite": self._finite}
 
     def raw(self, stored: StoredTensor, *, hashed: bool = True) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in pieces; each piece is valid until the next one is requested.
@@ -106,6 +112,19 @@ class Reader:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
             return self._files[path]
+
+    def noted_since(self, count: int) -> dict[TensorEntry, tuple[str, bool]]:
+        """Return the digests after the first `count`, and whether each was computed and belongs to no manifest."""
+        noted = itertools.islice(self.digests.items(), count, None)
+        return {entry: (digest, entry in self._newly_hashed) for entry, digest in noted}
+
+    def add(self, noted: Mapping[TensorEntry, tuple[str, bool]]) -> None:
+        """Add the digests that another reader noted."""
+        with self._lock:
+            for entry, (digest, is_new) in noted.items():
+                self.digests[entry] = digest
+                if is_new:
+                    self._newly_hashed.add(entry)
 
     def remember(self) -> None:
         """Cache the digests of files without a manifest for later merges."""

@@ -1,4 +1,4 @@
-"""Writes the files of a merge: tensors in any order, with a journal of complete tensors for resuming.
+"""Records the output files of a merge: tensors in any order, with a journal of complete tensors for resuming.
 
 Headers are written first, which fixes the offset of each tensor. On resume, the tensors that the journal lists as
 complete are hashed again, because the journal may have reached the disk before the data.
@@ -6,43 +6,39 @@ complete are hashed again, because the journal may have reached the disk before 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any
 
 from ...core.artefacts.files import os_errors_as_user_errors
 from ...core.artefacts.json_lines import JsonLines
-from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, TensorWriter, write_at
+from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint
 from ...core.errors import UserError
 from ...core.reporting import SILENT, Reporter
+from .output_files import OutputFiles
 from .shards import ShardPlan, index_of
 from .tensor_plan import TensorPlan
 
 JOURNAL_FILE = ".journal.jsonl"
-FLUSH_BYTES = 64 << 20
 _MEGABYTE = 1_000_000
 
 
 class Writer:
-    """Thread-safe writer of the output files, which reports the megabytes of complete tensors."""
+    """Thread-safe record of the output files, which reports the megabytes of complete tensors."""
 
     def __init__(
         self, folder: Path, shards: Sequence[ShardPlan], fingerprint: str, reporter: Reporter = SILENT
     ) -> None:
         self.digests: dict[str, str] = {}
         """Complete tensor -> digest."""
+        self.files = OutputFiles(folder, shards)
         self._folder, self._shards, self._fingerprint, self._reporter = folder, shards, fingerprint, reporter
-        self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
-        self._files: dict[str, int] = {}
         self._journal = JsonLines[dict[str, Any]](folder / JOURNAL_FILE, dict, durable=False)
         self._num_bytes = 0
         self._lock = Lock()
-        self._flusher = _Flusher()
 
     def __enter__(self) -> Writer:
         """Open the files, keeping the verified tensors of an interrupted merge with the same fingerprint."""
@@ -50,30 +46,17 @@ class Writer:
             complete = self._resumable()
             if complete is None:
                 self._journal.rewrite([{"fingerprint": self._fingerprint}])
-            for shard in self._shards:
-                self._open(shard, fresh=complete is None)
+                for shard in self._shards:
+                    self._create(shard)
             self.digests = complete or {}
+        self.files.__enter__()
         self._report(
             sum(tensor.num_bytes for shard in self._shards for tensor in shard.tensors if tensor.name in self.digests)
         )
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # `finish` reports it, or another error is being raised
-            self._flusher.stop()
-        for descriptor in self._files.values():
-            os.close(descriptor)
-
-    def region(self, tensor: TensorPlan, digest: str | None = None) -> TensorWriter:
-        """Return the file region of one tensor, to be written sequentially; hashed unless `digest` is given."""
-        shard = self._shard_of[tensor.name]
-        span = shard.layout[1][tensor.name]
-        return TensorWriter(self._files[shard.file], tensor.name, tensor.dtype, tensor.shape, span, digest)
-
-    def write(self, region: TensorWriter, content: Any) -> None:
-        """Append the bytes of any buffer to a region."""
-        with os_errors_as_user_errors(self._folder):
-            self._flusher.wrote(region.descriptor, region.write(content))
+    def __exit__(self, *exception: object) -> None:
+        self.files.__exit__(*exception)
 
     def complete(self, tensor: TensorPlan, digest: str) -> None:
         """Record a tensor as complete."""
@@ -84,8 +67,7 @@ class Writer:
 
     def finish(self) -> None:
         """Write the index file if there are several shards, and delete the journal."""
-        with os_errors_as_user_errors(self._folder):
-            self._flusher.stop()
+        self.files.finish()
         if len(self._shards) > 1:
             text = json.dumps(index_of(self._shards), indent=2) + "\n"
             with os_errors_as_user_errors(self._folder / INDEX_FILE):
@@ -97,13 +79,12 @@ class Writer:
         total = sum(shard.num_bytes for shard in self._shards)
         self._reporter.progress("merging", self._num_bytes // _MEGABYTE, total // _MEGABYTE, "MB")
 
-    def _open(self, shard: ShardPlan, *, fresh: bool) -> None:
+    def _create(self, shard: ShardPlan) -> None:
         path = self._folder / shard.file
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o644)
-        self._files[shard.file] = descriptor
-        if fresh:
-            write_at(descriptor, memoryview(shard.layout[0]), 0)
-            os.ftruncate(descriptor, shard.num_bytes)
+        path.unlink(missing_ok=True)  # a process of a killed merge may still have the old file open
+        with path.open("xb") as file:
+            file.write(shard.layout[0])
+            file.truncate(shard.num_bytes)
 
     def _resumable(self) -> dict[str, str] | None:
         """Return the verified tensors of the same merge by its journal; None if there is nothing to resume."""
@@ -123,49 +104,6 @@ class Writer:
         checkpoint = Checkpoint(paths)
         digests = {line["tensor"]: line["digest"] for line in lines[1:] if "tensor" in line and "digest" in line}
         return {name: digest for name, digest in digests.items() if checkpoint.digest(name) == digest}
-
-
-class _Flusher:
-    """Flushes written data to the disk in the background, to avoid waiting for the disk at the end."""
-
-    def __init__(self) -> None:
-        self._unflushed: dict[int, int] = {}
-        self._lock = Lock()
-        self._wake, self._stopped = Event(), False
-        self._thread: Thread | None = None
-        self._failed: OSError | None = None
-
-    def wrote(self, descriptor: int, num_bytes: int) -> None:
-        with self._lock:
-            self._unflushed[descriptor] = self._unflushed.get(descriptor, 0) + num_bytes
-            if self._unflushed[descriptor] < FLUSH_BYTES:
-                return
-            if self._thread is None:
-                self._thread = Thread(target=self._work, daemon=True)
-                self._thread.start()
-        self._wake.set()
-
-    def stop(self) -> None:
-        """Wait until no flush is running, so that files can be closed; raises the `OSError` of a failed flush."""
-        self._stopped = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._failed is not None:
-            raise self._failed
-
-    def _work(self) -> None:
-        while self._wake.wait() and not self._stopped:
-            self._wake.clear()
-            with self._lock:
-                full = [file_descriptor for file_descriptor, size in self._unflushed.items() if size >= FLUSH_BYTES]
-                self._unflushed.update(dict.fromkeys(full, 0))
-            for descriptor in full:
-                try:
-                    os.fdatasync(descriptor)
-                except OSError as error:  # the system reports it only once
-                    self._failed = error
-                    return
 
 
 def fingerprint_of(content: Any) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,11 @@ class EnsembleConfig(PretrainedConfig):
             if name in self.member:
                 kwargs.setdefault(name, self.member[name])
         super().__init__(**kwargs)
+
+    @property
+    def member_names(self) -> tuple[str, ...]:
+        """Names of the experts."""
+        return tuple(self.experts)
 
 
 class EnsembleCache(MembersCache):
@@ -140,6 +145,12 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         """Names of the active experts, in the order of `members`."""
         return [self.config.experts[index] for index in self.active]
 
+    @property
+    def named_members(self) -> dict[str, PreTrainedModel]:
+        """The active experts by name; each may be on a device of its own."""
+        pairs = zip(self.expert_names, self.members, strict=True)
+        return {name: cast("PreTrainedModel", member) for name, member in pairs}
+
     # --- inference ---
 
     def forward(
@@ -171,13 +182,13 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         mixing = self.mixer.begin(input_ids, mask_BT, counts_BT, cache.text_state if cache is not None else None)
         total: Tensor | None = None
         waiting: dict[int, Tensor] = {}  # predictions of members whose weights depend on later ones
-        for index, member in enumerate(self.members):
+        for index, member in enumerate(members):
             if mixing.is_skipped(index, kept):
                 if cache is not None:
                     cache.unread_tokens[index] = _append_tokens(cache.unread_tokens[index], input_ids)
                 continue
             logits = _member_logits(member, index, input_ids, attention_mask, position_ids, cache)
-            log_probs_BTV = logits.float().log_softmax(dim=-1)
+            log_probs_BTV = logits.float().log_softmax(dim=-1).to(input_ids.device)
             log_weights_BT = mixing.log_weights(index, log_probs_BTV)
             log_probs_BTV = log_probs_BTV[:, -input_ids.shape[1] :][:, kept]
             if mixing.needs_all_members:
@@ -201,6 +212,11 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
     def text_domains(self) -> Sequence[str]:
         """Domains that `begin_text` may name."""
         return self.mixer.domains
+
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether scored texts change later weights."""
+        return self.mixer.learns_from_text
 
     def begin_text(self, domain: str | None = None) -> None:
         """Forget the texts that were scored before, if they change later weights; the next are of one of the mixer's domains."""
@@ -307,23 +323,27 @@ def _empty_member(config: EnsembleConfig) -> PreTrainedModel:
 
 
 def _member_logits(
-    member: nn.Module,
+    member: PreTrainedModel,
     index: int,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: EnsembleCache | None,
 ) -> Tensor:
-    """Return an expert's logits for the tokens that it skipped, which it reads first, and for these, (B, t + T, V)."""
+    """Return an expert's logits for the tokens that it skipped, which it reads first, and for these, (B, t + T, V).
+
+    They are on the device of the expert.
+    """
     unread = None if cache is None else cache.unread_tokens[index]
     if cache is not None and unread is not None:
         input_ids = _append_tokens(unread, input_ids)
         cache.unread_tokens[index] = None
         position_ids = None if attention_mask is None else _positions(attention_mask)[:, -input_ids.shape[1] :]
+    device = member.device
     logits: Tensor = member(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
+        input_ids=input_ids.to(device),
+        attention_mask=None if attention_mask is None else attention_mask.to(device),
+        position_ids=None if position_ids is None else position_ids.to(device),
         past_key_values=cache.members[index] if cache is not None else None,
         use_cache=cache is not None,
     ).logits

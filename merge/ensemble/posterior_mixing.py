@@ -64,6 +64,10 @@ class PosteriorMixer(TextMixer):
         return tuple(self._settings.domain_priors)
 
     @property
+    def learns_from_text(self) -> bool:
+        return self._settings.prior_kind == "updating"
+
+    @property
     def top_experts(self) -> int | None:
         """Number of members with a weight; None if all have one."""
         wanted = self._settings.top_experts

@@ -131,9 +131,10 @@ class MergePlan:
     @property
     def peak_bytes(self) -> int:
         """Estimated peak memory in bytes; independent of the number of layers."""
-        method, threads = self.tensor_method, self.settings.num_threads
+        method, threads = self.tensor_method, self.settings.num_tensors
         needs = sorted(bytes_needed(tensor, method) for tensor in self.stack.tensors)
         base = BASE_BYTES if method.arrays == "any" and self.settings.device == "cpu" else TORCH_BYTES
+        base *= 1 + self.settings.workers if self.settings.workers > 1 else 1
         concurrent = min(sum(needs[:-1][-threads + 1 :]), CONCURRENT_BYTES) if threads > 1 else 0
         return base + max(needs, default=0) + concurrent
 
@@ -147,7 +148,7 @@ class MergePlan:
         calculating = merged * _seconds_per_number(self) + hashing * (self.bytes_to_read + self.bytes_to_write)
         passes = 1 if begin_survey(self.tensor_method, self.stack.tensors) is None else _PASSES_OF_SURVEYS
         reading = passes * self.bytes_to_read / READ_BYTES_PER_SECOND
-        return (calculating + reading) / self.settings.num_threads + self.bytes_to_write / WRITE_BYTES_PER_SECOND
+        return (calculating + reading) / self.settings.num_tensors + self.bytes_to_write / WRITE_BYTES_PER_SECOND
 
     def weights(self) -> dict[str, float]:
         """Return each expert's mean weight over the tensors that the method merges."""

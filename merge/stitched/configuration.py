@@ -41,6 +41,11 @@ class StitchedConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def member_names(self) -> tuple[str, ...]:
+        """Names of the hub and the experts."""
+        return tuple(member["name"] for member in self.members)
+
+    @property
     def expert_widths(self) -> dict[str, int]:
         return {member["name"]: int(member["width"]) for member in self.members[1:]}
 

@@ -54,6 +54,12 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
             member.requires_grad_(False)
         self.post_init()
 
+    @property
+    def named_members(self) -> dict[str, PreTrainedModel]:
+        """The hub and the active experts by name; each may be on a device of its own."""
+        pairs = zip((HUB, *self.expert_names), (self.hub, *self.experts), strict=True)
+        return {name: cast("PreTrainedModel", member) for name, member in pairs}
+
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise nothing: members are loaded, and `new_stitches` initialises the stitches."""
 
@@ -95,10 +101,11 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
             position_ids = positions[:, -input_ids.shape[1] :]
 
         def inputs(number: int) -> dict[str, Any]:
+            device = members[number].device
             return {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
+                "input_ids": input_ids.to(device),
+                "attention_mask": None if attention_mask is None else attention_mask.to(device),
+                "position_ids": None if position_ids is None else position_ids.to(device),
                 "past_key_values": cache.members[number] if cache is not None else None,
                 "use_cache": cache is not None,
             }
@@ -122,14 +129,17 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
 
         def hook(layer: nn.Module, args: Any, output: Any) -> Any:
             hub = hidden_states_of(output)
-            states = {name: stepwise.advance(self._expert_points[name][number]) for name, stepwise in passes.items()}
+            states = {
+                name: stepwise.advance(self._expert_points[name][number]).to(hub.device)
+                for name, stepwise in passes.items()
+            }
             if isinstance(stitch, ExpertsIntoHub):
                 hub, projected = stitch(hub, states)
                 changed = projected if self.config.projected and number + 1 < len(self.stitches) else {}
             else:
                 changed = stitch(hub, states)
             for name, new_states in changed.items():
-                passes[name].states = new_states
+                passes[name].states = new_states.to(passes[name].states.device)
             form = OutputForm.of(output)
             return hub if form.container is None else form.container([hub, *output[1:]])
 
@@ -190,8 +200,7 @@ class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         """Write a self-contained folder with a complete copy of every member."""
         root = Path(save_directory)
         root.mkdir(parents=True, exist_ok=True)
-        members = {HUB: self.hub, **dict(zip(self.expert_names, self.experts, strict=True))}
-        self._write(root, write_members(root, members))
+        self._write(root, write_members(root, self.named_members))
         if self.generation_config is not None:
             self.generation_config.save_pretrained(root)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...core.hooks.evaluation import Evaluator, Metric, Score
+from ...core.hooks.evaluation import Division, Evaluator, Metric, Score
 from ...core.hooks.hookspecs import hookimpl
 from ...core.models.scoring import scored_loss
 
@@ -21,18 +22,20 @@ BATCH_LOGITS = 1 << 26  # limits the logits of several windows to 256 MiB of flo
 BITS_PER_LOST_BYTE = 8
 
 
-def evaluate(model: PreTrainedModel, windows: TokenWindows) -> Score:
-    """Return the bits per byte and the perplexity per token of one part.
+def batch_size(model: PreTrainedModel, windows: TokenWindows) -> int:
+    """Return the number of windows that are scored at once."""
+    batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size))
+    return max(batch_tokens // windows.context, 1)
+
+
+def score(windows: TokenWindows, losses: Sequence[tuple[float, int]]) -> Score:
+    """Return the bits per byte and the perplexity per token of one part, by the loss and the targets of each batch.
 
     Tokens between documents are context, but are not scored, whatever they are called in a vocabulary. A byte that the
     tokens do not give back costs 8 bits, as much as sending it beside them, so that a tokenizer gains nothing by losing
     text.
     """
-    import torch
-
-    batch_tokens = min(BATCH_TOKENS, BATCH_LOGITS // int(model.config.vocab_size))
-    with torch.inference_mode():
-        total, count = scored_loss(model, windows.batches(max(batch_tokens // windows.context, 1)), model.device)
+    total, count = math.fsum(loss for loss, _ in losses), sum(count for _, count in losses)
     # exp overflows for a broken model
     perplexity = math.exp(total / count) if total / count < 700 else math.inf
     bits = total / math.log(2) + BITS_PER_LOST_BYTE * windows.lost_bytes
@@ -42,4 +45,6 @@ def evaluate(model: PreTrainedModel, windows: TokenWindows) -> Score:
 @hookimpl
 def evaluators() -> list[Evaluator]:
     metrics = (Metric("bits_per_byte", "bits per byte"), Metric("perplexity", "perplexity per token"))
-    return [Evaluator("perplexity", "bits per byte of text and perplexity per token", metrics, evaluate)]
+    division = Division(batch_size, scored_loss, score)
+    summary = "bits per byte of text and perplexity per token"
+    return [Evaluator("perplexity", summary, metrics, division.evaluate, division)]

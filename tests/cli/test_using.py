@@ -181,4 +181,4 @@ def test_a_prompt_may_be_empty_but_not_too_long(run: Any, workspace: Path) -> No
 def test_a_comparison_takes_no_option_that_it_would_ignore(run: Any, workspace: Path, option: tuple[str, ...]) -> None:
     result = run("eval", "forest", "--against", "seed", *option)
     assert result.status == 2
-    assert "only --domains and --jobs" in result.err
+    assert "only --domains, --jobs and --nproc" in result.err
