@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ...core.artefacts.files import read_json, write_json
+from ...core.errors import UserError
 from ...core.manifests.records import parse_record, record, record_as_json
 from ...core.manifests.run import STATE_FOLDER, read_run
 from ...core.reporting import Reporter
@@ -40,9 +41,14 @@ def write_tracking(run: Path, tracking: RunTracking) -> None:
 
 def note_tracking(run: Path, names: Collection[str], declared: Collection[str], reporter: Reporter) -> None:
     """Let trackers beside the `declared` ones record a run, from now on and when it is resumed."""
-    if read_run(run).dp is not None:
-        if names or declared:
-            reporter.say(f"'{run.name}' trains with differential privacy: nothing is passed on to trackers")
+    if not names and not declared:
+        return
+    try:
+        is_private = read_run(run).dp is not None
+    except UserError:  # of a damaged run, its worker says what is wrong
+        return
+    if is_private:
+        reporter.say(f"'{run.name}' trains with differential privacy: nothing is passed on to trackers")
     elif names:
         known = tracking_of(run)
         write_tracking(run, RunTracking(known.id, tuple(dict.fromkeys([*known.trackers, *names]))))

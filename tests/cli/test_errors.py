@@ -101,7 +101,7 @@ def test_user_errors_are_one_line(words: list[str], said: str, run: Any, workspa
 def test_training_an_unknown_expert_or_on_an_unknown_launcher(run: Any, workspace: Path) -> None:
     run("branch", "tax", "--domain", "code")
     assert "no expert 'taxx' (did you mean 'tax'?)" in run("train", "taxx").error
-    assert "no launcher 'slurm'; installed: local" in run("train", "tax", "--launcher", "slurm").error
+    assert "no launcher 'cluster'; installed: local" in run("train", "tax", "--launcher", "cluster").error
 
 
 def test_an_unknown_tracker_stops_a_command_before_its_work(run: Any, workspace: Path) -> None:
