@@ -93,9 +93,14 @@ def check_private(expert: ExpertConfig, training: TrainingConfig, trainer: Train
             f"trainer '{trainer.name}' reads the text before training and does not declare that it does so privately; "
             "use another trainer, or train without differential privacy"
         )
-    for setting in ("compile", "activation_checkpointing", "chunked_loss"):
+    for setting in ("compile", "activation_checkpointing", "chunked_loss", "separate_documents"):
         if getattr(training, setting):
             raise UserError(f"training.{setting} does not work with differential privacy; set {setting}: false")
+    if training.spike_deviations is not None:
+        raise UserError(
+            "training.spike_deviations takes steps back whose privacy is spent, and would draw their noise again; with "
+            "differential privacy set it to null"
+        )
     if training.precision in ("bfloat16", "pure_bfloat16"):
         raise UserError("differential privacy requires float32 gradients for exact clipping; set precision: auto")
 

@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ def main(size: dict[str, Any], batch: int, length: int) -> None:
     for _ in TrainingLoop(all_parameters(model), RandomBlocks(size["vocab_size"], length), config).steps():
         times.append(time.process_time() - begun)
         begun = time.process_time()
-    with open("/proc/self/status") as status:  # noqa: PTH123
-        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     print(json.dumps({"seconds": statistics.median(times[1:]), "bytes": peak}))
 
 

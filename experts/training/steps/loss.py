@@ -117,8 +117,10 @@ def document_positions(tokens_BT: Tensor, separator: int) -> Tensor:
 
 def require_separable_documents(module: nn.Module, forward: Forward, separator: int, device: Any) -> None:
     """Raise `UserError` for a model in which a document still depends on the one before it in the same block."""
-    own = (torch.arange(_PROBED, device=device) % max(separator, 1))[None]
-    before = torch.cat((own.flip(1), torch.full_like(own[:, :1], separator)), dim=1)
+    words = torch.arange(2 * _PROBED + 1, device=device)  # different ones: of equal words, attention tells nothing
+    others = words[words != separator][None]
+    own = others[:, :_PROBED]
+    before = torch.cat((others[:, _PROBED : 2 * _PROBED], torch.full_like(own[:, :1], separator)), dim=1)
     row = torch.cat((before, own), dim=1)
     with _probing(module):
         alone = forward(input_ids=own, use_cache=False, position_ids=document_positions(own, separator)).logits

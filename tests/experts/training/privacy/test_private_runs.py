@@ -179,6 +179,8 @@ def test_one_block_moves_the_mean_by_the_clip_at_most(clip: float) -> None:
     [
         ({"start": "auto"}, r"`from: auto` computes weights from the private text"),
         ({"training": {"compile": True}}, r"training.compile does not work with differential privacy"),
+        ({"training": {"separate_documents": True}}, r"training.separate_documents does not work with differential"),
+        ({"training": {"spike_deviations": 6}}, r"training.spike_deviations takes steps back whose privacy is spent"),
         ({"training": {"precision": "bfloat16"}}, r"differential privacy requires float32 gradients"),
         ({"dp": {"epsilon": 8}}, r"expert 'odd': dp.delta: field required"),
         ({"dp": {**DP, "epsilon": -1}}, r"dp.epsilon: input should be greater than 0"),

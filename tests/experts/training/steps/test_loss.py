@@ -169,11 +169,14 @@ def test_separate_documents_have_the_loss_of_each_alone(blocks: TokenBlocks) -> 
     ("family", "settings"),
     [("mamba", {"state_size": 4, "conv_kernel": 4, "expand": 2}), ("bloom", {"n_layer": 2, "n_head": 4})],
 )
+@pytest.mark.parametrize("separator", [0, 1, SEPARATOR, 95])
 def test_models_that_read_across_documents_are_refused(
-    family: str, settings: dict[str, Any], blocks: TokenBlocks
+    family: str, settings: dict[str, Any], separator: int, blocks: TokenBlocks
 ) -> None:
+    config = CONFIG.model_copy(update={"separate_documents": True})
     with pytest.raises(UserError, match="cannot keep the documents of a block apart"):
-        trained(blocks, tiny(family, **settings), separate_documents=True)
+        TrainingLoop(all_parameters(tiny(family, **settings)), blocks, config, separator=separator)
+    TrainingLoop(all_parameters(tiny()), blocks, config, separator=separator)
 
 
 def test_activations_computed_again_change_nothing(blocks: TokenBlocks) -> None:
