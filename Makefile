@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --durations=40
 READY := $(VENV)/.ready
 
 .PHONY: quickstart test test-all quick-test check lint mypy pyright clean
@@ -10,11 +10,11 @@ READY := $(VENV)/.ready
 quickstart: $(READY)  ## the whole workflow on installed text, in a few minutes
 	$(BIN)/expertctl quickstart quickstart
 
-test: $(READY)  ## all tests but those of a federation's processes, of clusters' long ones and of every model family
-	$(PYTEST) -m "not federation and not families and not clusters"
+test: $(READY)  ## all tests but the long ones, and those of a federation's processes and of every model family
+	$(PYTEST) -m "not federation and not families and not clusters and not long"
 
 test-all: test  ## and those; the federation tests, which start Flower's processes, last and one after the other
-	$(PYTEST) -m "families or clusters"
+	$(PYTEST) -m "families or clusters or long"
 	$(BIN)/python -m pytest -m federation
 
 quick-test: $(READY)

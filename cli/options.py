@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,9 +33,19 @@ def integer(flags: str, help: str, *, least: int = 1, metavar: str = "N", **sett
     return option(flags, metavar, help, type=click.IntRange(min=least), **settings)
 
 
+class Number(click.FloatRange):
+    """A number within limits; not NaN, which is within all of them."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number) or math.isinf(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 def fraction(flags: str, metavar: str, help: str, *, allow_zero: bool = False, **settings: Any) -> Decorator[Any]:
     """Return an option for a number of at most 1 that is above 0, or at least 0 with `allow_zero`."""
-    return option(flags, metavar, help, type=click.FloatRange(0, 1, min_open=not allow_zero), **settings)
+    return option(flags, metavar, help, type=Number(0, 1, min_open=not allow_zero), **settings)
 
 
 def choice(flags: str, choices: Sequence[str], help: str, **settings: Any) -> Decorator[Any]:
@@ -89,6 +100,15 @@ with_device_map = option(
     "--device-map",
     "MAP",
     "Devices of the members of an ensemble or a stitched model: code=cuda:0,law=cpu, or auto (spread over the GPUs).",
+)
+
+with_decoder = with_options(
+    option("--decoder", "NAME", "Decoder, such as contrastive; `expertctl plugins` lists the choices."),
+    pairs("--decoder-option", "decoder_options", "Set an option of the decoder; repeatable."),
+)
+
+with_quantise = option(
+    "--quantise", "HOW", "Keep the weights of linear layers in 8 bits (int8) or 4 (nf4), by bitsandbytes."
 )
 
 

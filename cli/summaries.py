@@ -55,4 +55,17 @@ def origin(manifest: Manifest) -> str:
         return f"trained {manifest.trainable} on {domains}"
     if domains:
         return f"pretrained on {domains}"
-    return f"imported, {getattr(manifest.config, 'model_type', None)}"
+    return ", ".join(["imported", *_imported_facts(manifest.config)])
+
+
+def _imported_facts(config: object) -> list[str]:
+    from ..core.manifests.manifest import ImportedSeed
+
+    if not isinstance(config, ImportedSeed):
+        return ["None"]
+    facts = [str(config.model_type)]
+    if config.rope_base is not None:
+        facts.append(f"RoPE base {config.rope_base:g}")
+    if config.positions is not None:
+        facts.append(f"{config.positions:,} positions")
+    return facts

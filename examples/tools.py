@@ -75,11 +75,11 @@ def results_over_seeds(
     return results
 
 
-def train_seed_and_experts(workspace: Workspace, jobs: int) -> None:
-    """Pretrain the seed and train all experts that are not finished; exit if one fails."""
+def train_seed_and_experts(workspace: Workspace, jobs: int, *names: str) -> None:
+    """Pretrain the seed and train the experts (default: all) that are not finished; exit if one fails."""
     if not (workspace.layout.seed / "seed.json").exists():
         workspace.seed()
-    if failed := workspace.train(jobs=jobs).failed:
+    if failed := workspace.train(*names, jobs=jobs).failed:
         sys.exit(f"failed: {failed}")
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..core.artefacts.files import new_folder, write_json, write_text
 from ..core.artefacts.safetensors_io import torch_dtype, write_tensors
 from ..core.errors import UserError
+from ..core.models.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..core.models.stored_names import loaded_names
 from ..core.reporting import SILENT, Reporter, reported
 from .engine.reading import Reader
 from .recipes.parameters import matches
-from .sources.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .sources.models import Source, StoredTensor, open_source
 from .sources.tensor_names import HEADS, TOKEN_EMBEDDINGS
 

@@ -27,6 +27,7 @@ from ..core.hooks.options import parse_options
 from ..core.manifests.finishing import finish_artefact
 from ..core.manifests.generalist import ExpertChange, GeneralistConfig, SearchRecord
 from ..core.manifests.manifest import Manifest, Parent
+from ..core.models.adapters.prompts import refuse_prompt
 from .generalists.card import model_card
 from .generalists.folder import method_version, write_generalist
 from .planning.plan import MergePlan, check_output, prepare_merge
@@ -230,6 +231,8 @@ class _WorkspaceMerge:
         if self.config.search is not None:
             raise UserError(f"merge method '{method.name}' does not support --search")
         for name, source in self.experts.items():
+            if not method.takes_prompts:
+                refuse_prompt(source.folder, f"merge method '{method.name}'")
             if source.kind == "expert":
                 continue
             if not method.takes_models:

@@ -11,13 +11,13 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import flag, fraction, integer, option, path
+from ..options import Number, flag, fraction, integer, option, path
 from ..output import Table
 
 if TYPE_CHECKING:
     from ...experts.scaling.shape import ModelShape
 
-Positive = click.FloatRange(min=0, min_open=True)
+Positive = Number(min=0, min_open=True)
 
 
 @cli_command("plan", example="expertctl plan --size 7b --tokens 1e12 --hardware h100 --devices 64,512 --experts 8")
@@ -110,15 +110,19 @@ def _counts(text: str) -> list[int]:
 
 
 def _finish_here(session: Session, shape: ModelShape) -> None:
+    from ...core.config.phases import require_phases
     from ...experts.scaling.calibration import calibrated
     from ...experts.scaling.step_model import Workload
 
     training = session.open().config.training
+    require_phases(training)
     with session.progress() as progress:
         model = calibrated(reporter=progress)
-    workload = Workload(shape, training.batch_size, training.sequence_length)
-    seconds, memory = training.accumulation * model.step_seconds(workload), model.peak_bytes(workload)
-    hours = seconds * training.steps / 3600
+    batch_tokens = training.batch_size * training.sequence_length
+    workloads = [(len(steps), Workload(shape, batch_tokens // length, length)) for steps, length in training.lengths]
+    memory = max(model.peak_bytes(workload) for _, workload in workloads)
+    total = training.accumulation * sum(count * model.step_seconds(workload) for count, workload in workloads)
+    seconds, hours = total / training.steps, total / 3600
     session.finish(
         {
             "shape": asdict(shape),

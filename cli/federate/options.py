@@ -47,8 +47,8 @@ with_recipe = with_options(
     option(
         "--recipe",
         "NAME",
-        "flexolmo (an FFN beside the frozen public one), btm (the whole model), a trainer, or diloco or fedavg "
-        "(one shared model, in rounds).",
+        "flexolmo (an FFN beside the frozen public one), btm (the whole model), lora (an adapter), another trainer, or "
+        "diloco or fedavg (one shared model, in rounds).",
         name="recipe_name",
         default="flexolmo",
     ),

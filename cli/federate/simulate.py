@@ -9,7 +9,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import fraction, integer, option, path
+from ..options import Number, fraction, integer, option, path
 from ..output import Table, number
 from ..parsing import byte_count, optional_bytes, token_count
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     "--line",
     "GBIT",
     "Bandwidth of the coordinator in each direction, Gbit/s.",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=10.0,
 )
 @fraction(

@@ -13,7 +13,7 @@ from ..output import Table, number
 from ..parsing import as_dictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ...core.config.settings import DomainConfig
     from ...experts.text.corpora import PreparedDomain
@@ -43,12 +43,26 @@ def prepare(session: Session, domains: tuple[str, ...], force: bool) -> None:
 @command.command("list", example="expertctl data list")
 @pass_session
 def list_(session: Session) -> None:
-    """List the domains with the source and size of their text."""
+    """List the domains with the source and size of their text.
+
+    Of conversations, one is shown as the model reads it, with the text that counts towards the loss in ⟦ ⟧.
+    """
     workspace = session.open()
     domains = workspace.config.domains
     prepared = workspace.data.prepared()
+    ready = {name: domain for name, domain in prepared.items() if domain is not None}
+    examples = {name: example for name, domain in ready.items() if (example := workspace.data.example(domain))}
     content = {
-        name: {"source": _source(domain), "prepared": _content(prepared[name])} for name, domain in domains.items()
+        name: {
+            "source": _source(domain),
+            "prepared": _content(prepared[name]),
+            **(
+                {"example": [{"text": text, "counts": counts} for text, counts in examples[name]]}
+                if name in examples
+                else {}
+            ),
+        }
+        for name, domain in domains.items()
     }
     if not domains:
         session.finish({"domains": {}}, f"no domains yet; add one to {workspace.layout.config_file}")
@@ -57,9 +71,9 @@ def list_(session: Session) -> None:
         ("domain", "source", "prepared"),
         [(name, _source(domain), "yes" if prepared[name] else "no") for name, domain in domains.items()],
     )
-    ready = {name: domain for name, domain in prepared.items() if domain is not None}
     sizes: list[str | Table] = ["", _table(ready)] if ready else []
-    session.finish({"domains": content}, sources, *sizes)
+    shown = [part for name, example in examples.items() for part in ("", _marked(name, example))]
+    session.finish({"domains": content}, sources, *sizes, *shown)
 
 
 @command.command("proxy", example="expertctl data proxy law-proxy --like law --from web --documents 500")
@@ -197,6 +211,7 @@ def _content(domain: PreparedDomain | None) -> dict[str, Any] | None:
             "bytes": store.bytes,
             "lost_bytes": store.lost_bytes,
             "digest": store.digest,
+            **({} if store.counted_tokens is None else {"counted_tokens": store.counted_tokens}),
         }
         for part, store in domain.parts.items()
     }
@@ -209,6 +224,14 @@ def _table(domains: Mapping[str, PreparedDomain]) -> Table:
         for part, counts in domain.parts.items():
             rows.append((name, part, number(counts.documents), number(counts.tokens), number(counts.bytes)))
     return Table(("domain", "part", "documents", "tokens", "bytes"), rows, right=frozenset({2, 3, 4}))
+
+
+def _marked(name: str, example: Sequence[tuple[str, bool]]) -> str:
+    """Return a conversation with its counted text in brackets."""
+    from ..output import listing
+
+    text = "".join(f"⟦{piece}⟧" if counts else piece for piece, counts in example)
+    return listing(f"a conversation of {name}; the text in ⟦ ⟧ counts:", text.splitlines())
 
 
 def _source(domain: DomainConfig) -> str:

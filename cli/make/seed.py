@@ -6,7 +6,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import flag, option
+from ..options import Number, flag, integer, option
 from ..summaries import show_artefact
 
 
@@ -18,16 +18,38 @@ from ..summaries import show_artefact
     name="source",
 )
 @flag("--scratch", "Pretrain a seed even if expertctl.yaml names a model to import.")
-@option("--preset", "NAME", "Size of a pretrained seed: tiny or small.")
+@option("--preset", "NAME", "Size of a pretrained seed: tiny, small, base, medium or large.")
 @click.option(
     "--bos/--no-bos",
     default=None,
     help="Begin every document with the imported tokenizer's BOS token, or not. Default: as the tokenizer does itself.",
 )
+@click.option(
+    "--token",
+    "tokens",
+    metavar="TOKEN",
+    multiple=True,
+    help="Add a special token to the tokenizer, such as a mask for infilling; repeatable.",
+)
+@option(
+    "--rope-base",
+    "N",
+    "Replace the RoPE base of the imported model, such as by 500000 to train it on longer texts.",
+    type=Number(min=1, min_open=True),
+)
+@integer("--positions", "Replace the number of positions of the imported model by at least as many.", metavar="N")
 @flag("--force", "Replace the existing seed. Experts of the old seed cannot be merged with the new one.")
 @pass_session
 def command(
-    session: Session, source: str | None, scratch: bool, preset: str | None, bos: bool | None, force: bool
+    session: Session,
+    source: str | None,
+    scratch: bool,
+    preset: str | None,
+    bos: bool | None,
+    tokens: tuple[str, ...],
+    rope_base: float | None,
+    positions: int | None,
+    force: bool,
 ) -> None:
     """Make the seed: import a model or pretrain a small one.
 
@@ -38,6 +60,14 @@ def command(
     workspace = session.open()
     with session.progress("seed") as progress:
         manifest = workspace.seed(
-            source, scratch=scratch or preset is not None, preset=preset, bos=bos, force=force, reporter=progress
+            source,
+            scratch=scratch or preset is not None,
+            preset=preset,
+            bos=bos,
+            tokens=tokens or None,
+            rope_base=rope_base,
+            positions=positions,
+            force=force,
+            reporter=progress,
         )
     show_artefact(session, workspace.layout.seed, manifest)

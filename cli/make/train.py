@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 )
 @choice(
     "--strategy",
-    ["ddp", "fsdp", "hsdp"],
-    "How several processes hold the model: the whole of it each (ddp, default), in parts (fsdp), or in parts on each node (hsdp).",
+    ["ddp", "fsdp", "hsdp", "ep"],
+    "How several processes hold the model: the whole of it each (ddp, default), in parts (fsdp), in parts on each node (hsdp), "
+    "or in parts with some experts of a mixture each (ep).",
 )
 @option("--launcher", "NAME", "Where training runs. Default: the launcher of expertctl.yaml, else local.")
 @pairs("--launcher-option", "launcher_options", "Set an option of the launcher; repeatable.")

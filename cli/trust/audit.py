@@ -10,7 +10,7 @@ import click
 
 from ..context import GATE_FAILED, Session, pass_session
 from ..group import Group
-from ..options import fraction, integer, option
+from ..options import Number, fraction, integer, option
 from ..output import Table, number
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def command() -> None:
 @integer("--samples", "Number of samples per document.", default=10)
 @integer("--top-k", "Top-k of the sampling.", metavar="K", default=50)
 @fraction("--top-p", "P", "Top-p of the sampling.", default=0.95)
-@option("--temperature", "T", "Temperature of the sampling.", type=click.FloatRange(min=0, min_open=True), default=1.0)
+@option("--temperature", "T", "Temperature of the sampling.", type=Number(min=0, min_open=True), default=1.0)
 @fraction("--threshold", "S", "Minimum similarity for a document to count as extracted.", allow_zero=True, default=0.9)
 @integer(
     "--batch-size",
@@ -93,11 +93,12 @@ def extraction(
 def _documents(session: Session, data: str, text_field: str) -> Iterable[str]:
     """Return the documents of a domain's training split, or of a file or folder."""
     from ...core.errors import unknown_name
-    from ...experts.text.corpora import domain_documents, read_documents
+    from ...experts.text.corpora import domain_documents, read_documents, require_text
 
     layout = session.layout()
     domains = session.open().config.domains if layout is not None else {}
     if layout is not None and data in domains:
+        require_text(data, domains[data], "the audit")
         return domain_documents(domains[data], layout.root, "train")
     path = Path(data).expanduser()
     if not path.exists():

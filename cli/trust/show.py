@@ -154,10 +154,11 @@ def _mixture_facts(manifest: Manifest) -> list[tuple[str, str]]:
 def _training_facts(manifest: Manifest) -> list[tuple[str, str]]:
     data, metrics = manifest.data, manifest.metrics
     facts = []
-    for name, statement in data.domains.items():
+    of_part = [("domain", data.domains), ("annealing", data.annealing)]
+    for part, name, statement in ((part, *item) for part, domains in of_part for item in domains.items()):
         counts = f"{number(statement.documents)} documents, {number(statement.tokens)} tokens"
         digest = f", digest {short(statement.digest)}" if statement.digest is not None else ", rounded"
-        facts.append((f"domain {name}", counts + digest))
+        facts.append((f"{part} {name}", counts + digest))
     if data.trained_tokens is not None:
         facts.append(("trained tokens", number(data.trained_tokens)))
     if data.privacy is not None:

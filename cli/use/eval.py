@@ -8,7 +8,7 @@ import click
 
 from ..context import GATE_FAILED, Session, pass_session
 from ..group import cli_command
-from ..options import flag, integer, name_list, option, with_device_map
+from ..options import flag, integer, name_list, option, with_decoder, with_device_map, with_quantise
 from ..output import Table
 from ..parsing import gate
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 @name_list("--domains", "Domains to evaluate on. Default: all domains of the project.")
 @integer("--context", "Length of a window in tokens. Default: the model's own, at most 2,048.", metavar="N")
 @integer("--stride", "Tokens from one window to the next. Default: half of the context.", metavar="M")
+@integer(
+    "--by-position",
+    "Score bits per token by position instead, in buckets of N, N, 2N, 4N ... tokens of windows that do not overlap.",
+)
 @flag("--known-domains", "Tell ensembles which domain they read, so that they use the prior fitted on it.")
 @integer("--jobs", "Number of models to evaluate at the same time. Default: as many as the machine allows.")
 @integer(
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     default=1,
 )
 @with_device_map
+@with_quantise
+@with_decoder
 @option("--evaluator", "NAME", "Evaluator; `expertctl plugins` lists the choices.", default="perplexity")
 @option(
     "--require",
@@ -56,10 +62,14 @@ def command(
     domains: tuple[str, ...] | None,
     context: int | None,
     stride: int | None,
+    by_position: int | None,
     known_domains: bool,
     jobs: int | None,
     nproc: int,
     device_map: str | None,
+    quantise: str | None,
+    decoder: str | None,
+    decoder_options: dict[str, Any],
     evaluator: str,
     gates: tuple[tuple[str, str], ...],
     against: tuple[str, ...] | None,
@@ -72,9 +82,12 @@ def command(
     """
     if jobs is not None and nproc > 1:
         raise click.UsageError("give either --jobs or --nproc")
+    if by_position is not None and (gates or stride is not None or evaluator != "perplexity"):
+        raise click.UsageError("--by-position goes with none of --stride, --evaluator and --require")
     workspace = session.open()
     if against is not None:
-        if len(models) != 1 or gates or context or stride or known_domains or device_map or evaluator != "perplexity":
+        others = (gates, context, stride, by_position, known_domains, device_map, quantise, decoder, decoder_options)
+        if len(models) != 1 or any(others) or evaluator != "perplexity":
             raise click.UsageError(
                 "--against takes exactly one MODEL, and of the other options only --domains, --jobs and --nproc"
             )
@@ -88,18 +101,27 @@ def command(
             evaluator=evaluator,
             context=context,
             stride=stride,
+            by_position=by_position,
             known_domains=known_domains,
             ranked=gates,
             jobs=jobs,
             nproc=nproc,
             device_map=device_map,
+            quantise=quantise,
+            decoder=decoder,
+            decoder_options=decoder_options,
             reporter=progress,
         )
     if not table.is_comparable(table.scores):
         session.note(
             "no model is marked as the best where tokenizers keep different shares of the text (--json: coverage)"
         )
-    session.finish(table.as_json(), *(part for metric in table.metrics for part in (score_table(table, metric), "")))
+    tables = (
+        [score_table(table, metric) for metric in table.metrics]
+        if by_position is None
+        else [position_table(table, domain) for domain in table.domains]
+    )
+    session.finish(table.as_json(), *(part for table in tables for part in (table, "")))
     metric = table.metrics[0]
     failed = [pair for pair in gates if not metric.is_worse(table.mean(pair[1], metric), table.mean(pair[0], metric))]
     for better, other in failed:
@@ -157,6 +179,24 @@ def score_table(table: EvaluationTable, metric: Metric) -> Table:
         right=frozenset(range(1, len(columns))),
         strong=frozenset(strong),
     )
+
+
+def position_table(table: EvaluationTable, domain: str) -> Table:
+    """Return the table of one domain: a row per model, a column per bucket of positions, and the mean over all tokens."""
+    from ...experts.measures.positions import PositionScore
+
+    scores = {model: by_domain[domain] for model, by_domain in table.scores.items()}
+    buckets = {model: score.buckets for model, score in scores.items() if isinstance(score, PositionScore)}
+    distinct = {(bucket.begin, bucket.end): bucket.title for of_model in buckets.values() for bucket in of_model}
+    titles = [distinct[key] for key in sorted(distinct)]
+    rows = []
+    for model, of_model in buckets.items():
+        bits = {bucket.title: bucket.bits_per_token for bucket in of_model}
+        values = [*(bits.get(title) for title in titles), scores[model].values["bits_per_token"]]
+        rows.append((model, *("-" if value is None else f"{value:.4f}" for value in values)))
+    columns = ("model", *titles, "all")
+    title = f"{domain}: bits per token by position (lower is better)"
+    return Table(columns, rows, title=title, right=frozenset(range(1, len(columns))))
 
 
 def _require_models(gates: Sequence[tuple[str, str]], models: Sequence[str]) -> None:

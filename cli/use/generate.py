@@ -13,7 +13,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import cli_command
-from ..options import flag, fraction, integer, name_list, option, with_device_map
+from ..options import Number, flag, fraction, integer, name_list, option, with_decoder, with_device_map, with_quantise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,12 +27,27 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "
 @click.argument("model", metavar="MODEL")
 @click.argument("prompt", metavar="PROMPT")
 @integer("--max-new-tokens", "Maximum length of the continuation, in tokens.", default=64)
-@option("--temperature", "T", "Sampling temperature; 0 is greedy.", type=click.FloatRange(min=0), default=0.8)
+@option("--temperature", "T", "Sampling temperature; 0 is greedy.", type=Number(min=0), default=0.8)
 @fraction("--top-p", "P", "Sample only from the most probable tokens up to this cumulative probability.", default=1.0)
+@integer("--top-k", "Sample only from so many of the most probable tokens; 0: from all.", least=0, default=0)
+@option(
+    "--min-p", "P", "Sample only from tokens with this share of the largest probability.", type=Number(0, 1), default=0
+)
+@option(
+    "--repetition-penalty",
+    "R",
+    "Above 1, tokens that occurred before are less probable.",
+    type=Number(0, min_open=True),
+    default=1.0,
+)
+@integer("--beams", "Number of beams of a beam search; it samples unless --temperature is 0.", default=1)
+@option("--stop", "TEXT", "End the continuation at this text; repeatable.", multiple=True)
 @integer("--seed", "Random seed.", least=0, default=0)
 @name_list("--without", "Disable these experts of an ensemble or a mixture for this call.", multiple=True)
 @option("--domain", "NAME", "Domain of the text, for which an ensemble may have a prior of its own.")
 @with_device_map
+@with_quantise
+@with_decoder
 @flag("--show-experts", "Mark each token with the expert of the highest weight (ensembles).")
 @pass_session
 def command(
@@ -42,10 +57,18 @@ def command(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    beams: int,
+    stop: tuple[str, ...],
     seed: int,
     without: tuple[tuple[str, ...], ...],
     domain: str | None,
     device_map: str | None,
+    quantise: str | None,
+    decoder: str | None,
+    decoder_options: dict[str, Any],
     show_experts: bool,
 ) -> None:
     """Sample a continuation of a prompt.
@@ -53,7 +76,10 @@ def command(
     MODEL is a name in this workspace or a folder. PROMPT is the text, or - to read it from standard input.
     """
     folder = session.artefact(model)
+    if decoder_options and decoder is None:
+        raise click.UsageError("--decoder-option needs --decoder")
     text = sys.stdin.read() if prompt == "-" else prompt
+    from ...core.models.decoding.opening import DecoderChoice
     from ...core.models.generation import Sampling, generate
 
     with session.progress() as progress, warnings.catch_warnings():
@@ -61,11 +87,13 @@ def command(
         generation = generate(
             folder,
             text,
-            Sampling(max_new_tokens, temperature, top_p, seed),
+            Sampling(max_new_tokens, temperature, top_p, seed, top_k, min_p, repetition_penalty, beams, stop),
             without=[name for several in without for name in several],
             domain=domain,
             shares=show_experts,
             device_map=device_map,
+            quantise=quantise,
+            decoder=None if decoder is None else DecoderChoice(decoder, decoder_options, session.artefact),
             reporter=progress,
         )
     content = {

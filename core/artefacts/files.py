@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,10 +74,23 @@ def inside(root: Path, *names: str) -> Path:
     For names that come from outside, so that the path cannot leave `root`.
     """
     for name in names:
-        is_plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
-        if not is_plain or len(name.encode("utf-8", "surrogatepass")) > 255:
+        is_plain = name not in ("", ".", "..") and not set(name) & {"/", "\\"} and not _has_control_characters(name)
+        if not is_plain or len(name.encode()) > 255:
             raise UserError(f"{name!a:.80} is not the name of a file or folder; it is refused")
     return root.joinpath(*names)
+
+
+def _has_control_characters(name: str) -> bool:
+    """Return whether a name has some, such as line feeds, or halves of surrogate pairs, which cannot be encoded."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
+
+
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Raise `UserError` if the file system of a folder has less space than is to be written."""
+    with os_errors_as_user_errors(folder):
+        free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(f"{num_bytes:,} bytes are to be written to {folder}, and {free:,} are free; free some space")
 
 
 def require_regular(path: Path) -> Path:
@@ -211,9 +225,9 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def partial_sibling(path: Path) -> Path:
-    """Return the temporary path of this process for writing `path`."""
-    return path.with_name(f".{path.name}{PARTIAL_MARK}-{os.getpid()}")
+def partial_sibling(path: Path, pid: int | None = None) -> Path:
+    """Return the temporary path of this process, or of another one, for writing `path`."""
+    return path.with_name(f".{path.name}{PARTIAL_MARK}-{os.getpid() if pid is None else pid}")
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -1,8 +1,9 @@
-"""The licence that the model card of a downloaded folder declares."""
+"""The metadata on the model card of a downloaded folder, such as its licence."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -11,6 +12,12 @@ CARD = "README.md"
 
 def licence_on_card(folder: Path) -> str | None:
     """Return the licence in the YAML front matter of a folder's model card; None without one."""
+    licence = (card_metadata(folder) or {}).get("license")
+    return licence if isinstance(licence, str) else None
+
+
+def card_metadata(folder: Path) -> dict[str, Any] | None:
+    """Return the YAML front matter of a folder's model card; None without one."""
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if not text.startswith("---"):
@@ -19,5 +26,4 @@ def licence_on_card(folder: Path) -> str | None:
         content = yaml.safe_load(text[3:].partition("\n---")[0])
     except yaml.YAMLError:
         return None
-    licence = content.get("license") if isinstance(content, dict) else None
-    return licence if isinstance(licence, str) else None
+    return content if isinstance(content, dict) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -30,6 +31,8 @@ Model = TypeVar("Model", bound=BaseModel)
 DOMAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(gt=0, lt=1)]
+"""A share that leaves something to others."""
 # Tags restrict errors to the variant in use; in an error location, a name in parentheses is a tag, not a key.
 _BY_KIND = Discriminator(lambda value: "(shares)" if isinstance(value, Mapping) else "(word)")
 Shares = Annotated[dict[str, float], Tag("(shares)")]
@@ -60,6 +63,34 @@ class Section(BaseModel):
         return value
 
 
+class Stage(Section):
+    """A part of a run in which every block is cut into shorter ones (Shortformer, arXiv:2012.15832, section 3)."""
+
+    share: Part
+    """Fraction of the run's steps."""
+    sequence_length: Annotated[int, Field(ge=8)]
+    """Tokens per block; `training.sequence_length` has to be a multiple."""
+
+
+class Annealing(Section):
+    """The last part of a run: chosen domains, and a learning rate that falls to 0 (arXiv:2407.21783, section 3.4.3)."""
+
+    share: Part
+    """Fraction of the run's steps."""
+    domains: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Domains that blocks are drawn from, with weights; a list gives all the same weight."""
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _list_has_equal_weights(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        names = [str(name) for name in value]
+        if len(set(names)) < len(names):
+            raise ValueError("a domain is named twice; give it a weight instead")
+        return dict.fromkeys(names, 1.0)
+
+
 class TrainingConfig(Section):
     """Training settings of one model. Experts and seed may override any field."""
 
@@ -75,16 +106,37 @@ class TrainingConfig(Section):
     """Peak learning rate."""
     final_learning_rate: Share = 0.1
     """Learning rate at the end of the schedule, as a fraction of the peak."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rate after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "wsd", "restarts"] = "linear"
+    """Learning rate after the warm-up: it decays (`linear`, `cosine`), stays (`constant`), stays and decays at the end (`wsd`), or
+    decays several times from the peak (`restarts`)."""
+    decay: Share = 0.2
+    """`wsd`: fraction of the full schedule, at its end, over which the learning rate falls linearly."""
+    cycles: Positive = 4
+    """`restarts`: number of cosine decays in the full schedule."""
     warmup: Share = 0.08
     """Warm-up: fraction of the full schedule over which the learning rate rises from 0."""
     schedule_begin: Share | None = None
     """Position in the full schedule, from 0 to 1, where the run starts. None: where the seed's run ended, else 0."""
     schedule_end: Share = 1.0
     """Position in the full schedule where the run ends; below 1 for a seed that experts continue."""
+    average: Literal["none", "last", "ema"] = "none"
+    """What the artefact gets: the last weights, the mean of several from the last steps, or their moving average."""
+    average_points: Positive = 5
+    """`last`: number of states of the weights in the mean."""
+    average_every: Positive = 10
+    """`last`: steps between them; the last one is at the end of the run."""
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """`ema`: share that the average keeps at a step."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Weight decay, applied to matrices only."""
+    objective: str = "next_token"
+    """What the loss of a batch is; `expertctl plugins` lists the objectives."""
+    objective_options: dict[str, Any] = {}
+    """Options of the objective."""
+    optimiser: str = "adamw"
+    """Optimiser; `expertctl plugins` lists them."""
+    optimiser_options: dict[str, Any] = {}
+    """Options of the optimiser."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW: decay rates of the two moments."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -96,12 +148,19 @@ class TrainingConfig(Section):
     precision: Literal["auto", "float32", "bfloat16", "pure_bfloat16"] = "auto"
     """`bfloat16`: passes in bfloat16, weights and optimiser in float32. `pure_bfloat16`: all in bfloat16, in half the memory.
     `auto`: `bfloat16` on a GPU that supports it, otherwise `float32`."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    activation_checkpointing: bool | None = None
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time. None:
+    with trainers whose memory is otherwise mostly activations, such as `lora`, where the model can."""
     chunked_loss: bool | None = None
-    """Compute the loss some tokens at a time, so that all logits are never in memory. None: where they take over 256 MiB."""
+    """Compute the loss some tokens at a time, so that all logits are never in memory. None: where they take over 256 MiB,
+    and with the same trainers."""
     separate_documents: bool = False
     """Tokens attend only to their own document, whose positions begin at 0, and not to others in the same block."""
+    pack_conversations: bool = False
+    """Put several conversations into a block where they fit, each with positions and attention of its own. False: a block
+    holds one conversation, or a piece of one."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Kernel of attention, by transformers' names. `auto`: transformers' choice, which is torch's SDPA where the model has it."""
     compile: bool = False
     """Compile the model with torch.compile: slower start-up, faster steps."""
     device: str = "auto"
@@ -120,6 +179,9 @@ class TrainingConfig(Section):
     """Seconds between checkpoints."""
     background_checkpoints: bool = False
     """Copy the state to the CPU's memory and write it while training goes on, instead of waiting for the disk."""
+    sharded_checkpoints: bool = False
+    """Each process of a sharded run (`fsdp`, `hsdp`) writes its rows of the state into files of its own, for models that are
+    too large to be gathered. Such checkpoints resume on any number of processes and by any strategy, as others do."""
     skipped_steps: Annotated[int, Field(ge=0)] = 10
     """Steps of any 100 that may be skipped because the loss or gradient is not finite; with one more the run stops."""
     spike_deviations: Annotated[float, Field(gt=0)] | None = None
@@ -129,11 +191,22 @@ class TrainingConfig(Section):
     """Losses that recent ones are compared with to find a spike."""
     rollbacks: Annotated[int, Field(ge=0)] = 3
     """How often spikes may take training back; one more stops the run."""
+    stages: tuple[Stage, ...] = ()
+    """Parts of the run, from its start, in which blocks are cut into shorter ones; the rest has whole blocks."""
+    annealing: Annealing | None = None
+    """Last part of the run, on blocks of chosen domains, with a learning rate that falls to 0. None: there is none."""
 
     @model_validator(mode="after")
     def _span_goes_forward(self) -> TrainingConfig:
         if self.schedule_begin is not None and self.schedule_begin >= self.schedule_end:
             raise ValueError("schedule_begin must be smaller than schedule_end")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_leave_a_rest(self) -> TrainingConfig:
+        total = sum(stage.share for stage in self.stages)
+        if total >= 1 - 1e-9:
+            raise ValueError(f"the shares of stages sum to {total:g}; leave a part of the run for sequence_length")
         return self
 
     @property
@@ -149,6 +222,28 @@ class TrainingConfig(Section):
     def trained_tokens(self) -> int:
         """Number of tokens of all steps together."""
         return self.steps * self.tokens_per_step
+
+    @property
+    def lengths(self) -> tuple[tuple[range, int], ...]:
+        """Steps of each stage, counted from 0, and its tokens per block; last those with whole blocks."""
+        shares = accumulate(stage.share for stage in self.stages)
+        ends = [0, *(round(share * self.steps) for share in shares), self.steps]
+        lengths = [*(stage.sequence_length for stage in self.stages), self.sequence_length]
+        return tuple(zip(map(range, ends, ends[1:]), lengths, strict=False))
+
+    @property
+    def part_begins(self) -> frozenset[int]:
+        """Numbers of finished steps at which a run goes over to other blocks, so that losses before and after differ."""
+        return frozenset(steps.start for steps, _ in self.lengths[1:]) | ({self.annealing_begin} - {self.steps})
+
+    def length_at(self, step: int) -> int:
+        """Return the tokens per block after `step` finished steps."""
+        return next((length for steps, length in self.lengths if step in steps), self.sequence_length)
+
+    @property
+    def annealing_begin(self) -> int:
+        """Number of steps before the annealing; all if there is none."""
+        return self.steps - round(self.annealing.share * self.steps) if self.annealing is not None else self.steps
 
 
 class DpConfig(Section):
@@ -177,9 +272,19 @@ class SeedConfig(Section):
     bos: bool | None = None
     """Whether every document begins with the BOS token of an imported tokenizer. None: if the tokenizer puts it before a
     text itself."""
+    rope_base: Annotated[float, Field(gt=1)] | None = None
+    """RoPE base of an imported model in place of its own, such as 500000 to train it on longer texts."""
+    positions: Positive | None = None
+    """Number of positions of an imported model in place of its own; at least as many."""
+    tokens: tuple[str, ...] = ()
+    """Special tokens to add to the tokenizer, such as masks; of an imported model, the embedding grows if it has no row for
+    them."""
     preset: str = "tiny"
     """Size of a seed pretrained from scratch."""
-    family: Literal["olmo2", "llama"] = "olmo2"
+    family: Literal["olmo2", "llama", "qwen3", "bloom"] = "olmo2"
+    """Architecture of a seed pretrained from scratch. `bloom` has linear attention biases (ALiBi) in place of positions."""
+    tied: bool = False
+    """Share input and output embedding of a seed pretrained from scratch."""
     domains: tuple[str, ...] | None = None
     """Domains to pretrain on. None: all."""
     training: TrainingConfig = TrainingConfig()
@@ -204,6 +309,13 @@ class DomainConfig(Section):
     """Fraction of the documents of `path` used for evaluation."""
     text_field: str = "text"
     """Field or column with the text."""
+    format: str | None = None
+    """Format of the files: `chat` or `prompt_completion` for conversations. None: by their suffix."""
+    chat_template: str | None = None
+    """Chat template of conversations: a file, a name such as `chatml`, or `none` for a prompt followed by its completion.
+    None: the tokenizer's own."""
+    counts: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens of conversations that count towards the loss: the assistant's turns, its last one, or all."""
     order: str | None = None
     """Order in which training documents are packed into blocks (`in_context`). None: file order."""
     licence: str | None = None
@@ -219,6 +331,12 @@ class DomainConfig(Section):
             raise ValueError(
                 "'test' goes with 'train' and 'valid'; a 'path' or bundled text has a test part of its own"
             )
+        if self.format is None and {"chat_template", "counts"} & self.model_fields_set:
+            raise ValueError(
+                "'chat_template' and 'counts' are for conversations; set 'format' to chat or prompt_completion"
+            )
+        if self.format is not None and self.bundled is not None:
+            raise ValueError("'format' is for files; bundled text has none")
         if self.valid_share + self.test_share >= 1:
             raise ValueError("valid_share and test_share must leave text to train on")
         return self

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class TextState(Protocol):
-    """State of a mixer after the texts of a batch so far; kept in the cache of `generate()`."""
+    """State of a mixer after the texts of a batch so far; kept in the cache of `generate()`.
+
+    A state may also have `append_rows(other)`, which returns the state of a batch with the rows of both. Without it, a server
+    generates one text at a time.
+    """
 
     def __len__(self) -> int:
         """Return the number of rows, B."""

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import click
 
     from .ensembles import Mixer
-    from .evaluation import Evaluator
-    from .events import ExpertFinished, MergeFinished, TrainingStep
+    from .evaluation import Decoder, Evaluator, Exporter
+    from .events import ExpertFinished, MergeFinished, Tracker, TrainingStep
     from .merging import MergeMethod
     from .mixtures import Architecture, RouterStart
+    from .steps import Objective, Optimiser
     from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
-    from .tracking import Tracker
     from .training import Launcher, Trainer
 
 PROJECT = "expertctl"
@@ -46,6 +46,16 @@ def router_starts() -> list[RouterStart]:  # type: ignore[empty-body]  # as abov
 @hookspec
 def trainers() -> list[Trainer]:  # type: ignore[empty-body]  # as above
     """Trainers, which choose and prepare the trainable parameters of a model."""
+
+
+@hookspec
+def objectives() -> list[Objective]:  # type: ignore[empty-body]  # as above
+    """Objectives, which say what the loss of a batch is."""
+
+
+@hookspec
+def optimisers() -> list[Optimiser]:  # type: ignore[empty-body]  # as above
+    """Optimisers of training runs."""
 
 
 @hookspec
@@ -76,6 +86,16 @@ def document_orders() -> list[DocumentOrder]:  # type: ignore[empty-body]  # as 
 @hookspec
 def evaluators() -> list[Evaluator]:  # type: ignore[empty-body]  # as above
     """Evaluators, which score a model on a domain."""
+
+
+@hookspec
+def decoders() -> list[Decoder]:  # type: ignore[empty-body]  # as above
+    """Decoders, which change how the next token of a text comes about."""
+
+
+@hookspec
+def exporters() -> list[Exporter]:  # type: ignore[empty-body]  # as above
+    """Exporters, which write a model in the layout of other tools."""
 
 
 @hookspec

@@ -20,12 +20,12 @@ from ..artefacts.versions import package_version
 from ..errors import did_you_mean, unknown_name
 from . import hookspecs
 from .ensembles import Mixer
-from .evaluation import Evaluator
-from .events import ExpertFinished, MergeFinished, TrainingStep
+from .evaluation import Decoder, Evaluator, Exporter
+from .events import ExpertFinished, MergeFinished, Tracker, TrainingStep
 from .merging import MergeMethod
 from .mixtures import Architecture, RouterStart
+from .steps import Objective, Optimiser
 from .text import CorpusFormat, DocumentOrder, DomainDiscoverer
-from .tracking import Tracker
 from .training import Launcher, Trainer
 
 if TYPE_CHECKING:
@@ -37,10 +37,23 @@ SELECTION_VARIABLE = "EXPERTCTL_PLUGINS"
 # Named by string, so that `core` does not import plugins.
 BUILTIN_PLUGINS = (
     "basics.architectures",
+    "basics.conversation_files",
     "basics.corpus_files",
+    "basics.distillation",
     "basics.in_context_order",
+    "basics.infilling",
+    "basics.next_token",
+    "basics.optimisers",
     "basics.perplexity",
+    "basics.preferences",
     "basics.trainable_parts",
+    "decoders.best_of",
+    "decoders.context_aware",
+    "decoders.contrastive",
+    "decoders.experts_against_seed",
+    "decoders.sinks",
+    "exporters.gguf",
+    "exporters.huggingface",
     "flower",
     "launchers.local",
     "launchers.ray",
@@ -52,8 +65,10 @@ BUILTIN_PLUGINS = (
     "methods.demix",
     "methods.dense_merges",
     "methods.flexolmo",
+    "methods.lora",
     "methods.mixture_tuning",
     "methods.mixtures",
+    "methods.prompts",
     "trackers.mlflow",
     "trackers.tensorboard",
     "trackers.trackio",
@@ -67,12 +82,16 @@ OFFER_KINDS: Mapping[type, str] = {
     Mixer: "mixers",
     RouterStart: "router_starts",
     Trainer: "trainers",
+    Objective: "objectives",
+    Optimiser: "optimisers",
     Launcher: "launchers",
     Tracker: "trackers",
     CorpusFormat: "corpus_formats",
     DomainDiscoverer: "domain_discoverers",
     DocumentOrder: "document_orders",
     Evaluator: "evaluators",
+    Decoder: "decoders",
+    Exporter: "exporters",
     Architecture: "architectures",
 }
 """All kinds of offers, with the hook that returns a list of them."""

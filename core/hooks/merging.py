@@ -279,6 +279,8 @@ class ModelBuilder(MergeMethod):
     _: KW_ONLY
     takes_models: bool = False
     """Whether it takes any model with the seed's tokenizer, not only experts of the seed."""
+    takes_prompts: bool = False
+    """Whether experts may be prompts, which change no tensor of the seed."""
 
 
 @dataclass(frozen=True)

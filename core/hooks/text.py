@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..reporting import SILENT, Reporter
 from .option_checks import check_options_class
@@ -32,6 +32,9 @@ class CorpusFormat:
     read_values: Callable[[Path, str, str], Iterator[Document]] | None = None
     """`read_values(path, text_field, field)` yields the same documents with the value of another field; None: documents
     of this format have no further fields."""
+    holds: Literal["text", "conversations", "pairs"] = "text"
+    """Whether the texts are conversations, or pairs of a better and a worse one, as JSON (`Conversation.as_text`). Such a format
+    is used where a domain names it, whatever other formats read files of these suffixes."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -37,6 +37,11 @@ class TrainablePart:
     used_in_a_pass: Literal["all", "same", "some"] = "all"
     """Which trained parameters have a gradient after a pass: all, always the same ones, or some that depend on the text.
     Several processes have to look for the others, and cannot shard a model in which they differ (`some`)."""
+    keeps_float32 = False
+    """Whether the trained parameters stay in float32 if `training.precision` stores weights in bfloat16."""
+    spares_activations = False
+    """Whether activations are computed again and logits are computed in pieces if the run's settings do not say. For few
+    parameters, which need little memory themselves."""
     auxiliary_per_example = False
     """Whether `auxiliary_loss` is a mean over the batch of terms that each depend on one example, as training with
     differential privacy needs."""
@@ -66,7 +71,10 @@ class TrainablePart:
         """Prepare an optimiser step, after `step` finished ones."""
 
     def begin_batch(self, domains: Sequence[int]) -> None:
-        """Prepare a forward pass; `domains` has the index of the run's domain for each row."""
+        """Prepare a forward pass; `domains` has the index of the run's domain for each row.
+
+        Domains that only the annealing of an expert has come after those of the run.
+        """
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the loss, shape (), to add to the cross-entropy of the last forward pass."""
@@ -82,7 +90,10 @@ class TrainablePart:
         return {}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors of the artefact, by their names in the starting model in memory; changed ones are stored."""
+        """Return the tensors of the artefact, by their names in the starting model in memory; changed ones are stored.
+
+        An adapter has none: its tensors are those of `extra_tensors`.
+        """
         tensors: Mapping[str, Tensor] = self.module.state_dict()
         return tensors
 
@@ -126,6 +137,8 @@ class TrainingContext:
     """The run's text; None unless the trainer declares `uses_text`."""
     blocks_per_step: int | None = None
     """Number of blocks in an optimiser step, of all accumulated batches; None if it is not known."""
+    models: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the models that `Trainer.models` named, verified."""
 
     @property
     def text(self) -> TrainingText:
@@ -145,25 +158,38 @@ class Trainer:
     """`prepare(context)` freezes the other parameters of the model and returns the trainable ones."""
     options: type | None = None
     """A frozen dataclass with a default for every field, or None."""
+    reads_weights: bool = True
+    """Whether `prepare` reads or writes weights. If not, processes that share a model may pass it on the meta device, without
+    weights, and read only their parts of them afterwards."""
     uses_text: bool = False
     """Whether it reads `TrainingContext.text` before training begins."""
     private_text: bool = False
     """With `uses_text`: whether it reads the run's own domains only through `TrainingText.private`. Private runs refuse
     other trainers that use text."""
-    makes: Literal["expert", "generalist"] = "expert"
-    """Result of a run: the tensors that changed (`branch` and `train`), or a whole model (`tune`)."""
+    makes: Literal["expert", "adapter", "generalist"] = "expert"
+    """Result of a run: the tensors that changed (`branch` and `train`), an adapter of the seed (likewise; its folder has
+    `adapter_config.json` and `adapter_model.safetensors`), or a whole model (`tune`)."""
     restore: Callable[[PreTrainedModel, Path], PreTrainedModel] | None = None
     """`restore(model, folder)` turns the starting model into the trained one, from an expert's folder; None: the
     expert's tensors replace those of the same name."""
     require: Callable[[Path, Any, Sequence[str]], None] | None = None
-    """`require(folder, options, domains)` raises `UserError` for a generalist, options or domains that it cannot train,
-    before a run is set up and anything is replaced."""
+    """`require(folder, options, domains)` raises `UserError` for a model, options or domains that it cannot train, before a
+    run is set up and anything is replaced; the model is the seed or, with `makes="generalist"`, the one to tune."""
+    models: Callable[[Any], tuple[str, ...]] | None = None
+    """`models(options)` names the other models of the project that `prepare` reads, which become parents of what is trained.
+    None: it reads none."""
+    context_tokens: Callable[[Path, Any], int] | None = None
+    """`context_tokens(seed, options)` returns how many positions of the model's context a trained prompt takes from the text.
+    None: none."""
     changes: Literal["all", "feed_forward"] = "all"
     """Tensors of the starting model that training can change; an expert that is delivered to a federation has to have all
     matrices among them, and nothing else."""
     side_files: Callable[[Path, Any], Mapping[str, Mapping[str, SideTensor]]] | None = None
     """`side_files(seed, options)`: the files and tensors of `TrainablePart.extra_tensors`, against which delivered experts
     are checked; None: the part has no such tensors."""
+    side_documents: Callable[[Path, Any], Mapping[str, Mapping[str, Any]]] | None = None
+    """`side_documents(seed, options)`: JSON files of an expert by name, such as the configuration of an adapter; a delivered
+    expert has to have the same. None: it has none."""
 
     def __post_init__(self) -> None:
         check_options_class(self.options, f"trainer '{self.name}'")
@@ -178,6 +204,8 @@ class SideTensor:
     """Smallest value that training can give it."""
     largest: float
     is_required: bool = True
+    dtype: str | None = None
+    """safetensors' name of its dtype; None: any of floating-point numbers."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class ImportedSeed:
     """`model_type` in the model's `config.json`."""
     documents_begin_with: tuple[str, ...] = ()
     """Tokens that the tokenizer puts before a text, and so before every document; a separator stands there in any case."""
+    rope_base: float | None = None
+    """RoPE base in place of the model's own; None: its own."""
+    positions: int | None = None
+    """Number of positions in place of the model's own; None: its own."""
 
 
 @record

@@ -49,4 +49,6 @@ def push(
     if private or revision is not None:
         raise UserError("--private and --revision are for repositories of the hub; push to hub:owner/name")
     with open_remote(url) as remote:
+        if remote.scheme in ("file", "local") and Path(remote.root).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{remote.url} is in the folder that is to be pushed; choose another URL")
         return upload(remote, folder, names, transfer, force=force)

@@ -45,9 +45,13 @@ class RunSpec:
     slice: tuple[int, int] | None = None
     """(i, n): train on the i-th of n random slices of all domains together (the random-split baseline)."""
     preset: str | None = None
-    """Size of a seed that is pretrained from scratch: `tiny` or `small`."""
+    """Size of a seed that is pretrained from scratch."""
     family: str | None = None
     """Architecture of a seed that is pretrained from scratch."""
+    tied: bool = False
+    """Whether such a seed shares input and output embedding."""
+    tokens: tuple[str, ...] = ()
+    """Special tokens of the tokenizer of a seed that is pretrained from scratch, beside its separator."""
     owner: str | None = None
     """Owner of the training data."""
     licence: str | None = None

@@ -65,3 +65,5 @@ class DataStatement:
     """Number of tokens trained on, repetitions included."""
     privacy: PrivacyStatement | None = None
     """Privacy guarantee; None: trained without differential privacy."""
+    annealing: Mapping[str, DomainStatement] = field(default_factory=dict)
+    """Domains that the last part of the run was drawn from, by name; `config.training.annealing` has its share and weights."""

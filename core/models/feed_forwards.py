@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..text.token_store import Blocks, spread
+from ..text.token_store import TokenBlocks, spread
 from .architectures import architecture_of
 
 _READ_BY_THEIR_BLOCKS = ("rwkv",)
@@ -140,6 +140,6 @@ def input_moments(model: PreTrainedModel, blocks: Iterable[NDArray[Any]], *, ful
     return InputMoments(tokens, mean, second)
 
 
-def spread_blocks(blocks: Blocks, count: int) -> list[NDArray[Any]]:
+def spread_blocks(blocks: TokenBlocks, count: int) -> list[NDArray[Any]]:
     """Return the inputs of up to `count` evenly spaced full blocks."""
     return [block[:-1] for block in spread(blocks, count)] if len(blocks) else []

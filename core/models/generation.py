@@ -1,11 +1,12 @@
-"""Text generation with each expert's responsibility for each token. Shapes: B = 1, T = tokens, K = experts."""
+"""Text generation with each expert's responsibility for each token. Shapes: B = texts, T = tokens, K = experts."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError, unknown_name
 from ..process.compute import best_device, threads_for_tokens
+from ..process.placement import DeviceMap
 from ..reporting import SILENT, Reporter
 from ..text.tokenizer import missing_row
+from .adapters.prompts import prompt_tokens_of
+from .decoding.opening import DecoderChoice, OpenedDecoder, check_decoder
 from .loading import load_model, require_intact_models
-from .placement import DeviceMap
 from .scoring import begin_text
 
 
@@ -55,6 +58,26 @@ class Sampling:
     """0 is greedy decoding."""
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    """Sample only from so many of the most probable tokens; 0: from all."""
+    min_p: float = 0.0
+    """Sample only from tokens with this share of the largest probability; 0: from all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that occurred before are less probable."""
+    beams: int = 1
+    """Number of beams of a beam search; it samples unless the temperature is 0."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a continuation."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of transformers' `generate`."""
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            arguments |= {"min_p": self.min_p} if self.min_p else {}
+        arguments |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1 else {}
+        arguments |= {"num_beams": self.beams} if self.beams > 1 else {}
+        return arguments | ({"stop_strings": list(self.stop)} if self.stop else {})
 
 
 def generate(
@@ -66,15 +89,49 @@ def generate(
     domain: str | None = None,
     shares: bool = False,
     device_map: DeviceMap | None = None,
+    quantise: str | None = None,
     reporter: Reporter = SILENT,
+    decoder: DecoderChoice | None = None,
 ) -> Generation:
-    """Sample a continuation; an ensemble may have a prior for texts of `domain`.
+    """Sample a continuation; an ensemble may have a prior for texts of `domain`; `decoder` changes the distribution.
 
     Raises `UserError` for `shares` of a model without experts, for a domain that the model has no prior for, for too long
-    a text, and for a `device_map` (see `load_model`) that does not fit.
+    a text, for a `device_map` or `quantise` (see `load_model`) that does not fit, and for a decoder that does not fit.
     """
+    (generation,) = generate_batch(
+        folder,
+        [prompt],
+        sampling,
+        without=without,
+        domain=domain,
+        shares=shares,
+        device_map=device_map,
+        quantise=quantise,
+        reporter=reporter,
+        decoder=decoder,
+    )
+    return generation
+
+
+def generate_batch(
+    folder: Path,
+    prompts: Sequence[str],
+    sampling: Sampling = Sampling(),
+    *,
+    without: Collection[str] = (),
+    domain: str | None = None,
+    shares: bool = False,
+    device_map: DeviceMap | None = None,
+    quantise: str | None = None,
+    reporter: Reporter = SILENT,
+    decoder: DecoderChoice | None = None,
+) -> list[Generation]:
+    """Sample a continuation of each prompt, all in one batch; arguments and errors as for `generate`."""
+    checked = None if decoder is None else check_decoder(decoder)
     require_intact_models([folder])
-    model, tokenizer = load_model(folder, without=without, device_map=device_map)
+    if checked is not None:
+        checked.require_for(folder)
+    model, tokenizer = load_model(folder, without=without, device_map=device_map, quantise=quantise)
     if shares and not hasattr(model, "responsibilities"):
         raise UserError(
             f"{folder.name} does not mix the experts' predictions per token; request shares from an ensemble"
@@ -85,27 +142,93 @@ def generate(
         )
     if device_map is None:
         model.to(best_device())
-    prompt_1T = _prompt_tokens(model, tokenizer, prompt, sampling.max_new_tokens).to(model.device)
+    opened = OpenedDecoder(model) if checked is None else checked.open(model, tokenizer, reporter=reporter)
+    prompt_ids = [
+        _prompt_tokens(opened.model, tokenizer, prompt, sampling.max_new_tokens)[0].tolist() for prompt in prompts
+    ]
     torch.manual_seed(sampling.seed)
-    temperature = sampling.temperature
-    options = {"temperature": temperature, "top_p": sampling.top_p, "top_k": 0} if temperature > 0 else {}
-    with torch.inference_mode(), threads_for_tokens(weight_bytes(model)):
-        text_1T = model.generate(
-            prompt_1T,
-            attention_mask=torch.ones_like(prompt_1T),
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=temperature > 0,
-            streamer=_TokenCounter(reporter, sampling.max_new_tokens),
-            **options,
-        )
-        rows = model.responsibilities(text_1T)[0].tolist() if shares and text_1T.shape[1] > 1 else []
-    ids = text_1T[0].tolist()
-    names = tuple(model.expert_names) if shares else ()
-    token_shares = [None, *(dict(zip(names, row, strict=True)) for row in rows)]  # the first token is not predicted
-    texts = _decode_each(tokenizer, ids)
-    tokens = tuple(itertools.starmap(GeneratedToken, itertools.zip_longest(ids, texts, token_shares)))
-    prompt_length = prompt_1T.shape[1]
-    return Generation(tokens[:prompt_length], tokens[prompt_length:], names)
+    with torch.inference_mode(), threads_for_tokens(weight_bytes(opened.model)):
+        continuations = continue_prompts(opened, tokenizer, prompt_ids, sampling, reporter)
+        generations = []
+        for prompt, continuation in zip(prompt_ids, continuations, strict=True):
+            ids = [*prompt, *continuation]
+            text_1T = torch.tensor([ids], device=model.device)
+            rows = model.responsibilities(text_1T)[0].tolist() if shares and len(ids) > 1 else []
+            names = tuple(model.expert_names) if shares else ()
+            token_shares = [None, *(dict(zip(names, row, strict=True)) for row in rows)]  # the first is not predicted
+            texts = _decode_each(tokenizer, ids)
+            tokens = tuple(itertools.starmap(GeneratedToken, itertools.zip_longest(ids, texts, token_shares)))
+            generations.append(Generation(tokens[: len(prompt)], tokens[len(prompt) :], names))
+    return generations
+
+
+def continue_prompts(
+    opened: OpenedDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    reporter: Reporter = SILENT,
+) -> list[list[int]]:
+    """Return the continuation of each prompt, in tokens, up to its end-of-sequence token or stop string.
+
+    Raises `UserError` for a decoder that chooses among samples where they would all be equal.
+    """
+    samples = opened.samples
+    if samples is not None and (sampling.temperature == 0 or sampling.beams > 1):
+        raise UserError("the best of several samples needs a temperature above 0 and no beams, else all are equal")
+    count = 1 if samples is None else samples.count
+    ids_BT, mask_BT = _left_padded(prompts, _padding(opened.model, tokenizer))
+    text_BT = opened.model.generate(
+        ids_BT.to(opened.model.device),
+        attention_mask=mask_BT.to(opened.model.device),
+        # transformers has no streamer for beams
+        streamer=_TokenCounter(reporter, sampling.max_new_tokens) if sampling.beams == 1 else None,
+        **sampling.arguments(),
+        **({"num_return_sequences": count} if count > 1 else {}),
+        **({"tokenizer": tokenizer} if sampling.stop else {}),
+    )
+    ends = _end_tokens(opened.model)
+    rows = [_until_end(tokenizer, row, ends, sampling.stop) for row in text_BT[:, ids_BT.shape[1] :].tolist()]
+    if samples is None:
+        return rows
+    chosen = []
+    for number, prompt in enumerate(prompts):
+        candidates = rows[number * count : (number + 1) * count]
+        scores = samples.score(prompt, candidates)
+        chosen.append(candidates[max(range(count), key=scores.__getitem__)])
+    return chosen
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Return prompts that end together, and their mask, (B, T)."""
+    longest = max(map(len, prompts))
+    ids = [[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _end_tokens(model: PreTrainedModel) -> list[int]:
+    config: Any = model.generation_config
+    ends = config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token that the model has, for places that it does not attend to."""
+    tokens = (tokenizer.pad_token_id, *_end_tokens(model))
+    return next((int(token) for token in tokens if isinstance(token, int)), 0)
+
+
+def _until_end(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: Sequence[int], stop: Sequence[str]
+) -> list[int]:
+    """Return a continuation without the padding behind its end."""
+    count = next((number for number, token in enumerate(ids, start=1) if token in ends), len(ids))
+    for number in range(1, count + 1) if stop else ():
+        text = str(tokenizer.decode(ids[:number], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        if any(string in text for string in stop):
+            return ids[:number]
+    return ids[:count]
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
@@ -140,11 +263,12 @@ def _prompt_tokens(
     rows = getattr(model.config.get_text_config(), "vocab_size", None)
     if rows is not None and max(ids) >= rows:
         raise missing_row(tokenizer.convert_ids_to_tokens(max(ids)), max(ids), rows)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and len(ids) + max_new_tokens > positions:
+    positions, own = getattr(model.config, "max_position_embeddings", None), prompt_tokens_of(model)
+    if positions is not None and own + len(ids) + max_new_tokens > positions:
+        left = f" that the model's own prompt of {own} leaves" if own else ""
         raise UserError(
-            f"the prompt has {len(ids)} tokens; with {max_new_tokens} new tokens it exceeds the model's {positions} "
-            "positions; shorten the prompt or request fewer tokens"
+            f"the prompt has {len(ids)} tokens; with {max_new_tokens} new tokens it exceeds the model's {positions - own} "
+            f"positions{left}; shorten the prompt or request fewer tokens"
         )
     return torch.tensor([ids])
 

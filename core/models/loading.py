@@ -13,23 +13,30 @@ from ..artefacts.files import is_unfinished, read_json
 from ..artefacts.layout import Layout
 from ..artefacts.model_config import refuse_quantized
 from ..artefacts.safetensors_io import Checkpoint, TensorEntry, checkpoint_files
-from ..errors import UserError, first_line, unknown_name
+from ..errors import UserError, unknown_name
 from ..hooks.manager import installed_plugins
 from ..hooks.merging import MergeMethod
 from ..hooks.training import Trainer
 from ..manifests.manifest import Manifest, find_manifest, read_manifest
 from ..manifests.verification import require_intact
 from ..process.environment import without_loading_bars
+from ..process.placement import DeviceMap, check_device_map, place_members
 from ..text.tokenizer import load_tokenizer
+from .adapters.folder import is_adapter
+from .adapters.lora import AdaptedTensors
+from .adapters.prompts import fixed_prompt, is_prompt, num_prompt_tokens, read_prompt, with_prompt
+from .kernels.quantised_linear import quantise as quantise_layers
+from .kernels.quantised_linear import require_quantisation
 from .overlay import overlay_tensors as overlay_tensors
-from .placement import DeviceMap, check_device_map, place_members
 from .stored_names import checkpoint_tensors as checkpoint_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS_FILE = "model.safetensors"
+POSITION_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+"""Fields of `config.json` that say how many positions a model has."""
 DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32", "float64")
 # transformers changes process-wide settings while it loads; concurrent loads have left tied heads untied. Its first
 # import is not thread-safe either.
@@ -67,6 +74,7 @@ def load_model(
     without: Collection[str] = (),
     as_trained: bool = True,
     device_map: DeviceMap | None = None,
+    quantise: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any artefact as (model in evaluation mode, tokenizer).
 
@@ -74,10 +82,19 @@ def load_model(
     dtype. `without` disables experts of an ensemble or a mixture; files stay unchanged. An expert trained inside a
     larger model (`flexolmo`: beside the public FFN) is loaded as that model, or, without `as_trained`, as a dense
     model with its tensors. `device_map` places the members of an ensemble or a stitched model on devices: `auto` (over
-    the GPUs by size), `code=cuda:0,law=cpu`, or a dictionary. Raises `UserError` if the folder is unfinished, damaged or
+    the GPUs by size), `code=cuda:0,law=cpu`, or a dictionary. `quantise` keeps the weights of linear layers in 8 bits (`int8`) or 4 (`nf4`),
+    for inference only. Raises `UserError` if the folder is unfinished, damaged or
     of unknown kind, and for a device map that does not fit.
     """
-    model = load_network(folder, seed=seed, dtype=dtype, without=without, as_trained=as_trained, device_map=device_map)
+    model = load_network(
+        folder,
+        seed=seed,
+        dtype=dtype,
+        without=without,
+        as_trained=as_trained,
+        device_map=device_map,
+        quantise=quantise,
+    )
     with _LOADING:
         return model, load_tokenizer(tokenizer_folder(Path(folder), Path(seed) if seed is not None else None))
 
@@ -90,9 +107,27 @@ def load_network(
     without: Collection[str] = (),
     as_trained: bool = True,
     device_map: DeviceMap | None = None,
+    quantise: str | None = None,
 ) -> PreTrainedModel:
     """Load an artefact's model without its tokenizer; arguments as for `load_model`."""
-    path = Path(folder)
+    if quantise is not None:
+        if device_map is not None:
+            raise UserError("a device map is for members in full precision; give either device_map or quantise")
+        require_quantisation(quantise)
+    model = _load_network(Path(folder), seed, dtype, without, as_trained, device_map)
+    if quantise is not None:
+        quantise_layers(model, quantise)
+    return model
+
+
+def _load_network(
+    path: Path,
+    seed: str | Path | None,
+    dtype: str,
+    without: Collection[str],
+    as_trained: bool,
+    device_map: DeviceMap | None,
+) -> PreTrainedModel:
     if isinstance(without, str):
         without = (without,)
     if dtype not in DTYPE_NAMES:
@@ -108,12 +143,15 @@ def load_network(
         if manifest is not None and manifest.kind == "expert":
             if without:
                 raise UserError(f"{path} is a single expert; only experts of ensembles and mixtures can be disabled")
-            model = _from_pretrained(seed_of(path, manifest, seed), dtype)
+            seed_folder = seed_of(path, manifest, seed)
+            model = _from_pretrained(seed_folder, dtype)
             trainer = installed_plugins().offers(Trainer).get(manifest.trainable or "")
-            if as_trained and trainer is not None and trainer.restore is not None:
+            if is_prompt(path):
+                with_prompt(model, fixed_prompt(read_prompt(path)))
+            elif as_trained and trainer is not None and trainer.restore is not None:
                 model = trainer.restore(model, path)
             else:
-                overlay_tensors(model, Checkpoint([path / WEIGHTS_FILE]))
+                overlay_tensors(model, changed_tensors(path, seed_folder))
             return model.eval()
         model = _from_pretrained(path, dtype)
         if without:
@@ -127,21 +165,39 @@ def load_network(
         return model
 
 
-def require_members(folder: Path, device_map: DeviceMap) -> None:
-    """Raise `UserError` unless the device map fits the members of the model in a folder; loads no weights."""
+def read_config(folder: Path) -> PretrainedConfig:
+    """Return the configuration of a model folder; raises `UserError` if transformers cannot read or does not support it."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json, so it is no folder of a model")
+    with _LOADING:
+        register_auto_classes()
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())  # an error of a field has it on the second line
+            raise UserError(f"{folder} is not a model supported by transformers: {reason:.300}") from None
+    return config
+
+
+def require_members(folder: Path, device_map: DeviceMap) -> None:
+    """Raise `UserError` unless the device map fits the members of the model in a folder; loads no weights."""
     names: Collection[str] = ()
     if (folder / "config.json").is_file() and _is_own_type(read_json(folder / "config.json")):
-        with _LOADING:
-            register_auto_classes()
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        names = getattr(config, "member_names", ())
+        names = getattr(read_config(folder), "member_names", ())
     check_device_map(device_map, names, folder)
 
 
+def has_own_class(folder: Path) -> bool:
+    """Return whether the model in a folder is of one of expertctl's classes."""
+    return _is_own_type(read_json(folder / "config.json"))
+
+
 def _is_own_type(config: Mapping[str, Any]) -> bool:
-    """Return whether a model is of one of expertctl's classes."""
     return str(config.get("model_type", "")).startswith("expertctl_")
 
 
@@ -187,18 +243,34 @@ def _manifest_of(folder: Path) -> Manifest | None:
     return find_manifest(folder)
 
 
-def _from_pretrained(folder: Path, dtype: str) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_empty(folder: Path) -> PreTrainedModel:
+    """Load a model of transformers in float32 without its weights: only non-persistent buffers are not on the meta device."""
+    import torch
+
+    from .kernels.sorted_loop import use_sorted_loop
+
+    with _LOADING, without_loading_bars():
+        model = _from_pretrained(folder, "float32", device_map="meta")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = True
+    for name, buffer in model.named_non_persistent_buffers():
+        holder, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(holder), leaf, torch.empty_like(buffer, device="cpu"))
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
+    use_sorted_loop(model)
+    return model
+
+
+def _from_pretrained(folder: Path, dtype: str, **arguments: Any) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
 
     check_loadable(folder)
     with _LOADING:
-        register_auto_classes()
-        try:
-            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is not a model supported by transformers: {first_line(error)}") from None
+        read_config(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True, **arguments
         )
     if not isinstance(loaded, tuple):  # one of expertctl's model classes, which does its own checks
         model: PreTrainedModel = loaded
@@ -232,8 +304,14 @@ def _source_artefacts(folder: Path) -> Iterator[Path]:
 def max_positions(folder: Path) -> int:
     """Return a model's maximum number of positions from `config.json`; a large number if it has no limit."""
     config = read_json(folder / "config.json")
-    limits = [config.get(key) for key in ("max_position_embeddings", "n_positions", "max_sequence_length")]
+    limits = [config.get(key) for key in POSITION_LIMITS]
     return min((limit for limit in limits if isinstance(limit, int)), default=1 << 40)
+
+
+def text_positions(folder: Path) -> int:
+    """Return how many tokens of a text an artefact can read: its model's positions without those that a prompt takes."""
+    model = folder if (folder / "config.json").is_file() else tokenizer_folder(folder)
+    return max_positions(model) - num_prompt_tokens(folder)
 
 
 def check_loadable(folder: Path) -> dict[str, Any]:
@@ -261,12 +339,33 @@ def seed_of(expert: Path, manifest: Manifest, given: str | Path | None = None) -
         raise UserError(
             f"expert '{manifest.name}' needs its seed, and {folder} is not a seed folder; pass the seed with seed="
         )
-    digest = read_manifest(folder).digest
-    if digest != parent.digest:
+    seed = read_manifest(folder)
+    if seed.digest != parent.digest:
         raise UserError(
-            f"expert '{manifest.name}' was branched from seed {parent.digest[:12]}, but {folder} is {digest[:12]}"
+            f"expert '{manifest.name}' was branched from seed {parent.digest[:12]}, but {folder} is {seed.digest[:12]}"
         )
+    require_same_configuration(manifest, seed)
     return folder
+
+
+def require_same_configuration(expert: Manifest, seed: Manifest) -> None:
+    """Raise `UserError` for an expert whose seed had these tensors, but another `config.json`."""
+    config = expert.run.parents.get("seed/config.json") if expert.run is not None else None
+    if config not in (None, seed.files.get("config.json")):
+        raise UserError(
+            f"expert '{expert.name}' was branched from a seed with another config.json, such as another RoPE base or number of "
+            "positions: the same weights compute another function; make that seed again"
+        )
+
+
+def changed_tensors(expert: Path, seed: Checkpoint | Path) -> Checkpoint | AdaptedTensors:
+    """Return the tensors of the seed that training an expert changed: stored ones, or the seed's with its adapter.
+
+    Raises `UserError` for an adapter that changes none, such as a prompt.
+    """
+    if not is_adapter(expert):
+        return Checkpoint([expert / WEIGHTS_FILE])
+    return AdaptedTensors(seed if isinstance(seed, Checkpoint) else Checkpoint.of_folder(seed), expert)
 
 
 class ExpertTensors:
@@ -274,7 +373,7 @@ class ExpertTensors:
 
     def __init__(self, seed: Checkpoint, folder: Path) -> None:
         self.seed = seed
-        self.changed = Checkpoint([folder / WEIGHTS_FILE])
+        self.changed = changed_tensors(folder, seed)
         for name, entry in self.changed.entries.items():
             seed_entry = seed.entry(name)
             if (entry.shape, entry.dtype) != (seed_entry.shape, seed_entry.dtype):
@@ -291,3 +390,6 @@ class ExpertTensors:
 
     def read(self, name: str) -> Tensor:
         return self.changed.read(name) if name in self.changed else self.seed.read(name)
+
+    def span(self, name: str, begin: int, end: int) -> Tensor:
+        return (self.changed if name in self.changed else self.seed).span(name, begin, end)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..artefacts.safetensors_io import Checkpoint
 from ..errors import UserError
+from .adapters.lora import AdaptedTensors
 from .stored_names import StoredNames, TensorGroup
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Overlay:
                 self._tensors[name].copy_(tensor)
 
 
-def overlay_tensors(model: PreTrainedModel, tensors: Checkpoint | Mapping[str, Tensor]) -> None:
+def overlay_tensors(model: PreTrainedModel, tensors: Checkpoint | AdaptedTensors | Mapping[str, Tensor]) -> None:
     """Overwrite a model's tensors by name; raises `UserError` for a tensor that the model does not have."""
     _add_all(Overlay(model), tensors)
 
@@ -83,7 +84,7 @@ class _Collected(Overlay):
         self.tensors |= tensors
 
 
-def _add_all(overlay: Overlay, tensors: Checkpoint | Mapping[str, Tensor]) -> None:
+def _add_all(overlay: Overlay, tensors: Checkpoint | AdaptedTensors | Mapping[str, Tensor]) -> None:
     for name in tensors:
-        overlay.add(name, tensors.read(name) if isinstance(tensors, Checkpoint) else tensors[name])
+        overlay.add(name, tensors[name] if isinstance(tensors, Mapping) else tensors.read(name))
     overlay.finish()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -49,15 +47,31 @@ def token_log_probs(model: PreTrainedModel, tokens_BT1: Tensor) -> Tensor:
     return -loss.view_as(targets_BT).to(home)
 
 
-def total_loss(model: PreTrainedModel, batches: Iterable[NDArray[Any]], device: torch.device) -> tuple[float, int]:
-    """Return the summed cross-entropy of all predicted tokens of the batches (B, T + 1), in nats, and their number."""
+def continuation_log_probs(
+    model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 16
+) -> list[float]:
+    """Return log p(target | prefix), in nats, for pairs of prefix and target in tokens; prefixes are not empty."""
     import torch
 
+    results = []
+    for begin in range(0, len(pairs), batch_size):
+        batch = pairs[begin : begin + batch_size]
+        longest = max(len(prefix) + len(target) for prefix, target in batch)
+        # padding follows the text, which does not attend to it
+        rows = [[*prefix, *target, *[prefix[-1]] * (longest - len(prefix) - len(target))] for prefix, target in batch]
+        with torch.inference_mode():
+            scores = token_log_probs(model, torch.tensor(rows, device=model.device)).double()
+        for row, (prefix, target) in zip(scores, batch, strict=True):
+            results.append(float(row[len(prefix) - 1 : len(prefix) + len(target) - 1].sum()))
+    return results
+
+
+def total_loss(model: PreTrainedModel, batches: Iterable[Windows]) -> tuple[float, int]:
+    """Return the summed cross-entropy of all targets that windows score, in nats, and their number."""
     total, count = 0.0, 0
     for batch in batches:
-        scores = token_log_probs(model, torch.from_numpy(batch).to(device))
-        total -= float(scores.double().sum())
-        count += scores.numel()
+        loss, scored = scored_loss(model, batch)
+        total, count = total + loss, count + scored
     return total, count
 
 
@@ -66,5 +80,5 @@ def scored_loss(model: PreTrainedModel, windows: Windows) -> tuple[float, int]:
     import torch
 
     scores = token_log_probs(model, torch.from_numpy(windows.tokens).to(model.device)).double()
-    loss = -float(scores[torch.from_numpy(windows.scored).to(model.device)].sum())
-    return loss, int(windows.scored.sum())
+    scored = torch.from_numpy(windows.scored).to(model.device)
+    return -float(scores.masked_fill(~scored, 0.0).sum()), int(scored.sum())

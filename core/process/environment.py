@@ -1,7 +1,8 @@
-"""Environment variables for the Hugging Face libraries, set before they are imported."""
+"""Settings of the libraries for models, made before they are imported: environment variables, and what may be logged."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ def prepare_libraries() -> None:
         os.environ[OFFLINE_BY_DEFAULT] = "1"
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # PEFT imports it wherever it is installed, and it warns of kernels that it does without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextmanager

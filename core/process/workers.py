@@ -20,6 +20,10 @@ from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 from ..errors import UserError
+from .compute import available_cores
+
+MAX_PER_CORE = 4
+"""Processes per CPU core; more of them only take memory, even if they wait for disks."""
 
 Prepare = Callable[..., Callable[[Any], Any]]
 
@@ -76,6 +80,15 @@ class Worker:
         return (
             f"{self._what} ended with status {code} (its own message is above); a script has to call this under "
             'if __name__ == "__main__":'
+        )
+
+
+def require_cores(count: int) -> None:
+    """Raise `UserError` for more processes than this machine can use."""
+    cores = available_cores()
+    if count > MAX_PER_CORE * cores:
+        raise UserError(
+            f"{count} processes are too many for the {cores} CPU cores of this machine; give at most {MAX_PER_CORE * cores}"
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..artefacts.digests import sha256_of_file
-from ..artefacts.files import os_errors_as_user_errors, read_json, remove_tree, write_json
+from ..artefacts.files import os_errors_as_user_errors, read_json, remove_tree, require_space, write_json
 from ..errors import UserError
 from . import file_cache
 from .index import RemoteFile, local_path
@@ -37,16 +37,19 @@ def download(
     paths = {name: local_path(target / folder, name or file_name) for name in files}
     _drop_others(remote, files, paths, target, transfer.part_bytes)
     digests: dict[str, str] = {}
-    partials: dict[str, PartialFile] = {}
+    pending: list[str] = []
     for name, file in files.items():
         path = paths[name]
         with os_errors_as_user_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() and not _from_cache(file, path):
-            partials[name] = PartialFile(path, file.size, transfer.part_bytes)
+            pending.append(name)
         else:
             digests[name] = sha256_of_file(path)
-    run_all(transfer.jobs, lambda name: _check_size(remote, name, files[name]), partials, remote.stop)
+    run_all(transfer.jobs, lambda name: _check_size(remote, name, files[name]), pending, remote.stop)
+    unwritten = sum(files[name].size - PartialFile.written_bytes(paths[name]) for name in pending)
+    require_space(target, unwritten)  # before the parts are counted, which a hostile size would make very many
+    partials = {name: PartialFile(paths[name], files[name].size, transfer.part_bytes) for name in pending}
 
     parts = [(name, index) for name, partial in partials.items() for index in partial.missing()]
     lengths = (end - begin for name, index in parts for begin, end in [partials[name].span(index)])

@@ -16,12 +16,18 @@ class PartialFile:
 
     def __init__(self, path: Path, size: int, part_bytes: int) -> None:
         self.path, self.size, self.part_bytes = path, size, part_bytes
-        self._content = path.with_name(f".{path.name}.parts")
+        self._content = _content(path)
         self._marks = path.with_name(f".{path.name}.marks")
         self._lock = Lock()
         marks = self._marks.read_bytes() if self._marks.is_file() and self._content.is_file() else b""
         count = -(-size // part_bytes)
         self._missing = {index for index in range(count) if marks[index : index + 1] != b"\x01"}
+
+    @staticmethod
+    def written_bytes(path: Path) -> int:
+        """Return what an unfinished file takes on the disk; it may have holes."""
+        content = _content(path)
+        return content.stat().st_blocks * 512 if content.is_file() else 0
 
     def missing(self) -> list[int]:
         """Return the indices of the parts that have not arrived, sorted."""
@@ -55,6 +61,10 @@ class PartialFile:
         """Remove the file and what has arrived of it."""
         for path in (self.path, self._content, self._marks):
             path.unlink(missing_ok=True)
+
+
+def _content(path: Path) -> Path:
+    return path.with_name(f".{path.name}.parts")
 
 
 def _write_durably(path: Path, offset: int, content: bytes) -> None:

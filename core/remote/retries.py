@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from threading import Event
 from typing import TypeVar
@@ -17,6 +18,18 @@ FIRST_WAIT_S = 0.5
 
 _MAY_PASS = (408, 425, 429)
 """Client errors of HTTP that a later attempt may not meet."""
+_LASTING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EINVAL,
+)
+"""Errors of mounted file systems that waiting does not mend."""
 
 
 def persistently(action: Callable[[], Result], attempts: int = ATTEMPTS, stop: Event | None = None) -> Result:
@@ -36,7 +49,9 @@ def persistently(action: Callable[[], Result], attempts: int = ATTEMPTS, stop: E
 def is_lasting(error: Exception) -> bool:
     """Return whether a repeated request would fail in the same way."""
     status = status_of(error)
-    if isinstance(error, UserError | NotImplementedError | FileNotFoundError | IsADirectoryError) or is_refusal(error):
+    if isinstance(error, UserError | NotImplementedError | FileNotFoundError) or is_refusal(error):
+        return True
+    if isinstance(error, OSError) and error.errno in _LASTING:
         return True
     return status is not None and 400 <= status < 500 and status not in _MAY_PASS
 

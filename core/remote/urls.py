@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ MIN_BYTES_PER_S = 32_768
 """Slowest transfer that is waited for; below, a request counts as a dropped connection."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://", re.ASCII)
+_RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 _SECRETS = (
     (re.compile(r"(?<=://)[^/@\s]+@"), ""),  # user and password
     (re.compile(r"\?[^\s'\")]+"), "?..."),  # signatures and tokens in a query
@@ -132,6 +134,10 @@ class Remote:
         reason = without_secrets(f"{type(error).__name__}: {first_line(error)}")[:200]
         if isinstance(error, FileNotFoundError | IsADirectoryError):
             return MissingFile(f"{place} does not exist; check the URL")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return UserError(
+                f"{place} was not stored ({reason}); free some space there, then run the same command again"
+            )
         if is_refusal(error):
             log_in = LOG_IN.get(_EXTRAS.get(self.scheme, self.scheme), "check the credentials for this protocol")
             return UserError(f"{place}: access is denied ({reason}); {log_in}, or ask for the permission")
@@ -159,6 +165,10 @@ def open_remote(url: str) -> Iterator[Remote]:
 
     scheme = url.partition("://")[0].lower()
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if scheme in ("http", "https"):
+        options |= _bounded_responses()
+    if not url.partition("://")[2].strip("/"):  # without its slashes, fsspec would read it as a local path
+        raise UserError(f"{url} names no folder; write {scheme}://PLACE/FOLDER")
     if "::" in url:
         raise UserError(f"{without_secrets(url)} is a chain of URLs, which is not supported; give a single one")
     with hub_allowed() if scheme == "hf" else nullcontext():
@@ -173,4 +183,30 @@ def open_remote(url: str) -> Iterator[Remote]:
                 f"{without_secrets(url)}: unknown protocol '{scheme}'; known are s3, gs, hf, https, file and the others "
                 "of fsspec"
             ) from None
+        except Exception as error:  # of any file system, such as one that needs more than a URL
+            reason = without_secrets(f"{type(error).__name__}: {first_line(error)}")[:200]
+            raise UserError(f"{without_secrets(url)} cannot be opened ({reason}); choose another protocol") from error
         yield Remote(fs, str(root), without_secrets(url.rstrip("/")), scheme)
+
+
+def _bounded_responses() -> dict[str, Any]:
+    """Return options of fsspec's HTTP file system, with which no endless answer of a server fills the memory."""
+    try:
+        import aiohttp
+    except ImportError:  # an extra; fsspec says so
+        return {}
+
+    class BoundedResponse(aiohttp.ClientResponse):
+        """A response of which at most one byte more is read than was asked for, enough to notice that there are more."""
+
+        async def read(self) -> bytes:
+            asked = _RANGE.fullmatch(self.request_info.headers.get("Range", ""))
+            if asked is None:
+                return await super().read()
+            limit = int(asked[2]) - int(asked[1]) + 2
+            content = bytearray()
+            while len(content) < limit and (piece := await self.content.read(limit - len(content))):
+                content += piece
+            return bytes(content)
+
+    return {"client_kwargs": {"response_class": BoundedResponse}}

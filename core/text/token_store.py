@@ -1,14 +1,17 @@
-"""Tokenised text on disk: memory-mapped shards, read as fixed-size blocks in a pseudo-random order.
+"""Tokenised text on disk: memory-mapped shards, read as fixed-size blocks, and as windows for evaluation.
 
 A part (`train`, `valid` or `test`) of a domain is one stream of tokens: a separator, then every document followed by
 a separator; if the tokenizer begins texts with a token of its own, so does every document. Block `i` of size S covers tokens `i*S` to `i*S + S` inclusive; its last token is also the first token
 of block `i + 1`. Inputs are all tokens but the last, targets all but the first, so every token is predicted once.
 Windows, for evaluation, overlap: each scores only the tokens that no window before it has scored.
+A part of conversations has no separators: it stores beside the tokens which of them count, and where each conversation
+begins (`conversation_blocks.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT = 2
 PART_FILE = "part.json"
 SHARD_TOKENS = 1 << 26
+TOKENS, COUNTED, ENDS = "tokens", "counted", "ends"
+"""Names of shards: token ids, whether each counts (uint8), and the number of tokens up to the end of each conversation."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,17 @@ class TokenPart:
     tokens: int
     """Number of tokens, including separators."""
     bytes: int
-    """UTF-8 bytes of the documents' text, the denominator of bits per byte."""
+    """UTF-8 bytes of the documents' text that counts, the denominator of bits per byte."""
     digest: str
-    """sha256 over the documents' texts in order."""
+    """sha256 over the documents' texts in order, and over what of them counts."""
     markers: tuple[int, ...] = ()
-    """Ids of the tokens between documents, which stand for no text: the separator and the token before a document."""
+    """Ids of the tokens that stand for no text, the separator first: those between documents, or special tokens."""
     lost_bytes: int = 0
     """Bytes of the documents that their tokens do not give back: unknown tokens, and changes by the tokenizer."""
+    counted_tokens: int | None = None
+    """Number of tokens that count towards the loss, in a part of conversations; None: text, of which all count."""
+    has_pairs: bool = False
+    """Whether each document is a pair of conversations, the better one first; all counts are of that one."""
     format: int = FORMAT
 
     @property
@@ -61,6 +70,12 @@ class EncodedDocument:
     ids: Sequence[int]
     lost_bytes: int = 0
     """Bytes of the text that the tokens do not give back."""
+    counted: Sequence[bool] | None = None
+    """For a conversation, which tokens count towards the loss."""
+    counted_text: str | None = None
+    """For a conversation, the text that counts."""
+    is_rejected: bool = False
+    """Whether it is the worse conversation of a pair, and the document before it the better one."""
 
 
 def write_part(
@@ -76,7 +91,7 @@ def write_part(
     dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
     counter = TextCounter()
     lost_bytes = 0
-    with _ShardWriter(folder, dtype, shard_tokens) as shards:
+    with _ShardWriter(folder, TOKENS, dtype, shard_tokens) as shards:
         shards.add([separator])
         for document in documents:
             shards.add([*begin, *document.ids, separator])
@@ -90,6 +105,59 @@ def write_part(
     return part
 
 
+def write_conversations(
+    folder: Path,
+    conversations: Iterable[EncodedDocument],
+    *,
+    markers: Sequence[int],
+    vocabulary: int,
+    shard_tokens: int = SHARD_TOKENS,
+) -> TokenPart:
+    """Stream conversations into shards in the existing `folder`, in constant memory.
+
+    `markers` are the ids of tokens that stand for no text, the separator first.
+    """
+    dtype = "uint16" if vocabulary <= 1 << 16 else "uint32"
+    counter = TextCounter()
+    lost_bytes = counted_bytes = counted_tokens = end = 0
+    has_pairs = False
+    with (
+        _ShardWriter(folder, TOKENS, dtype, shard_tokens) as shards,
+        _ShardWriter(folder, COUNTED, "uint8", shard_tokens) as counts,
+        _ShardWriter(folder, ENDS, "uint64", sys.maxsize) as ends,
+    ):
+        for document in conversations:
+            assert document.counted is not None, "a conversation says what counts"
+            assert document.counted_text is not None, "a conversation says what counts"
+            shards.add(document.ids)
+            counts.add(document.counted)
+            end += len(document.ids)
+            ends.add([end])
+            counter.add(document.text, is_rejected=document.is_rejected)
+            counter.add_marks(document.counted)
+            if document.is_rejected:
+                has_pairs = True
+                continue
+            lost_bytes += document.lost_bytes
+            counted_tokens += sum(document.counted)
+            counted_bytes += len(document.counted_text.encode("utf-8", errors="surrogatepass"))
+    sizes = tuple(shards.sizes)
+    part = TokenPart(
+        dtype,
+        sizes,
+        counter.documents,
+        sum(sizes),
+        counted_bytes,
+        counter.digest,
+        tuple(markers),
+        lost_bytes=lost_bytes,
+        counted_tokens=counted_tokens,
+        has_pairs=has_pairs,
+    )
+    write_json(folder / PART_FILE, asdict(part))
+    return part
+
+
 class TextCounter:
     """Counts documents and their bytes, and computes the digest of their texts in order."""
 
@@ -97,12 +165,17 @@ class TextCounter:
         self.documents = self.bytes = 0
         self._state = hashlib.sha256()
 
-    def add(self, text: str) -> None:
-        """Count a document."""
+    def add(self, text: str, *, is_rejected: bool = False) -> None:
+        """Count a document; the worse conversation of a pair is part of the digest only."""
         encoded = text.encode("utf-8", errors="surrogatepass")
         self._state.update(len(encoded).to_bytes(8, "little") + encoded)
-        self.documents += 1
-        self.bytes += len(encoded)
+        if not is_rejected:
+            self.documents += 1
+            self.bytes += len(encoded)
+
+    def add_marks(self, counted: Sequence[bool]) -> None:
+        """Let the digest depend on which tokens of the last document count."""
+        self._state.update(bytes(counted))
 
     @property
     def digest(self) -> str:
@@ -110,11 +183,16 @@ class TextCounter:
         return self._state.hexdigest()
 
 
-class _ShardWriter:
-    """Appends tokens to numbered shards; starts a new shard at the next document once one is full."""
+def shard_path(folder: Path, name: str, number: int) -> Path:
+    """Return the path of a shard of a part's tokens, or of what is stored beside them."""
+    return folder / f"{name}-{number:05d}.bin"
 
-    def __init__(self, folder: Path, dtype: str, shard_tokens: int) -> None:
-        self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
+
+class _ShardWriter:
+    """Appends numbers to numbered shards; starts a new shard at the next document once one is full."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
+        self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
         self.sizes = [0]
         with os_errors_as_user_errors(folder):
             self._file = self._open_shard()
@@ -138,7 +216,7 @@ class _ShardWriter:
         self.sizes[-1] += len(ids)
 
     def _open_shard(self) -> BinaryIO:
-        return (self._folder / f"tokens-{len(self.sizes) - 1:05d}.bin").open("wb")
+        return shard_path(self._folder, self._name, len(self.sizes) - 1).open("wb")
 
 
 class TokenStore:
@@ -155,22 +233,46 @@ class TokenStore:
             ) from None
         self.folder = folder
         for index, count in enumerate(self.part.shard_tokens):
-            path = self._shard_path(index)
-            expected = count * (2 if self.part.dtype == "uint16" else 4)
-            if not path.exists() or path.stat().st_size != expected:
-                raise UserError(f"{path} is damaged; delete {folder} and run `expertctl data prepare` again")
+            self._require_size(TOKENS, index, count * (2 if self.part.dtype == "uint16" else 4))
+            if self.has_conversations:
+                self._require_size(COUNTED, index, count)
+        if self.has_conversations:
+            self._require_size(ENDS, 0, 8 * self.part.documents * (2 if self.part.has_pairs else 1))
 
-    def _shard_path(self, index: int) -> Path:
-        return self.folder / f"tokens-{index:05d}.bin"
+    def _require_size(self, name: str, index: int, expected: int) -> None:
+        path = shard_path(self.folder, name, index)
+        if not path.exists() or path.stat().st_size != expected:
+            raise UserError(f"{path} is damaged; delete {self.folder} and run `expertctl data prepare` again")
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether the part holds conversations, of which only some tokens count."""
+        return self.part.counted_tokens is not None
 
     @cached_property
     def _shards(self) -> list[NDArray[np.generic]]:
+        return self._open(TOKENS, self.part.dtype)
+
+    @cached_property
+    def _counted(self) -> list[NDArray[np.generic]]:
+        return self._open(COUNTED, "uint8")
+
+    def _open(self, name: str, dtype: str) -> list[NDArray[np.generic]]:
         import numpy as np
 
         return [
-            np.memmap(self._shard_path(index), dtype=self.part.dtype, mode="r")
-            for index in range(len(self.part.shard_tokens))
+            np.memmap(shard_path(self.folder, name, index), dtype=dtype, mode="r")
+            if count
+            else np.empty(0, dtype=dtype)
+            for index, count in enumerate(self.part.shard_tokens)
         ]
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """Number of tokens up to the end of each conversation, (documents,)."""
+        import numpy as np
+
+        return np.fromfile(shard_path(self.folder, ENDS, 0), dtype="uint64").astype(np.int64)
 
     def __len__(self) -> int:
         return self.part.tokens
@@ -179,13 +281,34 @@ class TokenStore:
         """Return tokens `begin` to `end` (clipped to the stream) as int64, across shards."""
         import numpy as np
 
+        return self._read(self._shards, begin, end).astype(np.int64)
+
+    def counted(self, begin: int, end: int) -> NDArray[np.bool_]:
+        """Return whether each of those tokens of conversations counts."""
+        return self._read(self._counted, begin, end).astype(bool)
+
+    def _read(self, shards: Sequence[NDArray[np.generic]], begin: int, end: int) -> NDArray[np.generic]:
+        import numpy as np
+
         pieces = []
         offset = 0
-        for shard, count in zip(self._shards, self.part.shard_tokens, strict=True):
+        for shard, count in zip(shards, self.part.shard_tokens, strict=True):
             if begin < offset + count and end > offset:
                 pieces.append(shard[max(begin - offset, 0) : end - offset])
             offset += count
-        return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, dtype=np.int64)
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A block of S predicted tokens, with what is known of each."""
+
+    tokens: NDArray[np.int64]
+    """Token ids, (S + 1,)."""
+    counted: NDArray[np.bool_] | None = None
+    """Whether each counts towards the loss as a target, (S + 1,); the first never does. None: all others count."""
+    positions: NDArray[np.int64] | None = None
+    """Position of each in its own document, (S + 1,), where the documents of a block are to be kept apart."""
 
 
 class Blocks(Protocol):
@@ -194,7 +317,27 @@ class Blocks(Protocol):
     block_size: int
 
     def __len__(self) -> int: ...
-    def block(self, index: int) -> NDArray[np.int64]: ...
+    def row(self, index: int) -> Row:
+        """Return block `index`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of equal length with the targets that they score."""
+
+    tokens: NDArray[np.int64]
+    """Token ids, (B, T + 1); targets are all but the first of a row."""
+    scored: NDArray[np.bool_]
+    """Whether a target counts, (B, T): it is new in its window, and text rather than the boundary of documents."""
+
+
+def stacked(windows: Iterable[Windows]) -> Windows:
+    """Return the rows of windows of one length together."""
+    import numpy as np
+
+    rows = list(windows)
+    return Windows(np.concatenate([row.tokens for row in rows]), np.concatenate([row.scored for row in rows]))
 
 
 class TokenBlocks:
@@ -218,29 +361,28 @@ class TokenBlocks:
         return self.store.part.bytes
 
     def block(self, index: int) -> NDArray[np.int64]:
-        """Return block `index`: block_size + 1 tokens (fewer for a partial block at the end)."""
+        """Return the tokens of block `index`: block_size + 1 (fewer for a partial block at the end)."""
         begin = index * self.block_size
         return self.store.read(begin, begin + self.block_size + 1)
 
-    def batches(self, batch_size: int, *, limit: int | None = None) -> Iterator[NDArray[np.int64]]:
-        """Yield every token once, in order, as (B, block_size + 1), a partial block last; stop after `limit` blocks."""
+    def row(self, index: int) -> Row:
+        """Return block `index`."""
+        return Row(self.block(index))
+
+    def window(self, index: int) -> Windows:
+        """Return block `index` with the targets that count, as one row."""
         import numpy as np
 
+        tokens = self.block(index)[None]
+        return Windows(tokens, np.ones(tokens[:, 1:].shape, dtype=bool))
+
+    def windows(self, batch_size: int, *, limit: int | None = None) -> Iterator[Windows]:
+        """Yield every token once, in order, in rows of block_size + 1, a partial block last; stop after `limit` blocks."""
         full = len(self) if limit is None else min(limit, len(self))
         for first in range(0, full, batch_size):
-            yield np.stack([self.block(index) for index in range(first, min(first + batch_size, full))])
+            yield stacked(self.window(index) for index in range(first, min(first + batch_size, full)))
         if full == len(self) and self.num_targets > full * self.block_size and (limit is None or not full):
-            yield self.block(full)[None, :]
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Windows of equal length with the targets that they score."""
-
-    tokens: NDArray[np.int64]
-    """Token ids, (B, T + 1); targets are all but the first of a row."""
-    scored: NDArray[np.bool_]
-    """Whether a target counts, (B, T): it is new in its window, and text rather than the boundary of documents."""
+            yield self.window(full)
 
 
 class TokenWindows:
@@ -290,159 +432,13 @@ class TokenWindows:
         return Windows(tokens, is_new & ~np.isin(tokens[:, 1:], self.store.part.markers))
 
 
-def spread(blocks: Blocks, count: int) -> Iterator[NDArray[np.int64]]:
+def spread(blocks: TokenBlocks, count: int) -> Iterator[NDArray[np.int64]]:
     """Yield up to `count` evenly spaced blocks (neighbours share a document); of a short text, one short block."""
+    return (blocks.block(index) for index in spread_indices(blocks, count))
+
+
+def spread_indices(blocks: TokenBlocks, count: int) -> list[int]:
+    """Return the indices of up to `count` evenly spaced blocks."""
     available = max(len(blocks), 1)
     count = min(count, available)
-    return (blocks.block(index * available // count) for index in range(count))
-
-
-class BalancedUnion:
-    """Round-robin union of several domains, so that each contributes the same number of tokens.
-
-    An epoch ends once the largest domain was seen; smaller domains are repeated, each time in a new order.
-    """
-
-    def __init__(self, parts: Sequence[Blocks]) -> None:
-        self.parts = tuple(parts)
-        self.block_size = parts[0].block_size
-
-    def __len__(self) -> int:
-        return max(len(part) for part in self.parts) * len(self.parts)
-
-    def part_at(self, position: Position) -> tuple[int, int]:
-        """Return the index of the domain to draw from at a position, and the number of that domain's earlier draws."""
-        return self._part_of_draw(position.epoch * len(self) + position.index)
-
-    def _part_of_draw(self, number: int) -> tuple[int, int]:
-        part_number, part = divmod(number, len(self.parts))
-        return part, part_number
-
-
-class SharedUnion(BalancedUnion):
-    """Weighted union of several domains, whose blocks are spread evenly.
-
-    At any point each domain is within one block of its share. The order of domains repeats after `period` blocks. An
-    epoch has as many blocks as all domains together, rounded up to a multiple of the period.
-    """
-
-    period = 1000
-
-    def __init__(self, parts: Sequence[Blocks], shares: Sequence[float]) -> None:
-        super().__init__(parts)
-        total = sum(shares)
-        self._order = _interleave([share / total for share in shares], self.period)
-        self._counts_before = [[0] * len(parts)]
-        """Number of blocks of each domain before each offset of a period."""
-        for part in self._order:
-            counts = list(self._counts_before[-1])
-            counts[part] += 1
-            self._counts_before.append(counts)
-
-    def __len__(self) -> int:
-        return -(-sum(len(part) for part in self.parts) // self.period) * self.period
-
-    def _part_of_draw(self, number: int) -> tuple[int, int]:
-        periods, offset = divmod(number, self.period)
-        part = self._order[offset]
-        return part, periods * self._counts_before[-1][part] + self._counts_before[offset][part]
-
-
-def _interleave(shares: Sequence[float], length: int) -> list[int]:
-    """Return a sequence with each index in proportion to its share: next comes the index furthest behind."""
-    counts = [0] * len(shares)
-    order = []
-    for position in range(1, length + 1):
-        part = max(range(len(shares)), key=lambda index: shares[index] * position - counts[index])
-        counts[part] += 1
-        order.append(part)
-    return order
-
-
-class RandomSlice:
-    """One of `count` equal, disjoint random slices of a source; the same seed gives the same slices."""
-
-    def __init__(self, blocks: Blocks, index: int, count: int, seed: int) -> None:
-        self.blocks, self.seed = blocks, seed
-        self.block_size = blocks.block_size
-        self._begin = index * len(blocks) // count
-        self._end = (index + 1) * len(blocks) // count
-
-    def __len__(self) -> int:
-        return self._end - self._begin
-
-    def block(self, index: int) -> NDArray[np.int64]:
-        return self.blocks.block(shuffled(self._begin + index, len(self.blocks), self.seed))
-
-
-class Concatenation:
-    """Concatenation of several domains, each represented in proportion to its number of blocks."""
-
-    def __init__(self, parts: Sequence[Blocks]) -> None:
-        self.parts = tuple(parts)
-        self.block_size = parts[0].block_size
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
-
-    def block(self, index: int) -> NDArray[np.int64]:
-        for part in self.parts:
-            if index < len(part):
-                return part.block(index)
-            index -= len(part)
-        raise IndexError(index)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Position in the data order: the next block to draw."""
-
-    epoch: int = 0
-    index: int = 0
-
-    def advanced(self, count: int, epoch_size: int) -> Position:
-        """Return the position `count` blocks later."""
-        epochs, index = divmod(self.index + count, epoch_size)
-        return Position(self.epoch + epochs, index)
-
-
-def draw(blocks: Blocks | BalancedUnion, position: Position, seed: int) -> NDArray[np.int64]:
-    """Return the block at a position of the order given by `seed`, a pure function of its arguments."""
-    if isinstance(blocks, BalancedUnion):
-        part_index, part_number = blocks.part_at(position)
-        part = blocks.parts[part_index]
-        epoch, index = divmod(part_number, len(part))
-        return draw(part, Position(epoch, index), seed + 1_000_003 * (part_index + 1))
-    return blocks.block(shuffled(position.index, len(blocks), seed * 1_000_033 + position.epoch))
-
-
-def domain_at(blocks: Blocks | BalancedUnion, position: Position) -> int:
-    """Return the index of the part that a union draws from at a position; 0 for a single source."""
-    return blocks.part_at(position)[0] if isinstance(blocks, BalancedUnion) else 0
-
-
-def shuffled(index: int, size: int, seed: int) -> int:
-    """Return the image of `index` under the pseudo-random permutation of 0..size-1 given by `seed`.
-
-    A four-round Feistel network over the next even power of two with cycle walking. It needs no table, so memory
-    does not grow with the corpus.
-    """
-    if not 0 <= index < size:
-        raise IndexError(f"{index} is not in 0..{size - 1}")
-    half = max((size - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for round_number in range(4):
-            left, right = right, left ^ (_mix(right, seed, round_number) & mask)
-        index = left << half | right
-        if index < size:
-            return index
-
-
-def _mix(value: int, seed: int, round_number: int) -> int:
-    """Round function of the Feistel network: the 64-bit finaliser of MurmurHash3."""
-    word = (value + 0x9E3779B97F4A7C15 * (seed * 4 + round_number + 1)) & 0xFFFFFFFFFFFFFFFF
-    word = (word ^ (word >> 33)) * 0xFF51AFD7ED558CCD & 0xFFFFFFFFFFFFFFFF
-    word = (word ^ (word >> 33)) * 0xC4CEB9FE1A85EC53 & 0xFFFFFFFFFFFFFFFF
-    return word ^ (word >> 33)
+    return [index * available // count for index in range(count)]

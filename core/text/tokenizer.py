@@ -175,6 +175,16 @@ def _templates(processor: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield from _templates(part)
 
 
+def add_special_tokens(folder: Path, tokens: Sequence[str]) -> int:
+    """Add special tokens to the tokenizer in a folder; return the number of ids that it has then."""
+    loaded: Any = load_tokenizer(folder)
+    loaded.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)  # it may be a link to the file of another folder
+    loaded.save_pretrained(folder)
+    return _num_ids(loaded.backend_tokenizer)
+
+
 def missing_row(token: str | None, token_id: int, rows: int) -> UserError:
     """Return the error for a token whose id is larger than those of the model's embedding."""
     return UserError(
@@ -242,8 +252,13 @@ def _special_token(folder: Path, tokenizer: Tokenizer, role: str) -> tuple[str |
     return (tokenizer.id_to_token(configured_id), configured_id) if isinstance(configured_id, int) else (None, None)
 
 
-def train_tokenizer(texts: Any, vocabulary: int, folder: Path, *, max_length: int) -> None:
-    """Train a byte-level BPE tokenizer on an iterable of texts and save it as Hugging Face files."""
+def train_tokenizer(
+    texts: Any, vocabulary: int, folder: Path, *, max_length: int, special_tokens: Sequence[str] = ()
+) -> None:
+    """Train a byte-level BPE tokenizer on an iterable of texts and save it as Hugging Face files.
+
+    The vocabulary includes `<|endoftext|>` and further special tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -251,7 +266,7 @@ def train_tokenizer(texts: Any, vocabulary: int, folder: Path, *, max_length: in
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=["<|endoftext|>", *special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

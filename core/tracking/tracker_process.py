@@ -16,9 +16,9 @@ from threading import Thread, Timer
 from typing import Any
 
 from ..errors import first_line
+from ..hooks.events import RunTracker, TrackedRun, Tracker
 from ..hooks.manager import installed_plugins
 from ..hooks.options import parse_options
-from ..hooks.tracking import RunTracker, TrackedRun, Tracker
 
 ORPHAN_SECONDS = 120.0
 """How long the process goes on after the run has closed its pipe; a living run ends it sooner."""

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import Interrupted, UserError
+from ..hooks.events import RunOutcome, TrackedRun, Tracker
 from ..hooks.manager import installed_plugins
 from ..hooks.options import parse_options
-from ..hooks.tracking import RunOutcome, TrackedRun, Tracker
 
 FINISH_SECONDS = 60.0
 """How long the end of a run waits for its trackers, all together."""

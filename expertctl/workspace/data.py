@@ -11,8 +11,9 @@ from expertctl.core.hooks.text import ValidationText
 from expertctl.core.manifests.manifest import manifest_path, read_manifest
 from expertctl.core.models.loading import max_positions
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.core.text.conversation_blocks import blocks_of
 from expertctl.core.text.token_store import TokenBlocks
-from expertctl.experts.text.corpora import PreparedDomain, domain_config, prepare_domain, prepared_domain
+from expertctl.experts.text.corpora import PreparedDomain, domain_config, example_of, prepare_domain, prepared_domain
 from expertctl.experts.text.discovery import Discovery, DiscoverySettings, discover
 from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, make_proxy
 from expertctl.experts.text.removal import RemovedText, remove_text
@@ -45,6 +46,11 @@ class Data:
             name: prepared_domain(layout, name, domain, layout.seed)
             for name, domain in self._project.config.domains.items()
         }
+
+    def example(self, domain: PreparedDomain) -> list[tuple[str, bool]] | None:
+        """Return a domain's first conversation as the seed reads it, in pieces with whether they count; None for plain text."""
+        has_any = domain.open("train").has_conversations
+        return example_of(domain, self._project.layout.seed) if has_any else None
 
     def proxy(
         self,
@@ -122,4 +128,4 @@ class Data:
     def blocks(self, domain: PreparedDomain, part: str) -> TokenBlocks:
         """Return a part of a domain in blocks of the training length, or of the seed's positions if they are fewer."""
         length = self._project.config.training.sequence_length
-        return TokenBlocks(domain.open(part), min(length, max_positions(self._project.layout.seed)))
+        return blocks_of(domain.open(part), min(length, max_positions(self._project.layout.seed)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from expertctl.core.artefacts.files import refuse_existing
 from expertctl.core.artefacts.layout import Layout
+from expertctl.core.artefacts.positions import Positions
 from expertctl.core.config.settings import LauncherConfig, ProjectConfig
 from expertctl.core.errors import UserError
 from expertctl.core.manifests.manifest import Manifest, read_manifest
@@ -15,6 +16,9 @@ from expertctl.core.manifests.pulling import Pulled, pull
 from expertctl.core.manifests.pushing import push
 from expertctl.core.manifests.removal import Dependent, removable, remove
 from expertctl.core.manifests.renaming import rename
+from expertctl.core.manifests.run import read_run
+from expertctl.core.models.decoding.opening import DecoderChoice
+from expertctl.core.models.loading import read_config
 from expertctl.core.remote.transfers import Transfer
 from expertctl.core.remote.upload import Uploaded
 from expertctl.core.remote.urls import is_url
@@ -24,6 +28,7 @@ from expertctl.experts.runs.jobs.status import JobStatus, job_status, require_no
 from expertctl.experts.runs.seed import import_seed, start_pretraining
 from expertctl.experts.runs.seed_sources import seed_folder
 from expertctl.experts.runs.unfinished import unfinished
+from expertctl.experts.scaling.pretraining import pretraining_cost
 
 from .baselines import Baselines
 from .data import Data
@@ -33,7 +38,8 @@ from .project import Project
 
 if TYPE_CHECKING:
     from expertctl.core.models.generation import Generation, Sampling
-    from expertctl.core.models.placement import DeviceMap
+    from expertctl.core.process.placement import DeviceMap
+    from expertctl.merge.generalists.exporting import Exported
 
 
 class Workspace:
@@ -71,6 +77,9 @@ class Workspace:
         scratch: bool = False,
         preset: str | None = None,
         bos: bool | None = None,
+        tokens: Sequence[str] | None = None,
+        rope_base: float | None = None,
+        positions: int | None = None,
         force: bool = False,
         launcher: str | LauncherConfig | None = None,
         reporter: Reporter = SILENT,
@@ -78,10 +87,18 @@ class Workspace:
         """Make the seed: import a Hugging Face model (`source`, or `seed.from`), otherwise pretrain from scratch.
 
         A model is a folder, a URL of fsspec, or `hub:owner/name` with or without `@revision`.
-        `scratch` pretrains even if `seed.from` is set; `preset` and `bos` replace `seed.preset` and `seed.bos`.
+        `scratch` pretrains even if `seed.from` is set; `preset`, `bos`, `tokens`, `rope_base` and
+        `positions` replace those of the section `seed`.
         """
         config = self.config
+        changed = Positions(rope_base, positions)
+        if not scratch:
+            changed = Positions(rope_base or config.seed.rope_base, positions or config.seed.positions)
         folder = source if source is not None or scratch else config.seed.from_
+        if folder is None and changed.is_given:
+            raise UserError(
+                "a RoPE base and a number of positions replace those of an imported model; name one with `from`"
+            )
         if folder is not None:
             refuse_existing(self.layout.seed, force=force, what="seed")  # before a download
             if source is None and not is_url(folder):  # a path of the project file, relative to it
@@ -90,14 +107,18 @@ class Workspace:
                 self.layout,
                 seed_folder(self.root, folder, reporter),
                 bos=config.seed.bos if bos is None else bos,
+                tokens=config.seed.tokens if tokens is None else tokens,
+                positions=changed,
                 licence=config.seed.licence,
                 force=force,
                 reporter=reporter,
             )
-        if preset is not None:
-            config = config.model_copy(update={"seed": config.seed.model_copy(update={"preset": preset})})
+        given = {"preset": preset, "tokens": None if tokens is None else tuple(tokens)}
+        changes = {name: value for name, value in given.items() if value is not None}
+        config = config.model_copy(update={"seed": config.seed.model_copy(update=changes)})
         self._project.check_trackers()
         run = start_pretraining(self.layout, config, force=force)
+        reporter.say(f"seed: {pretraining_cost(read_config(run), read_run(run).training)}")
         self._project.launch([run], launcher=launcher, reporter=reporter).raise_for_failures()
         return read_manifest(run)
 
@@ -138,6 +159,21 @@ class Workspace:
 
         return pull(url, self.layout, name, card=model_card, output=output, force=force, transfer=transfer)
 
+    def export(
+        self,
+        model: str,
+        to: str,
+        output: str | Path,
+        options: Mapping[str, Any] | None = None,
+        *,
+        force: bool = False,
+        reporter: Reporter = SILENT,
+    ) -> Exported:
+        """Write a model (a name or a folder) by the exporter `to`; see `expertctl export`."""
+        from expertctl.merge.generalists.exporting import export_model
+
+        return export_model(self.layout.artefact(model), to, Path(output), options, force=force, reporter=reporter)
+
     def rename(self, name: str, new_name: str) -> Manifest:
         """Rename a finished expert, baseline or generalist; raises `UserError` if other artefacts were made of it."""
         from expertctl.merge.generalists.card import model_card
@@ -169,19 +205,25 @@ class Workspace:
         evaluator: str = "perplexity",
         context: int | None = None,
         stride: int | None = None,
+        by_position: int | None = None,
         known_domains: bool = False,
         ranked: Iterable[Collection[str]] = (),
         jobs: int | None = None,
         nproc: int = 1,
         device_map: DeviceMap | None = None,
+        quantise: str | None = None,
+        decoder: str | None = None,
+        decoder_options: Mapping[str, Any] | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationTable:
         """Score models (names in this workspace, or folders; default: all finished ones) on the test text of domains.
 
-        `context` and `stride` are the length of windows and their distance, in tokens; with `known_domains`, ensembles are
+        `context` and `stride` are the length of windows and their distance, in tokens; `by_position` scores by position instead,
+        in buckets of which the first has so many positions; with `known_domains`, ensembles are
         told which domain they read. `ranked` are models that will be compared; it is refused if their tokenizers keep
         different shares of a text. `nproc` processes share the work; scores do not depend on their number.
-        `device_map` places the members of all models on devices; see `load_model`.
+        `device_map` places the members of all models on devices, `quantise` keeps weights in few bits; see `load_model`.
+        `decoder` changes the distribution of all models; see `generate`.
         """
         names = models or tuple(folder.name for folder in self.layout.finished())
         if not names:
@@ -195,11 +237,14 @@ class Workspace:
             evaluator=evaluator,
             context=context,
             stride=stride,
+            by_position=by_position,
             known_domains=known_domains,
             ranked=ranked,
             jobs=jobs,
             nproc=nproc,
             device_map=device_map,
+            quantise=quantise,
+            decoder=self._decoder(decoder, decoder_options),
             reporter=reporter,
         )
 
@@ -213,21 +258,63 @@ class Workspace:
         domain: str | None = None,
         shares: bool = False,
         device_map: DeviceMap | None = None,
+        quantise: str | None = None,
+        decoder: str | None = None,
+        decoder_options: Mapping[str, Any] | None = None,
         reporter: Reporter = SILENT,
     ) -> Generation:
         """Sample a continuation; `shares`: add each expert's share per token; `without`: experts to disable; `domain`: of
-        the text, if the ensemble has a prior for it; `device_map`: devices of the members, see `load_model`.
+        the text, if the ensemble has a prior for it; `device_map`: devices of the members, `quantise`: weights in few bits, see
+        `load_model`; `decoder`: changes the distribution, such as `contrastive`.
         """
-        from expertctl.core.models.generation import Sampling, generate
+        return self.generate_batch(
+            model,
+            [prompt],
+            sampling,
+            without=without,
+            domain=domain,
+            shares=shares,
+            device_map=device_map,
+            quantise=quantise,
+            decoder=decoder,
+            decoder_options=decoder_options,
+            reporter=reporter,
+        )[0]
 
-        folder = self.layout.artefact(model)
-        return generate(
-            folder,
-            prompt,
+    def generate_batch(
+        self,
+        model: str,
+        prompts: Sequence[str],
+        sampling: Sampling | None = None,
+        *,
+        without: Sequence[str] = (),
+        domain: str | None = None,
+        shares: bool = False,
+        device_map: DeviceMap | None = None,
+        quantise: str | None = None,
+        decoder: str | None = None,
+        decoder_options: Mapping[str, Any] | None = None,
+        reporter: Reporter = SILENT,
+    ) -> list[Generation]:
+        """Sample a continuation of each prompt, all in one batch; see `generate`."""
+        from expertctl.core.models.generation import Sampling, generate_batch
+
+        return generate_batch(
+            self.layout.artefact(model),
+            prompts,
             sampling or Sampling(),
             without=without,
             domain=domain,
             shares=shares,
             device_map=device_map,
+            quantise=quantise,
+            decoder=self._decoder(decoder, decoder_options),
             reporter=reporter,
         )
+
+    def _decoder(self, name: str | None, options: Mapping[str, Any] | None) -> DecoderChoice | None:
+        if name is None:
+            if options:
+                raise UserError("options of a decoder are given without a decoder; name one")
+            return None
+        return DecoderChoice(name, options or {}, self.layout.artefact)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...core.artefacts.layout import Layout
 from ...core.config.settings import ProjectConfig
@@ -14,20 +15,29 @@ from ...core.hooks.evaluation import Evaluator, Metric, Score
 from ...core.hooks.manager import installed_plugins
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
 from ...core.manifests.run import RunSpec
+from ...core.models.adapters.prompts import num_prompt_tokens
+from ...core.models.decoding.opening import CheckedDecoder, DecoderChoice, check_decoder
+from ...core.models.kernels.quantised_linear import require_quantisation
 from ...core.models.loading import (
     load_network,
-    max_positions,
     require_intact_models,
     require_members,
+    text_positions,
     tokenizer_folder,
 )
-from ...core.models.placement import DeviceMap
 from ...core.models.scoring import begin_text
 from ...core.process.compute import best_device, concurrently
+from ...core.process.placement import DeviceMap
 from ...core.reporting import SILENT, Reporter
+from ...core.text.conversation_blocks import windows_of
 from ...core.text.token_store import TokenWindows
+from ...core.text.tokenizer import load_tokenizer
 from ..text.corpora import NEGLIGIBLE_LOSS, domain_config, lost_text, prepare_domain
+from .positions import PositionScore, position_evaluator
 from .shared_evaluation import EvaluationJob, require_devices, score_in_processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LONGEST_CONTEXT = 2048
 
@@ -68,7 +78,7 @@ class EvaluationTable:
 
     def as_json(self) -> dict[str, object]:
         """Return the content of `eval --json`: for each model metric -> domain -> value, and token counts."""
-        models: dict[str, object] = {}
+        models: dict[str, dict[str, object]] = {}
         for name, by_domain in self.scores.items():
             models[name] = {
                 metric.name: {domain: by_domain[domain].values[metric.name] for domain in self.domains}
@@ -77,6 +87,12 @@ class EvaluationTable:
                 "tokens": {domain: by_domain[domain].tokens for domain in self.domains},
                 "text": {domain: asdict(self.texts[name][domain]) for domain in self.domains},
             }
+            buckets = {
+                domain: [asdict(bucket) for bucket in score.buckets]
+                for domain, score in by_domain.items()
+                if isinstance(score, PositionScore)
+            }
+            models[name] |= {"by_position": buckets} if buckets else {}
         return {"domains": list(self.domains), "models": models}
 
 
@@ -103,21 +119,25 @@ def evaluate(
     evaluator: str = "perplexity",
     context: int | None = None,
     stride: int | None = None,
+    by_position: int | None = None,
     known_domains: bool = False,
     ranked: Iterable[Collection[str]] = (),
     jobs: int | None = None,
     nproc: int = 1,
     device_map: DeviceMap | None = None,
+    quantise: str | None = None,
+    decoder: DecoderChoice | None = None,
     reporter: Reporter = SILENT,
 ) -> EvaluationTable:
     """Score models (display name -> folder) on the test text of domains (default: all of the project).
 
     Each model uses its own tokenizer; bits per byte are comparable across tokenizers that keep the whole text. `context`
     is the length of a window in tokens (default: the model's own, at most 2,048), `stride` the distance between windows
-    (default: half of `context`). With `known_domains`, ensembles are told which domain they read, if they have a prior for
+    (default: half of `context`). `by_position` scores bits per token by position instead, in buckets of which the first has so
+    many; windows do not overlap then, so `stride` is not given. With `known_domains`, ensembles are told which domain they read, if they have a prior for
     it. `ranked` are models that will be compared with each other. `nproc` processes share the batches of all texts, one GPU
     each if there are any; scores do not depend on their number. `device_map` places the members of all models on devices; see
-    `load_model`.
+    `load_model`; `quantise` likewise. `decoder` changes the distribution of all models.
 
     Raises `UserError` for a damaged model, an unknown domain, a context that a model cannot read, and for ranked models
     whose tokenizers keep different shares of a text.
@@ -126,17 +146,32 @@ def evaluate(
     if not names:
         raise UserError("there is no domain to evaluate on; add one under 'domains' in expertctl.yaml")
     scorer = installed_plugins().offer(Evaluator, evaluator)
+    if by_position is not None:
+        if stride is not None:
+            raise UserError("by position, windows do not overlap; leave out the stride, or the loss by position")
+        scorer = position_evaluator(scorer, by_position)
     if nproc > 1:
         if jobs is not None:
             raise UserError("processes and models at the same time cannot both be given; give either nproc or jobs")
         if device_map is not None:
             raise UserError("a device map is for one process; give either nproc or device_map")
+        if quantise is not None:
+            raise UserError("weights in few bits are for one process; give either nproc or quantise")
+        if decoder is not None:
+            raise UserError("a decoder is for one process; give either nproc or decoder")
         require_devices(nproc)
+    checked = None if decoder is None else check_decoder(decoder)
+    if checked is not None:
+        checked.require_scores()
+        for folder in models.values():
+            checked.require_for(folder)
+    if quantise is not None:
+        require_quantisation(quantise)
     if device_map is not None:
         for folder in models.values():
             require_members(folder, device_map)
     require_intact_models(models.values())
-    windows, texts, notes = _open_texts(layout, project, models, names, context, stride)
+    windows, texts, notes = _open_texts(layout, project, models, names, context, stride, overlap=by_position is None)
     for group in ranked:
         _require_comparable(texts, group, names)
     if nproc > 1 and scorer.division is None:
@@ -145,10 +180,11 @@ def evaluate(
         reporter.say(note)
 
     job = EvaluationJob(models, windows, known_domains)
+    nproc = min(nproc, job.num_windows)
     if nproc > 1 and scorer.division is not None:
         scores, knows_domains = score_in_processes(job, scorer.division, nproc, reporter)
     else:
-        scores, knows_domains = _score_here(job, scorer, names, jobs, device_map, reporter)
+        scores, knows_domains = _score_here(job, scorer, names, jobs, device_map, quantise, checked, reporter)
     if known_domains and not knows_domains:
         reporter.say(f"no model has a prior for {', '.join(names)}, so it makes no difference that domains are known")
     return EvaluationTable(names, scores, scorer.metrics, texts)
@@ -160,6 +196,8 @@ def _score_here(
     domains: Sequence[str],
     jobs: int | None,
     device_map: DeviceMap | None,
+    quantise: str | None,
+    decoder: CheckedDecoder | None,
     reporter: Reporter,
 ) -> tuple[dict[str, dict[str, Score]], bool]:
     """Return model -> domain -> score, and whether a model has weights of its own for one of the domains."""
@@ -167,20 +205,43 @@ def _score_here(
     told: dict[tuple[str, str], bool] = {}
 
     def score(model: str) -> dict[str, Score]:
-        network = load_network(job.models[model], dtype="float32", device_map=device_map)
+        network = load_network(job.models[model], dtype="float32", device_map=device_map, quantise=quantise)
         if device_map is None:
             network.to(best_device())
+        scored = network if decoder is None else _with_decoder(network, job, model, decoder, domains, reporter)
         domain_scores = {}
         for name in domains:
             # scores do not depend on the order of domains
             told[model, name] = begin_text(network, name if job.known_domains else None)
-            domain_scores[name] = scorer.evaluate(network, job.windows[model, name])
+            domain_scores[name] = scorer.evaluate(scored, job.windows[model, name])
             reporter.progress("evaluating", next(counter), len(job.models) * len(domains), "scores")
         return domain_scores
 
     sizes = (sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in job.models.values())
     scores = concurrently(score, job.models, bytes_each=max(sizes, default=0), jobs=jobs)
     return dict(zip(job.models, scores, strict=True)), any(told.values())
+
+
+def _with_decoder(
+    network: PreTrainedModel,
+    job: EvaluationJob,
+    model: str,
+    decoder: CheckedDecoder,
+    domains: Sequence[str],
+    reporter: Reporter,
+) -> PreTrainedModel:
+    """Return the model with a decoder's distribution; raises `UserError` for windows that leave no room for its contexts."""
+    from ...core.models.decoding.wrapped import positions_of
+
+    tokenizer = load_tokenizer(tokenizer_folder(job.models[model]))
+    scored = decoder.open(network, tokenizer, dtype="float32", reporter=reporter).model
+    longest = max(job.windows[model, name].context for name in domains)
+    if longest > (positions := positions_of(scored)):
+        raise UserError(
+            f"decoder '{decoder.decoder.name}' leaves {positions} positions of {model}, and a window has {longest} tokens; "
+            f"give at most --context {positions}"
+        )
+    return scored
 
 
 def _open_texts(
@@ -190,14 +251,19 @@ def _open_texts(
     domains: Sequence[str],
     context: int | None,
     stride: int | None,
+    *,
+    overlap: bool,
 ) -> tuple[dict[tuple[str, str], TokenWindows], dict[str, dict[str, EvaluatedText]], list[str]]:
     """Return the windows of each model and domain, what they are (model -> domain), and notes for the user."""
     windows: dict[tuple[str, str], TokenWindows] = {}
     texts: dict[str, dict[str, EvaluatedText]] = {model: {} for model in models}
     readers: dict[str, list[str]] = {}
     untested: dict[str, None] = {}
+    notes = []
     for model, folder in models.items():
         length = _context(layout, model, folder, context)
+        if (count := num_prompt_tokens(folder)) and length == text_positions(folder):
+            notes.append(f"{model}: windows of {length} tokens, since its prompt takes {count} of the positions")
         if stride is not None and stride > length:
             raise UserError(f"a stride of {stride} skips tokens, since a window has {length}; give at most {length}")
         for name in domains:
@@ -207,10 +273,11 @@ def _open_texts(
             if prepared.test is None:
                 untested[name] = None
             part = "test" if prepared.test is not None else "valid"
-            opened = TokenWindows(prepared.open(part), length, stride or max(length // 2, 1))
+            default = max(length // 2, 1) if overlap else length
+            opened = windows_of(prepared.open(part), length, stride or default)
             texts[model][name] = EvaluatedText(part, length, opened.stride, opened.store.part.coverage)
             windows[model, name] = opened
-    notes = [f"{', '.join(names)}: {lost}" for lost, names in readers.items()]
+    notes += [f"{', '.join(names)}: {lost}" for lost, names in readers.items()]
     if untested:
         notes.append(
             "too little text for a test part, so scored on validation text, which merges may be fitted on: "
@@ -239,12 +306,19 @@ def _require_comparable(
 
 def _context(layout: Layout, model: str, folder: Path, requested: int | None) -> int:
     """Return the length of a model's windows; raises `UserError` if it has fewer positions than are requested."""
-    positions = max_positions(tokenizer_folder(folder))
+    positions = text_positions(folder)
     if requested is None:
         return min(positions, LONGEST_CONTEXT, _trained_context(layout, folder) or LONGEST_CONTEXT)
     if requested > positions:
-        raise UserError(f"--context {requested} exceeds the {positions} positions of {model}; give at most {positions}")
+        raise UserError(
+            f"--context {requested} exceeds the {positions} positions{_left_by_prompt(folder)} of {model}; give at most {positions}"
+        )
     return requested
+
+
+def _left_by_prompt(folder: Path) -> str:
+    count = num_prompt_tokens(folder)
+    return f" that a prompt of {count} leaves" if count else ""
 
 
 def _trained_context(layout: Layout, folder: Path) -> int | None:

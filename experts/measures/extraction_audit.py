@@ -21,7 +21,7 @@ from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.artefacts.versions import require_privacy_extra
 from ...core.errors import UserError
 from ...core.models.generation import weight_bytes
-from ...core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
+from ...core.models.loading import load_network, require_intact_models, text_positions, tokenizer_folder
 from ...core.process.compute import best_device, threads_for_tokens
 from ...core.reporting import SILENT, Reporter
 from ...core.text.tokenizer import TextEncoder
@@ -161,8 +161,8 @@ def audit_extraction(
     folders = [model] if reference is None else [model, reference]
     tokenizers = [tokenizer_folder(folder) for folder in folders]
     needed = 1 + settings.prefix + settings.continuation
-    for folder, tokenizer in zip(folders, tokenizers, strict=True):
-        positions = max_positions(folder if (folder / "config.json").is_file() else tokenizer)
+    for folder in folders:
+        positions = text_positions(folder)
         if needed > positions:
             raise UserError(
                 f"{folder.name} has {positions} positions, but separator, prefix and continuation need {needed}; lower "

@@ -18,7 +18,7 @@ from ...core.hooks.evaluation import Division, Score
 from ...core.models.loading import load_network
 from ...core.models.scoring import begin_text, learns_from_text
 from ...core.process.compute import available_cores, best_device
-from ...core.process.workers import Worker, with_workers
+from ...core.process.workers import Worker, require_cores, with_workers
 from ...core.reporting import SILENT, Reporter
 from ...core.text.token_store import TokenWindows
 
@@ -64,9 +64,10 @@ class Opened:
 
 
 def require_devices(nproc: int) -> None:
-    """Raise `UserError` if there are GPUs, but fewer than processes."""
+    """Raise `UserError` if there are GPUs, but fewer than processes, or too few CPU cores."""
     import torch
 
+    require_cores(nproc)
     if torch.cuda.is_available() and nproc > torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise UserError(f"each of {nproc} processes needs a GPU, and this machine has {gpus}; give at most {gpus}")
@@ -79,7 +80,6 @@ def score_in_processes(
 
     The scores do not depend on the number of processes. Raises `UserError` if a process ends or cannot load a model.
     """
-    nproc = min(nproc, job.num_windows)
     threads = max(available_cores() // nproc, 1)
     schedule = _Schedule(job, reporter)
 

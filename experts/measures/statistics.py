@@ -24,6 +24,7 @@ from ...core.artefacts.safetensors_io import write_tensors
 from ...core.artefacts.versions import tool_versions
 from ...core.errors import UserError
 from ...core.manifests.manifest import read_manifest
+from ...core.models.adapters.prompts import refuse_prompt
 from ...core.models.loading import checkpoint_tensors, load_network
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter, reported
@@ -113,6 +114,7 @@ def write_statistics(
     The blocks are evenly spaced. Raises `UserError` if the statistics exist already, unless `force`.
     """
     target = output / kind
+    refuse_prompt(expert, "statistics for merges")
     refuse_existing(target, force=force, what="statistics")
     manifest = read_manifest(expert)
     model = load_network(expert, seed=seed, dtype="float32", as_trained=False).to(best_device())

@@ -29,6 +29,7 @@ def start_dense(
     `same_batch` keeps an expert's batch size and multiplies its steps by the number of experts, instead of the reverse.
     """
     matched = trained_experts(layout, experts)
+    _refuse_annealing(matched)
     training = matched[0].training
     tokens = sum(expert.training.trained_tokens for expert in matched)
     batch = training.batch_size if same_batch else training.batch_size * len(matched)
@@ -45,6 +46,7 @@ def start_dense(
 def start_random_split(layout: Layout, *, force: bool = False) -> list[Path]:
     """Set up one run per finished expert, each on a random slice of all text; return their folders."""
     experts = trained_experts(layout)
+    _refuse_annealing(experts)
     folders = []
     for index, expert in enumerate(experts):
         spec = RunSpec(
@@ -70,6 +72,15 @@ def trained_experts(layout: Layout, names: Sequence[str] | None = None) -> list[
         if name not in finished:
             raise unknown_name("finished expert", name, finished, listed_as="this workspace has")
     return [read_run(layout.experts / name) for name in names or finished]
+
+
+def _refuse_annealing(experts: Sequence[RunSpec]) -> None:
+    for expert in experts:
+        if expert.training.annealing is not None:
+            raise UserError(
+                f"expert '{expert.name}' was annealed on {', '.join(expert.training.annealing.domains)}, which a baseline on equal "
+                "text cannot match; train the experts without annealing"
+            )
 
 
 def _all_domains(experts: list[RunSpec]) -> tuple[str, ...]:

@@ -72,11 +72,14 @@ def launch(
     results: list[LaunchResult] = []
     try:
         queue.submit()
-        results += [result for group in groups for result in group.train(jobs, reporter)]
+        for group in groups:
+            results += group.train(jobs, reporter)
+            if any(result.interrupted for result in results):
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         queue.stop()
-    if any(result.interrupted for result in results):
-        queue.stop()
+        reached = {result.run for result in results} | {run.folder for run in scheduled}
+        results += [LaunchResult(run, None, interrupted=True) for run in runs if run not in reached]
     return _collect([*results, *queue.follow()])
 
 

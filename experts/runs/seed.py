@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ from ...core.artefacts.digests import TOKENIZER_FILES
 from ...core.artefacts.files import exclusive, link_or_copy, new_folder, read_json, refuse_existing, write_json
 from ...core.artefacts.layout import Layout
 from ...core.artefacts.licence_card import licence_on_card
-from ...core.artefacts.model_config import refuse_quantized
+from ...core.artefacts.model_config import embedding_rows, refuse_quantized
+from ...core.artefacts.positions import Positions, require_changeable_positions, write_positions
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files, write_tensors
 from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError, first_line
@@ -21,13 +22,16 @@ from ...core.models.loading import WEIGHTS_FILE
 from ...core.models.stored_names import empty_model, stored_tensors
 from ...core.process.environment import without_loading_bars
 from ...core.reporting import SILENT, Reporter
-from ...core.text.tokenizer import TextEncoder, set_begin, train_tokenizer
+from ...core.text.tokenizer import TextEncoder, add_special_tokens, set_begin, train_tokenizer
 from ..text.corpora import domain_config, domain_documents
+from ..text.run_text import require_run_text
 from .presets import model_config, preset
+from .trainable import models_of_objective, require_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OWN_POSITIONS = Positions()
 MODEL_FILES = ("config.json", "generation_config.json")
 
 
@@ -36,14 +40,16 @@ def import_seed(
     source: Path,
     *,
     bos: bool | None = None,
+    tokens: Sequence[str] = (),
+    positions: Positions = OWN_POSITIONS,
     licence: str | None = None,
     force: bool = False,
     reporter: Reporter = SILENT,
 ) -> Manifest:
     """Import a Hugging Face causal LM folder as the seed; its files are linked, not copied.
 
-    `bos` decides whether documents begin with the tokenizer's BOS token (default: as the tokenizer does itself). Without
-    `licence`, the licence is that of the folder's model card, if it has one.
+    `bos` decides whether documents begin with the tokenizer's BOS token (default: as the tokenizer does itself). `tokens` are
+    special tokens to add. `positions` replace the model's own. Without `licence`, the licence is that of the folder's model card, if it has one.
 
     Raises `UserError`, before anything is written, if the folder has only pickled weights, is truncated, has no
     tokenizer or too large a one, lacks tensors, or is not a causal language model of transformers.
@@ -56,6 +62,8 @@ def import_seed(
     tensors = Checkpoint(weights)
     _check_vocabulary(TextEncoder.of_folder(source), source, reporter)
     model = _empty_model(source)
+    if positions.is_given:
+        require_changeable_positions(model.config, positions, str(source))
     expected = {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
     is_complete = expected.keys() <= tensors.entries.keys()
     if is_complete:
@@ -64,22 +72,28 @@ def import_seed(
         for name in (*MODEL_FILES, *TOKENIZER_FILES):
             if (source / name).is_file():
                 link_or_copy(source / name, partial / name)
+        num_ids = add_special_tokens(partial, tokens) if tokens else 0
         if bos is not None:
             set_begin(partial, begins=bos)
         config = read_json(source / "config.json")
         if not config.get("architectures"):
             (partial / "config.json").unlink()
             write_json(partial / "config.json", {"architectures": [type(model).__name__], **config})
-        if expected.keys() == tensors.entries.keys():
+        rows = embedding_rows(source) or 0
+        if num_ids > rows:
+            _rewrite_weights(source, partial, reporter, rows=num_ids)
+        elif expected.keys() == tensors.entries.keys():
             for file in weights:
                 link_or_copy(file, partial / file.name)
             if len(weights) > 1:
                 link_or_copy(source / INDEX_FILE, partial / INDEX_FILE)
         else:
             _rewrite_weights(source, partial, reporter)
+        if positions.is_given:
+            write_positions(partial, read_json(partial / "config.json"), model.config, positions)
         encoder = TextEncoder.of_folder(partial)
         begin = tuple(str(encoder.tokenizer.id_to_token(token_id)) for token_id in encoder.begin)
-        origin = ImportedSeed(config.get("model_type"), begin)
+        origin = ImportedSeed(config.get("model_type"), begin, positions.base, positions.number)
         manifest = Manifest(kind="seed", name="seed", config=origin, licence=licence or licence_on_card(source))
         return finish_artefact(partial, manifest)
 
@@ -117,10 +131,11 @@ def _empty_model(source: Path) -> PreTrainedModel:
         ) from None
 
 
-def _rewrite_weights(source: Path, target: Path, reporter: Reporter) -> None:
+def _rewrite_weights(source: Path, target: Path, reporter: Reporter, *, rows: int | None = None) -> None:
     """Write the weights as `save_pretrained` does, without tensors that the model does not use.
 
-    Checkpoints of some families come under several names: without a prefix, or with the experts of a layer in one tensor.
+    Checkpoints of some families come under several names: without a prefix, or with the experts of a layer in one tensor. With
+    `rows`, the embedding and the output layer get so many, new ones with the mean of the others.
     """
     from transformers import AutoModelForCausalLM
 
@@ -142,7 +157,24 @@ def _rewrite_weights(source: Path, target: Path, reporter: Reporter) -> None:
         reporter.say(
             f"left out {len(unused)} tensors of {source} that its config.json does not describe, such as '{unused[0]}'"
         )
+    if rows is not None:
+        _add_rows(model, rows)
+        (target / "config.json").unlink()
+        model.config.save_pretrained(target)
+        reporter.say(f"the embedding has {rows} rows now, the new ones with the mean of the others")
     write_tensors(target / WEIGHTS_FILE, stored_tensors(model))
+
+
+def _add_rows(model: PreTrainedModel, rows: int) -> None:
+    """Give a model's embedding and output layer more rows, which hold the mean of the old ones."""
+    import torch
+
+    before = len(next(model.get_input_embeddings().parameters()))
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    with torch.no_grad():
+        for parameter in {parameter for layer in layers if layer is not None for parameter in layer.parameters()}:
+            parameter[before:] = parameter[:before].float().mean(dim=0).to(parameter)
 
 
 def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = False) -> Path:
@@ -160,7 +192,11 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
         preset=settings.preset,
         family=settings.family,
         licence=settings.licence,
+        tokens=settings.tokens,
+        tied=settings.tied,
     )
+    if models_of_objective(spec.training):
+        raise UserError("a seed is the first model, so its objective has no other to learn from; set another objective")
     if not spec.domains:
         raise UserError("there is no domain to pretrain the seed on; add one under 'domains' in expertctl.yaml")
     size = preset(settings.preset)
@@ -179,10 +215,15 @@ def start_pretraining(layout: Layout, project: ProjectConfig, *, force: bool = F
             )
         return layout.seed
     with exclusive(layout.lock("run-seed"), "the seed"), new_folder(layout.seed, force=True, what="seed") as partial:
-        domains = (domain_config(project, name) for name in spec.domains)
+        require_run_text(project, spec.domains, spec.training)
+        domains = [domain_config(project, name) for name in spec.domains]
         texts = (text for domain in domains for text in domain_documents(domain, layout.root, "train"))
-        train_tokenizer(texts, size.vocab_size, partial, max_length=size.max_position_embeddings)
+        train_tokenizer(
+            texts, size.vocab_size, partial, max_length=size.max_position_embeddings, special_tokens=spec.tokens
+        )
+        require_steps(spec.training, partial)
         encoder = TextEncoder.of_folder(partial)
-        model_config(size, settings.family, encoder.separator, encoder.vocabulary).save_pretrained(partial)
+        config = model_config(size, settings.family, encoder.separator, encoder.vocabulary, tied=settings.tied)
+        config.save_pretrained(partial)
         spec.write(partial)
     return layout.seed

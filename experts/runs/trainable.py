@@ -1,15 +1,19 @@
-"""Selection of trainable parameters: all, the feed-forward networks, or those that match a pattern."""
+"""What a run trains: all parameters, the feed-forward networks, or those that match a pattern; by which objective and
+optimiser."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ...core.config.settings import TrainingConfig
 from ...core.errors import UserError, closest, unknown_name
 from ...core.hooks.manager import installed_plugins
+from ...core.hooks.options import parse_options
+from ...core.hooks.steps import Objective, Optimiser
 from ...core.hooks.training import TrainablePart, Trainer
 from ...core.models.architectures import architecture_of
 from ...core.models.stored_names import StoredNames
@@ -35,6 +39,7 @@ def trainer_for(trains: str) -> Trainer:
         name=trains,
         summary="the tensors that match a pattern",
         prepare=lambda context: _matching_files(context.model, _patterns(trains)),
+        reads_weights=False,
     )
 
 
@@ -42,12 +47,19 @@ def _patterns(trains: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in trains.split(",") if part.strip())
 
 
+def makes_adapter(trains: str) -> bool:
+    """Return whether a run of a trainer makes an adapter of the seed instead of new tensors."""
+    return trainer_for(trains).makes == "adapter"
+
+
 def changeable_tensors(trains: str, names: Iterable[str], model_type: str) -> set[str]:
-    """Return the names of the tensors that a trainer or pattern can change.
+    """Return the names of the tensors that a trainer or pattern can change; none for a trainer of adapters.
 
     Raises `UserError` if `trains` is neither a trainer nor a pattern.
     """
     trainer, tensors = trainer_for(trains), tuple(names)
+    if trainer.makes == "adapter":
+        return set()
     patterns = architecture_of(model_type, tensors).feed_forward if trainer.changes == "feed_forward" else ("*",)
     if trainer.name not in installed_plugins().offers(Trainer):
         patterns = _patterns(trains)
@@ -122,7 +134,7 @@ def require_changeable(trains: str, names: Sequence[str], model_type: str) -> No
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise _no_match((pattern,), names)
         return
-    if changeable_tensors(trains, names, model_type):
+    if changeable_tensors(trains, names, model_type) or makes_adapter(trains):
         return
     layer = next((name for name in names if ".0." in name), names[0])
     raise UserError(
@@ -155,3 +167,49 @@ def _no_match(patterns: Sequence[str], names: Sequence[str]) -> UserError:
     return UserError(
         f"no tensor matches '{', '.join(patterns)}'; the model has {len(names)} tensors, such as '{guess}'"
     )
+
+
+# --- objective and optimiser ---
+
+
+def chosen_objective(training: TrainingConfig) -> tuple[Objective, Any]:
+    """Return the objective of settings and its options; raises `UserError` for an unknown one or wrong options."""
+    objective = installed_plugins().offer(Objective, training.objective)
+    options = parse_options(objective.options, training.objective_options, f"objective '{objective.name}'")
+    return objective, options
+
+
+def models_of_objective(training: TrainingConfig) -> tuple[str, ...]:
+    """Return the names of the models that an objective learns from."""
+    objective, options = chosen_objective(training)
+    return objective.models(options) if objective.models is not None else ()
+
+
+def models_of_trainer(trains: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the other models that a trainer reads; raises `UserError` for wrong options."""
+    trainer = trainer_for(trains)
+    if trainer.models is None:
+        return ()
+    return trainer.models(parse_options(trainer.options, options, f"trainer '{trainer.name}'"))
+
+
+def models_read(trains: str, options: Mapping[str, Any], training: TrainingConfig) -> tuple[str, ...]:
+    """Return the names of the other models that a run reads: those of its objective, and of its trainer."""
+    return tuple(dict.fromkeys((*models_of_objective(training), *models_of_trainer(trains, options))))
+
+
+def require_steps(training: TrainingConfig, tokenizer_folder: Path) -> None:
+    """Raise `UserError` for an objective or an optimiser that cannot be used."""
+    objective, options = chosen_objective(training)
+    if objective.require is not None:
+        objective.require(tokenizer_folder, options)
+    chosen_optimiser(training)
+
+
+def chosen_optimiser(training: TrainingConfig) -> tuple[Optimiser, Any]:
+    """Return the optimiser of settings and its options; raises `UserError` where it cannot be used."""
+    optimiser = installed_plugins().offer(Optimiser, training.optimiser)
+    options = parse_options(optimiser.options, training.optimiser_options, f"optimiser '{optimiser.name}'")
+    if optimiser.require is not None:
+        optimiser.require()
+    return optimiser, options

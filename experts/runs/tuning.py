@@ -15,10 +15,10 @@ from ...core.hooks.options import parse_options
 from ...core.hooks.training import Trainer
 from ...core.manifests.manifest import find_manifest
 from ...core.manifests.run import RunSpec, read_run
-from ...core.models.loading import check_loadable, max_positions
-from ..text.corpora import domain_config
+from ...core.models.loading import check_loadable, max_positions, tokenizer_folder
+from ..text.run_text import require_run_text
 from .branching import parent_digests, write_run
-from .trainable import trainer_for
+from .trainable import models_read, require_steps, trainer_for
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,16 @@ def start_tuning(
     check_loadable(start)
     if not domains:
         raise UserError("no domains to train on; give --domains A,B")
-    for domain in domains:
-        domain_config(project, domain)
+    require_run_text(project, domains, training)
+    for domain in training.annealing.domains if training.annealing is not None else ():
+        if domain not in domains:  # trainers of generalists may keep parts apart by domain
+            raise UserError(
+                f"training.annealing: '{domain}' is not among the domains of the tuning; add it to --domains"
+            )
     parsed_options = parse_options(trainer.options, settings.options, f"trainer '{trainer.name}'")
     if trainer.require is not None:
         trainer.require(start, parsed_options, domains)
+    require_steps(training, tokenizer_folder(start))
     if training.schedule_begin is None:
         training = training.model_copy(update={"schedule_begin": 0.0})
     if training.sequence_length > max_positions(start):
@@ -98,7 +103,7 @@ def start_tuning(
         training=training,
         trains=trains,
         options=dict(settings.options),
-        parents=parent_digests(layout, {"seed": 1.0}, base),
+        parents=parent_digests(layout, {"seed": 1.0}, base, models_read(trains, settings.options, training)),
         base=base,
     )
     write_run(layout, folder, spec, force=force)
@@ -114,7 +119,7 @@ def _require_tunable(start: Path, trainer: Trainer) -> None:
         )
     if trainer.makes == "generalist":
         return
-    if trainer.restore is not None:
+    if trainer.restore is not None or trainer.makes == "adapter":
         raise UserError(
             f"trainer '{trainer.name}' trains an expert; use it with `expertctl branch NAME --trains {trainer.name}`"
         )

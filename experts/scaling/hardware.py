@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ...core.errors import UserError, unknown_name
+from ...core.errors import UserError, first_line, unknown_name
 
 HARDWARE_FILE = Path(__file__).parent / "hardware.yaml"
 LINKS_GBIT = {
@@ -20,6 +20,8 @@ LINKS_GBIT = {
     "infiniband3200": 3200.0,
 }
 """Gbit/s between two nodes, each direction, of common links; infiniband3200 is eight links of 400, one for each GPU."""
+LARGEST = 1e30
+"""Largest number in a plan, so that no product of some of them overflows."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,12 @@ class Hardware:
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                raise UserError(f"hardware '{self.name}': {field.name} is {value!r}; give a number above 0")
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
+                raise UserError(
+                    f"hardware '{self.name}': {field.name} is {value!r:.40}; give a number above 0, at most {LARGEST:g}"
+                )
+        if self.per_node != int(self.per_node) or self.efficiency > 1:
+            raise UserError(f"hardware '{self.name}': per_node is a whole number, and efficiency at most 1")
 
 
 def hardware(name: str, file: Path | None = None) -> Hardware:
@@ -71,7 +77,7 @@ def bandwidth_gbit(link: str) -> float:
         gbit = float(link)
     except ValueError:
         gbit = 0.0
-    if not 0 < gbit < float("inf"):
+    if not 0 < gbit < LARGEST:
         raise unknown_name("link", link, LINKS_GBIT)
     return gbit
 
@@ -80,8 +86,10 @@ def bandwidth_gbit(link: str) -> float:
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} cannot be read as YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or not all(isinstance(kind, dict) for kind in content.values()):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, impossible dates
+        raise UserError(f"{file} cannot be read as YAML: {first_line(error)}") from None
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(kind, dict) for name, kind in content.items()
+    ):
         raise UserError(f"{file}: give a mapping of names of hardware to their fields")
     return content

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...core.config.settings import TrainingConfig
 from ...core.process.allocator import keep_freed_memory
 from ...core.process.environment import prepare_libraries
+from ...core.text.token_store import Row
 
 STEPS = 6
 
@@ -28,8 +28,8 @@ class RandomBlocks:
     def __len__(self) -> int:
         return 1000
 
-    def block(self, index: int) -> NDArray[np.int64]:
-        return np.random.default_rng(index).integers(0, self._vocabulary, self.block_size + 1)
+    def row(self, index: int) -> Row:
+        return Row(np.random.default_rng(index).integers(0, self._vocabulary, self.block_size + 1))
 
 
 def main(size: dict[str, Any], batch: int, length: int) -> None:

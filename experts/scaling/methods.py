@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ...core.errors import UserError
-from .hardware import Hardware
+from .hardware import LARGEST, Hardware
 from .shape import ModelShape
 
 ACTIVATION_BYTES = 9.0
@@ -50,8 +50,14 @@ class Scenario:
     """Experts of a mixture that are active for a token."""
 
     def __post_init__(self) -> None:
-        if not all(0 < amount < float("inf") for amount in (self.tokens, self.batch_tokens)):
-            raise UserError(f"{self.tokens:g} tokens in updates of {self.batch_tokens:g}: give finite numbers above 0")
+        for name in ("tokens", "batch_tokens", "devices", "experts", "length", "sync_every"):
+            amount = getattr(self, name)
+            if not 0 < amount < LARGEST:
+                raise UserError(f"{name} is {amount!s:.40}; give a number above 0, at most {LARGEST:g}")
+        if not (self.seed_share >= 0 and self.finetune_share >= 0):
+            raise UserError(
+                f"the shares of seed and finetuning are {self.seed_share} and {self.finetune_share}; give 0 to 1"
+            )
         if self.devices % self.experts:
             raise UserError(
                 f"{self.devices} devices cannot be shared equally by {self.experts} experts; change one of them"

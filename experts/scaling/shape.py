@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError, unknown_name
+from ..runs.presets import PRESETS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,20 +29,7 @@ class ModelShape:
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "vocab_size": 2048,
-    },
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "vocab_size": 4096,
-    },
+    **{name: asdict(size) for name, size in PRESETS.items()},
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -94,13 +82,9 @@ def named_shape(name: str) -> ModelShape:
 
 def folder_shape(folder: Path) -> ModelShape:
     """Return the shape of a Hugging Face model folder; raises `UserError` for one that is no dense decoder."""
-    from transformers import AutoConfig
+    from ...core.models.loading import read_config
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} has no configuration of a model: {str(error).splitlines()[0]}") from None
-    return shape_of(config)
+    return shape_of(read_config(folder))
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:

@@ -10,23 +10,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 from ...core.artefacts.digests import digest_of_tokenizer
 from ...core.artefacts.files import exclusive, new_folder, read_json, write_json
 from ...core.artefacts.layout import Layout
 from ...core.artefacts.versions import package_version
-from ...core.config.settings import DomainConfig, ProjectConfig
+from ...core.config.settings import DomainConfig, ProjectConfig, TrainingConfig
 from ...core.errors import UserError, unknown_name
 from ...core.hooks.manager import installed_plugins
-from ...core.hooks.text import Document, DocumentOrder
+from ...core.hooks.steps import Objective
+from ...core.hooks.text import CorpusFormat, Document, DocumentOrder
 from ...core.manifests.statements import DomainStatement
 from ...core.remote.copies import digests_of_copy, refresh, source_path
 from ...core.remote.urls import is_url, without_secrets
 from ...core.reporting import SILENT, Reporter, reported
-from ...core.text.token_store import FORMAT, TokenPart, TokenStore, write_part
-from ...core.text.tokenizer import DOCUMENTS_PER_BATCH, TextEncoder
+from ...core.text.rendering import ConversationEncoder, resolved_template
+from ...core.text.token_store import FORMAT, TokenPart, TokenStore, write_conversations, write_part
+from ...core.text.tokenizer import DOCUMENTS_PER_BATCH, TextEncoder, load_tokenizer
 from .corpus_folders import read_corpus_folder, require_format
 from .spooled_texts import SpooledTexts
 
@@ -117,7 +120,7 @@ def _prepare(
     with exclusive(layout.lock(f"domain-{name}"), f"domain '{name}'", patience_s=600):
         if not force and (cached := _cached(folder, fingerprint)):
             return cached
-        encoder = TextEncoder.of_folder(tokenizer_folder)
+        encoder = _encoder(domain, tokenizer_folder, layout.root)
         _report_files(domain, layout.root, reporter)
         with new_folder(folder, force=True, what="corpus") as partial:
             num_documents = 0
@@ -127,13 +130,7 @@ def _prepare(
                     counted = reported(
                         documents, reporter, name, "documents", every=DOCUMENTS_PER_BATCH, done=num_documents
                     )
-                    written = write_part(
-                        partial / part,
-                        encoder.encode_stream(counted, measure_loss=part != "train"),
-                        separator=encoder.separator,
-                        vocabulary=encoder.vocabulary,
-                        begin=encoder.begin,
-                    )
+                    written = _write(partial / part, encoder, counted, measure_loss=part != "train")
                 if written.documents == 0 and part != "test":
                     remedy = (
                         "; a path is split by document and needs three different documents: add text, or give train, "
@@ -162,6 +159,62 @@ def _prepare(
     return prepared
 
 
+def _encoder(domain: DomainConfig, tokenizer_folder: Path, root: Path) -> TextEncoder | ConversationEncoder:
+    if not has_conversations(domain):
+        return TextEncoder.of_folder(tokenizer_folder)
+    template = resolved_template(domain.chat_template, tokenizer_folder, root)
+    return ConversationEncoder.of_folder(tokenizer_folder, template, domain.counts)
+
+
+def _write(
+    folder: Path, encoder: TextEncoder | ConversationEncoder, texts: Iterable[str], *, measure_loss: bool
+) -> TokenPart:
+    documents = encoder.encode_stream(texts, measure_loss=measure_loss)
+    if isinstance(encoder, ConversationEncoder):
+        return write_conversations(folder, documents, markers=encoder.markers, vocabulary=encoder.vocabulary)
+    return write_part(
+        folder, documents, separator=encoder.separator, vocabulary=encoder.vocabulary, begin=encoder.begin
+    )
+
+
+def example_of(prepared: PreparedDomain, tokenizer_folder: Path) -> list[tuple[str, bool]]:
+    """Return the first conversation of a domain as its model reads it: pieces of text, each with whether it counts."""
+    store = prepared.open("train")
+    end = int(store.ends[0])
+    tokenizer: Any = load_tokenizer(tokenizer_folder)
+    tokens = zip(store.read(0, end).tolist(), store.counted(0, end).tolist(), strict=True)
+    return [
+        (tokenizer.decode([token for token, _ in piece], skip_special_tokens=False), counts)
+        for counts, piece in groupby(tokens, key=lambda pair: pair[1])
+    ]
+
+
+def has_conversations(domain: DomainConfig) -> bool:
+    """Return whether a domain's documents are conversations; raises `UserError` for an unknown format."""
+    return contents_of(domain) != "text"
+
+
+def contents_of(domain: DomainConfig) -> str:
+    """Return what a domain's documents are: `text`, `conversations` or `pairs`; raises `UserError` for an unknown format."""
+    return "text" if domain.format is None else installed_plugins().offer(CorpusFormat, domain.format).holds
+
+
+def require_contents(name: str, domain: DomainConfig, training: TrainingConfig) -> None:
+    """Raise `UserError` for a domain whose documents the objective of a run cannot read."""
+    objective, contents = installed_plugins().offer(Objective, training.objective), contents_of(domain)
+    if contents not in objective.reads:
+        raise UserError(
+            f"objective '{objective.name}' reads {' and '.join(objective.reads)}, and domain '{name}' holds {contents}; set "
+            "another objective, or the domain's format"
+        )
+
+
+def require_text(name: str, domain: DomainConfig, what: str) -> None:
+    """Raise `UserError` for a domain of conversations, where `what` reads plain text."""
+    if has_conversations(domain):
+        raise UserError(f"{what} reads plain text, and domain '{name}' holds conversations; use another domain")
+
+
 def lost_text(domain: PreparedDomain) -> str | None:
     """Return a sentence about text that the tokenizer does not give back; None if that is less than a thousandth."""
     measured = [part for part in (domain.valid, domain.test) if part is not None]
@@ -177,7 +230,7 @@ def lost_text(domain: PreparedDomain) -> str | None:
 def _report_files(domain: DomainConfig, root: Path, reporter: Reporter) -> None:
     """Report the use of a folder's files where it is not that of dividing them all by document."""
     if domain.path is not None and (path := source_path(root, domain.path)).is_dir():
-        folder = read_corpus_folder(path)
+        folder = read_corpus_folder(path, domain.format)
         if folder.train or folder.left_out:
             reporter.say(folder.description(path))
 
@@ -233,41 +286,41 @@ def domain_values(domain: DomainConfig, root: Path, part: str, field: str | None
         yield from map(Document, getattr(read_bundled(domain.bundled), part))
     elif domain.path is not None:
         path = source_path(root, domain.path)
-        if path.is_dir() and (named := read_corpus_folder(path)).train:
-            yield from _named_part(lambda name: getattr(named, name), part, domain.text_field, field)
+        if path.is_dir() and (named := read_corpus_folder(path, domain.format)).train:
+            yield from _named_part(lambda name: getattr(named, name), part, domain, field)
             return
         rest = 1 - domain.valid_share - domain.test_share
         shares = {"valid": domain.valid_share, "test": domain.test_share, "train": rest}
-        division = divide(read_documents(path, domain.text_field), shares)
-        yield from _divided(_files(path), division, part, domain.text_field, field)
+        files = _files(path, domain.format)
+        division = divide((document.text for document in _values(files, domain, None)), shares)
+        yield from _divided(files, division, part, domain, field)
     else:
         sources = {"train": domain.train, "valid": domain.valid, "test": domain.test}
 
-        def files(name: str) -> Sequence[Path]:
+        def files_of(name: str) -> Sequence[Path]:
             source = sources[name]
-            return _files(source_path(root, source)) if source is not None else ()
+            return _files(source_path(root, source), domain.format) if source is not None else ()
 
-        yield from _named_part(files, part, domain.text_field, field)
+        yield from _named_part(files_of, part, domain, field)
 
 
 def _named_part(
-    files: Callable[[str], Sequence[Path]], part: str, text_field: str, field: str | None
+    files: Callable[[str], Sequence[Path]], part: str, domain: DomainConfig, field: str | None
 ) -> Iterator[Document]:
     """Stream a part of a corpus whose files name the parts; without test files, half of the validation text is test."""
     if part == "train" or files("test"):
-        yield from _values(files(part), text_field, field)
+        yield from _values(files(part), domain, field)
     else:
-        halves = divide(
-            (document.text for document in _values(files("valid"), text_field, None)), {"valid": 0.5, "test": 0.5}
-        )
-        yield from _divided(files("valid"), halves, part, text_field, field)
+        valid = (document.text for document in _values(files("valid"), domain, None))
+        halves = divide(valid, {"valid": 0.5, "test": 0.5})
+        yield from _divided(files("valid"), halves, part, domain, field)
 
 
 def _divided(
-    files: Sequence[Path], division: Division, part: str, text_field: str, field: str | None
+    files: Sequence[Path], division: Division, part: str, domain: DomainConfig, field: str | None
 ) -> Iterator[Document]:
     """Stream the documents that a division puts into a part."""
-    documents = _values(files, text_field, field)
+    documents = _values(files, domain, field)
     return (document for document in documents if division.part_of(document.text) == part)
 
 
@@ -322,28 +375,29 @@ def _split_position(document: str) -> int:
 
 def read_documents(path: Path, text_field: str) -> Iterator[str]:
     """Stream the documents of a file, or of all files of known formats below a folder, sorted by path."""
-    return (document.text for document in _values(_files(path), text_field, None))
+    domain = DomainConfig(path=str(path), text_field=text_field)
+    return (document.text for document in _values(_files(path, None), domain, None))
 
 
-def _files(path: Path) -> Sequence[Path]:
+def _files(path: Path, format_name: str | None) -> Sequence[Path]:
     """Return the files of documents at a path; a folder's named parts are among them."""
     if path.is_dir():
-        folder = read_corpus_folder(path)
+        folder = read_corpus_folder(path, format_name)
         return sorted((*folder.documents, *folder.train, *folder.valid, *folder.test))
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     return [path]
 
 
-def _values(files: Sequence[Path], text_field: str, field: str | None) -> Iterator[Document]:
+def _values(files: Sequence[Path], domain: DomainConfig, field: str | None) -> Iterator[Document]:
     for file in files:
-        corpus_format = require_format(file)
+        corpus_format = require_format(file, domain.format)
         if field is None:
-            yield from map(Document, corpus_format.read(file, text_field))
+            yield from map(Document, corpus_format.read(file, domain.text_field))
         elif corpus_format.read_values is None:
             raise UserError(f"{file}: documents of format '{corpus_format.name}' have no field '{field}'")
         else:
-            yield from corpus_format.read_values(file, text_field, field)
+            yield from corpus_format.read_values(file, domain.text_field, field)
 
 
 def licence_of(domain: DomainConfig) -> str | None:
@@ -362,6 +416,9 @@ def _fingerprint(domain: DomainConfig, root: Path) -> str:
         packages = ("expertctl", "torch", "numpy", "scipy", "scikit-learn")
         versions = {name: package_version(name) for name in packages}
         content["bundled"] = {"python": platform.python_version(), **versions}
+    template = root / (domain.chat_template or "")
+    if template.is_file():
+        content["chat_template"] = template.read_text(encoding="utf-8")
     for source in _sources(domain):
         content[source] = digests_of_copy(root, source) if is_url(source) else _stamps(source_path(root, source))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

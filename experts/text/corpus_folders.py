@@ -40,17 +40,18 @@ class CorpusFolder:
         return f"{folder}: " + "; ".join(f"{use}: {_names(files, folder)}" for use, files in parts.items() if files)
 
 
-def read_corpus_folder(folder: Path) -> CorpusFolder:
-    """Return the use of each file below a folder; raises `UserError` if there is none of a known format.
+def read_corpus_folder(folder: Path, format_name: str | None = None) -> CorpusFolder:
+    """Return the use of each file below a folder; raises `UserError` if there is none of a known format, or of the named one.
 
     Names such as `train.jsonl`, `validation-00000-of-00001.parquet` or `data/dev/part1.txt` give the splits if there
     is training and validation text; otherwise, all files are divided by document, without a test split beside training
     text.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file, folder))
-    readable = [file for file in files if format_of(file) and not _is_about_the_corpus(file, folder)]
+    readable = [file for file in files if format_of(file, format_name) and not _is_about_the_corpus(file, folder)]
     if not readable:
-        raise UserError(f"{folder} has no file of a known format; known suffixes: {', '.join(sorted(_formats()))}")
+        known = ", ".join(sorted(_formats(format_name)))
+        raise UserError(f"{folder} has no file of a known format; known suffixes: {known}")
     splits = {file: _split_of(file, folder) for file in readable}
     if {"train", "valid"} <= set(splits.values()):
         train, valid, test = (
@@ -62,25 +63,31 @@ def read_corpus_folder(folder: Path) -> CorpusFolder:
     return CorpusFolder(documents, left_out=_others(files, documents))
 
 
-def format_of(file: Path) -> CorpusFormat | None:
-    """Return the format of a file by its suffix; None if it is unknown."""
-    matching = [suffix for suffix in _formats() if file.name.lower().endswith(suffix)]
-    return _formats()[max(matching, key=len)] if matching else None
+def format_of(file: Path, format_name: str | None = None) -> CorpusFormat | None:
+    """Return the format of a file by its suffix, among all formats of text or the named one; None if it is unknown."""
+    formats = _formats(format_name)
+    matching = [suffix for suffix in formats if file.name.lower().endswith(suffix)]
+    return formats[max(matching, key=len)] if matching else None
 
 
-def require_format(file: Path) -> CorpusFormat:
-    """Return the format of a file; raises `UserError` that lists the known suffixes."""
-    corpus_format = format_of(file)
+def require_format(file: Path, format_name: str | None = None) -> CorpusFormat:
+    """Return the format of a file; raises `UserError` that lists the known suffixes, or the known formats."""
+    corpus_format = format_of(file, format_name)
     if corpus_format is None:
-        raise UserError(f"{file} has an unknown format; known suffixes: {', '.join(sorted(_formats()))}")
+        known = ", ".join(sorted(_formats(format_name)))
+        raise UserError(f"{file} has an unknown format; known suffixes: {known}")
     return corpus_format
 
 
-def _formats() -> Mapping[str, CorpusFormat]:
+def _formats(name: str | None) -> Mapping[str, CorpusFormat]:
+    """Return the formats of text, or the named one, by the suffixes of their files."""
+    plugins = installed_plugins()
+    chosen = [plugins.offer(CorpusFormat, name)] if name is not None else plugins.offers(CorpusFormat).values()
     return {
         suffix: corpus_format
-        for corpus_format in installed_plugins().offers(CorpusFormat).values()
+        for corpus_format in chosen
         for suffix in corpus_format.suffixes
+        if name is not None or corpus_format.holds == "text"
     }
 
 

@@ -30,7 +30,7 @@ from ...core.process.compute import available_cores
 from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.clustering.clusterer import BATCH, batches
 from ...core.text.token_store import TextCounter
-from .corpora import PARTS, domain_config, domain_values
+from .corpora import PARTS, domain_config, domain_values, require_text
 
 FORMAT = 1
 SAMPLE = 50_000
@@ -163,7 +163,7 @@ def _sources(layout: Layout, project: ProjectConfig, name: str, requested: Seque
     if requested is not None:
         sources = tuple(requested)
     for domain in sources:
-        domain_config(project, domain)
+        require_text(domain, domain_config(project, domain), "discovery")
         if domain in sets.get(name, ()):
             raise UserError(f"'{domain}' is itself one of the clusters '{name}'; give the domains that were clustered")
     if not sources:

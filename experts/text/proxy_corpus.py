@@ -31,7 +31,7 @@ from ...core.config.settings import DomainConfig, ProjectConfig
 from ...core.errors import UserError
 from ...core.reporting import SILENT, Reporter, reported
 from ...core.text.token_store import TextCounter
-from .corpora import domain_config, domain_documents, licence_of
+from .corpora import domain_config, domain_documents, licence_of, require_text
 
 FORMAT = 1
 PROXIES = "proxies"
@@ -128,6 +128,8 @@ def make_proxy(
     settings = settings or ProxySettings()
     path = layout.root / PROXIES / f"{check_name(name, 'a proxy')}.jsonl"
     private, public = domain_config(project, like), domain_config(project, source)
+    require_text(like, private, "a proxy")
+    require_text(source, public, "a proxy")
     if like == source:
         raise UserError(f"--like and --from are both '{like}'; select the proxy from another domain")
     existing = project.domains.get(name)

@@ -9,7 +9,7 @@ from ...core.artefacts.layout import Layout
 from ...core.config.discovered import CLUSTERS_FOLDER, cluster_sets
 from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError, unknown_name
-from ...core.manifests.manifest import read_manifest
+from ...core.manifests.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class RemovedText:
     """Finished artefacts that were trained on them."""
     declared: bool
     """Whether `expertctl.yaml` still declares the domain, whose text is then prepared again when it is needed."""
+
+
+def trained_on(manifest: Manifest) -> set[str]:
+    """Return the domains that an artefact itself was trained on, in its annealing too."""
+    return {*manifest.domains, *manifest.data.annealing}
 
 
 def remove_text(layout: Layout, project: ProjectConfig, name: str, *, force: bool = False) -> RemovedText:
@@ -40,7 +45,7 @@ def remove_text(layout: Layout, project: ProjectConfig, name: str, *, force: boo
     if name not in known:
         raise unknown_name("domain or set of clusters", name, sorted(known), listed_as="this workspace has")
     domains = sets.get(name, (name,))
-    trained = tuple(folder.name for folder in layout.finished() if set(domains) & set(read_manifest(folder).domains))
+    trained = tuple(folder.name for folder in layout.finished() if set(domains) & trained_on(read_manifest(folder)))
     if name in sets and trained and not force:
         raise UserError(
             f"{', '.join(trained)} {'was' if len(trained) == 1 else 'were'} trained on the clusters '{name}', and could not be "

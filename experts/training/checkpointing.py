@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import torch
 
 from ...core.artefacts.digests import digest_of_tensors
-from ...core.artefacts.files import clear_leftovers, new_folder, read_json, remove_tree, write_json
+from ...core.artefacts.files import clear_leftovers, new_folder, partial_sibling, read_json, remove_tree, write_json
 from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
-from ...core.text.token_store import Position
+from ...core.text.block_order import Position
+from .distributed.parts import JoinedParts, part_name
+from .distributed.ranks import Ranks
 from .steps.loop import TrainingLoop
 
 KEPT = 2
@@ -25,10 +29,13 @@ def save_checkpoint(loop: TrainingLoop, state_folder: Path, data: Mapping[str, s
     """Write a checkpoint to `state_folder/step-N` and delete all but the newest two.
 
     `data` holds the digest of each domain's text, which must be the same on resume. All processes of a run must call this; the
-    main one writes.
+    main one writes, or each its rows (`training.sharded_checkpoints`).
     """
     folder, states = state_folder / f"step-{loop.step:08d}", _tensors(loop)
-    if loop.ranks.is_main:
+    if _is_sharded(loop):
+        own = {kind: loop.replica.own_rows(tensors) for kind, tensors in states.items()}
+        _write_parts(folder, own, _state(loop, data), loop.ranks, loop.replica.shards)
+    elif loop.ranks.is_main:
         _write(folder, states, _state(loop, data), loop.replica.write)
     else:
         for name, tensors in states.items():
@@ -42,11 +49,18 @@ class BackgroundCheckpoints:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
+        self._ranks: Ranks | None = None
 
     def save(self, loop: TrainingLoop, state_folder: Path, data: Mapping[str, str]) -> None:
         """Begin a checkpoint, after the one before it; all processes of a run must call this."""
         self.wait()
         folder, states = state_folder / f"step-{loop.step:08d}", _tensors(loop)
+        if _is_sharded(loop):
+            own = {kind: _copied(loop.replica.own_rows(tensors)) for kind, tensors in states.items()}
+            self._ranks = self._ranks or loop.ranks.apart()
+            shards = loop.replica.shards
+            self._writing = self._pool.submit(_write_parts, folder, own, _state(loop, data), self._ranks, shards)
+            return
         copies: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensors in states.items():
             whole = ((key, loop.replica.full(tensor)) for key, tensor in tensors.items())
@@ -61,8 +75,20 @@ class BackgroundCheckpoints:
             writing.result()
 
 
+def _is_sharded(loop: TrainingLoop) -> bool:
+    return loop.config.sharded_checkpoints and loop.replica.shards > 1
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
 def _tensors(loop: TrainingLoop) -> dict[str, Mapping[str, torch.Tensor]]:
-    return {"weights": loop.weights(), "optimiser": loop.optimiser_state(), "random": _random_states()}
+    return {
+        "weights": loop.weights(),
+        "optimiser": loop.optimiser_state() | loop.average_state(),
+        "random": _random_states(),
+    }
 
 
 def _state(loop: TrainingLoop, data: Mapping[str, str] | None) -> dict[str, Any]:
@@ -86,7 +112,39 @@ def _write(
             name: digest_of_tensors(write(partial / f"{name}.safetensors", tensors)) for name, tensors in states.items()
         }
         write_json(partial / STATE_FILE, {**state, "digests": digests})
-    for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
+    _delete_old(folder.parent)
+
+
+def _write_parts(
+    folder: Path, own: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], ranks: Ranks, shards: int
+) -> None:
+    """Write this process's rows into files of its own, in a folder that the main process makes and puts in place.
+
+    Raises `UserError` in all processes if one cannot write.
+    """
+    (pid,) = ranks.share([os.getpid() if ranks.is_main else 0])
+    folder_of_all = nullcontext(partial_sibling(folder, int(pid)))
+    with new_folder(folder, force=True, what="checkpoint") if ranks.is_main else folder_of_all as partial:
+        ranks.wait()
+        digests = {}
+        with ranks.failing_together():
+            for kind, tensors in own.items():
+                path = partial / f"{part_name(kind, ranks.rank, shards)}.safetensors"
+                digests[kind] = digest_of_tensors(write_tensors(path, tensors) if tensors else {})
+        all_digests = {
+            part_name(kind, rank, shards): of_rank
+            for kind, digest in digests.items()
+            for rank, of_rank in enumerate(ranks.gather(digest))
+            if of_rank != digest_of_tensors({})
+        }
+        if ranks.is_main:
+            write_json(partial / STATE_FILE, {**state, "digests": all_digests})
+    if ranks.is_main:
+        _delete_old(folder.parent)
+
+
+def _delete_old(state_folder: Path) -> None:
+    for old in sorted(state_folder.glob("step-*"))[:-KEPT]:
         remove_tree(old)
 
 
@@ -105,21 +163,23 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
     with loop.ranks.main_first():
         clear_leftovers(state_folder)
     folders = sorted(state_folder.glob("step-*"))
+    loop.ranks.require_agreement([folder.name for folder in folders], "checkpoints")  # or a folder that is not shared
     if not folders:
         return 0
     folder = folders[-1]
-    try:
-        state = read_json(folder / STATE_FILE)
-        files = {
-            name: _checked(folder, name, state["digests"][name], is_read=loop.ranks.is_main)
-            for name in ("weights", "optimiser", "random")
-        }
-        position = Position(**state["position"])
-        step = int(state["step"])
-        loop.load_extra_state(state)
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        previous = f"step {int(folders[-2].name[5:])}" if len(folders) > 1 else "the start"
-        raise UserError(f"checkpoint {folder} is damaged ({error}); delete it to resume from {previous}") from None
+    previous = f"step {int(folders[-2].name[5:])}" if len(folders) > 1 else "the start"
+    with loop.ranks.failing_together():
+        try:
+            state = read_json(folder / STATE_FILE)
+            names = sorted(state["digests"])
+            for name in names[loop.ranks.rank :: loop.ranks.world]:
+                _verify(folder, name, state["digests"][name])
+            files = {kind: _opened(folder, kind, names) for kind in ("weights", "optimiser", "random")}
+            position = Position(**state["position"])
+            step = int(state["step"])
+            loop.load_extra_state(state)
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {folder} is damaged ({error}); delete it to resume from {previous}") from None
     if state.get("data", {}) != dict(data or {}):
         raise UserError(
             f"the text changed since checkpoint {folder} was written; restore the text, or delete {state_folder} to "
@@ -133,12 +193,18 @@ def restore_latest(loop: TrainingLoop, state_folder: Path, data: Mapping[str, st
     return step
 
 
-def _checked(folder: Path, name: str, digest: str, *, is_read: bool) -> Checkpoint:
-    """Return a file of a checkpoint; raises `UserError` if `is_read` and its tensors have another digest."""
-    checkpoint = Checkpoint([folder / f"{name}.safetensors"])
-    if is_read and digest_of_tensors(checkpoint.digests()) != digest:
+def _verify(folder: Path, name: str, digest: str) -> None:
+    """Raise `UserError` if the tensors of a checkpoint's file have another digest."""
+    if digest_of_tensors(Checkpoint([folder / f"{name}.safetensors"]).digests()) != digest:
         raise UserError(f"{name}.safetensors was changed")
-    return checkpoint
+
+
+def _opened(folder: Path, kind: str, names: Sequence[str]) -> JoinedParts:
+    """Return the tensors of a checkpoint's files of one kind: `weights`, or `weights-00000-of-00002` and those after it."""
+    parts = [name for name in names if name.partition("-")[0] == kind]
+    if not parts:
+        raise UserError(f"it has no {kind}")
+    return JoinedParts([folder / f"{name}.safetensors" for name in parts])
 
 
 def _random_states() -> dict[str, Any]:

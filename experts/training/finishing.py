@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.artefacts.digests import TOKENIZER_FILES, TRAINING_FOLDER, digest_of_tokenizer
-from ...core.artefacts.files import copy_files
+from ...core.artefacts.files import copy_files, write_json
 from ...core.artefacts.safetensors_io import Checkpoint, tensor_digest, torch_dtype
 from ...core.errors import UserError
+from ...core.hooks.options import parse_options
 from ...core.manifests.finishing import finish_artefact
 from ...core.manifests.generalist import GeneralistConfig, Tuning
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement, PrivacyStatement
 from ...core.models.loading import WEIGHTS_FILE
 from ...core.models.stored_names import StoredNames, stored_tensors
+from ..runs.trainable import makes_adapter, models_read, trainer_for
 from .run_inputs import RunInputs
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, m
     layout in files: their model is put together in the main process.
     """
     part, is_main = loop.part, loop.ranks.is_main
-    if run.spec.kind == "generalist" or not _is_stored_as_in_memory(model):
+    has_adapter = makes_adapter(run.spec.trains)
+    if run.spec.kind == "generalist" or not (has_adapter or _is_stored_as_in_memory(model)):
         loop.replica.assemble()
         if not is_main:
             return
@@ -50,13 +53,24 @@ def write_artefact(run: RunInputs, model: PreTrainedModel, loop: TrainingLoop, m
         (run.folder / OPTIMISER_FILE).parent.mkdir(exist_ok=True)
         loop.replica.write(run.folder / OPTIMISER_FILE, loop.optimiser_state())
     else:
-        _write_changed_tensors(run, part.tensors(), loop.replica)
+        if not has_adapter:
+            _write_changed_tensors(run, part.tensors(), loop.replica)
         for file, tensors in part.extra_tensors().items():
             loop.replica.write(run.folder / file, tensors)
+        if is_main:
+            _write_side_documents(run)
     if is_main:
         # metrics of a private run are omitted: they are functions of the private text without noise
         private = loop.statement()
         finish_artefact(run.folder, run_manifest(run, metrics if private is None else {}, private))
+
+
+def _write_side_documents(run: RunInputs) -> None:
+    trainer = trainer_for(run.spec.trains)
+    if trainer.side_documents is not None:
+        options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
+        for name, content in trainer.side_documents(run.base, options).items():
+            write_json(run.folder / name, content)
 
 
 def _is_stored_as_in_memory(model: PreTrainedModel) -> bool:
@@ -103,7 +117,9 @@ def run_manifest(
     """Return the manifest of a run without digests; `trained_tokens` defaults to the run's budget."""
     spec = run.spec
     folders = {name: run.layout.seed if name == "seed" else run.layout.experts / name for name in spec.start}
-    parents = {"seed": run.layout.seed, **folders} if spec.kind != "seed" else {}
+    read = models_read(spec.trains, spec.options, spec.training)
+    others = {name: run.layout.artefact(name) for name in read}
+    parents = {"seed": run.layout.seed, **others, **folders} if spec.kind != "seed" else {}
     return Manifest(
         kind=spec.kind,
         name=spec.name,
@@ -114,6 +130,7 @@ def run_manifest(
             {domain.name: domain.statement(private=spec.dp is not None) for domain in run.domains},
             spec.training.trained_tokens if trained_tokens is None else trained_tokens,
             privacy,
+            {domain.name: domain.statement() for domain in run.annealing},
         ),
         metrics=metrics,
         trainable=spec.trains,
@@ -146,7 +163,14 @@ def _tuned_manifest(run: RunInputs, metrics: Mapping[str, Any], part_config: Map
     return Manifest(
         kind="generalist",
         name=spec.name,
-        parents=(Parent.of(base, spec.base or "seed"), *(base.parents if base.merged is not None else ())),
+        parents=(
+            Parent.of(base, spec.base or "seed"),
+            *(base.parents if base.merged is not None else ()),
+            *(
+                Parent.of(read_manifest(run.layout.artefact(name)), name)
+                for name in models_read(spec.trains, spec.options, spec.training)
+            ),
+        ),
         config=replace(config, tunings=(*config.tunings, tuning)),
         expert_data={**base.expert_data, spec.name: DataStatement(statements)},
         metrics=metrics,

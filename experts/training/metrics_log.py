@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,11 @@ PROGRESS_SECONDS = 0.5
 class MetricsLog:
     """The log of one run, which continues from a checkpoint on resume."""
 
-    def __init__(self, run: RunInputs, reporter: Reporter, part: TrainablePart, trackers: Tracking) -> None:
+    def __init__(
+        self, run: RunInputs, reporter: Reporter, part: TrainablePart, trackers: Tracking, notes: Sequence[str] = ()
+    ) -> None:
+        """Begin the log of a run; `notes` are lines for the user."""
+        self._notes = notes
         self._folder, self._spec, self._reporter, self._part = run.folder, run.spec, reporter, part
         self._trackers = trackers
         # a resumed run repeats the steps after its checkpoint, so lines that a power failure takes are written again
@@ -34,6 +39,8 @@ class MetricsLog:
         self._losses: list[Tensor] = []
         self._skipped = 0
         self._reported_at = 0.0
+        self._drawn: Counter[int] = Counter()
+        self._domains = [domain.name for domain in run.all_domains] if run.annealing else []
 
     def open(self, start_step: int) -> None:
         """Drop the lines of steps that will be repeated, and report the start of the run."""
@@ -46,7 +53,7 @@ class MetricsLog:
                 "step": start_step,
                 "total_steps": training.steps,
                 "tokens_per_step": training.tokens_per_step,
-                "notes": list(self._part.notes),
+                "notes": list(self._notes),
             },
         )
         self._throughput.take()
@@ -59,6 +66,7 @@ class MetricsLog:
         """Record that a spike took training back to `step`, and drop the lines of the steps that this undoes."""
         self._drop_after(step)
         self._losses.clear()
+        self._drawn.clear()
         self._skipped = 0
         details = {"from_step": from_step, "loss": spike.loss, "limit": spike.limit}
         self._file.append({"step": step, "rolled_back": details})
@@ -74,6 +82,7 @@ class MetricsLog:
         """Record one optimiser step."""
         config = self._spec.training
         self._throughput.add(config.tokens_per_step)
+        self._drawn.update(report.drawn)
         if report.skipped:
             self._skipped += 1
         else:
@@ -99,6 +108,9 @@ class MetricsLog:
             record["gradient_norm"] = float(report.gradient_norm)
         if self._skipped:
             record["skipped_steps"] = self._skipped
+        total = self._drawn.total()
+        record |= {f"share/{name}": self._drawn[number] / total for number, name in enumerate(self._domains)}
+        self._drawn.clear()
         self._losses.clear()
         self._skipped = 0
         self._file.append({"step": report.step, **record})

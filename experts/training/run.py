@@ -19,24 +19,42 @@ from ...core.hooks.options import parse_options
 from ...core.hooks.training import Trainer, TrainingContext
 from ...core.manifests.manifest import read_manifest
 from ...core.manifests.run import STATE_FOLDER, is_finished
+from ...core.models.loading import require_intact_models
+from ...core.models.outline import Outline
 from ...core.models.scoring import total_loss
 from ...core.reporting import Reporter
-from ...core.text.token_store import BalancedUnion, TokenBlocks
+from ...core.text.block_order import BalancedUnion
+from ...core.text.conversation_blocks import blocks_of
 from ..runs.branching import require_opacus
 from ..runs.replaced import delete_backup, restore_backup
-from ..runs.trainable import trainer_for
+from ..runs.trainable import models_of_trainer, trainer_for
+from ..text.corpora import domain_config, require_text
 from .checkpointing import BackgroundCheckpoints, drop_checkpoints_after, restore_latest, save_checkpoint
-from .distributed.ranks import ALONE, Ranks, Strategy
+from .distributed.ranks import ALONE, SHARDED, Ranks, Strategy
+from .distributed.replicas import require_divisible
 from .finishing import write_artefact
 from .metrics_log import MetricsLog
 from .privacy.accounting import mechanism_for
 from .privacy.noise import Releases, secret_source, seeded_source
 from .run_inputs import RunInputs
-from .starting_point import inherit_optimiser, starting_model, training_blocks, training_text
+from .starting_point import (
+    annealing_blocks,
+    inherit_optimiser,
+    prepared_objective,
+    starting_model,
+    starting_outline,
+    training_blocks,
+    training_text,
+)
 from .steps.guards import Spike
 from .steps.loop import TrainingLoop
 from .steps.precision import autocast
 from .tracked_run import tracked
+
+LOADED_WHOLE = (
+    "every process loads the whole model before it keeps its part: this trainer reads the weights first, or only transformers "
+    "can load this model's files"
+)
 
 
 def train_run(
@@ -52,7 +70,11 @@ def train_run(
     several. Raises `Interrupted` after a stop, with the state saved.
     """
     finished = is_finished(folder)
-    ranks.wait()
+    num_finished = int(sum(ranks.share([finished])))
+    if num_finished not in (0, ranks.world):
+        raise UserError(
+            f"{folder} is finished for {num_finished} of {ranks.world} processes; start all in one folder that they share"
+        )
     if finished:
         if ranks.is_main:
             remove_tree(folder / STATE_FOLDER)
@@ -61,11 +83,16 @@ def train_run(
         if ranks.is_main:
             clear_leftovers(folder, below=True)  # subfolders hold the checkpoints and the optimiser state
         run = RunInputs.of_folder(folder)
-    ranks.require_agreement(run.digest, "a run, text or torch")
-    model = starting_model(run)
+    ranks.require_agreement([run.digest, strategy], "run, text, strategy or torch")
+    require_divisible(run.spec.training.batch_size, ranks)
     trainer = trainer_for(run.spec.trains)
     options = parse_options(trainer.options, run.spec.options, f"trainer '{trainer.name}'")
-    loop = _loop(run, trainer, model, options, ranks, strategy)
+    shares = ranks.world > 1 and strategy in SHARDED and run.spec.kind != "seed"
+    outline = starting_outline(run, ranks) if shares and not trainer.reads_weights else None
+    model = starting_model(run) if outline is None else outline.model
+    loop = _loop(run, trainer, model, options, ranks, strategy, outline)
+    if shares and outline is None:
+        loop.part.notes = (*loop.part.notes, LOADED_WHOLE)
     if run.spec.kind == "generalist" and ranks.is_main:
         delete_backup(folder)
     inherit_optimiser(run, loop)
@@ -73,10 +100,11 @@ def train_run(
     if not ranks.is_main:  # dropout differs between the rows of a batch
         torch.manual_seed(run.spec.training.seed + 1_000_003 * ranks.rank + start_step)
     with tracked(run, start_step, is_main=ranks.is_main) as trackers:
-        log = MetricsLog(run, reporter, loop.part, trackers) if ranks.is_main else None
+        log = MetricsLog(run, reporter, loop.part, trackers, loop.notes) if ranks.is_main else None
         if log is not None:
             log.open(start_step)
         loss = _train(run, loop, log, stopped)
+        loop.average.apply(loop.parameters)
         validation = _validation_losses(run, loop)
         if log is not None:
             log.validation(loop.step, validation)
@@ -91,7 +119,13 @@ def train_run(
 
 
 def _loop(
-    run: RunInputs, trainer: Trainer, model: PreTrainedModel, options: Any, ranks: Ranks, strategy: Strategy
+    run: RunInputs,
+    trainer: Trainer,
+    model: PreTrainedModel,
+    options: Any,
+    ranks: Ranks,
+    strategy: Strategy,
+    outline: Outline | None,
 ) -> TrainingLoop:
     """Return the training loop for the trainer's trainable part, a private loop if the run has a privacy budget."""
     dp, training, state = run.spec.dp, run.spec.training, run.folder / STATE_FOLDER
@@ -100,11 +134,16 @@ def _loop(
         require_opacus()
         if ranks.world > 1:
             raise UserError("training with differential privacy runs in one process; start it without --nproc")
+        for domain in run.domains:
+            require_text(domain.name, domain_config(run.project, domain.name), "training with differential privacy")
         source = seeded_source(training.seed) if dp.noise == "seeded" else secret_source(state)
         releases = Releases(source, dp.embedding_noise)
     text = training_text(run, releases) if trainer.uses_text else None
+    objective = prepared_objective(run, model, ranks.rank)  # before the trainer changes the model
     try:
-        context = TrainingContext(model, options, text, training.batch_size * training.accumulation)
+        models = {name: run.layout.artefact(name) for name in models_of_trainer(run.spec.trains, run.spec.options)}
+        require_intact_models(models.values())
+        context = TrainingContext(model, options, text, training.batch_size * training.accumulation, models)
         part = trainer.prepare(context)
     except UserError:
         if run.spec.kind == "generalist" and not state.exists():
@@ -113,12 +152,24 @@ def _loop(
     blocks = training_blocks(run, part.shares)
     if dp is None or releases is None:
         separator = next(iter(run.domains[0].train.markers), None)
-        return TrainingLoop(part, blocks, training, ranks, strategy, separator=separator)
+        return TrainingLoop(
+            part,
+            blocks,
+            training,
+            ranks,
+            strategy,
+            separator=separator,
+            objective=objective,
+            outline=outline,
+            annealing=annealing_blocks(run),
+        )
     from .privacy.loop import PrivateTrainingLoop
 
     assert not isinstance(blocks, BalancedUnion), "an expert has one domain"
     mechanism = mechanism_for(dp, training, len(blocks), releases.history)
-    plain = training.model_copy(update={"precision": "float32", "chunked_loss": False})
+    plain = training.model_copy(
+        update={"precision": "float32", "chunked_loss": False, "activation_checkpointing": False}
+    )
     return PrivateTrainingLoop(part, blocks, plain, dp, mechanism, releases.source)
 
 
@@ -170,14 +221,17 @@ def _train(run: RunInputs, loop: TrainingLoop, log: MetricsLog | None, stopped: 
 
 def _roll_back(run: RunInputs, loop: TrainingLoop, spike: Spike) -> int:
     """Return to the last checkpoint before a spike, but go on with the text after it; return the checkpoint's step."""
-    state, position, rollbacks = run.folder / STATE_FOLDER, loop.position, loop.guards.rollbacks
+    state, rollbacks = run.folder / STATE_FOLDER, loop.guards.rollbacks
+    positions = [stream.position for stream in loop.streams]
     with loop.ranks.main_first():
         if loop.ranks.is_main:
             drop_checkpoints_after(
                 state, spike.first_step - 2
             )  # the step before the first high loss may have caused it
     step = restore_latest(loop, state, run.data_digests)
-    loop.position, loop.guards.rollbacks = position, rollbacks + 1
+    loop.guards.rollbacks = rollbacks + 1
+    for stream, position in zip(loop.streams, positions, strict=True):
+        stream.position = position
     save_checkpoint(loop, state, run.data_digests)  # so that a crash does not bring the skipped text back
     return step
 
@@ -188,11 +242,11 @@ def _validation_losses(run: RunInputs, loop: TrainingLoop) -> dict[str, float]:
     loop.module.eval()
     losses: dict[str, float] = {}
     with torch.no_grad(), autocast(config, loop.device)():
-        for number, domain in enumerate(run.domains):
+        for number, domain in enumerate(run.all_domains):
             loop.part.begin_batch([number])
-            blocks = TokenBlocks(domain.open("valid"), config.sequence_length)
-            batches = blocks.batches(loop.rows_at_a_time, limit=config.validation_blocks)
-            total, count = total_loss(loop.module, batches, loop.device)
+            blocks = blocks_of(domain.open("valid"), config.sequence_length)
+            batches = blocks.windows(loop.rows_at_a_time, limit=config.validation_blocks)
+            total, count = total_loss(loop.module, batches)
             losses[domain.name] = total / max(count, 1)
     loop.module.train()
     return losses

@@ -27,11 +27,19 @@ class RunInputs:
     """Folder of the model that training starts from."""
     tokenizer_folder: Path
     domains: tuple[PreparedDomain, ...]
+    annealing: tuple[PreparedDomain, ...] = ()
+    """Domains of the annealing, which may be among `domains`."""
+
+    @property
+    def all_domains(self) -> tuple[PreparedDomain, ...]:
+        """The run's domains, and behind them those that only its annealing has."""
+        names = {domain.name for domain in self.domains}
+        return (*self.domains, *(domain for domain in self.annealing if domain.name not in names))
 
     @property
     def data_digests(self) -> dict[str, str]:
-        """Digest of each domain's training text."""
-        return {domain.name: domain.train.digest for domain in self.domains}
+        """Digest of each domain's training text, that of the annealing included."""
+        return {domain.name: domain.train.digest for domain in self.all_domains}
 
     @property
     def digest(self) -> str:
@@ -50,5 +58,9 @@ class RunInputs:
         project = load_project(layout.config_file)
         base = layout.seed if spec.base in (None, "seed") else layout.artefact(spec.base)
         tokenizer = folder if spec.kind == "seed" else base
-        domains = tuple(prepare_domain(layout, name, domain_config(project, name), tokenizer) for name in spec.domains)
-        return cls(folder, layout, project, spec, base, tokenizer, domains)
+        annealing = spec.training.annealing.domains if spec.training.annealing is not None else ()
+        domains, annealed = (
+            tuple(prepare_domain(layout, name, domain_config(project, name), tokenizer) for name in names)
+            for names in (spec.domains, annealing)
+        )
+        return cls(folder, layout, project, spec, base, tokenizer, domains, annealed)

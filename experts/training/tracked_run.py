@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from ...core.hooks.tracking import TrackedRun
+from ...core.hooks.events import TrackedRun
 from ...core.manifests.records import record_as_json
 from ...core.tracking.tracking import Tracking, tracking
 from ..runs.tracking import tracking_of, write_tracking

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,11 +24,11 @@ from typing import Any
 from ...core.artefacts.files import exclusive, user_fixable_error
 from ...core.artefacts.layout import Layout
 from ...core.errors import Interrupted, UserError
-from ...core.manifests.run import read_run
+from ...core.manifests.run import RunSpec, read_run
 from ...core.process.allocator import keep_freed_memory
 from ...core.process.environment import prepare_libraries
 from ...core.reporting import Reporter
-from .distributed.ranks import STRATEGIES, TIMEOUT_S, joined
+from .distributed.ranks import STRATEGIES, TIMEOUT_S, joined, leave
 
 LOCK_PATIENCE_S = 5.0
 JOB_LOCK_PATIENCE_S = 180.0
@@ -54,19 +55,22 @@ def main(arguments: list[str]) -> int:
     keep_freed_memory()
     folder = given.run
     try:
-        spec = read_run(folder)
-        lock = Layout.find(folder).lock(f"run-{folder.name}")
-        patience_s = LOCK_PATIENCE_S if given.records is None else JOB_LOCK_PATIENCE_S
-        owned = exclusive(lock, f"{spec.kind} '{spec.name}'", patience_s=patience_s)
-        with owned if is_main else contextlib.nullcontext():
-            os.environ["OMP_NUM_THREADS"] = str(spec.training.threads)  # before torch starts any thread
+        with ExitStack() as held:
+            try:
+                run: RunSpec | UserError = _open_run(folder, held, given, is_main=is_main)
+            except UserError as error:
+                if os.environ.get("WORLD_SIZE", "1") == "1":
+                    raise
+                run = error
             import torch
 
             from .run import train_run
 
-            torch.set_num_threads(spec.training.threads)
-
             with joined(given.timeout) as ranks:
+                with ranks.failing_together():  # the others would wait for this one
+                    if isinstance(run, UserError):
+                        raise run
+                torch.set_num_threads(run.training.threads)
                 train_run(folder, records, stop.is_set, ranks, given.strategy)
     except Interrupted as error:
         if is_main:
@@ -81,6 +85,17 @@ def main(arguments: list[str]) -> int:
     if is_main:
         records.write({"event": "finished"})
     return 0
+
+
+def _open_run(folder: Path, held: ExitStack, given: argparse.Namespace, *, is_main: bool) -> RunSpec:
+    """Return the specification of a run, for which the main process holds the lock; raises `UserError` if it cannot."""
+    spec = read_run(folder)
+    lock = Layout.find(folder).lock(f"run-{folder.name}")
+    patience_s = LOCK_PATIENCE_S if given.records is None else JOB_LOCK_PATIENCE_S
+    if is_main:
+        held.enter_context(exclusive(lock, f"{spec.kind} '{spec.name}'", patience_s=patience_s))
+    os.environ["OMP_NUM_THREADS"] = str(spec.training.threads)  # before torch starts any thread
+    return spec
 
 
 def _user_message(error: Exception) -> str | None:
@@ -142,4 +157,4 @@ def _exit_with_parent(leash: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

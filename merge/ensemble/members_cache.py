@@ -1,15 +1,16 @@
-"""Caches of several models that read the same text, and generation with them."""
+"""Caches of several models that read the same text."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
 from inspect import signature
-from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from ...core.models.serving.caches import append_rows, can_append, drop_columns
 
 
 class MembersCache(Cache):
@@ -42,20 +43,21 @@ class MembersCache(Cache):
         for member in self.members:
             member.crop(tokens_to_remove)
 
+    # --- rows that come and go, for a server ---
 
-class MembersGeneration(GenerationMixin):
-    """Generation that reads the whole text again for each token where the models have no cache."""
+    def can_append(self) -> bool:
+        """Return whether rows can be appended."""
+        return all(map(can_append, self.members))
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, past_key_values: Any = None, **kwargs: Any
-    ) -> Any:
-        """Return the inputs of the next step; without a cache, the whole text."""
-        if past_key_values is None:
-            next_sequence_length = None
-            kwargs.pop("position_ids", None)
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
-        )
+    def append_rows(self, other: MembersCache) -> None:
+        """Append the rows of another cache of the same models."""
+        for member, new in zip(self.members, other.members, strict=True):
+            append_rows(member, new)
+
+    def drop_columns(self, count: int) -> None:
+        """Remove columns on the left, which are padding in all rows."""
+        for member in self.members:
+            drop_columns(member, count)
 
 
 def can_cache(members: Iterable[PreTrainedModel]) -> bool:

@@ -25,9 +25,19 @@ from ...core.artefacts.model_config import with_floats
 from ...core.artefacts.safetensors_io import Checkpoint, checkpoint_files, write_tensors
 from ...core.errors import UserError
 from ...core.hooks.ensembles import TextMixer, TextState
+from ...core.models.adapters.prompts import (
+    PROMPT_TENSOR,
+    fixed_prompt,
+    prompt_of,
+    prompt_rows,
+    prompt_tokens_of,
+    with_prompt,
+)
+from ...core.models.decoding.uncached import UncachedGeneration
+from ...core.models.loading import POSITION_LIMITS
 from ...core.models.stored_names import StoredNames, stored_tensors
 from ..sources.shared_settings import SHARED_SETTINGS
-from .members_cache import MembersCache, MembersGeneration, can_cache
+from .members_cache import MembersCache, can_cache
 from .stored_mixer import stored_mixer
 
 MODEL_TYPE = "expertctl_ensemble"
@@ -95,6 +105,17 @@ class EnsembleCache(MembersCache):
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("the cache of an ensemble cannot be cropped; generate without an assistant model")
 
+    def can_append(self) -> bool:
+        """Return whether rows can be appended: no member has skipped tokens, and the mixer's state can grow."""
+        is_read = all(tokens is None for tokens in self.unread_tokens)
+        return is_read and hasattr(self.text_state, "append_rows") and super().can_append()
+
+    def append_rows(self, other: MembersCache) -> None:
+        assert isinstance(other, EnsembleCache)
+        super().append_rows(other)
+        state: Any = self.text_state  # `can_append` was asked
+        self.text_state = state.append_rows(other.text_state)
+
     def _select_rows(self, rows: Tensor) -> None:
         self.unread_tokens = [
             tensor if tensor is None else tensor.index_select(0, rows.to(tensor.device))
@@ -114,9 +135,11 @@ class EnsembleOutput(ModelOutput):
     past_key_values: EnsembleCache | None = None
     expert_weights: Tensor | None = None
     """p(expert | tokens up to and including t) of the active experts, (B, T, K)."""
+    expert_log_probs: Tensor | None = None
+    """Log-probabilities of the token after the last one under each active expert, (B, K, V), if requested."""
 
 
-class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
+class EnsembleForCausalLM(PreTrainedModel, UncachedGeneration, GenerationMixin):
     """Ensemble of a seed's experts, mixed per token by a mixer such as the domain posterior."""
 
     config_class = EnsembleConfig
@@ -162,11 +185,13 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         use_cache: bool | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
+        output_expert_log_probs: bool = False,
         **kwargs: Any,
     ) -> EnsembleOutput:
         """Return the mixture's log-probabilities for tokens (B, T), which may continue the text in a cache.
 
-        `attention_mask` (B, past + T) is 0 for padding, which may be on either side.
+        `attention_mask` (B, past + T) is 0 for padding, which may be on either side. Experts with weight 0 do not run; their
+        `expert_log_probs` are 0.
         """
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         cache = past_key_values if isinstance(past_key_values, EnsembleCache) else None
@@ -181,6 +206,7 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         mask_BT = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         mixing = self.mixer.begin(input_ids, mask_BT, counts_BT, cache.text_state if cache is not None else None)
         total: Tensor | None = None
+        last_by_member: dict[int, Tensor] = {}
         waiting: dict[int, Tensor] = {}  # predictions of members whose weights depend on later ones
         for index, member in enumerate(members):
             if mixing.is_skipped(index, kept):
@@ -190,6 +216,8 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
             logits = _member_logits(member, index, input_ids, attention_mask, position_ids, cache)
             log_probs_BTV = logits.float().log_softmax(dim=-1).to(input_ids.device)
             log_weights_BT = mixing.log_weights(index, log_probs_BTV)
+            if output_expert_log_probs:
+                last_by_member[index] = log_probs_BTV[:, -1]
             log_probs_BTV = log_probs_BTV[:, -input_ids.shape[1] :][:, kept]
             if mixing.needs_all_members:
                 waiting[index] = log_probs_BTV.clone()  # not a view of all positions
@@ -206,7 +234,17 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         loss = None
         if labels is not None:  # each is predicted from the tokens before it
             loss = torch.nn.functional.nll_loss(total[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return EnsembleOutput(loss=loss, logits=total, past_key_values=cache, expert_weights=log_weights_BTK.exp())
+        last_BKV = None
+        if output_expert_log_probs:
+            skipped = torch.zeros_like(next(iter(last_by_member.values())))
+            last_BKV = torch.stack([last_by_member.get(index, skipped) for index in range(len(members))], dim=1)
+        return EnsembleOutput(
+            loss=loss,
+            logits=total,
+            past_key_values=cache,
+            expert_weights=log_weights_BTK.exp(),
+            expert_log_probs=last_BKV,
+        )
 
     @property
     def text_domains(self) -> Sequence[str]:
@@ -239,8 +277,9 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         kept = [place for place, name in enumerate(self.expert_names) if name not in names]
         mixer = self.mixer.subset([self.active[place] for place in kept])
         experts = [self.expert_names[place] for place in kept]
-        config = ensemble_config(self.config.member, experts, self.config.mixer, mixer)
-        return EnsembleForCausalLM(config, [self.members[place] for place in kept], mixer)
+        members = [self.members[place] for place in kept]
+        config = ensemble_config(self.config.member, experts, self.config.mixer, mixer, longest_prompt(members))
+        return EnsembleForCausalLM(config, members, mixer)
 
     # --- files ---
 
@@ -264,12 +303,28 @@ class EnsembleForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
         root = Path(save_directory)
         (root / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
         for name, member in zip(self.expert_names, self.members, strict=True):
-            write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", stored_tensors(member))
+            write_tensors(root / EXPERTS_FOLDER / f"{name}.safetensors", _tensors_of(member))
         mixer = self.mixer.current()
         mixer.write(root)
-        write_config(root, ensemble_config(self.config.member, self.expert_names, self.config.mixer, mixer))
+        prompt = longest_prompt(self.members)
+        write_config(root, ensemble_config(self.config.member, self.expert_names, self.config.mixer, mixer, prompt))
         if self.generation_config is not None:
             self.generation_config.save_pretrained(root)
+
+
+def _tensors_of(member: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a member's tensors by their names in files, with its prompt if it has one."""
+    prompt = prompt_of(member)
+    if prompt is None:
+        return stored_tensors(member)
+    own = {f"prompt.{name}" for name in prompt.state_dict()}
+    tensors = {name: tensor for name, tensor in stored_tensors(member).items() if name not in own}
+    return tensors | {PROMPT_TENSOR: prompt_rows(prompt, 1, member.device)[0]}
+
+
+def longest_prompt(members: Iterable[Any]) -> int:
+    """Return how many positions of the context are left for no text, since the prompt of a member may take them."""
+    return max(map(prompt_tokens_of, members), default=0)
 
 
 def _load_members(root: Path, config: EnsembleConfig, names: Iterable[str], dtype: Any) -> list[PreTrainedModel]:
@@ -290,6 +345,7 @@ def _load_members(root: Path, config: EnsembleConfig, names: Iterable[str], dtyp
             raise UserError(f"{path} is missing; merge the ensemble again")
         checkpoint = Checkpoint([path])
         tensors = {key: read(checkpoint, key) for key in checkpoint}
+        prompt = tensors.pop(PROMPT_TENSOR, None)
         for key in seed:
             if key not in tensors:
                 if key not in seed_tensors:
@@ -301,6 +357,8 @@ def _load_members(root: Path, config: EnsembleConfig, names: Iterable[str], dtyp
             raise UserError(f"{root} has no tensor '{key}' for expert '{name}'; merge the ensemble again")
         kind = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
         member = type(empty).from_pretrained(None, config=_member_config(config), state_dict=tensors, dtype=kind)
+        if prompt is not None:
+            with_prompt(member, fixed_prompt(prompt))
         members.append(member.eval())
     return members
 
@@ -376,6 +434,15 @@ def _counts(input_ids: Tensor, attention_mask: Tensor | None, continues: bool) -
     return counts
 
 
-def ensemble_config(member: Mapping[str, Any], experts: Iterable[str], name: str, mixer: TextMixer) -> EnsembleConfig:
-    """Return the configuration of an ensemble; `member` is the seed's `config.json`, `name` the mixer's."""
-    return EnsembleConfig(member=member, experts=list(experts), mixer=name, mixer_settings=mixer.settings())
+def ensemble_config(
+    member: Mapping[str, Any], experts: Iterable[str], name: str, mixer: TextMixer, prompt: int = 0
+) -> EnsembleConfig:
+    """Return the configuration of an ensemble; `member` is the seed's `config.json`, `name` the mixer's.
+
+    `prompt` is the length of the longest prompt of a member, whose positions are not the text's.
+    """
+    config = EnsembleConfig(member=member, experts=list(experts), mixer=name, mixer_settings=mixer.settings())
+    for limit in POSITION_LIMITS:
+        if prompt and isinstance(member.get(limit), int):
+            setattr(config, limit, member[limit] - prompt)
+    return config

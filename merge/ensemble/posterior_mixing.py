@@ -11,7 +11,7 @@ from ...core.errors import UserError
 from ...core.hooks.ensembles import MixingPass, TextMixer, TextState
 from ...core.hooks.merging import BuiltModel, MergeInputs
 from ...core.hooks.option_checks import check_at_least, check_top_k
-from ...core.models.posterior import PosteriorKind, last_posterior, log_posterior, updated_prior
+from ...core.models.kernels.posterior import PosteriorKind, last_posterior, log_posterior, updated_prior
 from ...core.models.scoring import token_log_probs
 from .posterior_pass import Evidence, PosteriorPass
 from .prior import fit_priors, mean_prior

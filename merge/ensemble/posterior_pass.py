@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...core.hooks.ensembles import MixingPass
-from ...core.models.posterior import PosteriorKind
+from ...core.models.kernels.posterior import PosteriorKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,15 @@ class Evidence:
         return Evidence(
             tuple(tensor[list(rows)] for tensor in self.log_likelihoods),
             tuple(tensor[list(rows)] for tensor in self.next_log_probs),
+        )
+
+    def append_rows(self, other: Evidence) -> Evidence:
+        """Return the evidence of a batch with the rows of both."""
+        import torch
+
+        return Evidence(
+            tuple(map(torch.cat, zip(self.log_likelihoods, other.log_likelihoods, strict=True))),
+            tuple(map(torch.cat, zip(self.next_log_probs, other.next_log_probs, strict=True))),
         )
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import UserError
 from ...core.hooks.merging import MergeInputs
-from ...core.models.loading import load_model
-from ...core.models.posterior import PosteriorKind, cached_prior
+from ...core.models.adapters.prompts import num_prompt_tokens
+from ...core.models.kernels.posterior import PosteriorKind, cached_prior
+from ...core.models.loading import load_model, max_positions
 from ...core.models.scoring import token_log_probs
 from ...core.process.compute import best_device, concurrently
 from ...core.text.token_store import spread
@@ -70,6 +71,10 @@ def validation_scores(inputs: MergeInputs, samples: int, fitted: str, owner: str
     if not validation:
         raise UserError(f"{fitted} is fitted on validation text, and there is none; run `expertctl data prepare`")
     chosen = {text.domain: list(spread(text.blocks, samples)) for text in validation}
+    room = max_positions(inputs.seed) - max(map(num_prompt_tokens, inputs.experts.values()))
+    if any(len(block) > room + 1 for blocks in chosen.values() for block in blocks):
+        inputs.reporter.say(f"blocks are shortened to {room} tokens, which the experts' longest prompt leaves")
+        chosen = {domain: [block[: room + 1] for block in blocks] for domain, blocks in chosen.items()}
     count = sum(len(blocks) for blocks in chosen.values())
     inputs.reporter.say(f"fitting {fitted} of {owner} on {count} blocks of {', '.join(chosen)}")
 

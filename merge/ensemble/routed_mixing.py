@@ -25,6 +25,10 @@ class RoutedTexts:
     def select_rows(self, rows: Sequence[int]) -> RoutedTexts:
         return RoutedTexts(tuple(self.rows[row] for row in rows))
 
+    def append_rows(self, other: RoutedTexts) -> RoutedTexts:
+        """Return the states of a batch with the rows of both."""
+        return RoutedTexts((*self.rows, *other.rows))
+
 
 class RoutedMixer(TextMixer):
     """A mixer that computes the weights from the text before the members read it; members with weight 0 do not run."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...core.hooks.ensembles import MixingPass
-from ...core.models.posterior import PosteriorKind, top_mask
+from ...core.models.kernels.posterior import PosteriorKind, top_mask
 from .posterior_pass import read_log_probs
 
 if TYPE_CHECKING:

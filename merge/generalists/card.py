@@ -27,18 +27,19 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer
 ```"""
 
 
-def model_card(manifest: Manifest, evaluation: Mapping[str, Any] | None = None) -> str:
+def model_card(manifest: Manifest, evaluation: Mapping[str, Any] | None = None, *, exported: bool = False) -> str:
     """Return the model card: description, parents, recipe, data, evaluation and lineage.
 
-    `evaluation` is the output of `expertctl eval --json`. The card contains no times and no paths: the same manifest
-    gives the same card.
+    `evaluation` is the output of `expertctl eval --json`; `exported`: for a whole model without the manifest. The card
+    contains no times and no paths: the same manifest gives the same card.
     """
     merged = manifest.merged
-    needs_expertctl = manifest.kind == "expert" or (merged is not None and merged.kind in ("ensemble", "stitched"))
+    contains_models = merged is not None and merged.kind in ("ensemble", "stitched")
+    needs_expertctl = not exported and (manifest.kind == "expert" or contains_models)
     parts = [
         _front_matter(manifest),
         f"# {manifest.name}",
-        _introduction(manifest),
+        _introduction(manifest, exported),
         _parents_section(manifest),
         _recipe_section(manifest.name, merged) if merged is not None else "",
         _participation_section(merged) if merged is not None and merged.rounds else "",
@@ -47,7 +48,7 @@ def model_card(manifest: Manifest, evaluation: Mapping[str, Any] | None = None) 
         "## How to load it",
         _LOADING_WITH_EXPERTCTL if needs_expertctl else _LOADING,
         "## Lineage",
-        _lineage(manifest),
+        _lineage(manifest, exported),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -73,7 +74,7 @@ def _front_matter(manifest: Manifest) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _introduction(manifest: Manifest) -> str:
+def _introduction(manifest: Manifest, exported: bool) -> str:
     merged = manifest.merged
     if merged is not None and merged.kind == "shared":
         return (
@@ -89,6 +90,11 @@ def _introduction(manifest: Manifest) -> str:
         )
     if manifest.kind == "expert":
         domains = ", ".join(manifest.domains) or "an unnamed domain"
+        if exported:
+            return (
+                f"A language model for {domains}: its seed with the tensors (`{manifest.trainable}`) that training changed. "
+                "It was trained apart from all other experts."
+            )
         return (
             f"An expert for {domains}: the tensors (`{manifest.trainable}`) in which it differs from its seed. It was "
             "trained apart from all other experts."
@@ -153,6 +159,8 @@ def _participation_section(merged: GeneralistConfig) -> str:
 def _describe_data(data: DataStatement) -> str:
     """Return the domains of a data statement in one line, with the privacy guarantee of their text."""
     domains = ", ".join(f"{name} ({domain.tokens:,} tokens)" for name, domain in data.domains.items())
+    if data.annealing:
+        domains += f"; annealed on {', '.join(data.annealing)}"
     privacy = data.privacy
     if privacy is None or privacy.epsilon is None:
         return domains
@@ -214,8 +222,13 @@ def _first_metric(evaluation: Mapping[str, Any]) -> str:
     return next(metrics, _BITS_PER_BYTE)
 
 
-def _lineage(manifest: Manifest) -> str:
+def _lineage(manifest: Manifest, exported: bool) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
+    if exported:
+        return (
+            f"Exported from the {manifest.kind} `{manifest.name}` with the digest `{manifest.digest}`. "
+            f"Tokenizer `{manifest.tokenizer[:_SHORT]}`. Made with {versions or 'tools that were not recorded'}."
+        )
     return (
         f"Digests of every tensor and file are in the manifest beside this card; `expertctl verify` checks them. "
         f"Tokenizer `{manifest.tokenizer[:_SHORT]}`. Made with {versions or 'tools that were not recorded'}."

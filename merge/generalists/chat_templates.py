@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...core.artefacts.files import read_json, write_json, write_text
-from ..recipes.chat_templates import AUTO, NAMED_TEMPLATES, require_chat_template
+from ...core.text.chat_templates import AUTO, NAMED_TEMPLATES, TEMPLATE_FILE, require_chat_template, template_of
 
-TEMPLATE_FILE = "chat_template.jinja"
 _SETTINGS_FILE = "tokenizer_config.json"
 
 
@@ -19,19 +18,6 @@ def chat_template(wanted: str, models: Sequence[Path]) -> str | None:
         templates = [text for text in map(template_of, models) if text is not None]
         return max(templates, key=templates.count) if templates else None
     return NAMED_TEMPLATES.get(wanted, wanted)
-
-
-def template_of(folder: Path) -> str | None:
-    """Return a model's chat template, of several the one named `default`; None if it has none."""
-    if (folder / TEMPLATE_FILE).is_file():
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    path = folder / _SETTINGS_FILE
-    template = read_json(path).get("chat_template") if path.is_file() else None
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
 
 
 def write_chat_template(wanted: str, models: Sequence[Path], output: Path) -> None:

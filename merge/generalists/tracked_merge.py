@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 from ...core.artefacts.layout import Layout
-from ...core.hooks.tracking import TrackedRun
+from ...core.hooks.events import TrackedRun
 from ...core.manifests.manifest import Manifest
 from ...core.manifests.records import record_as_json
 from ...core.tracking.tracking import TrackerOptions, tracking
@@ -14,7 +14,11 @@ from ...core.tracking.tracking import TrackerOptions, tracking
 
 def track_merge(trackers: TrackerOptions, layout: Layout, folder: Path, manifest: Manifest) -> None:
     """Record how a finished generalist was merged, and its digest."""
-    text = {name: domain.digest for data in manifest.expert_data.values() for name, domain in data.domains.items()}
+    text = {
+        name: domain.digest
+        for data in manifest.expert_data.values()
+        for name, domain in {**data.domains, **data.annealing}.items()
+    }
     run = TrackedRun(
         name=manifest.name,
         kind="merge",

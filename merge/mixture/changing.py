@@ -21,6 +21,7 @@ from ...core.hooks.mixtures import RouterRows
 from ...core.manifests.generalist import ExpertChange, GeneralistConfig
 from ...core.manifests.manifest import Manifest, Parent, read_manifest
 from ...core.manifests.statements import DataStatement
+from ...core.models.adapters.folder import is_adapter
 from ...core.models.loading import WEIGHTS_FILE
 from ...core.reporting import SILENT, Reporter
 from ..engine.shards import DEFAULT_SHARD_BYTES
@@ -30,7 +31,7 @@ from ..planning.tensor_planner import Stack
 from ..planning.used_text import UsedText, Validation
 from ..recipes.recipe import Recipe, change_models, whole_models
 from ..sources.licences import check_licences, require_compatible
-from ..sources.models import StoredTensor
+from ..sources.models import StoredTensor, open_source
 from .mixing import PUBLIC, apply_bias, summarize_names
 from .opened import OpenedMixture, open_mixture
 from .options import MixtureOptions
@@ -237,11 +238,13 @@ def _open_expert(mixture: OpenedMixture, name: str, folder: Path) -> _JoiningExp
     """Open an expert; raises `UserError` for an artefact that is not an expert of the mixture's seed."""
     manifest = read_manifest(folder)
     require_expert_of(mixture.source.seed_digest, f"'{name}' ({folder})", manifest, "the mixture is of")
-    entries = Checkpoint([folder / WEIGHTS_FILE]).entries
+    own = _own_tensors(name, folder, manifest)
     names = mixture.experts[0].feed_forward
     shared = {tensor: plan.experts[0].expected for tensor, plan in mixture.shared.items()}
     dropped = [
-        tensor for tensor in entries if tensor not in names and manifest.tensors.get(tensor) != shared.get(tensor)
+        tensor
+        for tensor, stored in own.items()
+        if tensor not in names and (stored.adapter is not None or stored.expected != shared.get(tensor))
     ]
     options = mixture.options
     if dropped and options.shared == "seed" and not options.discard:
@@ -253,8 +256,8 @@ def _open_expert(mixture: OpenedMixture, name: str, folder: Path) -> _JoiningExp
     public = next((expert.feed_forward for expert in mixture.experts if expert.name == PUBLIC), {})
     feed_forward = {}
     for tensor in names:
-        if tensor in entries:
-            feed_forward[tensor] = StoredTensor(entries[tensor], manifest.tensors.get(tensor))
+        if tensor in own:
+            feed_forward[tensor] = own[tensor]
         elif tensor in public:
             feed_forward[tensor] = public[tensor]
         else:
@@ -268,6 +271,14 @@ def _open_expert(mixture: OpenedMixture, name: str, folder: Path) -> _JoiningExp
         start = read_router_start(folder, name, float(options.router_options.get("scale", 1.0)))
         row = apply_bias(start, bias if bias != "none" else "drop")
     return _JoiningExpert(manifest, ExpertParts(name, feed_forward), row, dropped)
+
+
+def _own_tensors(name: str, folder: Path, manifest: Manifest) -> Mapping[str, StoredTensor]:
+    """Return the tensors that training an expert changed; needs the seed's files only for an adapter."""
+    if is_adapter(folder):
+        return open_source(name, folder).own
+    entries = Checkpoint([folder / WEIGHTS_FILE]).entries
+    return {tensor: StoredTensor(entry, manifest.tensors.get(tensor)) for tensor, entry in entries.items()}
 
 
 # --- manifest entry and notes ---

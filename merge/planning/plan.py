@@ -24,6 +24,7 @@ from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import Assembler, MergeMethod, ModelBuilder, TensorGroup, TensorMerge
 from ...core.hooks.options import parse_options
 from ...core.hooks.text import ValidationText
+from ...core.process.workers import require_cores
 from ...core.reporting import SILENT, Reporter
 from ..engine.actions import bytes_needed
 from ..engine.calculator import EngineSettings
@@ -240,6 +241,7 @@ def prepare_merge(
     """
     run = run or MergeRun()
     _check_device(run.settings.device)
+    require_cores(run.settings.workers)
     method = installed_plugins().offer(MergeMethod, recipe.method)
     if isinstance(method, ModelBuilder):
         raise UserError(
@@ -319,7 +321,7 @@ def _check_device(device: str) -> None:
     import torch
 
     kind, _, number = device.partition(":")
-    if kind != "cuda" or (number and not number.isdigit()):
+    if kind != "cuda" or (number and not number.isdecimal()):
         raise UserError(f"there is no device '{device}'; devices are cpu, cuda, and cuda:1 for the second GPU")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:

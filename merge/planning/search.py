@@ -27,7 +27,7 @@ from ...core.models.overlay import Overlay
 from ...core.models.scoring import total_loss
 from ...core.process.compute import best_device
 from ...core.reporting import SILENT, Reporter
-from ...core.text.token_store import spread
+from ...core.text.token_store import spread_indices
 from ..engine.actions import MergeTools, MergeWhole
 from ..engine.reading import Reader
 from ..engine.surveying import run_survey
@@ -102,13 +102,18 @@ class _Scorer:
 
     def __init__(self, seed: Path, plan_for: Planner, texts: Sequence[ValidationText], blocks: int) -> None:
         self._seed, self._plan_for, self._texts = seed, plan_for, texts
-        self._blocks = {text.domain: list(spread(text.blocks, blocks)) for text in texts}
+        self._blocks = {
+            text.domain: [text.blocks.window(index) for index in spread_indices(text.blocks, blocks)] for text in texts
+        }
         self._model: PreTrainedModel | None = None
         self._survey: Any = None
         self._is_surveyed = False
 
     def identity(self) -> dict[str, Any]:
-        return {domain: fingerprint_of([block.tolist() for block in blocks]) for domain, blocks in self._blocks.items()}
+        return {
+            domain: fingerprint_of([block.tokens[0].tolist() for block in blocks])
+            for domain, blocks in self._blocks.items()
+        }
 
     def score(self, weights: Weights) -> dict[str, float]:
         """Return the bits per byte of each domain."""
@@ -118,8 +123,7 @@ class _Scorer:
         bits_per_byte = {}
         with torch.inference_mode():
             for text in self._texts:
-                blocks = (block[None] for block in self._blocks[text.domain])
-                nats, count = total_loss(model, blocks, model.device)
+                nats, count = total_loss(model, self._blocks[text.domain])
                 tokens_per_byte = text.blocks.num_targets / text.blocks.num_bytes
                 bits_per_byte[text.domain] = nats / count / math.log(2) * tokens_per_byte
         return bits_per_byte

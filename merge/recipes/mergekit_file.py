@@ -19,7 +19,7 @@ from ...core.config.yaml_lines import parse_yaml
 from ...core.errors import UserError, did_you_mean, unknown_name
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import MergeMethod
-from .chat_templates import require_chat_template
+from ...core.text.chat_templates import require_chat_template
 from .mergekit_models import NamedModels
 from .mergekit_moe_file import read_mergekit_moe
 from .mergekit_tokens import TokenSettings, read_token_sources

@@ -16,9 +16,10 @@ from ...core.artefacts.model_config import LAYER_KEYS, is_tied, text_config
 from ...core.artefacts.safetensors_io import Checkpoint, TensorEntry
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, manifest_path, read_manifest
+from ...core.models.adapters.folder import is_adapter
+from ...core.models.adapters.lora import Adapter
 from ...core.models.loading import ExpertTensors, seed_of
 from ..recipes.perturbation import Perturbation
-from .adapters import ADAPTER_CONFIG, Adapter
 from .quantized import BlockScales, block_scales, is_scale
 from .tensor_names import HEADS, aligned_names, embedding_name, head_name, layer_names
 
@@ -97,19 +98,29 @@ class Source:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """Headers of the weights in the folder; for an expert, of the tensors that training changed."""
+        if self.adapter is not None:
+            return self.adapter.checkpoint
         if self.kind == "expert":
-            return ExpertTensors(self.root.checkpoint, self.folder).changed
+            changed = ExpertTensors(self.root.checkpoint, self.folder).changed
+            assert isinstance(changed, Checkpoint), "the expert is not an adapter"
+            return changed
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{self.folder} has no config.json: it is not a model folder, or it is unfinished")
         return Checkpoint.of_folder(self.folder)
 
     @cached_property
     def adapter(self) -> Adapter | None:
-        """The adapter in the folder; None for other models."""
-        if self.kind != "adapter":
+        """The adapter in the folder; None for other models. Raises `UserError` if it differs from its manifest."""
+        if self.base is None or not is_adapter(self.folder):
             return None
-        base = {name: stored.entry for name, stored in self._adapted.items()}
-        return Adapter.open(self.folder, base, self.root.tied_head)
+        base, tied_head = {name: stored.entry for name, stored in self._adapted.items()}, self.root.tied_head
+        tied = () if tied_head is None else (tied_head, embedding_name(base) or "")
+        adapter = Adapter.open(self.folder, base, tied)
+        if self.manifest is not None and adapter.digest != self.manifest.digest:
+            raise UserError(
+                f"the tensors of {self.folder} were changed: their digest differs from the manifest; restore or recreate it"
+            )
+        return adapter
 
     @cached_property
     def tied_head(self) -> str | None:
@@ -214,16 +225,16 @@ def open_source(name: str, folder: Path, seed: Source | None = None, *, allow_co
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; merges need local model folders")
-    if (folder / ADAPTER_CONFIG).is_file():
+    if manifest_path(folder) is None:
+        if (folder / "run.json").is_file():
+            raise UserError(f"{folder} is not finished: it has a run.json, but no manifest; finish its training first")
+        if not is_adapter(folder):
+            return Source(name, folder, "model")
         if seed is None:
             raise UserError(
                 f"{folder} is an adapter and needs the model it was trained on; give that model as the seed (base_model)"
             )
         return Source(name, folder, "adapter", seed=seed)
-    if manifest_path(folder) is None:
-        if (folder / "run.json").is_file():
-            raise UserError(f"{folder} is not finished: it has a run.json, but no manifest; finish its training first")
-        return Source(name, folder, "model")
     manifest = read_manifest(folder)
     source = Source(name, folder, manifest.kind, manifest, seed)
     if manifest.kind == "expert" or allow_containers:

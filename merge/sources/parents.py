@@ -10,6 +10,7 @@ from ...core.artefacts.layout import Layout
 from ...core.errors import UserError, unknown_name
 from ...core.manifests.manifest import Manifest
 from ...core.manifests.verification import require_intact
+from ...core.models.loading import require_same_configuration
 from .models import Source
 
 SEED = "seed"
@@ -64,6 +65,7 @@ def _require_same_seed(name: str, manifest: Manifest, seed: Manifest) -> None:
             f"expert '{name}' was branched from seed {theirs}, but this workspace's seed is {seed.digest[:12]}; "
             "experts of different seeds cannot be merged (override: --allow-unrelated)"
         )
+    require_same_configuration(manifest, seed)
     if manifest.tokenizer != seed.tokenizer:
         raise UserError(
             f"expert '{name}' was trained with tokenizer {manifest.tokenizer[:12]}, but the seed has "

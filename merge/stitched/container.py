@@ -19,7 +19,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...core.artefacts.files import write_json
 from ...core.artefacts.safetensors_io import Checkpoint, write_tensors
 from ...core.errors import UserError
-from ..ensemble.members_cache import MembersCache, MembersGeneration, can_cache
+from ...core.models.decoding.uncached import UncachedGeneration
+from ..ensemble.members_cache import MembersCache, can_cache
 from .configuration import StitchedConfig, hub_points, leads_into_hub, matched_points
 from .layer_probe import output_forms
 from .layers import ExpertsIntoHub, HubIntoExperts, Stitch
@@ -30,7 +31,7 @@ STITCHES_FILE = "stitches.safetensors"
 HUB = "hub"
 
 
-class StitchedForCausalLM(PreTrainedModel, MembersGeneration, GenerationMixin):
+class StitchedForCausalLM(PreTrainedModel, UncachedGeneration, GenerationMixin):
     """Hub and experts that exchange hidden states at stitch layers; logits come from the hub's LM head."""
 
     config_class = StitchedConfig

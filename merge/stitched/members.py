@@ -15,7 +15,9 @@ from ...core.artefacts.files import link_or_copy, read_json
 from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, checkpoint_files
 from ...core.errors import UserError
 from ...core.manifests.manifest import Manifest, find_manifest
-from ...core.models.loading import WEIGHTS_FILE, load_network
+from ...core.models.adapters.folder import ADAPTER_CONFIG
+from ...core.models.adapters.prompts import refuse_prompt
+from ...core.models.loading import changed_tensors, load_network
 from ...core.models.stored_names import StoredNames
 from .configuration import StitchedConfig
 from .layer_probe import require_steps
@@ -26,6 +28,7 @@ MEMBERS_FOLDER = "members"
 
 def add_member(name: str, source: Path, seed: Path, folder: Path, *, self_contained: bool) -> dict[str, Any]:
     """Return a member's entry, copied to `folder` if `self_contained`; an expert's sizes are those of its `seed`."""
+    refuse_prompt(source, "stitching")
     manifest = find_manifest(source)
     place = f"{MEMBERS_FOLDER}/{name}" if self_contained else os.path.relpath(source.resolve(), folder.resolve())
     if self_contained:
@@ -54,7 +57,7 @@ def load_members(root: Path, config: StitchedConfig, dtype: Any) -> tuple[PreTra
         expert = load_network(folder, seed=hub_folder if is_expert else None, dtype=dtype_name, as_trained=False)
         expert.to(hub.dtype)
         if is_expert:
-            changed = StoredNames(expert).behind(Checkpoint([folder / WEIGHTS_FILE]))
+            changed = StoredNames(expert).behind(changed_tensors(folder, hub_folder))
             for name, parameter in expert.named_parameters():
                 if name not in changed and name in hub_parameters:
                     parameter.data = hub_parameters[name].data
@@ -94,7 +97,8 @@ def move_members(members: Sequence[Mapping[str, Any]], old: Path, new: Path) -> 
 def _copy_model(source: Path, folder: Path) -> None:
     """Link or copy the files needed for loading, without records of the training."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = {"config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES, *MANIFEST_NAMES.values()}
+    names = {"config.json", ADAPTER_CONFIG, "generation_config.json", INDEX_FILE, *TOKENIZER_FILES}
+    names |= set(MANIFEST_NAMES.values())
     for file in sorted(source.iterdir()):
         if (file.name in names or file.suffix == ".safetensors") and not (folder / file.name).exists():
             link_or_copy(file, folder / file.name)

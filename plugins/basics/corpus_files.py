@@ -10,7 +10,7 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -73,6 +73,18 @@ def read_jsonl_values(path: Path, text_field: str, field: str | None) -> Iterato
         yield Document(text, None if field is None else _checked_value(record[field], field, where))
 
 
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each record of a JSON lines or Parquet file with where it stands; blank lines are skipped."""
+    if path.suffix == ".parquet":
+        for number, row in _parquet_rows(path, lambda schema: schema.names):
+            yield f"{path}: row {number}", row
+        return
+    for number, line in _numbered_lines(path):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _record_of_line(line, "messages", where)
+
+
 def read_text(path: Path, text_field: str) -> Iterator[str]:
     """Yield a file as one document; a file above `TEXT_DOCUMENT_BYTES` is split between paragraphs.
 
@@ -100,6 +112,22 @@ def read_parquet(path: Path, text_field: str) -> Iterator[str]:
 
 def read_parquet_values(path: Path, text_field: str, field: str | None) -> Iterator[Document]:
     """Yield the documents of `read_parquet`, each with the value of another column."""
+
+    def columns(schema: Any) -> Sequence[str]:
+        _check_column(schema, text_field, path)
+        if field is not None and field not in schema.names:
+            raise _no_field("field", field, schema.names, str(path))
+        return [text_field] if field in (None, text_field) else [text_field, str(field)]
+
+    for row, cells in _parquet_rows(path, columns):
+        where = f"{path}: row {row}"
+        text = _checked_text(cells[text_field], text_field, where)
+        if text.strip():
+            yield Document(text, None if field is None else _checked_value(cells[field], field, where))
+
+
+def _parquet_rows(path: Path, columns: Callable[[Any], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number from 1, column -> value) of each row; `columns(schema)` names the columns to read."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -108,25 +136,20 @@ def read_parquet_values(path: Path, text_field: str, field: str | None) -> Itera
             f'{path}: reading Parquet needs pyarrow; install it with: pip install "expertctl[parquet]"'
         ) from error
 
-    row = 0
+    row, name = 0, ""
     try:
         # by default pyarrow prefetches all chunks of the column into memory
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
-            _check_column(file.schema_arrow, text_field, path)
-            if field is not None and field not in file.schema_arrow.names:
-                raise _no_field("field", field, file.schema_arrow.names, str(path))
-            columns = [text_field] if field in (None, text_field) else [text_field, field]
-            for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=columns):
-                values = None if field is None else batch.column(field)
-                for index, cell in enumerate(batch.column(text_field)):
+            names = columns(file.schema_arrow)
+            for batch in file.iter_batches(PARQUET_ROWS_AT_A_TIME, columns=list(names)):
+                for cells in zip(*(batch.column(name) for name in names), strict=True):
                     row += 1
-                    where = f"{path}: row {row}"
-                    text = _checked_text(cell.as_py(), text_field, where)
-                    if text.strip():
-                        value = values and _checked_value(values[index].as_py(), str(field), where)
-                        yield Document(text, value)
+                    values = {}
+                    for name, cell in zip(names, cells, strict=True):
+                        values[name] = cell.as_py()
+                    yield row, values
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: row {row}: '{text_field}' is not UTF-8; write the file again as UTF-8") from error
+        raise UserError(f"{path}: row {row}: '{name}' is not UTF-8; write the file again as UTF-8") from error
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # raised by the system: pyarrow's own have no errno
             raise _unreadable(path, error) from error

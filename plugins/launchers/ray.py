@@ -32,8 +32,9 @@ class RayOptions:
     """GPUs that a run reserves; it sees no others."""
     nproc: int = 1
     """Processes that train a run together, on one node."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes hold the model: each the whole of it, or each a part of every tensor."""
+    strategy: Literal["ddp", "fsdp", "ep"] = "ddp"
+    """How several processes hold the model: each the whole of it, each a part of every tensor, or each some experts of a
+    mixture and a part of every other tensor."""
     restarts: int = 3
     """How often in a row a run is started again without a new checkpoint since the last time."""
 

@@ -19,7 +19,8 @@ from ...core.process.scheduling import Job, JobState, Scheduler
 
 COMMAND_TIMEOUT_S = 120.0
 _STATES: Mapping[str, Literal["pending", "running", "ended", "lost", "cancelled"]] = {
-    **dict.fromkeys(("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"), "pending"),
+    **dict.fromkeys(("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED"), "pending"),
+    **dict.fromkeys(("RESV_DEL_HOLD", "SPECIAL_EXIT", "POWER_UP_NODE", "EXPEDITING"), "pending"),
     **dict.fromkeys(("RUNNING", "COMPLETING", "STAGE_OUT", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING"), "running"),
     **dict.fromkeys(("PREEMPTED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "REVOKED"), "lost"),
     "CANCELLED": "cancelled",
@@ -47,8 +48,9 @@ class SlurmOptions:
     """Memory on each node, such as 64G."""
     nproc: int | None = None
     """Processes on each node. Default: one per GPU, or one."""
-    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """How several processes hold the model: each the whole of it, each a part of every tensor, or each node in parts."""
+    strategy: Literal["ddp", "fsdp", "hsdp", "ep"] = "ddp"
+    """How several processes hold the model: each the whole of it, each a part of every tensor, each node in parts, or
+    each some experts of a mixture and a part of every other tensor."""
     setup: tuple[str, ...] = ()
     """Lines of bash that a job runs first, such as `module load cuda`."""
     arguments: tuple[str, ...] = ()
@@ -188,7 +190,13 @@ def _run(command: Sequence[str], stdin: str = "") -> str:
     """Run a command of Slurm and return its output; raises `UserError` with its last line if it fails."""
     try:
         done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False
+            command,
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
         )
     except OSError as error:
         raise UserError(f"cannot run {command[0]}: {error.strerror}") from None

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ...core.artefacts.files import link_or_copy, read_json
-from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint
+from ...core.artefacts.safetensors_io import INDEX_FILE, Checkpoint, new_file, torch_dtype
 from ...core.hooks.ensembles import Mixer
 from ...core.hooks.hookspecs import hookimpl
 from ...core.hooks.manager import installed_plugins
 from ...core.hooks.merging import BuiltModel, MergeInputs, MergeMethod, ModelBuilder, TensorMerge
-from ...core.models.loading import WEIGHTS_FILE
+from ...core.models.adapters.folder import ADAPTER_WEIGHTS, is_adapter
+from ...core.models.adapters.lora import AdaptedTensors
+from ...core.models.adapters.prompts import is_prompt, num_prompt_tokens, read_prompt
+from ...core.models.loading import WEIGHTS_FILE, changed_tensors
 from ...merge.dense.averages.linear import average
 
 
@@ -27,23 +30,39 @@ def ensemble_options(values: Mapping[str, Any]) -> type:
 
 
 def build_ensemble(inputs: MergeInputs, options: Any, folder: Path) -> BuiltModel:
-    """Write an ensemble that links the experts' files and, if needed, the seed's."""
+    """Write an ensemble that links the experts' files and, if needed, the seed's; adapters are applied to the seed's."""
     from ...merge.ensemble.model import EXPERTS_FOLDER, SEED_FOLDER, ensemble_config, write_config
 
     mixer, built = installed_plugins().offer(Mixer, options.mixer).fit(inputs, options)
     mixer.write(folder)
     (folder / EXPERTS_FOLDER).mkdir()
-    for name, expert in inputs.experts.items():
-        link_or_copy(expert / WEIGHTS_FILE, folder / EXPERTS_FOLDER / f"{name}.safetensors")
     seed = Checkpoint.of_folder(inputs.seed)
-    if any(set(seed) - set(Checkpoint([expert / WEIGHTS_FILE])) for expert in inputs.experts.values()):
+    for name, expert in inputs.experts.items():
+        path = folder / EXPERTS_FOLDER / f"{name}.safetensors"
+        if is_prompt(expert):
+            read_prompt(expert)  # raises for a file of another kind
+            link_or_copy(expert / ADAPTER_WEIGHTS, path)
+        elif is_adapter(expert):
+            _write_adapted(AdaptedTensors(seed, expert), path)
+        else:
+            link_or_copy(expert / WEIGHTS_FILE, path)
+    if any(is_prompt(expert) or set(seed) - set(changed_tensors(expert, seed)) for expert in inputs.experts.values()):
         (folder / SEED_FOLDER).mkdir()
         index = [inputs.seed / INDEX_FILE] if len(seed.files) > 1 else []
         for file in (*seed.files, *index):
             link_or_copy(file, folder / SEED_FOLDER / file.name)
     member = read_json(inputs.seed / "config.json")
-    write_config(folder, ensemble_config(member, inputs.experts, options.mixer, mixer))
+    prompt = max(map(num_prompt_tokens, inputs.experts.values()), default=0)
+    write_config(folder, ensemble_config(member, inputs.experts, options.mixer, mixer, prompt))
     return built
+
+
+def _write_adapted(tensors: AdaptedTensors, path: Path) -> None:
+    """Write the tensors that an adapter changes, in the dtype of its base model, one in memory at a time."""
+    names = sorted(tensors)
+    with new_file(path, {name: (tensors.entries[name].dtype, tensors.entries[name].shape) for name in names}) as file:
+        for name in names:
+            file.add(name, tensors.read(name).to(torch_dtype(tensors.entries[name].dtype)))
 
 
 def ensemble_classes() -> tuple[type, type]:
@@ -80,5 +99,6 @@ def merge_methods() -> list[MergeMethod]:
             options_for=ensemble_options,
             auto_classes=ensemble_classes,
             switch_off=lambda model, experts, disabled: model.without(disabled),
+            takes_prompts=True,
         ),
     ]

@@ -199,7 +199,8 @@ def prepare_mixture(context: TrainingContext) -> TrainablePart:
 def trainers() -> list[Trainer]:
     router = "routers of a mixture; all other parameters are frozen"
     mixture = "all parameters of a mixture of experts, with a load-balancing loss"
+    common: dict[str, Any] = {"makes": "generalist", "require": require_mixture, "reads_weights": False}
     return [
-        Trainer("router", router, prepare_router, RouterTuning, makes="generalist", require=require_mixture),
-        Trainer("mixture", mixture, prepare_mixture, MixtureTraining, makes="generalist", require=require_mixture),
+        Trainer("router", router, prepare_router, RouterTuning, **common),
+        Trainer("mixture", mixture, prepare_mixture, MixtureTraining, **common),
     ]

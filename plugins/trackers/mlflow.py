@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...core.artefacts.files import exclusive
+from ...core.hooks.events import RunOutcome, RunTracker, TrackedRun, Tracker
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.tracking import RunOutcome, RunTracker, TrackedRun, Tracker
 
 ID_TAG = "expertctl.run"
 _STATUS: Mapping[RunOutcome, str] = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ...core.hooks.events import RunOutcome, RunTracker, TrackedRun, Tracker
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.tracking import RunOutcome, RunTracker, TrackedRun, Tracker
 
 
 @hookimpl

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...core.hooks.events import RunOutcome, RunTracker, TrackedRun, Tracker
 from ...core.hooks.hookspecs import hookimpl
-from ...core.hooks.tracking import RunOutcome, RunTracker, TrackedRun, Tracker
 
 
 @dataclass(frozen=True)

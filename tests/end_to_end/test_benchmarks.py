@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scripts import run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +43,7 @@ def test_the_memory_benchmark_prints_its_tables() -> None:
         ("training", ("--rounds", "1")),
         ("clustering", ("--points", "none")),
         ("federation_transfer", ("--megabytes", "0")),
+        ("serving", ("--clients", "0")),
     ],
 )
 def test_benchmarks_refuse_numbers_that_give_no_figure(
@@ -67,3 +68,25 @@ def test_memory_of_a_discovery_stays_where_it_is_however_much_text_there_is() ->
     peaks = [float(line.split("|")[-2]) for line in told.splitlines()[2:4]]
     assert max(peaks) < 2000
     assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_the_benchmark_of_few_bits_prints_its_table() -> None:
+    pytest.importorskip("bitsandbytes")
+    out = run(ROOT / "examples" / "benchmarks" / "quantised.py", "--preset", "tiny", "--tokens", "4000")
+    rows = {line.split("|")[1].strip(): line.split("|")[2:6] for line in out.splitlines() if line.startswith("| ")}
+    whole, small, smaller = ([float(cell) for cell in rows[name]] for name in ("float32", "int8", "nf4"))
+    assert small[0] == pytest.approx(whole[0], rel=0.01)
+    assert smaller[0] == pytest.approx(whole[0], rel=0.05)
+    assert smaller[2] < small[2] < whole[2]
+
+
+def test_the_benchmark_of_the_server_prints_its_tables_and_the_soak_leaks_nothing() -> None:
+    path = ROOT / "examples" / "benchmarks" / "serving.py"
+    out = run(path, *("--rounds", "1", "--tokens", "8", "--clients", "4", "--requests", "400"))
+    assert "| at once, streamed |" in out  # and so no text was mixed with another
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[-5:]]
+    assert [row[0] for row in rows] == ["80", "160", "240", "320", "400"]
+    assert len({row[2] for row in rows}) == 1, "open files"
+    assert len({row[3] for row in rows}) == 1, "threads"
+    objects = [int(row[4].replace(",", "")) for row in rows]
+    assert max(objects[1:]) - min(objects[1:]) < 1000

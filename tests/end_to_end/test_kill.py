@@ -18,6 +18,12 @@ from expertctl.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
+STAGED = {
+    "stages": [{"share": 0.25, "sequence_length": 8}, {"share": 0.25, "sequence_length": 16}],
+    "annealing": {"share": 0.2, "domains": {"prose": 1, "chance": 2}},
+    "average": "ema",
+}
+
 TRAIN = "from expertctl.workspace import Workspace; r = Workspace({root!r}).train('prose'); assert not r.failed, r"
 SEED = "from expertctl.workspace import Workspace; Workspace({root!r}).seed()"
 MERGE = (
@@ -181,6 +187,38 @@ def test_an_interrupted_run_saves_its_state_and_goes_on(
 
 
 @pytest.fixture(scope="module")
+def staged(branched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an expert that is branched and not trained, whose run has stages and anneals."""
+    root = shutil.copytree(branched, tmp_path_factory.mktemp("staged") / "project")
+    Workspace(root).branch("staged", domain="prose", training=STAGED)
+    return root
+
+
+@pytest.mark.long
+def test_a_run_killed_in_every_stage_and_while_it_anneals_ends_with_the_same_bytes(
+    staged: Path, tmp_path: Path
+) -> None:
+    train = TRAIN.replace("prose", "staged")
+    whole, root = (shutil.copytree(staged, tmp_path / name) for name in ("whole", "killed"))
+    run(train, whole)
+    folder, reached = root / "experts" / "staged", []
+    for wanted in (2, 7, 13, 18):
+        process = start(train, root)
+        while process.poll() is None:
+            done = [int(path.name[5:]) for path in (folder / ".training").glob("step-*")]
+            if done and max(done) >= wanted:
+                reached.append(max(done))
+                break
+            time.sleep(0.005)
+        worker = worker_of(folder)
+        kill(process)
+        assert worker is None or gone(worker, 10)
+    assert len({sum(step >= begin for begin in (5, 10, 16)) for step in reached}) >= 3
+    run(train, root)
+    assert contents(folder) == contents(whole / "experts" / "staged")
+
+
+@pytest.fixture(scope="module")
 def trained(branched: Path, unbroken: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = shutil.copytree(branched, tmp_path_factory.mktemp("trained") / "project")
     assert not Workspace(root).train("chance").failed
@@ -202,14 +240,17 @@ def test_a_killed_merge_leaves_nothing_or_everything(trained: Path, tmp_path: Pa
     assert [path.name for path in (root / "generalists").iterdir() if path.name == "forest"] == ["forest"]
 
 
+@pytest.mark.long
 def test_a_seed_killed_in_every_phase_ends_with_the_same_bytes(seeded_project: Path, tmp_path: Path) -> None:
     root = tmp_path / "project"
     shutil.copytree(seeded_project, root)
     shutil.rmtree(root / "seed")
     shutil.rmtree(root / "corpora")
+    unbroken = shutil.copytree(root, tmp_path / "unbroken")
+    run(SEED, unbroken)
     phases = ("seed", "corpora/*/*", "seed/run.json", "seed/.training/step-*", "seed/model.safetensors")
     killed = [kill_when(start(SEED, root), root, reached) for reached in phases]
     assert sum(killed) >= 3
     if not (root / "seed" / "seed.json").exists():
         run(SEED, root)
-    assert contents(root / "seed") == contents(seeded_project / "seed")
+    assert contents(root / "seed") == contents(unbroken / "seed")

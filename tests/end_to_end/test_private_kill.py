@@ -68,6 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kept", [True, False])
 def test_killed_twice_it_ends_with_the_same_bytes_and_the_same_account(
     branched: Path, tmp_path: Path, kept: bool

@@ -21,6 +21,8 @@ from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
 TRAINING = {"tokens": 320, "sequence_length": 16, "batch_size": 2, "learning_rate": 0.003}
 BTM = Recipe("all", {}, TRAINING)
 FLEXOLMO = Recipe("flexolmo", {"embedding": "none"}, TRAINING)
+LORA = Recipe("lora", {"rank": 2, "targets": "q_proj,up_proj"}, TRAINING)
+PROMPT = Recipe("prompt", {"tokens": 3}, TRAINING)
 MODULES: dict[str, ModuleType] = {"site-a": textwrap, "site-b": statistics}
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from expertctl import LaunchResult, Reporter, UserError
 from expertctl.core.config.settings import LauncherConfig
+from expertctl.core.manifests.run import read_run
 from expertctl.core.reporting import SILENT
 from expertctl.experts.federation.judging import held_out
 from expertctl.experts.federation.judging.judges import Judges
@@ -32,6 +34,7 @@ def launch_inline(
 
 def _train(run: Path, reporter: Reporter) -> LaunchResult:
     try:
+        torch.set_num_threads(read_run(run).training.threads)  # as its own process would
         train_run(run, reporter, lambda: False)
     except UserError as error:
         return LaunchResult(run, str(error))

@@ -1,6 +1,10 @@
-"""A reporter that records what it receives."""
+"""Reporters that record what they receive."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from expertctl import Reporter
 
@@ -18,3 +22,13 @@ class Recorder(Reporter):
 
     def progress(self, task: str, done: int, total: int | None = None, unit: str = "") -> None:
         self.steps.append((task, done, total))
+
+
+class Notes(Reporter):
+    """Records the notes of a run."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
+        self.lines.extend(record.get("notes", ()))

@@ -26,7 +26,7 @@ from expertctl.core.hooks.text import ValidationText
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.statements import DataStatement
 from expertctl.core.manifests.verification import verify
-from expertctl.core.models.posterior import EWMA_RATE
+from expertctl.core.models.kernels.posterior import EWMA_RATE
 from expertctl.core.reporting import SILENT
 from expertctl.core.testing import fresh_plugins
 from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part

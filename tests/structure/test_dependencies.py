@@ -16,6 +16,8 @@ OURS = {"conftest"} | {
     for folder in ("tests/helpers", "examples", "examples/benchmarks", "examples/plugin_trimmed_mean")
     for path in (ROOT / folder).glob("*.py")
 }
+APART = {"trl", "datasets"}
+"""Imported by a helper that runs in an environment of its own (`tests/helpers/trl_labels.py`)."""
 
 NOT_IN_DEV = ("ray", "mlflow", "trackio", "wandb", "gcs", "s3")
 """Some have a hundred megabytes or more, and their tests are skipped without them; only fsspec imports those of object stores."""
@@ -58,7 +60,7 @@ def undeclared(modules: dict[str, str], known: set[str]) -> list[str]:
 
 def test_imports_of_the_package_are_dependencies_or_extras() -> None:
     extras = [name for name in SETTINGS["optional-dependencies"] if name != "dev"]
-    modules = imported("core", "experts", "merge", "plugins", "cli")
+    modules = imported("core", "experts", "merge", "plugins", "cli", "expertctl/serving", "expertctl/workspace")
     assert {"torch", "transformers", "click"} <= modules.keys()
     assert undeclared(modules, declared(*extras)) == []
 
@@ -69,7 +71,7 @@ def test_the_federations_own_imports_are_in_its_extra() -> None:
 
 
 def test_imports_of_tests_and_examples_are_in_the_development_extra() -> None:
-    modules = {name: place for name, place in imported("tests", "examples").items() if name not in OURS}
+    modules = {name: place for name, place in imported("tests", "examples").items() if name not in OURS | APART}
     assert undeclared(modules, declared("dev")) == []
 
 

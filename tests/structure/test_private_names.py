@@ -36,6 +36,11 @@ PRIVATE = {
         (("torch.nn", "Parameter._backward_hooks"), ("torch.nn", "Parameter._post_accumulate_grad_hooks")),
         "experts/training/distributed/replicas.py finds hooks that sharding would lose",
     ),
+    ("torch.nn", "Module._apply"): "experts/training/distributed/replicas.py gives a model without weights memory",
+    (
+        "transformers",
+        "PreTrainedConfig._attn_implementation",
+    ): "experts/training/steps/attention.py sees which kernel a model uses",
     (
         "asyncio.sslproto",
         "SSLProtocol.max_size",

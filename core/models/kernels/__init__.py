@@ -1,1 +1,1 @@
-"""CPU kernels for the experts of mixtures."""
+"""Kernels: the experts of mixtures on a CPU, linear layers in few bits, and the domain posterior."""

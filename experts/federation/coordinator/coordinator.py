@@ -16,7 +16,9 @@ from ....core.artefacts.layout import Layout, check_name
 from ....core.artefacts.safetensors_io import SINGLE_FILE
 from ....core.errors import UserError, unknown_name
 from ....core.manifests.manifest import find_manifest, read_manifest
+from ...runs.trainable import makes_adapter
 from ..judging.acceptance import HeldOut, Measure, examine_expert, refusal_of_statement
+from ..judging.delivered_tensors import side_files
 from ..judging.refusal import Refusal, RefusalCode, Refused
 from ..protocol.delivery import SignedStatement
 from ..protocol.keys import PublicKey
@@ -102,6 +104,8 @@ class Coordinator:
         members = [self.files.members.get(name) for name in names]
         start = seed_folder or self.layout.seed
         seed = digest_of_seed(start)
+        if makes_adapter(recipe.trains):
+            side_files(recipe, start)  # raises for options that do not fit the seed
         missing = self.files.ledger.missing(seed, recipe.digest, names)
         seed_files = self.files.parts_of_seed(start)
         requests = []

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ....core.config.settings import DpConfig, validate_settings
 from ....core.manifests.manifest import Manifest, read_manifest
+from ...runs.trainable import makes_adapter
 from ..protocol.delivery import SignedStatement
 from ..protocol.keys import PublicKey
 from ..protocol.requests import ExpertRequest
 from .delivered_files import check_announced_files, checked_manifest
-from .delivered_tensors import check_side_files, check_tensors, side_files
+from .delivered_tensors import check_adapted, check_side_documents, check_side_files, check_tensors, side_files
 from .refusal import Refusal, RefusalCode, Refused
 
 MAX_LOSS_RATIO = 2.0
@@ -64,8 +65,12 @@ def examine_expert(
     side = side_files(request.recipe, seed)
     manifest = checked_manifest(folder, signed, request, read_manifest(seed), side)
     _check_privacy(manifest, request)
-    check_tensors(folder, request.recipe, seed)
     check_side_files(folder, side)
+    check_side_documents(folder, request.recipe, seed)
+    if makes_adapter(request.recipe.trains):
+        check_adapted(folder, seed)
+    else:
+        check_tensors(folder, request.recipe, seed)
     losses = held_out()
     if losses is not None and not losses.expert <= MAX_LOSS_RATIO * losses.seed:  # true for NaN as well
         loss = "the expert cannot be scored" if math.isnan(losses.expert) else f"{losses.expert:.3f}"

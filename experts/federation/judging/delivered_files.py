@@ -13,6 +13,8 @@ from ....core.errors import UserError, first_line
 from ....core.manifests.manifest import Manifest, read_manifest
 from ....core.manifests.run import RUN_FILE, read_run
 from ....core.manifests.verification import verify
+from ....core.models.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ...runs.trainable import makes_adapter
 from ..protocol.delivery import MAX_HEADER, MAX_TEXT, SignedStatement, Statement
 from ..protocol.requests import ExpertRequest
 from .refusal import RefusalCode, Refused
@@ -28,8 +30,9 @@ def check_announced_files(statement: Statement, request: ExpertRequest) -> None:
     """Check names and sizes of the files that a statement announces, before any of them is sent; raises `Refused`."""
     sizes = {file.name: file.size for file in statement.files}
     tensors = {name for name in sizes if name.endswith(".safetensors")}
-    documents = {RUN_FILE, MANIFEST_NAMES["expert"]}
-    if SINGLE_FILE not in sizes or sizes.keys() - tensors != documents:
+    is_adapter = makes_adapter(request.recipe.trains)
+    documents = {RUN_FILE, MANIFEST_NAMES["expert"], *([ADAPTER_CONFIG] if is_adapter else [])}
+    if _main_file(request) not in sizes or sizes.keys() - tensors != documents:
         raise Refused(RefusalCode.FILES, ", ".join(sizes)[:200])
     largest = max(sizes[name] for name in documents)
     if largest > MAX_JSON:
@@ -39,14 +42,20 @@ def check_announced_files(statement: Statement, request: ExpertRequest) -> None:
         raise Refused(RefusalCode.TOO_LARGE, f"{total:,} bytes; the seed has {seed_bytes:,}")
 
 
+def _main_file(request: ExpertRequest) -> str:
+    """Return the file that every delivery for a request has: the changed tensors, or the adapter."""
+    return ADAPTER_WEIGHTS if makes_adapter(request.recipe.trains) else SINGLE_FILE
+
+
 def checked_manifest(
     folder: Path, signed: SignedStatement, request: ExpertRequest, seed: Manifest, side_files: Mapping[str, Any]
 ) -> Manifest:
     """Return the manifest of a delivery whose files match it and the request; raises `Refused`."""
     tensors = {file.name for file in signed.statement.files if file.name.endswith(".safetensors")}
-    if tensors != {SINGLE_FILE, *side_files}:
+    expected_files = {_main_file(request), *side_files}
+    if tensors != expected_files:
         raise Refused(
-            RefusalCode.FILES, f"{', '.join(sorted(tensors))}; {', '.join((SINGLE_FILE, *side_files))} belong there"
+            RefusalCode.FILES, f"{', '.join(sorted(tensors))}; {', '.join(sorted(expected_files))} belong there"
         )
     for name in tensors:
         _check_header(folder / name)
@@ -67,7 +76,7 @@ def checked_manifest(
         "kind": (manifest.kind, "expert"),
         "owner": (manifest.owner, owner),
         "name": (manifest.name, owner),
-        "domains": (list(manifest.domains), [owner]),
+        "domains": ([*manifest.domains, *manifest.data.annealing], [owner]),
         "parents": ([(parent.kind, parent.digest) for parent in manifest.parents], [("seed", request.seed)]),
         "tokenizer": (manifest.tokenizer, seed.tokenizer),
         "trainer": (manifest.trainable, trains),

@@ -1,6 +1,6 @@
 """Checks of a delivered expert's tensors: exactly those that its trainer changes, as training could have changed them.
 
-Tensors are compared with the seed's piece by piece, so that memory does not grow with the size of the expert.
+An adapter is judged by its own tensors and by the tensors of the seed with it. Tensors are compared with the seed's piece by piece, so that memory does not grow with the size of the expert.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ....core.artefacts.files import read_json
+from ....core.artefacts.files import json_text, read_json
 from ....core.artefacts.numeric import FLOATING
 from ....core.artefacts.safetensors_io import SINGLE_FILE, Checkpoint, TensorEntry, torch_dtype
 from ....core.hooks.options import parse_options
 from ....core.hooks.training import SideTensor
 from ....core.manifests.manifest import read_manifest
+from ....core.models.adapters.lora import AdaptedTensors
+from ....core.models.adapters.prompts import is_prompt
 from ...runs.trainable import changeable_tensors, trainer_for
 from ..protocol.requests import Recipe
 from .refusal import Refusal, RefusalCode, Refused
@@ -67,6 +69,19 @@ def check_tensors(folder: Path, recipe: Recipe, seed: Path) -> None:
         _check_movement(movement_of(expert, base, name), name)
 
 
+def check_adapted(folder: Path, seed: Path) -> None:
+    """Compare the seed's tensors with an adapter, whose own tensors were checked, with those without it; raises `Refused`.
+
+    A prompt changes none of them.
+    """
+    if is_prompt(folder):
+        return
+    base = Checkpoint.of_folder(seed)
+    adapted = AdaptedTensors(base, folder)
+    for name in adapted:
+        _check_movement(movement_of(adapted, base, name), name)
+
+
 def _check_movement(moved: Movement, name: str) -> None:
     if not moved.change <= MAX_CHANGE:
         raise Refused(RefusalCode.NORM, f"'{name}' by {moved.change:.3g} times its norm; {MAX_CHANGE:g} is allowed")
@@ -101,12 +116,18 @@ class Movement:
     """Cosine of the angle to the seed's tensor; None for a small tensor."""
 
 
-def movement_of(expert: Checkpoint, base: Checkpoint, name: str) -> Movement:
+def movement_of(expert: Checkpoint | AdaptedTensors, base: Checkpoint, name: str) -> Movement:
     """Return how far a tensor has moved; both are read in pieces. Raises `Refused` for values that are not finite."""
     import torch
 
     squared_change = squared_norm = squared_base = product = count = 0.0
-    pieces = zip(_values(expert, name, f"'{name}'"), _values(base, name, f"the seed's '{name}'"), strict=True)
+    base_pieces = _values(base, name, f"the seed's '{name}'")
+    if isinstance(expert, AdaptedTensors):
+        values, base_pieces = expert.read(name).flatten(), iter([torch.cat(list(base_pieces))])
+        expert_pieces = iter([_finite(values, f"'{name}'")])
+    else:
+        expert_pieces = _values(expert, name, f"'{name}'")
+    pieces = zip(expert_pieces, base_pieces, strict=True)
     for values, base_values in pieces:
         squared_change += _squared_norm(values - base_values)
         squared_norm += _squared_norm(values)
@@ -131,6 +152,16 @@ def side_files(recipe: Recipe, seed: Path) -> Mapping[str, Mapping[str, SideTens
     return trainer.side_files(seed, options)
 
 
+def check_side_documents(folder: Path, recipe: Recipe, seed: Path) -> None:
+    """Compare the JSON files beside the tensors with what the trainer writes; raises `Refused`."""
+    trainer = trainer_for(recipe.trains)
+    if trainer.side_documents is not None:
+        options = parse_options(trainer.options, dict(recipe.options), f"trainer '{trainer.name}'")
+        for name, content in trainer.side_documents(seed, options).items():
+            if (folder / name).read_bytes() != json_text(content).encode():
+                raise Refused(RefusalCode.MANIFEST, f"{name} is not what the recipe leads to")
+
+
 def check_side_files(folder: Path, side: Mapping[str, Mapping[str, SideTensor]]) -> None:
     """Compare the tensors beside the model's, such as router rows, with what the trainer writes; raises `Refused`."""
     for file, expected in side.items():
@@ -143,7 +174,7 @@ def check_side_files(folder: Path, side: Mapping[str, Mapping[str, SideTensor]])
         for name in stored:
             entry, tensor = stored.entry(name), expected[name]
             label = f"'{name}' of {file}"
-            if entry.dtype not in FLOATING:
+            if entry.dtype not in FLOATING or tensor.dtype not in (None, entry.dtype):
                 raise Refused(RefusalCode.DTYPES, f"{label} is {entry.dtype}")
             if tuple(entry.shape) != tensor.shape:
                 raise Refused(
@@ -165,9 +196,15 @@ def _values(checkpoint: Checkpoint, name: str, label: str) -> Iterator[Tensor]:
     dtype = torch_dtype(checkpoint.entry(name).dtype)
     for chunk in checkpoint.chunks(name):
         values = upcast(torch.frombuffer(bytearray(chunk), dtype=torch.uint8).view(dtype))
-        if not bool(torch.isfinite(values.abs().max() if values.numel() else torch.zeros(()))):
-            raise Refused(RefusalCode.NOT_FINITE, label)
-        yield values
+        yield _finite(values, label)
+
+
+def _finite(values: Tensor, label: str) -> Tensor:
+    import torch
+
+    if not bool(torch.isfinite(values.abs().max() if values.numel() else torch.zeros(()))):
+        raise Refused(RefusalCode.NOT_FINITE, label)
+    return values
 
 
 def upcast(tensor: Tensor) -> Tensor:

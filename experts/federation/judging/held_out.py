@@ -18,10 +18,12 @@ from ....core.config.project import load_project
 from ....core.config.settings import ProjectConfig
 from ....core.errors import UserError, first_line
 from ....core.manifests.manifest import read_manifest
+from ....core.models.adapters.prompts import num_prompt_tokens
 from ....core.models.loading import load_network, max_positions, require_intact_models, tokenizer_folder
 from ....core.models.scoring import total_loss
 from ....core.process.compute import best_device
 from ....core.process.environment import prepare_libraries
+from ....core.text.conversation_blocks import blocks_of
 from ....core.text.token_store import TokenBlocks
 from ...text.corpora import domain_config, prepare_domain
 
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
 def answer(layout: Layout, seed: Path, folder: Path) -> dict[str, Any]:
     """Return both losses, None for an expert that cannot be loaded, or the error that keeps the seed from being scored."""
     try:
-        text = _public_text(layout, load_project(layout.config_file), seed)
+        text = _public_text(layout, load_project(layout.config_file), seed, num_prompt_tokens(folder))
         seed_loss = _loss_of_seed(layout, seed, text)
     except UserError as error:  # caused by the seed or the machine, not by the expert
         return {"error": first_line(error)}
@@ -61,13 +63,13 @@ def answer(layout: Layout, seed: Path, folder: Path) -> dict[str, Any]:
         return {"seed": seed_loss, "expert": None}
 
 
-def _public_text(layout: Layout, project: ProjectConfig, seed: Path) -> dict[str, TokenBlocks]:
-    """Return the validation text of the public domains, by name."""
-    size = min(project.training.sequence_length, max_positions(seed))
+def _public_text(layout: Layout, project: ProjectConfig, seed: Path, prompt: int = 0) -> dict[str, TokenBlocks]:
+    """Return the validation text of the public domains, by name, in blocks that leave room for a prompt of that length."""
+    size = min(project.training.sequence_length, max_positions(seed) - prompt)
     blocks = {}
     for name in public_domains(layout, project):
         prepared = prepare_domain(layout, name, domain_config(project, name), tokenizer_folder(seed))
-        blocks[name] = TokenBlocks(prepared.open("valid"), size)
+        blocks[name] = blocks_of(prepared.open("valid"), size)
     return blocks
 
 
@@ -99,7 +101,7 @@ def loss_on(folder: Path, text: Mapping[str, TokenBlocks]) -> float:
         for blocks in text.values():
             num_blocks = max(len(blocks), 1)  # a text shorter than a block still has one short block
             indices = np.unique(np.linspace(0, num_blocks - 1, min(BLOCKS, num_blocks)).astype(int))
-            total, count = total_loss(model, (blocks.block(index)[None] for index in indices.tolist()), model.device)
+            total, count = total_loss(model, map(blocks.window, indices.tolist()))
             losses.append(total / max(count, 1))
     return sum(losses) / len(losses)
 

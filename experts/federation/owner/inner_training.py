@@ -22,7 +22,8 @@ from ....core.manifests.finishing import finish_artefact
 from ....core.models.overlay import overlay_tensors
 from ....core.models.stored_names import stored_tensors
 from ....core.reporting import SILENT, Reporter
-from ....core.text.token_store import BalancedUnion, Blocks
+from ....core.text.block_order import BalancedUnion
+from ....core.text.token_store import Blocks
 from ...runs.trainable import all_parameters
 from ...training.checkpointing import restore_latest, save_checkpoint
 from ...training.finishing import run_manifest

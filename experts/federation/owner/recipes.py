@@ -8,7 +8,7 @@ from typing import Any
 from ....core.config.settings import TrainingConfig, validate_settings
 from ....core.errors import UserError
 from ....core.hooks.options import parse_options
-from ...runs.trainable import trainer_for
+from ...runs.trainable import models_of_trainer, trainer_for
 from ..protocol.requests import Recipe
 from .owner import check_privacy
 
@@ -29,12 +29,16 @@ def recipe_of(
     """Return a recipe by its name or its trainer's name; raises `UserError` for invalid options or settings."""
     trains, defaults = NAMES.get(name, (name, {}))
     trainer = trainer_for(trains)
-    if trainer.makes != "expert":
+    if trainer.makes == "generalist":
         raise UserError(
             f"trainer '{trainer.name}' does not train experts; choose {', '.join(NAMES)}, or a trainer that does"
         )
     chosen = {**defaults, **(options or {})}
     parse_options(trainer.options, chosen, f"trainer '{trainer.name}'")
+    if read := models_of_trainer(trains, chosen):
+        raise UserError(
+            f"trainer '{trainer.name}' reads {', '.join(read)}, which owners do not have; ask with another one"
+        )
     validate_settings(TrainingConfig, dict(training or {}), "the training of a recipe")
     if privacy is not None:
         check_privacy(privacy)

@@ -64,6 +64,17 @@ class RoundOf(Message):
         return self.number + 1 == self.total
 
 
+NOT_ASKED = ("stages", "annealing")
+"""Training settings that cannot be asked of owners: recipes hold plain values, and owners train on their own text alone."""
+
+
+def require_askable(training: Mapping[str, Any]) -> None:
+    """Raise `UserError` for training settings that cannot be asked of owners."""
+    for name in NOT_ASKED:
+        if training.get(name):
+            raise UserError(f"training.{name} cannot be asked of owners; leave it out")
+
+
 @dataclass(frozen=True)
 class Recipe(Message):
     """Training recipe of an expert: trainer, options, settings and privacy."""
@@ -83,6 +94,7 @@ class Recipe(Message):
     """Round of a shared model that the request trains; None for an expert."""
 
     def __post_init__(self) -> None:
+        require_askable(self.training)
         if self.privacy is not None:
             validate_settings(DpConfig, dict(self.privacy), "the differential privacy of the recipe")
 

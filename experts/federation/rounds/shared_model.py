@@ -20,7 +20,7 @@ from ....core.errors import UserError
 from ....core.manifests.finishing import finish_artefact
 from ....core.manifests.manifest import read_manifest
 from ....core.manifests.run import RUN_FILE
-from ..protocol.requests import Recipe, RoundOf, new_identifier
+from ..protocol.requests import Recipe, RoundOf, new_identifier, require_askable
 from .rounds import RoundPlan, Rounds
 
 FORMAT = 1
@@ -41,6 +41,7 @@ class SharedSettings:
     """Priority of the requests for its rounds."""
 
     def __post_init__(self) -> None:
+        require_askable(self.training)
         config = self._config
         if config.steps < self.total:
             raise UserError(

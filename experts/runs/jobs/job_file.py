@@ -9,6 +9,7 @@ from typing import Literal
 from ....core.artefacts.files import exclusive, read_json, remove_tree, write_json
 from ....core.artefacts.layout import Layout
 from ....core.config.settings import LauncherConfig
+from ....core.errors import UserError
 from ....core.hooks.manager import installed_plugins
 from ....core.hooks.options import parse_options
 from ....core.hooks.training import Launcher
@@ -49,9 +50,17 @@ class SubmittedJob:
 
 
 def read_job(run: Path) -> SubmittedJob | None:
-    """Return the last job of a run; None if there is none, or if the run was finished since."""
+    """Return the last job of a run; None if there is none, or if the run was finished since.
+
+    Raises `UserError` for a damaged file, which may name a job that trains the run.
+    """
     path = run / JOB_FOLDER / JOB_FILE
-    return parse_record(SubmittedJob, read_json(path), str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return parse_record(SubmittedJob, read_json(path), str(path))
+    except UserError as error:
+        raise UserError(f"{error}, or delete it once no job of '{run.name}' is in the queue") from None
 
 
 def forget_job(run: Path) -> None:
@@ -78,5 +87,6 @@ def newest_checkpoint(run: Path) -> str:
 def scheduler_of(launcher: LauncherConfig) -> Scheduler:
     """Return the scheduler that queued a job; raises `UserError` if it is not installed here."""
     plugin = installed_plugins().offer(Launcher, launcher.name)
-    assert plugin.scheduler is not None, f"jobs of '{plugin.name}' have no scheduler"
+    if plugin.scheduler is None:
+        raise UserError(f"launcher '{plugin.name}' has no queue of jobs here")
     return plugin.scheduler(parse_options(plugin.options, launcher.options, f"launcher '{plugin.name}'"))

@@ -43,6 +43,11 @@ def require_no_job(run: Path) -> None:
     if status is None or (status.state is not None and status.state.state not in ("pending", "running")):
         return
     name, job_id = status.job.launcher.name, status.job.id
+    if status.problem is not None:
+        raise UserError(
+            f"job {job_id} of launcher '{name}' may train '{run.name}' ({status.problem}); if it is not in the queue any "
+            f"more, delete {run / JOB_FOLDER / JOB_FILE}"
+        )
     raise UserError(
         f"job {job_id} of launcher '{name}' trains '{run.name}'; follow it with `expertctl train {run.name} --launcher "
         f"{name}`, where Ctrl-C ends it"

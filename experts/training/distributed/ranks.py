@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from ....core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Strategy = Literal["ddp", "fsdp", "hsdp"]
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "hsdp")
-"""How several processes hold a model: each the whole of it, each a part of every tensor, or each node the whole of it in parts."""
+Strategy = Literal["ddp", "fsdp", "hsdp", "ep"]
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "hsdp", "ep")
+"""How several processes hold a model: each the whole of it, each a part of every tensor, each node the whole of it in parts, or
+each some experts of a mixture and a part of every other tensor."""
+SHARDED: tuple[Strategy, ...] = ("fsdp", "hsdp", "ep")
+"""The strategies in which a process holds a part of the model."""
 TIMEOUT_S = 1800.0
 """Seconds that a process waits for the others before it ends with an error."""
 
@@ -27,6 +32,8 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    group: Any = None
+    """torch's process group for what they exchange on the CPU; None: the default one."""
 
     @property
     def is_main(self) -> bool:
@@ -53,7 +60,15 @@ class Ranks:
         if self.world > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            dist.barrier(self.group)
+
+    def apart(self) -> Ranks:
+        """Return the same processes with a group of their own, for a thread beside the training; all must call this."""
+        if self.world == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo"))
 
     def share(self, values: Sequence[float]) -> list[float]:
         """Return the sum over all processes of each value."""
@@ -63,24 +78,63 @@ class Ranks:
         import torch.distributed as dist
 
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return [float(value) for value in total]
 
-    def require_agreement(self, digest: str, what: str) -> None:
-        """Raise `UserError` in every process that has another digest (sha256 in hexadecimal) than the main one."""
+    def gather(self, digest: str) -> list[str]:
+        """Return the digests (sha256 in hexadecimal) of all processes, by rank."""
         if self.world == 1:
-            return
+            return [digest]
         import torch
         import torch.distributed as dist
 
         own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
-        of_main = own.clone()
-        dist.broadcast(of_main, 0)
-        if not torch.equal(own, of_main):
-            raise UserError(
-                f"process {self.rank} of {self.world} has {what} that differs from the main process's; give all "
-                "processes the same files and versions"
-            )
+        digests = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(digests, own, group=self.group)
+        return [bytes(digest.tolist()).hex() for digest in digests]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Run the block, in which processes do not wait for each other; if it raises `UserError` in one, all raise it."""
+        failure: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        if self.world > 1:
+            reasons = self._gather_text(str(failure or ""))
+            first = next((rank for rank, reason in enumerate(reasons) if reason), None)
+            if failure is None and first is not None:
+                failure = UserError(f"process {first} of {self.world}: {reasons[first]}")
+        if failure is not None:
+            raise failure
+
+    def _gather_text(self, text: str) -> list[str]:
+        """Return the texts of all processes, by rank."""
+        import torch
+        import torch.distributed as dist
+
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        lengths = self.share([len(own) if rank == self.rank else 0 for rank in range(self.world)])
+        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        padded[: len(own)] = own
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        if len(padded):
+            dist.all_gather(gathered, padded, group=self.group)
+        return [
+            bytes(text_bytes[: int(length)].tolist()).decode()
+            for text_bytes, length in zip(gathered, lengths, strict=True)
+        ]
+
+    def require_agreement(self, values: Sequence[str], what: str) -> None:
+        """Raise `UserError` in every process unless all have the same values; `what` says what they are."""
+        of_main, *others = self.gather(hashlib.sha256("\n".join(values).encode()).hexdigest())
+        for rank, other in enumerate(others, 1):
+            if other != of_main:
+                raise UserError(
+                    f"process {rank} of {self.world} does not have the main process's {what}; start all with the same "
+                    "files, options and versions"
+                )
 
 
 ALONE = Ranks()
@@ -125,3 +179,16 @@ def joined(timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world)
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int = 0) -> NoReturn:
+    """End this process, which has left the others; one of several ends without the interpreter's own clean-up.
+
+    gloo's threads outlive their group as long as a sharded model refers to it. One that lets go of its last tensor while
+    the interpreter is cleaned up aborts the process, and torchrun would take a finished run for a failed one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

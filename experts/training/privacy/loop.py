@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ....core.config.settings import DpConfig, TrainingConfig
 from ....core.errors import UserError
+from ....core.hooks.steps import Batch
 from ....core.hooks.training import TrainablePart
 from ....core.manifests.statements import PrivacyStatement
 from ....core.text.token_store import Blocks
-from ..steps.loop import TrainingLoop
+from ..steps.loop import TrainingLoop, batch_of
 from .accounting import Mechanism, new_accountant, privacy_statement
 from .layers import ONE_BY_ONE, attach_hooks, quiet_hooks, refuse_stateful, require_separable, take_grad_sample
 from .noise import NoiseSource
@@ -76,16 +76,14 @@ class PrivateTrainingLoop(TrainingLoop):
         self.accountant.step(noise_multiplier=self.mechanism.noise_multiplier, sample_rate=self.mechanism.rate)
         return total / max(len(sampled), 1)
 
-    def _load_blocks(self, indices: Any) -> Tensor:
-        """Return blocks as tokens (B, S + 1)."""
+    def _load_blocks(self, indices: Any) -> Batch:
         self.part.begin_batch([0] * len(indices))
-        rows = [self._examples.block(int(index)) for index in indices]
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+        return batch_of([self._examples.row(int(index)) for index in indices], self.device)
 
-    def _add_clipped(self, sums: Mapping[str, Tensor], tokens_BT1: Tensor) -> Tensor:
+    def _add_clipped(self, sums: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Add each block's clipped gradient to the sums and return their mean loss."""
         with quiet_hooks():
-            loss: Tensor = self._loss(tokens_BT1)
+            loss: Tensor = self._loss(batch)
             torch.autograd.backward(self._with_auxiliary(loss))
         gradients = self._gradients()
         norms_B = torch.linalg.vector_norm(
@@ -110,7 +108,7 @@ class PrivateTrainingLoop(TrainingLoop):
 
     def _full_loss(self, tokens_BT1: Tensor) -> Tensor:
         self.part.begin_batch([0] * len(tokens_BT1))
-        return self._with_auxiliary(self._loss(tokens_BT1))
+        return self._with_auxiliary(self._loss(Batch(tokens_BT1)))
 
     def _add_noise(self, name: str, total: Tensor) -> Tensor:
         if self.mechanism.noise_multiplier == 0:

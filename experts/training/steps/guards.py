@@ -60,6 +60,9 @@ class Guards:
                     f"lastly in step {step}; start over with a lower learning_rate, or set clip"
                 )
             return None
+        part_begin = max((begin for begin in self._config.part_begins if begin < step), default=0)
+        if self._losses and self._losses[-1][0] <= part_begin:
+            self._losses.clear()  # losses of other blocks tell nothing of these
         self._losses.append((step, loss))
         spike = self._spike()
         if spike is not None and self.rollbacks == self._config.rollbacks:

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ....core.artefacts.safetensors_io import Checkpoint, torch_dtype
 from ....core.config.settings import TrainingConfig
 from ....core.errors import UserError
+from ....core.hooks.manager import installed_plugins
+from ....core.hooks.steps import Batch, Loss, Optimiser, TrainingObjective
 from ....core.hooks.training import TrainablePart
 from ....core.manifests.statements import PrivacyStatement
-from ....core.text.token_store import BalancedUnion, Blocks, Position, domain_at, draw
+from ....core.models.outline import Outline, TensorSource
+from ....core.text.block_order import BalancedUnion, Position
+from ....core.text.conversation_blocks import PairBlocks
+from ....core.text.token_store import Blocks, Row
+from ...runs.trainable import chosen_optimiser
+from ..distributed.parts import JoinedParts
 from ..distributed.ranks import ALONE, Ranks, Strategy
 from ..distributed.replicas import laid_out, require_divisible
+from .attention import choose_attention
+from .averaging import FIELD, WeightAverage
+from .block_stream import BlockStream
 from .guards import Guards, is_finite
 from .loss import WHOLE_LOGITS_BYTES, chunked_loss, next_token_loss, require_separable_documents, separate_loss
 from .precision import autocast, resolve_device, store_weights, uses_bfloat16
@@ -40,6 +52,8 @@ class StepReport:
     learning_rate: float
     skipped: bool = False
     """Whether the weights were left as they are because the loss or the gradient is not finite."""
+    drawn: Mapping[int, int] = field(default_factory=dict)
+    """Number of the step's blocks, of all processes, by the number of their domain."""
 
 
 class TrainingLoop:
@@ -54,39 +68,89 @@ class TrainingLoop:
         strategy: Strategy = "ddp",
         *,
         separator: int | None = None,
+        objective: TrainingObjective | None = None,
+        outline: Outline | None = None,
+        annealing: BlockStream | None = None,
     ) -> None:
-        """Lay the model out over the processes of a run; `separator` is the token between documents.
+        """Lay the model out over the processes of a run; `separator` is the token between documents, `annealing` has the blocks of
+        the end of a run that anneals.
 
-        Raises `UserError` for text and settings that they cannot train on.
+        Of an `outline`, of which `part` is the model, each process reads its part of the weights. Raises `UserError` for text and settings that they cannot train on.
         """
         if len(blocks) == 0:
             raise UserError(
                 f"the text is shorter than one block of {config.sequence_length} tokens; add text or lower "
                 "training.sequence_length"
             )
-        self.config, self.blocks, self.part = config, blocks, part
+        assert (annealing is None) == (config.annealing is None), "a run that anneals has blocks for it"
+        self.config, self.part = config, part
+        self.text, self.annealing = BlockStream(blocks, config.seed), annealing
+        self.objective = objective or TrainingObjective()
         self.device = resolve_device(config.device)
         if ranks.world > 1 and self.device.index is not None:
             raise UserError(
                 f"training.device is {config.device}, one GPU for {ranks.world} processes; set it to auto or cuda"
             )
         self.step = 0
-        self.position = Position()
         frozen = [name for name, parameter in part.parameters.items() if not parameter.requires_grad]
         assert not frozen, f"the trainer froze a parameter that it declares trainable: {frozen[0]}"
         require_divisible(config.batch_size, ranks)
         self.ranks = ranks
-        store_weights(part, config, self.device)
-        if config.activation_checkpointing:
-            recompute_activations(part.module)
-        self.replica = laid_out(part, self.device, ranks, strategy, bfloat16=uses_bfloat16(config, self.device))
+        is_bfloat16 = uses_bfloat16(config, self.device)
+        choose_attention(part.module, config, self.device, bfloat16=is_bfloat16)
+        store_weights(part, config, self.device, outline.dtypes if outline is not None else None)
+        if config.activation_checkpointing or (config.activation_checkpointing is None and part.spares_activations):
+            recompute_activations(part.module, required=bool(config.activation_checkpointing))
+        self.replica = laid_out(part, self.device, ranks, strategy, bfloat16=is_bfloat16, weights=outline)
         self.module, self.parameters = self.replica.module, self.replica.parameters
-        self._loss: Any = functools.partial(self._loss_function(separator), self.replica.forward)
+        self._autocast = autocast(config, self.device)
+        with self._autocast():  # frozen layers in bfloat16 take no other numbers
+            next_token = self._loss_function(separator)
+        self._loss: Any = functools.partial(self.objective.loss, self.replica.forward, next_token=next_token)
         if config.compile:
             self._loss = torch.compile(self._loss)  # including the loss, which fuses with the logits
-        self.optimiser = make_optimiser(self.parameters, config)
+        self.optimiser = make_optimiser(self.parameters, config, is_sharded=ranks.world > 1 and strategy != "ddp")
         self.guards = Guards(config)
-        self._autocast = autocast(config, self.device)
+        self.drawn: Counter[int] = Counter()
+        """Blocks of the present step by domain."""
+        self.average = WeightAverage(config)
+
+    @property
+    def position(self) -> Position:
+        """The next block to draw of the run's text, apart from that of its annealing."""
+        return self.text.position
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self.text.position = position
+
+    @property
+    def blocks(self) -> Blocks | BalancedUnion:
+        """The run's text, apart from that of its annealing."""
+        return self.text.blocks
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user at the start: those of the trainer and the objective, and the memory of the optimiser."""
+        size = installed_plugins().offer(Optimiser, self.config.optimiser).state_bytes(self.parameters)
+        notes = [*self.part.notes, *self.objective.notes, f"state of {self.config.optimiser}: {size / 1e6:,.1f} MB"]
+        sources = [stream.blocks for stream in self.streams]
+        parts = [
+            part for blocks in sources for part in (blocks.parts if isinstance(blocks, BalancedUnion) else (blocks,))
+        ]
+        if left_out := sum(part.num_left_out for part in parts if isinstance(part, PairBlocks)):
+            notes.append(f"{left_out:,} pairs are longer than training.sequence_length and are left out")
+        lengths = self.config.lengths
+        if len(lengths) > 1:
+            stages = ", then ".join(f"{length} up to step {steps.stop:,}" for steps, length in lengths)
+            notes.append(f"tokens per block: {stages}")
+        if self.config.annealing is not None:
+            total = sum(self.config.annealing.domains.values())
+            shares = ", ".join(f"{name} {weight / total:.0%}" for name, weight in self.config.annealing.domains.items())
+            notes.append(
+                f"annealing after step {self.config.annealing_begin:,}: blocks of {shares}, learning rate down to 0"
+            )
+        return notes
 
     @property
     def rows_at_a_time(self) -> int:
@@ -98,12 +162,22 @@ class TrainingLoop:
         """Bytes of a block's logits in float32; 0 if the module does not tell its vocabulary."""
         return 4 * self.config.sequence_length * int(getattr(getattr(self.module, "config", None), "vocab_size", 0))
 
-    def _loss_function(self, separator: int | None) -> Callable[..., Tensor]:
-        """Return the loss by the settings `chunked_loss` and `separate_documents`, as a function of forward and tokens."""
+    @property
+    def streams(self) -> tuple[BlockStream, ...]:
+        """The blocks of all parts of the run."""
+        return (self.text,) if self.annealing is None else (self.text, self.annealing)
+
+    @property
+    def stream(self) -> BlockStream:
+        """The blocks of the next step."""
+        return self.streams[-1 if self.step >= self.config.annealing_begin else 0]
+
+    def _loss_function(self, separator: int | None) -> Loss:
+        """Return the next-token loss by the settings `chunked_loss`, `separate_documents` and `pack_conversations`."""
         config, forward = self.config, self.replica.forward
-        loss: Callable[..., Tensor] = next_token_loss
+        loss: Loss = next_token_loss
         is_large = config.batch_size // self.ranks.world * self._logits_bytes > WHOLE_LOGITS_BYTES
-        if config.chunked_loss or (config.chunked_loss is None and is_large):
+        if config.chunked_loss or (config.chunked_loss is None and (is_large or self.part.spares_activations)):
             self.part.begin_batch([0])
             chunked = chunked_loss(self.module, forward, self.device)
             if chunked is None and config.chunked_loss:
@@ -111,11 +185,17 @@ class TrainingLoop:
                     "training.chunked_loss: this model changes the logits of its last layer, or hides that layer; set it to false"
                 )
             loss = chunked or loss
+        rows = min(config.batch_size // self.ranks.world, 2)
         if config.separate_documents:
             assert separator is not None, "whoever reads the text knows its separator"
-            self.part.begin_batch([0])
-            require_separable_documents(self.module, forward, separator, self.device)
+            self.part.begin_batch([0] * rows)
+            require_separable_documents(self.module, forward, separator, self.device, rows=rows)
             loss = separate_loss(loss, separator)
+        elif self.text.rows(self.objective)[0].positions is not None:
+            self.part.begin_batch([0] * rows)
+            is_text = config.pack_conversations or config.objective == "next_token"
+            packed = "training.pack_conversations" if is_text else f"objective {config.objective}"
+            require_separable_documents(self.module, forward, separator or 0, self.device, packed, rows=rows)
         return loss
 
     def steps(self) -> Iterator[StepReport]:
@@ -125,6 +205,7 @@ class TrainingLoop:
             rate = learning_rate(self.config, progress_at(self.config, self.step))
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
+            self.drawn.clear()
             loss = self.replica.mean(self._accumulate())
             norm = self._clip()
             skipped = not is_finite(loss, norm)
@@ -132,18 +213,29 @@ class TrainingLoop:
                 self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
             self.step += 1
-            yield StepReport(self.step, loss, norm, rate, skipped)
+            self.average.update(self.step, self.parameters)
+            yield StepReport(self.step, loss, norm, rate, skipped, dict(self.drawn))
 
     def _accumulate(self) -> Tensor:
-        """Run the forward and backward passes of one step and return the mean loss, without auxiliary losses."""
+        """Run the forward and backward passes of one step and return the mean loss, without auxiliary losses.
+
+        The mean is over all terms of the step (counted tokens), in whichever pass and process they are.
+        """
         total = torch.zeros((), device=self.device)
-        for number in range(self.config.accumulation):
+        passes = [self._batch() for _ in range(self.config.accumulation)]
+        terms = [self.objective.num_terms(batch) for _, batch in passes]
+        (all_terms,) = self.ranks.share([sum(terms)])
+        for number, (domains, batch) in enumerate(passes):
+            self.part.begin_batch(domains)
+            share = (
+                terms[number] * self.ranks.world * self.config.accumulation / max(all_terms, 1)
+            )  # 1 if all are equal
             with self.replica.accumulating(is_last=number + 1 == self.config.accumulation):
                 with self._autocast():
-                    loss = self._loss(self._batch())
-                    objective = self._with_auxiliary(loss)
+                    loss = self._loss(batch)
+                    objective = self._with_auxiliary(loss * share)
                 torch.autograd.backward(objective / self.config.accumulation)
-            total += loss.detach() / self.config.accumulation
+            total += loss.detach() * share / self.config.accumulation
         self.replica.finish_gradients()
         return total
 
@@ -151,16 +243,20 @@ class TrainingLoop:
         auxiliary = self.part.auxiliary_loss()
         return loss if auxiliary is None else loss + auxiliary
 
-    def _batch(self) -> Tensor:
-        """Return this process's rows (B, S + 1) of the next batch of all processes, and advance the position."""
-        rows, domains = [], []
+    def _batch(self) -> tuple[list[int], Batch]:
+        """Return this process's rows of the next batch of all processes with their domains, and advance the position."""
+        stream, length = self.stream, self.config.length_at(self.step)
+        cut_to = length if length != self.config.sequence_length else None
+        rows: list[Row] = []
+        domains: list[int] = []
         for number in range(self.config.batch_size):
             if number % self.ranks.world == self.ranks.rank:
-                domains.append(domain_at(self.blocks, self.position))
-                rows.append(draw(self.blocks, self.position, self.config.seed))
-            self.position = self.position.advanced(1, len(self.blocks))
-        self.part.begin_batch(domains)
-        return torch.from_numpy(np.stack(rows)).to(self.device, non_blocking=True)
+                pieces = stream.rows(self.objective, cut_to)
+                domains += [stream.domain] * len(pieces)
+                rows += pieces
+            self.drawn[stream.domain] += 1
+            stream.advance()
+        return domains, batch_of(rows, self.device)
 
     def _clip(self) -> Tensor:
         return self.replica.clip(self.config.clip if self.config.clip is not None else float("inf"))
@@ -172,16 +268,20 @@ class TrainingLoop:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def optimiser_state(self) -> dict[str, Tensor]:
-        """Return AdamW's moments and step counts as `parameter name/field`."""
+        """Return the optimiser's tensors and numbers as `parameter name/field`."""
         state = self.optimiser.state
         return {
-            f"{name}/{field}": value
+            f"{name}/{field}": value if isinstance(value, Tensor) else torch.tensor(value)
             for name, parameter in self.parameters.items()
             for field, value in state.get(parameter, {}).items()
         }
 
+    def average_state(self) -> dict[str, Tensor]:
+        """Return the average of the weights as `parameter name/average`."""
+        return {f"{name}/{FIELD}": tensor for name, tensor in self.average.tensors.items()}
+
     @torch.no_grad()
-    def load_weights(self, stored: Checkpoint) -> None:
+    def load_weights(self, stored: TensorSource) -> None:
         """Load the trained parameters; raises `UserError` if one is missing."""
         for name, parameter in self.parameters.items():
             self.replica.load(parameter, stored, name)
@@ -192,31 +292,58 @@ class TrainingLoop:
 
     def extra_state(self) -> dict[str, Any]:
         """Return additional checkpoint state, as JSON."""
-        return {"guards": self.guards.state()}
+        annealing = {} if self.annealing is None else {"annealing_position": asdict(self.annealing.position)}
+        return {"guards": self.guards.state(), **annealing}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Load the additional state from a checkpoint's full state."""
         self.guards.load(state.get("guards", {}))
+        if self.annealing is not None:
+            self.annealing.position = Position(**state["annealing_position"])
 
     @torch.no_grad()
-    def load_optimiser_state(self, stored: Checkpoint) -> None:
-        """Load the optimiser state of every parameter in a file; other parameters start without state."""
+    def load_optimiser_state(self, stored: Checkpoint | JoinedParts) -> None:
+        """Load the optimiser state of every parameter in a file, and the average; other parameters start without state."""
+        shapes, average = stored.shapes(), {}
         for key in stored:
             name, _, field = key.rpartition("/")
             if name in self.parameters:
-                parameter, entry = self.parameters[name], stored.entry(key)
-                target = self.replica.like(parameter, entry.shape, torch_dtype(entry.dtype))
+                parameter, (dtype, shape) = self.parameters[name], shapes[key]
+                target = self.replica.like(parameter, shape, torch_dtype(dtype))
                 self.replica.load(target, stored, key)
-                self.optimiser.state[parameter][field] = target
+                if field == FIELD:
+                    average[name] = target
+                    continue
+                is_number = shape == () and not target.dtype.is_floating_point
+                self.optimiser.state[parameter][field] = int(target) if is_number else target
+        self.average.load(average)
 
 
-def make_optimiser(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> Optimizer:
-    """Return a fused AdamW; weight decay applies to matrices, not to norms and biases."""
-    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
-    groups = [
-        {"params": members, "weight_decay": decay}
-        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if members
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+def batch_of(rows: Sequence[Row], device: torch.device) -> Batch:
+    """Return blocks of one length as a batch; all targets of a block without marks count."""
+    tokens = np.stack([row.tokens for row in rows])
+    counted = positions = None
+    if any(row.counted is not None for row in rows):
+        every = np.ones(tokens.shape[1], dtype=bool)
+        counted = np.stack([every if row.counted is None else row.counted for row in rows])[:, 1:]
+    if any(row.positions is not None for row in rows):
+        in_order = np.arange(tokens.shape[1])
+        positions = np.stack([in_order if row.positions is None else row.positions for row in rows])[:, :-1]
+
+    def moved(array: NDArray[Any] | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(torch.from_numpy(tokens).to(device, non_blocking=True), moved(counted), moved(positions))
+
+
+def make_optimiser(
+    parameters: Mapping[str, nn.Parameter], config: TrainingConfig, *, is_sharded: bool = False
+) -> Optimizer:
+    """Return the optimiser that the settings name; raises `UserError` where it cannot be used."""
+    optimiser, options = chosen_optimiser(config)
+    if is_sharded and not optimiser.is_elementwise:
+        raise UserError(
+            f"optimiser '{optimiser.name}' needs whole tensors, which processes do not have in a sharded run; train with "
+            "--strategy ddp, or with adamw"
+        )
+    return optimiser.make(parameters, config, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ....core.errors import UserError
+from ....core.hooks.steps import IGNORED, Batch, Loss
 
 Forward = Callable[..., Any]
 WHOLE_LOGITS_BYTES = 2**28
@@ -26,10 +28,19 @@ LEAST_ROWS = 64
 _PROBED = 8
 
 
-def next_token_loss(forward: Forward, tokens_BT1: Tensor, **inputs: Tensor) -> Tensor:
-    """Return the mean cross-entropy of all tokens but the first, in nats per token, shape ()."""
-    logits_BTV = forward(input_ids=tokens_BT1[:, :-1], use_cache=False, **inputs).logits
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), tokens_BT1[:, 1:].flatten())
+def next_token_loss(forward: Forward, batch: Batch) -> Tensor:
+    """Return the mean cross-entropy of the targets that count, in nats per token, shape (); 0 if there are none."""
+    logits_BTV = forward(**batch.inputs).logits
+    return mean_cross_entropy(F.cross_entropy, logits_BTV.flatten(0, 1).float(), batch=batch)
+
+
+def mean_cross_entropy(cross_entropy: Callable[..., Tensor], *inputs: Tensor, batch: Batch, **options: Any) -> Tensor:
+    """Return the mean of a torch loss over the targets of a batch that count; 0 if there are none."""
+    targets = batch.targets.flatten()
+    if batch.counted is None:
+        return cross_entropy(*inputs, targets, **options)
+    total = cross_entropy(*inputs, targets, ignore_index=IGNORED, reduction="sum", **options)
+    return total / batch.counted.sum().clamp(min=1)
 
 
 # --- pieces of the logits ---
@@ -44,11 +55,11 @@ class ChunkedHead:
 
     def __init__(self, head: nn.Linear) -> None:
         self._head, self._logits = head, head.forward
-        self._targets: Tensor | None = None
+        self._batch: Batch | None = None
         head.forward = self  # type: ignore[assignment]  # called by the module, as its own method was
 
     def __call__(self, hidden_BTD: Tensor) -> Tensor:
-        if self._targets is None:
+        if self._batch is None:
             return self._logits(hidden_BTD)
         weight: Tensor = self._head.weight
         bias: Tensor | None = self._head.bias
@@ -59,18 +70,23 @@ class ChunkedHead:
             bias = None if bias is None else bias.to(dtype)
         rows = max(PIECE_BYTES // (4 * weight.shape[0]), LEAST_ROWS)
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-        loss: Tensor = F.linear_cross_entropy(
-            hidden_BTD.flatten(0, 1), weight, self._targets.flatten(), linear_bias=bias, options=options
+        loss = mean_cross_entropy(
+            F.linear_cross_entropy,
+            hidden_BTD.flatten(0, 1),
+            weight,
+            batch=self._batch,
+            linear_bias=bias,
+            options=options,
         )
         return loss.float()
 
-    def loss(self, forward: Forward, tokens_BT1: Tensor, **inputs: Tensor) -> Tensor:
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Return what `next_token_loss` returns, without ever holding all logits."""
-        self._targets = tokens_BT1[:, 1:]
+        self._batch = batch
         try:
-            loss: Tensor = forward(input_ids=tokens_BT1[:, :-1], use_cache=False, **inputs).logits
+            loss: Tensor = forward(**batch.inputs).logits
         finally:
-            self._targets = None
+            self._batch = None
         return loss
 
     def undo(self) -> None:
@@ -78,7 +94,7 @@ class ChunkedHead:
         del self._head.forward
 
 
-def chunked_loss(module: nn.Module, forward: Forward, device: Any) -> Callable[..., Tensor] | None:
+def chunked_loss(module: nn.Module, forward: Forward, device: Any) -> Loss | None:
     """Return a loss that never holds all logits, or None for a model whose logits are not just those of a linear layer.
 
     `forward` is the module as its processes call it; all of them must call this.
@@ -97,7 +113,7 @@ def chunked_loss(module: nn.Module, forward: Forward, device: Any) -> Callable[.
             return None  # such as capped or scaled logits
         chunked = ChunkedHead(head)
         try:
-            chunked.loss(forward, tokens)
+            chunked.loss(forward, Batch(tokens))
         except (RuntimeError, TypeError, ValueError, IndexError):  # the model needs the logits for something else
             chunked.undo()
             return None
@@ -115,10 +131,22 @@ def document_positions(tokens_BT: Tensor, separator: int) -> Tensor:
     return positions_T - begins_BT.cummax(dim=1).values
 
 
-def require_separable_documents(module: nn.Module, forward: Forward, separator: int, device: Any) -> None:
-    """Raise `UserError` for a model in which a document still depends on the one before it in the same block."""
+def require_separable_documents(
+    module: nn.Module,
+    forward: Forward,
+    separator: int,
+    device: Any,
+    needed_by: str = "training.separate_documents",
+    *,
+    rows: int = 1,
+) -> None:
+    """Raise `UserError` for a model in which a document still depends on the one before it in the same block.
+
+    `needed_by` is what needs it. There have to be several `rows` if a pass has: flash attention keeps documents
+    apart only in a single one, and says nothing.
+    """
     words = torch.arange(2 * _PROBED + 1, device=device)  # different ones: of equal words, attention tells nothing
-    others = words[words != separator][None]
+    others = words[words != separator].expand(rows, -1)
     own = others[:, :_PROBED]
     before = torch.cat((others[:, _PROBED : 2 * _PROBED], torch.full_like(own[:, :1], separator)), dim=1)
     row = torch.cat((before, own), dim=1)
@@ -129,8 +157,11 @@ def require_separable_documents(module: nn.Module, forward: Forward, separator: 
         except TypeError:  # it takes no positions
             behind = None
     if behind is None or not torch.allclose(alone.float(), behind[:, before.shape[1] :].float(), rtol=1e-3, atol=1e-3):
+        config = getattr(module, "config", None)
+        kernel = getattr(config, "_attn_implementation", None) or "its own attention"
         raise UserError(
-            "training.separate_documents: this model cannot keep the documents of a block apart; set it to false"
+            f"{needed_by}: this model ({kernel}, {rows} blocks at a time) cannot keep the documents of a block apart; leave it "
+            "out, or set training.attention to another kernel"
         )
 
 
@@ -145,11 +176,13 @@ def _probing(module: nn.Module) -> Iterator[None]:
         module.train()
 
 
-def separate_loss(loss: Callable[..., Tensor], separator: int) -> Callable[..., Tensor]:
+def separate_loss(loss: Loss, separator: int) -> Loss:
     """Return a loss whose tokens attend only to their own document, whose positions begin at 0."""
 
     @functools.wraps(loss)
-    def separate(forward: Forward, tokens_BT1: Tensor) -> Tensor:
-        return loss(forward, tokens_BT1, position_ids=document_positions(tokens_BT1[:, :-1], separator))
+    def separate(forward: Forward, batch: Batch) -> Tensor:
+        if batch.positions is None:
+            batch = replace(batch, positions=document_positions(batch.tokens[:, :-1], separator))
+        return loss(forward, batch)
 
     return separate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,17 +44,25 @@ def autocast(config: TrainingConfig, device: Any) -> Any:
 
 
 @torch.no_grad()
-def store_weights(part: TrainablePart, config: TrainingConfig, device: Any) -> None:
+def store_weights(
+    part: TrainablePart, config: TrainingConfig, device: Any, dtypes: Mapping[str, str] | None = None
+) -> None:
     """Change the weights to the dtype that they are trained in; buffers stay as they are.
 
-    In bfloat16 passes, frozen matrices of linear layers are kept in bfloat16 if they lose nothing: results are the same.
+    In bfloat16 passes, frozen matrices of linear layers are kept in bfloat16 if they lose nothing: results are the same. Of
+    a model without weights, that is known by the `dtypes` in its files.
     """
     if config.precision == "pure_bfloat16":
         for parameter in part.module.parameters():
-            parameter.data = parameter.data.bfloat16()
+            if not (part.keeps_float32 and parameter.requires_grad):
+                parameter.data = parameter.data.bfloat16()
     elif uses_bfloat16(config, device):
-        for module in part.module.modules():
+        for name, module in part.module.named_modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 small = module.weight.data.bfloat16()
-                if torch.equal(small.to(module.weight.dtype), module.weight.data):
+                if module.weight.is_meta:
+                    is_same = (dtypes or {}).get(f"{name}.weight") == "BF16"
+                else:
+                    is_same = torch.equal(small.to(module.weight.dtype), module.weight.data)
+                if is_same:
                     module.weight.data = small

@@ -12,15 +12,35 @@ from ....core.config.settings import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """Return the learning rate at `progress` (0 to 1) through the full schedule."""
+    """Return the learning rate at `progress` (0 to 1) through the full schedule.
+
+    While a run anneals, it falls linearly to 0, from where the schedule is then.
+    """
+    annealing = _position(config, config.annealing_begin)
+    if config.annealing is not None and progress > annealing:
+        return learning_rate(config, annealing) * (config.schedule_end - progress) / (config.schedule_end - annealing)
     if progress < config.warmup:
         return config.learning_rate * progress / config.warmup
     if config.schedule == "constant" or config.warmup >= 1:
         return config.learning_rate
-    decayed = (progress - config.warmup) / (1 - config.warmup)
-    factor = 1 - decayed if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * decayed))
     floor = config.final_learning_rate
-    return config.learning_rate * (floor + (1 - floor) * factor)
+    return config.learning_rate * (
+        floor + (1 - floor) * _height(config, (progress - config.warmup) / (1 - config.warmup))
+    )
+
+
+def _height(config: TrainingConfig, decayed: float) -> float:
+    """Return the height of the learning rate above its floor, from 1 to 0, at `decayed` (0 to 1) after the warm-up."""
+    if config.schedule == "linear":
+        return 1 - decayed
+    if config.schedule == "wsd":  # warm-up, stable, decay: arXiv:2404.06395, section 4.2
+        if config.annealing is not None:
+            return 1.0  # it decays while the run anneals
+        share = config.decay / (1 - config.warmup)
+        return min((1 - decayed) / share, 1.0) if share > 0 else 1.0
+    if config.schedule == "restarts":  # SGDR: arXiv:1608.03983, section 3
+        decayed = min(decayed * config.cycles % 1.0, 1.0) if decayed < 1 else 1.0
+    return 0.5 * (1 + math.cos(math.pi * decayed))
 
 
 def progress_at(config: TrainingConfig, step: int) -> float:
@@ -28,5 +48,10 @@ def progress_at(config: TrainingConfig, step: int) -> float:
 
     With the midpoint, neither the first step of a warm-up nor the last step of a decay to zero has learning rate 0.
     """
+    return _position(config, step + 0.5)
+
+
+def _position(config: TrainingConfig, steps: float) -> float:
+    """Return the position in the full schedule after a number of a run's steps."""
     begin = config.schedule_begin or 0.0
-    return begin + (config.schedule_end - begin) * (step + 0.5) / config.steps
+    return begin + (config.schedule_end - begin) * steps / config.steps

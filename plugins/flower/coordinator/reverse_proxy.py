@@ -17,10 +17,11 @@ from wsgiref.util import is_hop_by_hop
 import httpx
 import uvicorn
 
+from ....core.process.patient_protocol import KEEP_ALIVE_S, PatientProtocol
 from ..protocol.certificates import Certificates
 from ..protocol.endpoints import PATH, Answer, Endpoints, FileSpan, failure_answer
 from ..protocol.signing import Failure
-from .connections import KEEP_ALIVE_S, MOST, BoundedLoop, Connections, PatientProtocol
+from .connections import MOST, BoundedLoop, Connections
 from .threaded_server import ThreadedServer
 
 FLEET = "/v1/fleet/"

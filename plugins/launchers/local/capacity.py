@@ -17,7 +17,7 @@ from ....core.hooks.training import Trainer
 from ....core.manifests.run import RunSpec, read_run
 from ....core.process.compute import available_cores
 from ....core.process.memory import available_memory
-from ....experts.runs.trainable import changeable_tensors
+from ....experts.runs.trainable import changeable_tensors, trainer_for
 from .options import LocalOptions
 
 
@@ -97,7 +97,7 @@ def _readable(runs: Sequence[Path]) -> dict[Path, RunSpec]:
 def memory_need(run: Path, spec: RunSpec, gpus: Sequence[str], options: LocalOptions) -> int:
     """Return a lower bound on a run's memory on this machine, in bytes: 0 on a GPU, or if the model is made by the run.
 
-    Each process loads the weights in float32; gradients and two moments of the trained tensors follow.
+    Each process loads the weights in float32, or its part of them; gradients and two moments of the trained tensors follow.
     """
     if _uses_gpu(spec, gpus) or spec.kind == "seed":
         return 0
@@ -108,7 +108,9 @@ def memory_need(run: Path, spec: RunSpec, gpus: Sequence[str], options: LocalOpt
         trained = sum(sizes[name] for name in _trained(spec, base, sizes))
     except UserError:  # a damaged or missing model, of which its worker says more
         return 0
-    return options.nproc * sum(sizes.values()) + (options.nproc if options.strategy == "ddp" else 1) * 3 * trained
+    replicas = options.nproc if options.strategy == "ddp" else 1
+    loaded = replicas if not trainer_for(spec.trains).reads_weights else options.nproc
+    return loaded * sum(sizes.values()) + replicas * 3 * trained
 
 
 def _trained(spec: RunSpec, base: Path, names: Iterable[str]) -> set[str]:

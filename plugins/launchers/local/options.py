@@ -14,8 +14,9 @@ class LocalOptions:
 
     nproc: int = 1
     """Processes that train a run together, on a GPU each if there are GPUs."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How several processes hold the model: each the whole of it, or each a part of every tensor."""
+    strategy: Literal["ddp", "fsdp", "ep"] = "ddp"
+    """How several processes hold the model: each the whole of it, each a part of every tensor, or each some experts of a
+    mixture and a part of every other tensor."""
     restarts: int = 3
     """How often a run of several processes is started again from its last checkpoint after a crash."""
     minutes: float | None = None

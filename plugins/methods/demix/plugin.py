@@ -266,7 +266,7 @@ def nearest_expert(model: EnsembleForCausalLM, text: TrainingText, samples: int)
     import torch
 
     from ....core.models.feed_forwards import spread_blocks
-    from ....core.models.posterior import mean_posterior
+    from ....core.models.kernels.posterior import mean_posterior
     from ....core.models.scoring import token_log_probs
 
     uniform = torch.full((len(model.members),), 1 / len(model.members)).log()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ....core.hooks.training import PrivateReleases
 from ....core.models.feed_forwards import input_moments, observe_inputs
-from ....core.text.token_store import Blocks
+from ....core.text.token_store import TokenBlocks
 from ....experts.measures.embedder import SentenceEmbedder
 
 
@@ -47,7 +47,7 @@ def hidden_state_embedding(
 
 
 def private_hidden_state_embedding(
-    model: PreTrainedModel, own: Blocks, public: Sequence[NDArray[Any]], private: PrivateReleases
+    model: PreTrainedModel, own: TokenBlocks, public: Sequence[NDArray[Any]], private: PrivateReleases
 ) -> DomainEmbedding:
     """Return the differentially private embedding of a domain by the seed's hidden states.
 

@@ -189,6 +189,7 @@ def test_missing_things_are_one_line_errors(run: Any, hub: Path) -> None:
     assert not state.exists()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_work_resumes_to_the_same_bytes(run: Any, hub: Path) -> None:
     invite(run, hub, "site-a")

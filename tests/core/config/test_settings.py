@@ -121,7 +121,7 @@ WRONG = {
     "training:\n  warmup: 1.5": "2: training.warmup: input should be less than or equal to 1 (it is 1.5)",
     "training:\n  learning_rate: .inf": "2: training.learning_rate: input should be a finite number (it is inf)",
     "training:\n  learning_rate: .nan": "2: training.learning_rate: input should be a finite number (it is nan)",
-    "training:\n  schedule: lnear": "2: training.schedule: input should be 'linear', 'cosine' or 'constant' (it is 'lnear')",
+    "training:\n  schedule: lnear": "2: training.schedule: input should be 'linear', 'cosine', 'constant', 'wsd' or 'restarts' (it is 'lnear')",
     "training:\n  schedule_begin: 0.5\n  schedule_end: 0.2": "1: training: schedule_begin must be smaller than schedule_end",
     "merges:\n  f:\n    method: m\n    weights: unifrom": "4: merges.f.weights: input should be 'uniform' or 'posterior' (it is 'unifrom')",
     "merges:\n  f:\n    method: m\n    weights: {a: .nan}": "4: merges.f.weights.a: input should be a finite number (it is nan)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cutting_servers import FileHandler, Traffic, serving
+from cutting_servers import CuttingHandler, FileHandler, Traffic, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pushed_artefacts import contents, write_large_expert
@@ -218,6 +219,9 @@ LIES = {
     lambda store: change_index(store, lambda index: index.update(complete=False)): "was not pushed to the end",
     lambda store: change_index(store, lambda index: index["files"].pop("notes/lines.txt")): "do not agree on",
     lambda store: change_index(store, lambda index: index.update(format=2)): "is damaged",
+    lambda store: change_index(store, lambda index: index["files"]["part-1.safetensors"].update(size=1 << 50)): (
+        "part-1.safetensors has .* bytes where 1,125,899,906,842,624 are announced"
+    ),
     lambda store: (store / "law" / INDEX_FILE).write_text("[" * 100_000): "is damaged",
     lambda store: (store / "law" / INDEX_FILE).write_bytes(b"\xff\xfe"): "is damaged",
     lambda store: (store / "law" / "expert.json").write_text("{}"): "does not have the sha256",
@@ -256,6 +260,41 @@ def test_a_server_without_ranges_is_refused(store: Path, tmp_path: Path) -> None
         pulled(f"{url}/law", tmp_path / "pulled")
 
 
+def test_a_file_that_the_disk_has_no_room_for_is_refused_before_a_byte(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_index(store, lambda index: index["files"]["part-1.safetensors"].update(size=1 << 50))
+    monkeypatch.setattr("expertctl.core.remote.download._check_size", lambda *arguments: None)  # the server lies too
+    with pytest.raises(UserError, match=r"1,125,.* bytes are to be written to .*free some space"):
+        pulled(f"file://{store}/law", tmp_path / "pulled")
+
+
+class EndlessHandler(CuttingHandler):
+    """Announces 100 bytes and sends them without end."""
+
+    sent = 0
+
+    def do_HEAD(self) -> None:  # noqa: N802
+        self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+
+    def do_GET(self) -> None:  # noqa: N802
+        self.send_response(206)
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            while EndlessHandler.sent < 400 * MB:
+                EndlessHandler.sent += self.wfile.write(b"0" * MB)
+
+
+def test_an_answer_without_end_does_not_fill_the_memory(tmp_path: Path) -> None:
+    with serving(EndlessHandler, Traffic()) as url, pytest.raises(UserError, match="is damaged"):
+        pulled(f"{url}/law", tmp_path / "pulled")
+    assert EndlessHandler.sent < 100 * MB
+
+
 hostile_names = st.one_of(
     st.sampled_from(
         [
@@ -270,6 +309,9 @@ hostile_names = st.one_of(
             ".hidden",
             "a/.git/config",
             "C:\\x",
+            "a\nb",
+            "a\x1b[2Jb",
+            "\ud800",
             "a" * 300,
         ]
     ),
@@ -305,7 +347,7 @@ def test_a_hostile_index_writes_nothing_outside(tmp_path: Path, index: object) -
     except UserError as error:
         said = str(error)
     if said:
-        assert not {"\n", "\0"} & set(said)
+        assert not {"\n", "\0", "\x1b"} & set(said)
         assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
     else:
         assert index == {"format": 1, "complete": True, "files": {}} or list((tmp_path / "pulled").iterdir()) == []

@@ -86,6 +86,8 @@ def test_ten_cuts_in_one_push(law: Path) -> None:
     pushed.pop(INDEX_FILE)
     assert pushed == contents(law)
     assert Cutting.cuts == 0
+    sizes = {name: len(content) for name, content in pushed.items()}
+    assert sum(Cutting.sent.values()) <= sum(sizes.values()) + 10 * max(sizes.values()), "a cut costs at most a file"
     assert index_of("cutting://bucket/law").complete
 
 
@@ -204,11 +206,24 @@ def test_refusals_are_one_line_and_not_repeated(law: Path, refusal: Exception, s
         ("nothing://x/y", "unknown protocol 'nothing'"),
         ("zip://a::memory://b", "chain of URLs"),
         ("hub:law", "is no repository of the hub"),
+        ("s3://", r"^s3:// names no folder; write s3://PLACE/FOLDER$"),
+        ("file:///", "names no folder"),
+        ("dir://x", r"^dir://x cannot be opened \(AttributeError"),
+        ("reference://x", r"^reference://x cannot be opened \(TypeError"),
     ],
 )
 def test_urls_that_take_no_push(law: Path, url: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         push(law, url, card=card)
+
+
+@pytest.mark.parametrize("place", ["", "/sub"])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_artefact_is_not_pushed_into_itself(law: Path, place: str, force: bool) -> None:
+    before = contents(law)
+    with pytest.raises(UserError, match="is in the folder that is to be pushed; choose another URL"):
+        push(law, f"file://{law}{place}", card=card, force=force)
+    assert contents(law) == before
 
 
 def test_options_of_the_hub_are_for_the_hub(law: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 from threading import Event
 from types import SimpleNamespace
 
@@ -68,3 +70,19 @@ def test_nothing_is_repeated_after_a_stop() -> None:
     with pytest.raises(ConnectionResetError):
         persistently(fail, stop=stop)
     assert len(tries) == 1
+
+
+@pytest.mark.parametrize(("code", "tries"), [(errno.ENOSPC, 1), (errno.ENOTDIR, 1), (errno.ECONNRESET, 3)])
+def test_errors_of_a_mounted_file_system_are_not_waited_for(
+    code: int, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.0)
+    count = itertools.count(1)
+
+    def fail() -> None:
+        next(count)
+        raise OSError(code, "failed")
+
+    with pytest.raises(OSError, match="failed"):
+        persistently(fail, attempts=3)
+    assert next(count) == tries + 1

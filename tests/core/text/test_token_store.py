@@ -17,21 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expertctl.core.errors import UserError
-from expertctl.core.text.token_store import (
+from expertctl.core.text.block_order import (
     BalancedUnion,
     Concatenation,
-    EncodedDocument,
     Position,
     RandomSlice,
     SharedUnion,
-    TokenBlocks,
-    TokenStore,
-    TokenWindows,
     domain_at,
     draw,
     shuffled,
-    write_part,
 )
+from expertctl.core.text.token_store import EncodedDocument, Row, TokenBlocks, TokenStore, TokenWindows, write_part
 
 SEPARATOR = 0
 seeds = st.integers(0, 2**40)
@@ -48,9 +44,9 @@ class Numbered:
     def __len__(self) -> int:
         return self.size
 
-    def block(self, index: int) -> np.ndarray:
+    def row(self, index: int) -> Row:
         assert 0 <= index < self.size
-        return np.array([self.name, index])
+        return Row(np.array([self.name, index]))
 
 
 def written(folder: Path, documents: Sequence[Sequence[int]], **settings: Any) -> TokenStore:
@@ -132,7 +128,7 @@ def test_every_token_but_the_first_is_a_target_exactly_once(
 ) -> None:
     blocks = TokenBlocks(written(tmp_path, [document]), size)
     stream = [SEPARATOR, *document, SEPARATOR]
-    batches = list(blocks.batches(batch_size))
+    batches = [batch.tokens for batch in blocks.windows(batch_size)]
     targets = [token for batch in batches for row in batch for token in row[1:].tolist()]
     assert targets == stream[1:]
     assert blocks.num_targets == len(targets)
@@ -148,14 +144,14 @@ def test_every_token_but_the_first_is_a_target_exactly_once(
 def test_a_limit_ends_after_that_many_whole_blocks(tmp_path: Path) -> None:
     blocks = TokenBlocks(written(tmp_path, [list(range(1, 30))]), 4)
     assert len(blocks) == 7
-    assert [batch.shape for batch in blocks.batches(2, limit=3)] == [(2, 5), (1, 5)]
-    assert [batch.shape for batch in blocks.batches(9)] == [(7, 5), (1, 3)]
+    assert [batch.tokens.shape for batch in blocks.windows(2, limit=3)] == [(2, 5), (1, 5)]
+    assert [batch.tokens.shape for batch in blocks.windows(9)] == [(7, 5), (1, 3)]
 
 
 def test_a_part_smaller_than_a_block_gives_its_rest(tmp_path: Path) -> None:
     blocks = TokenBlocks(written(tmp_path, [[1, 2]]), 16)
     assert len(blocks) == 0
-    assert [batch.tolist() for batch in blocks.batches(8, limit=4)] == [[[0, 1, 2, 0]]]
+    assert [batch.tokens.tolist() for batch in blocks.windows(8, limit=4)] == [[[0, 1, 2, 0]]]
 
 
 # --- order ---
@@ -186,11 +182,11 @@ def test_positions_outside_the_store_are_an_error(index: int, size: int) -> None
 @settings(deadline=None)
 def test_every_epoch_draws_every_block_once_and_anew(size: int, seed: int, epoch: int) -> None:
     blocks = Numbered(0, size)
-    drawn = [int(draw(blocks, Position(epoch, index), seed)[1]) for index in range(size)]
+    drawn = [int(draw(blocks, Position(epoch, index), seed).tokens[1]) for index in range(size)]
     assert sorted(drawn) == list(range(size))
-    assert drawn == [int(draw(blocks, Position(epoch, index), seed)[1]) for index in range(size)]
+    assert drawn == [int(draw(blocks, Position(epoch, index), seed).tokens[1]) for index in range(size)]
     if size > 20:
-        assert drawn != [int(draw(blocks, Position(epoch + 1, index), seed)[1]) for index in range(size)]
+        assert drawn != [int(draw(blocks, Position(epoch + 1, index), seed).tokens[1]) for index in range(size)]
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), seeds, st.integers(0, 2))
@@ -198,7 +194,7 @@ def test_every_epoch_draws_every_block_once_and_anew(size: int, seed: int, epoch
 def test_a_balanced_union_gives_every_domain_the_same_share(sizes: list[int], seed: int, epoch: int) -> None:
     union = BalancedUnion([Numbered(name, size) for name, size in enumerate(sizes)])
     assert len(union) == max(sizes) * len(sizes)
-    drawn = [draw(union, Position(epoch, index), seed).tolist() for index in range(len(union))]
+    drawn = [draw(union, Position(epoch, index), seed).tokens.tolist() for index in range(len(union))]
     assert Counter(name for name, _ in drawn) == dict.fromkeys(range(len(sizes)), max(sizes))
     largest = sizes.index(max(sizes))
     assert sorted(index for name, index in drawn if name == largest) == list(range(max(sizes)))
@@ -212,7 +208,7 @@ def test_a_balanced_union_gives_every_domain_the_same_share(sizes: list[int], se
 def test_domains_give_their_shares_at_any_point(sizes: list[int], data: st.DataObject, seed: int) -> None:
     shares = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     union = SharedUnion([Numbered(name, size) for name, size in enumerate(sizes)], shares)
-    drawn = [draw(union, Position(0, index), seed).tolist() for index in range(300)]
+    drawn = [draw(union, Position(0, index), seed).tokens.tolist() for index in range(300)]
     for end in (1, 10, 100, 300):
         counts = Counter(name for name, _ in drawn[:end])
         for name, share in enumerate(shares):
@@ -227,7 +223,7 @@ def test_domains_of_a_union_are_shuffled_each_for_itself() -> None:
     union = BalancedUnion([Numbered(name, 100) for name in range(2)])
     orders: dict[int, list[int]] = {0: [], 1: []}
     for index in range(len(union)):
-        name, block = draw(union, Position(0, index), 3).tolist()
+        name, block = draw(union, Position(0, index), 3).tokens.tolist()
         orders[name].append(block)
     assert sum(mine == other for mine, other in zip(*orders.values(), strict=True)) < 10
 
@@ -237,16 +233,16 @@ def test_domains_of_a_union_are_shuffled_each_for_itself() -> None:
 def test_random_slices_part_the_blocks_among_them(sizes: list[int], count: int, seed: int) -> None:
     together = Concatenation([Numbered(name, size) for name, size in enumerate(sizes)])
     slices = [RandomSlice(together, index, count, seed) for index in range(count)]
-    drawn = [tuple(part.block(index).tolist()) for part in slices for index in range(len(part))]
+    drawn = [tuple(part.row(index).tokens.tolist()) for part in slices for index in range(len(part))]
     assert sorted(drawn) == [(name, index) for name, size in enumerate(sizes) for index in range(size)]
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 def test_a_concatenation_is_its_parts_end_to_end() -> None:
     together = Concatenation([Numbered(0, 2), Numbered(1, 1)])
-    assert [together.block(index).tolist() for index in range(len(together))] == [[0, 0], [0, 1], [1, 0]]
+    assert [together.row(index).tokens.tolist() for index in range(len(together))] == [[0, 0], [0, 1], [1, 0]]
     with pytest.raises(IndexError):
-        together.block(3)
+        together.row(3)
 
 
 @given(st.integers(0, 5), st.integers(0, 9), st.integers(0, 40), st.integers(0, 40))

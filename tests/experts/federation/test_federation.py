@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from federation_members import BTM, FLEXOLMO, MODULES, Clock, hand_in, trained
+from federation_members import BTM, FLEXOLMO, LORA, MODULES, PROMPT, Clock, hand_in, trained
 from safetensors.torch import load_file, save_file
 
 from expertctl import UserError, Workspace, load_model, verify
@@ -28,6 +28,7 @@ from expertctl.experts.federation.coordinator.storage import QUARANTINED
 from expertctl.experts.federation.judging.acceptance import HeldOut
 from expertctl.experts.federation.judging.refusal import RefusalCode
 from expertctl.experts.federation.owner.owner import Owner
+from expertctl.experts.federation.owner.recipes import recipe_of
 from expertctl.experts.federation.protocol.delivery import SignedStatement, Statement, make_delivery
 from expertctl.experts.federation.protocol.parts import parts_of
 from expertctl.experts.federation.protocol.requests import ExpertRequest, Recipe
@@ -43,7 +44,7 @@ def ask(coordinator: Coordinator, clock: Clock, *names: str, recipe: Recipe = BT
 # --- what goes well ---
 
 
-@pytest.mark.parametrize("recipe", [BTM, FLEXOLMO], ids=["btm", "flexolmo"])
+@pytest.mark.parametrize("recipe", [BTM, FLEXOLMO, LORA, PROMPT], ids=["btm", "flexolmo", "lora", "prompt"])
 def test_two_owners_train_apart_and_their_experts_merge(
     coordinator: Coordinator, new_owner: NewOwner, clock: Clock, recipe: Recipe
 ) -> None:
@@ -62,8 +63,8 @@ def test_two_owners_train_apart_and_their_experts_merge(
     assert workspace.layout.finished_experts() == sorted(owners)
     for name in owners:
         assert verify(workspace.experts / name) == []
-    method = "flexolmo" if recipe is FLEXOLMO else "average"
-    workspace.merge("together", method=method)
+    method = "flexolmo" if recipe is FLEXOLMO else "ensemble" if recipe is PROMPT else "average"
+    workspace.merge("together", method=method, options={"prior": "uniform"} if recipe is PROMPT else {})
     model, _ = load_model(workspace.generalists / "together")
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
@@ -384,6 +385,98 @@ def test_an_invalid_expert_is_quarantined_with_a_reason(
     again = owner.delivery(request)
     assert hand_in(coordinator, owner.delivery_folder(request), request, again) is None
     assert coordinator.layout.finished_experts() == ["site-a"]
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def factor(tensors: dict[str, torch.Tensor]) -> str:
+    return next(name for name in sorted(tensors) if name.endswith("up_proj.lora_B.weight"))
+
+
+def in_factor(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return with_tensors(lambda tensors: tensors.update({factor(tensors): change(tensors[factor(tensors)])}), ADAPTER)
+
+
+def set_alpha(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1000}))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (in_factor(lambda b: b + 29), RefusalCode.NORM),
+        (in_factor(lambda b: b + 31), RefusalCode.NORM),
+        (in_factor(lambda b: b * float("nan")), RefusalCode.NOT_FINITE),
+        (in_factor(lambda b: b.half()), RefusalCode.DTYPES),
+        (in_factor(lambda b: b[:-1].clone()), RefusalCode.SHAPES),
+        (with_tensors(lambda tensors: tensors.pop(factor(tensors)), ADAPTER), RefusalCode.SHAPES),
+        (with_tensors(add_stranger, ADAPTER), RefusalCode.SHAPES),
+        (set_alpha, RefusalCode.MANIFEST),
+        (add_file, RefusalCode.FILES),
+    ],
+    ids=["change", "range", "nan", "dtype", "shape", "missing", "stranger", "config", "file"],
+)
+def test_an_invalid_adapter_is_refused(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock, change: Callable[[Path], None], code: RefusalCode
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a", recipe=LORA)
+    trained(coordinator, owner, request)
+    owner.delivery(request)
+    signed = rewritten(owner, request, change)
+    refusal = hand_in(coordinator, owner.delivery_folder(request), request, signed)
+    assert refusal is not None
+    assert refusal.code is code, refusal
+    assert coordinator.layout.finished_experts() == []
+
+
+def set_tokens(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "num_virtual_tokens": 2}))
+
+
+def in_prompt(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    name = "prompt_embeddings"
+    return with_tensors(lambda tensors: tensors.update({name: change(tensors[name])}), ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (in_prompt(lambda rows: rows + 2e4), RefusalCode.NORM),
+        (in_prompt(lambda rows: rows * float("nan")), RefusalCode.NOT_FINITE),
+        (in_prompt(lambda rows: rows[:-1].clone()), RefusalCode.SHAPES),
+        (set_tokens, RefusalCode.MANIFEST),
+    ],
+    ids=["range", "nan", "shape", "config"],
+)
+def test_an_invalid_prompt_is_refused(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock, change: Callable[[Path], None], code: RefusalCode
+) -> None:
+    owner = new_owner("site-a")
+    (request,) = ask(coordinator, clock, "site-a", recipe=PROMPT)
+    trained(coordinator, owner, request)
+    owner.delivery(request)
+    signed = rewritten(owner, request, change)
+    refusal = hand_in(coordinator, owner.delivery_folder(request), request, signed)
+    assert refusal is not None
+    assert refusal.code is code, refusal
+
+
+def test_owners_are_not_asked_for_prompts_behind_others() -> None:
+    with pytest.raises(UserError, match="'progressive_prompts' reads law, which owners do not have"):
+        recipe_of("progressive_prompts", {"earlier": "law"})
+
+
+def test_targets_that_the_seed_does_not_have_are_refused_before_owners_are_asked(
+    coordinator: Coordinator, new_owner: NewOwner, clock: Clock
+) -> None:
+    new_owner("site-a")
+    with pytest.raises(UserError, match="no linear layer matches target 'c_attn'"):
+        ask(coordinator, clock, "site-a", recipe=replace(LORA, options={"targets": "c_attn"}))
+    assert coordinator.open_requests("site-a") == []
 
 
 def test_refusals_of_a_request_are_bounded_until_the_owner_is_asked_again(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_experts import write_expert
 from reporters import Recorder
@@ -102,25 +102,41 @@ def test_an_evaluator_that_cannot_be_divided_runs_in_one_process_with_a_note(
     assert "evaluator 'perplexity' scores a text as a whole, so only one process is used" in recorder.lines
 
 
-def test_a_killed_process_is_an_error(workspace: Workspace) -> None:
-    class Killer(Recorder):
-        def progress(self, task: str, done: int, total: int | None = None, unit: str = "") -> None:
-            for process in multiprocessing.active_children():
-                assert process.pid is not None
-                os.kill(process.pid, signal.SIGKILL)
+def killed(model: Any, windows: TokenWindows) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("dead processes do not go on")
 
+
+def test_a_process_that_is_killed_while_it_opens_a_model_is_an_error(
+    workspace: Workspace, counting: Callable[[Division | None], None]
+) -> None:
+    counting(Division(killed, num_windows, count_windows))
     with pytest.raises(UserError, match=r"^evaluation process \d of 2 was killed by signal 9") as error:
-        workspace.evaluate("seed", stride=1, nproc=2, reporter=Killer())
+        workspace.evaluate("seed", stride=1, nproc=2)
     assert "\n" not in str(error.value)
     assert not multiprocessing.active_children()
 
 
-def test_a_model_that_cannot_be_loaded_is_an_error(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_model_that_only_the_processes_load_and_cannot_is_an_error(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(workspace.layout.seed, tmp_path / "damaged")
-    (folder / "seed.json").unlink()
-    (folder / "model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(UserError, match="damaged"):
-        workspace.evaluate("seed", str(folder), nproc=2)
+    for name in ("seed.json", "run.json"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers + 1, "layer_types": None}))
+    monkeypatch.setattr("expertctl.core.models.loading._from_pretrained", None)  # this process cannot load it
+    with pytest.raises(UserError, match=rf"damaged has no tensor 'model.layers.{layers}.") as error:
+        workspace.evaluate(str(folder), nproc=2)
+    assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
+
+
+def test_a_text_of_one_window_starts_no_process(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_evaluation, "Worker", None)
+    monkeypatch.setattr(shared_evaluation.EvaluationJob, "num_windows", 1)
+    assert figures(workspace, "seed", nproc=2) == figures(workspace, "seed")
 
 
 def test_processes_and_models_at_the_same_time_are_refused(workspace: Workspace) -> None:
@@ -144,6 +160,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return TokenStore(folder)
 
 
+@settings(deadline=None)  # busy machines
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 9), st.lists(st.integers(0, 800), max_size=4))
 def test_pieces_hold_the_batches_of_the_whole_text(
     text: TokenStore, context: int, stride: int, size: int, cuts: list[int]

@@ -127,6 +127,22 @@ def test_the_loaded_expert_is_what_was_trained(trained: Workspace) -> None:
         ({"domain": "prose", "start": {"seed": 0}}, r"initial weights sum to 0"),
         ({"domain": "prose", "options": {"depth": 3}}, r"trainer 'all' has no option 'depth'"),
         ({}, r"give its domain"),
+        (
+            {"domain": "prose", "training": {"stages": [{"share": 0.5, "sequence_length": 24}]}},
+            r"training.stages: blocks of 32 tokens \(sequence_length\) cannot be cut into blocks of 24; choose",
+        ),
+        (
+            {"domain": "prose", "training": {"annealing": {"share": 0.5, "domains": ["chanse"]}}},
+            r"no domain 'chanse' \(did you mean 'chance'\?\)",
+        ),
+        (
+            {"domain": "prose", "training": {"annealing": {"share": 0.01, "domains": ["chance"]}}},
+            r"training.annealing: the run has 20 steps, and annealing rounds to none; change the share",
+        ),
+        (
+            {"domain": "prose", "training": {"stages": [{"share": 0.5, "length": 16}]}},
+            r"'new': unknown key 'length' in training.stages",
+        ),
     ],
 )
 def test_a_branch_that_makes_no_sense_is_refused(project: Workspace, settings: dict[str, object], message: str) -> None:

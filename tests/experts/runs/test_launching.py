@@ -139,3 +139,25 @@ def test_the_launcher_counts_the_runs_that_fit(project: Workspace, recorder: Rec
 def test_a_launcher_either_launches_or_schedules(functions: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="launcher 'x' needs either `launch` or `scheduler`"):
         Launcher("x", "for a test", **functions)
+
+
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_an_interruption_starts_nothing_more_and_forgets_no_run(
+    recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_raised: bool
+) -> None:
+    """Ctrl-C may come at any moment: while a launcher prepares, or while its runs train."""
+
+    def launch(runs: Sequence[Path], jobs: int, reporter: Reporter, options: NodeOptions) -> list[LaunchResult]:
+        if options.gpus == 1:
+            return [LaunchResult(run, None) for run in runs]
+        if options.gpus == 2 and is_raised:
+            raise KeyboardInterrupt
+        assert options.gpus == 2, "the third group is not started"
+        return [LaunchResult(run, None, interrupted=True) for run in runs]
+
+    monkeypatch.setattr(recorder, "launch", launch)
+    runs = [tmp_path / name for name in ("a", "b", "c", "d")]
+    own = {run: LauncherConfig(name="nodes", options={"gpus": number}) for number, run in enumerate(runs[:3], 1)}
+    result = launching.launch(runs, 1, LauncherConfig(name="nodes", options={"gpus": 2}), own_launchers=own)
+    assert result.finished == ("a",)
+    assert sorted(result.interrupted) == ["b", "c", "d"]

@@ -94,8 +94,10 @@ def test_published_sizes_come_out() -> None:
     [
         ({"devices": 12}, "12 devices cannot be shared equally by 8 experts"),
         ({"seed_share": 0.9}, "leave no tokens for experts"),
+        ({"seed_share": float("nan")}, "the shares of seed and finetuning are nan"),
+        ({"devices": 8 * 10**400}, "devices is 80000"),
         ({"batch_tokens": 4096.0}, "less than one block"),
-        ({"tokens": float("nan")}, "give finite numbers above 0"),
+        ({"tokens": float("nan")}, "tokens is nan; give a number above 0"),
     ],
 )
 def test_scenarios_without_sense_are_refused(changes: dict[str, float], message: str) -> None:
@@ -116,6 +118,10 @@ def test_hardware_is_read_from_files(tmp_path: Path) -> None:
             (file.read_text().replace("80", "-80"), "gb is -80; give a number above 0"),
             ("[1, 2]", "give a mapping"),
             ("a: [", "cannot be read as YAML"),
+            ("a: " + "[" * 3000, "cannot be read as YAML"),
+            ("1: {tflops: 1}", "give a mapping of names"),
+            (file.read_text().replace("80", ".inf"), "gb is inf; give a number above 0"),
+            (file.read_text().replace("efficiency: 0.", "efficiency: 1."), "efficiency at most 1"),
         ]
     ):
         wrong = tmp_path / f"wrong-{number}.yaml"

@@ -40,7 +40,10 @@ def test_mixtures_and_folders_without_a_model_are_refused(tmp_path: Path) -> Non
     config: Any = AutoConfig.for_model("mixtral", **TINY, num_local_experts=4)
     with pytest.raises(UserError, match="a plan needs a dense model"):
         shape_of(config)
-    with pytest.raises(UserError, match="has no configuration of a model"):
+    with pytest.raises(UserError, match=r"has no config\.json, so it is no folder of a model"):
         folder_shape(tmp_path)
     LlamaConfig(**TINY).save_pretrained(tmp_path)
     assert folder_shape(tmp_path).layers == 2
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -8}')
+    with pytest.raises(UserError, match=r"is not a model supported by transformers: .*hidden size \(-8\)"):
+        folder_shape(tmp_path)

@@ -34,6 +34,7 @@ def test_too_few_steps_do_not_determine_the_coefficients() -> None:
         fitted([Measured(step, 1.0, 1e9)] * 5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_step_is_measured_in_a_process_of_its_own() -> None:
     small, large = measure_all([Trial(64, 128, 1, 512, 1, 64), Trial(256, 704, 4, 4096, 4, 128)])

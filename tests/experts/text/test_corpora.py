@@ -268,5 +268,5 @@ def test_every_token_is_read_once_by_evaluation(layout: Layout, model_folder: Pa
         jsonl(layout.root / "valid.jsonl", TEXTS[30:]),
     )
     store = prepare(layout, model_folder, train=train, valid=valid).open("valid")
-    targets = [token for batch in TokenBlocks(store, 16).batches(3) for row in batch for token in row[1:]]
+    targets = [token for batch in TokenBlocks(store, 16).windows(3) for row in batch.tokens for token in row[1:]]
     assert targets == store.read(1, len(store)).tolist()

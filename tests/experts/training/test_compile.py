@@ -9,6 +9,7 @@ import pytest
 from expertctl.workspace import Workspace
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
 def test_a_compiled_run_ends_near_the_plain_one(project: Workspace) -> None:

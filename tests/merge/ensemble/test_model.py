@@ -27,7 +27,7 @@ from expertctl.core.artefacts.layout import Layout
 from expertctl.core.config.settings import MergeConfig
 from expertctl.core.errors import UserError
 from expertctl.core.manifests.verification import verify
-from expertctl.core.models.posterior import EWMA_RATE, SMALLEST_PRIOR
+from expertctl.core.models.kernels.posterior import EWMA_RATE, SMALLEST_PRIOR
 from expertctl.merge.ensemble.posterior_mixing import PosteriorMixer
 from expertctl.merge.merging import merge
 

@@ -11,9 +11,9 @@ from toy_tokenizers import model, tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from expertctl.core.errors import UserError
-from expertctl.merge.generalists.chat_templates import chat_template, template_of
+from expertctl.core.text.chat_templates import NAMED_TEMPLATES, template_of
+from expertctl.merge.generalists.chat_templates import chat_template
 from expertctl.merge.merging import merge_recipe
-from expertctl.merge.recipes.chat_templates import NAMED_TEMPLATES
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -13,11 +13,12 @@ from expertctl.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
-RUNS = ("llama", "gpt2", "bloom", "falcon_h1", "mamba", "opt", "llama4_text", "rwkv", "qwen3_moe")
+RUNS = ("llama", "gpt2", "bloom", "mamba", "opt", "llama4_text", "rwkv", "qwen3_moe")
+LONG = [pytest.param("falcon_h1", marks=pytest.mark.long)]
 REFUSED = {"hrm_text": "no list of 16 decoder layers"}
 
 
-@pytest.mark.parametrize("family", RUNS)
+@pytest.mark.parametrize("family", [*RUNS, *LONG])
 @pytest.mark.filterwarnings("ignore:models of type '(mamba|rwkv)'")
 def test_a_stitched_model_runs_and_its_cache_changes_no_token(family: str, tmp_path: Path, new_workspace: Any) -> None:
     root = new_workspace(tmp_path / "ws", ["a", "b"], family=family)

@@ -65,6 +65,7 @@ def has_checkpoint(workspace: Workspace, name: str) -> Callable[[], bool]:
     return lambda: any((workspace.experts / name / STATE_FOLDER).glob("step-*"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_stopped_jobs_are_submitted_again_and_nothing_is_trained_twice(
     new_project: MakeProject, slurm: FakeSlurm
@@ -323,6 +324,27 @@ def test_a_cluster_that_does_not_answer_is_not_taken_for_one_without_the_job(
             plugin.states(["1"])
     else:
         assert plugin.states(["1"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("printf '\\377\\376'", "sbatch printed '\ufffd\ufffd' and not the number of a job"),
+        ("printf '\\377\\n' >&2; exit 1", "sbatch failed: \ufffd"),
+        ("kill -9 $$", "sbatch failed: status -9"),
+        ("exit 3", "sbatch failed: status 3"),
+        ("exec sleep 60", r"sbatch did not answer within 0.5 seconds"),
+    ],
+)
+def test_a_command_that_misbehaves_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(plugin, "COMMAND_TIMEOUT_S", 0.5)
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    with pytest.raises(UserError, match=f"^{said}$"):
+        plugin.submit(SlurmOptions(), Job(tmp_path, tmp_path / "log", tmp_path / "records"))
 
 
 @pytest.mark.parametrize("options", [{"nodes": 0}, {"restarts": -1}, {"poll_seconds": 0}, {"minutes": 0}])

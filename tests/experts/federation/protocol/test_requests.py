@@ -23,6 +23,14 @@ REQUEST = ExpertRequest(
 )
 
 
+def test_stages_and_annealing_cannot_be_asked_of_owners() -> None:
+    with pytest.raises(UserError, match=r"training.annealing cannot be asked of owners; leave it out"):
+        Recipe("btm", training={"annealing": {"share": 0.5, "domains": ["public"]}})
+    with pytest.raises(UserError, match=r"training.stages cannot be asked of owners; leave it out"):
+        Recipe("flexolmo", training={"stages": [{"share": 0.5, "sequence_length": 16}]})
+    assert Recipe("flexolmo", training={"stages": []}).training == {"stages": []}
+
+
 def test_a_request_survives_a_json_round_trip() -> None:
     assert ExpertRequest.of_json(REQUEST.as_json()) == REQUEST
     assert ExpertRequest.of_json(REQUEST.as_json()).recipe.digest == REQUEST.recipe.digest

@@ -25,14 +25,8 @@ from expertctl.core.errors import Interrupted
 from expertctl.core.models.overlay import overlay_tensors
 from expertctl.core.models.stored_names import checkpoint_tensors
 from expertctl.core.testing import tiny_model_folder
-from expertctl.core.text.token_store import (
-    BalancedUnion,
-    EncodedDocument,
-    RandomSlice,
-    TokenBlocks,
-    TokenStore,
-    write_part,
-)
+from expertctl.core.text.block_order import BalancedUnion, RandomSlice
+from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
 from expertctl.experts.federation.judging.refusal import RefusalCode
 from expertctl.experts.federation.judging.round_weights import AveragingRules
 from expertctl.experts.federation.owner import inner_training
@@ -462,6 +456,7 @@ run_rounds(Rounds(Path(sys.argv[1])), nudge, int(sys.argv[2]), now=lambda: datet
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path) -> None:
     expected, rounds = begin(tmp_path / "expected"), begin(tmp_path / "killed")

@@ -15,12 +15,14 @@ from reporters import Recorder
 from scripted_scheduler import Act, ScriptedScheduler
 
 from expertctl.core.config.settings import LauncherConfig
+from expertctl.core.errors import UserError
 from expertctl.core.manifests.run import JOB_FOLDER
 from expertctl.core.reporting import LaunchResult
 from expertctl.experts.runs.jobs import job_queue
-from expertctl.experts.runs.jobs.job_file import read_job
+from expertctl.experts.runs.jobs.job_file import SubmittedJob, read_job
 from expertctl.experts.runs.jobs.job_queue import JobQueue
 from expertctl.experts.runs.jobs.run_job import ScheduledRun
+from expertctl.experts.runs.jobs.status import require_no_job
 
 RESTARTS = 2
 ENDINGS = ("finish", "error", "save", "kill", "die early", "lose", "cancel")
@@ -145,7 +147,28 @@ def test_a_damaged_file_fails_its_run_alone(tmp_path: Path) -> None:
     (damaged / JOB_FOLDER / "job.json").write_text("{")
     first, second = follow([damaged, intact], ScriptedScheduler("finish"))
     assert "job.json is damaged" in str(first.error)
+    assert str(first.error).endswith("or delete it once no job of 'a' is in the queue")
     assert second == LaunchResult(intact, None)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        (LauncherConfig(name="local"), r"launcher 'local' has no queue of jobs here"),
+        (LauncherConfig(name="gone"), r"no launcher 'gone'; installed: "),
+        (LauncherConfig(name="slurm", options={"x": 1}), r"launcher 'slurm' has no option 'x'"),
+    ],
+)
+def test_a_job_whose_queue_does_not_answer_keeps_its_run_until_the_user_knows(
+    tmp_path: Path, launcher: LauncherConfig, said: str
+) -> None:
+    (run,) = runs_in(tmp_path, "a")
+    SubmittedJob("7", launcher, "2026-01-01T00:00:00+00:00", "records-0.jsonl").write(run)
+    with pytest.raises(UserError, match=rf"^job 7 of launcher '.*' may train 'a' \({said}") as refused:
+        require_no_job(run)
+    assert str(refused.value).endswith(f"delete {run / JOB_FOLDER / 'job.json'}")
+    (run / JOB_FOLDER / "job.json").unlink()
+    require_no_job(run)
 
 
 def test_a_silent_scheduler_is_asked_again_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "whole": {"trains": "all"},
     "feed-forward": {"trains": "feed_forward"},
     "pattern": {"trains": "model.layers.*.self_attn.*"},
+    "lora": {"trains": "lora", "options": {"rank": 4}},
+    "dora": {"trains": "lora", "options": {"rank": 4, "dora": True}},
+    "prompt": {"trains": "prompt", "options": {"tokens": 4}},
+    "residual": {"trains": "residual_prompt", "options": {"tokens": 4, "bottleneck": 16, "layers": 2}},
     "thrifty": {
         "trains": "feed_forward",
         "training": TRAINING
@@ -108,6 +112,7 @@ def test_two_processes_have_the_losses_of_one_for_every_trainer(
             torch.testing.assert_close(model(tokens).logits, other(tokens).logits, atol=2e-2, rtol=0)
 
 
+@pytest.mark.long
 def test_a_run_resumes_on_other_numbers_of_processes_and_by_the_other_strategy(
     prepared: Path, alone: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from private_models import CONFIG, changed, drawn, make_model, naive_gradients, 
 from torch import nn
 
 from expertctl import UserError
+from expertctl.core.hooks.steps import Batch
 from expertctl.core.hooks.training import TrainablePart
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
@@ -130,7 +131,7 @@ def test_one_block_at_a_time_any_layer_can_train(blocks: TokenBlocks, case: str)
     loop = private_loop(all_parameters(model), blocks, clip=0.25, config=single)
     loop._accumulate()
     tokens = torch.from_numpy(np.stack([blocks.block(index) for index in drawn(loop)]))
-    alone = naive_gradients(lambda tokens: next_token_loss(twin.module, tokens), dict(twin.parameters), tokens)
+    alone = naive_gradients(lambda tokens: next_token_loss(twin.module, Batch(tokens)), dict(twin.parameters), tokens)
     norms = [float(torch.stack([gradient.square().sum() for gradient in each.values()]).sum().sqrt()) for each in alone]
     assert max(norms) > 0.25, "something is clipped"
     for name, parameter in loop.parameters.items():
@@ -208,7 +209,7 @@ def test_an_owners_feed_forward_with_its_router_and_their_loss(blocks: TokenBloc
     twin = part()
     auxiliary = twin.auxiliary_loss
     alone = naive_gradients(
-        lambda tokens: next_token_loss(twin.module, tokens) + auxiliary(),
+        lambda tokens: next_token_loss(twin.module, Batch(tokens)) + auxiliary(),
         dict(twin.parameters),
         torch.from_numpy(np.stack([blocks.block(index) for index in chosen])),
     )

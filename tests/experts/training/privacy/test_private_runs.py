@@ -37,6 +37,9 @@ def workspace(flexolmo_workspace: Workspace, tmp_path: Path) -> Workspace:
         ("feed_forward", {}),
         ("model.layers.*.self_attn.*", {}),
         ("flexolmo", {"public": "public"}),
+        ("lora", {"rank": 4}),
+        ("prompt", {"tokens": 4}),
+        ("residual_prompt", {"tokens": 4, "bottleneck": 16}),
     ],
 )
 def test_an_expert_records_its_privacy_cost_and_nothing_of_its_text(
@@ -181,6 +184,11 @@ def test_one_block_moves_the_mean_by_the_clip_at_most(clip: float) -> None:
         ({"training": {"compile": True}}, r"training.compile does not work with differential privacy"),
         ({"training": {"separate_documents": True}}, r"training.separate_documents does not work with differential"),
         ({"training": {"spike_deviations": 6}}, r"training.spike_deviations takes steps back whose privacy is spent"),
+        (
+            {"training": {"annealing": {"share": 0.5, "domains": ["prose"]}}},
+            r"training.annealing does not work with differential privacy",
+        ),
+        ({"training": {"stages": [{"share": 0.5, "sequence_length": 16}]}}, r"training.stages do not work with diff"),
         ({"training": {"precision": "bfloat16"}}, r"differential privacy requires float32 gradients"),
         ({"dp": {"epsilon": 8}}, r"expert 'odd': dp.delta: field required"),
         ({"dp": {**DP, "epsilon": -1}}, r"dp.epsilon: input should be greater than 0"),

@@ -12,6 +12,7 @@ import torch
 from private_models import CONFIG, drawn, make_model, naive_gradients, private_loop
 
 from expertctl import UserError
+from expertctl.core.hooks.steps import Batch
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
 from expertctl.experts.training.checkpointing import restore_latest, save_checkpoint
@@ -40,7 +41,7 @@ def test_without_noise_and_clipping_it_is_the_gradient_of_the_ordinary_loop(bloc
         blocks,
         CONFIG.model_copy(update={"batch_size": len(chosen), "accumulation": 1}),
     )
-    ordinary._batch = lambda: tokens_of(blocks, chosen)  # type: ignore[method-assign]
+    ordinary._batch = lambda: ([0] * len(chosen), Batch(tokens_of(blocks, chosen)))  # type: ignore[method-assign]
     ordinary._accumulate()
     expected = CONFIG.batch_size * CONFIG.accumulation
     assert len(chosen) != expected, "else the two would agree whatever they divide by"
@@ -64,7 +65,7 @@ def test_each_block_is_clipped_by_itself(blocks: TokenBlocks, trained: str) -> N
 
     model = make_model("llama").double()
     loop = private_loop(matching_parameters(model, [trained]), blocks, clip=clip)
-    loop._loss = lambda tokens: double_loss(model, tokens)
+    loop._loss = lambda batch: double_loss(model, batch.tokens)
     clipped = gradients(loop)
     cut = [min(1.0, clip / (float(norm) + 1e-6)) for norm in norms]
     assert sum(factor < 1 for factor in cut) >= 2, "some must be clipped"
@@ -179,5 +180,5 @@ def test_the_reported_loss_is_the_mean_over_the_drawn_examples(blocks: TokenBloc
     loop = private_loop(all_parameters(make_model("llama")), blocks)
     tokens = tokens_of(blocks, drawn(loop))
     with torch.no_grad():
-        expected = next_token_loss(loop.module, tokens)
+        expected = next_token_loss(loop.module, Batch(tokens))
     assert float(loop._accumulate()) == pytest.approx(float(expected), rel=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from flexolmo_workspaces import make_flexolmo_workspace
 from hypothesis import given
 from hypothesis import strategies as st
+from reporters import Notes
 
 from expertctl import Reporter, UserError, Workspace, verify
 from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.errors import Interrupted
-from expertctl.core.text.token_store import Position
+from expertctl.core.text.block_order import Position
 from expertctl.experts.training.run import train_run
 from expertctl.experts.training.steps import loop as loops
 from expertctl.experts.training.steps.guards import Guards
@@ -84,14 +85,6 @@ def test_the_state_of_guards_outlives_a_checkpoint() -> None:
 
 STEPS = 60
 TRAINING = {"tokens": STEPS * 4 * 32, "log_every": 1, "learning_rate": 3e-3, "warmup": 0.0, "schedule": "constant"}
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def run_progressed(self, run: Path, record: Mapping[str, Any]) -> None:
-        self.lines.extend(record.get("notes", ()))
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +195,30 @@ def test_a_spike_takes_training_back_and_skips_its_text(workspace: Workspace, mo
     last = next(index for index, (step, _, _) in enumerate(drawn) if step == spike["from_step"] - 1)
     step, begin, _ = drawn[last + 1]
     assert (step, begin) == (back, drawn[last][2])  # on with the text behind the spike
+
+
+def test_a_return_to_before_the_annealing_draws_no_block_again(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spiking(monkeypatch, at=STEPS - 8, times=1)
+    annealing = {"share": (STEPS - 25) / STEPS, "domains": ["prose"]}
+    _, train = guarded(workspace, "annealed", annealing=annealing, spike_window=16)
+    drawn: list[tuple[int, bool, Position]] = []
+    batch = loops.TrainingLoop._batch
+
+    def watched(loop: Any) -> torch.Tensor:
+        drawn.append((loop.step, loop.stream is loop.annealing, loop.stream.position))
+        return batch(loop)
+
+    monkeypatch.setattr(loops.TrainingLoop, "_batch", watched)
+    train(Notes())
+    (record,) = [line for line in lines_of(workspace, "annealed") if "rolled_back" in line]
+    assert record["step"] == 21  # before the annealing, which begins at 25
+    assert record["rolled_back"]["from_step"] > STEPS - 8
+    for anneals in (False, True):
+        places = [(position.epoch, position.index) for _, part, position in drawn if part is anneals]
+        assert places == sorted(set(places))
+    assert [step for step, anneals, _ in drawn if not anneals] == [*range(25), *range(21, 25)]
 
 
 def test_a_resumed_run_does_not_forget_that_it_was_taken_back(

@@ -76,7 +76,8 @@ def test_the_loop_equals_a_hand_written_one_with_torch_adamw(blocks: TokenBlocks
         eps=CONFIG.epsilon,
         fused=True,
     )
-    for step, batch in enumerate(batches):
+    for step, (_, drawn) in enumerate(batches):
+        batch = drawn.tokens
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(CONFIG, progress_at(CONFIG, step))
         logits = model(batch[:, :-1]).logits

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertctl import TrainablePart, UserError
 from expertctl.core.config.settings import TrainingConfig
+from expertctl.core.hooks.steps import Batch
 from expertctl.core.text.token_store import EncodedDocument, TokenBlocks, TokenStore, write_part
 from expertctl.experts.runs.trainable import all_parameters, matching_parameters
 from expertctl.experts.training.checkpointing import restore_latest, save_checkpoint
@@ -81,7 +82,7 @@ def test_the_loss_in_pieces_is_the_whole_one(family: str, settings: dict[str, An
     for chunked in (False, True):
         part = all_parameters(tiny(family, **settings))
         loop = TrainingLoop(part, blocks, CONFIG.model_copy(update={"chunked_loss": chunked}))
-        loop._loss(loop._batch()).backward()
+        loop._loss(loop._batch()[1]).backward()
         gradients.append({name: parameter.grad for name, parameter in loop.parameters.items()})
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
 
@@ -157,7 +158,7 @@ def test_separate_documents_have_the_loss_of_each_alone(blocks: TokenBlocks) -> 
             tokens = torch.tensor([part])
             logits = model(tokens[:, :-1]).logits
             total += float(nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="sum"))
-        assert float(loop._loss(row)) == pytest.approx(total / 8, abs=1e-5)
+        assert float(loop._loss(Batch(row))) == pytest.approx(total / 8, abs=1e-5)
     both, _ = trained(blocks, tiny(), separate_documents=True, chunked_loss=True)
     apart, _ = trained(blocks, tiny(), separate_documents=True)
     together, _ = trained(blocks, tiny())

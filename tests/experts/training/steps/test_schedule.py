@@ -39,3 +39,20 @@ def test_every_step_lies_inside_its_span() -> None:
     points = [progress_at(config, step) for step in range(config.steps)]
     assert points == sorted(points)
     assert 0.25 < points[0] < points[-1] < 0.75
+
+
+def test_the_rate_stays_and_falls_at_the_end() -> None:
+    config = TrainingConfig(learning_rate=2.0, schedule="wsd", warmup=0.1, decay=0.2, final_learning_rate=0.0)
+    rates = [learning_rate(config, progress) for progress in (0.05, 0.1, 0.5, 0.8, 0.9, 1.0)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 1.0, 0.0])
+    assert learning_rate(config.model_copy(update={"decay": 0.0}), 1.0) == 2.0
+
+
+def test_restarts_are_cosine_decays_one_after_the_other() -> None:
+    config = TrainingConfig(learning_rate=1.0, schedule="restarts", warmup=0.0, cycles=2, final_learning_rate=0.1)
+    cosine = config.model_copy(update={"schedule": "cosine"})
+    for progress in (0.0, 0.1, 0.25, 0.49):
+        expected = learning_rate(cosine, 2 * progress)
+        assert learning_rate(config, progress) == pytest.approx(expected)
+        assert learning_rate(config, progress + 0.5) == pytest.approx(expected)
+    assert learning_rate(config, 1.0) == pytest.approx(0.1)

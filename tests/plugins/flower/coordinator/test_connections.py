@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from expertctl.core.process import patient_protocol
 from expertctl.plugins.flower.coordinator import connections, reverse_proxy
 from expertctl.plugins.flower.coordinator.connections import Connections, network_of
 from expertctl.plugins.flower.coordinator.reverse_proxy import TlsServer
@@ -53,7 +54,7 @@ async def answer(scope: Any, receive: Any, send: Any) -> None:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Certificates, int]]:
     for module, name in (
         (connections, "HANDSHAKE_S"),
-        (connections, "HEADERS_S"),
+        (patient_protocol, "HEADERS_S"),
         (reverse_proxy, "READ_S"),
     ):
         monkeypatch.setattr(module, name, 1.0)

@@ -11,12 +11,12 @@ import torch
 from flexolmo_workspaces import make_flexolmo_workspace, tune_here
 from safetensors.torch import load_file
 
-from expertctl import UserError, load_model
+from expertctl import Row, UserError, load_model
 from expertctl.core.config.settings import TrainingConfig
 from expertctl.core.hooks.training import TrainingContext, TrainingText
 from expertctl.core.manifests.manifest import read_manifest
 from expertctl.core.manifests.verification import verify
-from expertctl.core.text.token_store import BalancedUnion
+from expertctl.core.text.block_order import BalancedUnion
 from expertctl.experts.training.steps.loop import TrainingLoop
 from expertctl.merge.generalists.card import model_card
 from expertctl.merge.mixture.absence import find_own_expert
@@ -94,8 +94,8 @@ class Text:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def block(self, index: int) -> Any:
-        return self.rows[index]
+    def row(self, index: int) -> Row:
+        return Row(self.rows[index])
 
 
 def demix_loop(model_folder: Path, batch_size: int, num_domains: int, **settings: Any) -> TrainingLoop:

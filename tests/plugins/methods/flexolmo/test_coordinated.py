@@ -175,7 +175,7 @@ def test_a_trained_expert_is_loaded_as_trained(flexolmo_workspace: Workspace) ->
     from expertctl.core.models.scoring import token_log_probs
 
     with torch.inference_mode():
-        scores = [-token_log_probs(trained, torch.from_numpy(batch)) for batch in blocks.batches(4, limit=2)]
+        scores = [-token_log_probs(trained, torch.from_numpy(batch.tokens)) for batch in blocks.windows(4, limit=2)]
     assert float(torch.cat([score.flatten() for score in scores]).mean()) == pytest.approx(losses["prose"], abs=1e-4)
 
 

@@ -1,0 +1,1 @@
+"""Decoders: models that change another one's next-token distribution, and the choice among samples."""

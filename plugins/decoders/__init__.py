@@ -1,0 +1,1 @@
+"""Decoders: how the next token of a text comes about."""

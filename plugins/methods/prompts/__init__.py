@@ -1,0 +1,5 @@
+"""Prompts: the smallest experts."""
+
+from .plugin import trainers
+
+__all__ = ["trainers"]
