@@ -13,6 +13,7 @@ from expertctl.core.models.loading import max_positions
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.core.text.conversation_blocks import blocks_of
 from expertctl.core.text.token_store import TokenBlocks
+from expertctl.experts.retrieval.index import PASSAGE, Found, Index, IndexManifest, build_index
 from expertctl.experts.text.corpora import PreparedDomain, domain_config, example_of, prepare_domain, prepared_domain
 from expertctl.experts.text.discovery import Discovery, DiscoverySettings, discover
 from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, make_proxy
@@ -102,6 +103,35 @@ class Data:
         )
         self._project.reload()  # it has more domains now
         return discovery
+
+    def index(
+        self,
+        name: str,
+        domains: Sequence[str] | None = None,
+        *,
+        embedder: Path | None = None,
+        characters: int | None = None,
+        force: bool = False,
+        reporter: Reporter = SILENT,
+    ) -> IndexManifest:
+        """Write `indexes/NAME` with the training text of domains (default: all), for the decoder `replug`.
+
+        It is searched by words, or by the embeddings of a local model. `characters` is the length of the longest passage.
+        """
+        return build_index(
+            self._project.layout,
+            self._project.config,
+            name,
+            list(domains or self._project.config.domains),
+            embedder=embedder,
+            characters=characters or PASSAGE,
+            force=force,
+            reporter=reporter,
+        )
+
+    def search(self, name: str, query: str, count: int = 5) -> list[Found]:
+        """Return the passages of an index that fit a query best, best first."""
+        return Index(self._project.layout.indexes / name).search([query], count)[0]
 
     def remove(self, name: str, *, force: bool = False) -> RemovedText:
         """Remove the prepared text of a domain, or a set of clusters; the text that they were made from stays.
