@@ -30,17 +30,13 @@ class DocumentRows:
 
     def model(self, base: PreTrainedModel, begin: Sequence[int]) -> RowsModel:
         """Return the model that mixes the probabilities behind each document by its weight."""
-        count = max(map(len, self.documents))
-        texts = [self._filled(row, count) for row in self.documents]
+        found = [list(row) or [NOTHING] for row in self.documents]
+        count = max(map(len, found))
+        # those that fill up a batch have no weight
+        texts = [[*row, *[Document(row[0].tokens, float("-inf"))] * (count - len(row))] for row in found]
         rows = [DecodingRow(base, contexts=tuple(text[number].tokens for text in texts)) for number in range(count)]
         weights_BR = torch.tensor([[document.log_weight for document in text] for text in texts])
         return RowsModel(base, rows, partial(mixed, weights_BR), begin=begin)
-
-    @staticmethod
-    def _filled(row: Sequence[Document], count: int) -> list[Document]:
-        """Return as many documents for each text of a batch; those in addition have no weight."""
-        row = row or [NOTHING]
-        return [*row, *[Document(row[0].tokens, float("-inf"))] * (count - len(row))]
 
 
 def mixed(weights_BR: Tensor, logits: Sequence[Tensor]) -> Tensor:
