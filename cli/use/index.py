@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..context import Session, pass_session
 from ..group import Group
 from ..options import flag, integer, name_list, path
-from ..output import number
+from ..output import Table, number
+
+if TYPE_CHECKING:
+    from ...experts.retrieval.index import IndexManifest
 
 
 @click.group("index", cls=Group)
@@ -42,14 +46,30 @@ def build(
             name, domains, embedder=embedder, characters=characters, force=force, reporter=progress
         )
     folder = workspace.layout.indexes / name
-    content = {
-        domain: {"documents": count.documents, "passages": count.passages} for domain, count in manifest.domains.items()
-    }
     session.finish(
-        {"index": name, "folder": str(folder), "search": manifest.search, "domains": content},
+        {"index": name, "folder": str(folder), "search": manifest.search, "domains": _counts(manifest)},
         f"{number(sum(count.passages for count in manifest.domains.values()))} passages of {', '.join(manifest.domains)}, "
         f"searched by {manifest.search}: {folder}",
     )
+
+
+@command.command("list", example="expertctl index list")
+@pass_session
+def list_(session: Session) -> None:
+    """List the indexes of the workspace."""
+    indexes = session.open().data.indexes()
+    content = {index.name: {"search": index.search, "domains": _counts(index)} for index in indexes}
+    rows = [
+        (
+            index.name,
+            index.search,
+            number(sum(count.passages for count in index.domains.values())),
+            ", ".join(index.domains),
+        )
+        for index in indexes
+    ]
+    table = Table(("index", "searched by", "passages", "domains"), rows)
+    session.finish({"indexes": content}, table if rows else "no indexes yet; `expertctl index build NAME` makes one")
 
 
 @command.command("search", example='expertctl index search library "who signs the contract"')
@@ -65,3 +85,9 @@ def search(session: Session, name: str, query: str, count: int) -> None:
     session.finish(
         {"index": name, "query": query, "passages": content}, *(lines or ["no passage has a word of the query"])
     )
+
+
+def _counts(manifest: IndexManifest) -> dict[str, dict[str, int]]:
+    return {
+        domain: {"documents": count.documents, "passages": count.passages} for domain, count in manifest.domains.items()
+    }
