@@ -58,6 +58,11 @@ class Session:
         except UserError:
             return None
 
+    def root(self) -> Path:
+        """Return the root of the workspace; the current folder outside of a workspace."""
+        layout = self.layout()
+        return Path() if layout is None else layout.root
+
     # --- output ---
 
     def note(self, text: str) -> None:

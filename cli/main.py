@@ -21,7 +21,7 @@ from .output import print_json
 COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins", "plan"),
     "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline", "rename", "remove"),
-    "Use": ("eval", "generate", "serve", "card", "extract-adapter", "export", "push", "pull"),
+    "Use": ("eval", "generate", "serve", "index", "card", "extract-adapter", "export", "push", "pull"),
     "Federate": ("federate",),
     "Trust": ("show", "log", "verify", "reproduce", "audit"),
 }

@@ -13,6 +13,7 @@ STATISTICS_FOLDER = "statistics"
 STATISTICS_FORMAT = 1
 STATISTICS_WEIGHTS = "statistics.safetensors"
 STATISTICS_MANIFEST = "statistics.json"
+INDEX_MANIFEST = "index.json"
 
 
 class Layout:
@@ -29,6 +30,8 @@ class Layout:
         self.generalists = root / "generalists"
         self.statistics = root / STATISTICS_FOLDER
         """Statistics of experts for merges that need them: `statistics/EXPERT/KIND`."""
+        self.indexes = root / "indexes"
+        """Passages of domains that can be searched."""
         self.reports = root / "reports"
         self.tracking = root / ".tracking"
         """Files of experiment trackers, a folder each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -98,6 +98,8 @@ class DecoderInputs:
     tokenizer: PreTrainedTokenizerBase
     models: Mapping[str, PreTrainedModel]
     """The models of `Decoder.models`; they have the same tokenizer."""
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """The folders of `Decoder.folders`, by the names that it gave; they exist."""
     reporter: Reporter = SILENT
     """Receives messages for the user."""
 
@@ -127,6 +129,8 @@ class Decoder:
     """A frozen dataclass with a default for every field, or None."""
     models: Callable[[Any], Sequence[str]] | None = None
     """`models(options)` names the other models that it needs: artefacts or folders."""
+    folders: Callable[[Any], Sequence[str]] | None = None
+    """`folders(options)` names the other folders that it reads, from the workspace's root, such as `indexes/NAME`."""
     unscored: Callable[[Any], str | None] | None = None
     """`unscored(options)` says why text cannot be scored with the wrapped model, None if it can; default: it can."""
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertctl.core.errors import UserError
+from expertctl.core.errors import UserError, unknown_name
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.manifests.manifest import manifest_path, read_manifest
 from expertctl.core.models.loading import max_positions
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.core.text.conversation_blocks import blocks_of
 from expertctl.core.text.token_store import TokenBlocks
+from expertctl.experts.retrieval.index import PASSAGE, Found, Index, IndexManifest, build_index, indexes_of, read_index
 from expertctl.experts.text.corpora import PreparedDomain, domain_config, example_of, prepare_domain, prepared_domain
 from expertctl.experts.text.discovery import Discovery, DiscoverySettings, discover
 from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, make_proxy
@@ -102,6 +103,42 @@ class Data:
         )
         self._project.reload()  # it has more domains now
         return discovery
+
+    def index(
+        self,
+        name: str,
+        domains: Sequence[str] | None = None,
+        *,
+        embedder: Path | None = None,
+        characters: int | None = None,
+        force: bool = False,
+        reporter: Reporter = SILENT,
+    ) -> IndexManifest:
+        """Write `indexes/NAME` with the training text of domains (default: all), for the decoder `replug`.
+
+        It is searched by words, or by the embeddings of a local model. `characters` is the length of the longest passage.
+        """
+        return build_index(
+            self._project.layout,
+            self._project.config,
+            name,
+            list(domains or self._project.config.domains),
+            embedder=embedder,
+            characters=characters or PASSAGE,
+            force=force,
+            reporter=reporter,
+        )
+
+    def search(self, name: str, query: str, count: int = 5) -> list[Found]:
+        """Return the passages of an index that fit a query best, best first; raises `UserError` for an unknown index."""
+        known = indexes_of(self._project.layout)
+        if name not in known:
+            raise unknown_name("index", name, known, listed_as="this workspace has")
+        return Index(known[name]).search([query], count)[0]
+
+    def indexes(self) -> list[IndexManifest]:
+        """Return the manifests of all indexes, by name."""
+        return [read_index(folder) for folder in indexes_of(self._project.layout).values()]
 
     def remove(self, name: str, *, force: bool = False) -> RemovedText:
         """Remove the prepared text of a domain, or a set of clusters; the text that they were made from stays.

@@ -317,4 +317,4 @@ class Workspace:
             if options:
                 raise UserError("options of a decoder are given without a decoder; name one")
             return None
-        return DecoderChoice(name, options or {}, self.layout.artefact)
+        return DecoderChoice(name, options or {}, self.layout.artefact, self.layout.root)

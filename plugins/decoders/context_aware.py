@@ -49,14 +49,13 @@ class ContextOptions:
 def wrap(inputs: DecoderInputs, options: ContextOptions) -> PreTrainedModel:
     """Return the model that reads the text with and without the document."""
     from ...core.models.decoding.rows import DecodingRow, RowsModel
+    from ...core.models.decoding.wrapped import tokens_before_text
 
     documents = [inputs.tokenizer(text, add_special_tokens=False)["input_ids"] for text in options.documents()]
     rows = [DecodingRow(inputs.model, 1 + options.alpha, tuple(map(tuple, documents)))]
     if options.alpha:
         rows.append(DecodingRow(inputs.model, -options.alpha))
-    marked = inputs.tokenizer("a")["input_ids"]
-    plain = inputs.tokenizer("a", add_special_tokens=False)["input_ids"]
-    return RowsModel(inputs.model, rows, begin=marked[: marked.index(plain[0])])
+    return RowsModel(inputs.model, rows, begin=tokens_before_text(inputs.tokenizer))
 
 
 @hookimpl

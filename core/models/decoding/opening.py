@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...artefacts.digests import digest_of_tokenizer
-from ...errors import UserError
+from ...errors import UserError, unknown_name
 from ...hooks.evaluation import Decoder, DecoderInputs, SampleChoice
 from ...hooks.manager import installed_plugins
 from ...hooks.options import parse_options
@@ -29,6 +29,8 @@ class DecoderChoice:
     options: Mapping[str, Any] = field(default_factory=dict)
     artefact: Callable[[str], Path] = Path
     """Returns the folder of a model that an option names, such as `Layout.artefact`."""
+    root: Path = Path()
+    """The workspace's root, where other folders are."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class CheckedDecoder:
     decoder: Decoder
     options: Any
     models: Mapping[str, Path]
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    """Other folders that it reads."""
 
     def require_for(self, folder: Path) -> None:
         """Raise `UserError` for a model whose tokenizer is not that of the others, and for damaged ones."""
@@ -71,7 +75,7 @@ class CheckedDecoder:
             others[name] = load_network(folder, dtype=dtype)
             others[name].to(model.device)
             begin_text(others[name])
-        inputs = DecoderInputs(model, tokenizer, others, reporter)
+        inputs = DecoderInputs(model, tokenizer, others, self.folders, reporter)
         wrap, choose = self.decoder.wrap, self.decoder.choose
         return OpenedDecoder(
             model if wrap is None else wrap(inputs, self.options),
@@ -88,11 +92,26 @@ class OpenedDecoder:
 
 
 def check_decoder(choice: DecoderChoice) -> CheckedDecoder:
-    """Return a decoder with its options; raises `UserError` for an unknown decoder, option or model."""
+    """Return a decoder with its options; raises `UserError` for an unknown decoder, option, model or folder."""
     decoder = installed_plugins().offer(Decoder, choice.name)
     options = parse_options(decoder.options, choice.options, f"decoder '{choice.name}'")
     names: Sequence[str] = () if decoder.models is None else decoder.models(options)
-    return CheckedDecoder(decoder, options, {name: choice.artefact(name) for name in names})
+    read = () if decoder.folders is None else decoder.folders(options)
+    return CheckedDecoder(
+        decoder,
+        options,
+        {name: choice.artefact(name) for name in names},
+        {name: _existing(choice.root, name) for name in read},
+    )
+
+
+def _existing(root: Path, name: str) -> Path:
+    """Return a folder of a workspace; raises `UserError` that lists those beside it if there is none."""
+    folder = root / name
+    if folder.is_dir():
+        return folder
+    known = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir()) if folder.parent.is_dir() else ()
+    raise unknown_name("folder", folder.name, known, listed_as=f"{folder.parent} has")
 
 
 def have_same_tokenizer(folder: Path, other: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ..adapters.prompts import prompt_tokens_of
@@ -67,6 +67,13 @@ class OwnCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("the cache of a decoder cannot be cropped; generate without an assistant model")
+
+
+def tokens_before_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that a tokenizer puts before every text, such as the begin of a document."""
+    marked: list[int] = tokenizer("a")["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return tuple(marked[: marked.index(plain[0])])
 
 
 def positions_of(model: PreTrainedModel) -> int:

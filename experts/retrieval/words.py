@@ -1,0 +1,62 @@
+"""Search by words: BM25, by the library bm25s."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import UserError
+from .ranking import Ranked, best
+
+FOLDER = "bm25"
+_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case; where words are not separated by spaces, each character is one."""
+    return _WORD.findall(text.lower())
+
+
+def require_bm25() -> Any:
+    """Return the module bm25s; raises `UserError` if it is not installed."""
+    try:
+        import bm25s
+    except ImportError:
+        raise UserError("search by words needs the package bm25s; install `expertctl[retrieval]`") from None
+    return bm25s
+
+
+def build_words(folder: Path, texts: Iterable[str]) -> None:
+    """Write the BM25 index of texts to a subfolder; memory holds the words of all texts as numbers.
+
+    Raises `UserError` if there is no word in them.
+    """
+    bm25s = require_bm25()
+    vocabulary: dict[str, int] = {}
+    ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in words_of(text)] for text in texts]
+    if not vocabulary:
+        raise UserError("the text has no words; there is nothing to search")
+    index = bm25s.BM25()
+    index.index((ids, vocabulary), show_progress=False)
+    index.save(folder / FOLDER, show_progress=False)
+
+
+class Words:
+    """The BM25 index of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the index, whose arrays stay on disk."""
+        self._index = require_bm25().BM25.load(folder / FOLDER, mmap=True, show_progress=False, verbosity=0)
+
+    def search(self, queries: Sequence[str], count: int) -> list[list[Ranked]]:
+        """Return the best passages of each query, best first; those that share no word with it are left out."""
+        return [self._search(query, count) for query in queries]
+
+    def _search(self, query: str, count: int) -> list[Ranked]:
+        known = self._index.get_tokens_ids(words_of(query))
+        if not known:
+            return []
+        return [ranked for ranked in best(self._index.get_scores_from_ids(known), count) if ranked.score > 0]
