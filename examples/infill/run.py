@@ -4,8 +4,8 @@
 
 The seed reads all domains. Two experts of one domain read as many tokens, one with moved spans and one without. From passages of
 test text, a span is hidden (up to an eighth of the passage), the same for every row; given are the bits of each hidden
-token. A control shows the plain expert the text behind the hole too, in front of the text before it. Each random seed has a
-workspace of its own in --out; the same command resumes an interrupted run.
+token. Controls show the plain expert the text behind the hole too, in front of the text before it, and the infilling expert the text
+behind another hole. Each random seed has a workspace of its own in --out; the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import argparse
 import json
 import math
 import random
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,13 +28,22 @@ from expertctl import Workspace, load_model
 from expertctl.core.text.tokenizer import TextEncoder
 
 MASK, END = "<|mask:0|>", "<|endofmask|>"
-EXPERTS = {"plain": {}, "infilling": {"objective": "infill", "objective_options": {"most_spans": 1, "rate": 2.0}}}
+ONE_SPAN = {"most_spans": 1, "rate": 2.0}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "infilling": {"objective": "infill", "objective_options": ONE_SPAN},
+    "suffix-first": {"objective": "infill", "objective_options": {**ONE_SPAN, "order": "suffix_first"}},
+}
 REFERENCE = "plain, text before"
 ROWS = {
     REFERENCE: ("plain", "before"),
     "plain, text behind and then before": ("plain", "behind, before"),
     "infilling, text before": ("infilling", "before"),
     "infilling, text before and behind": ("infilling", "moved"),
+    "infilling, text before, another's behind": ("infilling", "moved, another's"),
+    "suffix first, text before": ("suffix-first", "before"),
+    "suffix first, text before and behind": ("suffix-first", "suffix first"),
+    "suffix first, text before, another's behind": ("suffix-first", "suffix first, another's"),
 }
 """Row -> expert, and the order in which it reads a passage."""
 
@@ -43,6 +54,8 @@ def main() -> None:
     holes = [result["bits of a hidden token"] for result in results]
     print(table_over_seeds("bits of a hidden token", list(ROWS), holes, options.seeds), end="\n\n")
     print(differences_over_seeds(REFERENCE, list(ROWS), holes), end="\n\n")
+    first = [result["bits of the first hidden token"] for result in results]
+    print(table_over_seeds("bits of the first hidden token", list(ROWS), first, options.seeds), end="\n\n")
     text = [result["bits per byte"] for result in results]
     print(table_over_seeds("bits per byte, left to right", list(text[0]), text, options.seeds))
 
@@ -74,9 +87,11 @@ def one_seed(root: Path, seed: int, options: argparse.Namespace) -> dict[str, di
     scores = workspace.evaluate("seed", *EXPERTS, domains=[options.domain]).scores
     encoder = TextEncoder.of_folder(workspace.layout.seed)
     passages = holes(encoder, root / "text" / "test.jsonl", options.passage, options.holes)
+    bits = {row: bits_of_holes(workspace, encoder, expert, order, passages) for row, (expert, order) in ROWS.items()}
     return {
-        "bits of a hidden token": {
-            row: bits_of_holes(workspace, encoder, expert, order, passages) for row, (expert, order) in ROWS.items()
+        "bits of a hidden token": {row: sum(map(sum, rows)) / sum(map(len, rows)) for row, rows in bits.items()},
+        "bits of the first hidden token": {
+            row: statistics.mean(hole[0] for hole in rows) for row, rows in bits.items()
         },
         "bits per byte": {name: row[options.domain].values["bits_per_byte"] for name, row in scores.items()},
     }
@@ -132,24 +147,31 @@ def holes(encoder: TextEncoder, path: Path, length: int, number: int) -> list[Ho
     return found
 
 
-def bits_of_holes(workspace: Workspace, encoder: TextEncoder, expert: str, order: str, passages: list[Hole]) -> float:
-    """Return the mean of the bits of all hidden tokens."""
+def bits_of_holes(
+    workspace: Workspace, encoder: TextEncoder, expert: str, order: str, passages: list[Hole]
+) -> list[list[float]]:
+    """Return the bits of each hidden token of each passage."""
     import torch
 
     model, _ = load_model(workspace.layout.experts / expert)
     mask = encoder.tokenizer.token_to_id(MASK)
     separator = encoder.separator
-    total = 0.0
+    bits = []
     with torch.inference_mode():
-        for hole in passages:
+        for number, hole in enumerate(passages):
+            other = passages[number - 1].behind
             shown = {
                 "before": [separator, *hole.before],
                 "behind, before": [separator, *hole.behind, separator, *hole.before],
                 "moved": [*hole.before, mask, *hole.behind, mask],
+                "moved, another's": [*hole.before, mask, *other, mask],
+                "suffix first": [mask, *hole.behind, mask, *hole.before],
+                "suffix first, another's": [mask, *other, mask, *hole.before],
             }[order]
             logits = model(input_ids=torch.tensor([[*shown, *hole.hidden]])).logits[0, len(shown) - 1 : -1]
-            total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(hole.hidden), reduction="sum"))
-    return total / math.log(2) / sum(len(hole.hidden) for hole in passages)
+            nats = torch.nn.functional.cross_entropy(logits, torch.tensor(hole.hidden), reduction="none")
+            bits.append((nats / math.log(2)).tolist())
+    return bits
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python examples/prompts/run.py --corpora FOLDER --seeds 0,1,2   # a folder for each domain: train.jsonl, valid.jsonl
 
-The seed is pretrained on a share of the text of all domains. Then a prompt is trained on the first domain, and the others follow
+The seed is pretrained on the text of other domains. Then a prompt is trained on the first of four domains, and the others follow
 one by one: `progressive` puts a new prompt before the frozen earlier ones (arXiv:2301.12314), `tuned on` goes on with the same
 prompt, and `single` trains a prompt of its own for every domain. All have the same text and tokens for a domain. As in the
 paper, the stack of prompts that ends with a domain's own is used for that domain; `progressive, last stack` uses the last one for
@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tools import PUBLIC, differences_over_seeds, divided_text, results_over_seeds, table_over_seeds, write_config
+from tools import differences_over_seeds, results_over_seeds, table_over_seeds, write_config
 
 from expertctl import Workspace
 
@@ -70,10 +70,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpora", type=Path, required=True)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--domains", type=lambda text: text.split(","), help="in order (default: the first four)")
+    parser.add_argument(
+        "--domains",
+        type=lambda text: text.split(","),
+        help="of prompts, in order (default: the first four); the seed is pretrained on all others",
+    )
     parser.add_argument("--prompt", type=int, default=10, help="rows of a prompt (default: %(default)s)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=64,
+        help="tokens of a block; in few, a prompt tells what they do not (default: %(default)s)",
+    )
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--public-share", type=float, default=0.3, help="share of text that the seed is pretrained on")
     parser.add_argument("--seed-tokens", type=int, default=600_000)
     parser.add_argument("--tokens", type=int, default=80_000, help="tokens of a stage (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=0.1, help="of prompts (default: %(default)s)")
@@ -135,18 +144,25 @@ def experts_of(domains: list[str], rows: int) -> dict[str, dict[str, Any]]:
 
 def make_workspace(root: Path, seed: int, options: argparse.Namespace) -> tuple[Workspace, list[str]]:
     """Return the workspace of a random seed, and the names of the domains in order."""
-    found = sorted(path.parent.name for path in options.corpora.glob("*/train.jsonl"))
-    domains = options.domains or found[:4]
-    text = divided_text(root / "text", options.corpora, options.public_share, domains)
+    folders = sorted(path.parent for path in options.corpora.resolve().glob("*/train.jsonl"))
+    names = [folder.name for folder in folders]
+    domains = options.domains or names[:4]
     prompts = {"learning_rate": options.learning_rate, "weight_decay": 1e-5, "schedule_begin": 0.0}
     config = {
         "seed": {
             "preset": options.preset,
-            "domains": [PUBLIC],
+            "domains": [name for name in names if name not in domains],
             "training": {"tokens": options.seed_tokens, "learning_rate": 8e-3},
         },
-        "training": {"tokens": options.tokens, "batch_size": 4, "seed": seed},
-        "domains": {name: {part: str(path) for part, path in text[name].items()} for name in (PUBLIC, *domains)},
+        "training": {
+            "tokens": options.tokens,
+            "batch_size": 1024 // options.context,
+            "sequence_length": options.context,
+            "seed": seed,
+        },
+        "domains": {
+            folder.name: {part: str(folder / f"{part}.jsonl") for part in ("train", "valid")} for folder in folders
+        },
         "experts": {
             name: {**settings, "training": prompts} for name, settings in experts_of(domains, options.prompt).items()
         },

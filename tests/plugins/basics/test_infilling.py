@@ -16,7 +16,7 @@ from inline_launching import inline_launching
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertctl import Row, UserError, Workspace
-from expertctl.plugins.basics.infilling import END, MASK, Infilling, moved
+from expertctl.plugins.basics.infilling import END, MASK, Infilling, InfillOptions, moved, suffix_first
 
 MASKS, END_ID, SEPARATOR = (90, 91, 92), 93, 0
 TOKENS = [MASK.format(0), MASK.format(1), END]
@@ -88,6 +88,28 @@ def test_spans_and_the_number_of_masks() -> None:
         counts.append(objective.row(Row(np.arange(1, 60)), np.random.default_rng(seed)).tokens.tolist().count(END_ID))
     assert 0.3 < counts.count(0) / 400 < 0.45, "e^-1 of a Poisson distribution of rate 1"
     assert max(counts) == 2
+
+
+@given(texts, st.integers(0, 2**32))
+def test_with_the_suffix_first_a_span_follows_the_text_before_it(text: list[int], seed: int) -> None:
+    blocks = [
+        Infilling(MASKS[:1], END_ID, SEPARATOR, 2.0, order).row(Row(np.array(text)), np.random.default_rng(seed))
+        for order in (moved, suffix_first)
+    ]
+    one, other = (block.tokens.tolist() for block in blocks)
+    if END_ID not in one:
+        assert one == other == text
+        return
+    before, rest = one[: one.index(MASKS[0])], one[one.index(MASKS[0]) + 1 :]
+    behind, span = rest[: rest.index(MASKS[0])], rest[rest.index(MASKS[0]) + 1 : -1]
+    assert other == [MASKS[0], *behind, MASKS[0], *before, *span, END_ID]
+    assert blocks[1].counted is not None
+    assert blocks[1].counted.tolist() == [token not in MASKS for token in other]
+
+
+def test_with_the_suffix_first_there_is_one_span() -> None:
+    with pytest.raises(ValueError, match="set most_spans: 1"):
+        InfillOptions(order="suffix_first")
 
 
 def test_a_seed_from_scratch_has_the_tokens_and_an_expert_trains(project: Workspace) -> None:
