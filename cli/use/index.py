@@ -9,7 +9,7 @@ import click
 
 from ..context import Session, pass_session
 from ..group import Group
-from ..options import flag, integer, name_list, path
+from ..options import flag, integer, name_list, option, path
 from ..output import Table, number
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def command() -> None:
 @click.argument("name", metavar="NAME")
 @name_list("--domains", "Domains whose training text is indexed. Default: all.")
 @path("--embedder", "DIR", "Sentence-embedding model to search by. Default: by words (BM25).")
+@option("--tune-for", "MODEL", "Tune the embedder for this model: passages count as near that help it to predict.")
+@integer("--tuning-steps", "Steps of the tuning.", default=200)
 @integer("--characters", "Length of the longest passage.", default=500)
 @flag("--force", "Replace an existing index of that name.")
 @pass_session
@@ -33,6 +35,8 @@ def build(
     name: str,
     domains: tuple[str, ...] | None,
     embedder: Path | None,
+    tune_for: str | None,
+    tuning_steps: int,
     characters: int,
     force: bool,
 ) -> None:
@@ -40,10 +44,19 @@ def build(
 
     It holds the text of the domains: keep it where the text may be. Without the training text of a domain, build it again.
     """
+    from ...experts.retrieval.tuning import RetrieverTuning
+
     workspace = session.open()
     with session.progress() as progress:
         manifest = workspace.data.index(
-            name, domains, embedder=embedder, characters=characters, force=force, reporter=progress
+            name,
+            domains,
+            embedder=embedder,
+            tune_for=tune_for,
+            tuning=RetrieverTuning(tuning_steps),
+            characters=characters,
+            force=force,
+            reporter=progress,
         )
     folder = workspace.layout.indexes / name
     session.finish(

@@ -83,9 +83,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="tokens of a block; in few, a prompt tells what they do not (default: %(default)s)",
     )
     parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--seed-tokens", type=int, default=600_000)
+    parser.add_argument("--seed-tokens", type=int, default=1_000_000)
     parser.add_argument("--tokens", type=int, default=80_000, help="tokens of a stage (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=0.1, help="of prompts (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=0.3, help="of prompts (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("prompts-runs"))
     return parser.parse_args(arguments)
 

@@ -14,6 +14,7 @@ from expertctl.core.reporting import SILENT, Reporter
 from expertctl.core.text.conversation_blocks import blocks_of
 from expertctl.core.text.token_store import TokenBlocks
 from expertctl.experts.retrieval.index import PASSAGE, Found, Index, IndexManifest, build_index, indexes_of, read_index
+from expertctl.experts.retrieval.tuning import RetrieverTuning
 from expertctl.experts.text.corpora import PreparedDomain, domain_config, example_of, prepare_domain, prepared_domain
 from expertctl.experts.text.discovery import Discovery, DiscoverySettings, discover
 from expertctl.experts.text.proxy_corpus import Proxy, ProxySettings, make_proxy
@@ -110,13 +111,16 @@ class Data:
         domains: Sequence[str] | None = None,
         *,
         embedder: Path | None = None,
+        tune_for: str | None = None,
+        tuning: RetrieverTuning | None = None,
         characters: int | None = None,
         force: bool = False,
         reporter: Reporter = SILENT,
     ) -> IndexManifest:
         """Write `indexes/NAME` with the training text of domains (default: all), for the decoder `replug`.
 
-        It is searched by words, or by the embeddings of a local model. `characters` is the length of the longest passage.
+        It is searched by words, or by the embeddings of a local model, which may be tuned for a model of the project: passages
+        then count as near that help it to predict (REPLUG LSR, arXiv:2301.12652). `characters` is the length of the longest passage.
         """
         return build_index(
             self._project.layout,
@@ -124,6 +128,8 @@ class Data:
             name,
             list(domains or self._project.config.domains),
             embedder=embedder,
+            tune_for=None if tune_for is None else self._project.layout.artefact(tune_for),
+            tuning=tuning,
             characters=characters or PASSAGE,
             force=force,
             reporter=reporter,

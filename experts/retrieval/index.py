@@ -17,6 +17,7 @@ from ...core.reporting import SILENT, Reporter, reported
 from ..text.corpora import domain_config, domain_documents, licence_of, require_text
 from .embeddings import Embed, Embeddings, build_embeddings
 from .passages import Passage, Passages, split_text, write_passages
+from .tuning import Reader, RetrieverTuning, tune_embedder
 from .words import Words, build_words, require_bm25
 
 EMBEDDER = "embedder"
@@ -46,6 +47,8 @@ class IndexManifest:
     domains: Mapping[str, IndexedDomain]
     files: Mapping[str, str] = field(default_factory=dict)
     """sha256 of every file, by path within the folder."""
+    tuned_for: str | None = None
+    """Name of the language model that the embedding model was tuned for."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,19 @@ def build_index(
     domains: Sequence[str],
     *,
     embedder: Path | None = None,
+    tune_for: Path | None = None,
+    tuning: RetrieverTuning | None = None,
     characters: int = PASSAGE,
     force: bool = False,
     reporter: Reporter = SILENT,
 ) -> IndexManifest:
     """Write `indexes/NAME` with the training text of domains, so that evaluation never finds what it scores.
 
-    By words (BM25), or by the embeddings of a local model. Raises `UserError` for unknown domains, and without text.
+    By words (BM25), or by the embeddings of a local model, which may be tuned for a language model (`tune_for`, its folder).
+    Raises `UserError` for unknown domains, and without text.
     """
+    if tune_for is not None and embedder is None:
+        raise UserError("only an embedding model can be tuned; name one with --embedder")
     folder = layout.indexes / check_name(name, "an index")
     for domain in domains:
         require_text(domain, domain_config(project, domain), "an index")
@@ -91,14 +99,19 @@ def build_index(
             build_words(partial, (passage.text for passage in reported(passages, reporter, "words", "passages")))
         else:
             assert embedder is not None
+            if tune_for is None:
+                _keep(embedder, partial / EMBEDDER)
+            else:
+                tune_embedder(embedder, passages, Reader.of_folder(tune_for), partial / EMBEDDER, tuning, reporter)
+                embed = _embedder(partial / EMBEDDER)
             build_embeddings(partial, passages, embed, reporter)
-            _keep(embedder, partial / EMBEDDER)
         manifest = IndexManifest(
             name,
             "words" if embed is None else "embeddings",
             characters,
             {domain: count.total() for domain, count in counted.items()},
             {path.relative_to(partial).as_posix(): digest_of_file(path) for path in _files(partial)},
+            None if tune_for is None else tune_for.name,
         )
         write_json(partial / INDEX_MANIFEST, record_as_json(manifest))
     return manifest
