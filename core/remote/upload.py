@@ -15,6 +15,10 @@ from .transfers import Count, Transfer, run_all
 from .urls import MissingFile, Remote
 
 MAX_MANIFEST_BYTES = 256 << 20
+STORES = ("s3", "s3a", "gs", "gcs")
+"""Protocols whose file systems upload in parts and repeat those that fail; others send a file again."""
+UPLOAD_PART = 8 << 20
+"""Bytes of a part, the smallest common size that S3 (5 MiB) and Google (a multiple of 256 KiB) take."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,10 @@ class _Upload:
     def _send(self, name: str) -> None:
         size = self._local[name].size
         self._remote.make_parent(name)
-        self._remote.call("put_file", str(self._folder / name), self._remote.path(name), what=name, num_bytes=size)
+        parts = {"chunksize": UPLOAD_PART} if self._remote.scheme in STORES else {}
+        self._remote.call(
+            "put_file", str(self._folder / name), self._remote.path(name), what=name, num_bytes=size, **parts
+        )
         info = self._remote.info(name)
         if info is None or info.get("size") not in (None, size):
             raise UserError(f"{self._remote.url}/{name} was not stored in full; run the same command again")

@@ -36,6 +36,7 @@ class Cutting(MemoryFileSystem):
     cuts = 0
     refusal: Exception | None = None
     sent: Counter[str] = Counter()  # noqa: RUF012
+    part_sizes: set[int | None] = set()  # noqa: RUF012
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -44,6 +45,7 @@ class Cutting(MemoryFileSystem):
     def put_file(self, lpath: str, rpath: str, *arguments: Any, **options: Any) -> None:
         if type(self).refusal is not None:
             raise type(self).refusal
+        type(self).part_sizes.add(options.pop("chunksize", None))
         type(self).sent[Path(rpath).name] += Path(lpath).stat().st_size
         if type(self).cuts:
             type(self).cuts -= 1
@@ -229,3 +231,15 @@ def test_an_artefact_is_not_pushed_into_itself(law: Path, place: str, force: boo
 def test_options_of_the_hub_are_for_the_hub(law: Path) -> None:
     with pytest.raises(UserError, match="--private and --revision are for repositories of the hub"):
         push(law, "memory://law", card=card, private=True)
+
+
+@pytest.mark.parametrize(("stores", "expected"), [(("cutting",), 8 << 20), ((), None)])
+def test_stores_that_upload_in_parts_are_told_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: tuple[str, ...], expected: int | None
+) -> None:
+    """A connection that drops costs a part, not a file: of S3 and Google Cloud Storage, which repeat parts."""
+    monkeypatch.setattr("expertctl.core.remote.upload.STORES", stores)
+    Cutting.part_sizes.clear()
+    write_large_expert(tmp_path / "law", MB)
+    push(tmp_path / "law", "cutting://models/law", card=card)
+    assert Cutting.part_sizes == {expected}
