@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.artefacts.layout import MEMORY_MANIFEST
 from ..core.errors import UserError
 from ..core.reporting import printable
 from .output import Table, print_json, print_part
@@ -50,6 +51,16 @@ class Session:
                 return Path(name).resolve()
             raise
         return layout.artefact(name)
+
+    def memory(self, name: str) -> Path:
+        """Return the folder of a memory, given by name or path; a path needs no workspace."""
+        try:
+            layout = self.open().layout
+        except UserError:
+            if (Path(name) / MEMORY_MANIFEST).is_file():
+                return Path(name).resolve()
+            raise
+        return layout.memory(name)
 
     def layout(self) -> Layout | None:
         """Return the paths of the workspace; None outside of a workspace."""

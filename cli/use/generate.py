@@ -93,7 +93,9 @@ def command(
             shares=show_experts,
             device_map=device_map,
             quantise=quantise,
-            decoder=None if decoder is None else DecoderChoice(decoder, decoder_options, session.artefact),
+            decoder=None
+            if decoder is None
+            else DecoderChoice(decoder, decoder_options, session.artefact, session.memory),
             reporter=progress,
         )
     content = {

@@ -67,7 +67,7 @@ def command(
     if decoder is not None:
         from ...core.models.decoding.opening import DecoderChoice, check_decoder
 
-        checked = check_decoder(DecoderChoice(decoder, decoder_options, session.artefact))
+        checked = check_decoder(DecoderChoice(decoder, decoder_options, session.artefact, session.memory))
         if checked.decoder.wrap is None:
             raise UserError(
                 f"decoder '{decoder}' chooses among finished samples, which a server cannot stream; use generate"

@@ -13,6 +13,7 @@ STATISTICS_FOLDER = "statistics"
 STATISTICS_FORMAT = 1
 STATISTICS_WEIGHTS = "statistics.safetensors"
 STATISTICS_MANIFEST = "statistics.json"
+MEMORY_MANIFEST = "memory.json"
 
 
 class Layout:
@@ -29,6 +30,8 @@ class Layout:
         self.generalists = root / "generalists"
         self.statistics = root / STATISTICS_FOLDER
         """Statistics of experts for merges that need them: `statistics/EXPERT/KIND`."""
+        self.memories = root / "memories"
+        """Datastores for the decoder `knn`, by name."""
         self.reports = root / "reports"
         self.tracking = root / ".tracking"
         """Files of experiment trackers, a folder each."""
@@ -55,6 +58,20 @@ class Layout:
     def finished_experts(self) -> list[str]:
         """Return the names of the finished experts, sorted."""
         return [path.name for path in _children(self.experts) if (path / MANIFEST_NAMES["expert"]).is_file()]
+
+    def finished_memories(self) -> list[Path]:
+        """Return the folders of the finished memories, sorted."""
+        return [path for path in _children(self.memories) if (path / MEMORY_MANIFEST).is_file()]
+
+    def memory(self, name: str) -> Path:
+        """Return the folder of a finished memory, by name or path; raises `UserError` that lists the memories."""
+        known = {folder.name: folder for folder in self.finished_memories()}
+        if name in known:
+            return known[name]
+        path = Path(name).expanduser()
+        if (path / MEMORY_MANIFEST).is_file():
+            return path.resolve()
+        raise unknown_name("memory", name, known, listed_as="this workspace has")
 
     def generalist(self, output: str | Path) -> Path:
         """Return the folder of a new generalist, by name or path; raises `UserError` for an invalid or taken name."""
@@ -90,7 +107,8 @@ MAX_NAME = 180
 
 def require_free(layout: Layout, name: str, own: Path) -> None:
     """Raise `UserError` if an artefact other than `own` has the name, since names identify models."""
-    for folder in (layout.experts / name, layout.baselines / name, layout.generalists / name):
+    parents = (layout.experts, layout.baselines, layout.generalists, layout.memories)
+    for folder in (parent / name for parent in parents):
         if folder != own and folder.exists():
             raise UserError(f"the name '{name}' is taken by {folder}; choose another name")
 

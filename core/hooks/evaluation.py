@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -100,6 +100,8 @@ class DecoderInputs:
     """The models of `Decoder.models`; they have the same tokenizer."""
     reporter: Reporter = SILENT
     """Receives messages for the user."""
+    memories: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the memories of `Decoder.memories`; their keys are those of `model`."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class Decoder:
     """A frozen dataclass with a default for every field, or None."""
     models: Callable[[Any], Sequence[str]] | None = None
     """`models(options)` names the other models that it needs: artefacts or folders."""
+    memories: Callable[[Any], Sequence[str]] | None = None
+    """`memories(options)` names the memories that it reads; others than those of the user's model are refused."""
     unscored: Callable[[Any], str | None] | None = None
     """`unscored(options)` says why text cannot be scored with the wrapped model, None if it can; default: it can."""
 

@@ -16,6 +16,7 @@ from ...reporting import SILENT, Reporter
 from ...text.tokenizer import load_tokenizer
 from ..loading import load_network, require_intact_models, tokenizer_folder
 from ..scoring import begin_text
+from .memories.manifest import require_memory_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,8 @@ class DecoderChoice:
     options: Mapping[str, Any] = field(default_factory=dict)
     artefact: Callable[[str], Path] = Path
     """Returns the folder of a model that an option names, such as `Layout.artefact`."""
+    memory: Callable[[str], Path] = Path
+    """Returns the folder of a memory that an option names, such as `Layout.memory`."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,13 @@ class CheckedDecoder:
     decoder: Decoder
     options: Any
     models: Mapping[str, Path]
+    memories: Mapping[str, Path] = field(default_factory=dict)
 
     def require_for(self, folder: Path) -> None:
-        """Raise `UserError` for a model whose tokenizer is not that of the others, and for damaged ones."""
+        """Raise `UserError` for a model that has not the others' tokenizer or did not make the memories, and for damage."""
         require_intact_models(self.models.values())
+        for memory in self.memories.values():
+            require_memory_of(memory, folder)
         for name, other in self.models.items():
             if not have_same_tokenizer(folder, other):
                 raise UserError(
@@ -71,7 +77,7 @@ class CheckedDecoder:
             others[name] = load_network(folder, dtype=dtype)
             others[name].to(model.device)
             begin_text(others[name])
-        inputs = DecoderInputs(model, tokenizer, others, reporter)
+        inputs = DecoderInputs(model, tokenizer, others, reporter, self.memories)
         wrap, choose = self.decoder.wrap, self.decoder.choose
         return OpenedDecoder(
             model if wrap is None else wrap(inputs, self.options),
@@ -92,7 +98,13 @@ def check_decoder(choice: DecoderChoice) -> CheckedDecoder:
     decoder = installed_plugins().offer(Decoder, choice.name)
     options = parse_options(decoder.options, choice.options, f"decoder '{choice.name}'")
     names: Sequence[str] = () if decoder.models is None else decoder.models(options)
-    return CheckedDecoder(decoder, options, {name: choice.artefact(name) for name in names})
+    memories: Sequence[str] = () if decoder.memories is None else decoder.memories(options)
+    return CheckedDecoder(
+        decoder,
+        options,
+        {name: choice.artefact(name) for name in names},
+        {name: choice.memory(name) for name in memories},
+    )
 
 
 def have_same_tokenizer(folder: Path, other: Path) -> bool:
