@@ -51,7 +51,7 @@ def build_memory(
     name: str,
     domains: Sequence[str],
     model: str,
-    settings: BuildSettings = BuildSettings(),
+    settings: BuildSettings,
     *,
     force: bool = False,
     reporter: Reporter = SILENT,

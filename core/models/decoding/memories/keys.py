@@ -60,7 +60,7 @@ def _module_of(model: PreTrainedModel, kind: KeyKind) -> nn.Module:
     """Return the module whose input the keys are."""
     if kind == "feed_forward_input":
         return feed_forwards(model)[-1].module
-    head = model.get_output_embeddings()
+    head: nn.Module | None = model.get_output_embeddings()
     if head is None:
         raise UserError(
             f"{type(model).__name__} has neither a feed-forward network behind a norm nor an output layer, whose input is the "

@@ -72,7 +72,7 @@ class Datastore:
         k = min(k, self.manifest.keys)
         # a place of padding may hold anything
         queries_Qd = queries_Qd.nan_to_num(0.0, 0.0, 0.0)
-        parts = [self._numbers(part, k) for part in queries_Qd.split(QUERIES_AT_ONCE)]
+        parts = [self._numbers(part, k) for part in torch.split(queries_Qd, QUERIES_AT_ONCE)]
         numbers = torch.cat(parts) if parts else torch.zeros(0, k, dtype=torch.long)
         return self._measured(queries_Qd, numbers, k)
 
