@@ -109,7 +109,10 @@ def main() -> None:
         store = Datastore(Path(root) / "exact")
         exact, together = timed(store, queries, given.k, len(queries))
         _, alone = timed(store, few, given.k, 1)
-        print(f"{'exact':14} {'':6} {'':6} {'':8} {'':9} {1:7.3f} {together * 1e3:9.3f} {'':7} {alone * 1e3:9.3f}", flush=True)
+        print(
+            f"{'exact':14} {'':6} {'':6} {'':8} {'':9} {1:7.3f} {together * 1e3:9.3f} {'':7} {alone * 1e3:9.3f}",
+            flush=True,
+        )
         for codes in given.codes.split(","):
             record = resolve_index("ivf", codes, len(keys), keys.shape[1])
             folder = Path(root) / codes
@@ -121,7 +124,10 @@ def main() -> None:
             found, own = timed(store, queries, given.k, len(queries))
             _, own_alone = timed(store, few, given.k, 1)
             size = (folder / INDEX_FILE).stat().st_size / 1e6
-            print(f"{'ivf ' + codes:14} {record.lists:6} {given.probes or record.probes:6} {build:8.1f} {size:9.1f} ", end="")
+            print(
+                f"{'ivf ' + codes:14} {record.lists:6} {given.probes or record.probes:6} {build:8.1f} {size:9.1f} ",
+                end="",
+            )
             print(f"{recall(found, exact):7.3f} {own * 1e3:9.3f} {together / own:6.1f}x ", end="")
             print(f"{own_alone * 1e3:9.3f} {alone / own_alone:6.1f}x", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertctl.core.models.decoding.memories.manifest import KEYS_FILE, VALUES_FILE, read_memory
+from expertctl.core.manifests.manifest import Parent
+from expertctl.core.models.decoding.memories.manifest import (
+    KEYS_FILE,
+    VALUES_FILE,
+    IndexRecord,
+    MemoryManifest,
+    read_memory,
+)
 
 TEXTS = {
     "law": "Whereas the parties agree that the court of the first instance decides. ",
@@ -72,3 +79,22 @@ def naive_log_probs(
     for mass, (_, token) in zip(masses, nearest, strict=True):
         knn_V[token] += mass / sum(masses)
     return (weight * knn_V + (1 - weight) * model_V).log()
+
+
+def write_memory(folder: Path, keys: np.ndarray, values: list[int], index: IndexRecord = IndexRecord("exact")) -> Path:
+    """Write a memory that no model made, but for its index; return its folder."""
+    folder.mkdir()
+    keys.astype(np.float16).tofile(folder / KEYS_FILE)
+    np.array(values, dtype=np.int32).tofile(folder / VALUES_FILE)
+    texts: dict[str, Any] = {"kind": "memory", "name": folder.name, "function": "", "tokenizer": ""}
+    counts: dict[str, Any] = {"keys": len(keys), "width": keys.shape[1], "window": 1, "context": 0}
+    MemoryManifest(
+        model=Parent("seed", "seed", ""),
+        domains={},
+        domain_keys={},
+        key="final_hidden_state",
+        index=index,
+        **texts,
+        **counts,
+    ).write(folder)
+    return folder

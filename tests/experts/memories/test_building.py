@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from conversations import TALKS, chat_model, write_records
-from memory_workspaces import naive_key, stored, text_config
+from memory_workspaces import naive_key, stored, text_config, write_memory
 from naive_decoding import double_model
 
 from expertctl import Sampling, UserError, Workspace
 from expertctl.core.models.decoding.memories import search
+from expertctl.core.models.decoding.memories.indexing import resolve_index, write_index
 from expertctl.core.models.decoding.memories.manifest import INDEX_FILE, read_memory, verify_memory
 from expertctl.experts.memories.settings import BuildSettings
 from expertctl.experts.text.corpora import prepare_domain
@@ -29,7 +30,9 @@ UNFITTED = BuildSettings(fit=False)
 
 
 @pytest.fixture(scope="module", params=["llama", "olmo2"])
-def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_workspace: Any) -> Workspace:
+def workspace(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_workspace: Any
+) -> Workspace:
     root = tmp_path_factory.mktemp(request.param)
     return Workspace(new_workspace(root / "workspace", family=request.param, config=text_config(root / "text")))
 
@@ -75,7 +78,9 @@ def test_a_memory_of_an_expert_and_of_an_average_is_used_by_them_alone(workspace
             workspace.generate("news", "x", Sampling(2), decoder="knn", decoder_options=options)
 
 
-@pytest.mark.parametrize(("method", "reason"), [("ensemble", "an ensemble of several"), ("btx", "a mixture of experts")])
+@pytest.mark.parametrize(
+    ("method", "reason"), [("ensemble", "an ensemble of several"), ("btx", "a mixture of experts")]
+)
 def test_models_of_several_transformers_are_refused(workspace: Workspace, method: str, reason: str) -> None:
     if not (workspace.layout.generalists / method).exists():
         workspace.merge(method, method=method)
@@ -136,7 +141,9 @@ def test_every_index_finds_what_a_comparison_of_all_keys_does(
 ) -> None:
     pytest.importorskip("faiss")
     name = f"{index}-{codes}"
-    workspace.memories.build(name, ["law", "code"], settings=BuildSettings(index=index, codes=codes, fit=False), force=True)
+    workspace.memories.build(
+        name, ["law", "code"], settings=BuildSettings(index=index, codes=codes, fit=False), force=True
+    )
     folder = workspace.memories / name
     assert verify_memory(folder) == []
     assert (folder / INDEX_FILE).exists() == (name != "exact-float16")
@@ -164,6 +171,22 @@ def test_every_index_finds_what_a_comparison_of_all_keys_does(
     assert store.search(queries, 10**6).distances.shape == (5, len(tokens))
 
 
+def test_product_quantisation_finds_most_neighbours(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    random = np.random.default_rng(0)
+    keys = random.standard_normal((4000, 16)).astype(np.float16)
+    for kind in ("exact", "ivf"):
+        record = resolve_index(kind, "pq", len(keys), 16)  # type: ignore[arg-type]
+        folder = write_memory(tmp_path / kind, keys, [0] * len(keys), record)
+        write_index(folder, keys, record)
+        queries = torch.from_numpy(random.standard_normal((50, 16)).astype(np.float32))
+        found = search.Datastore(folder, probes=200).search(queries, 8).distances
+        exact = ((queries[:, None] - torch.from_numpy(keys.astype(np.float32))) ** 2).sum(-1).sort(dim=1).values[:, :8]
+        assert float((found <= exact[:, -1:] * 1.0001).float().mean()) > 0.9
+    with pytest.raises(UserError, match="codes 'pq' need at least 1,024 keys of a width that is a multiple of 4"):
+        resolve_index("exact", "pq", 1000, 16)
+
+
 def test_without_faiss_an_index_is_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expertctl.core.models.decoding.memories.indexing.has_faiss", lambda: False)
     with pytest.raises(UserError, match=r"needs faiss: pip install 'expertctl\[memory\]'"):
@@ -180,7 +203,9 @@ def test_conversations_have_keys_of_counted_tokens_only(tmp_path: Path) -> None:
     workspace = Workspace(root)
     workspace.seed(chat_model(tmp_path / "model"))
     memory = workspace.memories.build("chat-memory", ["chat"], settings=BuildSettings(k=4, fit_tokens=200))
-    store = prepare_domain(workspace.layout, "chat", workspace.config.domains["chat"], workspace.layout.seed).open("train")
+    store = prepare_domain(workspace.layout, "chat", workspace.config.domains["chat"], workspace.layout.seed).open(
+        "train"
+    )
     counted = store.counted(0, len(store)) & ~np.isin(store.read(0, len(store)), store.part.markers)
     assert memory.keys == int(counted.sum()) < len(store)
     assert stored(workspace.memories / "chat-memory")[1] == store.read(0, len(store))[counted].tolist()

@@ -29,12 +29,12 @@ PROMPTS = ("Whereas the", "def area(width, height): whereas", "x", "Größe, fa�
 
 
 @pytest.fixture(scope="module", params=["llama", "olmo2"])
-def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_workspace: Any) -> Workspace:
+def workspace(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, new_workspace: Any
+) -> Workspace:
     """With a norm before the last feed-forward network, and without; memories of two domains."""
     root = tmp_path_factory.mktemp(request.param)
-    workspace = Workspace(
-        new_workspace(root / "workspace", family=request.param, config=text_config(root / "text"))
-    )
+    workspace = Workspace(new_workspace(root / "workspace", family=request.param, config=text_config(root / "text")))
     for domain in ("law", "code"):
         workspace.memories.build(f"{domain}-memory", [domain], settings=BuildSettings(fit=False))
     return workspace
@@ -109,7 +109,10 @@ def test_beams_are_those_of_the_reference(case: Case) -> None:
 def test_without_weight_the_model_is_as_before(workspace: Workspace) -> None:
     options = {"memory": "law-memory", **OPTIONS, "lambda": 0}
     plain = workspace.generate("seed", "Whereas", Sampling(8, temperature=0))
-    assert workspace.generate("seed", "Whereas", Sampling(8, temperature=0), decoder="knn", decoder_options=options) == plain
+    assert (
+        workspace.generate("seed", "Whereas", Sampling(8, temperature=0), decoder="knn", decoder_options=options)
+        == plain
+    )
 
 
 def test_text_is_scored_better_with_a_memory_of_its_domain(workspace: Workspace) -> None:
@@ -132,7 +135,11 @@ def test_text_is_scored_better_with_a_memory_of_its_domain(workspace: Workspace)
         ("seed", {"memory": "law-memory", "k": 0}, "k is 0; it must be at least 1"),
         ("seed", {"memory": "law-memory", "lambda": 2}, "lambda is 2.*in the range 0 to 1"),
         ("seed", {"memory": "law-memory", "temperature": 0}, "temperature is 0"),
-        ("law", {"memory": "law-memory"}, r"memory 'law-memory' was made with seed 'seed' \(\w{12}\), and law computes other"),
+        (
+            "law",
+            {"memory": "law-memory"},
+            r"memory 'law-memory' was made with seed 'seed' \(\w{12}\), and law computes other",
+        ),
         ("seed", {"memory": "code-memory"}, "no temperature: fit one with `expertctl memory fit`"),
     ],
 )

@@ -19,12 +19,13 @@ from .search import has_faiss
 FEW_KEYS = 100_000
 """Up to so many keys, all are compared unless an index is asked for."""
 KEYS_AT_ONCE = 1 << 16
-PROBES = 32
+PROBES = 48
 LISTS_PER_ROOT = 4
 """Lists for each unit of the square root of the number of keys: 4,096 for a million."""
 SAMPLES_PER_LIST = 48
-PQ_DIMENSIONS = 4
-"""Numbers of a key that one byte of product quantisation stands for."""
+PQ_DIMENSIONS = 2
+"""Numbers of a key that four bits of product quantisation stand for."""
+LEAST_PQ_KEYS = 1024
 
 
 def resolve_index(
@@ -44,14 +45,12 @@ def resolve_index(
         return IndexRecord("exact")
     chosen = kind or ("ivf" if keys > FEW_KEYS else "exact")
     chosen_codes = codes or ("int8" if chosen == "ivf" else "float16")
-    if chosen_codes == "pq" and width % PQ_DIMENSIONS:
+    if chosen_codes == "pq" and (width % (2 * PQ_DIMENSIONS) or keys < LEAST_PQ_KEYS):
         raise UserError(
-            f"codes 'pq' need a width that is a multiple of {PQ_DIMENSIONS}, and keys have {width}; use int8"
+            f"codes 'pq' need at least {LEAST_PQ_KEYS:,} keys of a width that is a multiple of {2 * PQ_DIMENSIONS}, and these are "
+            f"{keys:,} of width {width}; use int8"
         )
-    least = 256 if chosen_codes == "pq" else 1
-    if chosen_codes == "pq" and keys < least:
-        raise UserError(f"codes 'pq' need at least {least} keys, and there are {keys}; use int8 or float16")
-    bytes_of_code = {"float16": 2 * width, "int8": width, "pq": width // PQ_DIMENSIONS}[chosen_codes]
+    bytes_of_code = {"float16": 2 * width, "int8": width, "pq": width // (2 * PQ_DIMENSIONS)}[chosen_codes]
     if chosen == "exact":
         return IndexRecord("exact", chosen_codes, code_bytes=None if chosen_codes == "float16" else bytes_of_code)
     lists = max(min(round(LISTS_PER_ROOT * math.sqrt(keys)), keys // 39), 1)
@@ -67,9 +66,12 @@ def write_index(folder: Path, keys_Nd: NDArray[np.float16], record: IndexRecord,
         return
     import faiss
 
-    codes = {"float16": "SQfp16", "int8": "SQ8", "pq": f"PQ{record.code_bytes}"}[record.codes]
-    lists = f"IVF{record.lists}," if record.kind == "ivf" else ""
-    index: Any = faiss.index_factory(keys_Nd.shape[1], lists + codes, faiss.METRIC_L2)
+    codes = {"float16": "SQfp16", "int8": "SQ8", "pq": f"PQ{keys_Nd.shape[1] // PQ_DIMENSIONS}x4fs"}[record.codes]
+    lists, residual = "", ""
+    if record.kind == "ivf":
+        lists = f"IVF{record.lists},"
+        residual = "r" if record.codes == "pq" else ""  # codes of what the centroid leaves
+    index: Any = faiss.index_factory(keys_Nd.shape[1], lists + codes + residual, faiss.METRIC_L2)
     reporter.progress("training the index", 0, 1)
     index.train(_sample(keys_Nd, max(SAMPLES_PER_LIST * (record.lists or 0), 20_000)))
     for begin, keys in _pieces(keys_Nd):

@@ -40,9 +40,7 @@ class MemoryModel(RowsModel):
         queries_Qd = self._reader.take(length).flatten(0, 1).cpu()
         model_QV = logits_BTV.log_softmax(dim=-1).flatten(0, 1)
         parts = []
-        for queries, log_probs in zip(
-            torch.split(queries_Qd, _AT_ONCE), torch.split(model_QV, _AT_ONCE), strict=True
-        ):
+        for queries, log_probs in zip(torch.split(queries_Qd, _AT_ONCE), torch.split(model_QV, _AT_ONCE), strict=True):
             neighbours = search_all(self._stores, queries, self._k).to(log_probs.device)
             parts.append(interpolate(log_probs, neighbours, self._lambda, self._temperature))
         return torch.cat(parts).view(batch, length, vocabulary)

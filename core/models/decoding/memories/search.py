@@ -21,8 +21,8 @@ QUERIES_AT_ONCE = 512
 KEYS_AT_ONCE = 1 << 15
 MEMORY_OF_KEYS = 1 << 28
 """Keys of so many bytes in float32 are kept in memory; larger files are read again for every search."""
-CANDIDATES = 4
-"""Neighbours by codes in few bits, for each neighbour that is kept by its true distance."""
+CANDIDATES = {"float16": 1, "int8": 2, "pq": 8}
+"""Neighbours by the codes of an index, for each neighbour that is kept by its true distance."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class Datastore:
         """Return the numbers of keys among which the nearest are, (Q, at least k); -1 for none."""
         if self.index is None:
             return self._compare_all(queries_Qd, k)
-        factor = 1 if self.manifest.index.codes == "float16" else CANDIDATES
-        count = min(k * factor, self.manifest.keys)
+        count = min(k * CANDIDATES[self.manifest.index.codes], self.manifest.keys)
         return torch.from_numpy(self.index.search(queries_Qd.numpy(), count)[1])
 
     def _compare_all(self, queries_Qd: Tensor, k: int) -> Tensor:

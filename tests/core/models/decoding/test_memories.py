@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from memory_workspaces import write_memory
 
-from expertctl.core.manifests.manifest import Parent
 from expertctl.core.models.decoding.memories.indexing import resolve_index
 from expertctl.core.models.decoding.memories.interpolation import interpolate, neighbour_log_probs
-from expertctl.core.models.decoding.memories.manifest import KEYS_FILE, VALUES_FILE, IndexRecord, MemoryManifest
+from expertctl.core.models.decoding.memories.manifest import IndexRecord
 from expertctl.core.models.decoding.memories.search import Datastore, Neighbours, search_all
 from expertctl.experts.memories.fitting import best_interpolation
 
 
-def write_memory(folder: Path, keys: np.ndarray, values: list[int]) -> Datastore:
-    folder.mkdir()
-    keys.astype(np.float16).tofile(folder / KEYS_FILE)
-    np.array(values, dtype=np.int32).tofile(folder / VALUES_FILE)
-    texts: dict[str, Any] = {"kind": "memory", "name": folder.name, "function": "", "tokenizer": "", "key": "final_hidden_state"}
-    counts = {"keys": len(keys), "width": keys.shape[1], "window": 1, "context": 0}
-    MemoryManifest(
-        model=Parent("seed", "seed", ""), domains={}, domain_keys={}, index=IndexRecord("exact"), **texts, **counts
-    ).write(folder)
-    return Datastore(folder)
+def open_memory(folder: Path, keys: np.ndarray, values: list[int]) -> Datastore:
+    return Datastore(write_memory(folder, keys, values))
 
 
 def test_tokens_beyond_16_bits_are_read_as_they_were_written(tmp_path: Path) -> None:
-    store = write_memory(tmp_path / "m", np.eye(3), [32_768, 70_000, 2**31 - 1])
+    store = open_memory(tmp_path / "m", np.eye(3), [32_768, 70_000, 2**31 - 1])
     found = store.search(torch.eye(3), 1)
     assert found.tokens[:, 0].tolist() == [32_768, 70_000, 2**31 - 1]
     assert found.distances[:, 0].tolist() == [0, 0, 0]
@@ -41,8 +32,11 @@ def test_tokens_beyond_16_bits_are_read_as_they_were_written(tmp_path: Path) -> 
 def test_joined_memories_are_one(tmp_path: Path, k: int) -> None:
     random = np.random.default_rng(0)
     keys = random.standard_normal((12, 4)).astype(np.float16)
-    whole = write_memory(tmp_path / "whole", keys, list(range(12)))
-    parts = [write_memory(tmp_path / f"{begin}", keys[begin : begin + 5], list(range(12))[begin : begin + 5]) for begin in (0, 5, 10)]
+    whole = open_memory(tmp_path / "whole", keys, list(range(12)))
+    parts = [
+        open_memory(tmp_path / f"{begin}", keys[begin : begin + 5], list(range(12))[begin : begin + 5])
+        for begin in (0, 5, 10)
+    ]
     queries = torch.from_numpy(random.standard_normal((40, 4)).astype(np.float32))
     joined, expected = search_all(parts, queries, k), whole.search(queries, k)
     assert torch.equal(joined.tokens, expected.tokens)
