@@ -81,7 +81,7 @@ def naive_log_probs(
     return (weight * knn_V + (1 - weight) * model_V).log()
 
 
-def write_memory(folder: Path, keys: np.ndarray, values: list[int], index: IndexRecord = IndexRecord("exact")) -> Path:
+def write_memory(folder: Path, keys: np.ndarray, values: list[int], index: IndexRecord | None = None) -> Path:
     """Write a memory that no model made, but for its index; return its folder."""
     folder.mkdir()
     keys.astype(np.float16).tofile(folder / KEYS_FILE)
@@ -93,7 +93,7 @@ def write_memory(folder: Path, keys: np.ndarray, values: list[int], index: Index
         domains={},
         domain_keys={},
         key="final_hidden_state",
-        index=index,
+        index=index or IndexRecord("exact"),
         **texts,
         **counts,
     ).write(folder)

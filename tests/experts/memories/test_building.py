@@ -214,9 +214,9 @@ def test_conversations_have_keys_of_counted_tokens_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_nothing_under_the_final_name(workspace: Workspace, tmp_path: Path) -> None:
-    root = shutil.copytree(workspace.root, tmp_path / "copy")
-    config = text_config(tmp_path / "text", documents=4000)
+def test_a_kill_leaves_nothing_under_the_final_name(shared_workspace: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(shared_workspace, tmp_path / "copy")
+    config = text_config(tmp_path / "text", documents=1500)
     (root / "expertctl.yaml").write_text(config, encoding="utf-8")
     command = [sys.executable, "-P", "-m", "expertctl.cli.main", "-w", str(root), "memory", "build", "big"]
     process = subprocess.Popen([*command, "--domains", "law", "--no-fit", "-q"], env=os.environ)
