@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from whole_numbers import at_least
 
 from expertctl.core.manifests.manifest import Parent
 from expertctl.core.models.decoding.memories.indexing import resolve_index, write_index
@@ -79,13 +80,13 @@ def recall(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keys", type=int, default=1_000_000)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--clusters", type=int, default=20_000)
-    parser.add_argument("--queries", type=int, default=512)
-    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--keys", type=at_least(1), default=1_000_000)
+    parser.add_argument("--width", type=at_least(1), default=128)
+    parser.add_argument("--clusters", type=at_least(1), default=20_000)
+    parser.add_argument("--queries", type=at_least(1), default=512)
+    parser.add_argument("--k", type=at_least(1), default=64)
     parser.add_argument("--codes", default="float16,int8,pq")
-    parser.add_argument("--probes", type=int, help="default: that of the index")
+    parser.add_argument("--probes", type=at_least(1), help="default: that of the index")
     parser.add_argument("--memory", type=Path, help="folder of a memory, whose keys are used")
     given = parser.parse_args()
     if given.memory is not None:
@@ -101,18 +102,17 @@ def main() -> None:
     queries = torch.from_numpy(asked.astype(np.float32))
     print(f"{len(keys):,} keys of width {keys.shape[1]} ({source}), {len(queries)} queries, k {given.k}, ", end="")
     print(f"{torch.get_num_threads()} thread(s), {keys.nbytes / 1e6:.0f} MB of keys on disk")
-    print(f"{'index':14} {'lists':>6} {'probes':>6} {'build s':>8} {'index MB':>9} {'recall':>7} ", end="")
-    print(f"{'ms/query':>9} {'faster':>7} {'ms alone':>9} {'faster':>7}")
+    print(
+        "| index | lists | probes | build s | index MB | recall | ms a query, together | faster | ms, alone | faster |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         few = queries[: max(len(queries) // 16, 1)]
         write_memory(Path(root) / "exact", keys, IndexRecord("exact"))
         store = Datastore(Path(root) / "exact")
         exact, together = timed(store, queries, given.k, len(queries))
         _, alone = timed(store, few, given.k, 1)
-        print(
-            f"{'exact':14} {'':6} {'':6} {'':8} {'':9} {1:7.3f} {together * 1e3:9.3f} {'':7} {alone * 1e3:9.3f}",
-            flush=True,
-        )
+        print(f"| exact | | | | | 1.000 | {together * 1e3:.3f} | | {alone * 1e3:.3f} | |", flush=True)
         for codes in given.codes.split(","):
             record = resolve_index("ivf", codes, len(keys), keys.shape[1])
             folder = Path(root) / codes
@@ -124,12 +124,9 @@ def main() -> None:
             found, own = timed(store, queries, given.k, len(queries))
             _, own_alone = timed(store, few, given.k, 1)
             size = (folder / INDEX_FILE).stat().st_size / 1e6
-            print(
-                f"{'ivf ' + codes:14} {record.lists:6} {given.probes or record.probes:6} {build:8.1f} {size:9.1f} ",
-                end="",
-            )
-            print(f"{recall(found, exact):7.3f} {own * 1e3:9.3f} {together / own:6.1f}x ", end="")
-            print(f"{own_alone * 1e3:9.3f} {alone / own_alone:6.1f}x", flush=True)
+            row = f"| ivf, {codes} | {record.lists} | {given.probes or record.probes} | {build:.1f} | {size:.1f} "
+            row += f"| {recall(found, exact):.3f} | {own * 1e3:.3f} | {together / own:.1f}x "
+            print(f"{row}| {own_alone * 1e3:.3f} | {alone / own_alone:.1f}x |", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     print(f"peak memory of the process: {peak:,.0f} MB, with the drawn keys")
 
