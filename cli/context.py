@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.artefacts.layout import INDEX_MANIFEST, MEMORY_MANIFEST
 from ..core.errors import UserError
 from ..core.reporting import printable
 from .output import Table, print_json, print_part
@@ -51,17 +52,29 @@ class Session:
             raise
         return layout.artefact(name)
 
+    def memory(self, name: str) -> Path:
+        """Return the folder of a memory, given by name or path; a path needs no workspace."""
+        return self._named(name, MEMORY_MANIFEST, lambda layout: layout.memory(name))
+
+    def index(self, name: str) -> Path:
+        """Return the folder of an index, given by name or path; a path needs no workspace."""
+        return self._named(name, INDEX_MANIFEST, lambda layout: layout.index(name))
+
+    def _named(self, name: str, manifest: str, find: Callable[[Layout], Path]) -> Path:
+        try:
+            layout = self.open().layout
+        except UserError:
+            if (Path(name) / manifest).is_file():
+                return Path(name).resolve()
+            raise
+        return find(layout)
+
     def layout(self) -> Layout | None:
         """Return the paths of the workspace; None outside of a workspace."""
         try:
             return self.open().layout
         except UserError:
             return None
-
-    def root(self) -> Path:
-        """Return the root of the workspace; the current folder outside of a workspace."""
-        layout = self.layout()
-        return Path() if layout is None else layout.root
 
     # --- output ---
 

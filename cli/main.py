@@ -20,7 +20,20 @@ from .output import print_json
 # In the order of a project's workflow. Each command is a module in the folder named after its section.
 COMMANDS = {
     "Begin": ("init", "quickstart", "doctor", "plugins", "plan"),
-    "Make": ("seed", "data", "branch", "train", "stats", "merge", "tune", "expert", "baseline", "rename", "remove"),
+    "Make": (
+        "seed",
+        "data",
+        "branch",
+        "train",
+        "stats",
+        "merge",
+        "tune",
+        "expert",
+        "baseline",
+        "memory",
+        "rename",
+        "remove",
+    ),
     "Use": ("eval", "generate", "serve", "index", "card", "extract-adapter", "export", "push", "pull"),
     "Federate": ("federate",),
     "Trust": ("show", "log", "verify", "reproduce", "audit"),

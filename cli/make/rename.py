@@ -19,7 +19,13 @@ def command(session: Session, name: str, new_name: str) -> None:
     Its tensors stay as they are. An artefact that others were made of keeps its name, because they record it. Statistics of
     an expert are removed. expertctl.yaml is not changed.
     """
+    from ...core.manifests.records import record_as_json
+
     workspace = session.open()
+    if name in workspace.memories:
+        memory = workspace.memories.rename(name, new_name)
+        session.finish(record_as_json(memory), f"memory '{name}' is now '{new_name}'")
+        return
     manifest = workspace.rename(name, new_name)
     if name in workspace.config.experts or name in workspace.config.merges:
         session.note(f"expertctl.yaml still declares '{name}'; change the name there too, or it is made again")

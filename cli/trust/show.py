@@ -12,7 +12,7 @@ from ..context import Session, pass_session
 from ..group import cli_command
 from ..options import name_list, option
 from ..output import Table, number, shares, short
-from ..summaries import origin
+from ..summaries import memory_content, memory_origin, origin, show_memory
 
 if TYPE_CHECKING:
     from expertctl.workspace import Workspace
@@ -41,6 +41,8 @@ def command(session: Session, name: str | None, routing: str | None, domains: tu
         status = _job(session, name)
         if status is not None:
             _show_job(session, name, status)
+        elif (memory := _memory(session, name)) is not None:
+            show_memory(session, memory)
         else:
             _show_artefact(session, session.artefact(name))
     else:
@@ -51,6 +53,13 @@ def _job(session: Session, name: str) -> JobStatus | None:
     try:
         return session.open().job(name)
     except UserError:  # outside of a workspace
+        return None
+
+
+def _memory(session: Session, name: str) -> Path | None:
+    try:
+        return session.memory(name)
+    except UserError:
         return None
 
 
@@ -174,6 +183,7 @@ def _show_workspace(session: Session, workspace: Workspace) -> None:
     from ...core.manifests.manifest import read_manifest
 
     finished = {folder: read_manifest(folder) for folder in workspace.layout.finished()}
+    memories = workspace.memories.list()
     unfinished = workspace.unfinished()
     content: dict[str, Any] = {
         "workspace": str(workspace.root),
@@ -188,12 +198,14 @@ def _show_workspace(session: Session, workspace: Workspace) -> None:
             }
             for folder, manifest in finished.items()
         ],
+        "memories": [memory_content(memory) for memory in memories],
         "unfinished": unfinished,
         "not_started": _not_started(workspace),
     }
     rows: list[tuple[str, str, str, str]] = [
         (manifest.name, manifest.kind, short(manifest.digest), origin(manifest)) for manifest in finished.values()
     ]
+    rows += [(memory.name, "memory", short(memory.digest), memory_origin(memory)) for memory in memories]
     rows += [(name, "unfinished", "", f"resume with: {resume_command}") for name, resume_command in unfinished.items()]
     rows += [
         (name, "not started", "", f"in expertctl.yaml; start with: {start_command}")

@@ -30,9 +30,10 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
     if absent is not None and not names:
         raise click.UsageError("--absent needs the models to search: expertctl verify MODEL --absent EXPERT")
     if names:
-        folders = {name: session.artefact(name) for name in names}
+        folders = {name: _artefact_or_memory(session, name) for name in names}
     else:
-        folders = {folder.name: folder for folder in session.open().layout.finished()}
+        layout = session.open().layout
+        folders = {folder.name: folder for folder in (*layout.finished(), *layout.finished_memories())}
     with session.progress() as progress:
         problems_by_name = {}
         for done, (name, folder) in enumerate(folders.items(), start=1):
@@ -63,6 +64,15 @@ def command(session: Session, names: tuple[str, ...], absent: str | None) -> int
     return 1 if damaged or present else 0
 
 
+def _artefact_or_memory(session: Session, name: str) -> Path:
+    from ...core.errors import UserError
+
+    try:
+        return session.memory(name)
+    except UserError:
+        return session.artefact(name)
+
+
 def _find_absence(session: Session, folder: Path, expert: str) -> Absence:
     from ...merge.mixture.absence import find_expert, find_own_expert
 
@@ -83,10 +93,12 @@ def _verdict(absence: Absence) -> str:
 
 
 def _problems(folder: Path) -> list[str]:
+    from ...core.artefacts.layout import MEMORY_MANIFEST
     from ...core.errors import UserError
     from ...core.manifests.verification import verify
+    from ...core.models.decoding.memories.manifest import verify_memory
 
     try:
-        return verify(folder)
+        return verify_memory(folder) if (folder / MEMORY_MANIFEST).is_file() else verify(folder)
     except UserError as error:  # unreadable manifest
         return [str(error)]

@@ -95,7 +95,7 @@ def command(
             quantise=quantise,
             decoder=None
             if decoder is None
-            else DecoderChoice(decoder, decoder_options, session.artefact, session.root()),
+            else DecoderChoice(decoder, decoder_options, session.artefact, session.memory, session.index),
             reporter=progress,
         )
     content = {

@@ -67,7 +67,9 @@ def command(
     if decoder is not None:
         from ...core.models.decoding.opening import DecoderChoice, check_decoder
 
-        checked = check_decoder(DecoderChoice(decoder, decoder_options, session.artefact, session.root()))
+        checked = check_decoder(
+            DecoderChoice(decoder, decoder_options, session.artefact, session.memory, session.index)
+        )
         if checked.decoder.wrap is None:
             raise UserError(
                 f"decoder '{decoder}' chooses among finished samples, which a server cannot stream; use generate"

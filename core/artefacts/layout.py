@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import UserError, unknown_name
@@ -14,6 +14,7 @@ STATISTICS_FORMAT = 1
 STATISTICS_WEIGHTS = "statistics.safetensors"
 STATISTICS_MANIFEST = "statistics.json"
 INDEX_MANIFEST = "index.json"
+MEMORY_MANIFEST = "memory.json"
 
 
 class Layout:
@@ -32,6 +33,8 @@ class Layout:
         """Statistics of experts for merges that need them: `statistics/EXPERT/KIND`."""
         self.indexes = root / "indexes"
         """Passages of domains that can be searched."""
+        self.memories = root / "memories"
+        """Datastores for the decoder `knn`, by name."""
         self.reports = root / "reports"
         self.tracking = root / ".tracking"
         """Files of experiment trackers, a folder each."""
@@ -58,6 +61,22 @@ class Layout:
     def finished_experts(self) -> list[str]:
         """Return the names of the finished experts, sorted."""
         return [path.name for path in _children(self.experts) if (path / MANIFEST_NAMES["expert"]).is_file()]
+
+    def finished_memories(self) -> list[Path]:
+        """Return the folders of the finished memories, sorted."""
+        return [path for path in _children(self.memories) if (path / MEMORY_MANIFEST).is_file()]
+
+    def memory(self, name: str) -> Path:
+        """Return the folder of a finished memory, by name or path; raises `UserError` that lists the memories."""
+        return _named(name, "memory", self.finished_memories(), MEMORY_MANIFEST)
+
+    def finished_indexes(self) -> list[Path]:
+        """Return the folders of the finished indexes, sorted."""
+        return [path for path in _children(self.indexes) if (path / INDEX_MANIFEST).is_file()]
+
+    def index(self, name: str) -> Path:
+        """Return the folder of a finished index, by name or path; raises `UserError` that lists the indexes."""
+        return _named(name, "index", self.finished_indexes(), INDEX_MANIFEST)
 
     def generalist(self, output: str | Path) -> Path:
         """Return the folder of a new generalist, by name or path; raises `UserError` for an invalid or taken name."""
@@ -93,7 +112,8 @@ MAX_NAME = 180
 
 def require_free(layout: Layout, name: str, own: Path) -> None:
     """Raise `UserError` if an artefact other than `own` has the name, since names identify models."""
-    for folder in (layout.experts / name, layout.baselines / name, layout.generalists / name):
+    parents = (layout.experts, layout.baselines, layout.generalists, layout.memories)
+    for folder in (parent / name for parent in parents):
         if folder != own and folder.exists():
             raise UserError(f"the name '{name}' is taken by {folder}; choose another name")
 
@@ -109,6 +129,16 @@ def check_name(name: str, what: str) -> str:
     if len(name) > MAX_NAME:
         raise UserError(f"{what} cannot be called '{name[:40]}...': names have at most {MAX_NAME} characters")
     return name
+
+
+def _named(name: str, what: str, folders: Iterable[Path], manifest: str) -> Path:
+    known = {folder.name: folder for folder in folders}
+    if name in known:
+        return known[name]
+    path = Path(name).expanduser()
+    if (path / manifest).is_file():
+        return path.resolve()
+    raise unknown_name(what, name, known, listed_as="this workspace has")
 
 
 def _children(folder: Path) -> list[Path]:

@@ -98,10 +98,12 @@ class DecoderInputs:
     tokenizer: PreTrainedTokenizerBase
     models: Mapping[str, PreTrainedModel]
     """The models of `Decoder.models`; they have the same tokenizer."""
-    folders: Mapping[str, Path] = field(default_factory=dict)
-    """The folders of `Decoder.folders`, by the names that it gave; they exist."""
     reporter: Reporter = SILENT
     """Receives messages for the user."""
+    memories: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the memories of `Decoder.memories`; their keys are those of `model`."""
+    indexes: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the indexes of `Decoder.indexes`."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,10 @@ class Decoder:
     """A frozen dataclass with a default for every field, or None."""
     models: Callable[[Any], Sequence[str]] | None = None
     """`models(options)` names the other models that it needs: artefacts or folders."""
-    folders: Callable[[Any], Sequence[str]] | None = None
-    """`folders(options)` names the other folders that it reads, from the workspace's root, such as `indexes/NAME`."""
+    memories: Callable[[Any], Sequence[str]] | None = None
+    """`memories(options)` names the memories that it reads; others than those of the user's model are refused."""
+    indexes: Callable[[Any], Sequence[str]] | None = None
+    """`indexes(options)` names the indexes of text that it searches."""
     unscored: Callable[[Any], str | None] | None = None
     """`unscored(options)` says why text cannot be scored with the wrapped model, None if it can; default: it can."""
 

@@ -51,6 +51,7 @@ BUILTIN_PLUGINS = (
     "decoders.context_aware",
     "decoders.contrastive",
     "decoders.experts_against_seed",
+    "decoders.knn",
     "decoders.replug",
     "decoders.sinks",
     "exporters.gguf",

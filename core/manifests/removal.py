@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artefacts.files import exclusive, read_json, remove_tree
-from ..artefacts.layout import Layout
+from ..artefacts.layout import MEMORY_MANIFEST, Layout
 from ..errors import UserError, unknown_name
 from .manifest import find_manifest, read_manifest
 
@@ -51,6 +51,9 @@ def dependents(layout: Layout, folder: Path) -> list[Dependent]:
         reads_files = loads_seed or folder.resolve() in _referenced(other)
         if is_child or reads_files:
             others.append(Dependent(other.name, reads_files))
+    for memory in layout.finished_memories():  # of no use without the model that made its keys
+        if read_json(memory / MEMORY_MANIFEST).get("model", {}).get("digest") == manifest.digest:
+            others.append(Dependent(memory.name, reads_files=True))
     return others
 
 

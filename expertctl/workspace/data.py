@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertctl.core.errors import UserError, unknown_name
+from expertctl.core.errors import UserError
 from expertctl.core.hooks.text import ValidationText
 from expertctl.core.manifests.manifest import manifest_path, read_manifest
 from expertctl.core.models.loading import max_positions
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.core.text.conversation_blocks import blocks_of
 from expertctl.core.text.token_store import TokenBlocks
-from expertctl.experts.retrieval.index import PASSAGE, Found, Index, IndexManifest, build_index, indexes_of, read_index
+from expertctl.experts.retrieval.index import PASSAGE, Found, Index, IndexManifest, build_index, read_index
 from expertctl.experts.retrieval.tuning import RetrieverTuning
 from expertctl.experts.text.corpora import PreparedDomain, domain_config, example_of, prepare_domain, prepared_domain
 from expertctl.experts.text.discovery import Discovery, DiscoverySettings, discover
@@ -137,14 +137,11 @@ class Data:
 
     def search(self, name: str, query: str, count: int = 5) -> list[Found]:
         """Return the passages of an index that fit a query best, best first; raises `UserError` for an unknown index."""
-        known = indexes_of(self._project.layout)
-        if name not in known:
-            raise unknown_name("index", name, known, listed_as="this workspace has")
-        return Index(known[name]).search([query], count)[0]
+        return Index(self._project.layout.index(name)).search([query], count)[0]
 
     def indexes(self) -> list[IndexManifest]:
         """Return the manifests of all indexes, by name."""
-        return [read_index(folder) for folder in indexes_of(self._project.layout).values()]
+        return [read_index(folder) for folder in self._project.layout.finished_indexes()]
 
     def remove(self, name: str, *, force: bool = False) -> RemovedText:
         """Remove the prepared text of a domain, or a set of clusters; the text that they were made from stays.

@@ -34,6 +34,7 @@ from .baselines import Baselines
 from .data import Data
 from .experts import Experts
 from .generalists import Generalists
+from .memories import Memories
 from .project import Project
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Workspace:
         self.experts = Experts(self._project, self.data)
         self.generalists = Generalists(self._project, self.data)
         self.baselines = Baselines(self._project, self.data)
+        self.memories = Memories(self._project)
         self.prepare, self.discover = self.data.prepare, self.data.discover
         self.branch, self.train = self.experts.branch, self.experts.train
         self.merge, self.tune, self.compare = self.generalists.merge, self.generalists.tune, self.generalists.compare
@@ -185,6 +187,9 @@ class Workspace:
 
         Raises `UserError` if there are any, unless `force`, and if a job of a cluster trains it.
         """
+        if name in self.memories:
+            self.memories.remove(name)
+            return []
         require_no_job(removable(self.layout, name))
         return remove(self.layout, name, force=force)
 
@@ -317,4 +322,4 @@ class Workspace:
             if options:
                 raise UserError("options of a decoder are given without a decoder; name one")
             return None
-        return DecoderChoice(name, options or {}, self.layout.artefact, self.layout.root)
+        return DecoderChoice(name, options or {}, self.layout.artefact, self.layout.memory, self.layout.index)

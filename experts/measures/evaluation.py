@@ -261,7 +261,7 @@ def _open_texts(
     untested: dict[str, None] = {}
     notes = []
     for model, folder in models.items():
-        length = _context(layout, model, folder, context)
+        length = window_length(layout, model, folder, context)
         if (count := num_prompt_tokens(folder)) and length == text_positions(folder):
             notes.append(f"{model}: windows of {length} tokens, since its prompt takes {count} of the positions")
         if stride is not None and stride > length:
@@ -304,7 +304,7 @@ def _require_comparable(
             )
 
 
-def _context(layout: Layout, model: str, folder: Path, requested: int | None) -> int:
+def window_length(layout: Layout, model: str, folder: Path, requested: int | None) -> int:
     """Return the length of a model's windows; raises `UserError` if it has fewer positions than are requested."""
     positions = text_positions(folder)
     if requested is None:

@@ -137,11 +137,6 @@ class Index:
         ]
 
 
-def indexes_of(layout: Layout) -> dict[str, Path]:
-    """Return the folders of a workspace's indexes, by name."""
-    return {path.parent.name: path.parent for path in sorted(layout.indexes.glob(f"[!.]*/{INDEX_MANIFEST}"))}
-
-
 def read_index(folder: Path) -> IndexManifest:
     """Return the manifest of an index; raises `UserError` if the folder has none."""
     path = folder / INDEX_MANIFEST

@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
-from ...core.models.decoding.wrapped import positions_of, tokens_before_text
-from ...core.models.loading import load_network, tokenizer_folder
 from ...core.models.scoring import continuation_log_probs
 from ...core.reporting import SILENT, Reporter
-from ...core.text.tokenizer import load_tokenizer
-from ..measures.embedder import SentenceEmbedder
 from .embeddings import FILE as EMBEDDINGS
 from .embeddings import Embeddings, build_embeddings
 from .passages import Passages
@@ -54,6 +50,10 @@ class Reader:
     @classmethod
     def of_folder(cls, folder: Path) -> Reader:
         """Load the language model and the tokenizer of a folder."""
+        from ...core.models.decoding.wrapped import tokens_before_text
+        from ...core.models.loading import load_network, tokenizer_folder
+        from ...core.text.tokenizer import load_tokenizer
+
         tokenizer = load_tokenizer(tokenizer_folder(folder))
         return cls(load_network(folder, dtype="float32").eval(), tokenizer, tokens_before_text(tokenizer))
 
@@ -62,6 +62,8 @@ class Reader:
 
         Documents are cut to the model's positions; raises `UserError` if a query leaves none.
         """
+        from ...core.models.decoding.wrapped import positions_of
+
         target, end = self._ids(continuation), self._ids(f"\n{query}")
         room = positions_of(self.model) - len(self.begin) - len(end) - len(target)
         if room < 1:
@@ -101,6 +103,8 @@ def tune_embedder(
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
+
+    from ..measures.embedder import SentenceEmbedder
 
     tuning = tuning or RetrieverTuning()
     if len(passages) <= tuning.candidates:

@@ -80,6 +80,15 @@ def test_the_benchmark_of_few_bits_prints_its_table() -> None:
     assert smaller[2] < small[2] < whole[2]
 
 
+def test_the_benchmark_of_memories_prints_its_table() -> None:
+    pytest.importorskip("faiss")
+    path = ROOT / "examples" / "benchmarks" / "knn_search.py"
+    out = run(path, *("--keys", "4000", "--width", "16", "--clusters", "50", "--queries", "32", "--k", "8"))
+    rows = {line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if line.startswith("| ")}
+    assert {"exact", "ivf, float16", "ivf, int8", "ivf, pq"} < rows.keys()
+    assert all(float(rows[name][6]) > 0.8 for name in rows if name.startswith("ivf"))
+
+
 def test_the_benchmark_of_the_server_prints_its_tables_and_the_soak_leaks_nothing() -> None:
     path = ROOT / "examples" / "benchmarks" / "serving.py"
     out = run(path, *("--rounds", "1", "--tokens", "8", "--clients", "4", "--requests", "400"))

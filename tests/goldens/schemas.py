@@ -22,7 +22,8 @@ PAGE = ROOT / "docs" / "manifests.md"
 INTRODUCTION = """\
 # Manifests
 
-Every artefact has a manifest: `seed/seed.json`, `experts/NAME/expert.json` or `generalists/NAME/generalist.json`. It
+Every artefact has a manifest: `seed/seed.json`, `experts/NAME/expert.json` or `generalists/NAME/generalist.json`; a
+[memory](commands/memories.md) has `memories/NAME/memory.json`, which has fields of its own. It
 records parents, digests of all tensors and files, the resolved configuration, data statements, metrics and versions. A
 run also has `run.json`, the specification that it was started with. Manifests never contain text of a corpus.
 
@@ -40,8 +41,10 @@ This page is generated from the records in `core/manifests/` by `python tests/go
 
 def page() -> str:
     """Return the text of docs/manifests.md."""
-    seed, generalist, run = (schema_of(name) for name in ("seed.json", "generalist.json", "run.json"))
-    records = {**seed["$defs"], **generalist["$defs"], **run.get("$defs", {})}
+    seed, generalist, run, memory = (
+        schema_of(name) for name in ("seed.json", "generalist.json", "run.json", "memory.json")
+    )
+    records = {**seed["$defs"], **generalist["$defs"], **run.get("$defs", {}), **memory["$defs"]}
     records |= {"RunSpec": run, "GeneralistConfig": generalist["properties"]["config"]}
     of_config = [{"$ref": f"#/$defs/{name}"} for name in ("RunSpec", "ImportedSeed", "GeneralistConfig")]
     properties = {
@@ -53,6 +56,7 @@ def page() -> str:
         },
     }
     sections = [("seed.json, expert.json, generalist.json", {**generalist, "properties": properties})]
+    sections += [("memory.json", memory)]
     sections += [(title, records[title]) for title in sorted(records)]
     return "\n".join([INTRODUCTION, *(line for title, schema in sections for line in section(title, schema))])
 

@@ -10,17 +10,23 @@ from pydantic import TypeAdapter
 from expertctl.core.manifests.generalist import GeneralistConfig
 from expertctl.core.manifests.manifest import CHECKSUM, ImportedSeed, Manifest
 from expertctl.core.manifests.run import RunSpec
+from expertctl.core.models.decoding.memories.manifest import MemoryManifest
 
 CONFIGS: dict[str, Any] = {"seed": RunSpec | ImportedSeed, "expert": RunSpec | None, "generalist": GeneralistConfig}
 """What `config` holds in the manifest of each kind."""
-SCHEMA_NAMES = ("seed.json", "expert.json", "generalist.json", "run.json")
+SCHEMA_NAMES = ("seed.json", "expert.json", "generalist.json", "run.json", "memory.json")
+CHECKSUM_FIELD = {"type": "string", "description": "sha256 of this file with the value left empty."}
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema_of(file_name: str) -> dict[str, Any]:
-    """Return the JSON Schema of `seed.json`, `expert.json`, `generalist.json` or `run.json`."""
+    """Return the JSON Schema of `seed.json`, `expert.json`, `generalist.json`, `run.json` or `memory.json`."""
     if file_name == "run.json":
         return {"$schema": DIALECT, "title": file_name, **TypeAdapter(RunSpec).json_schema()}
+    if file_name == "memory.json":
+        memory = TypeAdapter(MemoryManifest).json_schema()
+        fields = {**memory["properties"], CHECKSUM: CHECKSUM_FIELD}
+        return {"$schema": DIALECT, **memory, "title": file_name, "properties": fields}
     kind = file_name.removesuffix(".json")
     manifest = TypeAdapter(Manifest).json_schema()
     config = TypeAdapter(CONFIGS[kind]).json_schema()
@@ -29,7 +35,7 @@ def schema_of(file_name: str) -> dict[str, Any]:
         **manifest["properties"],
         "kind": {"const": kind},
         "config": config,
-        CHECKSUM: {"type": "string", "description": "sha256 of this file with the value left empty."},
+        CHECKSUM: CHECKSUM_FIELD,
     }
     return {"$schema": DIALECT, **manifest, "title": file_name, "properties": properties, "$defs": definitions}
 

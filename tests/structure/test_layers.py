@@ -38,6 +38,7 @@ HEAVY = {
     "tokenizers",
     "safetensors",
     "pandas",
+    "faiss",
     "opacus",
     "rapidfuzz",
     "fsspec",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...artefacts.digests import digest_of_tokenizer
-from ...errors import UserError, unknown_name
+from ...errors import UserError
 from ...hooks.evaluation import Decoder, DecoderInputs, SampleChoice
 from ...hooks.manager import installed_plugins
 from ...hooks.options import parse_options
@@ -16,6 +16,7 @@ from ...reporting import SILENT, Reporter
 from ...text.tokenizer import load_tokenizer
 from ..loading import load_network, require_intact_models, tokenizer_folder
 from ..scoring import begin_text
+from .memories.manifest import require_memory_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +30,10 @@ class DecoderChoice:
     options: Mapping[str, Any] = field(default_factory=dict)
     artefact: Callable[[str], Path] = Path
     """Returns the folder of a model that an option names, such as `Layout.artefact`."""
-    root: Path = Path()
-    """The workspace's root, where other folders are."""
+    memory: Callable[[str], Path] = Path
+    """Returns the folder of a memory that an option names, such as `Layout.memory`."""
+    index: Callable[[str], Path] = Path
+    """Returns the folder of an index that an option names, such as `Layout.index`."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class CheckedDecoder:
     decoder: Decoder
     options: Any
     models: Mapping[str, Path]
-    folders: Mapping[str, Path] = field(default_factory=dict)
-    """Other folders that it reads."""
+    memories: Mapping[str, Path] = field(default_factory=dict)
+    indexes: Mapping[str, Path] = field(default_factory=dict)
 
     def require_for(self, folder: Path) -> None:
-        """Raise `UserError` for a model whose tokenizer is not that of the others, and for damaged ones."""
+        """Raise `UserError` for a model that has not the others' tokenizer or did not make the memories, and for damage."""
         require_intact_models(self.models.values())
+        for memory in self.memories.values():
+            require_memory_of(memory, folder)
         for name, other in self.models.items():
             if not have_same_tokenizer(folder, other):
                 raise UserError(
@@ -75,7 +80,7 @@ class CheckedDecoder:
             others[name] = load_network(folder, dtype=dtype)
             others[name].to(model.device)
             begin_text(others[name])
-        inputs = DecoderInputs(model, tokenizer, others, self.folders, reporter)
+        inputs = DecoderInputs(model, tokenizer, others, reporter, self.memories, self.indexes)
         wrap, choose = self.decoder.wrap, self.decoder.choose
         return OpenedDecoder(
             model if wrap is None else wrap(inputs, self.options),
@@ -92,26 +97,19 @@ class OpenedDecoder:
 
 
 def check_decoder(choice: DecoderChoice) -> CheckedDecoder:
-    """Return a decoder with its options; raises `UserError` for an unknown decoder, option, model or folder."""
+    """Return a decoder with its options; raises `UserError` for an unknown decoder, option, model, memory or index."""
     decoder = installed_plugins().offer(Decoder, choice.name)
     options = parse_options(decoder.options, choice.options, f"decoder '{choice.name}'")
     names: Sequence[str] = () if decoder.models is None else decoder.models(options)
-    read = () if decoder.folders is None else decoder.folders(options)
+    memories: Sequence[str] = () if decoder.memories is None else decoder.memories(options)
+    indexes: Sequence[str] = () if decoder.indexes is None else decoder.indexes(options)
     return CheckedDecoder(
         decoder,
         options,
         {name: choice.artefact(name) for name in names},
-        {name: _existing(choice.root, name) for name in read},
+        {name: choice.memory(name) for name in memories},
+        {name: choice.index(name) for name in indexes},
     )
-
-
-def _existing(root: Path, name: str) -> Path:
-    """Return a folder of a workspace; raises `UserError` that lists those beside it if there is none."""
-    folder = root / name
-    if folder.is_dir():
-        return folder
-    known = sorted(path.name for path in folder.parent.glob("[!.]*") if path.is_dir()) if folder.parent.is_dir() else ()
-    raise unknown_name("folder", folder.name, known, listed_as=f"{folder.parent} has")
 
 
 def have_same_tokenizer(folder: Path, other: Path) -> bool:

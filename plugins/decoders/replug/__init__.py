@@ -21,7 +21,7 @@ class ReplugOptions:
     """Options of REPLUG."""
 
     index: str = ""
-    """Name of the index; see `expertctl index build`."""
+    """Name or folder of the index; see `expertctl index build`."""
     documents: int = 4
     """Documents for a text, each a forward pass."""
     temperature: float | None = None
@@ -46,11 +46,6 @@ class ReplugOptions:
         if self.candidates and self.candidates < self.documents:
             raise ValueError("candidates must be 0, or at least as many as documents")
 
-    @property
-    def folder(self) -> str:
-        """The index, from the workspace's root."""
-        return f"indexes/{self.index}"
-
 
 def wrap(inputs: DecoderInputs, options: ReplugOptions) -> PreTrainedModel:
     """Return the model that reads documents before the text."""
@@ -59,7 +54,7 @@ def wrap(inputs: DecoderInputs, options: ReplugOptions) -> PreTrainedModel:
     from .model import DocumentsModel
     from .retriever import Retriever
 
-    index = Index(inputs.folders[options.folder])
+    index = Index(inputs.indexes[options.index])
     begin = tokens_before_text(inputs.tokenizer)
     scores = "ranked" if options.candidates else index.manifest.search
     retriever = Retriever(
@@ -85,4 +80,4 @@ def wrap(inputs: DecoderInputs, options: ReplugOptions) -> PreTrainedModel:
 @hookimpl
 def decoders() -> list[Decoder]:
     summary = "documents of an index, read one by one before the text"
-    return [Decoder("replug", summary, wrap, options=ReplugOptions, folders=lambda options: [options.folder])]
+    return [Decoder("replug", summary, wrap, options=ReplugOptions, indexes=lambda options: [options.index])]

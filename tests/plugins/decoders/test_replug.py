@@ -190,7 +190,7 @@ def test_a_model_generates_and_is_scored_with_an_index(workspace: Workspace, mod
     ("options", "reason"),
     [
         ({}, "give index=NAME"),
-        ({"index": "libary"}, "no folder 'libary'.*did you mean 'library'"),
+        ({"index": "libary"}, "no index 'libary'.*did you mean 'library'"),
         ({"index": "library", "documents": 0}, "documents is 0"),
         ({"index": "library", "candidates": 2}, "at least as many as documents"),
         ({"index": "library", "document_tokens": 200}, "documents of 200 tokens leave 0 of the model's 128 positions"),
