@@ -11,6 +11,7 @@ from ..group import cli_command
 from ..options import flag, integer, name_list, option, with_decoder, with_device_map, with_quantise
 from ..output import Table
 from ..parsing import gate
+from .eval_suites import asked_suite, report_suite, with_suites
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     "Compare one generalist with baselines: seed, best-expert, average, ensemble (of its experts, made "
     "temporarily), or other models. Exit with status 3 if it is worse than the best of them.",
 )
+@with_suites
 @pass_session
 def command(
     session: Session,
@@ -73,6 +75,7 @@ def command(
     evaluator: str,
     gates: tuple[tuple[str, str], ...],
     against: tuple[str, ...] | None,
+    **suite_options: Any,
 ) -> int:
     """Evaluate models on the test text of domains.
 
@@ -85,6 +88,21 @@ def command(
     if by_position is not None and (gates or stride is not None or evaluator != "perplexity"):
         raise click.UsageError("--by-position goes with none of --stride, --evaluator and --require")
     workspace = session.open()
+    loading = {"device_map": device_map, "quantise": quantise, "decoder": decoder, "decoder_options": decoder_options}
+    of_domains = {
+        "--domains": domains,
+        "--context": context,
+        "--stride": stride,
+        "--by-position": by_position,
+        "--known-domains": known_domains,
+        "--jobs": jobs,
+        "--nproc": nproc > 1,
+        "--evaluator": evaluator != "perplexity",
+        "--require": gates,
+        "--against": against,
+    }
+    if (suite := asked_suite(suite_options, of_domains)) is not None:
+        return report_suite(session, workspace, suite, models, suite_options, **loading)
     if against is not None:
         others = (gates, context, stride, by_position, known_domains, device_map, quantise, decoder, decoder_options)
         if len(models) != 1 or any(others) or evaluator != "perplexity":
@@ -106,10 +124,7 @@ def command(
             ranked=gates,
             jobs=jobs,
             nproc=nproc,
-            device_map=device_map,
-            quantise=quantise,
-            decoder=decoder,
-            decoder_options=decoder_options,
+            **loading,
             reporter=progress,
         )
     if not table.is_comparable(table.scores):

@@ -35,6 +35,7 @@ from .data import Data
 from .experts import Experts
 from .generalists import Generalists
 from .project import Project
+from .suites import Suites
 
 if TYPE_CHECKING:
     from expertctl.core.models.generation import Generation, Sampling
@@ -61,6 +62,7 @@ class Workspace:
         self.experts = Experts(self._project, self.data)
         self.generalists = Generalists(self._project, self.data)
         self.baselines = Baselines(self._project, self.data)
+        self.suites = Suites(self._project)
         self.prepare, self.discover = self.data.prepare, self.data.discover
         self.branch, self.train = self.experts.branch, self.experts.train
         self.merge, self.tune, self.compare = self.generalists.merge, self.generalists.tune, self.generalists.compare

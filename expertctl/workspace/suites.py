@@ -1,0 +1,73 @@
+"""Questions with known answers, asked of models of a workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertctl.core.errors import UserError
+from expertctl.core.models.decoding.opening import DecoderChoice
+from expertctl.core.reporting import SILENT, Reporter
+from expertctl.experts.measures.suites.choices import ChoiceSettings, ChoiceTable, evaluate_choices
+from expertctl.experts.measures.suites.opening import ModelSettings
+from expertctl.experts.measures.suites.questions import TEMPLATE
+
+from .project import Project
+
+if TYPE_CHECKING:
+    from expertctl.core.process.placement import DeviceMap
+
+
+class Suites:
+    """Evaluations by questions; models are names in the workspace or folders, by default all finished ones.
+
+    All take `device_map` and `quantise` (see `load_model`) and a `decoder` with `decoder_options` (see `generate`).
+    """
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+
+    def choices(
+        self,
+        file: str | Path,
+        *models: str,
+        shots: int = 0,
+        shots_from: str | Path | None = None,
+        template: str | None = None,
+        device_map: DeviceMap | None = None,
+        quantise: str | None = None,
+        decoder: str | None = None,
+        decoder_options: Mapping[str, Any] | None = None,
+        reporter: Reporter = SILENT,
+    ) -> ChoiceTable:
+        """Ask multiple-choice questions of a file, after `shots` examples from `shots_from` (default: the file itself).
+
+        `template` is the text around a question, with `{question}` in it and up to the answer.
+        """
+        examples = None if shots_from is None else Path(shots_from)
+        settings = ChoiceSettings(Path(file), shots, examples, TEMPLATE if template is None else template)
+        return evaluate_choices(
+            self._folders(models), settings, self._settings(device_map, quantise, decoder, decoder_options), reporter
+        )
+
+    def _folders(self, models: tuple[str, ...]) -> dict[str, Path]:
+        layout = self._project.layout
+        names = tuple(dict.fromkeys(models)) or tuple(folder.name for folder in layout.finished())
+        if not names:
+            raise UserError("there is no finished model to evaluate yet; make a seed with `expertctl seed`")
+        return {name: layout.artefact(name) for name in names}
+
+    def _settings(
+        self,
+        device_map: DeviceMap | None,
+        quantise: str | None,
+        decoder: str | None,
+        decoder_options: Mapping[str, Any] | None,
+    ) -> ModelSettings:
+        if decoder_options and decoder is None:
+            raise UserError("options of a decoder need a decoder")
+        choice = None
+        if decoder is not None:
+            choice = DecoderChoice(decoder, decoder_options or {}, self._project.layout.artefact)
+        return ModelSettings(device_map, quantise, choice)
