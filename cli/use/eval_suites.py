@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import integer, option, path, with_options
+from ..options import flag, integer, option, path, with_options
 from ..output import Table
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from expertctl.workspace import Workspace
 
     from ...experts.measures.suites.choices import ChoiceTable
+    from ...experts.measures.suites.harness.running import HarnessTable, HarnessValue
     from ...experts.measures.suites.intervals import Interval
     from ..context import Session
 
@@ -22,10 +23,17 @@ with_suites = with_options(
     path("--choices", "FILE", "Multiple choice: questions with choices, in a JSON or JSON-lines file.", file=True),
     integer("--shots", "Solved examples before each question.", least=0, default=0),
     path("--shots-from", "FILE", "File with the examples. Default: the file itself, without the question.", file=True),
+    option("--suite", "lm-eval:A,B", "Tasks of EleutherAI's lm-eval, by name; needs the extra lm-eval."),
+    path("--tasks-folder", "FOLDER", "Folder with task files beside lm-eval's own."),
+    flag("--download", "Let tasks of --suite take their data from the Hugging Face hub."),
+    integer("--limit", "Number of questions of each task of --suite. Default: all."),
     option("--template", "TEXT", "Text around a question, with {question} in it and up to the answer."),
 )
-SUITES = ("choices",)
-NEEDS = {"shots_from": "choices", "template": "choices", "shots": "choices"}
+SUITES = ("choices", "suite")
+NEEDS = {
+    **dict.fromkeys(("shots", "shots_from", "template"), "choices"),
+    **dict.fromkeys(("tasks_folder", "download", "limit"), "suite"),
+}
 """Option -> the suite that it belongs to."""
 
 
@@ -51,17 +59,33 @@ def report_suite(
     session: Session, workspace: Workspace, suite: str, models: Sequence[str], given: Mapping[str, Any], **settings: Any
 ) -> int:
     """Ask the models and print the tables; return the exit status."""
+    from ...experts.measures.suites.harness.running import parse_suite
+
     with session.progress() as progress:
-        table = workspace.suites.choices(
-            given["choices"],
-            *models,
-            shots=given["shots"],
-            shots_from=given["shots_from"],
-            template=given["template"],
-            reporter=progress,
-            **settings,
-        )
-    session.finish(table.as_json(), *choice_tables(table))
+        suites = workspace.suites
+        if suite == "choices":
+            choices = suites.choices(
+                given["choices"],
+                *models,
+                shots=given["shots"],
+                shots_from=given["shots_from"],
+                template=given["template"],
+                reporter=progress,
+                **settings,
+            )
+            content, parts = choices.as_json(), choice_tables(choices)
+        else:
+            results = suites.harness(
+                parse_suite(given["suite"]),
+                *models,
+                folder=given["tasks_folder"],
+                download=given["download"],
+                limit=given["limit"],
+                reporter=progress,
+                **settings,
+            )
+            content, parts = results.as_json(), [harness_table(results)]
+    session.finish(content, *parts)
     return 0
 
 
@@ -83,6 +107,23 @@ def choice_tables(table: ChoiceTable) -> list[Table | str]:
         title = "difference of accuracy on the same questions (95% interval, * without 0)"
         parts += ["", Table(("models", *RULES), rows, title=title, right=right)]
     return parts
+
+
+def harness_table(table: HarnessTable) -> Table:
+    """Return lm-eval's numbers: a row per task and metric, a column per model."""
+    from ...experts.measures.suites.harness.running import task_rows
+
+    models = list(table.results)
+    rows = [
+        (task, metric, *(_with_error(by_model[model]) if model in by_model else "-" for model in models))
+        for task, metric, by_model in task_rows(table)
+    ]
+    title = "lm-eval (± standard error)"
+    return Table(("task", "metric", *models), rows, title=title, right=frozenset(range(2, len(models) + 2)))
+
+
+def _with_error(value: HarnessValue) -> str:
+    return f"{value.value:.4f}" + ("" if value.error is None else f" ± {value.error:.4f}")
 
 
 def _with_limits(interval: Interval) -> str:

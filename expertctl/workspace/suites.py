@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from expertctl.core.errors import UserError
 from expertctl.core.models.decoding.opening import DecoderChoice
 from expertctl.core.reporting import SILENT, Reporter
 from expertctl.experts.measures.suites.choices import ChoiceSettings, ChoiceTable, evaluate_choices
+from expertctl.experts.measures.suites.harness.running import HarnessSettings, HarnessTable, run_harness
 from expertctl.experts.measures.suites.opening import ModelSettings
 from expertctl.experts.measures.suites.questions import TEMPLATE
 
@@ -48,6 +49,28 @@ class Suites:
         examples = None if shots_from is None else Path(shots_from)
         settings = ChoiceSettings(Path(file), shots, examples, TEMPLATE if template is None else template)
         return evaluate_choices(
+            self._folders(models), settings, self._settings(device_map, quantise, decoder, decoder_options), reporter
+        )
+
+    def harness(
+        self,
+        tasks: Sequence[str],
+        *models: str,
+        folder: str | Path | None = None,
+        download: bool = False,
+        limit: int | None = None,
+        device_map: DeviceMap | None = None,
+        quantise: str | None = None,
+        decoder: str | None = None,
+        decoder_options: Mapping[str, Any] | None = None,
+        reporter: Reporter = SILENT,
+    ) -> HarnessTable:
+        """Run tasks of lm-eval (names of tasks, groups or tags), of which `folder` may hold further ones.
+
+        `download` lets tasks take their data from the Hugging Face hub; `limit` is the number of questions of each.
+        """
+        settings = HarnessSettings(tuple(tasks), None if folder is None else Path(folder), download, limit)
+        return run_harness(
             self._folders(models), settings, self._settings(device_map, quantise, decoder, decoder_options), reporter
         )
 
