@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import flag, integer, option, path, with_options
+from ..options import Number, flag, integer, option, path, with_options
 from ..output import Table
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from expertctl.workspace import Workspace
 
+    from ...experts.measures.suites.answers.judging import AnswerTable
     from ...experts.measures.suites.choices import ChoiceTable
     from ...experts.measures.suites.harness.running import HarnessTable, HarnessValue
     from ...experts.measures.suites.intervals import Interval
@@ -21,18 +22,25 @@ if TYPE_CHECKING:
 
 with_suites = with_options(
     path("--choices", "FILE", "Multiple choice: questions with choices, in a JSON or JSON-lines file.", file=True),
-    integer("--shots", "Solved examples before each question.", least=0, default=0),
+    integer("--shots", "Solved examples before each question.  [default: 0]", least=0),
     path("--shots-from", "FILE", "File with the examples. Default: the file itself, without the question.", file=True),
     option("--suite", "lm-eval:A,B", "Tasks of EleutherAI's lm-eval, by name; needs the extra lm-eval."),
     path("--tasks-folder", "FOLDER", "Folder with task files beside lm-eval's own."),
     flag("--download", "Let tasks of --suite take their data from the Hugging Face hub."),
     integer("--limit", "Number of questions of each task of --suite. Default: all."),
+    path("--generate", "FILE", "Prompts with expected answers, or with tests of programs, in a JSON file.", file=True),
+    integer("--samples", "Samples of each prompt of --generate.  [default: 1]"),
+    integer("--max-new-tokens", "Longest answer of --generate, in tokens.  [default: 256]"),
+    option("--temperature", "T", "Of --generate. Default: 0 for one sample, 0.8 for several.", type=Number(min=0)),
+    integer("--seed", "Random seed of --generate.", least=0),
+    flag("--run-code", "Run programs that the models write, in processes with limits: no security boundary."),
     option("--template", "TEXT", "Text around a question, with {question} in it and up to the answer."),
 )
-SUITES = ("choices", "suite")
+SUITES = ("choices", "suite", "generate")
 NEEDS = {
     **dict.fromkeys(("shots", "shots_from", "template"), "choices"),
     **dict.fromkeys(("tasks_folder", "download", "limit"), "suite"),
+    **dict.fromkeys(("samples", "max_new_tokens", "temperature", "seed", "run_code"), "generate"),
 }
 """Option -> the suite that it belongs to."""
 
@@ -46,7 +54,7 @@ def asked_suite(given: Mapping[str, Any], others: Mapping[str, Any]) -> str | No
     if len(asked) > 1:
         raise click.UsageError(f"give only one of {', '.join(_flag(name) for name in asked)}")
     for name, suite in NEEDS.items():
-        if given[name] and suite not in asked:
+        if given[name] is not None and given[name] is not False and suite not in asked:
             raise click.UsageError(f"{_flag(name)} needs {_flag(suite)}")
     if not asked:
         return None
@@ -62,29 +70,29 @@ def report_suite(
     from ...experts.measures.suites.harness.running import parse_suite
 
     with session.progress() as progress:
-        suites = workspace.suites
+        asked = {"reporter": progress, **settings}
+        suites, content, parts = workspace.suites, {}, []
         if suite == "choices":
             choices = suites.choices(
                 given["choices"],
                 *models,
-                shots=given["shots"],
+                shots=given["shots"] or 0,
                 shots_from=given["shots_from"],
                 template=given["template"],
-                reporter=progress,
-                **settings,
+                **asked,
             )
             content, parts = choices.as_json(), choice_tables(choices)
-        else:
+        elif suite == "suite":
+            folder, tasks = given["tasks_folder"], parse_suite(given["suite"])
             results = suites.harness(
-                parse_suite(given["suite"]),
-                *models,
-                folder=given["tasks_folder"],
-                download=given["download"],
-                limit=given["limit"],
-                reporter=progress,
-                **settings,
+                tasks, *models, folder=folder, download=given["download"], limit=given["limit"], **asked
             )
             content, parts = results.as_json(), [harness_table(results)]
+        else:
+            names = ("samples", "max_new_tokens", "temperature", "seed", "run_code")
+            writing = {name: given[name] for name in names if given[name] is not None}
+            answers = suites.answers(given["generate"], *models, **writing, **asked)
+            content, parts = answers.as_json(), answer_tables(answers)
     session.finish(content, *parts)
     return 0
 
@@ -93,19 +101,39 @@ def choice_tables(table: ChoiceTable) -> list[Table | str]:
     """Return the accuracy of each model under each rule, and the differences of every two models."""
     from ...experts.measures.suites.choice_scores import RULES
 
-    rows = [(model, *(_with_limits(table.accuracy(model, rule)) for rule in RULES)) for model in table.scores]
-    right = frozenset(range(1, len(RULES) + 1))
+    rates = {model: [table.accuracy(model, rule) for rule in RULES] for model in table.scores}
     shots = f", {table.shots} shot{'s' * (table.shots != 1)}" if table.shots else ""
     title = f"accuracy on {len(table.questions)} questions{shots} (95% interval; guessing: {table.chance:.3f})"
-    parts: list[Table | str] = [Table(("model", *RULES), rows, title=title, right=right)]
-    if len(table.scores) > 1:
-        by_rule = [table.differences(rule) for rule in RULES]
+    return rate_tables(title, RULES, rates, [table.differences(rule) for rule in RULES], "accuracy")
+
+
+def answer_tables(table: AnswerTable) -> list[Table | str]:
+    """Return each model's share of right answers and passing programs, and the differences of every two models."""
+    columns = [f"{kind}@{tries}" for kind, tries in table.metrics]
+    rates = {model: [table.rate(model, *metric) for metric in table.metrics] for model in table.right}
+    samples = f"{table.samples} sample{'s' * (table.samples != 1)} each"
+    title = f"right answers (match@k) and programs (pass@k) to {len(table.prompts)} prompts, {samples} (95% interval)"
+    return rate_tables(title, columns, rates, [table.differences(*metric) for metric in table.metrics], "share")
+
+
+def rate_tables(
+    title: str,
+    columns: Sequence[str],
+    rates: Mapping[str, Sequence[Interval]],
+    differences: Sequence[Sequence[tuple[str, str, Interval]]],
+    what: str,
+) -> list[Table | str]:
+    """Return a table with a row per model, and one with a row per two models; `differences` are those of each column."""
+    right = frozenset(range(1, len(columns) + 1))
+    rows = [(model, *map(_with_limits, intervals)) for model, intervals in rates.items()]
+    parts: list[Table | str] = [Table(("model", *columns), rows, title=title, right=right)]
+    if len(rates) > 1:
         rows = [
             (f"{line[0][0]} - {line[0][1]}", *(_with_sign(difference) for _, _, difference in line))
-            for line in zip(*by_rule, strict=True)
+            for line in zip(*differences, strict=True)
         ]
-        title = "difference of accuracy on the same questions (95% interval, * without 0)"
-        parts += ["", Table(("models", *RULES), rows, title=title, right=right)]
+        title = f"difference of {what} on the same questions (95% interval, * without 0)"
+        parts += ["", Table(("models", *columns), rows, title=title, right=right)]
     return parts
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from expertctl.core.errors import UserError
 from expertctl.core.models.decoding.opening import DecoderChoice
 from expertctl.core.reporting import SILENT, Reporter
+from expertctl.experts.measures.suites.answers.judging import AnswerSettings, AnswerTable, evaluate_answers
+from expertctl.experts.measures.suites.answers.writing import Writing
 from expertctl.experts.measures.suites.choices import ChoiceSettings, ChoiceTable, evaluate_choices
 from expertctl.experts.measures.suites.harness.running import HarnessSettings, HarnessTable, run_harness
 from expertctl.experts.measures.suites.opening import ModelSettings
@@ -71,6 +73,30 @@ class Suites:
         """
         settings = HarnessSettings(tuple(tasks), None if folder is None else Path(folder), download, limit)
         return run_harness(
+            self._folders(models), settings, self._settings(device_map, quantise, decoder, decoder_options), reporter
+        )
+
+    def answers(
+        self,
+        file: str | Path,
+        *models: str,
+        samples: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float | None = None,
+        seed: int = 0,
+        run_code: bool = False,
+        device_map: DeviceMap | None = None,
+        quantise: str | None = None,
+        decoder: str | None = None,
+        decoder_options: Mapping[str, Any] | None = None,
+        reporter: Reporter = SILENT,
+    ) -> AnswerTable:
+        """Continue the prompts of a file and compare with expected answers, or run tests of programs with `run_code`.
+
+        The temperature is 0 for one sample of each prompt and 0.8 for several, unless it is given.
+        """
+        settings = AnswerSettings(Path(file), Writing(samples, max_new_tokens, temperature, seed), run_code)
+        return evaluate_answers(
             self._folders(models), settings, self._settings(device_map, quantise, decoder, decoder_options), reporter
         )
 

@@ -60,7 +60,7 @@ def score_questions(
     """
     for question, own in zip(questions, pairs, strict=True):
         longest = max(len(prefix) + len(target) for prefix, target in (*own.direct, *own.neutral, *own.channel))
-        opened.require_positions(longest, question.where)
+        opened.require_positions(longest, question.where, "--shots")
     log_probs = score_pairs(
         opened, [pair for own in pairs for pair in (*own.direct, *own.neutral, *own.channel)], reporter
     )

@@ -130,12 +130,12 @@ class OpenedModel:
         """Whether a text changes how later ones are scored, unless the model forgets it."""
         return learns_from_text(self.network)
 
-    def require_positions(self, num_tokens: int, where: str) -> None:
-        """Raise `UserError` for a text that is longer than the model reads."""
+    def require_positions(self, num_tokens: int, where: str, remedy: str) -> None:
+        """Raise `UserError` for a text that is longer than the model reads; `remedy` says what to give fewer of."""
         if num_tokens > self.positions:
             own = num_prompt_tokens(self.folder)
             left = f" that its own prompt of {own} leaves" if own else ""
             raise UserError(
-                f"{where}: {num_tokens} tokens with the shots and the answer, and {self.name} has {self.positions} "
-                f"positions{left}; give fewer --shots, or take the question out"
+                f"{where}: {num_tokens} tokens with the answer, and {self.name} has {self.positions} positions{left}; "
+                f"give fewer {remedy}, or take the question out"
             )
