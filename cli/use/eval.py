@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 @pass_session
 def command(
     session: Session,
+    /,
     models: tuple[str, ...],
     domains: tuple[str, ...] | None,
     context: int | None,
@@ -88,7 +89,12 @@ def command(
     if by_position is not None and (gates or stride is not None or evaluator != "perplexity"):
         raise click.UsageError("--by-position goes with none of --stride, --evaluator and --require")
     workspace = session.open()
-    loading = {"device_map": device_map, "quantise": quantise, "decoder": decoder, "decoder_options": decoder_options}
+    loading: dict[str, Any] = {
+        "device_map": device_map,
+        "quantise": quantise,
+        "decoder": decoder,
+        "decoder_options": decoder_options,
+    }
     of_domains = {
         "--domains": domains,
         "--context": context,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ...experts.measures.suites.choices import ChoiceTable
     from ...experts.measures.suites.harness.running import HarnessTable, HarnessValue
     from ...experts.measures.suites.intervals import Interval
+    from ...experts.measures.suites.skills import SkillTable
     from ..context import Session
 
 with_suites = with_options(
@@ -71,7 +72,8 @@ def report_suite(
 
     with session.progress() as progress:
         asked = {"reporter": progress, **settings}
-        suites, content, parts = workspace.suites, {}, []
+        suites = workspace.suites
+        parts: list[Table | str]
         if suite == "choices":
             choices = suites.choices(
                 given["choices"],
@@ -104,7 +106,11 @@ def choice_tables(table: ChoiceTable) -> list[Table | str]:
     rates = {model: [table.accuracy(model, rule) for rule in RULES] for model in table.scores}
     shots = f", {table.shots} shot{'s' * (table.shots != 1)}" if table.shots else ""
     title = f"accuracy on {len(table.questions)} questions{shots} (95% interval; guessing: {table.chance:.3f})"
-    return rate_tables(title, RULES, rates, [table.differences(rule) for rule in RULES], "accuracy")
+    parts = rate_tables(title, RULES, rates, [table.differences(rule) for rule in RULES], "accuracy")
+    for model in table.scores:
+        # the rule of published accuracies
+        parts += skill_tables(f"{model}, accuracy ({RULES[0]})", table.skills(model, RULES[0]))
+    return parts
 
 
 def answer_tables(table: AnswerTable) -> list[Table | str]:
@@ -113,7 +119,10 @@ def answer_tables(table: AnswerTable) -> list[Table | str]:
     rates = {model: [table.rate(model, *metric) for metric in table.metrics] for model in table.right}
     samples = f"{table.samples} sample{'s' * (table.samples != 1)} each"
     title = f"right answers (match@k) and programs (pass@k) to {len(table.prompts)} prompts, {samples} (95% interval)"
-    return rate_tables(title, columns, rates, [table.differences(*metric) for metric in table.metrics], "share")
+    parts = rate_tables(title, columns, rates, [table.differences(*metric) for metric in table.metrics], "share")
+    for model in table.right:
+        parts += skill_tables(f"{model}, share of right samples", table.skills(model))
+    return parts
 
 
 def rate_tables(
@@ -135,6 +144,26 @@ def rate_tables(
         title = f"difference of {what} on the same questions (95% interval, * without 0)"
         parts += ["", Table(("models", *columns), rows, title=title, right=right)]
     return parts
+
+
+def skill_tables(title: str, table: SkillTable | None) -> list[Table | str]:
+    """Return a table with a row per skill and per pair of skills; nothing if no question is tagged."""
+    if table is None:
+        return []
+    rows = [(skill.name, str(skill.questions), _with_limits(skill.score), "", "", "", "") for skill in table.skills] + [
+        (
+            " + ".join(pair.names),
+            str(pair.questions),
+            _with_limits(pair.score),
+            pair.weaker or "-",
+            "-" if pair.above_weaker is None else _with_sign(pair.above_weaker),
+            "-" if pair.place is None else f"{pair.place:.2f}",
+            pair.at_weaker or "-",
+        )
+        for pair in table.pairs
+    ]
+    columns = ("skills", "questions", "score", "weaker", "above the weaker", "place", "at the weaker")
+    return ["", Table(columns, rows, title=f"{title}, by skill (95% interval)", right=frozenset({1, 2, 4, 5}))]
 
 
 def harness_table(table: HarnessTable) -> Table:

@@ -12,6 +12,7 @@ from .choice_scores import RULES, credit, question_pairs, score_questions
 from .intervals import Interval, mean_difference, paired, share_interval
 from .opening import DEFAULT_SETTINGS, CheckedModels, ModelSettings
 from .questions import TEMPLATE, Question, Template, choose_shots, read_questions
+from .skills import SkillTable, skill_table
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class ChoiceTable:
         credits = {model: self.credits(model, rule) for model in self.scores}
         return paired(list(credits), lambda model, other: mean_difference(credits[model], credits[other]))
 
+    def skills(self, model: str, rule: str) -> SkillTable | None:
+        """Return the accuracy on each skill and pair of skills; None if no question is tagged."""
+        return skill_table([question.skills for question in self.questions], self.credits(model, rule))
+
     @property
     def chance(self) -> float:
         """Accuracy of guessing."""
@@ -60,7 +65,7 @@ class ChoiceTable:
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `eval --choices --json`."""
-        models = {
+        models: dict[str, dict[str, Any]] = {
             model: {
                 "accuracy": {rule: self.accuracy(model, rule).as_json() for rule in RULES},
                 "chosen": {
@@ -69,6 +74,9 @@ class ChoiceTable:
             }
             for model, scores in self.scores.items()
         }
+        for model, content in models.items():
+            tables = {rule: table.as_json() for rule in RULES if (table := self.skills(model, rule)) is not None}
+            content |= {"skills": tables} if tables else {}
         differences = [
             {"model": model, "other": other, "rule": rule, **difference.as_json()}
             for rule in RULES

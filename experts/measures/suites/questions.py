@@ -98,7 +98,7 @@ def choose_shots(
     chosen = []
     for question in questions:
         own = _normal(question.text)
-        usable = []
+        usable: list[Question] = []
         for example in order:
             if len(usable) == count:
                 break

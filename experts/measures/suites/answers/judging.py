@@ -12,6 +12,7 @@ from .....core.errors import UserError
 from .....core.reporting import SILENT, Reporter
 from ..intervals import Interval, mean_difference, paired, share_interval
 from ..opening import DEFAULT_SETTINGS, CheckedModels, ModelSettings
+from ..skills import SkillTable, skill_table
 from .prompts import Prompt, read_prompts
 from .running_code import run_programs
 from .writing import Writing, write
@@ -66,9 +67,14 @@ class AnswerTable:
         values = {model: self.estimates(model, kind, tries) for model in self.right}
         return paired(list(values), lambda model, other: mean_difference(values[model], values[other]))
 
+    def skills(self, model: str) -> SkillTable | None:
+        """Return the share of right samples on each skill and pair of skills; None if no prompt is tagged."""
+        shares = [sum(right) / len(right) for right in self.right[model]]
+        return skill_table([prompt.skills for prompt in self.prompts], shares)
+
     def as_json(self) -> dict[str, Any]:
         """Return the content of `eval --generate --json`."""
-        models = {
+        models: dict[str, dict[str, Any]] = {
             model: {
                 "rates": {f"{kind}@{tries}": self.rate(model, kind, tries).as_json() for kind, tries in self.metrics},
                 "answers": [
@@ -78,6 +84,9 @@ class AnswerTable:
             }
             for model in self.right
         }
+        for model, content in models.items():
+            table = self.skills(model)
+            content |= {} if table is None else {"skills": table.as_json()}
         differences = [
             {"model": model, "other": other, "metric": f"{kind}@{tries}", **difference.as_json()}
             for kind, tries in self.metrics

@@ -102,7 +102,7 @@ def test_the_numbers_are_those_of_lm_evals_own_model(shared_workspace: Path, mod
 
     names = ("tiny_choice", "tiny_text", "tiny_answer")
     table = Workspace(shared_workspace).suites.harness(names, str(model_folder), folder=tasks)
-    theirs = simple_evaluate(
+    theirs: Any = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model_folder), "dtype": "float32"},
         tasks=list(names),
@@ -111,7 +111,6 @@ def test_the_numbers_are_those_of_lm_evals_own_model(shared_workspace: Path, mod
         device="cpu",
         log_samples=False,
     )
-    assert theirs is not None
     compared = 0
     for task in names:
         ours = table.results[str(model_folder)]["results"][task]
