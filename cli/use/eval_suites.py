@@ -10,10 +10,11 @@ from ..options import Number, flag, integer, option, path, with_options
 from ..output import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from expertctl.workspace import Workspace
 
+    from ...experts.measures.document_intervals import DomainIntervals
     from ...experts.measures.suites.answers.judging import AnswerTable
     from ...experts.measures.suites.choices import ChoiceTable
     from ...experts.measures.suites.harness.running import HarnessTable, HarnessValue
@@ -144,6 +145,36 @@ def rate_tables(
         title = f"difference of {what} on the same questions (95% interval, * without 0)"
         parts += ["", Table(("models", *columns), rows, title=title, right=right)]
     return parts
+
+
+def interval_tables(intervals: DomainIntervals) -> list[Table]:
+    """Return bits per byte with intervals, and the differences of every two models."""
+    models, domains = list(intervals.units), intervals.domains
+    columns = (*domains, "mean")
+    right = frozenset(range(1, len(columns) + 1))
+    rows = [
+        (model, *(_or_dash(intervals.of(model, domain)) for domain in domains), _or_dash(intervals.mean(model)))
+        for model in models
+    ]
+    kinds = {units.kind for by_domain in intervals.units.values() for units in by_domain.values() if units is not None}
+    title = f"bits per byte (95% interval over {' or '.join(sorted(kinds)) or 'documents'})"
+    tables = [Table(("model", *columns), rows, title=title, right=right)]
+    if len(models) > 1:
+        rows = [
+            (
+                f"{model} - {other}",
+                *(_or_dash(intervals.difference(model, other, domain), _with_sign) for domain in (*domains, None)),
+            )
+            for number, other in enumerate(models)
+            for model in models[number + 1 :]
+        ]
+        title = "difference of bits per byte on the same text (95% interval, * without 0)"
+        tables.append(Table(("models", *columns), rows, title=title, right=right))
+    return tables
+
+
+def _or_dash(interval: Interval | None, shown: Callable[[Interval], str] | None = None) -> str:
+    return "-" if interval is None else (shown or _with_limits)(interval)
 
 
 def skill_tables(title: str, table: SkillTable | None) -> list[Table | str]:

@@ -209,6 +209,7 @@ class Workspace:
         stride: int | None = None,
         by_position: int | None = None,
         known_domains: bool = False,
+        intervals: bool = False,
         ranked: Iterable[Collection[str]] = (),
         jobs: int | None = None,
         nproc: int = 1,
@@ -222,7 +223,7 @@ class Workspace:
 
         `context` and `stride` are the length of windows and their distance, in tokens; `by_position` scores by position instead,
         in buckets of which the first has so many positions; with `known_domains`, ensembles are
-        told which domain they read. `ranked` are models that will be compared; it is refused if their tokenizers keep
+        told which domain they read; `intervals` adds those of bits per byte over documents. `ranked` are models that will be compared; it is refused if their tokenizers keep
         different shares of a text. `nproc` processes share the work; scores do not depend on their number.
         `device_map` places the members of all models on devices, `quantise` keeps weights in few bits; see `load_model`.
         `decoder` changes the distribution of all models; see `generate`.
@@ -241,6 +242,7 @@ class Workspace:
             stride=stride,
             by_position=by_position,
             known_domains=known_domains,
+            intervals=intervals,
             ranked=ranked,
             jobs=jobs,
             nproc=nproc,
