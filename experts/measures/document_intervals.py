@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...core.errors import UserError
 from ...core.hooks.evaluation import Division, Evaluator, Score
+from ...core.models.loading import tokenizer_folder
 from ...core.models.scoring import scored_log_probs
 from ...core.text.tokenizer import TextEncoder
 from .suites.intervals import Bootstrap, Interval, interval_of
@@ -159,6 +160,26 @@ def _merged(division: Division, windows: TokenWindows, partials: Sequence[Partia
 
     score = division.merge_scores(windows, [(loss, count) for loss, count, _ in partials])
     return TokenScore(score.values, score.tokens, np.concatenate([losses for _, _, losses in partials]))
+
+
+def intervals_of(
+    models: Mapping[str, Path],
+    windows: Mapping[tuple[str, str], TokenWindows],
+    scores: Mapping[str, Mapping[str, Score]],
+) -> DomainIntervals:
+    """Return the intervals of models (name -> folder) on the texts, (model, domain) -> windows, that gave these scores."""
+    units = {
+        model: {
+            domain: units_of(windows[model, domain], score, tokenizer_folder(folder))
+            for domain, score in scores[model].items()
+        }
+        for model, folder in models.items()
+    }
+    values = {
+        model: {domain: score.values["bits_per_byte"] for domain, score in by_domain.items()}
+        for model, by_domain in scores.items()
+    }
+    return DomainIntervals(values, units)
 
 
 def units_of(windows: TokenWindows, score: Score, tokenizer: Path) -> Units | None:

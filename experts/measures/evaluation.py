@@ -33,7 +33,7 @@ from ...core.text.conversation_blocks import windows_of
 from ...core.text.token_store import TokenWindows
 from ...core.text.tokenizer import load_tokenizer
 from ..text.corpora import NEGLIGIBLE_LOSS, domain_config, lost_text, prepare_domain
-from .document_intervals import DomainIntervals, token_evaluator, units_of
+from .document_intervals import DomainIntervals, intervals_of, token_evaluator
 from .positions import PositionScore, position_evaluator
 from .shared_evaluation import EvaluationJob, require_devices, score_in_processes
 
@@ -201,27 +201,8 @@ def evaluate(
         scores, knows_domains = _score_here(job, scorer, names, jobs, device_map, quantise, checked, reporter)
     if known_domains and not knows_domains:
         reporter.say(f"no model has a prior for {', '.join(names)}, so it makes no difference that domains are known")
-    found = _intervals(models, windows, scores) if intervals else None
+    found = intervals_of(models, windows, scores) if intervals else None
     return EvaluationTable(names, scores, scorer.metrics, texts, found)
-
-
-def _intervals(
-    models: Mapping[str, Path],
-    windows: Mapping[tuple[str, str], TokenWindows],
-    scores: Mapping[str, Mapping[str, Score]],
-) -> DomainIntervals:
-    units = {
-        model: {
-            domain: units_of(windows[model, domain], score, tokenizer_folder(folder))
-            for domain, score in scores[model].items()
-        }
-        for model, folder in models.items()
-    }
-    values = {
-        model: {domain: score.values["bits_per_byte"] for domain, score in by_domain.items()}
-        for model, by_domain in scores.items()
-    }
-    return DomainIntervals(values, units)
 
 
 def _score_here(
