@@ -74,7 +74,7 @@ def report_suite(
     with session.progress() as progress:
         asked = {"reporter": progress, **settings}
         suites = workspace.suites
-        parts: list[Table | str]
+        parts: Sequence[Table | str]
         if suite == "choices":
             choices = suites.choices(
                 given["choices"],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from .....core.models.generation import Sampling, continue_prompts, weight_bytes
 from .....core.process.compute import threads_for_tokens
 from .....core.reporting import SILENT, Reporter
 from ..opening import OpenedModel
 from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from .....core.models.generation import Sampling
 
 ROWS = 16
 """Continuations that are written at a time."""
@@ -29,6 +32,8 @@ class Writing:
     @property
     def sampling(self) -> Sampling:
         """The settings of generation, without stop texts."""
+        from .....core.models.generation import Sampling
+
         default = 0.0 if self.samples == 1 else 0.8
         temperature = default if self.temperature is None else self.temperature
         return Sampling(self.max_new_tokens, temperature, seed=self.seed)
@@ -46,6 +51,8 @@ def write(
     Prompts with the same stop texts share batches, which do not depend on the device.
     """
     import torch
+
+    from .....core.models.generation import continue_prompts, weight_bytes
 
     for prompt, ids in zip(prompts, tokens, strict=True):
         opened.require_positions(len(ids) + settings.max_new_tokens, prompt.where, "--max-new-tokens")
