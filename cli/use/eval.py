@@ -11,6 +11,7 @@ from ..group import cli_command
 from ..options import flag, integer, name_list, option, with_decoder, with_device_map, with_quantise
 from ..output import Table
 from ..parsing import gate
+from .eval_suites import asked_suite, interval_tables, report_suite, with_suites
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     "Score bits per token by position instead, in buckets of N, N, 2N, 4N ... tokens of windows that do not overlap.",
 )
 @flag("--known-domains", "Tell ensembles which domain they read, so that they use the prior fitted on it.")
+@flag("--intervals", "Add 95% intervals of bits per byte over documents, and paired differences of models.")
 @integer("--jobs", "Number of models to evaluate at the same time. Default: as many as the machine allows.")
 @integer(
     "--nproc",
@@ -55,15 +57,18 @@ if TYPE_CHECKING:
     "Compare one generalist with baselines: seed, best-expert, average, ensemble (of its experts, made "
     "temporarily), or other models. Exit with status 3 if it is worse than the best of them.",
 )
+@with_suites
 @pass_session
 def command(
     session: Session,
+    /,
     models: tuple[str, ...],
     domains: tuple[str, ...] | None,
     context: int | None,
     stride: int | None,
     by_position: int | None,
     known_domains: bool,
+    intervals: bool,
     jobs: int | None,
     nproc: int,
     device_map: str | None,
@@ -73,6 +78,7 @@ def command(
     evaluator: str,
     gates: tuple[tuple[str, str], ...],
     against: tuple[str, ...] | None,
+    **suite_options: Any,
 ) -> int:
     """Evaluate models on the test text of domains.
 
@@ -85,8 +91,40 @@ def command(
     if by_position is not None and (gates or stride is not None or evaluator != "perplexity"):
         raise click.UsageError("--by-position goes with none of --stride, --evaluator and --require")
     workspace = session.open()
+    loading: dict[str, Any] = {
+        "device_map": device_map,
+        "quantise": quantise,
+        "decoder": decoder,
+        "decoder_options": decoder_options,
+    }
+    of_domains = {
+        "--domains": domains,
+        "--context": context,
+        "--stride": stride,
+        "--by-position": by_position,
+        "--known-domains": known_domains,
+        "--intervals": intervals,
+        "--jobs": jobs,
+        "--nproc": nproc > 1,
+        "--evaluator": evaluator != "perplexity",
+        "--require": gates,
+        "--against": against,
+    }
+    if (suite := asked_suite(suite_options, of_domains)) is not None:
+        return report_suite(session, workspace, suite, models, suite_options, **loading)
     if against is not None:
-        others = (gates, context, stride, by_position, known_domains, device_map, quantise, decoder, decoder_options)
+        others = (
+            gates,
+            context,
+            stride,
+            by_position,
+            known_domains,
+            intervals,
+            device_map,
+            quantise,
+            decoder,
+            decoder_options,
+        )
         if len(models) != 1 or any(others) or evaluator != "perplexity":
             raise click.UsageError(
                 "--against takes exactly one MODEL, and of the other options only --domains, --jobs and --nproc"
@@ -103,13 +141,11 @@ def command(
             stride=stride,
             by_position=by_position,
             known_domains=known_domains,
+            intervals=intervals,
             ranked=gates,
             jobs=jobs,
             nproc=nproc,
-            device_map=device_map,
-            quantise=quantise,
-            decoder=decoder,
-            decoder_options=decoder_options,
+            **loading,
             reporter=progress,
         )
     if not table.is_comparable(table.scores):
@@ -121,6 +157,8 @@ def command(
         if by_position is None
         else [position_table(table, domain) for domain in table.domains]
     )
+    if table.intervals is not None:
+        tables += interval_tables(table.intervals)
     session.finish(table.as_json(), *(part for table in tables for part in (table, "")))
     metric = table.metrics[0]
     failed = [pair for pair in gates if not metric.is_worse(table.mean(pair[1], metric), table.mean(pair[0], metric))]

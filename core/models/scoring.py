@@ -77,8 +77,13 @@ def total_loss(model: PreTrainedModel, batches: Iterable[Windows]) -> tuple[floa
 
 def scored_loss(model: PreTrainedModel, windows: Windows) -> tuple[float, int]:
     """Return the summed cross-entropy of the targets that windows score, in nats, and their number."""
+    scores, scored = scored_log_probs(model, windows)
+    return -float(scores.masked_fill(~scored, 0.0).sum()), int(scored.sum())
+
+
+def scored_log_probs(model: PreTrainedModel, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Return log p of the targets of windows in float64, and whether each is scored, both (B, T)."""
     import torch
 
     scores = token_log_probs(model, torch.from_numpy(windows.tokens).to(model.device)).double()
-    scored = torch.from_numpy(windows.scored).to(model.device)
-    return -float(scores.masked_fill(~scored, 0.0).sum()), int(scored.sum())
+    return scores, torch.from_numpy(windows.scored).to(model.device)

@@ -60,6 +60,11 @@ class TextEncoder:
         """Number of token ids, including added tokens."""
         return _num_ids(self.tokenizer)
 
+    @cached_property
+    def begin_of_text(self) -> tuple[int, ...]:
+        """Ids that the tokenizer itself puts before a text, also where that is the separator."""
+        return _begin(self.tokenizer)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text; texts are encoded in parallel.
 

@@ -36,6 +36,7 @@ from .experts import Experts
 from .generalists import Generalists
 from .memories import Memories
 from .project import Project
+from .suites import Suites
 
 if TYPE_CHECKING:
     from expertctl.core.models.generation import Generation, Sampling
@@ -63,6 +64,7 @@ class Workspace:
         self.generalists = Generalists(self._project, self.data)
         self.baselines = Baselines(self._project, self.data)
         self.memories = Memories(self._project)
+        self.suites = Suites(self._project)
         self.prepare, self.discover = self.data.prepare, self.data.discover
         self.branch, self.train = self.experts.branch, self.experts.train
         self.merge, self.tune, self.compare = self.generalists.merge, self.generalists.tune, self.generalists.compare
@@ -212,6 +214,7 @@ class Workspace:
         stride: int | None = None,
         by_position: int | None = None,
         known_domains: bool = False,
+        intervals: bool = False,
         ranked: Iterable[Collection[str]] = (),
         jobs: int | None = None,
         nproc: int = 1,
@@ -225,7 +228,7 @@ class Workspace:
 
         `context` and `stride` are the length of windows and their distance, in tokens; `by_position` scores by position instead,
         in buckets of which the first has so many positions; with `known_domains`, ensembles are
-        told which domain they read. `ranked` are models that will be compared; it is refused if their tokenizers keep
+        told which domain they read; `intervals` adds those of bits per byte over documents. `ranked` are models that will be compared; it is refused if their tokenizers keep
         different shares of a text. `nproc` processes share the work; scores do not depend on their number.
         `device_map` places the members of all models on devices, `quantise` keeps weights in few bits; see `load_model`.
         `decoder` changes the distribution of all models; see `generate`.
@@ -244,6 +247,7 @@ class Workspace:
             stride=stride,
             by_position=by_position,
             known_domains=known_domains,
+            intervals=intervals,
             ranked=ranked,
             jobs=jobs,
             nproc=nproc,
@@ -322,4 +326,4 @@ class Workspace:
             if options:
                 raise UserError("options of a decoder are given without a decoder; name one")
             return None
-        return DecoderChoice(name, options or {}, self.layout.artefact, self.layout.memory, self.layout.index)
+        return DecoderChoice.of_workspace(name, options, self.layout)

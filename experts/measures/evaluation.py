@@ -33,6 +33,7 @@ from ...core.text.conversation_blocks import windows_of
 from ...core.text.token_store import TokenWindows
 from ...core.text.tokenizer import load_tokenizer
 from ..text.corpora import NEGLIGIBLE_LOSS, domain_config, lost_text, prepare_domain
+from .document_intervals import DomainIntervals, intervals_of, token_evaluator
 from .positions import PositionScore, position_evaluator
 from .shared_evaluation import EvaluationJob, require_devices, score_in_processes
 
@@ -53,6 +54,8 @@ class EvaluationTable:
     """The evaluator's metrics; comparisons use the first."""
     texts: Mapping[str, Mapping[str, EvaluatedText]]
     """Model -> domain -> the text as the model read it."""
+    intervals: DomainIntervals | None = None
+    """Intervals of bits per byte, if they were asked for."""
 
     def mean(self, model: str, metric: Metric) -> float:
         """Return the unweighted mean of a metric over the domains."""
@@ -93,7 +96,13 @@ class EvaluationTable:
                 if isinstance(score, PositionScore)
             }
             models[name] |= {"by_position": buckets} if buckets else {}
-        return {"domains": list(self.domains), "models": models}
+        content: dict[str, object] = {"domains": list(self.domains), "models": models}
+        if self.intervals is not None:
+            by_model, differences = self.intervals.as_json()
+            for name, own in by_model.items():
+                models[name]["intervals"] = own
+            content["differences"] = differences
+        return content
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ def evaluate(
     stride: int | None = None,
     by_position: int | None = None,
     known_domains: bool = False,
+    intervals: bool = False,
     ranked: Iterable[Collection[str]] = (),
     jobs: int | None = None,
     nproc: int = 1,
@@ -135,7 +145,7 @@ def evaluate(
     is the length of a window in tokens (default: the model's own, at most 2,048), `stride` the distance between windows
     (default: half of `context`). `by_position` scores bits per token by position instead, in buckets of which the first has so
     many; windows do not overlap then, so `stride` is not given. With `known_domains`, ensembles are told which domain they read, if they have a prior for
-    it. `ranked` are models that will be compared with each other. `nproc` processes share the batches of all texts, one GPU
+    it. `intervals` adds those of bits per byte over documents. `ranked` are models that will be compared with each other. `nproc` processes share the batches of all texts, one GPU
     each if there are any; scores do not depend on their number. `device_map` places the members of all models on devices; see
     `load_model`; `quantise` likewise. `decoder` changes the distribution of all models.
 
@@ -150,6 +160,10 @@ def evaluate(
         if stride is not None:
             raise UserError("by position, windows do not overlap; leave out the stride, or the loss by position")
         scorer = position_evaluator(scorer, by_position)
+    if intervals:
+        if by_position is not None:
+            raise UserError("intervals are those of bits per byte; leave out either them or the loss by position")
+        scorer = token_evaluator(scorer)
     if nproc > 1:
         if jobs is not None:
             raise UserError("processes and models at the same time cannot both be given; give either nproc or jobs")
@@ -187,7 +201,8 @@ def evaluate(
         scores, knows_domains = _score_here(job, scorer, names, jobs, device_map, quantise, checked, reporter)
     if known_domains and not knows_domains:
         reporter.say(f"no model has a prior for {', '.join(names)}, so it makes no difference that domains are known")
-    return EvaluationTable(names, scores, scorer.metrics, texts)
+    found = intervals_of(models, windows, scores) if intervals else None
+    return EvaluationTable(names, scores, scorer.metrics, texts, found)
 
 
 def _score_here(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...artefacts.digests import digest_of_tokenizer
+from ...artefacts.layout import Layout
 from ...errors import UserError
 from ...hooks.evaluation import Decoder, DecoderInputs, SampleChoice
 from ...hooks.manager import installed_plugins
@@ -34,6 +35,11 @@ class DecoderChoice:
     """Returns the folder of a memory that an option names, such as `Layout.memory`."""
     index: Callable[[str], Path] = Path
     """Returns the folder of an index that an option names, such as `Layout.index`."""
+
+    @classmethod
+    def of_workspace(cls, name: str, options: Mapping[str, Any] | None, layout: Layout) -> DecoderChoice:
+        """Return a decoder whose options name what is in a workspace."""
+        return cls(name, options or {}, layout.artefact, layout.memory, layout.index)
 
 
 @dataclass(frozen=True)
