@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import Number, flag, integer, option, path, with_options
+from ..options import Number, choice, flag, integer, option, path, with_options
 from ..output import Table
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ with_suites = with_options(
     path("--choices", "FILE", "Multiple choice: questions with choices, in a JSON or JSON-lines file.", file=True),
     integer("--shots", "Solved examples before each question.  [default: 0]", least=0),
     path("--shots-from", "FILE", "File with the examples. Default: the file itself, without the question.", file=True),
+    choice(
+        "--shots-by",
+        ["order", "similarity"],
+        "In one shuffled order for all questions, or by the words that they share with each.  [default: order]",
+    ),
     option("--suite", "lm-eval:A,B", "Tasks of EleutherAI's lm-eval, by name; needs the extra lm-eval."),
     path("--tasks-folder", "FOLDER", "Folder with task files beside lm-eval's own."),
     flag("--download", "Let tasks of --suite take their data from the Hugging Face hub."),
@@ -40,7 +45,7 @@ with_suites = with_options(
 )
 SUITES = ("choices", "suite", "generate")
 NEEDS = {
-    **dict.fromkeys(("shots", "shots_from", "template"), "choices"),
+    **dict.fromkeys(("shots", "shots_from", "shots_by", "template"), "choices"),
     **dict.fromkeys(("tasks_folder", "download", "limit"), "suite"),
     **dict.fromkeys(("samples", "max_new_tokens", "temperature", "seed", "run_code"), "generate"),
 }
@@ -81,6 +86,7 @@ def report_suite(
                 *models,
                 shots=given["shots"] or 0,
                 shots_from=given["shots_from"],
+                shots_by=given["shots_by"] or "order",
                 template=given["template"],
                 **asked,
             )

@@ -14,7 +14,7 @@ from expertctl.experts.measures.suites.answers.writing import Writing
 from expertctl.experts.measures.suites.choices import ChoiceSettings, ChoiceTable, evaluate_choices
 from expertctl.experts.measures.suites.harness.running import HarnessSettings, HarnessTable, run_harness
 from expertctl.experts.measures.suites.opening import ModelSettings
-from expertctl.experts.measures.suites.questions import TEMPLATE
+from expertctl.experts.measures.suites.questions import TEMPLATE, ShotChoice
 
 from .project import Project
 
@@ -37,6 +37,7 @@ class Suites:
         *models: str,
         shots: int = 0,
         shots_from: str | Path | None = None,
+        shots_by: ShotChoice = "order",
         template: str | None = None,
         device_map: DeviceMap | None = None,
         quantise: str | None = None,
@@ -49,7 +50,7 @@ class Suites:
         `template` is the text around a question, with `{question}` in it and up to the answer.
         """
         examples = None if shots_from is None else Path(shots_from)
-        settings = ChoiceSettings(Path(file), shots, examples, TEMPLATE if template is None else template)
+        settings = ChoiceSettings(Path(file), shots, examples, shots_by, TEMPLATE if template is None else template)
         return evaluate_choices(
             self._folders(models), settings, self._settings(device_map, quantise, decoder, decoder_options), reporter
         )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
 from ...core.reporting import SILENT, Reporter
+from ...core.text.word_search import Ranked, best
 from .passages import Passages
-from .ranking import Ranked, best
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,11 +14,11 @@ from ...core.config.settings import ProjectConfig
 from ...core.errors import UserError
 from ...core.manifests.records import parse_record, record, record_as_json
 from ...core.reporting import SILENT, Reporter, reported
+from ...core.text.word_search import Words, require_bm25
 from ..text.corpora import domain_config, domain_documents, licence_of, require_text
 from .embeddings import Embed, Embeddings, build_embeddings
 from .passages import Passage, Passages, split_text, write_passages
 from .tuning import Reader, RetrieverTuning, tune_embedder
-from .words import Words, build_words, require_bm25
 
 EMBEDDER = "embedder"
 """Subfolder with the files of the embedding model, so that queries are embedded by the same one."""
@@ -96,7 +96,7 @@ def build_index(
         if not len(passages):
             raise UserError(f"{', '.join(domains)}: no text to search; name other domains")
         if embed is None:
-            build_words(partial, (passage.text for passage in reported(passages, reporter, "words", "passages")))
+            Words.of(passage.text for passage in reported(passages, reporter, "words", "passages")).save(partial)
         else:
             assert embedder is not None
             if tune_for is None:
@@ -126,7 +126,7 @@ class Index:
         check_files(folder, self.manifest)
         self.passages = Passages(folder)
         self._search: Words | Embeddings = (
-            Words(folder) if self.manifest.search == "words" else Embeddings(folder, _embedder(folder / EMBEDDER))
+            Words.open(folder) if self.manifest.search == "words" else Embeddings(folder, _embedder(folder / EMBEDDER))
         )
 
     def search(self, queries: Sequence[str], count: int) -> list[list[Found]]:

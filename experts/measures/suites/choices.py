@@ -11,7 +11,7 @@ from ....core.reporting import SILENT, Reporter
 from .choice_scores import RULES, credit, question_pairs, score_questions
 from .intervals import Interval, mean_difference, paired, share_interval
 from .opening import DEFAULT_SETTINGS, CheckedModels, ModelSettings
-from .questions import TEMPLATE, Question, Template, choose_shots, read_questions
+from .questions import TEMPLATE, Question, ShotChoice, Template, choose_shots, read_questions
 from .skills import SkillTable, skill_table
 
 
@@ -24,6 +24,7 @@ class ChoiceSettings:
     """Number of solved examples before each question."""
     shots_from: Path | None = None
     """File with the examples; None: the questions' own file, without the question itself."""
+    shots_by: ShotChoice = "order"
     template: str = TEMPLATE
     seed: int = 0
     """Of the order of the examples."""
@@ -101,7 +102,7 @@ def evaluate_choices(
     template = Template.parse(settings.template)
     questions = read_questions(settings.file)
     examples = questions if settings.shots_from is None else read_questions(settings.shots_from)
-    shots = choose_shots(questions, examples, settings.shots, seed=settings.seed)
+    shots = choose_shots(questions, examples, settings.shots, seed=settings.seed, by=settings.shots_by)
     models = CheckedModels.of(folders, model_settings, scored=True)
     pairs = {}
     for name in folders:

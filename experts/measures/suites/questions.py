@@ -10,13 +10,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ....core.errors import UserError
+from ....core.text.word_search import Words
 from .records import Record, kind, read_records, require_text
 
 TEMPLATE = "Question: {question}\nAnswer:"
 PLACE = "{question}"
 BETWEEN_SHOTS = "\n\n"
+ShotChoice = Literal["order", "similarity"]
+"""How examples are chosen: in one shuffled order, or by the words that they share with the question."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +91,26 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def choose_shots(
-    questions: Sequence[Question], examples: Sequence[Question], count: int, *, seed: int = 0
+    questions: Sequence[Question],
+    examples: Sequence[Question],
+    count: int,
+    *,
+    seed: int = 0,
+    by: ShotChoice = "order",
 ) -> list[list[Question]]:
-    """Return `count` solved examples for each question, in one shuffled order for all.
+    """Return `count` solved examples for each question: in one shuffled order for all, or the most similar ones, the best last.
 
-    An example with the text of the question itself is never among them, whatever its choices; case and white space do not
+    Similarity is BM25 of the questions' words (arXiv:2101.06804 chooses by embeddings); the shuffled order fills up. An example with the text of the question itself is never among them, whatever its choices; case and white space do not
     count. Raises `UserError` if there are too few others.
     """
     order = random.Random(seed).sample(examples, len(examples)) if count else []
+    words = Words.of(example.text for example in order) if by == "similarity" and count else None
     chosen = []
     for question in questions:
+        candidates = order if words is None else _most_similar(words, question, order)
         own = _normal(question.text)
         usable: list[Question] = []
-        for example in order:
+        for example in candidates:
             if len(usable) == count:
                 break
             if _normal(example.text) != own:
@@ -109,8 +120,14 @@ def choose_shots(
                 f"{question.where}: {count} shots are requested, and {len(usable)} examples are not the question itself; "
                 "give fewer, or a file with more"
             )
-        chosen.append(usable)
+        chosen.append(usable if words is None else usable[::-1])
     return chosen
+
+
+def _most_similar(words: Words, question: Question, order: Sequence[Question]) -> list[Question]:
+    """Return all examples, those that share words with a question first, by their scores."""
+    found = [ranked.number for ranked in words.search([question.text], len(order))[0]]
+    return [order[number] for number in dict.fromkeys((*found, *range(len(order))))]
 
 
 def _normal(text: str) -> str:

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from expertctl import UserError
 from expertctl.core.testing import tiny_model_folder
+from expertctl.core.text.word_search import best, words_of
 from expertctl.experts.measures.embedder import SentenceEmbedder
 from expertctl.experts.retrieval.index import Index
 from expertctl.experts.retrieval.passages import Passage, Passages, split_text, write_passages
-from expertctl.experts.retrieval.ranking import best
-from expertctl.experts.retrieval.words import words_of
 from expertctl.workspace import Workspace
 
 DOCUMENTS = (

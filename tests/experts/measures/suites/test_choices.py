@@ -188,3 +188,14 @@ def test_shots_of_a_file_are_those_of_every_question(tmp_path: Path) -> None:
 def test_a_template_without_a_question_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Template.parse(text)
+
+
+def test_similar_examples_share_words_with_the_question_and_the_best_comes_last() -> None:
+    examples = [question(text) for text in ("a red fox", "the green wood", "a red red fox runs", "blue", "A red FOX")]
+    (shots,) = choose_shots([question("a red fox")], examples, 2, by="similarity")
+    assert shots[-1].text == "a red red fox runs"
+    assert all(shot.text.casefold() != "a red fox" for shot in shots)
+    (shots,) = choose_shots([question("green wood")], examples, 1, by="similarity")
+    assert [shot.text for shot in shots] == ["the green wood"]
+    unknown = choose_shots([question("zebra")], examples, 3, by="similarity")[0]
+    assert unknown == choose_shots([question("zebra")], examples, 3)[0][::-1], "the shuffled order fills up"
