@@ -33,6 +33,11 @@ class QuestionPairs:
     neutral: Sequence[Pair]
     channel: Sequence[Pair]
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest prefix with its target."""
+        return max(len(prefix) + len(target) for prefix, target in (*self.direct, *self.neutral, *self.channel))
+
 
 def question_pairs(
     encoder: TextEncoder, template: Template, question: Question, shots: Sequence[Question] = ()
@@ -59,8 +64,7 @@ def score_questions(
     Pairs are scored in batches of similar length, equal ones once.
     """
     for question, own in zip(questions, pairs, strict=True):
-        longest = max(len(prefix) + len(target) for prefix, target in (*own.direct, *own.neutral, *own.channel))
-        opened.require_positions(longest, question.where, "--shots")
+        opened.require_positions(own.longest, question.where, "--shots")
     log_probs = score_pairs(
         opened, [pair for own in pairs for pair in (*own.direct, *own.neutral, *own.channel)], reporter
     )

@@ -110,6 +110,8 @@ def evaluate_choices(
         pairs[name] = [
             question_pairs(encoder, template, question, own) for question, own in zip(questions, shots, strict=True)
         ]
+        for question, own in zip(questions, pairs[name], strict=True):
+            models.require_positions(name, own.longest, question.where, "--shots")
     scores = {
         opened.name: score_questions(opened, questions, pairs[opened.name], reporter)
         for opened in models.opened(reporter)

@@ -72,9 +72,9 @@ class CheckedModels:
         """Return the tokenizer of a model, which reads no special tokens from text."""
         return TextEncoder.of_folder(tokenizer_folder(self.folders[name]))
 
-    def positions(self, name: str) -> int:
-        """Return how many tokens a model reads, without those that its own prompt takes."""
-        return text_positions(self.folders[name])
+    def require_positions(self, name: str, num_tokens: int, where: str, remedy: str) -> None:
+        """Raise `UserError` for a text that is longer than a model reads; `remedy` says what to give fewer of."""
+        _require_positions(name, self.folders[name], text_positions(self.folders[name]), num_tokens, where, remedy)
 
     def open(self, name: str, reporter: Reporter = SILENT) -> OpenedModel:
         """Load a model in float32, with the decoder's distribution if there is one."""
@@ -131,11 +131,15 @@ class OpenedModel:
         return learns_from_text(self.network)
 
     def require_positions(self, num_tokens: int, where: str, remedy: str) -> None:
-        """Raise `UserError` for a text that is longer than the model reads; `remedy` says what to give fewer of."""
-        if num_tokens > self.positions:
-            own = num_prompt_tokens(self.folder)
-            left = f" that its own prompt of {own} leaves" if own else ""
-            raise UserError(
-                f"{where}: {num_tokens} tokens with the answer, and {self.name} has {self.positions} positions{left}; "
-                f"give fewer {remedy}, or take the question out"
-            )
+        """Raise `UserError` for a text that is longer than the model reads with its decoder."""
+        _require_positions(self.name, self.folder, self.positions, num_tokens, where, remedy)
+
+
+def _require_positions(name: str, folder: Path, positions: int, num_tokens: int, where: str, remedy: str) -> None:
+    if num_tokens > positions:
+        own = num_prompt_tokens(folder)
+        left = f" that its own prompt of {own} leaves" if own else ""
+        raise UserError(
+            f"{where}: {num_tokens} tokens with the answer, and {name} has {positions} positions{left}; "
+            f"give fewer {remedy}, or take the question out"
+        )

@@ -122,12 +122,18 @@ def evaluate_answers(
         raise UserError(
             f"decoder '{models.decoder.decoder.name}' chooses among samples, which are equal at temperature 0; give --temperature"
         )
-    written: dict[str, list[list[str]]] = {}
-    for opened in models.opened(reporter):
-        encoder = models.encoder(opened.name)
-        begin = encoder.begin_of_text
-        tokens = [[*begin, *ids] for ids in encoder.encode([prompt.text for prompt in prompts])]
-        written[opened.name] = write(opened, prompts, tokens, settings.writing, reporter)
+    tokens: dict[str, list[list[int]]] = {}
+    for name in folders:
+        encoder = models.encoder(name)
+        encoded = encoder.encode([prompt.text for prompt in prompts])
+        tokens[name] = [[*encoder.begin_of_text, *ids] for ids in encoded]
+        for prompt, ids in zip(prompts, tokens[name], strict=True):
+            length = len(ids) + settings.writing.max_new_tokens
+            models.require_positions(name, length, prompt.where, "--max-new-tokens")
+    written = {
+        opened.name: write(opened, prompts, tokens[opened.name], settings.writing, reporter)
+        for opened in models.opened(reporter)
+    }
     right = {name: _judge(prompts, texts, reporter) for name, texts in written.items()}
     return AnswerTable(prompts, settings.writing.samples, written, right)
 

@@ -177,6 +177,21 @@ def test_shots_of_a_file_are_those_of_every_question(tmp_path: Path) -> None:
     assert choose_shots(asked, examples, 0) == [[], []]
 
 
+def test_what_does_not_fit_is_refused_before_any_model_is_loaded(
+    shared_workspace: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertctl.experts.measures.suites import opening
+
+    monkeypatch.setattr(opening, "load_network", lambda *_, **__: pytest.fail("a model was loaded"))
+    suites = Workspace(shared_workspace).suites
+    with pytest.raises(
+        UserError, match=r"questions\.jsonl:\d: \d+ tokens .* law has 128 positions; give fewer --shots"
+    ):
+        suites.choices(file, "law", shots=3)
+    with pytest.raises(UserError, match="decoder 'best_of' cannot score text"):
+        suites.choices(file, "law", decoder="best_of")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

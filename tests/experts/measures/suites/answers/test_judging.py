@@ -143,9 +143,9 @@ def test_what_does_not_fit_is_refused_before_any_work(
     from expertctl.experts.measures.suites import opening
 
     suites = Workspace(shared_workspace).suites
+    monkeypatch.setattr(opening, "load_network", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=r"prompts\.jsonl:1: \d+ tokens .* and seed has 128 positions"):
         suites.answers(prompts, "seed", max_new_tokens=200, run_code=True)
-    monkeypatch.setattr(opening, "load_network", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=r"prompts\.jsonl:3: its tests run a program .*--run-code"):
         suites.answers(prompts, "seed")
     with pytest.raises(UserError, match="equal at temperature 0; give --temperature"):

@@ -32,7 +32,6 @@ SLEEPY = CodeLimits(seconds=1)
         # the interpreter itself may add the character set of its locale
         ("import os\nassert not set(os.environ) - {'LC_CTYPE'}, os.environ", True),
         ("import sys\nassert sys.flags.isolated and sys.stdin.read() == ''", True),
-        ("import expertctl", False),
         ("assert __name__ == '__main__'", True),
         ("\0", False),
         ("x = '\ud800'", True),
@@ -40,8 +39,7 @@ SLEEPY = CodeLimits(seconds=1)
 )
 def test_a_program_passes_if_it_reaches_its_end(program: str, passed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "of the user")
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert passes(program, QUICK) is passed or program == "import expertctl"  # it may be installed for all
+    assert passes(program, QUICK) is passed
 
 
 @pytest.mark.parametrize(
