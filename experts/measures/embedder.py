@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...core.artefacts.files import read_json
 from ...core.errors import UserError
 
 BATCH = 16
@@ -21,11 +22,14 @@ class SentenceEmbedder:
     """A sentence-embedding model from a local folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Load the model; raises `UserError` if the folder has no config.json."""
+        """Load the model; raises `UserError` if the folder has no config.json, or asks for other pooling."""
         from transformers import AutoModel, AutoTokenizer
 
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} is not a sentence-embedding model: it has no config.json")
+        pooling = folder / "1_Pooling" / "config.json"  # of sentence-transformers
+        if pooling.is_file() and not read_json(pooling).get("pooling_mode_mean_tokens", True):
+            raise UserError(f"{pooling}: embeddings are means over tokens here; use a model with mean pooling")
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
 

@@ -159,3 +159,12 @@ def test_missing_and_changed_files_are_named(workspace: Workspace, damage: str) 
         path.write_bytes(kept)
     with pytest.raises(UserError, match=r"no index 'libary'.*did you mean 'library'"):
         workspace.data.search("libary", "x")
+
+
+def test_an_embedding_model_with_other_pooling_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    embedder = tiny_model_folder(tmp_path / "embedder")
+    (embedder / "1_Pooling").mkdir()
+    settings = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (embedder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="use a model with mean pooling"):
+        workspace.data.index("library", ["text"], embedder=embedder)
